@@ -1,0 +1,178 @@
+"""Steps 1 to 4 as far as the core decides them: resolve, admit, route."""
+
+from __future__ import annotations
+
+from policies.views import BASE, Waiting
+from sidecar.core import asks
+from sidecar.core.config import ClassLimit
+from sidecar.core.effects import Settle
+from sidecar.core.events import Received
+from sidecar.core.healing import quarantine_message
+from sidecar.core.state import Name, Request, State
+from sidecar.core.turn import Turn, outcome_of
+from sidecar.errors import Reason, Refused
+
+RETRY_AFTER_NS = 1_000_000_000
+BASE_NAMES = ("", "base")
+
+
+def received(turn: Turn, event: Received) -> None:
+    """Admit a request and queue it, or end it at once with the reason."""
+    state = turn.state
+    try:
+        name = _resolve(state, event)
+        digest = name.digest if name is not None else BASE
+        limit = _admit(state, event, name, turn.now_ns)
+        _find_server(state, event, name, digest)
+    except Refused as refused:
+        _refuse(turn, event, refused)
+        return
+    request = _request(turn, event, name, digest, limit)
+    state.requests[request.id] = request
+    if digest != BASE:
+        state.versions[digest].requests += 1
+    state.set_timer(request.expires_ns, request.id)
+    if event.deadline_ns is not None and event.deadline_ns != request.expires_ns:
+        state.set_timer(event.deadline_ns, request.id)
+    turn.route(request)
+
+
+def _request(turn: Turn, event: Received, name: Name | None, digest: str, limit: ClassLimit) -> Request:
+    expires_ns = turn.now_ns + limit.queue_wait_ns_max
+    if event.deadline_ns is not None:
+        expires_ns = min(expires_ns, event.deadline_ns)
+    view = Waiting(
+        id=event.request,
+        version=digest,
+        name=name.name if name is not None else "",
+        tenant=event.tenant,
+        klass=event.klass,
+        arrived_ns=turn.now_ns,
+        input_tokens=event.input_tokens,
+        output_tokens_max=event.output_tokens_max,
+    )
+    return Request(view, name.ordinal if name is not None else 0, expires_ns, event.deadline_ns)
+
+
+def _resolve(state: State, event: Received) -> Name | None:
+    """Return the name that the client's reference stands for; None for the base model."""
+    if event.adapter in BASE_NAMES and event.adapter not in state.names:
+        if not state.config.base_requests:
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                "the request names no adapter and this sidecar serves adapters only (base_requests: refuse); "
+                'name one with the request parameter "lora_name"',
+            )
+        return None
+    text, _, selector = event.adapter.partition("@")
+    name = state.names.get(text)
+    if name is None:
+        raise Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text), adapter=text[:80])
+    if selector and not _selects(name, selector):
+        raise Refused(
+            Reason.UNKNOWN_ADAPTER,
+            f'adapter "{text}" has no version "{selector[:80]}"; it has v{name.ordinal} ({name.digest[:12]})',
+            adapter=text,
+        )
+    return name
+
+
+def _selects(name: Name, selector: str) -> bool:
+    if selector == f"v{name.ordinal}":
+        return True
+    return len(selector) >= 8 and name.digest.startswith(selector)
+
+
+def _unknown(state: State, text: str) -> str:
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    near = asks.nearest(text, state.names)
+    if near:
+        return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
+    if not state.names:
+        return f'unknown adapter "{shown}": none is registered; register one with "sidecar adapters register"'
+    return f'unknown adapter "{shown}"; "sidecar adapters list" shows the {len(state.names)} that are registered'
+
+
+def _admit(state: State, event: Received, name: Name | None, now_ns: int) -> ClassLimit:
+    """Return the request's class limit, or raise why it may not queue."""
+    config = state.config
+    if state.draining:
+        raise Refused(Reason.DRAINING, "the sidecar is shutting down; send the request to another replica")
+    if name is not None:
+        _allowed(state, event, name)
+    limit = config.classes.get(event.klass)
+    if limit is None:
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f'unknown class "{event.klass[:80]}"; the configuration has {", ".join(sorted(config.classes))}',
+        )
+    if event.deadline_ns is not None and event.deadline_ns <= now_ns:
+        raise Refused(Reason.DEADLINE_UNMEETABLE, "the request's deadline had passed when it arrived")
+    tokens = event.input_tokens + event.output_tokens_max
+    full = (
+        (state.queued >= config.queued_max, f"{state.queued} requests wait (limit {config.queued_max})"),
+        (
+            state.queued_tokens + tokens > config.queued_tokens_max,
+            f"{state.queued_tokens} tokens wait (limit {config.queued_tokens_max})",
+        ),
+        (
+            state.tenant_queued.get(event.tenant, 0) >= config.tenant_queued_max,
+            f'tenant "{event.tenant}" has {config.tenant_queued_max} requests waiting, its limit',
+        ),
+    )
+    for over, sentence in full:
+        if over:
+            raise Refused(
+                Reason.QUEUE_FULL,
+                f"the queue is full: {sentence}; try again later or raise queue limits",
+                retry_after_s=RETRY_AFTER_NS / 1e9,
+            )
+    return limit
+
+
+def _allowed(state: State, event: Received, name: Name) -> None:
+    if name.allow is not None and event.tenant not in name.allow:
+        raise Refused(
+            Reason.NOT_ALLOWED,
+            f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list decides',
+            adapter=name.name,
+        )
+    version = state.versions[name.digest]
+    if version.quarantined:
+        raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version), adapter=name.name)
+
+
+def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:
+    servers = asks.servers_of(state, digest)
+    text = name.name if name is not None else "base model"
+    if not servers:
+        message = asks.no_backend_message(state, text, digest)
+        raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
+    if not any(_long_enough(event, backend.facts.input_tokens_max) for backend in servers):
+        longest = max(backend.facts.input_tokens_max or 0 for backend in servers)
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"the prompt has {event.input_tokens} tokens and the engine takes at most {longest}; shorten it",
+        )
+
+
+def _long_enough(event: Received, input_tokens_max: int | None) -> bool:
+    return input_tokens_max is None or event.input_tokens <= input_tokens_max
+
+
+def _refuse(turn: Turn, event: Received, refused: Refused) -> None:
+    retry_after_ns = None if refused.retry_after_s is None else int(refused.retry_after_s * 1e9)
+    turn.emit(
+        Settle(
+            request=event.request,
+            outcome=outcome_of(refused.reason),
+            name=refused.details.get("adapter", ""),
+            tenant=event.tenant,
+            klass=event.klass if event.klass in turn.state.config.classes else "default",
+            queue_ns=0,
+            input_tokens=event.input_tokens,
+            reason=refused.reason,
+            message=refused.message,
+            retry_after_ns=retry_after_ns,
+        )
+    )

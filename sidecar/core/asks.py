@@ -1,0 +1,163 @@
+"""Questions that change nothing. The acts assert the same answers, so "who would go" and "go" cannot disagree."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from policies.views import BASE
+from sidecar.core.facts import Misfit
+from sidecar.core.state import Backend, Request, State, Version
+from sidecar.core.words import Phase, Why
+
+
+def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
+    """Say why a backend can never serve a version as things are configured, drained or learned; None if it can."""
+    if backend.draining:
+        return Misfit("draining", "it is draining")
+    if digest == BASE:
+        return None
+    version = state.versions[digest]
+    refused = version.refused_by.get(backend.id)
+    if refused is not None:
+        return Misfit("rejected the load", f"its engine rejected the load: {refused}")
+    packed = state.packed_for(digest, backend)
+    if packed.size_bytes > state.config.store_bytes:
+        return Misfit(
+            "larger than the host store",
+            f"packed it takes {packed.size_bytes} bytes and the host store holds {state.config.store_bytes}; "
+            "raise store.memory_bytes",
+        )
+    return state.misfit_of(digest, backend)
+
+
+def servers_of(state: State, digest: str) -> list[Backend]:
+    """Return the backends that can serve a version, up or down, in the order they were configured."""
+    return [b for b in state.backends.values() if cannot_serve(state, b, digest) is None]
+
+
+def no_backend_message(state: State, name: str, digest: str) -> str:
+    """Say that no backend can serve an adapter, counting the reasons: "5 max rank 32 < 64, 2 other base"."""
+    counts: dict[str, int] = {}
+    sentence = ""
+    for backend in state.backends.values():
+        unfit = cannot_serve(state, backend, digest)
+        if unfit is not None:
+            counts[unfit.short] = counts.get(unfit.short, 0) + 1
+            sentence = sentence or f" {backend.id}: {unfit.sentence}."
+    total = len(state.backends)
+    if not total:
+        return f"{name}: no backend is configured; start the sidecar with --backend triton://HOST:PORT"
+    reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
+    return f"{name}: 0 of {total} backends can serve it: {reasons}.{sentence}"
+
+
+def resident(backend: Backend, digest: str) -> bool:
+    """Whether the version is believed to be in the engine, so that its id alone is enough."""
+    return digest == BASE or digest in backend.shadow.host
+
+
+def pages_free(state: State, backend: Backend) -> int | None:
+    """Return the pages that versions yet to be opened may take, idle slots counted as free; None without a limit."""
+    limit = page_limit(backend)
+    if limit is None:
+        return None
+    return limit - sum(s.pages for v, s in backend.slots.items() if backend.slot_busy(v, s))
+
+
+def page_limit(backend: Backend) -> int | None:
+    """Return the pages of versions that may be meant to run at once.
+
+    Device pages where they are known, else what has been learned; never more than the host pages: past those the
+    engine fails requests.
+    """
+    device, host = backend.facts.device_pages, backend.facts.host_pages_total
+    if device is None:
+        device = backend.estimate.pages
+    return device if host is None else min(device, host)
+
+
+def why_not_open(state: State, backend: Backend, digest: str, now_ns: int) -> Why | None:
+    """Say what keeps a version from being opened on a backend now, or None."""
+    blocked = _blocked(backend, now_ns)
+    if blocked is not None:
+        return blocked
+    packed = state.packed_for(digest, backend)
+    if not _room_for(state, backend, packed.pages):
+        return Why.SLOTS_BUSY
+    if resident(backend, digest):
+        return None
+    if not state.store.has(packed.key):
+        return Why.FETCHING if state.store.fetching(packed.key) else Why.STORE_FULL
+    return why_not_load(state, backend, state.versions[digest], now_ns)
+
+
+def _room_for(state: State, backend: Backend, pages: int) -> bool:
+    """Whether pages fit beside what is busy. An adapter larger than the limit may run alone."""
+    free = pages_free(state, backend)
+    if free is None or pages <= free:
+        return True
+    return not any(backend.slot_busy(v, s) for v, s in backend.slots.items())
+
+
+def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) -> Why | None:
+    """Say what keeps a version that the store holds from being loaded, slots aside, or None."""
+    if backend.in_flight >= backend.seats(state.config):
+        return Why.SEATS_FULL
+    if now_ns < backend.full_until_ns:
+        return Why.HOST_CACHE_FULL
+    if not version.answered and any(place != backend.id for place in version.loads):
+        return Why.PROBATION
+    if backend.lone_load is not None:
+        return Why.APART
+    if version.suspect and (backend.loads or _shelters_the_lost(state, backend)):
+        return Why.APART
+    return None
+
+
+def _shelters_the_lost(state: State, backend: Backend) -> bool:
+    """Whether tokenless requests run here that lost a backend before: one more loss would end them."""
+    return any(request.losses and not request.first_token for request in (state.requests[i] for i in backend.running))
+
+
+def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) -> Why | None:
+    """Say what keeps a queued request from being dispatched now, or None."""
+    blocked = _blocked(backend, now_ns)
+    if blocked is not None:
+        return blocked
+    if request.version != BASE:
+        slot = backend.slots.get(request.version)
+        if slot is None:
+            return why_not_open(state, backend, request.version, now_ns) or Why.NEXT
+        if slot.load is not None or slot.stale:
+            return Why.LOADING
+    if backend.in_flight >= backend.seats(state.config):
+        return Why.SEATS_FULL
+    capacity = backend.facts.kv_tokens
+    if capacity is not None and backend.running and backend.kv_reserved + request.footprint > capacity:
+        return Why.KV_FULL
+    if backend.lone_load is not None and request.losses:
+        return Why.APART
+    return None
+
+
+def why_waiting(state: State, request: Request, now_ns: int) -> Why:
+    """Say why a queued request is not running."""
+    if request.backend is None:
+        return Why.BACKEND_DOWN
+    backend = state.backends[request.backend]
+    why = why_not_send(state, backend, request, now_ns)
+    if why is not None:
+        return why
+    return Why.GATED if backend.ordering.gated(request.id) else Why.NEXT
+
+
+def _blocked(backend: Backend, now_ns: int) -> Why | None:
+    if backend.phase is Phase.DOWN:
+        return Why.BACKEND_DOWN
+    return Why.BACKING_OFF if now_ns < backend.quiet_until_ns else None
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return the known names that look most like `name`, best first."""
+    return difflib.get_close_matches(name[:200], list(known), n=count, cutoff=0.5)

@@ -1,0 +1,203 @@
+"""The core: `step(event, now_ns) -> effects`.
+
+One task owns it, so there is no lock. It reads no clock and does no I/O, so the same code runs in production, in a
+simulator and in a replay of a journal, to the same effects byte for byte.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from policies.views import Eviction, Ordering, Routing
+from sidecar.core import admission, dispatching, fetching, healing, operators
+from sidecar.core import events as ev
+from sidecar.core.config import CoreConfig
+from sidecar.core.effects import Effect, WakeAt
+from sidecar.core.shadow import CacheShadow, EngineShadow
+from sidecar.core.state import NEVER_NS, Backend, State
+from sidecar.core.store import StoreIndex
+from sidecar.core.turn import Turn
+from sidecar.core.words import Phase
+from sidecar.errors import Reason
+
+
+@dataclass(frozen=True)
+class Policies:
+    """Makers of the three policies that were chosen by name."""
+
+    eviction: Callable[[], Eviction]
+    ordering: Callable[[], Ordering]
+    routing: Callable[[], Routing]
+
+
+class Core:
+    """Decides and remembers."""
+
+    def __init__(self, config: CoreConfig, policies: Policies) -> None:
+        self.policies = policies
+        self.state = State(
+            config=config,
+            store=StoreIndex(config.store_bytes, policies.eviction()),
+            routing=policies.routing(),
+        )
+
+    def step(self, event: ev.Event, now_ns: int) -> list[Effect]:
+        """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
+        turn = Turn(self.state, now_ns)
+        if isinstance(event, ev.BackendAdded):
+            self._backend_added(event)
+        else:
+            HANDLERS[type(event)](turn, event)
+        self._schedule(turn)
+        self._set_wake(turn)
+        return turn.effects
+
+    def _backend_added(self, event: ev.BackendAdded) -> None:
+        self.state.backends[event.backend] = Backend(event.backend, event.facts, self.policies.ordering())
+
+    def _schedule(self, turn: Turn) -> None:
+        """Let fetches and dispatches move until nothing does: each can make room for the other."""
+        while turn.hungry or turn.dirty:
+            if turn.hungry:
+                turn.hungry = False
+                fetching.pump(turn)
+            for backend_id in list(turn.dirty):
+                del turn.dirty[backend_id]
+                backend = self.state.backends[backend_id]
+                if backend.phase is Phase.UP:
+                    dispatching.pump(turn, backend)
+
+    def _set_wake(self, turn: Turn) -> None:
+        timers = self.state.timers
+        while timers and timers[0][1] and timers[0][1] not in self.state.requests:
+            heapq.heappop(timers)
+        wake_ns = timers[0][0] if timers else NEVER_NS
+        if wake_ns != self.state.wake_ns:
+            self.state.wake_ns = wake_ns
+            if wake_ns != NEVER_NS:
+                turn.emit(WakeAt(wake_ns))
+
+
+def _tick(turn: Turn, event: ev.Tick) -> None:
+    """End what has waited too long; wake backends whose pause is over."""
+    state = turn.state
+    state.wake_ns = NEVER_NS
+    while state.timers and state.timers[0][0] <= turn.now_ns:
+        _, request_id = heapq.heappop(state.timers)
+        request = state.requests.get(request_id)
+        if request is None:
+            for backend in state.backends:
+                turn.dirty[backend] = None
+            continue
+        if request.settled:
+            continue
+        name = request.view.name or "base model"
+        if not request.running:
+            waited_s = (turn.now_ns - request.view.arrived_ns) / 1e9
+            turn.drop(
+                request,
+                Reason.EXPIRED,
+                f"{name}: the request waited {waited_s:.1f} s and its deadline or its class's longest wait passed; "
+                '"sidecar queue" says what requests wait for',
+            )
+        elif request.deadline_ns is not None and request.deadline_ns <= turn.now_ns:
+            turn.cancel(
+                request, Reason.DEADLINE_EXCEEDED, f"{name}: the request's deadline passed while it was being answered"
+            )
+
+
+def _client_left(turn: Turn, event: ev.ClientLeft) -> None:
+    request = turn.state.requests.get(event.request)
+    if request is not None and not request.settled:
+        turn.cancel(request, Reason.CANCELLED, "the client cancelled the request or went away")
+
+
+def _client_stalled(turn: Turn, event: ev.ClientStalled) -> None:
+    request = turn.state.requests.get(event.request)
+    if request is not None and not request.settled:
+        turn.cancel(request, Reason.CLIENT_STALLED, "the client took no message for longer than client_stall_s")
+
+
+def _first_token(turn: Turn, event: ev.FirstToken) -> None:
+    request = turn.state.requests.get(event.request)
+    if request is not None and request.attempt == event.attempt and request.running:
+        request.first_token = True
+        request.tokens = max(1, request.tokens)
+
+
+def _run_ended(turn: Turn, event: ev.RunEnded) -> None:
+    request = turn.state.requests.get(event.request)
+    if request is None or request.attempt != event.attempt or not request.running:
+        return
+    request.tokens = event.output_tokens
+    backend = turn.end_run(request, event.output_tokens)
+    healing.run_completed(backend, backend.facts.seats or turn.state.config.seats_default)
+    if not request.settled:
+        turn.settle(request, None)
+    turn.release(request)
+
+
+def _progress(turn: Turn, event: ev.Progress) -> None:
+    backend = turn.state.backends[event.backend]
+    running = {request: tokens for request, tokens in event.tokens.items() if request in backend.running}
+    for request_id, tokens in running.items():
+        turn.state.requests[request_id].tokens += tokens
+    backend.ordering.progressed(running, turn.now_ns)
+
+
+def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
+    """Take an engine that has just been reached, with empty caches as far as is known."""
+    state = turn.state
+    backend = state.backends[event.backend]
+    assert backend.phase is Phase.DOWN, f"{backend.id} is up already"
+    backend.facts = event.facts
+    state.forget_derived(backend=backend.id)
+    backend.phase = Phase.UP
+    healing.reset_beliefs(backend)
+    backend.shadow = EngineShadow(CacheShadow(event.facts.host_pages_total), CacheShadow(event.facts.device_pages))
+    for version in state.versions.values():
+        version.refused_by.pop(backend.id, None)
+    turn.route_the_unrouted()
+    for name in state.names.values():
+        if name.pinned:
+            operators.want_pinned(turn, name.digest, backend)
+
+
+def _backend_measured(turn: Turn, event: ev.BackendMeasured) -> None:
+    backend = turn.state.backends[event.backend]
+    backend.facts = replace(backend.facts, seats=event.seats, kv_tokens=event.kv_tokens)
+    turn.dirty[backend.id] = None
+
+
+def _shutdown_begun(turn: Turn, event: ev.ShutdownBegun) -> None:
+    turn.state.draining = True
+
+
+HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
+    ev.Received: admission.received,
+    ev.ClientLeft: _client_left,
+    ev.ClientStalled: _client_stalled,
+    ev.AdapterRegistered: operators.registered,
+    ev.AdapterUnregistered: operators.unregistered,
+    ev.PinSet: operators.pin_set,
+    ev.EvictAsked: operators.evict_asked,
+    ev.PrefetchAsked: operators.prefetch_asked,
+    ev.ReleaseAsked: operators.release_asked,
+    ev.DrainSet: operators.drain_set,
+    ev.ShutdownBegun: _shutdown_begun,
+    ev.BackendUp: _backend_up,
+    ev.BackendMeasured: _backend_measured,
+    ev.BackendLost: healing.backend_lost,
+    ev.Fetched: fetching.fetched,
+    ev.FetchFailed: fetching.fetch_failed,
+    ev.LoadDone: dispatching.load_done,
+    ev.LoadFailed: healing.load_failed,
+    ev.FirstToken: _first_token,
+    ev.RunEnded: _run_ended,
+    ev.RunFailed: healing.run_failed,
+    ev.Progress: _progress,
+    ev.Tick: _tick,
+}

@@ -1,0 +1,210 @@
+"""Steps 6 and 7: ask the ordering policy until it has nothing more to say; open, load, dispatch."""
+
+from __future__ import annotations
+
+from policies.views import BASE, Close, Open, OpenVersion, Room, Send
+from sidecar.core import asks
+from sidecar.core.effects import Dispatch, Load
+from sidecar.core.events import LoadDone
+from sidecar.core.state import Backend, LoadRun, Request, Slot, State
+from sidecar.core.turn import Turn
+from sidecar.core.words import Cache
+
+
+def pump(turn: Turn, backend: Backend) -> None:
+    """Do what the policy decides for one backend until it decides nothing."""
+    _reload_stale(turn, backend)
+    _warm_up(turn, backend)
+    while backend.queued:
+        decision = backend.ordering.choose(_room(turn, backend), turn.now_ns)
+        if decision is None:
+            return
+        if isinstance(decision, Send):
+            _send(turn, backend, turn.state.requests[decision.request])
+        elif isinstance(decision, Open):
+            _open(turn, backend, decision.version)
+        else:
+            _close(backend, decision)
+
+
+def _reload_stale(turn: Turn, backend: Backend) -> None:
+    state = turn.state
+    for digest, slot in list(backend.slots.items()):
+        if not slot.stale or not state.store.has(state.packed_for(digest, backend).key):
+            continue
+        if asks.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
+            slot.stale = False
+            slot.load = _load(turn, backend, digest)
+
+
+def _warm_up(turn: Turn, backend: Backend) -> None:
+    """Load what an operator asked for, if there is room beside what is busy."""
+    for digest in list(backend.warmups):
+        if digest not in turn.state.versions or digest in backend.slots or asks.resident(backend, digest):
+            del backend.warmups[digest]
+        elif asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None:
+            del backend.warmups[digest]
+            _open(turn, backend, digest)
+
+
+def _room(turn: Turn, backend: Backend) -> Room:
+    state, now_ns = turn.state, turn.now_ns
+    return Room(
+        backend=backend.id,
+        seats_free=backend.seats(state.config) - backend.in_flight,
+        pages_free=asks.pages_free(state, backend),
+        open=[
+            OpenVersion(version, slot.opened_ns, slot.pages, slot.running, slot.load is not None)
+            for version, slot in backend.slots.items()
+        ],
+        can_open=lambda version: (
+            version not in backend.slots and asks.why_not_open(state, backend, version, now_ns) is None
+        ),
+        can_send=lambda request: asks.why_not_send(state, backend, state.requests[request], now_ns) is None,
+    )
+
+
+def _open(turn: Turn, backend: Backend, digest: str) -> None:
+    state = turn.state
+    why = asks.why_not_open(state, backend, digest, turn.now_ns)
+    assert why is None, f"{digest} cannot be opened on {backend.id}: {why}"
+    packed = state.packed_for(digest, backend)
+    _close_idle(state, backend, packed.pages)
+    slot = backend.slots[digest] = Slot(turn.now_ns, packed.pages)
+    if not asks.resident(backend, digest):
+        slot.load = _load(turn, backend, digest)
+
+
+def _close_idle(state: State, backend: Backend, pages: int) -> None:
+    """Close idle slots, longest open first, until the pages fit: another version waits for them."""
+    limit = asks.page_limit(backend)
+    if limit is None:
+        return
+    taken = sum(slot.pages for slot in backend.slots.values())
+    for version, slot in sorted(backend.slots.items(), key=lambda item: (item[1].opened_ns, item[0])):
+        if taken + pages <= limit:
+            return
+        if not backend.slot_busy(version, slot):
+            del backend.slots[version]
+            taken -= slot.pages
+
+
+def _close(backend: Backend, decision: Close) -> None:
+    slot = backend.slots[decision.version]
+    assert not backend.slot_in_use(slot), f"{decision.version} is in use on {backend.id}"
+    del backend.slots[decision.version]
+
+
+def _load(turn: Turn, backend: Backend, digest: str) -> int:
+    state = turn.state
+    packed = state.packed_for(digest, backend)
+    state.load_count += 1
+    load = LoadRun(state.load_count, backend.id, digest, packed.key, turn.now_ns)
+    pinned = state.store.pin(packed.key)
+    assert pinned, f"{packed.key} is not in the store"
+    state.store.used(packed.key, turn.now_ns)
+    state.loads[load.id] = load
+    backend.loads[load.id] = None
+    version = state.versions[digest]
+    version.loads[backend.id] = load.id
+    if version.suspect:
+        backend.lone_load = load.id
+    turn.emit(Load(load.id, backend.id, name_of(state, digest), digest, packed))
+    return load.id
+
+
+def name_of(state: State, digest: str) -> str:
+    """Return a name that stands for a version, for people; the digest's head when none does any more."""
+    names = sorted(name.name for name in state.names.values() if name.digest == digest)
+    return names[0] if names else digest[:12]
+
+
+def load_done(turn: Turn, event: LoadDone) -> None:
+    """The engine has answered one token with the adapter: it is resident, and off probation everywhere."""
+    load = turn.state.loads.get(event.load)
+    if load is None:
+        return
+    backend = end_load(turn, load)
+    version = turn.state.versions[load.digest]
+    version.answered, version.suspect = True, False
+    version.lost_backends.clear()
+    backend.full_until_ns = backend.full_backoff_ns = 0
+    packed = turn.state.packed_for(load.digest, backend)
+    for evicted in backend.shadow.loaded(load.digest, packed.pages, turn.now_ns):
+        turn.hunger(turn.state.packed_for(evicted, backend).key)
+    open_pages = sum(slot.pages for slot in backend.slots.values())
+    backend.estimate.learn(turn.now_ns - load.begun_ns, open_pages, packed.pages, turn.now_ns)
+    for request_id in backend.queued_by_version.get(load.digest, ()):
+        turn.state.requests[request_id].load_ns += turn.now_ns - load.begun_ns
+    for other in turn.state.backends:  # its probation may have held it back anywhere
+        turn.dirty[other] = None
+    turn.forget_version_if_unused(load.digest)
+
+
+def end_load(turn: Turn, load: LoadRun) -> Backend:
+    """Free what a Load held: its seat, its pin, its place in the pool."""
+    state = turn.state
+    del state.loads[load.id]
+    backend = state.backends[load.backend]
+    del backend.loads[load.id]
+    del state.versions[load.digest].loads[backend.id]
+    if backend.lone_load == load.id:
+        backend.lone_load = None
+    slot = backend.slots.get(load.digest)
+    if slot is not None and slot.load == load.id:
+        slot.load = None
+    turn.unpin(load.key)
+    turn.dirty[backend.id] = None
+    return backend
+
+
+def _send(turn: Turn, backend: Backend, request: Request) -> None:
+    state = turn.state
+    why = asks.why_not_send(state, backend, request, turn.now_ns)
+    assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
+    turn.dequeue(request)
+    backend.running[request.id] = None
+    backend.kv_reserved += request.footprint
+    request.running = True
+    request.attempt += 1
+    request.tokens = 0
+    request.first_token = False
+    request.dispatched_ns = turn.now_ns
+    task_id = 0
+    if request.version != BASE:
+        task_id = _use(turn, backend, request)
+    request.cache = _cache(request)
+    turn.emit(
+        Dispatch(
+            request=request.id,
+            attempt=request.attempt,
+            backend=backend.id,
+            name=request.view.name,
+            digest=request.version,
+            ordinal=request.ordinal,
+            task_id=task_id,
+            cache=request.cache,
+            queue_ns=turn.now_ns - request.view.arrived_ns,
+            load_ns=request.load_ns,
+            heals=request.heals,
+        )
+    )
+
+
+def _use(turn: Turn, backend: Backend, request: Request) -> int:
+    packed = turn.state.packed_for(request.version, backend)
+    backend.slots[request.version].running += 1
+    backend.shadow.began(request.version, packed.pages, turn.now_ns)
+    if turn.state.store.pin(packed.key):
+        request.pinned_key = packed.key
+        turn.state.store.used(packed.key, turn.now_ns)
+    return packed.task_id
+
+
+def _cache(request: Request) -> Cache:
+    """Say where the adapter came from: what this request had to wait for."""
+    if request.version == BASE:
+        return Cache.BASE
+    if request.fetch is not None:
+        return request.fetch
+    return Cache.HOST if request.load_ns else Cache.RESIDENT

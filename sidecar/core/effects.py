@@ -1,0 +1,127 @@
+"""What is to be done, in the imperative. Effects carry ids, and their results come back as events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.core.facts import Layout, Packed
+from sidecar.core.words import Cache, Outcome
+from sidecar.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Bring a version's files in and pack them for a layout; answered by Fetched or FetchFailed."""
+
+    key: str
+    digest: str
+    origin: str
+    layout: Layout
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Free a packed blob."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Bring a packed blob into a backend; answered by LoadDone or LoadFailed."""
+
+    load: int
+    backend: str
+    name: str
+    digest: str
+    packed: Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send a request to a backend; answered by FirstToken, RunEnded, RunFailed."""
+
+    request: int
+    attempt: int
+    backend: str
+    name: str
+    digest: str
+    ordinal: int
+    task_id: int
+    cache: Cache
+    queue_ns: int
+    load_ns: int
+    heals: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRun:
+    """Stop a run at its backend; answered by RunEnded or RunFailed."""
+
+    request: int
+    attempt: int
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterRegions:
+    """Register the clients' shared-memory regions with a backend that has forgotten them."""
+
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """End a request, exactly once. `reason` is None when it was answered in full."""
+
+    request: int
+    outcome: Outcome
+    name: str
+    tenant: str
+    klass: str
+    queue_ns: int
+    input_tokens: int
+    output_tokens: int = 0
+    reason: Reason | None = None
+    message: str = ""
+    backend: str = ""
+    version: str = ""
+    retry_after_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heal:
+    """Not an order but a note for observers: a wrong belief or a fault was mended at no client's cost."""
+
+    backend: str
+    reason: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """A note for observers: a version is refused until a person releases it."""
+
+    digest: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The reply to an operator's ask: a sentence for each place it touched."""
+
+    ask: int
+    lines: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Send a Tick at or after this time; replaces any earlier WakeAt."""
+
+    at_ns: int
+
+
+Effect = (
+    Fetch | Drop | Load | Dispatch | CancelRun | RegisterRegions | Settle | Heal | Quarantine | Answer | WakeAt
+)  # fmt: skip

@@ -1,0 +1,202 @@
+"""What has happened, in the past tense. Sizes and ids only: no prompt, token or weight ever enters the core.
+
+Two lanes lead here: what clients and operators asked (bounded, refused at the door) and what engines and the store
+reported (bounded by what is in flight, never refused, taken first).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.core.facts import Adapter, EngineFacts
+from sidecar.core.words import Fault
+from sidecar.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A client's request. `request` is numbered in order of arrival; `adapter` is a reference as the client wrote it."""
+
+    request: int
+    adapter: str
+    tenant: str
+    klass: str
+    input_tokens: int
+    output_tokens_max: int
+    deadline_ns: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLeft:
+    """The client cancelled, or its connection went away."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientStalled:
+    """The client took no message for too long."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRegistered:
+    name: str
+    adapter: Adapter
+    origin: str
+    ordinal: int = 1
+    generation: int = 0
+    allow: tuple[str, ...] | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUnregistered:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PinSet:
+    """An operator pinned or unpinned an adapter."""
+
+    name: str
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAsked:
+    """Drop an adapter from the store now. The reply is an `Answered` effect with this id."""
+
+    ask: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchAsked:
+    """Bring an adapter into the store, and onto these backends if any are named."""
+
+    ask: int
+    name: str
+    backends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseAsked:
+    """An operator lifts a version's quarantine."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainSet:
+    """A backend takes nothing new, or takes requests again."""
+
+    backend: str
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownBegun:
+    """Admit nothing new; finish what is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendAdded:
+    """A backend is configured; it is down until `BackendUp`."""
+
+    backend: str
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class BackendUp:
+    """A backend answers. Nothing is believed of its caches."""
+
+    backend: str
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class BackendMeasured:
+    """The engine's own gauges say how much it takes at once."""
+
+    backend: str
+    seats: int | None
+    kv_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLost:
+    backend: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFailed:
+    key: str
+    reason: Reason
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadDone:
+    load: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    load: int
+    fault: Fault
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    request: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """The engine's final response for a request; also the end of a run that was cancelled."""
+
+    request: int
+    attempt: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFailed:
+    """The engine's error for a request, after `output_tokens` had reached us."""
+
+    request: int
+    attempt: int
+    fault: Fault
+    text: str
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Tokens that running requests of one backend produced since the last such event."""
+
+    backend: str
+    tokens: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed a point that a `WakeAt` effect asked for."""
+
+
+Event = (
+    Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | PinSet | EvictAsked
+    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost | Fetched
+    | FetchFailed | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
+)  # fmt: skip

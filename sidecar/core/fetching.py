@@ -1,0 +1,133 @@
+"""Step 5, ready: bring what the queue needs into the host store, in the order in which it will be needed."""
+
+from __future__ import annotations
+
+import heapq
+
+from sidecar.core.asks import resident
+from sidecar.core.effects import Fetch
+from sidecar.core.events import Fetched, FetchFailed
+from sidecar.core.state import Backend, State
+from sidecar.core.turn import Turn
+from sidecar.core.words import Cache
+from sidecar.errors import Family, Reason
+
+
+def pump(turn: Turn) -> None:
+    """Begin the fetches that fit, first queue position first; then the prefetches that take nothing from anyone.
+
+    The first that does not fit stops the line, so that a large adapter is not passed over for ever.
+    """
+    state = turn.state
+    while state.store.fetches < state.config.fetches_max:
+        head = _hungriest(state)
+        if head is None:
+            _pump_prefetches(turn)
+            return
+        position, key = head
+        request = state.requests[position]
+        assert request.backend is not None
+        if not _begin(turn, key, request.version, state.backends[request.backend], position):
+            return
+        heapq.heappop(state.hungry_heap)
+        state.fetched_for[key] = position
+
+
+def _hungriest(state: State) -> tuple[int, str] | None:
+    """Return the (queue position, key) of the first blob that must be fetched; drop stale heap entries on the way."""
+    heap = state.hungry_heap
+    while heap:
+        position, key = heap[0]
+        first = state.next_position(key)
+        if first is None or key in state.store.entries or not _needed(state, key):
+            heapq.heappop(heap)
+        elif first != position:
+            heapq.heapreplace(heap, (first, key))
+        else:
+            return heap[0]
+    return None
+
+
+def _needed(state: State, key: str) -> bool:
+    """Whether a request waits for this blob at a backend that has not got it."""
+    first = state.wanted[key].head()
+    assert first is not None
+    digest = state.requests[first].version
+    return any(
+        digest in backend.queued_by_version
+        and state.packed_for(digest, backend).key == key
+        and not resident(backend, digest)
+        for backend in state.backends.values()
+    )
+
+
+def _begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | None) -> bool:
+    state = turn.state
+    packed = state.packed_for(digest, backend)
+    victims = state.store.victims_for(packed.size_bytes, turn.now_ns, state.next_position, position)
+    if victims is None:
+        return False
+    for victim in victims:
+        state.store.evictions += 1
+        turn.drop_blob(victim)
+    state.store.reserve(key, digest, packed.size_bytes)
+    version = state.versions[digest]
+    turn.emit(Fetch(key, digest, version.origin, backend.facts.layout, packed.size_bytes))
+    return True
+
+
+def _pump_prefetches(turn: Turn) -> None:
+    state = turn.state
+    for key, (digest, backend) in list(state.prefetches.items()):
+        if key in state.store.entries or digest not in state.versions:
+            del state.prefetches[key]
+        elif state.store.fetches >= state.config.fetches_max:
+            return
+        elif _begin(turn, key, digest, state.backends[backend], None):
+            del state.prefetches[key]
+
+
+def fetched(turn: Turn, event: Fetched) -> None:
+    """A blob is here. Whoever waits for it may go."""
+    state = turn.state
+    entry = state.store.entries[event.key]
+    state.store.arrived(event.key, turn.now_ns)
+    entry.held_by_operator = _operator_holds(state, entry.digest)
+    turn.hungry = True
+    _tell_who_waited(state, event.key)
+    if entry.doomed:
+        turn.drop_blob(event.key)
+        return
+    for backend in state.backends.values():
+        if entry.digest in backend.queued_by_version:
+            turn.dirty[backend.id] = None
+
+
+def _tell_who_waited(state: State, key: str) -> None:
+    begun_for = state.fetched_for.pop(key, None)
+    for request_id in state.wanted.get(key, ()):
+        request = state.requests[request_id]
+        assert request.backend is not None
+        if not resident(state.backends[request.backend], request.version):
+            request.fetch = Cache.FETCHED if request_id == begun_for else Cache.JOINED
+
+
+def _operator_holds(state: State, digest: str) -> bool:
+    return any(name.pinned for name in state.names.values() if name.digest == digest)
+
+
+def fetch_failed(turn: Turn, event: FetchFailed) -> None:
+    """A blob cannot be had: end whoever waits for it with the reason, so that nobody waits in vain."""
+    state = turn.state
+    digest = state.store.entries[event.key].digest
+    state.store.remove(event.key)
+    state.fetched_for.pop(event.key, None)
+    turn.hungry = True
+    for request_id in list(state.wanted.get(event.key, ())):
+        request = state.requests[request_id]
+        assert request.backend is not None
+        if resident(state.backends[request.backend], digest):
+            continue
+        # An adapter's own fault is told as what it means for this request: the adapter cannot be had.
+        reason = event.reason if event.reason.row.family is Family.REFUSED else Reason.ADAPTER_UNAVAILABLE
+        turn.drop(request, reason, f"{request.view.name}: {event.text}")

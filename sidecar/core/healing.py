@@ -1,0 +1,349 @@
+"""Step 9, heal: what each fault of an engine means, and how it is mended without the client noticing.
+
+A fault before the first token is mended; after it nothing is ever retried. The table, fault by fault:
+
+    engine miss          mark absent, load, dispatch again (bounded)
+    cache full           wait for a completion on that backend, load again
+    page claim           mark every idle adapter absent there, load again
+    whole engine         each tokenless request once more; adapters whose Load was in flight are loaded alone
+    unknown region       register the regions, once more
+    engine queue full    back off, lower the limit
+    rejected             the engine's word is final
+    backend lost         route again, two backends at most; a version that two backends died of is quarantined
+"""
+
+from __future__ import annotations
+
+from policies.views import BASE
+from sidecar.core import asks
+from sidecar.core.dispatching import end_load
+from sidecar.core.effects import Quarantine, RegisterRegions
+from sidecar.core.events import BackendLost, LoadFailed, RunFailed
+from sidecar.core.state import Backend, LoadRun, Request, Version
+from sidecar.core.turn import Turn
+from sidecar.core.words import Fault, Phase
+from sidecar.errors import Reason
+
+
+def run_failed(turn: Turn, event: RunFailed) -> None:
+    """The engine answered a request with an error, or its stream broke."""
+    request = turn.state.requests.get(event.request)
+    if request is None or request.attempt != event.attempt or not request.running:
+        return
+    request.tokens = event.output_tokens
+    backend = turn.end_run(request, event.output_tokens)
+    if request.settled:
+        turn.release(request)
+        return
+    if event.output_tokens:
+        _fail(turn, request, Reason.BACKEND_FAILED, _after_tokens(request, backend, event.text))
+    else:
+        _TOKENLESS[event.fault](turn, request, backend, event.text)
+
+
+def _after_tokens(request: Request, backend: Backend, text: str) -> str:
+    return (
+        f"{request.view.name or 'base model'}: {backend.id} failed after {request.tokens} tokens had been sent: {text}; "
+        "an answer that has begun is never repeated, so send the request again if you want a new one"
+    )
+
+
+def _fail(turn: Turn, request: Request, reason: Reason, message: str) -> None:
+    turn.settle(request, reason, message)
+    turn.release(request)
+
+
+def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None:
+    """Queue a tokenless request again, at most `heals_max` times over its life."""
+    request.heals += 1
+    turn.heal(backend, fault.value, request.version)
+    if request.heals > turn.state.config.heals_max:
+        _fail(
+            turn,
+            request,
+            Reason.BACKEND_FAILED,
+            f"{request.view.name or 'base model'}: given up after {request.heals} tries, the last on {backend.id} "
+            f"({fault.value}); the engine's adapter cache may be too small for its load",
+        )
+        return
+    turn.requeue(request)
+
+
+def _miss(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    """The engine has evicted the adapter, or restarted. Its word is the truth."""
+    backend.shadow.forget(request.version)
+    _reload(turn, backend, request.version)
+    _again(turn, request, backend, Fault.MISS)
+
+
+def _reload(turn: Turn, backend: Backend, digest: str) -> None:
+    """Have a version opened anew, or loaded into the slot that others of it still run in."""
+    slot = backend.slots.get(digest)
+    if slot is not None and slot.running:
+        slot.stale = slot.load is None
+    elif slot is not None and slot.load is None:
+        del backend.slots[digest]
+    if digest != BASE:
+        turn.hunger(turn.state.packed_for(digest, backend).key)
+
+
+def _full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    _wait_for_a_completion(turn, backend)
+    _again(turn, request, backend, Fault.FULL)
+
+
+def _wait_for_a_completion(turn: Turn, backend: Backend) -> None:
+    """Load nothing here until something completes, or a growing while has passed: others may use the engine too."""
+    config = turn.state.config
+    backend.full_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.full_backoff_ns))
+    backend.full_until_ns = turn.now_ns + backend.full_backoff_ns
+    turn.state.set_timer(backend.full_until_ns)
+
+
+def _page_claim(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    _forget_idle(turn, backend)
+    _engine_failed(turn, request, backend, Fault.PAGE_CLAIM, text)
+
+
+def _forget_idle(turn: Turn, backend: Backend) -> None:
+    """The engine evicted all it could before it failed: nothing idle is there any more."""
+    backend.shadow.forget_idle()
+    for version, slot in list(backend.slots.items()):
+        if not backend.slot_in_use(slot) and not asks.resident(backend, version):
+            del backend.slots[version]
+    for version in backend.queued_by_version:
+        if version != BASE:
+            turn.hunger(turn.state.packed_for(version, backend).key)
+
+
+def _whole_engine(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    _engine_failed(turn, request, backend, Fault.WHOLE_ENGINE, text)
+
+
+def _engine_failed(turn: Turn, request: Request, backend: Backend, fault: Fault, text: str) -> None:
+    """Send once more what an engine failure hit before its first token."""
+    request.engine_failures += 1
+    if request.engine_failures > 1:
+        _fail(
+            turn,
+            request,
+            Reason.BACKEND_FAILED,
+            f"{request.view.name or 'base model'}: {backend.id} failed twice before the first token: {text}; "
+            "see the engine's log",
+        )
+        return
+    _again(turn, request, backend, fault)
+
+
+def _unknown_region(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    if request.region_heals:
+        _rejected(turn, request, backend, text)
+        return
+    request.region_heals += 1
+    turn.emit(RegisterRegions(backend.id))
+    _again(turn, request, backend, Fault.UNKNOWN_REGION)
+
+
+def _queue_full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    _back_off(turn, backend)
+    turn.heal(backend, Fault.QUEUE_FULL.value, request.version)
+    turn.requeue(request)
+
+
+def _back_off(turn: Turn, backend: Backend) -> None:
+    """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
+    config = turn.state.config
+    backend.seats_learned = max(1, backend.in_flight)
+    backend.seats_credit = 0
+    backend.quiet_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.quiet_backoff_ns))
+    backend.quiet_until_ns = turn.now_ns + backend.quiet_backoff_ns
+    turn.state.set_timer(backend.quiet_until_ns)
+
+
+def run_completed(backend: Backend, seats_declared: int) -> None:
+    """Let the limit that a full queue lowered grow again: one seat for each batch that came through."""
+    backend.quiet_backoff_ns = 0
+    if backend.seats_learned is None:
+        return
+    backend.seats_credit += 1
+    if backend.seats_credit >= backend.seats_learned:
+        backend.seats_learned, backend.seats_credit = backend.seats_learned + 1, 0
+    if backend.seats_learned >= seats_declared:
+        backend.seats_learned = None
+
+
+def _rejected(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    _fail(turn, request, Reason.BACKEND_REJECTED, text)
+
+
+def _lost(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    """The wire of one request broke before its first token."""
+    request.losses.append(backend.id)
+    if len(request.losses) >= turn.state.config.visits_max:
+        _fail(
+            turn,
+            request,
+            Reason.BACKEND_FAILED,
+            f"{request.view.name or 'base model'}: lost {' and then '.join(request.losses)} before the first token: "
+            f"{text}; a request visits at most {turn.state.config.visits_max} backends",
+        )
+        return
+    _again(turn, request, backend, Fault.LOST)
+
+
+_TOKENLESS = {
+    Fault.MISS: _miss,
+    Fault.FULL: _full,
+    Fault.PAGE_CLAIM: _page_claim,
+    Fault.WHOLE_ENGINE: _whole_engine,
+    Fault.UNKNOWN_REGION: _unknown_region,
+    Fault.QUEUE_FULL: _queue_full,
+    Fault.REJECTED: _rejected,
+    Fault.LOST: _lost,
+}
+
+
+# Loads.
+
+
+def load_failed(turn: Turn, event: LoadFailed) -> None:
+    """A Load did not come through. Nobody was dispatched on it, so nothing is lost."""
+    load = turn.state.loads.get(event.load)
+    if load is None:
+        return
+    backend = end_load(turn, load)
+    slot = backend.slots.get(load.digest)
+    if slot is not None and not slot.running:
+        del backend.slots[load.digest]
+    version = turn.state.versions[load.digest]
+    turn.heal(backend, f"load_{event.fault.value}", load.digest)
+    _LOADS.get(event.fault, _load_rejected)(turn, load, version, backend, event.text)
+    turn.forget_version_if_unused(load.digest)
+
+
+def _load_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    _wait_for_a_completion(turn, backend)
+
+
+def _load_page_claim(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    _forget_idle(turn, backend)
+    _wait_for_a_completion(turn, backend)
+
+
+def _load_whole_engine(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    """The engine failed as a whole while this was being loaded: it may be the cause."""
+    _suspect(turn, load.digest, version, backend, text)
+
+
+def _load_queue_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    _back_off(turn, backend)
+
+
+def _load_lost(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    """The Load's own wire broke while the backend stands: try again a little later."""
+    _suspect(turn, load.digest, version, backend, text)
+    _wait_for_a_completion(turn, backend)
+
+
+def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    """The engine refuses these weights for good: whoever waits here goes elsewhere, or ends with its words."""
+    version.refused_by[backend.id] = text
+    for request_id in list(backend.queued_by_version.get(load.digest, ())):
+        request = turn.state.requests[request_id]
+        turn.dequeue(request)
+        request.backend = None
+        if asks.servers_of(turn.state, load.digest):
+            turn.route(request)
+        else:
+            turn.settle(
+                request,
+                Reason.ADAPTER_UNAVAILABLE,
+                f"{request.view.name}: {backend.id} refused to load it: {text}",
+            )
+            turn.release(request)
+
+
+_LOADS = {
+    Fault.FULL: _load_full,
+    Fault.PAGE_CLAIM: _load_page_claim,
+    Fault.WHOLE_ENGINE: _load_whole_engine,
+    Fault.QUEUE_FULL: _load_queue_full,
+    Fault.LOST: _load_lost,
+}
+
+
+def _suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: str) -> None:
+    """Hold a version answerable for a failure during its first loads; two make it quarantined."""
+    if version.answered:
+        return
+    version.suspect = True
+    version.lost_backends.append(backend.id)
+    if len(version.lost_backends) < 2 or version.quarantined:
+        return
+    places = " and ".join(version.lost_backends)
+    version.quarantined = f"its first loads coincided with the loss of {places} (last: {text})"
+    turn.emit(Quarantine(digest, version.quarantined))
+    for request in list(turn.state.requests.values()):
+        if request.version == digest and not request.running and not request.settled:
+            turn.drop(request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
+
+
+def quarantine_message(name: str, version: Version) -> str:
+    return (
+        f"{name} is quarantined: {version.quarantined}; find out why the engine dies of it, then lift it with "
+        f'"sidecar adapters release {name}"'
+    )
+
+
+# Whole backends.
+
+
+def backend_lost(turn: Turn, event: BackendLost) -> None:
+    """A backend is gone with all it held: its runs, its loads, its caches."""
+    backend = turn.state.backends[event.backend]
+    if backend.phase is Phase.DOWN:
+        return
+    backend.phase = Phase.DOWN
+    turn.heal(backend, Fault.LOST.value, BASE)
+    _lose_loads(turn, backend, event.cause)
+    runs = [turn.state.requests[request_id] for request_id in list(backend.running)]
+    for request in runs:
+        turn.end_run(request, request.tokens)
+    reset_beliefs(backend)
+    turn.reroute_queue(backend)
+    for request in runs:
+        _lose_run(turn, request, backend, event.cause)
+
+
+def _lose_loads(turn: Turn, backend: Backend, cause: str) -> None:
+    loads = [turn.state.loads[load_id] for load_id in list(backend.loads)]
+    for load in loads:
+        end_load(turn, load)
+    for load in loads:
+        version = turn.state.versions[load.digest]
+        _suspect(turn, load.digest, version, backend, cause)
+        turn.forget_version_if_unused(load.digest)
+
+
+def _lose_run(turn: Turn, request: Request, backend: Backend, cause: str) -> None:
+    if request.settled:
+        turn.release(request)
+    elif request.first_token:
+        _fail(
+            turn,
+            request,
+            Reason.BACKEND_FAILED,
+            f"{request.view.name or 'base model'}: {backend.id} was lost after the first token: {cause}; "
+            "an answer that has begun is never repeated, so send the request again if you want a new one",
+        )
+    else:
+        _lost(turn, request, backend, cause)
+
+
+def reset_beliefs(backend: Backend) -> None:
+    """Forget all that was believed of an engine that is gone or has started anew."""
+    backend.shadow.clear()
+    backend.slots.clear()
+    backend.lone_load = None
+    backend.full_until_ns = backend.full_backoff_ns = 0
+    backend.quiet_until_ns = backend.quiet_backoff_ns = 0

@@ -1,0 +1,154 @@
+"""What operators ask: register, pin, evict, prefetch, release, drain."""
+
+from __future__ import annotations
+
+from sidecar.core import asks
+from sidecar.core.effects import Answer
+from sidecar.core.events import (
+    AdapterRegistered,
+    AdapterUnregistered,
+    DrainSet,
+    EvictAsked,
+    PinSet,
+    PrefetchAsked,
+    ReleaseAsked,
+)
+from sidecar.core.state import Backend, Name, State, Version
+from sidecar.core.turn import Turn
+
+
+def registered(turn: Turn, event: AdapterRegistered) -> None:
+    """Let a name stand for a version from now on; what is queued or running keeps the one it had."""
+    state = turn.state
+    digest = event.adapter.digest
+    if digest not in state.versions:
+        state.versions[digest] = Version(event.adapter, event.origin, event.generation)
+    state.versions[digest].names += 1
+    before = state.names.get(event.name)
+    state.names[event.name] = Name(event.name, digest, event.ordinal, event.allow, event.pinned)
+    if before is not None:
+        _unname(turn, before)
+    if event.pinned:
+        _hold(turn, digest)
+
+
+def unregistered(turn: Turn, event: AdapterUnregistered) -> None:
+    """Forget a name. What is queued or running is served; its weights go when nobody uses them."""
+    name = turn.state.names.pop(event.name, None)
+    if name is not None:
+        _unname(turn, name)
+
+
+def _unname(turn: Turn, name: Name) -> None:
+    turn.state.versions[name.digest].names -= 1
+    _let_go_unless_held(turn.state, name.digest)
+    turn.forget_version_if_unused(name.digest)
+
+
+def pin_set(turn: Turn, event: PinSet) -> None:
+    """Keep an adapter in the store, fetching it if need be, or let the policy have it again."""
+    name = turn.state.names[event.name]
+    name.pinned = event.pinned
+    if event.pinned:
+        _hold(turn, name.digest)
+    else:
+        _let_go_unless_held(turn.state, name.digest)
+        turn.hungry = True
+
+
+def _hold(turn: Turn, digest: str) -> None:
+    for entry in turn.state.store.entries.values():
+        if entry.digest == digest:
+            entry.held_by_operator = True
+    _want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
+
+
+def _let_go_unless_held(state: State, digest: str) -> None:
+    if any(name.pinned for name in state.names.values() if name.digest == digest):
+        return
+    for entry in state.store.entries.values():
+        if entry.digest == digest:
+            entry.held_by_operator = False
+
+
+def _want(turn: Turn, digest: str, backends: list[Backend]) -> None:
+    for backend in backends:
+        key = turn.state.packed_for(digest, backend).key
+        if key not in turn.state.store.entries:
+            turn.state.prefetches[key] = (digest, backend.id)
+    turn.hungry = True
+
+
+def want_pinned(turn: Turn, digest: str, backend: Backend) -> None:
+    """Have a pinned version in the store in the layout of a backend that has just come up."""
+    if asks.cannot_serve(turn.state, backend, digest) is None:
+        _want(turn, digest, [backend])
+
+
+def evict_asked(turn: Turn, event: EvictAsked) -> None:
+    """Drop an adapter's blobs now, and say per place what could not be done."""
+    state = turn.state
+    digest = state.names[event.name].digest
+    lines = [("host store", _evict_from_store(turn, digest))]
+    for backend in state.backends.values():
+        if asks.resident(backend, digest):
+            lines.append((backend.id, "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"))
+        else:
+            lines.append((backend.id, "not resident"))
+    turn.emit(Answer(event.ask, tuple(lines)))
+
+
+def _evict_from_store(turn: Turn, digest: str) -> str:
+    keys = [key for key, entry in turn.state.store.entries.items() if entry.digest == digest]
+    if not keys:
+        return "not held"
+    kept = 0
+    for key in keys:
+        turn.state.store.entries[key].held_by_operator = False
+        turn.doom_blob(key)
+        kept += key in turn.state.store.entries
+    return "in use: dropped as soon as its users are done" if kept else "dropped"
+
+
+def prefetch_asked(turn: Turn, event: PrefetchAsked) -> None:
+    """Bring an adapter into the store for every layout in use, and into the engines that were named."""
+    state = turn.state
+    digest = state.names[event.name].digest
+    lines = []
+    servers = {backend.id: backend for backend in asks.servers_of(state, digest)}
+    for backend_id in event.backends or tuple(servers):
+        backend = servers.get(backend_id)
+        if backend is None:
+            unfit = asks.cannot_serve(state, state.backends[backend_id], digest)
+            lines.append((backend_id, f"cannot serve it: {unfit.sentence if unfit else ''}"))
+        elif asks.resident(backend, digest):
+            lines.append((backend_id, "resident already"))
+        else:
+            _want(turn, digest, [backend])
+            if event.backends:
+                backend.warmups[digest] = None
+                turn.dirty[backend_id] = None
+            held = state.store.has(state.packed_for(digest, backend).key)
+            lines.append((backend_id, "in the host store already" if held else "fetching"))
+    turn.emit(Answer(event.ask, tuple(lines)))
+
+
+def release_asked(turn: Turn, event: ReleaseAsked) -> None:
+    """Lift a quarantine: the version is on probation again, and no backend's refusal is remembered."""
+    version = turn.state.versions[turn.state.names[event.name].digest]
+    version.quarantined = ""
+    version.suspect = False
+    version.lost_backends.clear()
+    version.refused_by.clear()
+
+
+def drain_set(turn: Turn, event: DrainSet) -> None:
+    """Stop or resume sending to a backend; what waits for it goes elsewhere, what runs there ends there."""
+    backend = turn.state.backends[event.backend]
+    if backend.draining == event.draining:
+        return
+    backend.draining = event.draining
+    if event.draining:
+        turn.reroute_queue(backend)
+    else:
+        turn.route_the_unrouted()

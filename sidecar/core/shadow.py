@@ -1,0 +1,128 @@
+"""What we believe is in an engine's adapter caches, kept by replaying what we made it do.
+
+The engine tells nobody what it evicts, so each backend gets a shadow of its two caches, written from the facts and
+apart from the emulator's model: pages, and eviction by least recent *completion*. A belief is a hint. A miss error
+corrects it, and costs one retry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Belief:
+    """One version in one cache. `since_ns` and `source` say how old the belief is and what it rests on."""
+
+    pages: int
+    since_ns: int
+    source: str
+    running: int = 0
+
+
+@dataclass
+class CacheShadow:
+    """One page cache. `pages_total` None is a cache of unknown size: nothing is ever believed evicted."""
+
+    pages_total: int | None = None
+    held: dict[str, Belief] = field(default_factory=dict)
+    """In order of completion: the first idle one is the next to go."""
+
+    def __contains__(self, version: str) -> bool:
+        return version in self.held
+
+    def put(self, version: str, pages: int, now_ns: int, source: str) -> list[str]:
+        """Believe that `version` came in; return what the engine evicted for it."""
+        if version in self.held:
+            return []
+        evicted = self._make_room(pages)
+        self.held[version] = Belief(pages, now_ns, source)
+        return evicted
+
+    def begin(self, version: str) -> None:
+        """A request of the version runs: it cannot be evicted."""
+        belief = self.held.get(version)
+        if belief is not None:
+            belief.running += 1
+
+    def end(self, version: str) -> None:
+        """A request of the version completed: it is now the most recent of the idle."""
+        belief = self.held.pop(version, None)
+        if belief is not None:
+            belief.running = max(0, belief.running - 1)
+            self.held[version] = belief
+
+    def forget(self, version: str) -> None:
+        self.held.pop(version, None)
+
+    def forget_idle(self) -> list[str]:
+        """Forget all that is not running: the engine wiped what it could."""
+        idle = [version for version, belief in self.held.items() if not belief.running]
+        for version in idle:
+            del self.held[version]
+        return idle
+
+    def clear(self) -> None:
+        self.held.clear()
+
+    @property
+    def pages_held(self) -> int:
+        return sum(belief.pages for belief in self.held.values())
+
+    def _make_room(self, pages: int) -> list[str]:
+        if self.pages_total is None:
+            return []
+        evicted: list[str] = []
+        excess = self.pages_held + pages - self.pages_total
+        for version, belief in list(self.held.items()):
+            if excess <= 0:
+                break
+            if not belief.running:
+                del self.held[version]
+                evicted.append(version)
+                excess -= belief.pages
+        return evicted
+
+
+@dataclass
+class EngineShadow:
+    """The engine's host cache, which decides whether weights must be sent, and its device cache above it."""
+
+    host: CacheShadow = field(default_factory=CacheShadow)
+    device: CacheShadow = field(default_factory=CacheShadow)
+
+    def loaded(self, version: str, pages: int, now_ns: int) -> list[str]:
+        """Believe that a Load came through; return what left the host cache for it."""
+        evicted = self.host.put(version, pages, now_ns, "load")
+        for gone in evicted:
+            self.device.forget(gone)
+        self.device.put(version, pages, now_ns, "load")
+        return evicted
+
+    def began(self, version: str, pages: int, now_ns: int) -> None:
+        if version in self.host:
+            self.device.put(version, pages, now_ns, "answer")
+        self.host.begin(version)
+        self.device.begin(version)
+
+    def ended(self, version: str) -> None:
+        self.host.end(version)
+        self.device.end(version)
+
+    def forget(self, version: str) -> None:
+        self.host.forget(version)
+        self.device.forget(version)
+
+    def forget_idle(self) -> None:
+        self.host.forget_idle()
+        self.device.forget_idle()
+
+    def clear(self) -> None:
+        self.host.clear()
+        self.device.clear()
+
+    def tier(self, version: str) -> str | None:
+        """Return "gpu", "engine_host" or None."""
+        if version in self.device:
+            return "gpu"
+        return "engine_host" if version in self.host else None

@@ -1,0 +1,259 @@
+"""All that the core remembers. Things refer to each other by id, so that a snapshot is a walk over dataclasses."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+from policies.lines import Line
+from policies.views import BASE, Ordering, Routing, Waiting
+from sidecar.core.config import CoreConfig
+from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
+from sidecar.core.shadow import EngineShadow
+from sidecar.core.store import StoreIndex
+from sidecar.core.words import Cache, Phase
+
+NEVER_NS = 1 << 62
+
+
+@dataclass
+class Name:
+    """A name that clients use, and the version it stands for."""
+
+    name: str
+    digest: str
+    ordinal: int = 1
+    allow: tuple[str, ...] | None = None
+    pinned: bool = False
+
+
+@dataclass
+class Version:
+    """One immutable version and what experience says of it."""
+
+    adapter: Adapter
+    origin: str
+    generation: int = 0
+    names: int = 0
+    requests: int = 0
+    answered: bool = False
+    """It has answered somewhere. Until then it is on probation: one Load in the whole pool at a time."""
+    suspect: bool = False
+    """A Load of it was in flight when an engine failed: it is loaded alone."""
+    lost_backends: list[str] = field(default_factory=list)
+    quarantined: str = ""
+    cannot_fetch: str = ""
+    refused_by: dict[str, str] = field(default_factory=dict)
+    """Backends whose engine rejected a Load of it, with the engine's words; forgotten when the backend restarts."""
+    loads: dict[str, int] = field(default_factory=dict)
+    """The Load in flight on each backend."""
+
+
+@dataclass
+class Request:
+    """A request from admission to its end. `attempt` numbers its dispatches; a late result carries an old one."""
+
+    view: Waiting
+    ordinal: int
+    expires_ns: int
+    deadline_ns: int | None
+    backend: str | None = None
+    running: bool = False
+    settled: bool = False
+    """The client has its ending; only the engine's is still awaited."""
+    attempt: int = 0
+    tokens: int = 0
+    first_token: bool = False
+    heals: int = 0
+    engine_failures: int = 0
+    region_heals: int = 0
+    losses: list[str] = field(default_factory=list)
+    pinned_key: str = ""
+    cache: Cache | None = None
+    fetch: Cache | None = None
+    """FETCHED when a fetch was begun for this request, JOINED when it waited for another's."""
+    dispatched_ns: int = 0
+    load_ns: int = 0
+
+    @property
+    def id(self) -> int:
+        return self.view.id
+
+    @property
+    def version(self) -> str:
+        return self.view.version
+
+    @property
+    def footprint(self) -> int:
+        """KV tokens that the request may take."""
+        return self.view.input_tokens + self.view.output_tokens_max
+
+
+@dataclass
+class Slot:
+    """A version that is open on a backend."""
+
+    opened_ns: int
+    pages: int
+    load: int | None = None
+    running: int = 0
+    stale: bool = False
+    """The engine says it has not got the version after all, while others of it still run: load it again."""
+
+
+@dataclass
+class LoadRun:
+    """A Load in flight."""
+
+    id: int
+    backend: str
+    digest: str
+    key: str
+    begun_ns: int
+
+
+@dataclass
+class HealNote:
+    at_ns: int
+    reason: str
+    version: str
+
+
+@dataclass
+class SlotEstimate:
+    """How many pages of an unknown device cache may be open: grown one by one while the engine keeps up.
+
+    A Load makes the engine run one token with the adapter on the device. While there is room that takes about as long
+    as ever; when the device is full of adapters in use it waits for one of them to end.
+    """
+
+    pages: int = 1
+    fastest_ns: int = NEVER_NS
+    hold_until_ns: int = 0
+
+    def learn(self, took_ns: int, open_pages: int, own_pages: int, now_ns: int) -> None:
+        """Take in that a Load of `own_pages` took so long while `open_pages`, its own among them, were open."""
+        self.fastest_ns = min(self.fastest_ns, took_ns)
+        if took_ns > 8 * self.fastest_ns + 50_000_000:
+            self.pages = max(1, min(self.pages, open_pages) - own_pages)
+            self.hold_until_ns = now_ns + 5_000_000_000
+        elif open_pages >= self.pages and now_ns >= self.hold_until_ns:
+            self.pages = open_pages + own_pages
+
+
+@dataclass
+class Backend:
+    """One engine endpoint: its facts, its queue and what is believed of its caches."""
+
+    id: str
+    facts: EngineFacts
+    ordering: Ordering = field(metadata={"policy": True})
+    phase: Phase = Phase.DOWN
+    draining: bool = False
+    running: dict[int, None] = field(default_factory=dict)
+    kv_reserved: int = 0
+    queued: dict[int, None] = field(default_factory=dict)
+    queued_by_version: dict[str, Line] = field(default_factory=dict)
+    slots: dict[str, Slot] = field(default_factory=dict)
+    shadow: EngineShadow = field(default_factory=EngineShadow)
+    estimate: SlotEstimate = field(default_factory=SlotEstimate)
+    loads: dict[int, None] = field(default_factory=dict)
+    lone_load: int | None = None
+    """A suspect's Load in flight: nothing else is loaded, and nobody who was lost before is sent, beside it."""
+    full_until_ns: int = 0
+    """The engine's host cache was full: no Load before this time or the next completion."""
+    full_backoff_ns: int = 0
+    seats_learned: int | None = None
+    seats_credit: int = 0
+    quiet_until_ns: int = 0
+    quiet_backoff_ns: int = 0
+    warmups: dict[str, None] = field(default_factory=dict)
+    """Versions an operator wants loaded here."""
+    heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
+
+    def seats(self, config: CoreConfig) -> int:
+        """Requests that may be in flight: the engine's batch and a little more, or less once its queue was full."""
+        declared = self.facts.seats or config.seats_default
+        allowed = declared + int(declared * config.seat_slack)
+        return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.running) + len(self.loads)
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.phase is Phase.UP and not self.draining
+
+    def slot_busy(self, version: str, slot: Slot) -> bool:
+        """Whether a slot is needed: an idle one is closed when another version waits."""
+        return slot.running > 0 or slot.load is not None or bool(self.queued_by_version.get(version))
+
+    def slot_in_use(self, slot: Slot) -> bool:
+        return slot.running > 0 or slot.load is not None
+
+
+@dataclass
+class State:
+    """Everything. `packed` and `fits` are derived, so they are left out of snapshots and built anew."""
+
+    config: CoreConfig
+    store: StoreIndex
+    routing: Routing = field(metadata={"policy": True})
+    names: dict[str, Name] = field(default_factory=dict)
+    versions: dict[str, Version] = field(default_factory=dict)
+    backends: dict[str, Backend] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)
+    unrouted: dict[int, None] = field(default_factory=dict)
+    loads: dict[int, LoadRun] = field(default_factory=dict)
+    load_count: int = 0
+    draining: bool = False
+    queued: int = 0
+    queued_tokens: int = 0
+    tenant_queued: dict[str, int] = field(default_factory=dict)
+    timers: list[tuple[int, int]] = field(default_factory=list)
+    """A heap of (time, request); request 0 only wakes the scheduler."""
+    wake_ns: int = NEVER_NS
+    wanted: dict[str, Line] = field(default_factory=dict)
+    """For each packed key that queued requests need and the backend has not: who waits for it."""
+    hungry_heap: list[tuple[int, str]] = field(default_factory=list)
+    """Keys that may have to be fetched, by queue position; stale entries go when they reach the top."""
+    fetched_for: dict[str, int] = field(default_factory=dict)
+    """The request that each fetch under way was begun for; others joined it."""
+    prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Packed keys an operator wants here: key → (digest, backend whose layout it is)."""
+    packed: dict[tuple[str, str], Packed] = field(default_factory=dict, metadata={"derived": True})
+    fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
+
+    def packed_for(self, version: str, backend: Backend) -> Packed:
+        """Return the packed form of a version that this backend takes."""
+        if version == BASE:
+            return BASE_PACKED
+        known = self.packed.get((version, backend.id))
+        if known is None:
+            held = self.versions[version]
+            known = packed_for(held.adapter, backend.facts, held.generation)
+            self.packed[version, backend.id] = known
+        return known
+
+    def forget_derived(self, digest: str = "", backend: str = "") -> None:
+        """Forget what was derived for a version that is gone, or for a backend whose facts have changed."""
+        for pair in [pair for pair in self.packed if pair[0] == digest or pair[1] == backend]:
+            del self.packed[pair]
+        for pair in [pair for pair in self.fits if pair[0] == digest or pair[1] == backend]:
+            del self.fits[pair]
+
+    def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
+        """Say why an engine cannot serve a version, from the facts alone."""
+        pair = (version, backend.id)
+        if pair not in self.fits:
+            self.fits[pair] = misfit(self.versions[version].adapter, backend.facts)
+        return self.fits[pair]
+
+    def next_position(self, key: str) -> int | None:
+        line = self.wanted.get(key)
+        return None if line is None else line.head()
+
+    def set_timer(self, at_ns: int, request: int = 0) -> None:
+        heapq.heappush(self.timers, (at_ns, request))

@@ -1,0 +1,277 @@
+"""One step in the making: the state, the time, the effects so far, and the acts that every part of the core shares."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from policies.lines import Line
+from policies.views import BASE, Candidate
+from sidecar.core import asks
+from sidecar.core.effects import CancelRun, Drop, Effect, Heal, Settle
+from sidecar.core.state import Backend, HealNote, Request, State
+from sidecar.core.words import Outcome
+from sidecar.errors import Family, Reason
+
+
+@dataclass
+class Turn:
+    """What one `step` works on. `dirty` names the backends whose queue may now be able to move."""
+
+    state: State
+    now_ns: int
+    effects: list[Effect] = field(default_factory=list)
+    dirty: dict[str, None] = field(default_factory=dict)
+    hungry: bool = False
+    """Something was fetched, freed or asked for: look at the fetches again."""
+
+    def emit(self, effect: Effect) -> None:
+        self.effects.append(effect)
+
+    def heal(self, backend: Backend, reason: str, version: str) -> None:
+        backend.heals.append(HealNote(self.now_ns, reason, version))
+        self.emit(Heal(backend.id, reason, version))
+
+    # Routing and the queue.
+
+    def route(self, request: Request) -> None:
+        """Put a request into the queue of a backend, or aside while no backend that can serve it is up."""
+        candidates = [
+            self._candidate(backend, request.version)
+            for backend in asks.servers_of(self.state, request.version)
+            if backend.takes_requests
+        ]
+        if len(candidates) > 1 and request.losses:
+            others = [candidate for candidate in candidates if candidate.backend not in request.losses]
+            candidates = others or candidates
+        if not candidates:
+            self._set_aside(request)
+            return
+        choice = self.state.routing.pick(request.view, candidates, self.now_ns)
+        self.enqueue(request, self.state.backends[choice.backend])
+
+    def _candidate(self, backend: Backend, version: str) -> Candidate:
+        slot = backend.slots.get(version)
+        coming = slot is not None and slot.load is not None
+        return Candidate(
+            backend=backend.id,
+            resident=asks.resident(backend, version) or coming,
+            awaited=bool(backend.queued_by_version.get(version)),
+            running=backend.in_flight,
+            queued=len(backend.queued),
+            seats=backend.seats(self.state.config),
+        )
+
+    def _set_aside(self, request: Request) -> None:
+        """Keep a request that no backend can take at the moment."""
+        request.backend = None
+        self.state.unrouted[request.id] = None
+        self._count_waiting(request, 1)
+
+    def _count_waiting(self, request: Request, change: int) -> None:
+        state, tenant = self.state, request.view.tenant
+        state.queued += change
+        state.queued_tokens += change * request.footprint
+        waiting = state.tenant_queued.get(tenant, 0) + change
+        if waiting:
+            state.tenant_queued[tenant] = waiting
+        else:
+            del state.tenant_queued[tenant]
+
+    def enqueue(self, request: Request, backend: Backend) -> None:
+        self._count_waiting(request, 1)
+        request.backend = backend.id
+        backend.queued[request.id] = None
+        backend.queued_by_version.setdefault(request.version, Line()).add(request.id)
+        backend.ordering.queued(request.view, self.now_ns)
+        if request.version != BASE:
+            key = self.state.packed_for(request.version, backend).key
+            self.state.wanted.setdefault(key, Line()).add(request.id)
+            if not self.state.store.has(key):
+                self.hunger(key)
+        self.dirty[backend.id] = None
+
+    def dequeue(self, request: Request) -> None:
+        """Take a queued request out of wherever it waits."""
+        self._count_waiting(request, -1)
+        if request.backend is None:
+            del self.state.unrouted[request.id]
+            return
+        backend = self.state.backends[request.backend]
+        del backend.queued[request.id]
+        line = backend.queued_by_version[request.version]
+        line.discard(request.id)
+        if not line:
+            del backend.queued_by_version[request.version]
+        backend.ordering.left(request.id, self.now_ns)
+        if request.version != BASE:
+            self._no_longer_wants(request, self.state.packed_for(request.version, backend).key)
+        self.dirty[backend.id] = None
+
+    def _no_longer_wants(self, request: Request, key: str) -> None:
+        line = self.state.wanted[key]
+        line.discard(request.id)
+        if not line:
+            del self.state.wanted[key]
+        self.hungry = True
+
+    def hunger(self, key: str) -> None:
+        """Note that a waiting request needs a blob that the store has not."""
+        position = self.state.next_position(key)
+        if position is not None:
+            heapq.heappush(self.state.hungry_heap, (position, key))
+            self.hungry = True
+
+    def reroute_queue(self, backend: Backend) -> None:
+        """Move all that waits at a backend to wherever it can be served now."""
+        for request_id in list(backend.queued):
+            request = self.state.requests[request_id]
+            self.dequeue(request)
+            request.backend = None
+            self.route_or_refuse(request)
+
+    def route_or_refuse(self, request: Request) -> None:
+        """Route a request, or end it when no configured backend can serve it any more."""
+        if asks.servers_of(self.state, request.version):
+            self.route(request)
+            return
+        self._set_aside(request)
+        self.drop(
+            request,
+            Reason.NO_BACKEND,
+            asks.no_backend_message(self.state, request.view.name or "base model", request.version),
+        )
+
+    def route_the_unrouted(self) -> None:
+        for request_id in sorted(self.state.unrouted):
+            request = self.state.requests[request_id]
+            self.dequeue(request)
+            self.route(request)
+
+    # Endings.
+
+    def drop(self, request: Request, reason: Reason, message: str, retry_after_ns: int | None = None) -> None:
+        """End a request that waits in the queue."""
+        self.dequeue(request)
+        self.settle(request, reason, message, retry_after_ns=retry_after_ns)
+        self.release(request)
+
+    def settle(
+        self, request: Request, reason: Reason | None, message: str = "", retry_after_ns: int | None = None
+    ) -> None:
+        """Give the client its one ending."""
+        assert not request.settled, f"request {request.id} was settled already"
+        request.settled = True
+        dispatched = request.dispatched_ns or self.now_ns
+        self.emit(
+            Settle(
+                request=request.id,
+                outcome=outcome_of(reason),
+                name=request.view.name,
+                tenant=request.view.tenant,
+                klass=request.view.klass,
+                queue_ns=dispatched - request.view.arrived_ns,
+                input_tokens=request.view.input_tokens,
+                output_tokens=request.tokens,
+                reason=reason,
+                message=message,
+                backend=request.backend or "",
+                version=request.version,
+                retry_after_ns=retry_after_ns,
+            )
+        )
+
+    def release(self, request: Request) -> None:
+        """Forget a request that has ended here and at its engine."""
+        del self.state.requests[request.id]
+        if request.version != BASE:
+            self.state.versions[request.version].requests -= 1
+            self.forget_version_if_unused(request.version)
+
+    # Runs.
+
+    def end_run(self, request: Request, output_tokens: int) -> Backend:
+        """Free the seat, the KV and the pins of a run. The request itself is still to be settled or queued again."""
+        assert request.backend is not None
+        backend = self.state.backends[request.backend]
+        del backend.running[request.id]
+        backend.kv_reserved -= request.footprint
+        request.running = False
+        backend.ordering.ended(request.view, output_tokens, self.now_ns)
+        if request.version != BASE:
+            slot = backend.slots[request.version]
+            slot.running -= 1
+            backend.shadow.ended(request.version)
+            self.unpin(request.pinned_key)
+            request.pinned_key = ""
+        backend.full_until_ns = 0  # what it held may be evicted now
+        self.dirty[backend.id] = None
+        return backend
+
+    def requeue(self, request: Request) -> None:
+        """Queue a request that ran without a token again, under its old place in the order."""
+        request.backend = None
+        request.cache = None
+        request.first_token = False
+        request.dispatched_ns = 0
+        self.route_or_refuse(request)
+
+    def cancel(self, request: Request, reason: Reason, message: str) -> None:
+        """End a request wherever it is. A run keeps its seat until the engine confirms."""
+        if not request.running:
+            self.drop(request, reason, message)
+            return
+        assert request.backend is not None
+        self.settle(request, reason, message)
+        self.emit(CancelRun(request.id, request.attempt, request.backend))
+
+    # The store.
+
+    def unpin(self, key: str) -> None:
+        """Give back a pin; "" is the pin of a run that began on a belief alone and had nothing to pin."""
+        if not key:
+            return
+        self.state.store.unpin(key)
+        self.hungry = True
+        entry = self.state.store.entries[key]
+        if entry.doomed and not entry.pins:
+            self.drop_blob(key)
+
+    def drop_blob(self, key: str) -> None:
+        """Free a blob that nothing uses; if somebody waits for it, it is to be fetched again."""
+        self.state.store.remove(key)
+        self.emit(Drop(key))
+        self.hunger(key)
+        self.hungry = True
+
+    def doom_blob(self, key: str) -> None:
+        """Free a blob as soon as its users are done."""
+        entry = self.state.store.entries.get(key)
+        if entry is None:
+            return
+        if entry.ready and not entry.pins:
+            self.drop_blob(key)
+        else:
+            entry.doomed = True
+
+    def forget_version_if_unused(self, digest: str) -> None:
+        """Forget a version that no name stands for and no request uses, with its blobs."""
+        version = self.state.versions[digest]
+        if version.names or version.requests or version.loads:
+            return
+        for key, entry in list(self.state.store.entries.items()):
+            if entry.digest == digest:
+                self.doom_blob(key)
+        self.state.forget_derived(digest=digest)
+        del self.state.versions[digest]
+
+
+def outcome_of(reason: Reason | None) -> Outcome:
+    """Return the label under which an ending is counted."""
+    if reason is None:
+        return Outcome.OK
+    if reason is Reason.EXPIRED:
+        return Outcome.EXPIRED
+    if reason is Reason.CANCELLED:
+        return Outcome.CANCELLED
+    return Outcome.REFUSED if reason.row.family is Family.REFUSED else Outcome.FAILED

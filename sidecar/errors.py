@@ -1,0 +1,158 @@
+"""Every way a request, an adapter or a command can end badly, in one table.
+
+    SidecarError
+    ├── Refused   never dispatched: safe to send elsewhere or again
+    ├── Dropped   expired or cancelled while it waited in the queue
+    ├── Failed    dispatched, so it may have run
+    ├── Invalid   an adapter that cannot be served as it is
+    └── Misused   a command, a configuration or a machine that is not as it must be
+
+The first question is always "may it have run?"; the family answers it. A `Reason` names the cause for machines;
+the table maps it to its family, its gRPC code, whether sending it again can help, and so to every front's form.
+Messages are for people: they name the thing, the reason and the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Family(Enum):
+    """Who is to blame and whether the request may have run."""
+
+    REFUSED = "refused"
+    DROPPED = "dropped"
+    FAILED = "failed"
+    INVALID = "invalid"
+    MISUSED = "misused"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: the family, the gRPC status code's name, and whether a retry can help."""
+
+    family: Family
+    code: str
+    retryable: bool = False
+
+
+class Reason(Enum):
+    """The closed set of causes; `value` is what `google.rpc.ErrorInfo.reason` carries."""
+
+    # Refused: never dispatched.
+    QUEUE_FULL = "QUEUE_FULL"
+    DRAINING = "DRAINING"
+    DEADLINE_UNMEETABLE = "DEADLINE_UNMEETABLE"
+    NO_BACKEND = "NO_BACKEND"
+    ADAPTER_UNAVAILABLE = "ADAPTER_UNAVAILABLE"
+    UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
+    NOT_ALLOWED = "NOT_ALLOWED"
+    QUARANTINED = "QUARANTINED"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    # Dropped: left the queue without being dispatched.
+    EXPIRED = "EXPIRED"
+    CANCELLED = "CANCELLED"
+    # Failed: dispatched, may have run.
+    BACKEND_FAILED = "BACKEND_FAILED"
+    BACKEND_REJECTED = "BACKEND_REJECTED"
+    CLIENT_STALLED = "CLIENT_STALLED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    # Invalid: the adapter itself.
+    ADAPTER_MALFORMED = "ADAPTER_MALFORMED"
+    ADAPTER_UNSUPPORTED = "ADAPTER_UNSUPPORTED"
+    ADAPTER_MISMATCH = "ADAPTER_MISMATCH"
+    ADAPTER_TOO_LARGE = "ADAPTER_TOO_LARGE"
+    ORIGIN_NOT_ALLOWED = "ORIGIN_NOT_ALLOWED"
+    ORIGIN_UNREADABLE = "ORIGIN_UNREADABLE"
+    NAME_TAKEN = "NAME_TAKEN"
+    INVALID_NAME = "INVALID_NAME"
+    # Misused: the command, the configuration, the machine.
+    CONFIG_INVALID = "CONFIG_INVALID"
+    DATA_DIRECTORY_IN_USE = "DATA_DIRECTORY_IN_USE"
+    PORT_IN_USE = "PORT_IN_USE"
+    BACKEND_UNREACHABLE = "BACKEND_UNREACHABLE"
+    UNKNOWN_BACKEND = "UNKNOWN_BACKEND"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+
+    @property
+    def row(self) -> Row:
+        return TABLE[self]
+
+
+TABLE: dict[Reason, Row] = {
+    Reason.QUEUE_FULL: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
+    Reason.DRAINING: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
+    Reason.DEADLINE_UNMEETABLE: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
+    Reason.NO_BACKEND: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
+    Reason.ADAPTER_UNAVAILABLE: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
+    Reason.UNKNOWN_ADAPTER: Row(Family.REFUSED, "NOT_FOUND"),
+    Reason.NOT_ALLOWED: Row(Family.REFUSED, "PERMISSION_DENIED"),
+    Reason.QUARANTINED: Row(Family.REFUSED, "FAILED_PRECONDITION"),
+    Reason.INVALID_REQUEST: Row(Family.REFUSED, "INVALID_ARGUMENT"),
+    Reason.EXPIRED: Row(Family.DROPPED, "DEADLINE_EXCEEDED"),
+    Reason.CANCELLED: Row(Family.DROPPED, "CANCELLED"),
+    Reason.BACKEND_FAILED: Row(Family.FAILED, "UNAVAILABLE"),
+    Reason.BACKEND_REJECTED: Row(Family.FAILED, "INTERNAL"),
+    Reason.CLIENT_STALLED: Row(Family.FAILED, "CANCELLED"),
+    Reason.DEADLINE_EXCEEDED: Row(Family.FAILED, "DEADLINE_EXCEEDED"),
+    Reason.ADAPTER_MALFORMED: Row(Family.INVALID, "INVALID_ARGUMENT"),
+    Reason.ADAPTER_UNSUPPORTED: Row(Family.INVALID, "FAILED_PRECONDITION"),
+    Reason.ADAPTER_MISMATCH: Row(Family.INVALID, "FAILED_PRECONDITION"),
+    Reason.ADAPTER_TOO_LARGE: Row(Family.INVALID, "FAILED_PRECONDITION"),
+    Reason.ORIGIN_NOT_ALLOWED: Row(Family.INVALID, "PERMISSION_DENIED"),
+    Reason.ORIGIN_UNREADABLE: Row(Family.INVALID, "NOT_FOUND"),
+    Reason.NAME_TAKEN: Row(Family.INVALID, "ALREADY_EXISTS"),
+    Reason.INVALID_NAME: Row(Family.INVALID, "INVALID_ARGUMENT"),
+    Reason.CONFIG_INVALID: Row(Family.MISUSED, "INVALID_ARGUMENT"),
+    Reason.DATA_DIRECTORY_IN_USE: Row(Family.MISUSED, "FAILED_PRECONDITION"),
+    Reason.PORT_IN_USE: Row(Family.MISUSED, "FAILED_PRECONDITION"),
+    Reason.BACKEND_UNREACHABLE: Row(Family.MISUSED, "UNAVAILABLE"),
+    Reason.UNKNOWN_BACKEND: Row(Family.MISUSED, "NOT_FOUND"),
+    Reason.UNAUTHENTICATED: Row(Family.MISUSED, "UNAUTHENTICATED"),
+}
+
+
+class SidecarError(Exception):
+    """An ending with a reason for machines and a message for people.
+
+    `details` go into ErrorInfo's metadata (adapter, version, backend); `retry_after_s` into RetryInfo.
+    """
+
+    family: Family
+
+    def __init__(self, reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> None:
+        super().__init__(message)
+        assert reason.row.family is self.family, f"{reason} is not one of {type(self).__name__}"
+        self.reason = reason
+        self.message = message
+        self.details = details
+        self.retry_after_s = retry_after_s
+
+
+class Refused(SidecarError):
+    family = Family.REFUSED
+
+
+class Dropped(SidecarError):
+    family = Family.DROPPED
+
+
+class Failed(SidecarError):
+    family = Family.FAILED
+
+
+class Invalid(SidecarError):
+    family = Family.INVALID
+
+
+class Misused(SidecarError):
+    family = Family.MISUSED
+
+
+_CLASSES = {cls.family: cls for cls in (Refused, Dropped, Failed, Invalid, Misused)}
+
+
+def error_for(reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> SidecarError:
+    """Return the error of the reason's own family."""
+    return _CLASSES[reason.row.family](reason, message, retry_after_s=retry_after_s, **details)

@@ -1,0 +1,57 @@
+"""Turn the name of a policy or backend kind into its class: ours, a plug-in's, or `package.module:Class`.
+
+Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for example `eviction.mine`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from policies.registry import POLICIES
+from sidecar.core.config import CoreConfig
+from sidecar.core.core import Policies
+from sidecar.errors import Misused, Reason
+
+GROUP = "lora_sidecar.plugins"
+
+
+def known(kind: str) -> dict[str, str]:
+    """Return every name of a kind and the class it stands for, plug-ins included."""
+    named = dict(POLICIES.get(kind, {}))
+    for point in entry_points(group=GROUP):
+        point_kind, _, name = point.name.partition(".")
+        if point_kind == kind and name:
+            named.setdefault(name, point.value)
+    return named
+
+
+def resolve(kind: str, name: str) -> type[Any]:
+    """Return the class that `name` stands for. Raises Misused with the known names, or with what failed to import."""
+    target = name if ":" in name else known(kind).get(name)
+    if target is None:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f'no {kind} policy is called "{name}"; there are {", ".join(sorted(known(kind)))}, '
+            "or name a class as package.module:Class",
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Misused(
+            Reason.CONFIG_INVALID, f'the {kind} "{name}" cannot be loaded from "{target}": {error}'
+        ) from error
+    if not isinstance(found, type):
+        raise Misused(Reason.CONFIG_INVALID, f'the {kind} "{name}": "{target}" is not a class')
+    return found
+
+
+def policies_of(config: CoreConfig) -> Policies:
+    """Return the makers of the policies that a configuration names."""
+    return Policies(
+        eviction=resolve("eviction", config.eviction),
+        ordering=resolve("ordering", config.ordering),
+        routing=resolve("routing", config.routing),
+    )
