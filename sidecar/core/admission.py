@@ -7,8 +7,8 @@ from sidecar.core import asks
 from sidecar.core.config import ClassLimit
 from sidecar.core.effects import Settle
 from sidecar.core.events import Received
-from sidecar.core.healing import quarantine_message
 from sidecar.core.state import Name, Request, State
+from sidecar.core.suspects import quarantine_message
 from sidecar.core.turn import Turn, outcome_of
 from sidecar.errors import Reason, Refused
 
@@ -67,7 +67,7 @@ def _resolve(state: State, event: Received) -> Name | None:
     text, _, selector = event.adapter.partition("@")
     name = state.names.get(text)
     if name is None:
-        raise Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text), adapter=text[:80])
+        raise unknown_adapter(state, text)
     if selector and not _selects(name, selector):
         raise Refused(
             Reason.UNKNOWN_ADAPTER,
@@ -81,6 +81,11 @@ def _selects(name: Name, selector: str) -> bool:
     if selector == f"v{name.ordinal}":
         return True
     return len(selector) >= 8 and name.digest.startswith(selector)
+
+
+def unknown_adapter(state: State, text: str) -> Refused:
+    """Return the error for a name that nobody registered, with the nearest ones that somebody did."""
+    return Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text), adapter=text[:80])
 
 
 def _unknown(state: State, text: str) -> str:

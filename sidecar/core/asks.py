@@ -102,6 +102,9 @@ def _room_for(state: State, backend: Backend, pages: int) -> bool:
 
 def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) -> Why | None:
     """Say what keeps a version that the store holds from being loaded, slots aside, or None."""
+    blocked = _blocked(backend, now_ns)
+    if blocked is not None:
+        return blocked
     if backend.in_flight >= backend.seats(state.config):
         return Why.SEATS_FULL
     if now_ns < backend.full_until_ns:

@@ -17,17 +17,16 @@ from typing import Any
 
 from policies import views
 from policies.lines import Line
-from sidecar import errors
 from sidecar.core import config, effects, events, facts, shadow, state, store, words
 from sidecar.core.core import Core, Policies
 
 
 def _classes() -> dict[str, type]:
     found: dict[str, type] = {}
-    for module in (views, config, effects, events, facts, shadow, state, store, words, errors):
+    for module in (views, config, effects, events, facts, shadow, state, store, words):
         for name, value in vars(module).items():
             if isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum)):
-                found[name] = value
+                assert found.setdefault(name, value) is value, f"two classes of the core are called {name}"
     return found
 
 
@@ -79,10 +78,10 @@ def decode(value: Any) -> Any:
     tag = value["!"]
     if tag in _DECODERS:
         return _DECODERS[tag](value)
-    cls = CLASSES[tag]
+    cls: Any = CLASSES[tag]
     if issubclass(cls, Enum):
         return cls[value["="]]
-    known = {name: is_policy for name, is_policy in _fields(cls)}
+    known = dict(_fields(cls))
     return cls(**{name: value[name] if is_policy else decode(value[name]) for name, is_policy in known.items()})
 
 

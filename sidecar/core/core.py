@@ -51,6 +51,7 @@ class Core:
             self._backend_added(event)
         else:
             HANDLERS[type(event)](turn, event)
+        _end_what_is_due(turn)
         self._schedule(turn)
         self._set_wake(turn)
         return turn.effects
@@ -72,6 +73,9 @@ class Core:
 
     def _set_wake(self, turn: Turn) -> None:
         timers = self.state.timers
+        if len(timers) > 4 * len(self.state.requests) + 64:
+            timers[:] = [timer for timer in timers if not timer[1] or timer[1] in self.state.requests]
+            heapq.heapify(timers)
         while timers and timers[0][1] and timers[0][1] not in self.state.requests:
             heapq.heappop(timers)
         wake_ns = timers[0][0] if timers else NEVER_NS
@@ -82,9 +86,15 @@ class Core:
 
 
 def _tick(turn: Turn, event: ev.Tick) -> None:
-    """End what has waited too long; wake backends whose pause is over."""
+    turn.state.wake_ns = NEVER_NS
+
+
+def _end_what_is_due(turn: Turn) -> None:
+    """End what has waited too long; wake backends whose pause is over.
+
+    Every step does so, not only a Tick: a Tick that comes late must not let an expired request be dispatched.
+    """
     state = turn.state
-    state.wake_ns = NEVER_NS
     while state.timers and state.timers[0][0] <= turn.now_ns:
         _, request_id = heapq.heappop(state.timers)
         request = state.requests.get(request_id)
@@ -126,6 +136,8 @@ def _first_token(turn: Turn, event: ev.FirstToken) -> None:
     if request is not None and request.attempt == event.attempt and request.running:
         request.first_token = True
         request.tokens = max(1, request.tokens)
+        if request.losses and request.backend is not None:
+            turn.dirty[request.backend] = None  # a suspect's Load may have waited for this token
 
 
 def _run_ended(turn: Turn, event: ev.RunEnded) -> None:
@@ -161,6 +173,7 @@ def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
     for version in state.versions.values():
         version.refused_by.pop(backend.id, None)
     turn.route_the_unrouted()
+    turn.dirty[backend.id] = None
     for name in state.names.values():
         if name.pinned:
             operators.want_pinned(turn, name.digest, backend)

@@ -30,7 +30,9 @@ def pump(turn: Turn, backend: Backend) -> None:
 def _reload_stale(turn: Turn, backend: Backend) -> None:
     state = turn.state
     for digest, slot in list(backend.slots.items()):
-        if not slot.stale or not state.store.has(state.packed_for(digest, backend).key):
+        if not slot.stale or digest not in backend.queued_by_version:
+            continue
+        if not state.store.has(state.packed_for(digest, backend).key):
             continue
         if asks.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
             slot.stale = False
@@ -130,15 +132,23 @@ def load_done(turn: Turn, event: LoadDone) -> None:
     version.lost_backends.clear()
     backend.full_until_ns = backend.full_backoff_ns = 0
     packed = turn.state.packed_for(load.digest, backend)
-    for evicted in backend.shadow.loaded(load.digest, packed.pages, turn.now_ns):
-        turn.hunger(turn.state.packed_for(evicted, backend).key)
+    slot = backend.slots.get(load.digest)
+    for evicted in backend.shadow.loaded(load.digest, packed.pages, turn.now_ns, slot.running if slot else 0):
+        _left_the_engine(turn, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
     backend.estimate.learn(turn.now_ns - load.begun_ns, open_pages, packed.pages, turn.now_ns)
     for request_id in backend.queued_by_version.get(load.digest, ()):
         turn.state.requests[request_id].load_ns += turn.now_ns - load.begun_ns
-    for other in turn.state.backends:  # its probation may have held it back anywhere
-        turn.dirty[other] = None
     turn.forget_version_if_unused(load.digest)
+
+
+def _left_the_engine(turn: Turn, backend: Backend, digest: str) -> None:
+    """The engine evicted a version for another's Load. If it was open and waited for a seat, it is opened anew."""
+    slot = backend.slots.get(digest)
+    if slot is not None and not backend.slot_in_use(slot):
+        del backend.slots[digest]
+    if digest in turn.state.versions:
+        turn.hunger(turn.state.packed_for(digest, backend).key)
 
 
 def end_load(turn: Turn, load: LoadRun) -> Backend:
@@ -154,7 +164,8 @@ def end_load(turn: Turn, load: LoadRun) -> Backend:
     if slot is not None and slot.load == load.id:
         slot.load = None
     turn.unpin(load.key)
-    turn.dirty[backend.id] = None
+    for other in state.backends:  # its probation may have held it back anywhere
+        turn.dirty[other] = None
     return backend
 
 

@@ -15,7 +15,7 @@ from sidecar.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A client's request. `request` is numbered in order of arrival; `adapter` is a reference as the client wrote it."""
+    """A client's request. `request` is numbered in order of arrival; `adapter` is as the client wrote it."""
 
     request: int
     adapter: str
@@ -197,6 +197,6 @@ class Tick:
 
 Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | PinSet | EvictAsked
-    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost | Fetched
-    | FetchFailed | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
+    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost
+    | Fetched | FetchFailed | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

@@ -95,7 +95,8 @@ class PageShape:
 
 def page_shape(facts: EngineFacts) -> PageShape:
     """Return the page geometry (`getPageManagerConfig` of peftCacheManager.cpp)."""
-    assert facts.modules and facts.layers
+    assert facts.modules
+    assert facts.layers
     dims = [_local_dim(name, io, facts.tp) for name, io in sorted(facts.modules.items())]
     width = min(dims)
     optimal = min(facts.optimal_rank, facts.rank_max or facts.optimal_rank)

@@ -99,7 +99,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
         turn.drop_blob(event.key)
         return
     for backend in state.backends.values():
-        if entry.digest in backend.queued_by_version:
+        if entry.digest in backend.queued_by_version or entry.digest in backend.warmups:
             turn.dirty[backend.id] = None
 
 

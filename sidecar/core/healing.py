@@ -17,9 +17,10 @@ from __future__ import annotations
 from policies.views import BASE
 from sidecar.core import asks
 from sidecar.core.dispatching import end_load
-from sidecar.core.effects import Quarantine, RegisterRegions
+from sidecar.core.effects import RegisterRegions
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.state import Backend, LoadRun, Request, Version
+from sidecar.core.suspects import suspect
 from sidecar.core.turn import Turn
 from sidecar.core.words import Fault, Phase
 from sidecar.errors import Reason
@@ -30,12 +31,14 @@ def run_failed(turn: Turn, event: RunFailed) -> None:
     request = turn.state.requests.get(event.request)
     if request is None or request.attempt != event.attempt or not request.running:
         return
-    request.tokens = event.output_tokens
-    backend = turn.end_run(request, event.output_tokens)
+    request.tokens = max(event.output_tokens, int(request.first_token))
+    backend = turn.end_run(request, request.tokens)
     if request.settled:
+        if event.fault is Fault.MISS:
+            _forget(turn, backend, request.version)
         turn.release(request)
         return
-    if event.output_tokens:
+    if request.tokens:
         _fail(turn, request, Reason.BACKEND_FAILED, _after_tokens(request, backend, event.text))
     else:
         _TOKENLESS[event.fault](turn, request, backend, event.text)
@@ -43,7 +46,8 @@ def run_failed(turn: Turn, event: RunFailed) -> None:
 
 def _after_tokens(request: Request, backend: Backend, text: str) -> str:
     return (
-        f"{request.view.name or 'base model'}: {backend.id} failed after {request.tokens} tokens had been sent: {text}; "
+        f"{request.view.name or 'base model'}: {backend.id} failed after {request.tokens} tokens had been sent: "
+        f"{text}; "
         "an answer that has begun is never repeated, so send the request again if you want a new one"
     )
 
@@ -71,9 +75,13 @@ def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None
 
 def _miss(turn: Turn, request: Request, backend: Backend, text: str) -> None:
     """The engine has evicted the adapter, or restarted. Its word is the truth."""
-    backend.shadow.forget(request.version)
-    _reload(turn, backend, request.version)
+    _forget(turn, backend, request.version)
     _again(turn, request, backend, Fault.MISS)
+
+
+def _forget(turn: Turn, backend: Backend, digest: str) -> None:
+    backend.shadow.forget(digest)
+    _reload(turn, backend, digest)
 
 
 def _reload(turn: Turn, backend: Backend, digest: str) -> None:
@@ -88,6 +96,8 @@ def _reload(turn: Turn, backend: Backend, digest: str) -> None:
 
 
 def _full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    """The engine could not take the adapter in, so it has not got it."""
+    _forget(turn, backend, request.version)
     _wait_for_a_completion(turn, backend)
     _again(turn, request, backend, Fault.FULL)
 
@@ -152,9 +162,14 @@ def _queue_full(turn: Turn, request: Request, backend: Backend, text: str) -> No
 
 def _back_off(turn: Turn, backend: Backend) -> None:
     """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
-    config = turn.state.config
     backend.seats_learned = max(1, backend.in_flight)
     backend.seats_credit = 0
+    _pause(turn, backend)
+
+
+def _pause(turn: Turn, backend: Backend) -> None:
+    """Send nothing to a backend for a growing while."""
+    config = turn.state.config
     backend.quiet_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.quiet_backoff_ns))
     backend.quiet_until_ns = turn.now_ns + backend.quiet_backoff_ns
     turn.state.set_timer(backend.quiet_until_ns)
@@ -177,7 +192,12 @@ def _rejected(turn: Turn, request: Request, backend: Backend, text: str) -> None
 
 
 def _lost(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    """The wire of one request broke before its first token."""
+    """The wire of one request broke before its first token, or its backend is gone.
+
+    A broken wire is often the first sign of a dead engine: a pause keeps the second visit from being spent on it.
+    """
+    if backend.phase is Phase.UP:
+        _pause(turn, backend)
     request.losses.append(backend.id)
     if len(request.losses) >= turn.state.config.visits_max:
         _fail(
@@ -212,9 +232,7 @@ def load_failed(turn: Turn, event: LoadFailed) -> None:
     if load is None:
         return
     backend = end_load(turn, load)
-    slot = backend.slots.get(load.digest)
-    if slot is not None and not slot.running:
-        del backend.slots[load.digest]
+    _reload(turn, backend, load.digest)
     version = turn.state.versions[load.digest]
     turn.heal(backend, f"load_{event.fault.value}", load.digest)
     _LOADS.get(event.fault, _load_rejected)(turn, load, version, backend, event.text)
@@ -232,7 +250,8 @@ def _load_page_claim(turn: Turn, load: LoadRun, version: Version, backend: Backe
 
 def _load_whole_engine(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The engine failed as a whole while this was being loaded: it may be the cause."""
-    _suspect(turn, load.digest, version, backend, text)
+    suspect(turn, load.digest, version, backend, text)
+    _wait_for_a_completion(turn, backend)
 
 
 def _load_queue_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
@@ -241,8 +260,8 @@ def _load_queue_full(turn: Turn, load: LoadRun, version: Version, backend: Backe
 
 def _load_lost(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The Load's own wire broke while the backend stands: try again a little later."""
-    _suspect(turn, load.digest, version, backend, text)
-    _wait_for_a_completion(turn, backend)
+    suspect(turn, load.digest, version, backend, text)
+    _pause(turn, backend)
 
 
 def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
@@ -272,29 +291,6 @@ _LOADS = {
 }
 
 
-def _suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: str) -> None:
-    """Hold a version answerable for a failure during its first loads; two make it quarantined."""
-    if version.answered:
-        return
-    version.suspect = True
-    version.lost_backends.append(backend.id)
-    if len(version.lost_backends) < 2 or version.quarantined:
-        return
-    places = " and ".join(version.lost_backends)
-    version.quarantined = f"its first loads coincided with the loss of {places} (last: {text})"
-    turn.emit(Quarantine(digest, version.quarantined))
-    for request in list(turn.state.requests.values()):
-        if request.version == digest and not request.running and not request.settled:
-            turn.drop(request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
-
-
-def quarantine_message(name: str, version: Version) -> str:
-    return (
-        f"{name} is quarantined: {version.quarantined}; find out why the engine dies of it, then lift it with "
-        f'"sidecar adapters release {name}"'
-    )
-
-
 # Whole backends.
 
 
@@ -321,7 +317,7 @@ def _lose_loads(turn: Turn, backend: Backend, cause: str) -> None:
         end_load(turn, load)
     for load in loads:
         version = turn.state.versions[load.digest]
-        _suspect(turn, load.digest, version, backend, cause)
+        suspect(turn, load.digest, version, backend, cause)
         turn.forget_version_if_unused(load.digest)
 
 

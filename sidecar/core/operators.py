@@ -150,5 +150,4 @@ def drain_set(turn: Turn, event: DrainSet) -> None:
     backend.draining = event.draining
     if event.draining:
         turn.reroute_queue(backend)
-    else:
-        turn.route_the_unrouted()
+    turn.route_the_unrouted()

@@ -31,12 +31,12 @@ class CacheShadow:
     def __contains__(self, version: str) -> bool:
         return version in self.held
 
-    def put(self, version: str, pages: int, now_ns: int, source: str) -> list[str]:
-        """Believe that `version` came in; return what the engine evicted for it."""
+    def put(self, version: str, pages: int, now_ns: int, source: str, running: int = 0) -> list[str]:
+        """Believe that `version` came in, `running` requests of it under way; return what the engine evicted for it."""
         if version in self.held:
             return []
         evicted = self._make_room(pages)
-        self.held[version] = Belief(pages, now_ns, source)
+        self.held[version] = Belief(pages, now_ns, source, running)
         return evicted
 
     def begin(self, version: str) -> None:
@@ -91,12 +91,15 @@ class EngineShadow:
     host: CacheShadow = field(default_factory=CacheShadow)
     device: CacheShadow = field(default_factory=CacheShadow)
 
-    def loaded(self, version: str, pages: int, now_ns: int) -> list[str]:
-        """Believe that a Load came through; return what left the host cache for it."""
-        evicted = self.host.put(version, pages, now_ns, "load")
+    def loaded(self, version: str, pages: int, now_ns: int, running: int = 0) -> list[str]:
+        """Believe that a Load came through; return what left the host cache for it.
+
+        `running` requests of it are under way when it was loaded again after a miss that hit only some of them.
+        """
+        evicted = self.host.put(version, pages, now_ns, "load", running)
         for gone in evicted:
             self.device.forget(gone)
-        self.device.put(version, pages, now_ns, "load")
+        self.device.put(version, pages, now_ns, "load", running)
         return evicted
 
     def began(self, version: str, pages: int, now_ns: int) -> None:

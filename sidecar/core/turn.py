@@ -146,7 +146,7 @@ class Turn:
         for request_id in sorted(self.state.unrouted):
             request = self.state.requests[request_id]
             self.dequeue(request)
-            self.route(request)
+            self.route_or_refuse(request)
 
     # Endings.
 
@@ -214,7 +214,18 @@ class Turn:
         request.cache = None
         request.first_token = False
         request.dispatched_ns = 0
+        self._wait_anew(request)
         self.route_or_refuse(request)
+
+    def _wait_anew(self, request: Request) -> None:
+        """Bound the wait of a request whose first bound passed while it ran."""
+        if request.expires_ns > self.now_ns:
+            return
+        limit = self.state.config.classes[request.view.klass]
+        request.expires_ns = self.now_ns + limit.queue_wait_ns_max
+        if request.deadline_ns is not None:
+            request.expires_ns = min(request.expires_ns, request.deadline_ns)
+        self.state.set_timer(request.expires_ns, request.id)
 
     def cancel(self, request: Request, reason: Reason, message: str) -> None:
         """End a request wherever it is. A run keeps its seat until the engine confirms."""
@@ -256,8 +267,8 @@ class Turn:
 
     def forget_version_if_unused(self, digest: str) -> None:
         """Forget a version that no name stands for and no request uses, with its blobs."""
-        version = self.state.versions[digest]
-        if version.names or version.requests or version.loads:
+        version = self.state.versions.get(digest)
+        if version is None or version.names or version.requests or version.loads:
             return
         for key, entry in list(self.state.store.entries.items()):
             if entry.digest == digest:

@@ -1,0 +1,208 @@
+"""adapter_config.json: the few fields that change what an adapter does; what we cannot honour is refused.
+
+Every field is either known to change nothing in the saved weights' meaning, or used, or refused when it is
+set. A field that nobody here has heard of is refused too unless it is empty: it may change the weights'
+meaning, and an adapter that is served slightly wrong is worse than one that is not served.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.adapters.names import shown
+from sidecar.adapters.patterns import Pattern
+from sidecar.adapters.refusal import malformed, unsupported
+from sidecar.adapters.strict_json import parse_object
+
+FILE_NAME = "adapter_config.json"
+CONFIG_BYTES_MAX = 1 << 20
+
+_CHANGES_NOTHING = frozenset(
+    {
+        "auto_mapping", "base_model_class", "corda_config", "ensure_weight_tying", "eva_config",
+        "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
+        "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+        "runtime_config", "target_modules", "task_type",
+    }
+)  # fmt: skip
+"""How the adapter was trained, or where: the saved A and B already are the result."""
+
+_USED = frozenset(
+    {
+        "alpha_pattern", "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha",
+        "peft_type", "r", "rank_pattern", "use_rslora",
+    }
+)  # fmt: skip
+
+_REFUSED_WHEN_SET = {
+    "use_dora": "DoRA needs the base model's weights to be applied; merge the adapter or train with use_dora=false",
+    "modules_to_save": "fully trained modules cannot be carried by packed LoRA rows; train without modules_to_save",
+    "lora_bias": "a bias cannot be carried by packed LoRA rows; train with lora_bias=false",
+    "fan_in_fan_out": "weights stored the other way round (Conv1D) are not supported; use a model with Linear layers",
+    "layer_replication": "a model with replicated layers is not the engine's model; train without layer_replication",
+    "alora_invocation_tokens": "an activated LoRA acts on a part of the prompt only, which engines cannot do",
+    "use_qalora": "QA-LoRA pools its input, which engines cannot do; train with use_qalora=false",
+    "use_bdlora": "block-diagonal LoRA is not supported; train with use_bdlora=false",
+    "megatron_config": "Megatron's parallel layers are not supported; save the adapter for plain Linear layers",
+    "target_parameters": "LoRA on bare parameters (experts) is not supported; use target_modules",
+    "trainable_token_indices": "trained token embeddings cannot be carried by packed LoRA rows; train without",
+    "arrow_config": "a router of adapters (Arrow) is not supported; serve its experts by name",
+}
+
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
+"""They choose where training starts and leave the base model alone; the others (PiSSA, OLoRA, CorDA, LoftQ,
+LoRA-GA) subtract the start from the base model's weights, so the saved A and B are not the difference to
+it."""
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What of adapter_config.json decides the adapter's effect."""
+
+    base_model: str
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
+
+    def rank_of(self, path: str) -> int:
+        """Return the rank that the config gives a module, by its name in the base model."""
+        found = self.rank_pattern.value_for(path)
+        return self.rank if found is None else int(found)
+
+    def scale_of(self, path: str, rank: int) -> float:
+        """Return what B is multiplied by: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
+        found = self.alpha_pattern.value_for(path)
+        return (self.alpha if found is None else found) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that change the weights' effect, in one spelling, for the digest."""
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": self.rank_pattern.entries,
+            "alpha_pattern": self.alpha_pattern.entries,
+        }
+
+
+def parse_config(data: bytes, adapter: str) -> PeftConfig:
+    """Parse and check adapter_config.json; raises Invalid with the field's name and the way out."""
+    try:
+        fields = parse_object(data)
+    except ValueError as error:
+        raise malformed(adapter, f"{FILE_NAME}: {error}; save the adapter again") from error
+    _check_type(fields, adapter)
+    _check_supported(fields, adapter)
+    return PeftConfig(
+        base_model=_base_model(fields, adapter),
+        rank=_rank(fields, adapter),
+        alpha=_number(fields, "lora_alpha", adapter),
+        use_rslora=_flag(fields, "use_rslora", adapter),
+        rank_pattern=_pattern(fields, "rank_pattern", adapter),
+        alpha_pattern=_pattern(fields, "alpha_pattern", adapter),
+    )
+
+
+def _check_type(fields: Mapping[str, Any], adapter: str) -> None:
+    peft_type = _required(fields, "peft_type", adapter)
+    if peft_type != "LORA":
+        raise unsupported(adapter, f"{FILE_NAME}: peft_type is {_value(peft_type)}, only 'LORA' can be served")
+
+
+def _check_supported(fields: Mapping[str, Any], adapter: str) -> None:
+    for name, why in _REFUSED_WHEN_SET.items():
+        if _is_set(fields.get(name)):
+            raise unsupported(adapter, f"{FILE_NAME}: {name} is set; {why}")
+    if (bias := fields.get("bias", "none")) != "none":
+        raise unsupported(
+            adapter,
+            f"{FILE_NAME}: bias is {_value(bias)}; packed LoRA rows cannot carry it, train with bias='none'",
+        )
+    _check_initialisation(fields.get("init_lora_weights", True), adapter)
+    for name in sorted(fields):
+        known = name in _USED or name in _CHANGES_NOTHING or name in _REFUSED_WHEN_SET
+        if not known and _is_set(fields[name]):
+            raise unsupported(
+                adapter,
+                f"{FILE_NAME}: the field {shown(name)} is not known and may change what the adapter does; "
+                "remove it if it does not",
+            )
+
+
+def _check_initialisation(initialisation: Any, adapter: str) -> None:
+    if isinstance(initialisation, bool) or initialisation is None or initialisation in _PLAIN_INITIALISATIONS:
+        return
+    raise unsupported(
+        adapter,
+        f"{FILE_NAME}: init_lora_weights is {_value(initialisation)}, so A and B are relative to a "
+        "changed base model; save it with path_initial_model_for_weight_conversion to make it a plain LoRA",
+    )
+
+
+def _base_model(fields: Mapping[str, Any], adapter: str) -> str:
+    name = _required(fields, "base_model_name_or_path", adapter)
+    if not isinstance(name, str) or not name.strip() or len(name) > 1024 or not name.isprintable():
+        raise malformed(adapter, f"{FILE_NAME}: base_model_name_or_path is {_value(name)}; name the base model")
+    return name
+
+
+def _rank(fields: Mapping[str, Any], adapter: str) -> int:
+    rank = _required(fields, "r", adapter)
+    if type(rank) is not int or not 1 <= rank <= 65_536:
+        raise malformed(adapter, f"{FILE_NAME}: r is {_value(rank)}; it is a whole number from 1")
+    return rank
+
+
+def _number(fields: Mapping[str, Any], name: str, adapter: str) -> float:
+    value = _required(fields, name, adapter)
+    if not _is_number(value):
+        raise malformed(adapter, f"{FILE_NAME}: {name} is {_value(value)}; it is a number")
+    return float(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str, adapter: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise malformed(adapter, f"{FILE_NAME}: {name} is {_value(value)}; it is true or false")
+    return bool(value)
+
+
+def _pattern(fields: Mapping[str, Any], name: str, adapter: str) -> Pattern:
+    entries = fields.get(name) or {}
+    is_good = _is_rank if name == "rank_pattern" else _is_number
+    if not isinstance(entries, dict) or not all(map(is_good, entries.values())):
+        raise malformed(adapter, f"{FILE_NAME}: {name} is not an object of numbers")
+    try:
+        return Pattern({key: float(value) for key, value in entries.items()})
+    except ValueError as error:
+        raise malformed(adapter, f"{FILE_NAME}: {name}: {error}") from error
+
+
+def _required(fields: Mapping[str, Any], name: str, adapter: str) -> Any:
+    if fields.get(name) is None:
+        raise malformed(adapter, f"{FILE_NAME}: the field {name} is missing; save the adapter with save_pretrained")
+    return fields[name]
+
+
+def _is_number(value: Any) -> bool:
+    """Zero is allowed: PEFT serves such an adapter as the base model. Beyond 1e30 a float32 scale has no
+    room.
+    """
+    return type(value) in (int, float) and (value == 0 or 1e-30 <= abs(value) <= 1e30)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 65_536
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ([], {}, "")
+
+
+def _value(value: Any) -> str:
+    return shown(value if isinstance(value, str) else repr(value)[:200])

@@ -1,0 +1,36 @@
+"""JSON from strangers: no duplicate keys, no NaN, bounded depth, and every failure is one ValueError."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from sidecar.adapters.names import shown
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse UTF-8 bytes that hold one JSON object; raises ValueError with a reason fit for a message."""
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 (byte {error.start})") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON ({error.msg} at character {error.pos})") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {shown(key)} occurs twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,0 +1,1 @@
+"""Act on engines: run requests, load adapters, watch that they live."""

@@ -1,0 +1,170 @@
+"""What the shell asks of every kind of backend, and what passes between a backend, a front and the shell.
+
+A front makes a `Ticket` with the request's bytes; the core decides; the backend that is told to run it delivers
+`Reply` after `Reply` into the ticket, and posts what the core must know. Tokens never enter the core.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sidecar.core.effects import Dispatch, Load, Settle
+from sidecar.core.events import Event
+
+UNDELIVERED_MAX = 256
+"""Messages that may wait in a ticket for their client; past that the backend is not read from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A request in the engine's own form, without id and adapter: those are appended as bytes at dispatch.
+
+    `head` is a serialized `ModelInferRequest`. `raw` says that its tensors travel in `raw_input_contents`, so that an
+    appended input must too.
+    """
+
+    model: str
+    head: bytes
+    raw: bool
+    unary: bool
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One response of the engine. `raw` is what came over the wire, `message` the same, parsed."""
+
+    raw: bytes
+    message: Any
+    final: bool
+
+
+class Ticket:
+    """One request between its front, the shell and its backend. All three live on one event loop."""
+
+    __slots__ = (
+        "_reader",
+        "_room",
+        "blocked_since_ns",
+        "client_id",
+        "dispatch",
+        "payload",
+        "rejected_with",
+        "replies",
+        "request",
+        "settled",
+    )
+
+    def __init__(self, request: int, payload: Payload, client_id: str = "") -> None:
+        self.request = request
+        self.payload = payload
+        self.client_id = client_id
+        self.dispatch: Dispatch | None = None
+        self.settled: Settle | None = None
+        self.replies: deque[Reply] = deque()
+        self.blocked_since_ns: int | None = None
+        """Since when the front has been waiting for its client to take a message."""
+        self.rejected_with: Any = None
+        """The gRPC status code of an engine's unary error, so that it reaches the client unchanged."""
+        self._reader: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+
+    def deliver(self, reply: Reply) -> None:
+        """Hand a reply to the front."""
+        self.replies.append(reply)
+        self._wake()
+
+    def settle(self, effect: Settle) -> None:
+        self.settled = effect
+        self._wake()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.replies) < UNDELIVERED_MAX
+
+    async def room(self) -> None:
+        """Wait until the client has taken enough for another reply."""
+        while not self.has_room and self.settled is None:
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+
+    async def next(self) -> Reply | Settle:
+        """Return the next reply; the ending once all replies are taken."""
+        while True:
+            if self.replies:
+                reply = self.replies.popleft()
+                if self._room is not None and len(self.replies) < UNDELIVERED_MAX // 2:
+                    self._open_room()
+                return reply
+            if self.settled is not None:
+                self._open_room()
+                return self.settled
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+        if self.settled is not None:
+            self._open_room()
+
+    def _open_room(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+
+
+class Weights(Protocol):
+    """A packed blob as a Load needs it: leased for as long as the Load is under way."""
+
+    @property
+    def path(self) -> str:
+        """A path under which another process of this machine can map the blob."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and width of `[N, W]`."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def config(self) -> bytes:
+        """The int32 rows of `lora_config`, `[N, 3]`, as bytes."""
+
+    def release(self) -> None: ...
+
+
+class Backend(Protocol):
+    """One engine endpoint. Every method returns at once; what comes of it is posted as an event."""
+
+    id: str
+    address: str
+
+    async def start(self, post: Callable[[Event], None]) -> None:
+        """Begin to watch the engine; `BackendUp` is posted when it answers."""
+
+    async def stop(self) -> None:
+        """Cancel what runs and close."""
+
+    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+        """Send a request; posts FirstToken, RunEnded, RunFailed."""
+
+    def cancel(self, request: int, attempt: int) -> None:
+        """Stop a run; its end is posted as usual."""
+
+    def load(self, effect: Load, weights: Weights) -> None:
+        """Load a packed adapter; posts LoadDone, LoadFailed."""
+
+    def register_regions(self) -> None:
+        """Register the clients' shared-memory regions anew; runs that follow wait for it."""
+
+    def detail(self) -> str:
+        """Say in a few words what the operator should know: how it was found, or why it is down."""

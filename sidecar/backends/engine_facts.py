@@ -1,0 +1,110 @@
+"""What an engine is: from its own `config.json`, from the configuration, from Triton's ModelConfig.
+
+Sources are merged in that order; two that contradict each other are refused at start with both values. What no source
+says stays unknown, and the checks that need it are off.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2
+
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused, Reason
+
+TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "float32"}
+
+
+def from_engine_config(path: Path) -> EngineFacts:
+    """Read TensorRT-LLM's engine `config.json`. Raises Misused with what is missing or malformed."""
+    try:
+        record = json.loads(path.read_text())
+        return _from_record(record)
+    except OSError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"engine config {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f"engine config {path} is not TensorRT-LLM's config.json: {type(error).__name__} {error}",
+        ) from error
+
+
+def _from_record(record: Mapping[str, Any]) -> EngineFacts:
+    model, build = record["pretrained_config"], record["build_config"]
+    lora = build.get("lora_config") or {}
+    tp = int(model.get("mapping", {}).get("tp_size", 1))
+    dims = module_dims(model)
+    targets = lora.get("lora_target_modules") or []
+    return EngineFacts(
+        dtype=model["dtype"],
+        tp=tp,
+        rank_max=lora.get("max_lora_rank"),
+        modules={name: dims[name] for name in targets if name in dims} or None,
+        layers=int(model["num_hidden_layers"]),
+        seats=build.get("max_batch_size"),
+        input_tokens_max=build.get("max_input_len"),
+        sequence_tokens_max=build.get("max_seq_len"),
+    )
+
+
+def module_dims(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of every module of a decoder by TensorRT-LLM's name, before tensor parallelism."""
+    hidden, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
+    head = model.get("head_size") or hidden // heads
+    kv_heads = model.get("num_key_value_heads") or heads
+    query, key = heads * head, kv_heads * head
+    return {
+        "attn_qkv": (hidden, query + 2 * key),
+        "attn_q": (hidden, query),
+        "attn_k": (hidden, key),
+        "attn_v": (hidden, key),
+        "attn_dense": (query, hidden),
+        "mlp_h_to_4h": (hidden, ffn),
+        "mlp_4h_to_h": (ffn, hidden),
+        "mlp_gate": (hidden, ffn),
+        "mlp_gate_up": (hidden, 2 * ffn),
+    }
+
+
+def from_model_config(config: Any) -> EngineFacts:
+    """Read what Triton's ModelConfig of the core model says: the weights' dtype and the `lora_cache_*` parameters."""
+    parameters = {name: value.string_value for name, value in config.parameters.items()}
+    dtype = None
+    for tensor in config.input:
+        if tensor.name == "lora_weights":
+            dtype = TRITON_DTYPES.get(model_config_pb2.DataType.Name(tensor.data_type))
+    return EngineFacts(
+        dtype=dtype,
+        optimal_rank=_number(parameters, "lora_cache_optimal_adapter_size") or 8,
+        cached_rank_max=_number(parameters, "lora_cache_max_adapter_size") or 64,
+        host_bytes=_number(parameters, "lora_cache_host_memory_bytes") or 1 << 30,
+    )
+
+
+def _number(parameters: Mapping[str, str], name: str) -> int | None:
+    """Return an integer parameter; None when it is absent or a template that was never filled in."""
+    text = parameters.get(name, "").strip()
+    return int(text) if text.isdigit() else None
+
+
+def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFacts:
+    """Fill what is not declared with what was found. Raises Misused when the dtypes contradict each other."""
+    if declared.dtype and found.dtype and declared.dtype != found.dtype:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f"{backend}: the engine is declared as {declared.dtype} and its model takes lora_weights as {found.dtype}; "
+            "with the wrong one it answers as the base model in silence, so set backends[].engine.dtype or the model's "
+            "config.pbtxt right",
+        )
+    blank = EngineFacts()
+    filled = {
+        f.name: getattr(found, f.name)
+        for f in fields(EngineFacts)
+        if getattr(declared, f.name) == getattr(blank, f.name)
+    }
+    return replace(declared, **filled)

@@ -1,0 +1,142 @@
+"""The loader process: it maps packed weights and sends them, so that the serving process never touches them.
+
+Sending 300 MB by gRPC holds a Python process's event loop for the better part of a second, building the message for
+two. So loads are sent from a process of their own. It reads one JSON order a line from standard input and writes one
+JSON result a line to standard output; both ends are ours, and it ends with its parent.
+
+    python -m sidecar.backends.loader
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import os
+import struct
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from sidecar.backends import wire
+
+DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
+LOADS_AT_ONCE = 8
+
+
+class Loader:
+    """Carries out orders on a few threads. Channels are kept by address; a failed one reconnects by itself."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.Channel] = {}
+        self._calls: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(LOADS_AT_ONCE)
+
+    def serve(self) -> None:
+        """Read orders until the parent closes the pipe, then leave at once."""
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "cancel" in order:
+                self._cancel(order["cancel"])
+            else:
+                self._threads.submit(self._carry_out, order)
+        os._exit(0)
+
+    def _cancel(self, load: int) -> None:
+        with self._lock:
+            call = self._calls.get(load)
+        if call is not None:
+            call.cancel()
+
+    def _carry_out(self, order: dict[str, Any]) -> None:
+        try:
+            error = self._send(order)
+            result = {"load": order["load"], "error": error, "lost": False}
+        except grpc.RpcError as failure:
+            code, text = failure.code(), failure.details() or str(failure.code())
+            lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+            result = {"load": order["load"], "error": text, "lost": lost}
+        except (OSError, ValueError) as failure:
+            result = {"load": order["load"], "error": f"the loader process: {failure}", "lost": False}
+        finally:
+            with self._lock:
+                self._calls.pop(order["load"], None)
+        with self._lock:
+            print(json.dumps(result), flush=True)
+
+    def _send(self, order: dict[str, Any]) -> str | None:
+        """Send one load and return the engine's error text, None when it came through."""
+        message = message_of(order)
+        channel = self._channel(order)
+        if order["decoupled"]:
+            method = channel.stream_stream(
+                f"{wire.SERVICE}/ModelStreamInfer",
+                request_serializer=_as_they_are,
+                response_deserializer=wire.ModelStreamInferResponse.FromString,
+            )
+            call = method(iter([message]), timeout=order["timeout_s"])
+            self._keep(order["load"], call)
+            for response in call:
+                if response.error_message:
+                    return str(response.error_message)
+                if wire.is_final(response.infer_response.parameters):
+                    return None
+            return "the stream ended without an answer"
+        unary = channel.unary_unary(
+            f"{wire.SERVICE}/ModelInfer",
+            request_serializer=_as_they_are,
+            response_deserializer=wire.ModelInferResponse.FromString,
+        )
+        future = unary.future(message, timeout=order["timeout_s"])
+        self._keep(order["load"], future)
+        future.result()
+        return None
+
+    def _keep(self, load: int, call: Any) -> None:
+        with self._lock:
+            self._calls[load] = call
+
+    def _channel(self, order: dict[str, Any]) -> grpc.Channel:
+        with self._lock:
+            channel = self._channels.get(order["address"])
+            if channel is None:
+                channel = _open_channel(order)
+                self._channels[order["address"]] = channel
+            return channel
+
+
+def _as_they_are(message: bytes) -> bytes:
+    return message
+
+
+def _open_channel(order: dict[str, Any]) -> grpc.Channel:
+    tls = order.get("tls")
+    if tls is None:
+        return grpc.insecure_channel(order["address"], options=wire.CHANNEL_OPTIONS)
+    contents = [Path(tls[name]).read_bytes() if tls.get(name) else None for name in ("ca", "key", "certificate")]
+    credentials = grpc.ssl_channel_credentials(*contents)
+    return grpc.secure_channel(order["address"], credentials, options=wire.CHANNEL_OPTIONS)
+
+
+def message_of(order: dict[str, Any]) -> bytes:
+    """Return the serialized request, its weights joined in from the mapping: they are copied once."""
+    rows, width = order["shape"]
+    request = wire.load_head(order["model"], order["id"], order["parameters"].items())
+    request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
+    request.inputs.add(name="lora_config", datatype="INT32", shape=[1, rows, 3])
+    request.inputs.add(name="lora_weights", datatype=DATATYPES[order["dtype"]], shape=[1, rows, width])
+    request.raw_input_contents.append(struct.pack("<Q", int(order["task_id"])))
+    request.raw_input_contents.append(base64.b64decode(order["config"]))
+    size = order["size_bytes"]
+    head = request.SerializeToString() + bytes([7 << 3 | 2]) + wire.varint(size)
+    with Path(order["path"]).open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as weights:
+        return b"".join((head, memoryview(weights)[:size]))
+
+
+if __name__ == "__main__":
+    Loader().serve()

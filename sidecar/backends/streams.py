@@ -1,0 +1,201 @@
+"""Runs at a Triton server: a pool of streams with one live request each, and unary calls.
+
+Triton cancels whole streams, and `ensemble` has no `stop` input: so a stream carries one live request, is used again
+after a clean end, and is cancelled when its client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from sidecar.backends import faults, wire
+from sidecar.backends.api import Reply, Ticket
+from sidecar.core.effects import Dispatch
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+from sidecar.core.words import Fault
+
+IDLE_STREAMS_MAX = 256
+END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+WIRE_LOST = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN))
+
+
+def as_they_are(message: bytes) -> bytes:
+    return message
+
+
+class StreamPool:
+    """Open `ModelStreamInfer` calls that nobody uses at the moment, by client metadata."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._method: Any = channel.stream_stream(
+            f"{wire.SERVICE}/ModelStreamInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+        )
+        self._idle: deque[Any] = deque()
+
+    def take(self) -> Any:
+        """Return an idle stream, or a new one."""
+        while self._idle:
+            call = self._idle.pop()
+            if not call.done():
+                return call
+        return self._method()
+
+    def give_back(self, call: Any) -> None:
+        """Keep a stream that ended its request cleanly."""
+        if not call.done() and len(self._idle) < IDLE_STREAMS_MAX:
+            self._idle.append(call)
+        else:
+            call.cancel()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().cancel()
+
+
+class Run:
+    """One dispatched request on its way through the engine.
+
+    `heard` is called with each response, so that the backend knows that the engine lives; `broken` when the wire broke,
+    and says whether the whole backend is gone.
+    """
+
+    def __init__(
+        self,
+        effect: Dispatch,
+        ticket: Ticket,
+        post: Callable[[Event], None],
+        heard: Callable[[int, int], None],
+        broken: Callable[[str], Any],
+    ) -> None:
+        self.effect = effect
+        self.ticket = ticket
+        self.tokens = 0
+        self.cancelled = False
+        self._post = post
+        self._heard = heard
+        self._broken = broken
+        self._call: Any = None
+
+    @property
+    def engine_id(self) -> str:
+        """The id that the engine sees: clients' ids may collide, ours do not."""
+        return f"{self.effect.request}.{self.effect.attempt}"
+
+    def message(self, stream: bool) -> bytes:
+        payload = self.ticket.payload
+        return payload.head + wire.request_fragment(self.engine_id, self.effect.task_id, payload.raw, stream)
+
+    def cancel(self) -> None:
+        """Stop the run: the engine frees its seat when its stream is cancelled."""
+        self.cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def abandon(self) -> None:
+        """End a run that was cancelled before it was sent."""
+        self._post(RunEnded(self.effect.request, self.effect.attempt, 0))
+
+    async def stream(self, pool: StreamPool) -> None:
+        """Run on a stream of the pool."""
+        call = self._call = pool.take()
+        try:
+            await call.write(self.message(stream=True))
+            while True:
+                raw = await call.read()
+                if raw is END_OF_STREAM:
+                    await self._stream_closed(call)
+                    return
+                if self._take(raw):
+                    break
+                if not self.ticket.has_room:
+                    await self.ticket.room()
+        except asyncio.CancelledError:
+            self._cancelled_or_raise()
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            await self._wire_broke(error)
+        else:
+            if self.cancelled:
+                call.cancel()
+            else:
+                pool.give_back(call)
+
+    def _take(self, raw: bytes) -> bool:
+        """Deliver one response; return whether it was the last."""
+        message = wire.ModelStreamInferResponse.FromString(raw)
+        self._heard(self.effect.request, 0)
+        if message.error_message:
+            self._failed(faults.classify(message.error_message), message.error_message)
+            return True
+        response = message.infer_response
+        tokens = wire.output_tokens(response)
+        final = wire.is_final(response.parameters)
+        self._count(tokens, final)
+        self.ticket.deliver(Reply(raw, response, final))
+        if final:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        return final
+
+    def _count(self, tokens: int, final: bool) -> None:
+        if tokens and not self.tokens and not final:
+            self._post(FirstToken(self.effect.request, self.effect.attempt))
+        self.tokens += tokens
+        self._heard(self.effect.request, tokens)
+
+    async def unary(self, channel: grpc.aio.Channel) -> None:
+        """Run as one `ModelInfer` call."""
+        method = channel.unary_unary(
+            f"{wire.SERVICE}/ModelInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+        )
+        call = self._call = method(self.message(stream=False))
+        try:
+            raw = await call
+        except asyncio.CancelledError:
+            self._cancelled_or_raise()
+        except grpc.RpcError as error:
+            await self._wire_broke(error)
+        else:
+            response = wire.ModelInferResponse.FromString(raw)
+            self.tokens = wire.output_tokens(response)
+            self._heard(self.effect.request, self.tokens)
+            self.ticket.deliver(Reply(raw, response, True))
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    def _cancelled_or_raise(self) -> None:
+        if not self.cancelled:
+            raise asyncio.CancelledError
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    async def _stream_closed(self, call: Any) -> None:
+        code = await call.code()
+        if self.cancelled:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            return
+        text = await call.details() or f"the stream ended with {code.name} before the answer was complete"
+        await self._ended_with(code, text)
+
+    async def _wire_broke(self, error: Exception) -> None:
+        if self.cancelled:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        elif isinstance(error, grpc.aio.AioRpcError):
+            await self._ended_with(error.code(), error.details() or error.code().name)
+        else:
+            await self._stream_closed(self._call)
+
+    async def _ended_with(self, code: grpc.StatusCode, text: str) -> None:
+        fault = faults.classify(text)
+        if fault is Fault.REJECTED and code in WIRE_LOST | {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}:
+            fault = Fault.LOST
+            if await self._broken(text):
+                return  # the loss of the backend ends this run too
+        self._failed(fault, text, code)
+
+    def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:
+        if code is not None:
+            self.ticket.rejected_with = code
+        self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))

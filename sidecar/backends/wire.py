@@ -1,0 +1,111 @@
+"""KServe v2 messages as bytes: what is appended to a client's request and to an engine's response.
+
+A protobuf parser joins repeated fields that come in pieces, lets a later scalar win and merges a message field that
+comes twice. So an id, a task id or a response parameter is added by appending a small serialized fragment, and a
+client's tensors are never parsed again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tritonclient.grpc import service_pb2
+
+ModelInferRequest = service_pb2.ModelInferRequest
+ModelInferResponse = service_pb2.ModelInferResponse
+ModelStreamInferResponse = service_pb2.ModelStreamInferResponse
+
+SERVICE = "/inference.GRPCInferenceService"
+FINAL = "triton_final_response"
+EMPTY_FINAL = "triton_enable_empty_final_response"
+MESSAGE_BYTES_MAX = 2**31 - 1
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+def request_fragment(request_id: str, task_id: int, raw: bool, stream: bool) -> bytes:
+    """Return what makes a client's request ours: our id, and the adapter's task id unless it is 0."""
+    fragment = ModelInferRequest(id=request_id)
+    if stream:
+        fragment.parameters[EMPTY_FINAL].bool_param = True
+    if task_id:
+        tensor = fragment.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
+        if raw:
+            fragment.raw_input_contents.append(struct.pack("<Q", task_id))
+        else:
+            tensor.contents.uint64_contents.append(task_id)
+    return bytes(fragment.SerializeToString())
+
+
+def response_fragment(client_id: str, parameters: Mapping[str, str | int | float] | None = None) -> bytes:
+    """Return what makes an engine's `ModelInferResponse` the client's: its own id back, and where it came from."""
+    fragment = ModelInferResponse()
+    for name, value in (parameters or {}).items():
+        field = fragment.parameters[name]
+        if isinstance(value, str):
+            field.string_param = value
+        elif isinstance(value, int):
+            field.int64_param = value
+        else:
+            field.double_param = value
+    # An empty id has to be written out too, or ours would stay; proto3 leaves empty strings away.
+    return _string_field(3, client_id) + bytes(fragment.SerializeToString())
+
+
+def in_stream_response(fragment: bytes) -> bytes:
+    """Wrap a response fragment as field `infer_response` of `ModelStreamInferResponse`."""
+    return _bytes_field(2, fragment)
+
+
+def _string_field(number: int, text: str) -> bytes:
+    return _bytes_field(number, text.encode())
+
+
+def _bytes_field(number: int, data: bytes) -> bytes:
+    return bytes([number << 3 | 2]) + varint(len(data)) + data
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def is_final(parameters: Any) -> bool:
+    return FINAL in parameters and bool(parameters[FINAL].bool_param)
+
+
+def output_tokens(response: Any) -> int:
+    """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say."""
+    if not response.outputs:
+        return 0
+    for index, output in enumerate(response.outputs):
+        if output.name == "sequence_length" and index < len(response.raw_output_contents):
+            data = response.raw_output_contents[index]
+            return max(1, sum(int(length) for length in struct.unpack(f"<{len(data) // 4}i", data)))
+    return 1
+
+
+def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:
+    """Return a request of ours for the core model: one dummy token in, one out."""
+    request = ModelInferRequest(model_name=model, id=request_id)
+    for name, value in parameters:
+        request.parameters[name].string_param = value
+    for tensor in ("input_ids", "input_lengths", "request_output_len"):
+        request.inputs.add(name=tensor, datatype="INT32", shape=[1, 1])
+        request.raw_input_contents.append(struct.pack("<i", 1))
+    return request

@@ -1,0 +1,243 @@
+"""The one configuration file: YAML, unknown keys refused, each key overridable from the environment.
+
+`LORA_SIDECAR_STORE__MEMORY_BYTES=1073741824` sets `store.memory_bytes`; two underscores step into a section.
+Command-line options win over the environment, which wins over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused, Reason
+
+ENVIRONMENT_PREFIX = "LORA_SIDECAR_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tls(Section):
+    """PEM files. A listener needs certificate and key; `ca` makes it ask its clients for theirs."""
+
+    certificate: str | None = None
+    key: str | None = None
+    ca: str | None = None
+
+
+class Listener(Section):
+    address: str
+    tls: Tls | None = None
+
+
+class AdminListener(Listener):
+    """Loopback, unless it has TLS or a token file."""
+
+    address: str = "127.0.0.1:9090"
+    token_file: str | None = None
+
+
+class DataListener(Listener):
+    address: str = "0.0.0.0:9000"
+
+
+class HttpListener(Section):
+    address: str = "0.0.0.0:9080"
+
+
+class Listeners(Section):
+    data: DataListener = DataListener()
+    admin: AdminListener = AdminListener()
+    http: HttpListener = HttpListener()
+
+
+class Engine(Section):
+    """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown."""
+
+    config: str | None = None
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    rank_max: int | None = Field(None, ge=1)
+    rank_multiple: int = Field(1, ge=1)
+    tp: int | None = Field(None, ge=1)
+    layers: int | None = Field(None, ge=1)
+    modules: dict[str, tuple[int, int]] | None = None
+    host_pages: int | None = Field(None, ge=1)
+    device_pages: int | None = Field(None, ge=1)
+    seats: int | None = Field(None, ge=1)
+    kv_tokens: int | None = Field(None, ge=1)
+    input_tokens_max: int | None = Field(None, ge=1)
+
+
+class Backend(Section):
+    """`url` is `triton://HOST:PORT`; `kind` follows from it, or names a plug-in's."""
+
+    url: str
+    id: str | None = None
+    kind: str | None = None
+    base_model: str | None = None
+    aliases: tuple[str, ...] = ()
+    model: str = "tensorrt_llm"
+    metrics: str | None = None
+    engine: Engine = Engine()
+    tls: Tls | None = None
+    progress_timeout_s: float = Field(30.0, gt=0)
+    load_timeout_s: float = Field(120.0, gt=0)
+
+
+class Adapters(Section):
+    """`roots` are the folders that may be registered from; each PEFT subfolder of `serve` is a name at start."""
+
+    roots: tuple[str, ...] = ()
+    serve: str | None = None
+    allow: dict[str, tuple[str, ...]] = {}
+
+
+class Store(Section):
+    memory_bytes: int = Field(4 << 30, ge=1)
+    eviction: str = "lru"
+    fetches_max: int = Field(4, ge=1)
+
+
+class RequestClass(Section):
+    queue_wait_s_max: float = Field(600.0, gt=0)
+
+
+class Queue(Section):
+    ordering: str = "skip"
+    routing: str = "resident_first"
+    queued_max: int = Field(50_000, ge=1)
+    queued_tokens_max: int = Field(1 << 31, ge=1)
+    tenant_queued_max: int = Field(50_000, ge=1)
+    inbox_max: int = Field(10_000, ge=1)
+    classes: dict[str, RequestClass] = {"default": RequestClass()}
+
+    @field_validator("classes")
+    @classmethod
+    def _has_default(cls, classes: dict[str, RequestClass]) -> dict[str, RequestClass]:
+        return {"default": RequestClass(), **classes}
+
+
+class Journal(Section):
+    """Off without a data directory. Ids, names, lengths and times; never prompts, tokens, weights or secrets."""
+
+    enabled: bool = True
+    segment_bytes: int = Field(16 << 20, ge=4096)
+    segments_max: int = Field(8, ge=1)
+
+
+class Config(Section):
+    """The whole configuration; the defaults serve one engine on this machine."""
+
+    listeners: Listeners = Listeners()
+    backends: tuple[Backend, ...] = ()
+    adapters: Adapters = Adapters()
+    store: Store = Store()
+    queue: Queue = Queue()
+    journal: Journal = Journal()
+    data_directory: str | None = None
+    base_requests: Literal["allow", "refuse"] = "allow"
+    tenant_from: Literal["metadata", "certificate", "none"] = "metadata"
+    legacy_task_ids: dict[int, str] = {}
+    allow_client_lora: bool = False
+    hide_backend: bool = False
+    client_stall_s: float = Field(60.0, gt=0)
+    drain_timeout_s: float = Field(300.0, gt=0)
+    adapter_labels_max: int = Field(200, ge=0)
+    log_format: Literal["text", "json"] = "text"
+
+    def core(self) -> CoreConfig:
+        """Return the part that the core works with."""
+        return CoreConfig(
+            store_bytes=self.store.memory_bytes,
+            fetches_max=self.store.fetches_max,
+            queued_max=self.queue.queued_max,
+            queued_tokens_max=self.queue.queued_tokens_max,
+            tenant_queued_max=self.queue.tenant_queued_max,
+            base_requests=self.base_requests == "allow",
+            classes={
+                name: ClassLimit(int(limit.queue_wait_s_max * 1e9))
+                for name, limit in sorted(self.queue.classes.items())
+            },
+            eviction=self.store.eviction,
+            ordering=self.queue.ordering,
+            routing=self.queue.routing,
+        )
+
+
+def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> EngineFacts:
+    """Return what is declared of an engine: its config.json's facts, those given inline on top."""
+    facts = from_engine_config or EngineFacts()
+    names = (backend.base_model, *backend.aliases) if backend.base_model else backend.aliases
+    given = {
+        name: value
+        for name, value in backend.engine.model_dump(exclude={"config"}).items()
+        if name in backend.engine.model_fields_set and value is not None
+    }
+    return replace(facts, base_models=tuple(names), **given)
+
+
+def load(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:
+    """Read the file and the environment. Raises Misused naming the key, the value and what is expected."""
+    record = _read(path) if path is not None else {}
+    for name, text in sorted((os.environ if environment is None else environment).items()):
+        if name.startswith(ENVIRONMENT_PREFIX):
+            _set(record, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), yaml.safe_load(text))
+    return parse(record, str(path or "the environment"))
+
+
+def parse(record: Any, source: str) -> Config:
+    try:
+        return Config.model_validate(record)
+    except ValidationError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"{source}: {_problems(error)}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"configuration {path} is not YAML: {error}") from error
+    if record is None:
+        return {}
+    if not isinstance(record, dict):
+        raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: the top level must be keys, as in store: …")
+    return record
+
+
+def _set(record: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, key = path
+    for section in sections:
+        record = record.setdefault(section, {})
+    record[key] = value
+
+
+def _problems(error: ValidationError) -> str:
+    """Say each problem as "key: what is wrong", with the nearest known key for one that is unknown."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _all_keys(), n=1)
+            lines.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        else:
+            lines.append(f"{key}: {problem['msg']} (it is {problem['input']!r:.80})")
+    return "; ".join(lines)
+
+
+def _all_keys() -> list[str]:
+    sections: tuple[type[BaseModel], ...] = (
+        Config, Listeners, Listener, AdminListener, Tls, Backend, Engine, Adapters, Store, Queue, RequestClass, Journal
+    )  # fmt: skip
+    return sorted({name for section in sections for name in section.model_fields})

@@ -1,0 +1,35 @@
+"""Quarantine: one bad adapter must not walk through a pool.
+
+A version that was being loaded for the first time when an engine failed is a suspect. From then on it is loaded alone,
+and nobody who was lost beside it is sent where it is being loaded. When a second backend dies of it, it is refused.
+"""
+
+from __future__ import annotations
+
+from sidecar.core.effects import Quarantine
+from sidecar.core.state import Backend, Version
+from sidecar.core.turn import Turn
+from sidecar.errors import Reason
+
+
+def suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: str) -> None:
+    """Hold a version answerable for a failure during its first loads; two make it quarantined."""
+    if version.answered:
+        return
+    version.suspect = True
+    version.lost_backends.append(backend.id)
+    if len(version.lost_backends) < 2 or version.quarantined:
+        return
+    places = " and ".join(version.lost_backends)
+    version.quarantined = f"its first loads coincided with the loss of {places} (last: {text})"
+    turn.emit(Quarantine(digest, version.quarantined))
+    for request in list(turn.state.requests.values()):
+        if request.version == digest and not request.running and not request.settled:
+            turn.drop(request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
+
+
+def quarantine_message(name: str, version: Version) -> str:
+    return (
+        f"{name} is quarantined: {version.quarantined}; find out why the engine dies of it, then lift it with "
+        f'"sidecar adapters release {name}"'
+    )

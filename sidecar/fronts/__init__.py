@@ -1,0 +1,1 @@
+"""Act for clients and operators: one module for each protocol they speak."""

@@ -1,0 +1,266 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class RegisterRequest(_message.Message):
+    __slots__ = ("name", "path", "allow", "pin")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    allow: _containers.RepeatedScalarFieldContainer[str]
+    pin: bool
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ...) -> None: ...
+
+class RegisterResponse(_message.Message):
+    __slots__ = ("adapter", "unchanged")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    adapter: Adapter
+    unchanged: bool
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+
+class AdapterRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("name", "backends")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., backends: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListAdaptersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAdaptersResponse(_message.Message):
+    __slots__ = ("adapters",)
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ...) -> None: ...
+
+class UnregisterResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    digest: str
+    base_model: str
+    path: str
+    rank: int
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    dtype: str
+    pinned: bool
+    allow: _containers.RepeatedScalarFieldContainer[str]
+    quarantined: str
+    requests: int
+    store: _containers.RepeatedCompositeFieldContainer[StoreCopy]
+    backends: _containers.RepeatedCompositeFieldContainer[Residency]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ...) -> None: ...
+
+class StoreCopy(_message.Message):
+    __slots__ = ("dtype", "state", "size_bytes", "pins", "task_id")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    dtype: str
+    state: str
+    size_bytes: int
+    pins: int
+    task_id: str
+    def __init__(self, dtype: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., pins: _Optional[int] = ..., task_id: _Optional[str] = ...) -> None: ...
+
+class Residency(_message.Message):
+    __slots__ = ("backend", "tier", "age_s", "source", "unfit")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    UNFIT_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    tier: str
+    age_s: float
+    source: str
+    unfit: str
+    def __init__(self, backend: _Optional[str] = ..., tier: _Optional[str] = ..., age_s: _Optional[float] = ..., source: _Optional[str] = ..., unfit: _Optional[str] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("place", "result")
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    place: str
+    result: str
+    def __init__(self, place: _Optional[str] = ..., result: _Optional[str] = ...) -> None: ...
+
+class PlacesResponse(_message.Message):
+    __slots__ = ("places",)
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    places: _containers.RepeatedCompositeFieldContainer[Place]
+    def __init__(self, places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ...) -> None: ...
+
+class ListBackendsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBackendsResponse(_message.Message):
+    __slots__ = ("backends",)
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    backends: _containers.RepeatedCompositeFieldContainer[Backend]
+    def __init__(self, backends: _Optional[_Iterable[_Union[Backend, _Mapping]]] = ...) -> None: ...
+
+class BackendRequest(_message.Message):
+    __slots__ = ("backend",)
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    def __init__(self, backend: _Optional[str] = ...) -> None: ...
+
+class Backend(_message.Message):
+    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    RANK_MAX_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    HOST_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_RESERVED_FIELD_NUMBER: _ClassVar[int]
+    PAGE_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    HEALS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    kind: str
+    address: str
+    state: str
+    base_model: str
+    dtype: str
+    rank_max: int
+    running: int
+    queued: int
+    seats: int
+    host_pages: int
+    device_pages: int
+    kv_tokens: int
+    kv_reserved: int
+    page_limit: int
+    open: _containers.RepeatedCompositeFieldContainer[OpenVersion]
+    heals: _containers.RepeatedCompositeFieldContainer[HealNote]
+    resident: _containers.RepeatedScalarFieldContainer[str]
+    detail: str
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class OpenVersion(_message.Message):
+    __slots__ = ("name", "digest", "age_s", "pages", "running", "queued", "pinned_by")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    age_s: float
+    pages: int
+    running: int
+    queued: int
+    pinned_by: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., age_s: _Optional[float] = ..., pages: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., pinned_by: _Optional[str] = ...) -> None: ...
+
+class HealNote(_message.Message):
+    __slots__ = ("age_s", "reason", "adapter")
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    age_s: float
+    reason: str
+    adapter: str
+    def __init__(self, age_s: _Optional[float] = ..., reason: _Optional[str] = ..., adapter: _Optional[str] = ...) -> None: ...
+
+class QueueRequest(_message.Message):
+    __slots__ = ("adapter", "backend", "limit")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    backend: str
+    limit: int
+    def __init__(self, adapter: _Optional[str] = ..., backend: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class QueueResponse(_message.Message):
+    __slots__ = ("verdict", "waiting", "running", "requests", "why")
+    VERDICT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    verdict: str
+    waiting: int
+    running: int
+    requests: _containers.RepeatedCompositeFieldContainer[WaitingRequest]
+    why: _containers.RepeatedCompositeFieldContainer[WhyCount]
+    def __init__(self, verdict: _Optional[str] = ..., waiting: _Optional[int] = ..., running: _Optional[int] = ..., requests: _Optional[_Iterable[_Union[WaitingRequest, _Mapping]]] = ..., why: _Optional[_Iterable[_Union[WhyCount, _Mapping]]] = ...) -> None: ...
+
+class WhyCount(_message.Message):
+    __slots__ = ("why", "count")
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    why: str
+    count: int
+    def __init__(self, why: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
+class WaitingRequest(_message.Message):
+    __slots__ = ("request", "adapter", "tenant", "backend", "waited_s", "bound_s", "why")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    WAITED_S_FIELD_NUMBER: _ClassVar[int]
+    BOUND_S_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    request: int
+    adapter: str
+    tenant: str
+    backend: str
+    waited_s: float
+    bound_s: float
+    why: str
+    def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., **kwargs) -> None: ...

@@ -1,0 +1,1 @@
+"""The driver: inbox → step → run effects; timers; drain; observers."""

@@ -1,0 +1,112 @@
+"""The one task that owns the core: take an event, step, tell the observers, run the effects.
+
+Two lanes lead in. What engines and the store report is bounded by what is in flight, is never refused, and goes
+first; what clients ask is bounded here and refused at the door, so a flood of arrivals never delays an ending by more
+than one event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from sidecar.core.core import Core
+from sidecar.core.effects import Effect, WakeAt
+from sidecar.core.events import ClientLeft, ClientStalled, Event, Received, Tick
+from sidecar.errors import Reason, Refused
+
+logger = logging.getLogger(__name__)
+
+CLIENT_EVENTS = (Received, ClientLeft, ClientStalled)
+EVENTS_A_TURN = 64
+"""Events handled before the event loop gets to do something else."""
+
+
+class Observer(Protocol):
+    """Sees every step after it was taken: metrics, log, journal. What it raises is logged and goes no further."""
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None: ...
+
+
+class Driver:
+    """Feeds the core. `run_effect` carries out one effect; it must not block and must not raise."""
+
+    def __init__(
+        self,
+        core: Core,
+        clock_ns: Callable[[], int],
+        run_effect: Callable[[Effect], None],
+        observers: Sequence[Observer] = (),
+        inbox_max: int = 10_000,
+    ) -> None:
+        self.core = core
+        self.clock_ns = clock_ns
+        self._run_effect = run_effect
+        self._observers = list(observers)
+        self._inbox_max = inbox_max
+        self._engine: deque[Event] = deque()
+        self._client: deque[Event] = deque()
+        self._scheduled = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._last_ns = 0
+        self.steps = 0
+
+    def observe(self, observer: Observer) -> None:
+        self._observers.append(observer)
+
+    def post(self, event: Event) -> None:
+        """Queue an event. Raises Refused(QUEUE_FULL) for a request that finds the inbox full."""
+        if isinstance(event, CLIENT_EVENTS):
+            if len(self._client) >= self._inbox_max and isinstance(event, Received):
+                raise Refused(
+                    Reason.QUEUE_FULL,
+                    f"the sidecar's inbox is full ({self._inbox_max} events); try again later",
+                    retry_after_s=1.0,
+                )
+            self._client.append(event)
+        else:
+            self._engine.append(event)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._scheduled = False
+        for _ in range(EVENTS_A_TURN):
+            if self._engine:
+                self.step(self._engine.popleft())
+            elif self._client:
+                self.step(self._client.popleft())
+            else:
+                return
+        self._scheduled = True
+        asyncio.get_running_loop().call_soon(self._turn)
+
+    def step(self, event: Event) -> None:
+        """Take one event now."""
+        now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
+        effects = self.core.step(event, now_ns)
+        self.steps += 1
+        for observer in self._observers:
+            try:
+                observer.observed(event, effects, now_ns)
+            except Exception:
+                logger.exception("an observer failed on %s", type(event).__name__)
+        for effect in effects:
+            if isinstance(effect, WakeAt):
+                self._wake_at(effect.at_ns, now_ns)
+            else:
+                self._run_effect(effect)
+
+    def _wake_at(self, at_ns: int, now_ns: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0, at_ns - now_ns) / 1e9 + 0.0005  # past the point, whatever the timer's grain
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self.post, Tick())
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

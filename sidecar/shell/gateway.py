@@ -1,0 +1,335 @@
+"""The process as its fronts see it: submit a request, ask the operators' questions, look at the queue.
+
+It owns the driver and carries out the core's effects: tickets for requests, the blob store, the backends, the
+registry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, monotonic_ns
+from typing import Any
+
+from sidecar.adapters.names import check_name
+from sidecar.adapters.packed import PackReport
+from sidecar.adapters.registration import Registration, read_registration
+from sidecar.backends.api import Backend, Payload, Ticket
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.admission import unknown_adapter
+from sidecar.core.core import Core, Policies
+from sidecar.core.config import CoreConfig
+from sidecar.core.facts import EngineFacts, misfit, packed_size_bytes
+from sidecar.core.state import State
+from sidecar.errors import Invalid, Misused, Reason, Refused
+from sidecar.shell.driver import Driver, Observer
+from sidecar.shell.store import BlobStore
+from sidecar.state.registry import Record, Registry
+
+logger = logging.getLogger(__name__)
+
+STALL_CHECK_S = 1.0
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What the core must know of a request; `deadline_s` is counted from now."""
+
+    adapter: str
+    tenant: str = ""
+    klass: str = "default"
+    input_tokens: int = 0
+    output_tokens_max: int = 0
+    deadline_s: float | None = None
+
+
+class Gateway:
+    """One sidecar process without its listeners."""
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        policies: Policies,
+        registry: Registry,
+        roots: Sequence[Path],
+        client_stall_s: float = 60.0,
+        inbox_max: int = 10_000,
+    ) -> None:
+        self.core = Core(config, policies)
+        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
+        self.registry = registry
+        self.roots = [root.resolve() for root in roots]
+        self.backends: dict[str, Backend] = {}
+        self.store = BlobStore(self.driver.post, config.fetches_max)
+        self.tickets: dict[int, Ticket] = {}
+        self._numbers = itertools.count(1)
+        self._asks: dict[int, asyncio.Future[do.Answer]] = {}
+        self._client_stall_ns = int(client_stall_s * 1e9)
+        self._sweeper: asyncio.Task[None] | None = None
+        self.started_at = monotonic()
+
+    @property
+    def state(self) -> State:
+        """The core's state, to be read between steps only."""
+        return self.core.state
+
+    def observe(self, observer: Observer) -> None:
+        self.driver.observe(observer)
+
+    async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
+        """Tell the core what there is, and begin to reach the backends."""
+        for record in self.registry.all():
+            self.driver.step(_registered(record))
+        for backend, facts in backends:
+            self.backends[backend.id] = backend
+            self.driver.step(ev.BackendAdded(backend.id, facts))
+        for backend, _ in backends:
+            await backend.start(self.driver.post)
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def drain(self) -> None:
+        """Admit nothing new and wait until all that is here has ended."""
+        self.driver.post(ev.ShutdownBegun())
+        while not self.state.draining or self.state.requests or self.tickets:
+            await asyncio.sleep(0.02)
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+        self.driver.stop()
+        self.store.close()
+
+    # Requests.
+
+    def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
+        """Take a request in. Raises Refused when the inbox is full; every other ending comes through the ticket."""
+        ticket = Ticket(next(self._numbers), payload, client_id)
+        self.tickets[ticket.request] = ticket
+        deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
+        try:
+            self.driver.post(
+                ev.Received(
+                    ticket.request,
+                    facts.adapter,
+                    facts.tenant,
+                    facts.klass,
+                    facts.input_tokens,
+                    facts.output_tokens_max,
+                    deadline_ns,
+                )
+            )
+        except Refused:
+            del self.tickets[ticket.request]
+            raise
+        return ticket
+
+    def close(self, ticket: Ticket) -> None:
+        """The front is done with a ticket; if the request had not ended, its client left."""
+        if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
+            self.driver.post(ev.ClientLeft(ticket.request))
+
+    async def _sweep(self) -> None:
+        """Cancel requests whose clients have taken nothing for too long."""
+        while True:
+            await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
+            now_ns = monotonic_ns()
+            for ticket in list(self.tickets.values()):
+                since_ns = ticket.blocked_since_ns
+                if since_ns is not None and now_ns - since_ns > self._client_stall_ns and ticket.settled is None:
+                    self.driver.post(ev.ClientStalled(ticket.request))
+
+    # Effects.
+
+    def _run(self, effect: do.Effect) -> None:
+        _EFFECTS[type(effect)](self, effect)
+
+    def _fetch(self, effect: do.Fetch) -> None:
+        self.store.fetch(effect)
+
+    def _drop(self, effect: do.Drop) -> None:
+        self.store.drop(effect)
+
+    def _load(self, effect: do.Load) -> None:
+        self.backends[effect.backend].load(effect, self.store.lease(effect.packed.key))
+
+    def _dispatch(self, effect: do.Dispatch) -> None:
+        ticket = self.tickets.get(effect.request)
+        if ticket is None:  # the client left in this very moment; the core hears of it next
+            self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
+            return
+        ticket.dispatch = effect
+        self.backends[effect.backend].run(effect, ticket)
+
+    def _cancel_run(self, effect: do.CancelRun) -> None:
+        self.backends[effect.backend].cancel(effect.request, effect.attempt)
+
+    def _register_regions(self, effect: do.RegisterRegions) -> None:
+        self.backends[effect.backend].register_regions()
+
+    def _settle(self, effect: do.Settle) -> None:
+        ticket = self.tickets.get(effect.request)
+        if ticket is not None:
+            ticket.settle(effect)
+
+    def _answer(self, effect: do.Answer) -> None:
+        future = self._asks.pop(effect.ask, None)
+        if future is not None and not future.done():
+            future.set_result(effect)
+
+    def _note(self, effect: do.Effect) -> None:
+        """Notes are for observers."""
+
+    # Operators.
+
+    async def register(
+        self, name: str, path: str, allow: Sequence[str] = (), pin: bool = False
+    ) -> tuple[Record, bool]:
+        """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
+
+        Raises Invalid with what is wrong with the name, the path or the files.
+        """
+        check_name(name)
+        directory = self._allowed(name, path)
+        registration = await asyncio.to_thread(read_registration, name, directory)
+        self._fits_the_store(name, registration)
+        self._fits_a_backend(name, registration)
+        record = Record(
+            name=name,
+            ordinal=1,
+            adapter=registration.adapter,
+            origin=str(directory),
+            allow=tuple(allow) or None,
+            pinned=pin,
+        )
+        known = self.registry.get(name)
+        if known is not None:
+            if known.adapter.digest != record.adapter.digest:
+                raise Invalid(
+                    Reason.NAME_TAKEN,
+                    f'the name "{name}" is taken by other content ({known.adapter.digest[:12]} from {known.origin}); '
+                    f'unregister it first ("sidecar adapters unregister {name}") or choose another name',
+                    adapter=name,
+                )
+            if known == record:
+                return known, True
+        self.registry.put(record)
+        self.driver.step(_registered(record))
+        return record, False
+
+    def _allowed(self, name: str, path: str) -> Path:
+        resolved = Path(path).expanduser().resolve()
+        if not any(resolved.is_relative_to(root) for root in self.roots):
+            roots = ", ".join(str(root) for root in self.roots) or "none are configured"
+            raise Invalid(
+                Reason.ORIGIN_NOT_ALLOWED,
+                f"{name}: {path} is outside the allowed roots ({roots}); move it there or add its folder to "
+                "adapters.roots",
+                adapter=name,
+            )
+        return resolved
+
+    def _fits_the_store(self, name: str, registration: Registration) -> None:
+        budget = self.state.config.store_bytes
+        layouts = [backend.facts.layout for backend in self.state.backends.values()]
+        sizes = [packed_size_bytes(registration.adapter.rows, layout) for layout in layouts]
+        if sizes and min(sizes) > budget:
+            raise Invalid(
+                Reason.ADAPTER_TOO_LARGE,
+                f"{name}: packed it takes {min(sizes)} bytes and the host store holds {budget}; raise "
+                "store.memory_bytes",
+                adapter=name,
+            )
+
+    def _fits_a_backend(self, name: str, registration: Registration) -> None:
+        """Refuse what no configured backend can serve, as far as is known, before a GPU sees it."""
+        unfit = [misfit(registration.adapter, backend.facts) for backend in self.state.backends.values()]
+        if unfit and all(unfit):
+            first, backend = unfit[0], next(iter(self.state.backends))
+            assert first is not None
+            raise Invalid(
+                Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {first.sentence}", adapter=name
+            )
+
+    def unregister(self, name: str) -> None:
+        self.known(name)
+        self.registry.delete(name)
+        self.driver.step(ev.AdapterUnregistered(name))
+
+    def set_pin(self, name: str, pinned: bool) -> None:
+        record = self.known(name)
+        self.registry.put(record.with_pin(pinned))
+        self.driver.step(ev.PinSet(name, pinned))
+
+    def release(self, name: str) -> None:
+        self.known(name)
+        self.driver.step(ev.ReleaseAsked(name))
+
+    async def evict(self, name: str) -> do.Answer:
+        self.known(name)
+        return await self._ask(lambda ask: ev.EvictAsked(ask, name))
+
+    async def prefetch(self, name: str, backends: Sequence[str]) -> do.Answer:
+        self.known(name)
+        for backend in backends:
+            self.known_backend(backend)
+        return await self._ask(lambda ask: ev.PrefetchAsked(ask, name, tuple(backends)))
+
+    async def _ask(self, event: Callable[[int], ev.Event]) -> do.Answer:
+        ask = next(self._numbers)
+        future: asyncio.Future[do.Answer] = asyncio.get_running_loop().create_future()
+        self._asks[ask] = future
+        self.driver.post(event(ask))
+        return await future
+
+    def set_drain(self, backend: str, draining: bool) -> None:
+        self.known_backend(backend)
+        self.driver.step(ev.DrainSet(backend, draining))
+
+    def known(self, name: str) -> Record:
+        """Return a registered adapter's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
+        record = self.registry.get(name)
+        if record is None:
+            raise unknown_adapter(self.state, name)
+        return record
+
+    def known_backend(self, backend: str) -> Any:
+        """Return a backend's state in the core. Raises Misused with those that are configured."""
+        found = self.state.backends.get(backend)
+        if found is None:
+            configured = ", ".join(self.state.backends) or "none"
+            raise Misused(Reason.UNKNOWN_BACKEND, f'no backend is called "{backend[:80]}"; configured: {configured}')
+        return found
+
+    def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
+        self.store.on_packed = callback
+
+
+def _registered(record: Record) -> ev.AdapterRegistered:
+    return ev.AdapterRegistered(
+        name=record.name,
+        adapter=record.adapter,
+        origin=record.origin,
+        ordinal=record.ordinal,
+        allow=record.allow,
+        pinned=record.pinned,
+    )
+
+
+_EFFECTS: dict[type, Callable[[Gateway, Any], None]] = {
+    do.Fetch: Gateway._fetch,
+    do.Drop: Gateway._drop,
+    do.Load: Gateway._load,
+    do.Dispatch: Gateway._dispatch,
+    do.CancelRun: Gateway._cancel_run,
+    do.RegisterRegions: Gateway._register_regions,
+    do.Settle: Gateway._settle,
+    do.Answer: Gateway._answer,
+    do.Heal: Gateway._note,
+    do.Quarantine: Gateway._note,
+}

@@ -1,0 +1,1 @@
+"""What outlives the process: which names stand for which adapters, and who may write that down."""

@@ -1,0 +1,176 @@
+"""Blobs: written once, sealed, lent out, and gone with the last lease."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sidecar.adapters import buffers
+from sidecar.adapters.buffers import Blob
+from sidecar.adapters.memory import available_bytes
+from sidecar.errors import Reason, Refused
+from tests.peft_files import open_descriptors
+
+
+@pytest.fixture(params=["memory", "directory", "no memfd"])
+def directory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """Each place a blob can lie in."""
+    if request.param == "no memfd":
+        monkeypatch.delattr(os, "memfd_create")
+        monkeypatch.setattr(buffers.tempfile, "tempdir", str(tmp_path))
+    return tmp_path if request.param == "directory" else None
+
+
+def filled(directory: Path | None) -> Blob:
+    """A sealed blob of 0, 1, 2, …"""
+    blob = Blob(1024, directory)
+    blob.array(np.uint8, (1024,))[:] = np.arange(1024) % 256
+    blob.seal()
+    return blob
+
+
+def test_a_sealed_blob_is_read_only_and_keeps_its_bytes(directory: Path | None) -> None:
+    """What was written before the seal is what everybody reads after it."""
+    blob = filled(directory)
+    values = blob.array(np.uint8, (4, 256))
+    assert values[3, 255] == 255
+    assert not values.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        values[0, 0] = 1
+    blob.release()
+
+
+def test_another_process_reads_the_path_while_the_blob_lives(directory: Path | None) -> None:
+    """The loader process opens the blob by its path."""
+    blob = filled(directory)
+    code = "import sys, pathlib; print(sum(pathlib.Path(sys.argv[1]).read_bytes()))"
+    output = subprocess.run([sys.executable, "-c", code, str(blob.path)], capture_output=True, check=True, text=True)
+    assert int(output.stdout) == 4 * sum(range(256))
+    blob.release()
+    assert not blob.path.exists()
+
+
+def test_a_sealed_memory_file_cannot_be_written_by_others() -> None:
+    """Not even by a process that opens it for writing."""
+    blob = filled(None)
+    descriptor = os.open(blob.path, os.O_RDWR)
+    with pytest.raises(PermissionError):
+        os.write(descriptor, b"x")
+    with pytest.raises(PermissionError):
+        os.ftruncate(descriptor, 0)
+    os.close(descriptor)
+    blob.release()
+
+
+def test_the_last_lease_ends_the_blob(directory: Path | None) -> None:
+    """Two leases: the first release changes nothing, the second closes the descriptor and removes the file."""
+    before = open_descriptors()
+    blob = filled(directory)
+    assert blob.lease() is blob
+    assert blob.leases == 2
+    blob.release()
+    assert blob.array(np.uint8, (1,)) == [0]
+    assert blob.path.exists()
+    blob.release()
+    assert open_descriptors() == before
+    assert not blob.path.exists()
+    for call in (blob.release, blob.lease, lambda: blob.array(np.uint8, (1,))):
+        with pytest.raises(AssertionError):
+            call()
+
+
+def test_an_array_outlives_the_last_lease(directory: Path | None) -> None:
+    """A reader that is late reads its bytes, not a fault."""
+    blob = filled(directory)
+    values = blob.array(np.uint8, (1024,))
+    blob.release()
+    assert values[255] == 255
+
+
+def test_a_forgotten_blob_leaves_nothing_behind(directory: Path | None) -> None:
+    """A blob that is dropped without a release gives its descriptor and file back too."""
+    before = open_descriptors()
+    blob = filled(directory)
+    path = blob.path
+    del blob
+    gc.collect()
+    assert open_descriptors() == before
+    assert not path.exists()
+
+
+def test_sealing_under_a_writable_array_is_an_error() -> None:
+    """A writer that is still there could change what was promised not to change."""
+    blob = Blob(16)
+    values = blob.array(np.uint8, (16,))
+    with pytest.raises(BufferError):
+        blob.seal()
+    del values
+    blob.seal()
+    assert blob.is_sealed
+    blob.release()
+
+
+def test_an_array_larger_than_the_blob_is_an_error() -> None:
+    """Shapes are checked against the bytes."""
+    blob = Blob(16)
+    with pytest.raises((TypeError, ValueError)):
+        blob.array(np.float16, (9,))
+    blob.release()
+
+
+def test_no_room_is_refused_with_the_bytes_and_leaves_nothing(
+    directory: Path | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A full disk or memory is a message, not a crash."""
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = open_descriptors()
+    with pytest.raises(Refused) as caught:
+        Blob(4096, directory)
+    assert caught.value.reason is Reason.ADAPTER_UNAVAILABLE
+    assert "no room for 4096 bytes of packed weights" in caught.value.message
+    assert "No space left on device" in caught.value.message
+    assert open_descriptors() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_the_machine_has_is_refused_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel grants memory files beyond its memory and then kills processes: we ask first."""
+    monkeypatch.setattr(buffers, "available_bytes", lambda: 4095)
+    with pytest.raises(Refused, match="4095 bytes are available"):
+        Blob(4096)
+
+
+def test_the_machines_memory_is_known() -> None:
+    """On Linux the estimate exists and is plausible."""
+    available = available_bytes()
+    assert available is not None
+    assert available > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", 8 << 20), ("5000000", 5_000_000 - 3_000_000 + 1_000_000), ("9", 0)]
+)
+def test_a_containers_limit_counts(tmp_path: Path, limit: str, expected: int) -> None:
+    """The smaller of machine and container, cached file pages not counted as used."""
+    (tmp_path / "meminfo").write_text("MemTotal: 99999 kB\nMemAvailable: 8192 kB\n")
+    (tmp_path / "memory.max").write_text(limit + "\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 1000000\n" if limit != "9" else "")
+    assert available_bytes(tmp_path / "meminfo", tmp_path) == expected
+    assert available_bytes(tmp_path / "missing", tmp_path / "missing") is None
+
+
+def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    """A wrong shared-memory folder in the config is named."""
+    with pytest.raises(Refused, match="missing"):
+        Blob(16, tmp_path / "missing")

@@ -1,0 +1,128 @@
+"""Which files of a folder are opened, and which content has which digest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.adapters.peft import AdapterSource, read_adapter
+from sidecar.errors import Invalid, Reason
+from tests.peft_files import Dims, open_descriptors, read_tensors, write_adapter, write_safetensors
+
+
+def read(path: Path) -> AdapterSource:
+    """Read an adapter and close its file."""
+    with read_adapter(path) as source:
+        return source
+
+
+def refused(path: Path, reason: Reason) -> str:
+    """Read an adapter that must be refused for this reason; return the message, which names the adapter."""
+    with pytest.raises(Invalid) as caught:
+        read_adapter(path)
+    assert caught.value.reason is reason
+    assert caught.value.details == {"adapter": path.name}
+    assert caught.value.message.startswith(f"adapter '{path.name}': ")
+    return caught.value.message
+
+
+def test_a_pickle_is_refused_and_never_opened(tmp_path: Path) -> None:
+    """adapter_model.bin alone is refused by its name."""
+    path = write_adapter(tmp_path / "sql")
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    message = refused(path, Reason.ADAPTER_UNSUPPORTED)
+    assert "a pickle, which is never opened" in message
+    assert "safe_serialization=True" in message
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    """Both files are needed."""
+    path = write_adapter(tmp_path / "sql")
+    (path / name).unlink()
+    assert f"{name} is missing" in refused(path, Reason.ADAPTER_MALFORMED)
+
+
+def test_a_folder_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
+    """A missing folder and a file in its place say so."""
+    assert "cannot be read; check the path" in refused(tmp_path / "sql", Reason.ORIGIN_UNREADABLE)
+    (tmp_path / "file").write_text("x")
+    assert "is not a folder" in refused(tmp_path / "file", Reason.ORIGIN_UNREADABLE)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """A link cannot lead the reader to files outside."""
+    path = write_adapter(tmp_path / "sql")
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    message = refused(path, Reason.ORIGIN_UNREADABLE)
+    assert f"{name} is a link that leads out of the folder" in message
+
+
+def test_a_link_inside_the_folder_and_to_the_folder_are_followed(tmp_path: Path) -> None:
+    """Links that stay inside are harmless."""
+    path = write_adapter(tmp_path / "sql")
+    (path / "adapter_model.safetensors").rename(path / "weights")
+    (path / "adapter_model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to("sql")
+    assert read(tmp_path / "link").digest == read(path).digest
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_is_not_regular_is_refused(tmp_path: Path, name: str) -> None:
+    """A FIFO does not hang the reader, a folder does not confuse it."""
+    path = write_adapter(tmp_path / "sql")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert f"{name} is not a regular file" in refused(path, Reason.ORIGIN_UNREADABLE)
+
+
+def test_a_refused_adapter_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """A thousand bad adapters must not use up the process's descriptors."""
+    path = write_adapter(tmp_path / "sql", r=16)
+    before = open_descriptors()
+    refused(path, Reason.ADAPTER_MALFORMED)
+    assert open_descriptors() == before
+
+
+def test_the_digest_knows_content_and_not_its_order(tmp_path: Path) -> None:
+    """Equal content has one digest, whatever the tensors' order or the fields that change nothing."""
+    path = write_adapter(tmp_path / "a", seed=1)
+    digest = read(path).digest
+    assert digest == read(write_adapter(tmp_path / "b", seed=1, lora_dropout=0.5, revision="x")).digest
+    tensors = read_tensors(path)
+    write_safetensors(path / "adapter_model.safetensors", dict(reversed(tensors.items())))
+    assert read(path).digest == digest
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 2},
+        {"alpha": 17},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"base_model_name_or_path": "other"},
+        {"dtype": "float16"},
+        {"infix": ".default"},
+        {"layers": [0]},
+    ],
+)
+def test_the_digest_changes_with_all_that_counts(tmp_path: Path, changed: Any) -> None:
+    """Bytes, scale, base model, dtypes, names."""
+    first = read(write_adapter(tmp_path / "a", seed=1))
+    second = read(write_adapter(tmp_path / "b", **{"seed": 1, **changed}))
+    assert first.digest != second.digest
+
+
+def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
+    """Hashing reports bytes done of bytes in all."""
+    seen: list[tuple[int, int]] = []
+    path = write_adapter(tmp_path / "sql", shape=Dims(layers=3))
+    with read_adapter(path, progress=lambda done, total: seen.append((done, total))) as source:
+        assert seen[-1] == (source.size_bytes, source.size_bytes)
+    assert seen == sorted(seen)
