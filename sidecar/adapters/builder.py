@@ -9,11 +9,11 @@ from time import monotonic_ns
 from typing import NamedTuple
 
 from sidecar.adapters.buffers import Blob
-from sidecar.adapters.identity import packed_key
-from sidecar.adapters.layout import Layout
+from sidecar.adapters.layout import Layout, numpy_dtype
 from sidecar.adapters.packed import PackPlan, PackReport, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.refusal import malformed
+from sidecar.core.facts import packed_key
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase (`fetch` or `pack`), bytes done and bytes in all. What it raises ends the build."""
@@ -66,7 +66,7 @@ def build(
 
 
 def _fill(blob: Blob, source: AdapterSource, packing: PackPlan, progress: Progress | None) -> PackReport:
-    out = blob.array(packing.layout.numpy_dtype, packing.shape)
+    out = blob.array(numpy_dtype(packing.layout), packing.shape)
     report = pack(source, packing, out, _phase(progress, "pack"))
     source.file.check_unchanged()
     del out  # a writable array forbids the seal

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from sidecar.adapters.names import shown
+from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, PackPlan, PackReport, lora_config, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Misused, Reason
@@ -104,7 +105,7 @@ def _write_weights(
             os.posix_fallocate(file.fileno(), start, packing.size_bytes)
         out = np.memmap(file, dtype=np.uint16, mode="r+", offset=start, shape=packing.shape)
         packed_into: np.ndarray[tuple[int, ...], np.dtype[np.uint16]] = out.view(np.ndarray)
-        report = pack(source, packing, packed_into.view(packing.layout.numpy_dtype), progress)
+        report = pack(source, packing, packed_into.view(numpy_dtype(packing.layout)), progress)
         source.file.check_unchanged()
         out.flush()
         os.fsync(file.fileno())

@@ -1,8 +1,4 @@
-"""What an adapter version is called: its digest, the key of one packed form of it, and the engine's task id.
-
-Equal content has equal names on every replica and for ever; new content, another layout, another revision
-of the packer or another generation has a new task id, so no engine can confuse them.
-"""
+"""The digest that names an adapter version: equal content has an equal name on every replica and for ever."""
 
 from __future__ import annotations
 
@@ -11,11 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sidecar.adapters.layout import Layout
 from sidecar.adapters.tensors import TensorFile
-
-PACKER_REVISION = 1
-"""Raise it whenever the same source and layout would give other packed bytes."""
 
 
 def digest_of(
@@ -45,16 +37,3 @@ def digest_of(
         if progress is not None:
             progress(done, total)
     return digest.hexdigest()
-
-
-def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
-    """Return the name of one packed form: safe as a file name, equal on every replica."""
-    return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"
-
-
-def task_id(packed_key: str) -> int:
-    """Return the engine's id of a packed form: 63 bits of the key's SHA-256, never 0 (engines read 0 as
-    none).
-    """
-    value = int.from_bytes(hashlib.sha256(packed_key.encode()).digest()[:8], "big") >> 1
-    return value or 1

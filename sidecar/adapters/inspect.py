@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sidecar.adapters.identity import packed_key, task_id
 from sidecar.adapters.packed import Layout, measure, plan
 from sidecar.adapters.peft import AdapterSource, Target, read_adapter
-from sidecar.adapters.summary import summarise
+from sidecar.adapters.registration import adapter_of
 from sidecar.adapters.values import check_values
+from sidecar.core.facts import packed_key, task_id_of
 from sidecar.errors import Invalid
 
 DEFAULT_LAYOUTS = (Layout("float16"), Layout("bfloat16"))
@@ -24,17 +24,18 @@ def inspect(src: Path, layouts: Sequence[Layout] = DEFAULT_LAYOUTS) -> dict[str,
     """
     with read_adapter(src) as source:
         largest = check_values(source)
-        summary = summarise(source)
+        adapter = adapter_of(source)
+        layers = [row.layer for row in adapter.rows]
         return {
             "adapter": source.name,
             "base_model": source.base_model,
             "digest": source.digest,
-            "dtype": summary.dtype,
-            "source_bytes": summary.source_bytes,
-            "rows": summary.rows,
-            "layers": list(summary.layers),
-            "max_rank": summary.max_rank,
-            "modules": [_module(name, source.targets, largest) for name, _, _ in summary.modules],
+            "dtype": adapter.dtype,
+            "source_bytes": source.size_bytes,
+            "rows": len(adapter.rows),
+            "layers": [min(layers), max(layers)],
+            "max_rank": adapter.rank_max,
+            "modules": [_module(name, source.targets, largest) for name in adapter.modules],
             "layouts": [_layout(source, layout) for layout in layouts],
         }
 
@@ -62,7 +63,7 @@ def _layout(source: AdapterSource, layout: Layout) -> dict[str, Any]:
         "shape": [1, *packing.shape],
         "packed_bytes": packing.size_bytes,
         "packed_key": key,
-        "task_id": str(task_id(key)),  # a string: jq and Lua keep 53 bits
+        "task_id": str(task_id_of(key)),  # a string: jq and Lua keep 53 bits
     }
     try:
         report = measure(source, layout)

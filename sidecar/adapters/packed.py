@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from sidecar.adapters.balance import Factors, factors_for
 from sidecar.adapters.layout import Layout as Layout
+from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.loss import Loss, Sums
 from sidecar.adapters.peft import AdapterSource, Target
 from sidecar.adapters.tensors import TensorFile
@@ -47,7 +48,7 @@ class PackPlan:
 
     @property
     def size_bytes(self) -> int:
-        return len(self.rows) * self.width * self.layout.numpy_dtype.itemsize
+        return len(self.rows) * self.width * numpy_dtype(self.layout).itemsize
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def pack(
 
 def measure(source: AdapterSource, layout: Layout) -> PackReport:
     """Return what packing would cost, `relative_error` included, in the memory of one row."""
-    row = np.empty(plan(source, layout).width, dtype=layout.numpy_dtype)
+    row = np.empty(plan(source, layout).width, dtype=numpy_dtype(layout))
     loss = Loss(with_error=True)
     rebalanced = []
     for target in source.targets:
@@ -131,7 +132,7 @@ def _needed(target: Target, layout: Layout) -> int:
 
 
 def _writable(plan: PackPlan, out: Array) -> Array:
-    dtype = plan.layout.numpy_dtype
+    dtype = numpy_dtype(plan.layout)
     if out.shape != plan.shape or not out.flags.c_contiguous or not out.flags.writeable:
         raise ValueError(f"the buffer must be a writable, contiguous {plan.shape}, not {out.shape}")
     if out.dtype != dtype and out.dtype != np.uint16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.values import check_values
 from sidecar.core.facts import Adapter, Row
 
@@ -22,9 +22,14 @@ def read_registration(name: str, directory: Path) -> Registration:
     """Read and check a folder. Raises Invalid with what is wrong with it. Reads every byte: run it in a thread."""
     with read_adapter(directory, name=name) as source:
         check_values(source)
-        rows = tuple(
-            Row(target.module, target.module_id, target.layer, target.rank, target.in_dim, target.out_dim)
-            for target in source.targets
-        )
-        dtype = source.targets[0].dtype
-        return Registration(Adapter(source.digest, source.base_model, rows, dtype), source.size_bytes)
+        return Registration(adapter_of(source), source.size_bytes)
+
+
+def adapter_of(source: AdapterSource) -> Adapter:
+    """Return what a source is without its weights; its dtype is F32 where tensors differ."""
+    rows = tuple(
+        Row(target.module, target.module_id, target.layer, target.rank, target.in_dim, target.out_dim)
+        for target in source.targets
+    )
+    dtypes = sorted({target.dtype for target in source.targets})
+    return Adapter(source.digest, source.base_model, rows, dtypes[0] if len(dtypes) == 1 else "F32")

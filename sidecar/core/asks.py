@@ -113,9 +113,20 @@ def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) 
         return Why.PROBATION
     if backend.lone_load is not None:
         return Why.APART
-    if version.suspect and (backend.loads or _shelters_the_lost(state, backend)):
-        return Why.APART
-    return None
+    if version.suspect:
+        return Why.APART if backend.loads or _shelters_the_lost(state, backend) else None
+    return Why.APART if _suspect_is_next(state, backend) else None
+
+
+def _suspect_is_next(state: State, backend: Backend) -> bool:
+    """Whether a suspect waits only for the Loads under way to end: more of them would keep it waiting for ever."""
+    for digest in state.suspects:
+        if digest not in backend.queued_by_version or state.versions[digest].loads:
+            continue
+        packed = state.packed_for(digest, backend)
+        if backend.loads and state.store.has(packed.key) and _room_for(state, backend, packed.pages):
+            return True
+    return False
 
 
 def _shelters_the_lost(state: State, backend: Backend) -> bool:

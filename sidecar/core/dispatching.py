@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.views import BASE, Close, Open, OpenVersion, Room, Send
-from sidecar.core import asks
+from sidecar.core import asks, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import LoadDone
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
@@ -127,9 +127,8 @@ def load_done(turn: Turn, event: LoadDone) -> None:
     if load is None:
         return
     backend = end_load(turn, load)
-    version = turn.state.versions[load.digest]
-    version.answered, version.suspect = True, False
-    version.lost_backends.clear()
+    turn.state.versions[load.digest].answered = True
+    suspects.clear(turn.state, load.digest)
     backend.full_until_ns = backend.full_backoff_ns = 0
     packed = turn.state.packed_for(load.digest, backend)
     slot = backend.slots.get(load.digest)

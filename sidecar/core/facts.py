@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from policies.views import BASE
 
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 PACKER_REVISION = 1
+"""Raise it whenever the same source and layout would give other packed bytes."""
 MESSAGE_BYTES_MAX = 2**31 - 1
 """The largest gRPC message Triton takes; a packed adapter travels in one."""
 MESSAGE_OVERHEAD_BYTES = 1 << 16
@@ -33,11 +34,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Layout:
-    """How packed rows must look for an engine; part of the packed key."""
+    """How packed rows must look for an engine: target dtype, what ranks are padded to, tensor-parallel size.
+
+    Separate projections are sent whole whatever `tp` is (the engine cuts them); it is part of the key because fused
+    projections are not. Raises ValueError for values that no engine has.
+    """
 
     dtype: str
     rank_multiple: int = 1
     tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if self.rank_multiple < 1 or self.tp < 1:
+            raise ValueError(f"rank_multiple ({self.rank_multiple}) and tp ({self.tp}) are whole numbers from 1")
+
+    @property
+    def label(self) -> str:
+        return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}"
+
+    def padded(self, rank: int) -> int:
+        """Return the rank as it is sent: the next multiple of `rank_multiple`."""
+        return -(-rank // self.rank_multiple) * self.rank_multiple
 
 
 @dataclass(frozen=True)
@@ -122,17 +141,13 @@ def pages_of(rows: tuple[Row, ...], facts: EngineFacts) -> int:
         return 1
     pages, used = 1, 0
     for row in rows:
-        rank = padded_rank(row.rank, facts.rank_multiple)
+        rank = facts.layout.padded(row.rank)
         local = _local_dim(row.module, (row.in_dim, row.out_dim), facts.tp)
         slots = -(-rank * local // page.width)
         if used + slots > page.slots:
             pages, used = pages + 1, 0
         used += slots
     return pages
-
-
-def padded_rank(rank: int, multiple: int) -> int:
-    return -(-rank // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -155,13 +170,18 @@ class Adapter:
     dtype: str
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules it adapts, in the order of their ids."""
+        return tuple(dict.fromkeys(row.module for row in sorted(self.rows, key=lambda row: row.module_id)))
+
+    @property
     def rank_max(self) -> int:
         return max((row.rank for row in self.rows), default=0)
 
 
 def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
     """Name one packed blob: equal on every replica, new for new content, layout or generation."""
-    return f"{digest}.{layout.dtype}.r{layout.rank_multiple}.tp{layout.tp}.p{PACKER_REVISION}.g{generation}"
+    return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"
 
 
 def task_id_of(key: str) -> int:
@@ -171,7 +191,7 @@ def task_id_of(key: str) -> int:
 
 def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
     """Return the bytes of `[N, W]`: every row is as wide as the widest."""
-    widths = [padded_rank(row.rank, layout.rank_multiple) * (row.in_dim + row.out_dim) for row in rows]
+    widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in rows]
     return len(rows) * max(widths, default=0) * DTYPE_BYTES[layout.dtype]
 
 
@@ -214,7 +234,7 @@ def _wrong_base(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _wrong_rank(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    rank = padded_rank(adapter.rank_max, facts.rank_multiple)
+    rank = facts.layout.padded(adapter.rank_max)
     if facts.rank_max is None or rank <= facts.rank_max:
         return None
     return Misfit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sidecar.core import asks
+from sidecar.core import asks, suspects
 from sidecar.core.effects import Answer
 from sidecar.core.events import (
     AdapterRegistered,
@@ -135,11 +135,11 @@ def prefetch_asked(turn: Turn, event: PrefetchAsked) -> None:
 
 def release_asked(turn: Turn, event: ReleaseAsked) -> None:
     """Lift a quarantine: the version is on probation again, and no backend's refusal is remembered."""
-    version = turn.state.versions[turn.state.names[event.name].digest]
+    digest = turn.state.names[event.name].digest
+    version = turn.state.versions[digest]
     version.quarantined = ""
-    version.suspect = False
-    version.lost_backends.clear()
     version.refused_by.clear()
+    suspects.clear(turn.state, digest)
 
 
 def drain_set(turn: Turn, event: DrainSet) -> None:

@@ -208,6 +208,8 @@ class State:
     unrouted: dict[int, None] = field(default_factory=dict)
     loads: dict[int, LoadRun] = field(default_factory=dict)
     load_count: int = 0
+    suspects: dict[str, None] = field(default_factory=dict)
+    """The versions whose `suspect` is set."""
     draining: bool = False
     queued: int = 0
     queued_tokens: int = 0

@@ -7,7 +7,7 @@ and nobody who was lost beside it is sent where it is being loaded. When a secon
 from __future__ import annotations
 
 from sidecar.core.effects import Quarantine
-from sidecar.core.state import Backend, Version
+from sidecar.core.state import Backend, State, Version
 from sidecar.core.turn import Turn
 from sidecar.errors import Reason
 
@@ -17,6 +17,7 @@ def suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: s
     if version.answered:
         return
     version.suspect = True
+    turn.state.suspects[digest] = None
     version.lost_backends.append(backend.id)
     if len(version.lost_backends) < 2 or version.quarantined:
         return
@@ -26,6 +27,14 @@ def suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: s
     for request in list(turn.state.requests.values()):
         if request.version == digest and not request.running and not request.settled:
             turn.drop(request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
+
+
+def clear(state: State, digest: str) -> None:
+    """Hold nothing against a version any more: it has answered, or a person says so."""
+    version = state.versions[digest]
+    version.suspect = False
+    version.lost_backends.clear()
+    state.suspects.pop(digest, None)
 
 
 def quarantine_message(name: str, version: Version) -> str:

@@ -274,6 +274,7 @@ class Turn:
             if entry.digest == digest:
                 self.doom_blob(key)
         self.state.forget_derived(digest=digest)
+        self.state.suspects.pop(digest, None)
         del self.state.versions[digest]
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.adapters.balance import factors_for
+from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.errors import Invalid
@@ -83,7 +84,7 @@ def packed_rows(directory: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray
     """Pack with the product's packer into a buffer full of ones, so that a gap would show."""
     with read_adapter(directory) as source:
         packing = plan(source, layout)
-        out = np.ones(packing.shape, layout.numpy_dtype)
+        out = np.ones(packing.shape, numpy_dtype(layout))
         pack(source, packing, out)
         return out, lora_config(packing)
 
@@ -96,7 +97,7 @@ def test_rows_equal_the_naive_packers(tmp_path: Path, case: str, dtype: str, mul
     directory = write_adapter(tmp_path / "a", seed=7, **CASES[case])
     layout = Layout(dtype, multiple)
     rows, config = packed_rows(directory, layout)
-    expected, expected_config = naive_rows(directory, layout.numpy_dtype, multiple)
+    expected, expected_config = naive_rows(directory, numpy_dtype(layout), multiple)
     assert config.tolist() == expected_config
     assert config.dtype == np.int32
     assert np.array_equal(rows.view(np.uint16), expected.view(np.uint16))
@@ -150,7 +151,7 @@ def test_any_adapter_packs_as_the_naive_packer_does(
     )
     layout = Layout(dtypes[1], multiple)
     rows, config = packed_rows(directory, layout)
-    expected, expected_config = naive_rows(directory, layout.numpy_dtype, multiple)
+    expected, expected_config = naive_rows(directory, numpy_dtype(layout), multiple)
     assert config.tolist() == expected_config
     assert np.array_equal(rows.view(np.uint16), expected.view(np.uint16))
 

@@ -12,10 +12,12 @@ import pytest
 
 from sidecar.adapters.builder import build
 from sidecar.adapters.convert import convert
-from sidecar.adapters.identity import packed_key, task_id
 from sidecar.adapters.inspect import inspect
+from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, pack, plan
 from sidecar.adapters.peft import read_adapter
+from sidecar.core.facts import packed_key
+from sidecar.core.facts import task_id_of as task_id
 from sidecar.errors import Invalid, Misused, Reason, Refused
 from tests.peft_files import ALL_LINEAR, BFLOAT16, open_descriptors, read_tensors, write_adapter
 
@@ -26,7 +28,7 @@ def rows_of(path: Path, layout: Layout) -> np.ndarray:
     """Pack into plain memory."""
     with read_adapter(path) as source:
         packing = plan(source, layout)
-        out = np.empty(packing.shape, layout.numpy_dtype)
+        out = np.empty(packing.shape, numpy_dtype(layout))
         pack(source, packing, out)
     return out
 

@@ -1,17 +1,17 @@
-"""Digest, packed key and task id, and the summary that stands for an adapter without its weights."""
+"""Digest, packed key and task id, and what stands for an adapter without its weights."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from sidecar.adapters import identity
-from sidecar.adapters.identity import packed_key, task_id
 from sidecar.adapters.packed import Layout, plan
 from sidecar.adapters.peft import read_adapter
-from sidecar.adapters.summary import AdapterSummary, summarise
+from sidecar.adapters.registration import adapter_of
+from sidecar.core import facts
+from sidecar.core.facts import packed_key, packed_size_bytes
+from sidecar.core.facts import task_id_of as task_id
 from tests.peft_files import ALL_LINEAR, module_path, write_adapter
 
 DIGEST = "ab" * 32
@@ -36,7 +36,7 @@ def test_every_part_of_the_key_gives_another_task_id(monkeypatch: pytest.MonkeyP
         packed_key(DIGEST, Layout("float16", 1, 2)),
         packed_key(DIGEST, fp16, 1),
     ]
-    monkeypatch.setattr(identity, "PACKER_REVISION", identity.PACKER_REVISION + 1)
+    monkeypatch.setattr(facts, "PACKER_REVISION", facts.PACKER_REVISION + 1)
     keys.append(packed_key(DIGEST, fp16))
     assert len(dict.fromkeys(map(task_id, keys))) == 7
 
@@ -50,7 +50,7 @@ def test_a_hash_of_zero_bits_is_not_task_0(monkeypatch: pytest.MonkeyPatch) -> N
         def digest(self) -> bytes:
             return bytes(32)
 
-    monkeypatch.setattr(identity.hashlib, "sha256", Zeros)
+    monkeypatch.setattr(facts.hashlib, "sha256", Zeros)
     assert task_id("any") == 1
 
 
@@ -61,17 +61,15 @@ def test_one_digest_on_two_engines_has_two_task_ids(tmp_path: Path) -> None:
     assert ids[0] != ids[1]
 
 
-def test_the_summary_says_what_the_adapter_needs(tmp_path: Path) -> None:
+def test_an_adapter_without_weights_says_what_it_needs(tmp_path: Path) -> None:
     """Modules with their dims, ranks, layers, and the packed size of any layout."""
     path = write_adapter(
         tmp_path / "sql", modules=ALL_LINEAR, layers=[0, 1], rank=4, ranks={module_path("v_proj", 1): 9}
     )
     with read_adapter(path) as source:
-        summary = summarise(source)
+        adapter = adapter_of(source)
         for layout in (Layout("float16"), Layout("bfloat16", 8), Layout("float16", 16, 2)):
-            assert summary.size_bytes(layout) == plan(source, layout).size_bytes
-    assert summary.modules[0] == ("attn_q", 64, 64)
-    assert summary.modules[5] == ("mlp_4h_to_h", 160, 64)
-    assert summary.module_ranks == (4, 4, 9, 4, 4, 4, 4)
-    assert (summary.max_rank, summary.rows, summary.layers, summary.dtype) == (9, 14, (0, 1), "BF16")
-    assert AdapterSummary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
+            assert packed_size_bytes(adapter.rows, layout) == plan(source, layout).size_bytes
+    assert (adapter.rows[0].module, adapter.rows[0].in_dim, adapter.rows[0].out_dim) == ("attn_q", 64, 64)
+    assert len(adapter.modules) == 7
+    assert (adapter.rank_max, len(adapter.rows), adapter.dtype) == (9, 14, "BF16")

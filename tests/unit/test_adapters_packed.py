@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sidecar.adapters import packed as packer
+from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, PackReport, Rebalanced, measure, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.values import check_values
@@ -36,7 +37,7 @@ def packed(path: Path, layout: Layout) -> tuple[np.ndarray, PackReport]:
     """Pack into a buffer of ones."""
     with read_adapter(path) as source:
         packing = plan(source, layout)
-        out = np.ones(packing.shape, layout.numpy_dtype)
+        out = np.ones(packing.shape, numpy_dtype(layout))
         return out, pack(source, packing, out)
 
 

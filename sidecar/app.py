@@ -1,0 +1,260 @@
+"""Put the parts together: one process with its three listeners, from a configuration to a clean exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sidecar import plugins
+from sidecar.backends.api import Backend
+from sidecar.backends.credentials import read_pem
+from sidecar.backends.engine_facts import from_engine_config
+from sidecar.backends.loads import LoaderProcess
+from sidecar.backends.triton import TritonBackend, TritonOptions
+from sidecar.config import Backend as BackendConfig
+from sidecar.config import Config, Listener, declared_facts
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Invalid, Misused, Reason
+from sidecar.fronts.admin import add_admin
+from sidecar.fronts.auth import TokenInterceptor
+from sidecar.fronts.generate import GatewayService
+from sidecar.fronts.http import HttpFront
+from sidecar.fronts.kserve import add_kserve
+from sidecar.fronts.kserve_admin import add_kserve_admin
+from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.journal import Journal
+from sidecar.shell.metrics import Metrics
+from sidecar.shell.request_log import RequestLog
+from sidecar.state.registry import SqliteRegistry, lock_data_directory
+
+logger = logging.getLogger(__name__)
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+STOP_GRACE_S = 2.0
+
+
+class Sidecar:
+    """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.data_address = self.admin_address = self.http_address = ""
+        self._lock: IO[str] | None = None
+        self._servers: list[grpc.aio.Server] = []
+        self._health = health.aio.HealthServicer()
+        self._journal: Journal | None = None
+        self._http: HttpFront | None = None
+        self._loader = LoaderProcess()
+        data = self._data_directory()
+        self.registry = SqliteRegistry(None if data is None else data / "registry.sqlite")
+        core = config.core()
+        self.gateway = Gateway(
+            core, plugins.policies_of(core), self.registry, self._roots(), config.client_stall_s, config.queue.inbox_max
+        )
+        self.metrics = Metrics(self.gateway, config.adapter_labels_max)
+        self.gateway.observe(self.metrics)
+        self.gateway.observe(RequestLog())
+        if data is not None and config.journal.enabled:
+            self._journal = Journal(self.gateway, data / "journal", config.journal)
+            self.gateway.observe(self._journal)
+
+    def _data_directory(self) -> Path | None:
+        if self.config.data_directory is None:
+            return None
+        data = Path(self.config.data_directory).expanduser().resolve()
+        self._lock = lock_data_directory(data)
+        return data
+
+    def _roots(self) -> list[Path]:
+        adapters = self.config.adapters
+        roots = [*adapters.roots, *([adapters.serve] if adapters.serve else [])]
+        return [Path(root).expanduser() for root in roots]
+
+    @classmethod
+    async def start(cls, config: Config) -> Sidecar:
+        """Start to serve. Raises Misused naming what is in the way; nothing is left behind then."""
+        sidecar = cls(config)
+        try:
+            await sidecar._start()
+        except BaseException:
+            await sidecar.stop()
+            raise
+        return sidecar
+
+    async def _start(self) -> None:
+        backends = make_backends(self.config.backends, self._loader)
+        if self._journal is not None:
+            self._journal.start()
+        await self.gateway.start(backends)
+        await self._register_served()
+        await self._listen()
+
+    async def _register_served(self) -> None:
+        """Register each PEFT subfolder of `adapters.serve` under its own name; one that is wrong is told and left out."""
+        if self.config.adapters.serve is None:
+            return
+        folder = Path(self.config.adapters.serve).expanduser()
+        if not folder.is_dir():
+            raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: {folder} is not a folder")
+        for path in sorted(folder.iterdir()):
+            if not (path / "adapter_config.json").is_file():
+                continue
+            try:
+                await self.gateway.register(path.name, str(path), self.config.adapters.allow.get(path.name, ()))
+            except Invalid as error:
+                logger.error("not served: %s", error.message)
+
+    async def _listen(self) -> None:
+        listeners = self.config.listeners
+        data = self._server([])
+        service = GatewayService(self.gateway, self.config.tenant_from, self.config.hide_backend)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
+        add_kserve(data, self.gateway, self.config)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
+        self.data_address = _bind(data, listeners.data, "data")
+
+        admin = self._server(_admin_interceptors(self.config))
+        add_admin(admin, self.gateway)
+        add_kserve_admin(admin, self.gateway, self.config)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
+        names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
+        self.admin_address = _bind(admin, listeners.admin, "admin")
+
+        self._http = HttpFront(self.gateway, self.metrics, listeners.http.address)
+        await self._http.start()
+        self.http_address = self._http.address
+        for server in self._servers:
+            await server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    def _server(self, interceptors: Sequence[Any]) -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+        self._servers.append(server)
+        return server
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then let everything in flight finish."""
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, stop.set)
+        await stop.wait()
+        logger.info("draining: nothing new is admitted, what is in flight finishes")
+        await self.drain()
+        await self.stop()
+
+    async def drain(self) -> None:
+        """Admit nothing new and wait for what is here, at most `drain_timeout_s`."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            await asyncio.wait_for(self.gateway.drain(), self.config.drain_timeout_s)
+        except TimeoutError:
+            logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", self.config.drain_timeout_s)
+
+    async def stop(self) -> None:
+        """End at once: calls that are still open are cancelled."""
+        for server in self._servers:
+            await server.stop(0)
+        if self._http is not None:
+            await self._http.stop()
+        await self.gateway.stop()
+        await self._loader.close()
+        if self._journal is not None:
+            self._journal.stop()
+        self.registry.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def make_backends(
+    configured: Sequence[BackendConfig], loader: LoaderProcess
+) -> list[tuple[Backend, EngineFacts]]:
+    """Return the backends of a configuration, each with the facts that are declared of it."""
+    made: list[tuple[Backend, EngineFacts]] = []
+    for number, backend in enumerate(configured):
+        scheme, _, address = backend.url.partition("://")
+        identity = backend.id or address
+        if identity in [known.id for known, _ in made]:
+            raise Misused(Reason.CONFIG_INVALID, f"backends.{number}: the id {identity} is used twice")
+        engine = backend.engine.config
+        facts = declared_facts(backend, from_engine_config(Path(engine)) if engine else None)
+        kind = backend.kind or scheme
+        if kind != "triton":
+            made.append((plugins.resolve("backend", kind)(backend, facts, loader), facts))
+            continue
+        if not address.rpartition(":")[2].isdigit():
+            raise Misused(
+                Reason.CONFIG_INVALID, f'backends.{number}.url: "{backend.url}" is not of the form triton://HOST:PORT'
+            )
+        options = TritonOptions(
+            id=identity,
+            address=address,
+            facts=facts,
+            metrics_url=backend.metrics,
+            model=backend.model,
+            tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+            progress_timeout_s=backend.progress_timeout_s,
+            load_timeout_s=backend.load_timeout_s,
+        )
+        made.append((TritonBackend(options, loader), facts))
+    return made
+
+
+def _admin_interceptors(config: Config) -> list[Any]:
+    """Return what guards the admin listener. Raises Misused when it would be open to other machines."""
+    admin = config.listeners.admin
+    if admin.token_file is not None:
+        return [TokenInterceptor(Path(admin.token_file))]
+    host = admin.address.rpartition(":")[0].strip("[]")
+    mutual = admin.tls is not None and admin.tls.ca is not None
+    if host not in ("127.0.0.1", "localhost", "::1") and not mutual and not admin.address.startswith("unix:"):
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f"the admin listener {admin.address} is reachable from other machines and unprotected; listen on "
+            "127.0.0.1, set listeners.admin.token_file, or set listeners.admin.tls with a client ca",
+        )
+    return []
+
+
+def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:
+    """Open a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
+    try:
+        if listener.tls is None:
+            port = server.add_insecure_port(listener.address)
+        else:
+            port = server.add_secure_port(listener.address, _server_credentials(listener))
+    except RuntimeError as error:
+        raise Misused(
+            Reason.PORT_IN_USE,
+            f"the {name} listener cannot have {listener.address}: another process has the port, or the address is "
+            f"not this machine's; choose another with listeners.{name}.address",
+        ) from error
+    host = listener.address.rpartition(":")[0]
+    return listener.address if listener.address.startswith("unix:") else f"{host}:{port}"
+
+
+def _server_credentials(listener: Listener) -> grpc.ServerCredentials:
+    tls = listener.tls
+    assert tls is not None
+    key, certificate = read_pem(tls.key), read_pem(tls.certificate)
+    if key is None or certificate is None:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {listener.address} needs certificate and key")
+    ca = read_pem(tls.ca)
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=ca is not None)

@@ -1,0 +1,371 @@
+"""What operators look at: the queue, the adapters, the backends. Read between steps; nothing is changed.
+
+Counting is cheap whatever the queue's length; why a request waits is asked of the oldest ones only, and a view says so
+when that left some out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from sidecar.core import asks
+from sidecar.core.facts import task_id_of
+from sidecar.core.state import Backend, Name, Request, State
+from sidecar.core.store import Entry
+from sidecar.core.words import Phase, Why
+
+EXAMINED_MAX = 2_000
+"""Requests that one view asks "why do you wait?", oldest first."""
+
+_BECAUSE = {
+    Why.BACKEND_DOWN: "no backend that can serve them is up",
+    Why.BACKING_OFF: "{backend} refused work and is given a pause",
+    Why.FETCHING: "their adapters are being fetched",
+    Why.STORE_FULL: "their adapters wait for room in the host store",
+    Why.LOADING: "their adapters are being loaded on {backend}",
+    Why.HOST_CACHE_FULL: "the adapter host cache of {backend} is full",
+    Why.SLOTS_BUSY: "all slots are busy on {backend}",
+    Why.SEATS_FULL: "all seats are taken on {backend}",
+    Why.KV_FULL: "the KV cache is full on {backend}",
+    Why.PROBATION: "their adapters' first load is under way elsewhere",
+    Why.APART: "they are kept apart from a suspect load on {backend}",
+    Why.GATED: "the ordering policy holds them back on {backend}",
+    Why.TENANT_CAP: "their tenant has its share of {backend}",
+    Why.NEXT: "they go next on {backend}",
+}
+
+
+@dataclass(frozen=True)
+class WaitingView:
+    """A waiting request. It ends as expired once it has waited for `bound_ns`."""
+
+    request: int
+    adapter: str
+    tenant: str
+    klass: str
+    backend: str
+    waited_ns: int
+    bound_ns: int
+    why: Why
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """Who waits. `why` counts the reasons of the oldest `examined` requests, most frequent first."""
+
+    verdict: str
+    waiting: int
+    running: int
+    requests: tuple[WaitingView, ...]
+    why: tuple[tuple[Why, int], ...]
+    examined: int
+
+
+def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100) -> QueueView:
+    """Return the queue, or the part of it that is of one adapter or on one backend.
+
+    Lists at most `limit` requests and examines at most `EXAMINED_MAX`, oldest first.
+    """
+    waiting, running = _counts(state, adapter, backend)
+    oldest = [
+        _waiting_view(state, request, now_ns)
+        for request in islice(_matching(state, adapter, backend, running=False), EXAMINED_MAX)
+    ]
+    why: dict[Why, int] = {}
+    for view in oldest:
+        why[view.why] = why.get(view.why, 0) + 1
+    return QueueView(
+        verdict=_verdict(oldest, waiting, running),
+        waiting=waiting,
+        running=running,
+        requests=tuple(oldest[:limit]),
+        why=tuple(sorted(why.items(), key=lambda pair: (-pair[1], pair[0].value))),
+        examined=len(oldest),
+    )
+
+
+def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
+    """Return how many wait and how many run; a walk over all requests only for one adapter's."""
+    if adapter:
+        waiting = sum(1 for _ in _matching(state, adapter, backend, running=False))
+        return waiting, sum(1 for _ in _matching(state, adapter, backend, running=True))
+    if backend:
+        chosen = state.backends[backend]
+        return len(chosen.queued), len(chosen.running)
+    return state.queued, sum(len(each.running) for each in state.backends.values())
+
+
+def _matching(state: State, adapter: str, backend: str, running: bool) -> Iterator[Request]:
+    """Yield requests in the order of arrival, which is that of their dict."""
+    for request in state.requests.values():
+        if request.running is not running:
+            continue
+        if (not adapter or request.view.name == adapter) and (not backend or request.backend == backend):
+            yield request
+
+
+def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
+    view = request.view
+    return WaitingView(
+        request=request.id,
+        adapter=view.name,
+        tenant=view.tenant,
+        klass=view.klass,
+        backend=request.backend or "",
+        waited_ns=now_ns - view.arrived_ns,
+        bound_ns=request.expires_ns - view.arrived_ns,
+        why=asks.why_waiting(state, request, now_ns),
+    )
+
+
+def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
+    if not oldest:
+        return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
+    first = oldest[0]
+    since = f"{_seconds(first.waited_ns)} (bound {_seconds(first.bound_ns)})"
+    counts: dict[tuple[Why, str], int] = {}
+    for view in oldest:
+        counts[view.why, view.backend] = counts.get((view.why, view.backend), 0) + 1
+    (why, backend), count = min(counts.items(), key=lambda pair: (-pair[1], pair[0][0].value, pair[0][1]))
+    because = _because(why, backend)
+    if waiting == 1:
+        return f"1 waiting for {since} because {because}"
+    share = "all" if count == waiting else str(count)
+    among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
+    return f"{waiting} waiting, the oldest for {since}, {share} of {among} because {because}"
+
+
+def _because(why: Why, backend: str) -> str:
+    if why is Why.BACKEND_DOWN and backend:
+        return f"{backend} is down"
+    return _BECAUSE[why].format(backend=backend or "any backend")
+
+
+def _seconds(duration_ns: int) -> str:
+    seconds = duration_ns / 1e9
+    return f"{seconds:.1f} s" if seconds < 100 and round(seconds, 1) % 1 else f"{seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class CopyView:
+    """One packed form in the host store, held or on its way."""
+
+    dtype: str
+    state: str
+    size_bytes: int
+    pins: int
+    task_id: int
+
+
+@dataclass(frozen=True)
+class ResidencyView:
+    """What is believed of an adapter on one backend.
+
+    `tier` is "gpu", "engine_host", "loading" or "absent"; `source` is what the belief rests on; `unfit` says why the
+    backend cannot serve it.
+    """
+
+    backend: str
+    tier: str
+    age_ns: int
+    source: str
+    unfit: str
+
+
+@dataclass(frozen=True)
+class AdapterView:
+    """A registered name, the version it stands for, and where that is."""
+
+    name: str
+    ordinal: int
+    digest: str
+    origin: str
+    base_model: str
+    rank: int
+    modules: tuple[str, ...]
+    dtype: str
+    pinned: bool
+    allow: tuple[str, ...]
+    quarantined: str
+    requests: int
+    store: tuple[CopyView, ...]
+    backends: tuple[ResidencyView, ...]
+
+
+def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
+    """Return one adapter. The name must be registered."""
+    return _adapter_view(state, state.names[name], _entries_by_digest(state), now_ns)
+
+
+def adapter_views(state: State, now_ns: int) -> list[AdapterView]:
+    """Return every adapter, by name."""
+    entries = _entries_by_digest(state)
+    return [_adapter_view(state, state.names[name], entries, now_ns) for name in sorted(state.names)]
+
+
+def _entries_by_digest(state: State) -> dict[str, list[tuple[str, Entry]]]:
+    found: dict[str, list[tuple[str, Entry]]] = {}
+    for key, entry in state.store.entries.items():
+        found.setdefault(entry.digest, []).append((key, entry))
+    return found
+
+
+def _adapter_view(state: State, name: Name, entries: dict[str, list[tuple[str, Entry]]], now_ns: int) -> AdapterView:
+    version = state.versions[name.digest]
+    adapter = version.adapter
+    return AdapterView(
+        name=name.name,
+        ordinal=name.ordinal,
+        digest=name.digest,
+        origin=version.origin,
+        base_model=adapter.base_model,
+        rank=adapter.rank_max,
+        modules=tuple(dict.fromkeys(row.module for row in adapter.rows)),
+        dtype=adapter.dtype,
+        pinned=name.pinned,
+        allow=name.allow or (),
+        quarantined=version.quarantined,
+        requests=version.requests,
+        store=tuple(_copy_view(key, entry) for key, entry in sorted(entries.get(name.digest, []), key=lambda e: e[0])),
+        backends=tuple(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
+    )
+
+
+def _copy_view(key: str, entry: Entry) -> CopyView:
+    dtype = key.removeprefix(f"{entry.digest}.").partition(".")[0]
+    state = "held" if entry.ready else "fetching"
+    return CopyView(dtype, state, entry.size_bytes, entry.pins, task_id_of(key))
+
+
+def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
+    misfit = asks.cannot_serve(state, backend, digest)
+    unfit = "" if misfit is None else misfit.sentence
+    load = state.versions[digest].loads.get(backend.id)
+    if load is not None:
+        return ResidencyView(backend.id, "loading", now_ns - state.loads[load].begun_ns, "load", unfit)
+    shadow = backend.shadow
+    belief = shadow.device.held.get(digest) or shadow.host.held.get(digest)
+    if belief is None:
+        return ResidencyView(backend.id, "absent", 0, "", unfit)
+    return ResidencyView(backend.id, shadow.tier(digest) or "", now_ns - belief.since_ns, belief.source, unfit)
+
+
+@dataclass(frozen=True)
+class OpenView:
+    """A version that is open on a backend. `pinned_by` is why it cannot be evicted: "loading", "running" or ""."""
+
+    name: str
+    digest: str
+    age_ns: int
+    pages: int
+    running: int
+    queued: int
+    pinned_by: str
+
+
+@dataclass(frozen=True)
+class HealView:
+    age_ns: int
+    reason: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class BackendView:
+    """One backend. Numbers that are not known are 0; `notes` say what holds it back now."""
+
+    id: str
+    kind: str
+    state: str
+    base_model: str
+    dtype: str
+    rank_max: int
+    running: int
+    queued: int
+    seats: int
+    host_pages: int
+    device_pages: int
+    kv_tokens: int
+    kv_reserved: int
+    page_limit: int
+    open: tuple[OpenView, ...]
+    heals: tuple[HealView, ...]
+    resident: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
+    """Return one backend, the last heals first. It must be configured."""
+    return _backend_view(state, state.backends[backend_id], _names_by_digest(state), now_ns)
+
+
+def backend_views(state: State, now_ns: int) -> list[BackendView]:
+    """Return every backend, in the order they were configured."""
+    names = _names_by_digest(state)
+    return [_backend_view(state, backend, names, now_ns) for backend in state.backends.values()]
+
+
+def _names_by_digest(state: State) -> dict[str, str]:
+    """Return a name for each version that has one: the first by the alphabet."""
+    return {state.names[name].digest: name for name in sorted(state.names, reverse=True)}
+
+
+def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns: int) -> BackendView:
+    facts = backend.facts
+    return BackendView(
+        id=backend.id,
+        kind=facts.kind,
+        state=_standing(backend),
+        base_model=facts.base_models[0] if facts.base_models else "",
+        dtype=facts.dtype or "",
+        rank_max=facts.rank_max or 0,
+        running=len(backend.running),
+        queued=len(backend.queued),
+        seats=backend.seats(state.config),
+        host_pages=facts.host_pages_total or 0,
+        device_pages=facts.device_pages or 0,
+        kv_tokens=facts.kv_tokens or 0,
+        kv_reserved=backend.kv_reserved,
+        page_limit=asks.page_limit(backend) or 0,
+        open=tuple(_open_view(backend, digest, names, now_ns) for digest in backend.slots),
+        heals=tuple(
+            HealView(now_ns - heal.at_ns, heal.reason, _called(names, heal.version)) for heal in reversed(backend.heals)
+        ),
+        resident=tuple(_called(names, digest) for digest in backend.shadow.host.held),
+        notes=tuple(_notes(backend, now_ns)),
+    )
+
+
+def _standing(backend: Backend) -> str:
+    if backend.phase is Phase.DOWN:
+        return "down"
+    return "draining" if backend.draining else "up"
+
+
+def _open_view(backend: Backend, digest: str, names: dict[str, str], now_ns: int) -> OpenView:
+    slot = backend.slots[digest]
+    pinned_by = "loading" if slot.load is not None else "running" if slot.running else ""
+    queued = len(backend.queued_by_version.get(digest, ()))
+    return OpenView(
+        _called(names, digest), digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by
+    )
+
+
+def _called(names: dict[str, str], digest: str) -> str:
+    """Return what people call a version; one whose name is gone is called by its digest."""
+    return names.get(digest, digest[:12]) if digest else "base model"
+
+
+def _notes(backend: Backend, now_ns: int) -> Iterator[str]:
+    if backend.draining:
+        yield f"draining: {len(backend.running)} still running"
+    if now_ns < backend.quiet_until_ns:
+        yield f"its queue was full: nothing is sent for {_seconds(backend.quiet_until_ns - now_ns)}"
+    if now_ns < backend.full_until_ns:
+        yield "its adapter host cache was full: loads wait for a completion"
+    if backend.seats_learned is not None:
+        yield f"seats held at {backend.seats_learned} since its queue was full"
+    if backend.lone_load is not None:
+        yield "a suspect adapter is being loaded alone"

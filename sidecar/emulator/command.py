@@ -1,0 +1,208 @@
+"""`sidecar emulate`: run an emulated TensorRT-LLM engine behind Triton's protocol until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sidecar.emulator.face import Options, Server, serve
+from sidecar.emulator.shape import ALL_LINEAR, SHAPES
+from sidecar.emulator.spec import SCHEDULERS
+
+GRACE_S = 1.0
+"""How long requests in flight may still run after SIGTERM."""
+
+_SERVER, _ENGINE, _LORA, _FAULTS = "Server", "Engine", "LoRA caches", "Faults"
+
+
+def emulate(
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=_SERVER)] = "127.0.0.1",
+    grpc_port: Annotated[
+        int, typer.Option(help="Port of the gRPC service; 0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8001,
+    metrics_port: Annotated[
+        int, typer.Option(help="Port of the metrics; 0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8002,
+    decoupled: Annotated[
+        bool, typer.Option(help="Serve decoupled models (streams only) or not.", rich_help_panel=_SERVER)
+    ] = True,
+    separate_final: Annotated[
+        bool, typer.Option(help="Mark ends with an empty response of its own.", rich_help_panel=_SERVER)
+    ] = False,
+    triton_max_batch_size: Annotated[
+        int, typer.Option(help="max_batch_size of the models.", rich_help_panel=_SERVER)
+    ] = 64,
+    write_engine_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the engine's config.json there, for backends to read.", rich_help_panel=_SERVER),
+    ] = None,
+    served_log: Annotated[
+        Path | None,
+        typer.Option(help="Append a JSON line for each request that ends.", rich_help_panel=_SERVER),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the ready line as JSON.", rich_help_panel=_SERVER)
+    ] = False,
+    shape: Annotated[str, typer.Option(help=f"Model: {', '.join(SHAPES)}.", rich_help_panel=_ENGINE)] = "tiny",
+    compute: Annotated[
+        str | None,
+        typer.Option(
+            help="llama computes tokens, none makes dummy ones; default: llama for tiny.", rich_help_panel=_ENGINE
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the base model.", rich_help_panel=_ENGINE)] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="Engine dtype: float16, bfloat16, float32.", rich_help_panel=_ENGINE)
+    ] = "float16",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, for page sizes.", rich_help_panel=_ENGINE)] = 1,
+    seats: Annotated[int, typer.Option(help="Requests that run at a time.", rich_help_panel=_ENGINE)] = 64,
+    max_input_tokens: Annotated[int, typer.Option(help="Longest prompt.", rich_help_panel=_ENGINE)] = 4096,
+    max_seq_tokens: Annotated[
+        int, typer.Option(help="Longest prompt and answer together.", rich_help_panel=_ENGINE)
+    ] = 8192,
+    max_tokens_per_step: Annotated[
+        int, typer.Option(help="Tokens that one step computes.", rich_help_panel=_ENGINE)
+    ] = 8192,
+    kv_blocks: Annotated[int, typer.Option(help="Blocks of the KV cache.", rich_help_panel=_ENGINE)] = 4096,
+    tokens_per_block: Annotated[int, typer.Option(help="Tokens in a KV block.", rich_help_panel=_ENGINE)] = 64,
+    scheduler: Annotated[
+        str, typer.Option(help=f"Capacity scheduler: {', '.join(SCHEDULERS)}.", rich_help_panel=_ENGINE)
+    ] = "guaranteed_no_evict",
+    time_scale: Annotated[
+        float,
+        typer.Option(help="1: as slow as the modelled GPU; 0: as fast as possible.", rich_help_panel=_ENGINE),
+    ] = 1.0,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(help="Step times to model; default: an A100 with an 8B model.", rich_help_panel=_ENGINE),
+    ] = None,
+    lora_modules: Annotated[
+        str, typer.Option(help="LoRA modules of the engine, by commas.", rich_help_panel=_LORA)
+    ] = ",".join(ALL_LINEAR),
+    lora_weights: Annotated[
+        str | None,
+        typer.Option(help="Type of lora_weights in ModelConfig: fp16, bf16; default: dtype.", rich_help_panel=_LORA),
+    ] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="Rank limit of the engine.", rich_help_panel=_LORA)] = 64,
+    lora_optimal_rank: Annotated[
+        int, typer.Option(help="lora_cache_optimal_adapter_size: sizes a page.", rich_help_panel=_LORA)
+    ] = 8,
+    lora_max_rank_cached: Annotated[int, typer.Option(help="lora_cache_max_adapter_size.", rich_help_panel=_LORA)] = 64,
+    lora_host_bytes: Annotated[int, typer.Option(help="lora_cache_host_memory_bytes.", rich_help_panel=_LORA)] = 1
+    << 30,
+    lora_device_bytes: Annotated[int, typer.Option(help="Bytes of the device cache.", rich_help_panel=_LORA)] = 1 << 30,
+    lora_host_pages: Annotated[
+        int | None, typer.Option(help="Pages of the host cache, instead of bytes.", rich_help_panel=_LORA)
+    ] = None,
+    lora_device_pages: Annotated[
+        int | None, typer.Option(help="Pages of the device cache, instead of bytes.", rich_help_panel=_LORA)
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Limit of the executor's queue; 0: none.", rich_help_panel=_FAULTS)
+    ] = 0,
+    crash_on_load: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Crash when this adapter (parameter lora_name, or task id) is loaded.", rich_help_panel=_FAULTS
+        ),
+    ] = None,
+    crash_on_weights: Annotated[
+        list[str] | None,
+        typer.Option(help="Crash when weights with this SHA-256 prefix are loaded.", rich_help_panel=_FAULTS),
+    ] = None,
+    fail_step_on_load: Annotated[
+        list[str] | None,
+        typer.Option(help="Fail the step after this adapter is loaded, once.", rich_help_panel=_FAULTS),
+    ] = None,
+    full_errors: Annotated[
+        int, typer.Option(help="Answer this many loads with a full cache.", rich_help_panel=_FAULTS)
+    ] = 0,
+    claim_errors: Annotated[
+        int, typer.Option(help="Then this many with a failed page claim.", rich_help_panel=_FAULTS)
+    ] = 0,
+    freeze_after: Annotated[
+        int | None, typer.Option(help="Stop iterating after this many steps.", rich_help_panel=_FAULTS)
+    ] = None,
+    slow_factor: Annotated[float, typer.Option(help="Multiply the time of every step.", rich_help_panel=_FAULTS)] = 1.0,
+) -> None:
+    """Run an emulated TensorRT-LLM engine behind Triton's gRPC protocol.
+
+    It keeps the engine's LoRA caches, scheduler and timing, computes with a tiny real model, and fails as the
+    real one fails. SIGTERM stops it.
+    """
+    try:
+        options = Options(
+            host=host,
+            grpc_port=grpc_port,
+            metrics_port=metrics_port,
+            decoupled=decoupled,
+            separate_final=separate_final,
+            triton_max_batch_size=triton_max_batch_size,
+            write_engine_config=write_engine_config,
+            served_log=served_log,
+            shape=shape,
+            compute=compute,
+            seed=seed,
+            dtype=dtype,
+            tp=tp,
+            seats=seats,
+            max_input_tokens=max_input_tokens,
+            max_seq_tokens=max_seq_tokens,
+            max_tokens_per_step=max_tokens_per_step,
+            kv_blocks=kv_blocks,
+            tokens_per_block=tokens_per_block,
+            scheduler=scheduler,
+            time_scale=time_scale,
+            cost_table=cost_table,
+            lora_modules=tuple(name for name in lora_modules.split(",") if name),
+            lora_weights=lora_weights,
+            max_lora_rank=max_lora_rank,
+            lora_optimal_rank=lora_optimal_rank,
+            lora_max_rank_cached=lora_max_rank_cached,
+            lora_host_bytes=lora_host_bytes,
+            lora_device_bytes=lora_device_bytes,
+            lora_host_pages=lora_host_pages,
+            lora_device_pages=lora_device_pages,
+            max_queue=max_queue,
+            crash_on_load=tuple(crash_on_load or ()),
+            crash_on_weights=tuple(crash_on_weights or ()),
+            fail_step_on_load=tuple(fail_step_on_load or ()),
+            full_errors=full_errors,
+            claim_errors=claim_errors,
+            freeze_after=freeze_after,
+            slow_factor=slow_factor,
+        )
+        asyncio.run(_run(options, as_json))
+    except (ValueError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"[red]emulate:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+async def _run(options: Options, as_json: bool) -> None:
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    server = await serve(options)
+    _announce(server, as_json)
+    waits = [asyncio.create_task(asked.wait()), asyncio.create_task(server.failed())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    await asyncio.gather(*waits, return_exceptions=True)
+    await server.stop(GRACE_S)
+
+
+def _announce(server: Server, as_json: bool) -> None:
+    """Print one line, at once even into a pipe: whoever started this waits for it."""
+    if as_json:
+        line = json.dumps({"grpc": server.grpc_address, "metrics": server.metrics_address})
+    else:
+        line = f"ready: gRPC on {server.grpc_address}, metrics on http://{server.metrics_address}/metrics"
+    print(line, flush=True)

@@ -1,0 +1,106 @@
+"""Responses of a model: which tensors each carries, in the shapes of `model_instance_state.cc`
+(fillTritonResponse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+from sidecar.emulator.face.datatypes import DATATYPES, join_bytes
+from sidecar.emulator.face.generation import Wanted
+from sidecar.emulator.face.models import Model
+from sidecar.emulator.face.work import Work
+from sidecar.emulator.tokens import ByteTokenizer
+
+ALWAYS = ("output_ids", "sequence_length")
+"""What a client must ask for when it lists outputs at all."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """One output tensor: its wire shape and its elements (bytes objects for BYTES)."""
+
+    name: str
+    shape: tuple[int, ...]
+    elements: Sequence[Any]
+
+
+def missing_output(model: Model, requested: Iterable[str]) -> str | None:
+    """Return the backend's text when the listed outputs leave out one that it can't do without."""
+    listed = set(requested)
+    if not listed or model.is_text:
+        return None
+    for name in ALWAYS:
+        if name not in listed:
+            return (
+                "Error encountered while populating response: [TensorRT-LLM][ERROR] "
+                f"{name} tensor must be present in list of output tensors"
+            )
+    return None
+
+
+def answer_values(
+    model: Model, work: Work, tokens: Sequence[int], wanted: Wanted, batch_size: int, tokens_per_block: int
+) -> list[Values]:
+    """Return the outputs that carry `tokens`, with those that the client turned on by a flag."""
+    values = _text_values(tokens) if model.is_text else _token_values(tokens)
+    if batch_size > 1:
+        values.append(Values("batch_index", (1, 1), [work.batch_row]))
+    if wanted.num_input_tokens:
+        values.append(Values("num_input_tokens", (1, 1), [len(work.generation.tokens)]))
+    if wanted.num_output_tokens:
+        values.append(Values("num_output_tokens", (1, 1), [len(tokens)]))
+    if wanted.perf_metrics:
+        values.extend(_perf_values(work, tokens_per_block))
+    return values
+
+
+def response(model: Model, triton_id: str, values: Iterable[Values], requested: Iterable[str]) -> Any:
+    """Return a ModelInferResponse with the values that were requested; an empty list requests all."""
+    listed = set(requested)
+    message = service_pb2.ModelInferResponse(model_name=model.name, model_version="1", id=triton_id)
+    for value in values:
+        if listed and value.name not in listed:
+            continue
+        datatype = DATATYPES[model.outputs[value.name].datatype]
+        message.outputs.add(name=value.name, datatype=datatype.name, shape=value.shape)
+        message.raw_output_contents.append(_bytes_of(value, datatype.numpy))
+    return message
+
+
+def _bytes_of(value: Values, dtype: Any) -> bytes:
+    if dtype is None:
+        return join_bytes(list(value.elements))
+    return np.array(value.elements, dtype=dtype).tobytes()
+
+
+def _token_values(tokens: Sequence[int]) -> list[Values]:
+    return [
+        Values("output_ids", (1, 1, len(tokens)), tokens),
+        Values("sequence_length", (1, 1), [len(tokens)]),
+    ]
+
+
+def _text_values(tokens: Sequence[int]) -> list[Values]:
+    return [Values("text_output", (1,), [ByteTokenizer().decode(tokens).encode("utf-8")])]
+
+
+def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:
+    """Times and blocks of the request so far; this engine never reuses blocks."""
+    length = len(work.generation.tokens) + len(work.tokens)
+    blocks = -(-length // tokens_per_block)
+    numbers = {
+        "kv_cache_alloc_new_blocks": blocks,
+        "kv_cache_reused_blocks": 0,
+        "kv_cache_alloc_total_blocks": blocks,
+        "arrival_time_ns": work.arrival_ns,
+        "first_scheduled_time_ns": work.scheduled_ns,
+        "first_token_time_ns": work.first_token_ns,
+        "last_token_time_ns": work.last_token_ns,
+    }
+    return [Values(name, (1, 1), [number]) for name, number in numbers.items()]

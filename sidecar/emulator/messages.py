@@ -1,0 +1,122 @@
+"""What goes into and comes out of an emulated engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from sidecar.emulator.pages import Row
+
+
+class QueueFull(Exception):
+    """The executor's queue is at its limit; the text is the engine's."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as the executor receives it.
+
+    `rows` is its lora_config: None means that only the id was sent. `weights` is an opaque payload kept with
+    the cached adapter; None with rows is an adapter that is sized but not computed. Higher priorities are
+    fetched first.
+    """
+
+    request_id: int
+    input_tokens: int
+    max_new_tokens: int
+    task_id: int | None = None
+    rows: tuple[Row, ...] | None = None
+    weights: object | None = None
+    priority: float = 0.5
+    dtype: str | None = None
+
+
+class StepBatch(NamedTuple):
+    """What one step computes.
+
+    Tokens of prompts, requests in either phase, the contexts of the decoding ones summed, and the adapters
+    among them: `modules` is the largest number of distinct module kinds of one adapter.
+    """
+
+    context_tokens: int
+    context_requests: int
+    decoding: int
+    decoding_context_tokens: int
+    distinct_adapters: int
+    adapter_requests: int
+    modules: int
+
+
+class StepCost(Protocol):
+    """How long the parts of an iteration take. Must depend on its arguments only."""
+
+    def step_ns(self, batch: StepBatch) -> int:
+        """One step of the model."""
+
+    def adapter_copy_ns(self, size_bytes: int) -> int:
+        """Host cache to device cache, one adapter."""
+
+    def adapter_put_ns(self, size_bytes: int) -> int:
+        """Request to host cache, one adapter, by one put worker."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One step: the ids whose prompts it computes and those it decodes; each of them gets one token."""
+
+    index: int
+    context: tuple[int, ...]
+    generation: tuple[int, ...]
+    duration_ns: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A request that finished; `reason` is "length" or "eos"."""
+
+    request_id: int
+    output_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that ended without finishing, and the engine's text; a cancelled one was left by its client."""
+
+    request_id: int
+    text: str
+    cancelled: bool = False
+
+
+class Output(NamedTuple):
+    """What left the engine at one time: one token for each id in `tokens`, endings, failures."""
+
+    at_ns: int
+    tokens: tuple[int, ...] = ()
+    endings: tuple[Ending, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the engine's metrics show, and what they do not: the pages and evictions of the adapter caches."""
+
+    active: int
+    waiting: int
+    scheduled: int
+    context: int
+    generation: int
+    paused: int
+    context_tokens: int
+    kv_max_blocks: int
+    kv_used_blocks: int
+    iteration_counter: int
+    host_pages_used: int
+    device_pages_used: int
+    host_evictions: int
+    device_evictions: int
+
+    @property
+    def kv_free_blocks(self) -> int:
+        """KV blocks that no sequence holds."""
+        return self.kv_max_blocks - self.kv_used_blocks
