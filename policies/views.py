@@ -134,6 +134,8 @@ class Candidate:
     """The version is in the engine's cache as far as is known, or on its way there."""
     awaited: bool
     """Requests for the version already wait in this backend's queue."""
+    held: int
+    """Versions believed to be in the engine's cache."""
     running: int
     queued: int
     seats: int

@@ -131,7 +131,7 @@ class Sidecar:
 
         admin = self._server(_admin_interceptors(self.config))
         add_admin(admin, self.gateway)
-        add_kserve_admin(admin, self.gateway, self.config)
+        add_kserve_admin(admin, self.gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
@@ -166,7 +166,9 @@ class Sidecar:
         try:
             await asyncio.wait_for(self.gateway.drain(), self.config.drain_timeout_s)
         except TimeoutError:
-            logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", self.config.drain_timeout_s)
+            logger.warning(
+                "requests still ran after drain_timeout_s (%s s) and are cut off", self.config.drain_timeout_s
+            )
 
     async def stop(self) -> None:
         """End at once: calls that are still open are cancelled."""
@@ -183,9 +185,7 @@ class Sidecar:
             self._lock.close()
 
 
-def make_backends(
-    configured: Sequence[BackendConfig], loader: LoaderProcess
-) -> list[tuple[Backend, EngineFacts]]:
+def make_backends(configured: Sequence[BackendConfig], loader: LoaderProcess) -> list[tuple[Backend, EngineFacts]]:
     """Return the backends of a configuration, each with the facts that are declared of it."""
     made: list[tuple[Backend, EngineFacts]] = []
     for number, backend in enumerate(configured):

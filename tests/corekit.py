@@ -155,7 +155,7 @@ class World:
         self.by_step: list[list[fx.Effect]] = []
         self.settled: dict[int, fx.Settle] = {}
         self.dispatches: dict[int, list[fx.Dispatch]] = {}
-        self.settled_while: dict[int, str] = {}
+        self.ended_ns: dict[int, int] = {}
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._wake: int | None = None
@@ -420,6 +420,7 @@ class World:
             case fx.Settle():
                 assert effect.request not in self.settled, f"request {effect.request} was settled twice"
                 self.settled[effect.request] = effect
+                self.ended_ns[effect.request] = self.now_ns
             case _:
                 pass
 

@@ -229,10 +229,10 @@ async def stream_answers(stub: Any, *requests: Any) -> list[Any]:
     return [message async for message in call]
 
 
-def output_of(response: Any, name: str) -> np.ndarray[Any, Any]:
-    """Return an INT32 output of a ModelInferResponse in its wire shape."""
+def output_of(response: Any, name: str, dtype: Any = np.int32) -> np.ndarray[Any, Any]:
+    """Return an output of a ModelInferResponse in its wire shape."""
     index = [output.name for output in response.outputs].index(name)
-    return np.frombuffer(response.raw_output_contents[index], np.int32).reshape(response.outputs[index].shape)
+    return np.frombuffer(response.raw_output_contents[index], dtype).reshape(response.outputs[index].shape)
 
 
 def tokens_of(messages: Sequence[Any]) -> list[int]:

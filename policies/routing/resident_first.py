@@ -2,7 +2,8 @@
 
 Three classes in order: the version is in the engine's cache and a seat is free; the version is not there but a seat
 is free; no seat is free. Inside a class requests for a version gather where others of it already wait, then
-the backend with the smallest share of its seats taken wins, then the smallest id.
+the backend with the smallest share of its seats taken wins, then the one whose cache holds least, then the smallest
+id.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class ResidentFirst:
         pass
 
 
-def _rank(candidate: Candidate) -> tuple[int, float, str]:
+def _rank(candidate: Candidate) -> tuple[int, float, int, str]:
     taken = (candidate.running + candidate.queued) / max(1, candidate.seats)
     gathered = candidate.resident or candidate.awaited
     if taken >= 1:
-        return (2, taken, candidate.backend)
-    return (0 if gathered else 1, taken, candidate.backend)
+        return (2, taken, candidate.held, candidate.backend)
+    return (0 if gathered else 1, taken, candidate.held, candidate.backend)
 
 
 def _reason(candidate: Candidate) -> str:

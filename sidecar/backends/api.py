@@ -166,5 +166,8 @@ class Backend(Protocol):
     def register_regions(self) -> None:
         """Register the clients' shared-memory regions anew; runs that follow wait for it."""
 
+    async def call(self, verb: str, request: Any) -> Any:
+        """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
+
     def detail(self) -> str:
         """Say in a few words what the operator should know: how it was found, or why it is down."""

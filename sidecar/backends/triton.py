@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_S = 0.1
 PROBE_TIMEOUT_S = 2.0
+VERB_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -161,15 +162,13 @@ class TritonBackend:
 
     # Regions of clients' own shared memory.
 
-    def remember_region(self, name: str, request: Any) -> None:
-        """Keep a client's registration, so that a server that restarted can be given it again."""
-        self._regions[name] = request
-
-    def forget_region(self, name: str) -> None:
-        """Forget one region, or all for ""."""
-        if name:
-            self._regions.pop(name, None)
-        else:
+    def _note_region(self, verb: str, request: Any) -> None:
+        """Keep clients' registrations, so that a server that restarted can be given them again."""
+        if verb == "SystemSharedMemoryRegister":
+            self._regions[request.name] = request
+        elif verb == "SystemSharedMemoryUnregister" and request.name:
+            self._regions.pop(request.name, None)
+        elif verb == "SystemSharedMemoryUnregister":
             self._regions.clear()
 
     def register_regions(self) -> None:
@@ -183,10 +182,10 @@ class TritonBackend:
                 logger.warning("%s did not take the shared-memory region %s again: %s", self.id, name, error)
         self._regions_task = None
 
-    @property
-    def stub(self) -> Any:
-        """The server's own KServe stub, for verbs that are passed on."""
-        return self._stub
+    async def call(self, verb: str, request: Any) -> Any:
+        """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
+        self._note_region(verb, request)
+        return await getattr(self._stub, verb)(request, timeout=VERB_TIMEOUT_S)
 
     # Watching.
 
@@ -252,6 +251,8 @@ class TritonBackend:
                 seats=self.options.facts.seats or self._gauges.seats or facts.seats,
                 kv_tokens=self.options.facts.kv_tokens or self._gauges.kv_tokens,
             )
+        if self._regions:
+            await self._register_regions()
         self._up, self._stuck = True, False
         self._detail = "reached" if self._gauges is not None else "reached; its metrics are not"
         self._heard_at = monotonic()

@@ -153,16 +153,12 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
     if not servers:
         message = asks.no_backend_message(state, text, digest)
         raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
-    if not any(_long_enough(event, backend.facts.input_tokens_max) for backend in servers):
+    if not any(asks.long_enough(backend, event.input_tokens) for backend in servers):
         longest = max(backend.facts.input_tokens_max or 0 for backend in servers)
         raise Refused(
             Reason.INVALID_REQUEST,
             f"the prompt has {event.input_tokens} tokens and the engine takes at most {longest}; shorten it",
         )
-
-
-def _long_enough(event: Received, input_tokens_max: int | None) -> bool:
-    return input_tokens_max is None or event.input_tokens <= input_tokens_max
 
 
 def _refuse(turn: Turn, event: Received, refused: Refused) -> None:

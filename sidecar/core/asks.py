@@ -36,6 +36,12 @@ def servers_of(state: State, digest: str) -> list[Backend]:
     return [b for b in state.backends.values() if cannot_serve(state, b, digest) is None]
 
 
+def long_enough(backend: Backend, input_tokens: int) -> bool:
+    """Whether the engine takes a prompt of this length."""
+    longest = backend.facts.input_tokens_max
+    return longest is None or input_tokens <= longest
+
+
 def no_backend_message(state: State, name: str, digest: str) -> str:
     """Say that no backend can serve an adapter, counting the reasons: "5 max rank 32 < 64, 2 other base"."""
     counts: dict[str, int] = {}

@@ -1,151 +1,16 @@
-"""What operators look at: the queue, the adapters, the backends. Read between steps; nothing is changed.
-
-Counting is cheap whatever the queue's length; why a request waits is asked of the oldest ones only, and a view says so
-when that left some out.
-"""
+"""Where adapters are and how backends stand, for operators. Read between steps; nothing is changed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from sidecar.core import asks
 from sidecar.core.facts import task_id_of
-from sidecar.core.state import Backend, Name, Request, State
+from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
-from sidecar.core.words import Phase, Why
-
-EXAMINED_MAX = 2_000
-"""Requests that one view asks "why do you wait?", oldest first."""
-
-_BECAUSE = {
-    Why.BACKEND_DOWN: "no backend that can serve them is up",
-    Why.BACKING_OFF: "{backend} refused work and is given a pause",
-    Why.FETCHING: "their adapters are being fetched",
-    Why.STORE_FULL: "their adapters wait for room in the host store",
-    Why.LOADING: "their adapters are being loaded on {backend}",
-    Why.HOST_CACHE_FULL: "the adapter host cache of {backend} is full",
-    Why.SLOTS_BUSY: "all slots are busy on {backend}",
-    Why.SEATS_FULL: "all seats are taken on {backend}",
-    Why.KV_FULL: "the KV cache is full on {backend}",
-    Why.PROBATION: "their adapters' first load is under way elsewhere",
-    Why.APART: "they are kept apart from a suspect load on {backend}",
-    Why.GATED: "the ordering policy holds them back on {backend}",
-    Why.TENANT_CAP: "their tenant has its share of {backend}",
-    Why.NEXT: "they go next on {backend}",
-}
-
-
-@dataclass(frozen=True)
-class WaitingView:
-    """A waiting request. It ends as expired once it has waited for `bound_ns`."""
-
-    request: int
-    adapter: str
-    tenant: str
-    klass: str
-    backend: str
-    waited_ns: int
-    bound_ns: int
-    why: Why
-
-
-@dataclass(frozen=True)
-class QueueView:
-    """Who waits. `why` counts the reasons of the oldest `examined` requests, most frequent first."""
-
-    verdict: str
-    waiting: int
-    running: int
-    requests: tuple[WaitingView, ...]
-    why: tuple[tuple[Why, int], ...]
-    examined: int
-
-
-def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100) -> QueueView:
-    """Return the queue, or the part of it that is of one adapter or on one backend.
-
-    Lists at most `limit` requests and examines at most `EXAMINED_MAX`, oldest first.
-    """
-    waiting, running = _counts(state, adapter, backend)
-    oldest = [
-        _waiting_view(state, request, now_ns)
-        for request in islice(_matching(state, adapter, backend, running=False), EXAMINED_MAX)
-    ]
-    why: dict[Why, int] = {}
-    for view in oldest:
-        why[view.why] = why.get(view.why, 0) + 1
-    return QueueView(
-        verdict=_verdict(oldest, waiting, running),
-        waiting=waiting,
-        running=running,
-        requests=tuple(oldest[:limit]),
-        why=tuple(sorted(why.items(), key=lambda pair: (-pair[1], pair[0].value))),
-        examined=len(oldest),
-    )
-
-
-def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
-    """Return how many wait and how many run; a walk over all requests only for one adapter's."""
-    if adapter:
-        waiting = sum(1 for _ in _matching(state, adapter, backend, running=False))
-        return waiting, sum(1 for _ in _matching(state, adapter, backend, running=True))
-    if backend:
-        chosen = state.backends[backend]
-        return len(chosen.queued), len(chosen.running)
-    return state.queued, sum(len(each.running) for each in state.backends.values())
-
-
-def _matching(state: State, adapter: str, backend: str, running: bool) -> Iterator[Request]:
-    """Yield requests in the order of arrival, which is that of their dict."""
-    for request in state.requests.values():
-        if request.running is not running:
-            continue
-        if (not adapter or request.view.name == adapter) and (not backend or request.backend == backend):
-            yield request
-
-
-def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
-    view = request.view
-    return WaitingView(
-        request=request.id,
-        adapter=view.name,
-        tenant=view.tenant,
-        klass=view.klass,
-        backend=request.backend or "",
-        waited_ns=now_ns - view.arrived_ns,
-        bound_ns=request.expires_ns - view.arrived_ns,
-        why=asks.why_waiting(state, request, now_ns),
-    )
-
-
-def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
-    if not oldest:
-        return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
-    first = oldest[0]
-    since = f"{_seconds(first.waited_ns)} (bound {_seconds(first.bound_ns)})"
-    counts: dict[tuple[Why, str], int] = {}
-    for view in oldest:
-        counts[view.why, view.backend] = counts.get((view.why, view.backend), 0) + 1
-    (why, backend), count = min(counts.items(), key=lambda pair: (-pair[1], pair[0][0].value, pair[0][1]))
-    because = _because(why, backend)
-    if waiting == 1:
-        return f"1 waiting for {since} because {because}"
-    share = "all" if count == waiting else str(count)
-    among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
-    return f"{waiting} waiting, the oldest for {since}, {share} of {among} because {because}"
-
-
-def _because(why: Why, backend: str) -> str:
-    if why is Why.BACKEND_DOWN and backend:
-        return f"{backend} is down"
-    return _BECAUSE[why].format(backend=backend or "any backend")
-
-
-def _seconds(duration_ns: int) -> str:
-    seconds = duration_ns / 1e9
-    return f"{seconds:.1f} s" if seconds < 100 and round(seconds, 1) % 1 else f"{seconds:.0f} s"
+from sidecar.core.waiting import seconds
+from sidecar.core.words import Phase
 
 
 @dataclass(frozen=True)
@@ -362,7 +227,7 @@ def _notes(backend: Backend, now_ns: int) -> Iterator[str]:
     if backend.draining:
         yield f"draining: {len(backend.running)} still running"
     if now_ns < backend.quiet_until_ns:
-        yield f"its queue was full: nothing is sent for {_seconds(backend.quiet_until_ns - now_ns)}"
+        yield f"its queue was full: nothing is sent for {seconds(backend.quiet_until_ns - now_ns)}"
     if now_ns < backend.full_until_ns:
         yield "its adapter host cache was full: loads wait for a completion"
     if backend.seats_learned is not None:

@@ -39,7 +39,7 @@ class Turn:
         candidates = [
             self._candidate(backend, request.version)
             for backend in asks.servers_of(self.state, request.version)
-            if backend.takes_requests
+            if backend.takes_requests and asks.long_enough(backend, request.view.input_tokens)
         ]
         if len(candidates) > 1 and request.losses:
             others = [candidate for candidate in candidates if candidate.backend not in request.losses]
@@ -57,6 +57,7 @@ class Turn:
             backend=backend.id,
             resident=asks.resident(backend, version) or coming,
             awaited=bool(backend.queued_by_version.get(version)),
+            held=len(backend.shadow.host.held),
             running=backend.in_flight,
             queued=len(backend.queued),
             seats=backend.seats(self.state.config),

@@ -123,7 +123,9 @@ def _text_request(request: Any, text: bytes) -> Any:
 
 def _token_request(request: Any) -> Any:
     if request.stop_words:
-        raise Refused(Reason.INVALID_REQUEST, "stop_words need a text prompt: with token ids only the client knows them")
+        raise Refused(
+            Reason.INVALID_REQUEST, "stop_words need a text prompt: with token ids only the client knows them"
+        )
     message = ModelInferRequest(model_name="tensorrt_llm")
     ids = np.asarray(request.tokens.ids, np.int32)
     _add(message, "input_ids", "INT32", ids.tobytes(), ids.size)

@@ -22,8 +22,8 @@ from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.core import Core, Policies
 from sidecar.core.config import CoreConfig
+from sidecar.core.core import Core, Policies
 from sidecar.core.facts import EngineFacts, misfit, packed_size_bytes
 from sidecar.core.state import State
 from sidecar.errors import Invalid, Misused, Reason, Refused
@@ -134,6 +134,10 @@ class Gateway:
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
             self.driver.post(ev.ClientLeft(ticket.request))
 
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request at its client's own word; the ending comes through the ticket."""
+        self.driver.post(ev.ClientLeft(ticket.request))
+
     async def _sweep(self) -> None:
         """Cancel requests whose clients have taken nothing for too long."""
         while True:
@@ -187,9 +191,7 @@ class Gateway:
 
     # Operators.
 
-    async def register(
-        self, name: str, path: str, allow: Sequence[str] = (), pin: bool = False
-    ) -> tuple[Record, bool]:
+    async def register(self, name: str, path: str, allow: Sequence[str] = (), pin: bool = False) -> tuple[Record, bool]:
         """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
 
         Raises Invalid with what is wrong with the name, the path or the files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -255,12 +256,29 @@ async def test_outputs_on_request() -> None:
     assert is_final(refused[0])
 
 
+async def test_log_probabilities_are_the_models() -> None:
+    """A greedy token is more likely than any other; streamed parts are those of the whole answer."""
+    requests = [core_request(tokens=5, streaming=streaming) for streaming in (False, True)]
+    for request in requests:
+        add_tensor(request, "return_log_probs", "BOOL", np.array([[True]]))
+    async with running_engine() as server, channel_to(server.grpc_address) as stub:
+        whole, parts = [await stream_answers(stub, request) for request in requests]
+    probs = output_of(whole[0].infer_response, "output_log_probs", np.float32)
+    assert probs.shape == (1, 1, 5)
+    assert np.all(probs <= 0)
+    assert np.all(probs > -np.log(259))
+    total = output_of(whole[0].infer_response, "cum_log_probs", np.float32)
+    assert total == pytest.approx(probs.sum(axis=2))
+    streamed = [output_of(part.infer_response, "output_log_probs", np.float32) for part in parts]
+    assert np.concatenate(streamed, axis=2) == pytest.approx(probs)
+
+
 @pytest.mark.parametrize("flag", ["return_context_logits", "return_generation_logits", "return_log_probs"])
 async def test_what_is_not_computed_is_refused(flag: str) -> None:
-    """Logits and probabilities are never made up."""
+    """Logits are never made up, nor probabilities by an engine that computes nothing."""
     request = core_request()
     add_tensor(request, flag, "BOOL", np.array([[True]]))
-    async with running_engine() as server, channel_to(server.grpc_address) as stub:
+    async with running_engine(compute="none") as server, channel_to(server.grpc_address) as stub:
         messages = await stream_answers(stub, request)
     assert flag in messages[0].error_message
     assert is_final(messages[0])
@@ -425,3 +443,41 @@ async def test_tritonclient_infers_unary() -> None:
         result = await client.infer("tensorrt_llm", _client_inputs(aio_client, False), request_id="u1")
         await client.close()
     assert result.as_numpy("output_ids").shape == (1, 1, 6 + 4)
+
+
+@pytest.mark.parametrize("scheduler", ["guaranteed_no_evict", "max_utilization"])
+async def test_every_answer_is_right_while_adapters_come_and_go(scheduler: str) -> None:
+    """Twelve adapters share a cache of three among concurrent clients, some of whom leave: no answer is another's."""
+    adapters = {task_id: random_adapter(task_id) for task_id in range(1, 13)}
+    options = {"lora_host_pages": 3, "lora_device_pages": 2, "seats": 4, "kv_blocks": 10, "tokens_per_block": 4}
+    async with running_engine(**options, scheduler=scheduler) as server, channel_to(server.grpc_address) as stub:
+        truth = {
+            task_id: tokens_of(await stream_answers(stub, add_lora(core_request(), task_id, adapter)))
+            for task_id, adapter in adapters.items()
+        }
+        randoms = random.Random(7)
+        order = [randoms.randint(1, 12) for _ in range(80)]
+        answers = await asyncio.gather(
+            *(_persist(stub, task_id, adapters[task_id], leaves=n % 5 == 0) for n, task_id in enumerate(order))
+        )
+        counters = server.engine.counters
+    assert answers == [truth[task_id] for task_id in order]
+    assert (counters.active, counters.waiting, counters.kv_used_blocks) == (0, 0, 0)
+    assert counters.host_evictions > 9
+
+
+async def _persist(stub: Any, task_id: int, adapter: Any, leaves: bool) -> list[int]:
+    """Ask until there is an answer: with weights after a miss, again when the cache is full."""
+    if leaves:
+        call = stub.ModelStreamInfer()
+        await call.write(add_lora(core_request(streaming=True), task_id, adapter))
+        call.cancel()
+    carried = None
+    while True:
+        messages = await stream_answers(stub, add_lora(core_request(), task_id, carried))
+        error = messages[-1].error_message
+        if not error:
+            return tokens_of(messages)
+        assert "not found in cache" in error or "no done tasks" in error or "pageIds" in error
+        if "not found in cache" in error:
+            carried = adapter

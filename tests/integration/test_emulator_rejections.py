@@ -110,7 +110,8 @@ REJECTIONS: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         _wrong_shape,
-        f"{ID}unexpected shape for input 'lora_config' for model 'tensorrt_llm'. Expected [-1,-1,3], got [1,96,4]. {NOTE}",
+        f"{ID}unexpected shape for input 'lora_config' for model 'tensorrt_llm'. "
+        f"Expected [-1,-1,3], got [1,96,4]. {NOTE}",
     ),
     (_batch_mismatch, f"{ID}input 'lora_config' batch size does not match other inputs for 'tensorrt_llm'"),
     (

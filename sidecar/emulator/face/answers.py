@@ -116,7 +116,7 @@ class Answering:
     def _asked(self, request: Any, model: Model, reader: Reader) -> _Asked:
         wanted = read_wanted(model, reader, self._options.exclude_input_in_output)
         progress: asyncio.Queue[Progress] = asyncio.Queue()
-        generations = read_generations(model, reader, self._driver.engine.spec)
+        generations = read_generations(model, reader, self._driver.engine.spec, self._driver.has_log_probs)
         works = [
             Work(
                 request_id=next(self._numbers),

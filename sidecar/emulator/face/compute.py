@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from sidecar.emulator.face.adapters import packed_of
 from sidecar.emulator.face.work import Work
 from sidecar.emulator.llama import Llama
@@ -20,7 +22,9 @@ _MASK = (1 << 64) - 1
 
 
 class Compute(Protocol):
-    """Makes one token for each scheduled request."""
+    """Makes one token for each scheduled request. `has_log_probs` says whether `log_prob_of` can be asked."""
+
+    has_log_probs: bool
 
     def payload_of(self, work: Work) -> object | None:
         """Return what the host cache keeps for the weights that the request brings, None for sizes only."""
@@ -30,6 +34,9 @@ class Compute(Protocol):
 
     async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
         """Return the next token of each."""
+
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        """Return the natural logarithm of the probability that the request's last step gave a token."""
 
     def close(self, request_id: int) -> None:
         """Forget a request; one that was never opened is ignored."""
@@ -44,6 +51,8 @@ def dummy_token(task_id: int, position: int) -> int:
 
 class DummyCompute:
     """Tokens derived from the task id and the position: another adapter's answer can be told apart."""
+
+    has_log_probs = False
 
     def __init__(self) -> None:
         self._open: dict[int, tuple[int, int]] = {}
@@ -62,12 +71,17 @@ class DummyCompute:
             self._open[request_id] = (task_id, position + 1)
         return tokens
 
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        raise NotImplementedError("dummy tokens have no probabilities")
+
     def close(self, request_id: int) -> None:
         self._open.pop(request_id, None)
 
 
 class LlamaCompute:
     """The small real Llama, stepped in a worker thread so that the event loop stays free."""
+
+    has_log_probs = True
 
     def __init__(self, spec: EngineSpec, seed: int) -> None:
         self._spec = spec
@@ -83,6 +97,10 @@ class LlamaCompute:
 
     async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
         return await asyncio.to_thread(self._llama.step, request_ids)
+
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        logits = self._llama.logits_of(request_id).astype(np.float64)
+        return float(logits[token] - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
 
     def close(self, request_id: int) -> None:
         self._llama.close(request_id)

@@ -57,6 +57,11 @@ class Driver:
         self._planned_end_ns = 0
         self._iterations = 0
 
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether requests may ask for log probabilities."""
+        return self._compute.has_log_probs
+
     async def submit(self, work: Work) -> None:
         """Hand a request to the executor's queue. Raises BackendError when it is full or nobody looks at it."""
         if self._broken is not None:
@@ -114,12 +119,17 @@ class Driver:
             _stamp(work, now_ns)
             delivered = None if request_id in stopped else token
             if delivered is not None:
-                work.tokens.append(delivered)
+                self._record(work, delivered)
             final = request_id in endings
             if final:
                 self._forget(work, "done")
             work.sink(Progress(work, delivered, final))
         self._fail(self.engine.drain_failures())
+
+    def _record(self, work: Work, token: int) -> None:
+        work.tokens.append(token)
+        if work.generation.log_probs:
+            work.log_probs.append(self._compute.log_prob_of(work.request_id, token))
 
     def _submit(self, work: Work, taken: asyncio.Future[None]) -> None:
         if taken.cancelled():

@@ -23,7 +23,6 @@ from sidecar.emulator.tokens import EOS, ByteTokenizer
 _UNSUPPORTED = {
     "return_context_logits": "context logits need an engine built with gather_context_logits",
     "return_generation_logits": "generation logits need an engine built with gather_generation_logits",
-    "return_log_probs": "log probabilities are not available from this engine",
 }
 
 
@@ -46,6 +45,7 @@ class Generation:
     max_new_tokens: int
     end_id: int | None
     lora: LoraTensors | None
+    log_probs: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,14 @@ def read_wanted(model: Model, reader: Reader, exclude_input_default: bool) -> Wa
     )
 
 
-def read_generations(model: Model, reader: Reader, spec: EngineSpec) -> list[Generation]:
+def read_generations(model: Model, reader: Reader, spec: EngineSpec, has_log_probs: bool) -> list[Generation]:
     """Return the executor requests, one for each batch row. Raises BackendError with the backend's text."""
     rows = reader.batch_size()
     if rows > 1 and not model.decoupled:
         raise BackendError("Batch size > 1 requires the tensorrt_llm backend to be using decoupled transaction policy")
     _refuse_unsupported(reader)
+    if reader.flag("return_log_probs") and not has_log_probs:
+        raise BackendError("return_log_probs: an engine that computes nothing has no probabilities")
     lora = _read_lora(reader, rows)
     return [_read_row(model, reader, row, spec, lora) for row in range(rows)]
 
@@ -130,7 +132,7 @@ def _read_row(model: Model, reader: Reader, row: int, spec: EngineSpec, lora: Lo
     end_id = reader.number("end_id", row, EOS if model.is_text else None)
     # The executor shortens an answer that would not fit instead of refusing it (llmRequest.h, validate).
     fitting = max(1, min(asked, spec.max_seq_tokens - len(tokens)))
-    return Generation(tokens, fitting, end_id if end_id != -1 else None, lora)
+    return Generation(tokens, fitting, end_id if end_id != -1 else None, lora, reader.flag("return_log_probs"))
 
 
 def _tokens(reader: Reader, row: int) -> list[int]:

@@ -21,8 +21,10 @@ class Options:
     executor for the tiny shape and makes dummy tokens for larger ones. `time_scale` multiplies the modelled
     durations of `cost_table` (None: an A100 with an 8B model; scale 0: as fast as the machine can).
     `lora_weights` is the tensor's type in the model's config.pbtxt ("fp16" or "bf16"; None: the engine's
-    dtype); it may contradict `dtype`, as deployments do. `seats` is the engine's batch,
-    `triton_max_batch_size` the model's. `separate_final` answers as Python models do: the last data
+    dtype); it may contradict `dtype`, as deployments do. `exclude_input_in_output` is the default of the
+    input of that name: as in the executor's OutputConfig, a whole answer begins with the prompt unless it is
+    excluded, and a streamed one never does. `seats` is the engine's batch, `triton_max_batch_size` the
+    model's. `separate_final` answers as Python models do: the last data
     response does not carry the final flag, and the empty final one comes only to clients that ask for it.
     Raises ValueError where options contradict each other.
     """

@@ -49,6 +49,8 @@ def answer_values(
 ) -> list[Values]:
     """Return the outputs that carry `tokens`, with those that the client turned on by a flag."""
     values = _text_values(tokens) if model.is_text else _token_values(tokens)
+    if work.generation.log_probs:
+        values.extend(_log_prob_values(work, len(tokens) if wanted.streaming else len(work.tokens)))
     if batch_size > 1:
         values.append(Values("batch_index", (1, 1), [work.batch_row]))
     if wanted.num_input_tokens:
@@ -88,6 +90,15 @@ def _token_values(tokens: Sequence[int]) -> list[Values]:
 
 def _text_values(tokens: Sequence[int]) -> list[Values]:
     return [Values("text_output", (1,), [ByteTokenizer().decode(tokens).encode("utf-8")])]
+
+
+def _log_prob_values(work: Work, count: int) -> list[Values]:
+    """The probabilities of this response's new tokens, and of all tokens so far together."""
+    newest = work.log_probs[len(work.log_probs) - count :]
+    return [
+        Values("cum_log_probs", (1, 1), [sum(work.log_probs)]),
+        Values("output_log_probs", (1, 1, count), newest),
+    ]
 
 
 def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:

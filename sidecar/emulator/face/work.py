@@ -36,6 +36,7 @@ class Work:
     sink: Callable[[Progress], None]
     batch_row: int = 0
     tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     ended: bool = False
     arrival_ns: int = 0
     scheduled_ns: int = 0

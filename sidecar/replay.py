@@ -1,0 +1,239 @@
+"""Run a journal again: the same events, from the state that the segment begins with, to the same effects.
+
+Each segment stands alone: what is retained can be replayed, whatever came before it is gone. A step whose effects
+differ from what was recorded means that the code or a policy is another one, or that a decision rests on something
+that is not in the event.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidecar.core import codec
+from sidecar.core.core import Core
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.errors import Misused, Reason
+from sidecar.plugins import policies_of
+from sidecar.shell.segments import FORMAT, effects_digest, product_version, segment_paths
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One step that was taken again."""
+
+    segment: str
+    step: int
+    at_ns: int
+    event: Event
+    effects: Sequence[Effect]
+    recorded: str
+    """The digest of the effects when the journal was written."""
+    failure: str = ""
+    """What the core raised instead of returning effects."""
+
+    @property
+    def digest(self) -> str:
+        return self.failure or effects_digest(self.effects)
+
+    @property
+    def same(self) -> bool:
+        return self.digest == self.recorded
+
+    def line(self) -> str:
+        """Return the effects as one line of JSON."""
+        head = {"segment": self.segment, "step": self.step, "at_ns": self.at_ns}
+        return json.dumps({**head, "effects": codec.encode(list(self.effects))}, separators=(",", ":"))
+
+
+@dataclass
+class Summary:
+    """What came of a replay. `notes` are for people: a line cut off, a journal of another version."""
+
+    segments: int = 0
+    steps: int = 0
+    difference: Replayed | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class SegmentFile:
+    """One segment, opened to be replayed. Raises Misused where it is not what a segment must be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut_off = False
+        """The last line was not written in full. Known once all steps were taken."""
+        self._lines = enumerate(_lines_of(path), 1)
+        self.header = self._read_header()
+        self.core = self._restored()
+
+    @property
+    def version(self) -> str:
+        return str(self.header.get("version", ""))
+
+    def steps(self) -> Iterator[Replayed]:
+        """Take each recorded step again. Ends after a step in which the core raised."""
+        for step, record in enumerate(self._records(), self.header["first_step"]):
+            event = self._decoded(record)
+            replayed = self._replayed(step, record, event)
+            yield replayed
+            if replayed.failure:
+                return
+
+    def _replayed(self, step: int, record: dict[str, Any], event: Event) -> Replayed:
+        place = (self.path.name, step, record["at"], event)
+        try:
+            effects = self.core.step(event, record["at"])
+        except Exception as error:  # noqa: BLE001 — whatever the core raises here is the difference to report
+            return Replayed(*place, (), record["effects"], f"{type(error).__name__}: {error}")
+        return Replayed(*place, effects, record["effects"])
+
+    def _decoded(self, record: dict[str, Any]) -> Event:
+        try:
+            event: Event = codec.decode(record["event"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._bad(f"it holds an event that this version does not know ({error})") from error
+        return event
+
+    def _read_header(self) -> dict[str, Any]:
+        header = next(self._records(), None)
+        if header is None or "journal" not in header:
+            raise self._bad('it does not begin as a journal segment does ({"journal": …)')
+        if header["journal"] != FORMAT:
+            raise self._bad(
+                f"its format is {header['journal']} and this version reads {FORMAT}; "
+                f"replay it with lora-sidecar {header.get('version', 'of its time')}"
+            )
+        return header
+
+    def _restored(self) -> Core:
+        requests = [pair for _ in range(self.header["request_lines"]) for pair in self._request_line()]
+        state = {**self.header["state"], "requests": {"!": "dict", "=": requests}}
+        policies = policies_of(codec.decode(self.header["config"]))
+        try:
+            return codec.restore(state, policies)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._bad(f"its state is one that this version does not know ({error})") from error
+
+    def _request_line(self) -> list[Any]:
+        record = next(self._records(), {})
+        if "requests" not in record:
+            raise self._bad("its state is cut off")
+        requests: list[Any] = record["requests"]
+        return requests
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for number, line in self._lines:
+            if not line.endswith(b"\n"):
+                self.cut_off = True
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise self._bad(f"line {number} is not JSON") from error
+            if not isinstance(record, dict):
+                raise self._bad(f"line {number} is not a record")
+            yield record
+
+    def _bad(self, problem: str) -> Misused:
+        return _not_a_segment(self.path, problem)
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise _not_a_segment(path, error.strerror or str(error)) from error
+
+
+def _not_a_segment(path: Path, problem: str) -> Misused:
+    return Misused(Reason.CONFIG_INVALID, f"{path} cannot be replayed: {problem}")
+
+
+def segments_of(path: Path) -> list[Path]:
+    """Return a segment file itself, or all segments of a journal's directory, oldest first."""
+    if not path.is_dir():
+        return [path]
+    found = segment_paths(path) or segment_paths(path / "journal")
+    if not found:
+        raise _not_a_segment(path, "there is no segment-*.jsonl in it")
+    return found
+
+
+def replay(path: Path, summary: Summary | None = None) -> Iterator[Replayed]:
+    """Yield every step of a segment file, a journal's directory or a data directory, taken again.
+
+    Nothing stops at a difference: the caller sees it and decides. `summary` counts along and keeps the first. Raises
+    Misused for a file that is no segment, or that this version cannot read.
+    """
+    summary = summary if summary is not None else Summary()
+    for segment_path in segments_of(path):
+        segment = SegmentFile(segment_path)
+        summary.segments += 1
+        if segment.version != product_version():
+            summary.notes.append(
+                f"{segment_path.name} was written by version {segment.version}, this is {product_version()}"
+            )
+        for step in segment.steps():
+            summary.steps += 1
+            if summary.difference is None and not step.same:
+                summary.difference = step
+            yield step
+        if segment.cut_off:
+            summary.notes.append(f"{segment_path.name}: its last line was cut off and is left out")
+
+
+def run(
+    path: Path, show_effects: bool, as_json: bool, write: Callable[[str], None], tell: Callable[[str], None]
+) -> int:
+    """Replay and report, as the command does; return the exit code: 0 the same, 1 a difference.
+
+    `write` takes result lines: with `show_effects` one line of JSON a step. `tell` takes what is for people; the
+    verdict goes to `write` unless effects go there.
+    """
+    summary = Summary()
+    for step in replay(path, summary):
+        if show_effects:
+            write(step.line())
+        if summary.difference is not None:
+            break
+    verdict = json.dumps(_verdict(summary)) if as_json else _sentence(summary)
+    for note in summary.notes:
+        tell(note)
+    (tell if show_effects else write)(verdict)
+    return 0 if summary.difference is None else 1
+
+
+def _verdict(summary: Summary) -> dict[str, Any]:
+    different = summary.difference
+    return {
+        "same": different is None,
+        "segments": summary.segments,
+        "steps": summary.steps,
+        "notes": summary.notes,
+        "difference": different
+        and {
+            "segment": different.segment,
+            "step": different.step,
+            "at_ns": different.at_ns,
+            "event": codec.encode(different.event),
+            "expected": different.recorded,
+            "actual": different.digest,
+        },
+    }
+
+
+def _sentence(summary: Summary) -> str:
+    different = summary.difference
+    if different is None:
+        return f"{summary.steps} steps of {summary.segments} segments gave the recorded effects, byte for byte"
+    actual = f"the core raised {different.failure}" if different.failure else f"actual {different.digest}"
+    return (
+        f"{different.segment}: step {different.step} ({type(different.event).__name__}) differs: effects expected "
+        f"{different.recorded}, {actual}; the {summary.steps - 1} steps before it were the same"
+    )

@@ -1,0 +1,105 @@
+"""A copy of the core's state that another thread can take its time to write.
+
+The event loop must not stand still while ten thousand queued requests are turned into JSON, so the loop copies and a
+thread encodes. What cannot change (numbers, words, frozen dataclasses) is shared; the rest is copied by functions that
+are put together once from the types of the fields, so a field that is added to the core is copied without a line here.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from policies.lines import Line
+from sidecar.core.state import State
+
+Copier = Callable[[Any], Any]
+
+_ATOMS = (int, float, str, bool, type(None), None)
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """Stands for a policy in a copied state: what its `snapshot()` said then."""
+
+    held: Any
+
+    def snapshot(self) -> Any:
+        return self.held
+
+
+def snapshot_of(state: State) -> State:
+    """Return a copy that later steps do not change. Take it between steps, on the loop that owns the core."""
+    copied: State = _dataclass_copier(State)(state)
+    return copied
+
+
+def _copier(hint: Any) -> Copier | None:
+    """Return how a value of this type is copied; None when it can be shared."""
+    if hint in _ATOMS or (isinstance(hint, type) and issubclass(hint, Enum)):
+        return None
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _union_copier(arguments)
+    if origin is tuple:
+        assert all(_copier(argument) is None for argument in arguments if argument is not Ellipsis), hint
+        return None
+    if origin is list:
+        return _list_copier(_copier(arguments[0]))
+    if origin is dict:
+        assert _copier(arguments[0]) is None, hint
+        return _dict_copier(_copier(arguments[1]))
+    if origin is deque:
+        return _deque_copier(_copier(arguments[0]))
+    if hint is Line:
+        return Line
+    assert is_dataclass(hint), f"the core's state holds a {hint}, which nobody taught to be copied"
+    cls: Any = hint
+    return None if cls.__dataclass_params__.frozen else _dataclass_copier(cls)
+
+
+def _union_copier(arguments: tuple[Any, ...]) -> Copier | None:
+    copiers = [copier for argument in arguments if (copier := _copier(argument)) is not None]
+    assert not copiers, f"one of {arguments} changes in place: a union cannot say which"
+    return None
+
+
+def _list_copier(item: Copier | None) -> Copier:
+    return list if item is None else lambda held: [item(value) for value in held]
+
+
+def _dict_copier(value: Copier | None) -> Copier:
+    return dict if value is None else lambda held: {key: value(kept) for key, kept in held.items()}
+
+
+def _deque_copier(item: Copier | None) -> Copier:
+    if item is None:
+        return lambda held: held.copy()
+    return lambda held: deque((item(value) for value in held), maxlen=held.maxlen)
+
+
+@cache
+def _dataclass_copier(cls: Any) -> Copier:
+    hints = get_type_hints(cls)
+    copiers: list[tuple[str, Copier]] = []
+    for field in fields(cls):
+        if field.metadata.get("policy"):
+            copiers.append((field.name, lambda policy: PolicySnapshot(policy.snapshot())))
+        elif field.metadata.get("derived"):
+            copiers.append((field.name, lambda derived: type(derived)()))
+        elif (copier := _copier(hints[field.name])) is not None:
+            copiers.append((field.name, copier))
+
+    def copy(held: Any) -> Any:
+        copied = object.__new__(cls)
+        copied.__dict__ = values = held.__dict__.copy()
+        for name, copier in copiers:
+            values[name] = copier(values[name])
+        return copied
+
+    return copy

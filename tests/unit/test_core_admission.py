@@ -1,0 +1,257 @@
+"""Steps 1 to 4 of a request's path: resolve, admit, find who can serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from sidecar.core import effects as fx
+from sidecar.core import events as ev
+from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.words import Outcome
+from sidecar.errors import Reason
+from tests.corekit import SECOND, World, adapter_of, facts_of, with_facts
+
+
+def refusal(world: World, adapter: str, **options: object) -> fx.Settle:
+    """Send one request that must end in the same step, and return its end."""
+    request = world.send(adapter, **options)  # type: ignore[arg-type]
+    assert request in world.settled, "it was admitted"
+    assert request not in world.dispatches
+    return world.settled[request]
+
+
+def test_unknown_adapter_names_the_nearest() -> None:
+    """A misspelt name is refused with the names that look like it."""
+    world = World()
+    world.register("sql", "sqlite", "poetry")
+    end = refusal(world, "sqll")
+    assert (end.outcome, end.reason) == (Outcome.REFUSED, Reason.UNKNOWN_ADAPTER)
+    assert 'unknown adapter "sqll"; did you mean sql' in end.message
+    assert "poetry" not in end.message
+
+
+def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
+    """A name like no other is refused with the command that lists them."""
+    world = World()
+    world.register("sql")
+    assert "sidecar adapters list" in refusal(world, "zzzzzz").message
+
+
+def test_unknown_adapter_when_none_is_registered() -> None:
+    """With an empty registry the message says how to register."""
+    assert "sidecar adapters register" in refusal(World(), "sql").message
+
+
+def test_a_ten_megabyte_name_is_refused_in_few_words() -> None:
+    """A huge name is neither echoed nor kept."""
+    world = World()
+    world.register("sql")
+    end = refusal(world, "x" * 10_000_000)
+    assert end.reason is Reason.UNKNOWN_ADAPTER
+    assert len(end.message) < 300
+    assert len(end.name) < 100
+
+
+@pytest.mark.parametrize("reference", ["sql", "sql@v1", "sql@sql-0123456789abcdef", "sql@sql-0123"])
+def test_a_version_may_be_named(reference: str) -> None:
+    """`name`, `name@v1` and `name@digest`, whole or its head, reach the same version."""
+    world = World()
+    world.register("sql")
+    request = world.send(reference)
+    world.run()
+    world.assert_all_ok()
+    assert world.dispatches[request][0].digest == world.digest("sql")
+    assert world.settled[request].name == "sql"
+
+
+@pytest.mark.parametrize("selector", ["v2", "v", "sql-", "ffffffffffff"])
+def test_a_version_that_is_not_there_is_refused(selector: str) -> None:
+    """Another ordinal, another digest, or too short a piece of one selects nothing."""
+    world = World()
+    world.register("sql")
+    end = refusal(world, f"sql@{selector}")
+    assert end.reason is Reason.UNKNOWN_ADAPTER
+    assert selector in end.message
+    assert "v1" in end.message
+
+
+def test_allow_list_decides_by_tenant() -> None:
+    """A tenant that is not on an adapter's list is refused; one that is on it is served."""
+    world = World()
+    world.register("sql", allow=("red",))
+    end = refusal(world, "sql", tenant="blue")
+    assert end.reason is Reason.NOT_ALLOWED
+    assert "blue" in end.message
+    assert "sql" in end.message
+    allowed = world.send("sql", tenant="red")
+    world.run()
+    assert world.settled[allowed].outcome is Outcome.OK
+
+
+def stuck(**limits: object) -> World:
+    """Return a world whose only backend is down, so that everything admitted waits."""
+    world = World(CoreConfig(**limits), engines=0)  # type: ignore[arg-type]
+    world.add_engine("b0", facts_of(), up=False)
+    return world
+
+
+def test_queue_is_bounded_by_count() -> None:
+    """The request over the count is refused and told when to try again; a place freed is a place given."""
+    world = stuck(queued_max=2)
+    first = world.send()
+    world.send()
+    end = refusal(world, "")
+    assert end.reason is Reason.QUEUE_FULL
+    assert end.retry_after_ns is not None
+    assert end.retry_after_ns > 0
+    assert "2 requests wait" in end.message
+    world.feed(ev.ClientLeft(first))
+    assert world.send() not in world.settled
+
+
+def test_queue_is_bounded_by_tokens() -> None:
+    """Input and the most output count, and a request that just fits is taken."""
+    world = stuck(queued_tokens_max=100)
+    world.send(input_tokens=30, output_tokens=30)
+    end = refusal(world, "", input_tokens=31, output_tokens=10)
+    assert end.reason is Reason.QUEUE_FULL
+    assert "60 tokens wait" in end.message
+    assert world.send(input_tokens=30, output_tokens=10) not in world.settled
+
+
+def test_queue_is_bounded_by_tenant() -> None:
+    """One tenant at its limit does not keep another out."""
+    world = stuck(tenant_queued_max=1)
+    world.send(tenant="red")
+    end = refusal(world, "", tenant="red")
+    assert end.reason is Reason.QUEUE_FULL
+    assert "red" in end.message
+    assert end.retry_after_ns
+    assert world.send(tenant="blue") not in world.settled
+
+
+def test_shutdown_admits_nothing_and_finishes_what_is_here() -> None:
+    """After ShutdownBegun arrivals are refused as Draining; queued and running requests are answered."""
+    world = World()
+    world.register("sql")
+    queued = [world.send("sql") for _ in range(20)]
+    world.run(30_000_000)
+    world.feed(ev.ShutdownBegun())
+    assert refusal(world, "sql").reason is Reason.DRAINING
+    world.run()
+    assert all(world.settled[request].outcome is Outcome.OK for request in queued)
+
+
+def test_a_deadline_in_the_past_is_unmeetable() -> None:
+    """A request that is late when it arrives never queues."""
+    assert refusal(World(), "", deadline_ns=-1).reason is Reason.DEADLINE_UNMEETABLE
+
+
+def test_an_unknown_class_is_refused_with_those_that_exist() -> None:
+    """The class is a closed choice of the configuration."""
+    world = World(CoreConfig(classes={"batch": ClassLimit(), "default": ClassLimit(SECOND)}))
+    end = refusal(world, "", klass="gold")
+    assert end.reason is Reason.INVALID_REQUEST
+    assert "batch, default" in end.message
+    assert end.klass == "default", "a class that a client made up is no metric label"
+
+
+def test_base_requests_can_be_refused() -> None:
+    """With `base_requests: refuse` no request reaches the base model, by omission or by name."""
+    world = World(CoreConfig(base_requests=False))
+    for adapter in ("", "base"):
+        end = refusal(world, adapter)
+        assert end.reason is Reason.INVALID_REQUEST
+        assert "lora_name" in end.message
+
+
+def test_base_requests_need_no_load() -> None:
+    """Requests for the base model are dispatched without fetch, Load or task id."""
+    world = World()
+    requests = [world.send(adapter) for adapter in ("", "base")]
+    world.run()
+    world.assert_all_ok()
+    assert not world.of(fx.Load)
+    assert not world.of(fx.Fetch)
+    assert all(world.dispatches[request][0].task_id == 0 for request in requests)
+
+
+def test_no_backend_counts_the_reasons() -> None:
+    """The message counts why each backend cannot serve the adapter."""
+    world = World(engines=0)
+    for number in range(5):
+        world.add_engine(f"small{number}", with_facts(facts_of(), rank_max=32))
+    for number in range(2):
+        world.add_engine(f"other{number}", with_facts(facts_of(), base_models=("other",)))
+    world.add_engine("leaving", facts_of())
+    world.feed(ev.DrainSet("leaving", True))
+    world.register_as("sql", adapter_of("sql", rank=64))
+    end = refusal(world, "sql")
+    assert end.reason is Reason.NO_BACKEND
+    assert end.message.startswith(
+        "sql: 0 of 8 backends can serve it: 5 max rank 32 < 64, 2 other base, 1 draining"
+    ), end.message
+
+
+def test_no_backend_when_none_is_configured() -> None:
+    """Without any backend the message says how to name one."""
+    world = World(engines=0)
+    world.register("sql")
+    assert "--backend" in refusal(world, "sql").message
+
+
+def test_a_backend_that_is_down_still_counts() -> None:
+    """A backend that may come back holds requests rather than refusing them."""
+    world = stuck()
+    world.register("sql")
+    request = world.send("sql")
+    world.run(SECOND)
+    assert request not in world.settled
+    world.bring_up("b0")
+    world.run()
+    world.assert_all_ok()
+
+
+def test_an_adapter_larger_than_the_store_is_no_backends() -> None:
+    """What can never be held is refused at the door, with the setting to raise."""
+    world = World(CoreConfig(store_bytes=2047))
+    world.register("sql")
+    end = refusal(world, "sql")
+    assert end.reason is Reason.NO_BACKEND
+    assert "store.memory_bytes" in end.message
+
+
+def test_a_prompt_longer_than_every_engine_takes_is_refused() -> None:
+    """The message gives the length and the limit; a prompt of exactly the limit goes."""
+    world = World(engines=0)
+    world.add_engine("b0", with_facts(facts_of(), input_tokens_max=100))
+    end = refusal(world, "", input_tokens=101)
+    assert end.reason is Reason.INVALID_REQUEST
+    assert "101" in end.message
+    assert "100" in end.message
+    assert world.send(input_tokens=100) not in world.settled
+
+
+def test_a_long_prompt_goes_where_it_fits() -> None:
+    """With engines of two lengths a long prompt is routed to the one that takes it."""
+    world = World(engines=0)
+    world.add_engine("short", with_facts(facts_of(), input_tokens_max=100))
+    world.add_engine("tall", with_facts(facts_of(), input_tokens_max=1000))
+    requests = [world.send(input_tokens=500) for _ in range(3)]
+    world.run()
+    assert [world.dispatches[request][0].backend for request in requests] == ["tall"] * 3
+
+
+def test_a_name_that_moves_keeps_admitted_requests_on_their_version() -> None:
+    """A request keeps the version that its name stood for when it was admitted."""
+    world = stuck()
+    world.register_as("sql", adapter_of("old"))
+    request = world.send("sql")
+    world.register_as("sql", adapter_of("new"), ordinal=2)
+    later = world.send("sql")
+    world.bring_up("b0")
+    world.run()
+    world.assert_all_ok()
+    assert world.dispatches[request][0].digest.startswith("old")
+    assert world.dispatches[later][0].digest.startswith("new")
+    assert not any(version.startswith("old") for version in world.core.state.versions), "the old version was kept"

@@ -1,0 +1,223 @@
+"""What operators see, in a world of virtual time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from sidecar.core import events as ev
+from sidecar.core import queries, waiting
+from sidecar.core.codec import encode
+from sidecar.core.words import Why
+from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
+
+
+def view(world: World, **options: object) -> waiting.QueueView:
+    """Return the queue of a world as it is now."""
+    return waiting.queue_view(world.core.state, world.now_ns, **options)  # type: ignore[arg-type]
+
+
+def test_an_idle_sidecar_says_so() -> None:
+    """With nothing here the verdict is that nobody waits."""
+    assert view(World()).verdict == "nobody waits, nothing runs"
+
+
+def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
+    """One request that waits for its fetch: how long, against which bound, and why."""
+    world = World()
+    world.register("sql")
+    request = world.send("sql", tenant="acme")
+    world.run(for_ns=3 * MS)
+    queue = view(world)
+    assert queue.verdict == "1 waiting for 3 ms (bound 600 s) because weights are being fetched"
+    assert queue.why == ((Why.FETCHING, 1),)
+    shown = queue.requests[0]
+    assert (shown.request, shown.adapter, shown.tenant, shown.backend) == (request, "sql", "acme", "b0")
+    assert (shown.waited_ns, shown.bound_ns) == (3 * MS, 600 * SECOND)
+
+
+def busy_world(waiting_count: int) -> World:
+    """Return a world whose one seat is taken and at whose queue so many wait, one a millisecond."""
+    world = World(seats=1)
+    world.send()
+    for _ in range(waiting_count):
+        world.run(for_ns=MS)
+        world.send()
+    return world
+
+
+def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
+    """A limit bounds the list; the counts are of all."""
+    world = busy_world(12)
+    world.run(for_ns=4 * MS)
+    queue = view(world, limit=3)
+    assert (queue.waiting, queue.running) == (12, 1)
+    assert [shown.request for shown in queue.requests] == [2, 3, 4]
+    assert queue.why == ((Why.SEATS_FULL, 12),)
+    assert queue.verdict == (
+        "12 waiting, the oldest for 15 ms (bound 600 s), all of them because all seats are taken on b0"
+    )
+
+
+def test_reasons_are_counted_apart() -> None:
+    """The verdict names the most frequent reason and how many it keeps."""
+    world = busy_world(3)
+    world.register("sql")
+    world.send("sql")
+    queue = view(world)
+    assert queue.why == ((Why.SEATS_FULL, 3), (Why.FETCHING, 1))
+    assert "4 waiting" in queue.verdict
+    assert "3 of them because all seats are taken on b0" in queue.verdict
+
+
+def test_only_the_oldest_of_a_long_queue_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the cap the count goes on, the reasons do not, and the verdict says so."""
+    monkeypatch.setattr(waiting, "EXAMINED_MAX", 5)
+    queue = view(busy_world(12))
+    assert (queue.waiting, queue.examined) == (12, 5)
+    assert queue.why == ((Why.SEATS_FULL, 5),)
+    assert "5 of the oldest 5 because" in queue.verdict
+
+
+def test_the_queue_of_one_adapter_and_of_one_backend() -> None:
+    """Filters narrow the list and the counts."""
+    world = World(seats=1)
+    world.register("sql", "haiku")
+    world.send("sql")
+    world.send("haiku")
+    world.run(for_ns=22 * MS)
+    sql, haiku = view(world, adapter="sql"), view(world, adapter="haiku")
+    assert sql.waiting + sql.running == 1
+    assert haiku.waiting + haiku.running == 1
+    here = view(world, backend="b0")
+    assert here.waiting + here.running == 2
+
+
+def test_without_a_backend_that_is_up() -> None:
+    """Who can be routed nowhere waits for a backend, and the verdict does not name one."""
+    world = World(engines=0)
+    world.add_engine("b0", facts_of(), up=False)
+    world.send()
+    assert view(world).verdict.endswith("because no backend that could serve is up")
+
+
+@pytest.mark.parametrize("why", list(Why))
+def test_every_why_has_words(why: Why) -> None:
+    """The verdict can say each reason."""
+    assert waiting._because(why, "b0")
+
+
+@pytest.mark.parametrize(
+    ("duration_ns", "text"), [(0, "0 s"), (16 * MS, "16 ms"), (3_240_000_000, "3.2 s"), (600 * SECOND, "600 s")]
+)
+def test_seconds(duration_ns: int, text: str) -> None:
+    """Milliseconds and tenths where they matter, whole seconds where they do not."""
+    assert waiting.seconds(duration_ns) == text
+
+
+def test_an_adapter_on_its_way_is_fetching_then_loading_then_on_the_gpu() -> None:
+    """The adapter view follows the weights, with the age and source of each belief."""
+    world = World()
+    world.register("sql", pinned=True)
+    world.send("sql")
+    first = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    assert [copy.state for copy in first.store] == ["fetching"]
+    assert first.backends[0].tier == "absent"
+    world.run(for_ns=world.fetch_ns + MS)
+    then = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    assert (then.store[0].state, then.store[0].size_bytes, then.store[0].pins) == ("held", BLOB_BYTES, 1)
+    assert (then.backends[0].tier, then.backends[0].age_ns) == ("loading", MS)
+    world.run(for_ns=5 * MS)
+    at_last = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    assert (at_last.backends[0].tier, at_last.backends[0].source) == ("gpu", "load")
+    assert at_last.backends[0].age_ns == MS
+    assert at_last.requests == 1
+
+
+def test_the_facts_of_an_adapter() -> None:
+    """Name, version, origin, shape, dtype of the copy and task id are those it was registered with."""
+    world = World()
+    world.register("sql", allow=("acme",))
+    world.ask(lambda ask: ev.PrefetchAsked(ask, "sql"))
+    shown = queries.adapter_view(world.core.state, "sql", world.now_ns)
+    packed = world.core.state.packed_for(world.digest("sql"), world.core.state.backends["b0"])
+    assert (shown.name, shown.ordinal, shown.origin, shown.rank) == ("sql", 1, "origin/sql", 8)
+    assert (shown.modules, shown.allow, shown.pinned) == (("attn_q",), ("acme",), False)
+    assert (shown.store[0].dtype, shown.store[0].task_id) == ("float16", packed.task_id)
+
+
+def test_adapters_are_listed_by_name_with_what_keeps_a_backend_from_serving_them() -> None:
+    """An adapter that no backend takes says why."""
+    world = World()
+    world.register("zeta", "alpha")
+    world.feed(ev.DrainSet("b0", True))
+    shown = queries.adapter_views(world.core.state, world.now_ns)
+    assert [adapter.name for adapter in shown] == ["alpha", "zeta"]
+    assert shown[0].backends[0].unfit == "it is draining"
+
+
+def test_a_backend_shows_what_is_open_and_what_is_pinned_by_what() -> None:
+    """An open version is pinned by its load, then by its runs, then by nothing."""
+    world = World()
+    world.register("sql")
+    world.send("sql")
+    seen = []
+    for _ in range(3):
+        world.run(for_ns=world.fetch_ns + MS)
+        backend = queries.backend_view(world.core.state, "b0", world.now_ns)
+        seen.append((backend.open[0].name, backend.open[0].pinned_by, backend.open[0].running))
+    assert seen == [("sql", "loading", 0), ("sql", "running", 1), ("sql", "", 0)]
+    assert backend.resident == ("sql",)
+    assert (backend.state, backend.host_pages, backend.page_limit) == ("up", 4, 4)
+
+
+def test_a_backend_shows_its_last_heals_newest_first() -> None:
+    """An engine that lost its cache is healed, and the note says of which adapter and how long ago."""
+    world = World()
+    world.register("sql", "haiku")
+    for name in ("sql", "haiku"):
+        world.send(name)
+        world.run()
+    world.engines["b0"].lie()
+    for name in ("sql", "haiku"):
+        world.send(name)
+        world.run()
+    world.run(for_ns=SECOND)
+    heals = queries.backend_view(world.core.state, "b0", world.now_ns).heals
+    assert [(heal.reason, heal.adapter) for heal in heals] == [("engine_miss", "haiku"), ("engine_miss", "sql")]
+    assert SECOND <= heals[0].age_ns < heals[1].age_ns
+
+
+def test_how_backends_stand() -> None:
+    """Up, draining and down; a draining one says how much still runs there."""
+    world = World(engines=3)
+    world.send()
+    world.run(for_ns=MS)
+    world.feed(ev.DrainSet("b0", True))
+    world.lose("b1")
+    shown = queries.backend_views(world.core.state, world.now_ns)
+    assert [(backend.id, backend.state) for backend in shown] == [("b0", "draining"), ("b1", "down"), ("b2", "up")]
+    assert shown[0].notes == ("draining: 1 still running",)
+
+
+def test_a_forgotten_name_is_called_by_its_digest() -> None:
+    """A version whose name is gone while it is resident is shown by the start of its digest."""
+    world = World()
+    world.register("sql")
+    world.send("sql")
+    world.run()
+    world.feed(ev.AdapterUnregistered("sql"))
+    assert queries.backend_view(world.core.state, "b0", world.now_ns).resident == (world.digest("sql")[:12],)
+
+
+def test_looking_changes_nothing() -> None:
+    """Every view leaves the state as it was."""
+    world = busy_world(5)
+    world.register("sql")
+    world.send("sql")
+    before = copy.deepcopy(encode(world.core.state))
+    view(world)
+    queries.adapter_views(world.core.state, world.now_ns)
+    queries.backend_views(world.core.state, world.now_ns)
+    assert encode(world.core.state) == before
