@@ -71,7 +71,8 @@ class Sidecar:
         self.gateway.observe(self.metrics)
         self.gateway.observe(RequestLog())
         if data is not None and config.journal.enabled:
-            self._journal = Journal(self.gateway, data / "journal", config.journal)
+            journal = config.journal
+            self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
             self.gateway.observe(self._journal)
 
     def _data_directory(self) -> Path | None:
@@ -106,15 +107,8 @@ class Sidecar:
         await self._listen()
 
     async def _register_served(self) -> None:
-        """Register each PEFT subfolder of `adapters.serve` under its own name; one that is wrong is told and left out."""
-        if self.config.adapters.serve is None:
-            return
-        folder = Path(self.config.adapters.serve).expanduser()
-        if not folder.is_dir():
-            raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: {folder} is not a folder")
-        for path in sorted(folder.iterdir()):
-            if not (path / "adapter_config.json").is_file():
-                continue
+        """Register each PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
+        for path in _served_folders(self.config.adapters.serve):
             try:
                 await self.gateway.register(path.name, str(path), self.config.adapters.allow.get(path.name, ()))
             except Invalid as error:
@@ -166,9 +160,8 @@ class Sidecar:
         try:
             await asyncio.wait_for(self.gateway.drain(), self.config.drain_timeout_s)
         except TimeoutError:
-            logger.warning(
-                "requests still ran after drain_timeout_s (%s s) and are cut off", self.config.drain_timeout_s
-            )
+            seconds = self.config.drain_timeout_s
+            logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", seconds)
 
     async def stop(self) -> None:
         """End at once: calls that are still open are cancelled."""
@@ -215,6 +208,15 @@ def make_backends(configured: Sequence[BackendConfig], loader: LoaderProcess) ->
         )
         made.append((TritonBackend(options, loader), facts))
     return made
+
+
+def _served_folders(serve: str | None) -> list[Path]:
+    if serve is None:
+        return []
+    folder = Path(serve).expanduser()
+    if not folder.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: {folder} is not a folder")
+    return [path for path in sorted(folder.iterdir()) if (path / "adapter_config.json").is_file()]
 
 
 def _admin_interceptors(config: Config) -> list[Any]:

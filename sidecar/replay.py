@@ -95,6 +95,7 @@ class SegmentFile:
     def _decoded(self, record: dict[str, Any]) -> Event:
         try:
             event: Event = codec.decode(record["event"])
+            _ = record["at"], record["effects"]
         except (KeyError, TypeError, AttributeError) as error:
             raise self._bad(f"it holds an event that this version does not know ({error})") from error
         return event
@@ -108,6 +109,9 @@ class SegmentFile:
                 f"its format is {header['journal']} and this version reads {FORMAT}; "
                 f"replay it with lora-sidecar {header.get('version', 'of its time')}"
             )
+        missing = [name for name in ("first_step", "config", "state", "request_lines") if name not in header]
+        if missing:
+            raise self._bad(f"its first line lacks {', '.join(missing)}")
         return header
 
     def _restored(self) -> Core:
@@ -231,7 +235,8 @@ def _verdict(summary: Summary) -> dict[str, Any]:
 def _sentence(summary: Summary) -> str:
     different = summary.difference
     if different is None:
-        return f"{summary.steps} steps of {summary.segments} segments gave the recorded effects, byte for byte"
+        plural = "" if summary.segments == 1 else "s"
+        return f"{summary.steps} steps in {summary.segments} segment{plural} gave the recorded effects, byte for byte"
     actual = f"the core raised {different.failure}" if different.failure else f"actual {different.digest}"
     return (
         f"{different.segment}: step {different.step} ({type(different.event).__name__}) differs: effects expected "

@@ -411,10 +411,14 @@ class World:
                 self._blobs[effect.key] = "coming"
             case fx.Drop():
                 assert self._blobs.pop(effect.key) == "held", f"{effect.key} was dropped while it was fetched"
-                assert not any(load.key == effect.key for load in self.core.state.loads.values()), "dropped under a Load"
+                assert not any(load.key == effect.key for load in self.core.state.loads.values()), (
+                    "dropped under a Load"
+                )
             case fx.Load():
                 assert effect.backend not in self._known_down, f"a Load for {effect.backend}, which is down"
-                assert self._blobs.get(effect.packed.key) == "held", f"{effect.packed.key} is loaded and not in the store"
+                assert self._blobs.get(effect.packed.key) == "held", (
+                    f"{effect.packed.key} is loaded and not in the store"
+                )
             case fx.Dispatch():
                 self._check_dispatch(effect)
             case fx.Settle():
@@ -425,7 +429,9 @@ class World:
                 pass
 
     def _check_dispatch(self, effect: fx.Dispatch) -> None:
-        assert effect.backend not in self._known_down, f"request {effect.request} goes to {effect.backend}, which is down"
+        assert effect.backend not in self._known_down, (
+            f"request {effect.request} goes to {effect.backend}, which is down"
+        )
         assert effect.request not in self.settled, f"request {effect.request} is dispatched after its end"
         assert effect.request not in self._had_token, f"request {effect.request} is sent again after a token"
         before = self.dispatches.setdefault(effect.request, [])
@@ -449,7 +455,9 @@ class World:
                 assert effect.digest in backend.shadow.host, f"{effect.digest} is dispatched and not believed resident"
             if isinstance(effect, fx.Load):
                 version, backend = state.versions[effect.digest], state.backends[effect.backend]
-                assert not version.suspect or len(backend.loads) == 1, f"the suspect {effect.digest} is not loaded alone"
+                assert not version.suspect or len(backend.loads) == 1, (
+                    f"the suspect {effect.digest} is not loaded alone"
+                )
 
     def _check_backend(self, backend_id: str) -> None:
         state = self.core.state

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -123,6 +124,11 @@ class EngineProcess:
         # Closing the pipes now keeps their transports from being finalized after the loop is gone.
         assert self._process is not None
         self._process._transport.close()  # type: ignore[attr-defined]
+
+
+def read_served(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a served log: one for each executor request that ended, in that order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _port(address: str) -> int:

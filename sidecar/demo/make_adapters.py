@@ -2,9 +2,8 @@
 
 Trains each adapter on its answers, writes it as PEFT files, reads it back, and checks what the demo relies
 on: that every answer is the intended one, that answers differ pairwise for every prompt, and that rounding
-cannot change any of them. Ends with an error, and writes no demo.json, when one of these doesn't hold.
-Takes about five minutes on
-one core; more threads only get in each other's way (OPENBLAS_NUM_THREADS=1).
+cannot change any of them. Ends with an error, and writes no demo.json, when one of these doesn't hold. Takes
+about three minutes on one core; more threads only get in each other's way (OPENBLAS_NUM_THREADS=1).
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def make(data: Path) -> None:
     for seed, (name, folder) in enumerate(folders.items()):
         _train(name, folder, seed)
     answers = _answers(folders)
-    _check_answers(answers)
+    check_answers(answers)
     margins = _margins(folders, answers)
     _check_sizes(data)
     (data / "demo.json").write_text(_text(_document(answers, margins)))
@@ -73,7 +72,8 @@ def _answers(folders: dict[str, Path]) -> Answers:
     }
 
 
-def _check_answers(answers: Answers) -> None:
+def check_answers(answers: Answers) -> None:
+    """Raise NotSafe unless every adapter says what it has learned and no two answers to a prompt are equal."""
     decode = ByteTokenizer().decode
     for name, texts in LEARNED.items():
         said = tuple(decode(tokens) for tokens in answers[name])

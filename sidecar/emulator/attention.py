@@ -23,9 +23,7 @@ def attend_cached(group: Group, layer: int, queries: Float32, keys: Float32, val
     longest = int(group.positions.max()) + 1
     visible = np.arange(longest) <= group.positions[:, None]
     own = queries[group.rows]
-    shared = own.reshape(
-        len(own), keys.shape[1], -1, own.shape[-1]
-    )  # [row, kv head, queries on it, head size]
+    shared = own.reshape(len(own), keys.shape[1], -1, own.shape[-1])  # [row, kv head, queries on it, head size]
     scores = shared @ shelf_keys[group.seats, :, :longest].swapaxes(-1, -2)
     weights = _softmax(np.where(visible[:, None, None, :], scores, _MASKED), own.shape[-1])
     # A seat keeps what an earlier sequence left behind: NaN times a weight of zero would still be NaN.

@@ -130,9 +130,7 @@ class Llama:
             tokens=np.array([token for s in decoding + opening for token in s.pending], np.intp),
         )
 
-    def _adapters(
-        self, decoding: list[_Sequence], opening: list[_Sequence], spans: list[slice]
-    ) -> StepAdapters:
+    def _adapters(self, decoding: list[_Sequence], opening: list[_Sequence], spans: list[slice]) -> StepAdapters:
         prompts = [
             Prompt(span.start, span.stop, sequence.adapter)
             for span, sequence in zip(spans, opening, strict=True)
@@ -168,9 +166,7 @@ class Llama:
         active = gate * (np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * gate))
         return self._project(step, layer, "mlp_4h_to_h", active * up)
 
-    def _attention(
-        self, step: _Step, layer: int, inputs: Float32, angles: tuple[Float32, Float32]
-    ) -> Float32:
+    def _attention(self, step: _Step, layer: int, inputs: Float32, angles: tuple[Float32, Float32]) -> Float32:
         queries = rotated(self._heads(self._project(step, layer, "attn_q", inputs)), angles)
         keys = rotated(self._heads(self._project(step, layer, "attn_k", inputs)), angles)
         values = self._heads(self._project(step, layer, "attn_v", inputs))

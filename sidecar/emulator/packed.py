@@ -38,16 +38,12 @@ def unpack(weights: NDArray[Any], config: NDArray[Any], shape: ModelShape) -> Pa
     for their rank, layers out of range, unknown modules, two rows for one projection.
     """
     if weights.ndim != 2 or config.ndim != 2 or config.shape != (weights.shape[0], 3):
-        raise ValueError(
-            f"lora_weights {weights.shape} and lora_config {config.shape}: expected [N, W] and [N, 3]"
-        )
+        raise ValueError(f"lora_weights {weights.shape} and lora_config {config.shape}: expected [N, W] and [N, 3]")
     names = {dims.module_id: dims for dims in module_dims(shape).values()}
     factors: dict[tuple[int, str], Factors] = {}
     for row, (module_id, layer, rank) in zip(weights, config.tolist(), strict=True):
         if module_id not in names or not 0 <= layer < shape.layers or rank < 0:
-            raise ValueError(
-                f"lora_config row {[module_id, layer, rank]} names no projection of {shape.name}"
-            )
+            raise ValueError(f"lora_config row {[module_id, layer, rank]} names no projection of {shape.name}")
         for name, pair in _parts(_row_factors(row, rank, names[module_id]), names[module_id].name, shape):
             if (layer, name) in factors:
                 raise ValueError(f"two lora_weights rows for {name} of layer {layer}")

@@ -35,11 +35,11 @@ def _why(error: OSError | UnicodeDecodeError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "it is not text"
 
 
-class TokenAuth(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Lets calls through that carry one of the tokens. Comparing takes as long for a wrong one as for a right one."""
+class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Lets calls through that carry a token of the file. Comparing takes as long for a wrong one as for a right one."""
 
-    def __init__(self, tokens: tuple[str, ...]) -> None:
-        self._tokens = [token.encode() for token in tokens]
+    def __init__(self, path: Path) -> None:
+        self._tokens = [token.encode() for token in read_tokens(path)]
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         if self._admits(details.invocation_metadata or ()):
@@ -61,6 +61,6 @@ async def _turn_away(requests: Any, context: Any) -> None:
         Misused(
             Reason.UNAUTHENTICATED,
             'this listener wants the token of its token file, as metadata "authorization: Bearer <token>" '
-            '("sidecar --token-file FILE" sends it)',
+            '(the option --token-file of the command line sends it)',
         ),
     )

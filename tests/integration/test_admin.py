@@ -15,7 +15,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
 from sidecar.fronts.admin import add_admin
-from sidecar.fronts.auth import TokenAuth, read_tokens
+from sidecar.fronts.auth import TokenInterceptor
 from sidecar.plugins import policies_of
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
@@ -188,7 +188,7 @@ async def test_a_token_is_asked_for(tmp_path: Path) -> None:
     """With a token file only calls that carry one of its tokens are answered."""
     file = tmp_path / "tokens"
     file.write_text("old\nnew\n")
-    async for admin in served(tmp_path, interceptors=(TokenAuth(read_tokens(file)),)):
+    async for admin in served(tmp_path, interceptors=(TokenInterceptor(file),)):
         request = pb.ListAdaptersRequest()
         for header in ((), (("authorization", "Bearer wrong"),), (("authorization", "old"),)):
             code, reason, message = await failure(admin.adapters.List(request, metadata=header))
@@ -203,4 +203,4 @@ def test_a_token_file_must_hold_a_token(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     for name, words in (("empty", "is empty"), ("missing", "No such file")):
         with pytest.raises(Misused, match=words):
-            read_tokens(tmp_path / name)
+            TokenInterceptor(tmp_path / name)

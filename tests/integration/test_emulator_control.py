@@ -1,6 +1,4 @@
-"""Everything about the emulated server but inference: configuration, shared memory, metrics, typed inputs,
-limits.
-"""
+"""Everything about the emulated server but inference: configuration, shared memory, metrics, typed inputs, limits."""
 
 from __future__ import annotations
 
@@ -25,6 +23,7 @@ from tests.emulated import (
     channel_to,
     core_request,
     random_adapter,
+    read_served,
     running_engine,
     set_parameter,
     stream_answers,
@@ -241,7 +240,7 @@ async def test_files_that_the_server_writes(tmp_path: Path) -> None:
         await stream_answers(stub, add_lora(core_request(), 2))
     spec = spec_from_engine_config(json.loads(config.read_text()), kv_blocks=1)
     assert (spec.shape.name, spec.max_lora_rank) == ("tiny-llama", 16)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines = read_served(log)
     assert [(line["task_id"], line["weights"], line["tokens"], line["outcome"]) for line in lines] == [
         (1, True, 8, "done"),
         (2, False, 0, "error"),

@@ -383,7 +383,7 @@ async def _rest(call: Any) -> list[Any]:
 
 async def _until(is_so: Callable[[], bool]) -> None:
     """Let the event loop run until the engine has come to a state."""
-    while not is_so():  # noqa: ASYNC110 - the engine is a plain model and tells nobody
+    while not is_so():
         await asyncio.sleep(0)
 
 

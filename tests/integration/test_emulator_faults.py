@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from pathlib import Path
 
 import grpc
 import pytest
 from tritonclient.grpc import service_pb2
 
+from sidecar.emulator.shape import ALL_LINEAR
 from tests.emulated import (
     EngineProcess,
     add_lora,
@@ -18,6 +18,7 @@ from tests.emulated import (
     core_request,
     is_final,
     random_adapter,
+    read_served,
     running_engine,
     stream_answers,
     tokens_of,
@@ -77,7 +78,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
         await call.read()
         waiting = stub.ModelStreamInfer()
         await waiting.write(core_request(request_id="waits"))
-        while not server.engine.counters.waiting:  # noqa: ASYNC110 - the engine is a plain model
+        while not server.engine.counters.waiting:
             await asyncio.sleep(0)
         refused = await stream_answers(stub, core_request(request_id="refused"))
         waiting.cancel()
@@ -148,7 +149,7 @@ async def test_kill_and_restart_on_the_same_port(tmp_path: Path) -> None:
             await idle.read()
             assert await process.stop() == 0
     assert "not found in cache" in missed[0].error_message
-    assert [json.loads(line)["outcome"] for line in log.read_text().splitlines()] == ["done", "error", "done"]
+    assert [served["outcome"] for served in read_served(log)] == ["done", "error", "done"]
 
 
 async def test_a_port_in_use_ends_the_command(capfd: pytest.CaptureFixture[str]) -> None:
@@ -158,3 +159,14 @@ async def test_a_port_in_use_ends_the_command(capfd: pytest.CaptureFixture[str])
         with pytest.raises(RuntimeError, match="ended with 1"):
             await EngineProcess(grpc_port=taken).start()
     assert str(taken) in capfd.readouterr().err
+
+
+async def test_an_adapter_larger_than_the_cache_wipes_it() -> None:
+    """Storing it evicts every idle adapter and then fails its page claim: what was cached is missed afterwards."""
+    async with running_engine(lora_host_pages=2) as server, channel_to(server.grpc_address) as stub:
+        await stream_answers(stub, add_lora(core_request(), 1, random_adapter(1)))
+        large = random_adapter(2, modules=ALL_LINEAR, rank=64)
+        failed = await stream_answers(stub, add_lora(core_request(), 2, large))
+        missed = await stream_answers(stub, add_lora(core_request(), 1))
+    assert "Assertion failed: pageIds.has_value()" in failed[0].error_message
+    assert "LoRA task 1 not found in cache" in missed[0].error_message

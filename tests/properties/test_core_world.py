@@ -90,7 +90,10 @@ def run_world(seed: int) -> World:
     """Run one world through its faults and then in peace."""
     random = Random(seed)
     world = build(random, seed)
-    on = {kind: random.random() < 0.5 for kind in ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch")}
+    on = {
+        kind: random.random() < 0.5
+        for kind in ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch")
+    }
     for engine in world.engines.values():
         engine.fault_rate = 0.1 if on["faults"] else 0.0
         if on["crashers"]:

@@ -188,9 +188,9 @@ def test_no_backend_counts_the_reasons() -> None:
     world.register_as("sql", adapter_of("sql", rank=64))
     end = refusal(world, "sql")
     assert end.reason is Reason.NO_BACKEND
-    assert end.message.startswith(
-        "sql: 0 of 8 backends can serve it: 5 max rank 32 < 64, 2 other base, 1 draining"
-    ), end.message
+    assert end.message.startswith("sql: 0 of 8 backends can serve it: 5 max rank 32 < 64, 2 other base, 1 draining"), (
+        end.message
+    )
 
 
 def test_no_backend_when_none_is_configured() -> None:

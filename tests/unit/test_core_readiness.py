@@ -106,7 +106,7 @@ def test_a_large_adapter_is_not_passed_over_for_ever() -> None:
     world.register(*names)
     world.register_as("big", two_pages("big"))
     big = 0
-    for number in range(120):
+    for number in range(200):
         if number == 20:
             big = world.send("big")
         world.send(names[number % 30])

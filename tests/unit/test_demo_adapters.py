@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ from safetensors import safe_open
 
 from sidecar.demo import merged, model
 from sidecar.demo.gradients import Trainable, Trainer
+from sidecar.demo.lessons import Lessons
+from sidecar.demo.make_adapters import NotSafe, check_answers
 from sidecar.demo.margins import REQUIRED, measured
 from sidecar.demo.peft_files import write_adapter
 from sidecar.demo.recipes import RECIPES, Recipe
 from sidecar.demo.texts import LEARNED, PROMPTS
+from sidecar.demo.training import learned_factors
 from sidecar.emulator.llama import Llama
 from sidecar.emulator.packed import PackedAdapter, unpack
 from sidecar.emulator.rounding import narrow
@@ -162,6 +167,41 @@ def test_reference_scale_follows_patterns_and_rslora(tmp_path: Path) -> None:
         "layers.0.attn_q": 6 / 4**0.5,
         "layers.0.mlp_4h_to_h": 8 / 16**0.5,
     }
+
+
+def test_training_learns_an_answer() -> None:
+    """A few steps bring the loss from that of a stranger near that of a pupil, the same each time."""
+    recipe = Recipe(rank=4, alpha=8, steps=80, made_up=1)
+    runs = []
+    for _ in range(2):
+        losses: list[float] = []
+        lessons = Lessons("pirate", recipe.made_up, seed=1)
+        learned_factors(
+            recipe, model.SHAPE, model.base_weights(), lessons, 1, lambda _, loss, kept=losses: kept.append(loss)
+        )
+        runs.append(losses)
+    assert runs[0] == pytest.approx(runs[1], rel=1e-3)
+    assert runs[0][-1] < runs[0][0] / 3
+
+
+def test_making_refuses_answers_that_are_wrong_or_alike() -> None:
+    """The script ends with an error when an adapter says something else, or two say the same."""
+    answers = {name: recorded(name) for name in DEMO["answers"]}
+    check_answers(answers)
+    with pytest.raises(NotSafe, match="chef says"):
+        check_answers({**answers, "chef": answers["sql"]})
+    with pytest.raises(NotSafe, match="base and sql give the same answer to a prompt"):
+        check_answers({**answers, "base": answers["sql"]})
+
+
+def test_reference_never_imports_what_it_checks() -> None:
+    """The reference answers come from code that loads neither the packer nor the executor."""
+    code = "import sys, sidecar.demo.merged; print(*(name for name in sys.modules if name.startswith('sidecar')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert "sidecar.demo.merged" in loaded
+    assert not [name for name in loaded if name.startswith("sidecar.adapters")]
+    assert not [name for name in loaded if name in ("sidecar.emulator.llama", "sidecar.emulator.packed")]
 
 
 def test_gradients_equal_differences() -> None:

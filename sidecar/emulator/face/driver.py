@@ -1,5 +1,4 @@
-"""The task that owns the engine: begin an iteration, execute it, wait as long as it would have taken,
-deliver.
+"""The task that owns the engine: begin an iteration, execute it, wait until its time is over, deliver.
 
 Front-end handlers leave commands in an inbox that is emptied between iterations, as the executor's own loop
 looks at its queue and at cancellations; nothing else touches the engine.
@@ -11,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from sidecar.emulator.engine import Engine
 from sidecar.emulator.face.compute import Compute
@@ -21,8 +21,7 @@ from sidecar.emulator.face.work import Progress, Work
 from sidecar.emulator.messages import Failure, Iteration, QueueFull, Request
 
 _LATE_NS = 5_000_000
-"""A step that follows the last one this closely begins where that one was planned to end: sleeps overshoot.
-"""
+"""A step right after another begins where that one was planned to end, if it is no later: sleeps overshoot."""
 _IDLE_NS = 1_000_000
 """The shortest wait when the engine has work that it can't schedule."""
 
@@ -69,7 +68,7 @@ class Driver:
         taken = asyncio.get_running_loop().create_future()
         self._taking[work.request_id] = taken
         try:
-            self._post(lambda: self._submit(work, taken))
+            self._post(partial(self._submit, work, taken))
             await taken
         finally:
             del self._taking[work.request_id]
@@ -77,7 +76,7 @@ class Driver:
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ask the executor to end requests; those that it does not have are ignored."""
         for request_id in request_ids:
-            self._post(lambda request_id=request_id: self.engine.cancel(request_id, _now_ns()))  # type: ignore[misc]
+            self._post(partial(self._cancel, request_id))
 
     async def run(self) -> None:
         """Run until cancelled. Every request ends with the text of an error that ends the loop."""
@@ -131,6 +130,9 @@ class Driver:
         if work.generation.log_probs:
             work.log_probs.append(self._compute.log_prob_of(work.request_id, token))
 
+    def _cancel(self, request_id: int) -> None:
+        self.engine.cancel(request_id, _now_ns())
+
     def _submit(self, work: Work, taken: asyncio.Future[None]) -> None:
         if taken.cancelled():
             return
@@ -166,7 +168,7 @@ class Driver:
             if request_id in self._opened:
                 continue
             work = self._works[request_id]
-            work.scheduled_ns = now_ns
+            work.scheduled_ns = max(work.arrival_ns, now_ns)
             payload = None if work.task_id is None else self.engine.payload(work.task_id)
             self._compute.open(work, payload)
             self._opened[request_id] = work
@@ -207,6 +209,7 @@ class Driver:
 
     async def _idle(self) -> None:
         """Wait for a command, or until the engine's own clockwork (loads in its put workers) moves on."""
+        self._planned_end_ns = 0
         self._wake.clear()
         if self._inbox:
             return

@@ -1,9 +1,8 @@
-"""From a request's tensors to what the executor is asked to do, with the checks that the backend makes on
-the way.
+"""From a request's tensors to what the executor is asked to do, with the checks that the backend makes.
 
-Source: `inflight_batcher_llm/src/utils.cc` and `model_instance_state.cc` (createExecutorRequests).
-Generation is greedy: sampling tensors are accepted and change nothing; beams, several sequences, log
-probabilities and logits are refused, because an answer without them would be a lie.
+Source: `inflight_batcher_llm/src/utils.cc` and `model_instance_state.cc` (createExecutorRequests). Generation is
+greedy: sampling tensors, stop words and bad words are accepted and change nothing. Beams, several sequences and logits
+are refused, because an answer without them would be a lie.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class LoraTensors:
-    """A request's LoRA inputs without their batch dimension: weights [N, W] and config [N, 3], each may be
-    missing.
-    """
+    """A request's LoRA inputs without their batch dimension: weights [N, W] and config [N, 3], each may be missing."""
 
     task_id: int
     weights: NDArray[Any] | None

@@ -1,5 +1,4 @@
-"""The models a TensorRT-LLM repository serves: their tensors, and what ModelConfig and ModelMetadata say of
-them.
+"""The models of a TensorRT-LLM repository: their tensors, and what ModelConfig and ModelMetadata say of them.
 
 Source: `triton_backend/all_models/inflight_batcher_llm/{tensorrt_llm,ensemble}/config.pbtxt`. Every tensor
 has a leading batch dimension on the wire; a `scalar` one has dims [1] and reshape [].
@@ -130,9 +129,7 @@ def _tensor_metadata(tensor: TensorSpec) -> Any:
 
 
 def _parameters(options: Options) -> dict[str, str]:
-    """The pbtxt parameters a client can read; an unset one keeps its template's empty value, as deployed
-    ones do.
-    """
+    """The pbtxt parameters a client can read; an unset one keeps its template's empty value, as deployed ones do."""
     return {
         "executor_worker_path": "",
         "gpt_model_type": "inflight_fused_batching",

@@ -1,6 +1,4 @@
-"""Responses of a model: which tensors each carries, in the shapes of `model_instance_state.cc`
-(fillTritonResponse).
-"""
+"""Responses of a model: which tensors each carries, in the shapes of `model_instance_state.cc`, fillTritonResponse."""
 
 from __future__ import annotations
 

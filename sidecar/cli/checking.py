@@ -1,0 +1,131 @@
+"""Commands that look before anything runs, or after it ran: `config check`, `policies check`, `replay`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from policies.registry import POLICIES
+from sidecar import plugins
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.serving import resolve
+from sidecar.cli.show import AsJson, print_json, working
+from sidecar.config import Config
+from sidecar.errors import Misused, Reason
+
+config_app = typer.Typer(help="Check a configuration.", no_args_is_help=True)
+policies_app = typer.Typer(help="Check a policy.", no_args_is_help=True)
+
+MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick"}
+"""The method that each kind of policy has and no other."""
+
+
+@config_app.callback()
+@policies_app.callback()
+def group() -> None:
+    """A group of its own, though it has one command only."""
+
+
+@config_app.command("check")
+def check_config(
+    file: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Print the configuration as it would be served, defaults and environment included; exit 2 with what is wrong."""
+    config = resolve(file)
+    plugins.policies_of(config.core())
+    _check_files(config)
+    record = config.model_dump(mode="json")
+    if as_json:
+        print_json(record)
+    else:
+        print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
+
+
+def _check_files(config: Config) -> None:
+    """Raise Misused for the first file that the configuration names and that is not there."""
+    for key, path in _files(config):
+        if not Path(path).expanduser().is_file():
+            raise Misused(Reason.CONFIG_INVALID, f"{key}: there is no file {path}")
+    serve = config.adapters.serve
+    if serve is not None and not Path(serve).expanduser().is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: there is no folder {serve}")
+
+
+def _files(config: Config) -> list[tuple[str, str]]:
+    listeners = config.listeners
+    named: list[tuple[str, str | None]] = [("listeners.admin.token_file", listeners.admin.token_file)]
+    secured: list[tuple[str, Any]] = [
+        ("listeners.data.tls", listeners.data.tls),
+        ("listeners.admin.tls", listeners.admin.tls),
+    ]
+    for number, backend in enumerate(config.backends):
+        named.append((f"backends.{number}.engine.config", backend.engine.config))
+        secured.append((f"backends.{number}.tls", backend.tls))
+    for key, tls in secured:
+        if tls is not None:
+            named += [(f"{key}.{name}", path) for name, path in tls.model_dump().items()]
+    return [(key, path) for key, path in named if path is not None]
+
+
+@policies_app.command("check")
+def check_policy(
+    name: Annotated[
+        str, typer.Argument(help="lru, eviction.lru, a plug-in's name, or package.module:Class.", show_default=False)
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Run a policy through conformance, purity and a golden trace."""
+    from sidecar import conformance
+
+    kind, cls = find_policy(name)
+    try:
+        with working(f"checking {name}"):
+            checks = list(conformance.check(kind, cls))
+    except AssertionError as error:
+        problem = str(error) or "a check failed"
+        raise CommandError(f'the {kind} policy "{name}" does not conform: {problem}', kind=kind) from error
+    if as_json:
+        print_json({"policy": name, "kind": kind, "checks": checks})
+        return
+    for check in checks:
+        print(f"ok  {check}")
+    print(f"{kind} {name}: {len(checks)} checks passed")
+
+
+def find_policy(name: str) -> tuple[str, type[Any]]:
+    """Return a policy's kind and class. Raises Misused, or CommandError when the name could be several."""
+    sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a policy in one file beside you is found
+    if ":" in name:
+        cls = plugins.resolve("policy", name)
+        kinds = [kind for kind, mark in MARKS.items() if hasattr(cls, mark)]
+        if not kinds:
+            methods = ", ".join(f"{mark} ({kind})" for kind, mark in MARKS.items())
+            raise CommandError(f"{name} is no policy: it has none of {methods}", Exit.MISUSED)
+        return kinds[0], cls
+    kind, _, short = name.partition(".")
+    if kind in POLICIES and short:
+        return kind, plugins.resolve(kind, short)
+    kinds = [kind for kind in POLICIES if name in plugins.known(kind)]
+    if len(kinds) == 1:
+        return kinds[0], plugins.resolve(kinds[0], name)
+    known = [f"{kind}.{each}" for kind in POLICIES for each in sorted(plugins.known(kind))]
+    problem = f'"{name}" could be several' if kinds else f'no policy is called "{name}"'
+    raise CommandError(f"{problem}; there are {', '.join(known)}", Exit.MISUSED)
+
+
+def replay(
+    path: Annotated[
+        Path, typer.Argument(help="A journal segment, a journal, or a data directory.", show_default=False)
+    ],
+    effects: Annotated[bool, typer.Option("--effects", help="Print each step's effects, a JSON line each.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Run a journal again; exit 1 if any step does not give the effects that were recorded."""
+    from sidecar import replay as replaying
+
+    return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr))

@@ -1,0 +1,199 @@
+"""Commands that talk to a running sidecar: where it is, how it is spoken to, and what its errors mean."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from google.rpc import error_details_pb2, status_pb2
+
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.errors import Reason
+from sidecar.fronts.status import DETAILS
+from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
+
+SERVER_DEFAULT, SERVER_VARIABLE = "127.0.0.1:9000", "LORA_SIDECAR_SERVER"
+ADMIN_DEFAULT, ADMIN_VARIABLE = "127.0.0.1:9090", "LORA_SIDECAR_ADMIN"
+TOKEN_FILE_VARIABLE = "LORA_SIDECAR_TOKEN_FILE"
+CA_VARIABLE = "LORA_SIDECAR_CA"
+CLIENT_VARIABLES = (SERVER_VARIABLE, ADMIN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE)
+"""Variables of client commands; they are no keys of the server's configuration."""
+ANSWER_TIMEOUT_S = 30.0
+PANEL = "Connection"
+
+Command = Callable[..., "int | None"]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """One listener of a sidecar, and how to reach it."""
+
+    address: str
+    listener: str
+    option: str
+    token_file: Path | None = None
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+class Client:
+    """A connection to a sidecar; `ask` makes one call and waits for its answer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._channel = _channel(endpoint)
+        self._metadata = _metadata(endpoint)
+        stubs: Any = admin_pb2_grpc
+        self.adapters: Any = stubs.AdaptersStub(self._channel)
+        self.backends: Any = stubs.BackendsStub(self._channel)
+        self.queues: Any = stubs.QueuesStub(self._channel)
+        data: Any = gateway_pb2_grpc
+        self.gateway: Any = data.GatewayStub(self._channel)
+
+    def ask(self, method: Any, request: Any, timeout_s: float | None = ANSWER_TIMEOUT_S) -> Any:
+        return method(request, timeout=timeout_s, metadata=self._metadata)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def _channel(endpoint: Endpoint) -> grpc.Channel:
+    options = (("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0))
+    if endpoint.ca is None and endpoint.certificate is None:
+        return grpc.insecure_channel(endpoint.address, options)
+    credentials = grpc.ssl_channel_credentials(_read(endpoint.ca), _read(endpoint.key), _read(endpoint.certificate))
+    return grpc.secure_channel(endpoint.address, credentials, options)
+
+
+def _metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
+    token = _read(endpoint.token_file)
+    if token is None:
+        return ()
+    lines = token.decode(errors="replace").split()
+    if not lines:
+        raise CommandError(f"{endpoint.token_file}: the token file is empty", Exit.MISUSED, Reason.CONFIG_INVALID.value)
+    return (("authorization", f"Bearer {lines[0]}"),)
+
+
+def _read(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CommandError(f"{path}: {error.strerror}", Exit.MISUSED, Reason.CONFIG_INVALID.value) from error
+
+
+@contextmanager
+def connected(endpoint: Endpoint) -> Iterator[Client]:
+    """Give a client for a while; what a call fails with becomes a CommandError."""
+    client = Client(endpoint)
+    try:
+        yield client
+    except grpc.RpcError as error:
+        raise call_failed(error, endpoint) from error
+    finally:
+        client.close()
+
+
+def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
+    """Say why a call failed: in the sidecar's own words, or that no sidecar was found."""
+    info, retry_after_ms = _details(error)
+    if info is not None:
+        details: dict[str, Any] = dict(sorted(info.metadata.items()))
+        if retry_after_ms is not None:
+            details["retry_after_ms"] = retry_after_ms
+        return CommandError(error.details(), Exit.FAILED, info.reason, code=error.code().name, **details)
+    code, said = error.code(), error.details() or ""
+    where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        cause = said.rpartition(": ")[2]
+        return CommandError(
+            f'cannot reach {where} ({cause}); start one with "sidecar serve" or name its address with '
+            f"{endpoint.option}",
+            Exit.UNREACHABLE,
+            code=code.name,
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return CommandError(f"{where} took longer than it may to answer", Exit.UNREACHABLE, code=code.name)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return CommandError(
+            f"what answers at {endpoint.address} is not {where}; {endpoint.option} names another address",
+            Exit.UNREACHABLE,
+            code=code.name,
+        )
+    return CommandError(said or code.name, Exit.FAILED, code=code.name)
+
+
+def _details(error: Any) -> tuple[Any, int | None]:
+    """Return the ErrorInfo of a failed call and the milliseconds of its RetryInfo."""
+    metadata = dict(error.trailing_metadata() or ())
+    info, retry_after_ms = None, None
+    for detail in status_pb2.Status.FromString(metadata.get(DETAILS, b"")).details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo.FromString(detail.value)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry_after_ms = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay.ToMilliseconds()
+    return info, retry_after_ms
+
+
+def admin_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
+    """Make a function a command that talks to the admin listener; its first parameter is the `Client`."""
+    return _command(app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE)
+
+
+def data_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
+    """Make a function a command that talks to the data listener; its first parameter is the `Client`."""
+    return _command(app, name, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE)
+
+
+def _command(
+    app: typer.Typer, name: str, listener: str, option: str, default: str, variable: str
+) -> Callable[[Command], Command]:
+    address = inspect.Parameter(
+        "address",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[
+            str,
+            typer.Option(option, envvar=variable, help=f"Address of the {listener} listener.", rich_help_panel=PANEL),
+        ],
+    )
+
+    def register(body: Command) -> Command:
+        def command(**values: Any) -> int | None:
+            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *_FILES)}
+            with connected(Endpoint(listener=listener, option=option, **connection)) as client:
+                return body(client, **values)
+
+        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+        parameters = [*own, address, *_FILES]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__doc__ = body.__doc__
+        app.command(name)(command)
+        return body
+
+    return register
+
+
+def _file_option(name: str, option: str, text: str, variable: str | None = None) -> inspect.Parameter:
+    made = typer.Option(option, envvar=variable, help=text, rich_help_panel=PANEL, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, made]
+    )
+
+
+_FILES = (
+    _file_option("token_file", "--token-file", "File with the listener's token.", TOKEN_FILE_VARIABLE),
+    _file_option("ca", "--ca", "PEM file of the CA that signed the listener; turns TLS on.", CA_VARIABLE),
+    _file_option("certificate", "--cert", "PEM file of our own certificate."),
+    _file_option("key", "--key", "PEM file of our own key."),
+)

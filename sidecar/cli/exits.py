@@ -1,0 +1,64 @@
+"""How commands end: the exit codes, and one line on stderr for what went wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import IntEnum
+from typing import Any
+
+from sidecar.errors import Reason, SidecarError
+
+
+class Exit(IntEnum):
+    """What scripts can tell apart."""
+
+    OK = 0
+    FAILED = 1
+    MISUSED = 2
+    DATA_DIRECTORY_IN_USE = 3
+    UNREACHABLE = 4
+    INTERRUPTED = 130
+
+
+EXPLAINED = (
+    "Exit codes: 0 done · 1 failed · 2 wrong usage or configuration · 3 the data directory is in use by another "
+    "process · 4 no sidecar answers · 130 interrupted"
+)
+
+_EXITS = {
+    Reason.DATA_DIRECTORY_IN_USE: Exit.DATA_DIRECTORY_IN_USE,
+    Reason.CONFIG_INVALID: Exit.MISUSED,
+    Reason.PORT_IN_USE: Exit.MISUSED,
+}
+
+
+class CommandError(Exception):
+    """An ending that is told in one line. `details` are what a machine may want beside the reason."""
+
+    def __init__(self, message: str, exit_code: Exit = Exit.FAILED, reason: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+        self.reason = reason
+        self.details = details
+
+
+def command_error_of(error: SidecarError | OSError) -> CommandError:
+    """Return the ending for an error that happened in this process."""
+    if isinstance(error, SidecarError):
+        exit_code = _EXITS.get(error.reason, Exit.FAILED)
+        return CommandError(error.message, exit_code, error.reason.value, **error.details)
+    place = f"{error.filename}: " if error.filename else ""
+    return CommandError(f"{place}{error.strerror or error}")
+
+
+def tell(error: CommandError, as_json: bool) -> Exit:
+    """Print an error on stderr, as a sentence or as a JSON object, and return its exit code."""
+    if as_json:
+        record = {"message": error.message, "reason": error.reason, **error.details}
+        line = json.dumps({"error": {key: value for key, value in record.items() if value != ""}})
+    else:
+        line = f"error: {error.message}" + (f" [{error.reason}]" if error.reason else "")
+    print(line, file=sys.stderr, flush=True)
+    return error.exit_code

@@ -1,0 +1,110 @@
+"""`sidecar adapters inspect` and `convert`: work on a PEFT folder here, without a sidecar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console, Group
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.text import Text
+
+from sidecar.adapters.convert import convert as convert_folder
+from sidecar.adapters.inspect import inspect as inspect_folder
+from sidecar.cli.adapters import app
+from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
+
+Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
+
+
+@app.command("inspect")
+def inspect(source: Source, as_json: AsJson = False) -> None:
+    """Show what a PEFT folder holds and what each engine dtype would make of it."""
+    with working(f"reading {source}"):
+        found = inspect_folder(source)
+    if as_json:
+        print_json(found)
+    else:
+        console().print(Group(*_shown(found)))
+
+
+def _shown(found: dict[str, Any]) -> list[Any]:
+    first, last = found["layers"]
+    head = facts(
+        (
+            ("adapter", found["adapter"]),
+            ("digest", found["digest"]),
+            ("base model", found["base_model"]),
+            ("files", f"{found['dtype']}, {size(found['source_bytes'])}"),
+            ("rows", f"{found['rows']} on layers {first} to {last}, rank at most {found['max_rank']}"),
+        )
+    )
+    modules = [
+        (
+            module["module"],
+            f"{module['in']} → {module['out']}",
+            str(module["layers"]),
+            ", ".join(map(str, module["ranks"])),
+            ", ".join(f"{scale:g}" for scale in module["scales"]),
+            f"{module['largest_a']:.3g}",
+            f"{module['largest_b_scaled']:.3g}",
+        )
+        for module in found["modules"]
+    ]
+    columns = ("MODULE", "IN → OUT", ">LAYERS", ">RANKS", ">SCALES", ">LARGEST A", ">LARGEST B, SCALED")
+    layouts = [_layout(layout) for layout in found["layouts"]]
+    return [
+        head,
+        *titled("modules", table(columns, modules)),
+        *titled("packed", table(("DTYPE", ">SIZE", "SHAPE", "TASK ID", ">ERROR", "NOTES"), layouts)),
+    ]
+
+
+def _layout(layout: dict[str, Any]) -> tuple[str | Text, ...]:
+    shape = "×".join(map(str, layout["shape"]))
+    known = (layout["dtype"], size(layout["packed_bytes"]), shape, layout["task_id"])
+    if "refused" in layout:
+        return (*known, "-", bad(layout["refused"]))
+    notes = f"{len(layout['rebalanced'])} rows rebalanced" if layout["rebalanced"] else ""
+    return (*known, f"{layout['relative_error']:.1e}", notes)
+
+
+@app.command("convert")
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder to write to; made if missing.", show_default=False)],
+    dtype: Annotated[Literal["float16", "bfloat16"], typer.Option(help="The engine's dtype.")] = "float16",
+    rank_multiple: Annotated[int, typer.Option(min=1, help="Pad ranks to a multiple of this.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Write a PEFT folder as TensorRT-LLM's model.lora_weights.npy [1,N,W] and model.lora_config.npy [1,N,3]."""
+    with _bar(f"packing {source}") as progress:
+        report = convert_folder(source, out, dtype, rank_multiple=rank_multiple, progress=progress)
+    if as_json:
+        record = asdict(report)
+        print_json({**record, "weights": str(report.weights), "config": str(report.config)})
+        return
+    shape = "×".join(map(str, report.shape))
+    print(f"{report.weights}: {shape} {dtype}, {size(report.size_bytes)}")
+    print(f"{report.config}: 1×{report.shape[1]}×3 int32")
+    for row in report.packing.rebalanced:
+        print(f"{row.module} of layer {row.layer} was rebalanced by 2^{row.exponent} to fit {dtype}", file=sys.stderr)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a progress callback that draws a bar on stderr; none when nobody looks."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield None
+        return
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), console=errors, transient=True
+    ) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -1,0 +1,122 @@
+"""`sidecar generate`: one request, its answer as it comes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from sidecar.cli.client import Client, data_command
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.show import AsJson, duration, print_json, record_of
+from sidecar.proto import gateway_pb2 as pb
+
+SAMPLING, CALLER = "Sampling", "Who asks"
+
+CACHE_WORDS = {
+    "base": "no adapter needed",
+    "resident": "adapter resident",
+    "host": "adapter in the host store",
+    "fetched": "adapter fetched",
+    "joined": "adapter fetched for an earlier request",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    data_command(app, "generate")(generate)
+
+
+def generate(
+    client: Client,
+    adapter: Annotated[str, typer.Argument(help='The adapter: name, name@v1; "base" for none.', show_default=False)],
+    prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads stdin.', show_default=False)] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 1,2,3.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens at most.")] = 128,
+    stats: Annotated[bool, typer.Option("--stats", help="Say on stderr where the answer came from.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Ask for the whole answer at once.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, rich_help_panel=SAMPLING)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A word to stop at.", rich_help_panel=SAMPLING)] = None,
+    tenant: Annotated[str, typer.Option(help="On whose behalf.", rich_help_panel=CALLER, show_default=False)] = "",
+    klass: Annotated[str, typer.Option("--class", help="Request class.", rich_help_panel=CALLER)] = "default",
+    deadline_ms: Annotated[
+        int, typer.Option(min=0, help="Of no use after so long; 0: never.", rich_help_panel=CALLER)
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Send a prompt to an adapter and print the answer as it comes."""
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    fields: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
+    fields["class"] = klass
+    request = pb.GenerateRequest(
+        adapter=adapter,
+        max_tokens=max_tokens,
+        stream=not no_stream,
+        stop_words=stop,
+        tenant=tenant,
+        deadline_ms=deadline_ms,
+        **_prompt(prompt, tokens),
+        **fields,
+    )
+    messages = client.ask(client.gateway.Generate, request, timeout_s=None)
+    origin = _collect(messages) if as_json else _print(messages)
+    if stats and origin is not None:
+        print(sentence(origin), file=sys.stderr)
+
+
+def _prompt(prompt: str | None, tokens: str | None) -> dict[str, Any]:
+    if (prompt is None) == (tokens is None):
+        raise CommandError("give a prompt or --tokens, one of the two", Exit.MISUSED)
+    if tokens is None:
+        return {"text": sys.stdin.read() if prompt == "-" else prompt}
+    try:
+        ids = [int(token) for token in tokens.replace(",", " ").split()]
+    except ValueError as error:
+        raise CommandError(f"--tokens wants numbers, as in 1,2,3: {error}", Exit.MISUSED) from error
+    return {"tokens": pb.TokenIds(ids=ids)}
+
+
+def _print(messages: Iterable[Any]) -> Any:
+    """Write what comes as it comes; return where it came from."""
+    origin = None
+    line_open = False
+    try:
+        for message in messages:
+            text = message.text or "".join(f"{token} " for token in message.token_ids)
+            if text:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+                line_open = not text.endswith("\n")
+            origin = message.origin if message.HasField("origin") else origin
+    finally:
+        if line_open:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+    return origin
+
+
+def _collect(messages: Iterable[Any]) -> Any:
+    """Print the whole answer as one JSON object; return where it came from."""
+    text, token_ids, origin = "", [], None
+    for message in messages:
+        text += message.text
+        token_ids += message.token_ids
+        origin = message.origin if message.HasField("origin") else origin
+    print_json({"text": text, "token_ids": token_ids, "origin": origin and record_of(origin)})
+    return origin
+
+
+def sentence(origin: Any) -> str:
+    """Say where an answer came from and what it took."""
+    where = f" from {origin.backend}" if origin.backend else ""
+    cache = CACHE_WORDS.get(origin.cache, origin.cache)
+    if origin.load_ms:
+        cache += f" and loaded (load {duration(origin.load_ms / 1000)})"
+    heals = f"{origin.heals} heal{'' if origin.heals == 1 else 's'}"
+    queued = f"queued {duration(origin.queue_ms / 1000)}"
+    return f"{origin.version or 'base model'}{where}: {cache}, {queued}, {origin.output_tokens} tokens, {heals}"

@@ -1,0 +1,85 @@
+"""`sidecar queue`: who waits, how long, against which bound, and why."""
+
+from __future__ import annotations
+
+import sys
+from time import sleep
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from sidecar.cli.client import Client, admin_command
+from sidecar.cli.show import AsJson, console, duration, print_json, table
+from sidecar.proto import admin_pb2 as pb
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    admin_command(app, "queue")(queue)
+
+
+def queue(
+    client: Client,
+    adapter: Annotated[str, typer.Option(help="Only requests for this adapter.", show_default=False)] = "",
+    backend: Annotated[str, typer.Option(help="Only requests on this backend.", show_default=False)] = "",
+    limit: Annotated[int, typer.Option(min=1, max=2000, help="Requests listed, oldest first.")] = 20,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until interrupted.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Say who waits, how long, against which bound, and why. The first line is the verdict."""
+    request = pb.QueueRequest(adapter=adapter, backend=backend, limit=limit)
+
+    def look() -> Any:
+        return client.ask(client.queues.Get, request)
+
+    if not watch:
+        _print(look(), as_json)
+    elif as_json or not sys.stdout.isatty():
+        while True:
+            _print(look(), as_json, indent=None)
+            sleep(interval)
+    else:
+        _watch(look, interval)
+
+
+def _print(view: Any, as_json: bool, indent: int | None = 2) -> None:
+    if as_json:
+        print_json(view, indent)
+    else:
+        console().print(shown(view))
+
+
+def _watch(look: Any, interval_s: float) -> None:
+    with Live(shown(look()), console=console(), auto_refresh=False, screen=True) as live:
+        while True:
+            sleep(interval_s)
+            live.update(shown(look()), refresh=True)
+
+
+def shown(view: Any) -> RenderableType:
+    """Return the queue as people see it: verdict, requests, and how many more there are."""
+    parts: list[RenderableType] = [Text(view.verdict, style="bold")]
+    if view.requests:
+        columns = (">WAITED", ">BOUND", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST")
+        parts += ["", table(columns, [_row(request) for request in view.requests])]
+    more = view.waiting - len(view.requests)
+    if more > 0:
+        parts += ["", Text(f"and {more} more: " + ", ".join(f"{item.why} {item.count}" for item in view.why))]
+    return Group(*parts)
+
+
+def _row(request: Any) -> tuple[str, ...]:
+    return (
+        duration(request.waited_s),
+        duration(request.bound_s),
+        request.adapter or "base model",
+        request.tenant or "-",
+        getattr(request, "class"),
+        request.backend or "-",
+        request.why,
+        str(request.request),
+    )

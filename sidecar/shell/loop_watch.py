@@ -1,0 +1,34 @@
+"""Measures how long the event loop stood still: a task that wants to run often, and how late it did."""
+
+from __future__ import annotations
+
+import asyncio
+from time import perf_counter
+
+INTERVAL_S = 0.02
+
+
+class LoopWatch:
+    """Keeps the longest stall since it was last asked."""
+
+    def __init__(self) -> None:
+        self._longest_s = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def take_longest_s(self) -> float:
+        """Return the longest stall since the last call, in seconds."""
+        longest_s, self._longest_s = self._longest_s, 0.0
+        return longest_s
+
+    async def _watch(self) -> None:
+        while True:
+            due_at = perf_counter() + INTERVAL_S
+            await asyncio.sleep(INTERVAL_S)
+            self._longest_s = max(self._longest_s, perf_counter() - due_at)

@@ -1,0 +1,90 @@
+"""The metrics contract: every family that `/metrics` shows, with its labels. The README's table says the same.
+
+No histogram has an adapter label, the number of adapters and tenants that get a label is bounded, and the rest is
+`_other`; so the number of series does not grow with what clients send.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "lora_sidecar_"
+OTHER = "_other"
+"""Adapters past the limit, and names that nobody registered; tenants past theirs. No name begins with `_`."""
+BASE_MODEL = "_base"
+"""The adapter label of requests for the base model."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One family: its name without the common prefix, type, labels and meaning."""
+
+    short: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    help: str
+
+    @property
+    def name(self) -> str:
+        return PREFIX + self.short
+
+
+def _counter(short: str, help: str, *labels: str) -> Metric:  # noqa: A002 — Prometheus's own word
+    return Metric(short, "counter", labels, help)
+
+
+def _gauge(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
+    return Metric(short, "gauge", labels, help)
+
+
+def _histogram(short: str, help: str, *labels: str) -> Metric:  # noqa: A002
+    return Metric(short, "histogram", labels, help)
+
+
+METRICS: tuple[Metric, ...] = (
+    # Requests.
+    _counter("requests_total", "Requests that ended, by how.", "outcome"),
+    _counter("adapter_requests_total", "Requests that ended, by adapter and how.", "adapter", "outcome"),
+    _counter(
+        "tokens_total",
+        "Tokens of requests that reached an engine: of prompts, and answered.",
+        "adapter",
+        "tenant",
+        "direction",
+    ),
+    _histogram("queue_wait_seconds", "Time from arrival to dispatch, or to the ending of those never sent.", "class"),
+    _histogram("wait_bound_seconds", "Longest wait that each admitted request was promised.", "class"),
+    _counter("dispatches_total", "Dispatches, by where the adapter came from.", "cache"),
+    _gauge("queued_requests", 'Requests that wait, by backend; backend "" is none at the moment.', "backend"),
+    _gauge("queued_tokens", "Prompt tokens and largest answers of the requests that wait."),
+    # Adapters and the host store.
+    _gauge("adapters_registered", "Names that are registered."),
+    _gauge("adapters_quarantined", "Versions that are refused until a person releases them."),
+    _counter("quarantines_total", "Versions that were quarantined."),
+    _gauge("store_bytes", "Bytes that the host store holds or has reserved for fetches.", "tier"),
+    _gauge("store_budget_bytes", "Bytes that the host store may hold.", "tier"),
+    _gauge("store_adapters", "Packed adapters that the host store holds.", "tier"),
+    _counter("store_evictions_total", "Packed adapters that the host store gave up for others."),
+    _counter("fetches_total", "Fetches that ended, by result: ok or failed.", "result"),
+    # Backends.
+    _histogram("load_seconds", "Time to bring an adapter in, by phase: fetch, pack or load.", "phase"),
+    _counter("loads_total", "Loads that ended, by result: ok or failed.", "backend", "result"),
+    _gauge("loads_running", "Loads in flight.", "backend"),
+    _counter("heals_total", "Wrong beliefs and faults mended at no client's cost.", "backend", "reason"),
+    _gauge("resident", "Versions believed to be in an engine's adapter cache: gpu or engine_host.", "backend", "tier"),
+    _gauge("open_adapters", "Versions that hold a slot.", "backend"),
+    _gauge("running_requests", "Requests in flight.", "backend"),
+    _gauge("seats", "Requests and Loads that may be in flight.", "backend"),
+    _gauge("backend_up", "Whether a backend answers.", "backend"),
+    _gauge("backend_draining", "Whether a backend takes nothing new.", "backend"),
+    # The process.
+    _counter("steps_total", "Events that the core has taken."),
+    _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),
+    _gauge("draining", "Whether the sidecar admits nothing new."),
+    _counter("journal_bytes_total", "Bytes written to the journal."),
+    _counter("journal_gaps_total", "Times that the journal left steps out and began a new segment."),
+    _counter("journal_errors_total", "Failures to write the journal."),
+    _gauge("build_info", "Always 1; the label says which version runs.", "version"),
+)
+BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in METRICS}

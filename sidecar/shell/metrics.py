@@ -1,0 +1,253 @@
+"""The process's metrics: what each step adds to them, and how they are read.
+
+Counts and durations are taken as they happen, a few microseconds a step. How things stand is read from the core's
+state when `/metrics` is asked; the text is made in a thread, since thousands of series take a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from sidecar.adapters.packed import PackReport
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.core import Core
+from sidecar.core.words import Cache, Outcome
+from sidecar.shell.journal import Journal, JournalFigures
+from sidecar.shell.label_values import LabelValues
+from sidecar.shell.loop_watch import LoopWatch
+from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER
+from sidecar.shell.metric_table import METRICS as METRICS
+from sidecar.shell.state_gauges import families_of, family
+
+TENANT_LABELS_MAX = 50
+LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
+
+
+class Series:
+    """A family kept by the client library, its children cached: finding one by label costs more than counting."""
+
+    def __init__(self, short: str, registry: CollectorRegistry, buckets: Sequence[float] = ()) -> None:
+        metric = BY_SHORT[short]
+        self._family: Any
+        if metric.kind == "counter":
+            self._family = Counter(metric.name, metric.help, metric.labels, registry=registry)
+        else:
+            self._family = Histogram(metric.name, metric.help, metric.labels, registry=registry, buckets=buckets)
+        self._children: dict[tuple[str, ...], Any] = {}
+
+    def child(self, *labels: str) -> Any:
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = self._family.labels(*labels) if labels else self._family
+        return child
+
+    def add(self, amount: float, *labels: str) -> None:
+        self.child(*labels).inc(amount)
+
+    def take(self, duration_ns: int, *labels: str) -> None:
+        self.child(*labels).observe(duration_ns / 1e9)
+
+    def end(self, first_label: str) -> None:
+        """End every series whose first label is this."""
+        for labels in [labels for labels in self._children if labels[0] == first_label]:
+            del self._children[labels]
+            self._family.remove(*labels)
+
+
+class _Standing(Collector):
+    """How things stood when the metrics were last asked for."""
+
+    def __init__(self) -> None:
+        self.families: list[Family] = []
+
+    def collect(self) -> Iterable[Family]:
+        return self.families
+
+    def describe(self) -> Iterable[Family]:
+        return ()
+
+
+class Metrics:
+    """An observer of the core with a registry of its own; `METRICS` is what it shows, no more and no less.
+
+    `adapter_labels_max` bounds the adapters that get series of their own. An adapter's series end when its name is
+    unregistered.
+    """
+
+    def __init__(self, core: Core, adapter_labels_max: int = 200, journal: Journal | None = None) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
+        self._core = core
+        self._journal = journal
+        self.registry = CollectorRegistry()
+        self._standing = _Standing()
+        self.registry.register(self._standing)
+        self._watch = LoopWatch()
+        self._asking = asyncio.Lock()
+        self._adapters = LabelValues(adapter_labels_max)
+        self._tenants = LabelValues(TENANT_LABELS_MAX)
+        self._steps = 0
+        self._refused_at_the_door = 0
+        self._dispatched: dict[int, None] = {}
+        self._loads: dict[int, tuple[str, int]] = {}
+        self._make_series()
+
+    def _make_series(self) -> None:
+        registry = self.registry
+        self._requests = Series("requests_total", registry)
+        self._adapter_requests = Series("adapter_requests_total", registry)
+        self._tokens = Series("tokens_total", registry)
+        self._queue_wait = Series("queue_wait_seconds", registry, WAIT_BUCKETS_S)
+        self._wait_bound = Series("wait_bound_seconds", registry, BOUND_BUCKETS_S)
+        self._dispatches = Series("dispatches_total", registry)
+        self._load_time = Series("load_seconds", registry, LOAD_BUCKETS_S)
+        self._load_results = Series("loads_total", registry)
+        self._fetch_results = Series("fetches_total", registry)
+        self._heals = Series("heals_total", registry)
+        self._quarantines = Series("quarantines_total", registry)
+        for outcome in Outcome:  # present from the start, so that a first failure is an increase
+            self._requests.child(outcome.value)
+        for cache in Cache:
+            self._dispatches.child(cache.value)
+        for result in ("ok", "failed"):
+            self._fetch_results.child(result)
+
+    def start(self) -> None:
+        """Begin to measure the event loop."""
+        self._watch.start()
+
+    def stop(self) -> None:
+        self._watch.stop()
+
+    async def render(self, accept: str = "") -> tuple[str, bytes]:
+        """Return content type and text of all metrics in the form that an Accept header asks for."""
+        encode, content_type = choose_encoder(accept)
+        async with self._asking:
+            self._standing.families = self._families()
+            return content_type, await asyncio.to_thread(encode, self.registry)
+
+    def _families(self) -> list[Family]:
+        figures = self._journal.figures if self._journal is not None else JournalFigures(0, 0, 0, 0)
+        counted = {
+            "steps_total": self._steps,
+            "event_loop_stall_seconds": self._watch.take_longest_s(),
+            "journal_bytes_total": figures.written_bytes,
+            "journal_gaps_total": figures.gaps,
+            "journal_errors_total": figures.errors,
+        }
+        return families_of(self._core.state) + [family(short, [((), value)]) for short, value in counted.items()]
+
+    # What happens.
+
+    def packed(self, key: str, report: PackReport) -> None:
+        """Take in how long a fetch and its packing took; for `Gateway.on_packed`."""
+        self._load_time.take(report.fetch_ns, "fetch")
+        self._load_time.take(report.pack_ns, "pack")
+
+    def observed(self, event: ev.Event, effects: Sequence[do.Effect], now_ns: int) -> None:
+        self._steps += 1
+        take = _EVENTS.get(type(event))
+        if take is not None:
+            take(self, event, now_ns)
+        for effect in effects:
+            note = _EFFECTS.get(type(effect))
+            if note is not None:
+                note(self, effect, now_ns)
+
+    def _received(self, event: ev.Received, now_ns: int) -> None:
+        request = self._core.state.requests.get(event.request)
+        if request is None:
+            self._refused_at_the_door = event.request
+        else:
+            self._wait_bound.take(request.expires_ns - request.view.arrived_ns, request.view.klass)
+
+    def _unregistered(self, event: ev.AdapterUnregistered, now_ns: int) -> None:
+        if self._adapters.forget(event.name):
+            self._adapter_requests.end(event.name)
+            self._tokens.end(event.name)
+
+    def _fetched(self, event: ev.Fetched, now_ns: int) -> None:
+        self._fetch_results.add(1, "ok")
+
+    def _fetch_failed(self, event: ev.FetchFailed, now_ns: int) -> None:
+        self._fetch_results.add(1, "failed")
+
+    def _load_done(self, event: ev.LoadDone, now_ns: int) -> None:
+        load = self._loads.pop(event.load, None)
+        if load is not None:
+            backend, begun_ns = load
+            self._load_time.take(now_ns - begun_ns, "load")
+            self._load_results.add(1, backend, "ok")
+
+    def _load_failed(self, event: ev.LoadFailed, now_ns: int) -> None:
+        load = self._loads.pop(event.load, None)
+        if load is not None:
+            self._load_results.add(1, load[0], "failed")
+
+    def _backend_lost(self, event: ev.BackendLost, now_ns: int) -> None:
+        """Its Loads end with it, and no event of their own says so."""
+        for load in [load for load, (backend, _) in self._loads.items() if backend == event.backend]:
+            del self._loads[load]
+            self._load_results.add(1, event.backend, "failed")
+
+    # What is done about it.
+
+    def _load(self, effect: do.Load, now_ns: int) -> None:
+        self._loads[effect.load] = (effect.backend, now_ns)
+
+    def _dispatch(self, effect: do.Dispatch, now_ns: int) -> None:
+        self._dispatched[effect.request] = None
+        self._dispatches.add(1, effect.cache.value)
+
+    def _heal(self, effect: do.Heal, now_ns: int) -> None:
+        self._heals.add(1, effect.backend, effect.reason)
+
+    def _quarantine(self, effect: do.Quarantine, now_ns: int) -> None:
+        self._quarantines.add(1)
+
+    def _settle(self, effect: do.Settle, now_ns: int) -> None:
+        outcome, adapter = effect.outcome.value, self._adapter_label(effect.name)
+        self._requests.add(1, outcome)
+        self._adapter_requests.add(1, adapter, outcome)
+        if effect.request != self._refused_at_the_door:
+            self._queue_wait.take(effect.queue_ns, effect.klass)
+        if effect.request in self._dispatched:
+            del self._dispatched[effect.request]
+            tenant = self._tenants.label(effect.tenant)
+            self._tokens.add(effect.input_tokens, adapter, tenant, "input")
+            self._tokens.add(effect.output_tokens, adapter, tenant, "output")
+
+    def _adapter_label(self, name: str) -> str:
+        """Return the label of a name: its own only while it is registered, since clients may write anything."""
+        if name in self._adapters:
+            return name
+        if not name:
+            return BASE_MODEL
+        return self._adapters.label(name) if name in self._core.state.names else OTHER
+
+
+_EVENTS: dict[type, Callable[[Metrics, Any, int], None]] = {
+    ev.Received: Metrics._received,
+    ev.AdapterUnregistered: Metrics._unregistered,
+    ev.Fetched: Metrics._fetched,
+    ev.FetchFailed: Metrics._fetch_failed,
+    ev.LoadDone: Metrics._load_done,
+    ev.LoadFailed: Metrics._load_failed,
+    ev.BackendLost: Metrics._backend_lost,
+}
+_EFFECTS: dict[type, Callable[[Metrics, Any, int], None]] = {
+    do.Load: Metrics._load,
+    do.Dispatch: Metrics._dispatch,
+    do.Heal: Metrics._heal,
+    do.Quarantine: Metrics._quarantine,
+    do.Settle: Metrics._settle,
+}

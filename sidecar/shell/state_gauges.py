@@ -1,0 +1,72 @@
+"""Metrics that say how things stand: read from the core's state when somebody asks, not kept up step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as Family
+
+from sidecar.core.state import Backend, State
+from sidecar.core.words import Phase
+from sidecar.shell.metric_table import BY_SHORT
+from sidecar.shell.segments import product_version
+
+Samples = Iterable[tuple[tuple[str, ...], float]]
+MEMORY = ("memory",)
+
+
+def families_of(state: State) -> list[Family]:
+    """Return the families that the state alone decides. Call it between steps."""
+    return [family(short, read(state)) for short, read in READERS.items()]
+
+
+def family(short: str, samples: Samples) -> Family:
+    """Return a family of the contract with its samples."""
+    metric = BY_SHORT[short]
+    make = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    made: CounterMetricFamily | GaugeMetricFamily = make(metric.name, metric.help, labels=metric.labels)
+    for labels, value in samples:
+        made.add_metric(labels, value)
+    return made
+
+
+def _one(value: float) -> Samples:
+    return [((), value)]
+
+
+def _each_backend(value_of: Callable[[Backend], float]) -> Callable[[State], Samples]:
+    return lambda state: [((backend.id,), value_of(backend)) for backend in state.backends.values()]
+
+
+def _queued(state: State) -> Samples:
+    yield ("",), len(state.unrouted)
+    yield from _each_backend(lambda backend: len(backend.queued))(state)
+
+
+def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:
+    for backend in state.backends.values():
+        device = backend.shadow.device.held
+        yield (backend.id, "gpu"), len(device)
+        yield (backend.id, "engine_host"), sum(version not in device for version in backend.shadow.host.held)
+
+
+READERS: dict[str, Callable[[State], Samples]] = {
+    "queued_requests": _queued,
+    "queued_tokens": lambda state: _one(state.queued_tokens),
+    "adapters_registered": lambda state: _one(len(state.names)),
+    "adapters_quarantined": lambda state: _one(sum(bool(held.quarantined) for held in state.versions.values())),
+    "store_bytes": lambda state: [(MEMORY, state.store.bytes_used)],
+    "store_budget_bytes": lambda state: [(MEMORY, state.store.budget_bytes)],
+    "store_adapters": lambda state: [(MEMORY, sum(entry.ready for entry in state.store.entries.values()))],
+    "store_evictions_total": lambda state: _one(state.store.evictions),
+    "loads_running": _each_backend(lambda backend: len(backend.loads)),
+    "resident": _resident,
+    "open_adapters": _each_backend(lambda backend: len(backend.slots)),
+    "running_requests": _each_backend(lambda backend: len(backend.running)),
+    "seats": lambda state: _each_backend(lambda backend: backend.seats(state.config))(state),
+    "backend_up": _each_backend(lambda backend: backend.phase is Phase.UP),
+    "backend_draining": _each_backend(lambda backend: backend.draining),
+    "draining": lambda state: _one(state.draining),
+    "build_info": lambda state: [((product_version(),), 1)],
+}
