@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sidecar.adapters.names import shown
 from sidecar.adapters.layout import numpy_dtype
+from sidecar.adapters.names import shown
 from sidecar.adapters.packed import Layout, PackPlan, PackReport, lora_config, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Misused, Reason

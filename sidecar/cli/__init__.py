@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer import rich_utils
 from typer.main import get_command
 
 from sidecar.cli import adapters, backends, checking, folders, generating, queue, serving
@@ -74,7 +73,7 @@ def _misused(error: Any, as_json: bool) -> int:
         error.show()
         return Exit.MISUSED
     context = getattr(error, "ctx", None)
-    see = f'; see "{context.command_path} --help"' if context is not None else ""
+    see = f' (see "{context.command_path} --help")' if context is not None else ""
     return tell(CommandError(f"{error.format_message().rstrip('.')}{see}", Exit.MISUSED), as_json)
 
 

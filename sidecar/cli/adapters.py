@@ -112,7 +112,7 @@ def _shown(adapter: Any) -> list[Any]:
             ("shape", f"rank {adapter.rank}, {adapter.dtype}, {', '.join(adapter.modules)}"),
             ("pinned", "yes" if adapter.pinned else "no"),
             ("allowed", ", ".join(adapter.allow) or "all tenants"),
-            ("requests", str(adapter.requests)),
+            ("requests", f"{adapter.requests} waiting or running"),
         )
     )
     copies = [(copy.dtype, copy.state, size(copy.size_bytes), str(copy.pins), copy.task_id) for copy in adapter.store]

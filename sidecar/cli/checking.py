@@ -99,8 +99,9 @@ def check_policy(
 
 def find_policy(name: str) -> tuple[str, type[Any]]:
     """Return a policy's kind and class. Raises Misused, or CommandError when the name could be several."""
-    sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a policy in one file beside you is found
     if ":" in name:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a policy in a file beside you is found
         cls = plugins.resolve("policy", name)
         kinds = [kind for kind, mark in MARKS.items() if hasattr(cls, mark)]
         if not kinds:

@@ -146,16 +146,22 @@ def _details(error: Any) -> tuple[Any, int | None]:
 
 def admin_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
     """Make a function a command that talks to the admin listener; its first parameter is the `Client`."""
-    return _command(app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE)
+    return _command(app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES))
 
 
 def data_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
     """Make a function a command that talks to the data listener; its first parameter is the `Client`."""
-    return _command(app, name, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE)
+    return _command(app, name, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, _TLS_FILES)
 
 
 def _command(
-    app: typer.Typer, name: str, listener: str, option: str, default: str, variable: str
+    app: typer.Typer,
+    name: str,
+    listener: str,
+    option: str,
+    default: str,
+    variable: str,
+    files: tuple[inspect.Parameter, ...],
 ) -> Callable[[Command], Command]:
     address = inspect.Parameter(
         "address",
@@ -169,12 +175,12 @@ def _command(
 
     def register(body: Command) -> Command:
         def command(**values: Any) -> int | None:
-            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *_FILES)}
+            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *files)}
             with connected(Endpoint(listener=listener, option=option, **connection)) as client:
                 return body(client, **values)
 
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-        parameters = [*own, address, *_FILES]
+        parameters = [*own, address, *files]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__ = body.__doc__
@@ -191,8 +197,8 @@ def _file_option(name: str, option: str, text: str, variable: str | None = None)
     )
 
 
-_FILES = (
-    _file_option("token_file", "--token-file", "File with the listener's token.", TOKEN_FILE_VARIABLE),
+_TOKEN_FILE = _file_option("token_file", "--token-file", "File with the listener's token.", TOKEN_FILE_VARIABLE)
+_TLS_FILES = (
     _file_option("ca", "--ca", "PEM file of the CA that signed the listener; turns TLS on.", CA_VARIABLE),
     _file_option("certificate", "--cert", "PEM file of our own certificate."),
     _file_option("key", "--key", "PEM file of our own key."),

@@ -34,7 +34,11 @@ _EXITS = {
 
 
 class CommandError(Exception):
-    """An ending that is told in one line. `details` are what a machine may want beside the reason."""
+    """An ending that is told in one line.
+
+    `reason` is the one that a sidecar gave; without one the exit code's name stands for it. `details` are what a
+    machine may want beside it.
+    """
 
     def __init__(self, message: str, exit_code: Exit = Exit.FAILED, reason: str = "", **details: Any) -> None:
         super().__init__(message)
@@ -56,8 +60,8 @@ def command_error_of(error: SidecarError | OSError) -> CommandError:
 def tell(error: CommandError, as_json: bool) -> Exit:
     """Print an error on stderr, as a sentence or as a JSON object, and return its exit code."""
     if as_json:
-        record = {"message": error.message, "reason": error.reason, **error.details}
-        line = json.dumps({"error": {key: value for key, value in record.items() if value != ""}})
+        record = {"message": error.message, "reason": error.reason or error.exit_code.name, **error.details}
+        line = json.dumps({"error": record}, ensure_ascii=False)
     else:
         line = f"error: {error.message}" + (f" [{error.reason}]" if error.reason else "")
     print(line, file=sys.stderr, flush=True)

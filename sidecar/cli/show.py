@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from google.protobuf.message import Message
@@ -18,6 +18,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
 WIDTH_UNBOUNDED = 10_000
 """Into a pipe or a file nothing is wrapped: whoever reads it there cuts columns, not lines."""
+
+NAME_WIDTH_KEPT = 40
 
 
 def console() -> Console:
@@ -49,13 +51,17 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> Table:
-    """Return a table without lines; a column whose name begins with ">" is set to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
+    """Return a table without lines; a column whose name begins with ">" is set to the right.
+
+    Where the terminal is too narrow cells are folded, the first column's, which names the row, last.
+    """
+    name_width = min(NAME_WIDTH_KEPT, max((len(row[0]) for row in rows), default=0))
     made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in columns:
-        made.add_column(
-            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
-        )
+    for index, column in enumerate(columns):
+        justify: Literal["right", "left"] = "right" if column.startswith(">") else "left"
+        width = None if index else name_width
+        made.add_column(column.removeprefix(">"), justify=justify, overflow="fold", min_width=width)
     for row in rows:
         made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return made

@@ -27,6 +27,7 @@ class CacheShadow:
     pages_total: int | None = None
     held: dict[str, Belief] = field(default_factory=dict)
     """In order of completion: the first idle one is the next to go."""
+    evictions: int = 0
 
     def __contains__(self, version: str) -> bool:
         return version in self.held
@@ -80,6 +81,7 @@ class CacheShadow:
             if not belief.running:
                 del self.held[version]
                 evicted.append(version)
+                self.evictions += 1
                 excess -= belief.pages
         return evicted
 

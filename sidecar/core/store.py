@@ -56,7 +56,7 @@ class StoreIndex:
         `next_position(key)` is the queue position of the first request that waits for a blob, None if none does;
         `mine` is the asker's own, None for a prefetch, which takes nothing from anyone who waits.
         """
-        excess = self.bytes_used + size_bytes - self.budget_bytes
+        excess = self.bytes_used + size_bytes - self.budget_bytes - 1
         if excess <= 0:
             return []
         victims: list[str] = []

@@ -12,8 +12,8 @@ from pathlib import Path
 from sidecar.demo.model import SEED
 from sidecar.errors import Misused, Reason
 
-PAGES = 6
-"""Adapter pages of each engine: about three of the demo's adapters, which take two each."""
+PAGES = 3
+"""Adapter pages of each engine: most of the demo's adapters take one."""
 START_TIMEOUT_S = 30.0
 
 

@@ -21,7 +21,7 @@ from sidecar.core.facts import task_id_of
 from sidecar.core.state import State
 from sidecar.demo import answers
 from sidecar.demo.answers import Answer
-from sidecar.demo.engines import Engine, start_engine
+from sidecar.demo.engines import PAGES, Engine, start_engine
 from sidecar.demo.model import ADAPTERS
 from sidecar.demo.texts import PROMPTS
 
@@ -31,10 +31,12 @@ UP_TIMEOUT_S = 30.0
 
 def demo(keep: bool = False, as_json: bool = False) -> int:
     """Run the demo and return the exit code: 1 if any answer was not what it must be."""
-    return asyncio.run(_demo(keep, Console(quiet=as_json), as_json))
+    return asyncio.run(run_demo(keep, as_json))
 
 
-async def _demo(keep: bool, console: Console, as_json: bool) -> int:
+async def run_demo(keep: bool, as_json: bool) -> int:
+    """Run the demo on the running event loop; see `demo`."""
+    console = Console(quiet=as_json)
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sidecar-demo-")))
         engines = []
@@ -68,7 +70,7 @@ def configuration(engines: Sequence[Engine], folder: Path = ADAPTERS) -> Config:
             "url": f"triton://{engine.grpc}",
             "id": f"engine-{number}",
             "metrics": f"http://{engine.metrics}/metrics",
-            "engine": {"config": str(engine.config), "host_pages": 6, "device_pages": 6},
+            "engine": {"config": str(engine.config), "host_pages": PAGES, "device_pages": PAGES},
         }
         for number, engine in enumerate(engines)
     ]
@@ -101,25 +103,31 @@ async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Conso
         pairs = [(name, prompt) for name in ("", *names)]
         asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS)
     console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.\n")
-    for prompt in PROMPTS[:1]:
+    for prompt in (PROMPTS[0], PROMPTS[-1]):
         console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt))
     return asked
 
 
 def _table(asked: Sequence[Answer], prompt: str) -> Table:
     table = Table(title=f"“{prompt}”", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
-    for column in ("adapter", "answer", "engine", "adapter was", "load ms", "as merged"):
+    for column in ("adapter", "answer", "engine", "engine cache", "load ms", "as merged"):
         table.add_column(column, overflow="fold", justify="right" if column == "load ms" else "left")
     for answer in asked:
         table.add_row(
             answer.adapter or "(base)",
             answer.text,
             answer.backend,
-            answer.cache,
+            _hit_or_miss(answer.cache),
             f"{answer.load_ms:.0f}" if answer.load_ms else "",
             "[green]yes[/green]" if answer.right else "[red]NO[/red]",
         )
     return table
+
+
+def _hit_or_miss(cache: str) -> str:
+    if cache == "base":
+        return ""
+    return "hit" if cache == "resident" else f"miss, {cache}"
 
 
 def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
@@ -127,6 +135,7 @@ def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
     return {
         "loads": state.load_count,
         "heals": sum(len(backend.heals) for backend in state.backends.values()),
+        "engine_evictions": sum(backend.shadow.host.evictions for backend in state.backends.values()),
         "host_store_evictions": state.store.evictions,
         "engine_requests": len(served),
     }
@@ -134,8 +143,9 @@ def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
 
 def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, int], console: Console) -> None:
     console.print(
-        f"\n[bold]4.[/bold] {counts['loads']} loads of {len(asked)} requests' adapters, {counts['heals']} heals, "
-        f"{counts['host_store_evictions']} evictions from the host store; no client saw any of it."
+        f"\n[bold]4.[/bold] {counts['loads']} loads, {counts['engine_evictions']} evictions by the engines, "
+        f"{counts['heals']} heals, {counts['host_store_evictions']} evictions from the host store; "
+        "no client saw any of it."
     )
     if wrong:
         console.print("\n[red bold]Wrong answers:[/red bold]")
@@ -143,7 +153,8 @@ def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, i
             console.print(f"  {line}", highlight=False)
     else:
         console.print(
-            f"All {len(asked)} answers equal the greedy answer of the base model merged with the adapter, computed apart."
+            f"All {len(asked)} answers equal the greedy answer of the base model merged with the adapter, which was "
+            "computed apart."
         )
 
 

@@ -142,7 +142,7 @@ def _streams(request: Any) -> bool:
 
 
 def _add_sampling(message: Any, request: Any, names: dict[str, str]) -> None:
-    """Add the sampling fields that the client set, under the model's names; the engine's defaults stand for the rest."""
+    """Add the sampling fields that the client set, under the model's names; the rest is the engine's default."""
     for field, datatype, form in (
         ("temperature", "FP32", "<f"),
         ("top_k", "INT32", "<i"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import Metric as Family
@@ -77,6 +77,16 @@ class _Standing(Collector):
         return ()
 
 
+class Watched(Protocol):
+    """What is measured: a `Gateway`."""
+
+    @property
+    def core(self) -> Core: ...
+
+    def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
+        """Have this called with the key and report of every packing."""
+
+
 class Metrics:
     """An observer of the core with a registry of its own; `METRICS` is what it shows, no more and no less.
 
@@ -84,10 +94,12 @@ class Metrics:
     unregistered.
     """
 
-    def __init__(self, core: Core, adapter_labels_max: int = 200, journal: Journal | None = None) -> None:
+    def __init__(self, gateway: Watched, adapter_labels_max: int = 200) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
-        self._core = core
-        self._journal = journal
+        self._core = gateway.core
+        gateway.on_packed(self.packed)
+        self.journal: Journal | None = None
+        """What the journal's figures are read from; set by whoever starts one."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -136,7 +148,7 @@ class Metrics:
             return content_type, await asyncio.to_thread(encode, self.registry)
 
     def _families(self) -> list[Family]:
-        figures = self._journal.figures if self._journal is not None else JournalFigures(0, 0, 0, 0)
+        figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "steps_total": self._steps,
             "event_loop_stall_seconds": self._watch.take_longest_s(),
@@ -149,7 +161,7 @@ class Metrics:
     # What happens.
 
     def packed(self, key: str, report: PackReport) -> None:
-        """Take in how long a fetch and its packing took; for `Gateway.on_packed`."""
+        """Take in how long a fetch and its packing took."""
         self._load_time.take(report.fetch_ns, "fetch")
         self._load_time.take(report.pack_ns, "pack")
 

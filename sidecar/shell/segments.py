@@ -123,10 +123,11 @@ class SegmentWriter:
         self._thread.start()
 
     def stop(self) -> None:
-        """Write what is queued and end the thread."""
+        """Write what is queued and end the thread. Nothing happens when it was never started."""
         self._stopping = True
         self._wake.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     @property
     def idle(self) -> bool:

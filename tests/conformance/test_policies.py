@@ -14,16 +14,17 @@ from policies.ordering.skip import Skip
 from policies.registry import POLICIES
 from policies.routing.resident_first import ResidentFirst
 from policies.views import BASE, Choice, Close, Open, Send
-from sidecar import conformance
+from sidecar.conformance import CHECKS, check, eviction, is_pure, ordering, routing
+from sidecar.conformance.seeds import Maker
 from sidecar.errors import Misused
 from sidecar.plugins import known, resolve
 
-CASES = [(kind, name, one) for kind, names in POLICIES.items() for name in names for one in conformance.CHECKS[kind]]
+CASES = [(kind, name, one) for kind, names in POLICIES.items() for name in names for one in CHECKS[kind]]
 EVERY = [(kind, name) for kind, names in POLICIES.items() for name in names]
 
 
 @pytest.mark.parametrize(("kind", "name", "one"), CASES, ids=[f"{kind}-{name}-{c.__name__}" for kind, name, c in CASES])
-def test_keeps(kind: str, name: str, one: Callable[[conformance.Maker], None]) -> None:
+def test_keeps(kind: str, name: str, one: Callable[[Maker], None]) -> None:
     """Every policy of a kind keeps every check of that kind."""
     one(resolve(kind, name))
 
@@ -31,20 +32,20 @@ def test_keeps(kind: str, name: str, one: Callable[[conformance.Maker], None]) -
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_is_pure(kind: str, name: str) -> None:
     """Every policy's module is free of clocks, randomness and I/O."""
-    conformance.is_pure(resolve(kind, name))
+    is_pure(resolve(kind, name))
 
 
 @pytest.mark.parametrize(("kind", "name"), EVERY)
 def test_check_lists_what_it_checked(kind: str, name: str) -> None:
     """What the command line prints: every check by name, purity last."""
-    done = conformance.check(kind, resolve(kind, name))
-    assert len(done) == len(conformance.CHECKS[kind]) + 1
+    done = check(kind, resolve(kind, name))
+    assert len(done) == len(CHECKS[kind]) + 1
     assert done[-1] == "is pure"
 
 
 def test_every_kind_has_checks() -> None:
     """A kind in the registry without checks would pass unseen."""
-    assert POLICIES.keys() == conformance.CHECKS.keys()
+    assert POLICIES.keys() == CHECKS.keys()
 
 
 # The checks themselves must be able to fail.
@@ -139,20 +140,20 @@ class Rotating(ResidentFirst):
 @pytest.mark.parametrize(
     ("broken", "one", "says"),
     [
-        (Forgetful, conformance.victims_are_every_key_once, "must yield what is tracked"),
-        (Restless, conformance.victims_changes_nothing, "differs|changed"),
-        (Amnesiac, conformance.eviction_is_the_same_after_a_restore, "disagree"),
-        (Pushy, conformance.decides_only_what_there_is_room_for, "can_send says no"),
-        (Closing, conformance.decides_only_what_there_is_room_for, "are running|still deciding"),
-        (Stubborn, conformance.serves_everything_in_the_end, "never sent"),
-        (Dithering, conformance.serves_everything_in_the_end, "still deciding|never sent"),
-        (Blank, conformance.ordering_is_the_same_after_a_restore, "disagree"),
-        (Elsewhere, conformance.picks_one_of_the_candidates, "no candidate"),
-        (FirstListed, conformance.breaks_ties_by_id, "by the order"),
-        (Rotating, conformance.routing_is_the_same_after_a_restore, "another backend"),
+        (Forgetful, eviction.victims_are_every_key_once, "must yield what is tracked"),
+        (Restless, eviction.victims_changes_nothing, "differs|changed"),
+        (Amnesiac, eviction.eviction_is_the_same_after_a_restore, "disagree"),
+        (Pushy, ordering.decides_only_what_there_is_room_for, "can_send says no"),
+        (Closing, ordering.decides_only_what_there_is_room_for, "are running|still deciding"),
+        (Stubborn, ordering.serves_everything_in_the_end, "never sent"),
+        (Dithering, ordering.serves_everything_in_the_end, "still deciding|never sent"),
+        (Blank, ordering.ordering_is_the_same_after_a_restore, "disagree"),
+        (Elsewhere, routing.picks_one_of_the_candidates, "no candidate"),
+        (FirstListed, routing.breaks_ties_by_id, "by the order"),
+        (Rotating, routing.routing_is_the_same_after_a_restore, "another backend"),
     ],
 )
-def test_a_broken_policy_is_found(broken: type[Any], one: Callable[[conformance.Maker], None], says: str) -> None:
+def test_a_broken_policy_is_found(broken: type[Any], one: Callable[[Maker], None], says: str) -> None:
     """Each check fails for a policy that breaks exactly its rule."""
     with pytest.raises(AssertionError, match=says):
         one(broken)
@@ -163,7 +164,7 @@ def test_an_impure_module_is_found() -> None:
     assert time.monotonic_ns() >= 0
     assert random.Random(1).random() < 1
     with pytest.raises(AssertionError, match="imports random"):
-        conformance.is_pure(Forgetful)
+        is_pure(Forgetful)
 
 
 # Names.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from sidecar.core import effects as fx
@@ -89,7 +91,7 @@ def test_misses_without_end_are_given_up() -> None:
 
 
 def test_load_into_a_full_cache_waits_for_a_completion() -> None:
-    """ "No done tasks" for a Load: nothing more is loaded until something completes there; then it is loaded at once."""
+    """A Load that met "no done tasks" is tried again when something completes there, and not before."""
     world = world_of()
     engine = world.engines["b0"]
     warm(world, "sql")
@@ -116,14 +118,14 @@ def test_load_into_a_full_cache_with_nothing_running_backs_off() -> None:
         world.run(1 * MS)
         tried += [world.now_ns] * (len(world.of(fx.Load)) - before)
     world.assert_all_ok()
-    gaps = [later - sooner for sooner, later in zip(tried, tried[1:], strict=False)]
+    gaps = [later - sooner for sooner, later in pairwise(tried)]
     assert len(gaps) == 4
     assert gaps == sorted(gaps)
     assert gaps[-1] > 2 * gaps[0]
 
 
 def test_a_full_cache_for_a_request_is_a_load_and_a_wait() -> None:
-    """ "Cache full" for a dispatched request: not sent again before a completion or a pause, and loaded first."""
+    """A dispatched request that met "cache full" waits for a completion or a pause, and a Load comes first."""
     world = world_of()
     warm(world, "sql")
     world.engines["b0"].run_faults = [Fault.FULL]
@@ -198,7 +200,7 @@ def test_a_second_whole_engine_failure_is_final() -> None:
 
 
 def test_versions_loading_while_the_engine_failed_are_loaded_alone() -> None:
-    """Adapters whose first Load was in flight are suspects: none of their next Loads shares the engine with another's."""
+    """Adapters whose first Load was in flight are suspects: none of their next Loads has company."""
     world = world_of(seats=8)
     engine = world.engines["b0"]
     engine.load_faults = [Fault.WHOLE_ENGINE] * 3
@@ -222,11 +224,11 @@ def test_a_waiting_suspect_is_not_kept_waiting_by_other_loads() -> None:
     engine = world.engines["b0"]
     engine.load_ns, engine.run_ns, engine.first_token_ns = 20 * MS, 10 * MS, 5 * MS
     engine.load_faults_of[world.digest("suspect")] = [Fault.WHOLE_ENGINE]
-    for number in range(60):
+    for _ in range(60):
         world.send(world.random.choice(names))
         world.run(6 * MS)
     request = world.send("suspect")
-    for number in range(60):
+    for _ in range(60):
         world.send(world.random.choice(names))
         world.run(6 * MS)
     assert request in world.settled, "it still waits"

@@ -1,0 +1,158 @@
+"""What every ordering policy must keep, shown on a backend in miniature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from policies.views import BASE, Close, Open, OpenVersion, Room, Send, Waiting
+from sidecar.conformance.seeds import SEEDS, Maker, through_json, waiting
+
+
+def decides_only_what_there_is_room_for(make: Maker) -> None:
+    """Every Send, Open and Close is one that the room allows."""
+    for seed in SEEDS:
+        _Bench(Random(seed), make()).run(300)
+
+
+def serves_everything_in_the_end(make: Maker) -> None:
+    """Once arrivals stop, every request is sent, however few seats and pages there are."""
+    for seed in SEEDS:
+        bench = _Bench(Random(seed), make())
+        bench.run(150)
+        bench.finish()
+        assert not bench.waiting, f"seed {seed}: never sent: {sorted(bench.waiting)[:10]}"
+
+
+def ordering_is_the_same_after_a_restore(make: Maker) -> None:
+    """A snapshot through JSON, restored over a used policy, makes the same decisions from there on."""
+    for seed in SEEDS:
+        bench = _Bench(Random(seed), make())
+        bench.run(100)
+        other = make()
+        other.queued(waiting(10**6, "stale", 0), 0)
+        snapshot = through_json(bench.policy.snapshot())
+        other.restore(snapshot)
+        assert through_json(other.snapshot()) == snapshot, f"seed {seed}: restore() and snapshot() disagree"
+        bench.shadow = other
+        bench.run(100)
+        bench.finish()
+
+
+@dataclass
+class _Bench:
+    """A backend in miniature that obeys an ordering policy and checks each decision.
+
+    `shadow`, when set, is told and asked the same and must decide the same.
+    """
+
+    random: Random
+    policy: Any
+    shadow: Any = None
+    seats: int = 3
+    pages: int = 2
+    now_ns: int = 0
+    count: int = 0
+    waiting: dict[int, Waiting] = field(default_factory=dict)
+    running: dict[int, Waiting] = field(default_factory=dict)
+    open: dict[str, OpenVersion] = field(default_factory=dict)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.now_ns += self.random.randrange(10**6)
+            pick = self.random.random()
+            if pick < 0.5:
+                self._arrive()
+            elif pick < 0.85:
+                self._end_one()
+            elif self.waiting:
+                self._leave(self.random.choice(sorted(self.waiting)))
+            self._decide()
+
+    def finish(self) -> None:
+        for _ in range(20 * len(self.waiting) + 20):
+            self.now_ns += 10**9
+            self._end_one()
+            self._decide()
+
+    def _told(self) -> Iterator[Any]:
+        yield self.policy
+        if self.shadow is not None:
+            yield self.shadow
+
+    def _arrive(self) -> None:
+        self.count += 1
+        request = waiting(self.count, self.random.choice([BASE, "v1", "v2", "v3", "v4", "v5"]), self.now_ns)
+        self.waiting[request.id] = request
+        for policy in self._told():
+            policy.queued(request, self.now_ns)
+            assert isinstance(policy.gated(request.id), bool), "gated() must answer True or False"
+
+    def _leave(self, request_id: int) -> Waiting:
+        request = self.waiting.pop(request_id)
+        for policy in self._told():
+            policy.left(request_id, self.now_ns)
+        return request
+
+    def _end_one(self) -> None:
+        if not self.running:
+            return
+        request = self.running.pop(self.random.choice(sorted(self.running)))
+        for policy in self._told():
+            policy.progressed({request.id: 5}, self.now_ns)
+            policy.ended(request, 5, self.now_ns)
+
+    def _decide(self) -> None:
+        for _ in range(100):
+            decision = self.policy.choose(self._room(), self.now_ns)
+            if self.shadow is not None:
+                shadowed = self.shadow.choose(self._room(), self.now_ns)
+                assert shadowed == decision, f"after restore() it decides {shadowed} instead of {decision}"
+            if decision is None:
+                return
+            self._obey(decision)
+        raise AssertionError("choose() was still deciding after 100 calls in one step; it must come to None")
+
+    def _obey(self, decision: Any) -> None:
+        if isinstance(decision, Send):
+            assert self._can_send(decision.request), f"{decision}: room.can_send says no"
+            self.running[decision.request] = self._leave(decision.request)
+        elif isinstance(decision, Open):
+            assert self._can_open(decision.version), f"{decision}: room.can_open says no"
+            self._close_idle()
+            self.open[decision.version] = OpenVersion(decision.version, self.now_ns, 1, 0, False)
+        else:
+            assert isinstance(decision, Close), f"choose() returned {decision!r}: not a Send, Open, Close or None"
+            assert decision.version in self.open, f"{decision}: it is not open"
+            assert not self._runs(decision.version), f"{decision}: requests of it are running"
+            del self.open[decision.version]
+
+    def _close_idle(self) -> None:
+        idle = [version for version in self.open if not self._busy(version)]
+        while len(self.open) >= self.pages:
+            del self.open[idle.pop(0)]
+
+    def _runs(self, version: str) -> int:
+        return sum(request.version == version for request in self.running.values())
+
+    def _busy(self, version: str) -> bool:
+        return self._runs(version) > 0 or any(request.version == version for request in self.waiting.values())
+
+    def _can_open(self, version: str) -> bool:
+        return version not in self.open and version != BASE and self._pages_free() > 0
+
+    def _can_send(self, request_id: int) -> bool:
+        request = self.waiting.get(request_id)
+        if request is None or len(self.running) >= self.seats:
+            return False
+        return request.version == BASE or request.version in self.open
+
+    def _pages_free(self) -> int:
+        return self.pages - sum(self._busy(version) for version in self.open)
+
+    def _room(self) -> Room:
+        held = [OpenVersion(v, o.opened_ns, 1, self._runs(v), False) for v, o in self.open.items()]
+        seats_free = self.seats - len(self.running)
+        return Room("b0", seats_free, self._pages_free(), held, self._can_open, self._can_send)

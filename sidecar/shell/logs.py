@@ -1,0 +1,131 @@
+"""Logging for a process whose event loop must not wait for a terminal or a pipe.
+
+Records go through a bounded queue to a thread that writes them to stderr, as text for people or as one JSON object a
+line for machines. When stderr takes them too slowly lines are left out, and the next one that gets through says how
+many.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import queue
+import re
+import sys
+from datetime import UTC, datetime
+from logging.handlers import QueueHandler, QueueListener
+from typing import Any, Literal, TextIO
+
+QUEUED_MAX = 10_000
+_PLAIN = re.compile(r"[\w.@:/+-]+\Z")
+
+
+class Fields:
+    """A log message of a sentence and named values: `sentence name=value …` as text, members of the object as JSON."""
+
+    __slots__ = ("sentence", "values")
+
+    def __init__(self, sentence: str, **values: Any) -> None:
+        self.sentence = sentence
+        self.values = values
+
+    def __str__(self) -> str:
+        named = " ".join(f"{name}={_shown(value)}" for name, value in self.values.items() if value not in ("", None))
+        return f"{self.sentence} {named}" if named else self.sentence
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if _PLAIN.match(text) else json.dumps(text)
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class TextFormatter(logging.Formatter):
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 — logging's name
+        return _time_of(record)
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        structured = record.msg if isinstance(record.msg, Fields) else None
+        line: dict[str, Any] = {
+            "time": _time_of(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": structured.sentence if structured else record.getMessage(),
+        }
+        if structured:
+            line |= structured.values
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return json.dumps(line, separators=(",", ":"), default=str)
+
+
+class QueuedHandler(QueueHandler):
+    """Hands records to the writing thread and never waits for it."""
+
+    def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
+        super().__init__(records)
+        self.left_out = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Fix the message now, since its arguments may change; formatting is the thread's business."""
+        if record.args:
+            record.msg, record.args = record.getMessage(), None
+        return record
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            if self.left_out:
+                self.queue.put_nowait(_left_out(self.left_out))
+                self.left_out = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.left_out += 1
+
+
+def _left_out(count: int) -> logging.LogRecord:
+    text = f"{count} log lines were left out: stderr takes them too slowly"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
+
+
+class LogWriter:
+    """The thread behind the root logger. `stop` writes what is queued."""
+
+    def __init__(self, handler: QueuedHandler, listener: QueueListener) -> None:
+        self._handler = handler
+        self._listener: QueueListener | None = listener
+
+    def start(self) -> None:
+        assert self._listener is not None
+        self._listener.start()
+
+    def stop(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        logging.getLogger().removeHandler(self._handler)
+        listener.stop()
+        atexit.unregister(self.stop)
+
+
+def configure_logging(
+    log_format: Literal["text", "json"] = "text", level: str = "info", stream: TextIO | None = None
+) -> LogWriter:
+    """Send every logger's records to stderr in this form; return what writes them, to be stopped at the end."""
+    written = logging.StreamHandler(stream or sys.stderr)
+    text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    written.setFormatter(JsonFormatter() if log_format == "json" else text)
+    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUED_MAX)
+    handler = QueuedHandler(records)
+    writer = LogWriter(handler, QueueListener(records, written))
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    root.addHandler(handler)
+    writer.start()
+    atexit.register(writer.stop)
+    return writer

@@ -1,0 +1,76 @@
+"""One log line for each request, at its end: where the answer came from, how long it took, what went wrong.
+
+It takes the place of an access log. Ids, names, lengths and times only: no prompt and no token reaches it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
+from sidecar.core.events import BackendLost, BackendUp, Event
+from sidecar.core.words import Fault
+from sidecar.shell.logs import Fields
+
+requests = logging.getLogger("sidecar.requests")
+logger = logging.getLogger(__name__)
+
+SHOWN_LENGTH_MAX = 80
+"""Names and tenants are the client's words."""
+
+
+class RequestLog:
+    """An observer that logs requests as they settle, and what an operator must know of backends and versions."""
+
+    def __init__(self) -> None:
+        self._dispatched: dict[int, Dispatch] = {}
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        if isinstance(event, BackendUp):
+            logger.info("backend %s is up", event.backend)
+        for effect in effects:
+            if isinstance(effect, Dispatch):
+                self._dispatched[effect.request] = effect
+            elif isinstance(effect, Settle):
+                self._log_ending(effect)
+            elif isinstance(effect, Quarantine):
+                logger.warning("version %s is quarantined: %s", effect.digest[:12], effect.text)
+            elif isinstance(effect, Heal) and effect.reason == Fault.LOST.value and isinstance(event, BackendLost):
+                logger.warning("backend %s is lost: %s", effect.backend, event.cause)
+
+    def _log_ending(self, settle: Settle) -> None:
+        dispatch = self._dispatched.pop(settle.request, None)
+        if requests.isEnabledFor(logging.INFO):
+            requests.info(ending_fields(settle, dispatch))
+
+
+def ending_fields(settle: Settle, dispatch: Dispatch | None) -> Fields:
+    """Return a request's line. `dispatch` is its last one, None when it was never sent to an engine."""
+    values: dict[str, Any] = {
+        "request": settle.request,
+        "outcome": settle.outcome.value,
+        "reason": settle.reason.value if settle.reason is not None else "",
+        "adapter": settle.name[:SHOWN_LENGTH_MAX],
+        "version": version_shown(settle, dispatch),
+        "backend": dispatch.backend if dispatch is not None else "",
+        "tenant": settle.tenant[:SHOWN_LENGTH_MAX],
+        "class": settle.klass,
+        "cache": dispatch.cache.value if dispatch is not None else "",
+        "queue_ms": round(settle.queue_ns / 1e6, 3),
+        "load_ms": round(dispatch.load_ns / 1e6, 3) if dispatch is not None else 0.0,
+        "heals": dispatch.heals if dispatch is not None else 0,
+        "input_tokens": settle.input_tokens,
+        "output_tokens": settle.output_tokens,
+    }
+    if settle.reason is not None:
+        values["error"] = settle.message
+    return Fields("request ended", **values)
+
+
+def version_shown(settle: Settle, dispatch: Dispatch | None) -> str:
+    """Return `v1` of a dispatched request, the digest's start of one that was only queued."""
+    if dispatch is not None and dispatch.name:
+        return f"v{dispatch.ordinal}"
+    return settle.version[:12]

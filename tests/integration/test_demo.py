@@ -1,0 +1,62 @@
+"""The demo as a newcomer runs it, and proof that its check can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sidecar.adapters import packed
+from sidecar.adapters.builder import build
+from sidecar.demo import run
+from sidecar.shell import store
+
+
+def report_of(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+async def test_every_answer_is_the_merged_models(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit 0; by id alone every request misses; by name all are right, over both engines, with evictions under way."""
+    assert await run.run_demo(keep=False, as_json=True) == 0
+    report = report_of(capsys)
+    assert report["direct"] == {"not found in cache": 8}
+    assert len(report["answers"]) == 36
+    assert all(answer["right"] for answer in report["answers"])
+    assert {answer["backend"] for answer in report["answers"]} == {"engine-0", "engine-1"}
+    assert report["counts"]["loads"] >= 8
+    assert report["counts"]["engine_evictions"] > 0
+
+
+async def test_swapped_task_ids_are_caught(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
+    swap = {"pirate": "chef", "chef": "pirate"}
+
+    def swapped(effect: Any) -> Any:
+        origin = Path(effect.origin)
+        return build(origin.with_name(swap.get(origin.name, origin.name)), effect.layout)
+
+    monkeypatch.setattr(store, "_build", swapped)
+    assert await run.run_demo(keep=False, as_json=True) == 1
+    wrong = report_of(capsys)["wrong"]
+    assert len(wrong) == 8
+    assert {line.split()[0] for line in wrong} == {"pirate", "chef"}
+
+
+async def test_a_zeroed_b_is_caught(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters whose B never arrived answer as the base model: every one is named as wrong."""
+    write_b = packed._write_b
+
+    def zeroed(file: Any, target: Any, factors: Any, out: np.ndarray, loss: Any) -> None:
+        write_b(file, target, factors, out, loss)
+        out[...] = 0
+
+    monkeypatch.setattr(packed, "_write_b", zeroed)
+    assert await run.run_demo(keep=False, as_json=True) == 1
+    report = report_of(capsys)
+    assert all(not answer["right"] for answer in report["answers"] if answer["adapter"])

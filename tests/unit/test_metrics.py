@@ -1,0 +1,293 @@
+"""The metrics contract, and that each family says what happened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.adapters.packed import PackReport
+from sidecar.core import events as ev
+from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.shell.label_values import LabelValues
+from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
+from tests.corekit import BLOB_BYTES, MS, SECOND, World
+
+README = Path(__file__).parents[2] / "README.md"
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
+
+
+class Measured(World):
+    """A world whose steps the metrics see."""
+
+    def __init__(self, *, adapter_labels_max: int = 200, **options: object) -> None:
+        self.metrics: Metrics | None = None
+        self.pack: Callable[[str, PackReport], None] = lambda key, report: None
+        super().__init__(**options)  # type: ignore[arg-type]
+        self.metrics = Metrics(self, adapter_labels_max)
+
+    def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
+        self.pack = callback
+
+    def feed(self, event: ev.Event) -> list:  # type: ignore[type-arg]
+        made = super().feed(event)
+        if self.metrics is not None:
+            self.metrics.observed(event, made, self.now_ns)
+        return made
+
+
+Samples = dict[tuple[str, ...], float]
+
+
+async def scrape(world: Measured, accept: str = "") -> dict[str, Samples]:
+    """Return each sample's name with its values by label values, from the text that Prometheus would get."""
+    assert world.metrics is not None
+    content_type, body = await world.metrics.render(accept)
+    assert content_type.startswith("text/plain")
+    samples: dict[str, Samples] = {}
+    for family in text_string_to_metric_families(body.decode()):
+        for sample in family.samples:
+            samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    return samples
+
+
+async def busy() -> Measured:
+    """Return a world in which every family has something to tell."""
+    world = Measured(engines=2)
+    assert world.metrics is not None
+    world.register("sql", "french")
+    for name in ("sql", "french", "sql", ""):
+        world.send(name, tenant="acme")
+    world.run()
+    for engine in world.engines.values():
+        engine.lie()
+    world.send("sql")
+    world.run()
+    world.register("bad")
+    for engine in world.engines.values():
+        engine.crash_on_load.add(world.digest("bad"))
+    world.send("bad")
+    world.run()
+    world.pack("key", PackReport(fetch_ns=3 * MS, pack_ns=700 * MS))
+    return world
+
+
+async def test_a_scrape_shows_exactly_the_contract() -> None:
+    """Families, types, labels and help of a scrape are those of the table, each with a sample."""
+    world = await busy()
+    assert world.metrics is not None
+    _, body = await world.metrics.render()
+    shown = {family.name: family for family in text_string_to_metric_families(body.decode())}
+    expected = {metric.name.removesuffix("_total"): metric for metric in METRICS}
+    assert sorted(shown) == sorted(expected)
+    for name, metric in expected.items():
+        family = shown[name]
+        assert (family.type, family.documentation) == (metric.kind, metric.help)
+        assert family.samples, f"{name} has no sample in a world where everything happens"
+        for sample in family.samples:
+            assert sample.name.removeprefix(name) in SUFFIXES[metric.kind]
+            assert sorted(set(sample.labels) - {"le"}) == sorted(metric.labels), sample
+
+
+def test_no_histogram_has_an_adapter_label() -> None:
+    """The table keeps its promise about the number of series."""
+    assert not [metric for metric in METRICS if metric.kind == "histogram" and "adapter" in metric.labels]
+
+
+def test_the_readme_has_the_same_table() -> None:
+    """Each row of the README's metrics section is a family of the contract, in its order, and none is missing."""
+    text = README.read_text() if README.exists() else ""
+    _, found, section = text.partition("\n## Metrics")
+    rows = re.findall(r"^\| `(lora_sidecar_\w+)` \| (\w+) \| ([^|]*) \|", section.partition("\n## ")[0], re.MULTILINE)
+    if not found:
+        pytest.skip("the README has no metrics section yet")
+    listed = [(name, kind, re.findall(r"\w+", labels)) for name, kind, labels in rows]
+    assert listed == [(metric.name, metric.kind, list(metric.labels)) for metric in METRICS]
+
+
+async def test_requests_by_outcome() -> None:
+    """Endings are counted by outcome, and an outcome that never came is there as zero."""
+    world = Measured()
+    world.register("sql")
+    world.send("sql")
+    world.send("nobody")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_requests_total"] == {
+        ("ok",): 1, ("refused",): 1, ("expired",): 0, ("cancelled",): 0, ("failed",): 0,
+    }  # fmt: skip
+    assert samples["lora_sidecar_adapter_requests_total"] == {("sql", "ok"): 1, ("_other", "refused"): 1}
+
+
+async def test_waits_and_their_bounds() -> None:
+    """The wait of each admitted request is observed with the bound it was promised; refused ones have neither."""
+    classes = {"default": ClassLimit(), "batch": ClassLimit(40 * SECOND)}
+    world = Measured(config=CoreConfig(store_bytes=64 * BLOB_BYTES, classes=classes))
+    world.register("sql")
+    world.send("sql", klass="batch")
+    world.send("sql", klass="batch", deadline_ns=3 * SECOND)
+    world.send("nobody", klass="batch")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_queue_wait_seconds_count"] == {("batch",): 2}
+    assert samples["lora_sidecar_wait_bound_seconds_sum"] == {("batch",): 43}
+    waited = world.dispatches[1][0].queue_ns + world.dispatches[2][0].queue_ns
+    assert samples["lora_sidecar_queue_wait_seconds_sum"][("batch",)] == pytest.approx(waited / 1e9)
+
+
+async def test_loads_by_phase() -> None:
+    """Fetch and pack come from the pack's report, load from the Load's own time; a lost Load counts as failed."""
+    world = Measured()
+    world.register("sql", "french")
+    world.send("sql")
+    world.run()
+    world.pack("key", PackReport(fetch_ns=2 * SECOND, pack_ns=SECOND))
+    world.engines["b0"].load_ns = SECOND
+    world.send("french")
+    world.run(for_ns=100 * MS)
+    world.lose("b0")
+    samples = await scrape(world)
+    sums = samples["lora_sidecar_load_seconds_sum"]
+    assert sums == {("fetch",): 2, ("pack",): 1, ("load",): pytest.approx(0.005)}
+    assert samples["lora_sidecar_loads_total"] == {("b0", "ok"): 1, ("b0", "failed"): 1}
+    assert samples["lora_sidecar_fetches_total"] == {("ok",): 2, ("failed",): 0}
+
+
+async def test_dispatches_by_where_the_adapter_came_from() -> None:
+    """A fetched, a joined, a resident and a base request are told apart."""
+    world = Measured()
+    world.register("sql")
+    world.send("sql")
+    world.send("sql")
+    world.run()
+    world.send("sql")
+    world.send("")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_dispatches_total"] == {
+        ("base",): 1, ("resident",): 1, ("host",): 0, ("fetched",): 1, ("joined",): 1,
+    }  # fmt: skip
+
+
+async def test_standing_is_read_from_the_state() -> None:
+    """Queue, seats, residency, store and backends are as the core has them when asked."""
+    world = Measured(engines=2, seats=1)
+    world.register("sql", "french", "legal")
+    for name in ("sql", "french", "legal", "sql"):
+        world.send(name)
+    world.run()
+    world.lose("b1")
+    world.feed(ev.DrainSet("b0", True))
+    world.send("sql")
+    samples = await scrape(world)
+    state = world.core.state
+    assert samples["lora_sidecar_backend_up"] == {("b0",): 1, ("b1",): 0}
+    assert samples["lora_sidecar_backend_draining"] == {("b0",): 1, ("b1",): 0}
+    assert samples["lora_sidecar_queued_requests"][("",)] == state.queued
+    assert samples["lora_sidecar_seats"] == {("b0",): 1, ("b1",): 1}
+    assert samples["lora_sidecar_resident"][("b0", "gpu")] == len(state.backends["b0"].shadow.device.held) > 0
+    assert samples["lora_sidecar_resident"][("b1", "gpu")] == 0
+    assert samples["lora_sidecar_store_bytes"] == {("memory",): 3 * BLOB_BYTES}
+    assert samples["lora_sidecar_store_budget_bytes"] == {("memory",): 64 * BLOB_BYTES}
+    assert samples["lora_sidecar_adapters_registered"] == {(): 3}
+
+
+async def test_heals_and_quarantines_are_counted() -> None:
+    """A miss that was healed and an adapter that was quarantined show by backend and reason."""
+    samples = await scrape(await busy())
+    heals = samples["lora_sidecar_heals_total"]
+    assert sum(count for (_, reason), count in heals.items() if reason == "engine_miss") == 1
+    assert sum(count for (_, reason), count in heals.items() if reason == "backend_lost") == 2
+    assert samples["lora_sidecar_quarantines_total"] == {(): 1}
+    assert samples["lora_sidecar_adapters_quarantined"] == {(): 1}
+
+
+async def test_tokens_by_adapter_tenant_and_direction() -> None:
+    """Prompt and answer tokens are counted for what reached an engine, not for what was refused."""
+    world = Measured()
+    world.register("sql")
+    world.send("sql", tenant="acme", input_tokens=30)
+    world.send("nobody", tenant="acme", input_tokens=999)
+    world.send("", tenant="acme", input_tokens=5)
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_tokens_total"] == {
+        ("sql", "acme", "input"): 30, ("sql", "acme", "output"): 10,
+        ("_base", "acme", "input"): 5, ("_base", "acme", "output"): 10,
+    }  # fmt: skip
+
+
+async def test_adapters_past_the_limit_are_other() -> None:
+    """With room for two labels the third adapter and every made-up name share `_other`."""
+    world = Measured(adapter_labels_max=2)
+    world.register("a", "b", "c")
+    for name in ("a", "b", "c", "a", *(f"made-up-{number}" for number in range(20))):
+        world.send(name)
+        world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_adapter_requests_total"] == {
+        ("a", "ok"): 2, ("b", "ok"): 1, ("_other", "ok"): 1, ("_other", "refused"): 20,
+    }  # fmt: skip
+
+
+async def test_tenants_past_the_limit_are_other() -> None:
+    """Clients cannot make series without end by inventing tenants."""
+    world = Measured()
+    for number in range(TENANT_LABELS_MAX + 9):
+        world.send("", tenant=f"t{number}")
+        world.run()
+    samples = await scrape(world)
+    tenants = {tenant for _, tenant, _ in samples["lora_sidecar_tokens_total"]}
+    assert len(tenants) == TENANT_LABELS_MAX + 1
+    assert samples["lora_sidecar_tokens_total"][("_base", "_other", "output")] == 90
+
+
+async def test_series_end_at_unregister() -> None:
+    """A name that is unregistered takes its series with it, and one still running counts as `_other`."""
+    world = Measured(adapter_labels_max=1)
+    world.register("sql", "french")
+    world.send("sql")
+    world.run()
+    world.send("sql")
+    world.run(for_ns=1 * MS)
+    world.feed(ev.AdapterUnregistered("sql"))
+    samples = await scrape(world)
+    assert "lora_sidecar_adapter_requests_total" not in samples
+    assert "lora_sidecar_tokens_total" not in samples
+    world.send("french")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_adapter_requests_total"] == {("_other", "ok"): 1, ("french", "ok"): 1}
+
+
+async def test_nothing_is_kept_of_requests_that_ended() -> None:
+    """What the metrics remember while a request runs is gone when all have ended, lost and cancelled ones too."""
+    world = await busy()
+    request = world.send("sql")
+    world.run(for_ns=1 * MS)
+    world.feed(ev.ClientLeft(request))
+    world.run()
+    assert world.metrics is not None
+    assert not world.metrics._dispatched
+    assert not world.metrics._loads
+
+
+async def test_openmetrics_is_given_when_asked_for() -> None:
+    """An Accept header of OpenMetrics gets that form, which ends with its own mark."""
+    world = Measured()
+    assert world.metrics is not None
+    content_type, body = await world.metrics.render("application/openmetrics-text; version=1.0.0, text/plain;q=0.5")
+    assert content_type.startswith("application/openmetrics-text")
+    assert body.endswith(b"# EOF\n")
+    assert b"_created" not in body
+
+
+def test_label_values_are_given_up_again() -> None:
+    """A value that is forgotten makes room for another."""
+    values = LabelValues(1)
+    assert [values.label("a"), values.label("b"), values.label("a")] == ["a", "_other", "a"]
+    assert (values.forget("a"), values.forget("b")) == (True, False)
+    assert values.label("b") == "b"

@@ -1,0 +1,192 @@
+"""One line a request, and the forms that log lines take."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sidecar.core import events as ev
+from sidecar.core.words import Fault
+from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
+from sidecar.shell.request_log import RequestLog
+from tests.corekit import MS, World
+
+
+@pytest.fixture(autouse=True)
+def _root_level() -> Iterator[None]:
+    """Give the root logger its level back."""
+    level = logging.getLogger().level
+    yield
+    logging.getLogger().setLevel(level)
+
+
+def logged(world: World) -> None:
+    """Show an observer what a world went through."""
+    log = RequestLog()
+    for (now_ns, event), effects in zip(world.events, world.by_step, strict=True):
+        log.observed(event, effects, now_ns)
+    assert not log._dispatched
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Return the values of the request lines."""
+    return [
+        record.msg.values
+        for record in caplog.records
+        if record.name == "sidecar.requests" and isinstance(record.msg, Fields)
+    ]
+
+
+def test_every_request_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Each request that arrives, served or refused, is logged exactly once, and its values say how it went."""
+    caplog.set_level(logging.INFO)
+    world = World()
+    world.register("sql")
+    for _ in range(3):
+        world.send("sql", tenant="acme", input_tokens=12)
+    world.send("nobody")
+    world.send("")
+    world.run()
+    logged(world)
+    lines = {line["request"]: line for line in lines_of(caplog)}
+    assert sorted(lines) == [1, 2, 3, 4, 5]
+    assert len(lines_of(caplog)) == 5
+    first = lines[1]
+    assert (first["outcome"], first["adapter"], first["version"], first["backend"]) == ("ok", "sql", "v1", "b0")
+    assert (first["tenant"], first["cache"], first["input_tokens"], first["output_tokens"]) == (
+        "acme", "fetched", 12, 10,
+    )  # fmt: skip
+    assert first["queue_ms"] >= first["load_ms"] > 0
+    assert lines[2]["cache"] == "joined"
+    assert lines[4]["reason"] == "UNKNOWN_ADAPTER"
+    assert "unknown adapter" in lines[4]["error"]
+    assert lines[5]["cache"] == "base"
+    assert lines[5]["version"] == ""
+
+
+def test_a_heal_is_counted_on_the_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A request that was dispatched twice because the engine had lost its adapter says so."""
+    caplog.set_level(logging.INFO)
+    world = World()
+    world.register("sql")
+    world.send("sql")
+    world.run()
+    world.engines["b0"].lie()
+    world.send("sql")
+    world.run()
+    logged(world)
+    assert [line["heals"] for line in lines_of(caplog)] == [0, 1]
+
+
+def test_lost_backends_and_quarantines_are_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter that kills two engines leaves two warnings of lost backends and one of a quarantine."""
+    caplog.set_level(logging.INFO)
+    world = World(engines=3)
+    world.register("bad")
+    for engine in world.engines.values():
+        engine.crash_on_load.add(world.digest("bad"))
+    world.send("bad")
+    world.run()
+    logged(world)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert sum(" is lost: the engine died" in warning for warning in warnings) == 2
+    assert sum(" is quarantined: " in warning for warning in warnings) == 1
+    assert lines_of(caplog)[0]["reason"] == "QUARANTINED"
+
+
+def test_a_backend_that_stays_lost_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A second report that a backend is gone is not a second loss."""
+    world = World()
+    world.lose("b0")
+    world.feed(ev.BackendLost("b0", "connection refused"))
+    logged(world)
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
+
+
+def test_a_client_cannot_write_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Line breaks and length in what a client sends are quoted and cut in the text form."""
+    caplog.set_level(logging.INFO)
+    world = World()
+    world.send("x\nrequest ended request=9 outcome=ok", tenant="t" * 10_000)
+    logged(world)
+    text = caplog.records[-1].getMessage()
+    assert "\n" not in text
+    assert len(text) < 1000
+
+
+def written(form: Any, *messages: Any) -> str:
+    """Return what is written to the stream for these messages."""
+    stream = io.StringIO()
+    writer = configure_logging(form, "info", stream)
+    for message in messages:
+        logging.getLogger("sidecar.test").info(message)
+    writer.stop()
+    return stream.getvalue()
+
+
+def test_text_lines() -> None:
+    """The text form has the time, the level, the logger, the sentence and the values, quoted where need be."""
+    line = written("text", Fields("request ended", request=7, tenant="a b", reason="", queue_ms=0.0))
+    assert line.endswith('Z INFO sidecar.test: request ended request=7 tenant="a b" queue_ms=0.0\n')
+
+
+def test_json_lines() -> None:
+    """The JSON form is one object a line, values as members of their own type."""
+    lines = written("json", Fields("request ended", request=7, queue_ms=0.5), "plain").splitlines()
+    first, second = map(json.loads, lines)
+    assert (first["message"], first["request"], first["queue_ms"]) == ("request ended", 7, 0.5)
+    assert (first["level"], first["logger"]) == ("info", "sidecar.test")
+    assert second["message"] == "plain"
+
+
+def test_a_traceback_is_a_member() -> None:
+    """An exception that is logged stays on its line in the JSON form."""
+    stream = io.StringIO()
+    writer = configure_logging("json", "info", stream)
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        logging.getLogger("sidecar.test").exception("it failed for %s", "sql")
+    writer.stop()
+    (line,) = stream.getvalue().splitlines()
+    assert json.loads(line)["message"] == "it failed for sql"
+    assert "ValueError: broken" in json.loads(line)["error"]
+
+
+def test_stopping_twice_is_once() -> None:
+    """The log can be stopped by the process and again at exit."""
+    writer: LogWriter = configure_logging("text", "info", io.StringIO())
+    writer.stop()
+    writer.stop()
+    assert not any(isinstance(handler, QueuedHandler) for handler in logging.getLogger().handlers)
+
+
+def test_a_slow_stream_never_blocks_the_caller() -> None:
+    """With the queue full a record is left out, and the next that gets through says how many were."""
+    records: queue.Queue[logging.LogRecord] = queue.Queue(2)
+    handler = QueuedHandler(records)
+    for number in range(5):
+        handler.handle(logging.makeLogRecord({"msg": f"line {number}"}))
+    taken = [records.get_nowait().getMessage() for _ in range(2)]
+    handler.handle(logging.makeLogRecord({"msg": "after"}))
+    taken += [records.get_nowait().getMessage() for _ in range(2)]
+    assert taken == [
+        "line 0", "line 1", "3 log lines were left out: stderr takes them too slowly", "after",
+    ]  # fmt: skip
+
+
+def test_faults_without_a_loss_are_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """One broken stream while the backend stands is healed without a warning that the backend is lost."""
+    world = World()
+    request = world.send("")
+    world.run(for_ns=1 * MS)
+    world.fail_run(request, Fault.LOST)
+    world.run()
+    logged(world)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
