@@ -57,7 +57,7 @@ class Sidecar:
         self.data_address = self.admin_address = self.http_address = ""
         self._lock: IO[str] | None = None
         self._servers: list[grpc.aio.Server] = []
-        self._health = health.aio.HealthServicer()
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._journal: Journal | None = None
         self._http: HttpFront | None = None
         self._loader = LoaderProcess()

@@ -43,7 +43,7 @@ class Listener(Section):
 class AdminListener(Listener):
     """Loopback, unless it has TLS or a token file."""
 
-    address: str = "127.0.0.1:9090"
+    address: str = "127.0.0.1:9001"
     token_file: str | None = None
 
 
@@ -52,7 +52,7 @@ class DataListener(Listener):
 
 
 class HttpListener(Section):
-    address: str = "0.0.0.0:9080"
+    address: str = "0.0.0.0:9002"
 
 
 class Listeners(Section):

@@ -97,10 +97,13 @@ class Answer:
 
 
 @asynccontextmanager
-async def serving(engines: Sequence[Any], adapters: Path | None = None, **record: Any) -> AsyncIterator[Serving]:
+async def serving(
+    engines: Sequence[Any], adapters: Path | None = None, roots: Sequence[Path] = (), **record: Any
+) -> AsyncIterator[Serving]:
     """Run a sidecar in front of engines (`tests.emulated` servers or processes) and wait until all are up.
 
-    `record` is configuration; `backend` (a dict) goes into every backend's entry.
+    `adapters` is the folder whose subfolders are served, `roots` may be registered from; `record` is configuration, and
+    its `backend` (a dict) goes into every backend's entry.
     """
     backend = record.pop("backend", {})
     free = {"address": "127.0.0.1:0"}
@@ -110,7 +113,7 @@ async def serving(engines: Sequence[Any], adapters: Path | None = None, **record
             for number, engine in enumerate(engines)
         ],
         "listeners": {"data": free, "admin": free, "http": free},
-        "adapters": {"serve": str(adapters)} if adapters else {},
+        "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
     }
     sidecar = await Sidecar.start(parse(config | record, "the test"))
     recorder = Recorder()

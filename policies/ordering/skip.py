@@ -7,6 +7,7 @@ over either.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,20 +16,22 @@ from policies.views import BASE, Decision, Open, Room, Send, Waiting
 
 
 class Skip:
-    """One line of request ids a version; the head of each is a candidate."""
+    """One line of request ids a version; the heads, in order of arrival, are the candidates."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._version: dict[int, str] = {}
+        self._heads: list[tuple[int, str]] = []
 
     def queued(self, request: Waiting, now_ns: int) -> None:
-        self._version[request.id] = request.version
-        self._lines.setdefault(request.version, Line()).add(request.id)
+        self._add(request.id, request.version)
 
     def left(self, request_id: int, now_ns: int) -> None:
         version = self._version.pop(request_id)
         line = self._lines[version]
+        before = line.head()
         line.discard(request_id)
+        self._move_head(version, before, line.head())
         if not line:
             del self._lines[version]
 
@@ -39,14 +42,17 @@ class Skip:
         pass
 
     def choose(self, room: Room, now_ns: int) -> Decision | None:
-        if not self._lines or room.seats_free <= 0:
+        if room.seats_free <= 0:
             return None
-        open_versions = {slot.version for slot in room.open} | {BASE}
-        sendable = self._oldest(room, sorted(open_versions & self._lines.keys()))
-        openable = self._oldest_openable(room, open_versions, sendable)
-        if openable is not None:
-            return Open(openable)
-        return None if sendable is None else Send(sendable)
+        may_open = room.pages_free is None or room.pages_free > 0
+        already_open = {slot.version for slot in room.open} | {BASE}
+        for head, version in self._heads:
+            if version in already_open:
+                if room.can_send(head):
+                    return Send(head)
+            elif may_open and room.can_open(version):
+                return Open(version)
+        return None
 
     def gated(self, request_id: int) -> bool:
         return False
@@ -55,27 +61,21 @@ class Skip:
         return [[request, version] for request, version in self._version.items()]
 
     def restore(self, state: Any) -> None:
-        self._lines, self._version = {}, {}
+        self._lines, self._version, self._heads = {}, {}, []
         for request, version in state:
-            self._version[request] = version
-            self._lines.setdefault(version, Line()).add(request)
+            self._add(request, version)
 
-    def _oldest(self, room: Room, versions: list[str]) -> int | None:
-        heads = sorted(head for version in versions if (head := self._lines[version].head()) is not None)
-        return next((head for head in heads if room.can_send(head)), None)
+    def _add(self, request_id: int, version: str) -> None:
+        self._version[request_id] = version
+        line = self._lines.setdefault(version, Line())
+        before = line.head()
+        line.add(request_id)
+        self._move_head(version, before, line.head())
 
-    def _oldest_openable(self, room: Room, open_versions: set[str], sendable: int | None) -> str | None:
-        """Return the version of the oldest request that is older than `sendable` and whose version can be opened."""
-        if room.pages_free is not None and room.pages_free <= 0:
-            return None
-        heads = sorted(
-            (head, version)
-            for version, line in self._lines.items()
-            if version not in open_versions and (head := line.head()) is not None
-        )
-        for head, version in heads:
-            if sendable is not None and head > sendable:
-                return None
-            if room.can_open(version):
-                return version
-        return None
+    def _move_head(self, version: str, before: int | None, after: int | None) -> None:
+        if before == after:
+            return
+        if before is not None:
+            del self._heads[bisect_left(self._heads, (before, version))]
+        if after is not None:
+            insort(self._heads, (after, version))

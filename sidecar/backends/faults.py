@@ -1,14 +1,19 @@
-"""What an engine's error text means. Texts arrive wrapped in prefixes, so they are matched by substring."""
+"""What an engine's error text means.
+
+Texts arrive wrapped: in the backend's `Executor failed process requestId …`, in `in ensemble '…', `, in a whole Python
+traceback, in an older assertion's file and stack. So they are matched by substring, and in an order: the text of a
+failed step quotes the cause, which may be the text of something harmless.
+"""
 
 from __future__ import annotations
 
 from sidecar.core.words import Fault
 
 _TEXTS: tuple[tuple[str, Fault], ...] = (
+    ("Encountered an error in forwardAsync function", Fault.WHOLE_ENGINE),
     ("not found in cache. Please send LoRA weights with request", Fault.MISS),
     ("There are no done tasks to evict", Fault.FULL),
     ("PEFT Cache is full", Fault.FULL),
-    ("Encountered an error in forwardAsync function", Fault.WHOLE_ENGINE),
     ("Maximum queue size of", Fault.QUEUE_FULL),
     ("Unable to find shared memory region", Fault.UNKNOWN_REGION),
 )

@@ -13,6 +13,7 @@ import base64
 import json
 import mmap
 import os
+import signal
 import struct
 import sys
 import threading
@@ -26,6 +27,7 @@ from sidecar.backends import wire
 
 DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 LOADS_AT_ONCE = 8
+TEXT_MAX = 100_000
 
 
 class Loader:
@@ -54,23 +56,25 @@ class Loader:
             call.cancel()
 
     def _carry_out(self, order: dict[str, Any]) -> None:
+        """Send a load and say how it ended: whatever happens, the parent gets its one line."""
         try:
-            error = self._send(order)
-            result = {"load": order["load"], "error": error, "lost": False}
+            result = {"error": self._send(order)}
         except grpc.RpcError as failure:
-            code, text = failure.code(), failure.details() or str(failure.code())
-            lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
-            result = {"load": order["load"], "error": text, "lost": lost}
-        except (OSError, ValueError) as failure:
-            result = {"load": order["load"], "error": f"the loader process: {failure}", "lost": False}
-        finally:
-            with self._lock:
-                self._calls.pop(order["load"], None)
+            result = _broken(failure, order["timeout_s"])
+        except Exception as failure:  # noqa: BLE001 — the parent waits for an answer; it logs what went wrong
+            result = {"error": f"the loader process: {type(failure).__name__}: {failure}", "unanswered": True}
+        if result["error"] is not None:
+            result["error"] = _short(result["error"])
         with self._lock:
-            print(json.dumps(result), flush=True)
+            self._calls.pop(order["load"], None)
+            print(json.dumps({"load": order["load"], **result}), flush=True)
 
     def _send(self, order: dict[str, Any]) -> str | None:
-        """Send one load and return the engine's error text, None when it came through."""
+        """Send one load and return the engine's error text, None when it came through.
+
+        The serving process has just reached the server, so a channel of ours that still backs off from an earlier
+        failure waits for it instead of failing.
+        """
         message = message_of(order)
         channel = self._channel(order)
         if order["decoupled"]:
@@ -79,7 +83,7 @@ class Loader:
                 request_serializer=_as_they_are,
                 response_deserializer=wire.ModelStreamInferResponse.FromString,
             )
-            call = method(iter([message]), timeout=order["timeout_s"])
+            call = method(iter([message]), timeout=order["timeout_s"], wait_for_ready=True)
             self._keep(order["load"], call)
             for response in call:
                 if response.error_message:
@@ -92,7 +96,7 @@ class Loader:
             request_serializer=_as_they_are,
             response_deserializer=wire.ModelInferResponse.FromString,
         )
-        future = unary.future(message, timeout=order["timeout_s"])
+        future = unary.future(message, timeout=order["timeout_s"], wait_for_ready=True)
         self._keep(order["load"], future)
         future.result()
         return None
@@ -108,6 +112,19 @@ class Loader:
                 channel = _open_channel(order)
                 self._channels[order["address"]] = channel
             return channel
+
+
+def _broken(failure: Any, timeout_s: float) -> dict[str, Any]:
+    """Say how a call that gRPC itself ended is to be told: the engine's own error, its wire, or no answer in time."""
+    code, text = failure.code(), failure.details() or str(failure.code())
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return {"error": f"the engine did not take the adapter within {timeout_s:g} s", "unanswered": True}
+    return {"error": text, "lost": wire.is_lost(code, text)}
+
+
+def _short(text: str) -> str:
+    """Cut a long text in its middle: a traceback says what matters at its end."""
+    return text if len(text) <= TEXT_MAX else f"{text[: TEXT_MAX // 2]} … {text[-TEXT_MAX // 2 :]}"
 
 
 def _as_they_are(message: bytes) -> bytes:
@@ -139,4 +156,5 @@ def message_of(order: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent: it drains first
     Loader().serve()

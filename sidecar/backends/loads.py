@@ -15,13 +15,22 @@ from sidecar.core.effects import Load
 
 logger = logging.getLogger(__name__)
 
+LINE_BYTES_MAX = 1 << 22
+TRIES = 2
+"""Processes that one load is given to: if both end under it, it is told to the core."""
+
 
 @dataclass(frozen=True)
 class LoadResult:
-    """How a load ended: `error` is the engine's text, None when it came through; `lost` when the wire broke."""
+    """How a load ended. `error` is None when it came through, else why not.
+
+    `lost`: its wire broke. `unanswered`: the engine did not get to it in time, or it was never sent. Neither: the text
+    is the engine's own.
+    """
 
     error: str | None
     lost: bool = False
+    unanswered: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,77 +44,105 @@ class Target:
 
 
 class LoaderProcess:
-    """Sends loads through one child process, started with the first order."""
+    """Sends loads through one child process, started with the first order and again when it dies."""
 
     def __init__(self) -> None:
-        self._process: asyncio.subprocess.Process | None = None
-        self._reader: asyncio.Task[None] | None = None
-        self._waiting: dict[int, asyncio.Future[LoadResult]] = {}
+        self._child: _Child | None = None
         self._starting = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process id, None while there is none."""
+        return self._child.process.pid if self._child is not None and self._child.lives else None
 
     async def load(self, effect: Load, weights: Weights, target: Target, timeout_s: float) -> LoadResult:
         """Send one load and return how it ended. Cancelling this cancels the call."""
         order = _order(effect, weights, target, timeout_s)
-        future: asyncio.Future[LoadResult] = asyncio.get_running_loop().create_future()
-        self._waiting[effect.load] = future
-        try:
-            await self._write(order)
-            return await future
-        except asyncio.CancelledError:
-            self._order_now({"cancel": effect.load})
-            raise
-        except (BrokenPipeError, ConnectionResetError):
-            return LoadResult("the loader process ended", lost=True)
-        finally:
-            self._waiting.pop(effect.load, None)
+        for _ in range(TRIES):
+            try:
+                child = await self._living()
+            except OSError as error:
+                return LoadResult(f"the loader process cannot be started: {error}", unanswered=True)
+            result = await child.load(order)
+            if result is not None:
+                return result
+        return LoadResult(f"the loader process ended {TRIES} times under this load", unanswered=True)
 
     async def close(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        await process.wait()
-        if self._reader is not None:
-            await self._reader
+        """End the process. No load may be under way."""
+        if self._child is not None:
+            await self._child.close()
 
-    async def _write(self, order: dict[str, Any]) -> None:
+    async def _living(self) -> _Child:
         async with self._starting:
-            if self._process is None or self._process.returncode is not None:
-                await self._start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._order_now(order)
-        await self._process.stdin.drain()
+            if self._child is None or not self._child.lives:
+                self._child = _Child(await _start())
+            return self._child
 
-    def _order_now(self, order: dict[str, Any]) -> None:
-        if self._process is not None and self._process.stdin is not None and not self._process.stdin.is_closing():
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
 
-    async def _start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "sidecar.backends.loader",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        self._reader = asyncio.create_task(self._read(self._process))
+async def _start() -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "sidecar.backends.loader",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=LINE_BYTES_MAX,
+    )
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        async for line in process.stdout:
+
+class _Child:
+    """One process and the loads it has been given."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self._waiting: dict[int, asyncio.Future[LoadResult | None]] = {}
+        self._closing = False
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def lives(self) -> bool:
+        return self.process.returncode is None and not self._reader.done()
+
+    async def load(self, order: dict[str, Any]) -> LoadResult | None:
+        """Give an order and return its result; None when the process ended under it."""
+        future: asyncio.Future[LoadResult | None] = asyncio.get_running_loop().create_future()
+        self._waiting[order["load"]] = future
+        try:
+            self._tell(order)
+            return await future if self.lives else None
+        except asyncio.CancelledError:
+            self._tell({"cancel": order["load"]})
+            raise
+        finally:
+            self._waiting.pop(order["load"], None)
+
+    async def close(self) -> None:
+        self._closing = True
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        await self._reader
+
+    def _tell(self, record: dict[str, Any]) -> None:
+        """Write a line. Orders are few and small, and are bounded by what is in flight: no need to wait for room."""
+        stdin = self.process.stdin
+        assert stdin is not None
+        if not stdin.is_closing():
+            stdin.write(json.dumps(record).encode() + b"\n")
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for line in self.process.stdout:
             result = json.loads(line)
-            future = self._waiting.get(result["load"])
+            future = self._waiting.get(result.pop("load"))
             if future is not None and not future.done():
-                future.set_result(LoadResult(result["error"], result["lost"]))
-        await process.wait()
-        if self._process is process:
-            logger.error("the loader process ended with code %s; it is started again", process.returncode)
-            self._process = None
-            for future in self._waiting.values():
-                if not future.done():
-                    future.set_result(LoadResult("the loader process ended", lost=True))
+                future.set_result(LoadResult(**result))
+        code = await self.process.wait()
+        if not self._closing:
+            logger.error("the loader process ended with code %s; the next load starts another", code)
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_result(None)
 
 
 def _order(effect: Load, weights: Weights, target: Target, timeout_s: float) -> dict[str, Any]:

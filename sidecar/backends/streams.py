@@ -22,7 +22,6 @@ from sidecar.core.words import Fault
 
 IDLE_STREAMS_MAX = 256
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-WIRE_LOST = frozenset((grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN))
 
 
 def as_they_are(message: bytes) -> bytes:
@@ -77,6 +76,7 @@ class Run:
         self.ticket = ticket
         self.tokens = 0
         self.cancelled = False
+        self.waits_for_client = False
         self._post = post
         self._heard = heard
         self._broken = broken
@@ -98,8 +98,8 @@ class Run:
             self._call.cancel()
 
     def abandon(self) -> None:
-        """End a run that was cancelled before it was sent."""
-        self._post(RunEnded(self.effect.request, self.effect.attempt, 0))
+        """End a run that was cancelled."""
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def stream(self, pool: StreamPool) -> None:
         """Run on a stream of the pool."""
@@ -114,7 +114,7 @@ class Run:
                 if self._take(raw):
                     break
                 if not self.ticket.has_room:
-                    await self.ticket.room()
+                    await self._room()
         except asyncio.CancelledError:
             self._cancelled_or_raise()
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -125,10 +125,21 @@ class Run:
             else:
                 pool.give_back(call)
 
+    async def _room(self) -> None:
+        """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
+        self.waits_for_client = True
+        await self.ticket.room()
+        self.waits_for_client = False
+        self._heard(self.effect.request, 0)
+
     def _take(self, raw: bytes) -> bool:
-        """Deliver one response; return whether it was the last."""
+        """Deliver one response; return whether it was the last. What comes after a cancel is nobody's any more."""
+        if self.cancelled:
+            raise asyncio.CancelledError
         message = wire.ModelStreamInferResponse.FromString(raw)
         self._heard(self.effect.request, 0)
+        if message.infer_response.id not in ("", self.engine_id):
+            return False  # the stream's earlier request had more to say than its end
         if message.error_message:
             self._failed(faults.classify(message.error_message), message.error_message)
             return True
@@ -160,6 +171,9 @@ class Run:
         except grpc.RpcError as error:
             await self._wire_broke(error)
         else:
+            if self.cancelled:
+                self.abandon()
+                return
             response = wire.ModelInferResponse.FromString(raw)
             self.tokens = wire.output_tokens(response)
             self._heard(self.effect.request, self.tokens)
@@ -169,19 +183,19 @@ class Run:
     def _cancelled_or_raise(self) -> None:
         if not self.cancelled:
             raise asyncio.CancelledError
-        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        self.abandon()
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()
         if self.cancelled:
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            self.abandon()
             return
         text = await call.details() or f"the stream ended with {code.name} before the answer was complete"
         await self._ended_with(code, text)
 
     async def _wire_broke(self, error: Exception) -> None:
         if self.cancelled:
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+            self.abandon()
         elif isinstance(error, grpc.aio.AioRpcError):
             await self._ended_with(error.code(), error.details() or error.code().name)
         else:
@@ -189,7 +203,7 @@ class Run:
 
     async def _ended_with(self, code: grpc.StatusCode, text: str) -> None:
         fault = faults.classify(text)
-        if fault is Fault.REJECTED and code in WIRE_LOST | {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}:
+        if fault is Fault.REJECTED and wire.is_lost(code, text):
             fault = Fault.LOST
             if await self._broken(text):
                 return  # the loss of the backend ends this run too

@@ -11,11 +11,17 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import grpc
 from tritonclient.grpc import service_pb2
 
 ModelInferRequest = service_pb2.ModelInferRequest
 ModelInferResponse = service_pb2.ModelInferResponse
 ModelStreamInferResponse = service_pb2.ModelStreamInferResponse
+
+_WIRE_CODES = frozenset(
+    (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
+)
+"""OK ends a stream before its answer is complete; CANCELLED is a server that goes away, where we did not cancel."""
 
 SERVICE = "/inference.GRPCInferenceService"
 FINAL = "triton_final_response"
@@ -83,6 +89,11 @@ def varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def is_lost(code: grpc.StatusCode, text: str) -> bool:
+    """Whether a call was ended by its wire rather than by the server's word."""
+    return code in _WIRE_CODES or (code is grpc.StatusCode.INTERNAL and "RST_STREAM" in text)
 
 
 def is_final(parameters: Any) -> bool:

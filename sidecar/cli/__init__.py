@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -84,5 +85,8 @@ def _leave_quietly() -> int:
 
 
 def main() -> None:
-    """Run the command of this process's arguments."""
+    """Run the command of this process's arguments; what a terminal cannot show is shown as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))

@@ -10,7 +10,7 @@ import typer
 
 from sidecar.cli.client import Client, data_command
 from sidecar.cli.exits import CommandError, Exit
-from sidecar.cli.show import AsJson, duration, print_json, record_of
+from sidecar.cli.show import AsJson, count, duration, print_json, record_of
 from sidecar.proto import gateway_pb2 as pb
 
 SAMPLING, CALLER = "Sampling", "Who asks"
@@ -117,6 +117,6 @@ def sentence(origin: Any) -> str:
     cache = CACHE_WORDS.get(origin.cache, origin.cache)
     if origin.load_ms:
         cache += f" and loaded (load {duration(origin.load_ms / 1000)})"
-    heals = f"{origin.heals} heal{'' if origin.heals == 1 else 's'}"
     queued = f"queued {duration(origin.queue_ms / 1000)}"
-    return f"{origin.version or 'base model'}{where}: {cache}, {queued}, {origin.output_tokens} tokens, {heals}"
+    produced, heals = count(origin.output_tokens, "token"), count(origin.heals, "heal")
+    return f"{origin.version or 'base model'}{where}: {cache}, {queued}, {produced}, {heals}"

@@ -25,7 +25,7 @@ def queue(
     client: Client,
     adapter: Annotated[str, typer.Option(help="Only requests for this adapter.", show_default=False)] = "",
     backend: Annotated[str, typer.Option(help="Only requests on this backend.", show_default=False)] = "",
-    limit: Annotated[int, typer.Option(min=1, max=2000, help="Requests listed, oldest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests listed, oldest first.")] = 20,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
     as_json: AsJson = False,

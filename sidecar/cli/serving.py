@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from sidecar.cli.client import CLIENT_VARIABLES
+from sidecar.cli.show import count
 from sidecar.config import Config, load, parse
 from sidecar.errors import Misused, Reason
 
@@ -38,11 +39,11 @@ def serve(
     ] = None,
     admin: Annotated[
         str | None,
-        typer.Option(help="Address for operators.", rich_help_panel=LISTENERS, show_default="127.0.0.1:9090"),
+        typer.Option(help="Address for operators.", rich_help_panel=LISTENERS, show_default="127.0.0.1:9001"),
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(help="Address for health and metrics.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9080"),
+        typer.Option(help="Address for health and metrics.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9002"),
     ] = None,
     admin_token_file: Annotated[
         str | None,
@@ -105,10 +106,15 @@ def _settings(settings: list[str]) -> dict[str, Any]:
 
 async def _serve(config: Config, as_json: bool) -> None:
     from sidecar.app import Sidecar
+    from sidecar.shell.logs import configure_logging
 
-    sidecar = await Sidecar.start(config)
-    print(_ready(sidecar, config, as_json), flush=True)
-    await sidecar.run_until_signalled()
+    logs = configure_logging(config.log_format)
+    try:
+        sidecar = await Sidecar.start(config)
+        print(_ready(sidecar, config, as_json), flush=True)
+        await sidecar.run_until_signalled()
+    finally:
+        logs.stop()
 
 
 def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
@@ -118,12 +124,12 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
         "admin": sidecar.admin_address,
         "http": sidecar.http_address,
     }
-    adapters = len(sidecar.gateway.state.names)
+    backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
-        return json.dumps({**addresses, "backends": len(config.backends), "adapters": adapters})
+        return json.dumps({**addresses, "backends": backends, "adapters": adapters})
     return (
         f"ready: requests on {addresses['data']}, admin on {addresses['admin']}, metrics on "
-        f"http://{addresses['http']}/metrics; {len(config.backends)} backends, {adapters} adapters"
+        f"http://{addresses['http']}/metrics; {count(backends, 'backend')}, {count(adapters, 'adapter')}"
     )
 
 

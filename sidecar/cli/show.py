@@ -119,3 +119,8 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def count(number: int, thing: str) -> str:
+    """Return "1 token", "2 tokens"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

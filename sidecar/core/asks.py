@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from policies.views import BASE
 from sidecar.core.facts import Misfit
@@ -63,12 +64,27 @@ def resident(backend: Backend, digest: str) -> bool:
     return digest == BASE or digest in backend.shadow.host
 
 
-def pages_free(state: State, backend: Backend) -> int | None:
-    """Return the pages that versions yet to be opened may take, idle slots counted as free; None without a limit."""
+def ready(state: State, backend: Backend, digest: str) -> bool:
+    """Whether a version can be opened without a fetch: the cheapest question, so it is asked first."""
+    return digest in backend.shadow.host.held or state.store.has(state.packed_for(digest, backend).key)
+
+
+@dataclass(frozen=True, slots=True)
+class PageRoom:
+    """The pages that versions yet to be opened may take, idle slots counted as free; `free` None without a limit."""
+
+    free: int | None
+    nothing_busy: bool
+
+    def takes(self, pages: int) -> bool:
+        """Whether pages fit beside what is busy. An adapter larger than the limit may run alone."""
+        return self.free is None or pages <= self.free or self.nothing_busy
+
+
+def page_room(backend: Backend) -> PageRoom:
+    busy = [slot.pages for version, slot in backend.slots.items() if backend.slot_busy(version, slot)]
     limit = page_limit(backend)
-    if limit is None:
-        return None
-    return limit - sum(s.pages for v, s in backend.slots.items() if backend.slot_busy(v, s))
+    return PageRoom(None if limit is None else limit - sum(busy), not busy)
 
 
 def page_limit(backend: Backend) -> int | None:
@@ -83,27 +99,19 @@ def page_limit(backend: Backend) -> int | None:
     return device if host is None else min(device, host)
 
 
-def why_not_open(state: State, backend: Backend, digest: str, now_ns: int) -> Why | None:
-    """Say what keeps a version from being opened on a backend now, or None."""
+def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room: PageRoom | None = None) -> Why | None:
+    """Say what keeps a version from being opened on a backend now, or None. `room`, when known, saves counting."""
     blocked = _blocked(backend, now_ns)
     if blocked is not None:
         return blocked
     packed = state.packed_for(digest, backend)
-    if not _room_for(state, backend, packed.pages):
+    if not (room or page_room(backend)).takes(packed.pages):
         return Why.SLOTS_BUSY
     if resident(backend, digest):
         return None
     if not state.store.has(packed.key):
         return Why.FETCHING if state.store.fetching(packed.key) else Why.STORE_FULL
     return why_not_load(state, backend, state.versions[digest], now_ns)
-
-
-def _room_for(state: State, backend: Backend, pages: int) -> bool:
-    """Whether pages fit beside what is busy. An adapter larger than the limit may run alone."""
-    free = pages_free(state, backend)
-    if free is None or pages <= free:
-        return True
-    return not any(backend.slot_busy(v, s) for v, s in backend.slots.items())
 
 
 def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) -> Why | None:
@@ -130,7 +138,7 @@ def _suspect_is_next(state: State, backend: Backend) -> bool:
         if digest not in backend.queued_by_version or state.versions[digest].loads:
             continue
         packed = state.packed_for(digest, backend)
-        if backend.loads and state.store.has(packed.key) and _room_for(state, backend, packed.pages):
+        if backend.loads and state.store.has(packed.key) and page_room(backend).takes(packed.pages):
             return True
     return False
 

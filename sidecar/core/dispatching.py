@@ -51,16 +51,19 @@ def _warm_up(turn: Turn, backend: Backend) -> None:
 
 def _room(turn: Turn, backend: Backend) -> Room:
     state, now_ns = turn.state, turn.now_ns
+    pages = asks.page_room(backend)
     return Room(
         backend=backend.id,
         seats_free=backend.seats(state.config) - backend.in_flight,
-        pages_free=asks.pages_free(state, backend),
+        pages_free=pages.free,
         open=[
             OpenVersion(version, slot.opened_ns, slot.pages, slot.running, slot.load is not None)
             for version, slot in backend.slots.items()
         ],
         can_open=lambda version: (
-            version not in backend.slots and asks.why_not_open(state, backend, version, now_ns) is None
+            version not in backend.slots
+            and asks.ready(state, backend, version)
+            and asks.why_not_open(state, backend, version, now_ns, pages) is None
         ),
         can_send=lambda request: asks.why_not_send(state, backend, state.requests[request], now_ns) is None,
     )
@@ -163,8 +166,9 @@ def end_load(turn: Turn, load: LoadRun) -> Backend:
     if slot is not None and slot.load == load.id:
         slot.load = None
     turn.unpin(load.key)
-    for other in state.backends:  # its probation may have held it back anywhere
-        turn.dirty[other] = None
+    turn.dirty[backend.id] = None
+    if not state.versions[load.digest].answered:  # its probation may have held it back anywhere
+        turn.dirty.update(dict.fromkeys(state.backends))
     return backend
 
 

@@ -10,6 +10,7 @@ A fault before the first token is mended; after it nothing is ever retried. The 
     engine queue full    back off, lower the limit
     rejected             the engine's word is final
     backend lost         route again, two backends at most; a version that two backends died of is quarantined
+    no answer            nobody's word: a Load that was not got to in time, or never sent, is tried again later
 """
 
 from __future__ import annotations
@@ -220,6 +221,7 @@ _TOKENLESS = {
     Fault.QUEUE_FULL: _queue_full,
     Fault.REJECTED: _rejected,
     Fault.LOST: _lost,
+    Fault.NO_ANSWER: _lost,
 }
 
 
@@ -288,6 +290,7 @@ _LOADS = {
     Fault.WHOLE_ENGINE: _load_whole_engine,
     Fault.QUEUE_FULL: _load_queue_full,
     Fault.LOST: _load_lost,
+    Fault.NO_ANSWER: _load_full,
 }
 
 

@@ -64,10 +64,12 @@ def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
     return _adapter_view(state, state.names[name], _entries_by_digest(state), now_ns)
 
 
-def adapter_views(state: State, now_ns: int) -> list[AdapterView]:
-    """Return every adapter, by name."""
+def adapter_views(state: State, now_ns: int) -> Iterator[AdapterView]:
+    """Yield every adapter, by name. Steps may be taken between two of them; one that went meanwhile is left out."""
     entries = _entries_by_digest(state)
-    return [_adapter_view(state, state.names[name], entries, now_ns) for name in sorted(state.names)]
+    for name in sorted(state.names):
+        if name in state.names:
+            yield _adapter_view(state, state.names[name], entries, now_ns)
 
 
 def _entries_by_digest(state: State) -> dict[str, list[tuple[str, Entry]]]:
@@ -109,12 +111,14 @@ def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> Resi
     unfit = "" if misfit is None else misfit.sentence
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
-        return ResidencyView(backend.id, "loading", now_ns - state.loads[load].begun_ns, "load", unfit)
+        age_ns = max(0, now_ns - state.loads[load].begun_ns)
+        return ResidencyView(backend.id, "loading", age_ns, "load", unfit)
     shadow = backend.shadow
     belief = shadow.device.held.get(digest) or shadow.host.held.get(digest)
     if belief is None:
         return ResidencyView(backend.id, "absent", 0, "", unfit)
-    return ResidencyView(backend.id, shadow.tier(digest) or "", now_ns - belief.since_ns, belief.source, unfit)
+    age_ns = max(0, now_ns - belief.since_ns)
+    return ResidencyView(backend.id, shadow.tier(digest) or "absent", age_ns, belief.source, unfit)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ class StoreIndex:
     policy: Eviction = field(metadata={"policy": True})
     entries: dict[str, Entry] = field(default_factory=dict)
     bytes_used: int = 0
+    fetches: int = 0
+    """How many entries are on their way here."""
     evictions: int = 0
 
     def has(self, key: str) -> bool:
@@ -44,10 +46,6 @@ class StoreIndex:
         entry = self.entries.get(key)
         return entry is not None and not entry.ready
 
-    @property
-    def fetches(self) -> int:
-        return sum(not entry.ready for entry in self.entries.values())
-
     def victims_for(
         self, size_bytes: int, now_ns: int, next_position: Callable[[str], int | None], mine: int | None
     ) -> list[str] | None:
@@ -56,7 +54,7 @@ class StoreIndex:
         `next_position(key)` is the queue position of the first request that waits for a blob, None if none does;
         `mine` is the asker's own, None for a prefetch, which takes nothing from anyone who waits.
         """
-        excess = self.bytes_used + size_bytes - self.budget_bytes - 1
+        excess = self.bytes_used + size_bytes - self.budget_bytes
         if excess <= 0:
             return []
         victims: list[str] = []
@@ -87,10 +85,12 @@ class StoreIndex:
         assert self.bytes_used + size_bytes <= self.budget_bytes, "a reservation over the budget"
         self.entries[key] = Entry(size_bytes, digest)
         self.bytes_used += size_bytes
+        self.fetches += 1
 
     def arrived(self, key: str, now_ns: int) -> None:
         entry = self.entries[key]
         entry.ready = True
+        self.fetches -= 1
         self.policy.on_insert(key, entry.size_bytes, now_ns)
 
     def used(self, key: str, now_ns: int) -> None:
@@ -104,6 +104,8 @@ class StoreIndex:
         self.bytes_used -= entry.size_bytes
         if entry.ready:
             self.policy.on_remove(key, 0)
+        else:
+            self.fetches -= 1
 
     def pin(self, key: str) -> bool:
         """Count a use that forbids eviction. False, and nothing counted, when the blob is not here."""

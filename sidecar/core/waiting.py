@@ -14,24 +14,25 @@ from sidecar.core import asks
 from sidecar.core.state import Request, State
 from sidecar.core.words import Why
 
-EXAMINED_MAX = 2_000
+EXAMINED_MAX = 1_000
 """Requests that one view asks "why do you wait?", oldest first."""
+PLACES_NAMED_MAX = 2
 
 _BECAUSE = {
     Why.BACKEND_DOWN: "no backend that could serve is up",
-    Why.BACKING_OFF: "{backend} refused work and is given a pause",
+    Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
     Why.FETCHING: "weights are being fetched",
     Why.STORE_FULL: "the host store has no room for more weights",
-    Why.LOADING: "weights are being loaded on {backend}",
-    Why.HOST_CACHE_FULL: "the adapter host cache of {backend} is full",
-    Why.SLOTS_BUSY: "all slots are busy on {backend}",
-    Why.SEATS_FULL: "all seats are taken on {backend}",
-    Why.KV_FULL: "the KV cache is full on {backend}",
+    Why.LOADING: "weights are being loaded on {places}",
+    Why.HOST_CACHE_FULL: "the adapter host cache of {places} is full",
+    Why.SLOTS_BUSY: "all slots are busy on {places}",
+    Why.SEATS_FULL: "all seats are taken on {places}",
+    Why.KV_FULL: "the KV cache is full on {places}",
     Why.PROBATION: "a first load is under way elsewhere",
-    Why.APART: "a suspect load on {backend} is kept apart",
-    Why.GATED: "the ordering policy holds back on {backend}",
-    Why.TENANT_CAP: "a tenant has its share of {backend}",
-    Why.NEXT: "the turn on {backend} has just come",
+    Why.APART: "a suspect load on {places} is kept apart",
+    Why.GATED: "the ordering policy holds back on {places}",
+    Why.TENANT_CAP: "a tenant has its share of {places}",
+    Why.NEXT: "the turn on {places} has just come",
 }
 
 
@@ -123,11 +124,12 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
     since = f"{seconds(first.waited_ns)} (bound {seconds(first.bound_ns)})"
-    counts: dict[tuple[Why, str], int] = {}
+    places: dict[Why, list[str]] = {}
     for view in oldest:
-        counts[view.why, view.backend] = counts.get((view.why, view.backend), 0) + 1
-    (why, backend), count = min(counts.items(), key=lambda pair: (-pair[1], pair[0][0].value, pair[0][1]))
-    because = _because(why, backend)
+        places.setdefault(view.why, []).append(view.backend)
+    why, where = min(places.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
+    because = _because(why, list(dict.fromkeys(where)))
+    count = len(where)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"
     share = "all" if count == waiting else str(count)
@@ -135,10 +137,16 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
     return f"{waiting} waiting, the oldest for {since}, {share} of {among} because {because}"
 
 
-def _because(why: Why, backend: str) -> str:
-    if why is Why.BACKEND_DOWN and backend:
-        return f"{backend} is down"
-    return _BECAUSE[why].format(backend=backend or "any backend")
+def _because(why: Why, backends: list[str]) -> str:
+    """Say what a reason means on these backends; [""] is a request that could be routed to none."""
+    known = [backend for backend in backends if backend]
+    if why is Why.BACKEND_DOWN and known:
+        return f"nothing answers on {_places(known)}"
+    return _BECAUSE[why].format(places=_places(known))
+
+
+def _places(backends: list[str]) -> str:
+    return " and ".join(backends) if len(backends) <= PLACES_NAMED_MAX else f"{len(backends)} backends"
 
 
 def seconds(duration_ns: int) -> str:

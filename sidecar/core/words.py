@@ -34,6 +34,7 @@ class Fault(Enum):
     UNKNOWN_REGION = "unknown_region"
     QUEUE_FULL = "engine_queue_full"
     LOST = "backend_lost"
+    NO_ANSWER = "no_answer"
     REJECTED = "rejected"
 
 

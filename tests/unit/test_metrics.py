@@ -17,6 +17,7 @@ from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
 from tests.corekit import BLOB_BYTES, MS, SECOND, World
 
 README = Path(__file__).parents[2] / "README.md"
+LABELS = {metric.name.removesuffix("_total"): (*metric.labels, "le") for metric in METRICS}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 
 
@@ -43,14 +44,15 @@ Samples = dict[tuple[str, ...], float]
 
 
 async def scrape(world: Measured, accept: str = "") -> dict[str, Samples]:
-    """Return each sample's name with its values by label values, from the text that Prometheus would get."""
+    """Return each sample's values by label values, labels in the contract's order, from the text that Prometheus gets."""
     assert world.metrics is not None
     content_type, body = await world.metrics.render(accept)
     assert content_type.startswith("text/plain")
     samples: dict[str, Samples] = {}
     for family in text_string_to_metric_families(body.decode()):
         for sample in family.samples:
-            samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+            names = sorted(sample.labels, key=LABELS[family.name].index)
+            samples.setdefault(sample.name, {})[tuple(sample.labels[name] for name in names)] = sample.value
     return samples
 
 

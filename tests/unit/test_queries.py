@@ -105,7 +105,29 @@ def test_without_a_backend_that_is_up() -> None:
 @pytest.mark.parametrize("why", list(Why))
 def test_every_why_has_words(why: Why) -> None:
     """The verdict can say each reason."""
-    assert waiting._because(why, "b0")
+    assert "{" not in waiting._because(why, ["b0"])
+    assert "{" not in waiting._because(why, [""])
+
+
+def test_a_reason_on_several_backends_is_counted_once() -> None:
+    """Seats that are full on two backends are one reason, and both are named; more are counted."""
+    world = World(engines=2, seats=1)
+    for _ in range(6):
+        world.send()
+    queue = view(world)
+    assert queue.why == ((Why.SEATS_FULL, 4),)
+    assert "all of them because all seats are taken on b0 and b1" in queue.verdict
+    assert waiting._because(Why.SEATS_FULL, ["b0", "b1", "b2"]) == "all seats are taken on 3 backends"
+
+
+def test_an_adapter_that_goes_while_the_list_is_made_is_left_out() -> None:
+    """The list is made over several turns of the event loop; what changed in between does not break it."""
+    world = World()
+    world.register("alpha", "beta", "gamma")
+    views = queries.adapter_views(world.core.state, world.now_ns)
+    assert next(views).name == "alpha"
+    world.feed(ev.AdapterUnregistered("beta"))
+    assert [each.name for each in views] == ["gamma"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +174,7 @@ def test_adapters_are_listed_by_name_with_what_keeps_a_backend_from_serving_them
     world = World()
     world.register("zeta", "alpha")
     world.feed(ev.DrainSet("b0", True))
-    shown = queries.adapter_views(world.core.state, world.now_ns)
+    shown = list(queries.adapter_views(world.core.state, world.now_ns))
     assert [adapter.name for adapter in shown] == ["alpha", "zeta"]
     assert shown[0].backends[0].unfit == "it is draining"
 
@@ -218,6 +240,6 @@ def test_looking_changes_nothing() -> None:
     world.send("sql")
     before = copy.deepcopy(encode(world.core.state))
     view(world)
-    queries.adapter_views(world.core.state, world.now_ns)
+    assert list(queries.adapter_views(world.core.state, world.now_ns))
     queries.backend_views(world.core.state, world.now_ns)
     assert encode(world.core.state) == before

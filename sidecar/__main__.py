@@ -1,0 +1,5 @@
+"""`python -m sidecar`: the command line."""
+
+from sidecar.cli import main
+
+main()

@@ -1,0 +1,60 @@
+"""The shared-memory regions that clients registered at a server, kept so that they can be registered again.
+
+A server that restarts forgets them, and its clients do not know: the sidecar stands between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc
+import grpc.aio
+
+logger = logging.getLogger(__name__)
+
+REGISTER_TIMEOUT_S = 2.0
+
+
+class Regions:
+    """What one server was told of regions. `stub` is its KServe stub."""
+
+    def __init__(self, backend: str, stub: Any) -> None:
+        self._backend = backend
+        self._stub = stub
+        self._requests: dict[str, Any] = {}
+        self._restoring: asyncio.Task[None] | None = None
+
+    def note(self, verb: str, request: Any) -> None:
+        """Remember a verb that the server has carried out."""
+        if verb == "SystemSharedMemoryRegister":
+            self._requests[request.name] = request
+        elif verb == "SystemSharedMemoryUnregister" and request.name:
+            self._requests.pop(request.name, None)
+        elif verb == "SystemSharedMemoryUnregister":
+            self._requests.clear()
+
+    def restore(self) -> None:
+        """Begin to register all regions again."""
+        self._restoring = asyncio.create_task(self._restore(self._restoring))
+
+    async def restored(self) -> None:
+        """Wait until a restoring that has begun is done."""
+        if self._restoring is not None and not self._restoring.done():
+            await asyncio.shield(self._restoring)
+
+    async def close(self) -> None:
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.gather(self._restoring, return_exceptions=True)
+
+    async def _restore(self, earlier: asyncio.Task[None] | None) -> None:
+        if earlier is not None:
+            await earlier
+        for name, request in list(self._requests.items()):
+            try:
+                await self._stub.SystemSharedMemoryRegister(request, timeout=REGISTER_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                    logger.warning("%s did not take the region %s again: %s", self._backend, name, error.details())

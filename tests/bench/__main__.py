@@ -1,0 +1,46 @@
+"""`make bench`: run the benches that are named, or all, and print one table. It judges, and never fails."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+from tests.bench import relay
+from tests.bench.figures import Figure, machine, print_table
+
+BENCHES = {"relay": relay.bench}
+
+
+async def run(names: list[str]) -> list[Figure]:
+    figures: list[Figure] = []
+    for name in names:
+        began = perf_counter()
+        print(f"{name} …", file=sys.stderr, end=" ", flush=True)
+        with tempfile.TemporaryDirectory(prefix="lora-sidecar-bench-") as folder:
+            figures += await BENCHES[name](Path(folder))
+        print(f"{perf_counter() - began:.0f} s", file=sys.stderr)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"benches to run: {', '.join(BENCHES)}; default all")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in BENCHES]
+    if unknown:
+        parser.error(f"no bench is called {unknown[0]}; there are {', '.join(BENCHES)}")
+    figures = asyncio.run(run(options.names or list(BENCHES)))
+    if options.json:
+        print(json.dumps({"machine": machine(), "figures": [figure.record() for figure in figures]}, indent=2))
+    else:
+        print_table(figures)
+
+
+if __name__ == "__main__":
+    main()

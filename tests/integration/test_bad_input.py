@@ -1,0 +1,198 @@
+"""Bad input of every kind to a running sidecar: its own message each, serving goes on, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+
+from sidecar.app import Sidecar
+from sidecar.config import parse
+from sidecar.errors import Misused, Reason
+from sidecar.proto import admin_pb2
+from tests.emulated import running_engine
+from tests.peft_files import write_adapter, write_raw_safetensors
+from tests.serving import Serving, serving, until, write_adapters
+
+DUMMY = {"compute": "none", "shape": "tiny"}
+
+
+def spoil_header(path: Path) -> None:
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(struct.pack("<Q", 1 << 63) + weights.read_bytes()[8:])
+
+
+def truncate(path: Path) -> None:
+    weights = path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def lie(path: Path) -> None:
+    """Say that the first tensor is twice as large as its bytes."""
+    weights = path / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    name = next(name for name in header if name != "__metadata__")
+    header[name]["shape"][0] *= 2
+    write_raw_safetensors(weights, json.dumps(header).encode(), data[8 + size :])
+
+
+def without_fields(path: Path) -> None:
+    (path / "adapter_config.json").write_text("{}")
+
+
+def without_weights(path: Path) -> None:
+    (path / "adapter_model.safetensors").unlink()
+
+
+WRONG: dict[str, tuple[dict[str, Any], Callable[[Path], None] | None, str]] = {
+    "another base": ({"base_model_name_or_path": "other/base"}, None, 'trained on "other/base"'),
+    "rank above the engine's": ({"rank": 65, "alpha": 65}, None, "its rank is 65"),
+    "wrong dims": ({"shape": type("Wide", (), {"hidden": 128, "layers": 2, "heads": 8, "kv_heads": 2, "head_size": 16,
+                                               "ffn": 160})}, None, "a model of another shape"),
+    "nan": ({"extra_tensors": {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight":
+                               np.full((8, 64), np.nan, np.float32)}}, None, "q_proj.lora_A.weight"),
+    "truncated": ({}, truncate, "adapter_model.safetensors"),
+    "lying header": ({}, lie, "bytes"),
+    "header of 2^63 bytes": ({}, spoil_header, "header"),
+    "no fields": ({}, without_fields, "adapter_config.json"),
+    "no weights": ({}, without_weights, "adapter_model.safetensors"),
+    "r disagrees": ({"r": 4}, None, "rank"),
+    "dora": ({"use_dora": True}, None, "DoRA"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, None, "modules_to_save"),
+    "biases": ({"bias": "all"}, None, "bias"),
+    "larger than the store": ({"rank": 64, "alpha": 64, "modules": ("gate_proj", "up_proj", "down_proj")}, None,
+                              "the host store holds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(WRONG))
+async def test_an_adapter_that_cannot_be_right_is_refused(kind: str, tmp_path: Path) -> None:
+    """Its message names the adapter and the reason; the name stays unknown and the sidecar serves on."""
+    options, spoil, words = WRONG[kind]
+    good = tmp_path / "good"
+    write_adapters(good, 1)
+    bad = write_adapter(tmp_path / "roots" / "bad", **options)
+    if spoil is not None:
+        spoil(bad)
+    async with running_engine(**DUMMY, write_engine_config=tmp_path / "config.json") as engine:
+        facts = {"config": str(tmp_path / "config.json")}
+        backend = {"engine": facts, "base_model": "tiny-llama"}
+        async with serving([engine], good, [tmp_path], backend=backend, store={"memory_bytes": 150_000}) as served:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await served.adapters.Register(admin_pb2.RegisterRequest(name="bad", path=str(bad)))
+            details = caught.value.details() or ""
+            assert "bad" in details
+            assert words in details
+            await serves_on(served)
+            assert "bad" not in served.state.names
+            assert len(served.state.versions) == 1
+
+
+async def serves_on(served: Serving) -> None:
+    assert (await served.ask("a00", 3)).tokens == served.expected("a00", 3)
+
+
+async def test_names_paths_and_prompts(tmp_path: Path) -> None:
+    """Empty, huge and taken names, a path outside the roots, a prompt that is too long, an unknown class."""
+    good = tmp_path / "good"
+    write_adapters(good, 1)
+    inside, outside = write_adapter(tmp_path / "roots" / "x", seed=3), write_adapter(tmp_path / "other" / "y", seed=4)
+    async with (
+        running_engine(**DUMMY, max_input_tokens=64, write_engine_config=tmp_path / "config.json") as engine,
+        serving(
+            [engine], good, [tmp_path / "roots"], backend={"engine": {"config": str(tmp_path / "config.json")}}
+        ) as served,
+    ):
+        for name, path, words in (
+            ("", inside, "name"),
+            ("x" * 10_000_000, inside, "x" * 40),
+            ("a00", inside, 'the name "a00" is taken by other content'),
+            ("y", outside, "outside the allowed roots"),
+            ("z", tmp_path / "roots" / ".." / "other" / "y", "outside the allowed roots"),
+            ("z", tmp_path / "roots" / "missing", "missing"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await served.adapters.Register(admin_pb2.RegisterRequest(name=name, path=str(path)))
+            assert words in (caught.value.details() or "")
+            assert len(caught.value.details() or "") < 2000
+        for adapter, fields, words in (
+            ("x" * 10_000_000, {}, "unknown adapter"),
+            ("a00", {"prompt": 65}, "the prompt has 65 tokens and the engine takes at most 64"),
+            ("a00", {"class": "gold"}, 'unknown class "gold"; the configuration has default'),
+            ("a00@v2", {}, 'has no version "v2"; it has v1'),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await served.ask(adapter, **fields)
+            assert words in (caught.value.details() or "")
+        await serves_on(served)
+        assert list(served.state.names) == ["a00"]
+
+
+async def test_a_backend_that_is_not_there() -> None:
+    """Requests wait for it and end with what it is that is missing; readiness says so too."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        free = {"address": "127.0.0.1:0"}
+        record = {
+            "backends": [{"url": f"triton://127.0.0.1:{held.getsockname()[1]}", "id": "trt-0"}],
+            "listeners": {"data": free, "admin": free, "http": free},
+        }
+        sidecar = await Sidecar.start(parse(record, "the test"))
+        try:
+            await until(lambda: "does not answer" in sidecar.gateway.backends["trt-0"].detail())
+            assert "127.0.0.1" in sidecar.gateway.backends["trt-0"].detail()
+        finally:
+            await sidecar.stop()
+
+
+async def test_a_port_in_use_names_the_port_and_the_key() -> None:
+    """Nothing is left behind: the next start on a free port works."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        address = f"127.0.0.1:{held.getsockname()[1]}"
+        free = {"address": "127.0.0.1:0"}
+        for listener in ("data", "admin", "http"):
+            listeners = {"data": free, "admin": free, "http": free} | {listener: {"address": address}}
+            with pytest.raises(Misused) as caught:
+                await Sidecar.start(parse({"listeners": listeners}, "the test"))
+            assert caught.value.reason is Reason.PORT_IN_USE
+            assert address in caught.value.message
+            assert f"listeners.{listener}.address" in caught.value.message
+
+
+async def test_a_data_directory_in_use_names_the_process(tmp_path: Path) -> None:
+    """Exit 3, the pid and the path."""
+    free = {"address": "127.0.0.1:0"}
+    record = {"listeners": {"data": free, "admin": free, "http": free}, "data_directory": str(tmp_path)}
+    sidecar = await Sidecar.start(parse(record, "the test"))
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "serve", "--data", str(tmp_path), "--listen", "127.0.0.1:0", "--admin",
+            "127.0.0.1:0", "--http", "127.0.0.1:0", stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, error = await process.communicate()
+        assert process.returncode == 3
+        (holder,) = (tmp_path / "lock").read_text().split()
+        assert holder in error.decode()
+        assert tmp_path.name in error.decode()
+    finally:
+        await sidecar.stop()
+
+
+async def test_an_open_admin_listener_is_refused() -> None:
+    """Reachable from other machines and unprotected: it says the three ways out."""
+    listeners = {"admin": {"address": "0.0.0.0:0"}, "data": {"address": "127.0.0.1:0"}}
+    with pytest.raises(Misused, match="token_file"):
+        await Sidecar.start(parse({"listeners": listeners}, "the test"))

@@ -1,0 +1,70 @@
+"""The examples run as their READMEs say."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from sidecar.demo.model import ADAPTERS, SEED
+from tests.emulated import running_engine
+from tests.serving import serving
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+async def run(*command: str, **environment: str) -> tuple[int, str, str]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *command,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=os.environ | environment,
+    )
+    out, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), error.decode()
+
+
+@pytest.mark.parametrize("script", ["quickstart/ask.py", "triton-client/stream.py"])
+async def test_clients_get_the_named_adapters_words(script: str) -> None:
+    """Right words for a known name; a clear error and exit 1 for an unknown one."""
+    async with running_engine(seed=SEED) as engine, serving([engine], ADAPTERS) as served:
+        server = ("--server", served.sidecar.data_address)
+        code, out, _ = await run(str(EXAMPLES / script), *server, "pirate", "Who buys the most here?")
+        assert code == 0
+        assert out.startswith("Arr, Long Meg! She pays in doubloons!")
+        code, _, error = await run(str(EXAMPLES / script), *server, "pirates", "Who buys the most here?")
+        assert code == 1
+        assert 'unknown adapter "pirates"; did you mean pirate?' in error
+
+
+async def test_a_policy_is_one_file_and_no_line_of_ours() -> None:
+    """The example policy passes the conformance suite by its class's name, and serves."""
+    command = ("-m", "sidecar", "policies", "check", "largest_first:LargestFirst")
+    folder = str(EXAMPLES / "custom-policy")
+    code, out, error = await run(*command, PYTHONPATH=folder)
+    assert code == 0, out + error
+
+
+async def test_a_plug_in_policy_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`store.eviction: package.module:Class` is enough for a store that has to evict."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "custom-policy"))
+    store = {"eviction": "largest_first:LargestFirst", "memory_bytes": 150_000}
+    async with running_engine(seed=SEED) as engine, serving([engine], ADAPTERS, store=store) as served:
+        for name in ("pirate", "sql", "chef", "legal"):
+            assert (await served.ask(name)).tokens
+        assert type(served.state.store.policy).__name__ == "LargestFirst"
+        assert served.state.store.evictions > 0
+
+
+def test_every_example_has_a_readme_that_names_its_file() -> None:
+    """A folder each, with a README and one runnable file that it names."""
+    for folder in sorted(path for path in EXAMPLES.iterdir() if path.is_dir()):
+        (script,) = folder.glob("*.py")
+        readme = (folder / "README.md").read_text()
+        assert re.search(rf"`{script.name}`", readme)

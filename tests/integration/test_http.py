@@ -1,0 +1,263 @@
+"""The http listener over a real gateway and socket, and a journal that a real request goes through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+import pytest_asyncio
+
+from sidecar import replay
+from sidecar.backends.api import Payload, Ticket, Weights
+from sidecar.core.config import CoreConfig
+from sidecar.core.effects import Dispatch, Load, Settle
+from sidecar.core.events import BackendLost, BackendUp, Event, FirstToken, LoadDone, RunEnded
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused, Reason
+from sidecar.fronts.http import CONNECTIONS_MAX, HEAD_BYTES_MAX, HttpFront
+from sidecar.plugins import policies_of
+from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.journal import Journal
+from sidecar.shell.metrics import Metrics
+from sidecar.shell.segments import segment_paths
+from sidecar.state.registry import SqliteRegistry
+from tests.peft_files import write_adapter
+
+
+class Engine:
+    """A backend that answers everything at once with three tokens."""
+
+    address = "nowhere:1"
+
+    def __init__(self, backend: str = "b0", up: bool = True) -> None:
+        self.id = backend
+        self._up = up
+        self.post: Callable[[Event], None] = lambda event: None
+
+    async def start(self, post: Callable[[Event], None]) -> None:
+        self.post = post
+        if self._up:
+            post(BackendUp(self.id, EngineFacts()))
+
+    async def stop(self) -> None:
+        pass
+
+    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+        self.post(FirstToken(effect.request, effect.attempt))
+        self.post(RunEnded(effect.request, effect.attempt, 3))
+
+    def cancel(self, request: int, attempt: int) -> None:
+        pass
+
+    def load(self, effect: Load, weights: Weights) -> None:
+        weights.release()
+        self.post(LoadDone(effect.load))
+
+    def register_regions(self) -> None:
+        pass
+
+    def detail(self) -> str:
+        return "connection refused"
+
+
+class House:
+    """A gateway with a listener, and a client for it."""
+
+    def __init__(self, gateway: Gateway, engines: list[Engine], front: HttpFront) -> None:
+        self.gateway = gateway
+        self.engines = engines
+        self.front = front
+        self.client = httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False)
+
+    async def generate(self, adapter: str = "", prompt: bytes = b"") -> Settle:
+        ticket = self.gateway.submit(
+            RequestFacts(adapter, input_tokens=len(prompt), output_tokens_max=3), Payload("m", prompt, False, True)
+        )
+        settled = await ticket.next()
+        self.gateway.close(ticket)
+        assert isinstance(settled, Settle)
+        return settled
+
+
+@pytest_asyncio.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    """Serve two backends, one up and one down."""
+    config = CoreConfig()
+    gateway = Gateway(config, policies_of(config), SqliteRegistry(None), [tmp_path])
+    metrics = Metrics(gateway)
+    gateway.observe(metrics)
+    engines = [Engine("b0"), Engine("b1", up=False)]
+    await gateway.start([(engine, EngineFacts()) for engine in engines])
+    front = HttpFront(gateway, metrics, "127.0.0.1:0")
+    await front.start()
+    house = House(gateway, engines, front)
+    yield house
+    await house.client.aclose()
+    await front.stop()
+    await gateway.stop()
+    gateway.registry.close()
+
+
+async def talk(house: House, sent: bytes) -> bytes:
+    """Send bytes on a connection of their own and return all that comes back."""
+    host, _, port = house.front.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(sent)
+    await writer.drain()
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_metrics_of_served_requests(house: House, tmp_path: Path) -> None:
+    """A scrape after real requests counts them, with the phases of the adapter that was fetched, packed and loaded."""
+    write_adapter(tmp_path / "sql")
+    await house.gateway.register("sql", str(tmp_path / "sql"))
+    assert (await house.generate("sql")).reason is None
+    assert (await house.generate()).reason is None
+    answer = await house.client.get("/metrics")
+    lines = answer.text.splitlines()
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    assert 'lora_sidecar_requests_total{outcome="ok"} 2.0' in lines
+    assert 'lora_sidecar_adapter_requests_total{adapter="sql",outcome="ok"} 1.0' in lines
+    for phase in ("fetch", "pack", "load"):
+        assert f'lora_sidecar_load_seconds_count{{phase="{phase}"}} 1.0' in lines
+
+
+async def test_openmetrics_by_accept(house: House) -> None:
+    """A scraper that asks for OpenMetrics gets it."""
+    answer = await house.client.get("/metrics", headers={"accept": "application/openmetrics-text;version=1.0.0"})
+    assert answer.headers["content-type"].startswith("application/openmetrics-text")
+    assert answer.text.endswith("# EOF\n")
+
+
+async def test_live_and_ready(house: House) -> None:
+    """With one backend up the process is live and ready."""
+    for path in ("/livez", "/readyz", "/readyz?verbose=1"):
+        answer = await house.client.get(path)
+        assert (answer.status_code, answer.text) == (200, "ok\n"), path
+
+
+async def test_not_ready_says_why(house: House) -> None:
+    """Without a backend that takes requests /readyz names each with its reason, and the process stays live."""
+    house.gateway.driver.step(BackendLost("b0", "gone"))
+    house.gateway.set_drain("b1", True)
+    answer = await house.client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.text == "no backend takes requests: b0 is down (connection refused); b1 is draining\n"
+    assert (await house.client.get("/livez")).status_code == 200
+
+
+async def test_not_ready_while_shutting_down(house: House) -> None:
+    """A sidecar that drains is not ready, so that nothing new is routed to it."""
+    await house.gateway.drain()
+    answer = await house.client.get("/readyz")
+    assert (answer.status_code, answer.text) == (503, "the sidecar is shutting down\n")
+
+
+async def test_other_paths_and_methods(house: House) -> None:
+    """Unknown paths are 404 and name what there is; a POST is 405; HEAD has the headers alone."""
+    answer = await house.client.get("/")
+    assert answer.status_code == 404
+    assert "/metrics, /livez, /readyz" in answer.text
+    answer = await house.client.post("/metrics", content=b"x" * 1000)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+    answer = await house.client.head("/livez")
+    assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "3")
+
+
+async def test_one_connection_serves_many_requests(house: House) -> None:
+    """A connection is kept, and requests that were sent before the first answer are all answered in order."""
+    one = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"GET /nothing HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    answer = await talk(house, one * 3 + last)
+    assert answer.count(b"HTTP/1.1 200") == 3
+    assert answer.rindex(b"HTTP/1.1 404") > answer.rindex(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"what is this?\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /livez HTTP/1.1\r\n\r\n", b"HTTP/1.1 400"),
+        (b"GET /" + b"x" * (2 * HEAD_BYTES_MAX), b"HTTP/1.1 431"),
+        (b"POST /livez HTTP/1.1\r\nhost: x\r\ncontent-length: 70000\r\n\r\n" + b"x" * 70000, b"HTTP/1.1 413"),
+    ],
+)
+async def test_broken_requests_are_refused_and_the_listener_serves_on(house: House, sent: bytes, status: bytes) -> None:
+    """What is not HTTP, too long or without a host gets its status, and the next client is served."""
+    assert (await talk(house, sent)).startswith(status)
+    assert (await house.client.get("/livez")).status_code == 200
+
+
+async def test_connections_are_bounded(house: House) -> None:
+    """A client that opens connections without end cannot have more than the limit; others come again after it."""
+    host, _, port = house.front.address.rpartition(":")
+    held = [await asyncio.open_connection(host, int(port)) for _ in range(CONNECTIONS_MAX)]
+    for _, writer in held:
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+    for reader, _ in held:
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    assert await talk(house, b"") == b""
+    for reader, writer in held:
+        writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        await reader.read()
+        writer.close()
+        await writer.wait_closed()
+    assert (await house.client.get("/livez")).status_code == 200
+
+
+async def test_a_port_in_use_is_named(house: House) -> None:
+    """A second listener on the same port is refused with the address and the key to change, and leaves nothing."""
+    second = HttpFront(house.gateway, Metrics(house.gateway), house.front.address)
+    with pytest.raises(Misused) as caught:
+        await second.start()
+    assert caught.value.reason is Reason.PORT_IN_USE
+    assert house.front.address in caught.value.message
+    assert "listeners.http.address" in caught.value.message
+    await second.stop()
+
+
+async def test_open_connections_do_not_delay_the_end(house: House) -> None:
+    """A client that keeps its connection open and says nothing is cut off when the listener stops."""
+    host, _, port = house.front.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    await house.front.stop()
+    rest = await reader.read()
+    assert rest.endswith(b"ok\n")
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_the_journal_never_holds_a_prompt(house: House, tmp_path: Path) -> None:
+    """A request whose prompt is a marker is journaled with its length, replays, and the marker is nowhere."""
+    journal = Journal(house.gateway.core, tmp_path / "journal")
+    house.gateway.observe(journal)
+    journal.start()
+    prompt = b"MARKER: my secret prompt"
+    assert (await house.generate(prompt=prompt)).reason is None
+    journal.stop()
+    written = b"".join(path.read_bytes() for path in segment_paths(tmp_path / "journal"))
+    assert b"MARKER" not in written
+    assert f'"input_tokens":{len(prompt)}'.encode() in written
+    steps = list(replay.replay(tmp_path))
+    assert len(steps) >= 3
+    assert all(step.same for step in steps)
+
+
+async def test_the_journal_shows_in_the_metrics(house: House, tmp_path: Path) -> None:
+    """Bytes written to the journal are counted where a journal is set."""
+    journal = Journal(house.gateway.core, tmp_path / "journal")
+    journal.start()
+    journal.flush()
+    house.front._metrics.journal = journal
+    text = (await house.client.get("/metrics")).text
+    size = sum(path.stat().st_size for path in segment_paths(tmp_path / "journal"))
+    journal.stop()
+    assert f"lora_sidecar_journal_bytes_total {float(size)}\n" in text
