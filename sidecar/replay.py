@@ -109,26 +109,30 @@ class SegmentFile:
                 f"its format is {header['journal']} and this version reads {FORMAT}; "
                 f"replay it with lora-sidecar {header.get('version', 'of its time')}"
             )
-        missing = [name for name in ("first_step", "config", "state", "request_lines") if name not in header]
+        missing = [name for name in ("first_step", "config", "state") if name not in header]
         if missing:
             raise self._bad(f"its first line lacks {', '.join(missing)}")
         return header
 
     def _restored(self) -> Core:
-        requests = [pair for _ in range(self.header["request_lines"]) for pair in self._request_line()]
-        state = {**self.header["state"], "requests": {"!": "dict", "=": requests}}
+        state = {**self.header["state"]}
+        for name, items in self._large_fields().items():
+            state[name] = {"!": "dict", "=": items}
         policies = policies_of(codec.decode(self.header["config"]))
         try:
             return codec.restore(state, policies)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._bad(f"its state is one that this version does not know ({error})") from error
 
-    def _request_line(self) -> list[Any]:
-        record = next(self._records(), {})
-        if "requests" not in record:
-            raise self._bad("its state is cut off")
-        requests: list[Any] = record["requests"]
-        return requests
+    def _large_fields(self) -> dict[str, list[Any]]:
+        fields: dict[str, list[Any]] = {}
+        for record in self._records():
+            if "complete" in record:
+                return fields
+            if "field" not in record or "items" not in record:
+                break
+            fields.setdefault(record["field"], []).extend(record["items"])
+        raise self._bad("its state is cut off")
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for number, line in self._lines:

@@ -44,15 +44,19 @@ class Skip:
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
-        may_open = room.pages_free is None or room.pages_free > 0
         already_open = {slot.version for slot in room.open} | {BASE}
-        for head, version in self._heads:
+        may_open = room.pages_free is None or room.pages_free > 0
+        for head, version in self._heads if may_open else self._heads_of(already_open):
             if version in already_open:
                 if room.can_send(head):
                     return Send(head)
-            elif may_open and room.can_open(version):
+            elif room.can_open(version):
                 return Open(version)
         return None
+
+    def _heads_of(self, versions: set[str]) -> list[tuple[int, str]]:
+        heads = [(line.head(), version) for version in versions if (line := self._lines.get(version)) is not None]
+        return sorted((head, version) for head, version in heads if head is not None)
 
     def gated(self, request_id: int) -> bool:
         return False

@@ -14,7 +14,7 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import DTYPE_BYTES, EngineFacts
 from sidecar.errors import Misused, Reason
 
 TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "float32"}
@@ -23,8 +23,7 @@ TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "
 def from_engine_config(path: Path) -> EngineFacts:
     """Read TensorRT-LLM's engine `config.json`. Raises Misused with what is missing or malformed."""
     try:
-        record = json.loads(path.read_text())
-        return _from_record(record)
+        facts = _from_record(json.loads(path.read_text()))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"engine config {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -32,6 +31,8 @@ def from_engine_config(path: Path) -> EngineFacts:
             Reason.CONFIG_INVALID,
             f"engine config {path} is not TensorRT-LLM's config.json: {type(error).__name__} {error}",
         ) from error
+    _check_dtype(f"engine config {path}", facts.dtype)
+    return facts
 
 
 def _from_record(record: Mapping[str, Any]) -> EngineFacts:
@@ -40,11 +41,13 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
     tp = int(model.get("mapping", {}).get("tp_size", 1))
     dims = module_dims(model)
     targets = lora.get("lora_target_modules") or []
+    # A module whose sizes are not known here would make pages come out wrong: then none of them is known.
+    known = bool(targets) and all(name in dims for name in targets)
     return EngineFacts(
         dtype=model["dtype"],
         tp=tp,
         rank_max=lora.get("max_lora_rank"),
-        modules={name: dims[name] for name in targets if name in dims} or None,
+        modules={name: dims[name] for name in targets} if known else None,
         layers=int(model["num_hidden_layers"]),
         seats=build.get("max_batch_size"),
         input_tokens_max=build.get("max_input_len"),
@@ -93,7 +96,11 @@ def _number(parameters: Mapping[str, str], name: str) -> int | None:
 
 
 def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFacts:
-    """Fill what is not declared with what was found. Raises Misused when the dtypes contradict each other."""
+    """Fill what is not declared with what was found.
+
+    Raises Misused when the dtypes contradict each other, or are of a kind that no adapter is packed in.
+    """
+    _check_dtype(backend, declared.dtype or found.dtype)
     if declared.dtype and found.dtype and declared.dtype != found.dtype:
         raise Misused(
             Reason.CONFIG_INVALID,
@@ -108,3 +115,12 @@ def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFact
         if getattr(declared, f.name) == getattr(blank, f.name)
     }
     return replace(declared, **filled)
+
+
+def _check_dtype(source: str, dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPE_BYTES:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f"{source}: the engine takes adapters as {dtype}, and they are packed as {' or '.join(DTYPE_BYTES)} only; "
+            "build the engine with one of these",
+        )

@@ -58,7 +58,7 @@ class Loader:
     def _carry_out(self, order: dict[str, Any]) -> None:
         """Send a load and say how it ended: whatever happens, the parent gets its one line."""
         try:
-            result = {"error": self._send(order)}
+            result: dict[str, Any] = {"error": self._send(order)}
         except grpc.RpcError as failure:
             result = _broken(failure, order["timeout_s"])
         except Exception as failure:  # noqa: BLE001 — the parent waits for an answer; it logs what went wrong

@@ -24,6 +24,11 @@ IDLE_STREAMS_MAX = 256
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 def as_they_are(message: bytes) -> bytes:
     return message
 
@@ -116,7 +121,7 @@ class Run:
                 if not self.ticket.has_room:
                     await self._room()
         except asyncio.CancelledError:
-            self._cancelled_or_raise()
+            await self._cancelled(call)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             await self._wire_broke(error)
         else:
@@ -167,7 +172,7 @@ class Run:
         try:
             raw = await call
         except asyncio.CancelledError:
-            self._cancelled_or_raise()
+            await self._cancelled(call)
         except grpc.RpcError as error:
             await self._wire_broke(error)
         else:
@@ -180,10 +185,14 @@ class Run:
             self.ticket.deliver(Reply(raw, response, True))
             self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
-    def _cancelled_or_raise(self) -> None:
-        if not self.cancelled:
+    async def _cancelled(self, call: Any) -> None:
+        """Tell our cancel from that of a server that goes away: gRPC raises the same for both."""
+        if self.cancelled:
+            self.abandon()
+        elif call.done() and not _is_being_cancelled():
+            await self._stream_closed(call)
+        else:
             raise asyncio.CancelledError
-        self.abandon()
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()

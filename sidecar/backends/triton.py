@@ -1,8 +1,8 @@
 """The backend kind `triton`: TensorRT-LLM's engine behind Triton, over KServe v2 gRPC.
 
 A watcher task reaches the server, reads what it is, and looks at it once a second. A run whose wire breaks asks at
-once whether the server still answers. An engine that hangs while its server stays live and ready is found by what it
-does: something is in flight, no response came for `progress_timeout_s`, and its iteration counter stood still.
+once whether the server still answers. An engine that hangs while its server stays live and ready is found by its pulse
+(`pulse.py`), and is trusted again when it has answered a token.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends import faults, wire
 from sidecar.backends.api import Ticket, Weights
 from sidecar.backends.credentials import channel_credentials
 from sidecar.backends.engine_facts import from_model_config, merge
-from sidecar.backends.gauges import Gauges, scrape
-from sidecar.backends.loads import LoaderProcess, Target
+from sidecar.backends.gauges import Gauges, Scraper
+from sidecar.backends.loads import LoaderProcess, LoadResult, Target
+from sidecar.backends.probe import Probe, is_late, words
+from sidecar.backends.pulse import Pulse
+from sidecar.backends.regions import Regions
 from sidecar.backends.streams import Run, StreamPool
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import (
@@ -38,12 +41,13 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.core.words import Fault
-from sidecar.errors import Misused, Reason
+from sidecar.errors import Misused
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PROGRESS_S = 0.1
-PROBE_TIMEOUT_S = 2.0
+REACH_S = 0.2
 VERB_TIMEOUT_S = 30.0
 
 
@@ -61,6 +65,11 @@ class TritonOptions:
     progress_timeout_s: float = 30.0
     load_timeout_s: float = 120.0
 
+    @property
+    def look_s(self) -> float:
+        """Seconds between two looks: several in the time after which silence is a fault."""
+        return min(self.watch_interval_s, self.progress_timeout_s / 4)
+
 
 class TritonBackend:
     """One Triton server."""
@@ -76,18 +85,19 @@ class TritonBackend:
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False
         self._decoupled = True
-        self._detail = "not reached yet"
+        self._trouble = "not reached yet"
         self._runs: dict[tuple[int, int], Run] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._progress: dict[int, int] = {}
-        self._heard_at = monotonic()
-        self._iterations: int | None = None
+        self._pulse = Pulse(options.progress_timeout_s, monotonic())
+        self._scraper = Scraper(options.metrics_url, options.model) if options.metrics_url else None
         self._gauges: Gauges | None = None
         self._checking: asyncio.Task[bool] | None = None
-        self._regions: dict[str, Any] = {}
-        self._regions_task: asyncio.Task[None] | None = None
-        self._stuck = False
+        self._regions = Regions(options.id, self._stub)
+        self._probe = Probe(options.id, options.address, options.model, self._stub)
+        self._seen_at_s = monotonic()
+        self._hung = False
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
@@ -95,21 +105,31 @@ class TritonBackend:
         self._spawn(self._report_progress())
 
     async def stop(self) -> None:
+        self._up = False
         for run in list(self._runs.values()):
             run.cancel()
         tasks = [*self._tasks, *self._loads.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._regions.close()
         self._pool.close()
+        if self._scraper is not None:
+            await self._scraper.close()
         await self._channel.close(None)
 
     def detail(self) -> str:
-        return self._detail
+        if not self._up:
+            return self._trouble
+        if self._scraper is None:
+            return "reached; no metrics are configured, so its seats and KV size are not read"
+        return "reached" if self._gauges is not None else f"reached; {self.options.metrics_url} has no metrics"
 
     # Runs.
 
     def run(self, effect: Dispatch, ticket: Ticket) -> None:
+        if not self._up:
+            return  # the loss that the core is about to hear of ends this run too
         run = Run(effect, ticket, self._post, self._heard, self._wire_broke)
         self._runs[effect.request, effect.attempt] = run
         self._quiet_ends()
@@ -118,8 +138,7 @@ class TritonBackend:
     async def _run(self, run: Run) -> None:
         key = (run.effect.request, run.effect.attempt)
         try:
-            if self._regions_task is not None:
-                await self._regions_task
+            await self._regions.restored()
             if run.cancelled:
                 run.abandon()
             elif run.ticket.payload.unary:
@@ -141,68 +160,64 @@ class TritonBackend:
     # Loads.
 
     def load(self, effect: Load, weights: Weights) -> None:
+        if not self._up:
+            weights.release()
+            return
         self._quiet_ends()
         task = asyncio.create_task(self._load(effect, weights))
         self._loads[effect.load] = task
-        task.add_done_callback(lambda _: self._loads.pop(effect.load, None))
+        task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
+
+    def _load_ended(self, load: int, weights: Weights) -> None:
+        del self._loads[load]
+        weights.release()  # here: a task that is cancelled before it begins never gets to a finally
 
     async def _load(self, effect: Load, weights: Weights) -> None:
         target = Target(self.address, self.options.model, self._decoupled, self.options.tls)
         try:
             result = await self._loader.load(effect, weights, target, self.options.load_timeout_s)
-        finally:
-            weights.release()
-        self._heard(0, 0)
+        except Exception as error:
+            logger.exception("load %s on %s broke", effect.load, self.id)
+            result = LoadResult(f"the sidecar failed: {error}", unanswered=True)
         if result.error is None:
+            self._heard(0, 0)
             self._post(LoadDone(effect.load))
-        elif not result.lost:
-            self._post(LoadFailed(effect.load, faults.classify(result.error), result.error))
-        elif not await self._wire_broke(result.error):
-            self._post(LoadFailed(effect.load, Fault.LOST, result.error))
+        elif not result.lost or not await self._wire_broke(result.error):
+            self._post(LoadFailed(effect.load, _fault(result), result.error))
 
     # Regions of clients' own shared memory.
 
-    def _note_region(self, verb: str, request: Any) -> None:
-        """Keep clients' registrations, so that a server that restarted can be given them again."""
-        if verb == "SystemSharedMemoryRegister":
-            self._regions[request.name] = request
-        elif verb == "SystemSharedMemoryUnregister" and request.name:
-            self._regions.pop(request.name, None)
-        elif verb == "SystemSharedMemoryUnregister":
-            self._regions.clear()
-
     def register_regions(self) -> None:
-        self._regions_task = asyncio.create_task(self._register_regions())
-
-    async def _register_regions(self) -> None:
-        for name, request in list(self._regions.items()):
-            try:
-                await self._stub.SystemSharedMemoryRegister(request, timeout=PROBE_TIMEOUT_S)
-            except grpc.RpcError as error:
-                logger.warning("%s did not take the shared-memory region %s again: %s", self.id, name, error)
-        self._regions_task = None
+        self._regions.restore()
 
     async def call(self, verb: str, request: Any) -> Any:
         """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
-        self._note_region(verb, request)
-        return await getattr(self._stub, verb)(request, timeout=VERB_TIMEOUT_S)
+        reply = await getattr(self._stub, verb)(request, timeout=VERB_TIMEOUT_S)
+        self._regions.note(verb, request)
+        return reply
 
     # Watching.
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _heard(self, request: int, tokens: int) -> None:
-        self._heard_at = monotonic()
+        self._pulse.heard(monotonic())
         if tokens:
             self._progress[request] = self._progress.get(request, 0) + tokens
 
     def _quiet_ends(self) -> None:
         """Begin to count silence when the first thing is sent, not when the last one was heard."""
-        if not self._runs and not self._loads:
-            self._heard_at = monotonic()
+        if not self._waits_for_engine:
+            self._pulse.heard(monotonic())
+
+    @property
+    def _waits_for_engine(self) -> bool:
+        """Whether something is in flight that only the engine can move."""
+        return bool(self._loads) or any(not run.waits_for_client for run in self._runs.values())
 
     async def _report_progress(self) -> None:
         while True:
@@ -219,99 +234,84 @@ class TritonBackend:
                 else:
                     await self._reach()
             except Misused as error:
-                self._detail = error.message
-                logger.error("%s", error.message)
+                self._down(error.message)
             except grpc.RpcError as error:
-                self._unreachable(_words(error))
-            await asyncio.sleep(self.options.watch_interval_s if self._up else min(0.2, self.options.watch_interval_s))
+                if not self._up or not is_late(error) or self._is_overdue:
+                    self._down(f"{self.address} does not answer: {words(error)}")
+            await asyncio.sleep(self.options.look_s if self._up else min(REACH_S, self.options.look_s))
 
-    def _unreachable(self, text: str) -> None:
+    @property
+    def _is_overdue(self) -> bool:
+        """Whether the server has not answered a look for longer than a busy one may take."""
+        return monotonic() - self._seen_at_s > self.options.progress_timeout_s
+
+    def _down(self, trouble: str) -> None:
+        """Note why the server is not up, once."""
         if self._up:
-            self._lose(text)
-        else:
-            self._detail = f"{self.address} does not answer: {text}"
+            self._lose(trouble)
+        elif trouble != self._trouble:
+            self._trouble = trouble
+            logger.warning("%s is down: %s", self.id, trouble)
 
     async def _reach(self) -> None:
         """Read what the server is, and report it up."""
-        await self._ready()
-        if self._stuck:
-            await self._answer_once()
-        config = (
-            await self._stub.ModelConfig(
-                service_pb2.ModelConfigRequest(name=self.options.model), timeout=PROBE_TIMEOUT_S
-            )
-        ).config
+        await self._probe.ready()
+        if self._hung:
+            await self._probe.answer_once(self._decoupled)
+        config = await self._probe.config()
         facts = merge(self.id, self.options.facts, from_model_config(config))
         self._decoupled = config.model_transaction_policy.decoupled
-        self._iterations = None
+        self._seen_at_s = monotonic()
+        self._pulse.begin(self._seen_at_s)
+        self._gauges = None
         await self._measure()
-        if self._gauges is not None:
-            facts = replace(
-                facts,
-                seats=self.options.facts.seats or self._gauges.seats or facts.seats,
-                kv_tokens=self.options.facts.kv_tokens or self._gauges.kv_tokens,
-            )
-        if self._regions:
-            await self._register_regions()
-        self._up, self._stuck = True, False
-        self._detail = "reached" if self._gauges is not None else "reached; its metrics are not"
-        self._heard_at = monotonic()
-        self._post(BackendUp(self.id, facts))
+        self._regions.restore()
+        await self._regions.restored()
+        self._up, self._hung = True, False
+        logger.info("%s is up: %s", self.id, self.address)
+        self._post(BackendUp(self.id, self._with_gauges(facts)))
 
-    async def _ready(self) -> None:
-        reply = await self._stub.ModelReady(
-            service_pb2.ModelReadyRequest(name=self.options.model), timeout=PROBE_TIMEOUT_S
-        )
-        if not reply.ready:
-            raise Misused(
-                Reason.BACKEND_UNREACHABLE,
-                f"{self.id}: {self.address} answers, but its model {self.options.model} is not ready",
-            )
-
-    async def _answer_once(self) -> None:
-        """Have an engine that hung answer one token before it is trusted again."""
-        request = wire.load_head(self.options.model, "lora-sidecar-probe")
-        if not self._decoupled:
-            await self._stub.ModelInfer(request, timeout=PROBE_TIMEOUT_S)
-            return
-        async for response in self._stub.ModelStreamInfer(iter([request]), timeout=PROBE_TIMEOUT_S):
-            if response.error_message or wire.is_final(response.infer_response.parameters):
-                return
+    def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
+        if self._gauges is None:
+            return facts
+        seats, kv_tokens = facts.seats or self._gauges.seats, facts.kv_tokens or self._gauges.kv_tokens
+        return replace(facts, seats=seats, kv_tokens=kv_tokens)
 
     async def _look(self) -> None:
-        await self._ready()
-        moved = await self._measure()
-        silent_s = monotonic() - self._heard_at
-        if (self._runs or self._loads) and silent_s > self.options.progress_timeout_s and not moved:
-            self._stuck = True
+        await self._probe.ready()
+        self._seen_at_s = monotonic()
+        restarted = await self._measure()
+        if not self._up:
+            return  # it was lost while it was being looked at
+        now_s = monotonic()
+        if restarted:
+            self._lose("it has restarted: its iteration counter went back")
+        elif self._waits_for_engine and self._pulse.is_still(now_s):
+            self._hung = True
             self._lose(
-                f"it answered nothing for {silent_s:.0f} s with {len(self._runs)} requests in flight and its "
-                "iteration counter stood still"
+                f"it answered nothing for {self._pulse.silent_s(now_s):.0f} s with {len(self._runs)} requests and "
+                f"{len(self._loads)} loads in flight, and its iteration counter stood still or is not known"
             )
 
     async def _measure(self) -> bool:
-        """Read the gauges; say whether the engine has iterated since the last look."""
-        if self.options.metrics_url is None:
-            return False
-        gauges = await scrape(self.options.metrics_url)
+        """Read the gauges; return whether they say that the engine has restarted."""
+        gauges = None if self._scraper is None else await self._scraper.scrape()
         if gauges is None:
             return False
-        before, self._iterations = self._iterations, gauges.iterations
-        if self._up and before is not None and gauges.iterations is not None and gauges.iterations < before:
-            self._lose("it has restarted: its iteration counter went back")
-            return True
-        changed, self._gauges = self._gauges != replace(gauges, iterations=None), replace(gauges, iterations=None)
-        if self._up and changed:
+        restarted = self._pulse.counted(gauges.iterations, monotonic())
+        sizes = replace(gauges, iterations=None)
+        changed, self._gauges = self._gauges != sizes, sizes
+        if self._up and changed and not restarted:
             facts = self.options.facts
             self._post(BackendMeasured(self.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens))
-        return before is None or gauges.iterations != before
+        return restarted
 
     async def _wire_broke(self, text: str) -> bool:
         """Find out whether the server is gone, or only one stream; return whether the whole backend is lost."""
         if not self._up:
             return True
         if self._checking is None:
-            self._checking = asyncio.create_task(self._still_there(text))
+            self._checking = self._spawn(self._still_there(text))
             self._checking.add_done_callback(self._checked)
         return not await asyncio.shield(self._checking)
 
@@ -320,18 +320,17 @@ class TritonBackend:
 
     async def _still_there(self, text: str) -> bool:
         try:
-            await self._ready()
+            await self._probe.ready()
         except (grpc.RpcError, Misused):
             if self._up:
                 self._lose(text)
-            return False
-        return True
+        return self._up
 
     def _lose(self, cause: str) -> None:
         """Report the backend lost and give up all that ran there; abandoned runs are cancelled where they can be."""
         logger.warning("%s is lost: %s", self.id, cause)
         self._up = False
-        self._detail = cause
+        self._trouble = cause
         self._post(BackendLost(self.id, cause))
         for run in list(self._runs.values()):
             run.cancel()
@@ -341,10 +340,11 @@ class TritonBackend:
         self._progress.clear()
 
 
-def _words(error: grpc.RpcError) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)
+def _fault(result: LoadResult) -> Fault:
+    assert result.error is not None
+    if result.lost:
+        return Fault.LOST
+    return Fault.NO_ANSWER if result.unanswered else faults.classify(result.error)
 
 
 def open_channel(options: TritonOptions) -> grpc.aio.Channel:

@@ -40,6 +40,11 @@ CHANNEL_OPTIONS = (
 )
 
 
+def engine_id(request: int, attempt: int) -> str:
+    """Return the id that the engine sees: clients' ids may collide, ours do not."""
+    return f"{request}.{attempt}"
+
+
 def request_fragment(request_id: str, task_id: int, raw: bool, stream: bool) -> bytes:
     """Return what makes a client's request ours: our id, and the adapter's task id unless it is 0."""
     fragment = ModelInferRequest(id=request_id)
@@ -102,13 +107,14 @@ def is_final(parameters: Any) -> bool:
 
 def output_tokens(response: Any) -> int:
     """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say."""
-    if not response.outputs:
-        return 0
+    contents = response.raw_output_contents
     for index, output in enumerate(response.outputs):
-        if output.name == "sequence_length" and index < len(response.raw_output_contents):
-            data = response.raw_output_contents[index]
-            return max(1, sum(int(length) for length in struct.unpack(f"<{len(data) // 4}i", data)))
-    return 1
+        if output.name == "sequence_length" and index < len(contents):
+            data = contents[index]
+            if len(data) == 4:
+                return max(1, int.from_bytes(data, "little", signed=True))
+            return max(1, sum(length for (length,) in struct.iter_unpack("<i", data[: len(data) // 4 * 4])))
+    return 1 if response.outputs else 0
 
 
 def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:

@@ -120,8 +120,7 @@ def _load(turn: Turn, backend: Backend, digest: str) -> int:
 
 def name_of(state: State, digest: str) -> str:
     """Return a name that stands for a version, for people; the digest's head when none does any more."""
-    names = sorted(name.name for name in state.names.values() if name.digest == digest)
-    return names[0] if names else digest[:12]
+    return min(state.versions[digest].names, default=digest[:12])
 
 
 def load_done(turn: Turn, event: LoadDone) -> None:

@@ -92,7 +92,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
     state = turn.state
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, turn.now_ns)
-    entry.held_by_operator = _operator_holds(state, entry.digest)
+    entry.held_by_operator = state.operator_holds(entry.digest)
     turn.hungry = True
     _tell_who_waited(state, event.key)
     if entry.doomed:
@@ -110,10 +110,6 @@ def _tell_who_waited(state: State, key: str) -> None:
         assert request.backend is not None
         if not resident(state.backends[request.backend], request.version):
             request.fetch = Cache.FETCHED if request_id == begun_for else Cache.JOINED
-
-
-def _operator_holds(state: State, digest: str) -> bool:
-    return any(name.pinned for name in state.names.values() if name.digest == digest)
 
 
 def fetch_failed(turn: Turn, event: FetchFailed) -> None:

@@ -23,13 +23,15 @@ def registered(turn: Turn, event: AdapterRegistered) -> None:
     digest = event.adapter.digest
     if digest not in state.versions:
         state.versions[digest] = Version(event.adapter, event.origin, event.generation)
-    state.versions[digest].names += 1
+    state.versions[digest].names[event.name] = None
     before = state.names.get(event.name)
     state.names[event.name] = Name(event.name, digest, event.ordinal, event.allow, event.pinned)
-    if before is not None:
+    if before is not None and before.digest != digest:
         _unname(turn, before)
     if event.pinned:
         _hold(turn, digest)
+    else:
+        _let_go_unless_held(state, digest)
 
 
 def unregistered(turn: Turn, event: AdapterUnregistered) -> None:
@@ -40,7 +42,7 @@ def unregistered(turn: Turn, event: AdapterUnregistered) -> None:
 
 
 def _unname(turn: Turn, name: Name) -> None:
-    turn.state.versions[name.digest].names -= 1
+    del turn.state.versions[name.digest].names[name.name]
     _let_go_unless_held(turn.state, name.digest)
     turn.forget_version_if_unused(name.digest)
 
@@ -64,7 +66,7 @@ def _hold(turn: Turn, digest: str) -> None:
 
 
 def _let_go_unless_held(state: State, digest: str) -> None:
-    if any(name.pinned for name in state.names.values() if name.digest == digest):
+    if state.operator_holds(digest):
         return
     for entry in state.store.entries.values():
         if entry.digest == digest:

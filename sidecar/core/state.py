@@ -35,7 +35,8 @@ class Version:
     adapter: Adapter
     origin: str
     generation: int = 0
-    names: int = 0
+    names: dict[str, None] = field(default_factory=dict)
+    """The names that stand for it now."""
     requests: int = 0
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load in the whole pool at a time."""
@@ -238,6 +239,11 @@ class State:
             known = packed_for(held.adapter, backend.facts, held.generation)
             self.packed[version, backend.id] = known
         return known
+
+    def operator_holds(self, digest: str) -> bool:
+        """Whether a name that stands for the version is pinned."""
+        version = self.versions.get(digest)
+        return version is not None and any(self.names[name].pinned for name in version.names)
 
     def forget_derived(self, digest: str = "", backend: str = "") -> None:
         """Forget what was derived for a version that is gone, or for a backend whose facts have changed."""

@@ -61,6 +61,6 @@ async def _turn_away(requests: Any, context: Any) -> None:
         Misused(
             Reason.UNAUTHENTICATED,
             'this listener wants the token of its token file, as metadata "authorization: Bearer <token>" '
-            '(the option --token-file of the command line sends it)',
+            "(the option --token-file of the command line sends it)",
         ),
     )

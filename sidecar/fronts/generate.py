@@ -10,9 +10,9 @@ import numpy as np
 
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.wire import ModelInferRequest
-from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
+from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -42,6 +42,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
     def _submit(self, request: Any, context: Any) -> Ticket:
         payload, input_tokens = payload_of(request)
+        if request.WhichOneof("prompt") == "text":
+            input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
         metadata = callers.metadata_of(context)
         facts = RequestFacts(
@@ -68,7 +70,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
         ending = await relay.relay(ticket, write)
         if ending is not None and ending.reason is not None:
-            await _abort_with(context, ending)
+            await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
 
     def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
         dispatch = ticket.dispatch
@@ -83,11 +85,6 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         origin.output_tokens = tokens
         origin.input_tokens = len(request.tokens.ids) or len(request.text.encode())
         origin.request_id = request.request_id or str(ticket.request)
-
-
-async def _abort_with(context: Any, ending: Settle) -> None:
-    code, message, metadata = status_of_ending(ending)
-    await context.abort(code, message, metadata)
 
 
 def payload_of(request: Any) -> tuple[Payload, int]:

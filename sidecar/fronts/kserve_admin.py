@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import grpc.aio
 
-from sidecar.fronts.kserve import SERVICE, passing, verb_handler
+from sidecar.fronts.kserve import SERVICE, to_all, verb_handler
 from sidecar.shell.gateway import Gateway
 
 VERBS = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
@@ -13,5 +13,5 @@ VERBS = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "Tra
 
 def add_kserve_admin(server: grpc.aio.Server, gateway: Gateway) -> None:
     """Add the verbs to a server; each goes to every backend that is up, and the first one's reply comes back."""
-    handlers = {verb: verb_handler(verb, passing(gateway, verb, everywhere=True)) for verb in VERBS}
+    handlers = {verb: verb_handler(verb, to_all(gateway, verb)) for verb in VERBS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

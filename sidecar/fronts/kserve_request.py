@@ -75,7 +75,7 @@ def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rul
         tenant=own.get("lora_tenant", ""),
         klass=own.get("lora_class") or "default",
         input_tokens=tensors.input_tokens(),
-        output_tokens_max=max(0, tensors.first_integer(*OUTPUT_LENGTHS) or 0),
+        output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0),
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
     )
     parameters = message.parameters
@@ -111,7 +111,8 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
         return ""
     if len(set(own_tensors)) < len(own_tensors):
         raise Refused(Reason.INVALID_REQUEST, "the request has a lora_* tensor twice; send each once")
-    task_id = tensors.first_integer("lora_task_id")
+    ids = tensors.integers("lora_task_id")
+    task_id = ids[0] if len(ids) == 1 else None
     if task_id is not None and task_id in rules.legacy_task_ids:
         return rules.legacy_task_ids[task_id]
     if not rules.allow_client_lora:

@@ -19,6 +19,8 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Where the typed elements of a tensor are. The engine reads no other field, so neither do we."""
+INTEGERS_MAX = 256
+"""Elements that are looked at: one for each row of a batch."""
 
 
 class Tensors:
@@ -47,17 +49,18 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def first_integer(self, *names: str) -> int | None:
-        """Return the only element of the first of these tensors that is here; None if it cannot be seen."""
+    def integers(self, *names: str) -> tuple[int, ...]:
+        """Return the elements of the first of these tensors that is here; none if they cannot be seen."""
         name = next((name for name in names if name in self._places), None)
         if name is None:
-            return None
-        datatype = self._message.inputs[self._places[name]].datatype
+            return ()
         raw = self._raw.get(name)
-        if raw is not None:
-            return int.from_bytes(raw, "little", signed=datatype[:1] != "U") if len(raw) in (4, 8) else None
-        values = self._typed(name)
-        return int(values[0]) if len(values) == 1 and not isinstance(values[0], bytes) else None
+        if raw is None:
+            return tuple(int(value) for value in self._typed(name)[:INTEGERS_MAX])
+        datatype = self._message.inputs[self._places[name]].datatype
+        size, signed = 8 if datatype.endswith("64") else 4, datatype[:1] != "U"
+        starts = range(0, min(len(raw) - len(raw) % size, size * INTEGERS_MAX), size)
+        return tuple(int.from_bytes(raw[at : at + size], "little", signed=signed) for at in starts)
 
     def flag(self, name: str) -> bool:
         """Return the first element of a BOOL tensor, False if there is none."""

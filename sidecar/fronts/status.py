@@ -16,18 +16,22 @@ from sidecar.errors import Reason, SidecarError
 DOMAIN = "lora-sidecar"
 PUSHBACK = "grpc-retry-pushback-ms"
 DETAILS = "grpc-status-details-bin"
-MESSAGE_CHARACTERS_MAX = 2000
-"""Headers are small: a longer message would cost the client the whole status."""
+MESSAGE_BYTES_MAX = 2000
+"""Headers are small: a longer message would cost the client the whole status. Other than ASCII counts threefold."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def status_of(
-    reason: Reason, message: str, details: dict[str, str], retry_after_ms: int | None
+    reason: Reason,
+    message: str,
+    details: dict[str, str],
+    retry_after_ms: int | None,
+    code: grpc.StatusCode | None = None,
 ) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return the code, the message and the trailing metadata for an ending."""
-    code = grpc.StatusCode[reason.row.code]
-    message = message[:MESSAGE_CHARACTERS_MAX]
+    """Return the code, the message and the trailing metadata for an ending; `code` is the reason's own if not given."""
+    code = code or grpc.StatusCode[reason.row.code]
+    message = _short(message)
     status = status_pb2.Status(code=code.value[0], message=message)
     info = error_details_pb2.ErrorInfo(
         reason=reason.value, domain=DOMAIN, metadata={key: value for key, value in details.items() if value}
@@ -43,6 +47,18 @@ def status_of(
     return code, message, tuple(metadata)
 
 
+def _short(message: str) -> str:
+    """Return as much of a message as a header takes: gRPC writes a byte that is not ASCII as three."""
+    if len(message) * 12 <= MESSAGE_BYTES_MAX:
+        return message
+    left = MESSAGE_BYTES_MAX
+    for index, letter in enumerate(message):
+        left -= 1 if letter.isascii() else 3 * len(letter.encode(errors="replace"))
+        if left < 0:
+            return f"{message[: index - 3]}..."
+    return message
+
+
 def _pack(status: Any, detail: Any) -> None:
     packed = any_pb2.Any()
     packed.Pack(detail)
@@ -56,14 +72,16 @@ def status_of_error(error: SidecarError) -> tuple[grpc.StatusCode, str, Metadata
     return status_of(error.reason, error.message, error.details, retry_ms)
 
 
-def status_of_ending(settle: Settle) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return the status of a request that was not answered in full."""
+def status_of_ending(
+    settle: Settle, code: grpc.StatusCode | None = None, hide_backend: bool = False
+) -> tuple[grpc.StatusCode, str, Metadata]:
+    """Return the status of a request that was not answered in full; `code` is an engine's own for its own error."""
     assert settle.reason is not None
     retry_ms = None if settle.retry_after_ns is None else settle.retry_after_ns // 1_000_000
     if retry_ms is None and settle.reason.row.retryable:
         retry_ms = 1000
-    details = {"adapter": settle.name, "version": settle.version, "backend": settle.backend}
-    return status_of(settle.reason, settle.message, details, retry_ms)
+    details = {"adapter": settle.name, "version": settle.version, "backend": "" if hide_backend else settle.backend}
+    return status_of(settle.reason, settle.message, details, retry_ms, code)
 
 
 async def abort(context: Any, error: SidecarError) -> NoReturn:

@@ -1,9 +1,10 @@
 """Segment files of the journal, and the thread that writes them.
 
-A segment can be replayed alone. Its first line says what it was made with and holds the core's state; the queued and
-running requests of that state follow, a few hundred a line, because ten thousand of them are megabytes; then comes one
-line for each step: the time, the event, and a digest of the effects. A file gets its own name once the state is
-written in full, so a segment never lacks its beginning; only its last line may be cut off, by a crash.
+A segment can be replayed alone. Its first line says what it was made with and holds the core's state; what is many in
+that state, versions and requests, follows in pieces, because ten thousand of them are megabytes and whoever encodes a
+megabyte at once keeps the interpreter from the event loop. Then comes one line for each step: the time, the event, and
+a digest of the effects. A file gets its own name once the state is written in full, so a segment never lacks its
+beginning; only its last line may be cut off, by a crash.
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import blake2b
 from importlib.metadata import version
 from io import BufferedWriter
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from sidecar.core import codec
-from sidecar.core.state import Request, State
+from sidecar.core.state import State
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ FORMAT = 1
 PREFIX, SUFFIX, UNFINISHED = "segment-", ".jsonl", ".unfinished"
 FLUSH_S = 0.1
 WAKE_LINES = 256
-REQUESTS_A_LINE = 200
+PIECE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,10 @@ def segment_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob(f"{PREFIX}*{SUFFIX}"))
 
 
-def header_lines(opening: Opening) -> Iterable[bytes]:
+def header_lines(opening: Opening) -> Iterator[bytes]:
     """Yield a segment's first lines. Other threads get their turn between the pieces."""
-    requests = opening.state.requests
-    config = opening.state.config
+    state = opening.state
+    config = state.config
     yield _line(
         {
             "journal": FORMAT,
@@ -76,18 +76,32 @@ def header_lines(opening: Opening) -> Iterable[bytes]:
             "first_step": opening.first_step,
             "policies": {"eviction": config.eviction, "ordering": config.ordering, "routing": config.routing},
             "config": codec.encode(config),
-            "request_lines": -(-len(requests) // REQUESTS_A_LINE),
-            "state": codec.encode(replace(opening.state, requests={})),
+            "state": codec.encode(replace(state, versions={}, requests={})),
         }
     )
-    remaining = iter(requests.items())
-    while some := list(islice(remaining, REQUESTS_A_LINE)):
-        yield _line({"requests": [_encoded(number, request) for number, request in some]})
+    yield from _field_lines("versions", state.versions)
+    yield from _field_lines("requests", state.requests)
+    yield _line({"complete": True})
 
 
-def _encoded(number: int, request: Request) -> list[Any]:
-    time.sleep(0)  # let the event loop have the interpreter
-    return [number, codec.encode(request)]
+def _field_lines(name: str, held: dict[Any, Any]) -> Iterator[bytes]:
+    """Yield the items of a dict of the state, as many a line as make a piece."""
+    pieces: list[str] = []
+    size_bytes = 0
+    for item in held.items():
+        time.sleep(0)  # let the event loop have the interpreter
+        piece = json.dumps([codec.encode(part) for part in item], separators=(",", ":"))
+        pieces.append(piece)
+        size_bytes += len(piece)
+        if size_bytes >= PIECE_BYTES:
+            yield _field_line(name, pieces)
+            pieces, size_bytes = [], 0
+    if pieces:
+        yield _field_line(name, pieces)
+
+
+def _field_line(name: str, pieces: list[str]) -> bytes:
+    return f'{{"field":"{name}","items":[{",".join(pieces)}]}}\n'.encode()
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -10,10 +10,16 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from tests.bench import relay
+from tests.bench import core, latency, miss, relay, wire
 from tests.bench.figures import Figure, machine, print_table
 
-BENCHES = {"relay": relay.bench}
+BENCHES = {
+    "core": core.bench,
+    "relay": relay.bench,
+    "latency": latency.bench,
+    "miss": miss.bench,
+    "wire": wire.bench,
+}
 
 
 async def run(names: list[str]) -> list[Figure]:

@@ -59,11 +59,11 @@ async def ask(stream: Any, message: bytes) -> Timed:
         now = perf_counter()
         times.append(now - before)
         before = now
-        if _is_final(raw):
+        if is_final(raw):
             return Timed(times[0], now - began, times[1:])
 
 
-def _is_final(raw: bytes) -> bool:
+def is_final(raw: bytes) -> bool:
     response = service_pb2.ModelStreamInferResponse.FromString(raw)
     if response.error_message:
         raise RuntimeError(response.error_message)

@@ -135,7 +135,7 @@ def test_a_tampered_step_is_found(tmp_path: Path) -> None:
     assert replay.run(path, False, True, said.append, said.append) == 1
     difference = json.loads(said[-1])["difference"]
     assert difference["event"]["adapter"] == "nobody"
-    assert difference["step"] == index
+    assert difference["step"] == index - lines.index(b'{"complete":true}\n')
     assert difference["expected"] != difference["actual"]
 
 
@@ -174,7 +174,7 @@ def test_a_cut_off_last_line_is_noted(tmp_path: Path) -> None:
             b'{"journal":99,"version":"7.1"}\n',
             "its format is 99 and this version reads 1; replay it with lora-sidecar 7",
         ),
-        (b'{"journal":1}\n', "its first line lacks first_step, config, state, request_lines"),
+        (b'{"journal":1}\n', "its first line lacks first_step, config, state"),
     ],
 )
 def test_what_is_no_segment_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -185,6 +185,18 @@ def test_what_is_no_segment_is_refused(tmp_path: Path, content: bytes, problem: 
         list(replay.replay(path))
     assert str(path) in caught.value.message
     assert problem in caught.value.message
+
+
+def test_a_state_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    """A segment that ends within its state cannot be replayed and says so."""
+    record(tmp_path, busy_script(4))
+    (path,) = segment_paths(tmp_path)
+    first, rest = path.read_bytes().split(b"\n", 1)
+    assert rest.startswith(b'{"complete":true}\n')
+    for content in (first + b"\n", first + rest.removeprefix(b'{"complete":true}')):
+        path.write_bytes(content)
+        with pytest.raises(Misused, match="its state is cut off"):
+            list(replay.replay(path))
 
 
 def test_a_missing_file_and_an_empty_directory_are_refused(tmp_path: Path) -> None:

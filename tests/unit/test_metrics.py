@@ -44,7 +44,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 async def scrape(world: Measured, accept: str = "") -> dict[str, Samples]:
-    """Return each sample's values by label values, labels in the contract's order, from the text that Prometheus gets."""
+    """Return samples by name and label values, labels in the contract's order, from the text that Prometheus gets."""
     assert world.metrics is not None
     content_type, body = await world.metrics.render(accept)
     assert content_type.startswith("text/plain")

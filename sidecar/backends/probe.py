@@ -1,0 +1,70 @@
+"""What a Triton server is asked to find out whether it is there, and what its model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from sidecar.backends import wire
+from sidecar.errors import Misused, Reason
+
+PROBE_TIMEOUT_S = 2.0
+PROBE_ID = "lora-sidecar-probe"
+
+
+class Probe:
+    """Asks one server about one model. Every question raises grpc.RpcError when the server does not answer it."""
+
+    def __init__(self, backend: str, address: str, model: str, stub: Any) -> None:
+        self._backend = backend
+        self._address = address
+        self._model = model
+        self._stub = stub
+
+    async def ready(self) -> None:
+        """Return if the model is ready. Raises Misused when the server answers that it is not."""
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        reply = await self._stub.ModelReady(request, timeout=PROBE_TIMEOUT_S)
+        if not reply.ready:
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE,
+                f"{self._backend}: {self._address} answers, but its model {self._model} is not ready",
+            )
+
+    async def config(self) -> Any:
+        """Return the model's ModelConfig."""
+        request = service_pb2.ModelConfigRequest(name=self._model)
+        return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
+
+    async def answer_once(self, decoupled: bool) -> None:
+        """Have the engine answer one token. Raises Misused with its words when it answers with an error."""
+        request = wire.load_head(self._model, PROBE_ID)
+        if not decoupled:
+            await self._stub.ModelInfer(request, timeout=PROBE_TIMEOUT_S)
+            return
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=PROBE_TIMEOUT_S)
+        try:
+            async for response in call:
+                if response.error_message:
+                    raise Misused(
+                        Reason.BACKEND_UNREACHABLE, f"{self._backend} hung, and now says: {response.error_message}"
+                    )
+                if wire.is_final(response.infer_response.parameters):
+                    return
+        finally:
+            call.cancel()
+
+
+def is_late(error: grpc.RpcError) -> bool:
+    """Whether the server did not answer in time, which a busy one may do once."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def words(error: grpc.RpcError) -> str:
+    """Return an error's code and text for people."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

@@ -1,0 +1,92 @@
+"""CPU time of one request in the core alone, by how many are queued: arrive, be dispatched, answer, end."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from pathlib import Path
+from time import perf_counter_ns
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.config import CoreConfig
+from sidecar.core.core import Core
+from sidecar.plugins import policies_of
+from tests.bench.figures import Figure, middle
+from tests.corekit import adapter_of, facts_of
+
+ADAPTERS, BACKENDS = 1000, 16
+QUEUED = (1_000, 10_000, 100_000)
+REQUESTS, ROUNDS = 1_000, 5
+PAGES = 64
+"""Host pages of each engine: together they hold about the adapters that there are."""
+
+
+class Pool:
+    """A core whose engines and store answer at once, except that requests end only when they are told to."""
+
+    def __init__(self) -> None:
+        config = CoreConfig(queued_max=1 << 20, tenant_queued_max=1 << 20, queued_tokens_max=1 << 40)
+        self.core = Core(config, policies_of(config))
+        self.running: deque[do.Dispatch] = deque()
+        self._now_ns = 0
+        self._request = 0
+        self._pending: deque[ev.Event] = deque()
+        facts = facts_of(host_pages=PAGES, device_pages=PAGES, seats=64)
+        for number in range(BACKENDS):
+            self._take(ev.BackendAdded(f"b{number:02}", facts))
+            self._take(ev.BackendUp(f"b{number:02}", facts))
+        for number in range(ADAPTERS):
+            name = f"a{number:04}"
+            self._take(ev.AdapterRegistered(name, adapter_of(name), f"/{name}"))
+
+    def arrive(self) -> None:
+        self._request += 1
+        name = f"a{self._request * 7919 % ADAPTERS:04}"
+        self._take(ev.Received(self._request, name, "", "default", 100, 100))
+
+    def end_one(self) -> None:
+        """Let the request that has run longest get its tokens and end."""
+        run = self.running.popleft()
+        self._take(ev.FirstToken(run.request, run.attempt))
+        self._take(ev.RunEnded(run.request, run.attempt, 100))
+
+    def _take(self, event: ev.Event) -> None:
+        self._pending.append(event)
+        while self._pending:
+            self._now_ns += 1000
+            for effect in self.core.step(self._pending.popleft(), self._now_ns):
+                self._answer(effect)
+
+    def _answer(self, effect: do.Effect) -> None:
+        if isinstance(effect, do.Fetch):
+            self._pending.append(ev.Fetched(effect.key))
+        elif isinstance(effect, do.Load):
+            self._pending.append(ev.LoadDone(effect.load))
+        elif isinstance(effect, do.Dispatch):
+            self.running.append(effect)
+
+
+async def bench(folder: Path) -> list[Figure]:
+    figures = []
+    reference: float | None = None
+    for queued in QUEUED:
+        pool = Pool()
+        while len(pool.core.state.requests) - len(pool.running) < queued:
+            pool.arrive()
+        cost = middle([_round_us(pool) for _ in range(ROUNDS)])
+        figures.append(
+            Figure(f"core: {queued:,} queued", cost, "µs/request", reference, "1,000 queued" if reference else "")
+        )
+        reference = reference or cost
+    return figures
+
+
+def _round_us(pool: Pool) -> float:
+    """Return the microseconds of a request while as many arrive as end."""
+    gc.collect()
+    began = perf_counter_ns()
+    for _ in range(REQUESTS):
+        pool.end_one()
+        pool.arrive()
+    return (perf_counter_ns() - began) / REQUESTS / 1e3

@@ -1,0 +1,73 @@
+"""Latency that the sidecar adds to a streamed request of a resident adapter, one request at a time."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from tests.bench import clients
+from tests.bench.figures import Figure, middle, percentile
+from tests.bench.processes import RelayProcess, SidecarProcess, backend_of
+from tests.emulated import EngineProcess
+from tests.serving import write_adapters
+
+REQUESTS, TOKENS, WARM_UP = 600, 4, 50
+GOALS_MS = {"uvloop": 0.5, "asyncio": 1.0}
+
+
+async def bench(folder: Path) -> list[Figure]:
+    (name,) = write_adapters(folder / "adapters", 1)
+    figures = []
+    for loop in GOALS_MS:
+        async with AsyncExitStack() as stack:
+            engine = await stack.enter_async_context(EngineProcess("--compute", "none"))
+            relay = await stack.enter_async_context(RelayProcess(engine.grpc_address, loop == "uvloop"))
+            served = {"serve": str(folder / "adapters")}
+            sidecar = await stack.enter_async_context(
+                SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served)
+            )
+            places = {
+                "direct": (await _stream(stack, engine.grpc_address), clients.named_request("", TOKENS)),
+                "relay": (await _stream(stack, relay.data), clients.named_request("", TOKENS)),
+                "sidecar": (await _stream(stack, sidecar.data), clients.named_request(name, TOKENS)),
+            }
+            figures += _figures(await _interleaved(places), loop)
+    return figures
+
+
+async def _stream(stack: AsyncExitStack, address: str) -> Any:
+    channel = await stack.enter_async_context(clients.open_channel(address))
+    stream = clients.open_stream(channel)
+    stack.callback(stream.cancel)
+    return stream
+
+
+async def _interleaved(places: dict[str, tuple[Any, bytes]]) -> dict[str, list[clients.Timed]]:
+    times: dict[str, list[clients.Timed]] = {place: [] for place in places}
+    for number in range(REQUESTS + WARM_UP):
+        for place, (stream, message) in places.items():
+            timed = await clients.ask(stream, message)
+            if number >= WARM_UP:
+                times[place].append(timed)
+    return times
+
+
+def _figures(times: dict[str, list[clients.Timed]], loop: str) -> list[Figure]:
+    first = {place: [timed.first_s * 1e3 for timed in of] for place, of in times.items()}
+    whole = {place: [timed.whole_s * 1e3 for timed in of] for place, of in times.items()}
+    figures = []
+    for what, by in (("first token", first), (f"{TOKENS} tokens", whole)):
+        direct, sidecar, relay = (middle(by[place]) for place in ("direct", "sidecar", "relay"))
+        note = f"adds {sidecar - direct:.2f} ms, a bare relay {relay - direct:.2f} ms, p99 {_p99(by):.2f} ms"
+        reference = "the engine directly"
+        figures.append(
+            Figure(
+                f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", GOALS_MS[loop], note
+            )
+        )
+    return figures
+
+
+def _p99(by: dict[str, list[float]]) -> float:
+    return percentile(by["sidecar"], 0.99) - percentile(by["direct"], 0.99)

@@ -1,0 +1,223 @@
+"""The command line against a real listener, over scripted engines."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.wire import ModelInferResponse
+from sidecar.cli.generating import sentence
+from sidecar.core.config import CoreConfig
+from sidecar.core.effects import Dispatch
+from sidecar.core.events import FirstToken, RunEnded
+from sidecar.core.facts import EngineFacts
+from sidecar.fronts.admin import add_admin
+from sidecar.fronts.auth import TokenInterceptor
+from sidecar.fronts.generate import GatewayService
+from sidecar.plugins import policies_of
+from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.state.registry import SqliteRegistry
+from tests.cli_runs import Ended, runner
+from tests.peft_files import BASE_MODEL, write_adapter
+from tests.scripted_backend import PAYLOAD, ScriptedBackend
+
+TOKEN = "s3cret"
+
+
+class EchoingBackend(ScriptedBackend):
+    """Answers each request with the adapter's name, in two pieces; holds those of an adapter called "slow"."""
+
+    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+        if effect.name == "slow":
+            super().run(effect, ticket)
+            return
+        self._post(FirstToken(effect.request, effect.attempt))
+        for piece, final in ((f"I am {effect.name} ", False), ("— ja", True)):
+            ticket.deliver(Reply(b"", text_response(piece), final))
+        self._post(RunEnded(effect.request, effect.attempt, 2))
+
+
+def text_response(text: str) -> Any:
+    """Return a response of the engine's text model."""
+    message = ModelInferResponse()
+    message.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+    data = text.encode()
+    message.raw_output_contents.append(len(data).to_bytes(4, "little") + data)
+    return message
+
+
+@pytest.fixture
+def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Return a function that runs one command here and now."""
+    return runner(capfd)
+
+
+@dataclass
+class Served:
+    """A sidecar's listeners over scripted engines; `cli` runs a command that knows where it is."""
+
+    gateway: Gateway
+    address: str
+    command: Callable[..., Ended]
+
+    async def cli(self, *arguments: str) -> Ended:
+        option = "--server" if arguments[0] == "generate" else "--admin"
+        return await asyncio.to_thread(self.command, *arguments, option, self.address)
+
+    async def register(self, name: str, folder: Path, **options: Any) -> None:
+        await self.gateway.register(name, str(write_adapter(folder / name.replace("/", "_"), **options)))
+
+
+async def serve_here(
+    tmp_path: Path, command: Callable[..., Ended], interceptors: tuple[Any, ...] = ()
+) -> AsyncIterator[Served]:
+    """Serve both APIs on one free port until the test is done."""
+    config, registry = CoreConfig(), SqliteRegistry(None)
+    gateway = Gateway(config, policies_of(config), registry, [tmp_path])
+    backends = (EchoingBackend("trt-0"), EchoingBackend("trt-1", up=False))
+    await gateway.start([(backend, EngineFacts(base_models=(BASE_MODEL,), seats=2)) for backend in backends])
+    server = grpc.aio.server(interceptors=interceptors)
+    add_admin(server, gateway)
+    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayService(gateway, "metadata", False), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield Served(gateway, f"127.0.0.1:{port}", command)
+    await server.stop(None)
+    await gateway.stop()
+    registry.close()
+
+
+@pytest.fixture
+async def served(tmp_path: Path, sidecar: Callable[..., Ended]) -> AsyncIterator[Served]:
+    async for each in serve_here(tmp_path, sidecar):
+        yield each
+
+
+# Against a sidecar.
+
+
+async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
+    """Register, list, show, pin, prefetch, evict, unregister: tables for people."""
+    source = str(write_adapter(tmp_path / "sql"))
+    ended = await served.cli("adapters", "register", "sql", source, "--allow", "acme")
+    assert ended.out.startswith("sql@v1 registered: rank 8, attn_q, attn_v, ")
+    assert "was registered already" in (await served.cli("adapters", "register", "sql", source, "--allow", "acme")).out
+    listed = await served.cli("adapters", "list")
+    assert re.search(r"^sql +v1 +8 +attn_q,attn_v +- +- +for acme", listed.out, re.M)
+    assert "stays in the host store" in (await served.cli("adapters", "pin", "sql")).out
+    assert "may be evicted again" in (await served.cli("adapters", "unpin", "sql")).out
+    assert "PLACE" in (await served.cli("adapters", "prefetch", "sql", "--backend", "trt-0")).out
+    await served.gateway.backends["trt-0"].loaded.wait()  # type: ignore[attr-defined]
+    shown = await served.cli("adapters", "show", "sql")
+    assert re.search(r"^float16 +held +8.2 kB +0 +\d+", shown.out, re.M)
+    assert re.search(r"^trt-0 +gpu +\d+ m?s +load", shown.out, re.M)
+    assert "no unload" in (await served.cli("adapters", "evict", "sql")).out
+    assert (await served.cli("adapters", "unregister", "sql")).out == "sql is forgotten\n"
+    assert "no adapter is registered" in (await served.cli("adapters", "list")).out
+
+
+async def test_json_everywhere(served: Served, tmp_path: Path) -> None:
+    """Every command of the admin side prints one JSON value when asked."""
+    source = str(write_adapter(tmp_path / "sql"))
+    assert (await served.cli("adapters", "register", "sql", source, "--json")).json()["unchanged"] is False
+    assert (await served.cli("adapters", "list", "--json")).json()[0]["name"] == "sql"
+    shown = (await served.cli("adapters", "show", "sql", "--json")).json()
+    assert (shown["rank"], shown["pinned"], shown["modules"]) == (8, False, ["attn_q", "attn_v"])
+    assert [place["tier"] for place in shown["backends"]] == ["absent", "absent"]
+    for verb in ("pin", "unpin", "release"):
+        assert (await served.cli("adapters", verb, "sql", "--json")).json()["name"] == "sql"
+    for verb in ("prefetch", "evict"):
+        assert (await served.cli("adapters", verb, "sql", "--json")).json()["places"]
+    assert [each["id"] for each in (await served.cli("backends", "list", "--json")).json()] == ["trt-0", "trt-1"]
+    for verb, state in (("drain", "draining"), ("undrain", "up"), ("show", "up")):
+        assert (await served.cli("backends", verb, "trt-0", "--json")).json()["state"] == state
+    assert (await served.cli("queue", "--json")).json()["verdict"] == "nobody waits, nothing runs"
+    assert (await served.cli("adapters", "unregister", "sql", "--json")).json() == {}
+
+
+async def test_the_sidecars_errors(served: Served, tmp_path: Path) -> None:
+    """A refusal ends with 1, in the sidecar's words and with its reason; --json has the details."""
+    await served.register("sql", tmp_path)
+    ended = await served.cli("adapters", "show", "sqk")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err == 'error: unknown adapter "sqk"; did you mean sql? [UNKNOWN_ADAPTER]\n'
+    error = (await served.cli("adapters", "register", "x", "/etc", "--json")).error()
+    assert (error["reason"], error["code"], error["adapter"]) == ("ORIGIN_NOT_ALLOWED", "PERMISSION_DENIED", "x")
+    assert (await served.cli("backends", "show", "nope", "--json")).error()["reason"] == "UNKNOWN_BACKEND"
+
+
+async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> None:
+    """With two seats taken `queue` begins with the verdict and `backends show` says what is pinned by what."""
+    await served.register("slow", tmp_path)
+    tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD) for _ in range(3)]
+    await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
+    lines = (await served.cli("queue")).out.splitlines()
+    assert re.match(r"1 waiting for .* \(bound 600 s\) because all seats are taken on trt-0", lines[0])
+    assert re.search(r"10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
+    assert re.search(r"^trt-1 +down +0/2 ", (await served.cli("backends", "list")).out, re.M)
+    shown = (await served.cli("backends", "show", "trt-0")).out
+    assert "2 of 2 taken, 1 queued" in shown
+    assert re.search(r"^slow +\w+ +[\d.]+ m?s +1 +2 +1 +running", shown, re.M)
+    for ticket in tickets:
+        served.gateway.close(ticket)
+
+
+async def test_generate(served: Served, tmp_path: Path) -> None:
+    """The text goes to stdout, where it came from to stderr, and --json has both."""
+    await served.register("sql", tmp_path)
+    ended = await served.cli("generate", "sql", "hello", "--stats")
+    assert (ended.code, ended.out) == (0, "I am sql — ja\n")
+    assert re.fullmatch(
+        r"sql@v1 from trt-0: adapter fetched and loaded \(load .* ms\), queued .* ms, 2 tokens, 0 heals\n", ended.err
+    )
+    answer = (await served.cli("generate", "sql", "hello", "--json")).json()
+    assert answer["text"] == "I am sql — ja"
+    assert (answer["origin"]["cache"], answer["origin"]["backend"]) == ("resident", "trt-0")
+
+
+async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
+    """An unknown adapter, a passed deadline and a missing prompt have their own endings."""
+    await served.register("slow", tmp_path)
+    assert (await served.cli("generate", "slaw", "hi", "--json")).error()["reason"] == "UNKNOWN_ADAPTER"
+    late = await served.cli("generate", "slow", "hi", "--deadline-ms", "100", "--json")
+    assert (late.code, late.error()["reason"]) == (1, "DEADLINE_EXCEEDED")
+    assert (await served.cli("generate", "slow")).code == 2
+    assert (await served.cli("generate", "slow", "--tokens", "1,x")).code == 2
+
+
+async def test_a_token_file(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """With --token-file the command is let in; without, the reason is UNAUTHENTICATED; a missing file is misuse."""
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    async for served in serve_here(tmp_path, sidecar, (TokenInterceptor(file),)):
+        assert (await served.cli("adapters", "list", "--token-file", str(file))).code == 0
+        assert (await served.cli("adapters", "list", "--json")).error()["reason"] == "UNAUTHENTICATED"
+        assert (await served.cli("adapters", "list", "--token-file", str(tmp_path / "no"))).code == 2
+
+
+async def test_the_wrong_listener(served: Served) -> None:
+    """A server that has not got the service is named as such."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    ended = await asyncio.to_thread(served.command, "adapters", "list", "--admin", f"127.0.0.1:{port}")
+    await server.stop(None)
+    assert ended.code == 4
+    assert "is not the admin listener" in ended.err
+
+
+def test_a_sentence_for_each_cache() -> None:
+    """Where the adapter was is said in words; a load only when there was one."""
+    origin = gateway_pb2.Origin(version="sql@v1", backend="b", cache="resident", queue_ms=3, output_tokens=24, heals=1)
+    assert sentence(origin) == "sql@v1 from b: adapter resident, queued 3 ms, 24 tokens, 1 heal"
+    origin = gateway_pb2.Origin(cache="base", output_tokens=1)
+    assert sentence(origin) == "base model: no adapter needed, queued 0 ms, 1 token, 0 heals"

@@ -1,0 +1,122 @@
+"""`sidecar serve` as a process: ready line, SIGTERM, what a restart keeps, and its journal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from sidecar.emulator.tokens import BOS
+from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from tests.emulated import running_engine
+from tests.peft_files import write_adapter
+from tests.serving import until
+
+FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
+
+
+@dataclass
+class Served:
+    process: asyncio.subprocess.Process
+    data: str
+    admin: str
+
+    async def terminate(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return await self.process.wait()
+
+
+@asynccontextmanager
+async def sidecar(*arguments: str) -> AsyncIterator[Served]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "serve", "--json", *FREE, *arguments,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        ready = json.loads(await process.stdout.readline())
+        yield Served(process, ready["data"], ready["admin"])
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+async def ask(address: str, adapter: str, tokens: int, started: asyncio.Event | None = None) -> list[int]:
+    """Ask once the backend is up: until then the sidecar holds the request back."""
+    got: list[int] = []
+    async with grpc.aio.insecure_channel(address) as channel:
+        ids = gateway_pb2.TokenIds(ids=[BOS, 1, 2])
+        request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=ids, max_tokens=tokens)
+        async for message in gateway_pb2_grpc.GatewayStub(channel).Generate(request):
+            got += message.token_ids
+            if started is not None:
+                started.set()
+    return got
+
+
+async def test_sigterm_finishes_what_is_in_flight_and_exits_0(tmp_path: Path) -> None:
+    """A running answer comes in full, a new request is refused, an idle stream delays nothing, the exit code is 0."""
+    write_adapter(tmp_path / "loras" / "sql")
+    async with running_engine(compute="none", time_scale=0.2) as engine:
+        backend = ("--backend", f"triton://{engine.grpc_address}", "--adapters", str(tmp_path / "loras"))
+        async with sidecar(*backend) as served, grpc.aio.insecure_channel(served.data) as channel:
+            idle: Any = channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
+            await idle.wait_for_connection()
+            started = asyncio.Event()
+            running = asyncio.create_task(ask(served.data, "sql", 80, started))
+            await started.wait()
+            ended = asyncio.create_task(served.terminate())
+            assert len(await running) == 80
+            assert await ended == 0
+            with pytest.raises(grpc.aio.AioRpcError):
+                await ask(served.data, "sql", 1)
+
+
+async def test_a_restart_keeps_names_pins_and_allow_lists_and_the_journal_replays(tmp_path: Path) -> None:
+    """The data directory holds what operators said; every step of both lives replays to the same effects."""
+    path = write_adapter(tmp_path / "loras" / "sql")
+    data = ("--data", str(tmp_path / "data"), "--set", f"adapters.roots=[{tmp_path}]")
+    async with running_engine(compute="none") as engine:
+        backend = ("--backend", f"triton://{engine.grpc_address}", *data)
+        async with sidecar(*backend) as served, grpc.aio.insecure_channel(served.admin) as channel:
+            adapters = admin_pb2_grpc.AdaptersStub(channel)
+            await adapters.Register(admin_pb2.RegisterRequest(name="sql", path=str(path), allow=["", "a"], pin=True))
+            assert len(await ask(served.data, "sql", 5)) == 5
+            assert await served.terminate() == 0
+        async with sidecar(*backend) as served, grpc.aio.insecure_channel(served.admin) as channel:
+            adapters = admin_pb2_grpc.AdaptersStub(channel)
+            held = await adapters.Get(admin_pb2.AdapterRequest(name="sql"))
+            assert (held.pinned, list(held.allow)) == (True, ["", "a"])
+            assert len(await ask(served.data, "sql", 5)) == 5
+            assert await served.terminate() == 0
+    replay = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "replay", str(tmp_path / "data" / "journal"), "--json",
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, error = await replay.communicate()
+    assert replay.returncode == 0, (out + error).decode()
+
+
+async def test_a_killed_sidecar_leaves_no_loader_behind(tmp_path: Path) -> None:
+    """kill -9: the loader process sees its pipe close and ends."""
+    psutil = pytest.importorskip("psutil")
+    write_adapter(tmp_path / "loras" / "sql")
+    async with running_engine(compute="none") as engine:
+        backend = ("--backend", f"triton://{engine.grpc_address}", "--adapters", str(tmp_path / "loras"))
+        async with sidecar(*backend) as served:
+            await ask(served.data, "sql", 2)
+            (loader,) = psutil.Process(served.process.pid).children()
+            served.process.kill()
+            await served.process.wait()
+            await until(lambda: not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE)
