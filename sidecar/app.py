@@ -123,7 +123,8 @@ class Sidecar:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
         self.data_address = _bind(data, listeners.data, "data")
 
-        admin = self._server(_admin_interceptors(self.config))
+        token_file = listeners.admin.token_file
+        admin = self._server([TokenInterceptor(Path(token_file))] if token_file else [])
         add_admin(admin, self.gateway)
         add_kserve_admin(admin, self.gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
@@ -181,33 +182,27 @@ class Sidecar:
 def make_backends(configured: Sequence[BackendConfig], loader: LoaderProcess) -> list[tuple[Backend, EngineFacts]]:
     """Return the backends of a configuration, each with the facts that are declared of it."""
     made: list[tuple[Backend, EngineFacts]] = []
-    for number, backend in enumerate(configured):
-        scheme, _, address = backend.url.partition("://")
-        identity = backend.id or address
-        if identity in [known.id for known, _ in made]:
-            raise Misused(Reason.CONFIG_INVALID, f"backends.{number}: the id {identity} is used twice")
+    for backend in configured:
         engine = backend.engine.config
         facts = declared_facts(backend, from_engine_config(Path(engine)) if engine else None)
-        kind = backend.kind or scheme
-        if kind != "triton":
-            made.append((plugins.resolve("backend", kind)(backend, facts, loader), facts))
-            continue
-        if not address.rpartition(":")[2].isdigit():
-            raise Misused(
-                Reason.CONFIG_INVALID, f'backends.{number}.url: "{backend.url}" is not of the form triton://HOST:PORT'
-            )
-        options = TritonOptions(
-            id=identity,
-            address=address,
-            facts=facts,
-            metrics_url=backend.metrics,
-            model=backend.model,
-            tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
-            progress_timeout_s=backend.progress_timeout_s,
-            load_timeout_s=backend.load_timeout_s,
-        )
-        made.append((TritonBackend(options, loader), facts))
+        if backend.scheme == "triton":
+            made.append((TritonBackend(_triton_options(backend, facts), loader), facts))
+        else:
+            made.append((plugins.resolve("backend", backend.scheme)(backend, facts, loader), facts))
     return made
+
+
+def _triton_options(backend: BackendConfig, facts: EngineFacts) -> TritonOptions:
+    return TritonOptions(
+        id=backend.identity,
+        address=backend.address,
+        facts=facts,
+        metrics_url=backend.metrics,
+        model=backend.model,
+        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+        progress_timeout_s=backend.progress_timeout_s,
+        load_timeout_s=backend.load_timeout_s,
+    )
 
 
 def _served_folders(serve: str | None) -> list[Path]:
@@ -217,22 +212,6 @@ def _served_folders(serve: str | None) -> list[Path]:
     if not folder.is_dir():
         raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: {folder} is not a folder")
     return [path for path in sorted(folder.iterdir()) if (path / "adapter_config.json").is_file()]
-
-
-def _admin_interceptors(config: Config) -> list[Any]:
-    """Return what guards the admin listener. Raises Misused when it would be open to other machines."""
-    admin = config.listeners.admin
-    if admin.token_file is not None:
-        return [TokenInterceptor(Path(admin.token_file))]
-    host = admin.address.rpartition(":")[0].strip("[]")
-    mutual = admin.tls is not None and admin.tls.ca is not None
-    if host not in ("127.0.0.1", "localhost", "::1") and not mutual and not admin.address.startswith("unix:"):
-        raise Misused(
-            Reason.CONFIG_INVALID,
-            f"the admin listener {admin.address} is reachable from other machines and unprotected; listen on "
-            "127.0.0.1, set listeners.admin.token_file, or set listeners.admin.tls with a client ca",
-        )
-    return []
 
 
 def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
@@ -41,10 +41,22 @@ class Listener(Section):
 
 
 class AdminListener(Listener):
-    """Loopback, unless it has TLS or a token file."""
+    """Loopback, unless it has a token file or TLS that asks its clients for certificates."""
 
     address: str = "127.0.0.1:9001"
     token_file: str | None = None
+
+    @model_validator(mode="after")
+    def _is_protected(self) -> AdminListener:
+        host = self.address.rpartition(":")[0].strip("[]")
+        mutual = self.tls is not None and self.tls.ca is not None
+        local = host in ("127.0.0.1", "localhost", "::1") or self.address.startswith("unix:")
+        if not (local or mutual or self.token_file):
+            raise ValueError(
+                f"{self.address} is reachable from other machines and unprotected; listen on 127.0.0.1, set "
+                "token_file, or set tls with a client ca"
+            )
+        return self
 
 
 class DataListener(Listener):
@@ -92,6 +104,29 @@ class Backend(Section):
     tls: Tls | None = None
     progress_timeout_s: float = Field(30.0, gt=0)
     load_timeout_s: float = Field(120.0, gt=0)
+
+    @property
+    def address(self) -> str:
+        return self.url.partition("://")[2]
+
+    @property
+    def identity(self) -> str:
+        """The id that it is known by: given, or its address."""
+        return self.id or self.address
+
+    @property
+    def scheme(self) -> str:
+        """The backend kind: given, or the URL's scheme."""
+        return self.kind or self.url.partition("://")[0]
+
+    @field_validator("url")
+    @classmethod
+    def _is_a_url(cls, url: str) -> str:
+        scheme, separator, address = url.partition("://")
+        host, _, port = address.rpartition(":")
+        if not (scheme and separator and host and port.isdigit()):
+            raise ValueError("it must be of the form triton://HOST:PORT")
+        return url
 
 
 class Adapters(Section):
@@ -154,6 +189,14 @@ class Config(Section):
     drain_timeout_s: float = Field(300.0, gt=0)
     adapter_labels_max: int = Field(200, ge=0)
     log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _ids_are_unique(self) -> Config:
+        ids = [backend.identity for backend in self.backends]
+        for identity in ids:
+            if ids.count(identity) > 1:
+                raise ValueError(f"two backends have the id {identity}; give one another with id")
+        return self
 
     def core(self) -> CoreConfig:
         """Return the part that the core works with."""
@@ -232,7 +275,7 @@ def _problems(error: ValidationError) -> str:
             near = difflib.get_close_matches(str(problem["loc"][-1]), _all_keys(), n=1)
             lines.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            lines.append(f"{key}: {problem['msg']} (it is {problem['input']!r:.80})")
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r:.80})")
     return "; ".join(lines)
 
 

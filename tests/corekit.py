@@ -156,6 +156,8 @@ class World:
         self.settled: dict[int, fx.Settle] = {}
         self.dispatches: dict[int, list[fx.Dispatch]] = {}
         self.ended_ns: dict[int, int] = {}
+        self.patient: dict[int, None] = {}
+        """Requests that nothing but a stuck core would let expire."""
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._wake: int | None = None
@@ -218,6 +220,8 @@ class World:
         """Send one request now and return its id. `deadline_ns` counts from now."""
         self._requests += 1
         deadline = None if deadline_ns is None else self.now_ns + deadline_ns
+        if deadline is None and klass == "default":
+            self.patient[self._requests] = None
         self.feed(ev.Received(self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline))
         return self._requests
 

@@ -8,7 +8,7 @@ over either.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from policies.lines import Line
@@ -44,7 +44,7 @@ class Skip:
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
-        already_open = {slot.version for slot in room.open} | {BASE}
+        already_open = dict.fromkeys([BASE, *(slot.version for slot in room.open)])
         may_open = room.pages_free is None or room.pages_free > 0
         for head, version in self._heads if may_open else self._heads_of(already_open):
             if version in already_open:
@@ -54,7 +54,7 @@ class Skip:
                 return Open(version)
         return None
 
-    def _heads_of(self, versions: set[str]) -> list[tuple[int, str]]:
+    def _heads_of(self, versions: Iterable[str]) -> list[tuple[int, str]]:
         heads = [(line.head(), version) for version in versions if (line := self._lines.get(version)) is not None]
         return sorted((head, version) for head, version in heads if head is not None)
 

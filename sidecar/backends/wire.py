@@ -112,7 +112,7 @@ def output_tokens(response: Any) -> int:
         if output.name == "sequence_length" and index < len(contents):
             data = contents[index]
             if len(data) == 4:
-                return max(1, int.from_bytes(data, "little", signed=True))
+                return max(1, *struct.unpack("<i", data))
             return max(1, sum(length for (length,) in struct.iter_unpack("<i", data[: len(data) // 4 * 4])))
     return 1 if response.outputs else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,6 +110,7 @@ async def _serve(config: Config, as_json: bool) -> None:
     from sidecar.shell.logs import configure_logging
 
     logs = configure_logging(config.log_format)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every scrape of an engine's metrics
     try:
         sidecar = await Sidecar.start(config)
         print(_ready(sidecar, config, as_json), flush=True)

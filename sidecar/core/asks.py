@@ -110,7 +110,8 @@ def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room:
     if resident(backend, digest):
         return None
     if not state.store.has(packed.key):
-        return Why.FETCHING if state.store.fetching(packed.key) else Why.STORE_FULL
+        busy = state.store.fetches >= state.config.fetches_max
+        return Why.FETCHING if busy or state.store.fetching(packed.key) else Why.STORE_FULL
     return why_not_load(state, backend, state.versions[digest], now_ns)
 
 

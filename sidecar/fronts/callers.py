@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 TENANT_KEY = "lora-tenant"
@@ -12,7 +13,7 @@ def metadata_of(context: Any) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
-def tenant_of(context: Any, tenant_from: str, metadata: dict[str, str], asked: str) -> str:
+def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked: str) -> str:
     """Return the tenant: from the client's certificate, from what the client says, or nobody in particular.
 
     Where certificates decide, what the client says of itself is ignored.

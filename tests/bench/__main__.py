@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
-from tests.bench import core, latency, miss, relay, wire
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
+
+from tests.bench import core, latency, miss, relay, stall, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -19,6 +22,7 @@ BENCHES = {
     "latency": latency.bench,
     "miss": miss.bench,
     "wire": wire.bench,
+    "stall": stall.bench,
 }
 
 

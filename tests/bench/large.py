@@ -55,6 +55,7 @@ class Size:
         return bytes(request.SerializeToString())
 
 
+SMALL = Size(QV, 8)
 FORTY_MB = Size(QV, 40)
 THREE_HUNDRED_MB = Size(ALL_LINEAR, 36)
 

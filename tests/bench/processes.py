@@ -129,7 +129,7 @@ class RelayProcess(Measured):
         return str(self.ready["data"])
 
 
-def backend_of(engine: EngineProcess, identity: str = "trt-0", **fields: Any) -> dict[str, Any]:
+def backend_of(engine: EngineProcess, /, identity: str = "trt-0", **fields: Any) -> dict[str, Any]:
     """Return a backend's entry in the configuration."""
     metrics = f"http://{engine.metrics_address}/metrics"
     return {"url": f"triton://{engine.grpc_address}", "id": identity, "metrics": metrics, **fields}
