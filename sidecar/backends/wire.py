@@ -111,9 +111,8 @@ def output_tokens(response: Any) -> int:
     for index, output in enumerate(response.outputs):
         if output.name == "sequence_length" and index < len(contents):
             data = contents[index]
-            if len(data) == 4:
-                return max(1, *struct.unpack("<i", data))
-            return max(1, sum(length for (length,) in struct.iter_unpack("<i", data[: len(data) // 4 * 4])))
+            lengths: tuple[int, ...] = struct.unpack_from(f"<{len(data) // 4}i", data)
+            return max(1, sum(lengths))
     return 1 if response.outputs else 0
 
 

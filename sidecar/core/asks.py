@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from policies.views import BASE
@@ -187,6 +188,18 @@ def _blocked(backend: Backend, now_ns: int) -> Why | None:
     return Why.BACKING_OFF if now_ns < backend.quiet_until_ns else None
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return the known names that look most like `name`, best first."""
-    return difflib.get_close_matches(name[:200], list(known), n=count, cutoff=0.5)
+def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
+    """Return the known names that look most like `name`, best first.
+
+    Only neighbours in the alphabet, read from the front and from the back, are compared: comparing with each of ten
+    thousand names takes a quarter of a second.
+    """
+    name = name[:200]
+    likely = _around(name, sorted(known))
+    likely += [found[::-1] for found in _around(name[::-1], sorted(other[::-1] for other in known))]
+    return difflib.get_close_matches(name, dict.fromkeys(likely), n=count, cutoff=0.5)
+
+
+def _around(name: str, ordered: list[str], reach: int = 50) -> list[str]:
+    place = bisect_left(ordered, name)
+    return ordered[max(0, place - reach) : place + reach]

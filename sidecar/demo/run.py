@@ -104,22 +104,22 @@ async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Conso
         asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS)
     console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.\n")
     for prompt in (PROMPTS[0], PROMPTS[-1]):
-        console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt))
+        console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt), "")
     return asked
 
 
 def _table(asked: Sequence[Answer], prompt: str) -> Table:
-    table = Table(title=f"“{prompt}”", title_justify="left", box=None, pad_edge=False, padding=(0, 2))
-    for column in ("adapter", "answer", "engine", "engine cache", "load ms", "as merged"):
-        table.add_column(column, overflow="fold", justify="right" if column == "load ms" else "left")
+    table = Table(title=f"“{prompt}”", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("adapter", "answer", "engine", "its cache", "load", "right"):
+        table.add_column(column, overflow="fold", justify="right" if column == "load" else "left")
     for answer in asked:
         table.add_row(
             answer.adapter or "(base)",
             answer.text,
             answer.backend,
             _hit_or_miss(answer.cache),
-            f"{answer.load_ms:.0f}" if answer.load_ms else "",
-            "[green]yes[/green]" if answer.right else "[red]NO[/red]",
+            f"{answer.load_ms:.0f} ms" if answer.load_ms else "",
+            "[green]✓[/green]" if answer.right else "[red]NO[/red]",
         )
     return table
 
@@ -143,9 +143,9 @@ def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
 
 def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, int], console: Console) -> None:
     console.print(
-        f"\n[bold]4.[/bold] {counts['loads']} loads, {counts['engine_evictions']} evictions by the engines, "
-        f"{counts['heals']} heals, {counts['host_store_evictions']} evictions from the host store; "
-        "no client saw any of it."
+        f"\n[bold]4.[/bold] Loads: {counts['loads']}; evictions by the engines: {counts['engine_evictions']}; "
+        f"heals: {counts['heals']}; evictions from the host store: {counts['host_store_evictions']}. "
+        "No client saw any of it."
     )
     if wrong:
         console.print("\n[red bold]Wrong answers:[/red bold]")

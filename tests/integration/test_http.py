@@ -17,6 +17,7 @@ from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import BackendLost, BackendUp, Event, FirstToken, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
+from sidecar.fronts import http
 from sidecar.fronts.http import CONNECTIONS_MAX, HEAD_BYTES_MAX, HttpFront
 from sidecar.plugins import policies_of
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -25,6 +26,9 @@ from sidecar.shell.metrics import Metrics
 from sidecar.shell.segments import segment_paths
 from sidecar.state.registry import SqliteRegistry
 from tests.peft_files import write_adapter
+
+PATIENCE_S = 60.0
+"""How long a test waits for something that must happen; far longer than it takes."""
 
 
 class Engine:
@@ -222,13 +226,15 @@ async def test_a_port_in_use_is_named(house: House) -> None:
     await second.stop()
 
 
-async def test_open_connections_do_not_delay_the_end(house: House) -> None:
+async def test_open_connections_do_not_delay_the_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that keeps its connection open and says nothing is cut off when the listener stops."""
+    monkeypatch.setattr(http, "SILENCE_S_MAX", 3600.0)  # so that it is not silence that ends it
     host, _, port = house.front.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
     assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-    await house.front.stop()
+    async with asyncio.timeout(PATIENCE_S):
+        await house.front.stop()
     rest = await reader.read()
     assert rest.endswith(b"ok\n")
     writer.close()

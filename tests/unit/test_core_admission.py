@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sidecar.core import asks
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
@@ -35,6 +36,13 @@ def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
     world = World()
     world.register("sql")
     assert "sidecar adapters list" in refusal(world, "zzzzzz").message
+
+
+@pytest.mark.parametrize("typo", ["customer-01234-asistant", "custommer-01234-assistant", "customer-1234-assistant"])
+def test_the_nearest_is_found_among_thousands(typo: str) -> None:
+    """A slip at the front, in the middle or at the end still leads to the name that was meant."""
+    known = [f"customer-{number:05d}-assistant" for number in range(5000)]
+    assert asks.nearest(typo, known)[0] == "customer-01234-assistant"
 
 
 def test_unknown_adapter_when_none_is_registered() -> None:
