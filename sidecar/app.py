@@ -68,12 +68,13 @@ class Sidecar:
             core, plugins.policies_of(core), self.registry, self._roots(), config.client_stall_s, config.queue.inbox_max
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
-        self.gateway.observe(self.metrics)
-        self.gateway.observe(RequestLog())
+        self.gateway.observe(self.metrics, at_the_door=True)
+        self.gateway.observe(RequestLog(), at_the_door=True)
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
             self.gateway.observe(self._journal)
+            self.metrics.journal = self._journal
 
     def _data_directory(self) -> Path | None:
         if self.config.data_directory is None:

@@ -74,6 +74,7 @@ class Reason(Enum):
     BACKEND_UNREACHABLE = "BACKEND_UNREACHABLE"
     UNKNOWN_BACKEND = "UNKNOWN_BACKEND"
     UNAUTHENTICATED = "UNAUTHENTICATED"
+    NOT_A_JOURNAL = "NOT_A_JOURNAL"
 
     @property
     def row(self) -> Row:
@@ -110,6 +111,7 @@ TABLE: dict[Reason, Row] = {
     Reason.BACKEND_UNREACHABLE: Row(Family.MISUSED, "UNAVAILABLE"),
     Reason.UNKNOWN_BACKEND: Row(Family.MISUSED, "NOT_FOUND"),
     Reason.UNAUTHENTICATED: Row(Family.MISUSED, "UNAUTHENTICATED"),
+    Reason.NOT_A_JOURNAL: Row(Family.MISUSED, "INVALID_ARGUMENT"),
 }
 
 

@@ -160,7 +160,7 @@ def _lines_of(path: Path) -> Iterator[bytes]:
 
 
 def _not_a_segment(path: Path, problem: str) -> Misused:
-    return Misused(Reason.CONFIG_INVALID, f"{path} cannot be replayed: {problem}")
+    return Misused(Reason.NOT_A_JOURNAL, f"{path} cannot be replayed: {problem}")
 
 
 def segments_of(path: Path) -> list[Path]:

@@ -51,7 +51,6 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
         layers=int(model["num_hidden_layers"]),
         seats=build.get("max_batch_size"),
         input_tokens_max=build.get("max_input_len"),
-        sequence_tokens_max=build.get("max_seq_len"),
     )
 
 

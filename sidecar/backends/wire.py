@@ -117,8 +117,9 @@ def output_tokens(response: Any) -> int:
 
 
 def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:
-    """Return a request of ours for the core model: one dummy token in, one out."""
+    """Return a request of ours for the core model: one dummy token in, one out, its end told in any case."""
     request = ModelInferRequest(model_name=model, id=request_id)
+    request.parameters[EMPTY_FINAL].bool_param = True
     for name, value in parameters:
         request.parameters[name].string_param = value
     for tensor in ("input_ids", "input_lengths", "request_output_len"):

@@ -181,7 +181,8 @@ def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
 
 def _backend_measured(turn: Turn, event: ev.BackendMeasured) -> None:
     backend = turn.state.backends[event.backend]
-    backend.facts = replace(backend.facts, seats=event.seats, kv_tokens=event.kv_tokens)
+    facts = backend.facts
+    backend.facts = replace(facts, seats=event.seats or facts.seats, kv_tokens=event.kv_tokens or facts.kv_tokens)
     turn.dirty[backend.id] = None
 
 

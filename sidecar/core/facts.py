@@ -79,7 +79,6 @@ class EngineFacts:
     seats: int | None = None
     kv_tokens: int | None = None
     input_tokens_max: int | None = None
-    sequence_tokens_max: int | None = None
 
     @property
     def layout(self) -> Layout:

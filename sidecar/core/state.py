@@ -44,7 +44,6 @@ class Version:
     """A Load of it was in flight when an engine failed: it is loaded alone."""
     lost_backends: list[str] = field(default_factory=list)
     quarantined: str = ""
-    cannot_fetch: str = ""
     refused_by: dict[str, str] = field(default_factory=dict)
     """Backends whose engine rejected a Load of it, with the engine's words; forgotten when the backend restarts."""
     loads: dict[str, int] = field(default_factory=dict)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from sidecar.core.core import Core
-from sidecar.core.effects import Effect, WakeAt
+from sidecar.core.effects import Effect, Settle, WakeAt
 from sidecar.core.events import ClientLeft, ClientStalled, Event, Received, Tick
+from sidecar.core.words import Outcome
 from sidecar.errors import Reason, Refused
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Driver:
         self.clock_ns = clock_ns
         self._run_effect = run_effect
         self._observers = list(observers)
+        self._at_the_door: list[Observer] = []
         self._inbox_max = inbox_max
         self._engine: deque[Event] = deque()
         self._client: deque[Event] = deque()
@@ -54,24 +56,36 @@ class Driver:
         self._last_ns = 0
         self.steps = 0
 
-    def observe(self, observer: Observer) -> None:
+    def observe(self, observer: Observer, at_the_door: bool = False) -> None:
+        """Show an observer every step; `at_the_door` also shows it the requests that never got as far as the core."""
         self._observers.append(observer)
+        if at_the_door:
+            self._at_the_door.append(observer)
 
     def post(self, event: Event) -> None:
         """Queue an event. Raises Refused(QUEUE_FULL) for a request that finds the inbox full."""
         if isinstance(event, CLIENT_EVENTS):
             if len(self._client) >= self._inbox_max and isinstance(event, Received):
-                raise Refused(
-                    Reason.QUEUE_FULL,
-                    f"the sidecar's inbox is full ({self._inbox_max} events); try again later",
-                    retry_after_s=1.0,
-                )
+                raise self._refuse(event)
             self._client.append(event)
         else:
             self._engine.append(event)
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_soon(self._turn)
+
+    def _refuse(self, event: Received) -> Refused:
+        refused = Refused(
+            Reason.QUEUE_FULL,
+            f"the sidecar's inbox is full ({self._inbox_max} events); try again later",
+            retry_after_s=1.0,
+        )
+        ending = Settle(
+            event.request, Outcome.REFUSED, event.adapter, event.tenant, "default", 0, event.input_tokens,
+            reason=refused.reason, message=refused.message,
+        )  # fmt: skip
+        self._show(self._at_the_door, event, [ending], self.clock_ns())
+        return refused
 
     def _turn(self) -> None:
         self._scheduled = False
@@ -90,16 +104,19 @@ class Driver:
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
         effects = self.core.step(event, now_ns)
         self.steps += 1
-        for observer in self._observers:
-            try:
-                observer.observed(event, effects, now_ns)
-            except Exception:
-                logger.exception("an observer failed on %s", type(event).__name__)
+        self._show(self._observers, event, effects, now_ns)
         for effect in effects:
             if isinstance(effect, WakeAt):
                 self._wake_at(effect.at_ns, now_ns)
             else:
                 self._run_effect(effect)
+
+    def _show(self, observers: Sequence[Observer], event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        for observer in observers:
+            try:
+                observer.observed(event, effects, now_ns)
+            except Exception:  # it must never stop the core; the trace tells which one failed
+                logger.exception("an observer failed on %s", type(event).__name__)
 
     def _wake_at(self, at_ns: int, now_ns: int) -> None:
         if self._timer is not None:

@@ -78,8 +78,8 @@ class Gateway:
         """The core's state, to be read between steps only."""
         return self.core.state
 
-    def observe(self, observer: Observer) -> None:
-        self.driver.observe(observer)
+    def observe(self, observer: Observer, at_the_door: bool = False) -> None:
+        self.driver.observe(observer, at_the_door)
 
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core what there is, and begin to reach the backends."""

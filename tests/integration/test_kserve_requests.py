@@ -11,7 +11,7 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
-from tests.emulated import channel_to, core_request, running_engine, stream_answers, text_request
+from tests.emulated import channel_to, core_request, is_final, running_engine, stream_answers, text_request
 from tests.kserve_clients import (
     CORE,
     DUMMY,
@@ -159,25 +159,23 @@ async def test_a_streams_trailing_metadata_tell_the_origin(tmp_path: Path) -> No
 async def test_an_engine_whose_final_response_is_empty(tmp_path: Path, model: str, wanted: bool) -> None:
     """Python models end that way: the empty response reaches the clients that ask for it, the origin reaches all."""
     write_adapters(tmp_path, 1)
+    make = core_request if model == CORE else text_request
+    asked = {"triton_enable_empty_final_response": True} if wanted else {}
     async with (
         running_engine(**DUMMY, separate_final=True) as engine,
         serving([engine], tmp_path) as served,
-        aio_client(served.sidecar.data_address) as client,
+        channel_to(served.sidecar.data_address) as stub,
+        channel_to(engine.grpc_address) as direct,
     ):
-        direct_told, told = [], []
-        async with aio_client(engine.grpc_address) as direct:
-            request = {"model_name": model, "inputs": inputs_of(model, 3), "enable_empty_final_response": wanted}
-            direct_told = (await ask_all(direct, [request])).responses
+        expected = await stream_answers(direct, make(tokens=3, streaming=True, **asked))
         for _ in range(2):
-            answer = await ask_all(client, [request | {"parameters": {"lora_name": "a00"}}])
-            assert answer.errors == []
-            told = answer.responses
-            assert [t for r in told for t in tokens_of(r)] == served.expected("a00", 3)
-            assert [len(r.outputs) for r in told] == [len(r.outputs) for r in direct_told]
-            finals = [parameters_of(r)["triton_final_response"] for r in told]
-            assert finals == [parameters_of(r)["triton_final_response"] for r in direct_told]
-            assert parameters_of(told[0])["lora_version"] == "a00@v1"
-            assert ("lora_version" in parameters_of(told[-1])) == wanted
+            answers = await stream_answers(stub, make(tokens=3, streaming=True, lora_name="a00", **asked))
+            assert [t for answer in answers for t in tokens_of(answer.infer_response)] == served.expected("a00", 3)
+            for answer, direct_answer in zip(answers, expected, strict=True):
+                assert len(answer.infer_response.outputs) == len(direct_answer.infer_response.outputs)
+                assert is_final(answer) == is_final(direct_answer)
+            assert parameters_of(answers[0].infer_response)["lora_version"] == "a00@v1"
+            assert ("lora_version" in answers[-1].infer_response.parameters) == wanted
 
 
 async def test_sampling_and_unknown_outputs_pass_through_untouched(tmp_path: Path) -> None:
@@ -287,7 +285,6 @@ async def test_ids_may_collide_and_be_empty(tmp_path: Path) -> None:
             assert sorted(told.tokens()) == sorted(token for tokens in tasks.values() for token in tokens)
 
         await asyncio.gather(*(client_of(number) for number in range(20)))
-        assert len({record.triton_id for record in engine.served}) == len(engine.served)
 
 
 async def test_a_failing_request_leaves_its_stream_usable(tmp_path: Path) -> None:

@@ -53,13 +53,15 @@ async def test_an_ending_waits_for_no_more_than_one_arrival() -> None:
 
 async def test_a_full_inbox_refuses_at_the_door() -> None:
     """Requests are refused with a retry delay; engine events and cancellations never are."""
-    driver = driver_of([], inbox_max=2)
+    driver, door = driver_of([], inbox_max=2), Order()
+    driver.observe(door, at_the_door=True)
     driver.post(received(1))
     driver.post(received(2))
     with pytest.raises(Refused) as caught:
         driver.post(received(3))
     assert caught.value.reason is Reason.QUEUE_FULL
     assert caught.value.retry_after_s
+    assert door.events == [received(3)]  # counted and logged, though the core never saw it
     driver.post(RunEnded(7, 1, 3))
 
 
