@@ -31,6 +31,7 @@ from sidecar.fronts.http import HttpFront
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
@@ -111,7 +112,8 @@ class Sidecar:
         """Register each PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
         for path in _served_folders(self.config.adapters.serve):
             try:
-                await self.gateway.register(path.name, str(path), self.config.adapters.allow.get(path.name, ()))
+                allow = self.config.adapters.allow.get(path.name, ())
+                await self.gateway.catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
             except Invalid as error:
                 logger.error("not served: %s", error.message)
 

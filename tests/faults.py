@@ -19,7 +19,8 @@ from tests.serving import Serving, until
 
 DUMMY: dict[str, Any] = {"compute": "none", "shape": "tiny"}
 LONG = 900_000
-"""Tokens of a request that only ends by being cancelled, on an engine with `max_seq_tokens` of a million."""
+"""Tokens of a request that only ends by being cancelled, on an engine with the options of `ENDLESS`."""
+ENDLESS: dict[str, Any] = {"max_seq_tokens": 1_000_000, "kv_blocks": 1 << 20, "time_scale": 0.2}
 
 
 @dataclass
@@ -89,23 +90,26 @@ def heals(served: Serving) -> list[str]:
 @asynccontextmanager
 async def occupied(engine: Any, count: int = 1, adapter: int | None = None) -> AsyncIterator[None]:
     """Have another client hold seats of an engine, and with `adapter` a page of its host cache, for a block."""
+    before = _inside(engine)
     async with channel_to(engine.grpc_address) as stub:
         calls = []
         for number in range(count):
-            request = core_request(tokens=LONG, request_id=f"other-{number}")
+            request = core_request(tokens=LONG, request_id=f"other-{adapter}-{number}")
             if adapter is not None:
                 add_lora(request, adapter, random_adapter(adapter))
-            call = stub.ModelStreamInfer()
-            await call.write(request)
-            calls.append(call)
-        counters = engine.engine
-        await until(lambda: counters.counters.active + counters.counters.waiting >= count)
+            calls.append(stub.ModelStreamInfer())
+            await calls[-1].write(request)
+            await until(lambda: _inside(engine) > before + number)  # noqa: B023 — waited for in this very turn
         try:
             yield
         finally:
             for call in calls:
                 call.cancel()
-            await until(lambda: counters.counters.active + counters.counters.waiting < count)
+
+
+def _inside(engine: Any) -> int:
+    counters = engine.engine.counters
+    return int(counters.active + counters.waiting)
 
 
 async def fill_cache(engine: Any, *task_ids: int) -> None:

@@ -1,51 +1,19 @@
-"""Least frequently used: evict what was used least often since it came in; among equals, the least recently used.
+"""Least frequently used with ageing, LFU-DA: evict what was used least often, past uses counting less and less.
 
-One recency list a frequency, as in Shah, Mitra and Matani, "An O(1) algorithm for implementing the LFU cache
-eviction scheme" (2010): a hit moves a key to the next list in O(1). Counts begin anew when a key comes back.
+Source: Arlitt, Cherkasova, Dilley, Friedrich and Jin, "Evaluating Content Management Techniques for Web Proxy
+Caches", ACM SIGMETRICS Performance Evaluation Review 27(4), 2000: priority `K = F + L`, where F counts the uses since
+the key came in and L is the K of the last victim. Among equals the least recently used goes first. Sizes are not
+looked at. Plain counts were tried before: a key that was hot once stays for ever, and on loads that drift its misses
+were up to ten times those of LRU; halving all counts at intervals ages too, but by a period that must be tuned.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from policies.eviction.greedy_dual import GreedyDual
 
 
-class LFU:
-    """Recency lists by use count."""
+class LFU(GreedyDual):
+    """Each use is worth the same."""
 
-    def __init__(self) -> None:
-        self._uses: dict[str, int] = {}
-        self._lists: dict[int, OrderedDict[str, None]] = {}
-
-    def on_insert(self, key: str, size_bytes: int, now_ns: int) -> None:
-        self._place(key, 1)
-
-    def on_hit(self, key: str, now_ns: int) -> None:
-        self._place(key, self._take(key) + 1)
-
-    def on_remove(self, key: str, now_ns: int) -> None:
-        self._take(key)
-
-    def victims(self, now_ns: int) -> Iterator[str]:
-        for uses in sorted(self._lists):
-            yield from self._lists[uses]
-
-    def snapshot(self) -> list[list[str | int]]:
-        return [[key, uses] for uses in sorted(self._lists) for key in self._lists[uses]]
-
-    def restore(self, state: list[tuple[str, int]]) -> None:
-        self._uses, self._lists = {}, {}
-        for key, uses in state:
-            self._place(key, uses)
-
-    def _place(self, key: str, uses: int) -> None:
-        self._uses[key] = uses
-        self._lists.setdefault(uses, OrderedDict())[key] = None
-
-    def _take(self, key: str) -> int:
-        uses = self._uses.pop(key)
-        keys = self._lists[uses]
-        del keys[key]
-        if not keys:
-            del self._lists[uses]
-        return uses
+    def worth(self, size_bytes: int) -> int:
+        return 1

@@ -76,11 +76,13 @@ class Ticket:
     def deliver(self, reply: Reply) -> None:
         """Hand a reply to the front."""
         self.replies.append(reply)
-        self._wake()
+        if self._reader is not None:
+            self._wake()
 
     def settle(self, effect: Settle) -> None:
         self.settled = effect
         self._wake()
+        self._open_room()
 
     @property
     def has_room(self) -> bool:
@@ -107,10 +109,9 @@ class Ticket:
             await self._reader
 
     def _wake(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-        if self.settled is not None:
-            self._open_room()
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
     def _open_room(self) -> None:
         if self._room is not None and not self._room.done():

@@ -86,11 +86,8 @@ class Run:
         self._heard = heard
         self._broken = broken
         self._call: Any = None
-
-    @property
-    def engine_id(self) -> str:
+        self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
-        return f"{self.effect.request}.{self.effect.attempt}"
 
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
@@ -142,13 +139,14 @@ class Run:
         if self.cancelled:
             raise asyncio.CancelledError
         message = wire.ModelStreamInferResponse.FromString(raw)
-        self._heard(self.effect.request, 0)
-        if message.infer_response.id not in ("", self.engine_id):
+        response = message.infer_response
+        if response.id not in ("", self.engine_id):
+            self._heard(self.effect.request, 0)
             return False  # the stream's earlier request had more to say than its end
         if message.error_message:
+            self._heard(self.effect.request, 0)
             self._failed(faults.classify(message.error_message), message.error_message)
             return True
-        response = message.infer_response
         tokens = wire.output_tokens(response)
         final = wire.is_final(response.parameters)
         self._count(tokens, final)

@@ -23,6 +23,9 @@ _WIRE_CODES = frozenset(
 )
 """OK ends a stream before its answer is complete; CANCELLED is a server that goes away, where we did not cancel."""
 
+_WIRE_TEXTS = ("RST_STREAM", "Internal error from Core")
+"""INTERNAL in gRPC's own words: a reset stream, and a write that met a call already ended."""
+
 SERVICE = "/inference.GRPCInferenceService"
 FINAL = "triton_final_response"
 EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -30,6 +33,9 @@ MESSAGE_BYTES_MAX = 2**31 - 1
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # An engine quotes its client in its errors, and a status travels in the metadata.
+    ("grpc.max_metadata_size", 1 << 20),
+    ("grpc.absolute_max_metadata_size", 1 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -98,7 +104,7 @@ def varint(value: int) -> bytes:
 
 def is_lost(code: grpc.StatusCode, text: str) -> bool:
     """Whether a call was ended by its wire rather than by the server's word."""
-    return code in _WIRE_CODES or (code is grpc.StatusCode.INTERNAL and "RST_STREAM" in text)
+    return code in _WIRE_CODES or (code is grpc.StatusCode.INTERNAL and any(part in text for part in _WIRE_TEXTS))
 
 
 def is_final(parameters: Any) -> bool:
@@ -107,13 +113,13 @@ def is_final(parameters: Any) -> bool:
 
 def output_tokens(response: Any) -> int:
     """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say."""
-    contents = response.raw_output_contents
-    for index, output in enumerate(response.outputs):
-        if output.name == "sequence_length" and index < len(contents):
-            data = contents[index]
+    outputs = response.outputs
+    # Every message of a stream comes through here, and a generator or an enumerate would show.
+    for output, data in zip(outputs, response.raw_output_contents, strict=False):
+        if output.name == "sequence_length":
             lengths: tuple[int, ...] = struct.unpack_from(f"<{len(data) // 4}i", data)
             return max(1, sum(lengths))
-    return 1 if response.outputs else 0
+    return 1 if outputs else 0
 
 
 def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from policies.views import BASE, Waiting
 from sidecar.core import asks
 from sidecar.core.config import ClassLimit
@@ -14,20 +16,21 @@ from sidecar.errors import Reason, Refused
 
 RETRY_AFTER_NS = 1_000_000_000
 BASE_NAMES = ("", "base")
+DIGEST_CHARACTERS_MIN = 8
 
 
 def received(turn: Turn, event: Received) -> None:
     """Admit a request and queue it, or end it at once with the reason."""
     state = turn.state
     try:
-        name = _resolve(state, event)
-        digest = name.digest if name is not None else BASE
-        limit = _admit(state, event, name, turn.now_ns)
+        name, ordinal = _resolve(state, event)
+        digest = name.versions[ordinal] if name is not None else BASE
+        limit = _admit(state, event, name, digest, turn.now_ns)
         _find_server(state, event, name, digest)
     except Refused as refused:
         _refuse(turn, event, refused)
         return
-    request = _request(turn, event, name, digest, limit)
+    request = _request(turn, event, name, ordinal, digest, limit)
     state.requests[request.id] = request
     if digest != BASE:
         state.versions[digest].requests += 1
@@ -37,7 +40,7 @@ def received(turn: Turn, event: Received) -> None:
     turn.route(request)
 
 
-def _request(turn: Turn, event: Received, name: Name | None, digest: str, limit: ClassLimit) -> Request:
+def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
     expires_ns = turn.now_ns + limit.queue_wait_ns_max
     if event.deadline_ns is not None:
         expires_ns = min(expires_ns, event.deadline_ns)
@@ -51,11 +54,11 @@ def _request(turn: Turn, event: Received, name: Name | None, digest: str, limit:
         input_tokens=event.input_tokens,
         output_tokens_max=event.output_tokens_max,
     )
-    return Request(view, name.ordinal if name is not None else 0, expires_ns, event.deadline_ns)
+    return Request(view, ordinal, expires_ns, event.deadline_ns)
 
 
-def _resolve(state: State, event: Received) -> Name | None:
-    """Return the name that the client's reference stands for; None for the base model."""
+def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
+    """Return the name that the client's reference stands for and the version's ordinal; None for the base model."""
     if event.adapter in BASE_NAMES and event.adapter not in state.names:
         if not state.config.base_requests:
             raise Refused(
@@ -63,24 +66,43 @@ def _resolve(state: State, event: Received) -> Name | None:
                 "the request names no adapter and this sidecar serves adapters only (base_requests: refuse); "
                 'name one with the request parameter "lora_name"',
             )
-        return None
+        return None, 0
     text, _, selector = event.adapter.partition("@")
     name = state.names.get(text)
     if name is None:
         raise unknown_adapter(state, text)
-    if selector and not _selects(name, selector):
+    if not selector:
+        return name, _share(name, event)
+    ordinal = _selected(state, name, selector)
+    if ordinal is None:
+        has = ", ".join(f"v{n} ({version[:12]})" for n, version in sorted(name.versions.items()))
         raise Refused(
-            Reason.UNKNOWN_ADAPTER,
-            f'adapter "{text}" has no version "{selector[:80]}"; it has v{name.ordinal} ({name.digest[:12]})',
-            adapter=text,
+            Reason.UNKNOWN_ADAPTER, f'adapter "{text}" has no version "{selector[:80]}"; it has {has}', adapter=text
         )
-    return name
+    return name, ordinal
 
 
-def _selects(name: Name, selector: str) -> bool:
-    if selector == f"v{name.ordinal}":
-        return True
-    return len(selector) >= 8 and name.digest.startswith(selector)
+def _selected(state: State, name: Name, selector: str) -> int | None:
+    """Return the ordinal that "v8" or the start of a digest selects, the newest if several have that content."""
+    for ordinal, version in sorted(name.versions.items(), reverse=True):
+        if selector == f"v{ordinal}":
+            return ordinal
+        if len(selector) >= DIGEST_CHARACTERS_MIN and state.versions[version].adapter.digest.startswith(selector):
+            return ordinal
+    return None
+
+
+def _share(name: Name, event: Received) -> int:
+    """Return the current version, or the one that is being tried out if this tenant and session fall to its share.
+
+    A session stays with one version for as long as the share stands; without a session each request is its own.
+    """
+    if name.canary is None:
+        return name.ordinal
+    ordinal, percent = name.canary
+    text = f"{name.name}\0{event.tenant}\0{event.session or event.request}"
+    place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+    return ordinal if place < percent else name.ordinal
 
 
 def unknown_adapter(state: State, text: str) -> Refused:
@@ -98,13 +120,13 @@ def _unknown(state: State, text: str) -> str:
     return f'unknown adapter "{shown}"; "sidecar adapters list" shows the {len(state.names)} that are registered'
 
 
-def _admit(state: State, event: Received, name: Name | None, now_ns: int) -> ClassLimit:
+def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns: int) -> ClassLimit:
     """Return the request's class limit, or raise why it may not queue."""
     config = state.config
     if state.draining:
         raise Refused(Reason.DRAINING, "the sidecar is shutting down; send the request to another replica")
     if name is not None:
-        _allowed(state, event, name)
+        _allowed(state, event, name, digest)
     limit = config.classes.get(event.klass)
     if limit is None:
         raise Refused(
@@ -135,14 +157,14 @@ def _admit(state: State, event: Received, name: Name | None, now_ns: int) -> Cla
     return limit
 
 
-def _allowed(state: State, event: Received, name: Name) -> None:
+def _allowed(state: State, event: Received, name: Name, digest: str) -> None:
     if name.allow is not None and event.tenant not in name.allow:
         raise Refused(
             Reason.NOT_ALLOWED,
             f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list decides',
             adapter=name.name,
         )
-    version = state.versions[name.digest]
+    version = state.versions[digest]
     if version.quarantined:
         raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version), adapter=name.name)
 

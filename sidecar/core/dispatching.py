@@ -193,7 +193,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
             attempt=request.attempt,
             backend=backend.id,
             name=request.view.name,
-            digest=request.version,
+            digest=state.versions[request.version].adapter.digest if task_id else "",
             ordinal=request.ordinal,
             task_id=task_id,
             cache=request.cache,

@@ -24,6 +24,7 @@ class Received:
     input_tokens: int
     output_tokens_max: int
     deadline_ns: int | None = None
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,26 @@ class ClientStalled:
 
 
 @dataclass(frozen=True, slots=True)
+class OtherVersion:
+    """A version that a name does not stand for, but that can be asked for by ordinal or digest.
+
+    `kept` ones stay in the store, so that going back to them never waits for an origin.
+    """
+
+    ordinal: int
+    adapter: Adapter
+    origin: str
+    generation: int = 0
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRegistered:
+    """What a name is from now on: the version that it stands for, the others, and a share for one of them.
+
+    `canary` is (ordinal, percent): so many in a hundred of (tenant, session) pairs get that version instead.
+    """
+
     name: str
     adapter: Adapter
     origin: str
@@ -49,6 +69,8 @@ class AdapterRegistered:
     generation: int = 0
     allow: tuple[str, ...] | None = None
     pinned: bool = False
+    others: tuple[OtherVersion, ...] = ()
+    canary: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

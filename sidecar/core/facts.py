@@ -183,6 +183,11 @@ def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
     return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"
 
 
+def version_id(digest: str, generation: int = 0) -> str:
+    """Name a version in beliefs and queues: its digest, and the generation once a refresh has raised it."""
+    return f"{digest}.g{generation}" if generation else digest
+
+
 def task_id_of(key: str) -> int:
     """Return 63 bits of the key's SHA-256, never 0: clients and servers read 0 as "none"."""
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1) or 1

@@ -72,7 +72,7 @@ def _begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | 
         turn.drop_blob(victim)
     state.store.reserve(key, digest, packed.size_bytes)
     version = state.versions[digest]
-    turn.emit(Fetch(key, digest, version.origin, backend.facts.layout, packed.size_bytes))
+    turn.emit(Fetch(key, version.adapter.digest, version.origin, backend.facts.layout, packed.size_bytes))
     return True
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sidecar.core import asks, suspects
 from sidecar.core.effects import Answer
 from sidecar.core.events import (
@@ -13,38 +15,72 @@ from sidecar.core.events import (
     PrefetchAsked,
     ReleaseAsked,
 )
+from sidecar.core.facts import Adapter, version_id
 from sidecar.core.state import Backend, Name, State, Version
 from sidecar.core.turn import Turn
 
 
 def registered(turn: Turn, event: AdapterRegistered) -> None:
-    """Let a name stand for a version from now on; what is queued or running keeps the one it had."""
+    """Make a name what it is said to be; what is queued or running keeps the version it had."""
     state = turn.state
-    digest = event.adapter.digest
-    if digest not in state.versions:
-        state.versions[digest] = Version(event.adapter, event.origin, event.generation)
-    state.versions[digest].names[event.name] = None
+    current = _version(state, event.name, event.adapter, event.origin, event.generation)
+    versions = {event.ordinal: current}
+    for other in event.others:
+        versions[other.ordinal] = _version(state, event.name, other.adapter, other.origin, other.generation)
+    kept = tuple(versions[other.ordinal] for other in event.others if other.kept)
     before = state.names.get(event.name)
-    state.names[event.name] = Name(event.name, digest, event.ordinal, event.allow, event.pinned)
-    if before is not None and before.digest != digest:
-        _unname(turn, before)
-    if event.pinned:
-        _hold(turn, digest)
-    else:
-        _let_go_unless_held(state, digest)
+    name = Name(event.name, current, event.ordinal, event.allow, event.pinned, versions, kept, event.canary)
+    state.names[event.name] = name
+    if before is not None:
+        _refresh_queued(turn, before, name)
+        _unname(turn, event.name, [v for v in before.versions.values() if v not in versions.values()])
+    for version in dict.fromkeys(versions.values()):
+        if state.operator_holds(version):
+            _hold(turn, version)
+        else:
+            _let_go_unless_held(state, version)
+
+
+def _version(state: State, name: str, adapter: Adapter, origin: str, generation: int) -> str:
+    """Return the id of a version that the name has from now on."""
+    identity = version_id(adapter.digest, generation)
+    if identity not in state.versions:
+        state.versions[identity] = Version(adapter, origin, generation)
+    state.versions[identity].names[name] = None
+    return identity
+
+
+def _refresh_queued(turn: Turn, before: Name, now: Name) -> None:
+    """Give queued requests the fresh copy of their version: it is the old one that is under suspicion."""
+    fresh = {
+        old: new
+        for ordinal, old in before.versions.items()
+        if (new := now.versions.get(ordinal)) is not None and new != old
+        if turn.state.versions[new].adapter.digest == turn.state.versions[old].adapter.digest
+    }
+    for request in list(turn.state.requests.values()) if fresh else ():
+        new = fresh.get(request.version)
+        if new is None or request.running or request.settled or request.view.name != now.name:
+            continue
+        turn.dequeue(request)
+        turn.state.versions[request.version].requests -= 1
+        turn.state.versions[new].requests += 1
+        request.view = replace(request.view, version=new)
+        turn.route_or_refuse(request)
 
 
 def unregistered(turn: Turn, event: AdapterUnregistered) -> None:
     """Forget a name. What is queued or running is served; its weights go when nobody uses them."""
     name = turn.state.names.pop(event.name, None)
     if name is not None:
-        _unname(turn, name)
+        _unname(turn, name.name, list(name.versions.values()))
 
 
-def _unname(turn: Turn, name: Name) -> None:
-    del turn.state.versions[name.digest].names[name.name]
-    _let_go_unless_held(turn.state, name.digest)
-    turn.forget_version_if_unused(name.digest)
+def _unname(turn: Turn, name: str, versions: list[str]) -> None:
+    for version in dict.fromkeys(versions):
+        turn.state.versions[version].names.pop(name, None)
+        _let_go_unless_held(turn.state, version)
+        turn.forget_version_if_unused(version)
 
 
 def pin_set(turn: Turn, event: PinSet) -> None:

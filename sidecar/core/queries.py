@@ -101,7 +101,7 @@ def _adapter_view(state: State, name: Name, entries: dict[str, list[tuple[str, E
 
 
 def _copy_view(key: str, entry: Entry) -> CopyView:
-    dtype = key.removeprefix(f"{entry.digest}.").partition(".")[0]
+    dtype = key.partition(".")[2].partition(".")[0]
     state = "held" if entry.ready else "fetching"
     return CopyView(dtype, state, entry.size_bytes, entry.pins, task_id_of(key))
 

@@ -19,13 +19,23 @@ NEVER_NS = 1 << 62
 
 @dataclass
 class Name:
-    """A name that clients use, and the version it stands for."""
+    """A name that clients use, the version it stands for, and the others it has had or will have.
+
+    `digest` and `versions` (by ordinal, the current one included) are version ids.
+    """
 
     name: str
     digest: str
     ordinal: int = 1
     allow: tuple[str, ...] | None = None
     pinned: bool = False
+    versions: dict[int, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
+    canary: tuple[int, int] | None = None
+
+    def holds(self, version: str) -> bool:
+        """Whether the name keeps a version in the store whatever the policy says."""
+        return version in self.kept or (self.pinned and version == self.digest)
 
 
 @dataclass
@@ -240,9 +250,9 @@ class State:
         return known
 
     def operator_holds(self, digest: str) -> bool:
-        """Whether a name that stands for the version is pinned."""
+        """Whether a name keeps the version in the store."""
         version = self.versions.get(digest)
-        return version is not None and any(self.names[name].pinned for name in version.names)
+        return version is not None and any(self.names[name].holds(digest) for name in version.names)
 
     def forget_derived(self, digest: str = "", backend: str = "") -> None:
         """Forget what was derived for a version that is gone, or for a backend whose facts have changed."""

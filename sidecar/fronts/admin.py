@@ -1,21 +1,18 @@
-"""The control plane, `lorasidecar.v1.{Adapters,Backends,Queues}`: what operators ask of the gateway and see of it."""
+"""The control plane beside the adapters, `lorasidecar.v1.{Backends,Queues}`, and all three put on a server."""
 
 from __future__ import annotations
 
-import asyncio
 from time import monotonic_ns
 from typing import Any
 
 from sidecar.core import queries, waiting
-from sidecar.core.effects import Answer
+from sidecar.fronts.admin_adapters import AdaptersService
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.gateway import Gateway
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
-LISTED_A_TURN = 50
-"""Adapters put into a list before the event loop gets to do something else."""
 
 
 def add_admin(server: Any, gateway: Gateway) -> None:
@@ -24,66 +21,6 @@ def add_admin(server: Any, gateway: Gateway) -> None:
     services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
     services.add_BackendsServicer_to_server(BackendsService(gateway), server)
     services.add_QueuesServicer_to_server(QueuesService(gateway), server)
-
-
-class AdaptersService(admin_pb2_grpc.AdaptersServicer):
-    """Registers, shows, moves and forgets adapters."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-
-    @answers_errors
-    async def Register(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
-        _, unchanged = await self._gateway.register(request.name, request.path, tuple(request.allow), request.pin)
-        return admin_pb2.RegisterResponse(adapter=self._adapter(request.name), unchanged=unchanged)
-
-    @answers_errors
-    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._known(request.name)
-
-    @answers_errors
-    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        response = admin_pb2.ListAdaptersResponse()
-        for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
-            response.adapters.append(adapter_message(view))
-            if number % LISTED_A_TURN == 0:
-                await asyncio.sleep(0)  # thousands of adapters must not hold up a token
-        return response
-
-    @answers_errors
-    async def Unregister(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.unregister(request.name)
-        return admin_pb2.UnregisterResponse()
-
-    @answers_errors
-    async def Evict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places(await self._gateway.evict(request.name))
-
-    @answers_errors
-    async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.set_pin(request.name, True)
-        return self._adapter(request.name)
-
-    @answers_errors
-    async def Unpin(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.set_pin(request.name, False)
-        return self._adapter(request.name)
-
-    @answers_errors
-    async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places(await self._gateway.prefetch(request.name, tuple(request.backends)))
-
-    @answers_errors
-    async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._gateway.release(request.name)
-        return self._adapter(request.name)
-
-    def _known(self, name: str) -> Any:
-        self._gateway.known(name)
-        return self._adapter(name)
-
-    def _adapter(self, name: str) -> Any:
-        return adapter_message(queries.adapter_view(self._gateway.state, name, monotonic_ns()))
 
 
 class BackendsService(admin_pb2_grpc.BackendsServicer):
@@ -133,51 +70,13 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
         if request.adapter:
-            self._gateway.known(request.adapter)
+            self._gateway.catalogue.known(request.adapter)
         if request.backend:
             self._gateway.known_backend(request.backend)
         limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
         return queue_message(
             waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit)
         )
-
-
-def adapter_message(view: queries.AdapterView) -> Any:
-    """Return an adapter as the API shows it."""
-    return admin_pb2.Adapter(
-        name=view.name,
-        version=f"{view.name}@v{view.ordinal}",
-        digest=view.digest,
-        base_model=view.base_model,
-        path=view.origin,
-        rank=view.rank,
-        modules=view.modules,
-        dtype=view.dtype,
-        pinned=view.pinned,
-        allow=view.allow,
-        quarantined=view.quarantined,
-        requests=view.requests,
-        store=[
-            admin_pb2.StoreCopy(
-                dtype=copy.dtype,
-                state=copy.state,
-                size_bytes=copy.size_bytes,
-                pins=copy.pins,
-                task_id=str(copy.task_id),
-            )
-            for copy in view.store
-        ],
-        backends=[
-            admin_pb2.Residency(
-                backend=place.backend,
-                tier=place.tier,
-                age_s=place.age_ns / 1e9,
-                source=place.source,
-                unfit=place.unfit,
-            )
-            for place in view.backends
-        ],
-    )
 
 
 def backend_message(view: queries.BackendView) -> Any:
@@ -239,9 +138,3 @@ def queue_message(view: waiting.QueueView) -> Any:
             **fields,
         )
     return message
-
-
-def _places(answer: Answer) -> Any:
-    return admin_pb2.PlacesResponse(
-        places=[admin_pb2.Place(place=place, result=result) for place, result in answer.lines]
-    )

@@ -20,6 +20,8 @@ from sidecar.shell.gateway import Gateway, RequestFacts
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS_DEFAULT = 128
+INT32_MAX = 2**31 - 1
+"""Of the engine's tensors."""
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
@@ -53,6 +55,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
             deadline_s=callers.earliest(deadline_s, callers.remaining_s(context)),
+            session=request.session,
         )
         return self._gateway.submit(facts, payload, request.request_id)
 
@@ -92,6 +95,9 @@ def payload_of(request: Any) -> tuple[Payload, int]:
 
     Text is counted as a token a byte, its upper bound: only the engine has the tokenizer.
     """
+    for field in ("max_tokens", "top_k"):
+        if getattr(request, field) > INT32_MAX:
+            raise Refused(Reason.INVALID_REQUEST, f"{field} is {getattr(request, field)}; at most {INT32_MAX} is taken")
     prompt = request.WhichOneof("prompt")
     if prompt == "text":
         text = request.text.encode()

@@ -208,16 +208,15 @@ class InferStream:
         id_only = wire.in_stream_response(wire.response_fragment(asked.client_id))
         first = True
 
-        async def pass_on(reply: Reply) -> None:
+        def pass_on(reply: Reply) -> Awaitable[None]:
             nonlocal first
             if not first and not reply.final:
-                await self._write(reply.raw + id_only)
-                return
+                return self._write(reply.raw + id_only)
             first = False
             if reply.final and not reply.message.outputs and not asked.wants_empty_final:
-                return  # asked for by us, to see the end
+                return _nothing()  # asked for by us, to see the end
             fragment = wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
-            await self._write(reply.raw + wire.in_stream_response(fragment))
+            return self._write(reply.raw + wire.in_stream_response(fragment))
 
         return pass_on
 
@@ -239,6 +238,10 @@ def words_for_client(live: Live, ending: Settle) -> str:
         return ending.message
     ours = wire.engine_id(dispatch.request, dispatch.attempt)
     return ending.message.replace(f"[request id: {ours}]", f"[request id: {live.asked.client_id or '<id_unknown>'}]")
+
+
+async def _nothing() -> None:
+    """Write nothing."""
 
 
 def _final(response: Any) -> bytes:

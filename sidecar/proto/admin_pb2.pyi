@@ -7,16 +7,29 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("name", "path", "allow", "pin")
+    __slots__ = ("name", "path", "allow", "pin", "labels", "stage", "hold_s")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     ALLOW_FIELD_NUMBER: _ClassVar[int]
     PIN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     allow: _containers.RepeatedScalarFieldContainer[str]
     pin: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    stage: bool
+    hold_s: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("adapter", "unchanged")
@@ -31,6 +44,58 @@ class AdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _ClassVar[int]
     name: str
     def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class PromoteRequest(_message.Message):
+    __slots__ = ("name", "version", "weight", "hold_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    weight: int
+    hold_s: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., weight: _Optional[int] = ..., hold_s: _Optional[int] = ...) -> None: ...
+
+class RollbackRequest(_message.Message):
+    __slots__ = ("name", "hold_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    hold_s: int
+    def __init__(self, name: _Optional[str] = ..., hold_s: _Optional[int] = ...) -> None: ...
+
+class RefreshRequest(_message.Message):
+    __slots__ = ("name", "version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+
+class UnregisterRequest(_message.Message):
+    __slots__ = ("name", "hold_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    hold_s: int
+    def __init__(self, name: _Optional[str] = ..., hold_s: _Optional[int] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("token",)
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    def __init__(self, token: _Optional[str] = ...) -> None: ...
+
+class WatchResponse(_message.Message):
+    __slots__ = ("token", "name", "adapter")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    name: str
+    adapter: Adapter
+    def __init__(self, token: _Optional[str] = ..., name: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
 class PrefetchRequest(_message.Message):
     __slots__ = ("name", "backends")
@@ -55,7 +120,7 @@ class UnregisterResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends")
+    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends", "versions", "canary_weight", "canary_version", "managed_by")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +135,10 @@ class Adapter(_message.Message):
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    CANARY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    CANARY_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MANAGED_BY_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     digest: str
@@ -84,7 +153,36 @@ class Adapter(_message.Message):
     requests: int
     store: _containers.RepeatedCompositeFieldContainer[StoreCopy]
     backends: _containers.RepeatedCompositeFieldContainer[Residency]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ...) -> None: ...
+    versions: _containers.RepeatedCompositeFieldContainer[Version]
+    canary_weight: int
+    canary_version: str
+    managed_by: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., canary_weight: _Optional[int] = ..., canary_version: _Optional[str] = ..., managed_by: _Optional[str] = ...) -> None: ...
+
+class Version(_message.Message):
+    __slots__ = ("version", "digest", "origin", "labels", "role", "generation", "registered_at")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REGISTERED_AT_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    digest: str
+    origin: str
+    labels: _containers.ScalarMap[str, str]
+    role: str
+    generation: int
+    registered_at: float
+    def __init__(self, version: _Optional[str] = ..., digest: _Optional[str] = ..., origin: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., role: _Optional[str] = ..., generation: _Optional[int] = ..., registered_at: _Optional[float] = ...) -> None: ...
 
 class StoreCopy(_message.Message):
     __slots__ = ("dtype", "state", "size_bytes", "pins", "task_id")

@@ -51,7 +51,7 @@ class AdaptersStub:
                 _registered_method=True)
         self.Unregister = channel.unary_unary(
                 '/lorasidecar.v1.Adapters/Unregister',
-                request_serializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.UnregisterRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.UnregisterResponse.FromString,
                 _registered_method=True)
         self.Evict = channel.unary_unary(
@@ -78,6 +78,26 @@ class AdaptersStub:
                 '/lorasidecar.v1.Adapters/Release',
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Promote = channel.unary_unary(
+                '/lorasidecar.v1.Adapters/Promote',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.PromoteRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/lorasidecar.v1.Adapters/Rollback',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Refresh = channel.unary_unary(
+                '/lorasidecar.v1.Adapters/Refresh',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.RefreshRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/lorasidecar.v1.Adapters/Watch',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.WatchRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.WatchResponse.FromString,
                 _registered_method=True)
 
 
@@ -144,6 +164,34 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Promote(self, request, context):
+        """Lets the name stand for a version, or gives it a share of the requests.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Undoes the last promotion.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Refresh(self, request, context):
+        """Has every engine take a fresh copy of a version, under a new task id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Streams changes of names: first all of them when no token is given, then each as it happens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdaptersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,7 +212,7 @@ def add_AdaptersServicer_to_server(servicer, server):
             ),
             'Unregister': grpc.unary_unary_rpc_method_handler(
                     servicer.Unregister,
-                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.FromString,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.UnregisterRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.UnregisterResponse.SerializeToString,
             ),
             'Evict': grpc.unary_unary_rpc_method_handler(
@@ -191,6 +239,26 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Release,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Promote': grpc.unary_unary_rpc_method_handler(
+                    servicer.Promote,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.PromoteRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.RollbackRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Refresh': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refresh,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.RefreshRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.WatchRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -299,7 +367,7 @@ class Adapters:
             request,
             target,
             '/lorasidecar.v1.Adapters/Unregister',
-            sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.UnregisterRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.UnregisterResponse.FromString,
             options,
             channel_credentials,
@@ -436,6 +504,114 @@ class Adapters:
             '/lorasidecar.v1.Adapters/Release',
             sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Promote(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Promote',
+            sidecar_dot_proto_dot_admin__pb2.PromoteRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Rollback',
+            sidecar_dot_proto_dot_admin__pb2.RollbackRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refresh(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Refresh',
+            sidecar_dot_proto_dot_admin__pb2.RefreshRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Watch',
+            sidecar_dot_proto_dot_admin__pb2.WatchRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,7 +13,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("adapter", "text", "tokens", "max_tokens", "stream", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop_words", "tenant", "deadline_ms", "request_id")
+    __slots__ = ("adapter", "text", "tokens", "max_tokens", "stream", "temperature", "top_k", "top_p", "seed", "repetition_penalty", "stop_words", "tenant", "deadline_ms", "request_id", "session")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class GenerateRequest(_message.Message):
     CLASS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_MS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     text: str
     tokens: TokenIds
@@ -43,7 +44,8 @@ class GenerateRequest(_message.Message):
     tenant: str
     deadline_ms: int
     request_id: str
-    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stream: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop_words: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., **kwargs) -> None: ...
+    session: str
+    def __init__(self, adapter: _Optional[str] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stream: _Optional[bool] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., stop_words: _Optional[_Iterable[str]] = ..., tenant: _Optional[str] = ..., deadline_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., session: _Optional[str] = ..., **kwargs) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("text", "token_ids", "origin")

@@ -15,21 +15,19 @@ from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any
 
-from sidecar.adapters.names import check_name
 from sidecar.adapters.packed import PackReport
-from sidecar.adapters.registration import Registration, read_registration
 from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core.admission import unknown_adapter
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
-from sidecar.core.facts import EngineFacts, misfit, packed_size_bytes
+from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
-from sidecar.errors import Invalid, Misused, Reason, Refused
+from sidecar.errors import Misused, Reason, Refused
+from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.store import BlobStore
-from sidecar.state.registry import Record, Registry
+from sidecar.state.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +44,7 @@ class RequestFacts:
     input_tokens: int = 0
     output_tokens_max: int = 0
     deadline_s: float | None = None
+    session: str = ""
 
 
 class Gateway:
@@ -62,8 +61,7 @@ class Gateway:
     ) -> None:
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
-        self.registry = registry
-        self.roots = [root.resolve() for root in roots]
+        self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, roots)
         self.backends: dict[str, Backend] = {}
         self.store = BlobStore(self.driver.post, config.fetches_max)
         self.tickets: dict[int, Ticket] = {}
@@ -83,8 +81,7 @@ class Gateway:
 
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core what there is, and begin to reach the backends."""
-        for record in self.registry.all():
-            self.driver.step(_registered(record))
+        self.catalogue.announce()
         for backend, facts in backends:
             self.backends[backend.id] = backend
             self.driver.step(ev.BackendAdded(backend.id, facts))
@@ -122,6 +119,7 @@ class Gateway:
                     facts.input_tokens,
                     facts.output_tokens_max,
                     deadline_ns,
+                    facts.session,
                 )
             )
         except Refused:
@@ -191,93 +189,12 @@ class Gateway:
 
     # Operators.
 
-    async def register(self, name: str, path: str, allow: Sequence[str] = (), pin: bool = False) -> tuple[Record, bool]:
-        """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
-
-        Raises Invalid with what is wrong with the name, the path or the files.
-        """
-        check_name(name)
-        directory = self._allowed(name, path)
-        registration = await asyncio.to_thread(read_registration, name, directory)
-        self._fits_the_store(name, registration)
-        self._fits_a_backend(name, registration)
-        record = Record(
-            name=name,
-            ordinal=1,
-            adapter=registration.adapter,
-            origin=str(directory),
-            allow=tuple(allow) or None,
-            pinned=pin,
-        )
-        known = self.registry.get(name)
-        if known is not None:
-            if known.adapter.digest != record.adapter.digest:
-                raise Invalid(
-                    Reason.NAME_TAKEN,
-                    f'the name "{name}" is taken by other content ({known.adapter.digest[:12]} from {known.origin}); '
-                    f'unregister it first ("sidecar adapters unregister {name}") or choose another name',
-                    adapter=name,
-                )
-            if known == record:
-                return known, True
-        self.registry.put(record)
-        self.driver.step(_registered(record))
-        return record, False
-
-    def _allowed(self, name: str, path: str) -> Path:
-        resolved = Path(path).expanduser().resolve()
-        if not any(resolved.is_relative_to(root) for root in self.roots):
-            roots = ", ".join(str(root) for root in self.roots) or "none are configured"
-            raise Invalid(
-                Reason.ORIGIN_NOT_ALLOWED,
-                f"{name}: {path} is outside the allowed roots ({roots}); move it there or add its folder to "
-                "adapters.roots",
-                adapter=name,
-            )
-        return resolved
-
-    def _fits_the_store(self, name: str, registration: Registration) -> None:
-        budget = self.state.config.store_bytes
-        layouts = [backend.facts.layout for backend in self.state.backends.values()]
-        sizes = [packed_size_bytes(registration.adapter.rows, layout) for layout in layouts]
-        if sizes and min(sizes) > budget:
-            raise Invalid(
-                Reason.ADAPTER_TOO_LARGE,
-                f"{name}: packed it takes {min(sizes)} bytes and the host store holds {budget}; raise "
-                "store.memory_bytes",
-                adapter=name,
-            )
-
-    def _fits_a_backend(self, name: str, registration: Registration) -> None:
-        """Refuse what no configured backend can serve, as far as is known, before a GPU sees it."""
-        unfit = [misfit(registration.adapter, backend.facts) for backend in self.state.backends.values()]
-        if unfit and all(unfit):
-            first, backend = unfit[0], next(iter(self.state.backends))
-            assert first is not None
-            raise Invalid(
-                Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {first.sentence}", adapter=name
-            )
-
-    def unregister(self, name: str) -> None:
-        self.known(name)
-        self.registry.delete(name)
-        self.driver.step(ev.AdapterUnregistered(name))
-
-    def set_pin(self, name: str, pinned: bool) -> None:
-        record = self.known(name)
-        self.registry.put(record.with_pin(pinned))
-        self.driver.step(ev.PinSet(name, pinned))
-
-    def release(self, name: str) -> None:
-        self.known(name)
-        self.driver.step(ev.ReleaseAsked(name))
-
     async def evict(self, name: str) -> do.Answer:
-        self.known(name)
+        self.catalogue.known(name)
         return await self._ask(lambda ask: ev.EvictAsked(ask, name))
 
     async def prefetch(self, name: str, backends: Sequence[str]) -> do.Answer:
-        self.known(name)
+        self.catalogue.known(name)
         for backend in backends:
             self.known_backend(backend)
         return await self._ask(lambda ask: ev.PrefetchAsked(ask, name, tuple(backends)))
@@ -293,13 +210,6 @@ class Gateway:
         self.known_backend(backend)
         self.driver.step(ev.DrainSet(backend, draining))
 
-    def known(self, name: str) -> Record:
-        """Return a registered adapter's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
-        record = self.registry.get(name)
-        if record is None:
-            raise unknown_adapter(self.state, name)
-        return record
-
     def known_backend(self, backend: str) -> Any:
         """Return a backend's state in the core. Raises Misused with those that are configured."""
         found = self.state.backends.get(backend)
@@ -310,17 +220,6 @@ class Gateway:
 
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
         self.store.on_packed = callback
-
-
-def _registered(record: Record) -> ev.AdapterRegistered:
-    return ev.AdapterRegistered(
-        name=record.name,
-        adapter=record.adapter,
-        origin=record.origin,
-        ordinal=record.ordinal,
-        allow=record.allow,
-        pinned=record.pinned,
-    )
 
 
 _EFFECTS: dict[type, Callable[[Gateway, Any], None]] = {

@@ -50,9 +50,7 @@ async def serve(engine: str) -> None:
     async with grpc.aio.insecure_channel(engine, options=OPTIONS) as channel:
         server = grpc.aio.server(options=OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(Relay(channel).stream_infer)
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, {"ModelStreamInfer": handler}),)
-        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ModelStreamInfer": handler}),))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         print(json.dumps({"data": f"127.0.0.1:{port}"}), flush=True)

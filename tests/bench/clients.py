@@ -27,9 +27,7 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 def open_stream(channel: grpc.aio.Channel) -> Any:
     """Open a raw `ModelStreamInfer`."""
-    method = channel.stream_stream(
-        STREAM_INFER, request_serializer=as_they_are, response_deserializer=as_they_are
-    )
+    method = channel.stream_stream(STREAM_INFER, request_serializer=as_they_are, response_deserializer=as_they_are)
     return method()
 
 

@@ -85,3 +85,10 @@ class PlainSender:
 
     def close(self) -> None:
         self._channel.close()
+
+
+def send_once(address: str, size: Size, task_id: int) -> None:
+    """Build a message and send it; for a process of its own."""
+    sender = PlainSender(address)
+    sender.send([size.message(task_id)])
+    sender.close()

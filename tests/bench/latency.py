@@ -62,9 +62,7 @@ def _figures(times: dict[str, list[clients.Timed]], loop: str) -> list[Figure]:
         note = f"adds {sidecar - direct:.2f} ms, a bare relay {relay - direct:.2f} ms, p99 {_p99(by):.2f} ms"
         reference = "the engine directly"
         figures.append(
-            Figure(
-                f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", GOALS_MS[loop], note
-            )
+            Figure(f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", GOALS_MS[loop], note)
         )
     return figures
 

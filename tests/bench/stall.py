@@ -6,7 +6,9 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AsyncExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +17,7 @@ import grpc.aio
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.bench import clients
 from tests.bench.figures import Figure, middle, percentile
-from tests.bench.large import SMALL, THREE_HUNDRED_MB, PlainSender, engine_options
+from tests.bench.large import SMALL, THREE_HUNDRED_MB, engine_options, send_once
 from tests.bench.processes import SidecarProcess, backend_of
 from tests.emulated import EngineProcess
 
@@ -65,17 +67,16 @@ class Stage:
         backends = [backend_of(engine, name) for engine, name in zip(engines, (HERE, THERE), strict=True)]
         adapters = {"serve": str(self._folder / "served"), "roots": [str(self._folder)]}
         self._sidecar = await enter(SidecarProcess(self._folder, backends, adapters=adapters))
-        self._adapters = admin_pb2_grpc.AdaptersStub(
-            await enter(grpc.aio.insecure_channel(self._sidecar.admin))
-        )
+        self._adapters = admin_pb2_grpc.AdaptersStub(await enter(grpc.aio.insecure_channel(self._sidecar.admin)))
         await self._load("small", HERE)
         channel = await enter(clients.open_channel(self._sidecar.data))
         self._streams = [clients.open_stream(channel) for _ in range(STREAMS)]
-        self._sender = PlainSender(engines[1].grpc_address)
+        self._engine = engines[1].grpc_address
+        self._sender = ProcessPoolExecutor(1, get_context("spawn"))  # gRPC does not live through a fork
+        self._stack.callback(self._sender.shutdown)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._sender.close()
         for stream in self._streams:
             stream.cancel()
         await self._stack.aclose()
@@ -123,9 +124,10 @@ class Stage:
             await asyncio.sleep(0.05)
 
     async def send_plainly(self) -> None:
-        """Send the same bytes to that engine past the sidecar, from a thread of this process."""
-        message = THREE_HUNDRED_MB.message(1_000_000 + self._rounds)
-        await asyncio.to_thread(self._sender.send, [message])
+        """Send the same bytes to that engine past the sidecar, from a process of their own."""
+        task_id = 1_000_000 + self._rounds
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._sender, send_once, self._engine, THREE_HUNDRED_MB, task_id)
 
     async def stall_ms(self) -> float:
         """Return the longest stall of the sidecar's event loop since this was last asked."""

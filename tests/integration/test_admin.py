@@ -96,7 +96,7 @@ async def test_register_list_show_unregister(admin: Admin, tmp_path: Path) -> No
     assert list(answer.adapter.allow) == ["acme"]
     listed = await admin.adapters.List(pb.ListAdaptersRequest())
     assert [adapter.name for adapter in listed.adapters] == ["sql"]
-    await admin.adapters.Unregister(pb.AdapterRequest(name="sql"))
+    await admin.adapters.Unregister(pb.UnregisterRequest(name="sql"))
     assert not (await admin.adapters.List(pb.ListAdaptersRequest())).adapters
 
 
@@ -118,9 +118,8 @@ async def test_errors_carry_reasons(admin: Admin, tmp_path: Path) -> None:
     assert "did you mean sql" in message
     code, reason, message = await failure(admin.adapters.Register(pb.RegisterRequest(name="x", path="/etc")))
     assert (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "ORIGIN_NOT_ALLOWED")
-    other = str(write_adapter(tmp_path / "other", seed=1))
-    code, reason, message = await failure(admin.adapters.Register(pb.RegisterRequest(name="sql", path=other)))
-    assert (code, reason) == (grpc.StatusCode.ALREADY_EXISTS, "NAME_TAKEN")
+    code, reason, message = await failure(admin.adapters.Rollback(pb.RollbackRequest(name="sql")))
+    assert (code, reason) == (grpc.StatusCode.FAILED_PRECONDITION, "NO_PREVIOUS_VERSION")
     code, reason, message = await failure(admin.backends.Get(pb.BackendRequest(backend="trt-9")))
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_BACKEND")
     assert "trt-0, trt-1" in message

@@ -24,6 +24,7 @@ from sidecar.fronts.auth import TokenInterceptor
 from sidecar.fronts.generate import GatewayService
 from sidecar.plugins import policies_of
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.state.registry import SqliteRegistry
 from tests.cli_runs import Ended, runner
@@ -74,7 +75,9 @@ class Served:
         return await asyncio.to_thread(self.command, *arguments, option, self.address)
 
     async def register(self, name: str, folder: Path, **options: Any) -> None:
-        await self.gateway.register(name, str(write_adapter(folder / name.replace("/", "_"), **options)))
+        await self.gateway.catalogue.register(
+            name, str(write_adapter(folder / name.replace("/", "_"), **options)), Wanted()
+        )
 
 
 async def serve_here(

@@ -18,6 +18,7 @@ from sidecar.emulator.tokens import ByteTokenizer
 from tests.emulated import EngineProcess, channel_to, core_request, running_engine, set_parameter, stream_answers
 from tests.faults import (
     DUMMY,
+    ENDLESS,
     assert_broken_off,
     assert_nothing_left,
     assert_right,
@@ -72,7 +73,7 @@ async def test_a_full_cache_is_loaded_into_again(tmp_path: Path) -> None:
 async def test_a_cache_that_others_fill_is_waited_for(tmp_path: Path) -> None:
     """Another client's running request holds the only page; when it ends, ours is loaded and answered."""
     write_adapters(tmp_path, 1)
-    options = {"lora_host_pages": 1, "max_seq_tokens": 1_000_000, "time_scale": 0.2}
+    options = {"lora_host_pages": 1, **ENDLESS}
     async with running_engine(**DUMMY, **options) as engine, serving([engine], tmp_path) as served:
         async with occupied(engine, adapter=1):
             asking = asyncio.create_task(attempt(served, "a00"))
@@ -87,7 +88,7 @@ async def test_a_failed_page_claim_makes_idle_adapters_absent(tmp_path: Path) ->
     """An adapter too large for what is free wipes the cache and fails; it and the wiped one are loaded, not missed."""
     write_adapters(tmp_path, 1)
     write_adapter(tmp_path / "large", modules=ALL_LINEAR, rank=24)
-    options = {"lora_host_pages": 4, "max_seq_tokens": 1_000_000, "time_scale": 0.2}
+    options = {"lora_host_pages": 4, **ENDLESS}
     async with running_engine(**DUMMY, **options) as engine, serving([engine], tmp_path) as served:
         assert_right(served, await attempt(served, "a00"))
         async with occupied(engine, adapter=1), occupied(engine, 2, adapter=2):
@@ -103,7 +104,7 @@ async def test_a_failed_page_claim_makes_idle_adapters_absent(tmp_path: Path) ->
 async def test_an_engine_that_fails_as_a_whole(tmp_path: Path) -> None:
     """A load fails the engine's step: what had a token ends clearly, what had none is sent once more, and it loads."""
     write_adapters(tmp_path, 2)
-    options = {"fail_step_on_load": ("a01",), "time_scale": 0.2, "max_seq_tokens": 1_000_000}
+    options = {"fail_step_on_load": ("a01",), **ENDLESS}
     async with running_engine(**DUMMY, **options) as engine, serving([engine], tmp_path) as served:
         begun = asyncio.create_task(attempt(served, "a00", 100_000))
         tokenless = asyncio.create_task(attempt(served, "a00", 1000, stream=False))
@@ -123,10 +124,10 @@ async def test_an_engine_that_fails_as_a_whole(tmp_path: Path) -> None:
 async def test_a_full_engine_queue_lowers_the_limit_until_it_recovers(tmp_path: Path) -> None:
     """Others hold seats and queue: we back off with a lower limit; when they leave it grows back to what it was."""
     write_adapters(tmp_path, 1)
-    options = {"seats": 4, "max_queue": 1, "max_seq_tokens": 1_000_000, "time_scale": 0.2}
-    async with running_engine(**DUMMY, **options) as engine, serving([engine], tmp_path) as served:
+    options = {"seats": 4, "max_queue": 1, **ENDLESS}
+    facts = {"engine": {"seats": 4}}
+    async with running_engine(**DUMMY, **options) as engine, serving([engine], tmp_path, backend=facts) as served:
         backend = served.state.backends["trt-0"]
-        backend.facts = backend.facts.__class__(**{**vars(backend.facts), "seats": 4})
         assert_right(served, await attempt(served, "a00"))
         async with occupied(engine, 5):
             asking = asyncio.create_task(attempt(served, "a00"))
@@ -135,7 +136,7 @@ async def test_a_full_engine_queue_lowers_the_limit_until_it_recovers(tmp_path: 
             assert not asking.done()
         assert_right(served, await asking)
         while backend.seats_learned is not None:
-            assert_right(served, await attempt(served, "a00", 1))
+            assert_right(served, await attempt(served, "a00", 1), 1)
         assert set(heals(served)) == {"engine_queue_full"}
         await assert_nothing_left(served)
 
@@ -177,7 +178,7 @@ async def test_a_clients_bad_tensor_is_its_own_and_never_sent_again(tmp_path: Pa
             assert text in answer.error_message
         assert served.recorder.count(Dispatch) == 1
         assert heals(served) == []
-        assert_right(served, await attempt(served, "a00"))
+        assert_right(served, await attempt(served, "a00", stream=not unary))
         await assert_nothing_left(served)
 
 

@@ -20,6 +20,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.fronts import http
 from sidecar.fronts.http import CONNECTIONS_MAX, HEAD_BYTES_MAX, HttpFront
 from sidecar.plugins import policies_of
+from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
@@ -102,7 +103,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     await house.client.aclose()
     await front.stop()
     await gateway.stop()
-    gateway.registry.close()
+    gateway.catalogue.registry.close()
 
 
 async def talk(house: House, sent: bytes) -> bytes:
@@ -120,7 +121,7 @@ async def talk(house: House, sent: bytes) -> bytes:
 async def test_metrics_of_served_requests(house: House, tmp_path: Path) -> None:
     """A scrape after real requests counts them, with the phases of the adapter that was fetched, packed and loaded."""
     write_adapter(tmp_path / "sql")
-    await house.gateway.register("sql", str(tmp_path / "sql"))
+    await house.gateway.catalogue.register("sql", str(tmp_path / "sql"), Wanted())
     assert (await house.generate("sql")).reason is None
     assert (await house.generate()).reason is None
     answer = await house.client.get("/metrics")

@@ -10,7 +10,7 @@ import pytest
 import tritonclient.grpc as triton
 
 from tests.emulated import channel_to, core_request, random_adapter, running_engine, stream_answers
-from tests.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, tensor, tokens_of
+from tests.kserve_clients import DUMMY, aio_client, ask, core_inputs, tensor, tokens_of
 from tests.serving import serving, write_adapters
 
 

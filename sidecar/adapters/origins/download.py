@@ -1,0 +1,125 @@
+"""One file: attempts until it is whole, each going on where the last one got to, then checked and put in place.
+
+What is under way is `<name>.part`; a file with its own name is whole, checked and on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from sidecar.adapters.origins.checksums import Checksum, Running, running
+from sidecar.adapters.origins.failures import Transient, no_room, too_large, unavailable
+from sidecar.adapters.origins.limits import Errand
+from sidecar.adapters.origins.remote import Body, Remote, Resume
+from sidecar.errors import Reason, Refused
+
+
+@dataclass
+class _Part:
+    """What there is of a file, and how it may be gone on with."""
+
+    file: IO[bytes]
+    offset: int = 0
+    furthest: int = 0
+    validator: str = ""
+    checksum: Checksum | None = None
+    running: Running | None = None
+
+    @property
+    def resume(self) -> Resume | None:
+        return Resume(self.offset, self.validator) if self.offset and self.validator else None
+
+
+def download(remote: Remote, file_name: str, directory: Path, bytes_max: int, errand: Errand) -> int:
+    """Bring a file into a directory and return its size. Nothing of it is left behind when that fails.
+
+    Raises Missing, Invalid for what is wrong with it, Refused for what may be right later.
+    """
+    path = directory / f"{file_name}.part"
+    try:
+        with path.open("xb") as file:
+            part = _Part(file)
+            _attempts(remote, file_name, part, bytes_max, errand)
+            file.flush()
+            os.fsync(file.fileno())
+        path.rename(directory / file_name)
+    except BaseException as error:
+        with suppress(FileNotFoundError):
+            path.unlink()
+        if isinstance(error, OSError):
+            raise no_room(f"{file_name} of {errand.origin}", error) from error
+        raise
+    return part.offset
+
+
+def _attempts(remote: Remote, file_name: str, part: _Part, bytes_max: int, errand: Errand) -> None:
+    attempt = failed = 0
+    while True:
+        reached = part.furthest
+        try:
+            with remote.open(file_name, part.resume, attempt) as body:
+                _begin(part, body, file_name, bytes_max, errand)
+                _take(part, body, file_name, bytes_max, errand)
+                _check_whole(part, body, file_name)
+            return
+        except Transient as error:
+            attempt += 1
+            # An attempt that got further than any before it was worth its while.
+            failed = 1 if part.furthest > reached else failed + 1
+            if failed >= errand.limits.attempts_max:
+                raise unavailable(errand.origin, f"{file_name}: {error.why} ({failed} attempts in a row)") from error
+            if error.restart:
+                part.validator = ""
+            errand.pause(failed, error)
+
+
+def _begin(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Errand) -> None:
+    """Make ready for what comes: go on, or throw away what there is."""
+    if body.size_bytes is not None:
+        errand.announce(file_name, body.size_bytes, bytes_max)
+        _check_room(part, body.size_bytes - body.offset, file_name)
+    if body.offset != part.offset or body.offset == 0:
+        errand.advance(body.offset - part.offset)
+        part.file.flush()
+        part.file.seek(body.offset)
+        part.file.truncate()
+        part.offset = body.offset
+        part.running = running(body.checksum, body.size_bytes)
+        part.checksum = body.checksum
+    part.validator = body.validator
+
+
+def _take(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Errand) -> None:
+    assert part.running is not None
+    bound = bytes_max if body.size_bytes is None else body.size_bytes
+    for chunk in body.chunks:
+        if part.offset + len(chunk) > bound:
+            raise too_large(file_name, part.offset + len(chunk), bound)
+        part.file.write(chunk)
+        part.running.update(chunk)
+        part.offset += len(chunk)
+        part.furthest = max(part.furthest, part.offset)
+        errand.advance(len(chunk))
+
+
+def _check_whole(part: _Part, body: Body, file_name: str) -> None:
+    if body.size_bytes is not None and part.offset < body.size_bytes:
+        raise Transient(f"it ended after {part.offset} of {body.size_bytes} bytes")
+    assert part.running is not None
+    if part.checksum is not None and part.running.hexdigest() != part.checksum.value:
+        raise Transient(f"{file_name} does not have the {part.checksum.algorithm} that its origin gives", restart=True)
+
+
+def _check_room(part: _Part, missing_bytes: int, file_name: str) -> None:
+    free_bytes = shutil.disk_usage(Path(part.file.name).parent).free
+    if missing_bytes > free_bytes:
+        raise Refused(
+            Reason.ADAPTER_UNAVAILABLE,
+            f"no room on disk for {file_name}: {missing_bytes} bytes are to come and {free_bytes} are free; free some "
+            "or move the data directory",
+        )

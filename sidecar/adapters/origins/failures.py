@@ -1,0 +1,61 @@
+"""How a download fails: for now (tried again), for good (told at once), or for want of room."""
+
+from __future__ import annotations
+
+import errno
+
+from sidecar.adapters.origins.origin import Origin, without_secrets
+from sidecar.errors import Invalid, Reason, Refused
+
+TEXT_LENGTH_MAX = 300
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Transient(Exception):
+    """An attempt failed and another may not: a cut connection, a server that is busy.
+
+    `retry_after_s` is what the server asked for; `restart` says that what has come so far is of no use.
+    """
+
+    def __init__(self, why: str, retry_after_s: float = 0.0, restart: bool = False) -> None:
+        super().__init__(why)
+        self.why = without_secrets(why)[:TEXT_LENGTH_MAX]
+        self.retry_after_s = retry_after_s
+        self.restart = restart
+
+
+class Missing(Exception):
+    """The origin has no file of that name."""
+
+
+class Stopped(Exception):
+    """Nobody waits for the download any more."""
+
+
+def unreadable(origin: Origin, why: str) -> Invalid:
+    """The origin will not give the file, and asking again will not help."""
+    return Invalid(Reason.ORIGIN_UNREADABLE, f"{origin}: {without_secrets(why)[:TEXT_LENGTH_MAX]}")
+
+
+def unavailable(origin: Origin, why: str) -> Refused:
+    """The origin could not give the file now."""
+    return Refused(Reason.ADAPTER_UNAVAILABLE, f"{origin} could not be fetched: {why}; try again later")
+
+
+def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
+    """More bytes than are allowed, claimed or received."""
+    return Invalid(
+        Reason.ADAPTER_TOO_LARGE,
+        f"{what} has {size_bytes} bytes or more and {bytes_max} are allowed; raise origins.size_bytes_max if it is "
+        "meant to be that large",
+    )
+
+
+def no_room(what: str, error: OSError) -> Refused | OSError:
+    """Return what an error of writing means: the disk is full, or the error itself."""
+    if error.errno not in _NO_ROOM:
+        return error
+    return Refused(
+        Reason.ADAPTER_UNAVAILABLE,
+        f"no room on disk for {what} ({error.strerror}); free some or move the data directory",
+    )

@@ -1,0 +1,119 @@
+"""Where an adapter comes from, as a value: a folder on this machine, or a URL of a folder somewhere else.
+
+A URL is taken apart once and refused if it could be read in two ways (dot segments, encoded slashes, a user
+name), because the allow list compares what was parsed here and the stores open the same parts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+import httpx
+
+from sidecar.adapters.names import shown
+from sidecar.errors import Invalid, Reason
+
+WEB = ("http", "https")
+BUCKETS = ("hf", "s3", "gs", "az")
+PUSHED = "push"
+"""The scheme of what a client sent: `push://<digest>` is a note of where it came from, nothing to fetch."""
+
+SHOWN_LENGTH_MAX = 200
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A folder behind a URL. `host` is a host with its port, a bucket, or the owner of a repository.
+
+    `path` has no slash at either end. `query` goes with every file that is asked for and nowhere else: it may
+    be a signature.
+    """
+
+    scheme: str
+    host: str
+    path: str
+    query: str = ""
+
+    def __str__(self) -> str:
+        """The URL without its query, fit for the registry, a log and a message."""
+        return f"{self.scheme}://{self.host}" + (f"/{self.path}" if self.path else "")
+
+    @property
+    def is_web(self) -> bool:
+        return self.scheme in WEB
+
+    def file(self, name: str) -> Self:
+        """Return the URL of a file in the folder."""
+        return replace(self, path=f"{self.path}/{name}" if self.path else name)
+
+    def is_within(self, prefix: Origin) -> bool:
+        """Whether this is the prefix or lies below it; "/a" is no prefix of "/ab". No host: every host."""
+        if self.scheme != prefix.scheme or (prefix.host and self.host != prefix.host):
+            return False
+        below = self.path.removeprefix(prefix.path) if self.path.startswith(prefix.path) else None
+        # A revision follows a repository's name: hf://owner/name@main/folder.
+        ends = ("/", "@") if self.scheme == "hf" else ("/",)
+        return below is not None and (not prefix.path or not below or below.startswith(ends))
+
+
+def is_url(text: str) -> bool:
+    """Whether a text names something that is not a path of this machine."""
+    return _URL.match(text) is not None
+
+
+def parse_origin(text: str) -> Origin:
+    """Take a URL apart. Raises Invalid(ORIGIN_NOT_ALLOWED) for one that nobody may fetch from."""
+    scheme = text.partition("://")[0].lower()
+    if scheme not in WEB + BUCKETS:
+        raise _refused(text, f'"{scheme[:20]}" is not one of {", ".join(WEB + BUCKETS)}; give one, or a path')
+    if _FORBIDDEN.search(text) or "::" in text:
+        raise _refused(text, "it has spaces, control characters, backslashes or '::'; percent-encode them")
+    parts = urlsplit(text)
+    if "@" in parts.netloc:
+        raise _refused(text, "a URL with a user name is not taken; put credentials where the store's own tools look")
+    path = parts.path.strip("/")
+    _check_path(text, path, encoded_slashes=scheme == "hf")
+    if scheme in WEB:
+        return Origin(scheme, _web_host(text), path, parts.query)
+    if not parts.netloc:
+        raise _refused(text, "it names no bucket or repository")
+    return Origin(scheme, parts.netloc, path)
+
+
+def parse_prefix(text: str) -> Origin:
+    """Take apart what an allow list names: as an origin, but `https://` alone stands for every host."""
+    scheme, _, rest = text.partition("://")
+    return Origin(scheme, "", "") if scheme in WEB + BUCKETS and not rest else parse_origin(text)
+
+
+def without_secrets(text: str) -> str:
+    """Return a foreign text with the query and the user name cut out of each URL in it."""
+    return re.sub(r"(\w+://)(?:[^\s/@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+
+
+def _check_path(text: str, path: str, encoded_slashes: bool) -> None:
+    decoded = unquote(path)
+    if not encoded_slashes and ("\\" in decoded or decoded.count("/") != path.count("/")):
+        raise _refused(text, "its path has encoded slashes")
+    if path and any(segment in ("", ".", "..") for segment in decoded.split("/")):
+        raise _refused(text, "its path has empty, '.' or '..' segments")
+
+
+def _web_host(text: str) -> str:
+    """Return host:port as it will be asked: lower case, international names encoded, default port left out."""
+    try:
+        url = httpx.URL(text)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise _refused(text, f"it is not a URL ({error})") from error
+    if not url.host:
+        raise _refused(text, "it names no host")
+    return url.netloc.decode("ascii").rpartition("@")[2].lower()
+
+
+def _refused(text: str, why: str) -> Invalid:
+    return Invalid(Reason.ORIGIN_NOT_ALLOWED, f"origin {shown(without_secrets(text), SHOWN_LENGTH_MAX)}: {why}")

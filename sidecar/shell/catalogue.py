@@ -1,0 +1,204 @@
+"""What operators do with names: register, stage, promote, roll back, refresh, pin, unregister.
+
+The registry writes it down first; then the core is told, in one step, so a name switches atomically: what was received
+before keeps its version, what comes after the call has returned gets the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import time
+
+from sidecar.adapters.names import check_name
+from sidecar.adapters.registration import Registration, read_registration
+from sidecar.core import events as ev
+from sidecar.core.admission import unknown_adapter
+from sidecar.core.facts import misfit, packed_size_bytes
+from sidecar.core.state import State
+from sidecar.errors import Invalid, Reason
+from sidecar.state import records
+from sidecar.state.records import Record
+from sidecar.state.registry import Registry
+
+DRAIN_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a registration asks for beside the content. `hold_s` lets a change of a name that another manages stand."""
+
+    allow: tuple[str, ...] = ()
+    pin: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
+    stage: bool = False
+    managed_by: str = "cli"
+    hold_s: float = 0.0
+
+
+class Catalogue:
+    """The names of one sidecar. `step` gives the core an event at once."""
+
+    def __init__(
+        self, registry: Registry, state: Callable[[], State], step: Callable[[ev.Event], None], roots: Sequence[Path]
+    ) -> None:
+        self.registry = registry
+        self.roots = [root.resolve() for root in roots]
+        self._state = state
+        self._step = step
+
+    def announce(self) -> None:
+        """Tell the core of every name that is written down."""
+        for record in self.registry.all():
+            self._step(record.event())
+
+    def known(self, name: str) -> Record:
+        """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
+        record = self.registry.get(name)
+        if record is None:
+            raise unknown_adapter(self._state(), name)
+        return record
+
+    async def register(self, name: str, path: str, wanted: Wanted) -> tuple[Record, bool]:
+        """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
+
+        Raises Invalid with what is wrong with the name, the path or the files; nothing is left behind then.
+        """
+        check_name(name)
+        directory = self._allowed(name, path)
+        registration = await asyncio.to_thread(read_registration, name, directory)
+        self._fits_the_store(name, registration)
+        self._fits_a_backend(name, registration)
+        before = self.registry.get(name)
+        if before is not None:
+            before = self._taken_over(before, wanted)
+        record, _ = records.added(
+            before,
+            name,
+            registration.adapter,
+            str(directory),
+            now=time(),
+            labels=wanted.labels,
+            stage=wanted.stage,
+        )
+        record = replace(
+            record,
+            allow=wanted.allow or record.allow,
+            pinned=wanted.pin or record.pinned,
+            managed_by=wanted.managed_by if before is None else record.managed_by,
+        )
+        if record == self.registry.get(name):
+            return record, True
+        self._put(record)
+        return record, False
+
+    def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
+        """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
+        record = self._taken_over(self.known(name), Wanted(hold_s=hold_s))
+        return self._put(records.promoted(record, self._ordinal(record, selector), percent))
+
+    def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
+        """Undo the last promotion."""
+        return self._put(records.rolled_back(self._taken_over(self.known(name), Wanted(hold_s=hold_s))))
+
+    def refresh(self, name: str, selector: str = "") -> Record:
+        """Have every engine take a fresh copy of a version, the current one by default."""
+        record = self.known(name)
+        ordinal = self._ordinal(record, selector) if selector else record.current
+        return self._put(records.refreshed(record, ordinal))
+
+    def set_pin(self, name: str, pinned: bool) -> Record:
+        return self._put(replace(self.known(name), pinned=pinned))
+
+    async def unregister(self, name: str, hold_s: float = 0.0) -> None:
+        """Take nothing new for a name, wait until what is here for it has ended, then forget it."""
+        self._taken_over(self.known(name), Wanted(hold_s=hold_s))
+        self._step(ev.AdapterUnregistered(name))
+        while any(request.view.name == name for request in self._state().requests.values()):
+            await asyncio.sleep(DRAIN_POLL_S)
+        if name not in self._state().names:  # somebody may have registered it anew in the meantime
+            self.registry.delete(name)
+
+    def release(self, name: str) -> None:
+        """Lift the quarantine of a name's version."""
+        self.known(name)
+        self._step(ev.ReleaseAsked(name))
+
+    def _put(self, record: Record) -> Record:
+        if record != self.registry.get(record.name):
+            self.registry.put(record)
+            self._step(record.event())
+        return record
+
+    def _ordinal(self, record: Record, selector: str) -> int:
+        """Return the ordinal that "v8" or the start of a digest selects."""
+        if selector.startswith("v") and selector[1:].isdigit():
+            return record.of(int(selector[1:])).ordinal
+        for version in reversed(record.versions):
+            if len(selector) >= 8 and version.adapter.digest.startswith(selector):
+                return version.ordinal
+        has = ", ".join(f"v{version.ordinal} ({version.adapter.digest[:12]})" for version in record.versions)
+        raise Invalid(
+            Reason.INVALID_NAME, f'{record.name} has no version "{selector[:80]}"; it has {has}', adapter=record.name
+        )
+
+    def _taken_over(self, record: Record, wanted: Wanted) -> Record:
+        """Return the record as the asker may change it: who declares a name has the say, unless it is held."""
+        if wanted.managed_by == record.managed_by:
+            if wanted.managed_by == "config" and time() < record.held_until:
+                raise Invalid(
+                    Reason.MANAGED_ELSEWHERE,
+                    f"{record.name} is held by an operator and stays as it is for another "
+                    f"{record.held_until - time():.0f} s",
+                    adapter=record.name,
+                )
+            return record
+        if wanted.hold_s > 0:
+            return replace(record, held_until=time() + wanted.hold_s)
+        if time() < record.held_until:
+            return record
+        if record.managed_by in ("cli", "push"):
+            return replace(record, managed_by=wanted.managed_by)
+        raise Invalid(
+            Reason.MANAGED_ELSEWHERE,
+            f"{record.name} is managed by {record.managed_by} and would be set back; change it there, or override it "
+            "for a while with --hold DURATION",
+            adapter=record.name,
+        )
+
+    def _allowed(self, name: str, path: str) -> Path:
+        resolved = Path(path).expanduser().resolve()
+        if not any(resolved.is_relative_to(root) for root in self.roots):
+            roots = ", ".join(str(root) for root in self.roots) or "none are configured"
+            raise Invalid(
+                Reason.ORIGIN_NOT_ALLOWED,
+                f"{name}: {path} is outside the allowed roots ({roots}); move it there or add its folder to "
+                "adapters.roots",
+                adapter=name,
+            )
+        return resolved
+
+    def _fits_the_store(self, name: str, registration: Registration) -> None:
+        budget = self._state().config.store_bytes
+        layouts = [backend.facts.layout for backend in self._state().backends.values()]
+        sizes = [packed_size_bytes(registration.adapter.rows, layout) for layout in layouts]
+        if sizes and min(sizes) > budget:
+            raise Invalid(
+                Reason.ADAPTER_TOO_LARGE,
+                f"{name}: packed it takes {min(sizes)} bytes and the host store holds {budget}; raise "
+                "store.memory_bytes",
+                adapter=name,
+            )
+
+    def _fits_a_backend(self, name: str, registration: Registration) -> None:
+        """Refuse what no configured backend can serve, as far as is known, before a GPU sees it."""
+        backends = self._state().backends
+        unfit = [misfit(registration.adapter, backend.facts) for backend in backends.values()]
+        if unfit and all(unfit):
+            first, backend = unfit[0], next(iter(backends))
+            assert first is not None
+            raise Invalid(
+                Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {first.sentence}", adapter=name
+            )

@@ -1,0 +1,161 @@
+"""Who a Triton client is: by what it says, by its certificate, or nobody; and what that opens to it."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from sidecar.core.effects import Settle
+from sidecar.shell.catalogue import Wanted
+from tests.emulated import core_request, running_engine
+from tests.kserve_clients import CORE, DUMMY, Told, aio_client, ask, core_inputs, in_thread, sync_stream, sync_told
+from tests.serving import serving, write_adapters
+
+NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by the openssl CLI")
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+
+
+@dataclass
+class Authority:
+    """A certificate authority of the test's own, and the files it signed."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    async def found(self) -> None:
+        await openssl(
+            self.folder, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem",
+            "-subj", "/CN=test authority", "-days", "2",
+        )  # fmt: skip
+
+    async def sign(self, name: str, alternative: str = "") -> tuple[Path, Path]:
+        """Return key and certificate of a name; `alternative` becomes its subject alternative name."""
+        key, request, certificate = (f"{name}.{end}" for end in ("key", "csr", "pem"))
+        await openssl(
+            self.folder, "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}"
+        )
+        extensions: tuple[str, ...] = ()
+        if alternative:
+            (self.folder / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")
+            extensions = ("-extfile", f"{name}.ext")
+        await openssl(
+            self.folder, "x509", "-req", "-in", request, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+            "-out", certificate, "-days", "2", *extensions,
+        )  # fmt: skip
+        return self.folder / key, self.folder / certificate
+
+
+async def openssl(folder: Path, *arguments: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "openssl", *arguments, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, words = await process.communicate()
+    assert process.returncode == 0, words.decode()
+
+
+async def test_a_tenant_by_its_own_word(tmp_path: Path) -> None:
+    """From the request's parameter or the call's metadata; an allow list turns the others away, on every front."""
+    write_adapters(tmp_path, 2)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        await served.sidecar.gateway.catalogue.register("a00", str(tmp_path / "a00"), Wanted(allow=("blue",)))
+        told = await ask(client, name="a00", parameters={"lora_tenant": "blue"})
+        assert told.tokens() == served.expected("a00", 4)
+        told = await ask(client, name="a00", headers={"lora-tenant": "blue"})
+        assert told.tokens() == served.expected("a00", 4)
+        for refused in (
+            await ask(client, name="a00"),
+            await ask(client, name="a00", parameters={"lora_tenant": "red"}, headers={"lora-tenant": "blue"}),
+        ):
+            assert '[NOT_ALLOWED] tenant "' in refused.errors[0]
+            assert 'may not use adapter "a00"' in refused.errors[0]
+        assert (await ask(client, name="a01")).tokens() == served.expected("a01", 4)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.ask("a00")
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert (await served.ask("a00", tenant="blue")).tokens == served.expected("a00", 4)
+        outcomes = [(settle.tenant, settle.outcome.value) for settle in served.recorder.of(Settle)]
+        assert outcomes.count(("blue", "ok")) == 3
+
+
+async def test_no_tenants_at_all(tmp_path: Path) -> None:
+    """`tenant_from: none` ignores what clients say of themselves."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path, tenant_from="none") as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        told = await ask(client, name="a00", parameters={"lora_tenant": "blue"}, headers={"lora-tenant": "red"})
+        assert told.tokens() == served.expected("a00", 4)
+        assert [settle.tenant for settle in served.recorder.of(Settle)] == [""]
+
+
+@NEEDS_OPENSSL
+async def test_a_tenant_by_its_certificate(tmp_path: Path) -> None:
+    """On a TLS listener with a client CA the certificate's name decides, whatever the client says; both clients."""
+    write_adapters(tmp_path, 2)
+    authority = Authority(tmp_path)
+    await authority.found()
+    key, certificate = await authority.sign("server", "IP:127.0.0.1")
+    tls = {"certificate": str(certificate), "key": str(key), "ca": str(authority.ca)}
+    blue, red = await authority.sign("blue"), await authority.sign("red", "DNS:red.example,DNS:blue")
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving(
+            [engine],
+            tmp_path,
+            tenant_from="certificate",
+            listeners={
+                "data": {"address": "127.0.0.1:0", "tls": tls},
+                "admin": {"address": "127.0.0.1:0"},
+                "http": {"address": "127.0.0.1:0"},
+            },
+        ) as served,
+    ):
+        await served.sidecar.gateway.catalogue.register("a00", str(tmp_path / "a00"), Wanted(allow=("blue",)))
+        address = served.sidecar.data_address
+        async with aio_client(address, **certificates(authority, blue)) as client:
+            told = await ask(client, name="a00", parameters={"lora_tenant": "red"})
+            assert (told.errors, told.tokens()) == ([], served.expected("a00", 4))
+        async with aio_client(address, **certificates(authority, red)) as client:
+            told = await ask(client, name="a00", parameters={"lora_tenant": "blue"}, headers={"lora-tenant": "blue"})
+            assert 'tenant "red.example" may not use adapter "a00"' in told.errors[0]
+
+        def program() -> Told:
+            with sync_stream(address, **certificates(authority, blue)) as (client, answers):
+                client.async_stream_infer(CORE, core_inputs(), parameters={"lora_name": "a00"})
+                return sync_told(answers, 1)
+
+        assert (await in_thread(program)).tokens() == served.expected("a00", 4)
+
+        root = grpc.ssl_channel_credentials(authority.ca.read_bytes())
+        async with grpc.aio.secure_channel(address, root) as channel:
+            call: Any = channel.stream_stream(STREAM)(iter([core_request().SerializeToString()]))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert [settle.tenant for settle in served.recorder.of(Settle)] == ["blue", "red.example", "blue"]
+
+
+def certificates(authority: Authority, pair: tuple[Path, Path]) -> dict[str, Any]:
+    """Return the options of a Triton client that shows a certificate."""
+    key, certificate = pair
+    return {
+        "ssl": True,
+        "root_certificates": str(authority.ca),
+        "private_key": str(key),
+        "certificate_chain": str(certificate),
+    }

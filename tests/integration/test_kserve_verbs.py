@@ -1,0 +1,314 @@
+"""KServe's other verbs through the sidecar: health, shared memory of the clients' own, and who may ask what where."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from google.protobuf import descriptor_pool, json_format, message_factory
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from tritonclient.utils import InferenceServerException
+
+from sidecar.core.words import Phase
+from tests.emulated import EngineProcess, running_engine, start_engine
+from tests.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
+from tests.serving import Serving, serving, until, write_adapters
+
+SERVICE = "/inference.GRPCInferenceService"
+ADMIN_ONLY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+
+
+@contextmanager
+def region_of(array: np.ndarray[Any, Any]) -> Iterator[SharedMemory]:
+    """Put an array into a region of shared memory that a client might have made."""
+    memory = SharedMemory(f"lora_test_{secrets.token_hex(6)}", create=True, size=array.nbytes)
+    try:
+        memory.buf[: array.nbytes] = array.tobytes()
+        yield memory
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+def in_region(region: str, name: str, array: np.ndarray[Any, Any], datatype: str) -> triton.InferInput:
+    made = triton.InferInput(name, list(array.shape), datatype)
+    made.set_shared_memory(region, array.nbytes)
+    return made
+
+
+PROMPT = np.array([[256, 1, 2]], np.int32)
+
+
+def inputs_in(region: str) -> list[triton.InferInput]:
+    """Return a core request whose prompt lies in shared memory."""
+    return [in_region(region, "input_ids", PROMPT, "INT32"), *core_inputs(prompt=3)[1:]]
+
+
+async def test_a_clients_own_shared_memory(tmp_path: Path) -> None:
+    """Registered through the sidecar with every engine; hit and miss, mixed with raw tensors, and alone."""
+    write_adapters(tmp_path, 2)
+    async with (
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        serving([one, two], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        with region_of(PROMPT) as memory:
+            await client.register_system_shared_memory("prompt", memory.name, PROMPT.nbytes)
+            status = await client.get_system_shared_memory_status()
+            assert list(status.regions) == ["prompt"]
+            asks = [ask(client, name=name, inputs=inputs_in("prompt")) for name in ("a00", "a01") * 20]
+            for name, told in zip(("a00", "a01") * 20, await asyncio.gather(*asks), strict=True):
+                assert (told.errors, told.tokens()) == ([], served.expected(name, 4))
+            flags = [tensor("return_num_input_tokens", [[True]], bool)]
+            told = await ask(client, name="a00", inputs=inputs_in("prompt") + flags)
+            assert triton.InferResult(told.responses[-1]).as_numpy("num_input_tokens").tolist() == [[3]]
+            await client.unregister_system_shared_memory("prompt")
+            for engine in (one, two):
+                async with aio_client(engine.grpc_address) as direct:
+                    assert not (await direct.get_system_shared_memory_status()).regions
+        told = await ask(client, name="a00", inputs=inputs_in("prompt"))
+        assert "Unable to find shared memory region: 'prompt'" in told.errors[0]
+        with pytest.raises(InferenceServerException, match="Unable to open shared memory region"):
+            await client.register_system_shared_memory("prompt", "nowhere", 12)
+
+
+async def test_the_last_tensors_in_shared_memory(tmp_path: Path) -> None:
+    """Without raw contents the task id is the only one; with the prompt's tensor last it still finds its place."""
+    write_adapters(tmp_path, 1)
+    numbers = np.array([3, 4], np.int32)
+    flags = np.array([1, 1], np.uint8)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        everything = np.frombuffer(PROMPT.tobytes() + numbers.tobytes() + flags.tobytes(), np.uint8)
+        with region_of(everything) as memory:
+            await client.register_system_shared_memory("all", memory.name, everything.nbytes)
+            places = (
+                ("input_ids", "INT32", (1, 3), 12),
+                ("input_lengths", "INT32", (1, 1), 4),
+                ("request_output_len", "INT32", (1, 1), 4),
+                ("streaming", "BOOL", (1, 1), 1),
+                ("exclude_input_in_output", "BOOL", (1, 1), 1),
+            )
+            inputs, offset = [], 0
+            for name, datatype, shape, size in places:
+                made = triton.InferInput(name, list(shape), datatype)
+                made.set_shared_memory("all", size, offset)
+                inputs.append(made)
+                offset += size
+            for chosen in (inputs, inputs[::-1], [*inputs[1:], tensor("end_id", [[-1]], np.int32), inputs[0]]):
+                told = await ask(client, name="a00", inputs=chosen)
+                assert (told.errors, told.tokens()) == ([], served.expected("a00", 4))
+            await client.unregister_system_shared_memory()
+            assert not (await client.get_system_shared_memory_status()).regions
+
+
+async def test_regions_survive_an_engines_restart(tmp_path: Path) -> None:
+    """An engine killed and started cold has its clients' regions again, and the clients did nothing."""
+    write_adapters(tmp_path, 1)
+    async with (
+        EngineProcess("--compute", "none") as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        with region_of(PROMPT) as memory:
+            await client.register_system_shared_memory("prompt", memory.name, PROMPT.nbytes)
+            assert (await ask(client, name="a00", inputs=inputs_in("prompt"))).errors == []
+            await engine.kill()
+            waiting = asyncio.create_task(ask(client, name="a00", inputs=inputs_in("prompt")))
+            await engine.start()
+            told = await waiting
+            assert (told.errors, told.tokens()) == ([], served.expected("a00", 4))
+
+
+async def test_an_engine_that_forgets_its_regions_is_given_them_again(tmp_path: Path) -> None:
+    """Its error is healed before the client sees it."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(engine.grpc_address) as direct,
+    ):
+        with region_of(PROMPT) as memory:
+            await client.register_system_shared_memory("prompt", memory.name, PROMPT.nbytes)
+            await direct.unregister_system_shared_memory()
+            told = await ask(client, name="a00", inputs=inputs_in("prompt"))
+            assert (told.errors, told.tokens()) == ([], served.expected("a00", 4))
+            assert told.last["lora_heals"] == 1
+
+
+async def test_an_engine_that_was_down_hears_of_regions_later(tmp_path: Path) -> None:
+    """What was registered while it was away is registered with it when it comes, and then what was unregistered."""
+    write_adapters(tmp_path, 1)
+    async with start_stopped(tmp_path) as (served, restart, client):
+        with region_of(PROMPT) as memory:
+            await client.register_system_shared_memory("prompt", memory.name, PROMPT.nbytes)
+            await client.register_system_shared_memory("other", memory.name, PROMPT.nbytes)
+            await client.unregister_system_shared_memory("other")
+            late = await restart()
+            await until(lambda: served.state.backends["trt-1"].phase is Phase.UP)
+            async with aio_client(late.grpc_address) as direct:
+
+                async def regions() -> list[str]:
+                    return list((await direct.get_system_shared_memory_status()).regions)
+
+                async with asyncio.timeout(60):
+                    while await regions() != ["prompt"]:
+                        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def start_stopped(tmp_path: Path) -> AsyncIterator[Any]:
+    """Serve two engines of which the second is down; give what starts it again on its port."""
+    async with running_engine(**DUMMY) as one:
+        two = await start_engine(**DUMMY)
+        port = int(two.grpc_address.rpartition(":")[2])
+        started: list[Any] = []
+
+        async def restart() -> Any:
+            started.append(await start_engine(**DUMMY, grpc_port=port))
+            return started[0]
+
+        async with serving([one, two], tmp_path) as served, aio_client(served.sidecar.data_address) as client:
+            await two.stop()
+            await until(lambda: served.state.backends["trt-1"].phase is Phase.DOWN)
+            yield served, restart, client
+        for engine in started:
+            await engine.stop()
+
+
+async def test_read_only_verbs_pass_to_an_engine(tmp_path: Path) -> None:
+    """Metadata, configuration, statistics and readiness are the engine's own, errors too."""
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(engine.grpc_address) as direct,
+    ):
+        assert await client.is_server_live()
+        assert await client.is_server_ready()
+        assert await client.is_model_ready(CORE)
+        assert not await client.is_model_ready("nothing")
+        assert await client.get_server_metadata() == await direct.get_server_metadata()
+        assert await client.get_model_metadata(CORE) == await direct.get_model_metadata(CORE)
+        assert await client.get_model_config(CORE) == await direct.get_model_config(CORE)
+        statistics = await client.get_inference_statistics()
+        assert [model.name for model in statistics.model_stats] == [CORE, "ensemble"]
+        with pytest.raises(InferenceServerException, match="Request for unknown model: 'nothing' is not found"):
+            await client.get_model_metadata("nothing")
+
+        def program() -> bool:
+            with triton.InferenceServerClient(served.sidecar.data_address) as blocking:
+                return bool(blocking.is_server_ready()) and bool(blocking.is_model_ready(CORE))
+
+        assert await in_thread(program)
+
+
+async def test_server_ready_is_false_when_no_backend_is_up(tmp_path: Path) -> None:
+    """Live, but not ready; the other verbs say that no backend is up; then all is well again."""
+    engine = await start_engine(**DUMMY)
+    port = int(engine.grpc_address.rpartition(":")[2])
+    async with serving([engine], tmp_path) as served, aio_client(served.sidecar.data_address) as client:
+        await engine.stop()
+        await until(lambda: served.state.backends["trt-0"].phase is Phase.DOWN)
+        assert await client.is_server_live()
+        assert not await client.is_server_ready()
+        for call in (client.get_server_metadata(), client.register_system_shared_memory("x", "y", 1)):
+            with pytest.raises(InferenceServerException, match="no backend is up"):
+                await call
+        async with running_engine(**DUMMY, grpc_port=port):
+            await until(lambda: served.state.backends["trt-0"].phase is Phase.UP)
+            assert await client.is_server_ready()
+
+
+async def test_a_verb_goes_to_another_backend_when_one_just_died(tmp_path: Path) -> None:
+    """The one that is believed up and is not does not fail a question that any other can answer."""
+    one = await start_engine(**DUMMY)
+    async with running_engine(**DUMMY) as two, serving([one, two], tmp_path) as served:
+        await one.stop()
+        served.state.backends["trt-0"].phase = Phase.UP
+        async with aio_client(served.sidecar.data_address) as client:
+            assert (await client.get_server_metadata()).name == "triton"
+
+
+async def test_admin_verbs_are_on_the_admin_listener_only(tmp_path: Path) -> None:
+    """On the data listener they do not exist; on the admin one they are the engine's."""
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
+        for verb in ADMIN_ONLY:
+            error = await status_of(served.channel.unary_unary(f"{SERVICE}/{verb}")(b""))
+            assert (error.code(), error.details()) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        for inference in ("ModelInfer", "SystemSharedMemoryRegister"):
+            error = await status_of(served.admin_channel.unary_unary(f"{SERVICE}/{inference}")(b""))
+            assert error.details() == "Method not found!"
+        async with aio_client(served.sidecar.admin_address) as admin:
+            index = await admin.get_model_repository_index()
+            assert [model.name for model in index.models] == [CORE, "ensemble"]
+            with pytest.raises(InferenceServerException, match="does not offer log settings"):
+                await admin.get_log_settings()
+
+
+class Curl:
+    """What `grpcurl` does: learn a service by reflection, call it with JSON, print JSON."""
+
+    def __init__(self, reflecting: str, address: str) -> None:
+        self._reflected = grpc.insecure_channel(reflecting)
+        self._channel = self._reflected if address == reflecting else grpc.insecure_channel(address)
+        self._database = ProtoReflectionDescriptorDatabase(self._reflected)
+        self._pool = descriptor_pool.DescriptorPool(self._database)
+
+    def services(self) -> list[str]:
+        return list(self._database.get_services())
+
+    def call(self, service: str, method: str, request: dict[str, Any]) -> list[dict[str, Any]]:
+        found = self._pool.FindServiceByName(service).FindMethodByName(method)
+        asked = json_format.ParseDict(request, message_factory.GetMessageClass(found.input_type)())
+        kind = self._channel.unary_stream if found.server_streaming else self._channel.unary_unary
+        answer = message_factory.GetMessageClass(found.output_type)
+        reply = kind(
+            f"/{service}/{method}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=answer.FromString,
+        )(asked)
+        return [json_format.MessageToDict(message) for message in (reply if found.server_streaming else [reply])]
+
+    def close(self) -> None:
+        self._channel.close()
+        self._reflected.close()
+
+
+async def test_a_client_that_knows_nothing_but_reflection(tmp_path: Path) -> None:
+    """As grpcurl works: list the services, list the adapters, generate; schemas from the admin listener."""
+    write_adapters(tmp_path, 2)
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
+        services, adapters, answers = await in_thread(lambda: curl(served))
+        assert {"lorasidecar.v1.Gateway", "lorasidecar.v1.Adapters", "lorasidecar.v1.Backends"} <= set(services)
+        assert [adapter["name"] for adapter in json.loads(json.dumps(adapters))["adapters"]] == ["a00", "a01"]
+        text = "".join(answer.get("text", "") for answer in answers)
+        assert list(text.encode()) == served.expected("a01", 4)
+        assert answers[-1]["origin"]["version"] == "a01@v1"
+
+
+def curl(served: Serving) -> tuple[list[str], dict[str, Any], list[dict[str, Any]]]:
+    admin, data = served.sidecar.admin_address, served.sidecar.data_address
+    tools = [Curl(admin, admin), Curl(admin, data)]
+    try:
+        (adapters,) = tools[0].call("lorasidecar.v1.Adapters", "List", {})
+        request = {"adapter": "a01", "text": "hello", "maxTokens": 4}
+        return tools[0].services(), adapters, tools[1].call("lorasidecar.v1.Gateway", "Generate", request)
+    finally:
+        for tool in tools:
+            tool.close()
