@@ -52,6 +52,7 @@ def policies_of(config: CoreConfig) -> Policies:
     """Return the makers of the policies that a configuration names."""
     return Policies(
         eviction=resolve("eviction", config.eviction),
+        disk_eviction=resolve("eviction", config.disk_eviction),
         ordering=resolve("ordering", config.ordering),
         routing=resolve("routing", config.routing),
     )

@@ -7,6 +7,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import np_to_triton_dtype
 
 from sidecar.emulator.tokens import BOS
+from sidecar.proto import admin_pb2
 
 CORE, ENSEMBLE = "tensorrt_llm", "ensemble"
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -229,3 +231,10 @@ async def status_of(call: Any) -> grpc.aio.AioRpcError:
     except grpc.aio.AioRpcError as error:
         return error
     raise AssertionError("the call succeeded")
+
+
+async def restrict(served: Any, folder: Path, tenant: str) -> None:
+    """Let only one tenant use the adapter of a folder, under the folder's name, whatever manages it."""
+    await served.adapters.Register(
+        admin_pb2.RegisterRequest(name=folder.name, path=str(folder), allow=[tenant], hold_s=3600)
+    )

@@ -44,12 +44,12 @@ class Sieve:
         self._places.place(key, (lap + 1, number))
 
     def on_remove(self, key: str, now_ns: int) -> None:
-        is_head = next(reversed(self._queue)) == key
         lap, number = max(self._hand, self._places[key])
         del self._queue[key]
         self._places.remove(key)
-        # From the head the hand goes back to the tail at once: what arrives later waits until it has come round.
-        self._hand = (lap + 1, -1) if is_head else (lap, number)
+        # Past the head the hand is at the tail at once: what arrives later waits until it has come round.
+        is_past_the_head = not self._queue or number > self._queue[next(reversed(self._queue))]
+        self._hand = (lap + 1, -1) if is_past_the_head else (lap, number)
 
     def victims(self, now_ns: int) -> Iterator[str]:
         yield from self._places

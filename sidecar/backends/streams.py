@@ -81,13 +81,17 @@ class Run:
         self.ticket = ticket
         self.tokens = 0
         self.cancelled = False
-        self.waits_for_client = False
+        self._blocked: asyncio.Task[None] | None = None
         self._post = post
         self._heard = heard
         self._broken = broken
         self._call: Any = None
         self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
+
+    @property
+    def waits_for_client(self) -> bool:
+        return self._blocked is not None
 
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
@@ -98,6 +102,8 @@ class Run:
         self.cancelled = True
         if self._call is not None:
             self._call.cancel()
+        if self._blocked is not None:
+            self._blocked.cancel()  # its client may be gone, and then nobody takes from the ticket any more
 
     def abandon(self) -> None:
         """End a run that was cancelled."""
@@ -129,9 +135,9 @@ class Run:
 
     async def _room(self) -> None:
         """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
-        self.waits_for_client = True
-        await self.ticket.room()
-        self.waits_for_client = False
+        self._blocked = asyncio.create_task(self.ticket.room())
+        await self._blocked
+        self._blocked = None
         self._heard(self.effect.request, 0)
 
     def _take(self, raw: bytes) -> bool:
@@ -147,19 +153,16 @@ class Run:
             self._heard(self.effect.request, 0)
             self._failed(faults.classify(message.error_message), message.error_message)
             return True
-        tokens = wire.output_tokens(response)
-        final = wire.is_final(response.parameters)
-        self._count(tokens, final)
-        self.ticket.deliver(Reply(raw, response, final))
-        if final:
-            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
-        return final
-
-    def _count(self, tokens: int, final: bool) -> None:
-        if tokens and not self.tokens and not final:
-            self._post(FirstToken(self.effect.request, self.effect.attempt))
+        tokens, final = wire.output_tokens(response), wire.is_final(response.parameters)
+        is_first = tokens > 0 and self.tokens == 0
         self.tokens += tokens
         self._heard(self.effect.request, tokens)
+        self.ticket.deliver(Reply(raw, response, final))  # before the core hears of it: the client is served first
+        if final:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        elif is_first:
+            self._post(FirstToken(self.effect.request, self.effect.attempt))
+        return final
 
     async def unary(self, channel: grpc.aio.Channel) -> None:
         """Run as one `ModelInfer` call."""

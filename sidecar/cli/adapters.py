@@ -157,7 +157,7 @@ def _print_places(answer: Any, as_json: bool) -> None:
 @admin_command(app, "unregister")
 def unregister(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Forget a name. Requests under way are answered."""
-    answer = client.ask(client.adapters.Unregister, pb.AdapterRequest(name=name))
+    answer = client.ask(client.adapters.Unregister, pb.UnregisterRequest(name=name))
     if as_json:
         print_json(answer)
     else:

@@ -114,13 +114,18 @@ def golden_trace(length: int = 2000, keys: int = 32, seed: int = 1) -> list[tupl
 
 def misses_of(policy: Any, trace: list[tuple[str, int]], capacity_bytes: int) -> int:
     """Return how often a cache of so many bytes under this policy has not got what is asked for."""
+    return len(misses_at(policy, trace, capacity_bytes))
+
+
+def misses_at(policy: Any, trace: list[tuple[str, int]], capacity_bytes: int) -> list[int]:
+    """Return the positions in the trace at which that is so."""
     held: dict[str, int] = {}
-    misses = 0
+    misses = []
     for now_ns, (key, size_bytes) in enumerate(trace):
         if key in held:
             policy.on_hit(key, now_ns)
             continue
-        misses += 1
+        misses.append(now_ns)
         for victim in list(policy.victims(now_ns)):
             if sum(held.values()) + size_bytes <= capacity_bytes:
                 break

@@ -107,6 +107,7 @@ def restore(record: Any, policies: Policies) -> Core:
     held = decode(record)
     core = Core(held.config, policies)
     held.store.policy = _restored(policies.eviction(), held.store.policy)
+    held.disk.policy = _restored(policies.disk_eviction(), held.disk.policy)
     held.routing = _restored(policies.routing(), held.routing)
     for backend in held.backends.values():
         backend.ordering = _restored(policies.ordering(), backend.ordering)

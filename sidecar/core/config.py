@@ -22,6 +22,8 @@ class CoreConfig:
     """
 
     store_bytes: int = 4 << 30
+    disk_bytes: int = 0
+    """0 is no disk tier."""
     fetches_max: int = 4
     queued_max: int = 50_000
     queued_tokens_max: int = 1 << 31
@@ -36,5 +38,6 @@ class CoreConfig:
     base_requests: bool = True
     classes: dict[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
     eviction: str = "lru"
+    disk_eviction: str = "lru"
     ordering: str = "skip"
     routing: str = "resident_first"

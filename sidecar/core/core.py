@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.views import Eviction, Ordering, Routing
-from sidecar.core import admission, dispatching, fetching, healing, operators
+from sidecar.core import admission, disk, dispatching, fetching, healing, operators
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
@@ -26,9 +26,10 @@ from sidecar.errors import Reason
 
 @dataclass(frozen=True)
 class Policies:
-    """Makers of the three policies that were chosen by name."""
+    """Makers of the policies that were chosen by name."""
 
     eviction: Callable[[], Eviction]
+    disk_eviction: Callable[[], Eviction]
     ordering: Callable[[], Ordering]
     routing: Callable[[], Routing]
 
@@ -41,6 +42,7 @@ class Core:
         self.state = State(
             config=config,
             store=StoreIndex(config.store_bytes, policies.eviction()),
+            disk=StoreIndex(config.disk_bytes, policies.disk_eviction()),
             routing=policies.routing(),
         )
 
@@ -207,6 +209,9 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.BackendLost: healing.backend_lost,
     ev.Fetched: fetching.fetched,
     ev.FetchFailed: fetching.fetch_failed,
+    ev.Spilled: disk.spilled,
+    ev.SpillFailed: disk.spill_failed,
+    ev.DiskHolds: disk.found,
     ev.LoadDone: dispatching.load_done,
     ev.LoadFailed: healing.load_failed,
     ev.FirstToken: _first_token,

@@ -11,18 +11,36 @@ from sidecar.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Bring a version's files in and pack them for a layout; answered by Fetched or FetchFailed."""
+    """Bring a blob into memory; answered by Fetched or FetchFailed.
+
+    From its origin, which means to fetch and pack it for a layout; or, `from_disk`, from the tier below.
+    """
 
     key: str
     digest: str
     origin: str
     layout: Layout
     size_bytes: int
+    from_disk: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Free a packed blob."""
+    """Free a packed blob's memory."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Write a packed blob to the disk tier; answered by Spilled or SpillFailed."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropDisk:
+    """Delete a packed blob from the disk tier."""
 
     key: str
 
@@ -123,5 +141,6 @@ class WakeAt:
 
 
 Effect = (
-    Fetch | Drop | Load | Dispatch | CancelRun | RegisterRegions | Settle | Heal | Quarantine | Answer | WakeAt
+    Fetch | Drop | Spill | DropDisk | Load | Dispatch | CancelRun | RegisterRegions | Settle | Heal | Quarantine
+    | Answer | WakeAt
 )  # fmt: skip

@@ -161,9 +161,33 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
+    """A blob could not be had. From disk: it was damaged or gone, which is no reason to end anything."""
+
     key: str
     reason: Reason
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spilled:
+    """A blob was written to the disk tier, whole."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class SpillFailed:
+    key: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class DiskHolds:
+    """At start: the disk tier has a blob from an earlier life."""
+
+    key: str
+    version: str
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +244,6 @@ class Tick:
 Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | PinSet | EvictAsked
     | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost
-    | Fetched | FetchFailed | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
+    | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
+    | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

@@ -11,52 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from policies.views import BASE
+from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
+from sidecar.core.layout import FUSED, Heads, packed_rows, packed_size_bytes
+from sidecar.core.layout import Layout as Layout
+from sidecar.core.layout import Row as Row
 
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 PACKER_REVISION = 1
 """Raise it whenever the same source and layout would give other packed bytes."""
 MESSAGE_BYTES_MAX = 2**31 - 1
 """The largest gRPC message Triton takes; a packed adapter travels in one."""
 MESSAGE_OVERHEAD_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class Row:
-    """One (layer, module) pair of an adapter: its rank and the module's global in and out dimensions."""
-
-    module: str
-    module_id: int
-    layer: int
-    rank: int
-    in_dim: int
-    out_dim: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How packed rows must look for an engine: target dtype, what ranks are padded to, tensor-parallel size.
-
-    Separate projections are sent whole whatever `tp` is (the engine cuts them); it is part of the key because fused
-    projections are not. Raises ValueError for values that no engine has.
-    """
-
-    dtype: str
-    rank_multiple: int = 1
-    tp: int = 1
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
-        if self.rank_multiple < 1 or self.tp < 1:
-            raise ValueError(f"rank_multiple ({self.rank_multiple}) and tp ({self.tp}) are whole numbers from 1")
-
-    @property
-    def label(self) -> str:
-        return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}"
-
-    def padded(self, rank: int) -> int:
-        """Return the rank as it is sent: the next multiple of `rank_multiple`."""
-        return -(-rank // self.rank_multiple) * self.rank_multiple
 
 
 @dataclass(frozen=True)
@@ -79,10 +43,16 @@ class EngineFacts:
     seats: int | None = None
     kv_tokens: int | None = None
     input_tokens_max: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_size: int | None = None
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.dtype or "float16", self.rank_multiple, self.tp)
+        fused = None if self.modules is None else tuple(name for name in FUSED if name in self.modules)
+        known = self.heads and self.kv_heads and self.head_size
+        heads = Heads(self.heads or 0, self.kv_heads or 0, self.head_size or 0) if known else None
+        return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads)
 
     @property
     def page(self) -> PageShape | None:
@@ -123,11 +93,14 @@ def page_shape(facts: EngineFacts) -> PageShape:
     return PageShape(width, max(whole, -(-largest * max(dims) // width)))
 
 
-_SPLIT_IN = frozenset({"attn_dense", "mlp_4h_to_h", "moe_4h_to_h", "cross_attn_dense"})
+_SPLIT_IN = frozenset({"attn_dense", "mlp_4h_to_h", "moe_4h_to_h", "cross_attn_dense", "shared_expert_4h_to_h"})
+_UNSPLIT = frozenset({"moe_router", "mlp_router"})
 
 
 def _local_dim(module: str, io: tuple[int, int], tp: int) -> int:
     in_dim, out_dim = io
+    if module in _UNSPLIT:
+        return in_dim + out_dim
     return in_dim // tp + out_dim if module in _SPLIT_IN else in_dim + out_dim // tp
 
 
@@ -139,8 +112,9 @@ def pages_of(rows: tuple[Row, ...], facts: EngineFacts) -> int:
     if page is None:
         return 1
     pages, used = 1, 0
-    for row in rows:
-        rank = facts.layout.padded(row.rank)
+    layout = facts.layout
+    for row in packed_rows(rows, layout):
+        rank = layout.padded(row.rank)
         local = _local_dim(row.module, (row.in_dim, row.out_dim), facts.tp)
         slots = -(-rank * local // page.width)
         if used + slots > page.slots:
@@ -193,16 +167,11 @@ def task_id_of(key: str) -> int:
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1) or 1
 
 
-def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
-    """Return the bytes of `[N, W]`: every row is as wide as the widest."""
-    widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in rows]
-    return len(rows) * max(widths, default=0) * DTYPE_BYTES[layout.dtype]
-
-
 def packed_for(adapter: Adapter, facts: EngineFacts, generation: int) -> Packed:
     """Return the packed form that this engine takes."""
-    key = packed_key(adapter.digest, facts.layout, generation)
-    return Packed(key, task_id_of(key), packed_size_bytes(adapter.rows, facts.layout), pages_of(adapter.rows, facts))
+    layout = facts.layout.for_modules(adapter.modules)
+    key = packed_key(adapter.digest, layout, generation)
+    return Packed(key, task_id_of(key), packed_size_bytes(adapter.rows, layout), pages_of(adapter.rows, facts))
 
 
 BASE_PACKED = Packed(BASE, 0, 0, 0)
@@ -221,6 +190,8 @@ def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     return (
         _wrong_base(adapter, facts)
         or _wrong_rank(adapter, facts)
+        or _unknown_parts(adapter, facts)
+        or _wrong_heads(adapter, facts)
         or _wrong_modules(adapter, facts)
         or _wrong_layers(adapter, facts)
         or _too_large(adapter, facts)
@@ -248,10 +219,47 @@ def _wrong_rank(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     )
 
 
+def _unknown_parts(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
+    """A fused projection is never sent by guess: cut at the wrong place, it answers wrong in silence."""
+    layout = facts.layout
+    for row in adapter.rows:
+        if row.module in FUSED and layout.fused is None:
+            missing = "modules"
+        elif row.module == "attn_qkv" and layout.heads is None:
+            missing = "heads"
+        elif layout.heads and row.module == "attn_qkv" and sum(layout.heads.dims) != row.out_dim:
+            return Misfit(
+                "other heads",
+                f'its fused "attn_qkv" gives {row.out_dim} values and the engine\'s q, k and v '
+                f"{' + '.join(map(str, layout.heads.dims))}; it was trained on a model of another shape",
+            )
+        else:
+            continue
+        return Misfit(
+            f"engine's {missing} unknown",
+            f'its "{row.module}" is fused and the engine\'s {missing} are not known, so its parts cannot be placed; '
+            "give the engine's config.json as backends[].engine.config",
+        )
+    return None
+
+
+def _wrong_heads(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
+    """With fewer key-value heads than ranks the engine repeats heads, which a cut into equal pieces cannot do."""
+    if facts.kv_heads is None or facts.kv_heads % facts.tp == 0:
+        return None
+    if not frozenset(adapter.modules) & {"attn_qkv", "attn_k", "attn_v"}:
+        return None
+    return Misfit(
+        f"{facts.kv_heads} kv heads over tp {facts.tp}",
+        f"it adapts keys or values, and the engine spreads {facts.kv_heads} key-value heads over {facts.tp} ranks, so "
+        "their parts cannot be cut evenly; build the engine with a tp that divides them, or train on q and o only",
+    )
+
+
 def _wrong_modules(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     if facts.modules is None:
         return None
-    for row in adapter.rows:
+    for row in packed_rows(adapter.rows, facts.layout):
         dims = facts.modules.get(row.module)
         if dims is None:
             return Misfit(

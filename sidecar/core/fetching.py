@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 
+from sidecar.core import disk
 from sidecar.core.asks import resident
 from sidecar.core.effects import Fetch
 from sidecar.core.events import Fetched, FetchFailed
@@ -72,7 +73,11 @@ def _begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | 
         turn.drop_blob(victim)
     state.store.reserve(key, digest, packed.size_bytes)
     version = state.versions[digest]
-    turn.emit(Fetch(key, version.adapter.digest, version.origin, backend.facts.layout, packed.size_bytes))
+    from_disk = state.disk.has(key)
+    if from_disk:
+        disk.begin_read(turn, key)
+    layout = backend.facts.layout
+    turn.emit(Fetch(key, version.adapter.digest, version.origin, layout, packed.size_bytes, from_disk))
     return True
 
 
@@ -92,7 +97,11 @@ def fetched(turn: Turn, event: Fetched) -> None:
     state = turn.state
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, turn.now_ns)
-    entry.held_by_operator = state.operator_holds(entry.digest)
+    entry.held_by_operator = state.memory_holds(entry.digest)
+    if disk.is_reading(turn, event.key):
+        disk.end_read(turn, event.key, good=True)
+    elif not entry.doomed:
+        disk.spill(turn, event.key)
     turn.hungry = True
     _tell_who_waited(state, event.key)
     if entry.doomed:
@@ -119,6 +128,10 @@ def fetch_failed(turn: Turn, event: FetchFailed) -> None:
     state.store.remove(event.key)
     state.fetched_for.pop(event.key, None)
     turn.hungry = True
+    if disk.is_reading(turn, event.key):
+        disk.end_read(turn, event.key, good=False)
+        turn.hunger(event.key)  # from its origin this time
+        return
     for request_id in list(state.wanted.get(event.key, ())):
         request = state.requests[request_id]
         assert request.backend is not None

@@ -95,18 +95,22 @@ def pin_set(turn: Turn, event: PinSet) -> None:
 
 
 def _hold(turn: Turn, digest: str) -> None:
-    for entry in turn.state.store.entries.values():
-        if entry.digest == digest:
-            entry.held_by_operator = True
-    _want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
+    """Keep a version's blobs in the tiers where its names want them; fetch a pinned one that is not there."""
+    _mark_held(turn.state, digest)
+    if turn.state.memory_holds(digest):
+        _want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
 
 
 def _let_go_unless_held(state: State, digest: str) -> None:
-    if state.operator_holds(digest):
-        return
-    for entry in state.store.entries.values():
-        if entry.digest == digest:
-            entry.held_by_operator = False
+    if digest in state.versions:
+        _mark_held(state, digest)
+
+
+def _mark_held(state: State, digest: str) -> None:
+    for store, held in ((state.store, state.memory_holds(digest)), (state.disk, state.operator_holds(digest))):
+        for entry in store.entries.values():
+            if entry.digest == digest:
+                entry.held_by_operator = held
 
 
 def _want(turn: Turn, digest: str, backends: list[Backend]) -> None:
@@ -128,6 +132,8 @@ def evict_asked(turn: Turn, event: EvictAsked) -> None:
     state = turn.state
     digest = state.names[event.name].digest
     lines = [("host store", _evict_from_store(turn, digest))]
+    if state.disk.budget_bytes:
+        lines.append(("disk", _evict_from_disk(turn, digest)))
     for backend in state.backends.values():
         if asks.resident(backend, digest):
             lines.append((backend.id, "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"))
@@ -146,6 +152,16 @@ def _evict_from_store(turn: Turn, digest: str) -> str:
         turn.doom_blob(key)
         kept += key in turn.state.store.entries
     return "in use: dropped as soon as its users are done" if kept else "dropped"
+
+
+def _evict_from_disk(turn: Turn, digest: str) -> str:
+    keys = [key for key, entry in turn.state.disk.entries.items() if entry.digest == digest]
+    if not keys:
+        return "not held"
+    for key in keys:
+        turn.doom_disk_blob(key)
+    kept = any(key in turn.state.disk.entries for key in keys)
+    return "in use: deleted as soon as its users are done" if kept else "deleted"
 
 
 def prefetch_asked(turn: Turn, event: PrefetchAsked) -> None:

@@ -34,8 +34,12 @@ class Name:
     canary: tuple[int, int] | None = None
 
     def holds(self, version: str) -> bool:
-        """Whether the name keeps a version in the store whatever the policy says."""
-        return version in self.kept or (self.pinned and version == self.digest)
+        """Whether a name keeps a version in the store whatever the policies say."""
+        return version in self.kept or self.pins(version)
+
+    def pins(self, version: str) -> bool:
+        """Whether an operator wants the version in memory."""
+        return self.pinned and version == self.digest
 
 
 @dataclass
@@ -210,7 +214,9 @@ class State:
 
     config: CoreConfig
     store: StoreIndex
+    disk: StoreIndex
     routing: Routing = field(metadata={"policy": True})
+    disk_paused_until_ns: int = 0
     names: dict[str, Name] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
     backends: dict[str, Backend] = field(default_factory=dict)
@@ -250,9 +256,16 @@ class State:
         return known
 
     def operator_holds(self, digest: str) -> bool:
-        """Whether a name keeps the version in the store."""
+        """Whether a name keeps the version in the store: in its lowest tier."""
         version = self.versions.get(digest)
         return version is not None and any(self.names[name].holds(digest) for name in version.names)
+
+    def memory_holds(self, digest: str) -> bool:
+        """Whether the version is kept in memory: pinned, or kept and there is no tier below."""
+        if not self.disk.budget_bytes:
+            return self.operator_holds(digest)
+        version = self.versions.get(digest)
+        return version is not None and any(self.names[name].pins(digest) for name in version.names)
 
     def forget_derived(self, digest: str = "", backend: str = "") -> None:
         """Forget what was derived for a version that is gone, or for a backend whose facts have changed."""

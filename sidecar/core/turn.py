@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from policies.lines import Line
 from policies.views import BASE, Candidate
 from sidecar.core import asks
-from sidecar.core.effects import CancelRun, Drop, Effect, Heal, Settle
+from sidecar.core.effects import CancelRun, Drop, DropDisk, Effect, Heal, Settle
 from sidecar.core.state import Backend, HealNote, Request, State
 from sidecar.core.words import Outcome
 from sidecar.errors import Family, Reason
@@ -266,6 +266,20 @@ class Turn:
         else:
             entry.doomed = True
 
+    def doom_disk_blob(self, key: str) -> None:
+        """Delete a blob from the disk tier as soon as it is neither being written nor read."""
+        self.state.disk.entries[key].doomed = True
+        self.drop_disk_blob_if_doomed(key)
+
+    def drop_disk_blob_if_doomed(self, key: str) -> None:
+        entry = self.state.disk.entries[key]
+        if entry.doomed and entry.ready and not entry.pins:
+            self.drop_disk_blob(key)
+
+    def drop_disk_blob(self, key: str) -> None:
+        self.state.disk.remove(key)
+        self.emit(DropDisk(key))
+
     def forget_version_if_unused(self, digest: str) -> None:
         """Forget a version that no name stands for and no request uses, with its blobs."""
         version = self.state.versions.get(digest)
@@ -274,6 +288,9 @@ class Turn:
         for key, entry in list(self.state.store.entries.items()):
             if entry.digest == digest:
                 self.doom_blob(key)
+        for key, entry in list(self.state.disk.entries.items()):
+            if entry.digest == digest:
+                self.doom_disk_blob(key)
         self.state.forget_derived(digest=digest)
         self.state.suspects.pop(digest, None)
         del self.state.versions[digest]

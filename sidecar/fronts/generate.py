@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import struct
 from typing import Any
@@ -39,6 +40,8 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await abort(context, error)
         try:
             await self._answer(request, ticket, context)
+        except relay.ClientStalled:
+            raise asyncio.CancelledError from None  # which resets the call: a status would wait behind the messages
         finally:
             self._gateway.close(ticket)
 

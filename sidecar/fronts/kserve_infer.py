@@ -124,6 +124,8 @@ class KServe:
             await context.abort(*broken.status)
         except ClientLeft:
             return  # the call is over already; returning ends its handler
+        except relay.ClientStalled:
+            raise asyncio.CancelledError from None  # which resets the call: a status would wait behind the messages
 
 
 class StreamBroken(Exception):
@@ -151,7 +153,8 @@ class InferStream:
         self._ended: Ticket | None = None
 
     async def serve(self, requests: AsyncIterator[bytes]) -> None:
-        """Answer until the client has closed its side and all is answered. Raises StreamBroken, ClientLeft.
+        """Answer until the client has closed its side and all is answered. Raises StreamBroken, ClientLeft,
+        relay.ClientStalled.
 
         The trailing metadata are those of the request that ended last: most streams have one.
         """

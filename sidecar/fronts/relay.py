@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from time import monotonic_ns
 from typing import TypeVar
 
 from sidecar.backends.api import Reply, Ticket
 from sidecar.core.effects import Dispatch, Settle
+from sidecar.errors import Reason
 
 Written = TypeVar("Written")
+
+LOOK_S = 1.0
+AFTER_END_S = 60.0
+"""How long what the engine has answered in full may wait for a client that takes nothing."""
 
 
 def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int | float]:
@@ -40,17 +46,60 @@ def version_label(dispatch: Dispatch) -> str:
     return f"{dispatch.name}@v{dispatch.ordinal}" if dispatch.name else ""
 
 
+class ClientStalled(Exception):
+    """The client takes nothing: not even an error would reach it, so its call is to be cancelled."""
+
+
 async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) -> Settle | None:
     """Write each reply as it comes; return the ending, None when the final reply was written.
 
     While a write waits for the client the ticket says since when: a client that takes nothing is cancelled in the end.
+    Raises ClientStalled then.
     """
-    while True:
-        item = await ticket.next()
-        if isinstance(item, Settle):
-            return item
-        ticket.blocked_since_ns = monotonic_ns()
-        await write(item)
-        ticket.blocked_since_ns = None
-        if item.final:
-            return None
+    watch = Watch(ticket)
+    try:
+        while True:
+            item = await ticket.next()
+            if isinstance(item, Settle):
+                return item
+            ticket.blocked_since_ns = monotonic_ns()
+            await write(item)
+            ticket.blocked_since_ns = None
+            if item.final:
+                return None
+    except asyncio.CancelledError:
+        if watch.fired:
+            raise ClientStalled from None
+        raise
+    finally:
+        watch.stop()
+
+
+class Watch:
+    """Breaks off a write that waits for its client although the request has ended."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.fired = False
+        self._ticket = ticket
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(LOOK_S, self._look)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        if self.fired and self._task is not None:
+            self._task.uncancel()
+
+    def _look(self) -> None:
+        if self._is_over():
+            self.fired = True
+            assert self._task is not None
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(LOOK_S, self._look)
+
+    def _is_over(self) -> bool:
+        ending, since_ns = self._ticket.settled, self._ticket.blocked_since_ns
+        if ending is None or since_ns is None:
+            return False
+        return ending.reason is Reason.CLIENT_STALLED or monotonic_ns() - since_ns > AFTER_END_S * 1e9

@@ -7,18 +7,19 @@ before keeps its version, what comes after the call has returned gets the new on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
 from sidecar.adapters.names import check_name
-from sidecar.adapters.registration import Registration, read_registration
+from sidecar.adapters.registration import Registration
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.facts import misfit, packed_size_bytes
 from sidecar.core.state import State
 from sidecar.errors import Invalid, Reason
+from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
 from sidecar.state.registry import Registry
@@ -42,10 +43,10 @@ class Catalogue:
     """The names of one sidecar. `step` gives the core an event at once."""
 
     def __init__(
-        self, registry: Registry, state: Callable[[], State], step: Callable[[ev.Event], None], roots: Sequence[Path]
+        self, registry: Registry, state: Callable[[], State], step: Callable[[ev.Event], None], sources: Sources
     ) -> None:
         self.registry = registry
-        self.roots = [root.resolve() for root in roots]
+        self.sources = sources
         self._state = state
         self._step = step
 
@@ -64,11 +65,28 @@ class Catalogue:
     async def register(self, name: str, path: str, wanted: Wanted) -> tuple[Record, bool]:
         """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
 
-        Raises Invalid with what is wrong with the name, the path or the files; nothing is left behind then.
+        `path` is a folder of this machine or the URL of one elsewhere. Raises Invalid with what is wrong with the name,
+        the path or the files, Refused for what may be right later; nothing is left behind then.
         """
         check_name(name)
-        directory = self._allowed(name, path)
-        registration = await asyncio.to_thread(read_registration, name, directory)
+        try:
+            async with self.sources.arrival(name, path) as arrival:
+                return self._enter(name, arrival, wanted)
+        finally:
+            self.forget_unneeded()
+
+    async def push(self, name: str, folder: Path, wanted: Wanted) -> tuple[Record, bool]:
+        """Let a name stand for what a client put into an incoming folder of the spool; as `register` otherwise."""
+        check_name(name)
+        try:
+            async with self.sources.pushed(name, folder) as arrival:
+                return self._enter(name, arrival, wanted)
+        finally:
+            self.forget_unneeded()
+
+    def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> tuple[Record, bool]:
+        """Write an arrived adapter down under a name and tell the core."""
+        registration = arrival.registration
         self._fits_the_store(name, registration)
         self._fits_a_backend(name, registration)
         before = self.registry.get(name)
@@ -78,7 +96,7 @@ class Catalogue:
             before,
             name,
             registration.adapter,
-            str(directory),
+            arrival.origin,
             now=time(),
             labels=wanted.labels,
             stage=wanted.stage,
@@ -93,6 +111,13 @@ class Catalogue:
             return record, True
         self._put(record)
         return record, False
+
+    def forget_unneeded(self) -> None:
+        """Drop brought sources that no version, registered or still in use, needs any more."""
+        if not self.sources.holds_any:
+            return
+        needed = {version.adapter.digest for record in self.registry.all() for version in record.versions}
+        self.sources.forget_unneeded(needed | {version.adapter.digest for version in self._state().versions.values()})
 
     def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
         """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
@@ -120,6 +145,7 @@ class Catalogue:
             await asyncio.sleep(DRAIN_POLL_S)
         if name not in self._state().names:  # somebody may have registered it anew in the meantime
             self.registry.delete(name)
+        self.forget_unneeded()
 
     def release(self, name: str) -> None:
         """Lift the quarantine of a name's version."""
@@ -167,18 +193,6 @@ class Catalogue:
             "for a while with --hold DURATION",
             adapter=record.name,
         )
-
-    def _allowed(self, name: str, path: str) -> Path:
-        resolved = Path(path).expanduser().resolve()
-        if not any(resolved.is_relative_to(root) for root in self.roots):
-            roots = ", ".join(str(root) for root in self.roots) or "none are configured"
-            raise Invalid(
-                Reason.ORIGIN_NOT_ALLOWED,
-                f"{name}: {path} is outside the allowed roots ({roots}); move it there or add its folder to "
-                "adapters.roots",
-                adapter=name,
-            )
-        return resolved
 
     def _fits_the_store(self, name: str, registration: Registration) -> None:
         budget = self._state().config.store_bytes

@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any
 
+from sidecar.adapters.origins import AllowList
 from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.core import effects as do
@@ -26,6 +27,7 @@ from sidecar.core.state import State
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.driver import Driver, Observer
+from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
 from sidecar.state.registry import Registry
 
@@ -58,12 +60,14 @@ class Gateway:
         roots: Sequence[Path],
         client_stall_s: float = 60.0,
         inbox_max: int = 10_000,
+        sources: Sources | None = None,
     ) -> None:
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
-        self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, roots)
+        self.sources = sources or Sources(AllowList.of(roots=roots))
+        self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources)
         self.backends: dict[str, Backend] = {}
-        self.store = BlobStore(self.driver.post, config.fetches_max)
+        self.store = BlobStore(self.driver.post, self.sources, config.fetches_max)
         self.tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
@@ -100,6 +104,7 @@ class Gateway:
             self._sweeper.cancel()
         await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
         self.driver.stop()
+        self.sources.close()
         self.store.close()
 
     # Requests.

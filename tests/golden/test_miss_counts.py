@@ -1,92 +1,70 @@
-"""Miss counts of every eviction policy on a small fixed trace: a change of behaviour shows as a number."""
+"""Miss counts of every eviction policy on fixed traces: a change of behaviour shows as a number."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from policies.registry import POLICIES
-from sidecar.conformance.eviction import GOLDEN_CAPACITY_BYTES, golden_trace, misses_of
+from sidecar.conformance.eviction import misses_at, misses_of
 from sidecar.plugins import resolve
+from tests.golden.references import REFERENCES, Trace, belady_by_size
+from tests.golden.traces import CASES, numbers
 
-COUNTS: dict[str, dict[str, int]] = json.loads((Path(__file__).parent / "miss_counts.json").read_text())
-CAPACITIES = [8, GOLDEN_CAPACITY_BYTES, 60]
-Trace = list[tuple[str, int]]
-
-
-def slow_misses(trace: Trace, capacity_bytes: int, worth: Callable[[str, int, Trace], tuple[int, ...]]) -> int:
-    """Count misses the plain way: at each miss evict the key of least worth, computed from the whole past."""
-    held: dict[str, int] = {}
-    misses = 0
-    for position, (key, size_bytes) in enumerate(trace):
-        if key in held:
-            continue
-        misses += 1
-        while sum(held.values()) + size_bytes > capacity_bytes:
-            del held[min(held, key=lambda other: worth(other, position, trace))]
-        held[key] = size_bytes
-    return misses
+CHECKED_IN: dict[str, Any] = json.loads((Path(__file__).parent / "miss_counts.json").read_text())
+POINTS = [(case, capacity) for case in CASES for capacity in CASES[case].capacities]
+NAMES = sorted(POLICIES["eviction"])
 
 
-def last_use(key: str, position: int, trace: Trace) -> tuple[int, ...]:
-    """The worth of a key under LRU."""
-    return (max(at for at in range(position) if trace[at][0] == key),)
+def run_of(case: str, capacity: str) -> tuple[Trace, int]:
+    return CASES[case].trace, CASES[case].capacities[capacity]
 
 
-def belady(key: str, position: int, trace: Trace) -> tuple[int, ...]:
-    """The worth of a key to one who knows the future: the sooner its next use, the more."""
-    return (-next((at for at in range(position, len(trace)) if trace[at][0] == key), len(trace)),)
+@pytest.mark.parametrize(("case", "capacity"), POINTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_misses_are_as_checked_in(name: str, case: str, capacity: str) -> None:
+    """Each registered policy has its checked-in count for each trace and size of cache."""
+    assert misses_of(resolve("eviction", name)(), *run_of(case, capacity)) == CHECKED_IN[case][name][capacity]
 
 
-def slow_lfu_misses(trace: Trace, capacity_bytes: int) -> int:
-    """LFU with uses counted since a key came in, the least recently used among equals going first."""
-    held: dict[str, list[int]] = {}
-    misses = 0
-    sizes = dict(trace)
-    for position, (key, size_bytes) in enumerate(trace):
-        if key in held:
-            held[key].append(position)
-            continue
-        misses += 1
-        while sum(sizes[other] for other in held) + size_bytes > capacity_bytes:
-            del held[min(held, key=lambda other: (len(held[other]), held[other][-1]))]
-        held[key] = [position]
-    return misses
+@pytest.mark.parametrize(("case", "capacity"), POINTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_slow_reference_agrees(name: str, case: str, capacity: str) -> None:
+    """An implementation written from the paper for plainness alone misses the same requests, not only as many."""
+    trace, capacity_bytes = run_of(case, capacity)
+    misses = REFERENCES[name](trace, capacity_bytes)
+    assert len(misses) == CHECKED_IN[case][name][capacity]
+    assert misses == misses_at(resolve("eviction", name)(), trace, capacity_bytes)
 
 
-REFERENCES: dict[str, Callable[[Trace, int], int]] = {
-    "lru": lambda trace, capacity: slow_misses(trace, capacity, last_use),
-    "lfu": slow_lfu_misses,
-}
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("name", NAMES)
+def test_the_slow_reference_agrees_on_random_traces(name: str, seed: int) -> None:
+    """So it does on traces that nobody chose, with caches from a few keys to nearly all."""
+    draw = numbers(seed)
+    keys = 4 + int(next(draw) * 30)
+    sizes = [1 + int(next(draw) * 100) for _ in range(keys)]
+    skew = 1 + 3 * next(draw)
+    picks = [int(keys * next(draw) ** skew) for _ in range(400)]
+    trace = [(f"k{number:02d}", sizes[number]) for number in picks]
+    capacity_bytes = max(100, int(sum(sizes) * next(draw)))
+    assert REFERENCES[name](trace, capacity_bytes) == misses_at(resolve("eviction", name)(), trace, capacity_bytes)
 
 
-@pytest.mark.parametrize("capacity_bytes", CAPACITIES)
-@pytest.mark.parametrize("name", sorted(POLICIES["eviction"]))
-def test_misses_are_as_checked_in(name: str, capacity_bytes: int) -> None:
-    """Each registered policy has its checked-in count for each size of cache."""
-    assert misses_of(resolve("eviction", name)(), golden_trace(), capacity_bytes) == COUNTS[name][str(capacity_bytes)]
+def test_the_traces_are_as_checked_in() -> None:
+    """The generators give what they gave when the counts were taken."""
+    for name, case in CASES.items():
+        checked_in = CHECKED_IN[name]["trace"]
+        assert len(case.trace) == checked_in["requests"]
+        assert [list(pair) for pair in case.trace[:4]] == checked_in["begins"]
 
 
-@pytest.mark.parametrize("capacity_bytes", CAPACITIES)
-@pytest.mark.parametrize("name", sorted(REFERENCES))
-def test_the_slow_reference_agrees(name: str, capacity_bytes: int) -> None:
-    """An implementation written for plainness alone counts the same."""
-    assert REFERENCES[name](golden_trace(), capacity_bytes) == COUNTS[name][str(capacity_bytes)]
-
-
-def test_the_trace_is_as_checked_in() -> None:
-    """The generator gives what it gave when the counts were taken."""
-    trace = golden_trace()
-    assert len(trace) == 2000
-    assert trace[:4] == [tuple(pair) for pair in COUNTS["trace"]]  # type: ignore[comparison-overlap]
-
-
-@pytest.mark.parametrize("capacity_bytes", CAPACITIES)
-def test_nobody_beats_the_future(capacity_bytes: int) -> None:
-    """One who evicts what is used furthest in the future misses less than every policy, the sizes being near equal."""
-    best = slow_misses(golden_trace(), capacity_bytes, belady)
-    for name in POLICIES["eviction"]:
-        assert best < COUNTS[name][str(capacity_bytes)]
+@pytest.mark.parametrize(("case", "capacity"), POINTS)
+def test_nobody_beats_the_future(case: str, capacity: str) -> None:
+    """One who evicts what is used furthest in the future, by size, misses less than every policy."""
+    best = len(belady_by_size(*run_of(case, capacity)))
+    for name in NAMES:
+        assert best < CHECKED_IN[case][name][capacity]

@@ -149,8 +149,8 @@ async def test_an_engine_that_hangs_while_its_server_stays_live(tmp_path: Path) 
     """Requests with a token end, the others wait; the engine is trusted again when it has answered, not before."""
     write_adapters(tmp_path, 1)
     facts = {"progress_timeout_s": 0.5}
-    async with running_engine(**DUMMY, **ENDLESS, freeze_after=30) as frozen:
-        port = int(frozen.grpc_address.rsplit(":", 1)[1])
+    async with running_engine(**DUMMY, **ENDLESS, freeze_after=30, metrics_port=0) as frozen:
+        port, metrics_port = (int(a.rsplit(":", 1)[1]) for a in (frozen.grpc_address, str(frozen.metrics_address)))
         async with serving([frozen], tmp_path, backend=facts) as served:
             begun = asyncio.create_task(attempt(served, "a00", 100_000))
             tokenless = asyncio.create_task(attempt(served, "a00", 100, stream=False))
@@ -162,7 +162,7 @@ async def test_an_engine_that_hangs_while_its_server_stays_live(tmp_path: Path) 
             assert len(events(served, BackendUp)) == 1
             assert not tokenless.done()
             await frozen.stop()
-            async with running_engine(**DUMMY, **ENDLESS, grpc_port=port) as healthy:
+            async with running_engine(**DUMMY, **ENDLESS, grpc_port=port, metrics_port=metrics_port) as healthy:
                 assert_right(served, await tokenless, 100)
                 assert healthy.served[0].request_id == PROBE_ID
                 assert_right(served, await attempt(served, "a00"))
@@ -174,8 +174,8 @@ async def test_a_hanging_backend_gives_its_requests_to_another(tmp_path: Path) -
     write_adapters(tmp_path, 2)
     facts = {"progress_timeout_s": 0.5}
     async with (
-        running_engine(**DUMMY, **ENDLESS, freeze_after=20) as frozen,
-        running_engine(**DUMMY, **ENDLESS) as healthy,
+        running_engine(**DUMMY, **ENDLESS, freeze_after=20, metrics_port=0) as frozen,
+        running_engine(**DUMMY, **ENDLESS, metrics_port=0) as healthy,
         serving([frozen, healthy], tmp_path, backend=facts) as served,
     ):
         asks = [asyncio.create_task(attempt(served, f"a0{n % 2}", 60, stream=False)) for n in range(6)]

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 
 from sidecar.proto import gateway_pb2
 from tests.emulated import running_engine
+from tests.kserve_clients import restrict
 from tests.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -117,7 +118,7 @@ async def test_the_tenant_may_come_as_metadata(tmp_path: Path) -> None:
     """As it does on KServe; the request's own word wins."""
     write_adapters(tmp_path, 1)
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
-        await served.sidecar.gateway.register("a00", str(tmp_path / "a00"), ["blue"])
+        await restrict(served, tmp_path / "a00", "blue")
         request = gateway_pb2.GenerateRequest(adapter="a00", tokens=TOKENS, max_tokens=1)
         call = served.gateway.Generate(request, metadata=(("lora-tenant", "blue"),))
         assert len([message async for message in call]) == 1

@@ -277,7 +277,7 @@ async def test_stock_grpc_retries_what_was_refused(tmp_path: Path, verb: str) ->
 
 
 class RefusesFirst:
-    """Makes a sidecar drain until so many requests were refused; its pushback is taken out so that a test is quick."""
+    """Makes a sidecar drain until it has refused so many requests."""
 
     def __init__(self, served: Any, refusals: int) -> None:
         self.left = refusals

@@ -12,9 +12,19 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Settle
-from sidecar.shell.catalogue import Wanted
 from tests.emulated import core_request, running_engine
-from tests.kserve_clients import CORE, DUMMY, Told, aio_client, ask, core_inputs, in_thread, sync_stream, sync_told
+from tests.kserve_clients import (
+    CORE,
+    DUMMY,
+    Told,
+    aio_client,
+    ask,
+    core_inputs,
+    in_thread,
+    restrict,
+    sync_stream,
+    sync_told,
+)
 from tests.serving import serving, write_adapters
 
 NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by the openssl CLI")
@@ -70,7 +80,7 @@ async def test_a_tenant_by_its_own_word(tmp_path: Path) -> None:
         serving([engine], tmp_path) as served,
         aio_client(served.sidecar.data_address) as client,
     ):
-        await served.sidecar.gateway.catalogue.register("a00", str(tmp_path / "a00"), Wanted(allow=("blue",)))
+        await restrict(served, tmp_path / "a00", "blue")
         told = await ask(client, name="a00", parameters={"lora_tenant": "blue"})
         assert told.tokens() == served.expected("a00", 4)
         told = await ask(client, name="a00", headers={"lora-tenant": "blue"})
@@ -125,7 +135,7 @@ async def test_a_tenant_by_its_certificate(tmp_path: Path) -> None:
             },
         ) as served,
     ):
-        await served.sidecar.gateway.catalogue.register("a00", str(tmp_path / "a00"), Wanted(allow=("blue",)))
+        await restrict(served, tmp_path / "a00", "blue")
         address = served.sidecar.data_address
         async with aio_client(address, **certificates(authority, blue)) as client:
             told = await ask(client, name="a00", parameters={"lora_tenant": "red"})

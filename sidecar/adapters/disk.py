@@ -1,0 +1,195 @@
+"""The disk tier's files: packed blobs that survive a restart, whole or not at all.
+
+A blob is one file: the packed rows, then what they are and their SHA-256 as JSON, then that text's length and a mark. It
+is written beside its place, flushed, and renamed into it; the folder is flushed too. So after a crash at any moment a
+file with a blob's name is complete, and what is not is swept away at the next start. The checksum is verified when a blob
+is first read, never at start: finding 500 blobs reads 500 file tails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sidecar.adapters.buffers import Blob
+from sidecar.adapters.builder import Built
+from sidecar.adapters.layout import Layout
+from sidecar.adapters.packed import PackPlan, PackReport
+from sidecar.errors import Reason, Refused
+
+SUFFIX = ".blob"
+UNFINISHED = ".part"
+MARK = b"LSB1"
+CHUNK_BYTES = 1 << 20
+_TAIL = struct.Struct("<I4s")
+
+
+class Files:
+    """The file operations that durability rests on; a test puts a crash before any one of them."""
+
+    def create(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def write(self, descriptor: int, data: memoryview) -> None:
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    def sync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.rename(target)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def sync_directory(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Found(NamedTuple):
+    """A blob that was found at start: its packed key and the bytes of its rows."""
+
+    key: str
+    size_bytes: int
+
+
+class DiskTier:
+    """Blobs in one folder. Every method blocks: call them in threads, each key by one at a time."""
+
+    def __init__(self, directory: Path, files: Files | None = None) -> None:
+        self._directory = directory
+        self._files = files or Files()
+
+    def scan(self) -> list[Found]:
+        """Sweep away what a crash left unfinished and return what is there, least recently written first."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        found: list[tuple[int, Found]] = []
+        for path in sorted(self._directory.iterdir()):
+            if path.name.endswith(UNFINISHED):
+                self._files.unlink(path)
+            elif path.name.endswith(SUFFIX):
+                held = self._found(path)
+                if held is None:
+                    self._files.unlink(path)
+                else:
+                    found.append((path.stat().st_mtime_ns, held))
+        return [held for _, held in sorted(found)]
+
+    def write(self, key: str, built: Built) -> None:
+        """Write a blob, whole or not at all. Raises OSError: no room, read-only, broken."""
+        place, part = self._path(key), self._path(key).with_suffix(UNFINISHED)
+        descriptor = self._files.create(part)
+        try:
+            digest = hashlib.sha256()
+            for chunk in _chunks(built.blob):
+                digest.update(chunk)
+                self._files.write(descriptor, chunk)
+            self._files.write(descriptor, memoryview(_footer(key, built.plan, digest.hexdigest())))
+            self._files.sync(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            self._files.unlink(part)
+            raise
+        os.close(descriptor)
+        self._files.rename(part, place)
+        self._files.sync_directory(self._directory)
+
+    def read(self, key: str) -> Built:
+        """Return a verified blob in memory. Raises Refused(ADAPTER_UNAVAILABLE) for one that is damaged or gone."""
+        try:
+            with self._path(key).open("rb") as file:
+                size, footer = _read_footer(file.fileno())
+                plan = _plan_of(footer)
+                blob = Blob(size)
+                try:
+                    self._fill(blob, file.fileno(), footer["sha256"], key)
+                except BaseException:
+                    blob.release()
+                    raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(key, str(error)) from error
+        return Built(blob, plan, PackReport(packed_key=key))
+
+    def _fill(self, blob: Blob, descriptor: int, expected: str, key: str) -> None:
+        digest = hashlib.sha256()
+        out = memoryview(blob.array("u1", (blob.size_bytes,)).data)
+        for start in range(0, blob.size_bytes, CHUNK_BYTES):
+            chunk = out[start : start + CHUNK_BYTES]
+            if os.preadv(descriptor, [chunk], start) != len(chunk):
+                raise ValueError("it ends early")
+            digest.update(chunk)
+        chunk.release()
+        out.release()
+        if digest.hexdigest() != expected:
+            raise _damaged(key, "its checksum is wrong")
+        blob.seal()
+
+    def delete(self, key: str) -> None:
+        self._files.unlink(self._path(key))
+
+    def _path(self, key: str) -> Path:
+        return self._directory / f"{key}{SUFFIX}"
+
+    def _found(self, path: Path) -> Found | None:
+        """Return what a file is by its tail, None if it is no blob."""
+        try:
+            with path.open("rb") as file:
+                size, _ = _read_footer(file.fileno())
+        except (OSError, ValueError):
+            return None
+        return Found(path.name.removesuffix(SUFFIX), size)
+
+
+def _chunks(blob: Blob) -> Iterator[memoryview]:
+    data = memoryview(blob.array("u1", (blob.size_bytes,)).data)
+    for start in range(0, blob.size_bytes, CHUNK_BYTES):
+        yield data[start : start + CHUNK_BYTES]
+
+
+def _footer(key: str, plan: PackPlan, digest: str) -> bytes:
+    record = {
+        "key": key,
+        "layout": asdict(plan.layout),
+        "rows": plan.rows,
+        "width": plan.width,
+        "sha256": digest,
+    }
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return text + _TAIL.pack(len(text), MARK)
+
+
+def _read_footer(descriptor: int) -> tuple[int, dict[str, Any]]:
+    """Return the bytes of the rows and the footer. Raises ValueError for a file that is no blob."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, _TAIL.size, max(0, size - _TAIL.size))
+    if len(tail) != _TAIL.size:
+        raise ValueError("it is no blob")
+    length, mark = _TAIL.unpack(tail)
+    rows = size - _TAIL.size - length
+    if mark != MARK or rows < 1:
+        raise ValueError("it is no blob")
+    footer = json.loads(os.pread(descriptor, length, rows))
+    if not isinstance(footer, dict):
+        raise ValueError("its footer is damaged")
+    return rows, footer
+
+
+def _plan_of(footer: dict[str, Any]) -> PackPlan:
+    layout = {name: tuple(value) if isinstance(value, list) else value for name, value in footer["layout"].items()}
+    rows = tuple((int(module), int(layer), int(rank)) for module, layer, rank in footer["rows"])
+    return PackPlan(Layout(**layout), rows, int(footer["width"]))
+
+
+def _damaged(key: str, why: str) -> Refused:
+    return Refused(Reason.ADAPTER_UNAVAILABLE, f"the blob {key} on disk cannot be used: {why}")

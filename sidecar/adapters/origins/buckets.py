@@ -1,0 +1,134 @@
+"""Folders in object stores and repositories, through fsspec: s3, gs, az and hf.
+
+The libraries find credentials and endpoints by their own chains (environment, profile, instance role); nothing
+of that passes through here. Each file is read in ranges, so going on after a failure is asking for the next
+range; what the store says of the file is asked again at the end, and must be what it said at the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from sidecar.adapters.origins.checksums import Checksum, best, from_base64, from_hex
+from sidecar.adapters.origins.failures import Missing, Stopped, Transient, unreadable
+from sidecar.adapters.origins.origin import Origin
+from sidecar.adapters.origins.remote import Body, Resume
+from sidecar.errors import SidecarError
+
+RANGE_BYTES = 4 << 20
+_VALIDATORS = ("VersionId", "generation", "ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
+
+
+class BucketFolder:
+    """A folder that fsspec reaches; `filesystem` is the store's client, made by `client_of`."""
+
+    def __init__(self, origin: Origin, filesystem: Any) -> None:
+        self._origin = origin
+        self._filesystem = filesystem
+
+    def close(self) -> None:
+        """The clients are shared and kept by fsspec."""
+
+    @contextmanager
+    def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
+        """Ask for a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
+        file = self._origin.file(file_name)
+        path = f"{file.host}/{file.path}"
+        with _told(file):
+            info = self._filesystem.info(path, **self._fresh())
+            size_bytes, validator = int(info["size"]), _validator(info)
+            checksum = _CHECKSUMS[file.scheme](self._filesystem, path, info)
+            offset = resume.offset if resume is not None and resume.validator == validator else 0
+            yield Body(offset, size_bytes, validator, checksum, self._ranges(path, offset, size_bytes, validator))
+
+    def _ranges(self, path: str, offset: int, size_bytes: int, validator: str) -> Iterator[bytes]:
+        while offset < size_bytes:
+            chunk = self._filesystem.cat_file(path, start=offset, end=min(offset + RANGE_BYTES, size_bytes))
+            if not chunk:
+                raise Transient(f"it ended after {offset} of {size_bytes} bytes")
+            yield chunk
+            offset += len(chunk)
+        if _validator(self._filesystem.info(path, **self._fresh())) != validator:
+            raise Transient("the file was changed while it was fetched", restart=True)
+
+    def _fresh(self) -> dict[str, bool]:
+        """Past any listing that the client remembers."""
+        self._filesystem.invalidate_cache()
+        return {"refresh": True} if self._origin.scheme in ("s3", "hf", "az") else {}
+
+
+def client_of(origin: Origin) -> Any:
+    """Return fsspec's client for a store. Raises Invalid naming the extra that is not installed."""
+    try:
+        return fsspec.filesystem(origin.scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise unreadable(
+            origin,
+            f"{origin.scheme}:// needs the extra {origin.scheme}, which is not installed: "
+            f'pip install "lora-sidecar[{origin.scheme}]"',
+        ) from error
+    except Exception as error:
+        raise unreadable(origin, f"its client does not start: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def _told(file: Origin) -> Iterator[None]:
+    """Turn whatever a store's library raises into a failure of ours."""
+    try:
+        yield
+    except (SidecarError, Transient, Missing, Stopped, GeneratorExit):
+        raise
+    except FileNotFoundError as error:
+        raise Missing(str(file)) from error
+    except PermissionError as error:
+        raise unreadable(file, f"access is denied: {error}; give this process credentials that may read it") from error
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "ClientAuthenticationError"):
+            raise unreadable(file, f"{error}; give this process credentials the way the store's tools want") from error
+        raise Transient(str(error) or type(error).__name__) from error
+
+
+def _validator(info: Mapping[str, Any]) -> str:
+    return "|".join(f"{name}={info[name]}" for name in _VALIDATORS if info.get(name)) + f"|size={info['size']}"
+
+
+def _of_s3(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
+    """S3 keeps SHA-256 and others when the writer sent them; an ETag is an MD5 if one part, no key of its own."""
+    bucket, key, _ = filesystem.split_path(path)
+    head = filesystem.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    found: dict[str, Checksum | None] = {}
+    if head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
+        found = {name: from_base64(name, head.get(f"Checksum{name.upper()}", "")) for name in ("sha256", "sha1", "crc32")}
+    if head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head:
+        found["md5"] = from_hex("md5", head.get("ETag", ""))
+    return best(found)
+
+
+def _of_google(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
+    return from_base64("md5", info.get("md5Hash", ""))
+
+
+def _of_azure(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
+    settings = info.get("content_settings") or {}
+    md5 = settings.get("content_md5") if isinstance(settings, Mapping) else getattr(settings, "content_md5", None)
+    return from_hex("md5", bytes(md5).hex()) if md5 else None
+
+
+def _of_hugging_face(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
+    """Large files have their SHA-256, those that live in Git have Git's name for them."""
+    large = info.get("lfs")
+    if large:
+        return from_hex("sha256", large["sha256"])
+    return from_hex("git", info.get("blob_id", ""))
+
+
+_CHECKSUMS: dict[str, Callable[[Any, str, Mapping[str, Any]], Checksum | None]] = {
+    "s3": _of_s3,
+    "gs": _of_google,
+    "az": _of_azure,
+    "hf": _of_hugging_face,
+}

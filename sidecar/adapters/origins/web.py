@@ -1,0 +1,197 @@
+"""Folders on web servers.
+
+Redirects are followed by hand. Every hop is held against the allow list, its host is resolved, the addresses
+are checked, and the connection is made to a checked address under the host's own name (SNI, certificate, Host),
+so that nothing can change between the check and the connection. Proxies from the environment are not used: behind
+one the check would mean nothing.
+"""
+
+from __future__ import annotations
+
+import netrc
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import httpx
+
+from sidecar.adapters.origins.addresses import is_public
+from sidecar.adapters.origins.allowing import AllowList
+from sidecar.adapters.origins.checksums import Checksum, of_headers
+from sidecar.adapters.origins.failures import Missing, Transient, unreadable
+from sidecar.adapters.origins.limits import Limits, Surroundings
+from sidecar.adapters.origins.origin import Origin, parse_origin
+from sidecar.adapters.origins.remote import Body, Resume
+from sidecar.errors import Invalid, Reason
+
+REDIRECTS_MAX = 5
+CONNECT_TIMEOUT_S_MAX = 10.0
+_REDIRECTS = (301, 302, 303, 307, 308)
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)\Z")
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The last hop's answer. `checksum` may come from any hop: Hugging Face gives it with the redirect."""
+
+    response: httpx.Response
+    hop: Origin
+    checksum: Checksum | None
+
+
+class WebFolder:
+    """A folder behind http or https; each request has a connection of its own."""
+
+    def __init__(self, origin: Origin, allow: AllowList, limits: Limits, surroundings: Surroundings) -> None:
+        self._origin = origin
+        self._allow = allow
+        self._surroundings = surroundings
+        connect_s = min(CONNECT_TIMEOUT_S_MAX, limits.timeout_s)
+        # A kept connection could be used for another host at the same address, under the first one's certificate.
+        transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
+        self._client = httpx.Client(
+            transport=transport, timeout=httpx.Timeout(limits.timeout_s, connect=connect_s), follow_redirects=False
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+    @contextmanager
+    def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
+        """Ask for a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
+        answer: _Answer | None = None
+        try:
+            answer = self._follow(self._origin.file(file_name), _headers(resume), attempt)
+            yield _body(answer, resume)
+        except httpx.HTTPError as error:
+            raise Transient(_said(error)) from error
+        finally:
+            if answer is not None:
+                answer.response.close()
+
+    def _follow(self, hop: Origin, headers: Mapping[str, str], attempt: int) -> _Answer:
+        checksum: Checksum | None = None
+        how = "is"
+        for _ in range(REDIRECTS_MAX + 1):
+            self._allow.check(hop, how)
+            response = self._send(hop, headers, attempt)
+            checksum = of_headers(response.headers) or checksum
+            if response.status_code not in _REDIRECTS:
+                return _Answer(response, hop, checksum)
+            response.close()
+            hop, how = _redirected(hop, response), "is where the origin redirects to, and"
+        raise unreadable(self._origin, f"it redirects more than {REDIRECTS_MAX} times")
+
+    def _send(self, hop: Origin, headers: Mapping[str, str], attempt: int) -> httpx.Response:
+        url = httpx.URL(f"{hop}" + (f"?{hop.query}" if hop.query else ""))
+        address = self._address(hop, url, attempt)
+        request = self._client.build_request(
+            "GET",
+            url.copy_with(host=address),
+            headers={**headers, "Host": hop.host},
+            extensions={"sni_hostname": url.host},
+        )
+        return self._client.send(request, stream=True, auth=_netrc(url.host))
+
+    def _address(self, hop: Origin, url: httpx.URL, attempt: int) -> str:
+        """Return an address of the host, another one for each attempt; refuses hosts with one that is not public."""
+        try:
+            addresses = self._surroundings.resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
+        except (OSError, UnicodeError) as error:
+            raise Transient(f"the host {url.host} is not found ({error})") from error
+        if not addresses:
+            raise Transient(f"the host {url.host} has no address")
+        private = [address for address in addresses if not is_public(address)]
+        if private and not self._allow.names_host(hop):
+            raise Invalid(
+                Reason.ORIGIN_NOT_ALLOWED,
+                f"{hop}: {url.host} has the address {private[0]}, which is not public; if it is meant to be reached, "
+                f"name the host in origins.allow ({hop.scheme}://{hop.host}/)",
+            )
+        return addresses[attempt % len(addresses)]
+
+
+def _headers(resume: Resume | None) -> dict[str, str]:
+    # Sizes, ranges and checksums are of the file, not of a compressed form of it.
+    headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
+    if resume is not None:
+        headers |= {"Range": f"bytes={resume.offset}-", "If-Range": resume.validator}
+    return headers
+
+
+def _netrc(host: str) -> httpx.Auth | None:
+    """Return what the user's own .netrc holds for a host: looked up anew for each hop, so nothing is carried along."""
+    with suppress(OSError, netrc.NetrcParseError):
+        found = netrc.netrc().hosts.get(host)  # no default entry: it would answer any host that asks
+        if found is not None:
+            return httpx.BasicAuth(found[0], found[2])
+    return None
+
+
+def _redirected(hop: Origin, response: httpx.Response) -> Origin:
+    location = response.headers.get("location", "")
+    try:
+        target = httpx.URL(f"{hop}").join(location)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise unreadable(hop, "it redirects to what is not a URL") from error
+    if target.scheme not in ("http", "https"):
+        raise Invalid(Reason.ORIGIN_NOT_ALLOWED, f"{hop} redirects to {target.scheme[:20]}://, which is never followed")
+    return parse_origin(str(target))
+
+
+def _body(answer: _Answer, resume: Resume | None) -> Body:
+    response, headers = answer.response, answer.response.headers
+    _check_status(answer)
+    if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
+        raise unreadable(answer.hop, "it sends the file compressed although it was asked not to")
+    offset, size_bytes = _extent(answer, resume)
+    validator = headers.get("etag", "")
+    if validator.startswith("W/") or not validator:  # a weak tag does not promise the same bytes
+        validator = headers.get("last-modified", "")
+    return Body(offset, size_bytes, validator, answer.checksum, response.iter_raw())
+
+
+def _check_status(answer: _Answer) -> None:
+    status = answer.response.status_code
+    if status in (200, 206):
+        return
+    if status in (404, 410):
+        raise Missing(str(answer.hop))
+    if status in _BUSY:
+        raise Transient(f"the server answers {status}", _retry_after_s(answer.response))
+    if status in (412, 416):
+        raise Transient("the file was changed while it was fetched", restart=True)
+    if status in (401, 403):
+        raise unreadable(
+            answer.hop, f"the server answers {status}: it wants credentials (put them into ~/.netrc) or a signed URL"
+        )
+    raise unreadable(answer.hop, f"the server answers {status}")
+
+
+def _extent(answer: _Answer, resume: Resume | None) -> tuple[int, int | None]:
+    """Return where the body begins and how large the whole file is."""
+    headers = answer.response.headers
+    if answer.response.status_code == 206:
+        found = _CONTENT_RANGE.match(headers.get("content-range", ""))
+        if found is None or resume is None or int(found[1]) != resume.offset:
+            raise Transient("the server sends another part than it was asked for", restart=True)
+        return resume.offset, int(found[3])
+    length = headers.get("content-length", "")
+    if length.isdigit():
+        return 0, int(length)
+    if "chunked" in headers.get("transfer-encoding", "").lower():
+        return 0, None
+    raise unreadable(answer.hop, "the server does not say how large the file is, so half of it could not be told")
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    text = response.headers.get("retry-after", "")
+    return float(text) if text.isdigit() else 0.0
+
+
+def _said(error: httpx.HTTPError) -> str:
+    if isinstance(error, httpx.TimeoutException):
+        return "the server was silent for too long"
+    return str(error) or type(error).__name__

@@ -1,0 +1,121 @@
+"""How packed rows must look for an engine, and what becomes of an adapter's rows then.
+
+TensorRT-LLM cuts each module's B into equal pieces for its tensor-parallel ranks (`copyToPages` of `loraCache.cpp`),
+whatever the rows mean. A projection that is one matrix in the model file and holds q, k and v, or gate and up, must
+therefore be sent as the engine has it: in parts, or whole with the parts interleaved rank by rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One (layer, module) pair of an adapter: its rank and the module's global in and out dimensions."""
+
+    module: str
+    module_id: int
+    layer: int
+    rank: int
+    in_dim: int
+    out_dim: int
+
+
+FUSED: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType(
+    {
+        "attn_qkv": (("attn_q", 1), ("attn_k", 2), ("attn_v", 3)),
+        "mlp_gate_up": (("mlp_h_to_4h", 5), ("mlp_gate", 7)),
+    }
+)
+"""The fused modules, and the separate ones (with their ids) that an engine may have in their place."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a model: how many for queries, how many for keys and values, and their size."""
+
+    query: int
+    key_value: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if min(self.query, self.key_value, self.size) < 1 or self.query % self.key_value:
+            raise ValueError(
+                f"{self.query} heads, {self.key_value} key-value heads of size {self.size} are no attention"
+            )
+
+    @property
+    def dims(self) -> tuple[int, int, int]:
+        """The out dimensions of q, k and v."""
+        return self.query * self.size, self.key_value * self.size, self.key_value * self.size
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How packed rows must look for an engine: target dtype, what ranks are padded to, tensor-parallel size.
+
+    Separate projections are sent whole whatever `tp` is: the engine cuts them. It cuts fused ones blindly too, so the
+    parts of one are interleaved per rank, or sent apart if the engine has them apart: `fused` names the fused modules
+    that it has (None: not known), `heads` says where q, k and v begin. Raises ValueError for values that no engine has.
+    """
+
+    dtype: str
+    rank_multiple: int = 1
+    tp: int = 1
+    fused: tuple[str, ...] | None = None
+    heads: Heads | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        if self.rank_multiple < 1 or self.tp < 1:
+            raise ValueError(f"rank_multiple ({self.rank_multiple}) and tp ({self.tp}) are whole numbers from 1")
+
+    @property
+    def label(self) -> str:
+        whole = "" if self.fused is None else f".{'+'.join(self.fused) or 'split'}"
+        heads = "" if self.heads is None else f".h{self.heads.query}k{self.heads.key_value}s{self.heads.size}"
+        return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
+
+    def for_modules(self, modules: Iterable[str]) -> Layout:
+        """Return what of the layout decides these modules' bytes: adapters without fused ones have one form for all."""
+        fused = [name for name in FUSED if name in frozenset(modules)]
+        if not fused:
+            return replace(self, fused=None, heads=None)
+        whole = None if self.fused is None else tuple(name for name in fused if name in self.fused)
+        return replace(self, fused=whole, heads=self.heads if "attn_qkv" in fused else None)
+
+    def padded(self, rank: int) -> int:
+        """Return the rank as it is sent: the next multiple of `rank_multiple`."""
+        return -(-rank // self.rank_multiple) * self.rank_multiple
+
+
+def packed_rows(rows: tuple[Row, ...], layout: Layout) -> tuple[Row, ...]:
+    """Return the rows as they are sent: a fused one is replaced by its parts, in place, where the layout says so."""
+    return tuple(part for row in rows for part in _parts(row, layout))
+
+
+def _parts(row: Row, layout: Layout) -> tuple[Row, ...]:
+    dims = part_dims(row.module, row.out_dim, layout)
+    if dims is None or layout.fused is None or row.module in layout.fused:
+        return (row,)
+    names = FUSED[row.module]
+    return tuple(replace(row, module=n, module_id=i, out_dim=dim) for (n, i), dim in zip(names, dims, strict=True))
+
+
+def part_dims(module: str, out_dim: int, layout: Layout) -> tuple[int, ...] | None:
+    """Return the out dimensions of a fused module's parts, in the order of `FUSED`; None if unknown."""
+    if module == "mlp_gate_up":
+        return out_dim // 2, out_dim // 2
+    return layout.heads.dims if module == "attn_qkv" and layout.heads is not None else None
+
+
+def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
+    """Return the bytes of `[N, W]`: every row is as wide as the widest."""
+    widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in packed_rows(rows, layout)]
+    return len(widths) * max(widths, default=0) * DTYPE_BYTES[layout.dtype]

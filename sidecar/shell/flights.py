@@ -1,0 +1,67 @@
+"""Work in threads that nobody has to wait for: a download hangs in a read for as long as its timeout says.
+
+Threads are daemons and futures are settled from outside when the process leaves, so a silent server delays neither
+the exit nor whoever waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from typing import TypeVar
+
+from sidecar.errors import Reason, Refused
+
+T = TypeVar("T")
+
+
+class Flights:
+    """Runs functions in threads of their own until it is closed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: dict[int, tuple[Future[object], threading.Event]] = {}
+        self._count = 0
+        self._closed = False
+
+    def begin(self, run: Callable[[threading.Event], T], stop: threading.Event | None = None) -> Future[T]:
+        """Call `run(stop)` in a thread; it should end soon once `stop` is set."""
+        stop = stop or threading.Event()
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                future.set_exception(_leaving())
+                return future
+            self._count += 1
+            number = self._count
+            self._under_way[number] = (future, stop)  # type: ignore[assignment] — only its exception is ever set
+        threading.Thread(target=self._fly, args=(number, future, run, stop), name="download", daemon=True).start()
+        return future
+
+    def _fly(self, number: int, future: Future[T], run: Callable[[threading.Event], T], stop: threading.Event) -> None:
+        with suppress(InvalidStateError):  # closed in the meantime: nobody wants the result
+            try:
+                future.set_result(run(stop))
+            except InvalidStateError:
+                raise
+            except BaseException as error:
+                future.set_exception(error)
+        with self._lock:
+            self._under_way.pop(number, None)
+
+    def close(self) -> None:
+        """Stop what is under way and tell whoever waits for it."""
+        with self._lock:
+            self._closed = True
+            under_way = list(self._under_way.values())
+        for future, stop in under_way:
+            stop.set()
+            with suppress(InvalidStateError):
+                future.set_exception(_leaving())
+
+
+def _leaving() -> Refused:
+    return Refused(Reason.DRAINING, "this sidecar is going down")

@@ -1,0 +1,278 @@
+"""Where adapters' files are: under a local root, in the spool, or at an origin from where they are brought.
+
+Registrations arrive through `arrival`, requests that miss through `locate`. Downloads of one URL, and of one version,
+are shared: whoever comes second waits for the first one's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+from sidecar.adapters.origins import (
+    PUSHED, AllowList, Limits, Origin, Progress, Stopped, Surroundings, fetch, is_url, parse_origin
+)  # fmt: skip
+from sidecar.adapters.refusal import malformed, unreadable
+from sidecar.adapters.registration import Registration, read_registration
+from sidecar.adapters.spool import Spool, digest_of_folder
+from sidecar.errors import SidecarError, error_for
+from sidecar.shell.flights import Flights
+
+logger = logging.getLogger(__name__)
+
+TOLD_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A checked adapter whose files are where they can stay; `origin` is what the registry writes down."""
+
+    registration: Registration
+    origin: str
+
+
+@dataclass
+class _Download:
+    """A folder that several registrations of one URL share. `path` moves when the first of them adopts it."""
+
+    task: asyncio.Task[Path]
+    stop: threading.Event
+    users: int = 0
+    path: Path | None = None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Sources:
+    """The sources of one process's adapters."""
+
+    def __init__(
+        self,
+        allow: AllowList,
+        spool: Spool | None = None,
+        limits: Limits = Limits(),  # noqa: B008 — frozen
+        downloads_max: int = 4,
+        surroundings: Callable[[threading.Event], Surroundings] | None = None,
+    ) -> None:
+        self.allow = allow
+        self.spool = spool or Spool(None)
+        self.limits = limits
+        self._surroundings = surroundings or surroundings_of
+        self._turns = asyncio.Semaphore(downloads_max)
+        self._flights = Flights()
+        self._downloads: dict[str, _Download] = {}
+        self._claims: dict[str, int] = {}
+        self._bringing: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Stop downloads; those who wait for them are told that this process leaves."""
+        self._flights.close()
+        self.spool.close()
+
+    # Registrations.
+
+    @asynccontextmanager
+    async def arrival(self, name: str, path: str) -> AsyncIterator[Arrival]:
+        """Give a checked adapter from a local path or a URL.
+
+        What it brought into the spool stays there while this context is open; after it, `forget_unneeded` decides.
+        Raises Invalid for what is wrong with the origin or the files, Refused for what may be right later.
+        """
+        if not is_url(path):
+            directory = self.allow.check_path(name, path)
+            yield Arrival(await asyncio.to_thread(read_registration, name, directory), str(directory))
+            return
+        with named(name):
+            origin = parse_origin(path)
+            self.allow.check(origin)
+        download = self._joined(origin)
+        try:
+            with named(name):
+                await asyncio.shield(download.task)
+            async with self._checked(name, download) as registration:
+                yield Arrival(registration, str(origin))
+        finally:
+            self._left(origin, download)
+
+    @asynccontextmanager
+    async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:
+        """Give a checked adapter from an incoming folder that a client filled; as `arrival` otherwise."""
+        registration = await asyncio.to_thread(read_registration, name, folder)
+        async with self._adopted(folder, registration.adapter.digest):
+            yield Arrival(registration, f"{PUSHED}://{registration.adapter.digest}")
+
+    def _joined(self, origin: Origin) -> _Download:
+        """Return the download of a URL that is under way, or begin one."""
+        key = f"{origin}?{origin.query}"
+        download = self._downloads.get(key)
+        if download is None:
+            stop = threading.Event()
+            download = _Download(asyncio.create_task(self._bring_in_turn(origin, stop)), stop)
+            self._downloads[key] = download
+        download.users += 1
+        return download
+
+    async def _bring_in_turn(self, origin: Origin, stop: threading.Event) -> Path:
+        async with self._turns:
+            return await asyncio.wrap_future(self._flights.begin(partial(self._bring, origin), stop))
+
+    def _left(self, origin: Origin, download: _Download) -> None:
+        download.users -= 1
+        if download.users:
+            return
+        self._downloads.pop(f"{origin}?{origin.query}", None)
+        download.stop.set()
+        download.task.add_done_callback(self._tidy)
+
+    def _tidy(self, task: asyncio.Task[Path]) -> None:
+        """Remove what a download brought, unless it was adopted: then it is not there any more."""
+        if not task.cancelled() and task.exception() is None:
+            self._in_background(partial(self.spool.remove, task.result()))
+
+    @asynccontextmanager
+    async def _checked(self, name: str, download: _Download) -> AsyncIterator[Registration]:
+        async with download.lock:  # one after the other: the first one moves the folder
+            folder = download.path or download.task.result()
+            registration = await asyncio.to_thread(read_registration, name, folder)
+            digest = registration.adapter.digest
+            if download.path is None:
+                adopting = self._adopted(folder, digest)
+            else:
+                adopting = self._claimed(digest)
+            async with adopting:
+                download.path = self.spool.folder(digest)
+                yield registration
+
+    @asynccontextmanager
+    async def _adopted(self, folder: Path, digest: str) -> AsyncIterator[None]:
+        async with self._claimed(digest):
+            await asyncio.to_thread(self.spool.adopt, folder, digest)
+            yield
+
+    @asynccontextmanager
+    async def _claimed(self, digest: str) -> AsyncIterator[None]:
+        """Keep a digest in the spool although no name stands for it yet."""
+        self._claims[digest] = self._claims.get(digest, 0) + 1
+        try:
+            yield
+        finally:
+            self._claims[digest] -= 1
+            if not self._claims[digest]:
+                del self._claims[digest]
+
+    def forget_unneeded(self, needed: Iterable[str]) -> None:
+        """Drop the sources of digests that nothing needs any more; removing the files is left to a thread."""
+        keep = {*needed, *self._claims}
+        for digest in self.spool.digests():
+            if digest not in keep:
+                self._in_background(partial(self.spool.discard, digest))
+
+    def _in_background(self, run: Callable[[], None]) -> None:
+        self._flights.begin(lambda stop: run())
+
+    # Misses.
+
+    def locate(self, origin: str, digest: str) -> Path:
+        """Return the folder with a version's files, fetching them again if the spool has them no more.
+
+        Blocks: runs in a thread. Raises Invalid when the origin holds other content by now.
+        """
+        if not is_url(origin):
+            return Path(origin)
+        with self._only(digest):
+            if self.spool.holds(digest):
+                return self.spool.folder(digest)
+            if origin.startswith(f"{PUSHED}://"):
+                raise unreadable(digest[:12], "it was pushed and its files are gone; push it again")
+            return self._flights.begin(partial(self._bring_again, parse_origin(origin), digest)).result()
+
+    def is_spoiled(self, origin: str, digest: str) -> bool:
+        """Whether the spool's copy of a version was damaged; then it is dropped, so that `locate` fetches it anew."""
+        if not is_url(origin):
+            return False
+        with self._only(digest):
+            if not self.spool.holds(digest) or digest_of_folder(self.spool.folder(digest)) == digest:
+                return False
+            logger.warning("the source of %s was damaged on disk", digest[:12])
+            self.spool.discard(digest)
+            return True
+
+    def _only(self, digest: str) -> threading.Lock:
+        with self._lock:
+            return self._bringing.setdefault(digest, threading.Lock())
+
+    def _bring_again(self, origin: Origin, digest: str, stop: threading.Event) -> Path:
+        folder = self._bring(origin, stop)
+        try:
+            found = digest_of_folder(folder)
+            if found != digest:
+                raise malformed(
+                    digest[:12],
+                    f"{origin} now holds other content ({found[:12] or 'not an adapter'}) than the registered version "
+                    f"({digest[:12]}); register it as a new version",
+                )
+            return self.spool.adopt(folder, digest)
+        except BaseException:
+            self.spool.remove(folder)
+            raise
+
+    def _bring(self, origin: Origin, stop: threading.Event) -> Path:
+        """Download an origin into a new incoming folder."""
+        folder = self.spool.make_incoming()
+        begun_s = monotonic()
+        try:
+            size_bytes = fetch(
+                origin, folder, self.limits, _progress(origin, stop), allow=self.allow, surroundings=self._surroundings(stop)
+            )
+        except BaseException:
+            self.spool.remove(folder)
+            raise
+        logger.info("fetched %s: %d bytes in %.1f s", origin, size_bytes, monotonic() - begun_s)
+        return folder
+
+
+class named:  # noqa: N801 — a context, read as a word
+    """Put the adapter's name in front of what a download failed with."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, SidecarError):
+            details = {**error.details, "adapter": self._name}
+            raise error_for(error.reason, f"{self._name}: {error.message}", **details) from error
+
+
+def surroundings_of(stop: threading.Event) -> Surroundings:
+    """Return the real world, in which a wait ends when the download is stopped."""
+
+    def wait(seconds: float) -> None:
+        if stop.wait(seconds):
+            raise Stopped
+
+    return replace(Surroundings(), wait=wait)
+
+
+def _progress(origin: Origin, stop: threading.Event) -> Progress:
+    """Return a callback that ends a stopped download and writes a log line every few seconds."""
+    told_s = monotonic()
+
+    def progress(done_bytes: int, total_bytes: int | None) -> None:
+        nonlocal told_s
+        if stop.is_set():
+            raise Stopped
+        if monotonic() - told_s >= TOLD_EVERY_S:
+            told_s = monotonic()
+            logger.info("fetching %s: %d bytes so far", origin, done_bytes)
+
+    return progress

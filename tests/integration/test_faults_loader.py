@@ -1,0 +1,107 @@
+"""The loader process dies, is slow, is stopped: loads are tried again, and nothing of it outlives the sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sidecar.core.effects import Load
+from tests.emulated import running_engine
+from tests.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
+from tests.serving import Serving, serving, until, write_adapters
+
+
+def loader_of(served: Serving) -> int:
+    """Return the loader's process id; there must be one."""
+    pid = served.sidecar._loader.pid
+    assert pid is not None
+    return pid
+
+
+async def test_a_loader_that_is_killed_mid_load(tmp_path: Path) -> None:
+    """The load that it had under way is given to a new one; no client sees it, and no adapter is blamed."""
+    write_adapters(tmp_path, 2)
+    async with running_engine(**DUMMY, **ENDLESS, seats=1) as engine, serving([engine], tmp_path) as served:
+        assert_right(served, await attempt(served, "a00"))
+        first = loader_of(served)
+        async with occupied(engine):
+            asking = asyncio.create_task(attempt(served, "a01"))
+            await until(lambda: engine.engine.counters.waiting == 1)
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: served.sidecar._loader.pid not in (None, first))
+            assert not asking.done()
+        assert_right(served, await asking)
+        assert heals(served) == []
+        assert served.recorder.count(Load) == 2
+        await assert_nothing_left(served)
+
+
+async def test_loaders_that_are_killed_again_and_again(tmp_path: Path) -> None:
+    """When two die under a load the core hears of it, and loads again a little later; still nobody is to blame."""
+    write_adapters(tmp_path, 1)
+    async with running_engine(**DUMMY, **ENDLESS, seats=1) as engine, serving([engine], tmp_path) as served:
+        async with occupied(engine):
+            asking = asyncio.create_task(attempt(served, "a00"))
+            for _ in range(2):
+                await until(lambda: engine.engine.counters.waiting == 1)
+                os.kill(loader_of(served), signal.SIGKILL)
+                await until(lambda: engine.engine.counters.waiting == 0)
+            await until(lambda: heals(served) == ["load_no_answer"])
+        assert_right(served, await asking)
+        version = served.state.versions[served.state.names["a00"].digest]
+        assert not version.suspect
+        assert not version.lost_backends
+        await assert_nothing_left(served)
+
+
+async def test_a_load_that_the_engine_does_not_get_to_in_time(tmp_path: Path) -> None:
+    """Seats that others hold are nobody's fault: the load is tried again until they leave, and never quarantined."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY, **ENDLESS, seats=1) as engine,
+        serving([engine], tmp_path, backend={"load_timeout_s": 0.2}) as served,
+    ):
+        async with occupied(engine):
+            asking = asyncio.create_task(attempt(served, "a00"))
+            await until(lambda: len(heals(served)) >= 3)
+            assert set(heals(served)) == {"load_no_answer"}
+        assert_right(served, await asking)
+        assert not served.state.versions[served.state.names["a00"].digest].quarantined
+        await assert_nothing_left(served)
+
+
+async def test_the_loader_ends_with_the_sidecar(tmp_path: Path) -> None:
+    """Stopped while a load is under way, the sidecar leaves no process and no blob behind."""
+    write_adapters(tmp_path, 1)
+    async with running_engine(**DUMMY, **ENDLESS, seats=1) as engine, occupied(engine):
+        async with serving([engine], tmp_path) as served:
+            asking = asyncio.create_task(attempt(served, "a00"))
+            await until(lambda: engine.engine.counters.waiting == 1)
+            loader = loader_of(served)
+        with pytest.raises(asyncio.CancelledError):  # its channel is closed
+            await asking
+        assert not psutil.pid_exists(loader)
+        await until(lambda: engine.engine.counters.waiting == 0)
+
+
+async def test_the_loader_ends_when_its_parent_is_gone_and_ignores_ctrl_c() -> None:
+    """It leaves with status 0 when its input closes; SIGINT, which a terminal sends to all, is for the parent."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar.backends.loader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    # An order that cannot be carried out is answered too, and shows that the process is up.
+    process.stdin.write(b'{"load": 1}\n')
+    assert b'"unanswered": true' in await process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b'{"load": 2}\n')
+    assert b'"load": 2' in await process.stdout.readline()
+    process.stdin.close()
+    assert await process.wait() == 0
