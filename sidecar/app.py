@@ -15,6 +15,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar import plugins
+from sidecar.adapters.disk import DiskTier
+from sidecar.adapters.origins.allowing import AllowList
+from sidecar.adapters.origins.limits import Limits
+from sidecar.adapters.spool import Spool
 from sidecar.backends.api import Backend
 from sidecar.backends.credentials import read_pem
 from sidecar.backends.engine_facts import from_engine_config
@@ -36,6 +40,7 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
 from sidecar.shell.request_log import RequestLog
+from sidecar.shell.sources import Sources
 from sidecar.state.registry import SqliteRegistry, lock_data_directory
 
 logger = logging.getLogger(__name__)
@@ -66,7 +71,14 @@ class Sidecar:
         self.registry = SqliteRegistry(None if data is None else data / "registry.sqlite")
         core = config.core()
         self.gateway = Gateway(
-            core, plugins.policies_of(core), self.registry, self._roots(), config.client_stall_s, config.queue.inbox_max
+            core,
+            plugins.policies_of(core),
+            self.registry,
+            self._roots(),
+            config.client_stall_s,
+            config.queue.inbox_max,
+            sources=self._sources(data),
+            disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.gateway.observe(self.metrics, at_the_door=True)
@@ -88,6 +100,16 @@ class Sidecar:
         adapters = self.config.adapters
         roots = [*adapters.roots, *([adapters.serve] if adapters.serve else [])]
         return [Path(root).expanduser() for root in roots]
+
+    def _sources(self, data: Path | None) -> Sources:
+        origins = self.config.origins
+        limits = Limits(
+            size_bytes_max=origins.size_bytes_max,
+            attempts_max=origins.attempts_max,
+            timeout_s=origins.timeout_s,
+            duration_s_max=origins.duration_s_max,
+        )
+        return Sources(AllowList.of(origins.allow, self._roots()), Spool(data), limits, origins.downloads_max)
 
     @classmethod
     async def start(cls, config: Config) -> Sidecar:

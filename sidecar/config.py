@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
@@ -137,9 +138,37 @@ class Adapters(Section):
     allow: dict[str, tuple[str, ...]] = {}
 
 
+class Origins(Section):
+    """Where adapters may be fetched from: `allow` lists prefixes of URLs (and folders); `adapters.roots` always count.
+
+    `https://` alone allows every public host; a host that has a private address must be named. Credentials are found by
+    the stores' own libraries and are no part of this.
+    """
+
+    allow: tuple[str, ...] = ()
+    size_bytes_max: int = Field(4 << 30, ge=1)
+    attempts_max: int = Field(5, ge=1)
+    timeout_s: float = Field(30.0, gt=0)
+    duration_s_max: float = Field(1800.0, gt=0)
+    downloads_max: int = Field(4, ge=1)
+
+    @field_validator("allow")
+    @classmethod
+    def _are_prefixes(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            AllowList.of(allow)
+        except Misused as error:
+            raise ValueError(error.message.removeprefix("origins.allow: ")) from error
+        return allow
+
+
 class Store(Section):
+    """Two tiers of packed adapters. The disk tier is there when there is a data directory."""
+
     memory_bytes: int = Field(4 << 30, ge=1)
+    disk_bytes: int = Field(32 << 30, ge=0)
     eviction: str = "lru"
+    disk_eviction: str = "lru"
     fetches_max: int = Field(4, ge=1)
 
 
@@ -176,6 +205,7 @@ class Config(Section):
     listeners: Listeners = Listeners()
     backends: tuple[Backend, ...] = ()
     adapters: Adapters = Adapters()
+    origins: Origins = Origins()
     store: Store = Store()
     queue: Queue = Queue()
     journal: Journal = Journal()
@@ -202,6 +232,7 @@ class Config(Section):
         """Return the part that the core works with."""
         return CoreConfig(
             store_bytes=self.store.memory_bytes,
+            disk_bytes=self.store.disk_bytes if self.data_directory is not None else 0,
             fetches_max=self.store.fetches_max,
             queued_max=self.queue.queued_max,
             queued_tokens_max=self.queue.queued_tokens_max,
@@ -212,6 +243,7 @@ class Config(Section):
                 for name, limit in sorted(self.queue.classes.items())
             },
             eviction=self.store.eviction,
+            disk_eviction=self.store.disk_eviction,
             ordering=self.queue.ordering,
             routing=self.queue.routing,
         )
@@ -281,6 +313,7 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, AdminListener, Tls, Backend, Engine, Adapters, Store, Queue, RequestClass, Journal
+        Config, Listeners, Listener, AdminListener, Tls, Backend, Engine, Adapters, Origins, Store, Queue, RequestClass,
+        Journal
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 
 from sidecar.core.effects import Heal
 from sidecar.emulator.tokens import BOS
@@ -71,7 +72,14 @@ def assert_broken_off(served: Serving, tried: Tried) -> None:
 
 async def assert_nothing_left(served: Serving) -> None:
     """No request, seat, load or pin is held once everything has ended."""
-    await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
+    try:
+        await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
+    except TimeoutError:
+        endpoints: list[Any] = list(served.sidecar.gateway.backends.values())
+        pytest.fail(
+            f"left behind: {served.state.requests}, tickets {list(served.sidecar.gateway.tickets)}, "
+            f"runs {[list(endpoint._runs) for endpoint in endpoints]}, last events {served.recorder.events[-20:]}"
+        )
     for backend in served.state.backends.values():
         assert not backend.running
         assert not backend.loads

@@ -1,65 +1,128 @@
 """Keeping B·A inside a small float's range: what one side has too much of, the other takes over.
 
-(2^k · A, 2^-k · B) has the same product as (A, B), exactly, because a power of two only moves the exponent.
-So a matrix that leaves the target's range is scaled down by the smallest power that helps, its partner up
-by the same.
+(2^k · A, 2^-k · B) has the same product as (A, B), exactly, because a power of two only moves the exponent. So where
+values overflow, or are so small that the dtype keeps few of their digits, one power of two is moved between A and B:
+the one nearest to none. Where one power cannot serve all ranks of the pair, each rank gets its own: row j of A and
+column j of B meet nowhere else, so D·A and B·D^-1 with a diagonal D of powers have the same product too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from sidecar.adapters.names import shown
-from sidecar.adapters.peft import Target
 from sidecar.adapters.refusal import unsupported
+from sidecar.adapters.targets import Pair
+
+Floats = npt.NDArray[np.float64]
+Exponents = npt.NDArray[np.int64]
 
 _RANGE_END = {"float16": 65_520.0, "bfloat16": (2.0 - 2.0**-8) * 2.0**127}
 """The smallest magnitude that rounds to infinity: half a step above the largest number of the dtype."""
 
+_FULL_DIGITS = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
+"""The smallest magnitude that keeps all digits of the dtype; below it each binade has one less."""
 
-@dataclass(frozen=True)
-class Factors:
-    """What A and B are multiplied by in float32 before the one rounding; `exponent` is k of 2^k on A."""
-
-    a: np.float32
-    b: np.float32
-    exponent: int = 0
+_NEGLIGIBLE = 2.0**-13
+"""A rank whose largest product is this share of the largest adds less than the dtype's rounding of it."""
 
 
-def factors_for(target: Target, largest_a: float, largest_b: float, dtype: str, adapter: str) -> Factors:
-    """Return the factors that fold the scale into B and keep both sides in `dtype`'s range.
+def exponents_for(pair: Pair, tops_a: Floats, tops_b: Floats, dtype: str, adapter: str) -> Exponents | None:
+    """Return the k of each rank's 2^k on A and 2^-k on B, or None where nothing has to move.
 
-    `largest_a` and `largest_b` are the largest magnitudes in the file. Raises Invalid with the tensor's
-    name and its largest value when no power of two fits both.
+    `tops_a` and `tops_b` [rank] are the largest magnitudes in each row of A and each column of B as scaled. Raises
+    Invalid with the tensor's name and its largest value when no powers of two hold the product in `dtype`.
     """
-    scale = float(np.float32(target.scale))
-    end = _RANGE_END[dtype]
-    a_fits, b_fits = _fits(largest_a, end), _fits(largest_b * abs(scale), end)
-    if a_fits and b_fits:
-        return Factors(np.float32(1.0), np.float32(scale))
-    step = -1 if b_fits else 1
-    exponent = step
-    while not _fits(largest_a * 2.0**exponent if step < 0 else largest_b * abs(scale) * 2.0**-exponent, end):
-        exponent += step
-    a, b = 2.0**exponent, scale * 2.0**-exponent
-    if not (_fits(largest_a * a, end) and _fits(largest_b * abs(b), end)):
-        raise _too_large(target, largest_a, largest_b, dtype, adapter)
-    return Factors(np.float32(a), np.float32(b), exponent)
+    end, full = _RANGE_END[dtype], _FULL_DIGITS[dtype]
+    products = tops_a * tops_b
+    weighty = (products > products.max() * _NEGLIGIBLE) & (products > 0)
+    if _fit(tops_a, end) and _fit(tops_b, end):
+        thin = weighty & ((tops_a < full) | (tops_b < full))
+        if not thin.any():
+            return None
+    low, high = _allowed(tops_a, tops_b, end)
+    _check_range(pair, tops_a, tops_b, low, high, dtype, adapter)
+    soft_low, soft_high = _full(tops_a, tops_b, full)
+    _check_digits(pair, products, tops_b, soft_low > soft_high, dtype, adapter)
+    soft_low, soft_high = np.where(weighty, soft_low, low), np.where(weighty, soft_high, high)
+    lowest, highest = max(int(low.max()), int(soft_low.max())), min(int(high.min()), int(soft_high.min()))
+    if lowest <= highest:
+        return np.full(len(tops_a), min(max(0, lowest), highest), np.int64)
+    middle = np.clip((soft_low + soft_high) // 2, low, high)
+    nearest = np.clip(0, np.maximum(low, soft_low), np.minimum(high, soft_high))
+    chosen: Exponents = np.where(soft_low > soft_high, middle, nearest)
+    return chosen
 
 
-def _fits(magnitude: float, end: float) -> bool:
+def _fit(tops: Floats, end: float) -> bool:
     with np.errstate(over="ignore"):
-        return float(np.float32(magnitude)) < end
+        return bool((tops.astype(np.float32) < end).all())
 
 
-def _too_large(target: Target, largest_a: float, largest_b: float, dtype: str, adapter: str) -> Exception:
-    a_is_worse = largest_a > largest_b * abs(target.scale)
-    tensor, largest = (target.a, largest_a) if a_is_worse else (target.b, largest_b)
-    scaled = "" if a_is_worse else f" (times the scale {target.scale:g})"
-    return unsupported(
+def _allowed(tops_a: Floats, tops_b: Floats, end: float) -> tuple[Exponents, Exponents]:
+    """Return the least and the greatest k for which neither side leaves the range."""
+    return -_powers_below(tops_b, end), _powers_below(tops_a, end)
+
+
+def _powers_below(tops: Floats, end: float) -> Exponents:
+    """Return the greatest k with top · 2^k < end; a large one for 0."""
+    return np.array([_power_below(float(top), end) for top in tops], np.int64)
+
+
+def _power_below(top: float, end: float) -> int:
+    if top == 0:
+        return _FAR
+    power = math.frexp(end)[1] - math.frexp(top)[1]
+    while float(np.float32(math.ldexp(top, power))) >= end:
+        power -= 1
+    return power
+
+
+_FAR = 1 << 12
+"""More than the exponents of any two float32 numbers are apart."""
+
+
+def _full(tops_a: Floats, tops_b: Floats, full: float) -> tuple[Exponents, Exponents]:
+    """Return the least and the greatest k for which the largest values of both sides keep all digits."""
+    floor = math.frexp(full)[1]
+    exponents_a, exponents_b = np.frexp(tops_a)[1].astype(np.int64), np.frexp(tops_b)[1].astype(np.int64)
+    return floor - exponents_a, exponents_b - floor
+
+
+def _check_range(
+    pair: Pair, tops_a: Floats, tops_b: Floats, low: Exponents, high: Exponents, dtype: str, adapter: str
+) -> None:
+    if (low <= high).all():
+        return
+    worst = int(np.argmax(low - high))
+    largest_a, largest_b = float(tops_a[worst]), float(tops_b[worst])
+    a_is_worse = largest_a > largest_b
+    tensor, largest = (pair.a, largest_a) if a_is_worse else (pair.b, largest_b / abs(pair.scale))
+    scaled = "" if a_is_worse else f" (times the scale {pair.scale:g})"
+    raise unsupported(
         adapter,
         f"tensor {shown(tensor.name, 160)} reaches {largest:g}{scaled}, which leaves the range of {dtype} "
         "also when A and B share it; serve it on a bfloat16 engine, or train it with a smaller scale",
+    )
+
+
+def _check_digits(
+    pair: Pair, products: Floats, tops_b: Floats, lost: npt.NDArray[np.bool_], dtype: str, adapter: str
+) -> None:
+    """Refuse a pair whose largest product is too small: it would come out coarse, or as nothing at all."""
+    top = int(np.argmax(products))
+    if products[top] > 0 and lost[top]:
+        _refuse_small(pair, float(products[top]), float(tops_b[top]), dtype, adapter)
+
+
+def _refuse_small(pair: Pair, product: float, largest: float, dtype: str, adapter: str) -> NoReturn:
+    raise unsupported(
+        adapter,
+        f"tensor {shown(pair.b.name, 160)} reaches only {largest / abs(pair.scale):g} (times the scale "
+        f"{pair.scale:g}), so that B·A is at most {product:g} a rank, too small for {dtype} also when A and B share "
+        "it; serve it on a bfloat16 engine, or train it with a larger scale",
     )

@@ -13,7 +13,6 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +104,15 @@ class DiskTier:
         self._files.rename(part, place)
         self._files.sync_directory(self._directory)
 
-    def read(self, key: str) -> Built:
-        """Return a verified blob in memory. Raises Refused(ADAPTER_UNAVAILABLE) for one that is damaged or gone."""
+    def read(self, key: str, layout: Layout) -> Built:
+        """Return a verified blob in memory; the key says that it has this layout.
+
+        Raises Refused(ADAPTER_UNAVAILABLE) for one that is damaged or gone.
+        """
         try:
             with self._path(key).open("rb") as file:
                 size, footer = _read_footer(file.fileno())
-                plan = _plan_of(footer)
+                plan = _plan_of(footer, layout)
                 blob = Blob(size)
                 try:
                     self._fill(blob, file.fileno(), footer["sha256"], key)
@@ -160,7 +162,6 @@ def _chunks(blob: Blob) -> Iterator[memoryview]:
 def _footer(key: str, plan: PackPlan, digest: str) -> bytes:
     record = {
         "key": key,
-        "layout": asdict(plan.layout),
         "rows": plan.rows,
         "width": plan.width,
         "sha256": digest,
@@ -185,10 +186,9 @@ def _read_footer(descriptor: int) -> tuple[int, dict[str, Any]]:
     return rows, footer
 
 
-def _plan_of(footer: dict[str, Any]) -> PackPlan:
-    layout = {name: tuple(value) if isinstance(value, list) else value for name, value in footer["layout"].items()}
+def _plan_of(footer: dict[str, Any], layout: Layout) -> PackPlan:
     rows = tuple((int(module), int(layer), int(rank)) for module, layer, rank in footer["rows"])
-    return PackPlan(Layout(**layout), rows, int(footer["width"]))
+    return PackPlan(layout, rows, int(footer["width"]))
 
 
 def _damaged(key: str, why: str) -> Refused:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sidecar.adapters.tensors import TensorFile
+from sidecar.adapters.shards import Tensors
 
 
 def digest_of(
-    file: TensorFile,
+    file: Tensors,
     base_model: str,
     config_identity: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,

@@ -1,7 +1,8 @@
 """What rounding to the engine's dtype cost: how much of an adapter fell to zero, and how far the rest moved.
 
 A and B are counted apart, because B alone may be tiny: an adapter whose B became zero answers as the base
-model, however large its A is.
+model, however large its A is. Values count as they were in the file, B times its scale; what balancing moved between
+them is taken out again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+Array = npt.NDArray[Any]
+
 
 @dataclass
 class Sums:
@@ -22,15 +25,6 @@ class Sums:
     flushed: float = 0.0
     error: float = 0.0
 
-    def add(self, wide: npt.NDArray[Any], packed: npt.NDArray[Any], with_error: bool) -> None:
-        """Count one chunk: float32 values and what they were rounded to."""
-        self.norm += _squares(wide)
-        is_zero = packed == 0
-        if is_zero.any():
-            self.flushed += _squares(wide[is_zero])
-        if with_error:
-            self.error += _squares(wide - packed.astype(np.float32))
-
     def merge(self, other: Sums, weight: float) -> None:
         self.norm += weight * other.norm
         self.flushed += weight * other.flushed
@@ -38,25 +32,24 @@ class Sums:
 
     @property
     def flushed_share(self) -> float:
-        return math.sqrt(self.flushed / self.norm) if self.norm else 0.0
+        return _share(self.flushed, self.norm)
 
     @property
     def relative_error(self) -> float:
-        return math.sqrt(self.error / self.norm) if self.norm else 0.0
+        return _share(self.error, self.norm)
 
 
 @dataclass
 class Loss:
     """The running loss of an adapter; `worst` is the tensor that lost the largest share of its norm to zero."""
 
-    with_error: bool = False
     sides: dict[str, Sums] = field(default_factory=lambda: {"A": Sums(), "B": Sums()})
     worst_tensor: str | None = None
     worst_share: float = 0.0
 
-    def add_tensor(self, side: str, name: str, sums: Sums, factor: float) -> None:
-        """Count a finished tensor; a balancing `factor` on its values is taken out again."""
-        self.sides[side].merge(sums, 1.0 / (factor * factor))
+    def add_tensor(self, side: str, name: str, sums: Sums, scale: float) -> None:
+        """Count a finished tensor, its values times `scale`."""
+        self.sides[side].merge(sums, scale * scale)
         if sums.flushed_share > self.worst_share:
             self.worst_tensor, self.worst_share = name, sums.flushed_share
 
@@ -69,5 +62,45 @@ class Loss:
         return max(sums.relative_error for sums in self.sides.values())
 
 
-def _squares(values: npt.NDArray[Any]) -> float:
-    return float(np.sum(np.square(values, dtype=np.float64)))
+def _share(part: float, whole: float) -> float:
+    return math.sqrt(min(1.0, part / whole)) if whole else 0.0
+
+
+_MODEST = {"F16": (0x0001, 0x7C00), "BF16": (0x2690, 0x5863), "F32": (0x2690_1D7D, 0x5863_5FA9)}
+"""The bits of magnitudes (1e-15 and 1e15, or all there are) whose squares are far from the ends of float32."""
+
+_DOT_MAX = 8192
+"""Longer products are shared out among threads by BLAS, which would then add up in another order."""
+
+
+def squares_of(values: Array, dtype: str, top: int, wide: npt.NDArray[np.float32]) -> float:
+    """Return the sum of squares of a tensor's values, of which `top` has the bits of the largest magnitude.
+
+    In float32, `wide` being room for it, unless squares could leave its range.
+    """
+    least, most = _MODEST[dtype]
+    if not least < top < most:
+        with np.errstate(all="ignore"):
+            exact = values.astype(np.float64)
+            return float(np.vdot(exact, exact))
+    if dtype == "BF16" and values.size % 2 == 0:
+        return _squares_of_halves(values.view(np.uint32), wide)
+    np.copyto(wide[: values.size], values)
+    return _dot(wide[: values.size])
+
+
+def _squares_of_halves(pairs: npt.NDArray[np.uint32], wide: npt.NDArray[np.float32]) -> float:
+    """Two bfloat16 lie in a word, and each is the upper half of a float32: no element is converted by itself."""
+    words = wide.view(np.uint32)[: pairs.size]
+    np.left_shift(pairs, 16, out=words)
+    low = _dot(words.view(np.float32))
+    np.bitwise_and(pairs, 0xFFFF_0000, out=words)
+    return low + _dot(words.view(np.float32))
+
+
+def _dot(values: npt.NDArray[np.float32]) -> float:
+    total = 0.0
+    for first in range(0, values.size, _DOT_MAX):
+        piece = values[first : first + _DOT_MAX]
+        total += float(np.dot(piece, piece))
+    return total

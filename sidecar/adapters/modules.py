@@ -124,7 +124,7 @@ class TensorPlace:
 
 _LORA_WEIGHT = re.compile(
     r"(?:base_model\.model\.)*"
-    r"(?P<path>(?:(?:model|language_model|text_model|transformer|gpt_neox|decoder)\.)*(?P<chatglm>encoder\.)?"
+    r"(?P<path>(?:(?:model|language_model|text_model|transformer|gpt_neox|decoder)\.)*(?P<chatglm>(?<=transformer\.)encoder\.)?"
     r"(?:layers|h|blocks)\.(?P<layer>0|[1-9][0-9]{0,3})\."
     r"(?:(?P<block>\w+(?:\.\w+)??)(?:\.experts\.(?P<expert>0|[1-9][0-9]{0,3}))?\.)?(?P<name>\w+))"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight\Z",

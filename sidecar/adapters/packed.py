@@ -4,32 +4,32 @@ One row for each (layer, module), flattened row-major (TensorRT-LLM's `loraCache
 
     A [rank, in] | B [out, rank], the scale multiplied in | zeros up to the widest row
 
-The scale is multiplied in float32 and the product rounded once, to the nearest, ties to even. Ranks are
-padded with zero rows of A and zero columns of B, which leaves B·A as it is. Rows are sent whole: the engine
-cuts them for its tensor-parallel ranks.
+A mixture of experts has all its A's, then all its B's. The scale is multiplied in float32 and the product rounded
+once, to the nearest, ties to even. Ranks are padded with zero rows of A and zero columns of B, which leaves B·A as it
+is. Rows are sent whole: the engine cuts them for its tensor-parallel ranks (for fused ones see `rows`).
 
-The work is done in pieces of at most 1 MB a NumPy call, straight into the caller's buffer: it runs in a
-thread beside an event loop that must not stall, and needs no memory beyond the buffer.
+The work is done in small pieces straight into the caller's buffer: it runs in a thread beside an event loop that must
+not stall, and needs little memory beyond the buffer. NumPy lets go of the interpreter in each, so threads add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sidecar.adapters.balance import Factors, factors_for
 from sidecar.adapters.layout import Layout as Layout
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.loss import Loss, Sums
-from sidecar.adapters.peft import AdapterSource, Target
-from sidecar.adapters.tensors import TensorFile
-from sidecar.adapters.values import largest_magnitude
-
-CHUNK_ELEMENTS = 128 << 10
+from sidecar.adapters.peft import AdapterSource
+from sidecar.adapters.rows import PackedRow, rows_of
+from sidecar.adapters.targets import Pair
+from sidecar.adapters.writing import Scratch, write_row
 
 Array = npt.NDArray[Any]
 
@@ -41,6 +41,8 @@ class PackPlan:
     layout: Layout
     rows: tuple[tuple[int, int, int], ...]
     width: int
+    made_of: tuple[PackedRow, ...] = field(default=(), repr=False)
+    """Where each row comes from."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,11 +55,15 @@ class PackPlan:
 
 @dataclass(frozen=True)
 class Rebalanced:
-    """A row whose A was multiplied by 2**exponent and whose B by 2**-exponent to fit the dtype's range."""
+    """A row whose A was multiplied by 2**exponent and whose B by 2**-exponent to fit the dtype's range.
+
+    Where each rank has its own exponent, it is the largest by magnitude, and `per_rank` is set.
+    """
 
     module: str
     layer: int
     exponent: int
+    per_rank: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,13 @@ class PackReport:
 
 
 def plan(source: AdapterSource, layout: Layout) -> PackPlan:
-    """Return the rows and width of an adapter in a layout, in the order of `source.targets`."""
-    rows = tuple((target.module_id, target.layer, layout.padded(target.rank)) for target in source.targets)
-    width = max(_needed(target, layout) for target in source.targets)
-    return PackPlan(layout, rows, width)
+    """Return the rows and width of an adapter in a layout, in the order of `source.targets`.
+
+    Raises Invalid for a fused projection whose parts the layout cannot place.
+    """
+    made_of = tuple(row for target in source.targets for row in rows_of(target, layout, source.name))
+    rows = tuple((row.module_id, row.target.layer, row.rank) for row in made_of)
+    return PackPlan(layout, rows, max(row.elements for row in made_of), made_of)
 
 
 def lora_config(plan: PackPlan) -> npt.NDArray[np.int32]:
@@ -96,39 +105,87 @@ def pack(
     plan: PackPlan,
     out: Array,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    threads: int = 1,
 ) -> PackReport:
-    """Write the packed rows into `out`, every element of it; `progress(done_bytes, total_bytes)` after each
-    row.
+    """Write the packed rows into `out`, every element of it; `progress(done_bytes, total_bytes)` after each row.
 
-    `out` is C-contiguous [N, W] of the layout's dtype (bfloat16 also as uint16). Raises Invalid, with the
-    tensor's name, for a NaN, an Inf or a value that does not fit the dtype; `out` is then half written.
+    `out` is C-contiguous [N, W] of the layout's dtype (bfloat16 also as uint16). `threads` changes nothing but the
+    time. Raises Invalid, with the tensor's name, for a NaN, an Inf or a value that does not fit the dtype; `out` is
+    then half written.
     """
-    rows = _writable(plan, out)
-    loss = Loss()
-    rebalanced = []
-    for index, target in enumerate(source.targets):
-        rebalanced += _pack_row(source, target, plan.layout, rows[index], loss)
+    rows, totals = _writable(plan, out), _Totals()
+    packer = _Packer(source, plan)
+    written = map(packer.write, plan.made_of, rows) if threads == 1 else _in_threads(packer, plan, rows, threads)
+    for index, row in enumerate(written):
+        totals.add(row)
         if progress is not None:
             progress((index + 1) * rows[index].nbytes, plan.size_bytes)
-    return _report(loss, rebalanced, None)
+    return totals.report()
 
 
 def measure(source: AdapterSource, layout: Layout) -> PackReport:
     """Return what packing would cost, `relative_error` included, in the memory of one row."""
-    row = np.empty(plan(source, layout).width, dtype=numpy_dtype(layout))
-    loss = Loss(with_error=True)
-    rebalanced = []
-    for target in source.targets:
-        rebalanced += _pack_row(source, target, layout, row, loss)
-    return _report(loss, rebalanced, loss.relative_error)
+    packing = plan(source, layout)
+    out, totals = np.empty(packing.width, dtype=numpy_dtype(layout)), _Totals()
+    packer = _Packer(source, packing, with_error=True)
+    for row in packing.made_of:
+        totals.add(packer.write(row, out))
+    return totals.report(totals.loss.relative_error)
 
 
-def _report(loss: Loss, rebalanced: list[Rebalanced], relative_error: float | None) -> PackReport:
-    return PackReport(tuple(rebalanced), loss.flushed_share, loss.worst_tensor, loss.worst_share, relative_error)
+@dataclass(frozen=True)
+class _Written:
+    row: PackedRow
+    losses: list[tuple[Pair, Sums, Sums]]
+    rebalanced: Rebalanced | None
 
 
-def _needed(target: Target, layout: Layout) -> int:
-    return layout.padded(target.rank) * (target.in_dim + target.out_dim)
+class _Packer:
+    """Writes rows; each thread has its own buffers."""
+
+    def __init__(self, source: AdapterSource, plan: PackPlan, with_error: bool = False) -> None:
+        self._file, self._dtype, self._with_error = source.file, numpy_dtype(plan.layout), with_error
+        self._thread = local()
+
+    def write(self, row: PackedRow, out: Array) -> _Written:
+        scratch = self._thread.__dict__.setdefault("scratch", None) or Scratch()
+        self._thread.scratch = scratch
+        losses, powers = write_row(self._file, row, self._dtype, out, scratch, self._with_error)
+        if powers is None:
+            return _Written(row, losses, None)
+        largest = int(powers[np.argmax(np.abs(powers))])
+        per_rank = bool((powers != largest).any())
+        return _Written(row, losses, Rebalanced(row.module, row.target.layer, largest, per_rank))
+
+
+def _in_threads(packer: _Packer, plan: PackPlan, rows: Array, threads: int) -> Iterator[_Written]:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="pack")
+    try:
+        yield from pool.map(packer.write, plan.made_of, rows)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Totals:
+    """Adds up what rows report, in their order, so that threads change no digit."""
+
+    def __init__(self) -> None:
+        self.loss = Loss()
+        self._rebalanced: list[Rebalanced] = []
+
+    def add(self, written: _Written) -> None:
+        for pair, a, b in written.losses:
+            self.loss.add_tensor("A", pair.a.name, a, 1.0)
+            self.loss.add_tensor("B", pair.b.name, b, pair.scale)
+        if written.rebalanced is not None:
+            self._rebalanced.append(written.rebalanced)
+
+    def report(self, relative_error: float | None = None) -> PackReport:
+        loss = self.loss
+        return PackReport(
+            tuple(self._rebalanced), loss.flushed_share, loss.worst_tensor, loss.worst_share, relative_error
+        )
 
 
 def _writable(plan: PackPlan, out: Array) -> Array:
@@ -138,53 +195,3 @@ def _writable(plan: PackPlan, out: Array) -> Array:
     if out.dtype != dtype and out.dtype != np.uint16:
         raise ValueError(f"the buffer must be {dtype}, not {out.dtype}")
     return out.view(dtype)
-
-
-def _pack_row(source: AdapterSource, target: Target, layout: Layout, row: Array, loss: Loss) -> list[Rebalanced]:
-    file = source.file
-    largest_a, largest_b = (largest_magnitude(file, tensor) for tensor in (target.a, target.b))
-    factors = factors_for(target, largest_a, largest_b, layout.dtype, source.name)
-    padded = layout.padded(target.rank)
-    a_end, end = padded * target.in_dim, _needed(target, layout)
-    _write_a(file, target, factors, row[:a_end], loss)
-    _write_b(file, target, factors, row[a_end:end].reshape(target.out_dim, padded), loss)
-    _clear(row[end:])
-    if factors.exponent == 0:
-        return []
-    return [Rebalanced(target.module, target.layer, factors.exponent)]
-
-
-def _write_a(file: TensorFile, target: Target, factors: Factors, out: Array, loss: Loss) -> None:
-    tensor, sums = target.a, Sums()
-    for first in range(0, tensor.elements, CHUNK_ELEMENTS):
-        wide = _wide(file.elements(tensor, first, min(CHUNK_ELEMENTS, tensor.elements - first)), factors.a)
-        packed = wide.astype(out.dtype)
-        out[first : first + packed.size] = packed
-        sums.add(wide, packed, loss.with_error)
-    _clear(out[tensor.elements :])
-    loss.add_tensor("A", tensor.name, sums, float(factors.a))
-
-
-def _write_b(file: TensorFile, target: Target, factors: Factors, out: Array, loss: Loss) -> None:
-    tensor, rank, sums = target.b, target.rank, Sums()
-    step = max(1, CHUNK_ELEMENTS // out.shape[1])
-    for first in range(0, target.out_dim, step):
-        block = out[first : first + step]
-        wide = _wide(file.elements(tensor, first * rank, block.shape[0] * rank), factors.b)
-        packed = wide.astype(out.dtype)
-        block[:, :rank] = packed.reshape(-1, rank)
-        block[:, rank:] = 0
-        sums.add(wide, packed, loss.with_error)
-    loss.add_tensor("B", tensor.name, sums, 2.0**-factors.exponent)
-
-
-def _wide(values: Array, factor: np.float32) -> npt.NDArray[np.float32]:
-    wide = values.astype(np.float32)
-    if factor != 1:
-        wide *= factor
-    return wide
-
-
-def _clear(out: Array) -> None:
-    for first in range(0, out.size, CHUNK_ELEMENTS):
-        out[first : first + CHUNK_ELEMENTS] = 0

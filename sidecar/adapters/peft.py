@@ -8,47 +8,26 @@ refuses the adapter, with its name and the way out.
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from sidecar.adapters import peft_config
+from sidecar.adapters.base_model import BaseModel, check_dims
 from sidecar.adapters.identity import digest_of
-from sidecar.adapters.modules import TensorPlace, place_of
 from sidecar.adapters.names import shown
-from sidecar.adapters.peft_config import PeftConfig, parse_config
+from sidecar.adapters.peft_config import parse_config
 from sidecar.adapters.refusal import malformed, unreadable, unsupported
-from sidecar.adapters.tensors import NUMPY_DTYPES, TensorFile, TensorInfo
+from sidecar.adapters.shards import INDEX_BYTES_MAX, Tensors, open_sharded, open_single
+from sidecar.adapters.targets import Target as Target
+from sidecar.adapters.targets import targets_of
 
 WEIGHTS_FILE_NAME = "adapter_model.safetensors"
+INDEX_FILE_NAME = f"{WEIGHTS_FILE_NAME}.index.json"
 
-
-@dataclass(frozen=True)
-class Target:
-    """One projection of one layer: y += scale · B·A·x with A [rank, in_dim] and B [out_dim, rank]."""
-
-    module: str
-    module_id: int
-    layer: int
-    rank: int
-    scale: float
-    a: TensorInfo
-    b: TensorInfo
-
-    @property
-    def in_dim(self) -> int:
-        return self.a.shape[1]
-
-    @property
-    def out_dim(self) -> int:
-        return self.b.shape[0]
-
-    @property
-    def dtype(self) -> str:
-        """The safetensors dtype of A and B; if they differ, F32, which holds both."""
-        return self.a.dtype if self.a.dtype == self.b.dtype else "F32"
+_PICKLES = ("adapter_model.bin", "adapter_model.bin.index.json", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -64,11 +43,11 @@ class AdapterSource:
     base_model: str
     targets: tuple[Target, ...]
     digest: str
-    file: TensorFile
+    file: Tensors
 
     @property
     def size_bytes(self) -> int:
-        return sum(target.a.size_bytes + target.b.size_bytes for target in self.targets)
+        return sum(tensor.size_bytes for target in self.targets for tensor in target.tensors)
 
     def close(self) -> None:
         self.file.close()
@@ -83,19 +62,28 @@ class AdapterSource:
 
 
 def read_adapter(
-    path: Path, *, name: str | None = None, progress: Callable[[int, int], None] | None = None
+    path: Path,
+    *,
+    name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    base_model: str | None = None,
+    base: BaseModel | None = None,
 ) -> AdapterSource:
-    """Read and check a PEFT directory (adapter_config.json and adapter_model.safetensors), digest included.
+    """Read and check a PEFT directory (adapter_config.json and safetensors, one file or sharded), digest included.
 
-    `name` is what errors call it (default: the folder's name); `progress(done_bytes, total_bytes)` follows
-    the hashing. Reads every byte once, so it belongs in a thread. Raises Invalid.
+    `name` is what errors call it (default: the folder's name); `progress(done_bytes, total_bytes)` follows the
+    hashing. `base_model` replaces the name that the config gives, as part of the identity too: trained on a local path
+    or a quantised twin is normal. `base` is what the base model's config.json says; every tensor is checked against it.
+    Reads every byte once, so it belongs in a thread. Raises Invalid.
     """
     adapter = name if name is not None else path.name
     directory = _directory(path, adapter)
-    config = parse_config(_read_config(directory, adapter), adapter)
-    file = TensorFile(_weights_path(directory, adapter), adapter)
+    config = parse_config(_read_config(directory, adapter), adapter, base_model)
+    file = _open_weights(directory, adapter)
     try:
-        targets = _targets(file, config, adapter)
+        targets = targets_of(file.tensors, config, adapter)
+        if base is not None:
+            check_dims(base, targets, adapter)
         digest = digest_of(file, config.base_model, config.identity(), progress)
         file.check_unchanged()
     except BaseException:
@@ -118,24 +106,33 @@ def _read_config(directory: Path, adapter: str) -> bytes:
     path = _file_inside(directory, peft_config.FILE_NAME, adapter)
     if path is None:
         raise malformed(adapter, f"{peft_config.FILE_NAME} is missing; the folder is not a PEFT adapter")
+    return _read_bounded(path, peft_config.CONFIG_BYTES_MAX, adapter)
+
+
+def _read_bounded(path: Path, limit: int, adapter: str) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(peft_config.CONFIG_BYTES_MAX + 1)
+            data = file.read(limit + 1)
     except OSError as error:
         raise unreadable(adapter, f"{path.name} cannot be read: {error.strerror}") from error
-    if len(data) > peft_config.CONFIG_BYTES_MAX:
-        raise malformed(adapter, f"{path.name} is larger than {peft_config.CONFIG_BYTES_MAX} bytes")
+    if len(data) > limit:
+        raise malformed(adapter, f"{path.name} is larger than {limit} bytes")
     return data
 
 
-def _weights_path(directory: Path, adapter: str) -> Path:
-    path = _file_inside(directory, WEIGHTS_FILE_NAME, adapter)
+def _open_weights(directory: Path, adapter: str) -> Tensors:
+    path, index = (_file_inside(directory, name, adapter) for name in (WEIGHTS_FILE_NAME, INDEX_FILE_NAME))
+    if path is not None and index is not None:
+        raise malformed(adapter, f"it has {WEIGHTS_FILE_NAME} and {INDEX_FILE_NAME}; keep the one that is meant")
     if path is not None:
-        return path
-    if (directory / "adapter_model.bin").exists():
+        return open_single(path, adapter)
+    if index is not None:
+        data = _read_bounded(index, INDEX_BYTES_MAX, adapter)
+        return open_sharded(data, lambda name: _file_inside(directory, name, adapter), adapter, INDEX_FILE_NAME)
+    if pickle := next((name for name in _PICKLES if (directory / name).exists()), None):
         raise unsupported(
             adapter,
-            "it has adapter_model.bin only, a pickle, which is never opened because it can run code; "
+            f"it has {pickle} only, a pickle, which is never opened because it can run code; "
             "save it with safe_serialization=True",
         )
     raise malformed(adapter, f"{WEIGHTS_FILE_NAME} is missing; the folder is not a complete PEFT adapter")
@@ -159,74 +156,3 @@ def _file_inside(directory: Path, file_name: str, adapter: str) -> Path | None:
     if not stat.S_ISREG(mode):
         raise unreadable(adapter, f"{file_name} is not a regular file; put the file itself there")
     return path
-
-
-def _targets(file: TensorFile, config: PeftConfig, adapter: str) -> tuple[Target, ...]:
-    pairs: dict[tuple[int, int], dict[str, tuple[TensorPlace, TensorInfo]]] = {}
-    for tensor in file.tensors.values():
-        place = place_of(tensor.name, adapter)
-        sides = pairs.setdefault((place.layer, place.projection.module_id), {})
-        if place.side in sides:
-            twice = f"{shown(sides[place.side][1].name, 160)} and {shown(tensor.name, 160)}"
-            raise malformed(adapter, f"{twice} are the same tensor; keep one of them")
-        sides[place.side] = place, tensor
-    if not pairs:
-        raise malformed(adapter, f"{WEIGHTS_FILE_NAME} holds no LoRA tensor; save the adapter again")
-    targets = tuple(_target(pairs[key], config, adapter) for key in sorted(pairs))
-    _check_same_dims(targets, adapter)
-    return targets
-
-
-def _target(sides: Mapping[str, tuple[TensorPlace, TensorInfo]], config: PeftConfig, adapter: str) -> Target:
-    if len(sides) != 2:
-        (present,) = sides.values()
-        missing = "lora_B" if present[0].side == "A" else "lora_A"
-        raise malformed(
-            adapter,
-            f"tensor {shown(present[1].name, 160)} has no {missing} beside it; save the adapter again",
-        )
-    (place, a), (_, b) = sides["A"], sides["B"]
-    _check_matrices((a, b), adapter)
-    rank = _checked_rank(place.path, a, b, config, adapter)
-    projection = place.projection
-    scale = config.scale_of(place.path, rank)
-    return Target(projection.module, projection.module_id, place.layer, rank, scale, a, b)
-
-
-def _check_matrices(tensors: Iterable[TensorInfo], adapter: str) -> None:
-    for tensor in tensors:
-        named = f"tensor {shown(tensor.name, 160)}"
-        if len(tensor.shape) != 2 or 0 in tensor.shape:
-            raise malformed(adapter, f"{named} has the shape {list(tensor.shape)}; a LoRA weight is a matrix")
-        if tensor.dtype not in NUMPY_DTYPES:
-            allowed = ", ".join(NUMPY_DTYPES)
-            raise unsupported(adapter, f"{named} is {tensor.dtype}, not one of {allowed}; save it as bfloat16")
-
-
-def _checked_rank(path: str, a: TensorInfo, b: TensorInfo, config: PeftConfig, adapter: str) -> int:
-    rank, expected = a.shape[0], config.rank_of(path)
-    if b.shape[1] != rank:
-        raise malformed(
-            adapter,
-            f"tensor {shown(b.name, 160)} has rank {b.shape[1]} but its lora_A has {rank}; save the adapter again",
-        )
-    if rank != expected:
-        raise malformed(
-            adapter,
-            f"{peft_config.FILE_NAME} gives {shown(path)} the rank {expected} (r, rank_pattern) but its "
-            f"tensors have {rank}; config and weights are of different trainings",
-        )
-    return rank
-
-
-def _check_same_dims(targets: tuple[Target, ...], adapter: str) -> None:
-    first: dict[int, Target] = {}
-    for target in targets:
-        known = first.setdefault(target.module_id, target)
-        if (known.in_dim, known.out_dim) != (target.in_dim, target.out_dim):
-            raise unsupported(
-                adapter,
-                f"{target.module} is {target.in_dim} → {target.out_dim} in layer {target.layer} but "
-                f"{known.in_dim} → {known.out_dim} in layer {known.layer}; engines have one size for all "
-                "layers",
-            )

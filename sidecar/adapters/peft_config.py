@@ -16,6 +16,7 @@ from sidecar.adapters.names import shown
 from sidecar.adapters.patterns import Pattern
 from sidecar.adapters.refusal import malformed, unsupported
 from sidecar.adapters.strict_json import parse_object
+from sidecar.adapters.targeting import Targeting
 
 FILE_NAME = "adapter_config.json"
 CONFIG_BYTES_MAX = 1 << 20
@@ -23,17 +24,18 @@ CONFIG_BYTES_MAX = 1 << 20
 _CHANGES_NOTHING = frozenset(
     {
         "auto_mapping", "base_model_class", "corda_config", "ensure_weight_tying", "eva_config",
-        "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
-        "lora_dropout", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
-        "runtime_config", "target_modules", "task_type",
+        "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
     }
 )  # fmt: skip
-"""How the adapter was trained, or where: the saved A and B already are the result."""
+"""How the adapter was trained, or where: the saved A and B already are the result. With fan_in_fan_out the base model's
+weight lies the other way round; A and B do not."""
 
 _USED = frozenset(
     {
-        "alpha_pattern", "base_model_name_or_path", "bias", "init_lora_weights", "lora_alpha",
-        "peft_type", "r", "rank_pattern", "use_rslora",
+        "alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "init_lora_weights",
+        "layers_pattern", "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern",
+        "target_modules", "use_rslora",
     }
 )  # fmt: skip
 
@@ -41,15 +43,24 @@ _REFUSED_WHEN_SET = {
     "use_dora": "DoRA needs the base model's weights to be applied; merge the adapter or train with use_dora=false",
     "modules_to_save": "fully trained modules cannot be carried by packed LoRA rows; train without modules_to_save",
     "lora_bias": "a bias cannot be carried by packed LoRA rows; train with lora_bias=false",
-    "fan_in_fan_out": "weights stored the other way round (Conv1D) are not supported; use a model with Linear layers",
     "layer_replication": "a model with replicated layers is not the engine's model; train without layer_replication",
-    "alora_invocation_tokens": "an activated LoRA acts on a part of the prompt only, which engines cannot do",
+    "alora_invocation_tokens": "an activated LoRA (aLoRA) acts on a part of the prompt only, which engines cannot do; "
+    "train a plain LoRA",
     "use_qalora": "QA-LoRA pools its input, which engines cannot do; train with use_qalora=false",
     "use_bdlora": "block-diagonal LoRA is not supported; train with use_bdlora=false",
     "megatron_config": "Megatron's parallel layers are not supported; save the adapter for plain Linear layers",
     "target_parameters": "LoRA on bare parameters (experts) is not supported; use target_modules",
     "trainable_token_indices": "trained token embeddings cannot be carried by packed LoRA rows; train without",
     "arrow_config": "a router of adapters (Arrow) is not supported; serve its experts by name",
+}
+
+_OTHER_METHODS = {
+    "ADALORA": "AdaLoRA keeps singular values beside A and B; save it as a plain LoRA of its final ranks",
+    "VERA": "VeRA scales random matrices that all layers share; train a LoRA",
+    "IA3": "IA3 scales activations, which packed LoRA rows cannot carry; merge it into the base model",
+    "PROMPT_TUNING": "prompt tuning adds tokens to the prompt and no weights; send them as a prompt embedding table",
+    "P_TUNING": "p-tuning adds tokens to the prompt and no weights; send them as a prompt embedding table",
+    "PREFIX_TUNING": "prefix tuning adds keys and values to the cache, which engines cannot do; train a LoRA",
 }
 
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
@@ -68,6 +79,16 @@ class PeftConfig:
     use_rslora: bool
     rank_pattern: Pattern
     alpha_pattern: Pattern
+    targeting: Targeting
+
+    def check_targeted(self, path: str, layer: int, is_expert: bool, adapter: str) -> None:
+        """Raise Invalid for a module that has tensors although the config says that it was not trained."""
+        if field := self.targeting.contradiction(path, layer, is_expert):
+            raise malformed(
+                adapter,
+                f"{FILE_NAME}: {field} leaves out {shown(path)}, but the files hold tensors of it; config and weights "
+                "are of different trainings",
+            )
 
     def rank_of(self, path: str) -> int:
         """Return the rank that the config gives a module, by its name in the base model."""
@@ -90,8 +111,11 @@ class PeftConfig:
         }
 
 
-def parse_config(data: bytes, adapter: str) -> PeftConfig:
-    """Parse and check adapter_config.json; raises Invalid with the field's name and the way out."""
+def parse_config(data: bytes, adapter: str, base_model: str | None = None) -> PeftConfig:
+    """Parse and check adapter_config.json; raises Invalid with the field's name and the way out.
+
+    `base_model` is used in place of the name in the file.
+    """
     try:
         fields = parse_object(data)
     except ValueError as error:
@@ -99,19 +123,28 @@ def parse_config(data: bytes, adapter: str) -> PeftConfig:
     _check_type(fields, adapter)
     _check_supported(fields, adapter)
     return PeftConfig(
-        base_model=_base_model(fields, adapter),
+        base_model=base_model or _base_model(fields, adapter),
         rank=_rank(fields, adapter),
         alpha=_number(fields, "lora_alpha", adapter),
         use_rslora=_flag(fields, "use_rslora", adapter),
         rank_pattern=_pattern(fields, "rank_pattern", adapter),
         alpha_pattern=_pattern(fields, "alpha_pattern", adapter),
+        targeting=_targeting(fields, adapter),
     )
+
+
+def _targeting(fields: Mapping[str, Any], adapter: str) -> Targeting:
+    try:
+        return Targeting.of(fields)
+    except ValueError as error:
+        raise malformed(adapter, f"{FILE_NAME}: {error}; save the adapter again") from error
 
 
 def _check_type(fields: Mapping[str, Any], adapter: str) -> None:
     peft_type = _required(fields, "peft_type", adapter)
     if peft_type != "LORA":
-        raise unsupported(adapter, f"{FILE_NAME}: peft_type is {_value(peft_type)}, only 'LORA' can be served")
+        why = _OTHER_METHODS.get(str(peft_type), "merge it into the base model, or train a LoRA")
+        raise unsupported(adapter, f"{FILE_NAME}: peft_type is {_value(peft_type)}, only 'LORA' can be served; {why}")
 
 
 def _check_supported(fields: Mapping[str, Any], adapter: str) -> None:

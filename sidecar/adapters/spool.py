@@ -12,8 +12,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sidecar.adapters.origins.failures import no_room
@@ -78,15 +78,6 @@ class Spool:
         except OSError as error:
             raise no_room("a new folder", error) from error
 
-    @contextmanager
-    def incoming(self) -> Iterator[Path]:
-        """Give a folder for something that is on its way; what was not adopted is removed."""
-        folder = self.make_incoming()
-        try:
-            yield folder
-        finally:
-            _remove(folder)
-
     def adopt(self, folder: Path, digest: str) -> Path:
         """Make a checked incoming folder the source of a digest and return where it is now.
 
@@ -110,14 +101,15 @@ class Spool:
         return target
 
     def discard(self, digest: str) -> None:
-        """Forget a source: out of `sources` at once, then removed. Nothing happens if it is not there."""
+        """Forget a source; nothing happens if it is not there."""
+        self.remove(self.take_out(digest))
+
+    def take_out(self, digest: str) -> Path:
+        """Move a source, if it is there, into an incoming folder that is to be removed: quick, unlike removing it."""
         gone = self.make_incoming()
-        try:
+        with suppress(FileNotFoundError):
             self.folder(digest).rename(gone / digest)
-        except FileNotFoundError:
-            pass
-        finally:
-            _remove(gone)
+        return gone
 
     def remove(self, folder: Path) -> None:
         """Remove an incoming folder that will not be adopted."""

@@ -64,6 +64,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     size_bytes: int
+    shard: int = 0
+    """Which of an adapter's files it is in."""
 
     @property
     def elements(self) -> int:
@@ -105,6 +107,15 @@ class TensorFile:
         dtype = NUMPY_DTYPES[tensor.dtype]
         data = self._read(tensor.offset + first * dtype.itemsize, count * dtype.itemsize)
         return np.frombuffer(data, dtype=dtype)
+
+    def read_into(self, tensor: TensorInfo, first: int, out: npt.NDArray[Any]) -> None:
+        """Fill a contiguous array of the tensor's dtype with its elements from the row-major position `first`."""
+        offset, view = tensor.offset + first * out.itemsize, out.view(np.uint8).data
+        while view:
+            count = os.preadv(self._descriptor, [view], offset)
+            if count == 0:
+                raise self._malformed(f"it ends before byte {offset + len(view)}, so it was cut short; fetch it again")
+            offset, view = offset + count, view[count:]
 
     def raw_chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
         """Yield a tensor's bytes in pieces of at most `CHUNK_BYTES`."""

@@ -6,22 +6,33 @@ maximum answers both questions, for bfloat16 as well, without a conversion.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.refusal import malformed
-from sidecar.adapters.tensors import CHUNK_BYTES, NUMPY_DTYPES, TensorFile, TensorInfo
+from sidecar.adapters.tensors import CHUNK_BYTES, NUMPY_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sidecar.adapters.peft import AdapterSource
 
-_UNSIGNED: dict[str, type[np.unsignedinteger[Any]]] = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
-_INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000}
+UNSIGNED: dict[str, type[np.unsignedinteger[Any]]] = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
+INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000}
+"""The bits of Inf by safetensors dtype; those of NaN are above."""
+
+WITHOUT_SIGN = {name: np.array([np.iinfo(unsigned).max >> 1], unsigned) for name, unsigned in UNSIGNED.items()}
+
+
+class Readable(Protocol):
+    """Where tensors are read from; `adapter` is what errors name."""
+
+    adapter: str
+
+    def elements(self, tensor: TensorInfo, first: int, count: int) -> npt.NDArray[Any]: ...
 
 
 def check_values(source: AdapterSource, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
@@ -29,7 +40,7 @@ def check_values(source: AdapterSource, progress: Callable[[int, int], None] | N
     found: dict[str, float] = {}
     done = 0
     for target in source.targets:
-        for tensor in (target.a, target.b):
+        for tensor in target.tensors:
             found[tensor.name] = largest_magnitude(source.file, tensor)
             done += tensor.size_bytes
         if progress is not None:
@@ -37,23 +48,22 @@ def check_values(source: AdapterSource, progress: Callable[[int, int], None] | N
     return found
 
 
-def largest_magnitude(file: TensorFile, tensor: TensorInfo) -> float:
+def largest_magnitude(file: Readable, tensor: TensorInfo) -> float:
     """Return the largest |x| of a tensor; raises Invalid with the place of the first NaN or Inf."""
     per_chunk = CHUNK_BYTES // NUMPY_DTYPES[tensor.dtype].itemsize
-    unsigned = _UNSIGNED[tensor.dtype]
-    magnitude = np.array([np.iinfo(unsigned).max >> 1], dtype=unsigned)
+    unsigned = UNSIGNED[tensor.dtype]
     top = 0
     for first in range(0, tensor.elements, per_chunk):
         values = file.elements(tensor, first, min(per_chunk, tensor.elements - first))
-        bits = values.view(unsigned) & magnitude
+        bits = values.view(unsigned) & WITHOUT_SIGN[tensor.dtype]
         top = max(top, int(bits.max()))
-        if top >= _INFINITY[tensor.dtype]:
+        if top >= INFINITY[tensor.dtype]:
             _refuse(file, tensor, first, bits)
     return float(np.array([top], dtype=unsigned).view(NUMPY_DTYPES[tensor.dtype])[0])
 
 
-def _refuse(file: TensorFile, tensor: TensorInfo, first: int, bits: npt.NDArray[Any]) -> NoReturn:
-    infinity = _INFINITY[tensor.dtype]
+def _refuse(file: Readable, tensor: TensorInfo, first: int, bits: npt.NDArray[Any]) -> NoReturn:
+    infinity = INFINITY[tensor.dtype]
     index = int(np.argmax(bits >= infinity))
     what = "Inf" if int(bits[index]) == infinity else "NaN"
     place = tuple(int(axis) for axis in np.unravel_index(first + index, tensor.shape))

@@ -116,6 +116,21 @@ def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFact
     return replace(declared, **filled)
 
 
+def unknown_words(facts: EngineFacts) -> str:
+    """Name what is not known of an engine, for an operator: the checks that need it are off. Empty when all is."""
+    needed = {
+        "base model": facts.base_models or None,
+        "max rank": facts.rank_max,
+        "modules": facts.modules,
+        "host pages": facts.host_pages_total,
+        "device pages": facts.device_pages,
+        "seats": facts.seats,
+        "KV size": facts.kv_tokens,
+    }
+    missing = [name for name, value in needed.items() if value is None]
+    return f"; not known, so not checked: {', '.join(missing)}" if missing else ""
+
+
 def _check_dtype(source: str, dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPE_BYTES:
         raise Misused(

@@ -17,6 +17,7 @@ import signal
 import struct
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,16 @@ class Loader:
             result["error"] = _short(result["error"])
         with self._lock:
             self._calls.pop(order["load"], None)
-            print(json.dumps({"load": order["load"], **result}), flush=True)
+        self._tell(order["load"], **result)
+
+    def _tell(self, load: int, **record: Any) -> None:
+        with self._lock:
+            print(json.dumps({"load": load, **record}), flush=True)
+
+    def _sending(self, order: dict[str, Any], message: bytes) -> Iterator[bytes]:
+        """Give gRPC the message; it asks for another when it has sent this one, and then the engine has it."""
+        yield message
+        self._tell(order["load"], sent=True)
 
     def _send(self, order: dict[str, Any]) -> str | None:
         """Send one load and return the engine's error text, None when it came through.
@@ -83,7 +93,7 @@ class Loader:
                 request_serializer=_as_they_are,
                 response_deserializer=wire.ModelStreamInferResponse.FromString,
             )
-            call = method(iter([message]), timeout=order["timeout_s"], wait_for_ready=True)
+            call = method(self._sending(order, message), timeout=order["timeout_s"], wait_for_ready=True)
             self._keep(order["load"], call)
             for response in call:
                 if response.error_message:
@@ -98,6 +108,7 @@ class Loader:
         )
         future = unary.future(message, timeout=order["timeout_s"], wait_for_ready=True)
         self._keep(order["load"], future)
+        self._tell(order["load"], sent=True)
         future.result()
         return None
 

@@ -7,11 +7,14 @@ import base64
 import json
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.backends import faults
 from sidecar.backends.api import Weights
 from sidecar.core.effects import Load
+from sidecar.core.words import Fault
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,13 @@ class LoadResult:
     error: str | None
     lost: bool = False
     unanswered: bool = False
+
+    @property
+    def fault(self) -> Fault:
+        """What the error of a load that did not come through means."""
+        if self.lost:
+            return Fault.LOST
+        return Fault.NO_ANSWER if self.unanswered else faults.classify(self.error or "")
 
 
 @dataclass(frozen=True)
@@ -55,15 +65,17 @@ class LoaderProcess:
         """The child's process id, None while there is none."""
         return self._child.process.pid if self._child is not None and self._child.lives else None
 
-    async def load(self, effect: Load, weights: Weights, target: Target, timeout_s: float) -> LoadResult:
-        """Send one load and return how it ended. Cancelling this cancels the call."""
+    async def load(
+        self, effect: Load, weights: Weights, target: Target, timeout_s: float, sent: Callable[[], None]
+    ) -> LoadResult:
+        """Send one load and return how it ended. `sent` is called when its weights have left; cancelling cancels it."""
         order = _order(effect, weights, target, timeout_s)
         for _ in range(TRIES):
             try:
                 child = await self._living()
             except OSError as error:
                 return LoadResult(f"the loader process cannot be started: {error}", unanswered=True)
-            result = await child.load(order)
+            result = await child.load(order, sent)
             if result is not None:
                 return result
         return LoadResult(f"the loader process ended {TRIES} times under this load", unanswered=True)
@@ -97,6 +109,7 @@ class _Child:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self._waiting: dict[int, asyncio.Future[LoadResult | None]] = {}
+        self._sent: dict[int, Callable[[], None]] = {}
         self._closing = False
         self._reader = asyncio.create_task(self._read())
 
@@ -104,10 +117,11 @@ class _Child:
     def lives(self) -> bool:
         return self.process.returncode is None and not self._reader.done()
 
-    async def load(self, order: dict[str, Any]) -> LoadResult | None:
+    async def load(self, order: dict[str, Any], sent: Callable[[], None]) -> LoadResult | None:
         """Give an order and return its result; None when the process ended under it."""
         future: asyncio.Future[LoadResult | None] = asyncio.get_running_loop().create_future()
         self._waiting[order["load"]] = future
+        self._sent[order["load"]] = sent
         try:
             self._tell(order)
             return await future if self.lives else None
@@ -115,7 +129,7 @@ class _Child:
             self._tell({"cancel": order["load"]})
             raise
         finally:
-            self._waiting.pop(order["load"], None)
+            del self._waiting[order["load"]], self._sent[order["load"]]
 
     async def close(self) -> None:
         self._closing = True
@@ -133,16 +147,22 @@ class _Child:
     async def _read(self) -> None:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
-            result = json.loads(line)
-            future = self._waiting.get(result.pop("load"))
-            if future is not None and not future.done():
-                future.set_result(LoadResult(**result))
+            self._take(json.loads(line))
         code = await self.process.wait()
         if not self._closing:
             logger.error("the loader process ended with code %s; the next load starts another", code)
         for future in self._waiting.values():
             if not future.done():
                 future.set_result(None)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        load = record.pop("load")
+        if load not in self._waiting:
+            return  # it was cancelled
+        if "sent" in record:
+            self._sent[load]()
+        elif not self._waiting[load].done():
+            self._waiting[load].set_result(LoadResult(**record))
 
 
 def _order(effect: Load, weights: Weights, target: Target, timeout_s: float) -> dict[str, Any]:

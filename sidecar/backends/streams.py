@@ -24,11 +24,6 @@ IDLE_STREAMS_MAX = 256
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
-
-
 def as_they_are(message: bytes) -> bytes:
     return message
 
@@ -81,7 +76,8 @@ class Run:
         self.ticket = ticket
         self.tokens = 0
         self.cancelled = False
-        self._blocked: asyncio.Task[None] | None = None
+        self.waits_for_client = False
+        self._work: asyncio.Task[Any] | None = None
         self._post = post
         self._heard = heard
         self._broken = broken
@@ -89,28 +85,29 @@ class Run:
         self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
 
-    @property
-    def waits_for_client(self) -> bool:
-        return self._blocked is not None
-
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
         return payload.head + wire.request_fragment(self.engine_id, self.effect.task_id, payload.raw, stream)
 
     def cancel(self) -> None:
-        """Stop the run: the engine frees its seat when its stream is cancelled."""
+        """Stop the run: the engine frees its seat when its stream is cancelled.
+
+        The task is cancelled too: a read or write that was under way when its call is cancelled may never return, and
+        a client that is gone takes nothing from the ticket any more.
+        """
         self.cancelled = True
         if self._call is not None:
             self._call.cancel()
-        if self._blocked is not None:
-            self._blocked.cancel()  # its client may be gone, and then nobody takes from the ticket any more
+        if self._work is not None:
+            self._work.cancel()
 
     def abandon(self) -> None:
         """End a run that was cancelled."""
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def stream(self, pool: StreamPool) -> None:
-        """Run on a stream of the pool."""
+        """Run on a stream of the pool. Raises CancelledError when it is cancelled."""
+        self._work = asyncio.current_task()
         call = self._call = pool.take()
         try:
             await call.write(self.message(stream=True))
@@ -123,8 +120,6 @@ class Run:
                     break
                 if not self.ticket.has_room:
                     await self._room()
-        except asyncio.CancelledError:
-            await self._cancelled(call)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             await self._wire_broke(error)
         else:
@@ -135,9 +130,9 @@ class Run:
 
     async def _room(self) -> None:
         """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
-        self._blocked = asyncio.create_task(self.ticket.room())
-        await self._blocked
-        self._blocked = None
+        self.waits_for_client = True
+        await self.ticket.room()
+        self.waits_for_client = False
         self._heard(self.effect.request, 0)
 
     def _take(self, raw: bytes) -> bool:
@@ -165,15 +160,14 @@ class Run:
         return final
 
     async def unary(self, channel: grpc.aio.Channel) -> None:
-        """Run as one `ModelInfer` call."""
+        """Run as one `ModelInfer` call. Raises CancelledError when it is cancelled."""
+        self._work = asyncio.current_task()
         method = channel.unary_unary(
             f"{wire.SERVICE}/ModelInfer", request_serializer=as_they_are, response_deserializer=as_they_are
         )
         call = self._call = method(self.message(stream=False))
         try:
             raw = await call
-        except asyncio.CancelledError:
-            await self._cancelled(call)
         except grpc.RpcError as error:
             await self._wire_broke(error)
         else:
@@ -185,15 +179,6 @@ class Run:
             self._heard(self.effect.request, self.tokens)
             self.ticket.deliver(Reply(raw, response, True))
             self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
-
-    async def _cancelled(self, call: Any) -> None:
-        """Tell our cancel from that of a server that goes away: gRPC raises the same for both."""
-        if self.cancelled:
-            self.abandon()
-        elif call.done() and not _is_being_cancelled():
-            await self._stream_closed(call)
-        else:
-            raise asyncio.CancelledError
 
     async def _stream_closed(self, call: Any) -> None:
         code = await call.code()

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -18,10 +19,9 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.backends import faults, wire
 from sidecar.backends.api import Ticket, Weights
-from sidecar.backends.credentials import channel_credentials
-from sidecar.backends.engine_facts import from_model_config, merge
+from sidecar.backends.credentials import open_channel
+from sidecar.backends.engine_facts import from_model_config, merge, unknown_words
 from sidecar.backends.gauges import Gauges, Scraper
 from sidecar.backends.loads import LoaderProcess, LoadResult, Target
 from sidecar.backends.probe import Probe, is_late, words
@@ -79,7 +79,7 @@ class TritonBackend:
         self.id = options.id
         self.address = options.address
         self._loader = loader
-        self._channel: grpc.aio.Channel = open_channel(options)
+        self._channel: grpc.aio.Channel = open_channel(options.address, options.tls)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._pool = StreamPool(self._channel)
         self._post: Callable[[Event], None] = lambda event: None
@@ -89,6 +89,7 @@ class TritonBackend:
         self._runs: dict[tuple[int, int], Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loads: dict[int, asyncio.Task[None]] = {}
+        self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._pulse = Pulse(options.progress_timeout_s, monotonic())
         self._scraper = Scraper(options.metrics_url, options.model) if options.metrics_url else None
@@ -97,6 +98,7 @@ class TritonBackend:
         self._regions = Regions(options.id, self._stub)
         self._probe = Probe(options.id, options.address, options.model, self._stub)
         self._seen_at_s = monotonic()
+        self._unknown = ""
         self._hung = False
 
     async def start(self, post: Callable[[Event], None]) -> None:
@@ -122,8 +124,9 @@ class TritonBackend:
         if not self._up:
             return self._trouble
         if self._scraper is None:
-            return "reached; no metrics are configured, so its seats and KV size are not read"
-        return "reached" if self._gauges is not None else f"reached; {self.options.metrics_url} has no metrics"
+            return f"reached; no metrics are configured{self._unknown}"
+        gauges = "" if self._gauges is not None else f"; {self.options.metrics_url} has no metrics"
+        return f"reached{gauges}{self._unknown}"
 
     # Runs.
 
@@ -145,6 +148,10 @@ class TritonBackend:
                 await run.unary(self._channel)
             else:
                 await run.stream(self._pool)
+        except asyncio.CancelledError:
+            if not run.cancelled:
+                raise
+            run.abandon()
         except Exception as error:
             logger.exception("run %s on %s broke", run.engine_id, self.id)
             self._post(RunFailed(*key, Fault.REJECTED, f"the sidecar failed: {error}", run.tokens))
@@ -163,19 +170,25 @@ class TritonBackend:
         if not self._up:
             weights.release()
             return
-        self._quiet_ends()
         task = asyncio.create_task(self._load(effect, weights))
         self._loads[effect.load] = task
         task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
 
     def _load_ended(self, load: int, weights: Weights) -> None:
         del self._loads[load]
+        self._sent.discard(load)
         weights.release()  # here: a task that is cancelled before it begins never gets to a finally
+
+    def _load_sent(self, load: int) -> None:
+        """From now on it is the engine that this load waits for: sending a large one takes its time."""
+        self._quiet_ends()
+        self._sent.add(load)
 
     async def _load(self, effect: Load, weights: Weights) -> None:
         target = Target(self.address, self.options.model, self._decoupled, self.options.tls)
         try:
-            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s)
+            sent = partial(self._load_sent, effect.load)
+            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent)
         except Exception as error:
             logger.exception("load %s on %s broke", effect.load, self.id)
             result = LoadResult(f"the sidecar failed: {error}", unanswered=True)
@@ -183,7 +196,7 @@ class TritonBackend:
             self._heard(0, 0)
             self._post(LoadDone(effect.load))
         elif not result.lost or not await self._wire_broke(result.error):
-            self._post(LoadFailed(effect.load, _fault(result), result.error))
+            self._post(LoadFailed(effect.load, result.fault, result.error))
 
     # Regions of clients' own shared memory.
 
@@ -217,7 +230,7 @@ class TritonBackend:
     @property
     def _waits_for_engine(self) -> bool:
         """Whether something is in flight that only the engine can move."""
-        return bool(self._loads) or any(not run.waits_for_client for run in self._runs.values())
+        return bool(self._sent) or any(not run.waits_for_client for run in self._runs.values())
 
     async def _report_progress(self) -> None:
         while True:
@@ -238,6 +251,9 @@ class TritonBackend:
             except grpc.RpcError as error:
                 if not self._up or not is_late(error) or self._is_overdue:
                     self._down(f"{self.address} does not answer: {words(error)}")
+            except Exception as error:
+                logger.exception("looking at %s failed", self.id)
+                self._down(f"the sidecar failed to look at it: {error}")
             await asyncio.sleep(self.options.look_s if self._up else min(REACH_S, self.options.look_s))
 
     @property
@@ -267,9 +283,11 @@ class TritonBackend:
         await self._measure()
         self._regions.restore()
         await self._regions.restored()
+        facts = self._with_gauges(facts)
+        self._unknown = unknown_words(facts)
         self._up, self._hung = True, False
-        logger.info("%s is up: %s", self.id, self.address)
-        self._post(BackendUp(self.id, self._with_gauges(facts)))
+        logger.info("%s is up: %s, %s", self.id, self.address, self.detail())
+        self._post(BackendUp(self.id, facts))
 
     def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
         if self._gauges is None:
@@ -290,7 +308,7 @@ class TritonBackend:
             self._hung = True
             self._lose(
                 f"it answered nothing for {self._pulse.silent_s(now_s):.0f} s with {len(self._runs)} requests and "
-                f"{len(self._loads)} loads in flight, and its iteration counter stood still or is not known"
+                f"{len(self._sent)} loads in flight, and its iteration counter stood still or is not known"
             )
 
     async def _measure(self) -> bool:
@@ -310,13 +328,9 @@ class TritonBackend:
         """Find out whether the server is gone, or only one stream; return whether the whole backend is lost."""
         if not self._up:
             return True
-        if self._checking is None:
+        if self._checking is None or self._checking.done():
             self._checking = self._spawn(self._still_there(text))
-            self._checking.add_done_callback(self._checked)
         return not await asyncio.shield(self._checking)
-
-    def _checked(self, task: asyncio.Task[bool]) -> None:
-        self._checking = None
 
     async def _still_there(self, text: str) -> bool:
         try:
@@ -338,17 +352,3 @@ class TritonBackend:
             task.cancel()
         self._pool.close()
         self._progress.clear()
-
-
-def _fault(result: LoadResult) -> Fault:
-    assert result.error is not None
-    if result.lost:
-        return Fault.LOST
-    return Fault.NO_ANSWER if result.unanswered else faults.classify(result.error)
-
-
-def open_channel(options: TritonOptions) -> grpc.aio.Channel:
-    """Return a channel to the server, with TLS if files are named."""
-    if options.tls is None:
-        return grpc.aio.insecure_channel(options.address, options=wire.CHANNEL_OPTIONS)
-    return grpc.aio.secure_channel(options.address, channel_credentials(options.tls), options=wire.CHANNEL_OPTIONS)

@@ -9,13 +9,16 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from sidecar.cli import versions
 from sidecar.cli.client import Client, admin_command
+from sidecar.cli.pushing import push
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
 
 app = typer.Typer(help="Register adapters, see where they are, move and forget them.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
+versions.add_to(app)
 PLACES_LISTED_MAX = 3
 TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 
@@ -24,16 +27,30 @@ TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 def register(
     client: Client,
     name: Name,
-    path: Annotated[str, typer.Argument(help="PEFT folder, as the sidecar sees it.", show_default=False)],
+    path: Annotated[
+        str, typer.Argument(help="PEFT folder, as the sidecar sees it, or the URL of one.", show_default=False)
+    ],
     allow: Annotated[list[str] | None, typer.Option(help="A tenant that may use it; repeat it. None: all.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it in the host store.")] = False,
+    pushed: Annotated[
+        bool, typer.Option("--push", help="Send the folder of this machine; the sidecar need not see it.")
+    ] = False,
+    label: Annotated[list[str] | None, typer.Option(help="key=value about this version; repeat it.")] = None,
+    stage: Annotated[bool, typer.Option("--stage", help="Add the version without moving the name.")] = False,
+    hold: versions.Hold = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check an adapter's files and let a name stand for them."""
+    """Check an adapter's files and let a name stand for them. New content is a new version."""
     here = Path(path).expanduser()
-    request = pb.RegisterRequest(name=name, path=str(here.resolve()) if here.exists() else path, allow=allow, pin=pin)
-    with working(f"checking {path}"):
-        answer = client.ask(client.adapters.Register, request, timeout_s=None)
+    fields: dict[str, Any] = {"name": name, "allow": allow, "pin": pin, "stage": stage}
+    fields |= {"labels": versions.labels_of(label), "hold_s": versions.seconds_of(hold)}
+    if pushed:
+        answer = push(client, here, **fields)
+    else:
+        place = str(here.resolve()) if here.exists() else path
+        request = pb.RegisterRequest(path=place, **fields)
+        with working(f"checking {path}"):
+            answer = client.ask(client.adapters.Register, request, timeout_s=None)
     if as_json:
         print_json(answer)
         return
@@ -112,6 +129,7 @@ def _shown(adapter: Any) -> list[Any]:
             ("shape", f"rank {adapter.rank}, {adapter.dtype}, {', '.join(adapter.modules)}"),
             ("pinned", "yes" if adapter.pinned else "no"),
             ("allowed", ", ".join(adapter.allow) or "all tenants"),
+            ("managed by", adapter.managed_by),
             ("requests", f"{adapter.requests} waiting or running"),
         )
     )
@@ -122,7 +140,12 @@ def _shown(adapter: Any) -> list[Any]:
         for place in adapter.backends
     ]
     backends = table(("BACKEND", "TIER", ">AGE", "SOURCE", "CANNOT SERVE IT"), places) if places else Text("none")
-    return [head, *titled("host store", store), *titled("backends", backends)]
+    return [
+        head,
+        *titled("versions", versions.versions_table(adapter)),
+        *titled("host store", store),
+        *titled("backends", backends),
+    ]
 
 
 def _belief(place: Any) -> tuple[str, str]:
@@ -155,9 +178,11 @@ def _print_places(answer: Any, as_json: bool) -> None:
 
 
 @admin_command(app, "unregister")
-def unregister(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Forget a name. Requests under way are answered."""
-    answer = client.ask(client.adapters.Unregister, pb.UnregisterRequest(name=name))
+def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: AsJson = False) -> None:
+    """Take nothing new for a name, wait until what is under way is answered, then forget it."""
+    request = pb.UnregisterRequest(name=name, hold_s=versions.seconds_of(hold))
+    with working(f"waiting for requests of {name}"):
+        answer = client.ask(client.adapters.Unregister, request, timeout_s=None)
     if as_json:
         print_json(answer)
     else:

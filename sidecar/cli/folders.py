@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console, Group
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.console import Group
 from rich.text import Text
 
 from sidecar.adapters.convert import convert as convert_folder
 from sidecar.adapters.inspect import inspect as inspect_folder
 from sidecar.cli.adapters import app
+from sidecar.cli.bars import bar
 from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
 
 Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
@@ -83,7 +81,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a PEFT folder as TensorRT-LLM's model.lora_weights.npy [1,N,W] and model.lora_config.npy [1,N,3]."""
-    with _bar(f"packing {source}") as progress:
+    with bar(f"packing {source}") as progress:
         report = convert_folder(source, out, dtype, rank_multiple=rank_multiple, progress=progress)
     if as_json:
         record = asdict(report)
@@ -94,17 +92,3 @@ def convert(
     print(f"{report.config}: 1×{report.shape[1]}×3 int32")
     for row in report.packing.rebalanced:
         print(f"{row.module} of layer {row.layer} was rebalanced by 2^{row.exponent} to fit {dtype}", file=sys.stderr)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a progress callback that draws a bar on stderr; none when nobody looks."""
-    errors = Console(stderr=True)
-    if not errors.is_terminal:
-        yield None
-        return
-    with Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), console=errors, transient=True
-    ) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

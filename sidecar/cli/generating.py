@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sidecar.cli import comparing
 from sidecar.cli.client import Client, data_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, count, duration, print_json, record_of
 from sidecar.proto import gateway_pb2 as pb
 
-SAMPLING, CALLER = "Sampling", "Who asks"
+SAMPLING, CALLER, COMPARING = "Sampling", "Who asks", "Comparing"
 
 CACHE_WORDS = {
     "base": "no adapter needed",
@@ -31,7 +33,9 @@ def add_to(app: typer.Typer) -> None:
 
 def generate(
     client: Client,
-    adapter: Annotated[str, typer.Argument(help='The adapter: name, name@v1; "base" for none.', show_default=False)],
+    adapter: Annotated[
+        str | None, typer.Argument(help='The adapter: name, name@v1; "base" for none.', show_default=False)
+    ] = None,
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads stdin.', show_default=False)] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 1,2,3.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens at most.")] = 128,
@@ -47,12 +51,24 @@ def generate(
     deadline_ms: Annotated[
         int, typer.Option(min=0, help="Of no use after so long; 0: never.", rich_help_panel=CALLER)
     ] = 0,
+    compare: Annotated[
+        str | None, typer.Option(help="Versions to ask side by side: sql@v7,sql@v8,base.", rich_help_panel=COMPARING)
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts, one a line.", rich_help_panel=COMPARING)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Send a prompt to an adapter and print the answer as it comes."""
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     fields: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     fields["class"] = klass
+    if compare is not None:  # there is no adapter argument then: the first word is the prompt
+        fields |= {"max_tokens": max_tokens, "stop_words": stop, "tenant": tenant, "deadline_ms": deadline_ms}
+        comparing.compare(client, compare.split(","), comparing.read_prompts(adapter, prompts), fields, as_json)
+        return
+    if adapter is None:
+        raise CommandError("name an adapter, or versions with --compare", Exit.MISUSED)
     request = pb.GenerateRequest(
         adapter=adapter,
         max_tokens=max_tokens,

@@ -162,6 +162,15 @@ def version_id(digest: str, generation: int = 0) -> str:
     return f"{digest}.g{generation}" if generation else digest
 
 
+def version_of_key(key: str) -> str:
+    """Return the version that a packed key is of; "" for the key of another packer revision, whose bytes are stale."""
+    digest, _, layout = key.partition(".")
+    _, _, generation = layout.rpartition(".g")
+    if f".p{PACKER_REVISION}.g" not in layout or not generation.isdigit():
+        return ""
+    return version_id(digest, int(generation))
+
+
 def task_id_of(key: str) -> int:
     """Return 63 bits of the key's SHA-256, never 0: clients and servers read 0 as "none"."""
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1) or 1

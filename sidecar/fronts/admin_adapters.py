@@ -9,6 +9,7 @@ from typing import Any
 from sidecar.core import queries
 from sidecar.core.effects import Answer
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.push import Pushes
 from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.catalogue import Wanted
@@ -28,6 +29,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._catalogue = gateway.catalogue
+        self._pushes = Pushes(gateway)
 
     @answers_errors
     async def Register(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
@@ -40,6 +42,11 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         )
         _, unchanged = await self._catalogue.register(request.name, request.path, wanted)
         return admin_pb2.RegisterResponse(adapter=self._adapter(request.name), unchanged=unchanged)
+
+    @answers_errors
+    async def Push(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        name, unchanged = await self._pushes.receive(requests)
+        return admin_pb2.RegisterResponse(adapter=self._adapter(name), unchanged=unchanged)
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802

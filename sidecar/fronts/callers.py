@@ -16,7 +16,8 @@ def metadata_of(context: Any) -> dict[str, str]:
 def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked: str) -> str:
     """Return the tenant: from the client's certificate, from what the client says, or nobody in particular.
 
-    Where certificates decide, what the client says of itself is ignored.
+    Where certificates decide, what the client says of itself is ignored. A certificate's name is its first subject
+    alternative name, its common name if it has none.
     """
     if tenant_from == "none":
         return ""

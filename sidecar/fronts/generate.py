@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import struct
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.wire import ModelInferRequest
+from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.lengths import text_tokens_max
@@ -39,11 +39,11 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         except SidecarError as error:
             await abort(context, error)
         try:
-            await self._answer(request, ticket, context)
-        except relay.ClientStalled:
-            raise asyncio.CancelledError from None  # which resets the call: a status would wait behind the messages
+            ending = await self._answer(request, ticket, context)
         finally:
             self._gateway.close(ticket)
+        if ending is not None and ending.reason is not None:
+            await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
 
     def _submit(self, request: Any, context: Any) -> Ticket:
         payload, input_tokens = payload_of(request)
@@ -62,7 +62,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         )
         return self._gateway.submit(facts, payload, request.request_id)
 
-    async def _answer(self, request: Any, ticket: Ticket, context: Any) -> None:
+    async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
         tokens = 0
 
         async def write(reply: Reply) -> None:
@@ -74,9 +74,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
                 context.set_trailing_metadata(relay.origin_metadata(ticket, self._hide_backend))
             await context.write(message)
 
-        ending = await relay.relay(ticket, write)
-        if ending is not None and ending.reason is not None:
-            await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
+        return await relay.relay(ticket, write)
 
     def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
         dispatch = ticket.dispatch

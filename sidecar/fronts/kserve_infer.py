@@ -124,12 +124,10 @@ class KServe:
             await context.abort(*broken.status)
         except ClientLeft:
             return  # the call is over already; returning ends its handler
-        except relay.ClientStalled:
-            raise asyncio.CancelledError from None  # which resets the call: a status would wait behind the messages
 
 
 class StreamBroken(Exception):
-    """The stream ends with a status, because its client asked for real gRPC errors."""
+    """The stream ends with a status: its client asked for real gRPC errors, or no message can reach it."""
 
     def __init__(self, status: tuple[grpc.StatusCode, str, Metadata]) -> None:
         super().__init__(status[1])
@@ -153,8 +151,7 @@ class InferStream:
         self._ended: Ticket | None = None
 
     async def serve(self, requests: AsyncIterator[bytes]) -> None:
-        """Answer until the client has closed its side and all is answered. Raises StreamBroken, ClientLeft,
-        relay.ClientStalled.
+        """Answer until the client has closed its side and all is answered. Raises StreamBroken, ClientLeft.
 
         The trailing metadata are those of the request that ended last: most streams have one.
         """
@@ -198,6 +195,8 @@ class InferStream:
         self._ended = live.ticket
         if ending is None:
             return
+        if ending.reason is Reason.CLIENT_STALLED:
+            raise StreamBroken(self._front.status_of(live, ending))
         if live.stopped:
             origin = wire.response_fragment(live.asked.client_id, self._front.origin(live.ticket))
             await self._write(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))

@@ -49,7 +49,7 @@ class LiveRequests:
 
     def find(self, asked: Asked, peer: str, stream: object) -> Live | None:
         """Return the request that a stop means, None when there is none: it may have ended by itself."""
-        same_id = self._by_id.get(_key(asked, peer), [])
+        same_id = [live for live in self._by_id.get(_key(asked, peer), []) if not live.stopped]
         of_stream = [live for live in same_id if live.stream is stream]
         candidates = of_stream or same_id
         return candidates[-1] if candidates else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from time import monotonic_ns
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ Written = TypeVar("Written")
 LOOK_S = 1.0
 AFTER_END_S = 60.0
 """How long what the engine has answered in full may wait for a client that takes nothing."""
+STALLED = f"the client took nothing for {AFTER_END_S:.0f} s; read the answer as it comes"
 
 
 def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int | float]:
@@ -46,15 +48,11 @@ def version_label(dispatch: Dispatch) -> str:
     return f"{dispatch.name}@v{dispatch.ordinal}" if dispatch.name else ""
 
 
-class ClientStalled(Exception):
-    """The client takes nothing: not even an error would reach it, so its call is to be cancelled."""
-
-
 async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) -> Settle | None:
     """Write each reply as it comes; return the ending, None when the final reply was written.
 
-    While a write waits for the client the ticket says since when: a client that takes nothing is cancelled in the end.
-    Raises ClientStalled then.
+    While a write waits for the client the ticket says since when: a client that takes nothing is cancelled in the end,
+    and then the write is broken off. gRPC keeps it, so of that call only the status can follow.
     """
     watch = Watch(ticket)
     try:
@@ -68,9 +66,9 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
             if item.final:
                 return None
     except asyncio.CancelledError:
-        if watch.fired:
-            raise ClientStalled from None
-        raise
+        if not watch.fired or ticket.settled is None:
+            raise
+        return replace(ticket.settled, reason=Reason.CLIENT_STALLED, message=ticket.settled.message or STALLED)
     finally:
         watch.stop()
 

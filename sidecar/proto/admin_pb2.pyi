@@ -39,6 +39,59 @@ class RegisterResponse(_message.Message):
     unchanged: bool
     def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
 
+class PushRequest(_message.Message):
+    __slots__ = ("start", "chunk")
+    START_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    start: PushStart
+    chunk: PushChunk
+    def __init__(self, start: _Optional[_Union[PushStart, _Mapping]] = ..., chunk: _Optional[_Union[PushChunk, _Mapping]] = ...) -> None: ...
+
+class PushStart(_message.Message):
+    __slots__ = ("name", "allow", "pin", "labels", "stage", "hold_s", "files")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FIELD_NUMBER: _ClassVar[int]
+    PIN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    allow: _containers.RepeatedScalarFieldContainer[str]
+    pin: bool
+    labels: _containers.ScalarMap[str, str]
+    stage: bool
+    hold_s: int
+    files: _containers.RepeatedCompositeFieldContainer[PushFile]
+    def __init__(self, name: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PushFile, _Mapping]]] = ...) -> None: ...
+
+class PushFile(_message.Message):
+    __slots__ = ("name", "size_bytes", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    size_bytes: int
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., size_bytes: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class PushChunk(_message.Message):
+    __slots__ = ("file", "offset", "data")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    file: int
+    offset: int
+    data: bytes
+    def __init__(self, file: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class AdapterRequest(_message.Message):
     __slots__ = ("name",)
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class AdaptersStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.RegisterRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.RegisterResponse.FromString,
                 _registered_method=True)
+        self.Push = channel.stream_unary(
+                '/lorasidecar.v1.Adapters/Push',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.PushRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.RegisterResponse.FromString,
+                _registered_method=True)
         self.Get = channel.unary_unary(
                 '/lorasidecar.v1.Adapters/Get',
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.SerializeToString,
@@ -106,6 +111,14 @@ class AdaptersServicer:
 
     def Register(self, request, context):
         """Checks an adapter's files and lets a name stand for them. Nothing is left behind when it fails.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Push(self, request_iterator, context):
+        """Registers an adapter whose files the client sends: first what they are, then their bytes, in order. Nothing is left
+        behind when it fails or is cut off.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,6 +213,11 @@ def add_AdaptersServicer_to_server(servicer, server):
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.RegisterRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.RegisterResponse.SerializeToString,
             ),
+            'Push': grpc.stream_unary_rpc_method_handler(
+                    servicer.Push,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.PushRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.RegisterResponse.SerializeToString,
+            ),
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.AdapterRequest.FromString,
@@ -287,6 +305,33 @@ class Adapters:
             target,
             '/lorasidecar.v1.Adapters/Register',
             sidecar_dot_proto_dot_admin__pb2.RegisterRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.RegisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Push(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/lorasidecar.v1.Adapters/Push',
+            sidecar_dot_proto_dot_admin__pb2.PushRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.RegisterResponse.FromString,
             options,
             channel_credentials,

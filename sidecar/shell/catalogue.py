@@ -17,7 +17,7 @@ from sidecar.adapters.registration import Registration
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.facts import misfit, packed_size_bytes
-from sidecar.core.state import State
+from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
@@ -114,10 +114,20 @@ class Catalogue:
 
     def forget_unneeded(self) -> None:
         """Drop brought sources that no version, registered or still in use, needs any more."""
-        if not self.sources.holds_any:
-            return
-        needed = {version.adapter.digest for record in self.registry.all() for version in record.versions}
-        self.sources.forget_unneeded(needed | {version.adapter.digest for version in self._state().versions.values()})
+        for digest in list(self.sources.doubted):
+            versions = self._versions_of(digest)
+            if not versions:
+                self.sources.forget(digest)
+            elif any(version.names for version in versions):
+                self.sources.trust(digest)
+
+    def _versions_of(self, digest: str) -> list[Version]:
+        """Return what the core has of a content, whatever its generation; most have one of generation 0 only."""
+        versions = self._state().versions
+        first = versions.get(digest)
+        if first is not None and first.names:
+            return [first]
+        return [version for version in versions.values() if version.adapter.digest == digest]
 
     def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
         """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
@@ -144,6 +154,7 @@ class Catalogue:
         while any(request.view.name == name for request in self._state().requests.values()):
             await asyncio.sleep(DRAIN_POLL_S)
         if name not in self._state().names:  # somebody may have registered it anew in the meantime
+            self._doubt(self.known(name), None)
             self.registry.delete(name)
         self.forget_unneeded()
 
@@ -153,10 +164,19 @@ class Catalogue:
         self._step(ev.ReleaseAsked(name))
 
     def _put(self, record: Record) -> Record:
-        if record != self.registry.get(record.name):
+        before = self.registry.get(record.name)
+        if record != before:
             self.registry.put(record)
             self._step(record.event())
+            self._doubt(before, record)
         return record
+
+    def _doubt(self, before: Record | None, now: Record | None) -> None:
+        """Have the sources looked at that a name needed before and needs no more."""
+        kept = {version.adapter.digest for version in now.versions} if now else set()
+        for version in before.versions if before else ():
+            if version.adapter.digest not in kept:
+                self.sources.doubt(version.adapter.digest)
 
     def _ordinal(self, record: Record, selector: str) -> int:
         """Return the ordinal that "v8" or the start of a digest selects."""

@@ -6,15 +6,29 @@ the exit nor whoever waits.
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from sidecar.errors import Reason, Refused
 
 T = TypeVar("T")
+
+
+async def undisturbed(work: Awaitable[T]) -> T:
+    """Wait for a thread's work to its end even when whoever waits is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at: nobody is left to tell
+        raise
 
 
 class Flights:
@@ -22,7 +36,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._under_way: dict[int, tuple[Future[object], threading.Event]] = {}
+        self._under_way: dict[int, tuple[Future[Any], threading.Event]] = {}
         self._count = 0
         self._closed = False
 
@@ -37,18 +51,18 @@ class Flights:
                 return future
             self._count += 1
             number = self._count
-            self._under_way[number] = (future, stop)  # type: ignore[assignment] — only its exception is ever set
+            self._under_way[number] = (future, stop)
         threading.Thread(target=self._fly, args=(number, future, run, stop), name="download", daemon=True).start()
         return future
 
     def _fly(self, number: int, future: Future[T], run: Callable[[threading.Event], T], stop: threading.Event) -> None:
+        settle: Callable[[], None]
+        try:
+            settle = partial(future.set_result, run(stop))
+        except BaseException as error:  # noqa: BLE001 — whoever waits gets it, whatever it is
+            settle = partial(future.set_exception, error)
         with suppress(InvalidStateError):  # closed in the meantime: nobody wants the result
-            try:
-                future.set_result(run(stop))
-            except InvalidStateError:
-                raise
-            except BaseException as error:
-                future.set_exception(error)
+            settle()
         with self._lock:
             self._under_way.pop(number, None)
 

@@ -15,14 +15,15 @@ from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any
 
-from sidecar.adapters.origins import AllowList
+from sidecar.adapters.disk import DiskTier
+from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.packed import PackReport
 from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.shell.catalogue import Catalogue
@@ -61,13 +62,15 @@ class Gateway:
         client_stall_s: float = 60.0,
         inbox_max: int = 10_000,
         sources: Sources | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources)
         self.backends: dict[str, Backend] = {}
-        self.store = BlobStore(self.driver.post, self.sources, config.fetches_max)
+        self._disk = disk
+        self.store = BlobStore(self.driver.post, self.sources, disk, config.fetches_max)
         self.tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
@@ -86,6 +89,9 @@ class Gateway:
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core what there is, and begin to reach the backends."""
         self.catalogue.announce()
+        if self._disk is not None:
+            for key, size_bytes in await asyncio.to_thread(self._disk.scan):
+                self.driver.step(ev.DiskHolds(key, version_of_key(key), size_bytes))
         for backend, facts in backends:
             self.backends[backend.id] = backend
             self.driver.step(ev.BackendAdded(backend.id, facts))
@@ -142,9 +148,10 @@ class Gateway:
         self.driver.post(ev.ClientLeft(ticket.request))
 
     async def _sweep(self) -> None:
-        """Cancel requests whose clients have taken nothing for too long."""
+        """Cancel requests whose clients have taken nothing for too long; drop sources that nobody needs any more."""
         while True:
             await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
+            self.catalogue.forget_unneeded()
             now_ns = monotonic_ns()
             for ticket in list(self.tickets.values()):
                 since_ns = ticket.blocked_since_ns
@@ -161,6 +168,12 @@ class Gateway:
 
     def _drop(self, effect: do.Drop) -> None:
         self.store.drop(effect)
+
+    def _spill(self, effect: do.Spill) -> None:
+        self.store.spill(effect)
+
+    def _drop_disk(self, effect: do.DropDisk) -> None:
+        self.store.drop_disk(effect)
 
     def _load(self, effect: do.Load) -> None:
         self.backends[effect.backend].load(effect, self.store.lease(effect.packed.key))
@@ -230,6 +243,8 @@ class Gateway:
 _EFFECTS: dict[type, Callable[[Gateway, Any], None]] = {
     do.Fetch: Gateway._fetch,
     do.Drop: Gateway._drop,
+    do.Spill: Gateway._spill,
+    do.DropDisk: Gateway._drop_disk,
     do.Load: Gateway._load,
     do.Dispatch: Gateway._dispatch,
     do.CancelRun: Gateway._cancel_run,

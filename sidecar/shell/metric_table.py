@@ -65,7 +65,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("store_bytes", "Bytes that the host store holds or has reserved for fetches.", "tier"),
     _gauge("store_budget_bytes", "Bytes that the host store may hold.", "tier"),
     _gauge("store_adapters", "Packed adapters that the host store holds.", "tier"),
-    _counter("store_evictions_total", "Packed adapters that the host store gave up for others."),
+    _counter("store_evictions_total", "Packed adapters that the host store gave up for others.", "tier"),
     _counter("fetches_total", "Fetches that ended, by result: ok or failed.", "result"),
     # Backends.
     _histogram("load_seconds", "Time to bring an adapter in, by phase: fetch, pack or load.", "phase"),

@@ -9,21 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
 
-from sidecar.adapters.origins import (
-    PUSHED, AllowList, Limits, Origin, Progress, Stopped, Surroundings, fetch, is_url, parse_origin
-)  # fmt: skip
+from sidecar.adapters.origins.allowing import AllowList
+from sidecar.adapters.origins.failures import Stopped
+from sidecar.adapters.origins.fetching import fetch
+from sidecar.adapters.origins.limits import Limits, Progress, Surroundings
+from sidecar.adapters.origins.origin import PUSHED, Origin, is_url, parse_origin
 from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.registration import Registration, read_registration
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import SidecarError, error_for
-from sidecar.shell.flights import Flights
+from sidecar.shell.flights import Flights, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class _Download:
     stop: threading.Event
     users: int = 0
     path: Path | None = None
+    digest: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -68,8 +71,8 @@ class Sources:
         self._flights = Flights()
         self._downloads: dict[str, _Download] = {}
         self._claims: dict[str, int] = {}
-        self._bringing: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self.doubted = dict.fromkeys(self.spool.digests())
+        self._bringing: dict[str, asyncio.Lock] = {}
 
     def close(self) -> None:
         """Stop downloads; those who wait for them are told that this process leaves."""
@@ -96,17 +99,30 @@ class Sources:
         try:
             with named(name):
                 await asyncio.shield(download.task)
-            async with self._checked(name, download) as registration:
-                yield Arrival(registration, str(origin))
+            yield Arrival(await self._checked(name, download), str(origin))
         finally:
             self._left(origin, download)
+
+    @contextmanager
+    def incoming(self) -> Iterator[Path]:
+        """Give a folder of the spool for files that a client sends; what was not adopted is removed."""
+        folder = self.spool.make_incoming()
+        try:
+            yield folder
+        finally:
+            self._remove(folder)
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:
         """Give a checked adapter from an incoming folder that a client filled; as `arrival` otherwise."""
         registration = await asyncio.to_thread(read_registration, name, folder)
-        async with self._adopted(folder, registration.adapter.digest):
-            yield Arrival(registration, f"{PUSHED}://{registration.adapter.digest}")
+        digest = registration.adapter.digest
+        self._claim(digest)
+        try:
+            await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
+            yield Arrival(registration, f"{PUSHED}://{digest}")
+        finally:
+            self._unclaim(digest)
 
     def _joined(self, origin: Origin) -> _Download:
         """Return the download of a URL that is under way, or begin one."""
@@ -128,85 +144,94 @@ class Sources:
         if download.users:
             return
         self._downloads.pop(f"{origin}?{origin.query}", None)
+        if download.digest:
+            self._unclaim(download.digest)
         download.stop.set()
         download.task.add_done_callback(self._tidy)
 
     def _tidy(self, task: asyncio.Task[Path]) -> None:
         """Remove what a download brought, unless it was adopted: then it is not there any more."""
         if not task.cancelled() and task.exception() is None:
-            self._in_background(partial(self.spool.remove, task.result()))
+            self._remove(task.result())
 
-    @asynccontextmanager
-    async def _checked(self, name: str, download: _Download) -> AsyncIterator[Registration]:
+    async def _checked(self, name: str, download: _Download) -> Registration:
         async with download.lock:  # one after the other: the first one moves the folder
             folder = download.path or download.task.result()
             registration = await asyncio.to_thread(read_registration, name, folder)
-            digest = registration.adapter.digest
+            if not download.digest:
+                download.digest = registration.adapter.digest
+                self._claim(download.digest)
             if download.path is None:
-                adopting = self._adopted(folder, digest)
-            else:
-                adopting = self._claimed(digest)
-            async with adopting:
-                download.path = self.spool.folder(digest)
-                yield registration
+                download.path = await undisturbed(asyncio.to_thread(self.spool.adopt, folder, download.digest))
+            return registration
 
-    @asynccontextmanager
-    async def _adopted(self, folder: Path, digest: str) -> AsyncIterator[None]:
-        async with self._claimed(digest):
-            await asyncio.to_thread(self.spool.adopt, folder, digest)
-            yield
+    # What the spool keeps.
 
-    @asynccontextmanager
-    async def _claimed(self, digest: str) -> AsyncIterator[None]:
+    def _claim(self, digest: str) -> None:
         """Keep a digest in the spool although no name stands for it yet."""
         self._claims[digest] = self._claims.get(digest, 0) + 1
+
+    def _unclaim(self, digest: str) -> None:
+        self._claims[digest] -= 1
+        if not self._claims[digest]:
+            del self._claims[digest]
+            self.doubt(digest)
+
+    def doubt(self, digest: str) -> None:
+        """Have it looked at whether anybody needs a digest; until then it stays."""
+        if self.spool.holds(digest):
+            self.doubted[digest] = None
+
+    def trust(self, digest: str) -> None:
+        """Keep a digest: a name stands for it."""
+        self.doubted.pop(digest, None)
+
+    def forget(self, digest: str) -> None:
+        """Drop a digest's source, unless it is only just arriving; removing the files is left to a thread."""
+        if digest in self._claims:
+            return
+        del self.doubted[digest]
+        self._bringing.pop(digest, None)
         try:
-            yield
-        finally:
-            self._claims[digest] -= 1
-            if not self._claims[digest]:
-                del self._claims[digest]
+            self._remove(self.spool.take_out(digest))
+        except (OSError, SidecarError) as error:
+            logger.warning("the source of %s could not be dropped: %s", digest[:12], error)
 
-    def forget_unneeded(self, needed: Iterable[str]) -> None:
-        """Drop the sources of digests that nothing needs any more; removing the files is left to a thread."""
-        keep = {*needed, *self._claims}
-        for digest in self.spool.digests():
-            if digest not in keep:
-                self._in_background(partial(self.spool.discard, digest))
-
-    def _in_background(self, run: Callable[[], None]) -> None:
-        self._flights.begin(lambda stop: run())
+    def _remove(self, folder: Path) -> None:
+        self._flights.begin(lambda stop: self.spool.remove(folder))
 
     # Misses.
 
-    def locate(self, origin: str, digest: str) -> Path:
+    async def locate(self, origin: str, digest: str) -> Path:
         """Return the folder with a version's files, fetching them again if the spool has them no more.
 
-        Blocks: runs in a thread. Raises Invalid when the origin holds other content by now.
+        Raises Invalid when the origin holds other content by now.
         """
         if not is_url(origin):
             return Path(origin)
-        with self._only(digest):
+        async with self._only(digest):
             if self.spool.holds(digest):
                 return self.spool.folder(digest)
             if origin.startswith(f"{PUSHED}://"):
                 raise unreadable(digest[:12], "it was pushed and its files are gone; push it again")
-            return self._flights.begin(partial(self._bring_again, parse_origin(origin), digest)).result()
+            return await asyncio.wrap_future(
+                self._flights.begin(partial(self._bring_again, parse_origin(origin), digest))
+            )
 
-    def is_spoiled(self, origin: str, digest: str) -> bool:
-        """Whether the spool's copy of a version was damaged; then it is dropped, so that `locate` fetches it anew."""
+    async def mend(self, origin: str, digest: str) -> bool:
+        """Drop the spool's copy of a version if it is damaged; return whether building from it may go better now."""
         if not is_url(origin):
             return False
-        with self._only(digest):
-            if not self.spool.holds(digest) or digest_of_folder(self.spool.folder(digest)) == digest:
-                return False
-            logger.warning("the source of %s was damaged on disk", digest[:12])
-            self.spool.discard(digest)
-            return True
+        async with self._only(digest):
+            folder = self.spool.folder(digest)
+            if self.spool.holds(digest) and await asyncio.to_thread(digest_of_folder, folder) != digest:
+                logger.warning("the source of %s was damaged on disk and is dropped", digest[:12])
+                await undisturbed(asyncio.to_thread(self.spool.discard, digest))
+        return True
 
-    def _only(self, digest: str) -> threading.Lock:
-        with self._lock:
-            return self._bringing.setdefault(digest, threading.Lock())
+    def _only(self, digest: str) -> asyncio.Lock:
+        """Return what lets one at a time bring a version: two layouts of it share one download."""
+        return self._bringing.setdefault(digest, asyncio.Lock())
 
     def _bring_again(self, origin: Origin, digest: str, stop: threading.Event) -> Path:
         folder = self._bring(origin, stop)
@@ -229,7 +254,12 @@ class Sources:
         begun_s = monotonic()
         try:
             size_bytes = fetch(
-                origin, folder, self.limits, _progress(origin, stop), allow=self.allow, surroundings=self._surroundings(stop)
+                origin,
+                folder,
+                self.limits,
+                _progress(origin, stop),
+                allow=self.allow,
+                surroundings=self._surroundings(stop),
             )
         except BaseException:
             self.spool.remove(folder)
@@ -249,8 +279,9 @@ class named:  # noqa: N801 — a context, read as a word
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, SidecarError):
-            details = {**error.details, "adapter": self._name}
-            raise error_for(error.reason, f"{self._name}: {error.message}", **details) from error
+            again = error_for(error.reason, f"{self._name}: {error.message}", adapter=self._name)
+            again.retry_after_s = error.retry_after_s
+            raise again from error
 
 
 def surroundings_of(stop: threading.Event) -> Surroundings:

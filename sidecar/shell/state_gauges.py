@@ -8,12 +8,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
 from sidecar.core.state import Backend, State
+from sidecar.core.store import StoreIndex
 from sidecar.core.words import Phase
 from sidecar.shell.metric_table import BY_SHORT
 from sidecar.shell.segments import product_version
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
-MEMORY = ("memory",)
 
 
 def families_of(state: State) -> list[Family]:
@@ -39,6 +39,10 @@ def _each_backend(value_of: Callable[[Backend], float]) -> Callable[[State], Sam
     return lambda state: [((backend.id,), value_of(backend)) for backend in state.backends.values()]
 
 
+def _tiers(state: State, value_of: Callable[[StoreIndex], float]) -> Samples:
+    return [(("memory",), value_of(state.store)), (("disk",), value_of(state.disk))]
+
+
 def _queued(state: State) -> Samples:
     yield ("",), len(state.unrouted)
     yield from _each_backend(lambda backend: len(backend.queued))(state)
@@ -56,10 +60,10 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "queued_tokens": lambda state: _one(state.queued_tokens),
     "adapters_registered": lambda state: _one(len(state.names)),
     "adapters_quarantined": lambda state: _one(sum(bool(held.quarantined) for held in state.versions.values())),
-    "store_bytes": lambda state: [(MEMORY, state.store.bytes_used)],
-    "store_budget_bytes": lambda state: [(MEMORY, state.store.budget_bytes)],
-    "store_adapters": lambda state: [(MEMORY, sum(entry.ready for entry in state.store.entries.values()))],
-    "store_evictions_total": lambda state: _one(state.store.evictions),
+    "store_bytes": lambda state: _tiers(state, lambda store: store.bytes_used),
+    "store_budget_bytes": lambda state: _tiers(state, lambda store: store.budget_bytes),
+    "store_adapters": lambda state: _tiers(state, lambda store: len(store.entries) - store.fetches),
+    "store_evictions_total": lambda state: _tiers(state, lambda store: store.evictions),
     "loads_running": _each_backend(lambda backend: len(backend.loads)),
     "resident": _resident,
     "open_adapters": _each_backend(lambda backend: len(backend.slots)),

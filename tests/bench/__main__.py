@@ -13,11 +13,12 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, latency, miss, relay, stall, wire
+from tests.bench import core, eviction, latency, miss, relay, stall, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
     "core": core.bench,
+    "eviction": eviction.bench,
     "relay": relay.bench,
     "latency": latency.bench,
     "miss": miss.bench,

@@ -11,7 +11,7 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.emulator.tokens import BOS
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import core_request
+from tests.emulated import core_request, set_parameter
 
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -27,14 +27,15 @@ def open_channel(address: str) -> grpc.aio.Channel:
 
 def open_stream(channel: grpc.aio.Channel) -> Any:
     """Open a raw `ModelStreamInfer`."""
-    method = channel.stream_stream(STREAM_INFER, request_serializer=as_they_are, response_deserializer=as_they_are)
+    method: Any = channel.stream_stream(STREAM_INFER, request_serializer=as_they_are, response_deserializer=as_they_are)
     return method()
 
 
 def named_request(adapter: str, tokens: int, request_id: str = "r") -> bytes:
     """Return a streamed request that names an adapter, "" for none."""
-    parameters = {"lora_name": adapter} if adapter else {}
-    request = core_request("hello", tokens, streaming=True, request_id=request_id, **parameters)
+    request = core_request("hello", tokens, streaming=True, request_id=request_id)
+    if adapter:
+        set_parameter(request, "lora_name", adapter)
     return bytes(request.SerializeToString())
 
 

@@ -51,7 +51,7 @@ async def _misses(engine: str, stream: Any) -> tuple[list[float], list[float]]:
     messages = [FORTY_MB.message(task_id) for task_id in (11, 12)]
     sender = PlainSender(engine)
     missed, plain = [], []
-    for number in range(ROUNDS + WARM_UP):
+    for _ in range(ROUNDS + WARM_UP):
         for turn, name in enumerate(NAMES):
             timed = await clients.ask(stream, clients.named_request(name, 1))
             missed.append(timed.whole_s * 1e3)

@@ -27,7 +27,7 @@ class Measured:
     def __init__(self, *arguments: str) -> None:
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 — it is closed when the process has ended
         self.ready: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:

@@ -1,10 +1,15 @@
-"""CPU time of one streamed message: the sidecar against a bare `grpc.aio` relay of the same messages."""
+"""CPU time of one streamed message: the sidecar against a bare `grpc.aio` relay of the same messages.
+
+Rounds take turns, and the middle of them counts. Answers are long, so that a message's cost shows and not that of the
+request around it; what short answers cost is said beside it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench import clients
@@ -13,72 +18,94 @@ from tests.bench.processes import Measured, RelayProcess, SidecarProcess, backen
 from tests.emulated import EngineProcess
 from tests.serving import write_adapters
 
-STREAMS, REQUESTS, TOKENS, ROUNDS = 16, 4, 128, 5
+STREAMS, ROUNDS = 16, 7
+LONG, SHORT = 512, 32
+MESSAGES = 8192
+"""In a round: a CPU clock's grain and a watcher's look every second must not show."""
 GOAL = 1.15
 
 Traffic = Callable[[], Awaitable[int]]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A process and what is sent through it; `traffic` returns how many messages came back."""
+
+    process: Measured
+    traffic: Traffic
+
+    async def cost_us(self) -> float:
+        """Return the process's CPU microseconds a message."""
+        before_s = self.process.cpu_s()
+        messages = await self.traffic()
+        return (self.process.cpu_s() - before_s) / messages * 1e6
+
+
 async def bench(folder: Path) -> list[Figure]:
-    names = write_adapters(folder / "adapters", 4)
-    async with AsyncExitStack() as stack:
-        engine = await stack.enter_async_context(EngineProcess("--compute", "none", "--kv-blocks", "65536"))
-        figures = []
-        for uvloop in (True, False):
-            relay = await stack.enter_async_context(RelayProcess(engine.grpc_address, uvloop))
-            sidecar = await stack.enter_async_context(
-                SidecarProcess(folder, [backend_of(engine)], uvloop, adapters={"serve": str(folder / "adapters")})
-            )
-            figures += await _compare(stack, relay, sidecar, names, "uvloop" if uvloop else "asyncio")
+    adapters = folder / "adapters"
+    names = write_adapters(adapters, 4)
+    figures = []
+    for loop in ("uvloop", "asyncio"):
+        async with AsyncExitStack() as stack:
+            enter = stack.enter_async_context
+            engine = await enter(EngineProcess("--compute", "none", "--kv-blocks", "65536"))
+            relay = await enter(RelayProcess(engine.grpc_address, loop == "uvloop"))
+            served = {"serve": str(adapters)}
+            sidecar = await enter(SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served))
+            figures += await _compare(stack, relay, sidecar, names, loop)
     return figures
 
 
 async def _compare(
     stack: AsyncExitStack, relay: RelayProcess, sidecar: SidecarProcess, names: list[str], loop: str
 ) -> list[Figure]:
-    bare = await _streams(stack, relay.data, [""])
-    named = await _streams(stack, sidecar.data, names)
-    generate = await _generates(stack, sidecar.data, names)
-    subjects: list[tuple[Measured, Traffic]] = [(relay, bare), (sidecar, named), (sidecar, generate)]
-    costs: list[list[float]] = [[], [], []]
-    for number in range(ROUNDS + 1):
-        for subject, (process, traffic) in enumerate(subjects):
-            cost = await _cost_us(process, traffic)
-            if number:  # the first round warms up
-                costs[subject].append(cost)
-    reference, kserve, own = (middle(of) for of in costs)
-    label = f"bare grpc.aio relay, {loop}"
-    goal = GOAL if loop == "uvloop" else None
+    subjects = []
+    for tokens in (LONG, SHORT):
+        subjects += [
+            Subject(relay, await _streams(stack, relay.data, [""], tokens)),
+            Subject(sidecar, await _streams(stack, sidecar.data, names, tokens)),
+            Subject(sidecar, await _generates(stack, sidecar.data, names, tokens)),
+        ]
+    bare, kserve, own, bare_short, kserve_short, own_short = await _interleaved(subjects)
+    label = "bare grpc.aio relay"
     return [
-        Figure(f"relay: KServe stream, {loop}", kserve, "µs/message", reference, label, "ratio", goal),
-        Figure(f"relay: Generate, {loop}", own, "µs/message", reference, label),
-    ]
+        Figure(
+            f"relay: KServe stream, {loop}", kserve, "µs/message", bare, label, "ratio",
+            GOAL if loop == "uvloop" else None, f"answers of {SHORT}: {kserve_short:.0f} : {bare_short:.0f} µs",
+        ),
+        Figure(
+            f"relay: Generate, {loop}", own, "µs/message", bare, label,
+            note=f"answers of {SHORT}: {own_short:.0f} : {bare_short:.0f} µs",
+        ),
+    ]  # fmt: skip
 
 
-async def _streams(stack: AsyncExitStack, address: str, names: list[str]) -> Traffic:
+async def _interleaved(subjects: Sequence[Subject]) -> list[float]:
+    """Return the median cost of each subject; the first round warms up and does not count."""
+    rounds = [[await subject.cost_us() for subject in subjects] for _ in range(ROUNDS + 1)]
+    return [middle(costs) for costs in zip(*rounds[1:], strict=True)]
+
+
+async def _streams(stack: AsyncExitStack, address: str, names: list[str], tokens: int) -> Traffic:
     channel = await stack.enter_async_context(clients.open_channel(address))
     streams = [clients.open_stream(channel) for _ in range(STREAMS)]
-    messages = [clients.named_request(names[number % len(names)], TOKENS, f"r{number}") for number in range(STREAMS)]
+    messages = [clients.named_request(names[number % len(names)], tokens, f"r{number}") for number in range(STREAMS)]
     stack.callback(lambda: [stream.cancel() for stream in streams])
 
     async def traffic() -> int:
         pairs = zip(streams, messages, strict=True)
-        return sum(await asyncio.gather(*(clients.ask_many(stream, message, REQUESTS) for stream, message in pairs)))
+        times = MESSAGES // STREAMS // tokens
+        return sum(await asyncio.gather(*(clients.ask_many(stream, message, times) for stream, message in pairs)))
 
     return traffic
 
 
-async def _generates(stack: AsyncExitStack, address: str, names: list[str]) -> Traffic:
+async def _generates(stack: AsyncExitStack, address: str, names: list[str], tokens: int) -> Traffic:
     channel = await stack.enter_async_context(clients.open_channel(address))
 
     async def traffic() -> int:
         chosen = [names[number % len(names)] for number in range(STREAMS)]
-        return sum(await asyncio.gather(*(clients.generate_many(channel, name, TOKENS, REQUESTS) for name in chosen)))
+        times = MESSAGES // STREAMS // tokens
+        return sum(await asyncio.gather(*(clients.generate_many(channel, name, tokens, times) for name in chosen)))
 
     return traffic
-
-
-async def _cost_us(process: Measured, traffic: Traffic) -> float:
-    before = process.cpu_s()
-    messages = await traffic()
-    return (process.cpu_s() - before) / messages * 1e6

@@ -172,7 +172,7 @@ def test_an_impure_module_is_found() -> None:
 
 def test_unknown_policy_names_those_that_exist() -> None:
     """A wrong name is told with the right ones and the way to a class of one's own."""
-    with pytest.raises(Misused, match=r'no eviction policy is called "lrru"; there are lfu, lru') as raised:
+    with pytest.raises(Misused, match=r'no eviction policy is called "lrru"; there are gdsf, lfu, lru') as raised:
         resolve("eviction", "lrru")
     assert "package.module:Class" in raised.value.message
 

@@ -56,7 +56,8 @@ def test_the_commands_are_those_that_are_promised() -> None:
         "demo", "emulate", "generate", "queue", "replay", "serve",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
-        "convert", "evict", "inspect", "list", "pin", "prefetch", "register", "release", "show", "unpin", "unregister",
+        "convert", "evict", "inspect", "list", "pin", "prefetch", "promote", "refresh", "register", "release", "rollback",
+        "show", "unpin", "unregister", "watch",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("backends",) and len(path) == 2) == [
         "drain", "list", "show", "undrain",
@@ -153,7 +154,7 @@ def test_config_check_prints_what_would_be_served(
     ("text", "words"),
     [
         ("stor: {}", "unknown key stor; did you mean store?"),
-        ("store: {eviction: lfru}", 'no eviction policy is called "lfru"; there are lfu, lru'),
+        ("store: {eviction: lfru}", 'no eviction policy is called "lfru"; there are gdsf, lfu, lru'),
         ("store: {memory_bytes: much}", "store.memory_bytes"),
         ("listeners: {admin: {token_file: /nowhere}}", "listeners.admin.token_file: there is no file /nowhere"),
         ("- a list", "the top level must be keys"),

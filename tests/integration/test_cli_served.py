@@ -192,7 +192,9 @@ async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
     await served.register("slow", tmp_path)
     assert (await served.cli("generate", "slaw", "hi", "--json")).error()["reason"] == "UNKNOWN_ADAPTER"
     late = await served.cli("generate", "slow", "hi", "--deadline-ms", "100", "--json")
-    assert (late.code, late.error()["reason"]) == (1, "DEADLINE_EXCEEDED")
+    assert late.code == 1
+    # Whether it was still being packed for, or running already, is a matter of how busy the machine is.
+    assert late.error()["reason"] in ("EXPIRED", "DEADLINE_EXCEEDED")
     assert (await served.cli("generate", "slow")).code == 2
     assert (await served.cli("generate", "slow", "--tokens", "1,x")).code == 2
 

@@ -148,7 +148,7 @@ async def test_restarts_again_and_again(tmp_path: Path) -> None:
 async def test_an_engine_that_hangs_while_its_server_stays_live(tmp_path: Path) -> None:
     """Requests with a token end, the others wait; the engine is trusted again when it has answered, not before."""
     write_adapters(tmp_path, 1)
-    facts = {"progress_timeout_s": 0.5}
+    facts = {"progress_timeout_s": 1.0}
     async with running_engine(**DUMMY, **ENDLESS, freeze_after=30, metrics_port=0) as frozen:
         port, metrics_port = (int(a.rsplit(":", 1)[1]) for a in (frozen.grpc_address, str(frozen.metrics_address)))
         async with serving([frozen], tmp_path, backend=facts) as served:
@@ -172,7 +172,7 @@ async def test_an_engine_that_hangs_while_its_server_stays_live(tmp_path: Path) 
 async def test_a_hanging_backend_gives_its_requests_to_another(tmp_path: Path) -> None:
     """A tokenless request on the engine that hangs is answered by the other, once."""
     write_adapters(tmp_path, 2)
-    facts = {"progress_timeout_s": 0.5}
+    facts = {"progress_timeout_s": 1.0}
     async with (
         running_engine(**DUMMY, **ENDLESS, freeze_after=20, metrics_port=0) as frozen,
         running_engine(**DUMMY, **ENDLESS, metrics_port=0) as healthy,
@@ -235,6 +235,8 @@ async def test_unreachable_metrics_are_no_reason_to_call_an_engine_lost(tmp_path
     facts = {"metrics": "http://127.0.0.1:1/metrics"}
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path, backend=facts) as served:
         assert_right(served, await attempt(served, "a00"))
-        assert "has no metrics" in served.sidecar.gateway.backends["trt-0"].detail()
+        detail = served.sidecar.gateway.backends["trt-0"].detail()
+        assert "has no metrics" in detail
+        assert "not known, so not checked: base model, max rank, modules, " in detail
         assert heals(served) == []
         assert not events(served, BackendLost)

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.adapters.balance import factors_for
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
@@ -121,7 +120,7 @@ def test_product_of_packed_rows_is_pefts_delta(tmp_path: Path, case: str) -> Non
     modules=st.lists(st.sampled_from(ALL_LINEAR), min_size=1, unique=True),
     layers=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True),
     rank=st.integers(1, 20),
-    alpha=st.floats(0.01, 300),
+    alpha=st.floats(1, 300),
     rslora=st.booleans(),
     multiple=st.sampled_from([1, 4, 8]),
     dtypes=st.tuples(st.sampled_from(["float16", "bfloat16", "float32"]), st.sampled_from(["float16", "bfloat16"])),
@@ -165,7 +164,7 @@ def test_any_adapter_packs_as_the_naive_packer_does(
 def test_rebalanced_rows_keep_the_product_exactly(
     tmp_path_factory: pytest.TempPathFactory, exponents: tuple[int, int], rank: int, seed: int
 ) -> None:
-    """Values of few bits at any magnitude: either B·A is exact after packing, or the adapter is refused."""
+    """Values of few bits at any magnitude: B·A is exact after packing, or its product is beyond two fp16 numbers."""
     directory = write_adapter(tmp_path_factory.mktemp("adapter"), modules=["q_proj"], layers=[0], rank=rank)
     generator = np.random.default_rng(seed)
     a = (generator.integers(4, 8, (rank, 64)) * 2.0 ** exponents[0]).astype(BFLOAT16)
@@ -180,14 +179,12 @@ def test_rebalanced_rows_keep_the_product_exactly(
             "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": b,
         },
     )
-    with read_adapter(directory) as source:
+    try:
+        rows, _ = packed_rows(directory, Layout("float16"))
+    except Invalid:
         largest = [float(np.abs(x.astype(np.float64)).max()) for x in (a, b)]
-        try:
-            factors_for(source.targets[0], largest[0], largest[1], "float16", "x")
-        except Invalid:
-            assert largest[0] * largest[1] > 2.0**31
-            return
-    rows, _ = packed_rows(directory, Layout("float16"))
+        assert not 2.0**-27 < largest[0] * largest[1] < 2.0**31
+        return
     wide = rows[0].astype(np.float64)
     got_a, got_b = wide[: rank * 64].reshape(rank, 64), wide[rank * 64 :].reshape(64, rank)
     assert np.array_equal(got_b @ got_a, b.astype(np.float64) @ a.astype(np.float64))

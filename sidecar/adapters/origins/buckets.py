@@ -20,7 +20,17 @@ from sidecar.adapters.origins.remote import Body, Resume
 from sidecar.errors import SidecarError
 
 RANGE_BYTES = 4 << 20
-_VALIDATORS = ("VersionId", "generation", "ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
+_VALIDATORS = (
+    "VersionId",
+    "generation",
+    "ETag",
+    "etag",
+    "md5Hash",
+    "blob_id",
+    "LastModified",
+    "last_modified",
+    "mtime",
+)
 
 
 class BucketFolder:
@@ -31,7 +41,7 @@ class BucketFolder:
         self._filesystem = filesystem
 
     def close(self) -> None:
-        """The clients are shared and kept by fsspec."""
+        """The client closes its connections when nobody refers to it any more."""
 
     @contextmanager
     def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
@@ -64,7 +74,7 @@ class BucketFolder:
 def client_of(origin: Origin) -> Any:
     """Return fsspec's client for a store. Raises Invalid naming the extra that is not installed."""
     try:
-        return fsspec.filesystem(origin.scheme, use_listings_cache=False)
+        return fsspec.filesystem(origin.scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise unreadable(
             origin,
@@ -102,7 +112,9 @@ def _of_s3(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | No
     head = filesystem.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
     found: dict[str, Checksum | None] = {}
     if head.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT":
-        found = {name: from_base64(name, head.get(f"Checksum{name.upper()}", "")) for name in ("sha256", "sha1", "crc32")}
+        found = {
+            name: from_base64(name, head.get(f"Checksum{name.upper()}", "")) for name in ("sha256", "sha1", "crc32")
+        }
     if head.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in head:
         found["md5"] = from_hex("md5", head.get("ETag", ""))
     return best(found)

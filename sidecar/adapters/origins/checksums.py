@@ -57,8 +57,7 @@ def running(checksum: Checksum | None, size_bytes: int | None) -> Running:
     if checksum.algorithm == "crc32":
         return _Crc32()
     if checksum.algorithm == "git":
-        begun = hashlib.sha1(f"blob {size_bytes}\0".encode(), usedforsecurity=False)
-        return begun
+        return hashlib.sha1(f"blob {size_bytes}\0".encode(), usedforsecurity=False)
     return hashlib.new(checksum.algorithm, usedforsecurity=False)
 
 

@@ -82,7 +82,7 @@ def _begin(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Erra
     """Make ready for what comes: go on, or throw away what there is."""
     if body.size_bytes is not None:
         errand.announce(file_name, body.size_bytes, bytes_max)
-        _check_room(part, body.size_bytes - body.offset, file_name)
+        check_room(Path(part.file.name).parent, body.size_bytes - body.offset, file_name)
     if body.offset != part.offset or body.offset == 0:
         errand.advance(body.offset - part.offset)
         part.file.flush()
@@ -115,11 +115,12 @@ def _check_whole(part: _Part, body: Body, file_name: str) -> None:
         raise Transient(f"{file_name} does not have the {part.checksum.algorithm} that its origin gives", restart=True)
 
 
-def _check_room(part: _Part, missing_bytes: int, file_name: str) -> None:
-    free_bytes = shutil.disk_usage(Path(part.file.name).parent).free
+def check_room(directory: Path, missing_bytes: int, what: str) -> None:
+    """Raise Refused if the disk has no room for what is to come."""
+    free_bytes = shutil.disk_usage(directory).free
     if missing_bytes > free_bytes:
         raise Refused(
             Reason.ADAPTER_UNAVAILABLE,
-            f"no room on disk for {file_name}: {missing_bytes} bytes are to come and {free_bytes} are free; free some "
-            "or move the data directory",
+            f"no room on disk for {what}: {missing_bytes} bytes are to come and {free_bytes} are free; free some or "
+            "move the data directory",
         )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-
 from sidecar.adapters.origins.origin import Origin, without_secrets
 from sidecar.errors import Invalid, Reason, Refused
 
 TEXT_LENGTH_MAX = 300
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Transient(Exception):
@@ -51,11 +48,10 @@ def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
     )
 
 
-def no_room(what: str, error: OSError) -> Refused | OSError:
-    """Return what an error of writing means: the disk is full, or the error itself."""
-    if error.errno not in _NO_ROOM:
-        return error
+def no_room(what: str, error: OSError) -> Refused:
+    """The disk will not take it: it is full, or may not be written to."""
     return Refused(
         Reason.ADAPTER_UNAVAILABLE,
-        f"no room on disk for {what} ({error.strerror}); free some or move the data directory",
+        f"no room on disk for {what} ({error.strerror or error}); free some, or give this process a data directory "
+        "that it can write to",
     )

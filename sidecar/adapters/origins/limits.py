@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sidecar.adapters.origins.addresses import Resolve, resolve
-from sidecar.adapters.origins.failures import Stopped, Transient, too_large, unavailable
+from sidecar.adapters.origins.failures import Transient, too_large, unavailable
 from sidecar.adapters.origins.origin import Origin
 
 BACKOFF_FIRST_S = 0.5
@@ -25,7 +25,7 @@ class Limits:
     size_bytes_max: int = 4 << 30
     config_bytes_max: int = 1 << 20
     index_bytes_max: int = 4 << 20
-    shards_max: int = 256
+    shards_max: int = 64
     attempts_max: int = 5
     timeout_s: float = 30.0
     duration_s_max: float = 1800.0
@@ -71,6 +71,3 @@ class Errand:
         wait_s = bound_s * (0.5 + self.surroundings.random() / 2)
         self.surroundings.wait(max(wait_s, min(error.retry_after_s, BACKOFF_S_MAX)))
         self.advance(0)
-
-
-__all__ = ["Errand", "Limits", "Progress", "Stopped", "Surroundings"]

@@ -6,12 +6,11 @@ name), because the allow list compares what was parsed here and the stores open 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass, replace
 from typing import Self
 from urllib.parse import unquote, urlsplit
-
-import httpx
 
 from sidecar.adapters.names import shown
 from sidecar.errors import Invalid, Reason
@@ -23,6 +22,9 @@ PUSHED = "push"
 
 SHOWN_LENGTH_MAX = 200
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,252}[a-z0-9])?\Z")
+_PORTS = {"http": 80, "https": 443}
+_SECRETS = re.compile(r"(\w+://)(?:[^\s/@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*?(?=[;,.:)]*(?:[\s'\"]|$)))?")
 _FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
 
 
@@ -71,7 +73,7 @@ def parse_origin(text: str) -> Origin:
     scheme = text.partition("://")[0].lower()
     if scheme not in WEB + BUCKETS:
         raise _refused(text, f'"{scheme[:20]}" is not one of {", ".join(WEB + BUCKETS)}; give one, or a path')
-    if _FORBIDDEN.search(text) or "::" in text:
+    if _FORBIDDEN.search(text) or (scheme not in WEB and "::" in text):
         raise _refused(text, "it has spaces, control characters, backslashes or '::'; percent-encode them")
     parts = urlsplit(text)
     if "@" in parts.netloc:
@@ -93,7 +95,7 @@ def parse_prefix(text: str) -> Origin:
 
 def without_secrets(text: str) -> str:
     """Return a foreign text with the query and the user name cut out of each URL in it."""
-    return re.sub(r"(\w+://)(?:[^\s/@'\"]*@)?([^\s?#'\"]*)(?:[?#][^\s'\"]*)?", r"\1\2", text)
+    return _SECRETS.sub(r"\1\2", text)
 
 
 def _check_path(text: str, path: str, encoded_slashes: bool) -> None:
@@ -105,14 +107,17 @@ def _check_path(text: str, path: str, encoded_slashes: bool) -> None:
 
 
 def _web_host(text: str) -> str:
-    """Return host:port as it will be asked: lower case, international names encoded, default port left out."""
+    """Return host:port as it will be asked: in lower case, the default port left out."""
+    parts = urlsplit(text)
     try:
-        url = httpx.URL(text)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise _refused(text, f"it is not a URL ({error})") from error
-    if not url.host:
-        raise _refused(text, "it names no host")
-    return url.netloc.decode("ascii").rpartition("@")[2].lower()
+        host, port = parts.hostname or "", parts.port
+        if ":" in host:
+            host = f"[{ipaddress.IPv6Address(host)}]"
+        elif not _HOST.match(host):
+            raise ValueError("write international names in their ASCII form, xn--…")
+    except ValueError as error:
+        raise _refused(text, f"it names no host that could be asked ({error})") from error
+    return host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
 
 
 def _refused(text: str, why: str) -> Invalid:

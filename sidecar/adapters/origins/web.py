@@ -49,14 +49,23 @@ class WebFolder:
         self._allow = allow
         self._surroundings = surroundings
         connect_s = min(CONNECT_TIMEOUT_S_MAX, limits.timeout_s)
-        # A kept connection could be used for another host at the same address, under the first one's certificate.
-        transport = httpx.HTTPTransport(limits=httpx.Limits(max_keepalive_connections=0))
-        self._client = httpx.Client(
-            transport=transport, timeout=httpx.Timeout(limits.timeout_s, connect=connect_s), follow_redirects=False
-        )
+        self._timeout = httpx.Timeout(limits.timeout_s, connect=connect_s)
+        self._clients: dict[str, httpx.Client] = {}
 
     def close(self) -> None:
-        self._client.close()
+        for client in self._clients.values():
+            client.close()
+
+    def _client(self, scheme: str) -> httpx.Client:
+        client = self._clients.get(scheme)
+        if client is None:
+            # A kept connection could be used for another host at the same address, under the first one's certificate.
+            none_kept = httpx.Limits(max_keepalive_connections=0)
+            # Reading the certificates of all authorities takes a while and is of no use without TLS.
+            transport = httpx.HTTPTransport(verify=scheme == "https", limits=none_kept)
+            client = httpx.Client(transport=transport, timeout=self._timeout, follow_redirects=False)
+            self._clients[scheme] = client
+        return client
 
     @contextmanager
     def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
@@ -87,13 +96,14 @@ class WebFolder:
     def _send(self, hop: Origin, headers: Mapping[str, str], attempt: int) -> httpx.Response:
         url = httpx.URL(f"{hop}" + (f"?{hop.query}" if hop.query else ""))
         address = self._address(hop, url, attempt)
-        request = self._client.build_request(
+        client = self._client(hop.scheme)
+        request = client.build_request(
             "GET",
             url.copy_with(host=address),
             headers={**headers, "Host": hop.host},
             extensions={"sni_hostname": url.host},
         )
-        return self._client.send(request, stream=True, auth=_netrc(url.host))
+        return client.send(request, stream=True, auth=_netrc(url.host))
 
     def _address(self, hop: Origin, url: httpx.URL, attempt: int) -> str:
         """Return an address of the host, another one for each attempt; refuses hosts with one that is not public."""

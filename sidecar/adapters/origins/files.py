@@ -1,0 +1,33 @@
+"""The files that an adapter consists of, by name: all that is ever asked for or taken."""
+
+from __future__ import annotations
+
+import re
+
+from sidecar.adapters.names import shown
+from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME
+from sidecar.adapters.peft_config import FILE_NAME as CONFIG_FILE_NAME
+from sidecar.adapters.strict_json import parse_object
+
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors\Z")
+
+__all__ = ["CONFIG_FILE_NAME", "INDEX_FILE_NAME", "WEIGHTS_FILE_NAME", "is_shard_name", "shard_names"]
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file of this name may hold weights: a plain name, no path."""
+    return _SHARD.match(name) is not None
+
+
+def shard_names(index: bytes, shards_max: int) -> list[str]:
+    """Return the files that an index names, sorted. Raises ValueError for an index that is not one."""
+    weight_map = parse_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError("it has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    odd = next((name for name in names if not is_shard_name(name)), None)
+    if odd is not None:
+        raise ValueError(f"it names {shown(odd)}, which is not a plain file name")
+    if len(names) > shards_max:
+        raise ValueError(f"it names {len(names)} files and {shards_max} are allowed")
+    return names

@@ -1,0 +1,138 @@
+"""`sidecar adapters promote, rollback, refresh, watch`: which of its versions a name stands for."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from sidecar.cli.client import Client, admin_command
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.show import AsJson, print_json, record_of, table
+from sidecar.proto import admin_pb2 as pb
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d+)([smhd])\Z")
+
+Hold = Annotated[
+    str,
+    typer.Option(help="Let the change stand for so long (30m, 2h) though another manages the name.", metavar="TIME"),
+]
+
+
+def seconds_of(hold: str) -> int:
+    """Return the seconds of "30m" or "2h", 0 for "". Raises CommandError for anything else."""
+    if not hold:
+        return 0
+    found = _DURATION.match(hold)
+    if found is None:
+        raise CommandError(f'--hold wants a duration like 90s, 30m, 2h or 1d, and "{hold}" is none', Exit.MISUSED)
+    return int(found[1]) * _UNITS_S[found[2]]
+
+
+def labels_of(labels: list[str] | None) -> dict[str, str]:
+    """Return `key=value` options as a dict. Raises CommandError for one that is not of that form."""
+    found = {}
+    for label in labels or []:
+        key, equals, value = label.partition("=")
+        if not key or not equals:
+            raise CommandError(f'--label wants key=value, and "{label}" is not', Exit.MISUSED)
+        found[key] = value
+    return found
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `sidecar adapters`."""
+    for name, command in (("promote", promote), ("rollback", rollback), ("refresh", refresh), ("watch", watch)):
+        admin_command(app, name)(command)
+
+
+def promote(
+    client: Client,
+    version: Annotated[str, typer.Argument(help="name@v8 or name@<digest>.", show_default=False)],
+    weight: Annotated[int, typer.Option(min=1, max=100, help="Percent of requests; less than 100 tries it out.")] = 100,
+    hold: Hold = "",
+    as_json: AsJson = False,
+) -> None:
+    """Let a name stand for one of its versions, or give that version a share of the requests."""
+    name, selector = _selected(version)
+    request = pb.PromoteRequest(name=name, version=selector, weight=weight, hold_s=seconds_of(hold))
+    adapter = client.ask(client.adapters.Promote, request)
+    if as_json:
+        print_json(adapter)
+    elif weight < 100:
+        print(f"{weight} % of {name} go to {adapter.canary_version}, the rest to {_ordinal(adapter)}")
+    else:
+        print(f"{name} stands for {_ordinal(adapter)}")
+
+
+def rollback(
+    client: Client,
+    name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
+    hold: Hold = "",
+    as_json: AsJson = False,
+) -> None:
+    """Undo the last promotion: end a share, or go back to the version before."""
+    adapter = client.ask(client.adapters.Rollback, pb.RollbackRequest(name=name, hold_s=seconds_of(hold)))
+    if as_json:
+        print_json(adapter)
+    else:
+        print(f"{name} stands for {_ordinal(adapter)}")
+
+
+def refresh(
+    client: Client,
+    version: Annotated[str, typer.Argument(help="name, name@v8 or name@<digest>.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Have every engine take a fresh copy of a version, under a new task id."""
+    name, _, selector = version.partition("@")
+    adapter = client.ask(client.adapters.Refresh, pb.RefreshRequest(name=name, version=selector))
+    if as_json:
+        print_json(adapter)
+    else:
+        print(f"{version} is loaded anew where it is asked for")
+
+
+def watch(
+    client: Client,
+    token: Annotated[str, typer.Option(help="The token of the last change that was seen; none: all names first.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print changes of names as they happen, until interrupted."""
+    for change in client.ask(client.adapters.Watch, pb.WatchRequest(token=token), timeout_s=None):
+        if as_json:
+            print_json(change)
+            continue
+        what = f"is {_ordinal(change.adapter)}" if change.HasField("adapter") else "is forgotten"
+        print(f"{change.token:>8}  {change.name} {what}", flush=True)
+
+
+def versions_table(adapter: Any) -> Any:
+    """Return the versions of a name, newest first."""
+    rows = [
+        (
+            version.version,
+            version.role + (f" {adapter.canary_weight} %" if version.role == "canary" else ""),
+            version.digest[:12],
+            str(version.generation) if version.generation else "",
+            datetime.fromtimestamp(version.registered_at, UTC).strftime("%Y-%m-%d %H:%M"),
+            ", ".join(f"{key}={value}" for key, value in sorted(version.labels.items())),
+            version.origin,
+        )
+        for version in reversed(adapter.versions)
+    ]
+    return table(("VERSION", "ROLE", "DIGEST", ">REFRESHED", "SINCE (UTC)", "LABELS", "ORIGIN"), rows)
+
+
+def _selected(version: str) -> tuple[str, str]:
+    name, _, selector = version.partition("@")
+    if not selector:
+        raise CommandError(f'name the version too, as in "{version}@v2"', Exit.MISUSED)
+    return name, selector
+
+
+def _ordinal(adapter: Any) -> str:
+    return str(record_of(adapter)["version"]).rpartition("@")[2]
