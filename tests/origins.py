@@ -44,7 +44,12 @@ class Brought:
     directory: Path
     world: World
     progress: list[int]
+    totals: list[int | None]
     size_bytes: int = 0
+
+    def note(self, done_bytes: int, total_bytes: int | None) -> None:
+        self.progress.append(done_bytes)
+        self.totals.append(total_bytes)
 
     def files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(self.directory.iterdir())}
@@ -52,13 +57,13 @@ class Brought:
 
 def bring(url: str, directory: Path, allow: Sequence[str], world: World | None = None, **limits: Any) -> Brought:
     """Download an origin into a new directory."""
-    brought = Brought(directory, world or World(), [])
+    brought = Brought(directory, world or World(), [], [])
     directory.mkdir(parents=True, exist_ok=True)
     brought.size_bytes = fetch(
         parse_origin(url),
         directory,
         Limits(**{"attempts_max": 3, "timeout_s": 10.0} | limits),
-        lambda done, total: brought.progress.append(done),
+        brought.note,
         allow=AllowList.of(allow),
         surroundings=brought.world.surroundings(),
     )

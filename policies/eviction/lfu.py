@@ -3,8 +3,9 @@
 Source: Arlitt, Cherkasova, Dilley, Friedrich and Jin, "Evaluating Content Management Techniques for Web Proxy
 Caches", ACM SIGMETRICS Performance Evaluation Review 27(4), 2000: priority `K = F + L`, where F counts the uses since
 the key came in and L is the K of the last victim. Among equals the least recently used goes first. Sizes are not
-looked at. Plain counts were tried before: a key that was hot once stays for ever, and on loads that drift its misses
-were up to ten times those of LRU; halving all counts at intervals ages too, but by a period that must be tuned.
+looked at. Plain counts were tried first: on the small golden trace, whose popularity shifts half-way, they miss 463
+requests of 2,000 in the largest cache, where LRU misses 281 and ageing 284. Halving all counts at intervals ages too,
+but by a period that would have to be tuned, and with a pause.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Keys in the order of a rank, least first: any rank changed in O(log n), the first few read without touching the rest.
+"""Keys in the order of a rank, least first: a rank changed in O(log n), the first few read without touching the rest.
 
-A binary heap that knows where each key is. Reading walks it best first, with the frontier in a small heap of its own, so
-that the first k keys cost O(k log k) and nothing is moved. Python's own heap with entries left behind by each change was
-tried: a change costs a third of this one, but the dead ones gather where the victims are read, and clearing them away
-stopped the world for 80 ms at 100,000 keys.
+A binary heap that knows where each key is. Reading walks it best first, with the frontier in a small heap of its own,
+so that the first k keys cost O(k log k) and nothing is moved. Python's own heap, with entries left behind by each
+change, was tried: a change costs a third of this one, but the dead ones gather where the victims are read, and clearing
+them away stopped the world for some 80 ms at 100,000 keys.
 """
 
 from __future__ import annotations

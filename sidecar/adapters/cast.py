@@ -109,21 +109,27 @@ class Shifted:
         self._factor, self._elements = factor, elements
         power = math.frexp(abs(float(factor)))[1] - 1
         sign = 0x8000 if factor < 0 else 0
-        self._moved = np.uint16(((112 - power) * (1 << 10) + sign) % (1 << 16))
-        self._normal = np.uint16(((127 - 14 - power) << 7) if power < 113 else 0)
+        # Arrays, not scalars: NumPy would convert those anew for every piece.
+        self._moved = np.array([((112 - power) * (1 << 10) + sign) % (1 << 16)], np.uint16)
+        self._normal = np.array([(127 - 14 - power) << 7], np.uint16)
+        self._is_small = np.empty(0, np.bool_)
 
     @staticmethod
     def can_take(factor: np.float32) -> bool:
-        return factor != 0 and abs(math.frexp(float(factor))[0]) == 0.5 and 2.0**-64 < abs(factor) < 2.0**64
+        magnitude = abs(float(factor))
+        return math.frexp(magnitude)[0] == 0.5 and 2.0**-64 < magnitude < 2.0**64
 
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
-        is_small = magnitudes < self._normal
-        small = np.flatnonzero(is_small) if is_small.any() else _NONE
+        if self._is_small.size < values.size:
+            self._is_small = np.empty(values.size, np.bool_)
+        is_small = self._is_small[: values.size]
+        np.less(magnitudes, self._normal, out=is_small)
+        (small,) = is_small.nonzero()
         if small.size > values.size // 16 and values.size >= SMALL_ELEMENTS:
             return table_for("BF16", float(self._factor), _FLOAT16).convert(values, magnitudes, out)
-        np.multiply(magnitudes, 7, out=out)
-        np.add(out, values.view(np.uint16), out=out)
-        np.subtract(out, self._moved, out=out)
+        np.multiply(magnitudes, _SEVEN, out=magnitudes)
+        np.subtract(magnitudes, self._moved, out=magnitudes)
+        np.add(magnitudes, values.view(np.uint16), out=out)
         if not small.size:
             return 0.0
         tiny = values[small]
@@ -133,7 +139,7 @@ class Shifted:
 
 
 _FLOAT16 = np.dtype(np.float16)
-_NONE = np.empty(0, np.intp)
+_SEVEN = np.array([7], np.uint16)
 
 
 def rounded_product(values: Array, factor: np.float32, target: np.dtype[Any]) -> Array:

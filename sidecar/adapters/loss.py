@@ -89,12 +89,15 @@ def squares_of(values: Array, dtype: str, top: int, wide: npt.NDArray[np.float32
     return _dot(wide[: values.size])
 
 
+_HALF, _UPPER = np.array([16], np.uint32), np.array([0xFFFF_0000], np.uint32)
+
+
 def _squares_of_halves(pairs: npt.NDArray[np.uint32], wide: npt.NDArray[np.float32]) -> float:
     """Two bfloat16 lie in a word, and each is the upper half of a float32: no element is converted by itself."""
     words = wide.view(np.uint32)[: pairs.size]
-    np.left_shift(pairs, 16, out=words)
+    np.left_shift(pairs, _HALF, out=words)
     low = _dot(words.view(np.float32))
-    np.bitwise_and(pairs, 0xFFFF_0000, out=words)
+    np.bitwise_and(pairs, _UPPER, out=words)
     return low + _dot(words.view(np.float32))
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ class Spool:
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._at = at
+        self._lock = threading.Lock()
         if directory is not None:
             self._open(directory)
 
@@ -47,16 +49,16 @@ class Spool:
 
     @property
     def directory(self) -> Path:
-        if self._directory is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="lora-sidecar-", ignore_cleanup_errors=True)
-            self._directory = Path(self._temporary.name)
-            self._open(self._directory)
-        return self._directory
+        with self._lock:
+            if self._directory is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="lora-sidecar-", ignore_cleanup_errors=True)
+                self._directory = Path(self._temporary.name)
+                self._open(self._directory)
+            return self._directory
 
     def close(self) -> None:
         if self._temporary is not None:
             self._temporary.cleanup()
-            self._temporary = self._directory = None
 
     def folder(self, digest: str) -> Path:
         """Return where a version's source is, or would be."""

@@ -249,17 +249,14 @@ class TritonBackend:
             except Misused as error:
                 self._down(error.message)
             except grpc.RpcError as error:
-                if not self._up or not is_late(error) or self._is_overdue:
+                # A busy server may be late for a look, but not for longer than its engine may be silent.
+                late_s = monotonic() - self._seen_at_s
+                if not self._up or not is_late(error) or late_s > self.options.progress_timeout_s:
                     self._down(f"{self.address} does not answer: {words(error)}")
             except Exception as error:
                 logger.exception("looking at %s failed", self.id)
                 self._down(f"the sidecar failed to look at it: {error}")
             await asyncio.sleep(self.options.look_s if self._up else min(REACH_S, self.options.look_s))
-
-    @property
-    def _is_overdue(self) -> bool:
-        """Whether the server has not answered a look for longer than a busy one may take."""
-        return monotonic() - self._seen_at_s > self.options.progress_timeout_s
 
     def _down(self, trouble: str) -> None:
         """Note why the server is not up, once."""

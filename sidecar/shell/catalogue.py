@@ -16,7 +16,8 @@ from sidecar.adapters.names import check_name
 from sidecar.adapters.registration import Registration
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.facts import misfit, packed_size_bytes
+from sidecar.core.facts import misfit
+from sidecar.core.layout import packed_size_bytes
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason
 from sidecar.shell.sources import Arrival, Sources

@@ -92,12 +92,12 @@ class Sources:
             directory = self.allow.check_path(name, path)
             yield Arrival(await asyncio.to_thread(read_registration, name, directory), str(directory))
             return
-        with named(name):
+        with _named(name):
             origin = parse_origin(path)
             self.allow.check(origin)
         download = self._joined(origin)
         try:
-            with named(name):
+            with _named(name):
                 await asyncio.shield(download.task)
             yield Arrival(await self._checked(name, download), str(origin))
         finally:
@@ -119,7 +119,7 @@ class Sources:
         digest = registration.adapter.digest
         self._claim(digest)
         try:
-            await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
+            await self._adopt(folder, digest)
             yield Arrival(registration, f"{PUSHED}://{digest}")
         finally:
             self._unclaim(digest)
@@ -162,8 +162,12 @@ class Sources:
                 download.digest = registration.adapter.digest
                 self._claim(download.digest)
             if download.path is None:
-                download.path = await undisturbed(asyncio.to_thread(self.spool.adopt, folder, download.digest))
+                download.path = await self._adopt(folder, download.digest)
             return registration
+
+    async def _adopt(self, folder: Path, digest: str) -> Path:
+        async with self._only(digest):  # the same content may arrive from several places at once
+            return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
 
     # What the spool keeps.
 
@@ -176,6 +180,8 @@ class Sources:
         if not self._claims[digest]:
             del self._claims[digest]
             self.doubt(digest)
+            if digest not in self.doubted:
+                self._bringing.pop(digest, None)
 
     def doubt(self, digest: str) -> None:
         """Have it looked at whether anybody needs a digest; until then it stays."""
@@ -268,20 +274,15 @@ class Sources:
         return folder
 
 
-class named:  # noqa: N801 — a context, read as a word
-    """Put the adapter's name in front of what a download failed with."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, SidecarError):
-            again = error_for(error.reason, f"{self._name}: {error.message}", adapter=self._name)
-            again.retry_after_s = error.retry_after_s
-            raise again from error
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the adapter's name in front of what a download failed with: the download itself may be several ones'."""
+    try:
+        yield
+    except SidecarError as error:
+        again = error_for(error.reason, f"{name}: {error.message}", adapter=name)
+        again.retry_after_s = error.retry_after_s
+        raise again from error
 
 
 def surroundings_of(stop: threading.Event) -> Surroundings:
@@ -304,6 +305,6 @@ def _progress(origin: Origin, stop: threading.Event) -> Progress:
             raise Stopped
         if monotonic() - told_s >= TOLD_EVERY_S:
             told_s = monotonic()
-            logger.info("fetching %s: %d bytes so far", origin, done_bytes)
+            logger.info("fetching %s: %d of %s bytes", origin, done_bytes, total_bytes or "unknown")
 
     return progress

@@ -15,11 +15,13 @@ Trace = list[tuple[str, int]]
 
 def lru(trace: Trace, capacity_bytes: int) -> list[int]:
     """Evict the key whose last use is longest ago."""
-    return by_worth(trace, capacity_bytes, lambda key, at: (max(p for p in range(at) if trace[p][0] == key),))
+    return by_worth(
+        trace, capacity_bytes, lambda key, at: (next(p for p in reversed(range(at)) if trace[p][0] == key),)
+    )
 
 
 def belady_by_size(trace: Trace, capacity_bytes: int) -> list[int]:
-    """Know the future: evict the key whose next use times its size is most. A good aim for every policy, not a bound."""
+    """Know the future: evict the key whose next use times its size is most. A good aim, not a bound."""
     sizes = dict(trace)
 
     def worth(key: str, at: int) -> tuple[int, ...]:

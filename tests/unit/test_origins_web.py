@@ -48,6 +48,7 @@ def test_a_sound_server(server: FaultyServer, folder: Path, tmp_path: Path) -> N
     assert brought.files() == folder_files(folder)
     assert [asked.path for asked in server.asked] == [f"/sql/{CONFIG}", f"/sql/{WEIGHTS}"]
     assert brought.size_bytes == brought.progress[-1] == sum(map(len, folder_files(folder).values()))
+    assert brought.totals[-1] == brought.size_bytes
     assert brought.world.waits_s == []
 
 
@@ -264,8 +265,11 @@ def test_a_private_host_must_be_named(server: FaultyServer, tmp_path: Path) -> N
     assert server.asked == []
 
 
-def test_the_address_that_was_checked_is_connected_to(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
-    """The host goes into the request, the query with it, and its name is resolved once for each request."""
+def test_the_address_that_was_checked_is_connected_to(
+    server: FaultyServer, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The host goes into the request, the query with it but into no log, and its name is resolved once a request."""
+    caplog.set_level("DEBUG")
     world, port = World(), server.address.rpartition(":")[2]
     origin = f"http://models.example:{port}/sql?token=s3cret"
     brought = bring(origin, tmp_path / "to", [f"http://models.example:{port}/sql"], world)
@@ -273,6 +277,7 @@ def test_the_address_that_was_checked_is_connected_to(server: FaultyServer, fold
     assert [asked.headers["host"] for asked in server.asked] == [f"models.example:{port}"] * 2
     assert [asked.query for asked in server.asked] == ["token=s3cret"] * 2
     assert world.resolved == ["models.example"] * 2
+    assert "s3cret" not in caplog.text
 
 
 def test_another_address_is_tried(server: FaultyServer, folder: Path, tmp_path: Path) -> None:

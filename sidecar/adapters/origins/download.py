@@ -92,6 +92,8 @@ def _begin(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Erra
         part.running = running(body.checksum, body.size_bytes)
         part.checksum = body.checksum
     part.validator = body.validator
+    left_bytes = None if body.size_bytes is None else body.size_bytes - part.offset
+    errand.total_bytes = None if left_bytes is None else errand.done_bytes + left_bytes
 
 
 def _take(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Errand) -> None:

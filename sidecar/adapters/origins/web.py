@@ -8,6 +8,7 @@ one the check would mean nothing.
 
 from __future__ import annotations
 
+import logging
 import netrc
 import re
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,10 @@ from sidecar.adapters.origins.limits import Limits, Surroundings
 from sidecar.adapters.origins.origin import Origin, parse_origin
 from sidecar.adapters.origins.remote import Body, Resume
 from sidecar.errors import Invalid, Reason
+
+# They log each request's whole URL, and a query may be a signature.
+for _name in ("httpx", "httpcore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 REDIRECTS_MAX = 5
 CONNECT_TIMEOUT_S_MAX = 10.0
