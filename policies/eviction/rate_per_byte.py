@@ -73,7 +73,7 @@ class RatePerByte:
 
     def on_insert(self, key: str, size_bytes: int, now_ns: int) -> None:
         known = self._known.setdefault(key, Known(size_bytes))
-        if False:
+        if known.size_bytes != size_bytes:
             self._forget(key)
             self._known[key] = Known(size_bytes)
         self._held[key] = None

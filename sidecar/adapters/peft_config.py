@@ -25,7 +25,7 @@ _CHANGES_NOTHING = frozenset(
     {
         "auto_mapping", "base_model_class", "corda_config", "ensure_weight_tying", "eva_config",
         "fan_in_fan_out", "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core",
-        "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+        "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
     }
 )  # fmt: skip
 """How the adapter was trained, or where: the saved A and B already are the result. With fan_in_fan_out the base model's
@@ -51,6 +51,8 @@ _REFUSED_WHEN_SET = {
     "megatron_config": "Megatron's parallel layers are not supported; save the adapter for plain Linear layers",
     "target_parameters": "LoRA on bare parameters (experts) is not supported; use target_modules",
     "trainable_token_indices": "trained token embeddings cannot be carried by packed LoRA rows; train without",
+    "kasa_config": "KaSA changes the base model's weights; merge the adapter or train a plain LoRA",
+    "monteclora_config": "MonteCLoRA adds samples to A and B, which engines cannot do; train a plain LoRA",
     "arrow_config": "a router of adapters (Arrow) is not supported; serve its experts by name",
 }
 
@@ -63,10 +65,11 @@ _OTHER_METHODS = {
     "PREFIX_TUNING": "prefix tuning adds keys and values to the cache, which engines cannot do; train a LoRA",
 }
 
-_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal")
-"""They choose where training starts and leave the base model alone; the others (PiSSA, OLoRA, CorDA, LoftQ,
-LoRA-GA) subtract the start from the base model's weights, so the saved A and B are not the difference to
-it."""
+_PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+"""They choose where training starts and leave the base model alone."""
+
+_RESIDUAL_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+"""They subtract the start from the base model's weights, so the saved A and B are not the difference to it."""
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,18 @@ def _check_supported(fields: Mapping[str, Any], adapter: str) -> None:
 def _check_initialisation(initialisation: Any, adapter: str) -> None:
     if isinstance(initialisation, bool) or initialisation is None or initialisation in _PLAIN_INITIALISATIONS:
         return
-    raise unsupported(
-        adapter,
-        f"{FILE_NAME}: init_lora_weights is {_value(initialisation)}, so A and B are relative to a "
-        "changed base model; save it with path_initial_model_for_weight_conversion to make it a plain LoRA",
-    )
+    named = f"{FILE_NAME}: init_lora_weights is {_value(initialisation)}"
+    word = initialisation.lower() if isinstance(initialisation, str) else ""
+    if word.startswith(_RESIDUAL_INITIALISATIONS):
+        why = (
+            ", so A and B are relative to a changed base model; save it with path_initial_model_for_weight_conversion "
+            "to make it a plain LoRA"
+        )
+    elif word == "loftq":
+        why = ", so A and B repair a quantised base model that the engine does not have; train it without LoftQ"
+    else:
+        why = ", which is not known and may change the base model; train with init_lora_weights=true"
+    raise unsupported(adapter, named + why)
 
 
 def _base_model(fields: Mapping[str, Any], adapter: str) -> str:

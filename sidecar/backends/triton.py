@@ -249,8 +249,7 @@ class TritonBackend:
             except Misused as error:
                 self._down(error.message)
             except grpc.RpcError as error:
-                # A busy server may be late for a look, but not for longer than its engine may be silent.
-                late_s = monotonic() - self._seen_at_s
+                late_s = monotonic() - self._seen_at_s  # a busy server may be, a little
                 if not self._up or not is_late(error) or late_s > self.options.progress_timeout_s:
                     self._down(f"{self.address} does not answer: {words(error)}")
             except Exception as error:

@@ -107,7 +107,6 @@ def _load(turn: Turn, backend: Backend, digest: str) -> int:
     load = LoadRun(state.load_count, backend.id, digest, packed.key, turn.now_ns)
     pinned = state.store.pin(packed.key)
     assert pinned, f"{packed.key} is not in the store"
-    state.store.used(packed.key, turn.now_ns)
     state.loads[load.id] = load
     backend.loads[load.id] = None
     version = state.versions[digest]
@@ -210,7 +209,8 @@ def _use(turn: Turn, backend: Backend, request: Request) -> int:
     backend.shadow.began(request.version, packed.pages, turn.now_ns)
     if turn.state.store.pin(packed.key):
         request.pinned_key = packed.key
-        turn.state.store.used(packed.key, turn.now_ns)
+        if request.fetch is not Cache.FETCHED:  # its demand is what brought the blob in: it is counted already
+            turn.state.store.used(packed.key, turn.now_ns)
     return packed.task_id
 
 

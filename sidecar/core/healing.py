@@ -36,7 +36,7 @@ def run_failed(turn: Turn, event: RunFailed) -> None:
     backend = turn.end_run(request, request.tokens)
     if request.settled:
         if event.fault is Fault.MISS:
-            _forget(turn, backend, request.version)
+            _forget_missed(turn, backend, request)
         turn.release(request)
         return
     if request.tokens:
@@ -76,8 +76,15 @@ def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None
 
 def _miss(turn: Turn, request: Request, backend: Backend, text: str) -> None:
     """The engine has evicted the adapter, or restarted. Its word is the truth."""
-    _forget(turn, backend, request.version)
+    _forget_missed(turn, backend, request)
     _again(turn, request, backend, Fault.MISS)
+
+
+def _forget_missed(turn: Turn, backend: Backend, request: Request) -> None:
+    """Believe a miss, unless the version was loaded after the request was sent: others of the same miss saw to it."""
+    belief = backend.shadow.host.held.get(request.version)
+    if belief is None or belief.since_ns <= request.dispatched_ns:
+        _forget(turn, backend, request.version)
 
 
 def _forget(turn: Turn, backend: Backend, digest: str) -> None:

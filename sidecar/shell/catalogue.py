@@ -155,7 +155,7 @@ class Catalogue:
         while any(request.view.name == name for request in self._state().requests.values()):
             await asyncio.sleep(DRAIN_POLL_S)
         if name not in self._state().names:  # somebody may have registered it anew in the meantime
-            self._doubt(self.known(name), None)
+            self._doubt(self.registry.get(name), None)
             self.registry.delete(name)
         self.forget_unneeded()
 

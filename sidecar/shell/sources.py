@@ -119,7 +119,7 @@ class Sources:
         digest = registration.adapter.digest
         self._claim(digest)
         try:
-            await self._adopt(folder, digest)
+            await self._adopt(name, folder, digest)
             yield Arrival(registration, f"{PUSHED}://{digest}")
         finally:
             self._unclaim(digest)
@@ -162,12 +162,13 @@ class Sources:
                 download.digest = registration.adapter.digest
                 self._claim(download.digest)
             if download.path is None:
-                download.path = await self._adopt(folder, download.digest)
+                download.path = await self._adopt(name, folder, download.digest)
             return registration
 
-    async def _adopt(self, folder: Path, digest: str) -> Path:
-        async with self._only(digest):  # the same content may arrive from several places at once
-            return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
+    async def _adopt(self, name: str, folder: Path, digest: str) -> Path:
+        with _named(name):
+            async with self._only(digest):  # the same content may arrive from several places at once
+                return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
 
     # What the spool keeps.
 
@@ -213,6 +214,8 @@ class Sources:
 
         Raises Invalid when the origin holds other content by now.
         """
+        if self.spool.holds(digest):
+            return self.spool.folder(digest)
         if not is_url(origin):
             return Path(origin)
         async with self._only(digest):
@@ -226,7 +229,7 @@ class Sources:
 
     async def mend(self, origin: str, digest: str) -> bool:
         """Drop the spool's copy of a version if it is damaged; return whether building from it may go better now."""
-        if not is_url(origin):
+        if not is_url(origin) and not self.spool.holds(digest):
             return False
         async with self._only(digest):
             folder = self.spool.folder(digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from policies.eviction.lru import LRU
 from sidecar.core import asks
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
@@ -221,3 +222,27 @@ def test_a_late_result_changes_nothing_for_the_client() -> None:
     ):  # fmt: skip
         assert not [made for made in world.feed(event) if not isinstance(made, fx.WakeAt)]
     assert_idle(world.core)
+
+
+def test_each_request_is_one_use_for_the_eviction_policy() -> None:
+    """The one that a fetch was begun for is the insertion; each of the others, joined or later, is one hit."""
+    uses: list[str] = []
+
+    class Counting(LRU):
+        def on_insert(self, key: str, size_bytes: int, now_ns: int) -> None:
+            uses.append("insert")
+            super().on_insert(key, size_bytes, now_ns)
+
+        def on_hit(self, key: str, now_ns: int) -> None:
+            uses.append("hit")
+            super().on_hit(key, now_ns)
+
+    world = World()
+    world.core.state.store.policy = Counting()
+    world.register("sql")
+    for _ in range(3):
+        world.send("sql")
+    world.run()
+    world.send("sql")
+    world.run()
+    assert uses == ["insert", "hit", "hit", "hit"]

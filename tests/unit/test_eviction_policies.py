@@ -153,6 +153,15 @@ def test_sieve_takes_a_passed_over_key_when_it_is_free() -> None:
     assert list(policy.victims(0)) == ["c", "a"]
 
 
+def test_sieve_never_moves_its_hand_back() -> None:
+    """Taking a key that was passed over leaves the hand where it is: what it has passed is met last."""
+    policy = tracking(Sieve(), {"pinned": 0, "b": 1, "c": 0, "d": 1})
+    policy.on_remove("c", 0)
+    policy.on_remove("pinned", 0)
+    policy.on_hit("b", 0)
+    assert list(policy.victims(0)) == ["d", "b"]
+
+
 def test_s3fifo_newcomers_go_before_what_has_earned_its_place() -> None:
     """Used twice, a key moves to the main queue; once is not enough."""
     policy = tracking(S3FIFO(), {"twice": 2, "once": 1, "never": 0})

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sidecar.adapters.origins.addresses import is_public
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.checksums import Checksum, of_headers
 from sidecar.adapters.origins.files import shard_names
 from sidecar.adapters.origins.origin import is_url, parse_origin, without_secrets
+from sidecar.config import parse
 from sidecar.errors import Invalid, Misused, Reason
 
 MD5 = hashlib.md5(b"x", usedforsecurity=False)
@@ -53,6 +57,8 @@ def test_urls_have_one_spelling(text: str, written: str) -> None:
         ("https:///a", "no host"),
         ("https://exämple.com/a", "xn--"),
         ("https://example.com:99999/a", "no host that could be asked"),
+        ("https://[::1/a", "not a URL"),
+        ("https://example.com/" + "a" * 8192, "longer than 8192"),
         ("s3:///a", "no bucket"),
         ("s3://bucket/a::file:///etc", "'::'"),
         ("s3://bucket/../other", "segments"),
@@ -64,6 +70,28 @@ def test_urls_that_read_two_ways_are_refused(text: str, words: str) -> None:
         parse_origin(text)
     assert caught.value.reason is Reason.ORIGIN_NOT_ALLOWED
     assert "pw" not in caught.value.message
+
+
+@given(st.one_of(st.text(), st.from_regex(r"(https?|s3|hf)://[!-~é]{0,40}(/[!-~ü]{0,20}){0,3}", fullmatch=True)))
+def test_any_text_is_an_origin_or_refused(text: str) -> None:
+    """There is no third ending; what passes is spelled the same when it is read again, and httpx can ask for it."""
+    try:
+        origin = parse_origin(text)
+    except Invalid as error:
+        assert error.reason is Reason.ORIGIN_NOT_ALLOWED
+        return
+    assert parse_origin(str(origin)) == replace(origin, query="")
+    if origin.is_web:
+        url = httpx.URL(str(origin.file("x")) + "?" + origin.query)
+        assert url.netloc.decode() == origin.host
+        assert url.raw_path.partition(b"?")[0].endswith(b"/x")
+
+
+def test_the_configuration_says_which_prefix_is_wrong() -> None:
+    """It is told before anything starts."""
+    assert parse({"origins": {"allow": ["https://example.com/", "/models"]}}, "the test").origins.downloads_max == 4
+    with pytest.raises(Misused, match=r'origins\.allow: .*"ftp" is not one of'):
+        parse({"origins": {"allow": ["ftp://example.com"]}}, "the test")
 
 
 def test_paths_are_no_urls() -> None:

@@ -130,6 +130,13 @@ def test_busy_servers_are_tried_again(server: FaultyServer, folder: Path, tmp_pa
         (Fault(status=404), Reason.ORIGIN_UNREADABLE, f"it has no {WEIGHTS}"),
         (Fault(headers=(("content-encoding", "gzip"),)), Reason.ORIGIN_UNREADABLE, "compressed"),
         (Fault(status=206), Reason.ADAPTER_UNAVAILABLE, "another part"),
+        (
+            Fault(status=206, headers=(("content-range", f"bytes 0-{'9' * 5000}/1"),)),
+            Reason.ADAPTER_UNAVAILABLE,
+            "another",
+        ),
+        (Fault(status=503, headers=(("retry-after", "²"),)), Reason.ADAPTER_UNAVAILABLE, "answers 503"),
+        (Fault(body_max=10, headers=(("etag", '"\xe9"'),)), Reason.ADAPTER_UNAVAILABLE, "3 attempts in a row"),
         (Fault(headers=(("x-amz-checksum-crc32", "AAAAAA=="),)), Reason.ADAPTER_UNAVAILABLE, "does not have the crc32"),
     ],
 )

@@ -182,6 +182,12 @@ async def test_a_damaged_copy_is_dropped(sources: Sources, server: FaultyServer,
     assert not await sources.mend(str(tmp_path / "origin"), digest)
 
 
+async def test_a_copy_in_the_spool_comes_first(sources: Sources, server: FaultyServer, tmp_path: Path) -> None:
+    """Content that also came from a URL is there even if the local folder it is registered from goes."""
+    digest = await registered(sources, server.url("sql"))
+    assert await sources.locate(str(tmp_path / "gone"), digest) == sources.spool.folder(digest)
+
+
 async def test_what_was_pushed_has_no_origin(sources: Sources, tmp_path: Path) -> None:
     """A pushed folder is adopted; once it is gone only another push helps."""
     with sources.incoming() as folder:

@@ -21,6 +21,8 @@ PUSHED = "push"
 """The scheme of what a client sent: `push://<digest>` is a note of where it came from, nothing to fetch."""
 
 SHOWN_LENGTH_MAX = 200
+URL_LENGTH_MAX = 8192
+"""Signed ones are long."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,252}[a-z0-9])?\Z")
 _PORTS = {"http": 80, "https": 443}
@@ -75,7 +77,12 @@ def parse_origin(text: str) -> Origin:
         raise _refused(text, f'"{scheme[:20]}" is not one of {", ".join(WEB + BUCKETS)}; give one, or a path')
     if _FORBIDDEN.search(text) or (scheme not in WEB and "::" in text):
         raise _refused(text, "it has spaces, control characters, backslashes or '::'; percent-encode them")
-    parts = urlsplit(text)
+    if len(text) > URL_LENGTH_MAX:
+        raise _refused(text, f"it is longer than {URL_LENGTH_MAX} characters")
+    try:
+        parts = urlsplit(text.encode().decode())
+    except ValueError as error:  # also what is no UTF-8
+        raise _refused(text, "it is not a URL") from error
     if "@" in parts.netloc:
         raise _refused(text, "a URL with a user name is not taken; put credentials where the store's own tools look")
     path = parts.path.strip("/")

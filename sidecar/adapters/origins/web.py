@@ -34,7 +34,9 @@ REDIRECTS_MAX = 5
 CONNECT_TIMEOUT_S_MAX = 10.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)\Z")
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})\Z", re.ASCII)
+_NUMBER = re.compile(r"\d{1,18}\Z", re.ASCII)
+_VALIDATOR_LENGTH_MAX = 256
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,15 @@ def _body(answer: _Answer, resume: Resume | None) -> Body:
     if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         raise unreadable(answer.hop, "it sends the file compressed although it was asked not to")
     offset, size_bytes = _extent(answer, resume)
-    validator = headers.get("etag", "")
-    if validator.startswith("W/") or not validator:  # a weak tag does not promise the same bytes
-        validator = headers.get("last-modified", "")
-    return Body(offset, size_bytes, validator, answer.checksum, response.iter_raw())
+    return Body(offset, size_bytes, _validator(headers), answer.checksum, response.iter_raw())
+
+
+def _validator(headers: httpx.Headers) -> str:
+    """Return what can be sent back to ask whether it is still the same file."""
+    tag = headers.get("etag", "")
+    if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
+        tag = headers.get("last-modified", "")
+    return tag if tag.isascii() and len(tag) <= _VALIDATOR_LENGTH_MAX else ""
 
 
 def _check_status(answer: _Answer) -> None:
@@ -192,9 +199,9 @@ def _extent(answer: _Answer, resume: Resume | None) -> tuple[int, int | None]:
         found = _CONTENT_RANGE.match(headers.get("content-range", ""))
         if found is None or resume is None or int(found[1]) != resume.offset:
             raise Transient("the server sends another part than it was asked for", restart=True)
-        return resume.offset, int(found[3])
+        return resume.offset, int(found[2])
     length = headers.get("content-length", "")
-    if length.isdigit():
+    if _NUMBER.match(length):
         return 0, int(length)
     if "chunked" in headers.get("transfer-encoding", "").lower():
         return 0, None
@@ -203,7 +210,7 @@ def _extent(answer: _Answer, resume: Resume | None) -> tuple[int, int | None]:
 
 def _retry_after_s(response: httpx.Response) -> float:
     text = response.headers.get("retry-after", "")
-    return float(text) if text.isdigit() else 0.0
+    return float(text) if _NUMBER.match(text) else 0.0
 
 
 def _said(error: httpx.HTTPError) -> str:

@@ -97,7 +97,6 @@ def make(folder: Path, name: str, case: Case) -> None:
     config = base.config if isinstance(base.config, dict) else base.config.to_dict()
     model = get_peft_model(base, LoraConfig(**case.config))
     fill(model, np.random.default_rng(zlib.crc32(name.encode())), case)
-    deltas = deltas_of(model)
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -107,7 +106,7 @@ def make(folder: Path, name: str, case: Case) -> None:
     if case.sharded:
         shard(folder, tensors)
     tidy(folder, config, case)
-    np.savez_compressed(folder / "delta.npz", **deltas)
+    np.savez_compressed(folder / "delta.npz", **deltas_of(model))
 
 
 def fill(model: torch.nn.Module, generator: np.random.Generator, case: Case) -> None:
@@ -120,7 +119,7 @@ def fill(model: torch.nn.Module, generator: np.random.Generator, case: Case) -> 
 
 
 def deltas_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """Return PEFT's delta of each module, [out, in], computed in float32 from the values as saved."""
+    """Return PEFT's delta of each module, [out, in], in float32 from the values as saved; the model is used up."""
     deltas = {}
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -129,9 +128,6 @@ def deltas_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
             delta = module.get_delta_weight("default").detach().float().numpy()
             path = name.removeprefix("base_model.model.")
             deltas[path] = delta.T if getattr(module, "fan_in_fan_out", False) else delta
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_" in parameter_name:
-            parameter.data = parameter.data.to(model.saved_dtype if hasattr(model, "saved_dtype") else parameter.dtype)
     return deltas
 
 
