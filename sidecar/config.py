@@ -89,6 +89,7 @@ class Engine(Section):
     seats: int | None = Field(None, ge=1)
     kv_tokens: int | None = Field(None, ge=1)
     input_tokens_max: int | None = Field(None, ge=1)
+    sequence_tokens_max: int | None = Field(None, ge=1)
 
 
 class Backend(Section):
@@ -219,6 +220,13 @@ class Config(Section):
     drain_timeout_s: float = Field(300.0, gt=0)
     adapter_labels_max: int = Field(200, ge=0)
     log_format: Literal["text", "json"] = "text"
+
+    @model_validator(mode="after")
+    def _certificates_are_asked_for(self) -> Config:
+        tls = self.listeners.data.tls
+        if self.tenant_from == "certificate" and (tls is None or tls.ca is None):
+            raise ValueError("tenant_from: certificate needs listeners.data.tls with a client ca, or nobody has a tenant")
+        return self
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Config:

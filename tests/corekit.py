@@ -492,7 +492,7 @@ def check_books(core: Core) -> None:
     assert state.tenant_queued == tenants
     for backend in state.backends.values():
         running = [state.requests[request] for request in backend.running]
-        assert backend.kv_reserved == sum(request.footprint for request in running)
+        assert backend.kv_reserved == sum(request.kv_tokens(backend) for request in running)
         for digest, slot in backend.slots.items():
             assert slot.running == sum(request.version == digest for request in running)
         assert sorted(backend.queued) == sorted(i for line in backend.queued_by_version.values() for i in line)

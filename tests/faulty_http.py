@@ -22,7 +22,9 @@ PASSED_ON = ("etag", "last-modified", "content-range", "accept-ranges", "content
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer. `body_max` cuts the connection after so many bytes of the body."""
+    """What goes wrong with one answer. `body_max` cuts the connection after so many bytes of the body; a garbled body
+    has the right length.
+    """
 
     status: int | None = None
     body_max: int | None = None
@@ -30,6 +32,7 @@ class Fault:
     location: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     stall: bool = False
+    garbled: bool = False
 
 
 @dataclass
@@ -107,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["location"] = fault.location
         if fault.length is not None:
             headers["content-length"] = str(fault.length)
+        if fault.garbled:
+            body = bytes(byte ^ 1 for byte in body)
         self._send(status, headers, body[: fault.body_max] if with_body else b"")
         self.close_connection = True
 

@@ -17,6 +17,8 @@ PAYLOAD = Payload("tensorrt_llm", b"", raw=True, unary=False)
 class ScriptedBackend:
     """Implements the backend protocol without an engine."""
 
+    streams = True
+
     def __init__(self, backend_id: str, up: bool = True, seats: int = 2) -> None:
         self.id = backend_id
         self.address = f"scripted:{backend_id.rpartition('-')[2]}"

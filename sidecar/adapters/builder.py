@@ -58,7 +58,9 @@ def build(
             raise
     report = replace(
         report,
-        packed_key=packed_key(source.digest, layout, generation),
+        packed_key=packed_key(
+            source.digest, layout.for_modules(target.module for target in source.targets), generation
+        ),
         fetch_ns=fetched_ns - started_ns,
         pack_ns=monotonic_ns() - fetched_ns,
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.names import shown
 from sidecar.adapters.packed import Layout, PackPlan, PackReport, lora_config, pack, plan
@@ -47,16 +48,20 @@ def convert(
     dtype: str = "float16",
     *,
     rank_multiple: int = 1,
+    layout: Layout | None = None,
+    base: BaseModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Write an adapter in the engine's file form; `out_dir` is made if missing, older files there are
-    replaced.
+    """Write an adapter in the engine's file form; `out_dir` is made if missing, older files there are replaced.
+
+    `layout` says more of an engine than `dtype` and `rank_multiple`, as fused projections need; every tensor is checked
+    against `base`.
 
     Raises Invalid for the adapter and Misused(CONFIG_INVALID) when the folder cannot be written; then no
     file is left behind or replaced.
     """
-    layout = Layout(dtype, rank_multiple)
-    with read_adapter(src) as source:
+    layout = layout or Layout(dtype, rank_multiple)
+    with read_adapter(src, base=base) as source:
         packing = plan(source, layout)
         try:
             report = _write(source, packing, out_dir, progress)

@@ -72,13 +72,13 @@ def read_adapter(
     """Read and check a PEFT directory (adapter_config.json and safetensors, one file or sharded), digest included.
 
     `name` is what errors call it (default: the folder's name); `progress(done_bytes, total_bytes)` follows the
-    hashing. `base_model` replaces the name that the config gives, as part of the identity too: trained on a local path
-    or a quantised twin is normal. `base` is what the base model's config.json says; every tensor is checked against it.
-    Reads every byte once, so it belongs in a thread. Raises Invalid.
+    hashing. `base_model` replaces the name that the config gives (trained on a local path or a quantised twin is
+    normal); the digest is of the files as they are. `base` is what the base model's config.json says; every tensor is
+    checked against it. Reads every byte once, so it belongs in a thread. Raises Invalid.
     """
     adapter = name if name is not None else path.name
     directory = _directory(path, adapter)
-    config = parse_config(_read_config(directory, adapter), adapter, base_model)
+    config = parse_config(_read_config(directory, adapter), adapter)
     file = _open_weights(directory, adapter)
     try:
         targets = targets_of(file.tensors, config, adapter)
@@ -89,7 +89,7 @@ def read_adapter(
     except BaseException:
         file.close()
         raise
-    return AdapterSource(adapter, config.base_model, targets, digest, file)
+    return AdapterSource(adapter, base_model or config.base_model, targets, digest, file)
 
 
 def _directory(path: Path, adapter: str) -> Path:

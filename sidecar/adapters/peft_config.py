@@ -114,11 +114,8 @@ class PeftConfig:
         }
 
 
-def parse_config(data: bytes, adapter: str, base_model: str | None = None) -> PeftConfig:
-    """Parse and check adapter_config.json; raises Invalid with the field's name and the way out.
-
-    `base_model` is used in place of the name in the file.
-    """
+def parse_config(data: bytes, adapter: str) -> PeftConfig:
+    """Parse and check adapter_config.json; raises Invalid with the field's name and the way out."""
     try:
         fields = parse_object(data)
     except ValueError as error:
@@ -126,7 +123,7 @@ def parse_config(data: bytes, adapter: str, base_model: str | None = None) -> Pe
     _check_type(fields, adapter)
     _check_supported(fields, adapter)
     return PeftConfig(
-        base_model=base_model or _base_model(fields, adapter),
+        base_model=_base_model(fields, adapter),
         rank=_rank(fields, adapter),
         alpha=_number(fields, "lora_alpha", adapter),
         use_rslora=_flag(fields, "use_rslora", adapter),

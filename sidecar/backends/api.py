@@ -149,6 +149,10 @@ class Backend(Protocol):
     id: str
     address: str
 
+    @property
+    def streams(self) -> bool:
+        """Whether the engine answers token by token, as far as is known."""
+
     async def start(self, post: Callable[[Event], None]) -> None:
         """Begin to watch the engine; `BackendUp` is posted when it answers."""
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from tritonclient.grpc import model_config_pb2
 
+from sidecar.adapters.base_model import decoder_dims
 from sidecar.core.facts import DTYPE_BYTES, EngineFacts
+from sidecar.core.layout import Heads
 from sidecar.errors import Misused, Reason
 
 TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "float32"}
@@ -39,7 +41,7 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
     model, build = record["pretrained_config"], record["build_config"]
     lora = build.get("lora_config") or {}
     tp = int(model.get("mapping", {}).get("tp_size", 1))
-    dims = module_dims(model)
+    dims, heads = module_dims(model), heads_of(model)
     targets = lora.get("lora_target_modules") or []
     # A module whose sizes are not known here would make pages come out wrong: then none of them is known.
     known = bool(targets) and all(name in dims for name in targets)
@@ -51,26 +53,31 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
         layers=int(model["num_hidden_layers"]),
         seats=build.get("max_batch_size"),
         input_tokens_max=build.get("max_input_len"),
+        sequence_tokens_max=build.get("max_seq_len"),
+        heads=heads.query,
+        kv_heads=heads.key_value,
+        head_size=heads.size,
     )
+
+
+def heads_of(model: Mapping[str, Any]) -> Heads:
+    """Return the attention heads of a decoder; raises ValueError for what is no attention."""
+    heads = int(model["num_attention_heads"])
+    size = model.get("head_size") or model["hidden_size"] // heads
+    return Heads(heads, int(model.get("num_key_value_heads") or heads), int(size))
 
 
 def module_dims(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return (in, out) of every module of a decoder by TensorRT-LLM's name, before tensor parallelism."""
-    hidden, heads, ffn = model["hidden_size"], model["num_attention_heads"], model["intermediate_size"]
-    head = model.get("head_size") or hidden // heads
-    kv_heads = model.get("num_key_value_heads") or heads
-    query, key = heads * head, kv_heads * head
-    return {
-        "attn_qkv": (hidden, query + 2 * key),
-        "attn_q": (hidden, query),
-        "attn_k": (hidden, key),
-        "attn_v": (hidden, key),
-        "attn_dense": (query, hidden),
-        "mlp_h_to_4h": (hidden, ffn),
-        "mlp_4h_to_h": (ffn, hidden),
-        "mlp_gate": (hidden, ffn),
-        "mlp_gate_up": (hidden, 2 * ffn),
-    }
+    moe = model.get("moe") or {}
+    return decoder_dims(
+        model["hidden_size"],
+        heads_of(model),
+        model["intermediate_size"],
+        int(moe.get("num_experts") or model.get("moe_num_experts") or 0),
+        int(model.get("moe_intermediate_size") or 0),
+        int(model.get("moe_shared_expert_intermediate_size") or 0),
+    )
 
 
 def from_model_config(config: Any) -> EngineFacts:

@@ -120,6 +120,11 @@ class TritonBackend:
             await self._scraper.close()
         await self._channel.close(None)
 
+    @property
+    def streams(self) -> bool:
+        """Whether the model is decoupled; taken to be until the server says."""
+        return self._decoupled
+
     def detail(self) -> str:
         if not self._up:
             return self._trouble

@@ -164,7 +164,7 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
     if backend.in_flight >= backend.seats(state.config):
         return Why.SEATS_FULL
     capacity = backend.facts.kv_tokens
-    if capacity is not None and backend.running and backend.kv_reserved + request.footprint > capacity:
+    if capacity is not None and backend.running and backend.kv_reserved + request.kv_tokens(backend) > capacity:
         return Why.KV_FULL
     if backend.lone_load is not None and request.losses:
         return Why.APART

@@ -176,7 +176,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
     turn.dequeue(request)
     backend.running[request.id] = None
-    backend.kv_reserved += request.footprint
+    backend.kv_reserved += request.kv_tokens(backend)
     request.running = True
     request.attempt += 1
     request.tokens = 0

@@ -43,6 +43,7 @@ class EngineFacts:
     seats: int | None = None
     kv_tokens: int | None = None
     input_tokens_max: int | None = None
+    sequence_tokens_max: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
     head_size: int | None = None

@@ -26,6 +26,8 @@ from sidecar.core.turn import Turn
 from sidecar.core.words import Fault, Phase
 from sidecar.errors import Reason
 
+NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
+
 
 def run_failed(turn: Turn, event: RunFailed) -> None:
     """The engine answered a request with an error, or its stream broke."""
@@ -48,8 +50,7 @@ def run_failed(turn: Turn, event: RunFailed) -> None:
 def _after_tokens(request: Request, backend: Backend, text: str) -> str:
     return (
         f"{request.view.name or 'base model'}: {backend.id} failed after {request.tokens} tokens had been sent: "
-        f"{text}; "
-        "an answer that has begun is never repeated, so send the request again if you want a new one"
+        f"{text}; {NEVER_REPEATED}"
     )
 
 
@@ -76,6 +77,9 @@ def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None
 
 def _miss(turn: Turn, request: Request, backend: Backend, text: str) -> None:
     """The engine has evicted the adapter, or restarted. Its word is the truth."""
+    if request.version == BASE:  # a LoRA of the client's own: only the client can send it again
+        _rejected(turn, request, backend, text)
+        return
     _forget_missed(turn, backend, request)
     _again(turn, request, backend, Fault.MISS)
 
@@ -340,7 +344,7 @@ def _lose_run(turn: Turn, request: Request, backend: Backend, cause: str) -> Non
             request,
             Reason.BACKEND_FAILED,
             f"{request.view.name or 'base model'}: {backend.id} was lost after the first token: {cause}; "
-            "an answer that has begun is never repeated, so send the request again if you want a new one",
+            f"{NEVER_REPEATED}",
         )
     else:
         _lost(turn, request, backend, cause)

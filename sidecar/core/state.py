@@ -100,8 +100,13 @@ class Request:
 
     @property
     def footprint(self) -> int:
-        """KV tokens that the request may take."""
+        """Tokens that the request may take, as far as its client says."""
         return self.view.input_tokens + self.view.output_tokens_max
+
+    def kv_tokens(self, backend: Backend) -> int:
+        """KV tokens that it may take at an engine, which cuts a longer answer at its longest sequence."""
+        longest = backend.facts.sequence_tokens_max
+        return self.footprint if longest is None else min(self.footprint, longest)
 
 
 @dataclass

@@ -196,7 +196,7 @@ class Turn:
         assert request.backend is not None
         backend = self.state.backends[request.backend]
         del backend.running[request.id]
-        backend.kv_reserved -= request.footprint
+        backend.kv_reserved -= request.kv_tokens(backend)
         request.running = False
         backend.ordering.ended(request.view, output_tokens, self.now_ns)
         if request.version != BASE:

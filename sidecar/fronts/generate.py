@@ -46,7 +46,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
 
     def _submit(self, request: Any, context: Any) -> Ticket:
-        payload, input_tokens = payload_of(request)
+        payload, input_tokens = payload_of(request, self._may_stream())
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
@@ -61,6 +61,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             session=request.session,
         )
         return self._gateway.submit(facts, payload, request.request_id)
+
+    def _may_stream(self) -> bool:
+        """Whether to stream where the client does not say: engines whose models are not decoupled refuse to."""
+        return any(backend.streams for backend in self._gateway.backends.values())
 
     async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
         tokens = 0
@@ -91,7 +95,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         origin.request_id = request.request_id or str(ticket.request)
 
 
-def payload_of(request: Any) -> tuple[Payload, int]:
+def payload_of(request: Any, may_stream: bool) -> tuple[Payload, int]:
     """Return the engine's form of a request and how many input tokens it counts as.
 
     Text is counted as a token a byte, its upper bound: only the engine has the tokenizer.
@@ -99,24 +103,25 @@ def payload_of(request: Any) -> tuple[Payload, int]:
     for field in ("max_tokens", "top_k"):
         if getattr(request, field) > INT32_MAX:
             raise Refused(Reason.INVALID_REQUEST, f"{field} is {getattr(request, field)}; at most {INT32_MAX} is taken")
+    streams = request.stream if request.HasField("stream") else may_stream
     prompt = request.WhichOneof("prompt")
     if prompt == "text":
         text = request.text.encode()
-        message = _text_request(request, text)
+        message = _text_request(request, text, streams)
         count = len(text)
     elif prompt == "tokens" and request.tokens.ids:
-        message = _token_request(request)
+        message = _token_request(request, streams)
         count = len(request.tokens.ids)
     else:
         raise Refused(Reason.INVALID_REQUEST, "the request has no prompt; set text or tokens")
     return Payload(message.model_name, message.SerializeToString(), raw=True, unary=False), count
 
 
-def _text_request(request: Any, text: bytes) -> Any:
+def _text_request(request: Any, text: bytes, streams: bool) -> Any:
     message = ModelInferRequest(model_name="ensemble")
     _add(message, "text_input", "BYTES", _bytes_tensor(text))
     _add(message, "max_tokens", "INT32", _int32(request.max_tokens or MAX_TOKENS_DEFAULT))
-    _add(message, "stream", "BOOL", _bool(_streams(request)))
+    _add(message, "stream", "BOOL", _bool(streams))
     _add(message, "exclude_input_in_output", "BOOL", _bool(True))
     _add_sampling(message, request, {"top_k": "top_k", "top_p": "top_p"})
     if request.stop_words:
@@ -125,7 +130,7 @@ def _text_request(request: Any, text: bytes) -> Any:
     return message
 
 
-def _token_request(request: Any) -> Any:
+def _token_request(request: Any, streams: bool) -> Any:
     if request.stop_words:
         raise Refused(
             Reason.INVALID_REQUEST, "stop_words need a text prompt: with token ids only the client knows them"
@@ -135,14 +140,10 @@ def _token_request(request: Any) -> Any:
     _add(message, "input_ids", "INT32", ids.tobytes(), ids.size)
     _add(message, "input_lengths", "INT32", _int32(ids.size))
     _add(message, "request_output_len", "INT32", _int32(request.max_tokens or MAX_TOKENS_DEFAULT))
-    _add(message, "streaming", "BOOL", _bool(_streams(request)))
+    _add(message, "streaming", "BOOL", _bool(streams))
     _add(message, "exclude_input_in_output", "BOOL", _bool(True))
     _add_sampling(message, request, {"top_k": "runtime_top_k", "top_p": "runtime_top_p"})
     return message
-
-
-def _streams(request: Any) -> bool:
-    return request.stream if request.HasField("stream") else True
 
 
 def _add_sampling(message: Any, request: Any, names: dict[str, str]) -> None:

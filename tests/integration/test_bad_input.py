@@ -117,7 +117,7 @@ async def test_names_paths_and_prompts(tmp_path: Path) -> None:
         for name, path, words in (
             ("", inside, "name"),
             ("x" * 10_000_000, inside, "x" * 40),
-            ("a00", inside, 'a00 is managed by config and would be set back'),
+            ("a00", inside, "a00 is managed by config and would be set back"),
             ("y", outside, "outside the allowed roots"),
             ("z", tmp_path / "roots" / ".." / "other" / "y", "outside the allowed roots"),
             ("z", tmp_path / "roots" / "missing", "missing"),

@@ -31,7 +31,9 @@ async def test_a_names_life_through_its_versions(tmp_path: Path) -> None:
     prompt = "Who buys the most here?"
     async with running_engine(seed=SEED) as engine, serving([engine], roots=[ADAPTERS]) as served:
         for words in (("pirate",), ("chef", "--stage", "--label", "run=7")):
-            code, _, error = await sidecar(served, "adapters", "register", "voice", str(ADAPTERS / words[0]), *words[1:])
+            code, _, error = await sidecar(
+                served, "adapters", "register", "voice", str(ADAPTERS / words[0]), *words[1:]
+            )
             assert code == 0, error
         code, out, _ = await sidecar(served, "generate", "voice", prompt)
         assert (code, out) == (0, "Arr, Long Meg! She pays in doubloons!\n")

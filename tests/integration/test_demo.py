@@ -31,9 +31,7 @@ async def test_every_answer_is_the_merged_models(capsys: pytest.CaptureFixture[s
     assert report["counts"]["engine_evictions"] > 0
 
 
-async def test_swapped_task_ids_are_caught(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
     swap = {"pirate": "chef", "chef": "pirate"}
 

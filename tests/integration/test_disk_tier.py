@@ -119,7 +119,7 @@ async def test_500_blobs_are_found_without_reading_them(tmp_path: Path) -> None:
     tier.write("first", built)
     (written,) = folder.iterdir()
     content = written.read_bytes()
-    with written.open('rb') as file:
+    with written.open("rb") as file:
         rows, _ = disk._read_footer(file.fileno())
     for number in range(500):
         with (folder / f"sparse{number}.blob").open("wb") as file:

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.emulated import (
+    add_lora,
     add_tensor,
     channel_to,
     core_request,
@@ -144,6 +145,17 @@ async def test_unary_on_a_decoupled_engine_is_refused_in_the_engines_words() -> 
         error = await status_of(stub.ModelInfer(core_request()))
         assert error.code() is grpc.StatusCode.UNIMPLEMENTED
         assert error.details() == "ModelInfer RPC doesn't support models with decoupled transaction policy"
+
+
+async def test_a_clients_own_id_that_the_engine_lost_gets_the_engines_words() -> None:
+    """A client that sends its own LoRA must hear that it has to send the weights again."""
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], allow_client_lora=True) as served,
+        channel_to(served.sidecar.data_address) as stub,
+    ):
+        (answer,) = await stream_answers(stub, add_lora(core_request(streaming=True), 5))
+        assert "LoRA task 5 not found in cache. Please send LoRA weights with request" in answer.error_message
 
 
 async def test_a_prompt_longer_than_the_engine_takes(tmp_path: Path) -> None:

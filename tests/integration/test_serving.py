@@ -189,3 +189,18 @@ async def test_sigterm_lets_everything_in_flight_finish(tmp_path: Path) -> None:
         answer = await running
         assert answer.tokens == served.expected("a00", 60)
         await asyncio.wait_for(draining, 30)
+
+
+@pytest.mark.parametrize("text", [True, False])
+async def test_an_engine_that_cannot_stream_answers_whole(tmp_path: Path, text: bool) -> None:
+    """A client that does not say whether to stream gets its answer from a model that is not decoupled, too."""
+    write_adapters(tmp_path, 1)
+    async with running_engine(**DUMMY, decoupled=False) as engine, serving([engine], tmp_path) as served:
+        if text:
+            answer = Answer()
+            request = gateway_pb2.GenerateRequest(adapter="a00", text="hello", max_tokens=4)
+            async for response in served.gateway.Generate(request):
+                answer.tokens += list(response.text.encode())
+        else:
+            answer = await served.ask("a00", 4)
+        assert answer.tokens == served.expected("a00", 4)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidecar.adapters import packed as packer
+from sidecar.adapters import writing
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, PackReport, Rebalanced, measure, pack, plan
 from sidecar.adapters.peft import read_adapter
@@ -152,16 +152,74 @@ def test_float32_beyond_bfloat16_is_rebalanced(tmp_path: Path) -> None:
 
 
 def test_values_that_fall_to_zero_are_reported_as_a_share_of_the_norm(tmp_path: Path) -> None:
-    """B = (3, 4)·2^-30 beside (0, 2^-10): what falls to zero is named, with its share, apart from a large A."""
-    b = bf16(3 * 2.0**-30, 4 * 2.0**-30, 12 * 2.0**-30, 0)
+    """B of 2^-6 beside 3·2^-27: what falls to zero is named, with its share, apart from a large A."""
+    b = bf16(2.0**-6, 3 * 2.0**-27, 0)
     out, report = packed(one_row(tmp_path / "sql", bf16(100), b), Layout("float16"))
-    assert out[0].tolist() == [100, 0, 0, 0, 0]
-    assert report.flushed_share == 1.0
-    assert report.worst_tensor == f"{Q_PROJ}.lora_B.weight"
-    b = bf16(3 * 2.0**-27, 4 * 2.0**-24, 0)
-    _, report = packed(one_row(tmp_path / "sql", bf16(100), b), Layout("float16"))
-    assert report.flushed_share == pytest.approx(3 / np.hypot(3, 32))
+    assert out[0].tolist() == [100, 2.0**-6, 0, 0]
+    assert report.flushed_share == pytest.approx(3 * 2.0**-21)
     assert report.worst_flushed_share == report.flushed_share
+    assert report.worst_tensor == f"{Q_PROJ}.lora_B.weight"
+
+
+def test_a_tiny_b_is_moved_up_by_a_large_a(tmp_path: Path) -> None:
+    """B below fp16's digits is not lost where A has room: the product is exact, and the move is reported."""
+    b = bf16(3 * 2.0**-30, 4 * 2.0**-30, 12 * 2.0**-30, 0)
+    out, report = packed(one_row(tmp_path / "sql", bf16(96), b), Layout("float16"))
+    assert (out[0, 0].astype(float) * out[0, 1:].astype(float)).tolist() == (96 * b.astype(float)).tolist()
+    assert report.rebalanced == (Rebalanced("attn_q", 0, -13),)
+    assert report.flushed_share == 0.0
+
+
+def test_a_product_too_small_for_fp16_is_refused(tmp_path: Path) -> None:
+    """Where A has no room either, nothing would be left: refused with the tensor and what it reaches."""
+    with pytest.raises(Invalid) as caught:
+        packed(one_row(tmp_path / "sql", bf16(2.0**-12), bf16(2.0**-30)), Layout("float16"))
+    assert caught.value.reason is Reason.ADAPTER_UNSUPPORTED
+    assert "lora_B.weight' reaches only 9.31323e-10 (times the scale 1)" in caught.value.message
+    assert "train it with a larger scale" in caught.value.message
+
+
+def test_ranks_that_need_opposite_moves_each_get_their_own(tmp_path: Path) -> None:
+    """Row j of A and column j of B meet nowhere else: each rank has its own power of two where one cannot serve all."""
+    name = f"{Q_PROJ}.lora_"
+    a, b = bf16(2.0**90, 2.0**-90).reshape(2, 1), bf16(2.0**-90, 3 * 2.0**90).reshape(1, 2)
+    tensors = {f"{name}A.weight": a, f"{name}B.weight": b}
+    path = write_adapter(tmp_path / "sql", modules=[], rank=2, alpha=2, extra_tensors=tensors)
+    out, report = packed(path, Layout("float16"))
+    wide = out[0].astype(float)
+    assert [wide[0] * wide[2], wide[1] * wide[3]] == [1, 3]
+    assert report.rebalanced[0].per_rank
+
+
+def test_threads_change_no_bit_and_no_digit(tmp_path: Path) -> None:
+    """Rows are written by several threads and added up in their order."""
+    path = write_adapter(tmp_path / "sql", modules=ALL_LINEAR, rank=5, dtype="float32", alpha=7)
+    with read_adapter(path) as source:
+        packing = plan(source, Layout("float16"))
+        outs = [np.ones(packing.shape, np.float16) for _ in range(2)]
+        reports = [pack(source, packing, out, threads=threads) for out, threads in zip(outs, (1, 3), strict=True)]
+    assert np.array_equal(outs[0].view(np.uint16), outs[1].view(np.uint16))
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("target", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("scale", [1, 2, 0.125, -4, 2.5, 0.3])
+def test_large_tensors_get_the_same_bits_as_small_ones(tmp_path: Path, dtype: str, target: str, scale: float) -> None:
+    """Whichever way the cast takes, by table or by exponent, is float32 multiplication and one rounding."""
+    shape = Dims(hidden=4096, layers=1)
+    path = write_adapter(
+        tmp_path / "sql", shape=shape, modules=["o_proj"], rank=8, alpha=8 * scale, dtype=dtype, size=0.001
+    )
+    layout = Layout(target)
+    out, report = packed(path, layout)
+    a, b = (tensor for _, tensor in sorted(read_tensors(path).items()))
+    scaled = b.astype(np.float32) * np.float32(scale)
+    expected = np.concatenate([a.astype(np.float32).ravel(), scaled.ravel()]).astype(numpy_dtype(layout))
+    assert np.array_equal(out[0].view(np.uint16), expected.view(np.uint16))
+    zeros, wide = expected[a.size :].astype(np.float64) == 0, scaled.ravel().astype(np.float64)
+    lost = np.sqrt(np.sum(wide[zeros] ** 2) / np.sum(wide**2))
+    assert report.flushed_share >= lost * (1 - 1e-6)
 
 
 def test_an_untrained_adapter_has_no_loss(tmp_path: Path) -> None:
@@ -225,7 +283,7 @@ def test_packing_in_chunks_equals_packing_at_once(tmp_path: Path, monkeypatch: p
     path = write_adapter(tmp_path / "sql", modules=ALL_LINEAR, rank=3)
     whole, _ = packed(path, Layout("float16", 4))
     for elements in (1, 7, 64):
-        monkeypatch.setattr(packer, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(writing, "CHUNK_ELEMENTS", elements)
         parts, _ = packed(path, Layout("float16", 4))
         assert np.array_equal(whole.view(np.uint16), parts.view(np.uint16))
 

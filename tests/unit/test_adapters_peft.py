@@ -91,8 +91,8 @@ def test_a_pattern_does_not_match_inside_a_word(tmp_path: Path) -> None:
 
 
 def test_initialisations_that_leave_the_base_alone_are_read(tmp_path: Path) -> None:
-    """gaussian, eva and orthogonal only choose where training starts."""
-    for initialisation in (True, False, "gaussian", "eva", "orthogonal"):
+    """gaussian, eva, orthogonal and mica only choose where training starts."""
+    for initialisation in (True, False, "gaussian", "eva", "orthogonal", "mica"):
         path = write_adapter(tmp_path / "sql", init_lora_weights=initialisation)
         assert len(read(path).targets) == 4
 
@@ -111,8 +111,18 @@ def test_unknown_but_empty_fields_are_read(tmp_path: Path) -> None:
         ({"bias": "all"}, "bias is 'all'; packed LoRA rows cannot carry it"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
         ({"lora_bias": True}, "lora_bias is set; a bias cannot be carried"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'LORA' can be served"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out is set; weights stored the other way round"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', only 'LORA' can be served; merge it into the base model"),
+        ({"peft_type": "VERA"}, "VeRA scales random matrices that all layers share; train a LoRA"),
+        ({"peft_type": "IA3"}, "IA3 scales activations, which packed LoRA rows cannot carry; merge it"),
+        ({"peft_type": "PROMPT_TUNING"}, "prompt tuning adds tokens to the prompt and no weights; send them"),
+        ({"peft_type": "P_TUNING"}, "p-tuning adds tokens to the prompt"),
+        ({"peft_type": "PREFIX_TUNING"}, "prefix tuning adds keys and values to the cache"),
+        ({"peft_type": "ADALORA"}, "AdaLoRA keeps singular values"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config is set; KaSA changes the base model's weights"),
+        ({"monteclora_config": {"n": 1}}, "monteclora_config is set"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga', so A and B are relative to a changed base"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights is 'OLoRA', so A and B are relative to a changed base"),
+        ({"init_lora_weights": "surprise"}, "init_lora_weights is 'surprise', which is not known"),
         ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is set"),
         ({"use_qalora": True}, "use_qalora is set"),
@@ -125,7 +135,7 @@ def test_unknown_but_empty_fields_are_read(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_16"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
+        ({"init_lora_weights": "loftq"}, "so A and B repair a quantised base model that the engine does not have"),
         ({"init_lora_weights": {"a": 1}}, "init_lora_weights is"),
         ({"use_flying_lora": True}, "the field 'use_flying_lora' is not known"),
     ],
@@ -161,6 +171,12 @@ def test_a_setting_we_cannot_honour_is_refused_by_name(tmp_path: Path, config: A
         ({"alpha_pattern": {"x" * 300: 1}}, "is too long"),
         ({"alpha_pattern": {f"m{i}": 1 for i in range(4097)}}, "has 4097 entries"),
         ({"alpha_pattern": {f"a*b*c*{i}": 1 for i in range(9)}}, "take too long together"),
+        ({"target_modules": ["q_proj"]}, "target_modules leaves out 'model.layers.0.self_attn.v_proj'"),
+        ({"exclude_modules": ["1.self_attn.q_proj"]}, "exclude_modules leaves out 'model.layers.1.self_attn.q_proj'"),
+        ({"layers_to_transform": [1]}, "layers_to_transform leaves out 'model.layers.0.self_attn.q_proj'"),
+        ({"layers_to_transform": 0}, "config and weights are of different trainings"),
+        ({"layers_to_transform": ["0"]}, "it is a number or a list of numbers"),
+        ({"target_modules": {"q_proj": 1}}, "it is a list of names or one regular expression"),
     ],
 )
 def test_a_config_that_is_not_right_is_refused_by_field(tmp_path: Path, config: Any, why: str) -> None:
@@ -196,15 +212,14 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path, text: str, why: st
         ("base_model.model.lm_head.lora_A.weight", "changes the embeddings or lm_head"),
         ("base_model.model.model.embed_tokens.lora_embedding_A", "changes the embeddings or lm_head"),
         (f"{Q_PROJ}.lora_B.bias", "is a bias, which packed LoRA rows cannot carry"),
-        ("base_model.model.model.layers.0.mlp.experts.3.w1.lora_A.weight", "belongs to a mixture of experts"),
-        ("base_model.model.model.layers.0.block_sparse_moe.gate.lora_A.weight", "mixture of experts"),
-        ("base_model.model.model.layers.0.mlp.gate.lora_A.weight", "mixture of experts"),
-        ("base_model.model.model.layers.0.mlp.shared_expert.up_proj.lora_A.weight", "mixture of experts"),
-        ("base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight", "belongs to a fused projection"),
-        ("base_model.model.model.layers.0.mlp.gate_up_proj.lora_A.weight", "belongs to a fused projection"),
-        ("base_model.model.model.layers.0.self_attn.W_pack.lora_A.weight", "belongs to a fused projection"),
-        ("base_model.model.transformer.h.0.attn.c_attn.lora_A.weight", "belongs to a fused projection"),
-        ("transformer.h.0.self_attention.query_key_value.lora_A.weight", "belongs to a fused projection"),
+        ("base_model.model.transformer.wte.lora_embedding_A", "changes the embeddings or lm_head"),
+        ("base_model.model.gpt_neox.embed_out.lora_A.weight", "changes the embeddings or lm_head"),
+        ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", "as one parameter (target_parameters)"),
+        ("base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight", "as one parameter"),
+        ("base_model.model.model.layers.0.self_attn.q_a_proj.lora_A.weight", "multi-head latent attention"),
+        (f"{Q_PROJ}.vera_lambda_b", "is not LoRA's but another method's; merge it"),
+        (f"{Q_PROJ}.ia3_l", "is not LoRA's but another method's"),
+        ("prompt_encoder.prompt_embeddings", "is not LoRA's but another method's"),
     ],
 )
 def test_a_tensor_that_has_no_place_is_refused_by_name(tmp_path: Path, name: str, why: str) -> None:
@@ -225,6 +240,9 @@ def test_a_tensor_that_has_no_place_is_refused_by_name(tmp_path: Path, name: str
         "base_model.model.model.layers.01.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.٣.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.0.mlp.q_proj.lora_A.weight",
+        "base_model.model.model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.visual.blocks.0.attn.qkv.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.experts.0.w1.lora_A.weight",
         f"{Q_PROJ}.lora_A.weight\n",
     ],
 )

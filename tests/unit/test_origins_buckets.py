@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,6 +90,9 @@ def test_missing_files_and_buckets(server: FaultyServer, store: str, tmp_path: P
     with pytest.raises(Invalid, match=f"it has no {CONFIG}") as caught:
         bring("s3://loras/nothing", tmp_path / "a", ALLOW)
     assert caught.value.reason is Reason.ORIGIN_UNREADABLE
+    client(store).put_object(Bucket="loras", Key=f"odd/{CONFIG}/file", Body=b"x")
+    with pytest.raises(Invalid, match=f"it has no {CONFIG}"):
+        bring("s3://loras/odd", tmp_path / "d", ALLOW)
     client(store).put_object(Bucket="loras", Key="old/adapter_config.json", Body=b"{}")
     client(store).put_object(Bucket="loras", Key="old/adapter_model.bin", Body=b"x")
     with pytest.raises(Invalid, match="a pickle"):
@@ -165,7 +169,7 @@ def md5(data: bytes) -> bytes:
 SAID = {
     "hf": {"lfs": lambda data: {"sha256": hashlib.sha256(data).hexdigest()} if len(data) > 5000 else None,
            "blob_id": git_name},
-    "gs": {"md5Hash": lambda data: __import__("base64").b64encode(md5(data)).decode(), "etag": git_name},
+    "gs": {"md5Hash": lambda data: base64.b64encode(md5(data)).decode(), "etag": git_name},
     "az": {"content_settings": lambda data: {"content_md5": bytearray(md5(data))}, "etag": git_name},
 }  # fmt: skip
 

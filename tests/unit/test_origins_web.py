@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from sidecar.adapters.origins.download import download
 from sidecar.adapters.origins.failures import Stopped
+from sidecar.adapters.origins.limits import Errand
+from sidecar.adapters.origins.origin import parse_origin
+from sidecar.adapters.origins.remote import Body, Resume
 from sidecar.errors import Invalid, Reason, Refused, SidecarError
 from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.origins import World, bring, folder_files, write_shards
+from tests.origins import LIMITS, World, bring, folder_files, write_shards
 from tests.peft_files import ALL_LINEAR, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -85,15 +92,48 @@ def test_a_server_that_cannot_go_on_is_asked_anew(
 
 
 def test_a_file_that_changes_under_way_is_never_a_mixture(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
-    """The second attempt's tag does not fit, so the server sends the new file, from its beginning."""
-    path = f"/sql/{WEIGHTS}"
-    changed = bytes(reversed(server.files[path]))
+    """The second attempt's tag does not fit, so the server sends the new file, from its beginning: a shorter one."""
+    path, changed = f"/sql/{WEIGHTS}", b"y" * 500
+
+    def change() -> None:
+        server.files[path] = changed
+        server.headers["x-amz-checksum-sha256"] = base64.b64encode(hashlib.sha256(changed).digest()).decode()
 
     server.faults[WEIGHTS] = [Fault(body_max=1000)]
-    world = WorldThatActs(lambda: server.files.update({path: changed}))
-    brought = bring(server.url("sql"), tmp_path / "to", [server.url("")], world)
+    brought = bring(server.url("sql"), tmp_path / "to", [server.url("")], WorldThatActs(change))
     assert brought.files()[WEIGHTS] == changed
     assert brought.progress[-1] == brought.size_bytes
+
+
+def test_bytes_that_changed_on_the_way_are_fetched_again(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
+    """A body with the right length and the wrong checksum is thrown away, all of it."""
+    server.always[WEIGHTS] = Fault(headers=(("x-amz-checksum-sha256", _sha256(folder / WEIGHTS)),))
+    server.faults[WEIGHTS] = [Fault(headers=server.always[WEIGHTS].headers, garbled=True)]
+    assert bring(server.url("sql"), tmp_path / "to", [server.url("")]).files() == folder_files(folder)
+    assert [asked.headers.get("range") for asked in server.asked[1:]] == [None, None]
+
+
+def _sha256(path: Path) -> str:
+    return base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
+
+
+class ShortRemote:
+    """A store whose bodies end early without an error."""
+
+    @contextmanager
+    def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
+        yield Body(resume.offset if resume else 0, 10, "tag", None, iter([b"abc"]))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_body_that_ends_early_is_gone_on_with(tmp_path: Path) -> None:
+    """What counts is the size that the store gave; more than that is refused."""
+    errand = Errand(parse_origin("s3://a/b"), LIMITS, World().surroundings(), lambda done, total: None)
+    with pytest.raises(Invalid, match="12 bytes or more and 10 are allowed"):
+        download(ShortRemote(), "file", tmp_path, 100, errand)
+    assert folder_files(tmp_path) == {}
 
 
 class WorldThatActs(World):

@@ -20,6 +20,12 @@ from sidecar.adapters.origins.remote import Body, Resume
 from sidecar.errors import SidecarError
 
 RANGE_BYTES = 4 << 20
+_INFO_OPTIONS: Mapping[str, Mapping[str, bool]] = {
+    "s3": {"refresh": True},
+    "gs": {},
+    "az": {"refresh": True},
+    "hf": {"refresh": True, "expand_info": True},  # without the latter it is name, size and type only
+}
 _VALIDATORS = (
     "VersionId",
     "generation",
@@ -49,7 +55,7 @@ class BucketFolder:
         file = self._origin.file(file_name)
         path = f"{file.host}/{file.path}"
         with _told(file):
-            info = self._filesystem.info(path, **self._fresh())
+            info = self._info(path)
             size_bytes, validator = int(info["size"]), _validator(info)
             checksum = _CHECKSUMS[file.scheme](self._filesystem, path, info)
             offset = resume.offset if resume is not None and resume.validator == validator else 0
@@ -62,13 +68,16 @@ class BucketFolder:
                 raise Transient(f"it ended after {offset} of {size_bytes} bytes")
             yield chunk
             offset += len(chunk)
-        if _validator(self._filesystem.info(path, **self._fresh())) != validator:
+        if _validator(self._info(path)) != validator:
             raise Transient("the file was changed while it was fetched", restart=True)
 
-    def _fresh(self) -> dict[str, bool]:
-        """Past any listing that the client remembers."""
+    def _info(self, path: str) -> Mapping[str, Any]:
+        """Return what the store says of a file now, past any listing that the client remembers."""
         self._filesystem.invalidate_cache()
-        return {"refresh": True} if self._origin.scheme in ("s3", "hf", "az") else {}
+        info: Mapping[str, Any] = self._filesystem.info(path, **_INFO_OPTIONS[self._origin.scheme])
+        if info.get("type", "file") != "file":
+            raise Missing(path)
+        return info
 
 
 def client_of(origin: Origin) -> Any:
@@ -127,7 +136,7 @@ def _of_google(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum 
 def _of_azure(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
     settings = info.get("content_settings") or {}
     md5 = settings.get("content_md5") if isinstance(settings, Mapping) else getattr(settings, "content_md5", None)
-    return from_hex("md5", bytes(md5).hex()) if md5 else None
+    return from_hex("md5", md5.hex()) if isinstance(md5, (bytes, bytearray)) else None
 
 
 def _of_hugging_face(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
