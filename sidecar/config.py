@@ -225,7 +225,7 @@ class Config(Section):
     def _certificates_are_asked_for(self) -> Config:
         tls = self.listeners.data.tls
         if self.tenant_from == "certificate" and (tls is None or tls.ca is None):
-            raise ValueError("tenant_from: certificate needs listeners.data.tls with a client ca, or nobody has a tenant")
+            raise ValueError("tenant_from: certificate needs listeners.data.tls with a client ca")
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """The disk tier's files: packed blobs that survive a restart, whole or not at all.
 
-A blob is one file: the packed rows, then what they are and their SHA-256 as JSON, then that text's length and a mark. It
-is written beside its place, flushed, and renamed into it; the folder is flushed too. So after a crash at any moment a
-file with a blob's name is complete, and what is not is swept away at the next start. The checksum is verified when a blob
-is first read, never at start: finding 500 blobs reads 500 file tails.
+A blob is one file: the packed rows, then what they are and their SHA-256 as JSON, then that text's length and a mark.
+It is written beside its place, flushed, and renamed into it; the folder is flushed too. So after a crash at any moment
+a file with a blob's name is complete, and what is not is swept away at the next start. The checksum is verified when a
+blob is first read, never at start: finding 500 blobs reads 500 file tails.
 """
 
 from __future__ import annotations

@@ -46,6 +46,13 @@ def emulate(
         Path | None,
         typer.Option(help="Append a JSON line for each request that ends.", rich_help_panel=_SERVER),
     ] = None,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="PEM file; with a key, the service speaks TLS.", rich_help_panel=_SERVER)
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file.", rich_help_panel=_SERVER)] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="PEM file; clients must show a certificate of its.", rich_help_panel=_SERVER)
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the ready line as JSON.", rich_help_panel=_SERVER)
     ] = False,
@@ -146,6 +153,9 @@ def emulate(
             triton_max_batch_size=triton_max_batch_size,
             write_engine_config=write_engine_config,
             served_log=served_log,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
             shape=shape,
             compute=compute,
             seed=seed,

@@ -56,8 +56,8 @@ def test_the_commands_are_those_that_are_promised() -> None:
         "demo", "emulate", "generate", "queue", "replay", "serve",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
-        "convert", "evict", "inspect", "list", "pin", "prefetch", "promote", "refresh", "register", "release", "rollback",
-        "show", "unpin", "unregister", "watch",
+        "convert", "evict", "inspect", "list", "pin", "prefetch", "promote", "refresh", "register", "release",
+        "rollback", "show", "unpin", "unregister", "watch",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("backends",) and len(path) == 2) == [
         "drain", "list", "show", "undrain",

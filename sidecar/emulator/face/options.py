@@ -62,6 +62,9 @@ class Options:
     cost_table: Path | None = None
     write_engine_config: Path | None = None
     served_log: Path | None = None
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
     max_queue: int = 0
     crash_on_load: tuple[str, ...] = ()
     crash_on_weights: tuple[str, ...] = ()
@@ -72,6 +75,8 @@ class Options:
     slow_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("TLS needs both a certificate and a key")
         if self.shape not in SHAPES:
             raise ValueError(f"unknown shape {self.shape!r}; there are {', '.join(SHAPES)}")
         if self.compute is not None and self.compute not in COMPUTES:

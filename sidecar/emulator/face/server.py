@@ -97,12 +97,23 @@ async def serve(options: Options) -> Server:
     answering = Answering(models_of(options), driver, regions, options)
     grpc_server = grpc.aio.server(options=_CHANNEL_OPTIONS)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(answering, regions), grpc_server)
-    grpc_port = grpc_server.add_insecure_port(f"{options.host}:{options.grpc_port}")
+    grpc_port = _add_port(grpc_server, options)
     metrics = None
     if options.metrics_port is not None:
         metrics = MetricsServer(driver.engine, options.host, options.metrics_port)
     await grpc_server.start()
     return Server(options, grpc_server, grpc_port, driver, log, metrics)
+
+
+def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
+    address = f"{options.host}:{options.grpc_port}"
+    if options.tls_certificate is None or options.tls_key is None:
+        return grpc_server.add_insecure_port(address)
+    ca = None if options.tls_client_ca is None else options.tls_client_ca.read_bytes()
+    credentials = grpc.ssl_server_credentials(
+        [(options.tls_key.read_bytes(), options.tls_certificate.read_bytes())], ca, require_client_auth=ca is not None
+    )
+    return grpc_server.add_secure_port(address, credentials)
 
 
 def _driver(options: Options, spec: EngineSpec, log: ServedLog) -> Driver:

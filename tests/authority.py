@@ -1,0 +1,53 @@
+"""A certificate authority of a test's own, by the openssl command line."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="certificates are made by the openssl CLI")
+
+
+@dataclass
+class Authority:
+    """A certificate authority of the test's own, and the files it signed."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    async def found(self) -> None:
+        await openssl(
+            self.folder, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem",
+            "-subj", "/CN=test authority", "-days", "2",
+        )  # fmt: skip
+
+    async def sign(self, name: str, alternative: str = "") -> tuple[Path, Path]:
+        """Return key and certificate of a name; `alternative` becomes its subject alternative name."""
+        key, request, certificate = (f"{name}.{end}" for end in ("key", "csr", "pem"))
+        await openssl(
+            self.folder, "req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}"
+        )
+        extensions: tuple[str, ...] = ()
+        if alternative:
+            (self.folder / f"{name}.ext").write_text(f"subjectAltName={alternative}\n")
+            extensions = ("-extfile", f"{name}.ext")
+        await openssl(
+            self.folder, "x509", "-req", "-in", request, "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial",
+            "-out", certificate, "-days", "2", *extensions,
+        )  # fmt: skip
+        return self.folder / key, self.folder / certificate
+
+
+async def openssl(folder: Path, *arguments: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "openssl", *arguments, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    _, words = await process.communicate()
+    assert process.returncode == 0, words.decode()
