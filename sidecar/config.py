@@ -78,7 +78,7 @@ class Engine(Section):
     """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown."""
 
     config: str | None = None
-    dtype: Literal["float16", "bfloat16", "float32"] | None = None
+    dtype: Literal["float16", "bfloat16"] | None = None
     rank_max: int | None = Field(None, ge=1)
     rank_multiple: int = Field(1, ge=1)
     tp: int | None = Field(None, ge=1)

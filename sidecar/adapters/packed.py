@@ -146,11 +146,13 @@ class _Packer:
 
     def __init__(self, source: AdapterSource, plan: PackPlan, with_error: bool = False) -> None:
         self._file, self._dtype, self._with_error = source.file, numpy_dtype(plan.layout), with_error
+        self._largest = max(tensor.elements for row in plan.made_of for tensor in row.target.tensors)
         self._thread = local()
 
     def write(self, row: PackedRow, out: Array) -> _Written:
-        scratch = self._thread.__dict__.setdefault("scratch", None) or Scratch()
-        self._thread.scratch = scratch
+        scratch = getattr(self._thread, "scratch", None)
+        if scratch is None:
+            scratch = self._thread.scratch = Scratch(self._largest)
         losses, powers = write_row(self._file, row, self._dtype, out, scratch, self._with_error)
         if powers is None:
             return _Written(row, losses, None)

@@ -49,7 +49,8 @@ def _compile(key: str) -> re.Pattern[str]:
 def _cost(key: str) -> int:
     """Bound how many ways the matcher can try `key`: alternatives multiply, and so do repetitions."""
     bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\[^1-9]", "c", key))
-    if re.search(r"\\|\)[*+?{]|\(\?(?!:)", bare):
+    # Sets within sets mean something else in a later Python, which warns of them.
+    if re.search(r"\\|\)[*+?{]|\(\?(?!:)", bare) or re.search(r"\[[^\]]*(?:\[|--|&&|~~|\|\|)", key):
         return _COST_MAX + 1
     bare = bare.replace("(?:", "(")
     cost: int = 64 ** min(4, len(re.findall(r"[*+?{]", bare)))

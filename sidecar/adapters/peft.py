@@ -7,6 +7,7 @@ refuses the adapter, with its name and the way out.
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,8 @@ def _read_config(directory: Path, adapter: str) -> bytes:
 def _read_bounded(path: Path, limit: int, adapter: str) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            # What is asked for is reserved, however little there is.
+            data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise unreadable(adapter, f"{path.name} cannot be read: {error.strerror}") from error
     if len(data) > limit:

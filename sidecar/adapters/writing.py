@@ -35,14 +35,14 @@ class Source(Readable, Protocol):
 
 
 class Scratch:
-    """The buffers of one thread."""
+    """The buffers of one thread, for tensors of at most so many elements."""
 
-    def __init__(self) -> None:
-        self.elements = CHUNK_ELEMENTS
-        self.read = np.empty(4 * CHUNK_ELEMENTS, np.uint8)
-        self.magnitudes = np.empty(CHUNK_ELEMENTS, np.uint32)
-        self.wide = np.empty(CHUNK_ELEMENTS, np.float32)
-        self.packed = np.empty(CHUNK_ELEMENTS, np.uint16)
+    def __init__(self, elements: int) -> None:
+        self.elements = min(CHUNK_ELEMENTS, elements)
+        self.read = np.empty(4 * self.elements, np.uint8)
+        self.magnitudes = np.empty(self.elements, np.uint32)
+        self.wide = np.empty(self.elements, np.float32)
+        self.packed = np.empty(self.elements, np.uint16)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def _version(state: State, name: str, adapter: Adapter, origin: str, generation:
     identity = version_id(adapter.digest, generation)
     if identity not in state.versions:
         state.versions[identity] = Version(adapter, origin, generation)
+    state.versions[identity].origin = origin  # the last place it was registered from is the likeliest to be there
     state.versions[identity].names[name] = None
     return identity
 

@@ -52,6 +52,7 @@ class Driver:
         self._engine: deque[Event] = deque()
         self._client: deque[Event] = deque()
         self._scheduled = False
+        self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._last_ns = 0
         self.steps = 0
@@ -90,6 +91,8 @@ class Driver:
     def _turn(self) -> None:
         self._scheduled = False
         for _ in range(EVENTS_A_TURN):
+            if self._stopped:
+                return
             if self._engine:
                 self.step(self._engine.popleft())
             elif self._client:
@@ -125,5 +128,7 @@ class Driver:
         self._timer = asyncio.get_running_loop().call_later(delay_s, self.post, Tick())
 
     def stop(self) -> None:
+        """Take no event any more; what is still posted is dropped."""
+        self._stopped = True
         if self._timer is not None:
             self._timer.cancel()

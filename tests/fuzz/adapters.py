@@ -114,11 +114,15 @@ def attempt(folder: Path, case: int) -> str:
             assert np.isfinite(out.astype(np.float32)).all(), "Inf or NaN was packed"
             assert 0 <= report.flushed_share <= 1
     except SidecarError as error:
-        assert error.reason.row.family is Family.INVALID, error
-        assert 20 < len(error.message) < MESSAGE_LENGTH_MAX, error.message
-        assert error.message.isprintable(), repr(error.message)
-        return error.reason.value
+        return _fit_for_people(error)
     return "packed"
+
+
+def _fit_for_people(error: SidecarError) -> str:
+    assert error.reason.row.family is Family.INVALID, error
+    assert 20 < len(error.message) < MESSAGE_LENGTH_MAX, error.message
+    assert error.message.isprintable(), repr(error.message)
+    return error.reason.value
 
 
 def attempt_base(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Ways to damage an adapter's files, each drawn from one seeded generator: the bytes, the header, the config, the index."""
+"""Ways to damage an adapter's files, drawn from a seeded generator: bytes, header, config, index."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ INDEX = "adapter_model.safetensors.index.json"
 
 _ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**40, 0.5, 1e308, -1e-308, "", "x" * 300, "\ud800", "../../etc/passwd",
-    "attn\x00", [], [[]], {}, {"a": {"b": []}}, ["q_proj"], "all-linear", "(a+)+$", ".*" * 50, [1, 2, 3], "LORA", "pissa",
+    "attn\x00", [], [[]], {}, {"a": {"b": []}}, ["q_proj"], "all-linear", "(a+)+$", ".*" * 50, [1, 2, 3], "LORA",
+    "pissa", "[[a]--b]",
 )  # fmt: skip
 _ODD_BYTES = (b"\x00", b"\xff", b"{", b"}", b"[" * 200, b'"', b",", b"9" * 40, b"\\u0000", b"e999", b"NaN", b"-")
 _ODD_DTYPES = ("F16", "BF16", "F32", "F64", "I64", "BOOL", "F8_E4M3", "Q4", "", 7)
@@ -181,6 +182,6 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    _overwrite, _overwrite, _insert, _cut, _extend, _drop_file, _swap_files, _config_field, _config_field, _config_pattern,
-    _header_length, _header_entry, _header_entry, _header_name, _data_values, _index_owner,
+    _overwrite, _overwrite, _insert, _cut, _extend, _drop_file, _swap_files, _config_field, _config_field,
+    _config_pattern, _header_length, _header_entry, _header_entry, _header_name, _data_values, _index_owner,
 )  # fmt: skip
