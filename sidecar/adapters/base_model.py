@@ -6,6 +6,7 @@ v begin in a fused projection. Names of fields differ from model to model; each 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,9 @@ def read_base_model(path: Path) -> BaseModel:
     file = path / "config.json" if path.is_dir() else path
     try:
         with file.open("rb") as opened:
-            data = opened.read(CONFIG_BYTES_MAX)
+            data = opened.read(min(CONFIG_BYTES_MAX, os.fstat(opened.fileno()).st_size) + 1)
+        if len(data) > CONFIG_BYTES_MAX:
+            raise ValueError(f"it is larger than {CONFIG_BYTES_MAX} bytes")
         return base_model_of(parse_object(data))
     except OSError as error:
         raise Misused(Reason.CONFIG_INVALID, f"base model {shown(str(file), 200)}: {error.strerror}") from error

@@ -23,7 +23,7 @@ from sidecar.adapters.targets import Pair
 from sidecar.adapters.tensors import NUMPY_DTYPES, TensorInfo
 from sidecar.adapters.values import INFINITY, UNSIGNED, WITHOUT_SIGN, Readable, largest_magnitude
 
-CHUNK_ELEMENTS = 128 << 10
+CHUNK_ELEMENTS = 256 << 10
 
 Array = npt.NDArray[Any]
 

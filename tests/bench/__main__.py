@@ -13,7 +13,7 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, eviction, latency, miss, relay, stall, wire
+from tests.bench import core, eviction, latency, miss, packing, relay, stall, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -24,6 +24,7 @@ BENCHES = {
     "miss": miss.bench,
     "wire": wire.bench,
     "stall": stall.bench,
+    "packing": packing.bench,
 }
 
 

@@ -50,7 +50,7 @@ def main() -> int:
         print(f"{count:8,} {outcome}")
     print(
         f"{options.cases:,} damaged adapters, seed {options.seed}, in {perf_counter() - began:.0f} s; slowest "
-        f"{slowest[0]:.2f} s (case {slowest[1]}); memory beyond twice the files and 1 MiB: {max(0, excess):,} bytes"
+        f"{slowest[0]:.2f} s (case {slowest[1]}); memory beyond twice the files and 256 KiB: {max(0, excess):,} bytes"
     )
     return 1 if slowest[0] > SLOW_S or excess > 0 else 0
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from sidecar.adapters import packed
 from sidecar.adapters.builder import build
 from sidecar.demo import run
 from sidecar.shell import store
@@ -35,9 +35,8 @@ async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], m
     """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
     swap = {"pirate": "chef", "chef": "pirate"}
 
-    def swapped(effect: Any) -> Any:
-        origin = Path(effect.origin)
-        return build(origin.with_name(swap.get(origin.name, origin.name)), effect.layout)
+    def swapped(source: Path, effect: Any) -> Any:
+        return build(source.with_name(swap.get(source.name, source.name)), effect.layout)
 
     monkeypatch.setattr(store, "_build", swapped)
     assert await run.run_demo(keep=False, as_json=True) == 1
@@ -46,15 +45,25 @@ async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], m
     assert {line.split()[0] for line in wrong} == {"pirate", "chef"}
 
 
-async def test_a_zeroed_b_is_caught(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def without_b(source: Path, folder: Path) -> Path:
+    """Copy an adapter with every byte of its B matrices zero."""
+    copy = Path(shutil.copytree(source, folder / source.name, dirs_exist_ok=True))
+    weights = copy / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    (length,) = struct.unpack("<Q", data[:8])
+    for name, tensor in json.loads(data[8 : 8 + length]).items():
+        if name.endswith("lora_B.weight"):
+            begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+            data[begin:end] = bytes(end - begin)
+    weights.write_bytes(data)
+    return copy
+
+
+async def test_a_zeroed_b_is_caught(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Adapters whose B never arrived answer as the base model: every one is named as wrong."""
-    write_b = packed._write_b
-
-    def zeroed(file: Any, target: Any, factors: Any, out: np.ndarray, loss: Any) -> None:
-        write_b(file, target, factors, out, loss)
-        out[...] = 0
-
-    monkeypatch.setattr(packed, "_write_b", zeroed)
+    monkeypatch.setattr(store, "_build", lambda source, effect: build(without_b(source, tmp_path), effect.layout))
     assert await run.run_demo(keep=False, as_json=True) == 1
     report = report_of(capsys)
     assert all(not answer["right"] for answer in report["answers"] if answer["adapter"])

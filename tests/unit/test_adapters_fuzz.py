@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sidecar.adapters.packed import Layout, measure
 from sidecar.adapters.peft import read_adapter
 from sidecar.errors import Invalid
+from tests.fuzz.adapters import run
 from tests.peft_files import write_adapter
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -57,3 +58,21 @@ def outcome(folder: Path) -> tuple[Invalid | None, float]:
             return None, measure(source, Layout("float16")).flushed_share
     except Invalid as error:
         return error, 0.0
+
+
+def test_seeded_damage_ends_in_an_adapter_or_a_typed_refusal(tmp_path: Path) -> None:
+    """The first cases of `make fuzz`: bytes, headers, configs and indexes; memory stays within twice the files."""
+    found = run(range(1500), seed=1, scratch=tmp_path, memory_every=25)
+    assert found.outcomes["packed"] > 50
+    assert found.outcomes["ADAPTER_MALFORMED"] > 500
+    assert found.outcomes["ADAPTER_UNSUPPORTED"] > 50
+    assert found.memory_excess_bytes <= 0
+
+
+def test_json_that_would_fill_memory_is_refused(tmp_path: Path) -> None:
+    """A megabyte of empty lists is turned away before it is parsed."""
+    path = write_adapter(tmp_path / "sql")
+    (path / "adapter_config.json").write_text('{"r": [' + "[]," * 300_000 + "[]]}")
+    refusal, _ = outcome(path)
+    assert refusal is not None
+    assert "it holds more than 262144 items" in refusal.message

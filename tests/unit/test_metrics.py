@@ -192,8 +192,8 @@ async def test_standing_is_read_from_the_state() -> None:
     assert samples["lora_sidecar_seats"] == {("b0",): 1, ("b1",): 1}
     assert samples["lora_sidecar_resident"][("b0", "gpu")] == len(state.backends["b0"].shadow.device.held) > 0
     assert samples["lora_sidecar_resident"][("b1", "gpu")] == 0
-    assert samples["lora_sidecar_store_bytes"] == {("memory",): 3 * BLOB_BYTES}
-    assert samples["lora_sidecar_store_budget_bytes"] == {("memory",): 64 * BLOB_BYTES}
+    assert samples["lora_sidecar_store_bytes"] == {("memory",): 3 * BLOB_BYTES, ("disk",): 0}
+    assert samples["lora_sidecar_store_budget_bytes"] == {("memory",): 64 * BLOB_BYTES, ("disk",): 0}
     assert samples["lora_sidecar_adapters_registered"] == {(): 3}
 
 
