@@ -34,8 +34,8 @@ class Cast(Protocol):
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
         """Write the products into `out` and return the sum of the squares of the values that became zero.
 
-        `magnitudes` are the values' bits without their signs; they may be overwritten. What leaves the dtype's range
-        comes out as anything: the caller knows the largest magnitude.
+        `magnitudes` are the values' bits without their signs, overwritten at will; `out` is contiguous. What leaves the
+        dtype's range comes out as anything: the caller knows the largest magnitude.
         """
 
 
@@ -81,6 +81,10 @@ class Tabled:
         # Magnitudes from 1 to this one become zero. With a factor of 0 all do, and nothing is lost that was meant.
         self._flushed_end = 0 if factor == 0 else int(np.argmin(zeros)) - 1 if not zeros.all() else (1 << 15) - 1
 
+    def look_up(self, values: Array) -> Bits:
+        found: Bits = self._bits[values.view(np.uint16)]
+        return found
+
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
         # No index is out of range; "wrap" only keeps NumPy from working in a copy of `out`.
         self._bits.take(values.view(np.uint16), out=out, mode="wrap")
@@ -106,13 +110,12 @@ class Shifted:
     """
 
     def __init__(self, factor: np.float32, elements: int) -> None:
-        self._factor, self._elements = factor, elements
+        self._factor, self._is_large = factor, elements >= SMALL_ELEMENTS
         power = math.frexp(abs(float(factor)))[1] - 1
         sign = 0x8000 if factor < 0 else 0
         # Arrays, not scalars: NumPy would convert those anew for every piece.
         self._moved = np.array([((112 - power) * (1 << 10) + sign) % (1 << 16)], np.uint16)
         self._normal = np.array([(127 - 14 - power) << 7], np.uint16)
-        self._is_small = np.empty(0, np.bool_)
 
     @staticmethod
     def can_take(factor: np.float32) -> bool:
@@ -120,22 +123,27 @@ class Shifted:
         return math.frexp(magnitude)[0] == 0.5 and 2.0**-64 < magnitude < 2.0**64
 
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
-        if self._is_small.size < values.size:
-            self._is_small = np.empty(values.size, np.bool_)
-        is_small = self._is_small[: values.size]
+        is_small = out.view(np.bool_)[: values.size]  # `out` is written later, and is room enough till then
         np.less(magnitudes, self._normal, out=is_small)
         (small,) = is_small.nonzero()
-        if small.size > values.size // 16 and values.size >= SMALL_ELEMENTS:
-            return table_for("BF16", float(self._factor), _FLOAT16).convert(values, magnitudes, out)
+        if self._is_large and small.size > values.size // 16:
+            return self._table.convert(values, magnitudes, out)
         np.multiply(magnitudes, _SEVEN, out=magnitudes)
         np.subtract(magnitudes, self._moved, out=magnitudes)
         np.add(magnitudes, values.view(np.uint16), out=out)
         if not small.size:
             return 0.0
         tiny = values[small]
-        rounded = rounded_product(tiny, self._factor, _FLOAT16).view(np.uint16)
+        rounded = self._table.look_up(tiny) if self._is_large else self._rounded(tiny)
         out[small] = rounded
         return _squares(tiny[(rounded & 0x7FFF) == 0])
+
+    @property
+    def _table(self) -> Tabled:
+        return table_for("BF16", float(self._factor), _FLOAT16)
+
+    def _rounded(self, values: Array) -> Bits:
+        return rounded_product(values, self._factor, _FLOAT16).view(np.uint16)
 
 
 _FLOAT16 = np.dtype(np.float16)

@@ -29,6 +29,7 @@ from sidecar.adapters.loss import Loss, Sums
 from sidecar.adapters.peft import AdapterSource
 from sidecar.adapters.rows import PackedRow, rows_of
 from sidecar.adapters.targets import Pair
+from sidecar.adapters.tensors import NUMPY_DTYPES
 from sidecar.adapters.writing import Scratch, write_row
 
 Array = npt.NDArray[Any]
@@ -146,13 +147,15 @@ class _Packer:
 
     def __init__(self, source: AdapterSource, plan: PackPlan, with_error: bool = False) -> None:
         self._file, self._dtype, self._with_error = source.file, numpy_dtype(plan.layout), with_error
-        self._largest = max(tensor.elements for row in plan.made_of for tensor in row.target.tensors)
+        tensors = [tensor for row in plan.made_of for tensor in row.target.tensors]
+        self._elements = max(tensor.elements for tensor in tensors)
+        self._element_bytes = max(NUMPY_DTYPES[tensor.dtype].itemsize for tensor in tensors)
         self._thread = local()
 
     def write(self, row: PackedRow, out: Array) -> _Written:
         scratch = getattr(self._thread, "scratch", None)
         if scratch is None:
-            scratch = self._thread.scratch = Scratch(self._largest)
+            scratch = self._thread.scratch = Scratch(self._elements, self._element_bytes)
         losses, powers = write_row(self._file, row, self._dtype, out, scratch, self._with_error)
         if powers is None:
             return _Written(row, losses, None)

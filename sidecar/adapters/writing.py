@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from sidecar.adapters.balance import Exponents, Floats, exponents_for
 from sidecar.adapters.cast import cast_for
-from sidecar.adapters.loss import Sums, squares_of
+from sidecar.adapters.loss import ROOM_ELEMENTS, Sums, squares_of
 from sidecar.adapters.rows import PackedRow, Range
 from sidecar.adapters.targets import Pair
 from sidecar.adapters.tensors import NUMPY_DTYPES, TensorInfo
 from sidecar.adapters.values import INFINITY, UNSIGNED, WITHOUT_SIGN, Readable, largest_magnitude
 
-CHUNK_ELEMENTS = 256 << 10
+CHUNK_ELEMENTS = 512 << 10
+"""Large enough that threads seldom wait for the interpreter, small enough for a core's caches."""
 
 Array = npt.NDArray[Any]
 
@@ -35,14 +36,20 @@ class Source(Readable, Protocol):
 
 
 class Scratch:
-    """The buffers of one thread, for tensors of at most so many elements."""
+    """The buffers of one thread, for tensors of at most so many elements of at most so many bytes."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int, element_bytes: int) -> None:
         self.elements = min(CHUNK_ELEMENTS, elements)
-        self.read = np.empty(4 * self.elements, np.uint8)
-        self.magnitudes = np.empty(self.elements, np.uint32)
-        self.wide = np.empty(self.elements, np.float32)
-        self.packed = np.empty(self.elements, np.uint16)
+        self.read = np.empty(element_bytes * self.elements, np.uint8)
+        self.magnitudes = np.empty(element_bytes * self.elements, np.uint8)
+        self.room = np.empty(min(ROOM_ELEMENTS, self.elements // 2 + 1), np.float32)
+        self._packed = np.empty(0, np.uint16)
+
+    def packed(self, size: int) -> npt.NDArray[np.uint16]:
+        """Return room for what cannot be written in place: ranks that are padded."""
+        if self._packed.size < size:
+            self._packed = np.empty(self.elements, np.uint16)
+        return self._packed[:size]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Side:
         for span, values in _read(source, self.tensor, self.ranges, scratch):
             place = out[span.row : span.row + span.rows, span.column : span.column + span.width]
             is_whole = place.flags.c_contiguous
-            packed = place.reshape(-1) if is_whole else scratch.packed[: values.size]
+            packed = place.reshape(-1) if is_whole else scratch.packed(values.size)
             self.sums.flushed += cast.convert(values, self._measure(span, values, scratch), packed)
             if self.with_error:
                 self._count_error(values, packed.view(dtype), np.float64(self.factor))
@@ -115,7 +122,7 @@ class Side:
         """Write the rows again, each rank times its own power of two: in float64, which holds all of them."""
         self.sums = Sums()
         factors = np.ldexp(np.float64(self.factor), powers.astype(np.int32))
-        for span, values in _read(source, self.tensor, self.ranges, scratch):
+        for span, values in _read(source, self.tensor, self.ranges, scratch, ROOM_ELEMENTS):
             own = (
                 factors[span.row : span.row + span.rows, None] if self.by_row else factors[span.column :][: span.width]
             )
@@ -131,14 +138,14 @@ class Side:
     def _measure(self, span: Span, values: Array, scratch: Scratch) -> Array:
         """Count the norm and each rank's top; return the values' bits without their signs."""
         unsigned = UNSIGNED[self.tensor.dtype]
-        magnitudes = scratch.magnitudes.view(unsigned)[: values.size]
+        magnitudes = scratch.magnitudes[: values.nbytes].view(unsigned)
         np.bitwise_and(values.view(unsigned), WITHOUT_SIGN[self.tensor.dtype], out=magnitudes)
         if self.by_row:
             own, tops = self.tops[span.row : span.row + span.rows], magnitudes.reshape(span.rows, -1).max(axis=1)
         else:
             own, tops = self.tops[span.column : span.column + span.width], _column_tops(magnitudes, span)
         np.maximum(own, tops, out=own)
-        self.sums.norm += squares_of(values, self.tensor.dtype, int(tops.max()), scratch.wide)
+        self.sums.norm += squares_of(values, self.tensor.dtype, int(tops.max()), scratch.room)
         return magnitudes
 
     def _count_error(self, values: Array, packed: Array, factors: np.float64 | Floats) -> None:
@@ -194,10 +201,10 @@ def _write_pair(
 
 
 def _read(
-    source: Source, tensor: TensorInfo, ranges: Sequence[Range], scratch: Scratch
+    source: Source, tensor: TensorInfo, ranges: Sequence[Range], scratch: Scratch, limit: int | None = None
 ) -> Iterator[tuple[Span, Array]]:
     dtype, width = NUMPY_DTYPES[tensor.dtype], tensor.shape[1]
-    for span in spans_of(ranges, width, scratch.elements):
+    for span in spans_of(ranges, width, min(limit or scratch.elements, scratch.elements)):
         count = span.rows * span.width
         values = scratch.read[: count * dtype.itemsize].view(dtype)
         source.read_into(tensor, span.first, values)

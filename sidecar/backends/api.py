@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sidecar.backends import wire
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import Event
 
@@ -34,13 +35,24 @@ class Payload:
     metadata: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """One response of the engine. `raw` is what came over the wire, `message` the same, parsed."""
+    """One response of the engine: what came over the wire, and whether it is the last.
 
-    raw: bytes
-    message: Any
-    final: bool
+    `message` is the parsed response, which most replies are passed on without.
+    """
+
+    __slots__ = ("_message", "final", "raw")
+
+    def __init__(self, raw: bytes, message: Any, final: bool) -> None:
+        self.raw = raw
+        self.final = final
+        self._message = message
+
+    @property
+    def message(self) -> Any:
+        if self._message is None:
+            self._message = wire.ModelStreamInferResponse.FromString(self.raw).infer_response
+        return self._message
 
 
 class Ticket:

@@ -84,6 +84,7 @@ class Run:
         self._call: Any = None
         self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
+        self._wire_id = wire.id_field(self.engine_id)
 
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
@@ -139,6 +140,11 @@ class Run:
         """Deliver one response; return whether it was the last. What comes after a cancel is nobody's any more."""
         if self.cancelled:
             raise asyncio.CancelledError
+        if self.tokens and wire.is_one_of_many(raw, self._wire_id):
+            self.tokens += 1
+            self._heard(self.effect.request, 1)
+            self.ticket.deliver(Reply(raw, None, False))
+            return False
         message = wire.ModelStreamInferResponse.FromString(raw)
         response = message.infer_response
         if response.id not in ("", self.engine_id):

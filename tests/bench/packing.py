@@ -85,7 +85,7 @@ def _memory(source: AdapterSource) -> list[Figure]:
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     largest = max(tensor.size_bytes for target in source.targets for tensor in target.tensors)
-    return [Figure("packing: memory", float(peak_bytes), "bytes", float(largest), "its largest tensor", "ratio", 1.5)]
+    return [Figure("packing: memory", float(peak_bytes), "bytes", float(largest), "its largest tensor", "ratio", 1.0)]
 
 
 def _least_ms(work: Callable[[], object]) -> float:

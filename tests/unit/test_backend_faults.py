@@ -134,3 +134,26 @@ def test_a_counter_that_goes_back_is_a_restart() -> None:
     assert not pulse.counted(4, 3)
     pulse.begin(4)
     assert not pulse.counted(1, 5)
+
+
+def test_what_is_passed_on_unparsed_is_a_token_and_nothing_else() -> None:
+    """A final response, an error, another's response and a text that imitates the flag are all parsed."""
+    from sidecar.backends import wire
+
+    def message(final: bool, request_id: str = "7.1", error: str = "", text: bytes = b"x") -> bytes:
+        response = wire.ModelStreamInferResponse(error_message=error)
+        response.infer_response.id = request_id
+        response.infer_response.parameters[wire.FINAL].bool_param = final
+        response.infer_response.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+        response.infer_response.raw_output_contents.append(text)
+        return bytes(response.SerializeToString())
+
+    ours = wire.id_field("7.1")
+    goes_on = message(False)
+    assert wire.is_one_of_many(goes_on, ours)
+    assert not wire.is_one_of_many(message(True), ours)
+    assert not wire.is_one_of_many(message(False, "7.2"), ours)
+    assert not wire.is_one_of_many(message(False, "17.1"), ours)
+    assert not wire.is_one_of_many(message(False, error="Executor failed"), ours)
+    imitation = goes_on[goes_on.index(b"triton_final_response") :][:25]
+    assert not wire.is_one_of_many(message(True, text=imitation), ours)
