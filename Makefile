@@ -1,6 +1,8 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests
 # make bench   the figures of the README, side by side in one run
+# make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
+# make fuzz    100,000 damaged adapters
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test lint bench proto lock clean .venv
+.PHONY: demo test lint bench goldens fuzz proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -41,6 +43,12 @@ test: lint
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench
+
+goldens:
+	PYTHON=$(PYTHON) tests/golden/peft/remake.sh
+
+fuzz: $(DEVELOPING)
+	$(BIN)/python -m tests.fuzz
 
 proto: $(DEVELOPING)
 	proto/generate.sh

@@ -85,6 +85,32 @@ def test_names_of_many_models_find_their_module(tmp_path: Path, name: str, modul
         assert [(target.module, target.module_id, target.layer) for target in source.targets] == [(module, number, 0)]
 
 
+def test_what_unsloth_and_axolotl_write_is_read(tmp_path: Path) -> None:
+    """Unsloth's quantised base and long regular expression; Axolotl's compiled model and local path."""
+    regex = (
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:q_proj))"
+    )
+    unsloth = write_adapter(
+        tmp_path / "unsloth",
+        prefix=f"{PREFIX}model.language_model.",
+        auto_mapping={"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+        base_model_name_or_path="unsloth/llama-3-8b-bnb-4bit",
+        target_modules=regex,
+        lora_alpha=16.0,
+    )
+    axolotl = write_adapter(
+        tmp_path / "axolotl",
+        prefix=f"{PREFIX}_orig_mod.",
+        base_model_name_or_path="./outputs/merged",
+        target_modules=["v_proj", "q_proj"],
+        peft_version="0.17.1@abc",
+        inference_mode=True,
+    )
+    for path in (unsloth, axolotl):
+        with read_adapter(path, base_model="tiny-llama", base=base()) as source:
+            assert [target.module for target in source.targets] == ["attn_q", "attn_v"] * 2
+
+
 def test_a_fused_adapter_is_refused_while_its_engine_is_unknown(tmp_path: Path) -> None:
     """Cut at a guessed place it would answer wrong in silence: the message says what is missing, and where to."""
     path = adapter(tmp_path / "sql", {"self_attn.qkv_proj": (16, 32)})
