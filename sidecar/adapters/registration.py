@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.values import check_values
 from sidecar.core.facts import Adapter, Row
@@ -18,9 +19,14 @@ class Registration:
     size_bytes: int
 
 
-def read_registration(name: str, directory: Path) -> Registration:
-    """Read and check a folder. Raises Invalid with what is wrong with it. Reads every byte: run it in a thread."""
-    with read_adapter(directory, name=name) as source:
+def read_registration(
+    name: str, directory: Path, *, base_model: str | None = None, base: BaseModel | None = None
+) -> Registration:
+    """Read and check a folder. Raises Invalid with what is wrong with it. Reads every byte: run it in a thread.
+
+    `base_model` replaces the name that the config gives; every tensor is checked against `base`.
+    """
+    with read_adapter(directory, name=name, base_model=base_model, base=base) as source:
         check_values(source)
         return Registration(adapter_of(source), source.size_bytes)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -30,7 +32,7 @@ async def bench(folder: Path) -> list[Figure]:
     path = write_adapter(folder / "sql", shape=FOUR_LAYERS, modules=ALL_LINEAR, rank=RANK, size=0.02)
     figures = _casts()
     with read_adapter(path) as source:
-        return figures + _whole(source) + _memory(source)
+        return figures + _whole(path, source) + _memory(source)
 
 
 def _casts() -> list[Figure]:
@@ -62,7 +64,7 @@ def _convert(values: npt.NDArray[np.void], factor: np.float32, out: Bits) -> int
     return top
 
 
-def _whole(source: AdapterSource) -> list[Figure]:
+def _whole(path: Path, source: AdapterSource) -> list[Figure]:
     packing = plan(source, Layout("float16"))
     out, twin = np.zeros(packing.shape, np.float16), np.ones(packing.shape, np.float16)
     copied = _least_ms(lambda: np.copyto(out, twin))
@@ -74,7 +76,29 @@ def _whole(source: AdapterSource) -> list[Figure]:
             note="with reading from the page cache, norms and padding",
         ),
         Figure("packing: two threads", two, "ms", one, "one thread", "ratio", round(GOAL_OF_TWO_THREADS, 3)),
+        Figure(
+            "packing: two processes, each", _in_two_processes(path) / 2, "ms", one, "one thread",
+            note="what the second core of this machine can give at most",
+        ),
     ]  # fmt: skip
+
+
+def _in_two_processes(path: Path) -> float:
+    """Return the milliseconds of one packing while another process packs as well."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for _ in range(2):  # the first time is for starting up
+            took_ms = max(pool.map(_packed_again, [path] * 2))
+    return took_ms
+
+
+def _packed_again(path: Path) -> float:
+    with read_adapter(path) as source:
+        packing = plan(source, Layout("float16"))
+        out = np.zeros(packing.shape, np.float16)
+        began_ns = perf_counter_ns()
+        for _ in range(3 * ROUNDS):
+            pack(source, packing, out)
+        return (perf_counter_ns() - began_ns) / 3 / ROUNDS / 1e6
 
 
 def _memory(source: AdapterSource) -> list[Figure]:
