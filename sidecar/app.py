@@ -15,6 +15,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar import plugins
+from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_model
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
@@ -78,6 +79,7 @@ class Sidecar:
             config.client_stall_s,
             config.queue.inbox_max,
             sources=self._sources(data),
+            bases=base_models(config.backends),
             disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
@@ -207,14 +209,41 @@ class Sidecar:
 def make_backends(configured: Sequence[BackendConfig], loader: LoaderProcess) -> list[tuple[Backend, EngineFacts]]:
     """Return the backends of a configuration, each with the facts that are declared of it."""
     made: list[tuple[Backend, EngineFacts]] = []
+    facts = facts_of(configured)
+    for backend in configured:
+        if backend.scheme == "triton":
+            options = _triton_options(backend, facts[backend.identity])
+            made.append((TritonBackend(options, loader), options.facts))
+        else:
+            kind = plugins.resolve("backend", backend.scheme)
+            made.append((kind(backend, facts[backend.identity], loader), facts[backend.identity]))
+    return made
+
+
+def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
+    """Return what is declared of each backend's engine, by the backend's id; nothing is asked of anyone."""
+    found = {}
     for backend in configured:
         engine = backend.engine.config
-        facts = declared_facts(backend, from_engine_config(Path(engine)) if engine else None)
-        if backend.scheme == "triton":
-            made.append((TritonBackend(_triton_options(backend, facts), loader), facts))
-        else:
-            made.append((plugins.resolve("backend", backend.scheme)(backend, facts, loader), facts))
-    return made
+        declared = declared_facts(backend, from_engine_config(Path(engine)) if engine else None)
+        found[backend.identity] = with_base_model(declared, base_model_of(backend))
+    return found
+
+
+def base_models(configured: Sequence[BackendConfig]) -> dict[str, BaseModel]:
+    """Return the base models whose files are named, by every name that they have."""
+    found: dict[str, BaseModel] = {}
+    for backend in configured:
+        model = base_model_of(backend)
+        if model is not None and backend.base_model is not None:
+            found |= dict.fromkeys((backend.base_model.name, *backend.base_model.aliases), model)
+    return found
+
+
+def base_model_of(backend: BackendConfig) -> BaseModel | None:
+    """Read the base model's own config. Raises Misused with what is wrong with it."""
+    base = backend.base_model
+    return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
 
 
 def _triton_options(backend: BackendConfig, facts: EngineFacts) -> TritonOptions:

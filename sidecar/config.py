@@ -83,6 +83,9 @@ class Engine(Section):
     rank_multiple: int = Field(1, ge=1)
     tp: int | None = Field(None, ge=1)
     layers: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    head_size: int | None = Field(None, ge=1)
     modules: dict[str, tuple[int, int]] | None = None
     host_pages: int | None = Field(None, ge=1)
     device_pages: int | None = Field(None, ge=1)
@@ -92,14 +95,24 @@ class Engine(Section):
     sequence_tokens_max: int | None = Field(None, ge=1)
 
 
+class BaseModelNames(Section):
+    """The model that an engine serves: the name that adapters were trained on, others for the same model, and its files.
+
+    `config` is its `config.json` or folder: every adapter's dimensions are checked against it.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    config: str | None = None
+
+
 class Backend(Section):
     """`url` is `triton://HOST:PORT`; `kind` follows from it, or names a plug-in's."""
 
     url: str
     id: str | None = None
     kind: str | None = None
-    base_model: str | None = None
-    aliases: tuple[str, ...] = ()
+    base_model: BaseModelNames | None = None
     model: str = "tensorrt_llm"
     metrics: str | None = None
     engine: Engine = Engine()
@@ -120,6 +133,11 @@ class Backend(Section):
     def scheme(self) -> str:
         """The backend kind: given, or the URL's scheme."""
         return self.kind or self.url.partition("://")[0]
+
+    @field_validator("base_model", mode="before")
+    @classmethod
+    def _is_a_name_at_least(cls, base_model: Any) -> Any:
+        return {"name": base_model} if isinstance(base_model, str) else base_model
 
     @field_validator("url")
     @classmethod
@@ -260,13 +278,14 @@ class Config(Section):
 def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> EngineFacts:
     """Return what is declared of an engine: its config.json's facts, those given inline on top."""
     facts = from_engine_config or EngineFacts()
-    names = (backend.base_model, *backend.aliases) if backend.base_model else backend.aliases
+    base = backend.base_model
+    names = (base.name, *base.aliases) if base is not None else ()
     given = {
         name: value
         for name, value in backend.engine.model_dump(exclude={"config"}).items()
         if name in backend.engine.model_fields_set and value is not None
     }
-    return replace(facts, base_models=tuple(names), **given)
+    return replace(facts, base_models=names, **given)
 
 
 def load(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:

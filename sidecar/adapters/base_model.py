@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.strict_json import parse_object
+from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Invalid, Misused, Reason
 
@@ -53,6 +54,36 @@ def read_base_model(path: Path) -> BaseModel:
             f"base model {shown(str(file), 200)} is not a decoder's config.json: {error}; give the folder of the "
             "model, or declare the engine's sizes",
         ) from error
+
+
+def with_base_model(facts: EngineFacts, base: BaseModel | None) -> EngineFacts:
+    """Fill what an engine's declaration leaves open about heads and layers from its base model."""
+    if base is None:
+        return facts
+    return replace(
+        facts,
+        layers=facts.layers or base.layers,
+        heads=facts.heads or base.heads.query,
+        kv_heads=facts.kv_heads or base.heads.key_value,
+        head_size=facts.head_size or base.heads.size,
+    )
+
+
+def unlike(adapter: Adapter, base: BaseModel) -> str | None:
+    """Say where an adapter's dimensions are not those of the base model that it names, None when all agree."""
+    for row in adapter.rows:
+        dims = base.modules.get(row.module)
+        if row.layer >= base.layers:
+            return (
+                f'it adapts layer {row.layer} and "{adapter.base_model}" has {base.layers} layers; it was trained on '
+                "another model"
+            )
+        if dims is not None and dims != (row.in_dim, row.out_dim):
+            return (
+                f'its {row.module} is {row.in_dim} → {row.out_dim} and that of "{adapter.base_model}" is {dims[0]} → '
+                f"{dims[1]}; it was trained on another model, or is registered under the wrong --base"
+            )
+    return None
 
 
 def base_model_of(config: Mapping[str, Any]) -> BaseModel:

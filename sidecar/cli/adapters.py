@@ -37,12 +37,13 @@ def register(
     ] = False,
     label: Annotated[list[str] | None, typer.Option(help="key=value about this version; repeat it.")] = None,
     stage: Annotated[bool, typer.Option("--stage", help="Add the version without moving the name.")] = False,
+    base: Annotated[str, typer.Option(help="The base model's name, if not the one it was trained under.")] = "",
     hold: versions.Hold = "",
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter's files and let a name stand for them. New content is a new version."""
     here = Path(path).expanduser()
-    fields: dict[str, Any] = {"name": name, "allow": allow, "pin": pin, "stage": stage}
+    fields: dict[str, Any] = {"name": name, "allow": allow, "pin": pin, "stage": stage, "base": base}
     fields |= {"labels": versions.labels_of(label), "hold_s": versions.seconds_of(hold)}
     if pushed:
         answer = push(client, here, **fields)

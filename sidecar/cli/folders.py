@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,20 +11,36 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from sidecar.adapters.base_model import read_base_model
 from sidecar.adapters.convert import convert as convert_folder
 from sidecar.adapters.inspect import inspect as inspect_folder
+from sidecar.adapters.layout import Layout
+from sidecar.app import facts_of
+from sidecar.backends.engine_facts import from_engine_config
 from sidecar.cli.adapters import app
 from sidecar.cli.bars import bar
+from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
 
 Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
+Base = Annotated[
+    Path | None, typer.Option(help="The base model's config.json or folder, to check every tensor against.")
+]
 
 
 @app.command("inspect")
-def inspect(source: Source, as_json: AsJson = False) -> None:
-    """Show what a PEFT folder holds and what each engine dtype would make of it."""
+def inspect(
+    source: Source,
+    config: Annotated[
+        Path | None, typer.Option(help="A sidecar's configuration: its backends are asked, too.", show_default=False)
+    ] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a PEFT folder holds, what each engine dtype would make of it, and which backends could serve it."""
+    backends = {} if config is None else facts_of(resolve(config).backends)
     with working(f"reading {source}"):
-        found = inspect_folder(source)
+        found = inspect_folder(source, backends=backends, base=None if base is None else read_base_model(base))
     if as_json:
         print_json(found)
     else:
@@ -56,10 +72,15 @@ def _shown(found: dict[str, Any]) -> list[Any]:
     ]
     columns = ("MODULE", "IN → OUT", ">LAYERS", ">RANKS", ">SCALES", ">LARGEST A", ">LARGEST B, SCALED")
     layouts = [_layout(layout) for layout in found["layouts"]]
+    backends = [
+        (place["backend"], str(place.get("pages", "-")), bad(place["why"]) if "why" in place else "")
+        for place in found["backends"]
+    ]
     return [
         head,
         *titled("modules", table(columns, modules)),
         *titled("packed", table(("DTYPE", ">SIZE", "SHAPE", "TASK ID", ">ERROR", "NOTES"), layouts)),
+        *(titled("backends", table(("BACKEND", ">PAGES", "CANNOT SERVE IT"), backends)) if backends else ()),
     ]
 
 
@@ -78,17 +99,29 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder to write to; made if missing.", show_default=False)],
     dtype: Annotated[Literal["float16", "bfloat16"], typer.Option(help="The engine's dtype.")] = "float16",
     rank_multiple: Annotated[int, typer.Option(min=1, help="Pad ranks to a multiple of this.")] = 1,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="The engine's config.json: its dtype and tp, and how fused projections must lie."),
+    ] = None,
+    base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a PEFT folder as TensorRT-LLM's model.lora_weights.npy [1,N,W] and model.lora_config.npy [1,N,3]."""
+    layout = Layout(dtype, rank_multiple)
+    if engine is not None:
+        layout = replace(from_engine_config(engine), rank_multiple=rank_multiple).layout
+    model = None if base is None else read_base_model(base)
     with bar(f"packing {source}") as progress:
-        report = convert_folder(source, out, dtype, rank_multiple=rank_multiple, progress=progress)
+        report = convert_folder(source, out, layout=layout, base=model, progress=progress)
     if as_json:
         record = asdict(report)
         print_json({**record, "weights": str(report.weights), "config": str(report.config)})
         return
     shape = "×".join(map(str, report.shape))
-    print(f"{report.weights}: {shape} {dtype}, {size(report.size_bytes)}")
+    print(f"{report.weights}: {shape} {layout.dtype}, {size(report.size_bytes)}")
     print(f"{report.config}: 1×{report.shape[1]}×3 int32")
     for row in report.packing.rebalanced:
-        print(f"{row.module} of layer {row.layer} was rebalanced by 2^{row.exponent} to fit {dtype}", file=sys.stderr)
+        print(
+            f"{row.module} of layer {row.layer} was rebalanced by 2^{row.exponent} to fit {layout.dtype}",
+            file=sys.stderr,
+        )

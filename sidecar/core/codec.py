@@ -17,13 +17,13 @@ from typing import Any
 
 from policies import views
 from policies.lines import Line
-from sidecar.core import config, effects, events, facts, shadow, state, store, words
+from sidecar.core import config, effects, events, facts, layout, shadow, state, store, words
 from sidecar.core.core import Core, Policies
 
 
 def _classes() -> dict[str, type]:
     found: dict[str, type] = {}
-    for module in (views, config, effects, events, facts, shadow, state, store, words):
+    for module in (views, config, effects, events, facts, layout, shadow, state, store, words):
         for name, value in vars(module).items():
             if isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum)):
                 assert found.setdefault(name, value) is value, f"two classes of the core are called {name}"

@@ -214,7 +214,7 @@ def _wrong_base(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     return Misfit(
         "other base",
         f'it was trained on "{adapter.base_model}" and the engine serves "{facts.base_models[0]}"; '
-        "if they are the same model, list the name under the backend's base_model aliases",
+        "if they are the same model, list the name under the backend's base_model.aliases or register it with --base",
     )
 
 

@@ -39,6 +39,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             labels=tuple(sorted(request.labels.items())),
             stage=request.stage,
             hold_s=request.hold_s,
+            base=request.base,
         )
         _, unchanged = await self._catalogue.register(request.name, request.path, wanted)
         return admin_pb2.RegisterResponse(adapter=self._adapter(request.name), unchanged=unchanged)

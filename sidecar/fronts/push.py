@@ -85,4 +85,5 @@ def _wanted(start: Any) -> Wanted:
         stage=start.stage,
         managed_by="push",
         hold_s=start.hold_s,
+        base=start.base,
     )

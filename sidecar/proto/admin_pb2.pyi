@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("name", "path", "allow", "pin", "labels", "stage", "hold_s")
+    __slots__ = ("name", "path", "allow", "pin", "labels", "stage", "hold_s", "base")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class RegisterRequest(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     allow: _containers.RepeatedScalarFieldContainer[str]
@@ -29,7 +30,8 @@ class RegisterRequest(_message.Message):
     labels: _containers.ScalarMap[str, str]
     stage: bool
     hold_s: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ...) -> None: ...
+    base: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., base: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("adapter", "unchanged")
@@ -48,7 +50,7 @@ class PushRequest(_message.Message):
     def __init__(self, start: _Optional[_Union[PushStart, _Mapping]] = ..., chunk: _Optional[_Union[PushChunk, _Mapping]] = ...) -> None: ...
 
 class PushStart(_message.Message):
-    __slots__ = ("name", "allow", "pin", "labels", "stage", "hold_s", "files")
+    __slots__ = ("name", "allow", "pin", "labels", "stage", "hold_s", "files", "base")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +65,7 @@ class PushStart(_message.Message):
     STAGE_FIELD_NUMBER: _ClassVar[int]
     HOLD_S_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     name: str
     allow: _containers.RepeatedScalarFieldContainer[str]
     pin: bool
@@ -70,7 +73,8 @@ class PushStart(_message.Message):
     stage: bool
     hold_s: int
     files: _containers.RepeatedCompositeFieldContainer[PushFile]
-    def __init__(self, name: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PushFile, _Mapping]]] = ...) -> None: ...
+    base: str
+    def __init__(self, name: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., files: _Optional[_Iterable[_Union[PushFile, _Mapping]]] = ..., base: _Optional[str] = ...) -> None: ...
 
 class PushFile(_message.Message):
     __slots__ = ("name", "size_bytes", "sha256")

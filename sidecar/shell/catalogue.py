@@ -7,16 +7,16 @@ before keeps its version, what comes after the call has returned gets the new on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
 
+from sidecar.adapters.base_model import BaseModel, unlike
 from sidecar.adapters.names import check_name
-from sidecar.adapters.registration import Registration
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.facts import misfit
+from sidecar.core.facts import Adapter, misfit
 from sidecar.core.layout import packed_size_bytes
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason
@@ -38,18 +38,26 @@ class Wanted:
     stage: bool = False
     managed_by: str = "cli"
     hold_s: float = 0.0
+    base: str = ""
+    """The base model's name, where the one that the adapter was trained under is not the engine's."""
 
 
 class Catalogue:
     """The names of one sidecar. `step` gives the core an event at once."""
 
     def __init__(
-        self, registry: Registry, state: Callable[[], State], step: Callable[[ev.Event], None], sources: Sources
+        self,
+        registry: Registry,
+        state: Callable[[], State],
+        step: Callable[[ev.Event], None],
+        sources: Sources,
+        bases: Mapping[str, BaseModel],
     ) -> None:
         self.registry = registry
         self.sources = sources
         self._state = state
         self._step = step
+        self._bases = bases
 
     def announce(self) -> None:
         """Tell the core of every name that is written down."""
@@ -87,16 +95,19 @@ class Catalogue:
 
     def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> tuple[Record, bool]:
         """Write an arrived adapter down under a name and tell the core."""
-        registration = arrival.registration
-        self._fits_the_store(name, registration)
-        self._fits_a_backend(name, registration)
+        adapter = arrival.registration.adapter
+        if wanted.base:
+            adapter = replace(adapter, base_model=wanted.base)
+        self._fits_its_base(name, adapter)
+        self._fits_the_store(name, adapter)
+        self._fits_a_backend(name, adapter)
         before = self.registry.get(name)
         if before is not None:
             before = self._taken_over(before, wanted)
         record, _ = records.added(
             before,
             name,
-            registration.adapter,
+            adapter,
             arrival.origin,
             now=time(),
             labels=wanted.labels,
@@ -215,10 +226,16 @@ class Catalogue:
             adapter=record.name,
         )
 
-    def _fits_the_store(self, name: str, registration: Registration) -> None:
+    def _fits_its_base(self, name: str, adapter: Adapter) -> None:
+        base = self._bases.get(adapter.base_model)
+        wrong = None if base is None else unlike(adapter, base)
+        if wrong is not None:
+            raise Invalid(Reason.ADAPTER_MISMATCH, f"{name}: {wrong}", adapter=name)
+
+    def _fits_the_store(self, name: str, adapter: Adapter) -> None:
         budget = self._state().config.store_bytes
         layouts = [backend.facts.layout for backend in self._state().backends.values()]
-        sizes = [packed_size_bytes(registration.adapter.rows, layout) for layout in layouts]
+        sizes = [packed_size_bytes(adapter.rows, layout) for layout in layouts]
         if sizes and min(sizes) > budget:
             raise Invalid(
                 Reason.ADAPTER_TOO_LARGE,
@@ -227,10 +244,10 @@ class Catalogue:
                 adapter=name,
             )
 
-    def _fits_a_backend(self, name: str, registration: Registration) -> None:
+    def _fits_a_backend(self, name: str, adapter: Adapter) -> None:
         """Refuse what no configured backend can serve, as far as is known, before a GPU sees it."""
         backends = self._state().backends
-        unfit = [misfit(registration.adapter, backend.facts) for backend in backends.values()]
+        unfit = [misfit(adapter, backend.facts) for backend in backends.values()]
         if unfit and all(unfit):
             first, backend = unfit[0], next(iter(backends))
             assert first is not None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, monotonic_ns
 from typing import Any
 
+from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.packed import PackReport
@@ -63,11 +64,12 @@ class Gateway:
         inbox_max: int = 10_000,
         sources: Sources | None = None,
         disk: DiskTier | None = None,
+        bases: Mapping[str, BaseModel] | None = None,
     ) -> None:
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
         self.sources = sources or Sources(AllowList.of(roots=roots))
-        self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources)
+        self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.backends: dict[str, Backend] = {}
         self._disk = disk
         self.store = BlobStore(self.driver.post, self.sources, disk, config.fetches_max)

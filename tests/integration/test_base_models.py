@@ -1,0 +1,65 @@
+"""Base models: names match exactly or by alias, dimensions are always checked, and a mismatch says the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from sidecar.proto import admin_pb2 as pb
+from tests.emulated import running_engine
+from tests.peft_files import write_adapter
+from tests.serving import Serving, serving
+
+DUMMY = {"compute": "none", "shape": "tiny"}
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "vocab_size": 259,
+}  # fmt: skip
+
+
+def base_model(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Write a base model's config.json and return the backend's configuration for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(LLAMA | fields))
+    return {"base_model": {"name": "org/tiny", "aliases": ["tiny-llama"], "config": str(folder)}}
+
+
+async def register(served: Serving, path: Path, **fields: Any) -> Any:
+    return await served.adapters.Register(pb.RegisterRequest(name="sql", path=str(path), **fields))
+
+
+async def refusal(served: Serving, path: Path, **fields: Any) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await register(served, path, **fields)
+    return caught.value.details() or ""
+
+
+async def test_by_alias_or_by_the_operators_word(tmp_path: Path) -> None:
+    """An alias is the same model; a local path is not, until `--base` says so."""
+    by_alias = write_adapter(tmp_path / "alias", seed=1)
+    by_path = write_adapter(tmp_path / "path", seed=2, base_model_name_or_path="/home/me/tiny")
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], roots=[tmp_path], backend=base_model(tmp_path / "model")) as served,
+    ):
+        assert (await register(served, by_alias)).adapter.base_model == "tiny-llama"
+        words = await refusal(served, by_path)
+        assert 'trained on "/home/me/tiny" and the engine serves "org/tiny"' in words
+        assert "base_model.aliases" in words
+        assert "--base" in words
+        assert (await register(served, by_path, base="org/tiny")).adapter.base_model == "org/tiny"
+        assert (await served.ask("sql", 3)).tokens == served.expected("sql", 3)
+
+
+async def test_dimensions_are_checked_against_the_models_own_config(tmp_path: Path) -> None:
+    """The right name over another model's dimensions is refused with both."""
+    adapter = write_adapter(tmp_path / "adapter")
+    wide = base_model(tmp_path / "model", hidden_size=128, num_attention_heads=8)
+    async with running_engine(**DUMMY) as engine, serving([engine], roots=[tmp_path], backend=wide) as served:
+        words = await refusal(served, adapter)
+        assert 'its attn_q is 64 → 64 and that of "tiny-llama" is 128 → 128' in words
+        assert not served.state.names
