@@ -96,7 +96,7 @@ class Engine(Section):
 
 
 class BaseModelNames(Section):
-    """The model that an engine serves: the name that adapters were trained on, others for the same model, and its files.
+    """The model that an engine serves: the name that adapters were trained on, its other names, and its files.
 
     `config` is its `config.json` or folder: every adapter's dimensions are checked against it.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,23 @@ async def test_dimensions_are_checked_against_the_models_own_config(tmp_path: Pa
         words = await refusal(served, adapter)
         assert 'its attn_q is 64 → 64 and that of "tiny-llama" is 128 → 128' in words
         assert not served.state.names
+
+
+async def test_inspect_says_which_backends_could_serve_it(tmp_path: Path) -> None:
+    """From the configuration alone: pages where it fits, the reason where it does not."""
+    adapter = write_adapter(tmp_path / "adapter")
+    narrow = {"rank_max": 4, "modules": {"attn_q": [64, 64], "attn_v": [64, 32]}, "layers": 2}
+    config = tmp_path / "sidecar.yaml"
+    backends = [
+        {"url": "triton://one:8001"} | base_model(tmp_path / "model"),
+        {"url": "triton://two:8001", "engine": narrow},
+    ]
+    config.write_text(json.dumps({"backends": backends}))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "adapters", "inspect", str(adapter), "--config", str(config), "--json",
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    first, second = json.loads(out)["backends"]
+    assert (first["backend"], first["serves"]) == ("one:8001", True)
+    assert (second["backend"], second["serves"], second["short"]) == ("two:8001", False, "max rank 4 < 8")
