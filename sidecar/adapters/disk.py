@@ -101,7 +101,11 @@ class DiskTier:
             self._files.unlink(part)
             raise
         os.close(descriptor)
-        self._files.rename(part, place)
+        try:
+            self._files.rename(part, place)
+        except OSError:
+            self._files.unlink(part)
+            raise
         self._files.sync_directory(self._directory)
 
     def read(self, key: str, layout: Layout) -> Built:

@@ -86,7 +86,10 @@ def _modules(modules: Any) -> str:
 def _stored(adapter: Any) -> str:
     if not adapter.store:
         return "-"
-    copies = [f"{size(copy.size_bytes)}{' coming' if copy.state == 'fetching' else ''}" for copy in adapter.store]
+    copies = [
+        f"{copy.tier} {size(copy.size_bytes)}{'' if copy.state == 'held' else f' {copy.state}'}"
+        for copy in adapter.store
+    ]
     return ", ".join(copies)
 
 
@@ -134,8 +137,11 @@ def _shown(adapter: Any) -> list[Any]:
             ("requests", f"{adapter.requests} waiting or running"),
         )
     )
-    copies = [(copy.dtype, copy.state, size(copy.size_bytes), str(copy.pins), copy.task_id) for copy in adapter.store]
-    store = table(("DTYPE", "STATE", ">SIZE", ">PINS", "TASK ID"), copies) if copies else Text("not held")
+    copies = [
+        (copy.tier, copy.dtype, copy.state, size(copy.size_bytes), str(copy.pins), copy.task_id)
+        for copy in adapter.store
+    ]
+    store = table(("TIER", "DTYPE", "STATE", ">SIZE", ">PINS", "TASK ID"), copies) if copies else Text("not held")
     places = [
         (place.backend, place.tier, *_belief(place), bad(place.unfit) if place.unfit else "")
         for place in adapter.backends

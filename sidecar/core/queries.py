@@ -15,8 +15,9 @@ from sidecar.core.words import Phase
 
 @dataclass(frozen=True)
 class CopyView:
-    """One packed form in the host store, held or on its way."""
+    """One packed form in a tier of the host store, held or on its way: "fetching" into memory, "writing" to disk."""
 
+    tier: str
     dtype: str
     state: str
     size_bytes: int
@@ -61,25 +62,26 @@ class AdapterView:
 
 def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
     """Return one adapter. The name must be registered."""
-    return _adapter_view(state, state.names[name], _entries_by_digest(state), now_ns)
+    return _adapter_view(state, state.names[name], _copies_by_version(state), now_ns)
 
 
 def adapter_views(state: State, now_ns: int) -> Iterator[AdapterView]:
     """Yield every adapter, by name. Steps may be taken between two of them; one that went meanwhile is left out."""
-    entries = _entries_by_digest(state)
+    copies = _copies_by_version(state)
     for name in sorted(state.names):
         if name in state.names:
-            yield _adapter_view(state, state.names[name], entries, now_ns)
+            yield _adapter_view(state, state.names[name], copies, now_ns)
 
 
-def _entries_by_digest(state: State) -> dict[str, list[tuple[str, Entry]]]:
-    found: dict[str, list[tuple[str, Entry]]] = {}
-    for key, entry in state.store.entries.items():
-        found.setdefault(entry.digest, []).append((key, entry))
+def _copies_by_version(state: State) -> dict[str, list[CopyView]]:
+    found: dict[str, list[CopyView]] = {}
+    for tier, store in (("memory", state.store), ("disk", state.disk)):
+        for key, entry in sorted(store.entries.items()):
+            found.setdefault(entry.digest, []).append(_copy_view(tier, key, entry))
     return found
 
 
-def _adapter_view(state: State, name: Name, entries: dict[str, list[tuple[str, Entry]]], now_ns: int) -> AdapterView:
+def _adapter_view(state: State, name: Name, copies: dict[str, list[CopyView]], now_ns: int) -> AdapterView:
     version = state.versions[name.digest]
     adapter = version.adapter
     return AdapterView(
@@ -95,15 +97,15 @@ def _adapter_view(state: State, name: Name, entries: dict[str, list[tuple[str, E
         allow=name.allow or (),
         quarantined=version.quarantined,
         requests=version.requests,
-        store=tuple(_copy_view(key, entry) for key, entry in sorted(entries.get(name.digest, []), key=lambda e: e[0])),
+        store=tuple(copies.get(name.digest, ())),
         backends=tuple(_residency(state, backend, name.digest, now_ns) for backend in state.backends.values()),
     )
 
 
-def _copy_view(key: str, entry: Entry) -> CopyView:
+def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
     dtype = key.partition(".")[2].partition(".")[0]
-    state = "held" if entry.ready else "fetching"
-    return CopyView(dtype, state, entry.size_bytes, entry.pins, task_id_of(key))
+    coming = "fetching" if tier == "memory" else "writing"
+    return CopyView(tier, dtype, "held" if entry.ready else coming, entry.size_bytes, entry.pins, task_id_of(key))
 
 
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:

@@ -199,6 +199,7 @@ def _live_message(view: queries.AdapterView) -> Any:
                 size_bytes=copy.size_bytes,
                 pins=copy.pins,
                 task_id=str(copy.task_id),
+                tier=copy.tier,
             )
             for copy in view.store
         ],

@@ -242,18 +242,20 @@ class Version(_message.Message):
     def __init__(self, version: _Optional[str] = ..., digest: _Optional[str] = ..., origin: _Optional[str] = ..., labels: _Optional[_Mapping[str, str]] = ..., role: _Optional[str] = ..., generation: _Optional[int] = ..., registered_at: _Optional[float] = ...) -> None: ...
 
 class StoreCopy(_message.Message):
-    __slots__ = ("dtype", "state", "size_bytes", "pins", "task_id")
+    __slots__ = ("dtype", "state", "size_bytes", "pins", "task_id", "tier")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     state: str
     size_bytes: int
     pins: int
     task_id: str
-    def __init__(self, dtype: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., pins: _Optional[int] = ..., task_id: _Optional[str] = ...) -> None: ...
+    tier: str
+    def __init__(self, dtype: _Optional[str] = ..., state: _Optional[str] = ..., size_bytes: _Optional[int] = ..., pins: _Optional[int] = ..., task_id: _Optional[str] = ..., tier: _Optional[str] = ...) -> None: ...
 
 class Residency(_message.Message):
     __slots__ = ("backend", "tier", "age_s", "source", "unfit")

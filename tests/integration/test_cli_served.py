@@ -121,7 +121,7 @@ async def test_an_adapters_life(served: Served, tmp_path: Path) -> None:
     assert "PLACE" in (await served.cli("adapters", "prefetch", "sql", "--backend", "trt-0")).out
     await served.gateway.backends["trt-0"].loaded.wait()  # type: ignore[attr-defined]
     shown = await served.cli("adapters", "show", "sql")
-    assert re.search(r"^float16 +held +8.2 kB +0 +\d+", shown.out, re.M)
+    assert re.search(r"^memory +float16 +held +8.2 kB +0 +\d+", shown.out, re.M)
     assert re.search(r"^trt-0 +gpu +\d+ m?s +load", shown.out, re.M)
     assert "no unload" in (await served.cli("adapters", "evict", "sql")).out
     assert (await served.cli("adapters", "unregister", "sql")).out == "sql is forgotten\n"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,13 +94,19 @@ async def test_a_corrupt_blob_is_fetched_again(tmp_path: Path) -> None:
         await until(lambda: len(served.state.disk.entries) == 2 and not served.state.disk.fetches)
 
 
-async def test_a_disk_that_cannot_be_written_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room: serving goes on from memory and origins, and nothing half-written stays."""
+@pytest.mark.parametrize(
+    ("operation", "error"),
+    [("write", errno.ENOSPC), ("create", errno.EROFS), ("sync", errno.EIO), ("rename", errno.EACCES)],
+)
+async def test_a_disk_that_cannot_be_written_is_left_alone(
+    operation: str, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full, read-only or broken: serving goes on from memory and origins, and nothing half-written stays."""
 
-    def full(self: disk.Files, descriptor: int, data: memoryview) -> None:
-        raise OSError(28, "No space left on device")
+    def broken(self: disk.Files, *arguments: Any) -> None:
+        raise OSError(error, os.strerror(error))
 
-    monkeypatch.setattr(disk.Files, "write", full)
+    monkeypatch.setattr(disk.Files, operation, broken)
     names = write_adapters(tmp_path / "loras", 4)
     data = {"data_directory": str(tmp_path / "data")}
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "loras", **data) as served:
