@@ -128,6 +128,7 @@ class Sidecar:
         backends = make_backends(self.config.backends, self._loader)
         if self._journal is not None:
             self._journal.start()
+        await self._loader.start()
         await self.gateway.start(backends)
         await self._register_served()
         await self._listen()

@@ -54,7 +54,7 @@ class Target:
 
 
 class LoaderProcess:
-    """Sends loads through one child process, started with the first order and again when it dies."""
+    """Sends loads through one child process, started anew when it dies."""
 
     def __init__(self) -> None:
         self._child: _Child | None = None
@@ -79,6 +79,10 @@ class LoaderProcess:
             if result is not None:
                 return result
         return LoadResult(f"the loader process ended {TRIES} times under this load", unanswered=True)
+
+    async def start(self) -> None:
+        """Have a process ready before the first load asks for one: starting takes some tenths of a second."""
+        await self._living()
 
     async def close(self) -> None:
         """End the process. No load may be under way."""
