@@ -53,7 +53,7 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
-STOP_GRACE_S = 2.0
+RECONCILE_S = 1.0
 
 
 class Sidecar:
@@ -68,6 +68,7 @@ class Sidecar:
         self._journal: Journal | None = None
         self._http: HttpFront | None = None
         self._loader = LoaderProcess()
+        self._reconciling: asyncio.Task[None] | None = None
         data = self._data_directory()
         self.registry = SqliteRegistry(None if data is None else data / "registry.sqlite")
         core = config.core()
@@ -130,17 +131,30 @@ class Sidecar:
             self._journal.start()
         await self._loader.start()
         await self.gateway.start(backends)
-        await self._register_served()
+        if not backends:
+            logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
+        served = _served_folders(self.config.adapters.serve)
+        for path in served:
+            await self._register_served(path)
+        self._reconciling = asyncio.create_task(self._reconcile(served))
         await self._listen()
 
-    async def _register_served(self) -> None:
-        """Register each PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
-        for path in _served_folders(self.config.adapters.serve):
-            try:
-                allow = self.config.adapters.allow.get(path.name, ())
-                await self.gateway.catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
-            except Invalid as error:
-                logger.error("not served: %s", error.message)
+    async def _register_served(self, path: Path) -> None:
+        """Register a PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
+        try:
+            allow = self.config.adapters.allow.get(path.name, ())
+            await self.gateway.catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
+        except Invalid as error:
+            logger.error("not served: %s", error.message)
+
+    async def _reconcile(self, served: Sequence[Path]) -> None:
+        """Set a declared name back to what the configuration says once an operator's override has run out."""
+        while True:
+            await asyncio.sleep(RECONCILE_S)
+            for path in served:
+                if self.gateway.catalogue.hold_ended(path.name):
+                    logger.info("%s is no longer held and is as configured again", path.name)
+                    await self._register_served(path)
 
     async def _listen(self) -> None:
         listeners = self.config.listeners
@@ -173,14 +187,21 @@ class Sidecar:
         return server
 
     async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let everything in flight finish."""
-        stop = asyncio.Event()
+        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once."""
+        signals: asyncio.Queue[None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, stop.set)
-        await stop.wait()
-        logger.info("draining: nothing new is admitted, what is in flight finishes")
-        await self.drain()
+            loop.add_signal_handler(name, signals.put_nowait, None)
+        await signals.get()
+        logger.warning(
+            "draining: nothing new is admitted, %s requests finish within %.0f s; signal again to stop now",
+            len(self.gateway.state.requests),
+            self.config.drain_timeout_s,
+        )
+        draining, again = asyncio.create_task(self.drain()), asyncio.create_task(signals.get())
+        _, pending = await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
         await self.stop()
 
     async def drain(self) -> None:
@@ -194,6 +215,8 @@ class Sidecar:
 
     async def stop(self) -> None:
         """End at once: calls that are still open are cancelled."""
+        if self._reconciling is not None:
+            self._reconciling.cancel()
         for server in self._servers:
             await server.stop(0)
         if self._http is not None:

@@ -48,6 +48,9 @@ def shown(text: str, limit: int = SHOWN_LENGTH_MAX) -> str:
     return quoted if len(text) <= limit else f"{quoted}… ({len(text)} characters)"
 
 
+RESERVED = ("base",)
+
+
 def check_name(name: str) -> str:
     """Return the name, or raise Invalid(INVALID_NAME) with the rule that it breaks."""
     if not name:
@@ -56,6 +59,8 @@ def check_name(name: str) -> str:
         raise _invalid(name, f"it is longer than {NAME_LENGTH_MAX} characters; {_RULE}")
     if not _NAME.match(name) or any(part in ("", ".", "..") for part in name.split("/")):
         raise _invalid(name, _RULE)
+    if name in RESERVED:
+        raise _invalid(name, "it stands for the base model; choose another")
     if name.isdigit():
         raise _invalid(name, "a name of digits only reads as a task id; add a letter")
     return name

@@ -55,9 +55,16 @@ def register(
     if as_json:
         print_json(answer)
         return
-    adapter = answer.adapter
+    print(_registered(answer))
+
+
+def _registered(answer: Any) -> str:
+    adapter, version = answer.adapter, f"{answer.adapter.name}@{answer.version}"
+    digest = next(held.digest for held in adapter.versions if held.version == answer.version)[:12]
+    if version != adapter.version:
+        return f"{version} staged: {digest}; {adapter.name} stays {adapter.version.rpartition('@')[2]}"
     done = "was registered already" if answer.unchanged else "registered"
-    print(f"{adapter.version} {done}: rank {adapter.rank}, {', '.join(adapter.modules)}, {adapter.digest[:12]}")
+    return f"{version} {done}: rank {adapter.rank}, {', '.join(adapter.modules)}, {digest}"
 
 
 @admin_command(app, "list")
@@ -133,7 +140,7 @@ def _shown(adapter: Any) -> list[Any]:
             ("shape", f"rank {adapter.rank}, {adapter.dtype}, {', '.join(adapter.modules)}"),
             ("pinned", "yes" if adapter.pinned else "no"),
             ("allowed", ", ".join(adapter.allow) or "all tenants"),
-            ("managed by", adapter.managed_by),
+            ("managed by", adapter.managed_by + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")),
             ("requests", f"{adapter.requests} waiting or running"),
         )
     )

@@ -80,7 +80,11 @@ def _shown(found: dict[str, Any]) -> list[Any]:
         head,
         *titled("modules", table(columns, modules)),
         *titled("packed", table(("DTYPE", ">SIZE", "SHAPE", "TASK ID", ">ERROR", "NOTES"), layouts)),
-        *(titled("backends", table(("BACKEND", ">PAGES", "CANNOT SERVE IT"), backends)) if backends else ()),
+        *(
+            titled("backends, by the configuration alone", table(("BACKEND", ">PAGES", "CANNOT SERVE IT"), backends))
+            if backends
+            else ()
+        ),
     ]
 
 

@@ -209,7 +209,10 @@ def _use(turn: Turn, backend: Backend, request: Request) -> int:
     backend.shadow.began(request.version, packed.pages, turn.now_ns)
     if turn.state.store.pin(packed.key):
         request.pinned_key = packed.key
-        if request.fetch is not Cache.FETCHED:  # its demand is what brought the blob in: it is counted already
+        if request.fetch not in (
+            Cache.FETCHED,
+            Cache.HOST,
+        ):  # its demand is what brought the blob in: it is counted already
             turn.state.store.used(packed.key, turn.now_ns)
     return packed.task_id
 

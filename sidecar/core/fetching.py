@@ -98,12 +98,13 @@ def fetched(turn: Turn, event: Fetched) -> None:
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, turn.now_ns)
     entry.held_by_operator = state.memory_holds(entry.digest)
-    if disk.is_reading(turn, event.key):
+    from_disk = disk.is_reading(turn, event.key)
+    _tell_who_waited(state, event.key, from_disk)
+    if from_disk:
         disk.end_read(turn, event.key, good=True)
     elif not entry.doomed:
         disk.spill(turn, event.key)
     turn.hungry = True
-    _tell_who_waited(state, event.key)
     if entry.doomed:
         turn.drop_blob(event.key)
         return
@@ -112,13 +113,15 @@ def fetched(turn: Turn, event: Fetched) -> None:
             turn.dirty[backend.id] = None
 
 
-def _tell_who_waited(state: State, key: str) -> None:
+def _tell_who_waited(state: State, key: str, from_disk: bool) -> None:
+    """Note where each waiting request's adapter came from: the disk is the host store's own."""
     begun_for = state.fetched_for.pop(key, None)
     for request_id in state.wanted.get(key, ()):
         request = state.requests[request_id]
         assert request.backend is not None
         if not resident(state.backends[request.backend], request.version):
-            request.fetch = Cache.FETCHED if request_id == begun_for else Cache.JOINED
+            own, others = (Cache.HOST, None) if from_disk else (Cache.FETCHED, Cache.JOINED)
+            request.fetch = own if request_id == begun_for else others
 
 
 def fetch_failed(turn: Turn, event: FetchFailed) -> None:

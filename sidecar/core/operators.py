@@ -152,7 +152,8 @@ def _evict_from_store(turn: Turn, digest: str) -> str:
         turn.state.store.entries[key].held_by_operator = False
         turn.doom_blob(key)
         kept += key in turn.state.store.entries
-    return "in use: dropped as soon as its users are done" if kept else "dropped"
+    pinned = "; it is pinned, so its next use brings it back to stay" if turn.state.memory_holds(digest) else ""
+    return ("in use: dropped as soon as its users are done" if kept else "dropped") + pinned
 
 
 def _evict_from_disk(turn: Turn, digest: str) -> str:

@@ -87,7 +87,7 @@ def _adapter_view(state: State, name: Name, copies: dict[str, list[CopyView]], n
     return AdapterView(
         name=name.name,
         ordinal=name.ordinal,
-        digest=name.digest,
+        digest=adapter.digest,
         origin=version.origin,
         base_model=adapter.base_model,
         rank=adapter.rank_max,

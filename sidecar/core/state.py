@@ -86,7 +86,7 @@ class Request:
     pinned_key: str = ""
     cache: Cache | None = None
     fetch: Cache | None = None
-    """FETCHED when a fetch was begun for this request, JOINED when it waited for another's."""
+    """FETCHED, or HOST from disk, when a fetch was begun for this request; JOINED when it waited for another's."""
     dispatched_ns: int = 0
     load_ns: int = 0
 

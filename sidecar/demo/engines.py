@@ -45,7 +45,7 @@ async def start_engine(folder: Path, number: int) -> Engine:
         sys.executable, "-m", "sidecar.emulator", "--json", "--grpc-port", "0", "--metrics-port", "0",
         "--seed", str(SEED), "--lora-host-pages", str(PAGES), "--lora-device-pages", str(PAGES),
         "--time-scale", "0.2", "--write-engine-config", str(config), "--served-log", str(log),
-        stdout=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE, start_new_session=True,  # Ctrl-C is the demo's, which ends its engines
     )  # fmt: skip
     assert process.stdout is not None
     line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)

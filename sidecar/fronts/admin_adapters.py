@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from time import monotonic_ns
+from collections.abc import Callable
+from time import monotonic_ns, time
 from typing import Any
 
 from sidecar.core import queries
@@ -12,7 +13,7 @@ from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.push import Pushes
 from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
-from sidecar.shell.catalogue import Wanted
+from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record
 from sidecar.state.registry import Change
@@ -41,13 +42,11 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             hold_s=request.hold_s,
             base=request.base,
         )
-        _, unchanged = await self._catalogue.register(request.name, request.path, wanted)
-        return admin_pb2.RegisterResponse(adapter=self._adapter(request.name), unchanged=unchanged)
+        return register_response(await self._catalogue.register(request.name, request.path, wanted), self._adapter)
 
     @answers_errors
     async def Push(self, requests: Any, context: Any) -> Any:  # noqa: N802
-        name, unchanged = await self._pushes.receive(requests)
-        return admin_pb2.RegisterResponse(adapter=self._adapter(name), unchanged=unchanged)
+        return register_response(await self._pushes.receive(requests), self._adapter)
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -155,9 +154,17 @@ def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
     if record is not None:
         message.versions.extend(_version_messages(record))
         message.managed_by = record.managed_by
+        message.held_s = max(0.0, record.held_until - time())
         if record.canary is not None:
             message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
     return message
+
+
+def register_response(entered: Entered, adapter: Callable[[str], Any]) -> Any:
+    """Return what a registration came to: the name as it is now, and the version that the content has."""
+    return admin_pb2.RegisterResponse(
+        adapter=adapter(entered.record.name), version=f"v{entered.ordinal}", unchanged=entered.unchanged
+    )
 
 
 def _version_messages(record: Record) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from sidecar.adapters.names import check_name
 from sidecar.adapters.pushed import PushedFile, Receiver, check_announced, wrong
 from sidecar.errors import Reason, Refused
-from sidecar.shell.catalogue import Wanted
+from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.flights import undisturbed
 from sidecar.shell.gateway import Gateway
 
@@ -26,8 +26,8 @@ class Pushes:
         self._silence_s_max = silence_s_max
         self._under_way = 0
 
-    async def receive(self, requests: AsyncIterator[Any]) -> tuple[str, bool]:
-        """Take one push and register what it brought; return the name and whether it was unchanged.
+    async def receive(self, requests: AsyncIterator[Any]) -> Entered:
+        """Take one push and register what it brought; return what it came to.
 
         Raises Refused for what the client sends wrongly or too slowly, Invalid for what is wrong with the adapter.
         """
@@ -39,7 +39,7 @@ class Pushes:
         finally:
             self._under_way -= 1
 
-    async def _receive(self, requests: AsyncIterator[Any]) -> tuple[str, bool]:
+    async def _receive(self, requests: AsyncIterator[Any]) -> Entered:
         start = await self._start(requests)
         files = [PushedFile(file.name, file.size_bytes, file.sha256) for file in start.files]
         check_name(start.name)
@@ -51,8 +51,7 @@ class Pushes:
                 await self._take_all(start.name, requests, receiver)
             finally:
                 receiver.close()
-            _, unchanged = await self._gateway.catalogue.push(start.name, folder, _wanted(start))
-        return start.name, unchanged
+            return await self._gateway.catalogue.push(start.name, folder, _wanted(start))
 
     async def _start(self, requests: AsyncIterator[Any]) -> Any:
         first = await self._next(requests, "")

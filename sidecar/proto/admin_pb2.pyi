@@ -34,12 +34,14 @@ class RegisterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., base: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("adapter", "unchanged")
+    __slots__ = ("adapter", "unchanged", "version")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     unchanged: bool
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ...) -> None: ...
+    version: str
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
 
 class PushRequest(_message.Message):
     __slots__ = ("start", "chunk")
@@ -177,7 +179,7 @@ class UnregisterResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends", "versions", "canary_weight", "canary_version", "managed_by")
+    __slots__ = ("name", "version", "digest", "base_model", "path", "rank", "modules", "dtype", "pinned", "allow", "quarantined", "requests", "store", "backends", "versions", "canary_weight", "canary_version", "managed_by", "held_s")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +198,7 @@ class Adapter(_message.Message):
     CANARY_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     CANARY_VERSION_FIELD_NUMBER: _ClassVar[int]
     MANAGED_BY_FIELD_NUMBER: _ClassVar[int]
+    HELD_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     digest: str
@@ -214,7 +217,8 @@ class Adapter(_message.Message):
     canary_weight: int
     canary_version: str
     managed_by: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., canary_weight: _Optional[int] = ..., canary_version: _Optional[str] = ..., managed_by: _Optional[str] = ...) -> None: ...
+    held_s: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., digest: _Optional[str] = ..., base_model: _Optional[str] = ..., path: _Optional[str] = ..., rank: _Optional[int] = ..., modules: _Optional[_Iterable[str]] = ..., dtype: _Optional[str] = ..., pinned: _Optional[bool] = ..., allow: _Optional[_Iterable[str]] = ..., quarantined: _Optional[str] = ..., requests: _Optional[int] = ..., store: _Optional[_Iterable[_Union[StoreCopy, _Mapping]]] = ..., backends: _Optional[_Iterable[_Union[Residency, _Mapping]]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., canary_weight: _Optional[int] = ..., canary_version: _Optional[str] = ..., managed_by: _Optional[str] = ..., held_s: _Optional[float] = ...) -> None: ...
 
 class Version(_message.Message):
     __slots__ = ("version", "digest", "origin", "labels", "role", "generation", "registered_at")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
+from typing import NamedTuple
 
 from sidecar.adapters.base_model import BaseModel, unlike
 from sidecar.adapters.names import check_name
@@ -42,6 +43,14 @@ class Wanted:
     """The base model's name, where the one that the adapter was trained under is not the engine's."""
 
 
+class Entered(NamedTuple):
+    """What a registration came to: the name's record, the ordinal that its content has, whether nothing changed."""
+
+    record: Record
+    ordinal: int
+    unchanged: bool
+
+
 class Catalogue:
     """The names of one sidecar. `step` gives the core an event at once."""
 
@@ -58,6 +67,7 @@ class Catalogue:
         self._state = state
         self._step = step
         self._bases = bases
+        self._forgotten_until: dict[str, float] = {}
 
     def announce(self) -> None:
         """Tell the core of every name that is written down."""
@@ -71,8 +81,8 @@ class Catalogue:
             raise unknown_adapter(self._state(), name)
         return record
 
-    async def register(self, name: str, path: str, wanted: Wanted) -> tuple[Record, bool]:
-        """Check an adapter and let a name stand for it; return its record and whether it was unchanged.
+    async def register(self, name: str, path: str, wanted: Wanted) -> Entered:
+        """Check an adapter and let a name stand for it.
 
         `path` is a folder of this machine or the URL of one elsewhere. Raises Invalid with what is wrong with the name,
         the path or the files, Refused for what may be right later; nothing is left behind then.
@@ -84,7 +94,7 @@ class Catalogue:
         finally:
             self.forget_unneeded()
 
-    async def push(self, name: str, folder: Path, wanted: Wanted) -> tuple[Record, bool]:
+    async def push(self, name: str, folder: Path, wanted: Wanted) -> Entered:
         """Let a name stand for what a client put into an incoming folder of the spool; as `register` otherwise."""
         check_name(name)
         try:
@@ -93,7 +103,7 @@ class Catalogue:
         finally:
             self.forget_unneeded()
 
-    def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> tuple[Record, bool]:
+    def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> Entered:
         """Write an arrived adapter down under a name and tell the core."""
         adapter = arrival.registration.adapter
         if wanted.base:
@@ -119,10 +129,11 @@ class Catalogue:
             pinned=wanted.pin or record.pinned,
             managed_by=wanted.managed_by if before is None else record.managed_by,
         )
-        if record == self.registry.get(name):
-            return record, True
+        version = record.with_content(adapter.digest)
+        assert version is not None
+        unchanged = record == self.registry.get(name)
         self._put(record)
-        return record, False
+        return Entered(record, version.ordinal, unchanged)
 
     def forget_unneeded(self) -> None:
         """Drop brought sources that no version, registered or still in use, needs any more."""
@@ -161,7 +172,8 @@ class Catalogue:
 
     async def unregister(self, name: str, hold_s: float = 0.0) -> None:
         """Take nothing new for a name, wait until what is here for it has ended, then forget it."""
-        self._taken_over(self.known(name), Wanted(hold_s=hold_s))
+        record = self._taken_over(self.known(name), Wanted(hold_s=hold_s))
+        self._forgotten_until[name] = record.held_until
         self._step(ev.AdapterUnregistered(name))
         while any(request.view.name == name for request in self._state().requests.values()):
             await asyncio.sleep(DRAIN_POLL_S)
@@ -169,6 +181,20 @@ class Catalogue:
             self._doubt(self.registry.get(name), None)
             self.registry.delete(name)
         self.forget_unneeded()
+
+    def hold_ended(self, name: str) -> bool:
+        """Whether an override of a declared name has run out, so that its owner's word counts again. Asked once."""
+        record = self.registry.get(name)
+        if record is None:
+            until = self._forgotten_until.get(name, 0.0)
+        else:
+            until = record.held_until if record.managed_by == "config" else 0.0
+        if not 0 < until <= time():
+            return False
+        self._forgotten_until.pop(name, None)
+        if record is not None:
+            self.registry.put(replace(record, held_until=0.0))
+        return True
 
     def release(self, name: str) -> None:
         """Lift the quarantine of a name's version."""
@@ -215,8 +241,6 @@ class Catalogue:
             return record
         if wanted.hold_s > 0:
             return replace(record, held_until=time() + wanted.hold_s)
-        if time() < record.held_until:
-            return record
         if record.managed_by in ("cli", "push"):
             return replace(record, managed_by=wanted.managed_by)
         raise Invalid(

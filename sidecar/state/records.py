@@ -132,6 +132,12 @@ def promoted(record: Record, ordinal: int, percent: int = 100) -> Record:
     record.of(ordinal)
     if not 0 < percent <= 100:
         raise Refused(Reason.INVALID_REQUEST, f"{record.name}: the weight is {percent}; it must be 1 to 100")
+    if ordinal == record.current and percent < 100:
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"{record.name} stands for v{ordinal} already; a share is for another version, and a full promotion or a "
+            "rollback ends it",
+        )
     if ordinal == record.current:
         return replace(record, canary=None)
     if percent < 100:

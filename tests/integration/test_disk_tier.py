@@ -52,6 +52,7 @@ async def test_a_restart_packs_nothing_anew(tmp_path: Path) -> None:
     assert len(blobs(tmp_path / "data")) == 6
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "loras", **data) as served:
         assert len(served.state.disk.entries) == 6
+        assert (await served.ask("a00", 3)).origins[0].cache == "host"
         await ask_all(served, names)
         assert fetches(served) == {False: 0, True: 6}
 

@@ -16,7 +16,7 @@ from sidecar.emulator.face.compute import dummy_token
 from sidecar.proto import admin_pb2 as pb
 from tests.emulated import running_engine
 from tests.peft_files import write_adapter
-from tests.serving import Answer, Serving, serving
+from tests.serving import Answer, Serving, serving, until
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 
@@ -204,6 +204,20 @@ async def test_a_declared_name_is_its_owners_unless_held(tmp_path: Path) -> None
         assert "managed by config" in (caught.value.details() or "")
         held = await register(served, other, hold_s=3600)
         assert (held.adapter.managed_by, held.adapter.version) == ("config", "sql@v2")
+        assert 0 < held.adapter.held_s <= 3600
+
+
+async def test_a_hold_that_runs_out_gives_the_name_back(tmp_path: Path) -> None:
+    """Overridden or unregistered for a moment: then it is as the configuration says again, without a restart."""
+    write_adapter(tmp_path / "served" / "sql", seed=1)
+    other = write_adapter(tmp_path / "other", seed=2)
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "served", [tmp_path]) as served:
+        configured = served.state.names["sql"].digest
+        await register(served, other, hold_s=1)
+        await until(lambda: served.state.names["sql"].digest == configured)
+        await served.adapters.Unregister(pb.UnregisterRequest(name="sql", hold_s=1))
+        await until(lambda: "sql" in served.state.names)
+        assert served.state.names["sql"].digest == configured
 
 
 async def test_watch_streams_changes_and_resumes(tmp_path: Path) -> None:
