@@ -92,8 +92,14 @@ def page_limit(backend: Backend) -> int | None:
     """Return the pages of versions that may be meant to run at once.
 
     Device pages where they are known, else what has been learned; never more than the host pages: past those the
-    engine fails requests.
+    engine fails requests. And never more than it was seen to hold.
     """
+    believed = believed_page_limit(backend)
+    return believed if backend.pages_learned is None else min(believed, backend.pages_learned)
+
+
+def believed_page_limit(backend: Backend) -> int:
+    """Return the limit by the facts, or by what the device's answers have taught, engine misses aside."""
     device, host = backend.facts.device_pages, backend.facts.host_pages_total
     if device is None:
         device = backend.estimate.pages

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from policies.views import BASE
 from sidecar.core import asks
+from sidecar.core.asks import believed_page_limit, page_limit
 from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
+from sidecar.core.shadow import Belief
 from sidecar.core.state import Backend, LoadRun, Request, Version
 from sidecar.core.suspects import suspect
 from sidecar.core.turn import Turn
@@ -88,7 +90,22 @@ def _forget_missed(turn: Turn, backend: Backend, request: Request) -> None:
     """Believe a miss, unless the version was loaded after the request was sent: others of the same miss saw to it."""
     belief = backend.shadow.host.held.get(request.version)
     if belief is None or belief.since_ns <= request.dispatched_ns:
+        _learn_from_eviction(backend, request.version, belief)
         _forget(turn, backend, request.version)
+
+
+def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -> None:
+    """Open fewer at once when the engine evicted a version that was loaded into the slot it still has.
+
+    Its cache holds less than we believe. Without this the versions that are open push each other out for ever. An old
+    belief that was wrong says nothing of the kind.
+    """
+    slot = backend.slots.get(digest)
+    if slot is None or belief is None or belief.since_ns < slot.opened_ns:
+        return
+    opened = sum(other.pages for other in backend.slots.values())
+    backend.pages_learned = max(slot.pages, min(page_limit(backend) or opened, opened) - slot.pages)
+    backend.pages_credit = 0
 
 
 def _forget(turn: Turn, backend: Backend, digest: str) -> None:
@@ -187,9 +204,21 @@ def _pause(turn: Turn, backend: Backend) -> None:
     turn.state.set_timer(backend.quiet_until_ns)
 
 
+def _grow_pages(backend: Backend) -> None:
+    """Let the limit that an eviction lowered grow again: one page for sixteen runs that came through on each."""
+    if backend.pages_learned is None:
+        return
+    backend.pages_credit += 1
+    if backend.pages_credit >= 16 * backend.pages_learned:
+        backend.pages_learned, backend.pages_credit = backend.pages_learned + 1, 0
+    if backend.pages_learned >= believed_page_limit(backend):
+        backend.pages_learned = None
+
+
 def run_completed(backend: Backend, seats_declared: int) -> None:
     """Let the limit that a full queue lowered grow again: one seat for each batch that came through."""
     backend.quiet_backoff_ns = 0
+    _grow_pages(backend)
     if backend.seats_learned is None:
         return
     backend.seats_credit += 1
@@ -355,5 +384,6 @@ def reset_beliefs(backend: Backend) -> None:
     backend.shadow.clear()
     backend.slots.clear()
     backend.lone_load = None
+    backend.pages_learned = None
     backend.full_until_ns = backend.full_backoff_ns = 0
     backend.quiet_until_ns = backend.quiet_backoff_ns = 0

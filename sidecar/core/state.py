@@ -185,6 +185,9 @@ class Backend:
     full_backoff_ns: int = 0
     seats_learned: int | None = None
     seats_credit: int = 0
+    pages_learned: int | None = None
+    """Pages that may be open since the engine evicted a version that was: it holds less than we believe."""
+    pages_credit: int = 0
     quiet_until_ns: int = 0
     quiet_backoff_ns: int = 0
     warmups: dict[str, None] = field(default_factory=dict)

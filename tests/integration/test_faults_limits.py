@@ -61,7 +61,7 @@ async def test_what_is_in_flight_never_exceeds_seats_and_pages(tmp_path: Path) -
         most = Watermarks(served)
         for tried in await gathered(*(attempt(served, names[n * 7 % 16]) for n in range(400))):
             assert_right(served, tried)
-        assert most.in_flight == 22
+        assert 2 <= most.in_flight <= 22  # how many are there at once is the machine's affair, above it none may be
         assert 2 <= most.pages <= 4
         assert engine.engine.counters.host_evictions > 0
         assert not [record.error for record in engine.served if "no done tasks" in (record.error or "")]
