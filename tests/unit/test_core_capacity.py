@@ -228,3 +228,19 @@ def test_why_waiting_names_the_obstacle() -> None:
     world.bring_up("b0")
     world.run()
     assert not [end for end in world.settled.values() if end.reason and "first token" not in end.message]
+
+
+def test_an_engine_that_holds_less_than_declared_is_learned_from_its_evictions() -> None:
+    """Three pages where twelve are declared: open versions would push each other out for ever. Nobody gives up."""
+    world = World(host_pages=12, device_pages=12, seats=32)
+    world.engines["b0"].host_pages = 3
+    names = [f"a{number}" for number in range(12)]
+    world.register(*names)
+    learned = []
+    for _ in range(10):
+        for name in names:
+            world.send(name)
+        world.run()
+        learned.append(world.core.state.backends["b0"].pages_learned)
+    world.assert_all_ok()
+    assert min(pages for pages in learned if pages is not None) <= 3
