@@ -210,6 +210,10 @@ class World:
         self.adapters[name] = adapter
         self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}", **options))  # type: ignore[arg-type]
 
+    def pin(self, name: str, pinned: bool) -> None:
+        """Pin or unpin a registered name, as an operator does."""
+        self.register_as(name, self.adapters[name], pinned=pinned)
+
     def digest(self, name: str) -> str:
         return self.adapters[name].digest
 

@@ -34,7 +34,6 @@ class CoreConfig:
     seats_default: int = 64
     retry_ns: int = 50_000_000
     retry_ns_max: int = 2 * SECOND_NS
-    unload_wait_ns: int = 5 * SECOND_NS
     base_requests: bool = True
     classes: dict[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
     eviction: str = "lru"

@@ -198,7 +198,6 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.ClientStalled: _client_stalled,
     ev.AdapterRegistered: operators.registered,
     ev.AdapterUnregistered: operators.unregistered,
-    ev.PinSet: operators.pin_set,
     ev.EvictAsked: operators.evict_asked,
     ev.PrefetchAsked: operators.prefetch_asked,
     ev.ReleaseAsked: operators.release_asked,

@@ -79,14 +79,6 @@ class AdapterUnregistered:
 
 
 @dataclass(frozen=True, slots=True)
-class PinSet:
-    """An operator pinned or unpinned an adapter."""
-
-    name: str
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
 class EvictAsked:
     """Drop an adapter from the store now. The reply is an `Answered` effect with this id."""
 
@@ -242,7 +234,7 @@ class Tick:
 
 
 Event = (
-    Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | PinSet | EvictAsked
+    Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | EvictAsked
     | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost
     | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
     | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick

@@ -11,7 +11,6 @@ from sidecar.core.events import (
     AdapterUnregistered,
     DrainSet,
     EvictAsked,
-    PinSet,
     PrefetchAsked,
     ReleaseAsked,
 )
@@ -39,6 +38,7 @@ def registered(turn: Turn, event: AdapterRegistered) -> None:
             _hold(turn, version)
         else:
             _let_go_unless_held(state, version)
+    turn.hungry = True  # what is not kept any more may make room for those who wait
 
 
 def _version(state: State, name: str, adapter: Adapter, origin: str, generation: int) -> str:
@@ -82,17 +82,6 @@ def _unname(turn: Turn, name: str, versions: list[str]) -> None:
         turn.state.versions[version].names.pop(name, None)
         _let_go_unless_held(turn.state, version)
         turn.forget_version_if_unused(version)
-
-
-def pin_set(turn: Turn, event: PinSet) -> None:
-    """Keep an adapter in the store, fetching it if need be, or let the policy have it again."""
-    name = turn.state.names[event.name]
-    name.pinned = event.pinned
-    if event.pinned:
-        _hold(turn, name.digest)
-    else:
-        _let_go_unless_held(turn.state, name.digest)
-        turn.hungry = True
 
 
 def _hold(turn: Turn, digest: str) -> None:

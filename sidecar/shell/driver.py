@@ -55,7 +55,6 @@ class Driver:
         self._stopped = False
         self._timer: asyncio.TimerHandle | None = None
         self._last_ns = 0
-        self.steps = 0
 
     def observe(self, observer: Observer, at_the_door: bool = False) -> None:
         """Show an observer every step; `at_the_door` also shows it the requests that never got as far as the core."""
@@ -106,7 +105,6 @@ class Driver:
         """Take one event now."""
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
         effects = self.core.step(event, now_ns)
-        self.steps += 1
         self._show(self._observers, event, effects, now_ns)
         for effect in effects:
             if isinstance(effect, WakeAt):

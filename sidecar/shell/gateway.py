@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, monotonic_ns
+from time import monotonic_ns
 from typing import Any
 
 from sidecar.adapters.base_model import BaseModel
@@ -78,7 +78,6 @@ class Gateway:
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
         self._client_stall_ns = int(client_stall_s * 1e9)
         self._sweeper: asyncio.Task[None] | None = None
-        self.started_at = monotonic()
 
     @property
     def state(self) -> State:

@@ -78,9 +78,9 @@ def operator_act(world: World, random: Random, name: str, backend: str) -> None:
     elif pick == 1:
         world.ask(lambda ask: ev.PrefetchAsked(ask, name, random.choice([(), (backend,)])))
     elif pick == 2:
-        world.feed(ev.PinSet(name, True))
+        world.pin(name, True)
     elif pick == 3:
-        world.feed(ev.PinSet(name, False))
+        world.pin(name, False)
     elif pick == 4:
         world.feed(ev.AdapterUnregistered(name))
     else:
@@ -126,7 +126,7 @@ def make_peace(world: World) -> None:
             world.bring_up(backend)
         world.feed(ev.DrainSet(backend, False))
     for name in sorted(world.core.state.names):
-        world.feed(ev.PinSet(name, False))
+        world.pin(name, False)
 
 
 def stuck(world: World) -> list[int]:

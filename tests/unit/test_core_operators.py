@@ -126,7 +126,7 @@ def test_a_pinned_adapter_is_fetched_and_never_evicted() -> None:
     """An operator's pin brings an adapter in and keeps it, whatever else needs room; unpinned it may go."""
     world = World(CoreConfig(store_bytes=2 * BLOB_BYTES))
     world.register("keep", *[f"a{number}" for number in range(8)])
-    world.feed(ev.PinSet("keep", True))
+    world.pin("keep", True)
     world.run()
     assert [fetch.digest[:4] for fetch in world.of(fx.Fetch)] == ["keep"]
     for number in range(8):
@@ -134,7 +134,7 @@ def test_a_pinned_adapter_is_fetched_and_never_evicted() -> None:
     world.run()
     world.assert_all_ok()
     assert not any("keep" in drop.key for drop in world.of(fx.Drop))
-    world.feed(ev.PinSet("keep", False))
+    world.pin("keep", False)
     for number in range(8):
         world.send(f"a{number}")
     world.run()
@@ -267,3 +267,17 @@ def test_two_names_for_one_version_share_everything() -> None:
     world.run()
     world.assert_all_ok()
     assert len(world.of(fx.Fetch)) == len(world.of(fx.Load)) == 1
+
+
+def test_unpinning_makes_room_for_those_who_wait() -> None:
+    """A request that waits for a store full of pinned adapters goes on as soon as one is unpinned."""
+    world = World(CoreConfig(store_bytes=BLOB_BYTES))
+    world.register("keep", "sql")
+    world.pin("keep", True)
+    world.run()
+    sql = world.send("sql")
+    assert sql not in world.settled
+    world.pin("keep", False)
+    assert [fetch.digest[:4] for fetch in world.of(fx.Fetch)] == ["keep", "sql-"]
+    world.run()
+    world.assert_all_ok()
