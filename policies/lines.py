@@ -32,6 +32,12 @@ class Line:
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
 
+    def first(self) -> int:
+        """Return the smallest id of a line that has one."""
+        head = self.head()
+        assert head is not None, "an empty line has no first"
+        return head
+
     def __len__(self) -> int:
         return len(self._members)
 

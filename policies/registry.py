@@ -13,8 +13,19 @@ POLICIES: dict[str, dict[str, str]] = {
     },
     "ordering": {
         "skip": "policies.ordering.skip:Skip",
+        "soft_gated": "policies.ordering.soft_gated:SoftGated",
     },
     "routing": {
+        "partitioned": "policies.routing.partitioned:Partitioned",
+        "round_robin": "policies.routing.round_robin:RoundRobin",
+        "least_in_flight": "policies.routing.least_in_flight:LeastInFlight",
+        "affinity": "policies.routing.affinity:Affinity",
+        "proportional": "policies.routing.proportional:Proportional",
         "resident_first": "policies.routing.resident_first:ResidentFirst",
+    },
+    "prefetch": {
+        "none": "policies.prefetch.none:Nothing",
+        "planned": "policies.prefetch.planned:Planned",
+        "speculative": "policies.prefetch.speculative:Speculative",
     },
 }

@@ -6,7 +6,7 @@ pages are the engine's adapter-cache pages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,29 +48,82 @@ class Waiting:
     arrived_ns: int
     input_tokens: int
     output_tokens_max: int
+    weight: float = 1.0
+    """The tenant's share of the service, relative to others'."""
 
 
 @dataclass(frozen=True, slots=True)
-class OpenVersion:
+class Backlog:
+    """What a request finds on its backend when it is admitted, itself included: what a promise can rest on."""
+
+    drain_ns: int
+    """To serve all that is outstanding, as expected."""
+    tenant_drain_ns: int
+    """To serve what is outstanding of its tenant at the tenant's share of the engine."""
+    turn_ns: int
+    """The longest run of anything outstanding, with the engine full."""
+    blocked: int
+    """Versions that wait without a slot."""
+    slots: int
+    """Versions that may be open at once."""
+    patience_ns: int
+    """How long a request of its class may wait before others are held back for it, however short the queue."""
+    fetch_ns: int
+    """What its adapter's way into the host store may take; 0 when it is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a request is told at admission; durations since its arrival, never raised."""
+
+    bound_ns: int
+    """It has its first token by then."""
+    overdue_ns: int
+    """From then on others are held back for it."""
+    urgent_ns: int
+    """From then on only older requests go before it."""
+
+
+class OpenVersion(Protocol):
     """A version that holds a slot for dispatching on this backend."""
 
-    version: str
-    opened_ns: int
-    pages: int
-    running: int
-    loading: bool
+    @property
+    def opened_ns(self) -> int: ...
+
+    @property
+    def pages(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def loading(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Protocol):
     """What a backend can take now. The two questions are the core's own, so advice and act cannot disagree."""
 
-    backend: str
-    seats_free: int
-    pages_free: int | None
-    open: Sequence[OpenVersion]
-    can_open: Callable[[str], bool]
-    can_send: Callable[[int], bool]
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def seats_free(self) -> int: ...
+
+    @property
+    def pages_free(self) -> int | None:
+        """Pages that versions yet to be opened may take; None without a limit."""
+
+    @property
+    def slots(self) -> int:
+        """Versions that may be open at once, as far as is known."""
+
+    @property
+    def open(self) -> Mapping[str, OpenVersion]:
+        """The versions that hold a slot, in the order in which they were opened."""
+
+    def can_open(self, version: str) -> bool: ...
+
+    def can_send(self, request_id: int) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +153,11 @@ Decision = Send | Open | Close
 class Ordering(Protocol):
     """Decides, for one backend, which versions are open and which request goes next."""
 
-    def queued(self, request: Waiting, now_ns: int) -> None:
-        """A request joined the queue; a healed one comes back under its old id."""
+    def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
+        """Say how long a request that is being admitted waits at most; None where nothing bounds it."""
+
+    def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
+        """A request joined the queue; a healed one comes back under its old id, its promise void."""
 
     def left(self, request_id: int, now_ns: int) -> None:
         """A request left the queue: sent, dropped or moved to another backend."""
@@ -127,18 +183,65 @@ class Ordering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend that can serve the request."""
+    """A backend that can serve the request, as it is now. What is about a version is about the request's own."""
 
     backend: str
     resident: bool
     """The version is in the engine's cache as far as is known, or on its way there."""
+    open: bool
+    """The version holds a slot here."""
     awaited: bool
-    """Requests for the version already wait in this backend's queue."""
+    """Requests for the version wait in this backend's queue, or it is open here."""
     held: int
     """Versions believed to be in the engine's cache."""
     running: int
+    """Requests and loads at the engine."""
     queued: int
+    """Requests that wait here for this engine."""
     seats: int
+    slots: int | None
+    """How many versions of this one's size may be open at once; None while that is not known."""
+    slots_free: int | None
+    """How many more of them may be opened now, idle ones closed."""
+    pages: int
+    """Cache pages that the version takes here; 0 for the base model."""
+    work_tokens: int
+    """Tokens outstanding here, queued and running, as far as is known."""
+    tokens_per_s: float
+    """Output tokens a second that the engine is expected to produce when busy; 0 while that is not known."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are the backend's business: queued and running."""
+        return self.running + self.queued
+
+
+class Candidates(Protocol):
+    """The backends that can serve a request: up, fit for its version, long enough for its prompt.
+
+    A candidate is built when it is asked for, so a policy that knows where a version lives looks at its hosts alone.
+    """
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Their ids in the order of the configuration: at least one."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests queued and running on all backends, those that are no candidates included."""
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of the request's version; 0 for the base model."""
+
+    def __getitem__(self, backend: str) -> Candidate:
+        """Return one of `backends` as it is now. Raises KeyError for any other."""
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """Build and yield every candidate, in the order of `backends`."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +253,65 @@ class Choice:
 
 
 class Routing(Protocol):
-    """Picks one of the backends that can serve a request: filter, score in [0, 1], pick."""
+    """Picks one of the backends that can serve a request: filter, score in [0, 1], pick.
 
-    def pick(self, request: Waiting, candidates: Sequence[Candidate], now_ns: int) -> Choice:
-        """Return one of `candidates`, which is never empty."""
+    Nothing but `pick` tells a policy of backends that come and go, or of time: `Candidates.backends` and `now_ns` do.
+    """
+
+    def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
+        """Return one of `candidates`. Called again for a request that comes back from a backend that was lost."""
+
+    def snapshot(self) -> Any:
+        """Return the whole state as JSON values."""
+
+    def restore(self, state: Any) -> None:
+        """Replace the state by one that `snapshot` returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A version and the bytes that its packed form takes."""
+
+    version: str
+    size_bytes: int
+
+
+class Spare(Protocol):
+    """Room that nobody has a claim to, in one place: the cache of an engine, or the host store.
+
+    Into an engine comes only what requests wait for; into the host store, only what nobody waits for: the rest is
+    fetched for them anyway. All of it is worked out when it is asked for.
+    """
+
+    @property
+    def budget_bytes(self) -> int:
+        """What nobody waits for may add up to so many bytes."""
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes for it that are free; past them something has to go."""
+
+    def coming(self) -> Iterator[Sized]:
+        """Yield the versions that requests wait for and that could come here, first queue position first."""
+
+    def losing(self) -> Iterator[Sized]:
+        """Yield what would have to go for what nobody waits for, first to go first."""
+
+    def can_bring(self, version: str) -> bool:
+        """Whether the version could be brought here now, were it the only one."""
+
+
+class Prefetch(Protocol):
+    """Says what to bring in before somebody has to wait for it. It is advice: the core may take part of it, or none."""
+
+    def on_request(self, version: str, size_bytes: int, now_ns: int) -> None:
+        """A request for a version was admitted; packed, the version takes so many bytes where it was routed."""
+
+    def advise(self, spare: Spare, now_ns: int) -> Sequence[str]:
+        """Return versions that `spare.can_bring`, each once, most useful first; changes nothing.
+
+        Those that are not in `spare.coming()` add up to `spare.budget_bytes` at most.
+        """
 
     def snapshot(self) -> Any:
         """Return the whole state as JSON values."""

@@ -188,6 +188,8 @@ class Store(Section):
     disk_bytes: int = Field(32 << 30, ge=0)
     eviction: str = "lru"
     disk_eviction: str = "lru"
+    prefetch: str = "planned"
+    prefetch_bytes_per_s: int = Field(128 << 20, ge=0)
     fetches_max: int = Field(4, ge=1)
 
 
@@ -272,6 +274,8 @@ class Config(Section):
             disk_eviction=self.store.disk_eviction,
             ordering=self.queue.ordering,
             routing=self.queue.routing,
+            prefetch=self.store.prefetch,
+            prefetch_bytes_per_s=self.store.prefetch_bytes_per_s,
         )
 
 

@@ -55,4 +55,5 @@ def policies_of(config: CoreConfig) -> Policies:
         disk_eviction=resolve("eviction", config.disk_eviction),
         ordering=resolve("ordering", config.ordering),
         routing=resolve("routing", config.routing),
+        prefetch=resolve("prefetch", config.prefetch),
     )

@@ -8,7 +8,8 @@ that is not in the event.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sidecar.core.core import Core
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
 from sidecar.errors import Misused, Reason
+from sidecar.incident.archive import opened
 from sidecar.plugins import policies_of
 from sidecar.shell.segments import FORMAT, effects_digest, product_version, segment_paths
 
@@ -173,14 +175,19 @@ def segments_of(path: Path) -> list[Path]:
     return found
 
 
-def replay(path: Path, summary: Summary | None = None) -> Iterator[Replayed]:
-    """Yield every step of a segment file, a journal's directory or a data directory, taken again.
+def replay(path: Path, summary: Summary | None = None) -> Generator[Replayed, None, None]:
+    """Yield every step of a segment file, a journal's directory, a data directory or an incident, taken again.
 
     Nothing stops at a difference: the caller sees it and decides. `summary` counts along and keeps the first. Raises
-    Misused for a file that is no segment, or that this version cannot read.
+    Misused for a file that is no segment, or that this version cannot read. An incident is unpacked for as long as the
+    iterator is open.
     """
-    summary = summary if summary is not None else Summary()
-    for segment_path in segments_of(path):
+    with opened(path) as journal:
+        yield from _replay(segments_of(journal), summary if summary is not None else Summary())
+
+
+def _replay(paths: Sequence[Path], summary: Summary) -> Iterator[Replayed]:
+    for segment_path in paths:
         segment = SegmentFile(segment_path)
         summary.segments += 1
         if segment.version != product_version():
@@ -205,11 +212,12 @@ def run(
     verdict goes to `write` unless effects go there.
     """
     summary = Summary()
-    for step in replay(path, summary):
-        if show_effects:
-            write(step.line())
-        if summary.difference is not None:
-            break
+    with closing(replay(path, summary)) as steps:
+        for step in steps:
+            if show_effects:
+                write(step.line())
+            if summary.difference is not None:
+                break
     verdict = json.dumps(_verdict(summary)) if as_json else _sentence(summary)
     for note in summary.notes:
         tell(note)

@@ -18,6 +18,8 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.facts import Adapter, EngineFacts, Row
+from sidecar.core.outstanding import Outstanding
+from sidecar.core.state import Backend
 from sidecar.core.words import Fault, Outcome, Phase
 from sidecar.errors import Reason
 from sidecar.plugins import policies_of
@@ -489,12 +491,13 @@ def check_books(core: Core) -> None:
     _check_pins(core)
     waiting = [request for request in state.requests.values() if not request.running and not request.settled]
     assert state.queued == len(waiting)
-    assert state.queued_tokens == sum(request.footprint for request in waiting)
+    assert state.waiting.tokens == sum(request.footprint for request in waiting)
     tenants: dict[str, int] = {}
     for request in waiting:
         tenants[request.view.tenant] = tenants.get(request.view.tenant, 0) + 1
-    assert state.tenant_queued == tenants
+    assert {tenant: queued.requests for tenant, queued in state.tenant_queued.items()} == tenants
     for backend in state.backends.values():
+        _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]
         assert backend.kv_reserved == sum(request.kv_tokens(backend) for request in running)
         for digest, slot in backend.slots.items():
@@ -504,6 +507,17 @@ def check_books(core: Core) -> None:
             assert not backend.running
             assert not backend.loads
             assert not backend.queued
+
+
+def _check_outstanding(core: Core, backend: Backend) -> None:
+    queued = [core.state.requests[request] for request in backend.queued]
+    every = queued + [core.state.requests[request] for request in backend.running]
+    counted = Outstanding()
+    for request in every:
+        view = request.view
+        counted.add(view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+    counted.queued_tokens = sum(request.expected_tokens for request in queued)
+    assert backend.outstanding == counted
 
 
 def _check_pins(core: Core) -> None:

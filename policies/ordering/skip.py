@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from policies.lines import Line
-from policies.views import BASE, Decision, Open, Room, Send, Waiting
+from policies.views import BASE, Backlog, Decision, Open, Promise, Room, Send, Waiting
 
 
 class Skip:
@@ -23,7 +23,10 @@ class Skip:
         self._version: dict[int, str] = {}
         self._heads: list[tuple[int, str]] = []
 
-    def queued(self, request: Waiting, now_ns: int) -> None:
+    def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
+        return None
+
+    def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
         self._add(request.id, request.version)
 
     def left(self, request_id: int, now_ns: int) -> None:
@@ -44,10 +47,10 @@ class Skip:
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
-        already_open = dict.fromkeys([BASE, *(slot.version for slot in room.open)])
+        already_open = room.open
         may_open = room.pages_free is None or room.pages_free > 0
-        for head, version in self._heads if may_open else self._heads_of(already_open):
-            if version in already_open:
+        for head, version in self._heads if may_open else self._heads_of((BASE, *already_open)):
+            if version == BASE or version in already_open:
                 if room.can_send(head):
                     return Send(head)
             elif room.can_open(version):

@@ -8,16 +8,15 @@ id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from policies.views import Candidate, Choice, Waiting
+from policies.views import Candidate, Candidates, Choice, Waiting
 
 
 class ResidentFirst:
     """Stateless: the candidates say all there is to know."""
 
-    def pick(self, request: Waiting, candidates: Sequence[Candidate], now_ns: int) -> Choice:
+    def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
         best = min(candidates, key=_rank)
         return Choice(best.backend, _reason(best))
 
@@ -29,7 +28,7 @@ class ResidentFirst:
 
 
 def _rank(candidate: Candidate) -> tuple[int, float, int, str]:
-    taken = (candidate.running + candidate.queued) / max(1, candidate.seats)
+    taken = candidate.in_flight / max(1, candidate.seats)
     gathered = candidate.resident or candidate.awaited
     if taken >= 1:
         return (2, taken, candidate.held, candidate.backend)

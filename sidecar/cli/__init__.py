@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from sidecar.cli import adapters, backends, checking, folders, generating, queue, serving
+from sidecar.cli import adapters, backends, calibrating, checking, folders, generating, incidents, queue, serving
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
 from sidecar.emulator.command import emulate
 from sidecar.errors import SidecarError
@@ -38,13 +38,14 @@ def demo(
 app.command("serve")(serving.serve)
 app.command("demo")(demo)
 app.command("emulate")(emulate)
+calibrating.add_to(app)
 generating.add_to(app)
 queue.add_to(app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(backends.app, name="backends")
 app.add_typer(checking.config_app, name="config")
 app.add_typer(checking.policies_app, name="policies")
-app.command("replay")(checking.replay)
+incidents.add_to(app)
 
 __all__ = ["app", "folders", "main", "run"]
 

@@ -1,4 +1,4 @@
-"""Commands that look before anything runs, or after it ran: `config check`, `policies check`, `replay`."""
+"""Commands that look before anything runs: `config check`, `policies check`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sidecar.errors import Misused, Reason
 config_app = typer.Typer(help="Check a configuration.", no_args_is_help=True)
 policies_app = typer.Typer(help="Check a policy.", no_args_is_help=True)
 
-MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick"}
+MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick", "prefetch": "advise"}
 """The method that each kind of policy has and no other."""
 
 
@@ -117,16 +117,3 @@ def find_policy(name: str) -> tuple[str, type[Any]]:
     known = [f"{kind}.{each}" for kind in POLICIES for each in sorted(plugins.known(kind))]
     problem = f'"{name}" could be several' if kinds else f'no policy is called "{name}"'
     raise CommandError(f"{problem}; there are {', '.join(known)}", Exit.MISUSED)
-
-
-def replay(
-    path: Annotated[
-        Path, typer.Argument(help="A journal segment, a journal, or a data directory.", show_default=False)
-    ],
-    effects: Annotated[bool, typer.Option("--effects", help="Print each step's effects, a JSON line each.")] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Run a journal again; exit 1 if any step does not give the effects that were recorded."""
-    from sidecar import replay as replaying
-
-    return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr))

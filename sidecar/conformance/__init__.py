@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sidecar.conformance import eviction, ordering, routing
+from sidecar.conformance import eviction, ordering, prefetch, routing
 from sidecar.conformance.purity import is_pure
 from sidecar.conformance.seeds import Maker
 
@@ -28,7 +28,17 @@ CHECKS: dict[str, tuple[Callable[[Maker], None], ...]] = {
     "routing": (
         routing.picks_one_of_the_candidates,
         routing.breaks_ties_by_id,
+        routing.picks_the_same_again,
+        routing.follows_the_backends,
         routing.routing_is_the_same_after_a_restore,
+        routing.remembers_within_bounds,
+    ),
+    "prefetch": (
+        prefetch.advises_only_what_can_be_brought,
+        prefetch.keeps_within_the_budget,
+        prefetch.advice_changes_nothing,
+        prefetch.prefetch_is_the_same_after_a_restore,
+        prefetch.remembers_a_bounded_number,
     ),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from policies.views import BASE, Close, Open, OpenVersion, Room, Send, Waiting
+from policies.views import BASE, Backlog, Close, Open, Promise, Send, Waiting
 from sidecar.conformance.seeds import SEEDS, Maker, through_json, waiting
 
 
@@ -32,13 +32,53 @@ def ordering_is_the_same_after_a_restore(make: Maker) -> None:
         bench = _Bench(Random(seed), make())
         bench.run(100)
         other = make()
-        other.queued(waiting(10**6, "stale", 0), 0)
+        other.queued(waiting(10**6, "stale", 0), None, 0)
         snapshot = through_json(bench.policy.snapshot())
         other.restore(snapshot)
         assert through_json(other.snapshot()) == snapshot, f"seed {seed}: restore() and snapshot() disagree"
         bench.shadow = other
         bench.run(100)
         bench.finish()
+
+
+@dataclass
+class _Slot:
+    """An open version (`policies.views.OpenVersion`)."""
+
+    opened_ns: int
+    pages: int = 1
+    running: int = 0
+    loading: bool = False
+
+
+@dataclass
+class _Room:
+    """The bench as a policy sees it (`policies.views.Room`)."""
+
+    bench: _Bench
+    backend: str = "b0"
+
+    @property
+    def seats_free(self) -> int:
+        return self.bench.seats - len(self.bench.running)
+
+    @property
+    def pages_free(self) -> int | None:
+        return self.bench.pages_free
+
+    @property
+    def slots(self) -> int:
+        return self.bench.pages
+
+    @property
+    def open(self) -> dict[str, _Slot]:
+        return self.bench.open
+
+    def can_open(self, version: str) -> bool:
+        return self.bench.can_open(version)
+
+    def can_send(self, request_id: int) -> bool:
+        return self.bench.can_send(request_id)
 
 
 @dataclass
@@ -57,7 +97,7 @@ class _Bench:
     count: int = 0
     waiting: dict[int, Waiting] = field(default_factory=dict)
     running: dict[int, Waiting] = field(default_factory=dict)
-    open: dict[str, OpenVersion] = field(default_factory=dict)
+    open: dict[str, _Slot] = field(default_factory=dict)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -86,12 +126,17 @@ class _Bench:
         self.count += 1
         request = waiting(self.count, self.random.choice([BASE, "v1", "v2", "v3", "v4", "v5"]), self.now_ns)
         self.waiting[request.id] = request
+        backlog = Backlog(10**8, 10**8, 10**7, len(self.waiting), self.pages, 10**7, 0)
         for policy in self._told():
-            policy.queued(request, self.now_ns)
+            promise = policy.promise(request, backlog, self.now_ns)
+            assert promise is None or isinstance(promise, Promise), "promise() must return a Promise or None"
+            policy.queued(request, promise, self.now_ns)
             assert isinstance(policy.gated(request.id), bool), "gated() must answer True or False"
 
-    def _leave(self, request_id: int) -> Waiting:
+    def _leave(self, request_id: int, to_run: bool = False) -> Waiting:
         request = self.waiting.pop(request_id)
+        if to_run and request.version != BASE:
+            self.open[request.version].running += 1
         for policy in self._told():
             policy.left(request_id, self.now_ns)
         return request
@@ -100,15 +145,17 @@ class _Bench:
         if not self.running:
             return
         request = self.running.pop(self.random.choice(sorted(self.running)))
+        if request.version != BASE:
+            self.open[request.version].running -= 1
         for policy in self._told():
             policy.progressed({request.id: 5}, self.now_ns)
             policy.ended(request, 5, self.now_ns)
 
     def _decide(self) -> None:
         for _ in range(100):
-            decision = self.policy.choose(self._room(), self.now_ns)
+            decision = self.policy.choose(_Room(self), self.now_ns)
             if self.shadow is not None:
-                shadowed = self.shadow.choose(self._room(), self.now_ns)
+                shadowed = self.shadow.choose(_Room(self), self.now_ns)
                 assert shadowed == decision, f"after restore() it decides {shadowed} instead of {decision}"
             if decision is None:
                 return
@@ -117,12 +164,12 @@ class _Bench:
 
     def _obey(self, decision: Any) -> None:
         if isinstance(decision, Send):
-            assert self._can_send(decision.request), f"{decision}: room.can_send says no"
-            self.running[decision.request] = self._leave(decision.request)
+            assert self.can_send(decision.request), f"{decision}: room.can_send says no"
+            self.running[decision.request] = self._leave(decision.request, to_run=True)
         elif isinstance(decision, Open):
-            assert self._can_open(decision.version), f"{decision}: room.can_open says no"
+            assert self.can_open(decision.version), f"{decision}: room.can_open says no"
             self._close_idle()
-            self.open[decision.version] = OpenVersion(decision.version, self.now_ns, 1, 0, False)
+            self.open[decision.version] = _Slot(self.now_ns)
         else:
             assert isinstance(decision, Close), f"choose() returned {decision!r}: not a Send, Open, Close or None"
             assert decision.version in self.open, f"{decision}: it is not open"
@@ -135,24 +182,20 @@ class _Bench:
             del self.open[idle.pop(0)]
 
     def _runs(self, version: str) -> int:
-        return sum(request.version == version for request in self.running.values())
+        return self.open[version].running
 
     def _busy(self, version: str) -> bool:
         return self._runs(version) > 0 or any(request.version == version for request in self.waiting.values())
 
-    def _can_open(self, version: str) -> bool:
-        return version not in self.open and version != BASE and self._pages_free() > 0
+    def can_open(self, version: str) -> bool:
+        return version not in self.open and version != BASE and self.pages_free > 0
 
-    def _can_send(self, request_id: int) -> bool:
+    def can_send(self, request_id: int) -> bool:
         request = self.waiting.get(request_id)
         if request is None or len(self.running) >= self.seats:
             return False
         return request.version == BASE or request.version in self.open
 
-    def _pages_free(self) -> int:
+    @property
+    def pages_free(self) -> int:
         return self.pages - sum(self._busy(version) for version in self.open)
-
-    def _room(self) -> Room:
-        held = [OpenVersion(v, o.opened_ns, 1, self._runs(v), False) for v, o in self.open.items()]
-        seats_free = self.seats - len(self.running)
-        return Room("b0", seats_free, self._pages_free(), held, self._can_open, self._can_send)

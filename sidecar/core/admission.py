@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 
 from policies.views import BASE, Waiting
-from sidecar.core import asks
+from sidecar.core import asks, promising
 from sidecar.core.config import ClassLimit
 from sidecar.core.effects import Settle
 from sidecar.core.events import Received
-from sidecar.core.state import Name, Request, State
+from sidecar.core.state import Backend, Name, Queued, Request, State
 from sidecar.core.suspects import quarantine_message
 from sidecar.core.turn import Turn, outcome_of
 from sidecar.errors import Reason, Refused
@@ -31,13 +31,20 @@ def received(turn: Turn, event: Received) -> None:
         _refuse(turn, event, refused)
         return
     request = _request(turn, event, name, ordinal, digest, limit)
+    backend = turn.pick_backend(request)
+    if backend is not None:
+        try:
+            _in_time(turn, request, backend, limit)
+        except Refused as refused:
+            _refuse(turn, event, refused)
+            return
     state.requests[request.id] = request
     if digest != BASE:
         state.versions[digest].requests += 1
     state.set_timer(request.expires_ns, request.id)
     if event.deadline_ns is not None and event.deadline_ns != request.expires_ns:
         state.set_timer(event.deadline_ns, request.id)
-    turn.route(request)
+    turn.place(request, backend)
 
 
 def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
@@ -53,8 +60,9 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         arrived_ns=turn.now_ns,
         input_tokens=event.input_tokens,
         output_tokens_max=event.output_tokens_max,
+        weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
     )
-    return Request(view, ordinal, expires_ns, event.deadline_ns)
+    return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes)
 
 
 def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
@@ -135,26 +143,50 @@ def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns
         )
     if event.deadline_ns is not None and event.deadline_ns <= now_ns:
         raise Refused(Reason.DEADLINE_UNMEETABLE, "the request's deadline had passed when it arrived")
+    _has_room(state, event)
+    return limit
+
+
+def _has_room(state: State, event: Received) -> None:
+    """Hold the queue's bounds by count, tokens and bytes: in all, and for each tenant."""
+    config, tenant = state.config, state.tenant_queued.get(event.tenant, Queued())
     tokens = event.input_tokens + event.output_tokens_max
-    full = (
-        (state.queued >= config.queued_max, f"{state.queued} requests wait (limit {config.queued_max})"),
-        (
-            state.queued_tokens + tokens > config.queued_tokens_max,
-            f"{state.queued_tokens} tokens wait (limit {config.queued_tokens_max})",
-        ),
-        (
-            state.tenant_queued.get(event.tenant, 0) >= config.tenant_queued_max,
-            f'tenant "{event.tenant}" has {config.tenant_queued_max} requests waiting, its limit',
-        ),
+    all_of, of_tenant = "wait", f'of tenant "{event.tenant}" wait'
+    bounds = (
+        (state.waiting.requests, 1, config.queued_max, "requests", all_of),
+        (state.waiting.tokens, tokens, config.queued_tokens_max, "tokens", all_of),
+        (state.waiting.size_bytes, event.size_bytes, config.queued_bytes_max, "bytes", all_of),
+        (tenant.requests, 1, config.tenant_queued_max, "requests", of_tenant),
+        (tenant.tokens, tokens, config.tenant_queued_tokens_max, "tokens", of_tenant),
+        (tenant.size_bytes, event.size_bytes, config.tenant_queued_bytes_max, "bytes", of_tenant),
     )
-    for over, sentence in full:
-        if over:
+    for held, more, limit, unit, whose in bounds:
+        if held + more > limit:
             raise Refused(
                 Reason.QUEUE_FULL,
-                f"the queue is full: {sentence}; try again later or raise queue limits",
+                f"the queue is full: {held} {unit} {whose} (limit {limit}); try again later or raise queue limits",
                 retry_after_s=RETRY_AFTER_NS / 1e9,
             )
-    return limit
+
+
+def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) -> None:
+    """Refuse a request that is predicted to wait for longer than its class or its deadline allows."""
+    wait_ns = promising.wait_ns(turn.state, backend)
+    over_ns = wait_ns - limit.queue_wait_ns_max
+    if over_ns > 0:
+        raise Refused(
+            Reason.QUEUE_FULL,
+            f"{backend.id} would not come to it for {wait_ns / 1e9:.0f} s and class "
+            f'"{request.view.klass}" waits at most {limit.queue_wait_ns_max / 1e9:.0f} s; try again later, or raise '
+            "the class's queue_wait_s_max",
+            retry_after_s=max(over_ns, RETRY_AFTER_NS) / 1e9,
+        )
+    if request.deadline_ns is not None and turn.now_ns + wait_ns > request.deadline_ns:
+        raise Refused(
+            Reason.DEADLINE_UNMEETABLE,
+            f"{backend.id} would not come to it for {wait_ns / 1e9:.1f} s and its deadline is in "
+            f"{(request.deadline_ns - turn.now_ns) / 1e9:.1f} s; give it more time or try again later",
+        )
 
 
 def _allowed(state: State, event: Received, name: Name, digest: str) -> None:

@@ -33,9 +33,13 @@ def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
     return state.misfit_of(digest, backend)
 
 
-def servers_of(state: State, digest: str) -> list[Backend]:
+def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
     """Return the backends that can serve a version, up or down, in the order they were configured."""
-    return [b for b in state.backends.values() if cannot_serve(state, b, digest) is None]
+    servers = state.servers.get(digest)
+    if servers is None:
+        servers = tuple(b for b in state.backends.values() if cannot_serve(state, b, digest) is None)
+        state.servers[digest] = servers
+    return servers
 
 
 def long_enough(backend: Backend, input_tokens: int) -> bool:

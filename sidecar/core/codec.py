@@ -17,13 +17,15 @@ from typing import Any
 
 from policies import views
 from policies.lines import Line
-from sidecar.core import config, effects, events, facts, layout, shadow, state, store, words
+from sidecar.core import ahead, config, effects, events, facts, layout, outstanding, pace, shadow, state, store, words
 from sidecar.core.core import Core, Policies
+
+MODULES = (views, ahead, config, effects, events, facts, layout, outstanding, pace, shadow, state, store, words)
 
 
 def _classes() -> dict[str, type]:
     found: dict[str, type] = {}
-    for module in (views, config, effects, events, facts, layout, shadow, state, store, words):
+    for module in MODULES:
         for name, value in vars(module).items():
             if isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum)):
                 assert found.setdefault(name, value) is value, f"two classes of the core are called {name}"
@@ -109,6 +111,7 @@ def restore(record: Any, policies: Policies) -> Core:
     held.store.policy = _restored(policies.eviction(), held.store.policy)
     held.disk.policy = _restored(policies.disk_eviction(), held.disk.policy)
     held.routing = _restored(policies.routing(), held.routing)
+    held.prefetch = _restored(policies.prefetch(), held.prefetch)
     for backend in held.backends.values():
         backend.ordering = _restored(policies.ordering(), backend.ordering)
     core.state = held

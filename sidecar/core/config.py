@@ -9,9 +9,14 @@ SECOND_NS = 1_000_000_000
 
 @dataclass(frozen=True)
 class ClassLimit:
-    """A request class: how long one of it may wait in the queue before it ends as Expired."""
+    """A request class: how long one of it may wait in the queue before it ends as Expired.
+
+    One that is predicted to wait longer is refused. `patience_ns` is how long one waits, at least, before others are
+    held back for it.
+    """
 
     queue_wait_ns_max: int = 600 * SECOND_NS
+    patience_ns: int = 20 * SECOND_NS
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,12 @@ class CoreConfig:
     fetches_max: int = 4
     queued_max: int = 50_000
     queued_tokens_max: int = 1 << 31
+    queued_bytes_max: int = 1 << 30
     tenant_queued_max: int = 50_000
+    tenant_queued_tokens_max: int = 1 << 31
+    tenant_queued_bytes_max: int = 1 << 30
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    """Shares of the service; a tenant that is not here has 1."""
     heals_max: int = 8
     visits_max: int = 2
     seat_slack: float = 0.1
@@ -40,3 +50,6 @@ class CoreConfig:
     disk_eviction: str = "lru"
     ordering: str = "skip"
     routing: str = "resident_first"
+    prefetch: str = "planned"
+    prefetch_bytes_per_s: int = 128 << 20
+    """What may be fetched though nobody waits for it."""

@@ -11,17 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from policies.views import Eviction, Ordering, Routing
-from sidecar.core import admission, disk, dispatching, fetching, healing, operators
+from policies.views import BASE, Eviction, Ordering, Prefetch, Routing
+from sidecar.core import admission, disk, dispatching, fetching, healing, operators, prefetching, promising
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
 from sidecar.core.shadow import CacheShadow, EngineShadow
-from sidecar.core.state import NEVER_NS, Backend, State
+from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.store import StoreIndex
 from sidecar.core.turn import Turn
 from sidecar.core.words import Phase
 from sidecar.errors import Reason
+
+MEAN_SHARE = 0.02
+"""The weight of one answer in its adapter's mean length."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Policies:
     disk_eviction: Callable[[], Eviction]
     ordering: Callable[[], Ordering]
     routing: Callable[[], Routing]
+    prefetch: Callable[[], Prefetch]
 
 
 class Core:
@@ -44,6 +48,7 @@ class Core:
             store=StoreIndex(config.store_bytes, policies.eviction()),
             disk=StoreIndex(config.disk_bytes, policies.disk_eviction()),
             routing=policies.routing(),
+            prefetch=policies.prefetch(),
         )
 
     def step(self, event: ev.Event, now_ns: int) -> list[Effect]:
@@ -60,6 +65,7 @@ class Core:
 
     def _backend_added(self, event: ev.BackendAdded) -> None:
         self.state.backends[event.backend] = Backend(event.backend, event.facts, self.policies.ordering())
+        self.state.servers.clear()
 
     def _schedule(self, turn: Turn) -> None:
         """Let fetches and dispatches move until nothing does: each can make room for the other."""
@@ -67,11 +73,14 @@ class Core:
             if turn.hungry:
                 turn.hungry = False
                 fetching.pump(turn)
+                prefetching.speculate(turn)
             for backend_id in list(turn.dirty):
                 del turn.dirty[backend_id]
                 backend = self.state.backends[backend_id]
                 if backend.phase is Phase.UP:
+                    prefetching.take_stock(turn, backend)
                     dispatching.pump(turn, backend)
+                    prefetching.load_ahead(turn, backend)
 
     def _set_wake(self, turn: Turn) -> None:
         timers = self.state.timers
@@ -121,6 +130,11 @@ def _end_what_is_due(turn: Turn) -> None:
             )
 
 
+def _received(turn: Turn, event: ev.Received) -> None:
+    admission.received(turn, event)
+    prefetching.requested(turn, event.request)
+
+
 def _client_left(turn: Turn, event: ev.ClientLeft) -> None:
     request = turn.state.requests.get(event.request)
     if request is not None and not request.settled:
@@ -147,6 +161,8 @@ def _run_ended(turn: Turn, event: ev.RunEnded) -> None:
     if request is None or request.attempt != event.attempt or not request.running:
         return
     request.tokens = event.output_tokens
+    if not request.settled:
+        _learn(turn, request)
     backend = turn.end_run(request, event.output_tokens)
     healing.run_completed(backend, backend.facts.seats or turn.state.config.seats_default)
     if not request.settled:
@@ -154,11 +170,28 @@ def _run_ended(turn: Turn, event: ev.RunEnded) -> None:
     turn.release(request)
 
 
+def _learn(turn: Turn, request: Request) -> None:
+    """Take in what a run that was answered in full says of its engine and its adapter."""
+    assert request.backend is not None
+    backend = turn.state.backends[request.backend]
+    if promising.learn_pace(turn.state, backend, request, turn.now_ns - request.dispatched_ns):
+        turn.void_promises(backend, "backend slowed")
+    if request.version != BASE:
+        version = turn.state.versions[request.version]
+        mean = version.output_tokens_mean
+        before = request.tokens if mean is None else mean
+        version.output_tokens_mean = before + MEAN_SHARE * (request.tokens - before)
+
+
 def _progress(turn: Turn, event: ev.Progress) -> None:
     backend = turn.state.backends[event.backend]
     running = {request: tokens for request, tokens in event.tokens.items() if request in backend.running}
     for request_id, tokens in running.items():
-        turn.state.requests[request_id].tokens += tokens
+        request = turn.state.requests[request_id]
+        request.tokens += tokens
+        came = min(tokens, request.expected_tokens)
+        request.expected_tokens -= came
+        backend.outstanding.generated(request.view.tenant, came)
     backend.ordering.progressed(running, turn.now_ns)
 
 
@@ -171,6 +204,7 @@ def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
     state.forget_derived(backend=backend.id)
     backend.phase = Phase.UP
     healing.reset_beliefs(backend)
+    backend.ahead.clear()
     backend.shadow = EngineShadow(CacheShadow(event.facts.host_pages_total), CacheShadow(event.facts.device_pages))
     for version in state.versions.values():
         version.refused_by.pop(backend.id, None)
@@ -193,7 +227,7 @@ def _shutdown_begun(turn: Turn, event: ev.ShutdownBegun) -> None:
 
 
 HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
-    ev.Received: admission.received,
+    ev.Received: _received,
     ev.ClientLeft: _client_left,
     ev.ClientStalled: _client_stalled,
     ev.AdapterRegistered: operators.registered,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from policies.views import BASE, Close, Open, OpenVersion, Room, Send
+from policies.views import BASE, Close, Open, Send
 from sidecar.core import asks, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import LoadDone
+from sidecar.core.room import LiveRoom
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
 from sidecar.core.turn import Turn
 from sidecar.core.words import Cache
@@ -15,14 +16,16 @@ def pump(turn: Turn, backend: Backend) -> None:
     """Do what the policy decides for one backend until it decides nothing."""
     _reload_stale(turn, backend)
     _warm_up(turn, backend)
+    room = LiveRoom(turn.state, backend, turn.now_ns)
     while backend.queued:
-        decision = backend.ordering.choose(_room(turn, backend), turn.now_ns)
+        decision = backend.ordering.choose(room, turn.now_ns)
         if decision is None:
             return
+        room.changed()
         if isinstance(decision, Send):
             _send(turn, backend, turn.state.requests[decision.request])
         elif isinstance(decision, Open):
-            _open(turn, backend, decision.version)
+            open_version(turn, backend, decision.version)
         else:
             _close(backend, decision)
 
@@ -46,30 +49,11 @@ def _warm_up(turn: Turn, backend: Backend) -> None:
             del backend.warmups[digest]
         elif asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None:
             del backend.warmups[digest]
-            _open(turn, backend, digest)
+            open_version(turn, backend, digest)
 
 
-def _room(turn: Turn, backend: Backend) -> Room:
-    state, now_ns = turn.state, turn.now_ns
-    pages = asks.page_room(backend)
-    return Room(
-        backend=backend.id,
-        seats_free=backend.seats(state.config) - backend.in_flight,
-        pages_free=pages.free,
-        open=[
-            OpenVersion(version, slot.opened_ns, slot.pages, slot.running, slot.load is not None)
-            for version, slot in backend.slots.items()
-        ],
-        can_open=lambda version: (
-            version not in backend.slots
-            and asks.ready(state, backend, version)
-            and asks.why_not_open(state, backend, version, now_ns, pages) is None
-        ),
-        can_send=lambda request: asks.why_not_send(state, backend, state.requests[request], now_ns) is None,
-    )
-
-
-def _open(turn: Turn, backend: Backend, digest: str) -> None:
+def open_version(turn: Turn, backend: Backend, digest: str) -> None:
+    """Give a version a slot, and have it loaded if the engine has not got it."""
     state = turn.state
     why = asks.why_not_open(state, backend, digest, turn.now_ns)
     assert why is None, f"{digest} cannot be opened on {backend.id}: {why}"
@@ -137,8 +121,9 @@ def load_done(turn: Turn, event: LoadDone) -> None:
         _left_the_engine(turn, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
     backend.estimate.learn(turn.now_ns - load.begun_ns, open_pages, packed.pages, turn.now_ns)
-    for request_id in backend.queued_by_version.get(load.digest, ()):
-        turn.state.requests[request_id].load_ns += turn.now_ns - load.begun_ns
+    if load.digest not in backend.ahead.unused:  # else they waited for their turn meanwhile
+        for request_id in backend.queued_by_version.get(load.digest, ()):
+            turn.state.requests[request_id].load_ns += turn.now_ns - load.begun_ns
     turn.forget_version_if_unused(load.digest)
 
 
@@ -174,7 +159,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     state = turn.state
     why = asks.why_not_send(state, backend, request, turn.now_ns)
     assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
-    turn.dequeue(request)
+    turn.dequeue(request, to_run=True)
     backend.running[request.id] = None
     backend.kv_reserved += request.kv_tokens(backend)
     request.running = True

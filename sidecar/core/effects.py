@@ -106,6 +106,10 @@ class Settle:
     backend: str = ""
     version: str = ""
     retry_after_ns: int | None = None
+    bound_ns: int | None = None
+    """What it was promised to wait at most, while that held."""
+    voided: str = ""
+    """Why it no longer did."""
 
 
 @dataclass(frozen=True, slots=True)

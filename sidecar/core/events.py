@@ -25,6 +25,7 @@ class Received:
     output_tokens_max: int
     deadline_ns: int | None = None
     session: str = ""
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

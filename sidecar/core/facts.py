@@ -15,6 +15,7 @@ from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
 from sidecar.core.layout import FUSED, Heads, packed_rows, packed_size_bytes
 from sidecar.core.layout import Layout as Layout
 from sidecar.core.layout import Row as Row
+from sidecar.core.pace import Pace
 
 PACKER_REVISION = 1
 """Raise it whenever the same source and layout would give other packed bytes."""
@@ -47,6 +48,8 @@ class EngineFacts:
     heads: int | None = None
     kv_heads: int | None = None
     head_size: int | None = None
+    pace: Pace | None = None
+    """Its step time, where it was calibrated."""
 
     @property
     def layout(self) -> Layout:

@@ -28,7 +28,7 @@ def pump(turn: Turn) -> None:
         position, key = head
         request = state.requests[position]
         assert request.backend is not None
-        if not _begin(turn, key, request.version, state.backends[request.backend], position):
+        if not begin(turn, key, request.version, state.backends[request.backend], position):
             return
         heapq.heappop(state.hungry_heap)
         state.fetched_for[key] = position
@@ -62,7 +62,13 @@ def _needed(state: State, key: str) -> bool:
     )
 
 
-def _begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | None) -> bool:
+def somebody_waits(state: State) -> bool:
+    """Whether a request waits for a fetch that could not be begun."""
+    return _hungriest(state) is not None
+
+
+def begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | None = None) -> bool:
+    """Begin a fetch if it can be made to fit; without a position it takes nothing from anyone who waits."""
     state = turn.state
     packed = state.packed_for(digest, backend)
     victims = state.store.victims_for(packed.size_bytes, turn.now_ns, state.next_position, position)
@@ -70,6 +76,7 @@ def _begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | 
         return False
     for victim in victims:
         state.store.evictions += 1
+        state.guesses.gone(victim)
         turn.drop_blob(victim)
     state.store.reserve(key, digest, packed.size_bytes)
     version = state.versions[digest]
@@ -88,7 +95,7 @@ def _pump_prefetches(turn: Turn) -> None:
             del state.prefetches[key]
         elif state.store.fetches >= state.config.fetches_max:
             return
-        elif _begin(turn, key, digest, state.backends[backend], None):
+        elif begin(turn, key, digest, state.backends[backend]):
             del state.prefetches[key]
 
 
@@ -97,6 +104,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
     state = turn.state
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, turn.now_ns)
+    state.guesses.arrived(event.key)
     entry.held_by_operator = state.memory_holds(entry.digest)
     from_disk = disk.is_reading(turn, event.key)
     _tell_who_waited(state, event.key, from_disk)
@@ -106,6 +114,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
         disk.spill(turn, event.key)
     turn.hungry = True
     if entry.doomed:
+        state.guesses.gone(event.key)
         turn.drop_blob(event.key)
         return
     for backend in state.backends.values():
@@ -129,6 +138,7 @@ def fetch_failed(turn: Turn, event: FetchFailed) -> None:
     state = turn.state
     digest = state.store.entries[event.key].digest
     state.store.remove(event.key)
+    state.guesses.failed(event.key, turn.now_ns)
     state.fetched_for.pop(event.key, None)
     turn.hungry = True
     if disk.is_reading(turn, event.key):

@@ -309,6 +309,7 @@ def _load_lost(turn: Turn, load: LoadRun, version: Version, backend: Backend, te
 def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The engine refuses these weights for good: whoever waits here goes elsewhere, or ends with its words."""
     version.refused_by[backend.id] = text
+    turn.state.servers.pop(load.digest, None)
     for request_id in list(backend.queued_by_version.get(load.digest, ())):
         request = turn.state.requests[request_id]
         turn.dequeue(request)

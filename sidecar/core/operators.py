@@ -184,6 +184,7 @@ def release_asked(turn: Turn, event: ReleaseAsked) -> None:
     version = turn.state.versions[digest]
     version.quarantined = ""
     version.refused_by.clear()
+    turn.state.servers.pop(digest, None)
     suspects.clear(turn.state, digest)
 
 
@@ -193,6 +194,7 @@ def drain_set(turn: Turn, event: DrainSet) -> None:
     if backend.draining == event.draining:
         return
     backend.draining = event.draining
+    turn.state.servers.clear()
     if event.draining:
         turn.reroute_queue(backend)
     turn.route_the_unrouted()

@@ -7,9 +7,11 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from policies.lines import Line
-from policies.views import BASE, Ordering, Routing, Waiting
+from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
+from sidecar.core.ahead import Guesses, LoadsAhead
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
+from sidecar.core.outstanding import Outstanding
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.store import StoreIndex
 from sidecar.core.words import Cache, Phase
@@ -52,6 +54,8 @@ class Version:
     names: dict[str, None] = field(default_factory=dict)
     """The names that stand for it now."""
     requests: int = 0
+    output_tokens_mean: float | None = None
+    """Of its answers, the last few hundred counting most."""
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load in the whole pool at a time."""
     suspect: bool = False
@@ -72,6 +76,14 @@ class Request:
     ordinal: int
     expires_ns: int
     deadline_ns: int | None
+    size_bytes: int = 0
+    expected_tokens: int = 0
+    """What it is still expected to generate."""
+    promise: Promise | None = None
+    promised: bool = False
+    """It has been told, or told that nothing bounds its wait: that happens once."""
+    voided: str = ""
+    """Why its promise no longer holds."""
     backend: str | None = None
     running: bool = False
     settled: bool = False
@@ -119,6 +131,10 @@ class Slot:
     running: int = 0
     stale: bool = False
     """The engine says it has not got the version after all, while others of it still run: load it again."""
+
+    @property
+    def loading(self) -> bool:
+        return self.load is not None or self.stale
 
 
 @dataclass
@@ -174,6 +190,11 @@ class Backend:
     kv_reserved: int = 0
     queued: dict[int, None] = field(default_factory=dict)
     queued_by_version: dict[str, Line] = field(default_factory=dict)
+    outstanding: Outstanding = field(default_factory=Outstanding)
+    slowness: float = 1.0
+    """Its steps take so many times what its pace says."""
+    paced_runs: int = 0
+    """Runs that this was learned from."""
     slots: dict[str, Slot] = field(default_factory=dict)
     shadow: EngineShadow = field(default_factory=EngineShadow)
     estimate: SlotEstimate = field(default_factory=SlotEstimate)
@@ -192,6 +213,7 @@ class Backend:
     quiet_backoff_ns: int = 0
     warmups: dict[str, None] = field(default_factory=dict)
     """Versions an operator wants loaded here."""
+    ahead: LoadsAhead = field(default_factory=LoadsAhead)
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
@@ -217,6 +239,20 @@ class Backend:
 
 
 @dataclass
+class Queued:
+    """How much waits: requests, tokens that they may take, bytes of their messages."""
+
+    requests: int = 0
+    tokens: int = 0
+    size_bytes: int = 0
+
+    def count(self, request: Request, sign: int) -> None:
+        self.requests += sign
+        self.tokens += sign * request.footprint
+        self.size_bytes += sign * request.size_bytes
+
+
+@dataclass
 class State:
     """Everything. `packed` and `fits` are derived, so they are left out of snapshots and built anew."""
 
@@ -224,6 +260,8 @@ class State:
     store: StoreIndex
     disk: StoreIndex
     routing: Routing = field(metadata={"policy": True})
+    prefetch: Prefetch = field(metadata={"policy": True})
+    guesses: Guesses = field(default_factory=Guesses)
     disk_paused_until_ns: int = 0
     names: dict[str, Name] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
@@ -235,9 +273,10 @@ class State:
     suspects: dict[str, None] = field(default_factory=dict)
     """The versions whose `suspect` is set."""
     draining: bool = False
-    queued: int = 0
-    queued_tokens: int = 0
-    tenant_queued: dict[str, int] = field(default_factory=dict)
+    waiting: Queued = field(default_factory=Queued)
+    tenant_queued: dict[str, Queued] = field(default_factory=dict)
+    voided: dict[str, int] = field(default_factory=dict)
+    """How many promises became void, by reason."""
     timers: list[tuple[int, int]] = field(default_factory=list)
     """A heap of (time, request); request 0 only wakes the scheduler."""
     wake_ns: int = NEVER_NS
@@ -251,6 +290,13 @@ class State:
     """Packed keys an operator wants here: key → (digest, backend whose layout it is)."""
     packed: dict[tuple[str, str], Packed] = field(default_factory=dict, metadata={"derived": True})
     fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
+    servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
+    """The backends that can serve each version."""
+
+    @property
+    def queued(self) -> int:
+        """How many requests wait."""
+        return self.waiting.requests
 
     def packed_for(self, version: str, backend: Backend) -> Packed:
         """Return the packed form of a version that this backend takes."""
@@ -281,6 +327,10 @@ class State:
             del self.packed[pair]
         for pair in [pair for pair in self.fits if pair[0] == digest or pair[1] == backend]:
             del self.fits[pair]
+        if backend:
+            self.servers.clear()
+        else:
+            self.servers.pop(digest, None)
 
     def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
         """Say why an engine cannot serve a version, from the facts alone."""

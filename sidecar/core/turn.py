@@ -6,10 +6,11 @@ import heapq
 from dataclasses import dataclass, field
 
 from policies.lines import Line
-from policies.views import BASE, Candidate
-from sidecar.core import asks
+from policies.views import BASE
+from sidecar.core import asks, promising
 from sidecar.core.effects import CancelRun, Drop, DropDisk, Effect, Heal, Settle
-from sidecar.core.state import Backend, HealNote, Request, State
+from sidecar.core.offers import Offers
+from sidecar.core.state import Backend, HealNote, Queued, Request, State
 from sidecar.core.words import Outcome
 from sidecar.errors import Family, Reason
 
@@ -36,32 +37,28 @@ class Turn:
 
     def route(self, request: Request) -> None:
         """Put a request into the queue of a backend, or aside while no backend that can serve it is up."""
-        candidates = [
-            self._candidate(backend, request.version)
+        self.place(request, self.pick_backend(request))
+
+    def pick_backend(self, request: Request) -> Backend | None:
+        """Ask the routing policy; None while no backend that can serve the request is up."""
+        takers = [
+            backend.id
             for backend in asks.servers_of(self.state, request.version)
             if backend.takes_requests and asks.long_enough(backend, request.view.input_tokens)
         ]
-        if len(candidates) > 1 and request.losses:
-            others = [candidate for candidate in candidates if candidate.backend not in request.losses]
-            candidates = others or candidates
-        if not candidates:
-            self._set_aside(request)
-            return
-        choice = self.state.routing.pick(request.view, candidates, self.now_ns)
-        self.enqueue(request, self.state.backends[choice.backend])
+        if len(takers) > 1 and request.losses:
+            takers = [taker for taker in takers if taker not in request.losses] or takers
+        if not takers:
+            return None
+        choice = self.state.routing.pick(request.view, Offers(self.state, request.version, tuple(takers)), self.now_ns)
+        return self.state.backends[choice.backend]
 
-    def _candidate(self, backend: Backend, version: str) -> Candidate:
-        slot = backend.slots.get(version)
-        coming = slot is not None and slot.load is not None
-        return Candidate(
-            backend=backend.id,
-            resident=asks.resident(backend, version) or coming,
-            awaited=bool(backend.queued_by_version.get(version)),
-            held=len(backend.shadow.host.held),
-            running=backend.in_flight,
-            queued=len(backend.queued),
-            seats=backend.seats(self.state.config),
-        )
+    def place(self, request: Request, backend: Backend | None) -> None:
+        """Queue a request at a backend, or keep it aside for want of one."""
+        if backend is None:
+            self._set_aside(request)
+        else:
+            self.enqueue(request, backend)
 
     def _set_aside(self, request: Request) -> None:
         """Keep a request that no backend can take at the moment."""
@@ -69,14 +66,12 @@ class Turn:
         self.state.unrouted[request.id] = None
         self._count_waiting(request, 1)
 
-    def _count_waiting(self, request: Request, change: int) -> None:
+    def _count_waiting(self, request: Request, sign: int) -> None:
         state, tenant = self.state, request.view.tenant
-        state.queued += change
-        state.queued_tokens += change * request.footprint
-        waiting = state.tenant_queued.get(tenant, 0) + change
-        if waiting:
-            state.tenant_queued[tenant] = waiting
-        else:
+        state.waiting.count(request, sign)
+        of_tenant = state.tenant_queued.setdefault(tenant, Queued())
+        of_tenant.count(request, sign)
+        if not of_tenant.requests:
             del state.tenant_queued[tenant]
 
     def enqueue(self, request: Request, backend: Backend) -> None:
@@ -84,7 +79,14 @@ class Turn:
         request.backend = backend.id
         backend.queued[request.id] = None
         backend.queued_by_version.setdefault(request.version, Line()).add(request.id)
-        backend.ordering.queued(request.view, self.now_ns)
+        self._count_outstanding(request, backend)
+        if not request.promised:
+            request.promised = True
+            backlog = promising.backlog_of(self.state, backend, request)
+            request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
+        elif request.promise is not None:
+            self.void_promise(request, "moved")
+        backend.ordering.queued(request.view, request.promise, self.now_ns)
         if request.version != BASE:
             key = self.state.packed_for(request.version, backend).key
             self.state.wanted.setdefault(key, Line()).add(request.id)
@@ -92,7 +94,29 @@ class Turn:
                 self.hunger(key)
         self.dirty[backend.id] = None
 
-    def dequeue(self, request: Request) -> None:
+    def _count_outstanding(self, request: Request, backend: Backend) -> None:
+        view = request.view
+        request.expected_tokens = promising.expected_tokens(self.state, request)
+        backend.outstanding.add(
+            view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max
+        )
+
+    def no_longer_outstanding(self, request: Request, backend: Backend) -> None:
+        view = request.view
+        backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+
+    def void_promise(self, request: Request, reason: str) -> None:
+        """Note that what a promise rested on is gone; a request has only one, so nothing bounds its wait any more."""
+        if request.promise is not None:
+            request.promise = None
+            request.voided = reason
+            self.state.voided[reason] = self.state.voided.get(reason, 0) + 1
+
+    def void_promises(self, backend: Backend, reason: str) -> None:
+        for request_id in backend.queued:
+            self.void_promise(self.state.requests[request_id], reason)
+
+    def dequeue(self, request: Request, to_run: bool = False) -> None:
         """Take a queued request out of wherever it waits."""
         self._count_waiting(request, -1)
         if request.backend is None:
@@ -105,6 +129,9 @@ class Turn:
         if not line:
             del backend.queued_by_version[request.version]
         backend.ordering.left(request.id, self.now_ns)
+        backend.outstanding.queued_tokens -= request.expected_tokens
+        if not to_run:
+            self.no_longer_outstanding(request, backend)
         if request.version != BASE:
             self._no_longer_wants(request, self.state.packed_for(request.version, backend).key)
         self.dirty[backend.id] = None
@@ -179,6 +206,8 @@ class Turn:
                 backend=request.backend or "",
                 version=request.version,
                 retry_after_ns=retry_after_ns,
+                bound_ns=None if request.promise is None else request.promise.bound_ns,
+                voided=request.voided,
             )
         )
 
@@ -197,6 +226,7 @@ class Turn:
         backend = self.state.backends[request.backend]
         del backend.running[request.id]
         backend.kv_reserved -= request.kv_tokens(backend)
+        self.no_longer_outstanding(request, backend)
         request.running = False
         backend.ordering.ended(request.view, output_tokens, self.now_ns)
         if request.version != BASE:
@@ -211,6 +241,7 @@ class Turn:
 
     def requeue(self, request: Request) -> None:
         """Queue a request that ran without a token again, under its old place in the order."""
+        self.void_promise(request, "run again")
         request.backend = None
         request.cache = None
         request.first_token = False

@@ -86,6 +86,12 @@ class LoraCache:
         self._entries: dict[int, Entry] = {}
         self._in_progress: OrderedDict[int, None] = OrderedDict()
         self._done: OrderedDict[int, None] = OrderedDict()
+        self._done_pages = 0
+
+    @property
+    def pages_claimable(self) -> int:
+        """Pages that are free or hold done tasks."""
+        return len(self._free) + self._done_pages
 
     @property
     def pages_total(self) -> int:
@@ -150,7 +156,11 @@ class LoraCache:
         entry = self._entries.get(task_id)
         if entry is None:
             return
-        (self._in_progress if entry.in_progress else self._done).pop(task_id)
+        if entry.in_progress:
+            del self._in_progress[task_id]
+        else:
+            del self._done[task_id]
+            self._done_pages -= len(entry.page_ids)
         self._in_progress[task_id] = None
         entry.in_progress = True
         entry.done = False
@@ -164,6 +174,7 @@ class LoraCache:
         if entry.in_progress and entry.loaded:
             del self._in_progress[task_id]
             self._done[task_id] = None
+            self._done_pages += len(entry.page_ids)
             entry.in_progress = False
 
     def mark_all_done(self) -> None:
@@ -191,6 +202,7 @@ class LoraCache:
         while self._done and pages_missing > 0:
             task_id, _ = self._done.popitem(last=False)
             victim = self._entries.pop(task_id)
+            self._done_pages -= len(victim.page_ids)
             self._free.release(victim.page_ids)
             pages_missing -= len(victim.page_ids)
             self.evictions += 1

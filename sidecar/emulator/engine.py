@@ -1,22 +1,28 @@
 """The pure model of a TensorRT-LLM executor: queue, adapter caches, capacity scheduler, iterations.
 
-Time is an argument. There are two ways to drive an engine, and one engine is driven in one of them:
+Time is an argument. There are three ways to drive an engine, and one engine is driven in one of them:
 
 * `begin` and `finish`, around an executor that computes tokens, in real time;
 * `advance`, which runs on the cost model alone. While the batch stays the same it neither fetches nor
   schedules nor moves adapters: it only adds up step times. The outputs and their times are those of single
-  steps.
+  steps;
+* `run`, which is `advance` for a simulator: it stops at the first step end at which somebody started or
+  ended, before the next iteration, and says nothing of the steps in between.
 
 Not modelled: chunked context, KV reuse, beams, pipeline parallelism, more than one micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Sequence
 
+from sidecar.emulator.batch import Batch
+from sidecar.emulator.flavours import planning_of
 from sidecar.emulator.messages import (
     Counters,
     Ending,
+    Event,
     Failure,
     Iteration,
     Output,
@@ -27,14 +33,13 @@ from sidecar.emulator.messages import (
 )
 from sidecar.emulator.pages import Row
 from sidecar.emulator.peft import StoreError
-from sidecar.emulator.planner import Batch, Planner
-from sidecar.emulator.scheduler import Active, arrival_order, blocks_held
 from sidecar.emulator.spec import EngineSpec
 
 __all__ = [
     "Counters",
     "Ending",
     "Engine",
+    "Event",
     "Failure",
     "Iteration",
     "Output",
@@ -48,6 +53,9 @@ __all__ = [
 
 CANCELLED = "Request was cancelled"
 
+# Measured step times dip by up to a thousandth where contexts grow; a bound on the time of an event allows for ten.
+STEADY = 0.99
+
 
 class Engine:
     """A TensorRT-LLM executor without its GPU.
@@ -58,24 +66,27 @@ class Engine:
     def __init__(self, spec: EngineSpec, cost: StepCost, jump: bool = True) -> None:
         self.spec = spec
         self._cost = cost
-        self._planner = Planner(spec, cost, jump)
+        self._planner = planning_of(spec, cost, jump)
         self._leaving: list[int] = []
         self._batch: Batch | None = None
         # True while planning again would give the same batch, or again nothing.
         self._is_settled = False
-        self._running: Iteration | None = None
-        self._running_until_ns = 0
+        self._running: Batch | None = None
+        self._ends_ns = 0
         self._clock_ns = 0
         self._iterations = 0
+        self._is_run = False
+        self._events: deque[Event] = deque()
 
     def submit(self, request: Request, now_ns: int) -> None:
         """Queue a request; it is checked when it is fetched.
 
-        When driving with `advance`, call `advance(now_ns)` first. Raises QueueFull, and ValueError for an id
-        in use.
+        When driving with `advance`, call `advance(now_ns)` first; an engine that is driven with `run` catches
+        up with `now_ns` by itself. Raises QueueFull, and ValueError for an id in use.
         """
+        self._catch_up(now_ns)
         queue, limit = self._planner.queue, self.spec.max_queue
-        if request.request_id in self._planner.by_id or request.request_id in queue:
+        if self._planner.is_active(request.request_id) or request.request_id in queue:
             raise ValueError(f"request id {request.request_id} is in use")
         if limit and len(queue) >= limit:
             raise QueueFull(f"Maximum queue size of {limit} has been reached, please try again later")
@@ -87,9 +98,10 @@ class Engine:
 
         Ids that are not known are ignored. Its adapter is released as if it had finished.
         """
+        self._catch_up(now_ns)
         if self._planner.queue.discard(request_id):
             self._planner.failures.append(Failure(request_id, CANCELLED, cancelled=True))
-        elif request_id in self._planner.by_id and request_id not in self._leaving:
+        elif self._planner.is_active(request_id) and request_id not in self._leaving:
             self._leaving.append(request_id)
         else:
             return
@@ -116,6 +128,105 @@ class Engine:
 
     def begin(self, now_ns: int) -> Iteration | None:
         """Fetch, schedule and move adapters; None when nothing can run. Look at `drain_failures` after it."""
+        batch = self._begin(now_ns)
+        if batch is None:
+            return None
+        return Iteration(self._iterations, batch.context_ids, self._planner.generation_ids(), self._ends_ns - now_ns)
+
+    def finish(self, iteration: Iteration, now_ns: int, ended: Collection[int] = ()) -> list[Ending]:
+        """The step is over: each of its requests has one more token, and `ended` had their last one.
+
+        Requests that reach their limit of new tokens end too.
+        """
+        assert self._running is not None, "no iteration is running"
+        assert iteration.index == self._iterations, "not the running iteration"
+        return list(self._finish(self._running, now_ns, ended)[1])
+
+    def advance(self, until_ns: int) -> list[Output]:
+        """Run up to a time. An iteration that began by then and ends later is finished by a later call."""
+        outputs: list[Output] = []
+        while True:
+            if self._running is None:
+                outputs.extend(Output(event.at_ns, failures=event.failures) for event in self._start(until_ns))
+            if self._running is None or self._ends_ns > until_ns:
+                return outputs
+            batch, at_ns = self._running, self._ends_ns
+            tokens = batch.context_ids + self._planner.generation_ids()
+            endings = self._finish(batch, at_ns)[1]
+            outputs.append(Output(at_ns, tokens, tuple(endings), tuple(self.drain_failures())))
+            if ends := self._repeat(until_ns):
+                tokens = self._planner.generation_ids()
+                outputs.extend(Output(end_ns, tokens) for end_ns in ends)
+
+    def run(self, until_ns: int) -> Event | None:
+        """Run to the first step end up to a time at which a first token or an ending came out; None without one.
+
+        The next iteration has not begun then: what is submitted at the event's time takes part in it. Requests
+        that fail when they are fetched are an event of their own, at the beginning of the iteration that
+        fetched them, which has begun.
+        """
+        self._is_run = True
+        if self._events:
+            return self._events.popleft() if self._events[0].at_ns <= until_ns else None
+        return self._run(until_ns, until_ns)
+
+    def next_event_ns(self) -> int | None:
+        """A lower bound on the time of the next event of `run`; None until someone submits or cancels.
+
+        It is exact for a step in which somebody starts, and else as close as step times that only grow allow.
+        """
+        if self._events:
+            return self._events[0].at_ns
+        batch = self._running
+        if batch is None:
+            return None if self._is_idle() else self._clock_ns
+        if not self._is_settled or self._leaving or self._planner.failures:
+            return self._ends_ns
+        steps = min(batch.repeats, self._planner.steps_to_ending() - 1)
+        return self._ends_ns + (int(steps * self._cost.step_ns(batch.step) * STEADY) if steps else 0)
+
+    def generated(self, request_id: int) -> int:
+        """Tokens that a request has; 0 while it waits, and for an id that is not here."""
+        return self._planner.generated(request_id)
+
+    def progress(self) -> dict[int, int]:
+        """Tokens of each active request by id."""
+        return self._planner.progress()
+
+    def next_change_ns(self) -> int | None:
+        """The earliest time at which `advance` can have output; None until someone submits or cancels."""
+        if self._running is not None:
+            return self._ends_ns
+        return None if self._is_idle() else self._clock_ns
+
+    def payload(self, task_id: int) -> object | None:
+        """The weights that the engine computes a task with; None when it has none."""
+        return self._planner.payload(task_id)
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine's gauges show now."""
+        batch, use = self._batch, self._planner.use()
+        context = len(batch.context_ids) if batch else 0
+        generation = batch.step.decoding if batch else 0
+        return Counters(
+            active=use.active,
+            waiting=len(self._planner.queue) + use.waiting,
+            scheduled=context + generation,
+            context=context,
+            generation=generation,
+            paused=use.paused,
+            context_tokens=batch.step.context_tokens if batch else 0,
+            kv_max_blocks=self.spec.kv_blocks,
+            kv_used_blocks=use.kv_blocks,
+            iteration_counter=self._iterations,
+            host_pages_used=use.host_pages,
+            device_pages_used=use.device_pages,
+            host_evictions=use.host_evictions,
+            device_evictions=use.device_evictions,
+        )
+
+    def _begin(self, now_ns: int) -> Batch | None:
         assert self._running is None, "an iteration is running"
         self._clock_ns = now_ns
         waited_ns = 0
@@ -125,149 +236,88 @@ class Engine:
             waited_ns = self._batch.waited_ns if self._batch else 0
         elif self._batch is not None:
             self._batch.repeats -= 1
-        if self._batch is None:
-            return None
-        return self._run(self._batch, now_ns, waited_ns)
+        batch = self._running = self._batch
+        if batch is not None:
+            self._iterations += 1
+            self._ends_ns = now_ns + waited_ns + self._cost.step_ns(batch.step)
+        return batch
 
-    def finish(self, iteration: Iteration, now_ns: int, ended: Collection[int] = ()) -> list[Ending]:
-        """The step is over: each of its requests has one more token, and `ended` had their last one.
-
-        Requests that reach their limit of new tokens end too.
-        """
-        assert iteration is self._running, "not the running iteration"
-        assert self._batch is not None
-        batch, self._running, self._clock_ns = self._batch, None, now_ns
-        endings = self._take_tokens(batch, now_ns, ended)
-        step = batch.step
-        contexts = step.decoding_context_tokens + step.decoding
-        batch.step = step._replace(decoding_context_tokens=contexts)
+    def _finish(self, batch: Batch, now_ns: int, ended: Collection[int] = ()) -> tuple[Sequence[int], Sequence[Ending]]:
+        """End the running iteration: who had their first token, and who their last one."""
+        self._running, self._clock_ns = None, now_ns
+        started, endings = self._planner.take_tokens(now_ns, ended)
+        batch.grow(1)
         self._is_settled = self._is_settled and not endings and batch.repeats > 0
         self._release_leaving(now_ns)
-        return endings
-
-    def advance(self, until_ns: int) -> list[Output]:
-        """Run up to a time. An iteration that began by then and ends later is finished by a later call."""
-        outputs: list[Output] = []
-        while True:
-            if self._running is None and not self._start(until_ns, outputs):
-                return outputs
-            if self._running_until_ns > until_ns:
-                return outputs
-            self._complete(outputs)
-            if self._is_settled and self._batch is not None:
-                self._repeat(self._batch, until_ns, outputs)
-
-    def next_change_ns(self) -> int | None:
-        """The earliest time at which `advance` can have output; None until someone submits or cancels."""
-        if self._running is not None:
-            return self._running_until_ns
-        return None if self._is_idle() else self._clock_ns
-
-    def payload(self, task_id: int) -> object | None:
-        """The weights that the engine computes a task with; None when it has none.
-
-        The device's copy, else the host's.
-        """
-        peft = self._planner.peft
-        entry = peft.entry(task_id) if peft is not None else None
-        return entry.payload if entry is not None else None
-
-    @property
-    def counters(self) -> Counters:
-        """What the engine's gauges show now."""
-        active, batch, peft = self._planner.active, self._batch, self._planner.peft
-        context = len(batch.context_ids) if batch else 0
-        generation = len(batch.generation_ids) if batch else 0
-        return Counters(
-            active=len(active),
-            waiting=len(self._planner.queue),
-            scheduled=context + generation,
-            context=context,
-            generation=generation,
-            paused=sum(request.paused for request in active),
-            context_tokens=batch.step.context_tokens if batch else 0,
-            kv_max_blocks=self.spec.kv_blocks,
-            kv_used_blocks=sum(blocks_held(request, self.spec.tokens_per_block) for request in active),
-            iteration_counter=self._iterations,
-            host_pages_used=peft.host.pages_used if peft else 0,
-            device_pages_used=peft.device.pages_used if peft else 0,
-            host_evictions=peft.host.evictions if peft else 0,
-            device_evictions=peft.device.evictions if peft else 0,
-        )
-
-    def _run(self, batch: Batch, now_ns: int, waited_ns: int) -> Iteration:
-        self._iterations += 1
-        duration_ns = waited_ns + self._cost.step_ns(batch.step)
-        self._running = Iteration(self._iterations, batch.context_ids, batch.generation_ids, duration_ns)
-        self._running_until_ns = now_ns + duration_ns
-        return self._running
-
-    def _take_tokens(self, batch: Batch, now_ns: int, ended: Collection[int]) -> list[Ending]:
-        over = []
-        for request in (*batch.context, *batch.generation):
-            request.generated += 1
-            request.started = True
-            request.paused = False
-            if request.generated >= request.max_new_tokens or request.request_id in ended:
-                over.append(request)
-        # In the order of the active list: it decides which adapter counts as completed last.
-        over.sort(key=arrival_order)
-        for request in over:
-            self._planner.release(request, now_ns)
-        return [_ending(request, ended) for request in over]
+        return started, endings
 
     def _is_idle(self) -> bool:
         return self._is_settled and self._batch is None and not self._planner.failures
 
-    def _start(self, until_ns: int, outputs: list[Output]) -> bool:
-        """Begin an iteration at the clock; False when there is none to begin by `until_ns`."""
+    def _start(self, until_ns: int) -> list[Event]:
+        """Begin an iteration at the clock if that is by `until_ns`; the failures of its fetch, if there are any."""
         at_ns = self._clock_ns
-        if at_ns > until_ns:
-            return False
-        begun = not self._is_idle() and self.begin(at_ns) is not None
-        if self._planner.failures:
-            outputs.append(Output(at_ns, failures=tuple(self.drain_failures())))
-        if not begun:
-            self._clock_ns = until_ns
-        return begun
+        if at_ns > until_ns or self._is_idle():
+            return []
+        self._begin(at_ns)
+        return [Event(at_ns, failures=tuple(self.drain_failures()))] if self._planner.failures else []
 
-    def _complete(self, outputs: list[Output]) -> None:
-        iteration, at_ns = self._running, self._running_until_ns
-        assert iteration is not None
-        endings = self.finish(iteration, at_ns)
-        tokens = iteration.context + iteration.generation
-        outputs.append(Output(at_ns, tokens, tuple(endings), tuple(self.drain_failures())))
+    def _run(self, until_ns: int, begin_until_ns: int) -> Event | None:
+        """The next event up to a time, with iterations that begin up to a time."""
+        while True:
+            if self._running is None:
+                for event in self._start(begin_until_ns):
+                    return event
+            if self._running is None or self._ends_ns > until_ns:
+                return None
+            at_ns = self._ends_ns
+            started, endings = self._finish(self._running, at_ns)
+            if started or endings or self._planner.failures:
+                return Event(at_ns, tuple(started), tuple(endings), tuple(self.drain_failures()))
+            self._repeat(until_ns)
 
-    def _repeat(self, batch: Batch, until_ns: int, outputs: list[Output]) -> None:
-        """Run the batch again as long as nothing can change: no ending, KV blocks for all, not past `until_ns`."""
-        last = min(request.max_new_tokens - request.generated for request in batch.generation)
-        limit = min(batch.repeats, last - 1)
-        at_ns, step, step_ns, ids = self._clock_ns, batch.step, self._cost.step_ns, batch.generation_ids
+    def _repeat(self, until_ns: int) -> list[int]:
+        """Run the batch again while nothing can change and steps end by `until_ns`; returns when they ended."""
+        batch = self._batch
+        if batch is None or not self._is_settled:
+            return []
+        ends = self._quiet_ends(batch.step, min(batch.repeats, self._planner.steps_to_ending() - 1), until_ns)
+        if ends:
+            self._planner.skip(len(ends))
+            batch.grow(len(ends))
+            batch.repeats -= len(ends)
+            self._clock_ns = ends[-1]
+            self._iterations += len(ends)
+            self._is_settled = batch.repeats > 0
+        return ends
+
+    def _quiet_ends(self, step: StepBatch, limit: int, until_ns: int) -> list[int]:
+        """When up to `limit` steps end that only decode, those that end by `until_ns`."""
+        ends: list[int] = []
+        end_ns, step_ns = self._clock_ns, self._cost.step_ns
         _, _, decoding, contexts, distinct, adapted, modules = step
-        steps = 0
-        while steps < limit:
-            end_ns = at_ns + step_ns(step)
+        while len(ends) < limit:
+            end_ns += step_ns(StepBatch(0, 0, decoding, contexts, distinct, adapted, modules))
             if end_ns > until_ns:
                 break
-            at_ns = end_ns
-            steps += 1
-            outputs.append(Output(at_ns, ids))
+            ends.append(end_ns)
             contexts += decoding
-            step = StepBatch(0, 0, decoding, contexts, distinct, adapted, modules)
-        for request in batch.generation:
-            request.generated += steps
-        batch.step = step
-        batch.repeats -= steps
-        self._clock_ns = at_ns
-        self._iterations += steps
-        self._is_settled = batch.repeats > 0
+        return ends
+
+    def _catch_up(self, now_ns: int) -> None:
+        """Run to a time at which something comes from outside; it takes part in an iteration that begins then.
+
+        A caller that keeps to `next_event_ns` finds no events on the way; those there are wait for `run`.
+        """
+        if not self._is_run:
+            return
+        while (event := self._run(now_ns, now_ns - 1)) is not None:
+            self._events.append(event)
 
     def _release_leaving(self, now_ns: int) -> None:
         leaving, self._leaving = self._leaving, []
         for request_id in leaving:
-            request = self._planner.by_id.get(request_id)
-            if request is not None:
-                self._planner.release(request, now_ns)
+            if self._planner.drop(request_id, now_ns):
                 self._planner.failures.append(Failure(request_id, CANCELLED, cancelled=True))
                 self._is_settled = False
 
@@ -276,8 +326,3 @@ class Engine:
         self._is_settled = False
         if self._running is None and self._batch is None:
             self._clock_ns = max(self._clock_ns, now_ns)
-
-
-def _ending(request: Active, ended: Collection[int]) -> Ending:
-    reason = "eos" if request.request_id in ended else "length"
-    return Ending(request.request_id, request.generated, reason)

@@ -18,7 +18,8 @@ class Request:
 
     `rows` is its lora_config: None means that only the id was sent. `weights` is an opaque payload kept with
     the cached adapter; None with rows is an adapter that is sized but not computed. Higher priorities are
-    fetched first.
+    fetched first. `stop_after` is how many tokens its text really has, where a simulation knows it: the engine
+    reserves for `max_new_tokens` and ends the request after so many.
     """
 
     request_id: int
@@ -29,6 +30,7 @@ class Request:
     weights: object | None = None
     priority: float = 0.5
     dtype: str | None = None
+    stop_after: int | None = None
 
 
 class StepBatch(NamedTuple):
@@ -72,7 +74,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Ending:
-    """A request that finished; `reason` is "length" or "eos"."""
+    """A request that finished; `reason` is "length" or "eos", or "loaded" for a load call of vLLM."""
 
     request_id: int
     output_tokens: int
@@ -93,6 +95,15 @@ class Output(NamedTuple):
 
     at_ns: int
     tokens: tuple[int, ...] = ()
+    endings: tuple[Ending, ...] = ()
+    failures: tuple[Failure, ...] = ()
+
+
+class Event(NamedTuple):
+    """What an observer of an engine learns at one time: whose first token came out, who ended, who failed."""
+
+    at_ns: int
+    started: tuple[int, ...] = ()
     endings: tuple[Ending, ...] = ()
     failures: tuple[Failure, ...] = ()
 

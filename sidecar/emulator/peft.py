@@ -10,7 +10,7 @@ nothing else looks at it.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sidecar.emulator import pages
@@ -132,9 +132,23 @@ class PeftCache:
             raise failure
         return Ensured(ready_ns, tuple(copied))
 
+    def change_batch(self, entering: Sequence[int], leaving: Sequence[int], now_ns: int = 0) -> Ensured | None:
+        """What `ensure_batch` does, for a batch that differs from the last one by these tasks, in order of id.
+
+        None, and nothing is done, when pages might have to come from tasks of the last batch: then a task
+        that stays can lose its place to one with a lower id, and `ensure_batch` has to tell.
+        """
+        if sum(self.pages_of(task_id) for task_id in entering) > self.device.pages_claimable:
+            return None
+        ensured = self.ensure_batch(entering, now_ns, reset=False)
+        for task_id in leaving:
+            self.device.mark_done(task_id)
+        return ensured
+
     def reset_device(self) -> None:
-        """Every task of the device may be evicted."""
-        self.device.mark_all_done()
+        """Every task of the device may be evicted, in the order of their ids when the last batch is the first."""
+        for task_id in sorted(self.device.in_progress):
+            self.device.mark_done(task_id)
 
     def mark_request_done(self, request_id: int, task_id: int | None, now_ns: int = 0, pause: bool = False) -> None:
         """A request ended, or with `pause` lost its place: it lets go of its adapter as far as that allows."""

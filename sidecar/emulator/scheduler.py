@@ -9,6 +9,7 @@ differ when something does not fit:
 * max_utilization: what does not fit pauses the last started request behind it and tries again; with none
   behind it, the walk stops. So a lack of adapter pages blocks the line and can pause running requests.
 * max_requests, for models without a KV cache: seats only; adapter pages are not looked at.
+* strict_fifo, which TensorRT-LLM has not: guaranteed_no_evict without overtaking, to compare with.
 
 Not modelled: chunked context, KV reuse, beams, draft tokens.
 """
@@ -24,7 +25,7 @@ class Active:
     """A fetched request. `started` means that its KV blocks are held; a paused one is not started.
 
     `length` is the tokens of its prompt and of what it generated: the whole of it is computed again after a
-    pause.
+    pause. It may generate `max_new_tokens` and ends by itself after `stop_after` of them, if that is known.
     """
 
     request_id: int
@@ -37,6 +38,12 @@ class Active:
     generated: int = 0
     started: bool = False
     paused: bool = False
+    stop_after: int | None = None
+
+    @property
+    def ends_after(self) -> int:
+        """Tokens with which it ends by itself."""
+        return self.max_new_tokens if self.stop_after is None else min(self.stop_after, self.max_new_tokens)
 
     @property
     def length(self) -> int:
@@ -87,7 +94,12 @@ def blocks_to_completion(active: Active, tokens_per_block: int) -> int:
 
 def guaranteed_no_evict(active: Sequence[Active], room: Room) -> Schedule:
     """All started requests, then pending ones that can run to completion beside them."""
-    return _no_evict(active, room, is_static=False)
+    return _no_evict(active, room)
+
+
+def strict_fifo(active: Sequence[Active], room: Room) -> Schedule:
+    """As guaranteed_no_evict, but nothing overtakes a request that lacks adapter pages."""
+    return _no_evict(active, room, is_strict=True)
 
 
 def static_batch(active: Sequence[Active], room: Room) -> Schedule:
@@ -95,7 +107,7 @@ def static_batch(active: Sequence[Active], room: Room) -> Schedule:
     return _no_evict(active, room, is_static=True)
 
 
-def _no_evict(active: Sequence[Active], room: Room, is_static: bool) -> Schedule:
+def _no_evict(active: Sequence[Active], room: Room, is_static: bool = False, is_strict: bool = False) -> Schedule:
     size = room.tokens_per_block
     fitting = [request for request in active if request.started][: room.seats]
     blocks = room.kv_blocks - sum(blocks_to_completion(request, size) for request in fitting)
@@ -112,6 +124,8 @@ def _no_evict(active: Sequence[Active], room: Room, is_static: bool) -> Schedule
         is_known = request.task_id is None or request.task_id in tasks
         pages_needed = 0 if is_known else request.pages
         if pages_needed > pages:
+            if is_strict:
+                break
             continue
         fitting.append(request)
         blocks -= blocks_needed
@@ -163,6 +177,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "max_utilization": max_utilization,
     "static_batch": static_batch,
     "max_requests": max_requests,
+    "strict_fifo": strict_fifo,
 }
 
 

@@ -14,7 +14,9 @@ GUARANTEED_NO_EVICT = "guaranteed_no_evict"
 MAX_UTILIZATION = "max_utilization"
 STATIC_BATCH = "static_batch"
 MAX_REQUESTS = "max_requests"
-SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS)
+STRICT_FIFO = "strict_fifo"
+VLLM = "vllm"
+SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS, STRICT_FIFO, VLLM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +26,13 @@ class EngineSpec:
     `max_batch_size` is the number of seats. `lora_host_bytes` and `lora_device_bytes` size the two adapter
     caches unless `lora_host_pages` or `lora_device_pages` says directly how many pages there are. `max_queue`
     0 is unlimited. Without `lora_modules` the engine knows no adapters and ignores task ids. The scheduler
-    `max_requests` is what the engine uses for models without a KV cache: it looks at seats only. Raises
-    ValueError when the numbers contradict each other.
+    `max_requests` is what the engine uses for models without a KV cache: it looks at seats only.
+
+    The scheduler `vllm` makes it a vLLM engine. There an adapter takes one page whatever its rank:
+    `lora_device_pages` is `max_loras` and `lora_host_pages` is `max_cpu_loras`, and both must be given;
+    `max_tokens_per_step` is `max_num_batched_tokens`.
+
+    Raises ValueError when the numbers contradict each other.
     """
 
     shape: ModelShape
@@ -58,9 +65,19 @@ class EngineSpec:
             raise ValueError(f"unknown scheduler {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPE_BYTES)}")
-        if self.lora_modules:
+        if self.scheduler == VLLM:
+            self._check_slots()
+        elif self.lora_modules:
             self._check_room("host", self.lora_host_bytes, self.lora_host_pages)
             self._check_room("device", self.lora_device_bytes, self.lora_device_pages)
+
+    def _check_slots(self) -> None:
+        on_gpu, on_cpu = self.lora_device_pages, self.lora_host_pages
+        if self.lora_modules and (on_gpu is None or on_cpu is None or not 1 <= on_gpu <= on_cpu):
+            raise ValueError(
+                f"vLLM counts adapters: give lora_device_pages (max_loras, 1 or more) and lora_host_pages "
+                f"(max_cpu_loras, no fewer), not {on_gpu} and {on_cpu}"
+            )
 
     def _check_room(self, tier: str, size_bytes: int, pages_given: int | None) -> None:
         if pages_given is not None:

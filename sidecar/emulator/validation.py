@@ -75,6 +75,26 @@ def _check_row(row: Row, spec: EngineSpec) -> None:
         )
 
 
+def check_model_length(request: Request, spec: EngineSpec) -> None:
+    """Raise Rejected for a prompt that leaves vLLM no room for a token."""
+    if request.input_tokens >= spec.longest_sequence_tokens:
+        raise Rejected(
+            f"This model's maximum context length is {spec.longest_sequence_tokens} tokens. However, your prompt "
+            f"contains at least {request.input_tokens} input tokens."
+        )
+
+
+def check_ranks(rows: tuple[Row, ...], spec: EngineSpec) -> None:
+    """Raise Rejected for an adapter of a higher rank than vLLM was started for."""
+    rank = max((row.rank for row in rows), default=0)
+    if rank > spec.max_lora_rank:
+        raise Rejected(
+            "Call to add_lora method failed: Worker failed with error "
+            f"'LoRA rank {rank} is greater than max_lora_rank {spec.max_lora_rank}.', "
+            "please check the stack trace above for the root cause"
+        )
+
+
 def check_dtype(dtype: str, engine_dtype: str, cache_dtype: str | None) -> None:
     """Raise Rejected for weights in a dtype that the caches cannot take.
 

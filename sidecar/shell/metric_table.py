@@ -67,6 +67,12 @@ METRICS: tuple[Metric, ...] = (
     _gauge("store_adapters", "Packed adapters that the host store holds.", "tier"),
     _counter("store_evictions_total", "Packed adapters that the host store gave up for others.", "tier"),
     _counter("fetches_total", "Fetches that ended, by result: ok or failed.", "result"),
+    _counter(
+        "prefetches_total", "Versions brought in before anybody waited for them: to the store, to an engine.", "to"
+    ),
+    _counter("prefetches_used_total", "Of these, how many a request used.", "to"),
+    _counter("prefetches_late_total", "Of those used, for how many a request waited all the same.", "to"),
+    _counter("prefetch_wasted_bytes_total", "Bytes of prefetches that nobody used.", "to"),
     # Backends.
     _histogram("load_seconds", "Time to bring an adapter in, by phase: fetch, pack or load.", "phase"),
     _counter("loads_total", "Loads that ended, by result: ok or failed.", "backend", "result"),

@@ -74,7 +74,7 @@ def header_lines(opening: Opening) -> Iterator[bytes]:
             "version": product_version(),
             "began": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "first_step": opening.first_step,
-            "policies": {"eviction": config.eviction, "ordering": config.ordering, "routing": config.routing},
+            "policies": {kind: getattr(config, kind) for kind in ("eviction", "ordering", "routing", "prefetch")},
             "config": codec.encode(config),
             "state": codec.encode(replace(state, versions={}, requests={})),
         }

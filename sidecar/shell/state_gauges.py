@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
+from sidecar.core.ahead import AheadCounts
 from sidecar.core.state import Backend, State
 from sidecar.core.store import StoreIndex
 from sidecar.core.words import Phase
@@ -43,6 +44,13 @@ def _tiers(state: State, value_of: Callable[[StoreIndex], float]) -> Samples:
     return [(("memory",), value_of(state.store)), (("disk",), value_of(state.disk))]
 
 
+def _ahead(value_of: Callable[[AheadCounts], float]) -> Callable[[State], Samples]:
+    return lambda state: [
+        (("store",), value_of(state.guesses.counts)),
+        (("engine",), sum(value_of(backend.ahead.counts) for backend in state.backends.values())),
+    ]
+
+
 def _queued(state: State) -> Samples:
     yield ("",), len(state.unrouted)
     yield from _each_backend(lambda backend: len(backend.queued))(state)
@@ -57,13 +65,17 @@ def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:
 
 READERS: dict[str, Callable[[State], Samples]] = {
     "queued_requests": _queued,
-    "queued_tokens": lambda state: _one(state.queued_tokens),
+    "queued_tokens": lambda state: _one(state.waiting.tokens),
     "adapters_registered": lambda state: _one(len(state.names)),
     "adapters_quarantined": lambda state: _one(sum(bool(held.quarantined) for held in state.versions.values())),
     "store_bytes": lambda state: _tiers(state, lambda store: store.bytes_used),
     "store_budget_bytes": lambda state: _tiers(state, lambda store: store.budget_bytes),
     "store_adapters": lambda state: _tiers(state, lambda store: len(store.entries) - store.fetches),
     "store_evictions_total": lambda state: _tiers(state, lambda store: store.evictions),
+    "prefetches_total": _ahead(lambda counts: counts.begun),
+    "prefetches_used_total": _ahead(lambda counts: counts.used),
+    "prefetches_late_total": _ahead(lambda counts: counts.late),
+    "prefetch_wasted_bytes_total": _ahead(lambda counts: counts.wasted_bytes),
     "loads_running": _each_backend(lambda backend: len(backend.loads)),
     "resident": _resident,
     "open_adapters": _each_backend(lambda backend: len(backend.slots)),

@@ -11,10 +11,12 @@ import pytest
 
 from policies.eviction.lru import LRU
 from policies.ordering.skip import Skip
+from policies.prefetch.planned import Planned
+from policies.prefetch.speculative import Speculative
 from policies.registry import POLICIES
 from policies.routing.resident_first import ResidentFirst
 from policies.views import BASE, Choice, Close, Open, Send
-from sidecar.conformance import CHECKS, check, eviction, is_pure, ordering, routing
+from sidecar.conformance import CHECKS, check, eviction, is_pure, ordering, prefetch, routing
 from sidecar.conformance.seeds import Maker
 from sidecar.errors import Misused
 from sidecar.plugins import known, resolve
@@ -85,7 +87,7 @@ class Closing(Skip):
     """Takes slots that are in use."""
 
     def choose(self, room: Any, now_ns: int) -> Any:
-        return Close(room.open[0].version) if room.open else super().choose(room, now_ns)
+        return Close(next(iter(room.open))) if room.open else super().choose(room, now_ns)
 
 
 class Stubborn(Skip):
@@ -100,7 +102,7 @@ class Dithering(Skip):
     """Opens and closes without end."""
 
     def choose(self, room: Any, now_ns: int) -> Any:
-        idle = [slot.version for slot in room.open if not slot.running]
+        idle = [version for version, slot in room.open.items() if not slot.running]
         return Close(idle[0]) if idle else super().choose(room, now_ns)
 
 
@@ -122,7 +124,7 @@ class FirstListed(ResidentFirst):
     """Lets the order of the list decide."""
 
     def pick(self, request: Any, candidates: Any, now_ns: int) -> Choice:
-        return Choice(candidates[0].backend, "first")
+        return Choice(candidates.backends[0], "first")
 
 
 class Rotating(ResidentFirst):
@@ -133,8 +135,59 @@ class Rotating(ResidentFirst):
 
     def pick(self, request: Any, candidates: Any, now_ns: int) -> Choice:
         self.count += 1
-        ordered = sorted(candidate.backend for candidate in candidates)
+        ordered = sorted(candidates.backends)
         return Choice(ordered[self.count % len(ordered)], "its turn")
+
+
+class Insistent(Planned):
+    """Asks for what cannot be brought, too."""
+
+    def advise(self, spare: Any, now_ns: int) -> Any:
+        return [one.version for one in spare.coming()]
+
+
+class Repeating(Planned):
+    """Says everything twice."""
+
+    def advise(self, spare: Any, now_ns: int) -> Any:
+        return [*super().advise(spare, now_ns)] * 2
+
+
+class Lavish(Speculative):
+    """Knows no budget."""
+
+    def advise(self, spare: Any, now_ns: int) -> Any:
+        return [known[0] for known in self.snapshot() if spare.can_bring(known[0])]
+
+
+class Impatient(Speculative):
+    """Takes being asked for a sign of interest."""
+
+    def advise(self, spare: Any, now_ns: int) -> Any:
+        advice = super().advise(spare, now_ns)
+        for version in advice[:1]:
+            self.on_request(version, 1, now_ns)
+        return advice
+
+
+class Lossy(Speculative):
+    """Restores to nothing."""
+
+    def restore(self, state: Any) -> None:
+        super().restore([])
+
+
+class Hoarding(Planned):
+    """Remembers every version there ever was."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
+
+    def on_request(self, version: str, size_bytes: int, now_ns: int) -> None:
+        self.seen[version] = size_bytes
+
+    def snapshot(self) -> Any:
+        return self.seen
 
 
 @pytest.mark.parametrize(
@@ -151,6 +204,12 @@ class Rotating(ResidentFirst):
         (Elsewhere, routing.picks_one_of_the_candidates, "no candidate"),
         (FirstListed, routing.breaks_ties_by_id, "by the order"),
         (Rotating, routing.routing_is_the_same_after_a_restore, "another backend"),
+        (Insistent, prefetch.advises_only_what_can_be_brought, "can_bring says no"),
+        (Repeating, prefetch.advises_only_what_can_be_brought, "twice"),
+        (Lavish, prefetch.keeps_within_the_budget, "the budget is"),
+        (Impatient, prefetch.advice_changes_nothing, "differs|changed"),
+        (Lossy, prefetch.prefetch_is_the_same_after_a_restore, "disagree"),
+        (Hoarding, prefetch.remembers_a_bounded_number, "grew from"),
     ],
 )
 def test_a_broken_policy_is_found(broken: type[Any], one: Callable[[Maker], None], says: str) -> None:

@@ -175,7 +175,7 @@ def rate_per_byte(trace: Trace, capacity_bytes: int) -> list[int]:
 
 @dataclass
 class _Experts:
-    """The real cache and one for each expert. Request numbers begin at 1."""
+    """The real cache and one for each expert. Request numbers begin at 1; on short traces nothing is forgotten."""
 
     sizes: dict[str, int]
     now: int = 0
@@ -209,8 +209,6 @@ class _Experts:
     def make_room(self, cache: list[str], expert: str, capacity_bytes: int) -> None:
         while sum(self.sizes[key] for key in cache) > capacity_bytes:
             cache.remove(min(cache, key=lambda key: self.worth(key, expert)))
-            known = [*self.held, *(key for shadow in self.shadows.values() for key in shadow)]
-            self.uses = {key: uses for key, uses in self.uses.items() if key in known}
 
     def worth(self, key: str, expert: str) -> tuple[float, int]:
         size_bytes = self.sizes[key]

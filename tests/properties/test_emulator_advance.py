@@ -23,6 +23,7 @@ class Arrival:
     rank: int
     priority: float
     cancels: int | None
+    stop_after: int | None
 
 
 arrivals = st.builds(
@@ -35,16 +36,27 @@ arrivals = st.builds(
     rank=st.sampled_from([8, 16, 32]),
     priority=st.sampled_from([0.5, 0.5, 0.5, 0.9]),
     cancels=st.sampled_from([None] * 9 + [0, 3, 6]),
+    stop_after=st.sampled_from([None, None, 1, 3, 20]),
 )
-specs = st.builds(
+specs_of_pages = st.builds(
     tiny_spec,
-    scheduler=st.sampled_from(["guaranteed_no_evict", "max_utilization", "static_batch", "max_requests"]),
+    scheduler=st.sampled_from(["guaranteed_no_evict", "max_utilization", "static_batch", "max_requests", "strict_fifo"]),
     kv_blocks=st.sampled_from([6, 9, 12, 30]),
     max_batch_size=st.integers(1, 5),
     max_tokens_per_step=st.sampled_from([64, 128, 128, 8192]),
     lora_host_pages=st.integers(1, 8),
     lora_device_pages=st.integers(1, 4),
 )
+specs_of_slots = st.builds(
+    tiny_spec,
+    scheduler=st.just("vllm"),
+    kv_blocks=st.sampled_from([12, 15, 30]),
+    max_batch_size=st.integers(1, 6),
+    max_tokens_per_step=st.sampled_from([6, 17, 64, 8192]),
+    lora_host_pages=st.integers(3, 6),
+    lora_device_pages=st.integers(1, 3),
+)
+specs = st.one_of(specs_of_pages, specs_of_slots)
 scripts = st.lists(arrivals, max_size=30)
 # Under load a slow example says nothing about the engine.
 thorough = settings(deadline=None, max_examples=200)
@@ -62,6 +74,7 @@ def request_of(number: int, arrival: Arrival) -> Request:
         sent,
         "weights" if sent else None,
         arrival.priority,
+        stop_after=arrival.stop_after,
     )
 
 

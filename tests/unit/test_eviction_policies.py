@@ -11,7 +11,7 @@ import pytest
 
 from policies.eviction.gdsf import GDSF
 from policies.eviction.lfu import LFU
-from policies.eviction.rate_per_byte import RatePerByte
+from policies.eviction.rate_per_byte import REMEMBERED_REQUESTS, RatePerByte
 from policies.eviction.s3fifo import S3FIFO
 from policies.eviction.sieve import Sieve
 from policies.registry import POLICIES
@@ -202,23 +202,48 @@ def test_s3fifo_ghosts_are_bounded_by_bytes() -> None:
 
 
 def test_rate_per_byte_follows_the_expert_that_misses_least() -> None:
-    """Recency begins; on a steady skew a rate takes over; when popularity shifts recency is back in charge."""
+    """Recency begins; on a steady skew a rate takes over; when what is wanted moves on, recency is back in charge."""
+    steady = golden_trace()[:1000]
+    moving_on = [(f"b{number // 40 + number % 4:03}", 1 + number % 4) for number in range(2000)]
     in_charge = []
-    for length in (0, 1000, 1100):
+    for trace in ([], steady, steady + moving_on):
         policy = RatePerByte()
-        misses_of(policy, golden_trace()[:length], 60)
+        misses_of(policy, trace, 24)
         in_charge.append(policy.snapshot()["in_charge"])
     assert in_charge == ["recency", "rate_500", "recency"]
 
 
 def test_rate_per_byte_knows_no_more_than_its_caches_hold() -> None:
-    """What neither the store nor a shadow holds is forgotten."""
+    """What neither the store nor a shadow holds is only remembered."""
     policy = RatePerByte()
     misses_of(policy, [(f"k{number}", 1) for number in range(500)] + golden_trace(), GOLDEN_CAPACITY_BYTES)
     state = policy.snapshot()
     holders = [state["held"], *(keys for _, keys in state["shadows"].values())]
     assert sorted(key for key, *_ in state["known"]) == sorted({key for keys in holders for key in keys})
     assert len(state["known"]) <= 4 * GOLDEN_CAPACITY_BYTES
+
+
+def test_rate_per_byte_remembers_whom_it_gave_up() -> None:
+    """A key that was used often and comes back outlives a newcomer used as lately, by the rates."""
+    policy = tracking(RatePerByte(), {"often": 5, "once": 0})
+    policy.on_remove("often", 0)
+    for key in ("often", "new"):
+        policy.on_insert(key, 10, 0)
+    rates = {key: uses for key, _, _, uses in policy.snapshot()["known"]}
+    assert rates["often"][0] > rates["new"][0] + 500
+
+
+def test_rate_per_byte_forgets_in_the_end() -> None:
+    """Five half-lives after nobody holds a key its rate is nothing, and neither time nor memory is spent on it."""
+    policy = RatePerByte()
+    for number in range(REMEMBERED_REQUESTS + 200):
+        policy.on_insert(f"k{number}", 1, 0)
+        if number >= 10:
+            policy.on_remove(f"k{number - 10}", 0)
+    remembered = [key for key, *_ in policy.snapshot()["remembered"]]
+    assert len(remembered) <= REMEMBERED_REQUESTS
+    assert "k0" not in remembered
+    assert f"k{REMEMBERED_REQUESTS}" in remembered
 
 
 def test_rate_per_byte_starts_anew_when_a_name_has_another_size() -> None:

@@ -1,0 +1,96 @@
+"""Virtual token counters: how much each tenant has been served, and who may be served next.
+
+Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024: 1 for an input token and 2 for an output token,
+over the tenant's weight; the counter of a tenant that begins to wait is lifted to the least of those that wait, so that
+idling earns nothing. Output is charged in advance, as much as the client allows, and corrected at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from policies.views import Waiting
+
+INPUT_COST, OUTPUT_COST = 1, 2
+MEAN_SHARE = 0.01
+TENANTS_KEPT = 1000
+"""Counters of tenants with nothing outstanding are forgotten beyond so many."""
+
+
+class TokenCounters:
+    """The counters of one backend. `slack_requests` is how far ahead a tenant may be, in requests of the usual cost."""
+
+    def __init__(self, slack_requests: int) -> None:
+        self._slack_requests = slack_requests
+        self._served: dict[str, float] = {}
+        self._waiting: dict[str, int] = {}
+        self._usual_cost = 0.0
+
+    def queued(self, request: Waiting) -> None:
+        tenant = request.tenant
+        if tenant not in self._waiting:
+            least = self.least()
+            self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
+            self._forget_idle()
+        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
+        cost = _cost(request)
+        self._usual_cost += (MEAN_SHARE if self._usual_cost else 1.0) * (cost - self._usual_cost)
+
+    def left(self, request: Waiting) -> None:
+        count = self._waiting[request.tenant] - 1
+        if count:
+            self._waiting[request.tenant] = count
+        else:
+            del self._waiting[request.tenant]
+
+    def sent(self, request: Waiting) -> None:
+        """Charge a request that is dispatched."""
+        self._served[request.tenant] = self._served.get(request.tenant, 0.0) + _cost(request)
+
+    def ended(self, request: Waiting, output_tokens: int) -> None:
+        """Give back what was charged for output that did not come."""
+        if request.tenant in self._served:
+            unused = OUTPUT_COST * (request.output_tokens_max - output_tokens)
+            self._served[request.tenant] -= unused / request.weight
+
+    def least(self) -> float | None:
+        """Return the least counter of those that wait."""
+        if not self._waiting:
+            return None
+        return min(self._served[tenant] for tenant in self._waiting)
+
+    def served_most(self) -> float | None:
+        """Return the counter up to which tenants may be served; None while only one waits and all may."""
+        if len(self._waiting) < 2:
+            return None
+        least = self.least()
+        assert least is not None
+        return least + self._slack_requests * self._usual_cost
+
+    def may_go(self, tenant: str, served_most: float | None) -> bool:
+        return served_most is None or self._served[tenant] <= served_most
+
+    def some_are_ahead(self, served_most: float | None) -> bool:
+        """Whether a waiting tenant is held back."""
+        return served_most is not None and any(self._served[tenant] > served_most for tenant in self._waiting)
+
+    def snapshot(self) -> Any:
+        return [self._usual_cost, list(self._served.items())]
+
+    def restore(self, state: Any) -> None:
+        """Take the counters; who waits is told by `queued` of each request, which must not lift them again."""
+        self._usual_cost, served = state
+        self._served, self._waiting = dict(served), {}
+
+    def waits(self, tenant: str) -> None:
+        """Count a waiting request whose arrival was charged for before a restore."""
+        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
+
+    def _forget_idle(self) -> None:
+        if len(self._served) > TENANTS_KEPT + 2 * len(self._waiting):
+            least = self.least() or 0.0
+            self._served = {t: s for t, s in self._served.items() if t in self._waiting or s > least}
+
+
+def _cost(request: Waiting) -> float:
+    return (INPUT_COST * request.input_tokens + OUTPUT_COST * request.output_tokens_max) / request.weight

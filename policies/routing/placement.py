@@ -1,0 +1,107 @@
+"""Which backends host which versions, and what each backend then holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class Home:
+    """Where a version lives. `pool` are the backends that could serve it when it was last asked for."""
+
+    hosts: list[str]
+    pages: int
+    rank: int
+    pool: tuple[str, ...]
+    picks: int = 0
+    """Requests since the last count of its replicas."""
+    votes: int = 0
+    """Those of them that no host should have been given."""
+    streak: int = 0
+    """How many counts in a row said it has too few replicas; negative: too many."""
+
+
+class Placement:
+    """All homes. Pages are counted as they change, so a question about a backend costs nothing."""
+
+    def __init__(self) -> None:
+        self.homes: dict[str, Home] = {}
+        self.pages: dict[str, int] = {}
+        self.moves = 0
+        """Hosts that were replaced by another, ever."""
+
+    def add(self, version: str, home: Home) -> None:
+        assert version not in self.homes, f"{version} has a home"
+        self.homes[version] = home
+        for host in home.hosts:
+            self._count(host, home.pages)
+
+    def add_host(self, version: str, backend: str) -> None:
+        home = self.homes[version]
+        home.hosts.append(backend)
+        self._count(backend, home.pages)
+
+    def drop_host(self, version: str, backend: str) -> None:
+        home = self.homes[version]
+        home.hosts.remove(backend)
+        self._count(backend, -home.pages)
+
+    def move(self, version: str, source: str, target: str) -> None:
+        self.drop_host(version, source)
+        self.add_host(version, target)
+        self.moves += 1
+
+    def forget(self, version: str) -> None:
+        home = self.homes.pop(version)
+        for host in home.hosts:
+            self._count(host, -home.pages)
+
+    def _count(self, backend: str, pages: int) -> None:
+        self.pages[backend] = self.pages.get(backend, 0) + pages
+        if not self.pages[backend]:
+            del self.pages[backend]
+
+    def hosted(self, backends: Iterable[str]) -> dict[str, list[str]]:
+        """Return the versions that live on each of these backends."""
+        found: dict[str, list[str]] = {backend: [] for backend in backends}
+        for version, home in self.homes.items():
+            for host in home.hosts:
+                if host in found:
+                    found[host].append(version)
+        return found
+
+    def snapshot(self) -> Any:
+        return [self.moves, [[version, asdict(home)] for version, home in self.homes.items()]]
+
+    def restore(self, state: Any) -> None:
+        self.homes, self.pages = {}, {}
+        self.moves, homes = state
+        for version, home in homes:
+            self.add(version, Home(**{**home, "hosts": list(home["hosts"]), "pool": tuple(home["pool"])}))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one backend of a pool may be given."""
+
+    weight: float
+    """Its part of the pool's work; the parts add up to 1."""
+    pages: int | None
+    """Pages that may be open at once; None while that is not known."""
+
+
+def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
+    """Return the pages that may be placed on each backend so that `pages_wanted` find room in all.
+
+    That is what each can have open, as long as it suffices; when it does not, or is not known, the excess is spread in
+    proportion: waiting for slots is then the same everywhere.
+    """
+    known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
+    usual = max(1, sum(known.values()) // len(known)) if known else 1
+    sizes = {backend: known.get(backend, usual) for backend in shares}
+    total = max(1, sum(sizes.values()))
+    if len(known) == len(shares) and pages_wanted <= total:
+        return sizes
+    return {backend: -(-size * pages_wanted // total) for backend, size in sizes.items()}

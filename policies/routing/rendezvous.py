@@ -1,0 +1,44 @@
+"""Rendezvous hashing: every version ranks the backends, and no two parties need to talk to agree on the order.
+
+Thaler and Ravishankar, "Using name-based mappings to increase hit rates" (1998); the weighted form `-w / ln u` is
+Schindelhauer and Schomaker's (2005). A backend that leaves moves only the versions that ranked it first, and one that
+comes back takes exactly those back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from hashlib import blake2b
+
+KEPT_MAX = 8192
+"""Rankings that are remembered; past that all are forgotten and worked out anew."""
+
+
+def score(version: str, backend: str, weight: float = 1.0) -> float:
+    """Return how much a version likes a backend: the larger, the more; proportional in `weight` over many versions."""
+    digest = blake2b(f"{len(version)}:{version}:{backend}".encode(), digest_size=8).digest()
+    uniform = ((int.from_bytes(digest, "big") >> 11) + 0.5) / (1 << 53)
+    return -weight / math.log(uniform)
+
+
+def ranked(version: str, weights: Mapping[str, float]) -> tuple[str, ...]:
+    """Return the backends, best liked first; equal scores by id."""
+    return tuple(sorted(weights, key=lambda backend: (-score(version, backend, weights[backend]), backend)))
+
+
+class Rankings:
+    """`ranked`, remembered for as long as the same backends are asked about."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
+
+    def of(self, version: str, backends: tuple[str, ...]) -> tuple[str, ...]:
+        known = self._known.get(version)
+        if known is not None and known[0] == backends:
+            return known[1]
+        if len(self._known) >= KEPT_MAX:
+            self._known.clear()
+        order = ranked(version, dict.fromkeys(backends, 1.0))
+        self._known[version] = (backends, order)
+        return order

@@ -1,0 +1,152 @@
+"""Commands for after something went wrong: `debug capture` keeps it, `replay` runs it again and explains it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sidecar.cli.bars import bar
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.serving import resolve
+from sidecar.cli.show import AsJson, count, print_json, size
+from sidecar.config import Config
+from sidecar.errors import Misused, Reason
+
+app = typer.Typer(help="Keep what is needed to find out what went wrong.", no_args_is_help=True)
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def add_to(root: typer.Typer) -> None:
+    """Add the commands."""
+    root.add_typer(app, name="debug")
+    root.command("replay")(replay)
+
+
+@app.callback()
+def group() -> None:
+    """A group of its own, though it has one command only."""
+
+
+@app.command("capture")
+def capture(
+    last: Annotated[str, typer.Option(help="How much of the journal's end: 30s, 10m, 2h.")] = "10m",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write.", show_default="incident-TIME.tgz")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="The sidecar's configuration file.", show_default=False)] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data-dir", "--data", help="Its data directory.", show_default="the configuration's"),
+    ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(help="Address of its http listener, for the metrics.", show_default="the configuration's"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.
+
+    The sidecar may run or be dead. What cannot be had is left out, and the file's manifest says why.
+    """
+    from sidecar.incident.capture import capture as write
+
+    out = out or Path(f"incident-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.tgz")
+    wanted = _wanted(_duration(last), config, data, http)
+    with bar(f"writing {out}") as progress:
+        manifest = write(wanted, out, progress)
+    if as_json:
+        print_json({"path": str(out), **manifest})
+        return
+    print(_captured(out, manifest))
+    for item in manifest["missing"]:
+        print(f"left out: {item['what']}: {item['why']}", file=sys.stderr)
+
+
+def _duration(text: str) -> timedelta:
+    parts = _DURATION.findall(text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise CommandError(f'--last wants a duration such as 30s, 10m or 1h30m, and "{text}" is none', Exit.MISUSED)
+    return timedelta(seconds=sum(float(number) * _UNITS_S[unit] for number, unit in parts))
+
+
+def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None) -> Any:
+    """Return what to capture: what is not named is looked for in the configuration, and that in the environment."""
+    from sidecar.incident.capture import Wanted
+    from sidecar.incident.parts import http_address
+
+    config, why_not = _configuration(path, data)
+    if data is None and config is not None and config.data_directory is not None:
+        data = Path(config.data_directory).expanduser()
+    if data is None:
+        why_not += (("journal", "no data directory is known, and without one there is no journal; see --data-dir"),)
+    if data is not None and not data.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"there is no data directory {data}; name the sidecar's with --data-dir")
+    listened = http or (config or Config()).listeners.http.address
+    return Wanted(last, data, config, http_address(listened), why_not)
+
+
+def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None, tuple[tuple[str, str], ...]]:
+    try:
+        config = resolve(path)
+    except Misused as error:
+        if path is not None and not path.exists():
+            raise
+        return None, (("config", error.message),)  # a broken one may be what went wrong
+    if path is None and config == Config():
+        if data is None:
+            raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)
+        return None, (("config", "no file was named with --config, and the environment sets nothing"),)
+    return config, ()
+
+
+def _captured(out: Path, manifest: dict[str, Any]) -> str:
+    covers, segments = manifest["covers"], manifest["journal"]
+    journal = f"journal from {covers['from']} to {covers['to']}" if segments else "no journal"
+    files = count(len(segments) + len(manifest["files"]) + 1, "file")
+    return f"{out}: {size(out.stat().st_size)}, {files}, {journal}; it holds {manifest['holds']}"
+
+
+def replay(
+    path: Annotated[
+        Path,
+        typer.Argument(help="A journal segment, a journal, a data directory, or an incident.", show_default=False),
+    ],
+    effects: Annotated[bool, typer.Option("--effects", help="Print each step's effects, a JSON line each.")] = False,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REQUEST", help="Tell what this request waited for, moment by moment.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Run a journal again; exit 1 if any step does not give the effects that were recorded."""
+    from sidecar import replay as replaying
+
+    if explain is None:
+        return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr))
+    if effects:
+        raise CommandError("--effects and --explain are two questions; ask one of them", Exit.MISUSED)
+    return _explain(path, explain, as_json)
+
+
+def _explain(path: Path, request: str, as_json: bool) -> int:
+    from sidecar.incident.explain import explain
+    from sidecar.incident.finding import request_number
+    from sidecar.incident.wording import lines_of, record_of
+
+    number = request_number(request)
+    with bar(f"replaying {path}") as progress:
+        timeline = explain(path, number, progress)
+    if as_json:
+        print_json(record_of(timeline))
+    else:
+        print("\n".join(lines_of(timeline)))
+    return Exit.OK

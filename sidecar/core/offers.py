@@ -1,0 +1,78 @@
+"""What a routing policy is shown: the backends that can serve a request, each looked at only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from policies.views import BASE, Candidate
+from sidecar.core import asks
+from sidecar.core.state import Backend, State
+
+
+class Offers:
+    """The candidates of one request (`policies.views.Candidates`)."""
+
+    __slots__ = ("_state", "_version", "backends")
+
+    def __init__(self, state: State, version: str, backends: tuple[str, ...]) -> None:
+        self._state = state
+        self._version = version
+        self.backends = backends
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._state.requests)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self._version == BASE else self._state.versions[self._version].adapter.rank_max
+
+    def __getitem__(self, backend: str) -> Candidate:
+        if backend not in self.backends:
+            raise KeyError(backend)
+        return candidate(self._state, self._state.backends[backend], self._version)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (self[backend] for backend in self.backends)
+
+    def __len__(self) -> int:
+        return len(self.backends)
+
+
+def candidate(state: State, backend: Backend, version: str) -> Candidate:
+    """Return what a routing policy may know of one backend."""
+    slot = backend.slots.get(version)
+    pages = state.packed_for(version, backend).pages
+    slots, slots_free = _slots(backend, pages)
+    return Candidate(
+        backend=backend.id,
+        resident=asks.resident(backend, version) or (slot is not None and slot.load is not None),
+        open=slot is not None,
+        awaited=slot is not None or version in backend.queued_by_version,
+        held=len(backend.shadow.host.held),
+        running=backend.in_flight,
+        queued=len(backend.queued),
+        seats=backend.seats(state.config),
+        slots=slots,
+        slots_free=slots_free,
+        pages=pages,
+        work_tokens=_work_tokens(backend),
+        tokens_per_s=0.0,
+    )
+
+
+def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
+    """Return how many versions of this size may be open, and how many more; None while that is being learned."""
+    limit, free = asks.page_limit(backend), asks.page_room(backend).free
+    known = backend.facts.device_pages is not None or backend.pages_learned is not None
+    if not known or not pages or limit is None or free is None:
+        return None, None
+    return limit // pages, max(0, free // pages)
+
+
+def _work_tokens(backend: Backend) -> int:
+    """Reckon the tokens outstanding: what runs is known, what waits is taken to be like it."""
+    running = len(backend.running)
+    if not running:
+        return 0
+    return backend.kv_reserved * (running + len(backend.queued)) // running

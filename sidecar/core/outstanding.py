@@ -1,0 +1,80 @@
+"""What is outstanding at one backend, queued and running, counted as it comes and goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sidecar.core.pace import Demand
+
+
+@dataclass
+class Outstanding:
+    """Sums over a backend's requests. Expected tokens are what each is still expected to generate."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    expected_tokens: int = 0
+    queued_tokens: int = 0
+    """The part of `expected_tokens` that waits."""
+    footprint_tokens: int = 0
+    tenants: dict[str, int] = field(default_factory=dict)
+    """Expected tokens and requests of each tenant that has any: a request counts one on top of its tokens."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of the same tenants."""
+    lengths: dict[int, int] = field(default_factory=dict)
+    """How many requests may generate up to so many tokens, rounded up to three significant bits."""
+
+    def add(self, tenant: str, weight: float, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
+        """Count a request that begins to wait."""
+        self.requests += 1
+        self.input_tokens += input_tokens
+        self.expected_tokens += expected_tokens
+        self.queued_tokens += expected_tokens
+        self.footprint_tokens += input_tokens + tokens_max
+        self.tenants[tenant] = self.tenants.get(tenant, 0) + expected_tokens + 1
+        self.weights[tenant] = weight
+        length = rounded_up(tokens_max)
+        self.lengths[length] = self.lengths.get(length, 0) + 1
+
+    def remove(self, tenant: str, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
+        """Forget a request that has ended; `expected_tokens` is what it was still expected to generate."""
+        self.requests -= 1
+        self.input_tokens -= input_tokens
+        self.expected_tokens -= expected_tokens
+        self.footprint_tokens -= input_tokens + tokens_max
+        self._take_from_tenant(tenant, expected_tokens + 1)
+        length = rounded_up(tokens_max)
+        self.lengths[length] -= 1
+        if not self.lengths[length]:
+            del self.lengths[length]
+
+    def generated(self, tenant: str, tokens: int) -> None:
+        """Note expected tokens that have come."""
+        self.expected_tokens -= tokens
+        self.tenants[tenant] -= tokens
+
+    @property
+    def longest_tokens(self) -> int:
+        """What the longest of them may generate, rounded up."""
+        return max(self.lengths, default=1)
+
+    def demand(self, versions: int) -> Demand:
+        """Return the sums as the pace of an engine is reckoned from."""
+        return Demand(self.requests, self.input_tokens, self.expected_tokens, self.footprint_tokens, versions)
+
+    def share_of(self, tenant: str) -> float:
+        """Return a tenant's share of the engine among those that have something outstanding."""
+        return self.weights[tenant] / sum(self.weights.values())
+
+    def _take_from_tenant(self, tenant: str, tokens: int) -> None:
+        left = self.tenants[tenant] - tokens
+        if left:
+            self.tenants[tenant] = left
+        else:
+            del self.tenants[tenant], self.weights[tenant]
+
+
+def rounded_up(tokens: int) -> int:
+    """Return a number rounded up to three significant bits, so that there are four in an octave."""
+    dropped_bits = max(0, tokens.bit_length() - 3)
+    return -(-tokens >> dropped_bits) << dropped_bits

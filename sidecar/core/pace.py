@@ -1,0 +1,64 @@
+"""How fast an engine is expected to be: a plane over measured step times, and what follows from it for a backlog.
+
+The ceiling of grouping is that of a closed loop over S slots: with C requests outstanding of N versions the batch is at
+most b = min(seats, what KV holds, 2 S C / (N + S)), and L output tokens take L t(b) / b + P of the engine each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INTERLEAVED = 1.1
+"""A run is slowed by the prompts that are read between its tokens; this much is allowed for beyond the mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The time of a step: fixed, for each sequence, for each token of their contexts; and of reading a prompt token."""
+
+    fixed_ns: float = 20_000_000.0
+    seat_ns: float = 100_000.0
+    context_token_ns: float = 60.0
+    prompt_token_ns: float = 70_000.0
+
+    def step_ns(self, batch: float, contexts_tokens: float) -> float:
+        """Return the time of a step that decodes `batch` sequences of so many tokens in all."""
+        return self.fixed_ns + self.seat_ns * batch + self.context_token_ns * contexts_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What is outstanding at an engine: `work_tokens` are yet to be generated, as far as can be expected."""
+
+    requests: int
+    input_tokens: int
+    work_tokens: int
+    footprint_tokens: int
+    versions: int
+
+    def batch(self, seats: int, kv_tokens: int | None, slots: int | None) -> float:
+        """Return the largest mean batch that an order which serves all versions alike can reach."""
+        batch = float(min(seats, self.requests))
+        if kv_tokens is not None and self.footprint_tokens:
+            batch = min(batch, kv_tokens * self.requests / self.footprint_tokens)
+        if slots is not None and self.versions > slots:
+            batch = min(batch, 2 * slots * self.requests / (self.versions + slots))
+        return max(1.0, batch)
+
+
+def token_ns(pace: Pace, demand: Demand, batch: float) -> float:
+    """Return the engine's time for each token generated, when so many run."""
+    length = max(1.0, demand.work_tokens / demand.requests)
+    prompt = demand.input_tokens / demand.requests
+    step_ns = pace.step_ns(batch, batch * (prompt + length / 2))
+    return step_ns / batch + pace.prompt_token_ns * prompt / length
+
+
+def slowest_token_ns(pace: Pace, demand: Demand, seats: int, kv_tokens: int | None) -> float:
+    """Return the time between two tokens of one sequence with every seat taken and the KV cache full."""
+    contexts = demand.footprint_tokens * seats / demand.requests
+    if kv_tokens is not None:
+        contexts = min(contexts, kv_tokens)
+    length = max(1.0, demand.work_tokens / demand.requests)
+    prompts_ns = pace.prompt_token_ns * demand.input_tokens / demand.requests * seats / length
+    return (pace.step_ns(seats, contexts) + prompts_ns) * INTERLEAVED

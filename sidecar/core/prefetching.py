@@ -1,0 +1,248 @@
+"""Bring in what is not needed yet, as the prefetch policy advises, out of what nobody needs now.
+
+Ahead of their turn: versions that wait in a backend's queue are loaded into its engine's host cache, one at a time,
+when the ordering policy has had its say and a seat and a slot are left over; for such a Load is a request that takes
+both for a moment. Everything that may hold a Load back holds these back too. They go into pages that are free or are
+held by versions that nobody queued for, and the slot is given back when the Load has ended: opening stays the ordering
+policy's decision. Where the size of the host cache is not known, or is being learned, nothing is loaded ahead.
+
+On speculation: versions that nobody waits for are fetched into the host store, while no request waits for a fetch,
+while more than half of the fetches stand idle, and within a token bucket of bytes. When a request comes to wait, those
+under way are given up: what they take is freed as soon as they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from policies.views import BASE, Sized
+from sidecar.core import asks, dispatching, fetching
+from sidecar.core.ahead import SECOND_NS
+from sidecar.core.state import Backend, State
+from sidecar.core.turn import Turn
+
+LOADS_UNUSED_MAX = 4
+"""Versions in an engine's cache ahead of their turn: more of them would be pushed out before it comes."""
+LOOKED_AT_MAX = 256
+"""Versions of a backend's queue that are looked at, next position first."""
+ASK_EVERY_NS = SECOND_NS
+"""What to fetch on speculation is asked for no more often than this, and when such a fetch has come through."""
+
+
+def requested(turn: Turn, request_id: int) -> None:
+    """Tell the policy of a request that was admitted, and see whether it was foreseen."""
+    state = turn.state
+    request = state.requests.get(request_id)
+    if request is None or request.version == BASE or request.backend is None:
+        return
+    backend = state.backends[request.backend]
+    packed = state.packed_for(request.version, backend)
+    state.prefetch.on_request(request.version, packed.size_bytes, turn.now_ns)
+    guess = state.guesses.unused.get(packed.key)
+    if guess is None or asks.resident(backend, request.version):
+        return
+    entry = state.store.entries.get(packed.key)
+    if entry is None:
+        state.guesses.gone(packed.key)
+        return
+    if guess.given_up:
+        entry.doomed = False
+    state.guesses.used(packed.key, late=not entry.ready)
+
+
+# Loads ahead of their turn.
+
+
+def take_stock(turn: Turn, backend: Backend) -> None:
+    """Give back the slots of loads ahead that have ended, before the ordering policy is asked."""
+    ahead = backend.ahead
+    for version, one in list(ahead.unused.items()):
+        slot = backend.slots.get(version)
+        if one.done_ns is not None or (slot is not None and slot.load is not None):
+            continue
+        if slot is not None and not slot.running:
+            del backend.slots[version]
+        ahead.ended(version, asks.resident(backend, version), turn.now_ns)
+
+
+def load_ahead(turn: Turn, backend: Backend) -> None:
+    """Load what the policy advises, after the ordering policy has decided all it wanted to."""
+    _see_what_was_used(turn, backend)
+    if not _has_to_spare(turn.state, backend, turn.now_ns):
+        return
+    room = _EngineRoom(turn.state, backend, turn.now_ns)
+    for version in turn.state.prefetch.advise(room, turn.now_ns):
+        if room.can_bring(version):
+            packed = turn.state.packed_for(version, backend)
+            backend.ahead.begun(version, packed.size_bytes)
+            dispatching.open_version(turn, backend, version)
+            return
+
+
+def _see_what_was_used(turn: Turn, backend: Backend) -> None:
+    ahead = backend.ahead
+    for version, one in list(ahead.unused.items()):
+        slot = backend.slots.get(version)
+        if slot is not None and slot.running:
+            ahead.used(version, turn.now_ns)
+        elif one.done_ns is not None and not (asks.resident(backend, version) and version in backend.queued_by_version):
+            ahead.gone(version)
+
+
+def _has_to_spare(state: State, backend: Backend, now_ns: int) -> bool:
+    """Whether it is worth a closer look; cheap, since it is asked after every step."""
+    ahead = backend.ahead
+    return (
+        bool(backend.queued)
+        and backend.in_flight < backend.seats(state.config)
+        and len(ahead.unused) < LOADS_UNUSED_MAX
+        and not ahead.under_way
+        and now_ns >= ahead.paused_until_ns
+        and backend.takes_requests
+        and backend.pages_learned is None
+        and backend.shadow.host.pages_total is not None
+        and not state.draining
+    )
+
+
+class _EngineRoom:
+    """What an engine has to spare (`policies.views.Spare`)."""
+
+    budget_bytes = 0
+    free_bytes = 0
+
+    def __init__(self, state: State, backend: Backend, now_ns: int) -> None:
+        self._state = state
+        self._backend = backend
+        self._now_ns = now_ns
+        self._pages = asks.page_room(backend)
+
+    def coming(self) -> Iterator[Sized]:
+        """A version stands in the order in which it began to wait; until it is opened that is its queue position."""
+        state, backend = self._state, self._backend
+        for version in islice(backend.queued_by_version, LOOKED_AT_MAX):
+            if version == BASE or version in backend.slots or asks.resident(backend, version):
+                continue
+            packed = state.packed_for(version, backend)
+            if state.store.has(packed.key):
+                yield Sized(version, packed.size_bytes)
+
+    def losing(self) -> Iterator[Sized]:
+        return iter(())
+
+    def can_bring(self, version: str) -> bool:
+        backend = self._backend
+        return (
+            version in backend.queued_by_version
+            and version not in backend.slots
+            and not asks.resident(backend, version)
+            and asks.why_not_open(self._state, backend, version, self._now_ns, self._pages) is None
+            and _takes_from_nobody(backend, self._state.packed_for(version, backend).pages)
+        )
+
+
+def _takes_from_nobody(backend: Backend, pages: int) -> bool:
+    """Whether the engine would make room for a Load out of free pages and of versions that nobody queued for."""
+    cache = backend.shadow.host
+    assert cache.pages_total is not None
+    on_their_way = sum(slot.pages for slot in backend.slots.values() if slot.load is not None)
+    excess = cache.pages_held + on_their_way + pages - cache.pages_total
+    for version, belief in cache.held.items():
+        if excess <= 0:
+            break
+        if belief.running:
+            continue
+        if version in backend.queued_by_version:
+            return False
+        excess -= belief.pages
+    return excess <= 0
+
+
+# Fetches on speculation.
+
+
+def speculate(turn: Turn) -> None:
+    """Fetch what the policy thinks will be asked for; or, when somebody waits for a fetch, stop doing so."""
+    state = turn.state
+    under_way = bool(state.guesses.unused) and bool(state.store.fetches)
+    may_ask = _may_ask(state, turn.now_ns)
+    if not (under_way or may_ask):
+        return
+    if fetching.somebody_waits(state):
+        _give_way(state)
+    elif may_ask:
+        _fetch_guesses(turn)
+
+
+def _may_ask(state: State, now_ns: int) -> bool:
+    return now_ns >= state.guesses.ask_after_ns and _link_is_idle(state) and not state.prefetches and not state.draining
+
+
+def _link_is_idle(state: State) -> bool:
+    """Whether half of the fetches would still stand idle after one more."""
+    return 2 * (state.store.fetches + 1) <= state.config.fetches_max
+
+
+def _give_way(state: State) -> None:
+    for key, guess in state.guesses.unused.items():
+        if state.store.fetching(key):
+            guess.given_up = state.store.entries[key].doomed = True
+
+
+def _fetch_guesses(turn: Turn) -> None:
+    state = turn.state
+    state.guesses.ask_after_ns = turn.now_ns + ASK_EVERY_NS
+    _forget_the_gone(state)
+    room = _StoreRoom(turn, state.guesses.refill(state.config.prefetch_bytes_per_s, turn.now_ns))
+    for version in state.prefetch.advise(room, turn.now_ns):
+        backend = room.server_of(version)
+        if backend is None or not _link_is_idle(state):
+            return
+        packed = state.packed_for(version, backend)
+        if packed.size_bytes > state.guesses.budget_bytes or not fetching.begin(turn, packed.key, version, backend):
+            return
+        state.guesses.begun(packed.key, packed.size_bytes)
+
+
+def _forget_the_gone(state: State) -> None:
+    """Take note of what operators had dropped."""
+    for key in [key for key in state.guesses.unused if key not in state.store.entries]:
+        state.guesses.gone(key)
+
+
+class _StoreRoom:
+    """What the host store has to spare (`policies.views.Spare`)."""
+
+    def __init__(self, turn: Turn, budget_bytes: int) -> None:
+        self._state = turn.state
+        self._now_ns = turn.now_ns
+        self.budget_bytes = budget_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self._state.store.budget_bytes - self._state.store.bytes_used
+
+    def coming(self) -> Iterator[Sized]:
+        return iter(())
+
+    def losing(self) -> Iterator[Sized]:
+        store = self._state.store
+        for key in store.policy.victims(self._now_ns):
+            entry = store.entries[key]
+            if not entry.pins and not entry.held_by_operator and self._state.next_position(key) is None:
+                yield Sized(entry.digest, entry.size_bytes)
+
+    def can_bring(self, version: str) -> bool:
+        return self.server_of(version) is not None
+
+    def server_of(self, version: str) -> Backend | None:
+        """Return the first backend that takes a version, if it is neither in the store for it nor in its engine."""
+        held = self._state.versions.get(version)
+        if held is None or held.quarantined or not held.names:
+            return None
+        for backend in asks.servers_of(self._state, version):
+            if backend.takes_requests:
+                key = self._state.packed_for(version, backend).key
+                return None if key in self._state.store.entries or asks.resident(backend, version) else backend
+        return None

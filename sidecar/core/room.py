@@ -1,0 +1,64 @@
+"""What an ordering policy is shown of a backend: live, and counted only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sidecar.core import asks
+from sidecar.core.promising import slots_of
+from sidecar.core.state import Backend, Slot, State
+
+
+class LiveRoom:
+    """The room of one backend (`policies.views.Room`) between two decisions."""
+
+    __slots__ = ("_backend", "_now_ns", "_pages", "_state")
+
+    def __init__(self, state: State, backend: Backend, now_ns: int) -> None:
+        self._state = state
+        self._backend = backend
+        self._now_ns = now_ns
+        self._pages: asks.PageRoom | None = None
+
+    @property
+    def backend(self) -> str:
+        return self._backend.id
+
+    @property
+    def seats_free(self) -> int:
+        return self._backend.seats(self._state.config) - self._backend.in_flight
+
+    @property
+    def pages_free(self) -> int | None:
+        return self._page_room.free
+
+    @property
+    def slots(self) -> int:
+        held = self._backend.slots
+        pages = sum(slot.pages for slot in held.values()) // len(held) if held else 1
+        return slots_of(self._backend, pages)
+
+    @property
+    def open(self) -> Mapping[str, Slot]:
+        return self._backend.slots
+
+    def can_open(self, version: str) -> bool:
+        return (
+            version not in self._backend.slots
+            and asks.ready(self._state, self._backend, version)
+            and asks.why_not_open(self._state, self._backend, version, self._now_ns, self._page_room) is None
+        )
+
+    def can_send(self, request_id: int) -> bool:
+        request = self._state.requests[request_id]
+        return asks.why_not_send(self._state, self._backend, request, self._now_ns) is None
+
+    def changed(self) -> None:
+        """Count anew: a decision was carried out."""
+        self._pages = None
+
+    @property
+    def _page_room(self) -> asks.PageRoom:
+        if self._pages is None:
+            self._pages = asks.page_room(self._backend)
+        return self._pages

@@ -1,0 +1,104 @@
+"""Explain a request: replay its journal and ask the core, step by step, why it waits.
+
+The answer is the core's own, `asks.why_waiting`, the same that the queue command shows; so an explanation can be no
+other than what was decided. Only steps that can have changed something for the request's backend are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sidecar.core.state import State
+from sidecar.errors import Misused, Reason
+from sidecar.incident.archive import opened
+from sidecar.incident.finding import clock_of, place_of
+from sidecar.incident.story import Story
+from sidecar.incident.timeline import Timeline
+from sidecar.incident.witness import Witness
+from sidecar.replay import Replayed, SegmentFile, segments_of
+
+Progress = Callable[[int, int], None]
+"""Told how many of the segments' bytes have been replayed, and of how many."""
+
+
+def explain(path: Path, request: int, progress: Progress | None = None) -> Timeline:
+    """Return the timeline of a request from a segment, a journal, a data directory or an incident.
+
+    Raises Misused where `path` is none of them, and for a request that it does not tell of.
+    """
+    with opened(path) as journal:
+        place = place_of(path, segments_of(journal), request)
+        telling = _Telling(request)
+        sizes_bytes = [segment.stat().st_size for segment in place.segments]
+        for number, segment in enumerate(place.segments):
+            if progress is not None:
+                progress(sum(sizes_bytes[:number]), sum(sizes_bytes))
+            if telling.read(SegmentFile(segment), place.arrived_before):
+                break
+    timeline = telling.story.finished()
+    timeline.notes = [note for note in (place.note, *telling.notes, *timeline.notes) if note]
+    if not telling.story.known:
+        raise Misused(Reason.NOT_A_JOURNAL, f"{path}: request {request} cannot be explained: {timeline.notes[-1]}")
+    return timeline
+
+
+class _Telling:
+    """Replays segment after segment until the request's story is over."""
+
+    def __init__(self, request: int) -> None:
+        self.story = Story(request)
+        self.notes: list[str] = []
+        self._request = request
+        self._last_step: int | None = None
+        self._differs = False
+
+    def read(self, segment: SegmentFile, arrived_before: bool) -> bool:
+        """Replay a segment; return whether the story is over."""
+        state = segment.core.state
+        self._begin(segment, state, arrived_before)
+        witness = Witness(state.routing, self._request)
+        state.routing = witness
+        first_ns: int | None = None
+        for step in segment.steps() if not self.story.over else ():
+            first_ns = step.at_ns if first_ns is None else first_ns
+            self._check(segment, step)
+            if step.failure:
+                return True
+            self.story.took(step, state, witness.taken())
+            self._set_clock(segment, first_ns)
+            if self.story.over:
+                return True
+        return self.story.over
+
+    def _begin(self, segment: SegmentFile, state: State, arrived_before: bool) -> None:
+        first_step, last_step = segment.header["first_step"], self._last_step
+        if last_step is None:
+            if arrived_before:
+                self.story.arrived_before(state)
+        elif first_step <= last_step:
+            self.story.process_ended()
+        elif first_step != last_step + 1:
+            self.story.resumed(state)
+
+    def _check(self, segment: SegmentFile, step: Replayed) -> None:
+        """Note the first step that this version takes otherwise than the one that wrote the journal."""
+        self._last_step = step.step
+        if self._differs or step.same:
+            return
+        self._differs = True
+        place = f"step {step.step} of {segment.path.name}"
+        if step.failure:
+            self.notes.append(f"{place} cannot be replayed ({step.failure}), and the rest is not told")
+        else:
+            self.notes.append(
+                f"{place} comes out otherwise than it was recorded by version {segment.version}: from there on this is "
+                "what the version here would have decided"
+            )
+
+    def _set_clock(self, segment: SegmentFile, first_ns: int) -> None:
+        timeline = self.story.timeline
+        if timeline.arrived_utc or not self.story.known:
+            return
+        clock = clock_of(segment.header, first_ns)
+        timeline.arrived_utc = clock.utc(timeline.arrived_ns) if clock is not None else "unknown"

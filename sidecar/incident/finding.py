@@ -1,0 +1,134 @@
+"""Where in a journal a request is: the segments to replay, or which requests there are instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from sidecar.errors import Misused, Reason
+from sidecar.incident.arrivals import Line, first_step_of, header_of, lines_of
+from sidecar.replay import SegmentFile
+
+NEAR_MAX = 4
+
+
+@dataclass(frozen=True)
+class Place:
+    """The segments that tell of a request, oldest first, and whether it had arrived before the first of them."""
+
+    segments: list[Path]
+    arrived_before: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Turns a segment's monotonic times into times of day, to within a fraction of a second."""
+
+    began: datetime
+    first_ns: int
+
+    def utc(self, at_ns: int) -> str:
+        at = self.began + timedelta(microseconds=(at_ns - self.first_ns) // 1000)
+        return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def clock_of(header: dict[str, Any], first_ns: int) -> Clock | None:
+    """Return the clock of a segment whose first step was at `first_ns`; None when its header has no time of day."""
+    began = began_of(header)
+    return None if began is None else Clock(began, first_ns)
+
+
+def began_of(header: dict[str, Any]) -> datetime | None:
+    """Return the time of day at which a segment was begun."""
+    try:
+        began = datetime.fromisoformat(str(header.get("began")))
+    except ValueError:
+        return None
+    return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
+
+
+def request_number(text: str) -> int:
+    """Return the number of a request as the log, the queue command and an engine's log write it: 17, or 17.2.
+
+    Raises Misused for anything else: ids that clients make up never enter the journal.
+    """
+    number, _, attempt = text.partition(".")
+    if number.isascii() and number.isdigit() and (not attempt or attempt.isdigit()):
+        return int(number)
+    raise Misused(
+        Reason.NOT_A_JOURNAL,
+        f'"{text[:80]}" is no request of a journal: ids of clients are never journaled; give the number that the log '
+        'writes as request=…, that "sidecar queue" shows, and that the answer carries when its client gave no id',
+    )
+
+
+def place_of(path: Path, segments: list[Path], request: int) -> Place:
+    """Return where a request is, in the process's latest life that had it. Raises Misused naming others near it."""
+    own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
+    if own:
+        last = own[-1]
+        return Place(segments[segments.index(last.segment) :], False, _elsewhere(own))
+    for index in reversed(_boundaries(segments)):
+        if request in SegmentFile(segments[index]).core.state.requests:
+            return Place(segments[index:], True)
+    raise Misused(Reason.NOT_A_JOURNAL, _unknown(path, segments, request))
+
+
+def _boundaries(segments: list[Path]) -> list[int]:
+    """Return the segments that begin with something other than what the one before them ended with."""
+    found, steps = [], -1
+    for index, segment in enumerate(segments):
+        if first_step_of(segment) != steps + 1:
+            found.append(index)
+        steps = first_step_of(segment) - 1
+        with segment.open("rb") as file:
+            steps += sum(line.startswith(b'{"at":') and line.endswith(b"\n") for line in file)
+    return found
+
+
+def _elsewhere(own: list[Line]) -> str:
+    if len(own) == 1:
+        return ""
+    names = ", ".join(dict.fromkeys(line.segment.name for line in own[:-1]))
+    return (
+        f"the process was started anew, and earlier lives of it had a request of this number too ({names}): replay "
+        "that segment's file to have it explained"
+    )
+
+
+def _unknown(path: Path, segments: list[Path], request: int) -> str:
+    latest: list[Line] = []
+    for line in lines_of(segments, ("Received",)):
+        if latest and line.life != latest[-1].life:
+            latest.clear()
+        latest.append(line)
+    if not latest:
+        return f"{path} tells of no request {request}, nor of the arrival of any other"
+    first, last = latest[0].event["request"], latest[-1].event["request"]
+    near = sorted(latest, key=lambda line: (abs(line.event["request"] - request), line.event["request"]))[:NEAR_MAX]
+    near.sort(key=lambda line: (line.at_ns, line.event["request"]))
+    known = f"it has the arrivals of {first} to {last}, nearest {', '.join(map(_shown, near))}"
+    return f"{path} tells of no request {request}; {known}; {_why_unknown(request, first, last)}"
+
+
+def _why_unknown(request: int, first: int, last: int) -> str:
+    if request < first:
+        return "it is older than what is kept, or was refused at the full inbox"
+    if request > last:
+        return "it has not arrived yet, or was refused at the full inbox"
+    return "it was refused at the full inbox, or the journal left it out"
+
+
+def _shown(line: Line) -> str:
+    clock = clock_of(header_of(line.segment), _first_ns(line.segment))
+    adapter = str(line.event["adapter"])[:40] or "base model"
+    return f"{line.event['request']} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"
+
+
+def _first_ns(segment: Path) -> int:
+    with segment.open("rb") as file:
+        first = next((text for text in file if text.startswith(b'{"at":')), b'{"at":0')
+    return int(first[6:].partition(b",")[0])

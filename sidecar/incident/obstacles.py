@@ -1,0 +1,175 @@
+"""What exactly is in the way of a waiting request, in one sentence for each reason of the closed set.
+
+Read between steps; nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from policies.views import BASE
+from sidecar.core import asks
+from sidecar.core.state import Backend, Request, State
+from sidecar.core.waiting import seconds
+from sidecar.core.words import Phase, Why
+
+NAMED_MAX = 6
+"""Adapters and backends that a sentence names; the rest is counted."""
+
+
+def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
+    """Say what keeps a waiting request from running; `why` is what `asks.why_waiting` said of it."""
+    if request.backend is None:
+        return _no_backend(state, request)
+    return _SENTENCES[why](state, state.backends[request.backend], request, now_ns)
+
+
+def name_of(state: State, digest: str) -> str:
+    """Return a version as people know it; the digest's start when no name stands for it any more."""
+    if digest == BASE:
+        return "base model"
+    version = state.versions.get(digest)
+    return min(version.names, default=digest[:12]) if version is not None else digest[:12]
+
+
+def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:
+    """Return "a, b, c and 4 more"."""
+    held = list(names)
+    more = len(held) - most
+    return ", ".join(held) if more <= 0 else f"{', '.join(held[:most])} and {more} more"
+
+
+def _no_backend(state: State, request: Request) -> str:
+    places = []
+    for backend in state.backends.values():
+        unfit = asks.cannot_serve(state, backend, request.version)
+        if unfit is not None:
+            places.append(f"{backend.id}: {unfit.short}")
+        elif backend.phase is Phase.DOWN:
+            places.append(f"{backend.id} is down")
+        else:
+            places.append(f"{backend.id}: the prompt is too long")
+    return listed(places)
+
+
+def _down(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    return f"{backend.id} is down"
+
+
+def _backing_off(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    pause = seconds(backend.quiet_until_ns - now_ns)
+    return f"{backend.id} refused work or broke a wire, so for {pause} nothing is sent there"
+
+
+def _fetching(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    key = state.packed_for(request.version, backend).key
+    if state.store.fetching(key):
+        return "its weights are on their way into the host store"
+    return f"{state.store.fetches} fetches of others are under way, as many as store.fetches_max allows"
+
+
+def _store_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    store = state.store
+    needed_bytes = state.packed_for(request.version, backend).size_bytes
+    return (
+        f"it needs {needed_bytes} bytes; {store.bytes_used} of {store.budget_bytes} are taken, and what is there is in "
+        "use or wanted sooner"
+    )
+
+
+def _loading(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    load = state.loads.get(state.versions[request.version].loads.get(backend.id, 0))
+    if load is None:
+        return f"{backend.id} lost it while others of it still run: it is to be loaded again"
+    return f"load {load.id} into {backend.id}, begun {seconds(now_ns - load.begun_ns)} before"
+
+
+def _host_cache_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    pause = seconds(backend.full_until_ns - now_ns)
+    return f"{backend.id} said so; loads wait for a completion there, or for {pause}"
+
+
+def _slots_busy(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    busy = {version: slot for version, slot in backend.slots.items() if backend.slot_busy(version, slot)}
+    taken, limit = sum(slot.pages for slot in busy.values()), asks.page_limit(backend)
+    holders = listed(_holder(state, backend, version) for version in busy)
+    needed = state.packed_for(request.version, backend).pages
+    return f"it needs {_pages(needed)}; {taken} of {limit} are held by {holders}"
+
+
+def _pages(count: int) -> str:
+    return "1 page" if count == 1 else f"{count} pages"
+
+
+def _holder(state: State, backend: Backend, version: str) -> str:
+    slot, waiting = backend.slots[version], len(backend.queued_by_version.get(version, ()))
+    parts = [f"{slot.running} running"] if slot.running else []
+    parts += ["loading"] if slot.load is not None else []
+    parts += [f"{waiting} waiting"] if waiting else []
+    return f"{name_of(state, version)} ({', '.join(parts)})"
+
+
+def _seats_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    counts: dict[str, int] = {}
+    for running in backend.running:
+        name = state.requests[running].view.name or "base model"
+        counts[name] = counts.get(name, 0) + 1
+    takers = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+    takers += [f"loads {len(backend.loads)}"] if backend.loads else []
+    return f"{backend.in_flight} of {backend.seats(state.config)} seats are taken: {listed(takers)}"
+
+
+def _kv_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    return (
+        f"it may need {request.kv_tokens(backend)} KV tokens; {backend.kv_reserved} of {backend.facts.kv_tokens} are "
+        f"reserved by {len(backend.running)} running"
+    )
+
+
+def _probation(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    places = [place for place in state.versions[request.version].loads if place != backend.id]
+    return f"its version has not answered anywhere yet and is being loaded on {listed(places)}"
+
+
+def _apart(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    if backend.lone_load is not None:
+        load = state.loads.get(backend.lone_load)
+        what = name_of(state, load.digest) if load is not None else "a suspect"
+        return f"{what}, in whose load an engine failed, is being loaded alone on {backend.id}"
+    if request.version != BASE and state.versions[request.version].suspect:
+        return f"an engine failed in its load, so it is loaded alone, once nothing else is loading on {backend.id}"
+    suspects = [name_of(state, digest) for digest in state.suspects if digest in backend.queued_by_version]
+    return f"{listed(suspects) or 'a suspect'}, in whose load an engine failed, is to be loaded alone first"
+
+
+def _gated(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    holders = listed(_holder(state, backend, version) for version in backend.slots)
+    return f"the {state.config.ordering} policy serves {holders or 'others'} first"
+
+
+def _tenant_cap(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    tenant = request.view.tenant
+    running = sum(state.requests[other].view.tenant == tenant for other in backend.running)
+    return f'tenant "{tenant}" has {running} running there'
+
+
+def _next(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    return "nothing but the policy's choice of another"
+
+
+_SENTENCES: dict[Why, Callable[[State, Backend, Request, int], str]] = {
+    Why.BACKEND_DOWN: _down,
+    Why.BACKING_OFF: _backing_off,
+    Why.FETCHING: _fetching,
+    Why.STORE_FULL: _store_full,
+    Why.LOADING: _loading,
+    Why.HOST_CACHE_FULL: _host_cache_full,
+    Why.SLOTS_BUSY: _slots_busy,
+    Why.SEATS_FULL: _seats_full,
+    Why.KV_FULL: _kv_full,
+    Why.PROBATION: _probation,
+    Why.APART: _apart,
+    Why.GATED: _gated,
+    Why.TENANT_CAP: _tenant_cap,
+    Why.NEXT: _next,
+}

@@ -1,0 +1,195 @@
+"""The parts of an incident, each gathered apart from the others: what cannot be had is noted with the reason.
+
+Nothing here needs the sidecar to run, and nothing disturbs one that does: files are only read, and `/metrics` is asked
+for once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import PackageNotFoundError, requires, version
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import yaml
+
+from sidecar.config import Backend, Config
+from sidecar.incident.arrivals import header_in
+from sidecar.incident.finding import began_of
+from sidecar.incident.redaction import redacted, redacted_text
+from sidecar.shell.segments import product_version, segment_paths
+
+ANSWER_TIMEOUT_S = 5.0
+ANSWER_BYTES_MAX = 64 << 20
+ENGINE_CONFIG_BYTES_MAX = 4 << 20
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A small file of an incident, and what it is for people."""
+
+    name: str
+    content: bytes
+    about: str
+
+
+@dataclass
+class Segment:
+    """A journal segment that is held open: it can be read to `size_bytes` even when the sidecar deletes it."""
+
+    name: str
+    file: IO[bytes]
+    size_bytes: int
+    header: dict[str, Any]
+    ended: datetime
+
+
+@dataclass
+class Missing:
+    """What could not be had, and why; in the order in which it was missed."""
+
+    found: list[dict[str, str]] = field(default_factory=list)
+
+    def note(self, what: str, why: object) -> None:
+        self.found.append({"what": what, "why": redacted_text(str(why))})
+
+
+# The journal.
+
+
+def journal_of(data: Path, last: timedelta, missing: Missing) -> list[Segment]:
+    """Open the segments that cover the last while of what was journaled, oldest first.
+
+    The while ends at the last write, so a sidecar that died an hour ago is captured as it died. Segments stand alone:
+    each begins with all that was known then. The caller closes the files.
+    """
+    directory = data if segment_paths(data) else data / "journal"
+    held = [segment for path in segment_paths(directory) if (segment := _held(path, missing)) is not None]
+    if not held:
+        missing.note("journal", f"there is no segment-*.jsonl in {directory}")
+        return []
+    for segment, following in pairwise(held):
+        segment.ended = began_of(following.header) or segment.ended
+    since = held[-1].ended - last
+    kept = [segment for segment in held if segment.ended >= since]
+    for segment in held[: -len(kept)]:
+        segment.file.close()
+    return kept
+
+
+def _held(path: Path, missing: Missing) -> Segment | None:
+    try:
+        file = path.open("rb")
+    except OSError as error:  # rotated away in this very moment, or not ours to read
+        missing.note(f"journal/{path.name}", error.strerror or error)
+        return None
+    status = os.fstat(file.fileno())
+    header = header_in(file.readline())
+    file.seek(0)
+    return Segment(path.name, file, status.st_size, header, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+# The configuration and the engines.
+
+
+def configuration_of(config: Config) -> tuple[Part, list[str]]:
+    """Return the configuration as it is served, without its secrets, and the keys of what was cut."""
+    record, cut = redacted(config.model_dump(mode="json"))
+    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
+    return Part("config.yaml", text.encode(), "the configuration, environment and defaults included"), cut
+
+
+def engine_configs_of(config: Config, missing: Missing) -> Iterator[Part]:
+    """Yield the files that the configuration names about each backend's engine and its base model."""
+    for number, backend in enumerate(config.backends):
+        folder = f"backends/{number:02}-{_UNSAFE.sub('_', backend.identity)[:80]}"
+        named = False
+        for name, path in _files_of(backend):
+            named = True
+            part = _engine_config(Path(path).expanduser(), f"{folder}/{name}", backend.identity, missing)
+            if part is not None:
+                yield part
+        if not named:
+            missing.note(f"engine config of {backend.identity}", "backends[].engine.config names no file")
+
+
+def _files_of(backend: Backend) -> Iterator[tuple[str, str]]:
+    if backend.engine.config is not None:
+        yield "engine.json", backend.engine.config
+    if backend.base_model is not None and backend.base_model.config is not None:
+        yield "base_model.json", backend.base_model.config
+
+
+def _engine_config(path: Path, name: str, backend: str, missing: Missing) -> Part | None:
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        with path.open("rb") as file:
+            content = file.read(ENGINE_CONFIG_BYTES_MAX + 1)
+        if len(content) > ENGINE_CONFIG_BYTES_MAX:
+            raise ValueError(f"it is larger than {ENGINE_CONFIG_BYTES_MAX} bytes")
+        record, _ = redacted(json.loads(content))
+    except (OSError, ValueError, RecursionError) as error:
+        missing.note(name, f"{path}: {error}")
+        return None
+    return Part(name, json.dumps(record, indent=2).encode(), f"{path} of {backend}")
+
+
+# The running process, and this one.
+
+
+def answers_of(address: str, missing: Missing) -> Iterator[Part]:
+    """Yield what a running sidecar's http listener says of itself; each page that it does not give is noted."""
+    for page, name, codes in (("metrics", "metrics.txt", (200,)), ("readyz", "readiness.txt", (200, 503))):
+        url = f"http://{address}/{page}"
+        try:
+            yield Part(name, _get(url, codes), f"{url} at the time of the capture")
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            missing.note(page, f"{url}: {error or type(error).__name__}; --http names another address")
+            return  # where one page is not answered the other will not be either
+
+
+def _get(url: str, codes: tuple[int, ...]) -> bytes:
+    content = b""
+    with (
+        httpx.Client(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client,
+        client.stream("GET", url) as answer,
+    ):
+        if answer.status_code not in codes:
+            raise ValueError(f"it answers {answer.status_code}: no sidecar answers there")
+        for piece in answer.iter_bytes():
+            content += piece
+            if len(content) > ANSWER_BYTES_MAX:
+                raise ValueError(f"the answer is larger than {ANSWER_BYTES_MAX} bytes")
+    return content
+
+
+def http_address(listened: str) -> str:
+    """Return where to ask a listener: an address that stands for all of a machine's is asked on the loopback."""
+    host, _, port = listened.rpartition(":")
+    loopback = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}
+    return f"{loopback.get(host, host)}:{port}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what this command runs on; each segment tells the version that wrote it."""
+    found = {"lora-sidecar": product_version(), "python": sys.version.split()[0], "platform": platform.platform()}
+    for requirement in requires("lora-sidecar") or ():
+        named = _REQUIREMENT.match(requirement)
+        if named is None or "extra ==" in requirement:
+            continue
+        try:
+            found[named[0]] = version(named[0])
+        except PackageNotFoundError:
+            found[named[0]] = "not installed"
+    return found

@@ -1,0 +1,57 @@
+"""Cut out what must not leave a machine: passwords, tokens and keys in a configuration, and secrets in URLs.
+
+Whoever sends an incident to somebody else has no time to read it through first, so in doubt more is cut than need be:
+anything under a key that sounds like a secret, the user name and the query of every URL, and every PEM block.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+CUT = "(redacted)"
+
+_SECRET_WORDS = {
+    "apikey", "authorization", "bearer", "credential", "credentials", "passphrase", "passwd", "password", "secret",
+    "secrets", "signature", "token",
+}  # fmt: skip
+_SECRET_KEYS = {"access_key", "account_key", "api_key", "private_key", "secret_key"}
+_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
+_USER = re.compile(r"(?!hf://)(\b[A-Za-z][\w+.-]*://)[^\s'\"?#]*@")
+_QUERY = re.compile(r"(\b[A-Za-z][\w+.-]*://[^\s'\"?#]*)[?#][^\s'\"]*")
+_PEM = "-----BEGIN"
+
+
+def redacted(record: Any) -> tuple[Any, list[str]]:
+    """Return JSON values without their secrets, and the dotted keys of what was cut."""
+    cut: list[str] = []
+    return _value(record, "", False, cut), cut
+
+
+def redacted_text(text: str) -> str:
+    """Return a text without the user names and queries of the URLs in it, and nothing of one that holds a key."""
+    if _PEM in text:
+        return CUT
+    return _QUERY.sub(rf"\1?{CUT}", _USER.sub(rf"\1{CUT}@", text))
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key names a secret itself; `token_file` does not, it names a file."""
+    words = [word.lower() for word in _WORD.findall(key)]
+    return bool(words) and (words[-1] in _SECRET_WORDS or "_".join(words[-2:]) in _SECRET_KEYS)
+
+
+def _value(value: Any, path: str, secret: bool, cut: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _value(held, f"{path}.{key}".lstrip("."), secret or is_secret(str(key)), cut)
+            for key, held in value.items()
+        }
+    if isinstance(value, list):
+        return [_value(held, f"{path}.{index}", secret, cut) for index, held in enumerate(value)]
+    if not isinstance(value, str) or not value:
+        return value
+    kept = CUT if secret else redacted_text(value)
+    if kept != value:
+        cut.append(path)
+    return kept

@@ -1,0 +1,205 @@
+"""One request's way through a replay, step by step, until it has ended.
+
+Every instant between its arrival and its last dispatch belongs to exactly one period: waiting for a reason, at an
+engine in vain, or not journaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sidecar.core import asks
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.state import Request, State
+from sidecar.incident import saying
+from sidecar.incident.concerning import may_concern
+from sidecar.incident.obstacles import in_the_way
+from sidecar.incident.surroundings import Surroundings
+from sidecar.incident.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline
+from sidecar.incident.waits import Waits
+from sidecar.incident.witness import Routed
+from sidecar.replay import Replayed
+
+
+class Story:
+    """Takes the steps of a replay and makes a timeline of those that concern one request."""
+
+    def __init__(self, request: int) -> None:
+        self.timeline = Timeline(request)
+        self.over = False
+        self.known = False
+        """Whether it has arrived."""
+        self._request = request
+        self._waits = Waits(self.timeline)
+        self._surroundings = Surroundings(request)
+        self._sent_ns: int | None = None
+        self._attempt = 0
+        self._last_ns = 0
+
+    # Where the journal begins, goes on after a gap, and ends.
+
+    def arrived_before(self, state: State) -> None:
+        """Begin with a request that had arrived before the first segment."""
+        request = state.requests[self._request]
+        self._know(request)
+        self.timeline.adapter = request.view.name
+        at_ns = request.view.arrived_ns
+        self._waits.moment(at_ns, "arrived", "arrived before what is kept of the journal begins")
+        self._waits.begin(NOT_JOURNALED, at_ns, request.backend or "", "the journal begins later")
+        self.resumed(state)
+
+    def resumed(self, state: State) -> None:
+        """Go on after steps that the journal left out."""
+        request = state.requests.get(self._request)
+        if request is None or request.settled or request.view.arrived_ns != self.timeline.arrived_ns:
+            self._lost_sight("it ended in steps that the journal left out, so how it ended is not known")
+            return
+        if request.running and request.attempt != self._attempt:
+            self._not_seen(request)
+            self._sent(request.dispatched_ns, request.attempt, f"sent to {request.backend}")
+        elif not request.running:
+            self._not_seen(request)
+            self._sent_ns = None
+        self._surroundings.settle_in(state, request)
+        self._surroundings.look_anew(state)
+
+    def _not_seen(self, request: Request) -> None:
+        since_ns = self._last_ns if self._sent_ns is None else self._sent_ns
+        if self._waits.reason != NOT_JOURNALED:
+            self._waits.begin(NOT_JOURNALED, since_ns, request.backend or "", "the journal left steps out")
+
+    def process_ended(self) -> None:
+        """The next segment is of another life of the process, which knows nothing of this request."""
+        self._lost_sight("the process ended before it did, and the next one knew nothing of it")
+
+    def _lost_sight(self, note: str) -> None:
+        self.timeline.notes.append(note)
+        self.over = True
+
+    def finished(self) -> Timeline:
+        """Return the timeline; what still lasts ends with the last step."""
+        self._waits.end(self._last_ns)
+        if self.known and not self.over:
+            doing = "waits" if self._sent_ns is None else "runs"
+            self.timeline.notes.append(f"the journal ends while it {doing}")
+        self._waits.put_in_order()
+        return self.timeline
+
+    # Steps.
+
+    def took(self, step: Replayed, state: State, routed: Sequence[Routed]) -> None:
+        """Take in one step; `state` is the one after it, `routed` what the routing policy said of the request in it."""
+        event, request = step.event, state.requests.get(self._request)
+        if not self.known:
+            if not (isinstance(event, ev.Received) and event.request == self._request):
+                return
+            self._arrives(event, step.at_ns, state, request)
+        else:
+            self._own_event(event, step.at_ns)
+            if self._was_queued_again(step, request):
+                self._queued_again(step.at_ns)
+        for choice in routed:
+            self._waits.moment(step.at_ns, "routed", saying.routed(choice))
+        if request is not None:
+            self._surroundings.settle_in(state, request)
+            self._promised(request, step.at_ns)
+        self._tell(step, state)
+        if request is not None and not request.running and not self.over:
+            self._look(step, state, request)
+        self._last_ns = step.at_ns
+
+    def _arrives(self, event: ev.Received, now_ns: int, state: State, request: Request | None) -> None:
+        line = self.timeline
+        line.adapter, line.tenant, line.klass = event.adapter, event.tenant, event.klass
+        line.input_tokens, line.output_tokens_max = event.input_tokens, event.output_tokens_max
+        line.arrived_ns, line.deadline_ns = now_ns, event.deadline_ns
+        self.known = True
+        if request is not None:
+            self._know(request)
+        self._waits.moment(now_ns, "arrived", saying.arrived(state, request))
+
+    def _know(self, request: Request) -> None:
+        line, view = self.timeline, request.view
+        line.version, line.ordinal = view.version, request.ordinal
+        line.tenant, line.klass = view.tenant, view.klass
+        line.input_tokens, line.output_tokens_max = view.input_tokens, view.output_tokens_max
+        line.arrived_ns, line.deadline_ns = view.arrived_ns, request.deadline_ns
+        line.bound_ns = request.expires_ns - view.arrived_ns
+        self.known = True
+        self._promised(request, view.arrived_ns)
+
+    def _promised(self, request: Request, now_ns: int) -> None:
+        """Keep what the request was promised, and tell when that becomes void."""
+        line = self.timeline
+        if request.promise is not None:
+            line.promised_ns = request.promise.bound_ns
+        if request.voided and not line.voided:
+            line.voided = request.voided
+            self._waits.moment(now_ns, "voided", f"what it was promised is void: {request.voided}")
+
+    def _own_event(self, event: ev.Event, now_ns: int) -> None:
+        told = saying.own_event(event, self._request, self._attempt)
+        if told is not None:
+            self._waits.moment(now_ns, *told)
+        elif self._waits.reason or isinstance(event, ev.BackendLost):
+            for what, text in self._surroundings.of_event(event):
+                self._waits.moment(now_ns, what, text)
+
+    def _was_queued_again(self, step: Replayed, request: Request | None) -> bool:
+        """Whether the request, sent before, has gone back to the queue in this step, however it left it again."""
+        if self._sent_ns is None:
+            return False
+        if request is not None:
+            return request.attempt != self._attempt or not (request.running or request.settled)
+        waited_ns = self._sent_ns - self.timeline.arrived_ns
+        return any(
+            isinstance(effect, do.Settle) and effect.request == self._request and effect.queue_ns > waited_ns
+            for effect in step.effects
+        )
+
+    def _queued_again(self, now_ns: int) -> None:
+        assert self._sent_ns is not None
+        self._waits.begin(AT_AN_ENGINE, self._sent_ns, self._surroundings.backend, "it was sent, and failed there")
+        self._waits.end(now_ns)
+        self._waits.moment(now_ns, "queued_again", "queued again under its old place")
+        self._sent_ns = None
+
+    def _tell(self, step: Replayed, state: State) -> None:
+        """Tell what the step's effects mean, in their order: what comes before its own dispatch went before it."""
+        for effect in step.effects:
+            if isinstance(effect, do.Settle) and effect.request == self._request:
+                self._settled(effect, step.at_ns)
+                return
+            if isinstance(effect, do.Dispatch) and effect.request == self._request:
+                self._sent(step.at_ns, effect.attempt, saying.sent(effect))
+            elif self._sent_ns is None:
+                self._surroundings.count_effect(effect, state, self._waits.tally)
+                for what, text in self._surroundings.of_effect(effect, step):
+                    self._waits.moment(step.at_ns, what, text)
+
+    def _sent(self, at_ns: int, attempt: int, text: str) -> None:
+        self._waits.end(at_ns)
+        self._waits.moment(at_ns, "sent", text)
+        self._sent_ns, self._attempt = at_ns, attempt
+
+    def _settled(self, settle: do.Settle, now_ns: int) -> None:
+        self._waits.end(now_ns)
+        self._waits.moment(now_ns, "ended", saying.ended(settle))
+        line = self.timeline
+        line.ended_ns, line.output_tokens, line.outcome = now_ns, settle.output_tokens, settle.outcome.value
+        line.reason = settle.reason.value if settle.reason is not None else ""
+        line.message = settle.message
+        self.over = True
+
+    def _look(self, step: Replayed, state: State, request: Request) -> None:
+        """Ask the core why the request waits, unless this step cannot have changed it."""
+        backend = request.backend or ""
+        waits = self._waits
+        if waits.reason and waits.backend == backend and not may_concern(step, state, backend):
+            return
+        for what, text in self._surroundings.look(step, state, waits.tally):
+            waits.moment(step.at_ns, what, text)
+        why = asks.why_waiting(state, request, step.at_ns)
+        if why.value != waits.reason or backend != waits.backend:
+            waits.begin(why.value, step.at_ns, backend, in_the_way(state, request, why, step.at_ns))

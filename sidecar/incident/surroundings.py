@@ -1,0 +1,157 @@
+"""What happens around a waiting request that concerns it: its version's way to an engine, and its backend's slots.
+
+What happens to its own version is told moment by moment; what others got meanwhile is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from policies.views import BASE
+from sidecar.core import asks
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.state import Backend, Request, State
+from sidecar.incident.obstacles import name_of
+from sidecar.incident.timeline import IDS_KEPT_MAX, Tally
+from sidecar.replay import Replayed
+
+Told = tuple[str, str]
+"""What a moment is, in a word, and the sentence."""
+
+_CHANGES_THE_CACHE = (ev.LoadDone, ev.LoadFailed, ev.RunFailed, ev.BackendUp, ev.BackendLost)
+
+
+class Surroundings:
+    """Watches the backend and the version of one request from step to step."""
+
+    def __init__(self, request: int) -> None:
+        self._request = request
+        self._version = BASE
+        self._backend = ""
+        self._key = ""
+        self._loads: dict[int, None] = {}
+        self._slots: dict[str, None] = {}
+        self._held: dict[str, None] = {}
+
+    @property
+    def backend(self) -> str:
+        """The backend that is watched; "" while the request has none."""
+        return self._backend
+
+    def settle_in(self, state: State, request: Request) -> None:
+        """Watch the backend at which the request is now. Nothing happens when it is watched already."""
+        if request.version == self._version and (request.backend or "") == self._backend:
+            return
+        self._version, self._backend = request.version, request.backend or ""
+        self.look_anew(state)
+
+    def look_anew(self, state: State) -> None:
+        """Take things as they stand, counting nothing: what changed before was not seen."""
+        backend = state.backends.get(self._backend)
+        if backend is None:
+            self._key = ""
+            return
+        self._key = state.packed_for(self._version, backend).key if self._version != BASE else ""
+        self._slots = dict.fromkeys(backend.slots)
+        self._held = dict.fromkeys(backend.shadow.host.held)
+        load = state.versions[self._version].loads.get(self._backend) if self._version != BASE else None
+        if load is not None:
+            self._loads[load] = None
+
+    # What is told.
+
+    def of_event(self, event: ev.Event) -> Iterator[Told]:
+        """Yield what an event means for the request."""
+        if isinstance(event, ev.Fetched) and event.key == self._key:
+            yield "fetched", "its weights are in the host store"
+        elif isinstance(event, ev.FetchFailed) and event.key == self._key:
+            yield "fetch_failed", f"its weights could not be fetched: {event.text}"
+        elif isinstance(event, ev.LoadDone) and event.load in self._loads:
+            yield "loaded", f"load {event.load} is done: {self._backend} has its version"
+        elif isinstance(event, ev.LoadFailed) and event.load in self._loads:
+            yield "load_failed", f"load {event.load} failed ({event.fault.value}): {event.text}"
+        elif isinstance(event, ev.BackendUp | ev.BackendLost | ev.DrainSet) and event.backend in self._backends(event):
+            yield "backend", _standing(event)
+
+    def _backends(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> tuple[str, ...]:
+        """Return the backends it hears of: its own, or any while it has none."""
+        return (self._backend,) if self._backend else (event.backend,)
+
+    def of_effect(self, effect: do.Effect, step: Replayed) -> Iterator[Told]:
+        """Yield what an effect means for the request."""
+        if isinstance(effect, do.Fetch) and effect.key == self._key:
+            dropped = sum(isinstance(other, do.Drop) for other in step.effects)
+            room = f", for which {dropped} of others had to go" if dropped else ""
+            yield "fetch", f"a fetch of its weights began from {'disk' if effect.from_disk else 'its origin'}{room}"
+        elif isinstance(effect, do.Drop) and effect.key == self._key:
+            yield "dropped", "its weights were dropped from the host store"
+        elif isinstance(effect, do.Load) and effect.digest == self._version and effect.backend == self._backend:
+            self._loads[effect.load] = None
+            yield "load", f"load {effect.load} of its version into {effect.backend} began"
+        elif isinstance(effect, do.Heal) and effect.backend == self._backend and effect.version == self._version:
+            if self._version != BASE and not isinstance(step.event, ev.LoadFailed):
+                yield "heal", f"{effect.backend}: {effect.reason} of its version is being mended"
+        elif isinstance(effect, do.Quarantine) and self._version.startswith(effect.digest):
+            yield "quarantine", f"its version was quarantined: {effect.text}"
+
+    # What is counted.
+
+    def count_effect(self, effect: do.Effect, state: State, tally: Tally) -> None:
+        """Count what another request or version got at this backend."""
+        if isinstance(effect, do.Load) and effect.backend == self._backend and effect.digest != self._version:
+            _count(tally.loaded, effect.name)
+        if not isinstance(effect, do.Dispatch) or effect.backend != self._backend:
+            return
+        _count(tally.sent, effect.name or "base model")
+        tally.arrived_later += effect.request > self._request
+        other = state.requests.get(effect.request)
+        if other is not None and other.version == self._version:
+            tally.own_version += 1
+            if len(tally.own_version_ids) < IDS_KEPT_MAX:
+                tally.own_version_ids.append(effect.request)
+
+    def look(self, step: Replayed, state: State, tally: Tally) -> Iterator[Told]:
+        """Compare the backend's slots and cache with what they were; yield what happened to the request's version."""
+        backend = state.backends.get(self._backend)
+        if backend is None:
+            return
+        if backend.slots.keys() != self._slots.keys():
+            yield from self._slots_changed(state, backend, tally)
+        if isinstance(step.event, _CHANGES_THE_CACHE):
+            yield from self._cache_changed(state, backend, tally)
+
+    def _slots_changed(self, state: State, backend: Backend, tally: Tally) -> Iterator[Told]:
+        before, self._slots = self._slots, dict.fromkeys(backend.slots)
+        for version in self._slots:
+            if version == self._version and version not in before:
+                yield "opened", f"its version was opened on {backend.id}"
+            elif version not in before:
+                _count(tally.opened, name_of(state, version))
+        for version in before:
+            if version == self._version and version not in self._slots:
+                yield "closed", f"its version was closed on {backend.id}"
+            elif version not in self._slots:
+                _count(tally.closed, name_of(state, version))
+
+    def _cache_changed(self, state: State, backend: Backend, tally: Tally) -> Iterator[Told]:
+        before, self._held = self._held, dict.fromkeys(backend.shadow.host.held)
+        for version in before:
+            if asks.resident(backend, version):
+                continue
+            if version == self._version:
+                yield "evicted", f"its version is believed to have left {backend.id}"
+            else:
+                _count(tally.evicted, name_of(state, version))
+
+
+def _standing(event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> str:
+    if isinstance(event, ev.BackendUp):
+        return f"{event.backend} is up"
+    if isinstance(event, ev.BackendLost):
+        return f"{event.backend} was lost: {event.cause}"
+    return f"{event.backend} {'is being drained' if event.draining else 'takes requests again'}"
+
+
+def _count(names: dict[str, int], name: str) -> None:
+    names[name] = names.get(name, 0) + 1

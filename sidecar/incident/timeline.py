@@ -1,0 +1,172 @@
+"""The life of one request as a timeline: moments, and between them periods of waiting with what was in the way.
+
+The periods cover the whole wait, from the arrival to the last dispatch or the ending, without a hole: their durations
+add up to it to the nanosecond. A wait of ten minutes can change its reason a hundred thousand times, seats full, next,
+seats full; neighbours that are short beside the whole are folded into one period that keeps each reason's time apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+AT_AN_ENGINE = "at an engine, in vain"
+"""Dispatched, and queued again because the engine failed before the first token."""
+NOT_JOURNALED = "not journaled"
+"""The journal begins later, or left steps out."""
+
+IDS_KEPT_MAX = 8
+PERIODS_HELD_MAX = 4_000
+"""More than that are folded while the journal is still read, to as many as PERIODS_KEPT_MAX makes."""
+PERIODS_KEPT_MAX = 500
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that happened to the request, or to what it waited for. `what` is one word of a closed set."""
+
+    at_ns: int
+    what: str
+    text: str
+
+
+@dataclass
+class Tally:
+    """What was done at the request's backend while it waited there, by adapter name."""
+
+    sent: dict[str, int] = field(default_factory=dict)
+    """Requests that were dispatched before it."""
+    arrived_later: int = 0
+    """How many of those had arrived after it."""
+    own_version: int = 0
+    """How many of those were of its own version; the first few ids are in `own_version_ids`."""
+    own_version_ids: list[int] = field(default_factory=list)
+    opened: dict[str, int] = field(default_factory=dict)
+    closed: dict[str, int] = field(default_factory=dict)
+    loaded: dict[str, int] = field(default_factory=dict)
+    evicted: dict[str, int] = field(default_factory=dict)
+    """Versions that left the engine's cache."""
+
+    def add(self, other: Tally) -> None:
+        for mine, theirs in (
+            (self.sent, other.sent),
+            (self.opened, other.opened),
+            (self.closed, other.closed),
+            (self.loaded, other.loaded),
+            (self.evicted, other.evicted),
+        ):
+            for name, count in theirs.items():
+                mine[name] = mine.get(name, 0) + count
+        self.arrived_later += other.arrived_later
+        self.own_version += other.own_version
+        self.own_version_ids = (self.own_version_ids + other.own_version_ids)[:IDS_KEPT_MAX]
+
+
+@dataclass
+class Period:
+    """A time in which the request waited. `durations_ns` has one reason, or several once periods were folded.
+
+    While it lasts `ended_ns` and its duration are those of its begin.
+    """
+
+    begun_ns: int
+    ended_ns: int
+    backend: str
+    durations_ns: dict[str, int]
+    because: str
+    """What was in the way when the period began."""
+    tally: Tally = field(default_factory=Tally)
+    changes: int = 0
+    """How often the reason changed inside."""
+
+    @property
+    def duration_ns(self) -> int:
+        return self.ended_ns - self.begun_ns
+
+    @property
+    def main_reason(self) -> str:
+        return max(self.durations_ns.items(), key=lambda pair: (pair[1], pair[0]))[0]
+
+    def add(self, later: Period) -> None:
+        """Take in the period that follows."""
+        assert later.begun_ns == self.ended_ns, "only neighbours can be folded"
+        if later.duration_ns > self.duration_ns:
+            self.because = later.because
+        for reason, duration_ns in later.durations_ns.items():
+            self.durations_ns[reason] = self.durations_ns.get(reason, 0) + duration_ns
+        self.tally.add(later.tally)
+        self.changes += later.changes + 1
+        self.ended_ns = later.ended_ns
+
+
+Entry = Moment | Period
+
+
+@dataclass
+class Timeline:
+    """What the journal tells of one request."""
+
+    request: int
+    adapter: str = ""
+    version: str = ""
+    ordinal: int = 0
+    tenant: str = ""
+    klass: str = ""
+    input_tokens: int = 0
+    output_tokens_max: int = 0
+    output_tokens: int = 0
+    arrived_ns: int = 0
+    arrived_utc: str = ""
+    bound_ns: int | None = None
+    """The longest wait, after which it ends as expired."""
+    promised_ns: int | None = None
+    """What the ordering policy promised at admission: its first token by then."""
+    voided: str = ""
+    """Why that no longer held."""
+    deadline_ns: int | None = None
+    ended_ns: int | None = None
+    waited_ns: int = 0
+    outcome: str = ""
+    """How it ended; "" when the journal ends first."""
+    reason: str = ""
+    message: str = ""
+    entries: list[Entry] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def periods(self) -> Iterator[Period]:
+        return (entry for entry in self.entries if isinstance(entry, Period))
+
+    def reasons_ns(self) -> dict[str, int]:
+        """Return how long it waited for each reason, longest first; together the whole wait."""
+        found: dict[str, int] = {}
+        for period in self.periods():
+            for reason, duration_ns in period.durations_ns.items():
+                found[reason] = found.get(reason, 0) + duration_ns
+        return dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def folded(entries: list[Entry], periods_kept_max: int) -> list[Entry]:
+    """Return the entries with short neighbouring periods folded: those shorter than the wait's share of one.
+
+    About twice `periods_kept_max` periods are left at most, besides those that moments stand between. The entries are
+    not changed.
+    """
+    whole_ns = sum(entry.duration_ns for entry in entries if isinstance(entry, Period))
+    count = sum(isinstance(entry, Period) for entry in entries)
+    if count <= periods_kept_max:
+        return entries
+    short_ns = whole_ns / periods_kept_max
+    kept: list[Entry] = []
+    for entry in entries:
+        last = kept[-1] if kept else None
+        if isinstance(entry, Moment) or not isinstance(last, Period) or not _fold(last, entry, short_ns):
+            kept.append(deepcopy(entry) if isinstance(entry, Period) else entry)
+        else:
+            last.add(entry)
+    return kept
+
+
+def _fold(last: Period, entry: Period, short_ns: float) -> bool:
+    neighbours = last.backend == entry.backend and last.ended_ns == entry.begun_ns
+    return neighbours and last.duration_ns < short_ns and entry.duration_ns < short_ns

@@ -1,0 +1,50 @@
+"""The bare engine: every request goes straight into an engine, spread over them in turn, with its weights."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import cycle
+
+from sidecar.emulator.messages import Event, Request
+from sidecar.emulator.pages import Row
+from sidecar.sim.setup import engine_rows
+from sidecar.sim.workloads import Arrival
+from sidecar.sim.world import World
+
+
+class Bare:
+    """Clients of stock engines: they hold the weights and send them with each request."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._next_backend = cycle(world.setup.backends)
+        self._task_ids: dict[str, int] = {}
+        self._rows = cache(self._rows_of_rank)
+
+    def arrive(self, request_id: int, arrival: Arrival) -> None:
+        world, adapted = self._world, bool(arrival.adapter)
+        request = Request(
+            request_id,
+            arrival.input_tokens,
+            arrival.output_tokens_max,
+            task_id=self._task_ids.setdefault(arrival.adapter, len(self._task_ids) + 1) if adapted else None,
+            rows=self._rows(world.workload.ranks[arrival.adapter]) if adapted else None,
+            stop_after=arrival.output_tokens,
+        )
+        backend = next(self._next_backend)
+        world.recorder.dispatched(request_id, backend, world.now_ns)
+        world.submit(backend, request)
+
+    def observe(self, backend: str, event: Event) -> None:
+        world = self._world
+        for request_id in event.started:
+            world.recorder.started(request_id, event.at_ns)
+        for ending in event.endings:
+            world.recorder.answered(ending.request_id, ending.output_tokens, event.at_ns)
+            world.over(ending.request_id)
+        for failure in event.failures:
+            world.recorder.failed(failure.request_id, event.at_ns)
+            world.over(failure.request_id)
+
+    def _rows_of_rank(self, rank: int) -> tuple[Row, ...]:
+        return engine_rows(self._world.setup.engine.adapter_rows(rank))

@@ -1,0 +1,169 @@
+"""The product before the engines: the core as it runs in production, its effects carried out in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from time import perf_counter_ns
+from typing import Any
+
+from sidecar.backends.faults import classify
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.core import Core
+from sidecar.core.words import Fault
+from sidecar.emulator.messages import Event, QueueFull, Request
+from sidecar.emulator.pages import Row
+from sidecar.plugins import policies_of
+from sidecar.sim.setup import Sidecar, adapter_named, engine_rows
+from sidecar.sim.workloads import Arrival
+from sidecar.sim.world import World
+
+LOADS_FROM = 1 << 40
+"""Engine ids from here on are Loads; below are requests. An id at an engine is (request, attempt) in one number."""
+ATTEMPTS = 64
+PROGRESS_NS = 1_000_000_000
+
+
+class Product:
+    """A core, its store and its clients' arrivals."""
+
+    def __init__(self, world: World, sidecar: Sidecar) -> None:
+        self.world = world
+        self.sidecar = sidecar
+        config = sidecar.core_config()
+        self.core = Core(config, policies_of(config))
+        self.steps_ns = 0
+        """Time spent in the core, by the machine's clock."""
+        self._arrivals: dict[int, Arrival] = {}
+        self._registered: dict[str, None] = {}
+        self._engine_rows: dict[str, tuple[Row, ...]] = {}
+        self._names: dict[str, str] = {}
+        self._rows_of = cache(world.setup.engine.adapter_rows)
+        self._engine_rows_of = cache(lambda rank: engine_rows(self._rows_of(rank)))
+        self._wake_ns: int | None = None
+        facts = world.setup.engine.facts()
+        for backend in world.setup.backends:
+            self.feed(ev.BackendAdded(backend, facts))
+            self.feed(ev.BackendUp(backend, facts))
+
+    # What happens to it.
+
+    def arrive(self, request_id: int, arrival: Arrival) -> None:
+        if arrival.adapter and arrival.adapter not in self._registered:
+            self._register(arrival.adapter)
+        self._arrivals[request_id] = arrival
+        self.feed(
+            ev.Received(
+                request_id,
+                arrival.adapter,
+                arrival.tenant,
+                arrival.klass,
+                arrival.input_tokens,
+                arrival.output_tokens_max,
+            )
+        )
+
+    def observe(self, backend: str, event: Event) -> None:
+        recorder = self.world.recorder
+        for engine_id in event.started:
+            if engine_id < LOADS_FROM:
+                request_id, attempt = divmod(engine_id, ATTEMPTS)
+                recorder.started(request_id, event.at_ns)
+                self.feed(ev.FirstToken(request_id, attempt))
+        for ending in event.endings:
+            if ending.request_id >= LOADS_FROM:
+                self.feed(ev.LoadDone(ending.request_id - LOADS_FROM))
+            else:
+                request_id, attempt = divmod(ending.request_id, ATTEMPTS)
+                self.feed(ev.RunEnded(request_id, attempt, ending.output_tokens))
+        for failure in event.failures:
+            self._failed(failure.request_id, classify(failure.text), failure.text, failure.cancelled)
+
+    def feed(self, event: ev.Event) -> None:
+        """Give the core an event and carry out what it wants."""
+        began_ns = perf_counter_ns()
+        effects = self.core.step(event, self.world.now_ns)
+        self.steps_ns += perf_counter_ns() - began_ns
+        for effect in effects:
+            act = _ACTS.get(type(effect))
+            if act is not None:
+                act(self, effect)
+
+    def _register(self, name: str) -> None:
+        engine = self.world.setup.engine
+        rank = self.world.workload.ranks.get(name, engine.rank)
+        rows = self._rows_of(rank)
+        adapter = adapter_named(name, rank, rows, engine.shape)
+        self._registered[name] = None
+        self._engine_rows[adapter.digest] = self._engine_rows_of(rank)
+        self._names[adapter.digest] = name
+        self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}"))
+
+    def _failed(self, engine_id: int, fault: Fault, text: str, cancelled: bool) -> None:
+        if engine_id >= LOADS_FROM:
+            self.feed(ev.LoadFailed(engine_id - LOADS_FROM, fault, text))
+            return
+        request_id, attempt = divmod(engine_id, ATTEMPTS)
+        if cancelled:
+            self.feed(ev.RunEnded(request_id, attempt, 0))
+        else:
+            self.feed(ev.RunFailed(request_id, attempt, fault, text))
+
+    # What it does.
+
+    def _fetch(self, effect: do.Fetch) -> None:
+        self.world.recorder.fetched(self._names[effect.digest], effect.size_bytes)
+        self.world.after(self.sidecar.fetch_ns(effect.size_bytes), lambda: self.feed(ev.Fetched(effect.key)))
+
+    def _load(self, effect: do.Load) -> None:
+        self.world.recorder.loads += 1
+        rows = self._engine_rows[effect.digest]
+        request = Request(LOADS_FROM + effect.load, 1, 0, task_id=effect.packed.task_id, rows=rows)
+        self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
+
+    def _dispatch(self, effect: do.Dispatch) -> None:
+        self.world.recorder.dispatched(effect.request, effect.backend, self.world.now_ns)
+        arrival = self._arrivals[effect.request]
+        request = Request(
+            effect.request * ATTEMPTS + effect.attempt,
+            arrival.input_tokens,
+            arrival.output_tokens_max,
+            task_id=effect.task_id or None,
+            stop_after=arrival.output_tokens,
+        )
+        self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
+
+    def _submit(self, backend: str, request: Request) -> None:
+        try:
+            self.world.submit(backend, request)
+        except QueueFull as error:
+            self._failed(request.request_id, Fault.QUEUE_FULL, str(error), False)
+
+    def _cancel(self, effect: do.CancelRun) -> None:
+        engine_id = effect.request * ATTEMPTS + effect.attempt
+        self.world.engines[effect.backend].cancel(engine_id, self.world.now_ns)
+
+    def _settle(self, effect: do.Settle) -> None:
+        del self._arrivals[effect.request]
+        self.world.recorder.settled(effect, self.world.now_ns)
+        self.world.over(effect.request)
+
+    def _wake(self, effect: do.WakeAt) -> None:
+        self._wake_ns = effect.at_ns
+        self.world.after(max(0, effect.at_ns - self.world.now_ns), lambda: self._tick(effect.at_ns))
+
+    def _tick(self, at_ns: int) -> None:
+        if self._wake_ns == at_ns:
+            self._wake_ns = None
+            self.feed(ev.Tick())
+
+
+_ACTS: dict[type, Callable[[Product, Any], None]] = {
+    do.Fetch: Product._fetch,
+    do.Load: Product._load,
+    do.Dispatch: Product._dispatch,
+    do.CancelRun: Product._cancel,
+    do.Settle: Product._settle,
+    do.WakeAt: Product._wake,
+}

@@ -1,0 +1,236 @@
+"""What happened in a run: every request followed from its arrival to its one ending, and counted.
+
+Only what is open is kept as objects; of what has ended two numbers stay, so a million requests take some megabytes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from sidecar.core.effects import Settle
+from sidecar.core.words import Outcome
+from sidecar.sim.workloads import Arrival
+
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(slots=True)
+class Open:
+    """A request that has not ended."""
+
+    arrival: Arrival
+    arrived_ns: int
+    backend: str = ""
+    dispatched_ns: int = 0
+    started_ns: int = 0
+
+
+@dataclass(slots=True)
+class Tenant:
+    """What a tenant got while it had something waiting, and for how long it had."""
+
+    waiting: int = 0
+    since_ns: int = 0
+    backlogged_ns: int = 0
+    tokens: int = 0
+
+    def wait(self, now_ns: int) -> None:
+        if not self.waiting:
+            self.since_ns = now_ns
+        self.waiting += 1
+
+    def start(self, now_ns: int, tokens: int) -> None:
+        self.waiting -= 1
+        if self.waiting:
+            self.tokens += tokens
+        else:
+            self.backlogged_ns += now_ns - self.since_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """One stay of an adapter in a slot: from its first running request to the end of its last."""
+
+    backend: str
+    adapter: str
+    begin_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True)
+class Held:
+    """An adapter with requests running at an engine."""
+
+    running: int
+    since_ns: int
+
+
+@dataclass
+class Recorder:
+    """Counts and series of one run. Waits are from arrival to the first token, in seconds."""
+
+    tenures_max: int = 20_000
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("offered", "answered", "failed", "refused", "expired", "cancelled", "doubled"), 0
+        )
+    )
+    loads: int = 0
+    """Loads that the sidecar issued."""
+    fetches: dict[str, int] = field(default_factory=dict)
+    """How often each adapter was fetched, by name."""
+    adapters: dict[str, int] = field(default_factory=dict)
+    """A number for each adapter that was asked for."""
+    waits_s: array[float] = field(default_factory=lambda: array("d"))
+    waited_for: array[int] = field(default_factory=lambda: array("l"))
+    """The number of the adapter that each of `waits_s` is of."""
+    asked_for: array[int] = field(default_factory=lambda: array("l"))
+    """The number of the adapter of each arrival, in order."""
+    input_tokens: int = 0
+    output_asked: int = 0
+    """Output tokens of all that arrived."""
+    reserved_tokens: int = 0
+    output_tokens: int = 0
+    """Those that were answered."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Packed bytes of each adapter, by name."""
+    retry_after_s: dict[str, float] = field(default_factory=dict)
+    """The least and the most that refused clients were told to wait."""
+    openings: int = 0
+    tenures: list[Tenure] = field(default_factory=list)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    bounded: int = 0
+    over_bound: list[tuple[int, float, float]] = field(default_factory=list)
+    """Requests that waited longer than their bound: (id, wait, bound) in seconds."""
+    longest_bounded_s: tuple[float, float] = (0.0, 0.0)
+    """The longest wait that had a bound, and that bound."""
+    nearest_to_bound: float = 0.0
+    """The largest wait as a share of its bound."""
+    voided: dict[str, int] = field(default_factory=dict)
+    began_ns: int = 0
+    ended_ns: int = 0
+    _open: dict[int, Open] = field(default_factory=dict)
+    _held: dict[tuple[str, str], Held] = field(default_factory=dict)
+
+    def arrived(self, request_id: int, arrival: Arrival, now_ns: int) -> None:
+        self.began_ns = self.began_ns or now_ns
+        self.counts["offered"] += 1
+        self.input_tokens += arrival.input_tokens
+        self.output_asked += arrival.output_tokens
+        self.reserved_tokens += arrival.input_tokens + arrival.output_tokens_max
+        self._open[request_id] = Open(arrival, now_ns)
+        self.asked_for.append(self.adapters.setdefault(arrival.adapter, len(self.adapters)))
+        self.tenants.setdefault(arrival.tenant, Tenant()).wait(now_ns)
+
+    def dispatched(self, request_id: int, backend: str, now_ns: int) -> None:
+        request = self._open.get(request_id)
+        if request is not None:
+            request.backend, request.dispatched_ns = backend, now_ns
+
+    def started(self, request_id: int, now_ns: int) -> None:
+        """Note a request's first token; one of a second run is a doubled answer."""
+        request = self._open.get(request_id)
+        if request is None:
+            return
+        if request.started_ns:
+            self.counts["doubled"] += 1
+            return
+        request.started_ns = now_ns
+        self._wait_is_over(request, now_ns)
+        self.waits_s.append((now_ns - request.arrived_ns) / SECOND_NS)
+        self.waited_for.append(self.adapters[request.arrival.adapter])
+        self._take_slot(request, now_ns)
+
+    def answered(self, request_id: int, output_tokens: int, now_ns: int) -> None:
+        """Note an answer that a bare engine gave."""
+        self._ends(request_id, "answered", now_ns)
+        self.output_tokens += output_tokens
+
+    def failed(self, request_id: int, now_ns: int) -> None:
+        """Note a failure of a bare engine."""
+        self._ends(request_id, "failed", now_ns)
+
+    def settled(self, effect: Settle, now_ns: int) -> None:
+        """Note the ending that the core gave."""
+        request = self._ends(effect.request, _COUNTED[effect.outcome], now_ns)
+        if effect.retry_after_ns is not None:
+            self._told_to_wait(effect.retry_after_ns / SECOND_NS)
+        if request is None or effect.outcome is Outcome.REFUSED:
+            return
+        if effect.outcome is Outcome.OK:
+            self.output_tokens += request.arrival.output_tokens
+        self._check_bound(effect, request)
+
+    def fetched(self, name: str, size_bytes: int) -> None:
+        self.fetches[name] = self.fetches.get(name, 0) + 1
+        self.sizes[name] = size_bytes
+
+    @property
+    def unfinished(self) -> list[int]:
+        """Requests that have had no ending."""
+        return list(self._open)
+
+    def _told_to_wait(self, seconds: float) -> None:
+        told = self.retry_after_s
+        told["least"] = min(seconds, told.get("least", seconds))
+        told["most"] = max(seconds, told.get("most", seconds))
+
+    def _check_bound(self, effect: Settle, request: Open) -> None:
+        if effect.voided:
+            self.voided[effect.voided] = self.voided.get(effect.voided, 0) + 1
+            return
+        if effect.bound_ns is None or not request.started_ns:
+            return
+        wait_s, bound_s = (request.started_ns - request.arrived_ns) / SECOND_NS, effect.bound_ns / SECOND_NS
+        self.bounded += 1
+        self.longest_bounded_s = max(self.longest_bounded_s, (wait_s, bound_s))
+        self.nearest_to_bound = max(self.nearest_to_bound, wait_s / bound_s)
+        if wait_s > bound_s:
+            self.over_bound.append((effect.request, wait_s, bound_s))
+
+    def _ends(self, request_id: int, how: str, now_ns: int) -> Open | None:
+        request = self._open.pop(request_id, None)
+        if request is None:
+            self.counts["doubled"] += 1
+            return None
+        self.counts[how] += 1
+        self.ended_ns = now_ns
+        if request.started_ns:
+            self._give_slot_back(request, now_ns)
+        else:
+            self._wait_is_over(request, now_ns)
+        return request
+
+    def _wait_is_over(self, request: Open, now_ns: int) -> None:
+        arrival = request.arrival
+        self.tenants[arrival.tenant].start(now_ns, arrival.output_tokens if request.started_ns else 0)
+
+    def _take_slot(self, request: Open, now_ns: int) -> None:
+        place = (request.backend, request.arrival.adapter)
+        held = self._held.get(place)
+        if held is None:
+            self._held[place] = Held(1, now_ns)
+            self.openings += 1
+        else:
+            held.running += 1
+
+    def _give_slot_back(self, request: Open, now_ns: int) -> None:
+        place = (request.backend, request.arrival.adapter)
+        held = self._held.get(place)
+        if held is None:
+            return
+        held.running -= 1
+        if not held.running:
+            del self._held[place]
+            if len(self.tenures) < self.tenures_max and place[1]:
+                self.tenures.append(Tenure(*place, held.since_ns, now_ns))
+
+
+_COUNTED = {
+    Outcome.OK: "answered",
+    Outcome.REFUSED: "refused",
+    Outcome.EXPIRED: "expired",
+    Outcome.CANCELLED: "cancelled",
+    Outcome.FAILED: "failed",
+}

@@ -1,0 +1,151 @@
+"""The figures of one run, bounds first, as the JSON that scripts read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from sidecar.sim.bounds import Engines, Lengths, StepTimes, all_resident, closed_form
+from sidecar.sim.offline import Request, least_miss_cost
+from sidecar.sim.records import Recorder
+from sidecar.sim.setup import SECOND_NS, Setup
+from sidecar.sim.statistics import jain_index, percentile
+from sidecar.sim.workloads import Workload
+
+PERCENTS = {"p50": 50.0, "p99": 99.0, "max": 100.0}
+HOT = 2.0
+"""An adapter is hot that gets so many times the mean share of the requests."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What engines and core say at the end of a run."""
+
+    iterations: int
+    device_loads: int
+    core_ns: int
+    store_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. Throughput is output tokens answered over the time from the first arrival to the last ending."""
+
+    setup: Setup
+    workload: Workload
+    recorder: Recorder
+    counted: Counted
+    label: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return max(1, self.recorder.ended_ns - self.recorder.began_ns) / SECOND_NS
+
+    @property
+    def throughput_tokens_per_s(self) -> float:
+        return self.recorder.output_tokens / self.seconds
+
+    def waits_s(self) -> dict[str, list[float]]:
+        """Return the waits to the first token in rising order: of all, of hot and of cold adapters."""
+        hot = _hot(self.recorder)
+        waits: dict[str, list[float]] = {"all": sorted(self.recorder.waits_s), "hot": [], "cold": []}
+        for wait_s, adapter in zip(self.recorder.waits_s, self.recorder.waited_for, strict=True):
+            waits["hot" if adapter in hot else "cold"].append(wait_s)
+        return {name: sorted(values) for name, values in waits.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        recorder = self.recorder
+        requests, started = max(1, recorder.counts["offered"]), max(1, len(recorder.waits_s))
+        wait_s, bound_s = recorder.longest_bounded_s
+        return {
+            "label": self.label,
+            "bounds": self.bounds(),
+            "throughput_tokens_per_s": self.throughput_tokens_per_s,
+            "wait_s": {
+                name: {key: percentile(values, percent) if values else None for key, percent in PERCENTS.items()}
+                for name, values in self.waits_s().items()
+            },
+            "wait_bound": {
+                "requests": recorder.bounded,
+                "exceeded": len(recorder.over_bound),
+                "longest_wait_s": wait_s,
+                "bound_of_longest_s": bound_s,
+                "nearest_share": recorder.nearest_to_bound,
+                "voided": recorder.voided,
+            },
+            "loads_per_request": self.counted.device_loads / requests,
+            "mean_batch": recorder.output_tokens / max(1, self.counted.iterations),
+            "slot_openings_per_1k_requests": 1000 * recorder.openings / started,
+            "jain_index": jain_index(self.tenant_rates()),
+            "requests": recorder.counts,
+            "goodput": recorder.counts["answered"] / max(1, requests - recorder.counts["refused"]),
+            "retry_after_s": recorder.retry_after_s,
+            "store": self.store(),
+            "core_us_per_request": self.counted.core_ns / 1e3 / requests,
+            "simulated_s": self.seconds,
+            "workload": self.workload.name,
+            "seed": self.workload.seed,
+            "notes": self.notes,
+        }
+
+    def bounds(self) -> dict[str, float]:
+        """Return what is reachable at most by the closed forms, with the step times that the run had."""
+        times, lengths, engines = step_times(self.setup, len(self.workload.adapters)), self.lengths(), self.engines()
+        in_flight = math.inf if self.workload.open_loop else float(self.setup.in_flight)
+        adapters = max(1, len(self.workload.adapters))
+        return {
+            "all_resident_tokens_per_s": all_resident(times, lengths, engines, in_flight).tokens_per_s,
+            "closed_form_tokens_per_s": closed_form(times, lengths, engines, adapters, in_flight).tokens_per_s,
+        }
+
+    def lengths(self) -> Lengths:
+        recorder, count = self.recorder, max(1, self.recorder.counts["offered"])
+        return Lengths(recorder.input_tokens / count, recorder.output_asked / count, recorder.reserved_tokens / count)
+
+    def engines(self) -> Engines:
+        engine = self.setup.engine
+        return Engines(engine.seats, engine.slots, engine.kv_tokens, self.setup.engines)
+
+    def tenant_rates(self) -> list[float]:
+        """Return the tokens per second that each tenant was given while it had something waiting."""
+        backlogged = [tenant for tenant in self.recorder.tenants.values() if tenant.backlogged_ns > 0]
+        longest_ns = max((tenant.backlogged_ns for tenant in backlogged), default=0)
+        return [tenant.tokens / tenant.backlogged_ns for tenant in backlogged if tenant.backlogged_ns > longest_ns / 10]
+
+    def store(self) -> dict[str, float]:
+        """Return what the misses cost, in seconds of fetching, and the least that any cache of the size would pay."""
+        sidecar = self.setup.sidecar
+        if sidecar is None or not self.workload.adapters:
+            return {"miss_cost": 0.0, "bound": 0.0}
+        sizes = self.recorder.sizes
+        cost_s = {name: sidecar.fetch_ns(size) / SECOND_NS for name, size in sizes.items()}
+        paid = sum(count * cost_s[name] for name, count in self.recorder.fetches.items() if name in cost_s)
+        return {"miss_cost": paid, "bound": self._least(sizes, cost_s), "bytes": self.counted.store_bytes}
+
+    def _least(self, sizes: dict[str, int], cost_s: dict[str, float]) -> float:
+        """Return the bound; where everything fits it is each adapter's first fetch."""
+        if sum(sizes.values()) <= self.counted.store_bytes:
+            return sum(cost_s.values())
+        names = {number: name for name, number in self.recorder.adapters.items()}
+        asked = (names[number] for number in self.recorder.asked_for)
+        trace = [Request(name, sizes[name], cost_s[name]) for name in asked if name in sizes]
+        return least_miss_cost(trace, self.counted.store_bytes)
+
+
+def step_times(setup: Setup, adapters: int) -> StepTimes:
+    """Return an engine's pace with its slots full of adapters, as the bounds take it."""
+    engine, slots = setup.engine, min(setup.engine.slots, adapters)
+    return StepTimes(
+        lambda batch, context: engine.step_ms(batch, context, slots), lambda tokens: engine.prefill_ms(tokens, slots)
+    )
+
+
+def _hot(recorder: Recorder) -> dict[int, None]:
+    """Return the numbers of the adapters that are asked for much more than the usual."""
+    counts: dict[int, int] = {}
+    for number in recorder.asked_for:
+        counts[number] = counts.get(number, 0) + 1
+    mean = len(recorder.asked_for) / max(1, len(counts))
+    return {number: None for number, count in counts.items() if count >= HOT * mean}
