@@ -120,9 +120,8 @@ class SegmentFile:
         state = {**self.header["state"]}
         for name, items in self._large_fields().items():
             state[name] = {"!": "dict", "=": items}
-        policies = policies_of(codec.decode(self.header["config"]))
         try:
-            return codec.restore(state, policies)
+            return codec.restore(state, policies_of(codec.decode(self.header["config"])))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._bad(f"its state is one that this version does not know ({error})") from error
 

@@ -6,8 +6,9 @@ hazard, is one expert's opinion of three, because none is right on every load:
 * `rate_500`, `rate_5000`: an average of its uses that decays with a half-life of so many requests.
 
 Each expert runs a shadow cache of ids and sizes on the same requests, as large as the most bytes that were ever
-tracked, and pays `cost` for each miss. These bills decay with a half-life of 5,000 requests; when one is more than 10 %
-below that of the expert in charge, it takes over.
+tracked, and pays `cost` for each miss. These bills decay with a half-life of 5,000 requests; when that of the expert in
+charge is more than 3 % above another, the other takes over. Bills of the same requests differ by little chance, and the
+change itself costs nothing: waiting for 10 % was tried, and on average pays 1 % more, on recorded clients up to 5 %.
 
 What is known of a key outlives it: a rate is remembered until five of the longer half-lives after neither the store nor
 a shadow holds the key, when a thirty-second is left of it. Forgetting it at once was tried: a small store then meets
@@ -33,7 +34,7 @@ from policies.eviction.experts import EXPERTS, HALF_LIVES, Known, Order
 
 BILL_HALF_LIFE = 5000
 BILL_DECAY = 0.5 ** (1 / BILL_HALF_LIFE)
-MUCH_BETTER = 1.1
+CLEARLY_BETTER = 1.03
 """The bill of the expert in charge, over the least, at which another takes over."""
 REMEMBERED_REQUESTS = 5 * max(HALF_LIVES)
 """How long a key that nobody holds is remembered. No more keys can be than came in that time."""
@@ -141,7 +142,7 @@ class RatePerByte:
 
     def _choose_an_expert(self) -> None:
         best = min(self._shadows, key=lambda name: self._shadows[name].bill_ns)
-        if self._shadows[self._in_charge].bill_ns > MUCH_BETTER * self._shadows[best].bill_ns:
+        if self._shadows[self._in_charge].bill_ns > CLEARLY_BETTER * self._shadows[best].bill_ns:
             self._in_charge = best
 
     def _in_order(self, name: str, keys: Iterable[str]) -> Order:

@@ -33,10 +33,27 @@ from policies.ordering.fairness import TokenCounters
 from policies.ordering.queues import Queues
 from policies.views import BASE, Backlog, Close, Decision, Open, Promise, Room, Send, Waiting
 
-DRAIN_FACTOR = 1.5
+DRAIN_FACTOR = 1.75
 SLACK_REQUESTS = 64
 NO_GATE = 1 << 62
 NEVER_NS = 1 << 62
+
+
+import os
+SOON = int(os.environ.get("SOON", "0"))
+EXT = float(os.environ.get("EXT", "1.0"))
+TURN = float(os.environ.get("TURN", "1.0"))
+
+
+class Rates:
+    def __init__(self):
+        self.v = {}
+    def came(self, version, now_ns):
+        n, at = self.v.get(version, (0.0, now_ns))
+        self.v[version] = (n * 2 ** (-(now_ns - at) / 60e9) + 1, now_ns)
+    def per_s(self, version, now_ns):
+        n, at = self.v.get(version, (0.0, now_ns))
+        return n * 2 ** (-(now_ns - at) / 60e9) / (60 / 0.693)
 
 
 class SoftGated:
@@ -53,17 +70,24 @@ class SoftGated:
         """Versions whose head is overdue."""
         self._overdue_times: list[tuple[int, int]] = []
         self._urgent_times: list[tuple[int, int]] = []
+        self._sent: dict[int, int] = {}
+        self._run_ns = 0.0
+        self._token_ns = 0.0
+        self._running = {}
+        self._full = False
+        self._rates = Rates()
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         drain_ns = round(DRAIN_FACTOR * max(backlog.drain_ns, backlog.tenant_drain_ns))
         overdue_ns = max(backlog.patience_ns, drain_ns) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
-        urgent_ns = overdue_ns + (rounds + 1) * backlog.turn_ns
-        return Promise(urgent_ns + (rounds + 1) * backlog.turn_ns, overdue_ns, urgent_ns)
+        urgent_ns = overdue_ns + rounds * backlog.turn_ns
+        return Promise(urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
 
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
         self._queues.add(request)
         self._tenants.queued(request)
+        self._rates.came(request.version, now_ns)
         overdue_ns, urgent_ns = (NEVER_NS, NEVER_NS) if promise is None else (promise.overdue_ns, promise.urgent_ns)
         if promise is None:  # it was run before, or its backend was lost: it has waited for long enough
             self._promises[request.id] = (request.arrived_ns, NEVER_NS)
@@ -88,6 +112,12 @@ class SoftGated:
 
     def ended(self, request: Waiting, output_tokens: int, now_ns: int) -> None:
         self._tenants.ended(request, output_tokens)
+        sent_ns = self._sent.pop(request.id, None)
+        if sent_ns is not None:
+            took = now_ns - sent_ns
+            del self._running[request.version][request.id]
+            self._token_ns += (took / max(1,output_tokens) - self._token_ns) * (0.02 if self._token_ns else 1)
+            self._run_ns += (took - self._run_ns) * (0.02 if self._run_ns else 1)
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
@@ -99,11 +129,14 @@ class SoftGated:
         served_most = self._tenants.served_most()
         urgent = self._most_urgent(now_ns)
         self._gate(room, served_most, urgent)
-        return (
+        decision = (
             self._closing(room, served_most, urgent)
             or self._opening(room, now_ns, served_most, urgent)
-            or self._sending(room, served_most, urgent)
+            or self._sending(room, now_ns, served_most, urgent)
         )
+        if decision is None and not self._full and self._turn_over(room, now_ns):
+            return self._closing(room, served_most, urgent)
+        return decision
 
     def gated(self, request_id: int) -> bool:
         request = self._queues.requests[request_id]
@@ -177,10 +210,29 @@ class SoftGated:
         for version in [version for version in self._gates if version not in room.open]:
             del self._gates[version]
         wanted = min(len(self._waiting_for_a_slot(room, served_most, urgent)), room.slots)
-        for version in room.open:
+        if len(self._gates) >= wanted:
+            return
+        order = list(room.open)
+        if SOON:
+            order.sort(key=lambda v: max((sent + tokens * self._token_ns for sent, tokens in self._running.get(v, {}).values()), default=0))
+        for version in order:
             if len(self._gates) >= wanted:
                 break
             self._gates.setdefault(version, self._queues.newest)
+
+    def _turn_over(self, room: Room, now_ns: int) -> bool:
+        """Gate the open versions whose newcomers of one run are fewer than what a version without a slot has waiting."""
+        deepest = max((v.count for name, v in self._queues.versions.items() if name not in room.open and name != BASE), default=0)
+        if not deepest or not self._run_ns:
+            return False
+        before = len(self._gates)
+        for version in room.open:
+            if version in self._gates or self._rates.per_s(version, now_ns) * self._run_ns / 1e9 >= deepest * TURN:
+                continue
+            left = max((sent + tokens * self._token_ns for sent, tokens in self._running.get(version, {}).values()), default=now_ns) - now_ns
+            if left < self._run_ns * EXT:
+                self._gates[version] = self._queues.newest
+        return len(self._gates) > before
 
     def _closing(self, room: Room, served_most: float | None, urgent: int) -> Decision | None:
         """Close a gated version whose turn is over."""
@@ -215,16 +267,20 @@ class SoftGated:
             if self._next_of(name, served_most, urgent) is not None:
                 yield name
 
-    def _sending(self, room: Room, served_most: float | None, urgent: int) -> Decision | None:
+    def _sending(self, room: Room, now_ns: int, served_most: float | None, urgent: int) -> Decision | None:
         """Send the oldest that may go. If there is no room for it, later ones do not take it from it."""
+        self._full = False
         for head, version, tenant in self._queues.heads:
             if version != BASE and (version not in room.open or room.open[version].loading):
                 continue
             if not self._may_go(head, version, tenant, served_most, urgent):
                 continue
             if not room.can_send(head):
+                self._full = True
                 return None
             self._tenants.sent(self._queues.requests[head])
+            self._sent[head] = now_ns
+            self._running.setdefault(version, {})[head] = (now_ns, self._queues.requests[head].output_tokens_max)
             return Send(head)
         return None
 

@@ -11,7 +11,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from policies.routing.placement import Placement, Share, rooms
+from policies.routing.placement import Placement
+from policies.routing.pools import Share, rooms
 from policies.routing.rendezvous import Rankings
 
 GAIN_MIN = 0.02
@@ -20,13 +21,16 @@ GAIN_MIN = 0.02
 
 @dataclass
 class Balancer:
-    """One look at a pool. `rate_of` is the token rate of a version; `budget` is the number of moves left."""
+    """One look at a pool. `rate_of` is the token rate of a version; `budget` is the number of moves left.
+
+    Without a budget given, a sixteenth of the versions may move: a backend that comes back fills up by and by.
+    """
 
     placement: Placement
     shares: dict[str, Share]
     rate_of: Callable[[str], float]
     rankings: Rankings
-    budget: int
+    budget: int = -1
 
     def __post_init__(self) -> None:
         homes = self.placement.homes
@@ -35,6 +39,8 @@ class Balancer:
         self.rates = {version: self.rate_of(version) / len(homes[version].hosts) for version in members}
         self.loads = {backend: sum(map(self.rates.__getitem__, held)) for backend, held in self.hosted.items()}
         self.total = sum(self.loads.values())
+        if self.budget < 0:
+            self.budget = max(2, len(members) // 16)
 
     def fullness(self, backend: str, change: float = 0.0) -> float:
         """Return a backend's rate over its even share: 1 is even."""

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class Home:
-    """Where a version lives. `pool` are the backends that could serve it when it was last asked for."""
+    """Where a version lives. `pool` are the backends that can serve it, those that are down at the moment included."""
 
     hosts: list[str]
     pages: int
@@ -80,28 +80,3 @@ class Placement:
         self.moves, homes = state
         for version, home in homes:
             self.add(version, Home(**{**home, "hosts": list(home["hosts"]), "pool": tuple(home["pool"])}))
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one backend of a pool may be given."""
-
-    weight: float
-    """Its part of the pool's work; the parts add up to 1."""
-    pages: int | None
-    """Pages that may be open at once; None while that is not known."""
-
-
-def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
-    """Return the pages that may be placed on each backend so that `pages_wanted` find room in all.
-
-    That is what each can have open, as long as it suffices; when it does not, or is not known, the excess is spread in
-    proportion: waiting for slots is then the same everywhere.
-    """
-    known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
-    usual = max(1, sum(known.values()) // len(known)) if known else 1
-    sizes = {backend: known.get(backend, usual) for backend in shares}
-    total = max(1, sum(sizes.values()))
-    if len(known) == len(shares) and pages_wanted <= total:
-        return sizes
-    return {backend: -(-size * pages_wanted // total) for backend, size in sizes.items()}

@@ -8,11 +8,12 @@ the one that its first token comes out of; where the engine had nothing else to 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sidecar.calibrate.history import Run
+from sidecar.calibrate.history import Mark, Run
 
 STRETCH_STEPS = 64
 """Reports of progress come between steps, so a stretch is wrong by up to a step: this many make that little."""
@@ -64,13 +65,14 @@ def _decoding(runs: Sequence[Run]) -> Iterator[Equation]:
     """Yield the stretches of answers that together cover the time, each counted by one request's own tokens."""
     waiting = list(reversed(runs))
     active: list[Run] = []
-    for lead, from_ns, until_ns in _stretches(runs):
-        while waiting and waiting[-1].began_ns <= until_ns:
-            active.append(waiting.pop())
-        active = [run for run in active if run.ended_ns > from_ns]
-        steps = lead.tokens_at(until_ns) - lead.tokens_at(from_ns)
-        if steps >= STEPS_MIN:
-            yield _equation(active, from_ns, until_ns, steps)
+    for lead, from_ns in _leads(runs):
+        marks = _marks_from(lead, from_ns)
+        active = [run for run in active if run.ended_ns > marks[0][0]]
+        for (begin_ns, before), (end_ns, after) in _stretches(marks):
+            while waiting and waiting[-1].began_ns <= end_ns:
+                active.append(waiting.pop())
+            if after - before >= STEPS_MIN:
+                yield _equation(active, begin_ns, end_ns, after - before)
 
 
 def _equation(runs: Sequence[Run], from_ns: int, until_ns: int, steps: float) -> Equation:
@@ -84,22 +86,26 @@ def _equation(runs: Sequence[Run], from_ns: int, until_ns: int, steps: float) ->
     return Equation(until_ns - from_ns, steps, seats, contexts, prompts)
 
 
-def _stretches(runs: Sequence[Run]) -> Iterator[tuple[Run, int, int]]:
-    """Yield (run, from, until), one after the other in time, between marks of the run."""
-    for lead, from_ns in _leads(runs):
-        begin: tuple[int, int] | None = None
-        for mark in lead.marks:
-            if mark[0] < from_ns:
-                continue
-            if begin is None:
-                begin = mark
-            elif mark[1] - begin[1] >= STRETCH_STEPS or mark is lead.marks[-1]:
-                yield lead, begin[0], mark[0]
-                begin = mark
+def _marks_from(run: Run, from_ns: int) -> list[Mark]:
+    """Return a run's marks from the last one at or before a time; all of them when it began later."""
+    before = bisect_right(run.marks, from_ns, key=lambda mark: mark[0])
+    return run.marks[max(0, before - 1) :]
+
+
+def _stretches(marks: Sequence[Mark]) -> Iterator[tuple[Mark, Mark]]:
+    """Yield the first and the last mark of stretches that are long enough, and of what is left at the end."""
+    begin = marks[0]
+    for mark in marks[1:]:
+        if mark[1] - begin[1] >= STRETCH_STEPS or mark is marks[-1]:
+            yield begin, mark
+            begin = mark
 
 
 def _leads(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    """Yield as few runs as cover the time, and from when each counts: always the one that lasts longest."""
+    """Yield as few runs as cover the time, and from when each is needed: always the one that lasts longest.
+
+    Each begins after the time from which the one before it was needed.
+    """
     best: Run | None = None
     at_ns, index = 0, 0
     while True:

@@ -19,6 +19,9 @@ from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
 from sidecar.replay import SegmentFile, segments_of
 
+Mark = tuple[int, int]
+"""A time and the tokens by then."""
+
 
 @dataclass
 class Run:
@@ -34,7 +37,7 @@ class Run:
     reported: int = 0
     """Tokens that reports of progress have counted: the first token is among them, though it was a mark before."""
     whole: bool = True
-    marks: list[tuple[int, int]] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
     over_ns: int | None = None
 
     @property

@@ -44,10 +44,10 @@ def live_table(history: History, backend: str | None, words: Words) -> tuple[Cos
     facts = history.facts.get(chosen, EngineFacts())
     kv_tokens, token_bytes = _kv(facts)
     table = CostTable(
-        model=words.model or ", ".join(facts.base_models) or "not known",
-        gpu=words.gpu or "not known",
+        model=words.model or ", ".join(facts.base_models) or "unnamed model",
+        gpu=words.gpu or "unnamed GPU",
         engine=words.engine or facts.kind,
-        dtype=facts.dtype or "not known",
+        dtype=facts.dtype or "unknown dtype",
         source=(_step_source(fit, chosen), _kv_source(kv_tokens), _LORA_SOURCE, copy_source),
         fixed_ms=fit.plane.fixed_ns / 1e6,
         decode=_decode(fit.plane),

@@ -93,6 +93,8 @@ class LoadsAhead:
     """What one backend's engine was given ahead of time, by version."""
 
     unused: dict[str, LoadAhead] = field(default_factory=dict)
+    rest: int = 0
+    """Rounds that are let pass before the next look: the last one found nothing to load, or no room for it."""
     paused_until_ns: int = 0
     """One failed: the engine has less room than is believed, or worse to do."""
     counts: AheadCounts = field(default_factory=AheadCounts)

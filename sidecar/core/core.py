@@ -23,9 +23,6 @@ from sidecar.core.turn import Turn
 from sidecar.core.words import Phase
 from sidecar.errors import Reason
 
-MEAN_SHARE = 0.02
-"""The weight of one answer in its adapter's mean length."""
-
 
 @dataclass(frozen=True)
 class Policies:
@@ -135,6 +132,11 @@ def _received(turn: Turn, event: ev.Received) -> None:
     prefetching.requested(turn, event.request)
 
 
+def _load_done(turn: Turn, event: ev.LoadDone) -> None:
+    dispatching.load_done(turn, event)
+    prefetching.look_again(turn)
+
+
 def _client_left(turn: Turn, event: ev.ClientLeft) -> None:
     request = turn.state.requests.get(event.request)
     if request is not None and not request.settled:
@@ -174,13 +176,9 @@ def _learn(turn: Turn, request: Request) -> None:
     """Take in what a run that was answered in full says of its engine and its adapter."""
     assert request.backend is not None
     backend = turn.state.backends[request.backend]
-    if promising.learn_pace(turn.state, backend, request, turn.now_ns - request.dispatched_ns):
-        turn.void_promises(backend, "backend slowed")
+    promising.learn_yield(turn.state, backend, request.tokens, turn.now_ns)
     if request.version != BASE:
-        version = turn.state.versions[request.version]
-        mean = version.output_tokens_mean
-        before = request.tokens if mean is None else mean
-        version.output_tokens_mean = before + MEAN_SHARE * (request.tokens - before)
+        promising.learn_length(turn.state.versions[request.version], request)
 
 
 def _progress(turn: Turn, event: ev.Progress) -> None:
@@ -192,6 +190,8 @@ def _progress(turn: Turn, event: ev.Progress) -> None:
         came = min(tokens, request.expected_tokens)
         request.expected_tokens -= came
         backend.outstanding.generated(request.view.tenant, came)
+    if running and promising.learn_steps(turn.state, backend, max(running.values()), turn.now_ns):
+        turn.void_promises(backend, "backend slowed")
     backend.ordering.progressed(running, turn.now_ns)
 
 
@@ -245,7 +245,7 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.Spilled: disk.spilled,
     ev.SpillFailed: disk.spill_failed,
     ev.DiskHolds: disk.found,
-    ev.LoadDone: dispatching.load_done,
+    ev.LoadDone: _load_done,
     ev.LoadFailed: healing.load_failed,
     ev.FirstToken: _first_token,
     ev.RunEnded: _run_ended,

@@ -160,6 +160,9 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     why = asks.why_not_send(state, backend, request, turn.now_ns)
     assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
     turn.dequeue(request, to_run=True)
+    if not backend.running:
+        backend.yielded.resume(turn.now_ns)
+        backend.steps.resume(turn.now_ns)
     backend.running[request.id] = None
     backend.kv_reserved += request.kv_tokens(backend)
     request.running = True

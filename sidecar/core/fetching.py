@@ -120,6 +120,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
     for backend in state.backends.values():
         if entry.digest in backend.queued_by_version or entry.digest in backend.warmups:
             turn.dirty[backend.id] = None
+            backend.ahead.rest = 0
 
 
 def _tell_who_waited(state: State, key: str, from_disk: bool) -> None:

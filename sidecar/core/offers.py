@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 from policies.views import BASE, Candidate
 from sidecar.core import asks
+from sidecar.core.promising import pace_is_known, pace_of
 from sidecar.core.state import Backend, State
+
+USUAL_TOKENS = 1024
+"""The context of a usual request, to compare engines by."""
 
 
 class Offers:
@@ -56,8 +60,8 @@ def candidate(state: State, backend: Backend, version: str) -> Candidate:
         slots=slots,
         slots_free=slots_free,
         pages=pages,
-        work_tokens=_work_tokens(backend),
-        tokens_per_s=0.0,
+        work_tokens=backend.outstanding.expected_tokens,
+        tokens_per_s=_tokens_per_s(state, backend),
     )
 
 
@@ -70,9 +74,11 @@ def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
     return limit // pages, max(0, free // pages)
 
 
-def _work_tokens(backend: Backend) -> int:
-    """Reckon the tokens outstanding: what runs is known, what waits is taken to be like it."""
-    running = len(backend.running)
-    if not running:
-        return 0
-    return backend.kv_reserved * (running + len(backend.queued)) // running
+def _tokens_per_s(state: State, backend: Backend) -> float:
+    """Return what a full batch of usual requests is expected to produce; 0 while the engine's pace is a guess."""
+    if not pace_is_known(backend):
+        return 0.0
+    batch, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
+    if kv_tokens is not None:
+        batch = max(1, min(batch, kv_tokens // USUAL_TOKENS))
+    return batch * 1e9 / (pace_of(backend).step_ns(batch, batch * USUAL_TOKENS) * backend.slowness)

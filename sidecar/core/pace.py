@@ -11,6 +11,10 @@ from dataclasses import dataclass
 INTERLEAVED = 1.1
 """A run is slowed by the prompts that are read between its tokens; this much is allowed for beyond the mean."""
 
+YIELD_HALF_LIFE_NS = 120_000_000_000
+YIELD_LEAST_NS = 20_000_000_000
+YIELD_FACTOR_MAX = 8.0
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -62,3 +66,40 @@ def slowest_token_ns(pace: Pace, demand: Demand, seats: int, kv_tokens: int | No
     length = max(1.0, demand.work_tokens / demand.requests)
     prompts_ns = pace.prompt_token_ns * demand.input_tokens / demand.requests * seats / length
     return (pace.step_ns(seats, contexts) + prompts_ns) * INTERLEAVED
+
+
+@dataclass
+class Yield:
+    """How much longer an engine takes for its tokens than was expected, while it is busy: the last minutes of it.
+
+    Answers of unlike lengths hold slots for a few stragglers, prompts pile up, other clients share the engine: all of
+    that is in here.
+    """
+
+    busy_ns: float = 0.0
+    expected_ns: float = 0.0
+    at_ns: int = 0
+
+    def resume(self, now_ns: int) -> None:
+        """The engine was idle until now."""
+        self.at_ns = now_ns
+
+    def generated(self, expected_ns: float, now_ns: int) -> None:
+        """Tokens have come that were expected to take so long."""
+        took_ns = now_ns - self.at_ns
+        kept = 0.5 ** (took_ns / YIELD_HALF_LIFE_NS)
+        self.busy_ns = self.busy_ns * kept + took_ns
+        self.expected_ns = self.expected_ns * kept + expected_ns
+        self.at_ns = now_ns
+
+    @property
+    def known(self) -> bool:
+        """Whether enough was seen."""
+        return self.expected_ns >= YIELD_LEAST_NS
+
+    @property
+    def factor(self) -> float:
+        """Return actual over expected time, 1 while too little was seen."""
+        if not self.known:
+            return 1.0
+        return min(max(self.busy_ns / self.expected_ns, 1 / YIELD_FACTOR_MAX), YIELD_FACTOR_MAX)

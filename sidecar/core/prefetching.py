@@ -22,6 +22,10 @@ from sidecar.core.ahead import SECOND_NS
 from sidecar.core.state import Backend, State
 from sidecar.core.turn import Turn
 
+LOOK_EVERY = 32
+"""Rounds of a backend between two looks that find nothing. A version that begins to wait, or comes into the store, is
+looked at at once; what a look costs grows with the slots and the versions that wait, so room is noticed a little late.
+"""
 LOADS_UNUSED_MAX = 4
 """Versions in an engine's cache ahead of their turn: more of them would be pushed out before it comes."""
 LOOKED_AT_MAX = 256
@@ -39,6 +43,8 @@ def requested(turn: Turn, request_id: int) -> None:
     backend = state.backends[request.backend]
     packed = state.packed_for(request.version, backend)
     state.prefetch.on_request(request.version, packed.size_bytes, turn.now_ns)
+    if len(backend.queued_by_version.get(request.version, ())) == 1:
+        backend.ahead.rest = 0
     guess = state.guesses.unused.get(packed.key)
     if guess is None or asks.resident(backend, request.version):
         return
@@ -49,6 +55,12 @@ def requested(turn: Turn, request_id: int) -> None:
     if guess.given_up:
         entry.doomed = False
     state.guesses.used(packed.key, late=not entry.ready)
+
+
+def look_again(turn: Turn) -> None:
+    """A Load has come through: it may have been what held others back, anywhere."""
+    for backend in turn.state.backends.values():
+        backend.ahead.rest = 0
 
 
 # Loads ahead of their turn.
@@ -71,8 +83,12 @@ def load_ahead(turn: Turn, backend: Backend) -> None:
     _see_what_was_used(turn, backend)
     if not _has_to_spare(turn.state, backend, turn.now_ns):
         return
+    if backend.ahead.rest:
+        backend.ahead.rest -= 1
+        return
+    backend.ahead.rest = LOOK_EVERY
     room = _EngineRoom(turn.state, backend, turn.now_ns)
-    for version in turn.state.prefetch.advise(room, turn.now_ns):
+    for version in turn.state.prefetch.advise(room, turn.now_ns) if room.has_pages else ():
         if room.can_bring(version):
             packed = turn.state.packed_for(version, backend)
             backend.ahead.begun(version, packed.size_bytes)
@@ -117,6 +133,7 @@ class _EngineRoom:
         self._backend = backend
         self._now_ns = now_ns
         self._pages = asks.page_room(backend)
+        self.has_pages = self._pages.takes(1)
 
     def coming(self) -> Iterator[Sized]:
         """A version stands in the order in which it began to wait; until it is opened that is its queue position."""
@@ -138,11 +155,11 @@ class _EngineRoom:
             and version not in backend.slots
             and not asks.resident(backend, version)
             and asks.why_not_open(self._state, backend, version, self._now_ns, self._pages) is None
-            and _takes_from_nobody(backend, self._state.packed_for(version, backend).pages)
+            and takes_from_nobody(backend, self._state.packed_for(version, backend).pages)
         )
 
 
-def _takes_from_nobody(backend: Backend, pages: int) -> bool:
+def takes_from_nobody(backend: Backend, pages: int) -> bool:
     """Whether the engine would make room for a Load out of free pages and of versions that nobody queued for."""
     cache = backend.shadow.host
     assert cache.pages_total is not None
@@ -239,7 +256,7 @@ class _StoreRoom:
     def server_of(self, version: str) -> Backend | None:
         """Return the first backend that takes a version, if it is neither in the store for it nor in its engine."""
         held = self._state.versions.get(version)
-        if held is None or held.quarantined or not held.names:
+        if held is None or held.quarantined:
             return None
         for backend in asks.servers_of(self._state, version):
             if backend.takes_requests:

@@ -7,25 +7,28 @@ at which what it rested on is gone: the backend was lost or has become slower, o
 
 from __future__ import annotations
 
-from policies.views import BASE, Backlog
+from policies.views import Backlog
 from sidecar.core import asks
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns
-from sidecar.core.state import Backend, Request, State
+from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
 """What a promise allows for the way of an adapter that the host store has not got."""
 SLOWED = 1.25
-"""A run that takes so many times what the slowest step allows for means that the engine has become slower."""
-PACED_RUNS = 32
-"""After so many runs an engine's pace is known."""
+"""Steps that take so many times what promises allow for mean that the engine has become slower."""
+LENGTHS_KEPT = 0.99
+"""What each answer leaves of the weight of those before it."""
 SLOTS_UNLIMITED = 1 << 20
-TENURED_TOKENS = 32
-"""Runs of fewer tokens say little of an engine's pace."""
 
 
 def pace_of(backend: Backend) -> Pace:
     """Return the pace of an engine: calibrated, or the usual one until its runs have said more."""
     return backend.facts.pace or Pace()
+
+
+def pace_is_known(backend: Backend) -> bool:
+    """Whether an engine's pace is more than a guess."""
+    return backend.facts.pace is not None or backend.steps.known
 
 
 def slots_of(backend: Backend, pages: int) -> int:
@@ -35,12 +38,21 @@ def slots_of(backend: Backend, pages: int) -> int:
 
 
 def expected_tokens(state: State, request: Request) -> int:
-    """Return what a request is expected to generate: what its client allows, or its adapter's mean if that is less."""
+    """Return what a request is expected to generate: what its client allows, times the part that answers have taken.
+
+    Whether a client asks for what it needs or for a cap that suits all, that is right on average.
+    """
     asked = request.view.output_tokens_max
-    if request.version == BASE:
+    version = state.versions.get(request.version)
+    if version is None or not version.asked_tokens:
         return asked
-    mean = state.versions[request.version].output_tokens_mean
-    return asked if mean is None else max(1, min(asked, round(mean)))
+    return max(1, round(asked * version.answered_tokens / version.asked_tokens))
+
+
+def learn_length(version: Version, request: Request) -> None:
+    """Take in how long an answer was."""
+    version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + request.view.output_tokens_max
+    version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
 
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
@@ -68,8 +80,7 @@ def wait_ns(state: State, backend: Backend) -> int:
     0 while nothing is known of the engine's pace: nobody is refused on a guess.
     """
     outstanding = backend.outstanding
-    known = backend.facts.pace is not None or backend.paced_runs >= PACED_RUNS
-    if not outstanding.queued_tokens or not known:
+    if not outstanding.queued_tokens or not pace_is_known(backend):
         return 0
     versions = max(1, len(backend.queued_by_version))
     each_ns, _ = _token_times(state, backend, outstanding.demand(versions), slots_of(backend, 1))
@@ -81,24 +92,38 @@ def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> 
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
     pace, slowness = pace_of(backend), backend.slowness
     each_ns = token_ns(pace, demand, demand.batch(seats, kv_tokens, slots))
-    return each_ns * slowness, slowest_token_ns(pace, demand, seats, kv_tokens) * slowness
+    return each_ns * backend.yielded.factor, slowest_token_ns(pace, demand, seats, kv_tokens) * slowness
 
 
-def learn_pace(state: State, backend: Backend, request: Request, took_ns: int) -> bool:
-    """Take in how long a run took; say whether the engine is slower than promises have allowed for."""
-    if request.tokens < TENURED_TOKENS or not backend.outstanding.requests:
-        return False
+def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> None:
+    """Take in that a run has ended with so many tokens; what was outstanding while it ran must still be counted."""
+    outstanding = backend.outstanding
+    queued = backend.queued_by_version
+    versions = len(queued) + sum(version not in queued for version in backend.slots)
+    demand = outstanding.demand(max(1, versions))
+    seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
+    batch = demand.batch(seats, kv_tokens, slots_of(backend, 1))
+    backend.yielded.generated(tokens * token_ns(pace_of(backend), demand, batch), now_ns)
+
+
+def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool:
+    """Take in that an engine made so many steps since it was last heard of; say whether it has become slower.
+
+    Slower is a minute in which the steps took more than even the fullest engine's should.
+    """
     seats, pace = backend.facts.seats or state.config.seats_default, pace_of(backend)
     demand = backend.outstanding.demand(1)
-    slowest_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens) * request.tokens
-    backend.paced_runs += 1
-    late = took_ns > SLOWED * backend.slowness * slowest_ns
-    if late:
-        backend.slowness = took_ns / slowest_ns
-    elif backend.facts.pace is not None:
-        backend.slowness = max(1.0, backend.slowness * 0.99)
+    slowest_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens)
+    usual_ns = slowest_ns if backend.facts.pace else pace.step_ns(len(backend.running), backend.kv_reserved)
+    backend.steps.generated(steps * usual_ns, now_ns)
+    if not backend.steps.known:
+        return False
+    factor = backend.steps.factor
+    late = factor > SLOWED * backend.slowness
+    if backend.facts.pace is None:
+        backend.slowness = factor
+    elif late:
+        backend.slowness = factor
     else:
-        running = len(backend.running) + 1
-        usual_ns = pace.step_ns(running, backend.kv_reserved) * request.tokens
-        backend.slowness += 0.05 * (took_ns / usual_ns - backend.slowness)
+        backend.slowness = max(1.0, min(backend.slowness, factor))
     return late

@@ -12,6 +12,7 @@ from sidecar.core.ahead import Guesses, LoadsAhead
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.outstanding import Outstanding
+from sidecar.core.pace import Yield
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.store import StoreIndex
 from sidecar.core.words import Cache, Phase
@@ -54,8 +55,9 @@ class Version:
     names: dict[str, None] = field(default_factory=dict)
     """The names that stand for it now."""
     requests: int = 0
-    output_tokens_mean: float | None = None
-    """Of its answers, the last few hundred counting most."""
+    asked_tokens: float = 0.0
+    answered_tokens: float = 0.0
+    """What clients allowed for answers and what these were, the last few hundred counting most."""
     answered: bool = False
     """It has answered somewhere. Until then it is on probation: one Load in the whole pool at a time."""
     suspect: bool = False
@@ -193,8 +195,10 @@ class Backend:
     outstanding: Outstanding = field(default_factory=Outstanding)
     slowness: float = 1.0
     """Its steps take so many times what its pace says."""
-    paced_runs: int = 0
-    """Runs that this was learned from."""
+    steps: Yield = field(default_factory=Yield)
+    """What that is learned from."""
+    yielded: Yield = field(default_factory=Yield)
+    """How far its throughput is from what was expected of it."""
     slots: dict[str, Slot] = field(default_factory=dict)
     shadow: EngineShadow = field(default_factory=EngineShadow)
     estimate: SlotEstimate = field(default_factory=SlotEstimate)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from sidecar.emulator import pages
-from sidecar.emulator.pages import Geometry, Placement, Row
+from sidecar.emulator.pages import Footprint, Geometry, Placement, Row
 
 NO_DONE_TASKS = "Cache is full. There are no done tasks to evict"
 CLAIM_FAILED = "[TensorRT-LLM][ERROR] Assertion failed: pageIds.has_value()"
@@ -53,6 +53,11 @@ class Entry:
     loaded: bool = False
     in_progress: bool = True
     done: bool = False
+
+    @property
+    def size(self) -> Footprint:
+        """What it takes in any cache of the same geometry."""
+        return Footprint(len(self.page_ids), self.slots, self.module_kinds)
 
 
 class PageList:
@@ -129,8 +134,8 @@ class LoraCache:
         entry = self._entries.get(task_id)
         return entry is not None and entry.done
 
-    def put(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> bool:
-        """Claim pages for an adapter; True if it is new and must be loaded.
+    def put(self, task_id: int, rows: tuple[Row, ...], payload: object | None, size: Footprint | None = None) -> bool:
+        """Claim pages for an adapter, of a `size` that follows from `rows`; True if it is new and must be loaded.
 
         A task that is here already is bumped and keeps its weights: those given are ignored. Raises
         ClaimError.
@@ -138,7 +143,7 @@ class LoraCache:
         if task_id in self._entries:
             self.bump(task_id)
             return False
-        needed = pages.footprint(rows, self.geometry)
+        needed = size or pages.footprint(rows, self.geometry)
         page_ids = self._claim(needed.pages)
         self._entries[task_id] = Entry(task_id, rows, payload, page_ids, needed.slots, needed.module_kinds)
         self._in_progress[task_id] = None

@@ -130,9 +130,6 @@ class CostModel:
         return slowdown
 
 
-A100Cost = CostModel
-
-
 def _extra_time(lora: LoraLoss) -> Grid:
     """Return a step's extra time as a share of the base model's, over module kinds and ranks; none for no module."""
     rows = tuple(tuple(loss / (1 - loss) for loss in row) for row in lora.loss)

@@ -249,18 +249,19 @@ def _copy(value: Any, name: str) -> Copy:
     )
 
 
+def _losses(value: Any, length: int) -> tuple[float, ...]:
+    return tuple(_number_or_0(loss, "lora.loss") for loss in _list(value, "lora.loss", length))
+
+
 def _lora(value: Any) -> LoraLoss:
     names = ("modules", "ranks", "loss", "adapters", "loss_from_2_to_64", "least_share")
     fields = _fields(value, "lora", names)
     modules, ranks = _axis(fields["modules"], "lora.modules"), _axis(fields["ranks"], "lora.ranks")
-    rows = [
-        _list(row, "lora.loss", len(ranks))
-        for row in _rows(fields["loss"], "lora.loss", len(modules), "number of modules")
-    ]
+    rows = _rows(fields["loss"], "lora.loss", len(modules), "number of modules")
     lora = LoraLoss(
         modules=modules,
         ranks=ranks,
-        loss=tuple(tuple(_number_or_0(loss, "lora.loss") for loss in row) for row in rows),
+        loss=tuple(_losses(row, len(ranks)) for row in rows),
         adapters=_number(fields["adapters"], "lora.adapters"),
         loss_from_2_to_64=_number_or_0(fields["loss_from_2_to_64"], "lora.loss_from_2_to_64"),
         least_share=_number_or_0(fields["least_share"], "lora.least_share"),

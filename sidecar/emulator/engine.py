@@ -1,4 +1,4 @@
-"""The pure model of a TensorRT-LLM executor: queue, adapter caches, capacity scheduler, iterations.
+"""The pure model of an engine's loop: queue, adapter caches, scheduler, iterations; TensorRT-LLM's, or vLLM's.
 
 Time is an argument. There are three ways to drive an engine, and one engine is driven in one of them:
 
@@ -9,7 +9,8 @@ Time is an argument. There are three ways to drive an engine, and one engine is 
 * `run`, which is `advance` for a simulator: it stops at the first step end at which somebody started or
   ended, before the next iteration, and says nothing of the steps in between.
 
-Not modelled: chunked context, KV reuse, beams, pipeline parallelism, more than one micro-batch.
+Not modelled: chunked context in TensorRT-LLM, KV reuse, beams, pipeline parallelism, more than one
+micro-batch.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ __all__ = [
 
 CANCELLED = "Request was cancelled"
 
-# Measured step times dip by up to a thousandth where contexts grow; a bound on the time of an event allows for ten.
+# Measured step times dip by a thousandth here and there as contexts grow; the bound on an event's time allows for ten.
 STEADY = 0.99
 
 
 class Engine:
-    """A TensorRT-LLM executor without its GPU.
+    """An engine without its GPU: the spec's scheduler says which.
 
     With `jump` false every iteration plans anew: the reference that jumping must equal.
     """

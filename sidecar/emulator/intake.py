@@ -160,7 +160,7 @@ class Intake(ABC):
     def _hold_adapter(self, request: Request, now_ns: int) -> int:
         if self.peft is None:
             return 0
-        check_adapter(request, self.spec)
+        self._check_adapter(request)
         if request.task_id is None:
             return 0
         if request.rows is not None:
@@ -171,6 +171,14 @@ class Intake(ABC):
             put_ns = self._cost.adapter_put_ns(slots * self._slot_bytes)
         self.peft.add_request(request.request_id, request.task_id, request.rows, request.weights, now_ns, put_ns)
         return self.peft.pages_of(request.task_id)
+
+    def _check_adapter(self, request: Request) -> None:
+        """Refuse rows that the engine cannot use; those that its cache holds were not refused before."""
+        cached = (
+            self.peft.host.entry(request.task_id) if self.peft is not None and request.task_id is not None else None
+        )
+        if cached is None or cached.rows is not request.rows:
+            check_adapter(request, self.spec)
 
     def _choose_dtype(self, dtype: str) -> None:
         """The first weights decide the dtype of both caches, which are still empty: their bytes hold other pages."""

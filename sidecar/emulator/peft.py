@@ -146,7 +146,7 @@ class PeftCache:
         return ensured
 
     def reset_device(self) -> None:
-        """Every task of the device may be evicted, in the order of their ids when the last batch is the first."""
+        """Every task of the device may be evicted: those of the last batch behind the others, in order of id."""
         for task_id in sorted(self.device.in_progress):
             self.device.mark_done(task_id)
 
@@ -197,7 +197,7 @@ class PeftCache:
         if entry is None:
             raise ClaimError(f"can't move a missing task taskId={task_id}")
         self.host.bump(task_id)
-        if not self.device.put(task_id, entry.rows, entry.payload):
+        if not self.device.put(task_id, entry.rows, entry.payload, entry.size):
             return ()
         self.device.finish_load(task_id)
         return (entry.slots,)

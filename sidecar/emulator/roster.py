@@ -17,16 +17,19 @@ from sidecar.emulator.batch import Batch
 from sidecar.emulator.intake import ForwardError, Intake, ending_of
 from sidecar.emulator.messages import Ending, StepBatch, StepCost
 from sidecar.emulator.scheduler import Active, arrival_order, blocks_to_completion
-from sidecar.emulator.spec import STRICT_FIFO, EngineSpec
+from sidecar.emulator.spec import EngineSpec
 from sidecar.emulator.tally import Tally
 
 
 class Roster(Intake):
-    """What `Planner` does for these schedulers, by changes."""
+    """What `Planner` does for these schedulers, by changes; with `is_strict` nobody is passed over.
 
-    def __init__(self, spec: EngineSpec, cost: StepCost) -> None:
+    The seats must not be more than the tokens of a step: then all that started decode in every step.
+    """
+
+    def __init__(self, spec: EngineSpec, cost: StepCost, is_strict: bool = False) -> None:
         super().__init__(spec, cost)
-        self._is_strict = spec.scheduler == STRICT_FIFO
+        self._is_strict = is_strict
         self._steps = 0
         # The steps before its first token, by id, in the order of starting.
         self._begun: dict[int, int] = {}

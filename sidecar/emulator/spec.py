@@ -16,7 +16,8 @@ STATIC_BATCH = "static_batch"
 MAX_REQUESTS = "max_requests"
 STRICT_FIFO = "strict_fifo"
 VLLM = "vllm"
-SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS, STRICT_FIFO, VLLM)
+SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS, STRICT_FIFO)
+"""TensorRT-LLM's capacity schedulers, and a strict one to compare with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class EngineSpec:
         unknown = [name for name in self.lora_modules if name not in known]
         if unknown:
             raise ValueError(f"unknown LoRA module {unknown[0]!r}; the shape has {', '.join(known)}")
-        if self.scheduler not in SCHEDULERS:
-            raise ValueError(f"unknown scheduler {self.scheduler!r}; there are {', '.join(SCHEDULERS)}")
+        if self.scheduler not in (*SCHEDULERS, VLLM):
+            raise ValueError(f"unknown scheduler {self.scheduler!r}; there are {', '.join((*SCHEDULERS, VLLM))}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPE_BYTES)}")
         if self.scheduler == VLLM:

@@ -22,8 +22,8 @@ from sidecar.emulator.vllm import Sequence, VllmIntake
 class VllmRoster(VllmIntake):
     """What `VllmPlanner` does, by changes.
 
-    At most one running request still reads its context, the last one; the others decode. A sequence that
-    decodes has the count it began with: its tokens less the steps before them.
+    At most one running request still reads its context, the last one; the others decode, which takes no more
+    seats than a step has tokens. For each that decodes `_begun` has its tokens less the steps so far.
     """
 
     def __init__(self, spec: EngineSpec, cost: StepCost) -> None:
@@ -174,22 +174,22 @@ class VllmRoster(VllmIntake):
         return True
 
     def _preempt_for_room(self) -> None:
-        """Give blocks in the order of running; who lacks some takes those of the last one, at worst its own."""
+        """Give blocks in the order of running; who lacks some takes those of the last one, at worst its own.
+
+        One that still reads its context is the last, so it is the first to go whoever lacks blocks.
+        """
         order = list(self._running.values())
-        taken, budget = 0, self.spec.max_tokens_per_step
-        while order and budget:
+        if order[-1].request_id not in self._begun:
+            self._preempt(order.pop())
+        taken = 0
+        while order:
             sequence = self._current(order.pop(0))
-            tokens = self._tokens_for(sequence, budget)
-            needed = self._blocks_for(sequence, tokens)
+            needed = self._blocks_for(sequence, 1)
             while order and taken + needed > self._blocks_free:
                 self._preempt(order.pop())
             if taken + needed > self._blocks_free:
                 self._preempt(sequence)
-                return
             taken += needed
-            budget -= tokens
-            if sequence.request_id not in self._begun:
-                self._reading.append((sequence, tokens))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

@@ -104,6 +104,9 @@ def _segments(path: Path, compressed: gzip.GzipFile, folder: Path, bytes_max: in
             if target is not None:
                 found += 1
                 yield target
+    counted.allow(0)
+    while counted.read():  # to the checksum at the very end
+        pass
     if not found:
         raise _bad(path, "there is no journal/segment-*.jsonl in it; it was captured without a journal")
 

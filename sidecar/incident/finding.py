@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from sidecar.incident.arrivals import Line, first_step_of, header_of, lines_of
 from sidecar.replay import SegmentFile
 
 NEAR_MAX = 4
+_NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ def request_number(text: str) -> int:
 
     Raises Misused for anything else: ids that clients make up never enter the journal.
     """
-    number, _, attempt = text.partition(".")
-    if number.isascii() and number.isdigit() and (not attempt or attempt.isdigit()):
-        return int(number)
+    number = _NUMBER.fullmatch(text)
+    if number is not None:
+        return int(number[1])
     raise Misused(
         Reason.NOT_A_JOURNAL,
         f'"{text[:80]}" is no request of a journal: ids of clients are never journaled; give the number that the log '

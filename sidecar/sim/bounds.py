@@ -80,6 +80,8 @@ def closed_form(times: StepTimes, lengths: Lengths, engines: Engines, adapters: 
 
     Several engines hold an equal part of the adapters and of the requests each. `in_flight` is all that is outstanding,
     queued or running; infinite where the backlog has no end.
+    It is an account of queues: with fewer than (N + S) / 2 outstanding there are none, and first come first served
+    already runs one request on each slot, which is more.
     """
     slots, hosted = min(engines.slots, adapters), max(1.0, adapters / engines.count)
     ceiling = in_flight / engines.count * (2 * slots / (hosted + slots) if slots < hosted else 1)

@@ -41,6 +41,8 @@ class Product:
         self._names: dict[str, str] = {}
         self._rows_of = cache(world.setup.engine.adapter_rows)
         self._engine_rows_of = cache(lambda rank: engine_rows(self._rows_of(rank)))
+        self._told: dict[str, dict[int, int]] = {}
+        """What each engine that is watched had generated, by engine id, when the core was last told."""
         self._wake_ns: int | None = None
         facts = world.setup.engine.facts()
         for backend in world.setup.backends:
@@ -122,7 +124,28 @@ class Product:
         request = Request(LOADS_FROM + effect.load, 1, 0, task_id=effect.packed.task_id, rows=rows)
         self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
 
+    def _watch(self, backend: str) -> None:
+        """Tell the core of an engine's progress now and then, while it runs something."""
+        if backend not in self._told:
+            self._told[backend] = {}
+            self.world.after(PROGRESS_NS, lambda: self._progress(backend))
+
+    def _progress(self, backend: str) -> None:
+        before, now = self._told.pop(backend), self.world.engines[backend].progress()
+        if not now:
+            return
+        tokens = {
+            engine_id // ATTEMPTS: count - before.get(engine_id, 0)
+            for engine_id, count in now.items()
+            if engine_id < LOADS_FROM and count > before.get(engine_id, 0)
+        }
+        self._told[backend] = now
+        self.world.after(PROGRESS_NS, lambda: self._progress(backend))
+        if tokens:
+            self.feed(ev.Progress(backend, tokens))
+
     def _dispatch(self, effect: do.Dispatch) -> None:
+        self._watch(effect.backend)
         self.world.recorder.dispatched(effect.request, effect.backend, self.world.now_ns)
         arrival = self._arrivals[effect.request]
         request = Request(

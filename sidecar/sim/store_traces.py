@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -18,7 +19,7 @@ from sidecar.sim.lengths import amounts
 from sidecar.sim.offline import Request
 from sidecar.sim.popularity import zipf
 from sidecar.sim.trace_lines import bad_trace, numbered_lines
-from sidecar.sim.workloads import LoadParameters, Workload, adapter_names, dealt_ranks, source, workload
+from sidecar.sim.workloads import DRIFT_REQUESTS, LoadParameters, Workload, adapter_names, dealt_ranks, source, workload
 
 RANK_BYTES = 5_250_000
 """Bytes of each rank of an adapter of all linear layers of an 8B model, in half precision."""
@@ -105,12 +106,34 @@ def _renewals(windows: Sequence[tuple[float, float, float]], scale: float, rando
 
 
 def _windows_of(path: Path) -> dict[str, dict[float, tuple[float, float]]]:
-    """Return for each client {start of a window: (rate, spread)}."""
+    """Return for each client {start of a window: (rate, spread)}, without windows in which it sends nothing."""
     recorded: dict[str, dict[float, tuple[float, float]]] = {}
+    rows = csv.DictReader(text for _, text in numbered_lines(path))
     try:
-        for row in csv.DictReader(text for _, text in numbered_lines(path)):
-            of_client = recorded.setdefault(f"client-{int(row['client']):03d}", {})
-            of_client[float(row["t_s"])] = (float(row["rate_rps"]), float(row["cv"]))
+        for row in rows:
+            at_s, rate, variation = (_amount(row[column]) for column in ("t_s", "rate_rps", "cv"))
+            if rate:
+                recorded.setdefault(f"client-{int(row['client']):03d}", {})[at_s] = (rate, variation)
     except (KeyError, TypeError, ValueError) as error:
-        raise bad_trace(path, f"expected columns client, t_s, rate_rps and cv, of numbers ({error!r})") from error
+        raise bad_trace(
+            path, f"columns client, t_s, rate_rps and cv must be numbers of 0 or more; row {rows.line_num}: {error!r}"
+        ) from error
     return recorded
+
+
+def _amount(text: str) -> float:
+    amount = float(text)
+    if not 0 <= amount < math.inf:
+        raise ValueError(text)
+    return amount
+
+
+GENERATORS: dict[str, Callable[[int, int], list[Request]]] = {
+    "zipf 1.0, 1000 adapters": lambda requests, seed: by_popularity("zipf", 1000, requests, seed, 1.0),
+    "zipf 0.8 with drift, 200": lambda requests, seed: by_popularity("zipf", 200, requests, seed, 0.8, DRIFT_REQUESTS),
+    "power 0.3, 200": lambda requests, seed: by_popularity("power", 200, requests, seed, 0.3),
+    "bursts of CV 2, 60": lambda requests, seed: in_bursts(60, requests, seed, 1.0, 2.0),
+    "bursts of CV 4, 200": lambda requests, seed: in_bursts(200, requests, seed, 0.8, 4.0),
+    "bursts of CV 8, 200": lambda requests, seed: in_bursts(200, requests, seed, 0.8, 8.0),
+}
+"""What the store is tried on without a file: from the number of requests and the seed."""

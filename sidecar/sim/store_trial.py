@@ -7,9 +7,8 @@ is furthest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from policies.views import Eviction
 from sidecar.core.store import StoreIndex
@@ -76,20 +75,49 @@ class Trial:
         return self.paid[name] / min(paid for other, paid in self.paid.items() if other != name)
 
 
-def trial(
-    trace: Sequence[Request],
-    capacity_share: float,
-    look_ahead: int = 0,
-    policies: Mapping[str, Callable[[], Any]] | None = None,
-) -> Trial:
-    """Run all registered policies over a trace, in a store for this share of the bytes of all its adapters."""
+def trial(trace: Sequence[Request], capacity_share: float, look_ahead: int = 0, names: Sequence[str] = ()) -> Trial:
+    """Run eviction policies, all registered ones unless named, in a store for this share of all adapters' bytes.
+
+    The store has room for the largest adapter at least: a requested one must load.
+    """
     sizes = {request.key: request.size_bytes for request in trace}
     capacity_bytes = max(int(sum(sizes.values()) * capacity_share), *sizes.values())
-    chosen = {name: resolve("eviction", name) for name in known("eviction")} if policies is None else policies
+    policies = {name: resolve("eviction", name) for name in names or known("eviction")}
     return Trial(
         capacity_bytes=capacity_bytes,
         look_ahead=look_ahead,
         least=least_miss_cost(trace, capacity_bytes),
         belady=belady_by_size(trace, capacity_bytes),
-        paid={name: miss_cost(make(), trace, capacity_bytes, look_ahead) for name, make in chosen.items()},
+        paid={name: miss_cost(make(), trace, capacity_bytes, look_ahead) for name, make in policies.items()},
     )
+
+
+SHARES = (0.1, 0.3)
+LOOK_AHEADS = (0, 64, 1024)
+"""Nothing known, a short queue, and the backlog of a thousand that grouping needs."""
+JUDGED, BASELINE = "rate_per_byte", "lru"
+
+
+def table(traces: Mapping[str, Callable[[], Sequence[Request]]]) -> Iterator[str]:
+    """Yield lines of text: for each trace, capacity and look-ahead every policy's miss cost over the bound.
+
+    The last two columns judge the default policy: against the best of the others, and against LRU without look-ahead.
+    """
+    names = list(known("eviction"))
+    yield (
+        f"{'miss cost / bound':28}{'held':>5}{'ahead':>6}{'belady':>8}"
+        + "".join(f"{name[:10]:>11}" for name in names)
+        + f"{'to best':>9}{'to LRU':>8}"
+    )
+    for label, make in traces.items():
+        trace = make()
+        for share in SHARES:
+            unknowing = trial(trace, share, names=[BASELINE]).paid[BASELINE]
+            for look_ahead in LOOK_AHEADS:
+                yield f"{label:28}{share:5.0%}{look_ahead:6}" + _figures(trial(trace, share, look_ahead), unknowing)
+
+
+def _figures(tried: Trial, unknowing: float) -> str:
+    over_bound = "".join(f"{paid / tried.least:11.2f}" for paid in tried.paid.values())
+    judged = f"{tried.over_best(JUDGED):9.3f}{tried.paid[JUDGED] / unknowing:8.3f}"
+    return f"{tried.belady / tried.least:8.2f}{over_bound}{judged}"

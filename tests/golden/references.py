@@ -202,7 +202,7 @@ class _Experts:
                 self.make_room(shadow, name, self.most_bytes - self.sizes[key])
                 shadow.append(key)
         best = min(self.bills, key=lambda name: self.bills[name])
-        if self.bills[self.in_charge] > 1.1 * self.bills[best]:
+        if self.bills[self.in_charge] > 1.03 * self.bills[best]:
             self.in_charge = best
         return is_missing
 

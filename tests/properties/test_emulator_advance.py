@@ -40,7 +40,9 @@ arrivals = st.builds(
 )
 specs_of_pages = st.builds(
     tiny_spec,
-    scheduler=st.sampled_from(["guaranteed_no_evict", "max_utilization", "static_batch", "max_requests", "strict_fifo"]),
+    scheduler=st.sampled_from(
+        ["guaranteed_no_evict", "max_utilization", "static_batch", "max_requests", "strict_fifo"]
+    ),
     kv_blocks=st.sampled_from([6, 9, 12, 30]),
     max_batch_size=st.integers(1, 5),
     max_tokens_per_step=st.sampled_from([64, 128, 128, 8192]),

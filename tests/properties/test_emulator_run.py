@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sidecar.emulator.engine import Engine, Event
 from sidecar.emulator.spec import EngineSpec
-from tests.emulator_cases import FlatCost
+from tests.emulator_cases import FlatCost, tiny_spec
 from tests.properties.test_emulator_advance import Arrival, arrivals, feed, request_of, specs, thorough
 
 FOLLOWERS_FROM = 1000
@@ -27,6 +27,40 @@ scripts = st.builds(
     arrivals=st.lists(arrivals, max_size=25),
     follows=st.booleans(),
     looks_ns=st.sampled_from([0, 700, 3_000, 50_000]),
+)
+
+
+# Many at once, on few blocks and pages: requests are passed over, preempted, cut off and cancelled in the line.
+crowds = st.builds(
+    Script,
+    arrivals=st.lists(
+        st.builds(
+            Arrival,
+            gap_ns=st.sampled_from([0, 0, 0, 0, 1_500, 9_000]),
+            input_tokens=st.sampled_from([3, 14, 16, 33, 60]),
+            max_new_tokens=st.sampled_from([2, 9, 20, 40]),
+            task_id=st.sampled_from([None, 1, 2, 3, 4, 5]),
+            has_weights=st.just(True),
+            rank=st.just(16),
+            priority=st.sampled_from([0.5, 0.5, 0.5, 0.7, 0.9]),
+            cancels=st.sampled_from([None] * 7 + [1, 4, 7, 10]),
+            stop_after=st.sampled_from([None, None, 6]),
+        ),
+        min_size=12,
+        max_size=30,
+    ),
+    follows=st.just(False),
+    looks_ns=st.sampled_from([0, 700]),
+)
+schedulers_by_changes = st.sampled_from(["guaranteed_no_evict", "strict_fifo", "vllm", "vllm"])
+narrow_specs = st.builds(
+    tiny_spec,
+    scheduler=schedulers_by_changes,
+    kv_blocks=st.sampled_from([13, 16, 20]),
+    max_batch_size=st.integers(5, 9),
+    max_tokens_per_step=st.sampled_from([30, 64, 100]),
+    lora_host_pages=st.integers(5, 8),
+    lora_device_pages=st.integers(2, 4),
 )
 
 
@@ -141,6 +175,14 @@ def test_running_equals_stepping(spec: EngineSpec, script: Script, tail_ns: int)
     """First tokens, endings and failures at the same times, with requests that come and go at any time."""
     ran = events_of_run(Engine(spec, FlatCost()), script, tail_ns)
     assert ran == events_of_steps(Engine(spec, FlatCost(), jump=False), script, tail_ns)
+
+
+@thorough
+@given(spec=narrow_specs, script=crowds)
+def test_running_a_crowd_equals_stepping(spec: EngineSpec, script: Script):
+    """The same where requests get into each other's way, for the schedulers that are kept up to date."""
+    ran = events_of_run(Engine(spec, FlatCost()), script, 10**6)
+    assert ran == events_of_steps(Engine(spec, FlatCost(), jump=False), script, 10**6)
 
 
 @thorough

@@ -97,6 +97,12 @@ def test_no_evict_reserves_to_completion():
     assert len(SCHEDULERS["guaranteed_no_evict"](requests, ROOM).fitting) == 2
 
 
+def test_strict_fifo_waits_for_pages():
+    """A request that lacks adapter pages stops the line, which guaranteed_no_evict would overtake: 150 iterations."""
+    requests = [active(0, 1234, 20), active(1, 5678, 20), active(2, 1234, 20)]
+    assert run("strict_fifo", requests) == [(0,)] * 50 + [(1,)] * 50 + [(2,)] * 50
+
+
 def test_max_utilization_pauses_for_pages():
     """A lack of adapter pages pauses the last started request behind the one in need, and the next if need be."""
     high = Active(9, 0.9, 9, 10, 50, 5, 20)

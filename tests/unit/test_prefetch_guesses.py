@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from policies.prefetch.planned import Planned
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.ahead import BURST_S, AheadCounts, Guesses
 from sidecar.core.config import CoreConfig
+from sidecar.core.state import NEVER_NS
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World
+from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, two_pages
+
+
+class Lavish(Planned):
+    """Advises one and the same, whatever may be spent."""
+
+    def advise(self, spare: Any, now_ns: int) -> Any:
+        return [adapter_of("a").digest]
+
 
 SLOW = 500 * MS
 """A fetch that is still under way when the next things happen."""
@@ -183,6 +195,53 @@ def test_the_byte_budget_holds() -> None:
     assert guesses.refill(100, 5 * SECOND) == 100
     assert guesses.refill(100, 5 * SECOND + 500 * MS) == 150
     assert guesses.refill(100, 500 * SECOND) == BURST_S * 100
+
+
+def test_advice_past_the_budget_is_not_taken() -> None:
+    """The core holds the purse, whatever a policy says."""
+    world = guessing_world(f"{__name__}:Lavish", prefetch_bytes_per_s=0)
+    guess_a(world)
+    assert fetched(world) == ["a"]
+    world = guessing_world(f"{__name__}:Lavish")
+    guess_a(world)
+    assert fetched(world) == ["a", "a"]
+
+
+def test_the_next_guess_follows_at_once() -> None:
+    """One at a time where there are two fetches, and no pause between them while things go well."""
+    world = guessing_world()
+    for name in ("b", "a"):
+        for _ in range(5):
+            world.send(name)
+            world.run(40 * MS)
+    for name in ("a", "b"):
+        world.ask(lambda ask, name=name: ev.EvictAsked(ask, name))  # type: ignore[misc]
+    world.lose("b0")
+    world.bring_up("b0")
+    world.run(2 * SECOND)
+    before = len(fetched(world))
+    guess_a(world)
+    assert len(fetched(world)) == before + 1
+    world.run(world.fetch_ns)
+    assert sorted(fetched(world)[before:]) == ["a", "b"]
+
+
+def test_operators_come_first() -> None:
+    """While something that an operator wants has no room, nothing is guessed."""
+    world = guessing_world(store_bytes=17 * BLOB_BYTES, fetches_max=4)
+    guesses = world.core.state.guesses
+    guesses.ask_after_ns = NEVER_NS
+    world.register_as("big", two_pages("big"))
+    for name in ("b", "c"):
+        world.pin(name, True)
+    world.run(100 * MS)
+    world.ask(lambda ask: ev.PrefetchAsked(ask, "big", ()))
+    guesses.ask_after_ns = 0
+    guess_a(world)
+    assert fetched(world) == ["a", "b", "c"]
+    world.feed(ev.AdapterUnregistered("big"))
+    guess_a(world)
+    assert fetched(world) == ["a", "b", "c", "a"]
 
 
 def test_the_bucket_loses_nothing_to_rounding() -> None:

@@ -11,31 +11,36 @@ from typing import Any
 
 import pytest
 
+from policies.lines import Line
 from policies.ordering.skip import Skip
-from policies.views import Open, Send
+from policies.views import Close, Open, Send
 from sidecar.core import codec
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.ahead import AheadCounts
 from sidecar.core.config import CoreConfig
-from sidecar.core.prefetching import LOADS_UNUSED_MAX
-from sidecar.core.state import Backend
+from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, takes_from_nobody
+from sidecar.core.shadow import CacheShadow, EngineShadow
+from sidecar.core.state import Backend, Slot
 from sidecar.core.words import Fault
 from sidecar.plugins import policies_of
-from tests.corekit import BLOB_BYTES, MS, SECOND, World
+from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
 from tests.properties import test_core_world
 from tests.properties.test_codec import lines_of, replay
 from tests.properties.test_core_world import run_world, stuck
 
 
 class Patient(Skip):
-    """Opens nothing while anything runs."""
+    """Opens nothing while anything runs, and closes what is idle."""
 
     def __init__(self) -> None:
         super().__init__()
         self.running = 0
 
     def choose(self, room: Any, now_ns: int) -> Any:
+        for version, slot in room.open.items():
+            if not (slot.running or slot.loading or version in self._lines):
+                return Close(version)
         decision = super().choose(room, now_ns)
         if isinstance(decision, Open) and self.running:
             return None
@@ -138,6 +143,7 @@ def test_nothing_that_runs_or_waits_is_pushed_out() -> None:
     serve(world, "b")
     queue_behind_a(world, "b", "c")
     world.run(20 * MS)
+    assert list(backend_of(world).slots) == [world.digest("a")]
     assert loaded(world) == ["b", "a"]
     assert backend_of(world).shadow.host.evictions == 0
     world.run()
@@ -158,6 +164,18 @@ def test_an_idle_version_that_nobody_queued_for_makes_room() -> None:
     assert world.engines["b0"].misses == 0
 
 
+def test_room_that_comes_free_is_noticed_within_a_few_steps() -> None:
+    """A look that found no room is not repeated at every step, since it costs more than a step may."""
+    world = waiting_world(host_pages=2, seats=64)
+    serve(world, "b")
+    waits_for_b, _ = queue_behind_a(world, "b", "c")
+    world.feed(ev.ClientLeft(waits_for_b))
+    assert loaded(world) == ["b", "a"]
+    for _ in range(LOOK_EVERY):
+        world.send()
+    assert loaded(world) == ["b", "a", "c"]
+
+
 @pytest.mark.parametrize("short", [{"seats": 1}, {"device_pages": 1}, {"host_pages": 1}])
 def test_a_load_ahead_needs_a_seat_a_slot_and_host_pages(short: dict[str, int]) -> None:
     """With any of them taken by what runs, what comes next waits like everything else."""
@@ -175,6 +193,40 @@ def test_a_cache_of_unknown_size_is_left_alone() -> None:
     queue_behind_a(world, "b")
     world.run(20 * MS)
     assert loaded(world) == ["a"]
+
+
+def test_a_cache_that_held_less_than_was_believed_is_left_alone() -> None:
+    """An engine that evicted what was open has not got the pages that its facts promise."""
+    world = waiting_world()
+    fetch(world, "a", "b")
+    serve(world, "a")
+    backend_of(world).pages_learned = 3
+    queue_behind_a(world, "b")
+    world.run(20 * MS)
+    assert loaded(world) == ["a"]
+
+
+def test_what_is_on_its_way_takes_its_pages_first() -> None:
+    """Two pages, one held by a version that waits: the other is free until a Load that is under way is counted."""
+    backend = Backend("b0", facts_of(), Skip(), shadow=EngineShadow(CacheShadow(2), CacheShadow(2)))
+    backend.shadow.host.put("waits", 1, 0, "load")
+    backend.queued_by_version["waits"] = Line([1])
+    assert takes_from_nobody(backend, 1)
+    backend.slots["comes"] = Slot(opened_ns=0, pages=1, load=1)
+    assert not takes_from_nobody(backend, 1)
+    del backend.queued_by_version["waits"]
+    assert takes_from_nobody(backend, 1)
+    assert not takes_from_nobody(backend, 2)
+
+
+def test_a_version_is_loaded_ahead_as_soon_as_it_is_fetched() -> None:
+    """There was nothing to load when it began to wait."""
+    world = waiting_world()
+    serve(world, "a")
+    world.send("a")
+    world.send("b")
+    world.run(world.fetch_ns)
+    assert loaded(world) == ["a", "b"]
 
 
 def test_few_are_loaded_ahead() -> None:
@@ -214,8 +266,10 @@ def test_a_backend_lost_over_a_load_ahead_makes_a_suspect() -> None:
     world.lose("b0")
     assert world.core.state.versions[world.digest("b")].suspect
     world.bring_up("b0")
-    assert backend_of(world).ahead.counts.wasted_bytes == BLOB_BYTES
-    assert not backend_of(world).ahead.unused
+    ahead = backend_of(world).ahead
+    assert ahead.counts.wasted_bytes == BLOB_BYTES
+    assert not ahead.unused
+    assert not ahead.paused_until_ns
     world.run()
     world.assert_all_ok()
 
@@ -224,8 +278,11 @@ def test_after_a_failure_nothing_is_loaded_ahead_for_a_while() -> None:
     """The engine has less room than is believed; what is opened is loaded all the same."""
     world = waiting_world()
     world.engines["b0"].load_faults_of[world.digest("b")] = [Fault.FULL]
+    world.engines["b0"].run_ns = 10 * SECOND
     queue_behind_a(world, "b", "c")
-    world.run(20 * MS)
+    for _ in range(2 * LOOK_EVERY):
+        world.run(100 * MS)
+        world.feed(ev.BackendMeasured("b0", None, None))
     assert loaded(world) == ["a", "b"]
     assert backend_of(world).ahead.counts.wasted_bytes == BLOB_BYTES
     world.run()

@@ -9,7 +9,7 @@ from contextlib import suppress
 import grpc
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.emulator.cost import A100_TABLE, A100Cost
+from sidecar.emulator.cost import A100_TABLE, CostModel
 from sidecar.emulator.engine import Engine
 from sidecar.emulator.face.adapters import adapter_fault
 from sidecar.emulator.face.answers import Answering
@@ -122,6 +122,6 @@ def _driver(options: Options, spec: EngineSpec, log: ServedLog) -> Driver:
     def check(work: Work) -> str | None:
         return adapter_fault(work, spec, options.weights_datatype)
 
-    cost = A100Cost.from_file(options.cost_table or A100_TABLE, options.time_scale)
+    cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
     engine = Engine(spec, cost)
     return Driver(engine, compute, Faults(options), log, check, options.slow_factor)

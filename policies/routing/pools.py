@@ -1,0 +1,85 @@
+"""A set of backends that requests are offered: what each can take, of slots, of the work and of what is in flight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from policies.routing.placement import Placement
+from policies.views import Candidate, Candidates
+
+SLACK = 0.25
+"""A backend may have this much more than its share of what is in flight before hosts are passed over."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one backend of a pool may be given."""
+
+    weight: float
+    """Its part of the pool's work; the parts add up to 1."""
+    pages: int | None
+    """Pages that may be open at once; None while that is not known."""
+
+
+def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
+    """Return the pages that may be placed on each backend so that `pages_wanted` find room in all.
+
+    That is what each can have open, as long as it suffices; when it does not, or is not known, the excess is spread in
+    proportion: waiting for slots is then the same everywhere.
+    """
+    known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
+    usual = max(1, sum(known.values()) // len(known)) if known else 1
+    sizes = {backend: known.get(backend, usual) for backend in shares}
+    total = max(1, sum(sizes.values()))
+    if len(known) == len(shares) and pages_wanted <= total:
+        return sizes
+    return {backend: -(-size * pages_wanted // total) for backend, size in sizes.items()}
+
+
+@dataclass
+class Pool:
+    """One set of backends, when it is to be looked at again, and whose turn it is among them."""
+
+    shares: dict[str, Share]
+    tokens_per_s: float
+    """What all of them can do; 0 while that is not known."""
+    review_ns: int
+    count_ns: int
+    turn: int = 0
+
+    def measure(self, candidates: Candidates) -> None:
+        """Look at every candidate: what it can have open, and its part of the work by speed, or by seats."""
+        offered = list(candidates)
+        speeds = [one.tokens_per_s for one in offered]
+        known = all(speed > 0 for speed in speeds)
+        sizes = speeds if known else [float(max(1, one.seats)) for one in offered]
+        self.tokens_per_s = sum(speeds) if known else 0.0
+        self.shares = {
+            one.backend: Share(size / sum(sizes), None if one.slots is None else one.slots * max(1, one.pages))
+            for one, size in zip(offered, sizes, strict=True)
+        }
+
+    def cap(self, backend: str, in_flight: int) -> int:
+        """Return the requests that a backend may have before its versions may go elsewhere."""
+        return math.ceil((1 + SLACK) * (in_flight + 1) * self.shares[backend].weight)
+
+    def over_its_share(self, host: Candidate, in_flight: int) -> bool:
+        """Whether a host has more than its bounded share, and enough for that to be felt.
+
+        A batch less than half full is not: one request more costs its engine next to nothing.
+        """
+        return 2 * host.in_flight >= host.seats and host.in_flight >= self.cap(host.backend, in_flight)
+
+    def has_room(self, backend: str, pages: int, placement: Placement) -> bool:
+        """Whether a backend can have everything open that is placed on it, and this many pages more."""
+        limit = self.shares[backend].pages
+        return limit is None or placement.pages.get(backend, 0) + pages <= limit
+
+    def first_with_room(self, order: Iterable[str], pages: int, placement: Placement) -> str:
+        """Return the first backend in `order` that may be given the pages; the very first if none may."""
+        ranked = list(order)
+        held = {backend: placement.pages.get(backend, 0) for backend in self.shares}
+        room = rooms(self.shares, sum(held.values()) + pages)
+        return next((backend for backend in ranked if held[backend] + pages <= room[backend]), ranked[0])

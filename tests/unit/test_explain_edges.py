@@ -1,0 +1,238 @@
+"""Explaining what is long, cut off, left out of the journal, or not there at all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from sidecar.errors import Misused, Reason
+from sidecar.incident import waits
+from sidecar.incident.explain import explain
+from sidecar.incident.finding import request_number
+from sidecar.incident.timeline import NOT_JOURNALED, Moment, Period, Timeline, folded
+from sidecar.incident.waits import Waits
+from sidecar.incident.wording import PERIODS_SHOWN_MAX, lines_of
+from sidecar.shell.segments import segment_paths
+from tests.corekit import MS, World
+from tests.journals import write_journal
+from tests.unit.test_explain import SMALL, assert_covers, busy_world, explained, told
+
+# Long waits.
+
+
+def flickering_world(requests: int = 300) -> World:
+    """Return a world in which the last request's reason changes with every run that ends."""
+    world = World(seats=2, device_pages=1)
+    world.register("sql", "haiku")
+    for _ in range(requests):
+        world.send("sql")
+        world.send()
+    world.send("haiku")
+    world.run()
+    return world
+
+
+def test_a_long_wait_is_told_in_a_few_lines(tmp_path: Path) -> None:
+    """Hundreds of changes are folded; each reason keeps its time, and the others sent are counted, not listed."""
+    world = flickering_world()
+    request = world._requests
+    timeline = explained(world, request, tmp_path)
+    text = list(lines_of(timeline))
+    assert len(text) < 3 * (2 * PERIODS_SHOWN_MAX + 20)
+    assert sum(sum(period.tally.sent.values()) for period in timeline.periods()) == 598  # two ran when it arrived
+    assert_covers(timeline, world)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folding_while_reading_loses_no_time(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """With room for a few periods only, all reasons keep their time and all counts, in a bounded number of periods."""
+    monkeypatch.setattr(waits, "PERIODS_HELD_MAX", 50)
+    monkeypatch.setattr(waits, "PERIODS_KEPT_MAX", 10)
+    random, timeline = Random(seed), Timeline(1)
+    made, expected, at_ns = Waits(timeline), {}, 0
+    for number in range(2_000):
+        reason = random.choice(["seats full", "next", "slots busy"])
+        took_ns = random.choice([0, 10, 1_000, 50_000])
+        made.begin(reason, at_ns, "b0", f"period {number}")
+        made.tally.sent["sql"] = made.tally.sent.get("sql", 0) + 1
+        made.end(at_ns + took_ns)
+        at_ns += took_ns
+        expected[reason] = expected.get(reason, 0) + took_ns
+        assert len(timeline.entries) <= 51
+    made.begin("next", at_ns, "b0", "the last one")
+    made.end(at_ns + 1)
+    expected["next"] += 1
+    assert timeline.reasons_ns() == expected
+    assert timeline.waited_ns == at_ns + 1
+    assert sum(period.tally.sent.get("sql", 0) for period in timeline.periods()) == 2_000
+    assert sum(period.changes + 1 for period in timeline.periods()) <= 2_001
+
+
+def test_long_periods_are_not_folded() -> None:
+    """A period that is long beside the whole stands alone however many short ones surround it."""
+    timeline = Timeline(1)
+    made, at_ns = Waits(timeline), 0
+    for number in range(101):
+        took_ns = 10_000 if number == 50 else 10
+        made.begin("slots busy" if number % 2 else "next", at_ns, "b0", f"period {number}")
+        made.end(at_ns + took_ns)
+        at_ns += took_ns
+    kept = [entry for entry in folded(timeline.entries, 5) if isinstance(entry, Period)]
+    assert [period.duration_ns for period in kept] == [500, 10_000, 500]
+    assert [period.changes for period in kept] == [49, 0, 49]
+    assert len(timeline.entries) == 101
+
+
+# What the journal does not have.
+
+
+def test_a_request_that_arrived_before_the_journal_begins(tmp_path: Path) -> None:
+    """Of a segment from the middle, what came before is told as not journaled; the whole still adds up."""
+    world = busy_world()
+    write_journal(world, tmp_path, segment_bytes=16_384)
+    segments = segment_paths(tmp_path)
+    for path in segments[: len(segments) // 2]:
+        path.unlink()
+    found = [request for request in range(1, 61) if _is_told(tmp_path, request) == "arrived before"]
+    assert found
+    for request in found:
+        timeline = explain(tmp_path, request)
+        assert timeline.reasons_ns().get(NOT_JOURNALED, 0) > 0
+        assert_covers(timeline, world)
+
+
+def _is_told(path: Path, request: int) -> str:
+    try:
+        first = explain(path, request).entries[0]
+    except Misused:
+        return ""
+    assert isinstance(first, Moment)
+    return "arrived before" if "before what is kept" in first.text else "arrived"
+
+
+def test_steps_that_the_journal_left_out(tmp_path: Path) -> None:
+    """A hole is a period of its own: nothing is made up for it, and what is told adds up."""
+    world = busy_world()
+    middle = len(world.events) // 2
+    write_journal(world, tmp_path, leave_out=lambda number: middle <= number < middle + 25)
+    assert len(segment_paths(tmp_path)) == 2
+    holes = 0
+    for request in range(1, 61):
+        try:
+            timeline = explain(tmp_path, request)
+        except Misused:
+            continue  # it arrived in the hole
+        if timeline.outcome:
+            assert_covers(timeline, world)
+            holes += NOT_JOURNALED in timeline.reasons_ns()
+        else:
+            assert any("left out" in note for note in timeline.notes)
+    assert holes
+
+
+def test_a_journal_that_ends_while_it_waits(tmp_path: Path) -> None:
+    """Up to the last step its wait is explained, and a note says that the journal ends."""
+    world = World(seats=1)
+    world.send()
+    request = world.send()
+    world.run(for_ns=15 * MS)
+    timeline = explained(world, request, tmp_path)
+    assert timeline.outcome == ""
+    assert timeline.notes == ["the journal ends while it waits"]
+    assert timeline.waited_ns == world.events[-1][0] - timeline.arrived_ns > 0
+
+
+def test_the_same_number_in_two_lives(tmp_path: Path) -> None:
+    """After a restart numbers begin anew: the latest is told, and that there was another."""
+    for tenant in ("before", "after"):
+        world = World()
+        request = world.send(tenant=tenant)
+        world.run()
+        write_journal(world, tmp_path)
+    timeline = explain(tmp_path, request)
+    assert timeline.tenant == "after"
+    assert "segment-000000001.jsonl" in timeline.notes[0]
+    assert explain(tmp_path / "segment-000000001.jsonl", request).tenant == "before"
+
+
+def test_a_process_that_ended_first(tmp_path: Path) -> None:
+    """A request of a life that was cut off is not mixed up with the next life."""
+    world = World(seats=1)
+    world.send()
+    request = world.send()
+    write_journal(world, tmp_path)
+    after = World()
+    after.send()
+    write_journal(after, tmp_path)
+    timeline = explain(tmp_path, request)
+    assert timeline.outcome == ""
+    assert timeline.notes == ["the process ended before it did, and the next one knew nothing of it"]
+
+
+def test_a_step_that_comes_out_otherwise_is_noted(tmp_path: Path) -> None:
+    """An explanation by another version than the one that decided says so."""
+    world = busy_world(requests=10)
+    write_journal(world, tmp_path)
+    path = segment_paths(tmp_path)[0]
+    lines = path.read_text().splitlines(keepends=True)
+    number = next(number for number, line in enumerate(lines) if line.startswith('{"at"'))
+    record = json.loads(lines[number])
+    lines[number] = json.dumps({**record, "effects": "0" * 16}, separators=(",", ":")) + "\n"
+    path.write_text("".join(lines))
+    (note,) = explain(tmp_path, 5).notes
+    assert "comes out otherwise than it was recorded" in note
+
+
+@pytest.mark.parametrize(("request_number", "because"), [(0, "older than what is kept"), (999, "has not arrived yet")])
+def test_an_unknown_number_names_those_near_it(request_number: int, because: str, tmp_path: Path) -> None:
+    """The error says which requests there are and when the nearest arrived."""
+    world = busy_world(requests=10)
+    write_journal(world, tmp_path)
+    with pytest.raises(Misused) as caught:
+        explain(tmp_path, request_number)
+    assert f"tells of no request {request_number}; it has the arrivals of 1 to 10, nearest " in caught.value.message
+    assert because in caught.value.message
+    assert ("1 (a0, 2" if request_number == 0 else "10 (a3, 2") in caught.value.message
+
+
+def test_a_journal_without_requests(tmp_path: Path) -> None:
+    """Without any arrival the error says so."""
+    write_journal(World(), tmp_path)
+    with pytest.raises(Misused, match="nor of the arrival of any other"):
+        explain(tmp_path, 1)
+
+
+@pytest.mark.parametrize(("text", "number"), [("17", 17), ("17.2", 17)])
+def test_the_forms_of_a_number(text: str, number: int) -> None:
+    """A request is named as the log does, or as the engine's log does with its attempt."""
+    assert request_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "my-id", "-3", "1.x", "٣", "17."])
+def test_a_clients_own_id_is_none_of_ours(text: str) -> None:
+    """Ids that clients make up are not journaled, and the error says what to give instead."""
+    with pytest.raises(Misused, match="ids of clients are never journaled") as caught:
+        request_number(text)
+    assert caught.value.reason is Reason.NOT_A_JOURNAL
+
+
+def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:
+    """What a policy promised at admission stands at the top, and a moment tells when it became void."""
+    world = World(replace(SMALL, ordering="soft_gated"), engines=2, seats=1)
+    for _ in range(6):
+        world.send()
+    request = world.send()
+    first = world.core.state.requests[request]
+    promised_ns, backend = first.promise and first.promise.bound_ns, first.backend
+    assert backend is not None
+    world.run(for_ns=5 * MS)
+    world.lose(backend)
+    world.run()
+    timeline = explained(world, request, tmp_path)
+    assert timeline.promised_ns == promised_ns
+    assert "voided" in told(timeline)
+    assert "promised its first token within" in "\n".join(lines_of(timeline))
