@@ -12,6 +12,8 @@ POLICIES: dict[str, dict[str, str]] = {
         "rate_per_byte": "policies.eviction.rate_per_byte:RatePerByte",
     },
     "ordering": {
+        "credit": "policies.ordering.credit:Credit",
+        "fifo": "policies.ordering.fifo:Fifo",
         "skip": "policies.ordering.skip:Skip",
         "soft_gated": "policies.ordering.soft_gated:SoftGated",
     },

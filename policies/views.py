@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 BASE = ""
@@ -82,6 +83,15 @@ class Promise:
     """From then on others are held back for it."""
     urgent_ns: int
     """From then on only older requests go before it."""
+
+
+class Hold(Enum):
+    """Why a policy holds a request back that there would be room for."""
+
+    TURN = "turn"
+    """Its version's turn is over, or somebody's who waits for longer comes first."""
+    SHARE = "share"
+    """Its tenant has been served more than others that wait."""
 
 
 class OpenVersion(Protocol):
@@ -171,8 +181,8 @@ class Ordering(Protocol):
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         """Return the next decision, or None when nothing can or should be done. Called until it says None."""
 
-    def gated(self, request_id: int) -> bool:
-        """Say whether the policy itself holds this queued request back."""
+    def holds(self, request_id: int) -> Hold | None:
+        """Say why the policy itself holds this queued request back, if it does."""
 
     def snapshot(self) -> Any:
         """Return the whole state as JSON values."""

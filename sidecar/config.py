@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -186,7 +186,7 @@ class Store(Section):
 
     memory_bytes: int = Field(4 << 30, ge=1)
     disk_bytes: int = Field(32 << 30, ge=0)
-    eviction: str = "lru"
+    eviction: str = "rate_per_byte"
     disk_eviction: str = "lru"
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = Field(128 << 20, ge=0)
@@ -194,15 +194,22 @@ class Store(Section):
 
 
 class RequestClass(Section):
+    """How long a request may wait, and how long it does before others are held back for it."""
+
     queue_wait_s_max: float = Field(600.0, gt=0)
+    patience_s: float = Field(20.0, ge=0)
 
 
 class Queue(Section):
-    ordering: str = "skip"
-    routing: str = "resident_first"
+    ordering: str = "soft_gated"
+    routing: str = "partitioned"
     queued_max: int = Field(50_000, ge=1)
     queued_tokens_max: int = Field(1 << 31, ge=1)
+    queued_bytes_max: int = Field(1 << 30, ge=1)
     tenant_queued_max: int = Field(50_000, ge=1)
+    tenant_queued_tokens_max: int = Field(1 << 31, ge=1)
+    tenant_queued_bytes_max: int = Field(1 << 30, ge=1)
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     inbox_max: int = Field(10_000, ge=1)
     classes: dict[str, RequestClass] = {"default": RequestClass()}
 
@@ -264,10 +271,14 @@ class Config(Section):
             fetches_max=self.store.fetches_max,
             queued_max=self.queue.queued_max,
             queued_tokens_max=self.queue.queued_tokens_max,
+            queued_bytes_max=self.queue.queued_bytes_max,
             tenant_queued_max=self.queue.tenant_queued_max,
+            tenant_queued_tokens_max=self.queue.tenant_queued_tokens_max,
+            tenant_queued_bytes_max=self.queue.tenant_queued_bytes_max,
+            tenant_weights=dict(self.queue.tenant_weights),
             base_requests=self.base_requests == "allow",
             classes={
-                name: ClassLimit(int(limit.queue_wait_s_max * 1e9))
+                name: ClassLimit(int(limit.queue_wait_s_max * 1e9), int(limit.patience_s * 1e9))
                 for name, limit in sorted(self.queue.classes.items())
             },
             eviction=self.store.eviction,

@@ -528,6 +528,9 @@ def _check_pins(core: Core) -> None:
             expected[request.pinned_key] = expected.get(request.pinned_key, 0) + 1
     for load in state.loads.values():
         expected[load.key] = expected.get(load.key, 0) + 1
+    for key, entry in state.disk.entries.items():
+        if not entry.ready:  # it is being written
+            expected[key] = expected.get(key, 0) + 1
     assert {key: entry.pins for key, entry in state.store.entries.items() if entry.pins} == expected
 
 

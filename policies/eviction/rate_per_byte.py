@@ -8,11 +8,11 @@ hazard, is one expert's opinion of three, because none is right on every load:
 Each expert runs a shadow cache of ids and sizes on the same requests, as large as the most bytes that were ever
 tracked, and pays `cost` for each miss. These bills decay with a half-life of 5,000 requests; when that of the expert in
 charge is more than 3 % above another, the other takes over. Bills of the same requests differ by little chance, and the
-change itself costs nothing: waiting for 10 % was tried, and on average pays 1 % more, on recorded clients up to 5 %.
+change itself costs nothing: waiting for 10 % was tried, and pays ½ to 1 % more on average over mixed traces.
 
 What is known of a key outlives it: a rate is remembered until five of the longer half-lives after neither the store nor
 a shadow holds the key, when a thirty-second is left of it. Forgetting it at once was tried: a small store then meets
-its hot adapters as strangers, and pays up to a third more.
+its hot adapters as strangers, and paid up to a fifth more on bursts and recorded clients.
 
 Sources: one expert out of several by the misses of shadow caches as in Megiddo and Modha's ARC, FAST 2003, and Vietri
 et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018; the decayed sum of uses that needs no sweep is

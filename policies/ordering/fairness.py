@@ -7,6 +7,7 @@ idling earns nothing. Output is charged in advance, as much as the client allows
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from policies.views import Waiting
@@ -77,14 +78,12 @@ class TokenCounters:
     def snapshot(self) -> Any:
         return [self._usual_cost, list(self._served.items())]
 
-    def restore(self, state: Any) -> None:
-        """Take the counters; who waits is told by `queued` of each request, which must not lift them again."""
+    def restore(self, state: Any, waiting: Iterable[str]) -> None:
+        """Take the counters, and the tenant of each request that waits."""
         self._usual_cost, served = state
         self._served, self._waiting = dict(served), {}
-
-    def waits(self, tenant: str) -> None:
-        """Count a waiting request whose arrival was charged for before a restore."""
-        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
+        for tenant in waiting:
+            self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
 
     def _forget_idle(self) -> None:
         if len(self._served) > TENANTS_KEPT + 2 * len(self._waiting):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from policies.lines import Line
 from policies.views import Waiting
 
+FIELDS = tuple(each.name for each in fields(Waiting))
 Head = tuple[int, str, str]
 """The oldest request of a version and tenant: (id, version, tenant)."""
 
@@ -79,6 +81,18 @@ class Queues:
             if not version.count:
                 del self.versions[request.version]
         return request
+
+    def snapshot(self) -> Any:
+        return [self.newest, [[getattr(request, name) for name in FIELDS] for request in self.requests.values()]]
+
+    @classmethod
+    def restored(cls, state: Any) -> Queues:
+        queues = cls()
+        newest, requests = state
+        for values in requests:
+            queues.add(Waiting(*values))
+        queues.newest = newest
+        return queues
 
     def _forget_head(self, head: int, request: Waiting) -> None:
         del self.heads[bisect_left(self.heads, (head, request.version, request.tenant))]

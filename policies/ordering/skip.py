@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from policies.lines import Line
-from policies.views import BASE, Backlog, Decision, Open, Promise, Room, Send, Waiting
+from policies.views import BASE, Backlog, Decision, Hold, Open, Promise, Room, Send, Waiting
 
 
 class Skip:
@@ -61,8 +61,8 @@ class Skip:
         heads = [(line.head(), version) for version in versions if (line := self._lines.get(version)) is not None]
         return sorted((head, version) for head, version in heads if head is not None)
 
-    def gated(self, request_id: int) -> bool:
-        return False
+    def holds(self, request_id: int) -> Hold | None:
+        return None
 
     def snapshot(self) -> Any:
         return [[request, version] for request, version in self._version.items()]

@@ -1,59 +1,60 @@
-"""Group the requests of a version, and hold the open versions back once somebody has waited for too long.
+"""Group the requests of a version, and turn to others where somebody has waited for too long or more would be served.
 
-Which version opens: the one with the oldest head among those that are overdue, if any is, else the one whose queued
-requests have the largest sum of ages, plus their number. Which request goes: the oldest of the open versions, among
-the tenants that have not been served much more than the least served one that waits (`fairness.py`).
+Which version opens, when a slot is free: of those that are overdue the one with the oldest head; then the same of those
+that are half-way there; then the one whose queued requests have the largest sum of ages, plus their number. Which
+request goes: the oldest of the open versions, among the tenants that have not been served much more than the least
+served one that waits (`fairness.py`).
 
-A request of a version that is not open is *overdue* after max(patience, 1.5 times the time to drain all that was
-outstanding when it came): longer than that it would not wait even if everything were simply served in turn. For each
-overdue version one open version gets a *gate*: what waits at that moment still goes, what comes later waits for the
-version's next turn, and when the last of it has ended the slot is free. Without overdue versions open slots stay open,
-so nothing is lost to gates where the wait is natural. Gates on a snapshot are stable whenever the load is below
-capacity; a slot that is closed by age alone serves about one request a visit in overload.
+A *gate* ends a version's turn: what waits at that moment still goes, what comes later waits for the version's next
+turn, and when the last of it has ended the slot is free. Two things set gates.
+
+* A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came): longer
+  than that it would not wait even if everything were simply served in turn. For each overdue version without a slot
+  one open version is gated, the one whose runs end first. Without overdue versions open slots stay open, so nothing
+  is lost to gates where the wait is natural. Gates on a snapshot are stable whenever the load is below capacity; slots
+  that are closed by age alone serve about one request a visit in overload.
+* Seats are free and nothing may be sent. Then a version is gated of which far fewer newcomers are expected during a run
+  than wait for the deepest version without a slot, unless its slot stays taken for long anyway (`turns.py`).
 
 The promise: the first token comes within
 
-    bound = overdue + fetch + (2 rounds + 2) turn        rounds = ceil(blocked / slots)
+    bound = overdue + fetch + (rounds + 2) turn        rounds = ceil(blocked / slots)
 
-where `turn` is the longest run of anything outstanding with the engine full: a slot is free after one, and each round
-of versions before this one takes one for its requests and one for its stragglers. From `urgent` on, rounds + 1 turns
-before the bound, a request lets only older ones go before it, whatever that loses.
+where `turn` is the longest run of anything outstanding with the engine full. One turn frees a slot, and each round of
+the versions without one takes one more. From two turns before the bound on, a request lets only older ones go before
+it, whatever that loses.
 
-The sum of ages is the longest total wait first of broadcast scheduling (Wolf et al. 1999 and after); exhaustive and
-gated polling are in Takagi, "Analysis of Polling Systems", 1986.
+The sum of ages is longest total wait first of broadcast scheduling (Aksoy and Franklin, "R x W", 1999, has its
+relatives): with gates it visits versions in proportion to the root of their rates, which is what serves most through
+few slots. Exhaustive and gated service are those of polling systems (Takagi, "Analysis of Polling Systems", 1986).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from policies.ordering.fairness import TokenCounters
+from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
-from policies.views import BASE, Backlog, Close, Decision, Open, Promise, Room, Send, Waiting
+from policies.ordering.turns import Turns
+from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
 
-DRAIN_FACTOR = 1.75
+DRAIN_FACTOR = 2
+FEW = 0.5
+"""A turn ends when the newcomers expected during a run are fewer than this part of the deepest queue elsewhere."""
 SLACK_REQUESTS = 64
-NO_GATE = 1 << 62
-NEVER_NS = 1 << 62
+"""A tenant may be ahead of the least served one by so many requests of the usual size."""
+NO_GATE = NOBODY
 
 
-import os
-SOON = int(os.environ.get("SOON", "0"))
-EXT = float(os.environ.get("EXT", "1.0"))
-TURN = float(os.environ.get("TURN", "1.0"))
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Who may go at one moment: no request younger than the most urgent one, no tenant that was served more than so."""
 
-
-class Rates:
-    def __init__(self):
-        self.v = {}
-    def came(self, version, now_ns):
-        n, at = self.v.get(version, (0.0, now_ns))
-        self.v[version] = (n * 2 ** (-(now_ns - at) / 60e9) + 1, now_ns)
-    def per_s(self, version, now_ns):
-        n, at = self.v.get(version, (0.0, now_ns))
-        return n * 2 ** (-(now_ns - at) / 60e9) / (60 / 0.693)
+    urgent: int
+    served_most: float | None
 
 
 class SoftGated:
@@ -61,21 +62,11 @@ class SoftGated:
 
     def __init__(self) -> None:
         self._queues = Queues()
+        self._overdue = Overdue(self._queues)
         self._tenants = TokenCounters(SLACK_REQUESTS)
+        self._turns = Turns()
         self._gates: dict[str, int] = {}
         """For each gated version the newest request that may still go in this turn."""
-        self._promises: dict[int, tuple[int, int]] = {}
-        """When each waiting request is overdue, and when urgent."""
-        self._overdue: dict[str, None] = {}
-        """Versions whose head is overdue."""
-        self._overdue_times: list[tuple[int, int]] = []
-        self._urgent_times: list[tuple[int, int]] = []
-        self._sent: dict[int, int] = {}
-        self._run_ns = 0.0
-        self._token_ns = 0.0
-        self._running = {}
-        self._full = False
-        self._rates = Rates()
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         drain_ns = round(DRAIN_FACTOR * max(backlog.drain_ns, backlog.tenant_drain_ns))
@@ -87,228 +78,156 @@ class SoftGated:
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
         self._queues.add(request)
         self._tenants.queued(request)
-        self._rates.came(request.version, now_ns)
-        overdue_ns, urgent_ns = (NEVER_NS, NEVER_NS) if promise is None else (promise.overdue_ns, promise.urgent_ns)
-        if promise is None:  # it was run before, or its backend was lost: it has waited for long enough
-            self._promises[request.id] = (request.arrived_ns, NEVER_NS)
-        else:
-            self._promises[request.id] = (request.arrived_ns + overdue_ns, request.arrived_ns + urgent_ns)
-            heapq.heappush(self._urgent_times, (request.arrived_ns + urgent_ns, request.id))
-        if self._queues.versions[request.version].head() == request.id:
-            self._has_head(request.version, request.id)
+        self._turns.came(request.version, now_ns)
+        self._overdue.queued(request, promise)
 
     def left(self, request_id: int, now_ns: int) -> None:
         request = self._queues.requests[request_id]
         was_head = self._queues.versions[request.version].head() == request_id
         self._queues.remove(request_id)
         self._tenants.left(request)
-        del self._promises[request_id]
-        if was_head:
-            version = self._queues.versions.get(request.version)
-            if version is None:
-                self._overdue.pop(request.version, None)
-            else:
-                self._has_head(request.version, version.head())
+        self._overdue.left(request, was_head)
 
     def ended(self, request: Waiting, output_tokens: int, now_ns: int) -> None:
         self._tenants.ended(request, output_tokens)
-        sent_ns = self._sent.pop(request.id, None)
-        if sent_ns is not None:
-            took = now_ns - sent_ns
-            del self._running[request.version][request.id]
-            self._token_ns += (took / max(1,output_tokens) - self._token_ns) * (0.02 if self._token_ns else 1)
-            self._run_ns += (took - self._run_ns) * (0.02 if self._run_ns else 1)
+        self._turns.ended(request, output_tokens, now_ns)
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
 
+    def holds(self, request_id: int) -> Hold | None:
+        request = self._queues.requests[request_id]
+        if request_id > self._gates.get(request.version, NO_GATE):
+            return Hold.TURN
+        return None if self._tenants.may_go(request.tenant, self._tenants.served_most()) else Hold.SHARE
+
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
-        self._note_overdue(now_ns)
-        served_most = self._tenants.served_most()
-        urgent = self._most_urgent(now_ns)
-        self._gate(room, served_most, urgent)
-        decision = (
-            self._closing(room, served_most, urgent)
-            or self._opening(room, now_ns, served_most, urgent)
-            or self._sending(room, now_ns, served_most, urgent)
-        )
-        if decision is None and not self._full and self._turn_over(room, now_ns):
-            return self._closing(room, served_most, urgent)
-        return decision
-
-    def gated(self, request_id: int) -> bool:
-        request = self._queues.requests[request_id]
-        return request_id > self._gates.get(request.version, NO_GATE) or not self._tenants.may_go(
-            request.tenant, self._tenants.served_most()
-        )
+        self._overdue.pass_time(now_ns)
+        rule = Rule(self._overdue.most_urgent(now_ns), self._tenants.served_most())
+        first = self._waiting_for_a_slot(room, rule)
+        self._gate_for(len(first), room)
+        decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
+        if decision is not None:
+            return decision
+        head = self._next(room, rule)
+        if head is None:
+            return self._closing(room, rule) if self._end_turns(room, now_ns) else None
+        if not room.can_send(head):
+            return None  # for want of a seat or of KV room, which later ones must not take from it
+        request = self._queues.requests[head]
+        self._tenants.sent(request)
+        self._turns.sent(request, now_ns)
+        return Send(head)
 
     def snapshot(self) -> Any:
         return {
-            "requests": [list(_fields(request)) for request in self._queues.requests.values()],
-            "promises": [[request, *times] for request, times in self._promises.items()],
-            "gates": list(self._gates.items()),
+            "queues": self._queues.snapshot(),
+            "overdue": self._overdue.snapshot(),
             "tenants": self._tenants.snapshot(),
-            "newest": self._queues.newest,
+            "turns": self._turns.snapshot(),
+            "gates": list(self._gates.items()),
         }
 
     def restore(self, state: Any) -> None:
-        self.__init__()  # type: ignore[misc]
-        self._tenants.restore(state["tenants"])
+        self._queues = Queues.restored(state["queues"])
+        self._overdue = Overdue(self._queues)
+        self._overdue.restore(state["overdue"])
+        self._tenants.restore(state["tenants"], (request.tenant for request in self._queues.requests.values()))
+        self._turns = Turns.restored(state["turns"])
         self._gates = dict(state["gates"])
-        self._promises = {request: (overdue, urgent) for request, overdue, urgent in state["promises"]}
-        for fields in state["requests"]:
-            request = Waiting(*fields)
-            self._queues.add(request)
-            self._tenants.waits(request.tenant)
-        for name, version in self._queues.versions.items():
-            self._has_head(name, version.head())
-        self._urgent_times = [(times[1], request) for request, times in self._promises.items() if times[1] != NEVER_NS]
-        heapq.heapify(self._urgent_times)
-        self._queues.newest = state["newest"]
 
-    # Who has waited for too long.
+    # Who is waited for.
 
-    def _has_head(self, version: str, head: int) -> None:
-        """Watch a version's new head."""
-        self._overdue.pop(version, None)
-        heapq.heappush(self._overdue_times, (self._promises[head][0], head))
-
-    def _note_overdue(self, now_ns: int) -> None:
-        times = self._overdue_times
-        while times and times[0][0] <= now_ns:
-            _, head = heapq.heappop(times)
-            request = self._queues.requests.get(head)
-            if request is not None and self._queues.versions[request.version].head() == head:
-                self._overdue[request.version] = None
-
-    def _most_urgent(self, now_ns: int) -> int:
-        """Return the request that lets only older ones go before it, NO_GATE while there is none."""
-        times = self._urgent_times
-        while times and times[0][1] not in self._promises:
-            heapq.heappop(times)
-        return times[0][1] if times and times[0][0] <= now_ns else NO_GATE
-
-    def _waiting_for_a_slot(self, room: Room, served_most: float | None, urgent: int) -> list[str]:
+    def _waiting_for_a_slot(self, room: Room, rule: Rule) -> list[str]:
         """Return the versions that slots are to be freed for, the one with the oldest head first.
 
-        The overdue ones; and, once some tenant has been served too much, those of the tenants that it waits for.
+        The overdue ones; and, once some tenant has been served too much, all of which a tenant behind it waits.
         """
-        tenants_wait = self._tenants.some_are_ahead(served_most)
-        candidates = self._queues.versions if tenants_wait else self._overdue
-        blocked = [
-            version
-            for version in candidates
-            if version not in room.open and version != BASE and self._next_of(version, served_most, urgent) is not None
-        ]
+        candidates = self._queues.versions if self._tenants.some_are_ahead(rule.served_most) else self._overdue.versions
+        blocked = [v for v in candidates if v not in room.open and v != BASE and self._has_next(v, rule)]
         return sorted(blocked, key=lambda version: self._queues.versions[version].head())
+
+    def _gate_for(self, wanted: int, room: Room) -> None:
+        """Gate as many open versions as others wait for slots, those that will have ended first."""
+        for version in [version for version in self._gates if version not in room.open]:
+            del self._gates[version]
+        if wanted <= len(self._gates):
+            return
+        ungated = [version for version in room.open if version not in self._gates]
+        for version in sorted(ungated, key=self._turns.last_end_ns)[: wanted - len(self._gates)]:
+            self._gates[version] = self._queues.newest
+
+    def _end_turns(self, room: Room, now_ns: int) -> bool:
+        """Gate the open versions that would serve more by turning to another; say whether there were any."""
+        waiting = self._queues.versions
+        deepest = max((waiting[name].count for name in waiting if name not in room.open and name != BASE), default=0)
+        over = [
+            version
+            for version in room.open
+            if version not in self._gates
+            and self._turns.newcomers(version, now_ns) < FEW * deepest
+            and not self._turns.has_time(version, now_ns)
+        ]
+        self._gates.update(dict.fromkeys(over, self._queues.newest))
+        return bool(over)
 
     # Decisions.
 
-    def _gate(self, room: Room, served_most: float | None, urgent: int) -> None:
-        for version in [version for version in self._gates if version not in room.open]:
-            del self._gates[version]
-        wanted = min(len(self._waiting_for_a_slot(room, served_most, urgent)), room.slots)
-        if len(self._gates) >= wanted:
-            return
-        order = list(room.open)
-        if SOON:
-            order.sort(key=lambda v: max((sent + tokens * self._token_ns for sent, tokens in self._running.get(v, {}).values()), default=0))
-        for version in order:
-            if len(self._gates) >= wanted:
-                break
-            self._gates.setdefault(version, self._queues.newest)
-
-    def _turn_over(self, room: Room, now_ns: int) -> bool:
-        """Gate the open versions whose newcomers of one run are fewer than what a version without a slot has waiting."""
-        deepest = max((v.count for name, v in self._queues.versions.items() if name not in room.open and name != BASE), default=0)
-        if not deepest or not self._run_ns:
-            return False
-        before = len(self._gates)
-        for version in room.open:
-            if version in self._gates or self._rates.per_s(version, now_ns) * self._run_ns / 1e9 >= deepest * TURN:
-                continue
-            left = max((sent + tokens * self._token_ns for sent, tokens in self._running.get(version, {}).values()), default=now_ns) - now_ns
-            if left < self._run_ns * EXT:
-                self._gates[version] = self._queues.newest
-        return len(self._gates) > before
-
-    def _closing(self, room: Room, served_most: float | None, urgent: int) -> Decision | None:
+    def _closing(self, room: Room, rule: Rule) -> Decision | None:
         """Close a gated version whose turn is over."""
         for version in self._gates:
             slot = room.open[version]
-            if not slot.running and not slot.loading and self._next_of(version, served_most, urgent) is None:
+            if not slot.running and not slot.loading and not self._has_next(version, rule):
                 return Close(version)
         return None
 
-    def _opening(self, room: Room, now_ns: int, served_most: float | None, urgent: int) -> Decision | None:
-        versions = self._queues.versions
-        if all(version in room.open or version == BASE for version in versions):
+    def _opening(self, room: Room, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
+        if all(version in room.open or version == BASE for version in self._queues.versions):
             return None
         free = room.pages_free
         if free is not None and free <= 0:
             return None
-        for version in self._openable(room, now_ns, served_most, urgent):
+        for version in self._openable(room, rule, first, now_ns):
             if room.can_open(version):
                 self._gates.pop(version, None)
                 return Open(version)
         return None
 
-    def _openable(self, room: Room, now_ns: int, served_most: float | None, urgent: int) -> Iterator[str]:
-        first = self._waiting_for_a_slot(room, served_most, urgent)
+    def _openable(self, room: Room, rule: Rule, first: list[str], now_ns: int) -> Iterator[str]:
         yield from first
         others = [
-            (-(version.ages_s(now_ns) + version.count), name)
-            for name, version in self._queues.versions.items()
-            if name not in room.open and name not in first and name != BASE
+            name for name in self._queues.versions if name not in room.open and name not in first and name != BASE
         ]
-        for _, name in sorted(others):
-            if self._next_of(name, served_most, urgent) is not None:
+        for _, _, name in sorted((*self._opening_rank(name, now_ns), name) for name in others):
+            if self._has_next(name, rule):
                 yield name
 
-    def _sending(self, room: Room, now_ns: int, served_most: float | None, urgent: int) -> Decision | None:
-        """Send the oldest that may go. If there is no room for it, later ones do not take it from it."""
-        self._full = False
+    def _opening_rank(self, name: str, now_ns: int) -> tuple[int, float]:
+        version = self._queues.versions[name]
+        head = self._queues.requests[version.head()]
+        if self._overdue.is_ripe(head, now_ns):
+            return (0, head.id)
+        return (1, -(version.ages_s(now_ns) + version.count))
+
+    def _next(self, room: Room, rule: Rule) -> int | None:
+        """Return the oldest request that may go now, seats and KV room aside."""
         for head, version, tenant in self._queues.heads:
             if version != BASE and (version not in room.open or room.open[version].loading):
                 continue
-            if not self._may_go(head, version, tenant, served_most, urgent):
-                continue
-            if not room.can_send(head):
-                self._full = True
-                return None
-            self._tenants.sent(self._queues.requests[head])
-            self._sent[head] = now_ns
-            self._running.setdefault(version, {})[head] = (now_ns, self._queues.requests[head].output_tokens_max)
-            return Send(head)
+            if self._may_go(head, version, tenant, rule):
+                return head
         return None
 
-    def _next_of(self, version: str, served_most: float | None, urgent: int) -> int | None:
-        """Return a request of an open version that may go in this turn."""
+    def _has_next(self, version: str, rule: Rule) -> bool:
+        """Whether a request of a version may go in this turn, or could if it had one."""
         waiting = self._queues.versions.get(version)
         if waiting is None:
-            return None
-        for tenant, line in waiting.lines.items():
-            if self._may_go(line.first(), version, tenant, served_most, urgent):
-                return line.first()
-        return None
-
-    def _may_go(self, head: int, version: str, tenant: str, served_most: float | None, urgent: int) -> bool:
-        if head > urgent or head > self._gates.get(version, NO_GATE):
             return False
-        return urgent != NO_GATE or self._tenants.may_go(tenant, served_most)
+        return any(self._may_go(line.first(), version, tenant, rule) for tenant, line in waiting.lines.items())
 
-
-def _fields(request: Waiting) -> tuple[Any, ...]:
-    return (
-        request.id,
-        request.version,
-        request.name,
-        request.tenant,
-        request.klass,
-        request.arrived_ns,
-        request.input_tokens,
-        request.output_tokens_max,
-        request.weight,
-    )
+    def _may_go(self, head: int, version: str, tenant: str, rule: Rule) -> bool:
+        if head > rule.urgent or head > self._gates.get(version, NO_GATE):
+            return False
+        return rule.urgent != NOBODY or self._tenants.may_go(tenant, rule.served_most)

@@ -1,12 +1,13 @@
 """Every version lives on as few backends as its rate needs, and each backend hosts no more than it has slots for.
 
-A version that is new, or whose hosts are gone, is placed where there is room and least in flight for the backend's
-size; among equals, as in an idle pool, by rendezvous hashing. The placement then stays until its backend has more than
-its share of slots or tokens (`balancing`), and a version gets one host more, or one less, when its rate has asked for
-that twice in a row (`host_counts`). A request goes to a host. When those have more than their bounded share of what is
-in flight (Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018, as in HAProxy's
-`hash-balance-factor`) it may go to the next backend in rank if that is expected to be quicker, and counts as a vote for
-another host. The score to compare by, work times requests in flight, is that of LMetric (arXiv 2603.15202).
+A version that is new, or whose hosts are gone, is placed where there is room: where it happens to be resident, else
+where least is in flight for the backend's size; among equals, as in an idle pool, by rendezvous hashing. The placement
+then stays until its backend has more than its share of slots or tokens (`balancing`), and a version gets one host more,
+or one less, when its rate has asked for that twice in a row (`host_counts`). A request goes to a host. When those are
+full and have more than their bounded share of what is in flight (Mirrokni, Thorup and Zadimoghaddam, "Consistent
+hashing with bounded loads", 2018, as in HAProxy's `hash-balance-factor`) it may go to the next backend in rank if that
+is expected to be quicker, and counts as a vote for another host. The score to compare by, work times requests in
+flight, is that of LMetric (arXiv 2603.15202).
 
 Tried in simulation, uniform and Zipf 1.0, 64 adapters on 4 x 16 slots, 512 in flight: requests sent past their hosts to
 a backend whose slots are all spoken for wait for a slot there, and make others wait: the 99th percentile of the wait
@@ -72,10 +73,10 @@ class Partitioned:
         self._rates.add(request.version, request.output_tokens_max + request.input_tokens / 2, now_ns)
         self._requests.add("", 1.0, now_ns)
         hosts = [candidates[host] for host in home.hosts if host in candidates.backends]
-        best = hosts[0] if len(hosts) == 1 else min(hosts, key=_score)
+        best = hosts[0] if len(hosts) == 1 else min(hosts, key=lambda one: (*_better(one), one.backend))
         if pool.over_its_share(best, candidates.in_flight):
             other = self._next_in_rank(request.version, home, candidates, pool)
-            if other is not None and MARGIN * _score(other)[0] < _score(best)[0]:
+            if other is not None and MARGIN * _score(other) < _score(best):
                 home.votes += 1
                 return Choice(other.backend, "hosts over their share")
         return Choice(best.backend, "host" if best.resident else "host, to be loaded")
@@ -112,9 +113,16 @@ class Partitioned:
         return home
 
     def _host_for(self, version: str, pages: int, candidates: Candidates, pool: Pool) -> str:
+        """Return where a version is to live that lives nowhere: where it is resident by chance, else by load."""
+        offered = {one.backend: one for one in candidates}
+
+        def rank(backend: str) -> tuple[bool, float]:
+            one = offered[backend]
+            known = one.resident and one.in_flight < pool.cap(backend, candidates.in_flight)
+            return (not known, one.in_flight / pool.shares[backend].weight)
+
         order = self._rankings.of(version, candidates.backends)
-        by_load = sorted(order, key=lambda one: candidates[one].in_flight / pool.shares[one].weight)
-        return pool.first_with_room(by_load, pages, self._placement)
+        return pool.first_with_room(sorted(order, key=rank), pages, self._placement)
 
     def _forget_the_oldest(self, count: int) -> None:
         oldest = sorted(self._placement.homes, key=lambda version: (self._rates.last_ns(version), version))
@@ -179,14 +187,18 @@ class Partitioned:
         }
 
 
-def _score(candidate: Candidate) -> tuple[float, str]:
+def _score(candidate: Candidate) -> float:
     """Return what a request may expect there, the smaller the better: seconds of work times those who share them."""
     seconds = candidate.work_tokens / (candidate.tokens_per_s or TOKENS_PER_S)
     if not candidate.open and candidate.slots_free == 0:
         seconds *= 2  # a slot is free when what runs now has ended
     if not candidate.resident:
         seconds += LOAD_S
-    return (seconds * (candidate.in_flight + 1), candidate.backend)
+    return seconds * (candidate.in_flight + 1)
+
+
+def _better(candidate: Candidate) -> tuple[float, int]:
+    return _score(candidate), candidate.in_flight
 
 
 def _for_base(candidates: Candidates, pool: Pool) -> Choice:
@@ -194,4 +206,4 @@ def _for_base(candidates: Candidates, pool: Pool) -> Choice:
     backends = sorted(candidates.backends)
     pool.turn += 1
     two = [backends[(pool.turn + step) % len(backends)] for step in range(2)]
-    return Choice(min((candidates[one] for one in two), key=_score).backend, "base model, better of two")
+    return Choice(min((candidates[one] for one in two), key=_better).backend, "base model, better of two")

@@ -66,11 +66,8 @@ class Pool:
         return math.ceil((1 + SLACK) * (in_flight + 1) * self.shares[backend].weight)
 
     def over_its_share(self, host: Candidate, in_flight: int) -> bool:
-        """Whether a host has more than its bounded share, and enough for that to be felt.
-
-        A batch less than half full is not: one request more costs its engine next to nothing.
-        """
-        return 2 * host.in_flight >= host.seats and host.in_flight >= self.cap(host.backend, in_flight)
+        """Whether a host has no seat left and more than its bounded share: a request would wait there, for others'."""
+        return host.in_flight >= host.seats and host.in_flight >= self.cap(host.backend, in_flight)
 
     def has_room(self, backend: str, pages: int, placement: Placement) -> bool:
         """Whether a backend can have everything open that is placed on it, and this many pages more."""

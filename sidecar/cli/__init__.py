@@ -11,7 +11,18 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from sidecar.cli import adapters, backends, calibrating, checking, folders, generating, incidents, queue, serving
+from sidecar.cli import (
+    adapters,
+    backends,
+    calibrating,
+    checking,
+    folders,
+    generating,
+    incidents,
+    queue,
+    serving,
+    simulating,
+)
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
 from sidecar.emulator.command import emulate
 from sidecar.errors import SidecarError
@@ -46,6 +57,7 @@ app.add_typer(backends.app, name="backends")
 app.add_typer(checking.config_app, name="config")
 app.add_typer(checking.policies_app, name="policies")
 incidents.add_to(app)
+simulating.add_to(app)
 
 __all__ = ["app", "folders", "main", "run"]
 

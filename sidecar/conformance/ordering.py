@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from policies.views import BASE, Backlog, Close, Open, Promise, Send, Waiting
+from policies.views import BASE, Backlog, Close, Hold, Open, Promise, Send, Waiting
 from sidecar.conformance.seeds import SEEDS, Maker, through_json, waiting
 
 
@@ -131,7 +131,7 @@ class _Bench:
             promise = policy.promise(request, backlog, self.now_ns)
             assert promise is None or isinstance(promise, Promise), "promise() must return a Promise or None"
             policy.queued(request, promise, self.now_ns)
-            assert isinstance(policy.gated(request.id), bool), "gated() must answer True or False"
+            assert isinstance(policy.holds(request.id), Hold | None), "holds() must answer a Hold or None"
 
     def _leave(self, request_id: int, to_run: bool = False) -> Waiting:
         request = self.waiting.pop(request_id)

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from policies.views import BASE
+from policies.views import BASE, Hold
 from sidecar.core.facts import Misfit
 from sidecar.core.state import Backend, Request, State, Version
 from sidecar.core.words import Phase, Why
@@ -189,7 +189,11 @@ def why_waiting(state: State, request: Request, now_ns: int) -> Why:
     why = why_not_send(state, backend, request, now_ns)
     if why is not None:
         return why
-    return Why.GATED if backend.ordering.gated(request.id) else Why.NEXT
+    hold = backend.ordering.holds(request.id)
+    return Why.NEXT if hold is None else _HOLDS[hold]
+
+
+_HOLDS = {Hold.TURN: Why.GATED, Hold.SHARE: Why.TENANT_CAP}
 
 
 def _blocked(backend: Backend, now_ns: int) -> Why | None:

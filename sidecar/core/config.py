@@ -46,10 +46,10 @@ class CoreConfig:
     retry_ns_max: int = 2 * SECOND_NS
     base_requests: bool = True
     classes: dict[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
-    eviction: str = "lru"
+    eviction: str = "rate_per_byte"
     disk_eviction: str = "lru"
-    ordering: str = "skip"
-    routing: str = "resident_first"
+    ordering: str = "soft_gated"
+    routing: str = "partitioned"
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
     """What may be fetched though nobody waits for it."""

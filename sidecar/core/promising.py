@@ -120,9 +120,7 @@ def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool
         return False
     factor = backend.steps.factor
     late = factor > SLOWED * backend.slowness
-    if backend.facts.pace is None:
-        backend.slowness = factor
-    elif late:
+    if backend.facts.pace is None or late:
         backend.slowness = factor
     else:
         backend.slowness = max(1.0, min(backend.slowness, factor))

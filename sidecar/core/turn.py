@@ -61,7 +61,9 @@ class Turn:
             self.enqueue(request, backend)
 
     def _set_aside(self, request: Request) -> None:
-        """Keep a request that no backend can take at the moment."""
+        """Keep a request that no backend can take at the moment: nothing bounds how long that lasts."""
+        request.promised = True
+        self.void_promise(request, "no backend")
         request.backend = None
         self.state.unrouted[request.id] = None
         self._count_waiting(request, 1)

@@ -74,6 +74,9 @@ class Planning(Protocol):
     def prefetch(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
         """Put an adapter into the host cache before any request; raises StoreError when there is no room."""
 
+    def lose_idle_adapters(self) -> None:
+        """Evict from the host cache every adapter that no request holds."""
+
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with; None without any."""
 

@@ -187,6 +187,11 @@ class LoraCache:
         for task_id in tuple(self._in_progress):
             self.mark_done(task_id)
 
+    def evict_done(self) -> None:
+        """Evict every done task."""
+        if self._done:
+            self._evict(self._done_pages)
+
     def table(self, task_id: int) -> tuple[Placement, ...]:
         """Where each row of a task lies; pages are ids of this cache."""
         entry = self._entries[task_id]

@@ -122,6 +122,10 @@ class Engine:
         self._planner.fault = text
         self._is_settled = False
 
+    def lose_idle_adapters(self) -> None:
+        """Evict from the host cache every adapter that no request holds: a fault, to test clients with."""
+        self._planner.lose_idle_adapters()
+
     def drain_failures(self) -> list[Failure]:
         """What ended without finishing since the last call."""
         failures, self._planner.failures = self._planner.failures, []

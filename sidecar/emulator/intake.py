@@ -56,6 +56,11 @@ class Intake(ABC):
             self._choose_dtype(self.spec.dtype)
             self.peft.prefetch(task_id, rows, payload)
 
+    def lose_idle_adapters(self) -> None:
+        """Evict from the host cache every adapter that no request holds."""
+        if self.peft is not None:
+            self.peft.host.evict_done()
+
     @abstractmethod
     def release(self, request: Active, now_ns: int) -> None:
         """A request is over: its seat, its KV blocks and its hold on its adapter are free."""

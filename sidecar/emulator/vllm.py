@@ -87,6 +87,9 @@ class VllmIntake(ABC):
         self._register(task_id, rows, payload)
         self._slots.load(task_id)
 
+    def lose_idle_adapters(self) -> None:
+        """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
+
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with; None without any."""
         registered = self._registered.get(task_id)

@@ -19,7 +19,8 @@ class Bare:
         self._world = world
         self._next_backend = cycle(world.setup.backends)
         self._task_ids: dict[str, int] = {}
-        self._rows = cache(self._rows_of_rank)
+        self._known_rows = {name: engine_rows(adapter.rows) for name, adapter in world.setup.adapters.items()}
+        self._rows_of_rank = cache(lambda rank: engine_rows(world.setup.engine.adapter_rows(rank)))
 
     def arrive(self, request_id: int, arrival: Arrival) -> None:
         world, adapted = self._world, bool(arrival.adapter)
@@ -28,7 +29,7 @@ class Bare:
             arrival.input_tokens,
             arrival.output_tokens_max,
             task_id=self._task_ids.setdefault(arrival.adapter, len(self._task_ids) + 1) if adapted else None,
-            rows=self._rows(world.workload.ranks[arrival.adapter]) if adapted else None,
+            rows=self._rows_of(arrival.adapter) if adapted else None,
             stop_after=arrival.output_tokens,
         )
         backend = next(self._next_backend)
@@ -46,5 +47,5 @@ class Bare:
             world.recorder.failed(failure.request_id, event.at_ns)
             world.over(failure.request_id)
 
-    def _rows_of_rank(self, rank: int) -> tuple[Row, ...]:
-        return engine_rows(self._world.setup.engine.adapter_rows(rank))
+    def _rows_of(self, adapter: str) -> tuple[Row, ...]:
+        return self._known_rows.get(adapter) or self._rows_of_rank(self._world.workload.ranks[adapter])

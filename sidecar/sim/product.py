@@ -23,6 +23,8 @@ LOADS_FROM = 1 << 40
 """Engine ids from here on are Loads; below are requests. An id at an engine is (request, attempt) in one number."""
 ATTEMPTS = 64
 PROGRESS_NS = 1_000_000_000
+DISK_NS = 20_000_000
+"""How long the disk tier takes to write or to read an adapter."""
 
 
 class Product:
@@ -44,6 +46,15 @@ class Product:
         self._told: dict[str, dict[int, int]] = {}
         """What each engine that is watched had generated, by engine id, when the core was last told."""
         self._wake_ns: int | None = None
+        self._acts: dict[type, Callable[[Any], None]] = {
+            do.Fetch: self._fetch,
+            do.Spill: self._spill,
+            do.Load: self._load,
+            do.Dispatch: self._dispatch,
+            do.CancelRun: self._cancel,
+            do.Settle: self._settle,
+            do.WakeAt: self._wake,
+        }
         facts = world.setup.engine.facts()
         for backend in world.setup.backends:
             self.feed(ev.BackendAdded(backend, facts))
@@ -84,21 +95,25 @@ class Product:
 
     def feed(self, event: ev.Event) -> None:
         """Give the core an event and carry out what it wants."""
+        for effect in self.step(event):
+            act = self._acts.get(type(effect))
+            if act is not None:
+                act(effect)
+
+    def step(self, event: ev.Event) -> list[do.Effect]:
+        """Give the core an event and return what it wants."""
         began_ns = perf_counter_ns()
         effects = self.core.step(event, self.world.now_ns)
         self.steps_ns += perf_counter_ns() - began_ns
-        for effect in effects:
-            act = _ACTS.get(type(effect))
-            if act is not None:
-                act(self, effect)
+        return effects
 
     def _register(self, name: str) -> None:
-        engine = self.world.setup.engine
-        rank = self.world.workload.ranks.get(name, engine.rank)
-        rows = self._rows_of(rank)
-        adapter = adapter_named(name, rank, rows, engine.shape)
+        setup = self.world.setup
+        rank = self.world.workload.ranks.get(name, setup.engine.rank)
+        known = setup.adapters.get(name)
+        adapter = known or adapter_named(name, rank, self._rows_of(rank), setup.engine.shape)
         self._registered[name] = None
-        self._engine_rows[adapter.digest] = self._engine_rows_of(rank)
+        self._engine_rows[adapter.digest] = engine_rows(known.rows) if known else self._engine_rows_of(rank)
         self._names[adapter.digest] = name
         self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}"))
 
@@ -117,6 +132,9 @@ class Product:
     def _fetch(self, effect: do.Fetch) -> None:
         self.world.recorder.fetched(self._names[effect.digest], effect.size_bytes)
         self.world.after(self.sidecar.fetch_ns(effect.size_bytes), lambda: self.feed(ev.Fetched(effect.key)))
+
+    def _spill(self, effect: do.Spill) -> None:
+        self.world.after(DISK_NS, lambda: self.feed(ev.Spilled(effect.key)))
 
     def _load(self, effect: do.Load) -> None:
         self.world.recorder.loads += 1
@@ -165,7 +183,10 @@ class Product:
 
     def _cancel(self, effect: do.CancelRun) -> None:
         engine_id = effect.request * ATTEMPTS + effect.attempt
-        self.world.engines[effect.backend].cancel(engine_id, self.world.now_ns)
+        self.world.after(self.sidecar.hop_ns, lambda: self._cancel_at(effect.backend, engine_id))
+
+    def _cancel_at(self, backend: str, engine_id: int) -> None:
+        self.world.engines[backend].cancel(engine_id, self.world.now_ns)
 
     def _settle(self, effect: do.Settle) -> None:
         del self._arrivals[effect.request]
@@ -180,13 +201,3 @@ class Product:
         if self._wake_ns == at_ns:
             self._wake_ns = None
             self.feed(ev.Tick())
-
-
-_ACTS: dict[type, Callable[[Product, Any], None]] = {
-    do.Fetch: Product._fetch,
-    do.Load: Product._load,
-    do.Dispatch: Product._dispatch,
-    do.CancelRun: Product._cancel,
-    do.Settle: Product._settle,
-    do.WakeAt: Product._wake,
-}

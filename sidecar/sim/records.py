@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from sidecar.core.effects import Settle
 from sidecar.core.words import Outcome
+from sidecar.sim.series import Series
 from sidecar.sim.workloads import Arrival
 
 SECOND_NS = 1_000_000_000
@@ -64,6 +65,8 @@ class Held:
 
     running: int
     since_ns: int
+    kept: bool
+    """Whether its stay will be among the tenures."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class Recorder:
     """Counts and series of one run. Waits are from arrival to the first token, in seconds."""
 
     tenures_max: int = 20_000
+    """The first so many stays are kept, in the order of their ends."""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("offered", "answered", "failed", "refused", "expired", "cancelled", "doubled"), 0
@@ -97,6 +101,10 @@ class Recorder:
     """Packed bytes of each adapter, by name."""
     retry_after_s: dict[str, float] = field(default_factory=dict)
     """The least and the most that refused clients were told to wait."""
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Why requests ended other than answered, and how many."""
+    messages: dict[str, str] = field(default_factory=dict)
+    """What the first of each reason was told."""
     openings: int = 0
     tenures: list[Tenure] = field(default_factory=list)
     tenants: dict[str, Tenant] = field(default_factory=dict)
@@ -110,6 +118,8 @@ class Recorder:
     voided: dict[str, int] = field(default_factory=dict)
     began_ns: int = 0
     ended_ns: int = 0
+    series: Series = field(default_factory=Series)
+    """Arrivals and endings by their names in `counts`, and the levels `waiting` and `running`, over time."""
     _open: dict[int, Open] = field(default_factory=dict)
     _held: dict[tuple[str, str], Held] = field(default_factory=dict)
 
@@ -122,6 +132,8 @@ class Recorder:
         self._open[request_id] = Open(arrival, now_ns)
         self.asked_for.append(self.adapters.setdefault(arrival.adapter, len(self.adapters)))
         self.tenants.setdefault(arrival.tenant, Tenant()).wait(now_ns)
+        self.series.add("offered", now_ns)
+        self.series.change("waiting", now_ns, 1)
 
     def dispatched(self, request_id: int, backend: str, now_ns: int) -> None:
         request = self._open.get(request_id)
@@ -140,6 +152,7 @@ class Recorder:
         self._wait_is_over(request, now_ns)
         self.waits_s.append((now_ns - request.arrived_ns) / SECOND_NS)
         self.waited_for.append(self.adapters[request.arrival.adapter])
+        self.series.change("running", now_ns, 1)
         self._take_slot(request, now_ns)
 
     def answered(self, request_id: int, output_tokens: int, now_ns: int) -> None:
@@ -154,12 +167,15 @@ class Recorder:
     def settled(self, effect: Settle, now_ns: int) -> None:
         """Note the ending that the core gave."""
         request = self._ends(effect.request, _COUNTED[effect.outcome], now_ns)
+        if effect.reason is not None:
+            self.reasons[effect.reason.value] = self.reasons.get(effect.reason.value, 0) + 1
+            self.messages.setdefault(effect.reason.value, effect.message)
         if effect.retry_after_ns is not None:
             self._told_to_wait(effect.retry_after_ns / SECOND_NS)
         if request is None or effect.outcome is Outcome.REFUSED:
             return
         if effect.outcome is Outcome.OK:
-            self.output_tokens += request.arrival.output_tokens
+            self.output_tokens += effect.output_tokens
         self._check_bound(effect, request)
 
     def fetched(self, name: str, size_bytes: int) -> None:
@@ -195,8 +211,10 @@ class Recorder:
             self.counts["doubled"] += 1
             return None
         self.counts[how] += 1
+        self.series.add(how, now_ns)
         self.ended_ns = now_ns
         if request.started_ns:
+            self.series.change("running", now_ns, -1)
             self._give_slot_back(request, now_ns)
         else:
             self._wait_is_over(request, now_ns)
@@ -204,13 +222,14 @@ class Recorder:
 
     def _wait_is_over(self, request: Open, now_ns: int) -> None:
         arrival = request.arrival
+        self.series.change("waiting", now_ns, -1)
         self.tenants[arrival.tenant].start(now_ns, arrival.output_tokens if request.started_ns else 0)
 
     def _take_slot(self, request: Open, now_ns: int) -> None:
         place = (request.backend, request.arrival.adapter)
         held = self._held.get(place)
         if held is None:
-            self._held[place] = Held(1, now_ns)
+            self._held[place] = Held(1, now_ns, self.openings < self.tenures_max)
             self.openings += 1
         else:
             held.running += 1
@@ -223,7 +242,7 @@ class Recorder:
         held.running -= 1
         if not held.running:
             del self._held[place]
-            if len(self.tenures) < self.tenures_max and place[1]:
+            if held.kept and place[1]:
                 self.tenures.append(Tenure(*place, held.since_ns, now_ns))
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from sidecar.sim.bounds import Engines, Lengths, StepTimes, all_resident, closed_form
 from sidecar.sim.offline import Request, least_miss_cost
 from sidecar.sim.records import Recorder
-from sidecar.sim.setup import SECOND_NS, Setup
+from sidecar.sim.setup import KV_UNLIMITED_TOKENS, SECOND_NS, Setup
 from sidecar.sim.statistics import jain_index, percentile
 from sidecar.sim.workloads import Workload
+
+Key = TypeVar("Key", int, str)
 
 PERCENTS = {"p50": 50.0, "p99": 99.0, "max": 100.0}
 HOT = 2.0
@@ -26,6 +29,8 @@ class Counted:
     device_loads: int
     core_ns: int
     store_bytes: int
+    wall_s: float = 0.0
+    """How long the simulation took, by the machine's clock."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Result:
 
     def waits_s(self) -> dict[str, list[float]]:
         """Return the waits to the first token in rising order: of all, of hot and of cold adapters."""
-        hot = _hot(self.recorder)
+        hot = hot_of(self.recorder.asked_for)
         waits: dict[str, list[float]] = {"all": sorted(self.recorder.waits_s), "hot": [], "cold": []}
         for wait_s, adapter in zip(self.recorder.waits_s, self.recorder.waited_for, strict=True):
             waits["hot" if adapter in hot else "cold"].append(wait_s)
@@ -63,10 +68,7 @@ class Result:
             "label": self.label,
             "bounds": self.bounds(),
             "throughput_tokens_per_s": self.throughput_tokens_per_s,
-            "wait_s": {
-                name: {key: percentile(values, percent) if values else None for key, percent in PERCENTS.items()}
-                for name, values in self.waits_s().items()
-            },
+            "wait_s": percentiles(self.waits_s()),
             "wait_bound": {
                 "requests": recorder.bounded,
                 "exceeded": len(recorder.over_bound),
@@ -79,20 +81,46 @@ class Result:
             "mean_batch": recorder.output_tokens / max(1, self.counted.iterations),
             "slot_openings_per_1k_requests": 1000 * recorder.openings / started,
             "jain_index": jain_index(self.tenant_rates()),
-            "requests": recorder.counts,
+            "requests": {**recorder.counts, "unfinished": len(recorder.unfinished)},
+            "reasons": recorder.reasons,
+            "messages": recorder.messages,
             "goodput": recorder.counts["answered"] / max(1, requests - recorder.counts["refused"]),
             "retry_after_s": recorder.retry_after_s,
             "store": self.store(),
             "core_us_per_request": self.counted.core_ns / 1e3 / requests,
             "simulated_s": self.seconds,
+            "wall_s": self.counted.wall_s,
             "workload": self.workload.name,
             "seed": self.workload.seed,
+            "setup": self.described(),
             "notes": self.notes,
+        }
+
+    def described(self) -> dict[str, Any]:
+        """Return what was simulated, as it was named; what stands before a bare engine is null."""
+        setup, engine, sidecar = self.setup, self.setup.engine, self.setup.sidecar
+        return {
+            "model": engine.cost.table.model,
+            "gpu": engine.cost.table.gpu,
+            "engine": engine.flavour,
+            "backends": setup.engines,
+            "seats": engine.seats,
+            "slots": engine.slots,
+            "rank": engine.rank,
+            "modules": list(engine.modules),
+            "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
+            "adapters": len(self.workload.adapters),
+            "in_flight": None if self.workload.open_loop else setup.in_flight,
+            "order": sidecar.ordering if sidecar else None,
+            "route": sidecar.routing if sidecar else None,
+            "store": sidecar.eviction if sidecar else None,
+            "prefetch": sidecar.prefetch if sidecar else None,
         }
 
     def bounds(self) -> dict[str, float]:
         """Return what is reachable at most by the closed forms, with the step times that the run had."""
-        times, lengths, engines = step_times(self.setup, len(self.workload.adapters)), self.lengths(), self.engines()
+        times, lengths = step_times(self.setup, len(self.workload.adapters)), self.lengths()
+        engines = engines_of(self.setup)
         in_flight = math.inf if self.workload.open_loop else float(self.setup.in_flight)
         adapters = max(1, len(self.workload.adapters))
         return {
@@ -103,10 +131,6 @@ class Result:
     def lengths(self) -> Lengths:
         recorder, count = self.recorder, max(1, self.recorder.counts["offered"])
         return Lengths(recorder.input_tokens / count, recorder.output_asked / count, recorder.reserved_tokens / count)
-
-    def engines(self) -> Engines:
-        engine = self.setup.engine
-        return Engines(engine.seats, engine.slots, engine.kv_tokens, self.setup.engines)
 
     def tenant_rates(self) -> list[float]:
         """Return the tokens per second that each tenant was given while it had something waiting."""
@@ -142,10 +166,24 @@ def step_times(setup: Setup, adapters: int) -> StepTimes:
     )
 
 
-def _hot(recorder: Recorder) -> dict[int, None]:
-    """Return the numbers of the adapters that are asked for much more than the usual."""
-    counts: dict[int, int] = {}
-    for number in recorder.asked_for:
-        counts[number] = counts.get(number, 0) + 1
-    mean = len(recorder.asked_for) / max(1, len(counts))
-    return {number: None for number, count in counts.items() if count >= HOT * mean}
+def engines_of(setup: Setup) -> Engines:
+    """Return the pool as the bounds take it."""
+    engine = setup.engine
+    return Engines(engine.seats, engine.slots, engine.kv_tokens, setup.engines)
+
+
+def hot_of(asked_for: Sequence[Key]) -> dict[Key, None]:
+    """Return the adapters that are asked for much more than the usual, from those of all arrivals."""
+    counts: dict[Key, int] = {}
+    for adapter in asked_for:
+        counts[adapter] = counts.get(adapter, 0) + 1
+    mean = len(asked_for) / max(1, len(counts))
+    return {adapter: None for adapter, count in counts.items() if count >= HOT * mean}
+
+
+def percentiles(waits_s: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | None]]:
+    """Return what sums up waits of several classes, each in rising order; None for a class without any."""
+    return {
+        name: {key: percentile(values, percent) if values else None for key, percent in PERCENTS.items()}
+        for name, values in waits_s.items()
+    }

@@ -33,6 +33,8 @@ FLAVOURS: dict[str, str] = {
 }
 """Engine flavours by name, and the emulator's scheduler that each one is."""
 TOKENS_PER_BLOCK = {"vllm": 16}
+RESERVED_MODULES = {"vllm": ALL_LINEAR}
+"""What a flavour keeps room for in each slot, whatever the adapters change; the others: what they do change."""
 COST_ENGINE = {"vllm": "vllm"}
 """The engine whose measured step times a flavour runs on; the others are TensorRT-LLM."""
 
@@ -59,8 +61,8 @@ class EngineSetup:
     @cached_property
     def adapter_bytes(self) -> int:
         """GPU memory of one slot: an adapter of `rank`, in half precision."""
-        dims = module_dims(self.shape)
-        return 2 * self.shape.layers * self.rank * sum(dims[name].in_dim + dims[name].out_dim for name in self.modules)
+        dims, kept = module_dims(self.shape), RESERVED_MODULES.get(self.flavour, self.modules)
+        return 2 * self.shape.layers * self.rank * sum(dims[name].in_dim + dims[name].out_dim for name in kept)
 
     @cached_property
     def kv_tokens(self) -> int:
@@ -146,6 +148,7 @@ class Sidecar:
     ordering: str = CoreConfig.ordering
     routing: str = CoreConfig.routing
     eviction: str = CoreConfig.eviction
+    prefetch: str = CoreConfig.prefetch
     store_bytes: int = CoreConfig.store_bytes
     fetch_overhead_ns: int = 50_000_000
     fetch_bytes_per_s: int = 2_000_000_000
@@ -165,6 +168,7 @@ class Sidecar:
             eviction=self.eviction,
             ordering=self.ordering,
             routing=self.routing,
+            prefetch=self.prefetch,
             tenant_weights=dict(self.tenant_weights),
         )
 
@@ -182,6 +186,8 @@ class Setup:
     sidecar: Sidecar | None = field(default_factory=Sidecar)
     in_flight: int = 1024
     """Requests outstanding at once in a closed loop."""
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    """Those that are known in full, by name; of the others a workload says the rank."""
 
     @property
     def backends(self) -> tuple[str, ...]:

@@ -18,6 +18,9 @@ from sidecar.sim.workloads import Arrival, Workload
 
 BEGIN_NS = 1_000_000_000
 """The first instant: 0 is what the core takes for "not yet"."""
+TOLD_EVERY = 256
+
+Told = Callable[[int], None]
 
 
 class Front(Protocol):
@@ -33,20 +36,25 @@ class Front(Protocol):
 class World:
     """The engines, the agenda and the clients of one run."""
 
-    def __init__(self, setup: Setup, workload: Workload, recorder: Recorder) -> None:
+    def __init__(self, setup: Setup, workload: Workload, recorder: Recorder, told: Told | None = None) -> None:
+        """`told` is given the number of requests that have ended, now and then."""
         self.setup = setup
         self.workload = workload
         self.recorder = recorder
         self.now_ns = BEGIN_NS
-        spec = setup.engine.spec()
-        self.engines: dict[str, Engine] = {name: Engine(spec, setup.engine.cost) for name in setup.backends}
+        self.engines: dict[str, Engine] = {name: self.build(name) for name in setup.backends}
         self.front: Front | None = None
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._arrivals: Iterator[Arrival] = iter(workload)
         self._arrived = 0
         self._outstanding = 0
+        self._told = told
         self._filling = False
+
+    def build(self, backend: str) -> Engine:
+        """Return an engine that has just been started."""
+        return Engine(self.setup.engine.spec(), self.setup.engine.cost)
 
     # What fronts use.
 
@@ -62,6 +70,8 @@ class World:
     def over(self, request_id: int) -> None:
         """A client has its ending: in a closed loop it sends the next request."""
         self._outstanding -= 1
+        if self._told is not None and (self._arrived - self._outstanding) % TOLD_EVERY == 0:
+            self._told(self._arrived - self._outstanding)
         if not self.workload.open_loop and not self._filling:
             self._fill()
 
@@ -108,7 +118,7 @@ class World:
 
     def _arrive_in_time(self, arrival: Arrival) -> None:
         self._next_arrival()
-        self._send(arrival)
+        self.send(arrival)
 
     def _fill(self) -> None:
         """Send until as many are outstanding as may be. A request may end while it is being sent."""
@@ -117,10 +127,11 @@ class World:
             arrival = next(self._arrivals, None)
             if arrival is None:
                 break
-            self._send(arrival)
+            self.send(arrival)
         self._filling = False
 
-    def _send(self, arrival: Arrival) -> None:
+    def send(self, arrival: Arrival) -> None:
+        """Have a client send a request now."""
         self._arrived += 1
         self._outstanding += 1
         self.recorder.arrived(self._arrived, arrival, self.now_ns)

@@ -159,7 +159,7 @@ def test_a_fetch_that_fails_ends_all_who_wait_with_the_reason() -> None:
 
 def test_one_version_has_a_blob_for_each_dtype() -> None:
     """An fp16 and a bf16 engine get their own packed form and task id of one digest."""
-    world = World(engines=1)
+    world = World(CoreConfig(store_bytes=64 * BLOB_BYTES, routing="least_in_flight"), engines=1)
     world.add_engine("bf", with_facts(facts_of(seats=1), dtype="bfloat16"))
     world.register("sql")
     for _ in range(20):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from policies.ordering.skip import Skip
-from policies.views import Decision, Room
+from policies.views import Decision, Hold, Room
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.words import Fault, Why
@@ -114,8 +114,8 @@ class Gate(Skip):
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         return super().choose(room, now_ns) if now_ns >= 2 * SECOND else None
 
-    def gated(self, request_id: int) -> bool:
-        return True
+    def holds(self, request_id: int) -> Hold | None:
+        return Hold.TURN
 
 
 def _down() -> tuple[World, int]:

@@ -1,0 +1,83 @@
+"""When waiting requests are overdue and when they are urgent: kept in heaps, so that time passing costs O(log n)."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+from policies.ordering.queues import Queues
+from policies.views import Promise, Waiting
+
+NEVER_NS = 1 << 62
+RIPE_SHARE = 0.5
+NOBODY = 1 << 62
+"""An id that no request has: all are older."""
+
+
+class Overdue:
+    """The promises of what waits in some queues."""
+
+    def __init__(self, queues: Queues) -> None:
+        self.versions: dict[str, None] = {}
+        """Those whose oldest request is overdue."""
+        self._queues = queues
+        self._times: dict[int, tuple[int, int]] = {}
+        self._overdue: list[tuple[int, int]] = []
+        self._urgent: list[tuple[int, int]] = []
+
+    def queued(self, request: Waiting, promise: Promise | None) -> None:
+        """Note a request that is in the queues; one without a promise has waited before, and is overdue at once."""
+        if promise is None:
+            self._note(request.id, request.arrived_ns, NEVER_NS)
+        else:
+            self._note(request.id, request.arrived_ns + promise.overdue_ns, request.arrived_ns + promise.urgent_ns)
+        if self._queues.versions[request.version].head() == request.id:
+            self._has_head(request.version, request.id)
+
+    def left(self, request: Waiting, was_head: bool) -> None:
+        """Note a request that has left the queues."""
+        del self._times[request.id]
+        if not was_head:
+            return
+        version = self._queues.versions.get(request.version)
+        if version is None:
+            self.versions.pop(request.version, None)
+        else:
+            self._has_head(request.version, version.head())
+
+    def pass_time(self, now_ns: int) -> None:
+        while self._overdue and self._overdue[0][0] <= now_ns:
+            _, head = heapq.heappop(self._overdue)
+            request = self._queues.requests.get(head)
+            if request is not None and self._queues.versions[request.version].head() == head:
+                self.versions[request.version] = None
+
+    def is_ripe(self, request: Waiting, now_ns: int) -> bool:
+        """Whether a waiting request is half-way to being overdue."""
+        overdue_ns, _ = self._times[request.id]
+        return now_ns - request.arrived_ns > RIPE_SHARE * (overdue_ns - request.arrived_ns)
+
+    def most_urgent(self, now_ns: int) -> int:
+        """Return the request that lets only older ones go before it, NOBODY while there is none."""
+        while self._urgent and self._urgent[0][1] not in self._times:
+            heapq.heappop(self._urgent)
+        return self._urgent[0][1] if self._urgent and self._urgent[0][0] <= now_ns else NOBODY
+
+    def snapshot(self) -> Any:
+        return [[request, *times] for request, times in self._times.items()]
+
+    def restore(self, state: Any) -> None:
+        """Take the times of what is in the queues already."""
+        for request, overdue_ns, urgent_ns in state:
+            self._note(request, overdue_ns, urgent_ns)
+        for name, version in self._queues.versions.items():
+            self._has_head(name, version.head())
+
+    def _note(self, request_id: int, overdue_ns: int, urgent_ns: int) -> None:
+        self._times[request_id] = (overdue_ns, urgent_ns)
+        if urgent_ns != NEVER_NS:
+            heapq.heappush(self._urgent, (urgent_ns, request_id))
+
+    def _has_head(self, version: str, head: int) -> None:
+        self.versions.pop(version, None)
+        heapq.heappush(self._overdue, (self._times[head][0], head))

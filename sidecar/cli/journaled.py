@@ -1,0 +1,204 @@
+"""`sidecar simulate --journal`: a live run's requests once more, at engines like those, under any policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sidecar.core.config import CoreConfig
+from sidecar.core.facts import Adapter, EngineFacts
+from sidecar.errors import Misused, Reason
+from sidecar.incident.archive import opened
+from sidecar.incident.arrivals import Arrival as Recorded
+from sidecar.incident.arrivals import Setting, arrivals_of, lines_of, setting_of
+from sidecar.replay import segments_of
+from sidecar.sim.options import BARE, Options
+from sidecar.sim.recorded import Sizes, recorded_engine
+from sidecar.sim.results import hot_of, percentiles
+from sidecar.sim.runs import Run, class_limit, cost_of, policies_said
+from sidecar.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
+from sidecar.sim.tables import Figures
+from sidecar.sim.workloads import Arrival, Workload
+
+LIVE = "live"
+FLAVOUR_OF = {"vllm": "vllm"}
+"""The flavour of a backend's kind; the others are TensorRT-LLM."""
+BASE_NAMES = ("", "base")
+
+
+def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
+    """Return the runs that a journal and the options make, and the figures of what was. Raises Misused."""
+    setting, recorded = setting_of(path), list(arrivals_of(path))
+    if not recorded or not setting.backends:
+        raise Misused(Reason.CONFIG_INVALID, f"{path} has no {'backend' if recorded else 'request'} in it")
+    load = _Load(setting, recorded[: options.requests])
+    pool, told = _pool(options, setting, load)
+    workload = Workload(
+        name=path.name,
+        adapters=tuple(load.adapters),
+        ranks={name: adapter.rank_max for name, adapter in load.adapters.items()},
+        requests=len(load.arrivals),
+        open_loop=options.in_flight is None,
+        seed=0,
+        arrivals=lambda: load.sent(options.in_flight is None),
+    )
+    orders = options.compare or (options.order or setting.config.ordering,)
+    runs = [
+        Run(order, replace(pool, sidecar=_sidecar(options, order, setting.config)), workload, told) for order in orders
+    ]
+    return runs, _live(path, recorded[: options.requests], load)
+
+
+class _Load:
+    """A journal's arrivals as a simulation sends them. Those whose adapter nobody had registered are left out."""
+
+    def __init__(self, setting: Setting, recorded: Sequence[Recorded]) -> None:
+        self._setting = setting
+        self.adapters: dict[str, Adapter] = {}
+        self.arrivals: list[Arrival] = []
+        self.names: dict[tuple[int, int], str] = {}
+        """What each recorded request asked for, by its life and number."""
+        self.guessed = 0
+        self.left_out = 0
+        self._answers = _Answers()
+        for each in recorded:
+            self._answers.learn(each)
+        shift_ns, before_ns = -recorded[0].at_ns, 0
+        for each in recorded:
+            if each.at_ns + shift_ns < before_ns:  # another life of the process, with a clock of its own
+                shift_ns = before_ns - each.at_ns
+            before_ns = each.at_ns + shift_ns
+            self._take_in(each, before_ns)
+
+    def sent(self, open_loop: bool) -> Iterator[Arrival]:
+        return iter(self.arrivals) if open_loop else (replace(each, at_ns=None) for each in self.arrivals)
+
+    def _take_in(self, recorded: Recorded, at_ns: int) -> None:
+        name = self._name_of(recorded.adapter)
+        if name is None:
+            self.left_out += 1
+            return
+        self.names[recorded.life, recorded.request] = name
+        self.guessed += recorded.output_tokens is None
+        asked = max(1, recorded.output_tokens_max)
+        answer = min(asked, max(1, self._answers.expected(recorded)))
+        sent = Arrival(at_ns, name, max(1, recorded.input_tokens), answer, asked, recorded.tenant, recorded.klass)
+        self.arrivals.append(sent)
+
+    def _name_of(self, reference: str) -> str | None:
+        """Return the name that a version goes by here, and keep it; None for one that nobody registered."""
+        name, _, selector = reference.partition("@")
+        registered = self._setting.adapters.get(name)
+        if registered is None:
+            return "" if reference in BASE_NAMES else None
+        if not selector:
+            self.adapters[name] = registered.adapter
+            return name
+        versions = {registered.ordinal: registered.adapter, **{old.ordinal: old.adapter for old in registered.others}}
+        for ordinal, adapter in sorted(versions.items(), reverse=True):
+            if selector == f"v{ordinal}" or (len(selector) >= 8 and adapter.digest.startswith(selector)):
+                label = name if ordinal == registered.ordinal else f"{name}/v{ordinal}"
+                self.adapters[label] = adapter
+                return label
+        return None
+
+    def told(self) -> Iterator[str]:
+        if self.guessed:
+            yield f"the journal does not hold the answers of {self.guessed:,} requests; the means of others are taken"
+        if self.left_out:
+            yield f"{self.left_out:,} requests asked for adapters that were not registered and are left out"
+
+
+@dataclass
+class _Answers:
+    """How long answers were, of each adapter and in all."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)
+
+    def learn(self, recorded: Recorded) -> None:
+        if recorded.output_tokens is not None:
+            for key in ("", recorded.adapter):
+                self.tokens[key] = self.tokens.get(key, 0) + recorded.output_tokens
+                self.count[key] = self.count.get(key, 0) + 1
+
+    def expected(self, recorded: Recorded) -> int:
+        """Return the length of an answer; where it is not known the mean, and else what was asked for."""
+        if recorded.output_tokens is not None:
+            return recorded.output_tokens
+        key = recorded.adapter if recorded.adapter in self.count else ""
+        return round(self.tokens[key] / self.count[key]) if key in self.count else recorded.output_tokens_max
+
+
+def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple[str, ...]]:
+    facts = next(iter(setting.backends.values()))
+    flavour = options.engine or FLAVOUR_OF.get(facts.kind, EngineSetup.flavour)
+    rank = max((adapter.rank_max for adapter in load.adapters.values()), default=EngineSetup.rank)
+    cost = cost_of(options, flavour, facts.rank_max or rank)
+    sizes = Sizes(options.seats, options.slots, options.host_slots)
+    engine, is_alike = recorded_engine(facts, load.adapters, cost, flavour, sizes)
+    pool = Setup(
+        engine=engine,
+        engines=options.backends or len(setting.backends),
+        in_flight=options.in_flight or 1,
+        adapters=load.adapters if is_alike else {},
+    )
+    return pool, (*load.told(), *_pool_told(setting.backends, engine, is_alike))
+
+
+def _pool_told(backends: dict[str, EngineFacts], engine: EngineSetup, is_alike: bool) -> Iterator[str]:
+    first, *others = backends
+    differing = [name for name in others if backends[name] != backends[first]]
+    if differing:
+        yield f"{', '.join(differing)} differ from {first}; all are simulated as {first} is"
+    if not is_alike:
+        yield f"engines are simulated as {engine.shape.name} with {engine.slots:,} slots, whatever they were built as"
+
+
+def _sidecar(options: Options, order: str, config: CoreConfig) -> Sidecar | None:
+    """Return what stood before the engines, with what was said to be otherwise."""
+    if order == BARE:
+        return None
+    ran = Sidecar(
+        ordering=order,
+        routing=config.routing,
+        eviction=config.eviction,
+        prefetch=config.prefetch,
+        store_bytes=config.store_bytes,
+        classes={name: class_limit(options, limit) for name, limit in config.classes.items()},
+        queued_max=config.queued_max,
+        tenant_weights=config.tenant_weights,
+    )
+    return replace(ran, **policies_said(options))
+
+
+# What was.
+
+
+def _live(path: Path, recorded: Sequence[Recorded], load: _Load) -> Figures:
+    """Return the figures of the live run, as far as a journal holds them."""
+    arrived_ns = {(each.life, each.request): each.at_ns for each in recorded}
+    waits_s: dict[str, list[float]] = {"all": [], "hot": [], "cold": []}
+    hot = hot_of(list(load.names.values()))
+    ended_ns = answered = tokens = 0
+    with opened(path) as place:
+        for line in lines_of(segments_of(place), ("FirstToken", "RunEnded")):
+            key = (line.life, line.event["request"])
+            if key not in arrived_ns:
+                continue
+            if line.event["!"] == "RunEnded":
+                answered, tokens = answered + 1, tokens + line.event["output_tokens"]
+                ended_ns = max(ended_ns, line.at_ns)
+                continue
+            wait_s = (line.at_ns - arrived_ns[key]) / SECOND_NS
+            for group in ("all", "hot" if load.names.get(key) in hot else "cold"):
+                waits_s[group].append(wait_s)
+    seconds = max(1, ended_ns - recorded[0].at_ns) / SECOND_NS
+    return {
+        "label": LIVE,
+        "throughput_tokens_per_s": tokens / seconds,
+        "wait_s": percentiles({name: sorted(values) for name, values in waits_s.items()}),
+        "requests": {"offered": len(recorded), "answered": answered},
+        "simulated_s": seconds,
+    }

@@ -1,0 +1,218 @@
+"""`sidecar simulate`: what a pool would do with a load, in virtual time, by the core that runs in production."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from policies.registry import POLICIES
+from sidecar.cli.journaled import journaled
+from sidecar.cli.show import AsJson, console, print_json
+from sidecar.errors import Misused, Reason
+from sidecar.sim.option_values import listed, names_listed
+from sidecar.sim.options import BARE, LORA_MODULES, Options
+from sidecar.sim.results import Result
+from sidecar.sim.runs import Run, runs_of
+from sidecar.sim.setup import FLAVOURS, Sidecar
+from sidecar.sim.simulate import simulate as run_simulation
+from sidecar.sim.tables import Figures, meaning, over, tables, title
+from sidecar.sim.workloads import WORKLOADS
+
+Beginning = Callable[[str, int], Callable[[int], None] | None]
+"""Told a run's label and how many requests it has; gives who is told how many of them have ended."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("simulate")(simulate)
+
+
+def _panel(name: str) -> Callable[..., Any]:
+    def option(words: str, default: str = "", *names: str) -> Any:
+        return typer.Option(*names, help=words, show_default=default or False, rich_help_panel=name)
+
+    return option
+
+
+def _names(kind: str) -> str:
+    return ", ".join(sorted(POLICIES[kind]))
+
+
+_load, _engines, _sidecar, _output = map(_panel, ("Load", "Engines", "Sidecar", "What to run and show"))
+
+
+def simulate(
+    workload: Annotated[
+        str | None, _load(f"Which adapter is asked for: {', '.join(WORKLOADS)}.", "round_robin")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        _load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too, instead of a workload."),
+    ] = None,
+    journal: Annotated[
+        Path | None, _load("A live run's journal, data directory or incident: what would it have been, with --order?")
+    ] = None,
+    adapters: Annotated[int | None, _load("Adapters in all.", "64")] = None,
+    requests: Annotated[int | None, _load("Requests in all.", "1024; all of a trace")] = None,
+    in_flight: Annotated[
+        int | None, _load("Closed loop: so many are outstanding, each sends the next when it ends.", "256")
+    ] = None,
+    rate: Annotated[float | None, _load("Open loop: arrivals per second, whatever has ended.")] = None,
+    load: Annotated[
+        float | None,
+        _load(
+            "The same as a share of capacity: of the tokens/s that the engines would give if every adapter had a slot "
+            "and the backlog no end, over the tokens of an answer."
+        ),
+    ] = None,
+    arrival_cv: Annotated[float | None, _load("Variation of the gaps; 1 is Poisson.", "1")] = None,
+    input_tokens: Annotated[int | None, _load("Mean tokens of a prompt.", "1024")] = None,
+    output_tokens: Annotated[int | None, _load("Mean tokens of an answer.", "1024")] = None,
+    input_cv: Annotated[float | None, _load("Variation of prompt lengths: 0 all alike, 1 exponential.", "0")] = None,
+    output_cv: Annotated[float | None, _load("Variation of answer lengths.", "0")] = None,
+    max_tokens: Annotated[
+        int | None, _load("What every client asks for at most.", "each exactly what it will get")
+    ] = None,
+    skew: Annotated[float | None, _load("Exponent of zipf and power.", "1 for zipf, 0.3 for power")] = None,
+    drift: Annotated[
+        int | None, _load("After each so many requests a tenth of the adapters swap places.", "never")
+    ] = None,
+    tenants: Annotated[str | None, _load("Weights of the tenants' arrivals: 20,1,1.", "one tenant")] = None,
+    seed: Annotated[int | None, _load("What is random comes from it.", "1")] = None,
+    seeds: Annotated[str | None, _load("Several, one after the other: 1,2,3.")] = None,
+    engine: Annotated[str | None, _engines(f"{', '.join(FLAVOURS)}.", "trtllm_no_evict")] = None,
+    model: Annotated[str | None, _engines("Whose step times.", "llama-3.1-8b")] = None,
+    gpu: Annotated[str | None, _engines("On which GPU.", "a100_sxm")] = None,
+    cost: Annotated[Path | None, _engines("Cost file, as `sidecar calibrate` writes it.")] = None,
+    backends: Annotated[int | None, _engines("Engines, all alike.", "1")] = None,
+    slots: Annotated[int | None, _engines("Adapters that fit the GPU of each.", "8")] = None,
+    host_slots: Annotated[int | None, _engines("Adapters that fit the host cache of each.", "1024")] = None,
+    seats: Annotated[int | None, _engines("Requests in a running batch.", "256")] = None,
+    rank: Annotated[
+        int | None, _engines("Rank that the engine is built for, and of the adapters.", "16; the largest of --ranks")
+    ] = None,
+    ranks: Annotated[str | None, _engines("Ranks of the adapters, in equal numbers: 8,16,64.")] = None,
+    lora_modules: Annotated[
+        str | None,
+        _engines(f"What adapters change: {', '.join(LORA_MODULES)} (as qv, at the base model's step times).", "qv"),
+    ] = None,
+    order: Annotated[
+        str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering)
+    ] = None,
+    compare: Annotated[str | None, _sidecar(f"Several on the same arrivals, side by side: {BARE},skip.")] = None,
+    route: Annotated[str | None, _sidecar(f"{_names('routing')}.", Sidecar.routing)] = None,
+    store: Annotated[str | None, _sidecar(f"Eviction from the store: {_names('eviction')}.", Sidecar.eviction)] = None,
+    store_bytes: Annotated[int | None, _sidecar("Size of the store.", str(Sidecar.store_bytes))] = None,
+    prefetch: Annotated[str | None, _sidecar(f"{_names('prefetch')}.", Sidecar.prefetch)] = None,
+    wait_limit: Annotated[
+        float | None,
+        _sidecar("Seconds that a request may wait; who would wait longer is refused.", "600; a closed loop: for ever"),
+    ] = None,
+    patience: Annotated[
+        float | None, _sidecar("Seconds that one waits before others are held back for it.", "20")
+    ] = None,
+    report: Annotated[Path | None, _output("Write a page with plots into this directory.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Simulate a pool of engines and what stands before them: throughput, waits and bounds, in virtual time.
+
+    Left alone it is SqueezeBits' measurement: Llama-3.1-8B on an A100, 64 adapters in turn, 1,024 tokens in and out,
+    256 seats, 256 requests in flight. The core and its policies are those that serve; the engine is the emulated one.
+    """
+    options = Options(
+        workload=workload, trace=trace, journal=journal, adapters=adapters, requests=requests, in_flight=in_flight,
+        rate=rate, load=load, arrival_cv=arrival_cv, input_tokens=input_tokens, output_tokens=output_tokens,
+        input_cv=input_cv, output_cv=output_cv, max_tokens=max_tokens, skew=skew, drift=drift,
+        tenants=listed("tenants", tenants, float), seeds=_seeds(seed, seeds), engine=engine, model=model, gpu=gpu,
+        cost=cost, backends=backends, slots=slots, host_slots=host_slots, seats=seats, rank=rank,
+        ranks=listed("ranks", ranks, int), lora_modules=lora_modules, order=order,
+        compare=names_listed("compare", compare), route=route, store=store, store_bytes=store_bytes,
+        prefetch=prefetch, wait_limit=wait_limit, patience=patience,
+    )  # fmt: skip
+    if report is not None and report.exists() and not report.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"--report {report}: expected a directory, and it is a file")
+    runs, live = (list(runs_of(options)), None) if journal is None else journaled(options, journal)
+    results = _results(runs)
+    _show(_figures(results), live, as_json)
+    if report is not None:
+        _report(results, report, as_json)
+
+
+def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...] | None:
+    if seed is not None and seeds is not None:
+        raise Misused(Reason.CONFIG_INVALID, "--seed and --seeds exclude each other: --seeds takes several")
+    return (seed,) if seed is not None else listed("seeds", seeds, int)
+
+
+def _results(runs: Sequence[Run]) -> list[Result]:
+    results = []
+    with _telling() as beginning:
+        for run in runs:
+            told = beginning(f"{run.label}, seed {run.workload.seed}", run.workload.requests)
+            result = run_simulation(run.setup, run.workload, run.label, told)
+            result.notes.extend(run.notes)
+            results.append(result)
+    return results
+
+
+def _figures(results: Sequence[Result]) -> list[Figures]:
+    """Return the JSON objects, each with its gain over the bare engine on the same arrivals where that ran."""
+    figures = [result.as_json() for result in results]
+    bare = {each["seed"]: each for each in figures if each["label"] == BARE}
+    for each in figures:
+        if each["label"] != BARE and each["seed"] in bare:
+            each["over_bare"] = over(each, bare[each["seed"]])
+    return figures
+
+
+def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
+    if as_json:
+        with_live = {} if live is None else {"live": live}
+        print_json({**(figures[0] if len(figures) == 1 else {"runs": figures}), **with_live})
+        return
+    screen = console()
+    for seed in dict.fromkeys(each["seed"] for each in figures):
+        of_seed = [each for each in figures if each["seed"] == seed]
+        screen.print(Text(title(of_seed[0])))
+        for table in tables([live, *of_seed] if live else of_seed, screen.width):
+            screen.print("", table)
+        screen.print("", *(Text(sentence) for sentence in meaning(of_seed, BARE)), sep="\n")
+
+
+def _report(results: list[Result], directory: Path, as_json: bool) -> None:
+    from sidecar.sim.report import write_report
+
+    written = write_report(results, directory)
+    if not as_json:
+        console().print(Text(f"The plots: {written}"))
+
+
+@contextmanager
+def _telling() -> Iterator[Beginning]:
+    """Give what draws a bar on stderr for each run: the requests that have ended. It is silent when nobody looks."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield lambda label, total: None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,} of {task.total:,} requests"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True) as progress:
+
+        def beginning(label: str, total: int) -> Callable[[int], None]:
+            for task_id in progress.task_ids:
+                progress.remove_task(task_id)
+            task = progress.add_task(label, total=total)
+            return lambda ended: progress.update(task, completed=ended)
+
+        yield beginning

@@ -1,0 +1,109 @@
+"""One seed from its drawing to its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sidecar.core.core import Core
+from sidecar.sim.faults.checks import Checks
+from sidecar.sim.faults.engines import FaultyWorld
+from sidecar.sim.faults.misfortune import Misfortune
+from sidecar.sim.faults.product import FaultyProduct
+from sidecar.sim.faults.scenario import Scenario, draw
+from sidecar.sim.faults.violation import hold
+from sidecar.sim.records import Recorder
+from sidecar.sim.setup import SECOND_NS
+from sidecar.sim.workloads import workload
+
+Books = Callable[[Core], None]
+SHOWN = 40
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a seed that held came to."""
+
+    seed: int
+    digest: str
+    """Over every effect and its time."""
+    requests: int
+    reasons: dict[str, int]
+    """How many ended how."""
+    voided: dict[str, int]
+    bounded: int
+    nearest_to_bound: float
+    faults: int
+    steps: int
+    virtual_s: float
+
+
+class SeedFailed(Exception):
+    """A seed under which something did not hold; the message has all that is needed to look into it."""
+
+
+def run_seed(seed: int, books: Books = lambda _: None, idle: Books = lambda _: None) -> Verdict:
+    """Run the world of a seed through its faults and then in peace.
+
+    `books` is asked now and then, and `idle` at the end, whether the core's own counts agree. Raises SeedFailed.
+    """
+    scenario = draw(seed)
+    checks, recorder = Checks(scenario, books), Recorder()
+    world = FaultyWorld(scenario, workload(scenario.load, scenario.parameters), recorder)
+    product = FaultyProduct(scenario, world, checks)
+    misfortune = Misfortune(scenario, world, product, checks)
+    try:
+        misfortune.begin()
+        world.run(product)
+        checks.ended(product.core)
+        _agree(checks, recorder)
+        idle(product.core)
+    except Exception as error:
+        raise SeedFailed(_report(scenario, world, checks, misfortune, error)) from error
+    return Verdict(
+        seed=seed,
+        digest=checks.digest,
+        requests=len(checks.clients),
+        reasons=checks.reasons,
+        voided=checks.voided,
+        bounded=checks.bounded,
+        nearest_to_bound=checks.nearest_to_bound,
+        faults=len(misfortune.happened),
+        steps=checks.steps,
+        virtual_s=world.now_ns / SECOND_NS,
+    )
+
+
+def _agree(checks: Checks, recorder: Recorder) -> None:
+    """Check that the simulator's own record tells the same."""
+    hold(not recorder.unfinished, f"{recorder.unfinished[:5]} have no ending in the record")
+    hold(not recorder.counts["doubled"], f"{recorder.counts['doubled']} doubled in the record")
+    hold(not recorder.over_bound, f"over their bound in the record: {recorder.over_bound[:5]}")
+    hold(recorder.counts["offered"] == len(checks.clients), "the record has other requests")
+
+
+def _report(scenario: Scenario, world: FaultyWorld, checks: Checks, misfortune: Misfortune, error: Exception) -> str:
+    phase = "in peace" if checks.peace_ns else "under faults"
+    steps = [
+        f"{now_ns / SECOND_NS:10.3f}  {_short(event)}" + "".join(f"\n{'':14}→ {_short(effect)}" for effect in effects)
+        for now_ns, event, effects in list(checks.history)[-SHOWN:]
+    ]
+    return "\n".join(
+        (
+            f"seed {scenario.seed} failed at {world.now_ns / SECOND_NS:.3f} s, {phase}, step {checks.steps}:",
+            f"{type(error).__name__}: {error}",
+            "",
+            scenario.describe(),
+            "",
+            "what went wrong, on purpose:",
+            *misfortune.happened[-SHOWN:],
+            "",
+            "the last steps of the core:",
+            *steps,
+        )
+    )
+
+
+def _short(thing: object, longest: int = 300) -> str:
+    text = repr(thing)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"

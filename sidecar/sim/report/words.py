@@ -1,0 +1,57 @@
+"""Figures as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MINUTE_S, HOUR_S = 60.0, 3600.0
+
+
+def number(value: float) -> str:
+    """Return three significant digits, all digits of what is larger, with commas: 0.0123, 1.23, 12.3, 1,234."""
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:,.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    if size >= 0.9995:
+        return f"{value:.2f}"
+    return f"{value:.3g}" if size >= 0.001 else f"{value:.1e}" if size else "0"
+
+
+def tick(value: float) -> str:
+    """Return a round value with no zeros that say nothing: 0.5, 20, 1,000."""
+    return f"{value:,.0f}" if value >= 1 and float(value).is_integer() else f"{value:.6g}"
+
+
+def seconds(value: float) -> str:
+    """Return a time with its unit: 4 ms, 12.3 s, 1,204 s."""
+    return f"{number(value * 1000)} ms" if 0 < value < 0.1 else f"{number(value)} s"
+
+
+def percent(share: float) -> str:
+    """Return a share of a whole; one decimal where rounding would say that something is all or nothing."""
+    value = 100 * share
+    return f"{value:.0f} %" if 0.95 <= value <= 99 or value in (0, 100) or value >= 100.95 else f"{value:.1f} %"
+
+
+def times(ratio: float) -> str:
+    """Return a factor: 1.95×."""
+    return f"{ratio:.2f}×"
+
+
+def count(value: float, thing: str) -> str:
+    """Return so many things: 1 slot, 8 slots."""
+    return f"{value:,.0f} {thing}" if value == 1 else f"{value:,.0f} {thing}s"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them: a, b and c."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def time_unit(span_s: float) -> tuple[float, str]:
+    """Return the unit for an axis of so long a time, and how many seconds it has."""
+    if span_s > 4 * HOUR_S:
+        return HOUR_S, "h"
+    return (MINUTE_S, "min") if span_s > 20 * MINUTE_S else (1.0, "s")
