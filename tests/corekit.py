@@ -500,6 +500,9 @@ def check_books(core: Core) -> None:
         _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]
         assert backend.kv_reserved == sum(request.kv_tokens(backend) for request in running)
+        busy = {version: slot.pages for version, slot in backend.slots.items() if backend.slot_busy(version, slot)}
+        assert (sorted(backend.busy), backend.busy_pages) == (sorted(busy), sum(busy.values()))
+        assert sorted(backend.resting) == sorted(backend.slots.keys() - backend.queued_by_version.keys())
         for digest, slot in backend.slots.items():
             assert slot.running == sum(request.version == digest for request in running)
         assert sorted(backend.queued) == sorted(i for line in backend.queued_by_version.values() for i in line)

@@ -55,31 +55,35 @@ class Ranking:
         return self._heap[self._places[key]][0]
 
     def _settle(self, place: int, entry: tuple[Any, str]) -> None:
-        """Put an entry where it belongs, given that all but this place is in order."""
-        place = self._rise(place, entry)
-        place = self._sink(place, entry)
-        self._heap[place] = entry
-        self._places[entry[1]] = place
+        """Put an entry where it belongs, given that all but this place is in order.
 
-    def _rise(self, place: int, entry: tuple[Any, str]) -> int:
-        heap, places = self._heap, self._places
-        while place:
-            above = (place - 1) // 2
-            if heap[above] <= entry:
-                break
-            heap[place] = heap[above]
-            places[heap[place][1]] = place
-            place = above
-        return place
+        A key that is used sinks nearly to the bottom; so the way down is cleared without looking at the entry, and the
+        entry rises from there: one comparison a level instead of two.
+        """
+        if not place or self._heap[(place - 1) // 2] <= entry:
+            place = self._clear(place)
+        self._rise(place, entry)
 
-    def _sink(self, place: int, entry: tuple[Any, str]) -> int:
+    def _clear(self, place: int) -> int:
+        """Move the lesser child up, over and over, and return the place at the bottom that is left."""
         heap, places = self._heap, self._places
-        while (below := 2 * place + 1) < len(heap):
-            if below + 1 < len(heap) and heap[below + 1] < heap[below]:
+        last = len(heap) - 1
+        while (below := 2 * place + 1) <= last:
+            if below < last and heap[below + 1] < heap[below]:
                 below += 1
-            if entry <= heap[below]:
-                break
-            heap[place] = heap[below]
-            places[heap[place][1]] = place
+            moved = heap[place] = heap[below]
+            places[moved[1]] = place
             place = below
         return place
+
+    def _rise(self, place: int, entry: tuple[Any, str]) -> None:
+        heap, places = self._heap, self._places
+        while place:
+            above = heap[(place - 1) // 2]
+            if above <= entry:
+                break
+            heap[place] = above
+            places[above[1]] = place
+            place = (place - 1) // 2
+        heap[place] = entry
+        places[entry[1]] = place

@@ -184,7 +184,7 @@ class SoftGated:
         return None
 
     def _opening(self, room: Room, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
-        if all(version in room.open or version == BASE for version in self._queues.versions):
+        if not self._queues.versions.keys() - room.open.keys() - {BASE}:
             return None
         free = room.pages_free
         if free is not None and free <= 0:

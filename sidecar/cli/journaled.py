@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sidecar.cli.show import count
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Misused, Reason
@@ -43,6 +44,7 @@ def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
         seed=0,
         arrivals=lambda: load.sent(options.in_flight is None),
     )
+    told = (*told, f"the live run was ordered by {setting.config.ordering}; its times are its engines' own")
     orders = options.compare or (options.order or setting.config.ordering,)
     runs = [
         Run(order, replace(pool, sidecar=_sidecar(options, order, setting.config)), workload, told) for order in orders
@@ -105,9 +107,9 @@ class _Load:
 
     def told(self) -> Iterator[str]:
         if self.guessed:
-            yield f"the journal does not hold the answers of {self.guessed:,} requests; the means of others are taken"
+            yield f"the journal lacks the answers of {count(self.guessed, 'request')}; the means of others are taken"
         if self.left_out:
-            yield f"{self.left_out:,} requests asked for adapters that were not registered and are left out"
+            yield f"{count(self.left_out, 'request')} for adapters that were not registered left out"
 
 
 @dataclass
@@ -115,20 +117,20 @@ class _Answers:
     """How long answers were, of each adapter and in all."""
 
     tokens: dict[str, int] = field(default_factory=dict)
-    count: dict[str, int] = field(default_factory=dict)
+    known: dict[str, int] = field(default_factory=dict)
 
     def learn(self, recorded: Recorded) -> None:
         if recorded.output_tokens is not None:
             for key in ("", recorded.adapter):
                 self.tokens[key] = self.tokens.get(key, 0) + recorded.output_tokens
-                self.count[key] = self.count.get(key, 0) + 1
+                self.known[key] = self.known.get(key, 0) + 1
 
     def expected(self, recorded: Recorded) -> int:
         """Return the length of an answer; where it is not known the mean, and else what was asked for."""
         if recorded.output_tokens is not None:
             return recorded.output_tokens
-        key = recorded.adapter if recorded.adapter in self.count else ""
-        return round(self.tokens[key] / self.count[key]) if key in self.count else recorded.output_tokens_max
+        key = recorded.adapter if recorded.adapter in self.known else ""
+        return round(self.tokens[key] / self.known[key]) if key in self.known else recorded.output_tokens_max
 
 
 def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple[str, ...]]:

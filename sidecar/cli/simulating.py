@@ -140,7 +140,7 @@ def simulate(
         raise Misused(Reason.CONFIG_INVALID, f"--report {report}: expected a directory, and it is a file")
     runs, live = (list(runs_of(options)), None) if journal is None else journaled(options, journal)
     results = _results(runs)
-    _show(_figures(results), live, as_json)
+    _show(_figures(results, live), live, as_json)
     if report is not None:
         _report(results, report, as_json)
 
@@ -162,13 +162,15 @@ def _results(runs: Sequence[Run]) -> list[Result]:
     return results
 
 
-def _figures(results: Sequence[Result]) -> list[Figures]:
-    """Return the JSON objects, each with its gain over the bare engine on the same arrivals where that ran."""
+def _figures(results: Sequence[Result], live: Figures | None) -> list[Figures]:
+    """Return the JSON objects, each with what it has of the bare engine and of the live run, where there was one."""
     figures = [result.as_json() for result in results]
     bare = {each["seed"]: each for each in figures if each["label"] == BARE}
     for each in figures:
         if each["label"] != BARE and each["seed"] in bare:
             each["over_bare"] = over(each, bare[each["seed"]])
+        if live is not None:
+            each["over_live"] = over(each, live)
     return figures
 
 
@@ -183,7 +185,7 @@ def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
         screen.print(Text(title(of_seed[0])))
         for table in tables([live, *of_seed] if live else of_seed, screen.width):
             screen.print("", table)
-        screen.print("", *(Text(sentence) for sentence in meaning(of_seed, BARE)), sep="\n")
+        screen.print("", *(Text(sentence) for sentence in meaning(of_seed, BARE, live)), sep="\n")
 
 
 def _report(results: list[Result], directory: Path, as_json: bool) -> None:

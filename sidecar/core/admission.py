@@ -181,10 +181,11 @@ def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) 
             "the class's queue_wait_s_max",
             retry_after_s=max(over_ns, RETRY_AFTER_NS) / 1e9,
         )
-    if request.deadline_ns is not None and turn.now_ns + wait_ns > request.deadline_ns:
+    first_token_ns = wait_ns + promising.reading_ns(backend, request)
+    if request.deadline_ns is not None and turn.now_ns + first_token_ns > request.deadline_ns:
         raise Refused(
             Reason.DEADLINE_UNMEETABLE,
-            f"{backend.id} would not come to it for {wait_ns / 1e9:.1f} s and its deadline is in "
+            f"{backend.id} would not begin to answer it for {first_token_ns / 1e9:.1f} s and its deadline is in "
             f"{(request.deadline_ns - turn.now_ns) / 1e9:.1f} s; give it more time or try again later",
         )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from policies.views import BASE, Hold
 from sidecar.core.facts import Misfit
-from sidecar.core.state import Backend, Request, State, Version
+from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 from sidecar.core.words import Phase, Why
 
 
@@ -40,6 +40,19 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
         servers = tuple(b for b in state.backends.values() if cannot_serve(state, b, digest) is None)
         state.servers[digest] = servers
     return servers
+
+
+def takers_of(state: State, digest: str, input_tokens: int) -> tuple[str, ...]:
+    """Return the backends that are up, can serve a version and take a prompt of this length."""
+    takers = state.takers.get(digest)
+    if takers is None:
+        up = [backend for backend in servers_of(state, digest) if backend.takes_requests]
+        longest = min((backend.facts.input_tokens_max or NEVER_NS for backend in up), default=0)
+        takers = state.takers[digest] = (tuple(backend.id for backend in up), longest)
+    ids, longest = takers
+    if input_tokens <= longest:
+        return ids
+    return tuple(backend for backend in ids if long_enough(state.backends[backend], input_tokens))
 
 
 def long_enough(backend: Backend, input_tokens: int) -> bool:
@@ -87,9 +100,8 @@ class PageRoom:
 
 
 def page_room(backend: Backend) -> PageRoom:
-    busy = [slot.pages for version, slot in backend.slots.items() if backend.slot_busy(version, slot)]
     limit = page_limit(backend)
-    return PageRoom(None if limit is None else limit - sum(busy), not busy)
+    return PageRoom(None if limit is None else limit - backend.busy_pages, not backend.busy)
 
 
 def page_limit(backend: Backend) -> int | None:
@@ -169,7 +181,7 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
         slot = backend.slots.get(request.version)
         if slot is None:
             return why_not_open(state, backend, request.version, now_ns) or Why.NEXT
-        if slot.load is not None or slot.stale:
+        if slot.loading:
             return Why.LOADING
     if backend.in_flight >= backend.seats(state.config):
         return Why.SEATS_FULL

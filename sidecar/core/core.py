@@ -62,7 +62,7 @@ class Core:
 
     def _backend_added(self, event: ev.BackendAdded) -> None:
         self.state.backends[event.backend] = Backend(event.backend, event.facts, self.policies.ordering())
-        self.state.servers.clear()
+        self.state.forget_servers()
 
     def _schedule(self, turn: Turn) -> None:
         """Let fetches and dispatches move until nothing does: each can make room for the other."""
@@ -190,9 +190,21 @@ def _progress(turn: Turn, event: ev.Progress) -> None:
         came = min(tokens, request.expected_tokens)
         request.expected_tokens -= came
         backend.outstanding.generated(request.view.tenant, came)
-    if running and promising.learn_steps(turn.state, backend, max(running.values()), turn.now_ns):
+    if running and _has_slowed(turn, backend, running):
         turn.void_promises(backend, "backend slowed")
     backend.ordering.progressed(running, turn.now_ns)
+
+
+def _has_slowed(turn: Turn, backend: Backend, tokens: dict[int, int]) -> bool:
+    """Count an engine's steps by those who ran all the time since it was last told of; say whether it has slowed."""
+    requests = [turn.state.requests[request_id] for request_id in tokens]
+    steps = max((tokens[request.id] for request in requests if request.progressing), default=0)
+    for request in requests:
+        request.progressing = tokens[request.id] > 0
+    if not steps:
+        backend.steps.resume(turn.now_ns)
+        return False
+    return promising.learn_steps(turn.state, backend, steps, turn.now_ns)
 
 
 def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
@@ -203,6 +215,7 @@ def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
     backend.facts = event.facts
     state.forget_derived(backend=backend.id)
     backend.phase = Phase.UP
+    state.forget_servers()
     healing.reset_beliefs(backend)
     backend.ahead.clear()
     backend.shadow = EngineShadow(CacheShadow(event.facts.host_pages_total), CacheShadow(event.facts.device_pages))

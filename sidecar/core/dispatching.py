@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import asks, suspects
+from sidecar.core import asks, promising, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import LoadDone
 from sidecar.core.room import LiveRoom
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
 from sidecar.core.turn import Turn
 from sidecar.core.words import Cache
+from sidecar.errors import Reason
 
 
 def pump(turn: Turn, backend: Backend) -> None:
@@ -23,7 +24,7 @@ def pump(turn: Turn, backend: Backend) -> None:
             return
         room.changed()
         if isinstance(decision, Send):
-            _send(turn, backend, turn.state.requests[decision.request])
+            _take_turn(turn, backend, turn.state.requests[decision.request])
         elif isinstance(decision, Open):
             open_version(turn, backend, decision.version)
         else:
@@ -32,14 +33,17 @@ def pump(turn: Turn, backend: Backend) -> None:
 
 def _reload_stale(turn: Turn, backend: Backend) -> None:
     state = turn.state
-    for digest, slot in list(backend.slots.items()):
-        if not slot.stale or digest not in backend.queued_by_version:
+    for digest in list(backend.stale):
+        if digest not in backend.queued_by_version:
             continue
         if not state.store.has(state.packed_for(digest, backend).key):
             continue
         if asks.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
+            del backend.stale[digest]
+            slot = backend.slots[digest]
             slot.stale = False
             slot.load = _load(turn, backend, digest)
+            backend.recount(digest)
 
 
 def _warm_up(turn: Turn, backend: Backend) -> None:
@@ -62,6 +66,7 @@ def open_version(turn: Turn, backend: Backend, digest: str) -> None:
     slot = backend.slots[digest] = Slot(turn.now_ns, packed.pages)
     if not asks.resident(backend, digest):
         slot.load = _load(turn, backend, digest)
+    backend.recount(digest)
 
 
 def _close_idle(state: State, backend: Backend, pages: int) -> None:
@@ -74,14 +79,14 @@ def _close_idle(state: State, backend: Backend, pages: int) -> None:
         if taken + pages <= limit:
             return
         if not backend.slot_busy(version, slot):
-            del backend.slots[version]
+            backend.close_slot(version)
             taken -= slot.pages
 
 
 def _close(backend: Backend, decision: Close) -> None:
     slot = backend.slots[decision.version]
     assert not backend.slot_in_use(slot), f"{decision.version} is in use on {backend.id}"
-    del backend.slots[decision.version]
+    backend.close_slot(decision.version)
 
 
 def _load(turn: Turn, backend: Backend, digest: str) -> int:
@@ -131,9 +136,9 @@ def _left_the_engine(turn: Turn, backend: Backend, digest: str) -> None:
     """The engine evicted a version for another's Load. If it was open and waited for a seat, it is opened anew."""
     slot = backend.slots.get(digest)
     if slot is not None and not backend.slot_in_use(slot):
-        del backend.slots[digest]
+        backend.close_slot(digest)
     if digest in turn.state.versions:
-        turn.hunger(turn.state.packed_for(digest, backend).key)
+        turn.went_missing(turn.state.packed_for(digest, backend).key)
 
 
 def end_load(turn: Turn, load: LoadRun) -> Backend:
@@ -148,11 +153,29 @@ def end_load(turn: Turn, load: LoadRun) -> Backend:
     slot = backend.slots.get(load.digest)
     if slot is not None and slot.load == load.id:
         slot.load = None
+        backend.recount(load.digest)
     turn.unpin(load.key)
     turn.dirty[backend.id] = None
     if not state.versions[load.digest].answered:  # its probation may have held it back anywhere
         turn.dirty.update(dict.fromkeys(state.backends))
     return backend
+
+
+def _take_turn(turn: Turn, backend: Backend, request: Request) -> None:
+    """Send a request whose turn has come; end it when its deadline passes before its prompt can have been read."""
+    reading_ns = promising.reading_ns(backend, request)
+    if request.deadline_ns is None or turn.now_ns + reading_ns <= request.deadline_ns:
+        _send(turn, backend, request)
+        return
+    turn.drop(
+        request,
+        Reason.EXPIRED,
+        f"{request.view.name or 'base model'}: its turn came after "
+        f"{(turn.now_ns - request.view.arrived_ns) / 1e9:.1f} s and its deadline is in "
+        f"{(request.deadline_ns - turn.now_ns) / 1e9:.3f} s, while {backend.id} needs {reading_ns / 1e9:.3f} s to read "
+        f"its prompt of {request.view.input_tokens} tokens; give it more time",
+    )
+    backend.ordering.ended(request.view, 0, turn.now_ns)  # it was told that it goes
 
 
 def _send(turn: Turn, backend: Backend, request: Request) -> None:
@@ -168,7 +191,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     request.running = True
     request.attempt += 1
     request.tokens = 0
-    request.first_token = False
+    request.first_token = request.progressing = False
     request.dispatched_ns = turn.now_ns
     task_id = 0
     if request.version != BASE:
@@ -194,6 +217,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
 def _use(turn: Turn, backend: Backend, request: Request) -> int:
     packed = turn.state.packed_for(request.version, backend)
     backend.slots[request.version].running += 1
+    backend.recount(request.version)
     backend.shadow.began(request.version, packed.pages, turn.now_ns)
     if turn.state.store.pin(packed.key):
         request.pinned_key = packed.key

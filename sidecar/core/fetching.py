@@ -107,7 +107,8 @@ def fetched(turn: Turn, event: Fetched) -> None:
     state.guesses.arrived(event.key)
     entry.held_by_operator = state.memory_holds(entry.digest)
     from_disk = disk.is_reading(turn, event.key)
-    _tell_who_waited(state, event.key, from_disk)
+    _tell_who_waited(turn, event.key, from_disk)
+    state.missing_since.pop(event.key, None)
     if from_disk:
         disk.end_read(turn, event.key, good=True)
     elif not entry.doomed:
@@ -123,12 +124,14 @@ def fetched(turn: Turn, event: Fetched) -> None:
             backend.ahead.rest = 0
 
 
-def _tell_who_waited(state: State, key: str, from_disk: bool) -> None:
+def _tell_who_waited(turn: Turn, key: str, from_disk: bool) -> None:
     """Note where each waiting request's adapter came from: the disk is the host store's own."""
+    state = turn.state
     begun_for = state.fetched_for.pop(key, None)
     for request_id in state.wanted.get(key, ()):
         request = state.requests[request_id]
         assert request.backend is not None
+        turn.arrived_for(request)
         if not resident(state.backends[request.backend], request.version):
             own, others = (Cache.HOST, None) if from_disk else (Cache.FETCHED, Cache.JOINED)
             request.fetch = own if request_id == begun_for else others

@@ -117,11 +117,13 @@ def _reload(turn: Turn, backend: Backend, digest: str) -> None:
     """Have a version opened anew, or loaded into the slot that others of it still run in."""
     slot = backend.slots.get(digest)
     if slot is not None and slot.running:
-        slot.stale = slot.load is None
+        if slot.load is None:
+            slot.stale = True
+            backend.stale[digest] = None
     elif slot is not None and slot.load is None:
-        del backend.slots[digest]
+        backend.close_slot(digest)
     if digest != BASE:
-        turn.hunger(turn.state.packed_for(digest, backend).key)
+        turn.went_missing(turn.state.packed_for(digest, backend).key)
 
 
 def _full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
@@ -149,10 +151,10 @@ def _forget_idle(turn: Turn, backend: Backend) -> None:
     backend.shadow.forget_idle()
     for version, slot in list(backend.slots.items()):
         if not backend.slot_in_use(slot) and not asks.resident(backend, version):
-            del backend.slots[version]
+            backend.close_slot(version)
     for version in backend.queued_by_version:
         if version != BASE:
-            turn.hunger(turn.state.packed_for(version, backend).key)
+            turn.went_missing(turn.state.packed_for(version, backend).key)
 
 
 def _whole_engine(turn: Turn, request: Request, backend: Backend, text: str) -> None:
@@ -191,6 +193,7 @@ def _queue_full(turn: Turn, request: Request, backend: Backend, text: str) -> No
 
 def _back_off(turn: Turn, backend: Backend) -> None:
     """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
+    turn.void_promises(backend, "engine queue full")
     backend.seats_learned = max(1, backend.in_flight)
     backend.seats_credit = 0
     _pause(turn, backend)
@@ -309,7 +312,7 @@ def _load_lost(turn: Turn, load: LoadRun, version: Version, backend: Backend, te
 def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The engine refuses these weights for good: whoever waits here goes elsewhere, or ends with its words."""
     version.refused_by[backend.id] = text
-    turn.state.servers.pop(load.digest, None)
+    turn.state.forget_servers_of(load.digest)
     for request_id in list(backend.queued_by_version.get(load.digest, ())):
         request = turn.state.requests[request_id]
         turn.dequeue(request)
@@ -344,6 +347,8 @@ def backend_lost(turn: Turn, event: BackendLost) -> None:
     if backend.phase is Phase.DOWN:
         return
     backend.phase = Phase.DOWN
+    turn.state.forget_servers()
+    turn.void_promises(backend, "backend lost")
     turn.heal(backend, Fault.LOST.value, BASE)
     _lose_loads(turn, backend, event.cause)
     runs = [turn.state.requests[request_id] for request_id in list(backend.running)]
@@ -383,7 +388,8 @@ def _lose_run(turn: Turn, request: Request, backend: Backend, cause: str) -> Non
 def reset_beliefs(backend: Backend) -> None:
     """Forget all that was believed of an engine that is gone or has started anew."""
     backend.shadow.clear()
-    backend.slots.clear()
+    for version in list(backend.slots):
+        backend.close_slot(version)
     backend.lone_load = None
     backend.pages_learned = None
     backend.full_until_ns = backend.full_backoff_ns = 0

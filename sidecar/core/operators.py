@@ -184,7 +184,7 @@ def release_asked(turn: Turn, event: ReleaseAsked) -> None:
     version = turn.state.versions[digest]
     version.quarantined = ""
     version.refused_by.clear()
-    turn.state.servers.pop(digest, None)
+    turn.state.forget_servers_of(digest)
     suspects.clear(turn.state, digest)
 
 
@@ -194,7 +194,7 @@ def drain_set(turn: Turn, event: DrainSet) -> None:
     if backend.draining == event.draining:
         return
     backend.draining = event.draining
-    turn.state.servers.clear()
+    turn.state.forget_servers()
     if event.draining:
         turn.reroute_queue(backend)
     turn.route_the_unrouted()

@@ -74,7 +74,7 @@ def take_stock(turn: Turn, backend: Backend) -> None:
         if one.done_ns is not None or (slot is not None and slot.load is not None):
             continue
         if slot is not None and not slot.running:
-            del backend.slots[version]
+            backend.close_slot(version)
         ahead.ended(version, asks.resident(backend, version), turn.now_ns)
 
 

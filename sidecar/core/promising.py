@@ -7,13 +7,13 @@ at which what it rested on is gone: the backend was lost or has become slower, o
 
 from __future__ import annotations
 
-from policies.views import Backlog
+from policies.views import BASE, Backlog
 from sidecar.core import asks
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns
 from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
-"""What a promise allows for the way of an adapter that the host store has not got."""
+"""What a promise allows for the way of an adapter that the host store has not got, or may lose again."""
 SLOWED = 1.25
 """Steps that take so many times what promises allow for mean that the engine has become slower."""
 LENGTHS_KEPT = 0.99
@@ -26,9 +26,23 @@ def pace_of(backend: Backend) -> Pace:
     return backend.facts.pace or Pace()
 
 
+def _versions(backend: Backend) -> int:
+    """Return how many versions wait or hold a slot."""
+    return len(backend.queued_by_version) + len(backend.resting)
+
+
 def pace_is_known(backend: Backend) -> bool:
     """Whether an engine's pace is more than a guess."""
     return backend.facts.pace is not None or backend.steps.known
+
+
+def reading_ns(backend: Backend, request: Request) -> int:
+    """Return how long an engine takes at least to read a request's prompt; 0 where it was not calibrated.
+
+    Steps say nothing of prompts, so a pace that was learned from them is a guess here.
+    """
+    pace = backend.facts.pace
+    return 0 if pace is None else round(pace.prompt_token_ns * request.view.input_tokens)
 
 
 def slots_of(backend: Backend, pages: int) -> int:
@@ -58,7 +72,7 @@ def learn_length(version: Version, request: Request) -> None:
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     """Return what a request finds, itself included: it must have been counted as outstanding."""
     outstanding, pages = backend.outstanding, state.packed_for(request.version, backend).pages
-    versions = len(backend.queued_by_version) + sum(v not in backend.queued_by_version for v in backend.slots)
+    versions = _versions(backend)
     blocked = versions - len(backend.slots)
     demand, slots = outstanding.demand(versions), slots_of(backend, pages)
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
@@ -70,8 +84,13 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         blocked=max(blocked, 0),
         slots=slots,
         patience_ns=state.config.classes[request.view.klass].patience_ns,
-        fetch_ns=0 if asks.ready(state, backend, request.version) else FETCH_ALLOWANCE_NS,
+        fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,
     )
+
+
+def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
+    """Whether a version need not be fetched while a request for it waits: queued ones are not pinned."""
+    return version == BASE or (state.store.has(state.packed_for(version, backend).key) and not state.store.evictions)
 
 
 def wait_ns(state: State, backend: Backend) -> int:
@@ -98,9 +117,7 @@ def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> 
 def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> None:
     """Take in that a run has ended with so many tokens; what was outstanding while it ran must still be counted."""
     outstanding = backend.outstanding
-    queued = backend.queued_by_version
-    versions = len(queued) + sum(version not in queued for version in backend.slots)
-    demand = outstanding.demand(max(1, versions))
+    demand = outstanding.demand(max(1, _versions(backend)))
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
     batch = demand.batch(seats, kv_tokens, slots_of(backend, 1))
     backend.yielded.generated(tokens * token_ns(pace_of(backend), demand, batch), now_ns)

@@ -93,6 +93,8 @@ class Request:
     attempt: int = 0
     tokens: int = 0
     first_token: bool = False
+    progressing: bool = False
+    """It had tokens already when its engine's progress was last told of."""
     heals: int = 0
     engine_failures: int = 0
     region_heals: int = 0
@@ -102,6 +104,10 @@ class Request:
     fetch: Cache | None = None
     """FETCHED, or HOST from disk, when a fetch was begun for this request; JOINED when it waited for another's."""
     dispatched_ns: int = 0
+    fetch_ns: int = 0
+    """How long it has waited for its adapter to come into the host store."""
+    fetch_allowed_ns: int = 0
+    """What its promise allows for that."""
     load_ns: int = 0
 
     @property
@@ -200,6 +206,13 @@ class Backend:
     yielded: Yield = field(default_factory=Yield)
     """How far its throughput is from what was expected of it."""
     slots: dict[str, Slot] = field(default_factory=dict)
+    busy: dict[str, None] = field(default_factory=dict)
+    """The open versions whose slots are needed."""
+    resting: dict[str, None] = field(default_factory=dict)
+    """The open versions of which nothing waits."""
+    busy_pages: int = 0
+    stale: dict[str, None] = field(default_factory=dict)
+    """Those whose slot is stale."""
     shadow: EngineShadow = field(default_factory=EngineShadow)
     estimate: SlotEstimate = field(default_factory=SlotEstimate)
     loads: dict[int, None] = field(default_factory=dict)
@@ -237,6 +250,29 @@ class Backend:
     def slot_busy(self, version: str, slot: Slot) -> bool:
         """Whether a slot is needed: an idle one is closed when another version waits."""
         return slot.running > 0 or slot.load is not None or bool(self.queued_by_version.get(version))
+
+    def recount(self, version: str) -> None:
+        """Count a version's slot as busy or not, after something of it has changed."""
+        slot = self.slots.get(version)
+        if slot is None or version in self.queued_by_version:
+            self.resting.pop(version, None)
+        else:
+            self.resting[version] = None
+        is_busy = slot is not None and self.slot_busy(version, slot)
+        if slot is not None and is_busy and version not in self.busy:
+            self.busy[version] = None
+            self.busy_pages += slot.pages
+        elif slot is not None and not is_busy and version in self.busy:
+            del self.busy[version]
+            self.busy_pages -= slot.pages
+
+    def close_slot(self, version: str) -> None:
+        slot = self.slots.pop(version)
+        self.stale.pop(version, None)
+        self.resting.pop(version, None)
+        if version in self.busy:
+            del self.busy[version]
+            self.busy_pages -= slot.pages
 
     def slot_in_use(self, slot: Slot) -> bool:
         return slot.running > 0 or slot.load is not None
@@ -286,6 +322,8 @@ class State:
     wake_ns: int = NEVER_NS
     wanted: dict[str, Line] = field(default_factory=dict)
     """For each packed key that queued requests need and the backend has not: who waits for it."""
+    missing_since: dict[str, int] = field(default_factory=dict)
+    """Since when requests have waited for a packed key that neither the store nor their engine has."""
     hungry_heap: list[tuple[int, str]] = field(default_factory=list)
     """Keys that may have to be fetched, by queue position; stale entries go when they reach the top."""
     fetched_for: dict[str, int] = field(default_factory=dict)
@@ -296,6 +334,8 @@ class State:
     fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
     """The backends that can serve each version."""
+    takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
+    """Those of them that are up, and the longest prompt that all of them take."""
 
     @property
     def queued(self) -> int:
@@ -332,9 +372,18 @@ class State:
         for pair in [pair for pair in self.fits if pair[0] == digest or pair[1] == backend]:
             del self.fits[pair]
         if backend:
-            self.servers.clear()
+            self.forget_servers()
         else:
-            self.servers.pop(digest, None)
+            self.forget_servers_of(digest)
+
+    def forget_servers(self) -> None:
+        """A backend came, went, drains or has other facts."""
+        self.servers.clear()
+        self.takers.clear()
+
+    def forget_servers_of(self, version: str) -> None:
+        self.servers.pop(version, None)
+        self.takers.pop(version, None)
 
     def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
         """Say why an engine cannot serve a version, from the facts alone."""

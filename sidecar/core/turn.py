@@ -41,16 +41,12 @@ class Turn:
 
     def pick_backend(self, request: Request) -> Backend | None:
         """Ask the routing policy; None while no backend that can serve the request is up."""
-        takers = [
-            backend.id
-            for backend in asks.servers_of(self.state, request.version)
-            if backend.takes_requests and asks.long_enough(backend, request.view.input_tokens)
-        ]
+        takers = asks.takers_of(self.state, request.version, request.view.input_tokens)
         if len(takers) > 1 and request.losses:
-            takers = [taker for taker in takers if taker not in request.losses] or takers
+            takers = tuple(taker for taker in takers if taker not in request.losses) or takers
         if not takers:
             return None
-        choice = self.state.routing.pick(request.view, Offers(self.state, request.version, tuple(takers)), self.now_ns)
+        choice = self.state.routing.pick(request.view, Offers(self.state, request.version, takers), self.now_ns)
         return self.state.backends[choice.backend]
 
     def place(self, request: Request, backend: Backend | None) -> None:
@@ -81,10 +77,12 @@ class Turn:
         request.backend = backend.id
         backend.queued[request.id] = None
         backend.queued_by_version.setdefault(request.version, Line()).add(request.id)
+        backend.recount(request.version)
         self._count_outstanding(request, backend)
         if not request.promised:
             request.promised = True
             backlog = promising.backlog_of(self.state, backend, request)
+            request.fetch_allowed_ns = backlog.fetch_ns
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
         elif request.promise is not None:
             self.void_promise(request, "moved")
@@ -94,6 +92,8 @@ class Turn:
             self.state.wanted.setdefault(key, Line()).add(request.id)
             if not self.state.store.has(key):
                 self.hunger(key)
+                if not asks.resident(backend, request.version):
+                    self.state.missing_since.setdefault(key, self.now_ns)
         self.dirty[backend.id] = None
 
     def _count_outstanding(self, request: Request, backend: Backend) -> None:
@@ -115,8 +115,13 @@ class Turn:
             self.state.voided[reason] = self.state.voided.get(reason, 0) + 1
 
     def void_promises(self, backend: Backend, reason: str) -> None:
+        """Void what is outstanding at a backend: of those that wait, and of those that run and have no token yet."""
         for request_id in backend.queued:
             self.void_promise(self.state.requests[request_id], reason)
+        for request_id in backend.running:
+            request = self.state.requests[request_id]
+            if not request.first_token and not request.settled:
+                self.void_promise(request, reason)
 
     def dequeue(self, request: Request, to_run: bool = False) -> None:
         """Take a queued request out of wherever it waits."""
@@ -130,6 +135,7 @@ class Turn:
         line.discard(request.id)
         if not line:
             del backend.queued_by_version[request.version]
+            backend.recount(request.version)
         backend.ordering.left(request.id, self.now_ns)
         backend.outstanding.queued_tokens -= request.expected_tokens
         if not to_run:
@@ -143,6 +149,7 @@ class Turn:
         line.discard(request.id)
         if not line:
             del self.state.wanted[key]
+            self.state.missing_since.pop(key, None)
         self.hungry = True
 
     def hunger(self, key: str) -> None:
@@ -151,6 +158,32 @@ class Turn:
         if position is not None:
             heapq.heappush(self.state.hungry_heap, (position, key))
             self.hungry = True
+
+    def went_missing(self, key: str) -> None:
+        """Note that a blob, or an engine's copy of it, is gone while requests may wait for it."""
+        self.hunger(key)
+        if key in self.state.wanted and not self.state.store.has(key):
+            self.state.missing_since[key] = self.now_ns
+
+    def void_if_adapter_is_late(self, request: Request) -> None:
+        """Void the promise of a request that has waited for its adapter for longer than the promise allows for that."""
+        if request.fetch_ns + self._missing_ns(request) > request.fetch_allowed_ns:
+            self.void_promise(request, "adapter late")
+
+    def arrived_for(self, request: Request) -> None:
+        """Note how long a request has waited for a blob that has just come."""
+        self.void_if_adapter_is_late(request)
+        request.fetch_ns += self._missing_ns(request)
+
+    def _missing_ns(self, request: Request) -> int:
+        """Return for how long neither the store nor its engine has had a queued request's adapter."""
+        if request.backend is None or request.version == BASE:
+            return 0
+        backend = self.state.backends[request.backend]
+        since_ns = self.state.missing_since.get(self.state.packed_for(request.version, backend).key)
+        if since_ns is None or asks.resident(backend, request.version):
+            return 0
+        return self.now_ns - max(since_ns, request.view.arrived_ns)
 
     def reroute_queue(self, backend: Backend) -> None:
         """Move all that waits at a backend to wherever it can be served now."""
@@ -182,6 +215,7 @@ class Turn:
 
     def drop(self, request: Request, reason: Reason, message: str, retry_after_ns: int | None = None) -> None:
         """End a request that waits in the queue."""
+        self.void_if_adapter_is_late(request)
         self.dequeue(request)
         self.settle(request, reason, message, retry_after_ns=retry_after_ns)
         self.release(request)
@@ -234,6 +268,7 @@ class Turn:
         if request.version != BASE:
             slot = backend.slots[request.version]
             slot.running -= 1
+            backend.recount(request.version)
             backend.shadow.ended(request.version)
             self.unpin(request.pinned_key)
             request.pinned_key = ""
@@ -286,7 +321,7 @@ class Turn:
         """Free a blob that nothing uses; if somebody waits for it, it is to be fetched again."""
         self.state.store.remove(key)
         self.emit(Drop(key))
-        self.hunger(key)
+        self.went_missing(key)
         self.hungry = True
 
     def doom_blob(self, key: str) -> None:

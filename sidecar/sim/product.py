@@ -137,7 +137,7 @@ class Product:
         self.world.after(DISK_NS, lambda: self.feed(ev.Spilled(effect.key)))
 
     def _load(self, effect: do.Load) -> None:
-        self.world.recorder.loads += 1
+        self.world.recorder.loaded(self._names[effect.digest])
         rows = self._engine_rows[effect.digest]
         request = Request(LOADS_FROM + effect.load, 1, 0, task_id=effect.packed.task_id, rows=rows)
         self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))

@@ -91,6 +91,8 @@ class Recorder:
     """The number of the adapter that each of `waits_s` is of."""
     asked_for: array[int] = field(default_factory=lambda: array("l"))
     """The number of the adapter of each arrival, in order."""
+    loaded_in_order: array[int] = field(default_factory=lambda: array("l"))
+    """The number of the adapter of each Load: what the store had to hold, one after the other."""
     input_tokens: int = 0
     output_asked: int = 0
     """Output tokens of all that arrived."""
@@ -177,6 +179,10 @@ class Recorder:
         if effect.outcome is Outcome.OK:
             self.output_tokens += effect.output_tokens
         self._check_bound(effect, request)
+
+    def loaded(self, name: str) -> None:
+        self.loads += 1
+        self.loaded_in_order.append(self.adapters.setdefault(name, len(self.adapters)))
 
     def fetched(self, name: str, size_bytes: int) -> None:
         self.fetches[name] = self.fetches.get(name, 0) + 1

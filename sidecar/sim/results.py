@@ -139,7 +139,10 @@ class Result:
         return [tenant.tokens / tenant.backlogged_ns for tenant in backlogged if tenant.backlogged_ns > longest_ns / 10]
 
     def store(self) -> dict[str, float]:
-        """Return what the misses cost, in seconds of fetching, and the least that any cache of the size would pay."""
+        """Return what the misses cost, in seconds of fetching, and the least that any cache of the size would pay.
+
+        The store is asked for an adapter when one is loaded: requests that ride on a resident one need it no more.
+        """
         sidecar = self.setup.sidecar
         if sidecar is None or not self.workload.adapters:
             return {"miss_cost": 0.0, "bound": 0.0}
@@ -153,7 +156,7 @@ class Result:
         if sum(sizes.values()) <= self.counted.store_bytes:
             return sum(cost_s.values())
         names = {number: name for name, number in self.recorder.adapters.items()}
-        asked = (names[number] for number in self.recorder.asked_for)
+        asked = (names[number] for number in self.recorder.loaded_in_order)
         trace = [Request(name, sizes[name], cost_s[name]) for name in asked if name in sizes]
         return least_miss_cost(trace, self.counted.store_bytes)
 

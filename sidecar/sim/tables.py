@@ -168,34 +168,38 @@ def title(run: Figures) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def meaning(runs: Sequence[Figures], bare: str) -> Iterator[str]:
-    """Yield sentences on what the figures say, the gain over the bare engine first."""
+def meaning(runs: Sequence[Figures], bare: str, live: Figures | None = None) -> Iterator[str]:
+    """Yield sentences on what the figures say, the gains over the bare engine and over what was first."""
     bare_run = next((run for run in runs if run["label"] == bare), None)
     for run in runs:
         if bare_run is not None and run is not bare_run:
-            yield _over(run, bare_run)
+            yield _over(run, bare_run, "the bare engine's")
+    for run in runs:
+        if live is not None:
+            yield _over(run, live, "the live run's")
     for run in runs:
         yield from _warnings(run)
+    yield from _first_messages(runs)
     for note in dict.fromkeys(note for run in runs for note in run.get("notes", ())):
         yield f"{note[0].upper()}{note[1:]}."
-    if bare_run is None and len(runs) == 1:
+    if bare_run is None and live is None and len(runs) == 1:
         yield f"The gain over the bare engine: --compare {bare},{runs[0]['label']}"
 
 
-def over(run: Figures, bare: Figures) -> dict[str, float | None]:
-    """Return what a run has of the bare engine's throughput and of its waits, 1 for the same."""
+def over(run: Figures, other: Figures) -> dict[str, float | None]:
+    """Return what a run has of another's throughput and of its waits, 1 for the same."""
     return {
-        "throughput": _ratio(run["throughput_tokens_per_s"], bare["throughput_tokens_per_s"]),
-        "wait_p99": _ratio(run["wait_s"]["all"]["p99"], bare["wait_s"]["all"]["p99"]),
-        "wait_max": _ratio(run["wait_s"]["all"]["max"], bare["wait_s"]["all"]["max"]),
+        "throughput": _ratio(run["throughput_tokens_per_s"], other["throughput_tokens_per_s"]),
+        "wait_p99": _ratio(run["wait_s"]["all"]["p99"], other["wait_s"]["all"]["p99"]),
+        "wait_max": _ratio(run["wait_s"]["all"]["max"], other["wait_s"]["all"]["max"]),
     }
 
 
-def _over(run: Figures, bare: Figures) -> str:
-    times = {name: NONE if ratio is None else f"{ratio:.2f}" for name, ratio in over(run, bare).items()}
+def _over(run: Figures, other: Figures, whose: str) -> str:
+    times = {name: NONE if ratio is None else f"{ratio:.2f}" for name, ratio in over(run, other).items()}
     return (
-        f"{run['label']} has {times['throughput']} × the bare engine's tokens/s, {times['wait_p99']} × its p99 wait "
-        f"and {times['wait_max']} × its longest wait."
+        f"{run['label']} has {times['throughput']} × {whose} tokens/s, {times['wait_p99']} × its p99 wait and "
+        f"{times['wait_max']} × its longest wait."
     )
 
 
@@ -204,13 +208,28 @@ def _ratio(value: float | None, of: float | None) -> float | None:
 
 
 def _warnings(run: Figures) -> Iterator[str]:
-    label, requests = run["label"], run["requests"]
-    told = run.get("retry_after_s")
-    for reason, message in run.get("messages", {}).items():
-        yield f"{label} had {run['reasons'][reason]:,} {reason}; the first: {message}."
-    if requests.get("refused") and told:
-        yield f"{label} told those that it refused to come back after {told['least']:.0f} to {told['most']:.0f} s."
+    label, requests, reasons = run["label"], run["requests"], run.get("reasons", {})
+    if reasons:
+        counts = " and ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+        yield f"{label} had {counts}{_told_to_wait(run)}."
     if requests.get("failed"):
         yield f"{label}: {requests['failed']:,} requests failed; an engine cannot hold them, or not their adapters."
     if requests.get("doubled") or requests.get("unfinished"):
         yield f"{label}: a request was answered twice or never, which must not be; please report it with this command."
+
+
+def _told_to_wait(run: Figures) -> str:
+    told = run.get("retry_after_s")
+    if not told:
+        return ""
+    least, most = (f"{told[key]:.0f}" for key in ("least", "most"))
+    return f"; refused ones were told to come back after {least if least == most else f'{least} to {most}'} s"
+
+
+def _first_messages(runs: Sequence[Figures]) -> Iterator[str]:
+    """Yield what the first request was told that ended for a reason, once for each reason."""
+    messages: dict[str, str] = {}
+    for run in runs:
+        messages = {**run.get("messages", {}), **messages}
+    for reason, message in messages.items():
+        yield f"{reason}, for example: {message.rstrip('.')}."

@@ -31,6 +31,9 @@ VOIDED_BY: dict[str, tuple[str, ...]] = {
     "moved": ("loss", "drain", "operators", "small"),
     "no backend": ("loss", "drain", "operators", "small"),
     "run again": ("loss", "step", "lies", "small", "queue"),
+    "adapter late": ("fetch", "store"),
+    "engine queue full": ("queue",),
+    "backend lost": ("loss",),
     "backend slowed": ("slow",),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""
@@ -82,6 +85,8 @@ class Checks:
     reasons: dict[str, int] = field(default_factory=dict)
     nearest_to_bound: float = 0.0
     bounded: int = 0
+    unnoticed: dict[int, None] = field(default_factory=dict)
+    """Requests whose bound was exceeded for a fault of their very backend that had not been noticed."""
     history: deque[tuple[int, ev.Event, list[do.Effect]]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     clients: dict[int, Client] = field(default_factory=dict)
     waiting: dict[int, None] = field(default_factory=dict)
@@ -94,6 +99,7 @@ class Checks:
         self._memory = Tier("host store", config.store_bytes)
         self._disk = Tier("disk", config.disk_bytes)
         self._now_ns = 0
+        self._troubles: dict[str, list[tuple[int, int]]] = {name: [] for name in self.scenario.setup.backends}
         self._events: dict[type, Callable[[Any], None]] = {
             ev.FirstToken: self._first_token,
             ev.RunEnded: self._run_ended,
@@ -143,6 +149,10 @@ class Checks:
             self._effects.get(type(effect), _ignored)(effect)
         if self.steps % BOOKS_EVERY == 0:
             self.books(core)
+
+    def trouble(self, backend: str, for_ns: int) -> None:
+        """A backend does worse than promised from now on, and nobody says so."""
+        self._troubles[backend].append((self._now_ns, self._now_ns + for_ns))
 
     def peace(self, now_ns: int, served_ns: int) -> None:
         """The faults have stopped; from `served_ns` on whoever comes is answered."""
@@ -240,10 +250,18 @@ class Checks:
             return
         waited_ns = (client.first_token_ns or self._now_ns) - client.arrived_ns
         self.bounded += 1
+        if waited_ns > effect.bound_ns and self._was_in_trouble(effect.backend, client):
+            self.unnoticed[effect.request] = None
+            return
         self.nearest_to_bound = max(self.nearest_to_bound, waited_ns / effect.bound_ns)
         waited = f"request {effect.request} waited {waited_ns / SECOND_NS:.3f} s"
         had = "for its first token" if client.first_token_ns else "for no token"
         hold(waited_ns <= effect.bound_ns, f"{waited} {had}; its bound is {effect.bound_ns / SECOND_NS:.3f} s")
+
+    def _was_in_trouble(self, backend: str, client: Client) -> bool:
+        """Whether a backend was slow, or dead and not yet known to be, while a client waited for it."""
+        until_ns = client.first_token_ns or self._now_ns
+        return any(begin_ns < until_ns and client.arrived_ns < end_ns for begin_ns, end_ns in self._troubles[backend])
 
     def _check_ending(self, client: Client, effect: do.Settle) -> None:
         reason = effect.reason

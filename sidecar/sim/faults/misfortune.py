@@ -72,6 +72,7 @@ class Misfortune:
         untold_s = random.choice([0.0, random.uniform(0, UNTOLD_S)])
         down_s = random.uniform(0.1, DOWN_S)
         warm, wires = random.random() < 0.3, random.random() < 0.5
+        self._checks.trouble(backend, round(untold_s * SECOND_NS))
         self._product.lose(
             backend, "connection reset", round(untold_s * SECOND_NS), round(down_s * SECOND_NS), warm, wires
         )
@@ -81,6 +82,7 @@ class Misfortune:
     def _slow(self, backend: str) -> str:
         factor, for_s = self._random.uniform(*SLOWER), self._random.uniform(1, SLOW_S)
         self._world.pace(backend, factor)
+        self._checks.trouble(backend, round(for_s * SECOND_NS))
         self._world.after(round(for_s * SECOND_NS), lambda: self._world.pace(backend, 1.0))
         return f"{backend} takes {factor:.1f} times as long for {for_s:.1f} s"
 

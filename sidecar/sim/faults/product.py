@@ -80,8 +80,9 @@ class FaultyProduct(Product):
         """Register a name, and have its versions' rows at hand for when they are loaded."""
         versions = ((event.adapter, event.generation), *((other.adapter, other.generation) for other in event.others))
         for adapter, generation in versions:
-            self._engine_rows[version_id(adapter.digest, generation)] = self._engine_rows_of(adapter.rows[0].rank)
-            self._names[adapter.digest] = event.name
+            version = version_id(adapter.digest, generation)
+            self._engine_rows[version] = self._engine_rows_of(adapter.rows[0].rank)
+            self._names[adapter.digest] = self._names[version] = event.name
         self.feed(event)
 
     # Faults.

@@ -31,6 +31,7 @@ KINDS: dict[str, str] = {
     "queue": "engines refuse what their own short queue does not hold",
     "fetch": "origins fail or take long",
     "disk": "the disk tier fails to write or to read",
+    "store": "the host store holds fewer adapters than are in use",
     "clients": "clients leave or stop reading",
     "bursts": "many requests of one adapter come at once",
     "operators": "adapters are evicted, pinned, prefetched, replaced, refreshed, promoted, unregistered",
@@ -118,7 +119,7 @@ def draw(seed: int) -> Scenario:
     engine = _engine(random, flavour, load[1])
     engines = random.randint(1, 4)
     parameters, in_flight = _paced(random, load[1], peace_s)
-    sidecar = _sidecar(random, engine, parameters, in_flight, "disk" in kinds)
+    sidecar = _sidecar(random, engine, parameters, kinds, engines)
     return Scenario(
         seed=seed,
         setup=Setup(engine=engine, engines=engines, sidecar=sidecar, in_flight=in_flight),
@@ -180,20 +181,20 @@ def _host_slots(random: Random, engine: EngineSetup, small: bool) -> int:
 
 
 def _sidecar(
-    random: Random, engine: EngineSetup, parameters: LoadParameters, in_flight: int, disk: bool
+    random: Random, engine: EngineSetup, parameters: LoadParameters, kinds: tuple[str, ...], engines: int
 ) -> FaultySidecar:
-    blob_bytes = _blob_bytes(engine)
-    closed = parameters.rate_per_s is None
+    blob_bytes, most_used = _blob_bytes(engine), engines * engine.host_slots
+    store = _one(random, [1.0, 2.5, 4.0]) if "store" in kinds else _one(random, [most_used, most_used + 2.5, 256.0])
     weights = {"t0": _one(random, [1.0, 4.0])} if parameters.tenant_shares else {}
     return FaultySidecar(
         ordering=_mostly(random, "soft_gated", sorted(POLICIES["ordering"])),
         routing=_one(random, sorted(POLICIES["routing"])),
         eviction=_one(random, sorted(POLICIES["eviction"])),
         prefetch=_one(random, sorted(POLICIES["prefetch"])),
-        store_bytes=int(_one(random, [1.0, 2.5, 4.0, 64.0]) * blob_bytes),
-        disk_bytes=int(_one(random, [3.0, 64.0]) * blob_bytes) if disk else 0,
+        store_bytes=int(store * blob_bytes),
+        disk_bytes=int(_one(random, [3.0, 64.0]) * blob_bytes) if "disk" in kinds else 0,
         fetches_max=_one(random, [1, 2, 4]),
-        queued_max=1 << 20 if closed else _one(random, [20, 1 << 20]),
+        queued_max=1 << 20 if parameters.rate_per_s is None else _one(random, [20, 1 << 20]),
         classes={
             "default": ClassLimit(PATIENCE_NS, random.randint(1, 20) * SECOND_NS),
             "short": ClassLimit(random.randint(2, 20) * SECOND_NS, 2 * SECOND_NS),

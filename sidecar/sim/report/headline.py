@@ -131,7 +131,7 @@ def _closed_batch(run: Run) -> float:
 def _of_bound(run: Run) -> str:
     bounds = run.figures["bounds"]
     closed, resident = (run.tokens_per_s / bounds[f"{key}_tokens_per_s"] for key in ("closed_form", "all_resident"))
-    if not run.result.workload.adapters:
+    if closed / resident < 1 + ALIKE / 4:
         return f"{percent(resident)} of what is reachable"
     return f"{percent(closed)} of the closed form and {percent(resident)} of all resident"
 
@@ -144,7 +144,7 @@ def _ratio_of_waits(run: Run, bare: Run, key: str) -> float | None:
 def _waits(run: Run, bare: Run) -> str:
     if _ratio_of_waits(run, bare, "p99") is None:
         return ""
-    p99, longest = ((each.figures["wait_s"]["all"][key] for each in (run, bare)) for key in ("p99", "max"))
+    p99, longest = ([each.figures["wait_s"]["all"][key] for each in (run, bare)] for key in ("p99", "max"))
     return (
         f"; the 99th percentile of waits is {' against '.join(map(seconds, p99))}"
         f", the longest {' against '.join(map(seconds, longest))}"

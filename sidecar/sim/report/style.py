@@ -44,7 +44,7 @@ button:hover{{border-color:var(--ink)}}
 :focus-visible{{outline:2px solid var(--s1);outline-offset:2px}}
 h1{{font-size:clamp(23px,2.3vw,33px);line-height:1.22;letter-spacing:-.012em;font-weight:650;margin:10px 0 8px;
 text-wrap:balance;overflow-wrap:anywhere}}
-.lead{{font-size:17px;max-width:75ch;margin:0 0 10px}}
+.lead{{font-size:17px;max-width:88ch;margin:0 0 10px}}
 .warning{{background:var(--alert-page);color:var(--alert);border-left:4px solid var(--alert);padding:8px 14px;
 border-radius:4px;margin:8px 0;font-weight:600}}
 .bindings{{margin:0 0 16px;padding-left:18px;color:var(--soft);max-width:95ch}}
@@ -52,7 +52,7 @@ border-radius:4px;margin:8px 0;font-weight:600}}
 .facts{{display:flex;flex-wrap:wrap;gap:10px 34px;margin:0 0 20px;padding:12px 0 0;border-top:1px solid var(--edge)}}
 dt{{font-size:12px;color:var(--soft)}}
 dd{{margin:0;font-size:14px;overflow-wrap:anywhere}}
-main{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:18px;padding-bottom:40px;align-items:start}}
+main{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:18px;padding-bottom:40px}}
 .card{{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:18px 22px 16px;min-width:0}}
 .full{{grid-column:1/-1}}
 h2{{font-size:17px;font-weight:650;margin:0 0 4px}}

@@ -27,7 +27,7 @@ def waits(runs: Sequence[Run]) -> Figure | None:
     kinds = [kind for kind in CLASSES if _is_shown(kind, list(waited.values()))]
     if not kinds:
         return None
-    shortest = min(values[kind][0] for values in waited.values() for kind in kinds if values[kind])
+    shortest = min(percentile(values[kind], 1) for values in waited.values() for kind in kinds if values[kind])
     longest = max(values[kind][-1] for values in waited.values() for kind in kinds if values[kind])
     values_s = decades(max(shortest, SHORTEST_S), max(longest, 2 * SHORTEST_S))
 
