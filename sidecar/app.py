@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,7 @@ from sidecar.backends.triton import TritonBackend, TritonOptions
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener, declared_facts
 from sidecar.core.facts import EngineFacts
+from sidecar.engine_pace import pace_from_cost
 from sidecar.errors import Invalid, Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
@@ -248,8 +250,10 @@ def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
     """Return what is declared of each backend's engine, by the backend's id; nothing is asked of anyone."""
     found = {}
     for backend in configured:
-        engine = backend.engine.config
-        declared = declared_facts(backend, from_engine_config(Path(engine)) if engine else None)
+        engine = backend.engine
+        declared = declared_facts(backend, from_engine_config(Path(engine.config)) if engine.config else None)
+        if engine.cost is not None:
+            declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
         found[backend.identity] = with_base_model(declared, base_model_of(backend))
     return found
 

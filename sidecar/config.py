@@ -75,9 +75,14 @@ class Listeners(Section):
 
 
 class Engine(Section):
-    """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown."""
+    """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown.
+
+    `cost` is a cost file or `model/gpu/engine` for one of ours, and `cost_scale` multiplies all its times.
+    """
 
     config: str | None = None
+    cost: str | None = None
+    cost_scale: float = Field(1.0, gt=0)
     dtype: Literal["float16", "bfloat16"] | None = None
     rank_max: int | None = Field(None, ge=1)
     rank_multiple: int = Field(1, ge=1)
@@ -297,7 +302,7 @@ def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> 
     names = (base.name, *base.aliases) if base is not None else ()
     given = {
         name: value
-        for name, value in backend.engine.model_dump(exclude={"config"}).items()
+        for name, value in backend.engine.model_dump(exclude={"config", "cost", "cost_scale"}).items()
         if name in backend.engine.model_fields_set and value is not None
     }
     return replace(facts, base_models=names, **given)

@@ -19,7 +19,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.facts import Adapter, EngineFacts, Row
 from sidecar.core.outstanding import Outstanding
-from sidecar.core.state import Backend
+from sidecar.core.state import Backend, Queued
 from sidecar.core.words import Fault, Outcome, Phase
 from sidecar.errors import Reason
 from sidecar.plugins import policies_of
@@ -160,6 +160,9 @@ class World:
         self.ended_ns: dict[int, int] = {}
         self.patient: dict[int, None] = {}
         """Requests that nothing but a stuck core would let expire."""
+        self.nearest_to_bound = 0.0
+        """The longest wait as a part of the bound that was promised and stood."""
+        self.voided: dict[str, int] = {}
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
         self._wake: int | None = None
@@ -221,14 +224,18 @@ class World:
 
     def send(
         self, adapter: str = "", *, tenant: str = "", klass: str = "default", deadline_ns: int | None = None,
-        input_tokens: int = 10, output_tokens: int = 10,
+        input_tokens: int = 10, output_tokens: int = 10, size_bytes: int = 0,
     ) -> int:  # fmt: skip
         """Send one request now and return its id. `deadline_ns` counts from now."""
         self._requests += 1
         deadline = None if deadline_ns is None else self.now_ns + deadline_ns
         if deadline is None and klass == "default":
             self.patient[self._requests] = None
-        self.feed(ev.Received(self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline))
+        self.feed(
+            ev.Received(
+                self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, size_bytes=size_bytes
+            )
+        )
         return self._requests
 
     def ask(self, make: Callable[[int], ev.Event]) -> fx.Answer:
@@ -386,6 +393,8 @@ class World:
         if engine.epoch == epoch and run is not None:
             run.answered_tokens = 1
             if effect.request not in self.settled:
+                if engine.first_token_ns <= SECOND:  # else the engine is slower than any promise allows for
+                    self._check_wait(effect.request, "had its first token")
                 assert effect.request not in self._had_token, f"request {effect.request} got tokens of two runs"
                 self._had_token.add(effect.request)
             self.feed(ev.FirstToken(effect.request, effect.attempt))
@@ -433,6 +442,7 @@ class World:
                 self._check_dispatch(effect)
             case fx.Settle():
                 assert effect.request not in self.settled, f"request {effect.request} was settled twice"
+                self._check_ending(effect)
                 self.settled[effect.request] = effect
                 self.ended_ns[effect.request] = self.now_ns
             case _:
@@ -449,6 +459,23 @@ class World:
         before.append(effect)
         request = self.core.state.requests[effect.request]
         assert request.expires_ns > self.now_ns, f"request {effect.request} had expired"
+        self._check_wait(effect.request, "was dispatched")
+
+    def _check_wait(self, request_id: int, what: str) -> None:
+        """Hold a promise that is not void: it is of the first token, so of the dispatch too."""
+        request = self.core.state.requests[request_id]
+        if request.promise is not None:
+            waited_ns, bound_ns = self.now_ns - request.view.arrived_ns, request.promise.bound_ns
+            assert waited_ns <= bound_ns, f"request {request_id} {what} after {waited_ns} ns, its bound is {bound_ns}"
+            self.nearest_to_bound = max(self.nearest_to_bound, waited_ns / bound_ns)
+
+    def _check_ending(self, effect: fx.Settle) -> None:
+        """Hold a promise to those that had no token, and void it for one reason, once."""
+        assert effect.bound_ns is None or not effect.voided, f"request {effect.request} has a bound that is void"
+        if effect.bound_ns is not None and effect.request not in self._had_token:
+            assert effect.queue_ns <= effect.bound_ns, f"request {effect.request} waited for longer than its bound"
+        if effect.voided:
+            self.voided[effect.voided] = self.voided.get(effect.voided, 0) + 1
 
     def _check_limits(self, made: list[fx.Effect]) -> None:
         state = self.core.state
@@ -491,11 +518,13 @@ def check_books(core: Core) -> None:
     _check_pins(core)
     waiting = [request for request in state.requests.values() if not request.running and not request.settled]
     assert state.queued == len(waiting)
-    assert state.waiting.tokens == sum(request.footprint for request in waiting)
-    tenants: dict[str, int] = {}
+    tenants: dict[str, Queued] = {}
+    counted = Queued()
     for request in waiting:
-        tenants[request.view.tenant] = tenants.get(request.view.tenant, 0) + 1
-    assert {tenant: queued.requests for tenant, queued in state.tenant_queued.items()} == tenants
+        counted.count(request, 1)
+        tenants.setdefault(request.view.tenant, Queued()).count(request, 1)
+    assert state.waiting == counted
+    assert state.tenant_queued == tenants
     for backend in state.backends.values():
         _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]

@@ -3,11 +3,15 @@
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024: 1 for an input token and 2 for an output token,
 over the tenant's weight; the counter of a tenant that begins to wait is lifted to the least of those that wait, so that
 idling earns nothing. Output is charged in advance, as much as the client allows, and corrected at the end.
+
+Here a tenant may wait without being short of its share: for a slot for its adapter. So what it is owed is never more
+than what it has waiting; a tenant that asks for little holds nobody back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from policies.views import Waiting
@@ -18,13 +22,29 @@ TENANTS_KEPT = 1000
 """Counters of tenants with nothing outstanding are forgotten beyond so many."""
 
 
+@dataclass(slots=True)
+class Waits:
+    """What a tenant has waiting."""
+
+    requests: int = 0
+    cost: float = 0.0
+
+    def add(self, cost: float) -> None:
+        self.requests += 1
+        self.cost += cost
+
+    def remove(self, cost: float) -> None:
+        self.requests -= 1
+        self.cost -= cost
+
+
 class TokenCounters:
     """The counters of one backend. `slack_requests` is how far ahead a tenant may be, in requests of the usual cost."""
 
     def __init__(self, slack_requests: int) -> None:
         self._slack_requests = slack_requests
         self._served: dict[str, float] = {}
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[str, Waits] = {}
         self._usual_cost = 0.0
 
     def queued(self, request: Waiting) -> None:
@@ -33,15 +53,14 @@ class TokenCounters:
             least = self.least()
             self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
             self._forget_idle()
-        self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
         cost = _cost(request)
+        self._waiting.setdefault(tenant, Waits()).add(cost)
         self._usual_cost += (MEAN_SHARE if self._usual_cost else 1.0) * (cost - self._usual_cost)
 
     def left(self, request: Waiting) -> None:
-        count = self._waiting[request.tenant] - 1
-        if count:
-            self._waiting[request.tenant] = count
-        else:
+        waits = self._waiting[request.tenant]
+        waits.remove(_cost(request))
+        if not waits.requests:
             del self._waiting[request.tenant]
 
     def sent(self, request: Waiting) -> None:
@@ -55,10 +74,11 @@ class TokenCounters:
             self._served[request.tenant] -= unused / request.weight
 
     def least(self) -> float | None:
-        """Return the least counter of those that wait."""
+        """Return the least counter of those that wait, none counted lower than what it waits for would lift it."""
         if not self._waiting:
             return None
-        return min(self._served[tenant] for tenant in self._waiting)
+        most = max(self._served[tenant] for tenant in self._waiting)
+        return min(max(self._served[tenant], most - waits.cost) for tenant, waits in self._waiting.items())
 
     def served_most(self) -> float | None:
         """Return the counter up to which tenants may be served; None while only one waits and all may."""
@@ -67,6 +87,10 @@ class TokenCounters:
         least = self.least()
         assert least is not None
         return least + self._slack_requests * self._usual_cost
+
+    def served(self, tenant: str) -> float:
+        """Return the counter of a tenant that waits."""
+        return self._served[tenant]
 
     def may_go(self, tenant: str, served_most: float | None) -> bool:
         return served_most is None or self._served[tenant] <= served_most
@@ -78,12 +102,12 @@ class TokenCounters:
     def snapshot(self) -> Any:
         return [self._usual_cost, list(self._served.items())]
 
-    def restore(self, state: Any, waiting: Iterable[str]) -> None:
-        """Take the counters, and the tenant of each request that waits."""
+    def restore(self, state: Any, waiting: Iterable[Waiting]) -> None:
+        """Take the counters, and what waits."""
         self._usual_cost, served = state
         self._served, self._waiting = dict(served), {}
-        for tenant in waiting:
-            self._waiting[tenant] = self._waiting.get(tenant, 0) + 1
+        for request in waiting:
+            self._waiting.setdefault(request.tenant, Waits()).add(_cost(request))
 
     def _forget_idle(self) -> None:
         if len(self._served) > TENANTS_KEPT + 2 * len(self._waiting):

@@ -134,7 +134,7 @@ class SoftGated:
         self._queues = Queues.restored(state["queues"])
         self._overdue = Overdue(self._queues)
         self._overdue.restore(state["overdue"])
-        self._tenants.restore(state["tenants"], (request.tenant for request in self._queues.requests.values()))
+        self._tenants.restore(state["tenants"], self._queues.requests.values())
         self._turns = Turns.restored(state["turns"])
         self._gates = dict(state["gates"])
 
@@ -212,13 +212,30 @@ class SoftGated:
         return (1, -(version.ages_s(now_ns) + version.count))
 
     def _next(self, room: Room, rule: Rule) -> int | None:
-        """Return the oldest request that may go now, seats and KV room aside."""
+        """Return the oldest request that may go now, seats and KV room aside.
+
+        When all that is left is of tenants that were served more than others, it goes: a seat is never left empty.
+        """
+        left = None
         for head, version, tenant in self._queues.heads:
             if version != BASE and (version not in room.open or room.open[version].loading):
                 continue
-            if self._may_go(head, version, tenant, rule):
+            if head > rule.urgent or head > self._gates.get(version, NO_GATE):
+                continue
+            if rule.urgent != NOBODY:
                 return head
-        return None
+            if self._tenants.may_go(tenant, rule.served_most):
+                return self._of_least_served(version)
+            left = head if left is None else left
+        return left
+
+    def _of_least_served(self, version: str) -> int:
+        """Return the oldest request of the tenant that was served least of those that may have one of a version."""
+        lines, gate = self._queues.versions[version].lines, self._gates.get(version, NO_GATE)
+        if len(lines) == 1:
+            return self._queues.versions[version].head()
+        heads = [(self._tenants.served(tenant), line.first()) for tenant, line in lines.items()]
+        return min((served, head) for served, head in heads if head <= gate)[1]
 
     def _has_next(self, version: str, rule: Rule) -> bool:
         """Whether a request of a version may go in this turn, or could if it had one."""

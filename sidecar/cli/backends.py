@@ -9,10 +9,18 @@ from rich.console import Group
 from rich.text import Text
 
 from sidecar.cli.client import Client, admin_command
+from sidecar.cli.exits import CommandError
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
 app = typer.Typer(help="See backends, drain them and take them back.", no_args_is_help=True)
+
+PACES = {
+    "calibrated": "calibrated from its cost file",
+    "learned": "learned from its runs",
+    "guess": "a guess until its runs have said more, or backends[].engine.cost names a cost file",
+}
+"""What is known of an engine's step time."""
 
 Identity = Annotated[str, typer.Argument(metavar="BACKEND", help="The backend's id.", show_default=False)]
 
@@ -58,6 +66,21 @@ def show(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     _print(client.ask(client.backends.Get, pb.BackendRequest(backend=backend)), as_json)
 
 
+@admin_command(app, "check")
+def check(client: Client, as_json: AsJson = False) -> None:
+    """Say of each backend whether it serves, and what is known of it and what is not; exit 1 when one does not."""
+    backends = client.ask(client.backends.List, pb.ListBackendsRequest()).backends
+    if as_json:
+        print_json(list(backends))
+    else:
+        columns = ("BACKEND", "STATE", "PACE", ">WAIT", "DETAIL")
+        rows = [(b.id, _state(b), PACES.get(b.pace, b.pace), duration(b.predicted_wait_s), b.detail) for b in backends]
+        console().print(table(columns, rows))
+    down = [backend.id for backend in backends if backend.state != "up"]
+    if down:
+        raise CommandError(f"{', '.join(down)}: not up")
+
+
 @admin_command(app, "drain")
 def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     """Send nothing new to a backend. What runs there ends there; what waits goes elsewhere."""
@@ -93,6 +116,7 @@ def _shown(backend: Any) -> list[Any]:
             ("detail", backend.detail),
             ("address", f"{backend.kind}://{backend.address}"),
             ("engine", _engine(backend)),
+            ("pace", f"{PACES.get(backend.pace, backend.pace)}; a request that came now would {_wait(backend)}"),
             ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
             ("pages", _page_facts(backend)),
             ("KV tokens", f"{backend.kv_reserved} of {backend.kv_tokens or '?'} reserved"),
@@ -127,6 +151,12 @@ def _engine(backend: Any) -> str:
         f"rank at most {backend.rank_max}" if backend.rank_max else "",
     )
     return ", ".join(part for part in parts if part)
+
+
+def _wait(backend: Any) -> str:
+    if backend.pace == "guess":
+        return "wait nobody knows how long"
+    return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 
 
 def _page_facts(backend: Any) -> str:

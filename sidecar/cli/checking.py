@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,12 @@ import yaml
 
 from policies.registry import POLICIES
 from sidecar import plugins
+from sidecar.app import facts_of
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
 from sidecar.config import Config
+from sidecar.engine_pace import CONTEXT_TOKENS
 from sidecar.errors import Misused, Reason
 
 config_app = typer.Typer(help="Check a configuration.", no_args_is_help=True)
@@ -39,11 +42,32 @@ def check_config(
     config = resolve(file)
     plugins.policies_of(config.core())
     _check_files(config)
+    paces = list(_paces(config))
     record = config.model_dump(mode="json")
     if as_json:
         print_json(record)
+        print("\n".join(paces), file=sys.stderr)
     else:
         print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
+        print("".join(f"# {pace}\n" for pace in paces), end="")
+
+
+def _paces(config: Config) -> Iterator[str]:
+    """Say of each backend what the promises about waits will rest on. Raises Misused for a bad cost file."""
+    facts = facts_of(config.backends)
+    for backend in config.backends:
+        pace = facts[backend.identity].pace
+        if pace is None:
+            yield (
+                f"{backend.identity}: its pace is a guess until it is learned from its runs; "
+                "backends[].engine.cost names a cost file"
+            )
+        else:
+            seat_ns = pace.seat_ns + pace.context_token_ns * CONTEXT_TOKENS
+            yield (
+                f"{backend.identity}: its pace is calibrated from {backend.engine.cost}: a step takes "
+                f"{pace.fixed_ns / 1e6:.3g} ms and {seat_ns / 1e6:.3g} ms for each request of {CONTEXT_TOKENS} tokens"
+            )
 
 
 def _check_files(config: Config) -> None:

@@ -121,7 +121,7 @@ class _Answers:
 
     def learn(self, recorded: Recorded) -> None:
         if recorded.output_tokens is not None:
-            for key in ("", recorded.adapter):
+            for key in dict.fromkeys(("", recorded.adapter)):
                 self.tokens[key] = self.tokens.get(key, 0) + recorded.output_tokens
                 self.known[key] = self.known.get(key, 0) + 1
 

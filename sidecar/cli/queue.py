@@ -64,7 +64,7 @@ def shown(view: Any) -> RenderableType:
     """Return the queue as people see it: verdict, requests, and how many more there are."""
     parts: list[RenderableType] = [Text(view.verdict, style="bold")]
     if view.requests:
-        columns = (">WAITED", ">BOUND", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST")
+        columns = (">WAITED", ">BOUND", ">EXPIRES", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST")
         parts += ["", table(columns, [_row(request) for request in view.requests])]
     more = view.waiting - len(view.requests)
     if more > 0:
@@ -75,7 +75,8 @@ def shown(view: Any) -> RenderableType:
 def _row(request: Any) -> tuple[str, ...]:
     return (
         duration(request.waited_s),
-        duration(request.bound_s),
+        _bound(request),
+        duration(request.expires_s),
         request.adapter or "base model",
         request.tenant or "-",
         getattr(request, "class"),
@@ -83,3 +84,9 @@ def _row(request: Any) -> tuple[str, ...]:
         request.why,
         str(request.request),
     )
+
+
+def _bound(request: Any) -> str:
+    if request.voided:
+        return f"void: {request.voided}"
+    return duration(request.bound_s) if request.bound_s else "-"

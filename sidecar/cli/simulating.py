@@ -92,7 +92,9 @@ def simulate(
     gpu: Annotated[str | None, _engines("On which GPU.", "a100_sxm")] = None,
     cost: Annotated[Path | None, _engines("Cost file, as `sidecar calibrate` writes it.")] = None,
     backends: Annotated[int | None, _engines("Engines, all alike.", "1")] = None,
-    slots: Annotated[int | None, _engines("Adapters that fit the GPU of each.", "8")] = None,
+    slots: Annotated[
+        int | None, _engines("Adapters that fit the GPU of each; vLLM keeps room for all linear layers.", "8")
+    ] = None,
     host_slots: Annotated[int | None, _engines("Adapters that fit the host cache of each.", "1024")] = None,
     seats: Annotated[int | None, _engines("Requests in a running batch.", "256")] = None,
     rank: Annotated[

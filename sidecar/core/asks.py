@@ -87,6 +87,19 @@ def ready(state: State, backend: Backend, digest: str) -> bool:
     return digest in backend.shadow.host.held or state.store.has(state.packed_for(digest, backend).key)
 
 
+def is_needed(state: State, key: str) -> bool:
+    """Whether requests wait for a blob, which some do, at a backend whose engine has not got it."""
+    first = state.wanted[key].head()
+    assert first is not None
+    digest = state.requests[first].version
+    return any(
+        digest in backend.queued_by_version
+        and state.packed_for(digest, backend).key == key
+        and not resident(backend, digest)
+        for backend in state.backends.values()
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PageRoom:
     """The pages that versions yet to be opened may take, idle slots counted as free; `free` None without a limit."""

@@ -17,10 +17,26 @@ from typing import Any
 
 from policies import views
 from policies.lines import Line
-from sidecar.core import ahead, config, effects, events, facts, layout, outstanding, pace, shadow, state, store, words
+from sidecar.core import (
+    ahead,
+    config,
+    effects,
+    events,
+    facts,
+    lateness,
+    layout,
+    outstanding,
+    pace,
+    shadow,
+    state,
+    store,
+    words,
+)
 from sidecar.core.core import Core, Policies
 
-MODULES = (views, ahead, config, effects, events, facts, layout, outstanding, pace, shadow, state, store, words)
+MODULES = (
+    views, ahead, config, effects, events, facts, lateness, layout, outstanding, pace, shadow, state, store, words,
+)  # fmt: skip
 
 
 def _classes() -> dict[str, type]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 
-from sidecar.core import disk
+from sidecar.core import asks, disk
 from sidecar.core.asks import resident
 from sidecar.core.effects import Fetch
 from sidecar.core.events import Fetched, FetchFailed
@@ -23,13 +23,16 @@ def pump(turn: Turn) -> None:
     while state.store.fetches < state.config.fetches_max:
         head = _hungriest(state)
         if head is None:
+            state.lateness.go(turn.now_ns)
             _pump_prefetches(turn)
             return
         position, key = head
         request = state.requests[position]
         assert request.backend is not None
         if not begin(turn, key, request.version, state.backends[request.backend], position):
+            state.lateness.stand(turn.now_ns)
             return
+        state.lateness.go(turn.now_ns)
         heapq.heappop(state.hungry_heap)
         state.fetched_for[key] = position
 
@@ -40,26 +43,13 @@ def _hungriest(state: State) -> tuple[int, str] | None:
     while heap:
         position, key = heap[0]
         first = state.next_position(key)
-        if first is None or key in state.store.entries or not _needed(state, key):
+        if first is None or key in state.store.entries or not asks.is_needed(state, key):
             heapq.heappop(heap)
         elif first != position:
             heapq.heapreplace(heap, (first, key))
         else:
             return heap[0]
     return None
-
-
-def _needed(state: State, key: str) -> bool:
-    """Whether a request waits for this blob at a backend that has not got it."""
-    first = state.wanted[key].head()
-    assert first is not None
-    digest = state.requests[first].version
-    return any(
-        digest in backend.queued_by_version
-        and state.packed_for(digest, backend).key == key
-        and not resident(backend, digest)
-        for backend in state.backends.values()
-    )
 
 
 def somebody_waits(state: State) -> bool:
@@ -79,6 +69,7 @@ def begin(turn: Turn, key: str, digest: str, backend: Backend, position: int | N
         state.guesses.gone(victim)
         turn.drop_blob(victim)
     state.store.reserve(key, digest, packed.size_bytes)
+    state.lateness.begins(key, turn.now_ns)
     version = state.versions[digest]
     from_disk = state.disk.has(key)
     if from_disk:
@@ -108,7 +99,7 @@ def fetched(turn: Turn, event: Fetched) -> None:
     entry.held_by_operator = state.memory_holds(entry.digest)
     from_disk = disk.is_reading(turn, event.key)
     _tell_who_waited(turn, event.key, from_disk)
-    state.missing_since.pop(event.key, None)
+    state.lateness.ends(event.key)
     if from_disk:
         disk.end_read(turn, event.key, good=True)
     elif not entry.doomed:

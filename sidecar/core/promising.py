@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from policies.views import BASE, Backlog
 from sidecar.core import asks
+from sidecar.core.facts import Packed
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns
 from sidecar.core.state import Backend, Request, State, Version
 
@@ -71,10 +72,11 @@ def learn_length(version: Version, request: Request) -> None:
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     """Return what a request finds, itself included: it must have been counted as outstanding."""
-    outstanding, pages = backend.outstanding, state.packed_for(request.version, backend).pages
+    outstanding, packed = backend.outstanding, state.packed_for(request.version, backend)
     versions = _versions(backend)
     blocked = versions - len(backend.slots)
-    demand, slots = outstanding.demand(versions), slots_of(backend, pages)
+    demand = outstanding.demand(versions)
+    slots = min(slots_of(backend, packed.pages), _held_at_once(state, packed))
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
     tenant = request.view.tenant
     return Backlog(
@@ -86,6 +88,13 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         patience_ns=state.config.classes[request.view.klass].patience_ns,
         fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,
     )
+
+
+def _held_at_once(state: State, packed: Packed) -> int:
+    """Return how many versions of this size the host store holds for each backend: those in use stay in it."""
+    if not packed.size_bytes:
+        return SLOTS_UNLIMITED
+    return max(1, state.store.budget_bytes // packed.size_bytes // len(state.backends))
 
 
 def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sidecar.core import asks
+from sidecar.core import asks, promising
 from sidecar.core.facts import task_id_of
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
@@ -145,7 +145,10 @@ class HealView:
 
 @dataclass(frozen=True)
 class BackendView:
-    """One backend. Numbers that are not known are 0; `notes` say what holds it back now."""
+    """One backend. Numbers that are not known are 0; `notes` say what holds it back now.
+
+    `pace` says what is known of its step time: "calibrated", "learned" from its runs, or "guess".
+    """
 
     id: str
     kind: str
@@ -164,6 +167,8 @@ class BackendView:
     open: tuple[OpenView, ...]
     heals: tuple[HealView, ...]
     resident: tuple[str, ...]
+    pace: str
+    predicted_wait_ns: int
     notes: tuple[str, ...]
 
 
@@ -205,8 +210,16 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
             HealView(now_ns - heal.at_ns, heal.reason, _called(names, heal.version)) for heal in reversed(backend.heals)
         ),
         resident=tuple(_called(names, digest) for digest in backend.shadow.host.held),
+        pace=_pace_word(backend),
+        predicted_wait_ns=promising.wait_ns(state, backend),
         notes=tuple(_notes(backend, now_ns)),
     )
+
+
+def _pace_word(backend: Backend) -> str:
+    if backend.facts.pace is not None:
+        return "calibrated"
+    return "learned" if promising.pace_is_known(backend) else "guess"
 
 
 def _standing(backend: Backend) -> str:
@@ -238,5 +251,7 @@ def _notes(backend: Backend, now_ns: int) -> Iterator[str]:
         yield "its adapter host cache was full: loads wait for a completion"
     if backend.seats_learned is not None:
         yield f"seats held at {backend.seats_learned} since its queue was full"
+    if backend.facts.pace is not None and backend.slowness > promising.SLOWED:
+        yield f"its steps take {backend.slowness:.1f} times what it was calibrated to"
     if backend.lone_load is not None:
         yield "a suspect adapter is being loaded alone"

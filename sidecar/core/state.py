@@ -11,6 +11,7 @@ from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
 from sidecar.core.ahead import Guesses, LoadsAhead
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
+from sidecar.core.lateness import Lateness
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Yield
 from sidecar.core.shadow import EngineShadow
@@ -106,6 +107,8 @@ class Request:
     dispatched_ns: int = 0
     fetch_ns: int = 0
     """How long it has waited for its adapter to come into the host store."""
+    queued_clock: int = 0
+    """When it was queued, by the clock of `Lateness`."""
     fetch_allowed_ns: int = 0
     """What its promise allows for that."""
     load_ns: int = 0
@@ -322,8 +325,8 @@ class State:
     wake_ns: int = NEVER_NS
     wanted: dict[str, Line] = field(default_factory=dict)
     """For each packed key that queued requests need and the backend has not: who waits for it."""
-    missing_since: dict[str, int] = field(default_factory=dict)
-    """Since when requests have waited for a packed key that neither the store nor their engine has."""
+    lateness: Lateness = field(default_factory=Lateness)
+    """How long what they need has been on its way."""
     hungry_heap: list[tuple[int, str]] = field(default_factory=list)
     """Keys that may have to be fetched, by queue position; stale entries go when they reach the top."""
     fetched_for: dict[str, int] = field(default_factory=dict)

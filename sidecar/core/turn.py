@@ -83,6 +83,7 @@ class Turn:
             request.promised = True
             backlog = promising.backlog_of(self.state, backend, request)
             request.fetch_allowed_ns = backlog.fetch_ns
+            request.queued_clock = self.state.lateness.clock(self.now_ns)
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
         elif request.promise is not None:
             self.void_promise(request, "moved")
@@ -93,7 +94,7 @@ class Turn:
             if not self.state.store.has(key):
                 self.hunger(key)
                 if not asks.resident(backend, request.version):
-                    self.state.missing_since.setdefault(key, self.now_ns)
+                    self.state.lateness.misses(key, self.now_ns)
         self.dirty[backend.id] = None
 
     def _count_outstanding(self, request: Request, backend: Backend) -> None:
@@ -149,7 +150,7 @@ class Turn:
         line.discard(request.id)
         if not line:
             del self.state.wanted[key]
-            self.state.missing_since.pop(key, None)
+            self.state.lateness.ends(key)
         self.hungry = True
 
     def hunger(self, key: str) -> None:
@@ -162,8 +163,8 @@ class Turn:
     def went_missing(self, key: str) -> None:
         """Note that a blob, or an engine's copy of it, is gone while requests may wait for it."""
         self.hunger(key)
-        if key in self.state.wanted and not self.state.store.has(key):
-            self.state.missing_since[key] = self.now_ns
+        if key in self.state.wanted and not self.state.store.has(key) and asks.is_needed(self.state, key):
+            self.state.lateness.misses(key, self.now_ns)
 
     def void_if_adapter_is_late(self, request: Request) -> None:
         """Void the promise of a request that has waited for its adapter for longer than the promise allows for that."""
@@ -180,10 +181,10 @@ class Turn:
         if request.backend is None or request.version == BASE:
             return 0
         backend = self.state.backends[request.backend]
-        since_ns = self.state.missing_since.get(self.state.packed_for(request.version, backend).key)
-        if since_ns is None or asks.resident(backend, request.version):
+        if asks.resident(backend, request.version):
             return 0
-        return self.now_ns - max(since_ns, request.view.arrived_ns)
+        key = self.state.packed_for(request.version, backend).key
+        return self.state.lateness.waited_ns(key, request.view.arrived_ns, request.queued_clock, self.now_ns)
 
     def reroute_queue(self, backend: Backend) -> None:
         """Move all that waits at a backend to wherever it can be served now."""

@@ -38,7 +38,11 @@ _BECAUSE = {
 
 @dataclass(frozen=True)
 class WaitingView:
-    """A waiting request. It ends as expired once it has waited for `bound_ns`."""
+    """A waiting request, its times counted from its arrival.
+
+    It was promised its first token within `bound_ns`: None when nothing was promised, or no longer, for the reason
+    `voided`. It ends as expired once it has waited for `expires_ns`.
+    """
 
     request: int
     adapter: str
@@ -46,7 +50,9 @@ class WaitingView:
     klass: str
     backend: str
     waited_ns: int
-    bound_ns: int
+    bound_ns: int | None
+    voided: str
+    expires_ns: int
     why: Why
 
 
@@ -114,7 +120,9 @@ def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
         klass=view.klass,
         backend=request.backend or "",
         waited_ns=now_ns - view.arrived_ns,
-        bound_ns=request.expires_ns - view.arrived_ns,
+        bound_ns=None if request.promise is None else request.promise.bound_ns,
+        voided=request.voided,
+        expires_ns=request.expires_ns - view.arrived_ns,
         why=asks.why_waiting(state, request, now_ns),
     )
 
@@ -123,7 +131,7 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
-    since = f"{seconds(first.waited_ns)} (bound {seconds(first.bound_ns)})"
+    since = f"{seconds(first.waited_ns)} ({_limits(first)})"
     places: dict[Why, list[str]] = {}
     for view in oldest:
         places.setdefault(view.why, []).append(view.backend)
@@ -135,6 +143,15 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
     share = "all" if count == waiting else str(count)
     among = "them" if len(oldest) == waiting else f"the oldest {len(oldest)}"
     return f"{waiting} waiting, the oldest for {since}, {share} of {among} because {because}"
+
+
+def _limits(view: WaitingView) -> str:
+    """Say what was promised and what the class or the deadline allows, once where that is the same."""
+    expires = f"expires {seconds(view.expires_ns)}"
+    if view.bound_ns is None:
+        return f"bound void: {view.voided}, {expires}" if view.voided else expires
+    bound = f"bound {seconds(view.bound_ns)}"
+    return bound if view.bound_ns == view.expires_ns else f"{bound}, {expires}"
 
 
 def _because(why: Why, backends: list[str]) -> str:

@@ -12,6 +12,9 @@ from pathlib import Path
 from sidecar.demo.model import SEED
 from sidecar.errors import Misused, Reason
 
+TIME_SCALE = 0.2
+COST = "llama-3.1-8b/a100_sxm/trtllm"
+"""The cost file that the emulated engines keep to, five times as fast."""
 PAGES = 3
 """Adapter pages of each engine: most of the demo's adapters take one."""
 START_TIMEOUT_S = 30.0
@@ -44,7 +47,7 @@ async def start_engine(folder: Path, number: int) -> Engine:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sidecar.emulator", "--json", "--grpc-port", "0", "--metrics-port", "0",
         "--seed", str(SEED), "--lora-host-pages", str(PAGES), "--lora-device-pages", str(PAGES),
-        "--time-scale", "0.2", "--write-engine-config", str(config), "--served-log", str(log),
+        "--time-scale", str(TIME_SCALE), "--write-engine-config", str(config), "--served-log", str(log),
         stdout=asyncio.subprocess.PIPE, start_new_session=True,  # Ctrl-C is the demo's, which ends its engines
     )  # fmt: skip
     assert process.stdout is not None

@@ -22,7 +22,7 @@ from sidecar.core.facts import task_id_of
 from sidecar.core.state import State
 from sidecar.demo import answers
 from sidecar.demo.answers import Answer
-from sidecar.demo.engines import PAGES, Engine, start_engine
+from sidecar.demo.engines import COST, PAGES, TIME_SCALE, Engine, start_engine
 from sidecar.demo.model import ADAPTERS
 from sidecar.demo.texts import PROMPTS
 
@@ -82,7 +82,13 @@ def configuration(engines: Sequence[Engine], folder: Path = ADAPTERS) -> Config:
             "url": f"triton://{engine.grpc}",
             "id": f"engine-{number}",
             "metrics": f"http://{engine.metrics}/metrics",
-            "engine": {"config": str(engine.config), "host_pages": PAGES, "device_pages": PAGES},
+            "engine": {
+                "config": str(engine.config),
+                "host_pages": PAGES,
+                "device_pages": PAGES,
+                "cost": COST,
+                "cost_scale": TIME_SCALE,
+            },
         }
         for number, engine in enumerate(engines)
     ]

@@ -102,6 +102,8 @@ def backend_message(view: queries.BackendView) -> Any:
         ],
         resident=view.resident,
         detail="; ".join(view.notes),
+        pace=view.pace,
+        predicted_wait_s=view.predicted_wait_ns / 1e9,
     )
 
 
@@ -133,7 +135,9 @@ def queue_message(view: waiting.QueueView) -> Any:
             tenant=item.tenant,
             backend=item.backend,
             waited_s=item.waited_ns / 1e9,
-            bound_s=item.bound_ns / 1e9,
+            bound_s=(item.bound_ns or 0) / 1e9,
+            expires_s=item.expires_ns / 1e9,
+            voided=item.voided,
             why=item.why.value,
             **fields,
         )

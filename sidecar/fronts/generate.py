@@ -59,6 +59,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
             deadline_s=callers.earliest(deadline_s, callers.remaining_s(context)),
             session=request.session,
+            size_bytes=request.ByteSize(),
         )
         return self._gateway.submit(facts, payload, request.request_id)
 

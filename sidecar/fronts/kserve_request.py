@@ -77,6 +77,7 @@ def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rul
         input_tokens=tensors.input_tokens(),
         output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0),
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
+        size_bytes=len(raw),
     )
     parameters = message.parameters
     return Asked(

@@ -306,7 +306,7 @@ class BackendRequest(_message.Message):
     def __init__(self, backend: _Optional[str] = ...) -> None: ...
 
 class Backend(_message.Message):
-    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail")
+    __slots__ = ("id", "kind", "address", "state", "base_model", "dtype", "rank_max", "running", "queued", "seats", "host_pages", "device_pages", "kv_tokens", "kv_reserved", "page_limit", "open", "heals", "resident", "detail", "pace", "predicted_wait_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +326,8 @@ class Backend(_message.Message):
     HEALS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     address: str
@@ -345,7 +347,9 @@ class Backend(_message.Message):
     heals: _containers.RepeatedCompositeFieldContainer[HealNote]
     resident: _containers.RepeatedScalarFieldContainer[str]
     detail: str
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ...) -> None: ...
+    pace: str
+    predicted_wait_s: float
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., address: _Optional[str] = ..., state: _Optional[str] = ..., base_model: _Optional[str] = ..., dtype: _Optional[str] = ..., rank_max: _Optional[int] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., seats: _Optional[int] = ..., host_pages: _Optional[int] = ..., device_pages: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., kv_reserved: _Optional[int] = ..., page_limit: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenVersion, _Mapping]]] = ..., heals: _Optional[_Iterable[_Union[HealNote, _Mapping]]] = ..., resident: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ..., pace: _Optional[str] = ..., predicted_wait_s: _Optional[float] = ...) -> None: ...
 
 class OpenVersion(_message.Message):
     __slots__ = ("name", "digest", "age_s", "pages", "running", "queued", "pinned_by")
@@ -408,7 +412,7 @@ class WhyCount(_message.Message):
     def __init__(self, why: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class WaitingRequest(_message.Message):
-    __slots__ = ("request", "adapter", "tenant", "backend", "waited_s", "bound_s", "why")
+    __slots__ = ("request", "adapter", "tenant", "backend", "waited_s", "bound_s", "why", "expires_s", "voided")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -417,6 +421,8 @@ class WaitingRequest(_message.Message):
     WAITED_S_FIELD_NUMBER: _ClassVar[int]
     BOUND_S_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    VOIDED_FIELD_NUMBER: _ClassVar[int]
     request: int
     adapter: str
     tenant: str
@@ -424,4 +430,6 @@ class WaitingRequest(_message.Message):
     waited_s: float
     bound_s: float
     why: str
-    def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., **kwargs) -> None: ...
+    expires_s: float
+    voided: str
+    def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., expires_s: _Optional[float] = ..., voided: _Optional[str] = ..., **kwargs) -> None: ...

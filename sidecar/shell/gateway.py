@@ -49,6 +49,8 @@ class RequestFacts:
     output_tokens_max: int = 0
     deadline_s: float | None = None
     session: str = ""
+    size_bytes: int = 0
+    """The length of the client's message."""
 
 
 class Gateway:
@@ -132,6 +134,7 @@ class Gateway:
                     facts.output_tokens_max,
                     deadline_ns,
                     facts.session,
+                    facts.size_bytes,
                 )
             )
         except Refused:

@@ -54,7 +54,15 @@ METRICS: tuple[Metric, ...] = (
         "direction",
     ),
     _histogram("queue_wait_seconds", "Time from arrival to dispatch, or to the ending of those never sent.", "class"),
-    _histogram("wait_bound_seconds", "Longest wait that each admitted request was promised.", "class"),
+    _histogram(
+        "first_token_seconds", "Time from arrival to the first token, of answers that come token by token.", "class"
+    ),
+    _histogram(
+        "wait_bound_seconds", "Time within which an admitted request was promised its first token, if it was.", "class"
+    ),
+    _counter("wait_bounds_voided_total", "Promises that became void, by what they rested on and is gone.", "reason"),
+    _counter("wait_bounds_exceeded_total", "Waits that were longer than a promise that was not void: a bug of ours."),
+    _gauge("predicted_wait_seconds", "How long a request that comes now would wait, as far as is known.", "backend"),
     _counter("dispatches_total", "Dispatches, by where the adapter came from.", "cache"),
     _gauge("queued_requests", 'Requests that wait, by backend; backend "" is none at the moment.', "backend"),
     _gauge("queued_tokens", "Prompt tokens and largest answers of the requests that wait."),

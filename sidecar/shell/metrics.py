@@ -110,6 +110,8 @@ class Metrics:
         self._steps = 0
         self._refused_at_the_door = 0
         self._dispatched: dict[int, None] = {}
+        self._waiting: dict[int, None] = {}
+        """Admitted requests that have had no token yet."""
         self._loads: dict[int, tuple[str, int]] = {}
         self._make_series()
 
@@ -120,6 +122,8 @@ class Metrics:
         self._tokens = Series("tokens_total", registry)
         self._queue_wait = Series("queue_wait_seconds", registry, WAIT_BUCKETS_S)
         self._wait_bound = Series("wait_bound_seconds", registry, BOUND_BUCKETS_S)
+        self._first_token = Series("first_token_seconds", registry, WAIT_BUCKETS_S)
+        self._exceeded = Series("wait_bounds_exceeded_total", registry)
         self._dispatches = Series("dispatches_total", registry)
         self._load_time = Series("load_seconds", registry, LOAD_BUCKETS_S)
         self._load_results = Series("loads_total", registry)
@@ -128,6 +132,7 @@ class Metrics:
         self._quarantines = Series("quarantines_total", registry)
         for outcome in Outcome:  # present from the start, so that a first failure is an increase
             self._requests.child(outcome.value)
+        self._exceeded.child()
         for cache in Cache:
             self._dispatches.child(cache.value)
         for result in ("ok", "failed"):
@@ -179,8 +184,23 @@ class Metrics:
         request = self._core.state.requests.get(event.request)
         if request is None:
             self._refused_at_the_door = event.request
-        else:
-            self._wait_bound.take(request.expires_ns - request.view.arrived_ns, request.view.klass)
+            return
+        self._waiting[event.request] = None
+        if request.promise is not None:
+            self._wait_bound.take(request.promise.bound_ns, request.view.klass)
+
+    def _had_first_token(self, event: ev.FirstToken, now_ns: int) -> None:
+        request = self._core.state.requests.get(event.request)
+        if request is None or request.attempt != event.attempt or event.request not in self._waiting:
+            return
+        del self._waiting[event.request]
+        waited_ns = now_ns - request.view.arrived_ns
+        self._first_token.take(waited_ns, request.view.klass)
+        self._check_bound(waited_ns, None if request.promise is None else request.promise.bound_ns)
+
+    def _check_bound(self, waited_ns: int, bound_ns: int | None) -> None:
+        if bound_ns is not None and waited_ns > bound_ns:
+            self._exceeded.add(1)
 
     def _unregistered(self, event: ev.AdapterUnregistered, now_ns: int) -> None:
         if self._adapters.forget(event.name):
@@ -232,6 +252,9 @@ class Metrics:
         self._adapter_requests.add(1, adapter, outcome)
         if effect.request != self._refused_at_the_door:
             self._queue_wait.take(effect.queue_ns, effect.klass)
+        if effect.request in self._waiting:  # no token was told of, so the wait is known up to its dispatch
+            del self._waiting[effect.request]
+            self._check_bound(effect.queue_ns, effect.bound_ns)
         if effect.request in self._dispatched:
             del self._dispatched[effect.request]
             tenant = self._tenants.label(effect.tenant)
@@ -252,6 +275,7 @@ _EVENTS: dict[type, Callable[[Metrics, Any, int], None]] = {
     ev.AdapterUnregistered: Metrics._unregistered,
     ev.Fetched: Metrics._fetched,
     ev.FetchFailed: Metrics._fetch_failed,
+    ev.FirstToken: Metrics._had_first_token,
     ev.LoadDone: Metrics._load_done,
     ev.LoadFailed: Metrics._load_failed,
     ev.BackendLost: Metrics._backend_lost,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
+from sidecar.core import promising
 from sidecar.core.ahead import AheadCounts
 from sidecar.core.state import Backend, State
 from sidecar.core.store import StoreIndex
@@ -56,6 +57,14 @@ def _queued(state: State) -> Samples:
     yield from _each_backend(lambda backend: len(backend.queued))(state)
 
 
+def _voided(state: State) -> Samples:
+    return [((reason,), count) for reason, count in state.voided.items()]
+
+
+def _predicted_waits(state: State) -> Samples:
+    return _each_backend(lambda backend: promising.wait_ns(state, backend) / 1e9)(state)
+
+
 def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:
     for backend in state.backends.values():
         device = backend.shadow.device.held
@@ -66,6 +75,8 @@ def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:
 READERS: dict[str, Callable[[State], Samples]] = {
     "queued_requests": _queued,
     "queued_tokens": lambda state: _one(state.waiting.tokens),
+    "wait_bounds_voided_total": _voided,
+    "predicted_wait_seconds": _predicted_waits,
     "adapters_registered": lambda state: _one(len(state.names)),
     "adapters_quarantined": lambda state: _one(sum(bool(held.quarantined) for held in state.versions.values())),
     "store_bytes": lambda state: _tiers(state, lambda store: store.bytes_used),

@@ -1,9 +1,9 @@
-"""The bare engine: every request goes straight into an engine, spread over them in turn, with its weights."""
+"""The bare engine: every request goes straight into an engine, spread over them at random, with its weights."""
 
 from __future__ import annotations
 
 from functools import cache
-from itertools import cycle
+from random import Random
 
 from sidecar.emulator.messages import Event, Request
 from sidecar.emulator.pages import Row
@@ -17,7 +17,7 @@ class Bare:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._next_backend = cycle(world.setup.backends)
+        self._random = Random(world.workload.seed)
         self._task_ids: dict[str, int] = {}
         self._known_rows = {name: engine_rows(adapter.rows) for name, adapter in world.setup.adapters.items()}
         self._rows_of_rank = cache(lambda rank: engine_rows(world.setup.engine.adapter_rows(rank)))
@@ -32,7 +32,7 @@ class Bare:
             rows=self._rows_of(arrival.adapter) if adapted else None,
             stop_after=arrival.output_tokens,
         )
-        backend = next(self._next_backend)
+        backend = self._random.choice(world.setup.backends)
         world.recorder.dispatched(request_id, backend, world.now_ns)
         world.submit(backend, request)
 

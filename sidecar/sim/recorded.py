@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from sidecar.core.facts import Adapter, EngineFacts, misfit, pages_of
+from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, misfit, pages_of
 from sidecar.emulator.cost import CostModel
 from sidecar.emulator.shape import SHAPES, ModelShape, module_dims
 from sidecar.emulator.spec import EngineSpec
 from sidecar.errors import Misused, Reason
-from sidecar.sim.setup import KV_UNLIMITED_TOKENS, TOKENS_PER_BLOCK, EngineSetup
+from sidecar.sim.setup import KV_UNLIMITED_TOKENS, EngineSetup
 
 COUNTS_ADAPTERS = frozenset({"vllm"})
 """Flavours to which an adapter is one, whatever its rank: facts in pages say nothing of them."""
@@ -79,17 +79,16 @@ def recorded_engine(
     if device_pages is None:
         raise _unknown("how many adapters fit the GPU", "slots")
     slots = max(1, device_pages * len(pages) // sum(pages))
-    engine = _engine(facts, adapters, cost, flavour, sizes, slots)
-    complete = replace(
+    usual = _engine(facts, adapters, cost, flavour, sizes, slots)
+    known = replace(
         facts,
-        seats=engine.seats,
+        seats=usual.seats,
         device_pages=device_pages,
-        host_pages=max(device_pages, host_pages or engine.host_slots * max(pages)),
-        kv_tokens=_kv_tokens(facts, engine),
-        pace=facts.pace or engine.pace(),
+        host_pages=max(device_pages, host_pages or usual.host_slots * max(pages)),
+        kv_tokens=facts.kv_tokens or _kv_tokens(facts, cost, device_pages),
     )
-    modules = tuple(facts.modules or ())
-    return RecordedEngine(known=complete, built_for=shape, **{**_fields(engine), "modules": modules}), True
+    engine = RecordedEngine(known=known, built_for=shape, **{**_fields(usual), "modules": tuple(facts.modules or ())})
+    return replace(engine, known=replace(known, pace=facts.pace or engine.pace())), True
 
 
 def shape_of(facts: EngineFacts) -> ModelShape | None:
@@ -126,9 +125,11 @@ def _engine(
     )
 
 
-def _kv_tokens(facts: EngineFacts, engine: EngineSetup) -> int:
-    block = TOKENS_PER_BLOCK.get(engine.flavour, 64)
-    return max(block, min(KV_UNLIMITED_TOKENS, facts.kv_tokens or engine.kv_tokens))
+def _kv_tokens(facts: EngineFacts, cost: CostModel, device_pages: int) -> int:
+    """Return what a cost file leaves beside the pages."""
+    page = facts.page
+    page_bytes = page.width * page.slots * DTYPE_BYTES[facts.layout.dtype] if page else 0
+    return max(1, min(KV_UNLIMITED_TOKENS, cost.kv_tokens(device_pages * page_bytes)))
 
 
 def _fields(engine: EngineSetup) -> dict[str, Any]:

@@ -27,26 +27,29 @@ class Open:
     started_ns: int = 0
 
 
-@dataclass(slots=True)
-class Tenant:
-    """What a tenant got while it had something waiting, and for how long it had."""
+@dataclass
+class Tenants:
+    """What each tenant was given while all of them had something waiting: an input token is 1, an output token 2."""
 
-    waiting: int = 0
-    since_ns: int = 0
-    backlogged_ns: int = 0
-    tokens: int = 0
+    waiting: dict[str, int] = field(default_factory=dict)
+    idle: dict[str, None] = field(default_factory=dict)
+    """Tenants that have come, and have nothing waiting."""
+    served: dict[str, int] = field(default_factory=dict)
 
-    def wait(self, now_ns: int) -> None:
-        if not self.waiting:
-            self.since_ns = now_ns
-        self.waiting += 1
+    def waits(self, tenant: str) -> None:
+        self.served.setdefault(tenant, 0)
+        self.idle.pop(tenant, None)
+        self.waiting[tenant] = self.waiting.get(tenant, 0) + 1
 
-    def start(self, now_ns: int, tokens: int) -> None:
-        self.waiting -= 1
-        if self.waiting:
-            self.tokens += tokens
-        else:
-            self.backlogged_ns += now_ns - self.since_ns
+    def starts(self, arrival: Arrival) -> None:
+        if not self.idle:
+            self.served[arrival.tenant] += arrival.input_tokens + 2 * arrival.output_tokens
+        self.leaves(arrival)
+
+    def leaves(self, arrival: Arrival) -> None:
+        self.waiting[arrival.tenant] -= 1
+        if not self.waiting[arrival.tenant]:
+            self.idle[arrival.tenant] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,7 @@ class Recorder:
     """What the first of each reason was told."""
     openings: int = 0
     tenures: list[Tenure] = field(default_factory=list)
-    tenants: dict[str, Tenant] = field(default_factory=dict)
+    tenants: Tenants = field(default_factory=Tenants)
     bounded: int = 0
     over_bound: list[tuple[int, float, float]] = field(default_factory=list)
     """Requests that waited longer than their bound: (id, wait, bound) in seconds."""
@@ -133,7 +136,7 @@ class Recorder:
         self.reserved_tokens += arrival.input_tokens + arrival.output_tokens_max
         self._open[request_id] = Open(arrival, now_ns)
         self.asked_for.append(self.adapters.setdefault(arrival.adapter, len(self.adapters)))
-        self.tenants.setdefault(arrival.tenant, Tenant()).wait(now_ns)
+        self.tenants.waits(arrival.tenant)
         self.series.add("offered", now_ns)
         self.series.change("waiting", now_ns, 1)
 
@@ -229,7 +232,10 @@ class Recorder:
     def _wait_is_over(self, request: Open, now_ns: int) -> None:
         arrival = request.arrival
         self.series.change("waiting", now_ns, -1)
-        self.tenants[arrival.tenant].start(now_ns, arrival.output_tokens if request.started_ns else 0)
+        if request.started_ns:
+            self.tenants.starts(arrival)
+        else:
+            self.tenants.leaves(arrival)
 
     def _take_slot(self, request: Open, now_ns: int) -> None:
         place = (request.backend, request.arrival.adapter)

@@ -80,7 +80,7 @@ class Result:
             "loads_per_request": self.counted.device_loads / requests,
             "mean_batch": recorder.output_tokens / max(1, self.counted.iterations),
             "slot_openings_per_1k_requests": 1000 * recorder.openings / started,
-            "jain_index": jain_index(self.tenant_rates()),
+            "jain_index": jain_index(list(recorder.tenants.served.values())),
             "requests": {**recorder.counts, "unfinished": len(recorder.unfinished)},
             "reasons": recorder.reasons,
             "messages": recorder.messages,
@@ -131,12 +131,6 @@ class Result:
     def lengths(self) -> Lengths:
         recorder, count = self.recorder, max(1, self.recorder.counts["offered"])
         return Lengths(recorder.input_tokens / count, recorder.output_asked / count, recorder.reserved_tokens / count)
-
-    def tenant_rates(self) -> list[float]:
-        """Return the tokens per second that each tenant was given while it had something waiting."""
-        backlogged = [tenant for tenant in self.recorder.tenants.values() if tenant.backlogged_ns > 0]
-        longest_ns = max((tenant.backlogged_ns for tenant in backlogged), default=0)
-        return [tenant.tokens / tenant.backlogged_ns for tenant in backlogged if tenant.backlogged_ns > longest_ns / 10]
 
     def store(self) -> dict[str, float]:
         """Return what the misses cost, in seconds of fetching, and the least that any cache of the size would pay.

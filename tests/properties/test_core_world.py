@@ -26,7 +26,10 @@ def build(random: Random, seed: int) -> World:
         queued_max=random.choice([30, 50_000]),
         retry_ns=5 * MS,
         retry_ns_max=100 * MS,
-        classes={"default": ClassLimit(), "short": ClassLimit(200 * MS)},
+        classes={
+            "default": ClassLimit(patience_ns=random.choice([SECOND // 5, SECOND, 20 * SECOND])),
+            "short": ClassLimit(200 * MS),
+        },
         eviction=random.choice(["lru", "lfu"]),
     )
     world = World(config, engines=0, seed=seed)
@@ -140,6 +143,7 @@ def test_safe_under_faults_and_live_after(seed: int) -> None:
     world = run_world(seed)
     assert not world.unsettled(), f"seed {seed}: never ended: {world.unsettled()[:10]}"
     assert not stuck(world), f"seed {seed}: stuck until they expired: {stuck(world)[:10]}"
+    assert world.voided == world.core.state.voided, f"seed {seed}: promises became void and nobody was told"
     assert_idle(world.core)
 
 

@@ -313,8 +313,9 @@ def test_a_backend_lost_under_a_run(tmp_path: Path) -> None:
     world.run()
     timeline = explained(world, request, tmp_path)
     assert told(timeline) == [
-        "arrived", "routed", "sent", "backend", "queued_again", "routed", "sent", "first_token", "ended",
+        "arrived", "routed", "sent", "backend", "queued_again", "routed", "voided", "sent", "first_token", "ended",
     ]  # fmt: skip
+    assert timeline.voided == "backend lost"
     assert timeline.reasons_ns() == {AT_AN_ENGINE: 5 * MS}
     assert_covers(timeline, world)
     assert f"{backend} was lost: connection reset" in "\n".join(lines_of(timeline))

@@ -125,17 +125,25 @@ async def test_requests_by_outcome() -> None:
 
 
 async def test_waits_and_their_bounds() -> None:
-    """The wait of each admitted request is observed with the bound it was promised; refused ones have neither."""
+    """The waits of each admitted request stand beside the bound it was promised; refused ones have neither."""
     classes = {"default": ClassLimit(), "batch": ClassLimit(40 * SECOND)}
     world = Measured(config=CoreConfig(store_bytes=64 * BLOB_BYTES, classes=classes))
     world.register("sql")
-    world.send("sql", klass="batch")
-    world.send("sql", klass="batch", deadline_ns=3 * SECOND)
+    promised_ns = 0
+    for request in (world.send("sql", klass="batch"), world.send("sql", klass="batch", deadline_ns=3 * SECOND)):
+        promise = world.core.state.requests[request].promise
+        assert promise is not None
+        promised_ns += promise.bound_ns
     world.send("nobody", klass="batch")
+    begun_ns = world.now_ns
     world.run()
     samples = await scrape(world)
     assert samples["lora_sidecar_queue_wait_seconds_count"] == {("batch",): 2}
-    assert samples["lora_sidecar_wait_bound_seconds_sum"] == {("batch",): 43}
+    assert samples["lora_sidecar_wait_bound_seconds_count"] == {("batch",): 2}
+    assert samples["lora_sidecar_wait_bound_seconds_sum"] == {("batch",): pytest.approx(promised_ns / 1e9)}
+    tokens_ns = [now_ns - begun_ns for now_ns, event in world.events if isinstance(event, ev.FirstToken)]
+    assert samples["lora_sidecar_first_token_seconds_sum"] == {("batch",): pytest.approx(sum(tokens_ns) / 1e9)}
+    assert samples["lora_sidecar_wait_bounds_exceeded_total"] == {(): 0}
     waited = world.dispatches[1][0].queue_ns + world.dispatches[2][0].queue_ns
     assert samples["lora_sidecar_queue_wait_seconds_sum"][("batch",)] == pytest.approx(waited / 1e9)
 

@@ -9,6 +9,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core import queries, waiting
 from sidecar.core.codec import encode
+from sidecar.core.config import CoreConfig
 from sidecar.core.words import Why
 from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
 
@@ -30,11 +31,51 @@ def test_one_waiting_request_is_a_sentence_of_its_own() -> None:
     request = world.send("sql", tenant="acme")
     world.run(for_ns=3 * MS)
     queue = view(world)
-    assert queue.verdict == "1 waiting for 3 ms (bound 600 s) because weights are being fetched"
+    bound_ns = promised_ns(world, request)
+    assert queue.verdict == (
+        f"1 waiting for 3 ms (bound {waiting.seconds(bound_ns)}, expires 600 s) because weights are being fetched"
+    )
     assert queue.why == ((Why.FETCHING, 1),)
     shown = queue.requests[0]
     assert (shown.request, shown.adapter, shown.tenant, shown.backend) == (request, "sql", "acme", "b0")
-    assert (shown.waited_ns, shown.bound_ns) == (3 * MS, 600 * SECOND)
+    assert (shown.waited_ns, shown.bound_ns, shown.expires_ns) == (3 * MS, bound_ns, 600 * SECOND)
+    assert 20 * SECOND < bound_ns < 60 * SECOND
+
+
+def promised_ns(world: World, request: int) -> int:
+    """Return what a request was promised: it has been."""
+    promise = world.core.state.requests[request].promise
+    assert promise is not None
+    return promise.bound_ns
+
+
+def test_the_bound_stands_alone_when_nothing_else_ends_the_wait_before() -> None:
+    """Where the class's longest wait is the bound itself, it is said once."""
+    world = busy_world(1)
+    bound_ns = promised_ns(world, 2)
+    world.core.state.requests[2].expires_ns = world.core.state.requests[2].view.arrived_ns + bound_ns
+    assert f"(bound {waiting.seconds(bound_ns)}) because" in view(world).verdict
+
+
+def test_an_order_that_promises_nothing_shows_when_requests_expire() -> None:
+    """Under `skip` nothing bounds a wait: only the class's limit is told."""
+    world = World(CoreConfig(ordering="skip"), seats=1)
+    world.send()
+    world.send()
+    queue = view(world)
+    assert "(expires 600 s)" in queue.verdict
+    assert (queue.requests[0].bound_ns, queue.requests[0].voided) == (None, "")
+
+
+def test_a_void_promise_says_why() -> None:
+    """A request that a lost backend gave back has no bound any more, and the queue says so."""
+    world = World(seats=1)
+    world.send()
+    world.send()
+    world.lose("b0")
+    queue = view(world)
+    assert "(bound void: backend lost, expires 600 s)" in queue.verdict
+    assert [(shown.bound_ns, shown.voided) for shown in queue.requests] == [(None, "backend lost")] * 2
 
 
 def busy_world(waiting_count: int) -> World:
@@ -56,7 +97,8 @@ def test_the_oldest_come_first_and_the_rest_is_counted() -> None:
     assert [shown.request for shown in queue.requests] == [2, 3, 4]
     assert queue.why == ((Why.SEATS_FULL, 12),)
     assert queue.verdict == (
-        "12 waiting, the oldest for 15 ms (bound 600 s), all of them because all seats are taken on b0"
+        f"12 waiting, the oldest for 15 ms (bound {waiting.seconds(promised_ns(world, 2))}, expires 600 s), "
+        "all of them because all seats are taken on b0"
     )
 
 
@@ -111,7 +153,7 @@ def test_every_why_has_words(why: Why) -> None:
 
 def test_a_reason_on_several_backends_is_counted_once() -> None:
     """Seats that are full on two backends are one reason, and both are named; more are counted."""
-    world = World(engines=2, seats=1)
+    world = World(CoreConfig(routing="resident_first"), engines=2, seats=1)
     for _ in range(6):
         world.send()
     queue = view(world)
@@ -213,7 +255,7 @@ def test_a_backend_shows_its_last_heals_newest_first() -> None:
 
 def test_how_backends_stand() -> None:
     """Up, draining and down; a draining one says how much still runs there."""
-    world = World(engines=3)
+    world = World(CoreConfig(routing="resident_first"), engines=3)
     world.send()
     world.run(for_ns=MS)
     world.feed(ev.DrainSet("b0", True))

@@ -28,12 +28,12 @@ LONG_AGO_NS = 120 * SECOND_NS
 """Longer than any run takes: when nothing has moved for so long in peace, nothing will."""
 
 VOIDED_BY: dict[str, tuple[str, ...]] = {
+    "backend lost": ("loss", "small"),
     "moved": ("loss", "drain", "operators", "small"),
     "no backend": ("loss", "drain", "operators", "small"),
     "run again": ("loss", "step", "lies", "small", "queue"),
-    "adapter late": ("fetch", "store"),
+    "adapter late": ("fetch", "operators"),
     "engine queue full": ("queue",),
-    "backend lost": ("loss",),
     "backend slowed": ("slow",),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""

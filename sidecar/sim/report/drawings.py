@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sidecar.sim.report.labels import Box
 from sidecar.sim.report.markup import Markup, element, group, joined, text
 from sidecar.sim.report.scales import Scale
 
-WIDE, NARROW, PANEL = 680.0, 340.0, 360.0
+WIDE, NARROW, PANEL = 680.0, 340.0, 440.0
 """Widths that drawings are made for, in pixels: half of a desk's screen, a phone, and three in a row."""
-CHARACTER = 6.4
-"""The usual width of a character of a label."""
 
 _MARKERS = (
     "M-4 -4H4V4H-4Z",
@@ -53,6 +52,11 @@ class Frame:
 
     def y(self, low: float, high: float) -> Scale:
         return Scale(low, high, self.height - self.bottom, self.top)
+
+    @property
+    def inside(self) -> Box:
+        """What is plotted in."""
+        return Box(self.left, self.width - self.right, self.top, self.height - self.bottom)
 
 
 Ticks = Sequence[tuple[float, str]]
@@ -117,11 +121,6 @@ def swatch(style: int, dash: str | None, label: str) -> Markup:
     sample = element("path", class_=f"line s{style}", d="M1 7H33", stroke_dasharray=dash)
     picture = element("svg", sample, marker(style, 17, 7), class_="swatch", viewBox="0 0 34 14", aria_hidden="true")
     return element("span", picture, label, class_="key")
-
-
-def width_of(label: str) -> float:
-    """Return about how broad a label is."""
-    return CHARACTER * len(label)
 
 
 def _n(value: float) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sidecar.sim.bounds import all_resident, closed_form
+from sidecar.sim.records import SECOND_NS
 from sidecar.sim.report.runs import Run, first_bare
 from sidecar.sim.report.words import count, listed, number, percent, seconds, times
 from sidecar.sim.results import engines_of, step_times
@@ -105,14 +106,20 @@ def _resident(run: Run) -> str:
     return f"it is {percent(share)} of what is reachable with a slot for every adapter"
 
 
-def _load(run: Run) -> str:
-    """Tell what an open loop asks for."""
+def asked_tokens_per_s(run: Run) -> float:
+    """Return what arrivals at their own times ask for; without end in a closed loop."""
     result = run.result
     counts = result.recorder.series.counts("offered")
     if not result.workload.open_loop or not counts:
+        return math.inf
+    return result.recorder.output_asked / (len(counts) * result.recorder.series.interval_ns / SECOND_NS)
+
+
+def _load(run: Run) -> str:
+    """Tell what an open loop asks for."""
+    asked = asked_tokens_per_s(run)
+    if asked == math.inf:
         return ""
-    span_s = len(counts) * result.recorder.series.interval_ns / 1e9
-    asked = result.recorder.output_asked / span_s
     share = asked / run.figures["bounds"]["closed_form_tokens_per_s"]
     says = f"Arrivals ask for {number(asked)} output tokens/s, {percent(share)} of the closed form"
     return says + ("." if share > SATURATED else ": no run can give more than they ask for.")
@@ -129,8 +136,15 @@ def _closed_batch(run: Run) -> float:
 
 
 def _of_bound(run: Run) -> str:
+    """Tell what share of the reachable a run reached; of what was asked for, where that is less."""
     bounds = run.figures["bounds"]
+    most = bounds["closed_form_tokens_per_s"]
     closed, resident = (run.tokens_per_s / bounds[f"{key}_tokens_per_s"] for key in ("closed_form", "all_resident"))
+    asked = asked_tokens_per_s(run)
+    if asked < SATURATED * most:
+        return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"
+    if closed > 1 + ALIKE / 4:
+        return f"{times(closed)} the closed form, which takes equal shares and a pass of its own for each prompt"
     if closed / resident < 1 + ALIKE / 4:
         return f"{percent(resident)} of what is reachable"
     return f"{percent(closed)} of the closed form and {percent(resident)} of all resident"

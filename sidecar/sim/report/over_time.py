@@ -8,11 +8,13 @@ from sidecar.sim.records import SECOND_NS
 from sidecar.sim.report.drawings import NARROW, WIDE, Figure, Frame, axes, drawing, for_both, line
 from sidecar.sim.report.markup import Markup, element, group, joined, text
 from sidecar.sim.report.runs import Run
-from sidecar.sim.report.scales import Scale, inner_ticks, spread, ticks
+from sidecar.sim.report.scales import Scale, inner_ticks, ticks
 from sidecar.sim.report.tables import table
 from sidecar.sim.report.words import number, percent, tick, time_unit
 
 POINTS, COLUMNS = 160, 64
+STRIP_PX_LEAST, STRIP_PX_MOST, STRIPS_PX = 72.0, 150.0, 290.0
+STRIP_HEAD_PX = 32.0
 ENDINGS = ("answered", "refused", "expired", "cancelled", "failed")
 
 
@@ -27,7 +29,7 @@ def running(runs: Sequence[Run]) -> Figure | None:
     return Figure(
         "running",
         "Requests running over time",
-        ["How full the engines' batches were, all engines together; the dotted line is all their seats."],
+        ["How many requests ran at once, on all engines together; the dotted line is all their seats."],
         [for_both(draw(WIDE, "broad"), draw(NARROW, "slim"))],
         _table_running(runs),
     )
@@ -45,7 +47,7 @@ def endings(runs: Sequence[Run]) -> Figure | None:
     return Figure(
         "endings",
         "How requests ended over time",
-        ["Endings by second, stacked, with the arrivals as a line.", joined(_key(shown))],
+        ["Endings a second, stacked, with the arrivals as a line.", joined(_key(shown))],
         [for_both(draw(WIDE, "broad"), draw(NARROW, "slim"))],
         _table_endings(runs),
     )
@@ -72,12 +74,11 @@ def by_interval(run: Run, kind: str, columns: int = COLUMNS) -> tuple[float, lis
 
 
 def _draw_running(runs: Sequence[Run], width: float, anchor: str) -> Markup:
-    frame = Frame(width, 330 if width == WIDE else 280, right=18)
-    curves = [(run, batches(run)) for run in runs]
+    """Draw one strip for each run, all on the same time."""
     span_s = max(run.result.seconds for run in runs)
     seats = max(run.result.setup.engine.seats * run.result.setup.engines for run in runs)
-    values = ticks(1.02 * seats)
-    x, y = frame.x(0, span_s), frame.y(0, values[-1])
+    strip_px = min(STRIP_PX_MOST, max(STRIP_PX_LEAST, STRIPS_PX / len(runs)))
+    frame = Frame(width, strip_px * len(runs) + 42, right=10, top=0)
     told = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
     return drawing(
         anchor,
@@ -85,19 +86,42 @@ def _draw_running(runs: Sequence[Run], width: float, anchor: str) -> Markup:
         told,
         width,
         frame.height,
-        axes(
-            frame, x, _times(span_s, width), _time_title(span_s), y, [(v, tick(v)) for v in values], "requests running"
+        *(
+            _strip(run, frame, (index * strip_px, (index + 1) * strip_px), span_s, seats)
+            for index, run in enumerate(runs)
         ),
-        element(
-            "path",
-            class_="bound",
-            d=f"M{x.begin} {y(seats):.1f}H{x.end}",
-            stroke_dasharray="1 4",
-            stroke_linecap="round",
+        _time_axis(frame, span_s),
+    )
+
+
+def _strip(run: Run, frame: Frame, between: tuple[float, float], span_s: float, seats: int) -> Markup:
+    top, foot = between[0] + STRIP_HEAD_PX, between[1]
+    x, y = frame.x(0, span_s), Scale(0, seats, foot, top)
+    points = [(x(at), y(value)) for at, value in batches(run)]
+    closed = [(points[0][0], y(0)), *points, (points[-1][0], y(0))] if points else [(x.begin, y(0))]
+    return group(
+        text(run.label, x.begin, top - 7, class_=f"label s{run.style}"),
+        text(f"mean batch {number(run.figures['mean_batch'])}", x.end, top - 7, text_anchor="end", class_="name"),
+        group(
+            text(f"{seats:,}", x.begin - 8, top + 4, text_anchor="end"),
+            text("0", x.begin - 8, y(0) + 4, text_anchor="end"),
+            element("path", class_="axis", d=f"M{x.begin} {y(0):.1f}H{x.end}"),
+            element("path", class_="axis", d=f"M{x.begin} {top}H{x.end}", stroke_dasharray="1 4"),
+            class_="axes",
         ),
-        text(f"{seats:,} seats", x.begin + 6, y(seats) - 7, class_="halo name"),
-        *(_curve(run, points, x, y) for run, points in curves),
-        *_names(curves, x, y),
+        element("path", class_=f"area s{run.style}", d=line(closed)),
+        element("path", class_=f"line thin s{run.style}", d=line(points or closed)),
+    )
+
+
+def _time_axis(frame: Frame, span_s: float) -> Markup:
+    x, foot = frame.x(0, span_s), frame.height - frame.bottom
+    values = _times(span_s, frame.width)
+    return group(
+        *(element("path", class_="axis", d=f"M{x(value):.1f} {foot}v5") for value, _ in values),
+        *(text(label, x(value), foot + 18, text_anchor="middle") for value, label in values),
+        text(_time_title(span_s), x.end, foot + 36, text_anchor="end", class_="name"),
+        class_="axes",
     )
 
 
@@ -108,22 +132,6 @@ def _times(span_s: float, width: float) -> list[tuple[float, str]]:
 
 def _time_title(span_s: float) -> str:
     return f"time since the first arrival ({time_unit(span_s)[1]})"
-
-
-def _curve(run: Run, points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> Markup:
-    places = [(x(at), y(value)) for at, value in points]
-    return element("path", class_=f"line s{run.style}", d=line(places or [(x.begin, y(0))]), stroke_dasharray=run.dash)
-
-
-def _names(curves: Sequence[tuple[Run, Sequence[tuple[float, float]]]], x: Scale, y: Scale) -> list[Markup]:
-    """Return the runs' names at the middle of their curves, none on another."""
-    middles = [points[len(points) // 2] if points else (0.0, 0.0) for _, points in curves]
-    places = spread([y(value) - 8 for _, value in middles], 15, y.end + 14, y.begin - 4)
-    named = zip(curves, middles, places, strict=True)
-    return [
-        text(run.label, x(at), place, class_=f"halo label s{run.style}", text_anchor="middle")
-        for (run, _), (at, _), place in named
-    ]
 
 
 def _table_running(runs: Sequence[Run]) -> Markup:
@@ -140,7 +148,7 @@ def _table_running(runs: Sequence[Run]) -> Markup:
 
 
 def _draw_endings(run: Run, runs: Sequence[Run], width: float, anchor: str) -> Markup:
-    frame = Frame(width, 230, right=18, top=40)
+    frame = Frame(width, 230, right=18, top=48)
     span_s = max(each.result.seconds for each in runs)
     columns = COLUMNS if width == WIDE else COLUMNS // 2
     kinds = {kind: by_interval(run, kind, columns) for kind in (*ENDINGS, "offered")}
@@ -158,8 +166,7 @@ def _draw_endings(run: Run, runs: Sequence[Run], width: float, anchor: str) -> M
         text(run.label, 0, 14, class_=f"label s{run.style}"),
         group(
             axes(frame, x, _times(span_s, width), _time_title(span_s), y, [(v, tick(v)) for v in values], ""),
-            text("requests/s", 0, 31, class_="name"),
-            class_="axes",
+            text("requests/s", 0, 33, class_="name"),
         ),
         *_stacked({kind: kinds[kind][1] for kind in ENDINGS}, width_s, x, y),
         _arrivals(kinds["offered"][1], width_s, x, y),
@@ -188,7 +195,8 @@ def _stacked(rates: dict[str, list[float]], width_s: float, x: Scale, y: Scale) 
 
 
 def _arrivals(rates: Sequence[float], width_s: float, x: Scale, y: Scale) -> Markup:
-    points = [(x((at + end) * width_s), y(rate)) for at, rate in enumerate(rates) for end in (0, 1)]
+    last = max(index for index, rate in enumerate(rates) if rate)
+    points = [(x((at + end) * width_s), y(rate)) for at, rate in enumerate(rates[: last + 1]) for end in (0, 1)]
     return element("path", class_="arrivals", d=line(points))
 
 

@@ -84,14 +84,28 @@ def _main(runs: Sequence[Run], sweep: Sequence[Run]) -> Markup:
     found = [throughput(runs, sweep), running(runs), waits(runs), endings(runs), store(runs), timeline(runs)]
     key = element("p", *(swatch(run.style, run.dash, run.label) for run in runs), class_="keys")
     table = element("section", element("h2", "Figures"), key, figures(runs), class_="card full", id="figures")
-    return element("main", table, *(_section(figure) for figure in found if figure is not None))
+    shown = [figure for figure in found if figure is not None]
+    alone = _alone(shown)
+    return element("main", table, *(_section(figure, figure.anchor in alone) for figure in shown))
 
 
-def _section(figure: Figure) -> Markup:
+def _alone(figures: Sequence[Figure]) -> list[str]:
+    """Return which figures of half the width have nothing beside them."""
+    found, left = [], ""
+    for figure in figures:
+        if figure.full_width and left:
+            found.append(left)
+        left = "" if figure.full_width or left else figure.anchor
+    return [*found, left]
+
+
+def _section(figure: Figure, alone: bool) -> Markup:
+    """Return a card; one that has a row to itself shows its table beside the drawing."""
     notes = (
         element("ul", *(element("li", note) for note in figure.notes), class_="notes") if figure.notes else Markup("")
     )
-    table = element("details", element("summary", "As a table"), figure.table) if figure.table else Markup("")
+    opened = "open" if alone else None
+    table = element("details", element("summary", "As a table"), figure.table, open=opened) if figure.table else ""
     return element(
         "section",
         element("h2", figure.title),
@@ -99,6 +113,6 @@ def _section(figure: Figure) -> Markup:
         joined(figure.drawings),
         notes,
         table,
-        class_="card full" if figure.full_width else "card",
+        class_="card full" if figure.full_width else "card full alone" if alone else "card",
         id=figure.anchor,
     )

@@ -61,26 +61,3 @@ def powers_of_two(high: float) -> list[float]:
     if values[-1] == high:
         return values
     return [value for value in values if value * 1.4 < high] + [high]
-
-
-def spread(places: list[float], distance: float, low: float, high: float) -> list[float]:
-    """Return places for labels: as near as may be to the asked ones, in their order, and never closer than `distance`.
-
-    Labels that collide form a block around their mean, as in isotonic regression by pooling neighbours.
-    """
-    order = sorted(range(len(places)), key=lambda index: (places[index], index))
-    blocks: list[list[float]] = []  # [mean of asked places less their offsets, count]
-    for offset, index in enumerate(order):
-        blocks.append([places[index] - offset * distance, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            mean, count = blocks.pop()
-            blocks[-1] = [
-                (blocks[-1][0] * blocks[-1][1] + mean * count) / (blocks[-1][1] + count),
-                blocks[-1][1] + count,
-            ]
-    starts = [mean for mean, count in blocks for _ in range(int(count))]
-    last = high - distance * (len(places) - 1)
-    result = [0.0] * len(places)
-    for offset, index in enumerate(order):
-        result[index] = max(low, min(starts[offset], last)) + offset * distance
-    return result

@@ -84,9 +84,9 @@ def _row(run: Run, x: Scale, top: float) -> Markup:
         parts.append(element("rect", class_=f"again s{run.style}", stroke_dasharray="3 2", **again))
     return group(
         text(run.label, x(0), top + 13, class_=f"label s{run.style}"),
-        text(_told(run), x.end, top + 13, text_anchor="end", class_="name"),
+        text(_told(run), x.end, top + 13, text_anchor="end", class_="halo name"),
         *parts,
-        element("path", class_="bound", d=f"M{x(bound):.1f} {bar - 4}v{height + 8:.0f}"),
+        element("path", class_="bound", d=f"M{x(bound):.1f} {bar - 2}v{height + 5:.0f}"),
     )
 
 

@@ -47,7 +47,7 @@ text-wrap:balance;overflow-wrap:anywhere}}
 .lead{{font-size:17px;max-width:88ch;margin:0 0 10px}}
 .warning{{background:var(--alert-page);color:var(--alert);border-left:4px solid var(--alert);padding:8px 14px;
 border-radius:4px;margin:8px 0;font-weight:600}}
-.bindings{{margin:0 0 16px;padding-left:18px;color:var(--soft);max-width:95ch}}
+.bindings{{margin:0 0 16px;padding-left:18px;color:var(--soft);max-width:120ch}}
 .bindings li::marker{{color:var(--axis)}}
 .facts{{display:flex;flex-wrap:wrap;gap:10px 34px;margin:0 0 20px;padding:12px 0 0;border-top:1px solid var(--edge)}}
 dt{{font-size:12px;color:var(--soft)}}
@@ -55,9 +55,11 @@ dd{{margin:0;font-size:14px;overflow-wrap:anywhere}}
 main{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:18px;padding-bottom:40px}}
 .card{{background:var(--card);border:1px solid var(--edge);border-radius:10px;padding:18px 22px 16px;min-width:0}}
 .full{{grid-column:1/-1}}
+@media (min-width:1081px){{.alone{{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);column-gap:60px;
+align-content:start}}.alone>*{{grid-column:1}}.alone>details{{grid-column:2;grid-row:1/span 6;margin:0}}}}
 h2{{font-size:17px;font-weight:650;margin:0 0 4px}}
-.says{{margin:0 0 8px;color:var(--soft);font-size:13.5px;max-width:95ch}}
-.notes{{margin:10px 0 0;padding-left:18px;font-size:13.5px;max-width:110ch}}
+.says{{margin:0 0 8px;color:var(--soft);font-size:13.5px;max-width:115ch}}
+.notes{{margin:10px 0 0;padding-left:18px;font-size:13.5px;max-width:125ch}}
 .keys{{margin:2px 0 10px;font-size:13.5px}}
 .key{{display:inline-flex;align-items:center;margin:0 18px 2px 0;gap:7px;white-space:nowrap}}
 .key+.key{{margin-left:0}}
@@ -66,12 +68,13 @@ h2{{font-size:17px;font-weight:650;margin:0 0 4px}}
 .slim{{display:none}}
 .panels{{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:10px 34px}}
 .scroll{{overflow-x:auto;overscroll-behavior-x:contain}}
-.timelines .scroll svg:not(.swatch){{min-width:900px;overflow:hidden}}
+.timelines .scroll svg:not(.swatch){{min-width:1180px;overflow:hidden}}
 .timelines>*+*{{margin-top:14px}}
 table{{border-collapse:collapse;font-size:13.5px;width:100%}}
 caption{{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}}
-th,td{{text-align:right;padding:6px 0 6px 18px;white-space:nowrap;font-weight:400}}
-thead th{{color:var(--soft);font-size:12.5px;vertical-align:bottom;border-bottom:1px solid var(--axis)}}
+th,td{{text-align:right;padding:6px 0 6px 16px;white-space:nowrap;font-weight:400}}
+thead th{{color:var(--soft);font-size:12.5px;vertical-align:bottom;white-space:normal;min-width:62px;line-height:1.3;
+border-bottom:1px solid var(--axis)}}
 tbody th{{text-align:left;padding-left:0;font-weight:600;position:sticky;left:0;background:var(--card)}}
 thead th:first-child{{text-align:left;padding-left:0;position:sticky;left:0;background:var(--card)}}
 tbody tr+tr>*{{border-top:1px solid var(--edge)}}
@@ -90,6 +93,8 @@ svg text.name{{fill:var(--soft);font-size:12px}}
 .bound{{stroke:var(--ink);stroke-width:1.6;fill:none}}
 {_SERIES}
 .line{{stroke:var(--own);stroke-width:2.2;fill:none;stroke-linejoin:round}}
+.thin{{stroke-width:1.5}}
+.area{{fill:var(--own);fill-opacity:.16}}
 .dot{{fill:var(--own)}}
 .mark{{fill:var(--own);stroke:var(--card);stroke-width:1}}
 .fill{{fill:var(--own)}}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sidecar.sim.report.drawings import NARROW, WIDE, Figure, Frame, axes, drawing, for_both, line, marker, width_of
-from sidecar.sim.report.markup import Markup, element, group, text
+from sidecar.sim.report.drawings import NARROW, WIDE, Figure, Frame, axes, drawing, for_both, line, marker
+from sidecar.sim.report.labels import Labels, Point, Spot, beside
+from sidecar.sim.report.markup import Markup, element, group
 from sidecar.sim.report.runs import Run
-from sidecar.sim.report.scales import Scale, powers_of_two, spread, ticks
+from sidecar.sim.report.scales import Scale, powers_of_two, ticks
 from sidecar.sim.report.tables import table
 from sidecar.sim.report.words import count, number, tick
 from sidecar.sim.results import Result
 
 SAMPLES = 48
-LABEL_PX = 15.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def bounds_by_slots(result: Result, slots_shown: int) -> list[Bound]:
 def _says(result: Result) -> list[str]:
     says = [
         "The closed form is the most that grouping by adapter reaches with so many slots where all adapters have an "
-        "equal share; all resident is the same load with a slot for every adapter."
+        "equal share; all resident is the same load with a slot for every adapter. A run can be above where shares are "
+        "unequal or short prompts share a step."
     ]
     if result.workload.open_loop:
         says.append("Both are for a backlog without end: in an open loop the arrivals may ask for less.")
@@ -79,6 +80,9 @@ def _draw(runs: Sequence[Run], sweep: Sequence[Run], bounds: Sequence[Bound], wi
     y_ticks = ticks(1.04 * _highest([*runs, *sweep], bounds))
     last = float(max([bound.slots for bound in bounds] + [run.slots for run in [*runs, *sweep]] + [2]))
     x, y = frame.x(1, last, logarithmic=True), frame.y(0, y_ticks[-1])
+    lines, drawn = _lines([*runs, *sweep], x, y), _bound_points(bounds, x, y)
+    marks = [[(x(run.slots) + side, y(run.tokens_per_s)) for side in (-5, 0, 5)] for run in runs]
+    labels = Labels(frame.inside, [*(points for _, points in lines), *drawn, *marks])
     description = "; ".join(
         f"{run.label}: {number(run.tokens_per_s)} tokens/s at {count(run.slots, 'slot')}" for run in runs
     )
@@ -97,9 +101,11 @@ def _draw(runs: Sequence[Run], sweep: Sequence[Run], bounds: Sequence[Bound], wi
             [(value, tick(value)) for value in y_ticks],
             "output tokens/s",
         ),
-        _bound_lines(bounds, x, y),
-        *_sweep_lines([*runs, *sweep], x, y),
-        *_points(runs, x, y),
+        *_bound_lines(bounds, x, y),
+        *(_line(run, points) for run, points in lines),
+        *(marker(run.style, x(run.slots), y(run.tokens_per_s)) for run in runs),
+        *(_label(labels, run, x, y) for run in runs),
+        *(_bound_labels(labels, *drawn) if bounds else ()),
     )
 
 
@@ -107,57 +113,49 @@ def _highest(runs: Sequence[Run], bounds: Sequence[Bound]) -> float:
     return max([run.tokens_per_s for run in runs] + [bound.all_resident for bound in bounds])
 
 
-def _bound_lines(bounds: Sequence[Bound], x: Scale, y: Scale) -> Markup:
+def _bound_lines(bounds: Sequence[Bound], x: Scale, y: Scale) -> list[Markup]:
     if not bounds:
-        return Markup("")
-    closed = [(x(bound.slots), y(bound.closed_form)) for bound in bounds]
-    resident = [(x(bound.slots), y(bound.all_resident)) for bound in bounds]
-    label_x, label_y = _low_on_the_left(closed, x, y)
-    return group(
+        return []
+    closed, resident = _bound_points(bounds, x, y)
+    return [
         element("path", class_="bound", d=line(resident), stroke_dasharray="1 4", stroke_linecap="round"),
         element("path", class_="bound", d=line(closed)),
-        text("all resident", resident[0][0] + 6, resident[0][1] - 7, class_="halo name"),
-        text("closed form", label_x, label_y, class_="halo name", text_anchor="end"),
-    )
+    ]
 
 
-def _low_on_the_left(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> tuple[float, float]:
-    """Return where a rising line's label stands: above it, on its left, unless it is as good as flat."""
-    room = width_of("closed form")
-    place = next((point for point in points if point[0] >= x.begin + room + 16), points[-1])
-    flat = abs(points[0][1] - points[-1][1]) < 2 * LABEL_PX
-    return (place[0] - 8, place[1] - 4) if not flat else (x.end - 4, min(points[-1][1] + LABEL_PX + 2, y.begin - 4))
+def _bound_points(bounds: Sequence[Bound], x: Scale, y: Scale) -> tuple[list[Point], list[Point]]:
+    closed = [(x(bound.slots), y(bound.closed_form)) for bound in bounds]
+    return closed, [(x(bound.slots), y(bound.all_resident)) for bound in bounds]
 
 
-def _sweep_lines(runs: Sequence[Run], x: Scale, y: Scale) -> list[Markup]:
-    """Return a line for each name that ran with several numbers of slots."""
-    lines = []
+def _bound_labels(labels: Labels, closed: Sequence[Point], resident: Sequence[Point]) -> list[Markup]:
+    """Name the bounds: all resident above its line at the left, the closed form where it is free."""
+    spots = [Spot(at - 8, height - 4, "end") for at, height in closed[2:]]
+    spots += [Spot(at + 6, height + 16) for at, height in closed]
+    return [
+        labels.put("all resident", [Spot(resident[0][0] + 6, resident[0][1] - 7)], "halo name"),
+        labels.put("closed form", spots, "halo name"),
+    ]
+
+
+def _lines(runs: Sequence[Run], x: Scale, y: Scale) -> list[tuple[Run, list[Point]]]:
+    """Return, for each name that ran with several numbers of slots, its first run and the corners of its line."""
+    found = []
     for name in dict.fromkeys(run.name for run in runs):
         own = sorted((run for run in runs if run.name == name), key=lambda run: run.slots)
-        points = [(x(run.slots), y(run.tokens_per_s)) for run in own]
-        if len({run.slots for run in own}) > 1:
-            lines.append(element("path", class_=f"line s{own[0].style}", d=line(points), stroke_dasharray=own[0].dash))
-            lines += [element("circle", class_=f"dot s{own[0].style}", cx=at[0], cy=at[1], r=2.5) for at in points]
-    return lines
+        if own[0].slots < own[-1].slots:
+            found.append((own[0], [(x(run.slots), y(run.tokens_per_s)) for run in own]))
+    return found
 
 
-def _points(runs: Sequence[Run], x: Scale, y: Scale) -> list[Markup]:
-    """Return the runs' marks, and beside them their names with no two on top of each other."""
-    places = spread([y(run.tokens_per_s) + 4 for run in runs], LABEL_PX, y.end + LABEL_PX, y.begin - 4)
-    marks = [marker(run.style, x(run.slots), y(run.tokens_per_s)) for run in runs]
-    return [*marks, *(_label(run, x(run.slots), place, x) for run, place in zip(runs, places, strict=True))]
+def _line(run: Run, points: Sequence[Point]) -> Markup:
+    dots = [element("circle", class_=f"dot s{run.style}", cx=at[0], cy=at[1], r=2.5) for at in points]
+    return group(element("path", class_=f"line s{run.style}", d=line(points), stroke_dasharray=run.dash), *dots)
 
 
-def _label(run: Run, at: float, place: float, x: Scale) -> Markup:
-    label = f"{run.name} {number(run.tokens_per_s)}"
-    on_the_right = at + 12 + width_of(label) <= x.end
-    return text(
-        label,
-        at + 11 if on_the_right else at - 11,
-        place,
-        class_=f"halo label s{run.style}",
-        text_anchor="start" if on_the_right else "end",
-    )
+def _label(labels: Labels, run: Run, x: Scale, y: Scale) -> Markup:
+    spots = beside(x(run.slots), y(run.tokens_per_s))
+    return labels.put(f"{run.name} {number(run.tokens_per_s)}", spots, f"halo label s{run.style}")
 
 
 def _table(runs: Sequence[Run], bounds: Sequence[Bound]) -> Markup:
@@ -182,6 +180,3 @@ def _table(runs: Sequence[Run], bounds: Sequence[Bound]) -> Markup:
 
 def _or_dash(value: float | None) -> str:
     return "–" if value is None else number(value)
-
-
-Draw = Callable[[float, str], Markup]

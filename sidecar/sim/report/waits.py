@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sidecar.sim.report.drawings import NARROW, PANEL, WIDE, Figure, Frame, axes, drawing, for_both, stairs
-from sidecar.sim.report.markup import Markup, element, text
+from sidecar.sim.report.labels import Labels, Spot
+from sidecar.sim.report.markup import Markup, element
 from sidecar.sim.report.runs import Run
 from sidecar.sim.report.scales import Scale, decades
 from sidecar.sim.report.tables import table
-from sidecar.sim.report.words import number, percent, seconds, tick
+from sidecar.sim.report.words import count, number, percent, seconds, tick
 from sidecar.sim.statistics import percentile
 
 CLASSES = {"all": "All adapters", "hot": "Hot adapters", "cold": "Cold adapters"}
@@ -17,8 +18,8 @@ POINTS = 140
 """Of one curve; the slowest requests are all among them."""
 SHORTEST_S = 0.001
 """Waits below are drawn here: an axis of decades has no 0."""
-LABELS_FROM, LABELS_TO = 0.3, 0.8
-"""Names of curves stand at heights of their own between these shares."""
+LABEL_SHARES = (0.6, 0.4, 0.7, 0.3, 0.8, 0.2, 0.87, 0.13)
+"""The heights at which a curve's name may stand."""
 
 
 def waits(runs: Sequence[Run]) -> Figure | None:
@@ -35,9 +36,9 @@ def waits(runs: Sequence[Run]) -> Figure | None:
         return _draw(kind, runs, waited, values_s, width, f"waits-{kind}{suffix}")
 
     if len(kinds) == 1:
-        drawings = [for_both(draw(kinds[0], WIDE, "-broad"), draw(kinds[0], NARROW, "-slim"))]
+        drawings = [_both(draw, kinds[0], WIDE)]
     else:
-        drawings = [element("div", *(draw(kind, PANEL, "") for kind in kinds), class_="panels")]
+        drawings = [element("div", *(_both(draw, kind, PANEL) for kind in kinds), class_="panels")]
     return Figure(
         "waits",
         "Waits by adapter class",
@@ -47,6 +48,10 @@ def waits(runs: Sequence[Run]) -> Figure | None:
         full_width=len(kinds) > 1,
         notes=[_nearest(run) for run in runs if run.figures["wait_bound"]["requests"]],
     )
+
+
+def _both(draw: Callable[[str, float, str], Markup], kind: str, width: float) -> Markup:
+    return element("div", for_both(draw(kind, width, "-broad"), draw(kind, NARROW, "-slim")))
 
 
 def _is_shown(kind: str, waited: Sequence[dict[str, list[float]]]) -> bool:
@@ -68,7 +73,7 @@ def _nearest(run: Run) -> str:
     exceeded = f"{bound['exceeded']:,}" if bound["exceeded"] else "none"
     voided = sum(bound["voided"].values())
     return (
-        f"{run.label}: of {bound['requests']:,} waits with a bound {exceeded} exceeded it; the nearest came to "
+        f"{run.label}: of {count(bound['requests'], 'wait')} with a bound {exceeded} exceeded it; the nearest came to "
         f"{percent(bound['nearest_share'])} of its bound. The longest, "
         f"{seconds(bound['longest_wait_s'])}, had a bound of "
         f"{seconds(bound['bound_of_longest_s'])}." + (f" {voided:,} bounds were voided." if voided else "")
@@ -86,6 +91,7 @@ def _draw(
     frame = Frame(width, 320 if width == WIDE else 270, left=52, right=14, top=36)
     x, y = frame.x(values_s[0], values_s[-1], logarithmic=True), frame.y(0, 1)
     curves = [(run, waited[run.label][kind]) for run in runs if waited[run.label][kind]]
+    labels = Labels(frame.inside, [_steps(values, x, y) for _, values in curves])
     told = "; ".join(f"{run.label}: median {seconds(percentile(v, 50))}, longest {seconds(v[-1])}" for run, v in curves)
     return drawing(
         anchor,
@@ -104,7 +110,7 @@ def _draw(
         ),
         *(_curve(run, values, x, y) for run, values in curves),
         *(_points(run, values, x, y) for run, values in curves),
-        *(_name(run, values, x, y, _height(index, len(curves))) for index, (run, values) in enumerate(curves)),
+        *(_label(labels, run, values, x, y) for run, values in curves),
     )
 
 
@@ -137,22 +143,13 @@ def _points(run: Run, values: Sequence[float], x: Scale, y: Scale) -> Markup:
     return element("g", *marks, class_=f"mark s{run.style}")
 
 
-def _height(index: int, total: int) -> float:
-    return (LABELS_FROM + LABELS_TO) / 2 if total == 1 else LABELS_TO - (LABELS_TO - LABELS_FROM) * index / (total - 1)
-
-
-def _name(run: Run, values: Sequence[float], x: Scale, y: Scale, share: float) -> Markup:
-    """Return the run's name beside its curve, on the left where the right has no room."""
-    at = x(percentile(values, 100 * share))
-    room = 6.8 * len(run.label) + 10
-    left = at + room > x.end
-    return text(
-        run.label,
-        at - 8 if left else at + 8,
-        y(share) + 4,
-        class_=f"halo label s{run.style}",
-        text_anchor="end" if left else "start",
-    )
+def _label(labels: Labels, run: Run, values: Sequence[float], x: Scale, y: Scale) -> Markup:
+    """Return the run's name beside its curve, at a height and on a side where no other curve crosses it."""
+    spots = []
+    for share in LABEL_SHARES:
+        at, height = x(percentile(values, 100 * share)), y(share) + 4
+        spots += [Spot(at + 9, height), Spot(at - 9, height, "end")]
+    return labels.put(run.label, spots, f"halo label s{run.style}")
 
 
 def _table(runs: Sequence[Run], kinds: Sequence[str]) -> Markup:

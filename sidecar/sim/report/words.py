@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MINUTE_S, HOUR_S = 60.0, 3600.0
+NO_BREAK = "\N{NO-BREAK SPACE}"
+"""Between a figure and its unit."""
 
 
 def number(value: float) -> str:
@@ -26,13 +28,16 @@ def tick(value: float) -> str:
 
 def seconds(value: float) -> str:
     """Return a time with its unit: 4 ms, 12.3 s, 1,204 s."""
-    return f"{number(value * 1000)} ms" if 0 < value < 0.1 else f"{number(value)} s"
+    return f"{number(value * 1000)}{NO_BREAK}ms" if 0 < value < 0.1 else f"{number(value)}{NO_BREAK}s"
 
 
 def percent(share: float) -> str:
     """Return a share of a whole; one decimal where rounding would say that something is all or nothing."""
     value = 100 * share
-    return f"{value:.0f} %" if 0.95 <= value <= 99 or value in (0, 100) or value >= 100.95 else f"{value:.1f} %"
+    if 0 < value < 0.05:
+        return f"below 0.1{NO_BREAK}%"
+    whole = value in (0, 100) or 0.95 <= value <= 99 or value >= 100.95
+    return f"{value:.0f}{NO_BREAK}%" if whole else f"{value:.1f}{NO_BREAK}%"
 
 
 def times(ratio: float) -> str:
