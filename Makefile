@@ -2,6 +2,7 @@
 # make test    format, lint, types, import contract, tests
 # make bench   the figures of the README, side by side in one run
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
+# make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make fuzz    100,000 damaged adapters
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
@@ -13,7 +14,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test lint bench goldens fuzz proto lock clean .venv
+.PHONY: demo test lint bench goldens fuzz sim-faults proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -49,6 +50,9 @@ goldens:
 
 fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz
+
+sim-faults: $(DEVELOPING)
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
 
 proto: $(DEVELOPING)
 	proto/generate.sh

@@ -61,14 +61,22 @@ class Backlog:
     """To serve all that is outstanding, as expected."""
     tenant_drain_ns: int
     """To serve what is outstanding of its tenant at the tenant's share of the engine."""
+    queue_ns: int
+    """To serve what waits before it, as expected."""
+    run_ns: int
+    """A long run, as they have been of late; 0 while none was seen."""
     turn_ns: int
     """The longest run of anything outstanding, with the engine full."""
+    open: bool
+    """Its version holds a slot."""
     blocked: int
     """Versions that wait without a slot."""
     slots: int
     """Versions that may be open at once."""
     patience_ns: int
     """How long a request of its class may wait before others are held back for it, however short the queue."""
+    limit_ns: int
+    """How long a request of its class waits at most before it ends."""
     fetch_ns: int
     """What its adapter's way into the host store may take; 0 when it is there."""
 
@@ -77,6 +85,8 @@ class Backlog:
 class Promise:
     """What a request is told at admission; durations since its arrival, never raised."""
 
+    expected_ns: int
+    """It is likely to be sent by then."""
     bound_ns: int
     """It has its first token by then."""
     overdue_ns: int

@@ -8,8 +8,8 @@ served one that waits (`fairness.py`).
 A *gate* ends a version's turn: what waits at that moment still goes, what comes later waits for the version's next
 turn, and when the last of it has ended the slot is free. Two things set gates.
 
-* A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came): longer
-  than that it would not wait even if everything were simply served in turn. For each overdue version without a slot
+* A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came), or a third
+  of what its class may wait if that is less: longer than that it would not wait even if everything were served in turn. For each overdue version without a slot
   one open version is gated, the one whose runs end first. Without overdue versions open slots stay open, so nothing
   is lost to gates where the wait is natural. Gates on a snapshot are stable whenever the load is below capacity; slots
   that are closed by age alone serve about one request a visit in overload.
@@ -42,9 +42,12 @@ from policies.ordering.turns import Turns
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
 
 DRAIN_FACTOR = 2
+LIMIT_SHARE = 1 / 3
+"""The part of what its class may wait after which a request is overdue at the latest."""
+QUEUE_MARGIN = 1.6
 FEW = 0.5
 """A turn ends when the newcomers expected during a run are fewer than this part of the deepest queue elsewhere."""
-SLACK_REQUESTS = 64
+SLACK_REQUESTS = 32
 """A tenant may be ahead of the least served one by so many requests of the usual size."""
 NO_GATE = NOBODY
 
@@ -70,10 +73,13 @@ class SoftGated:
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         drain_ns = round(DRAIN_FACTOR * max(backlog.drain_ns, backlog.tenant_drain_ns))
-        overdue_ns = max(backlog.patience_ns, drain_ns) + backlog.fetch_ns
+        overdue_ns = min(max(backlog.patience_ns, drain_ns), round(LIMIT_SHARE * backlog.limit_ns)) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
-        return Promise(urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
+        expected_ns = round(QUEUE_MARGIN * backlog.queue_ns)
+        if not backlog.open or request.version in self._gates:
+            expected_ns = max(expected_ns, overdue_ns + rounds * backlog.run_ns)
+        return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
 
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
         self._queues.add(request)
@@ -212,22 +218,13 @@ class SoftGated:
         return (1, -(version.ages_s(now_ns) + version.count))
 
     def _next(self, room: Room, rule: Rule) -> int | None:
-        """Return the oldest request that may go now, seats and KV room aside.
-
-        When all that is left is of tenants that were served more than others, it goes: a seat is never left empty.
-        """
-        left = None
+        """Return the request that goes next, seats and KV room aside: the oldest's, but of its tenant served least."""
         for head, version, tenant in self._queues.heads:
             if version != BASE and (version not in room.open or room.open[version].loading):
                 continue
-            if head > rule.urgent or head > self._gates.get(version, NO_GATE):
-                continue
-            if rule.urgent != NOBODY:
-                return head
-            if self._tenants.may_go(tenant, rule.served_most):
-                return self._of_least_served(version)
-            left = head if left is None else left
-        return left
+            if self._may_go(head, version, tenant, rule):
+                return head if rule.urgent != NOBODY else self._of_least_served(version)
+        return None
 
     def _of_least_served(self, version: str) -> int:
         """Return the oldest request of the tenant that was served least of those that may have one of a version."""

@@ -240,9 +240,10 @@ class TritonBackend:
     async def _report_progress(self) -> None:
         while True:
             await asyncio.sleep(PROGRESS_S)
-            if self._progress and self._up:
+            held_up = [run.effect.request for run in self._runs.values() if run.waits_for_client]
+            if self._up and (self._progress or held_up):
                 progress, self._progress = self._progress, {}
-                self._post(Progress(self.id, progress))
+                self._post(Progress(self.id, dict.fromkeys(held_up, 0) | progress))
 
     async def _watch(self) -> None:
         while True:

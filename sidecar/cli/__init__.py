@@ -19,6 +19,7 @@ from sidecar.cli import (
     folders,
     generating,
     incidents,
+    planning,
     queue,
     serving,
     simulating,
@@ -58,6 +59,7 @@ app.add_typer(checking.config_app, name="config")
 app.add_typer(checking.policies_app, name="policies")
 incidents.add_to(app)
 simulating.add_to(app)
+planning.add_to(app)
 
 __all__ = ["app", "folders", "main", "run"]
 

@@ -126,7 +126,19 @@ class _Bench:
         self.count += 1
         request = waiting(self.count, self.random.choice([BASE, "v1", "v2", "v3", "v4", "v5"]), self.now_ns)
         self.waiting[request.id] = request
-        backlog = Backlog(10**8, 10**8, 10**7, len(self.waiting), self.pages, 10**7, 0)
+        backlog = Backlog(
+            drain_ns=10**8,
+            tenant_drain_ns=10**8,
+            queue_ns=10**8,
+            run_ns=10**7,
+            turn_ns=10**7,
+            open=request.version in self.open,
+            blocked=len(self.waiting),
+            slots=self.pages,
+            patience_ns=10**7,
+            limit_ns=10**10,
+            fetch_ns=0,
+        )
         for policy in self._told():
             promise = policy.promise(request, backlog, self.now_ns)
             assert promise is None or isinstance(promise, Promise), "promise() must return a Promise or None"

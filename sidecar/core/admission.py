@@ -36,6 +36,7 @@ def received(turn: Turn, event: Received) -> None:
         try:
             _in_time(turn, request, backend, limit)
         except Refused as refused:
+            turn.take_back(request, backend)
             _refuse(turn, event, refused)
             return
     state.requests[request.id] = request
@@ -171,7 +172,7 @@ def _has_room(state: State, event: Received) -> None:
 
 def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) -> None:
     """Refuse a request that is predicted to wait for longer than its class or its deadline allows."""
-    wait_ns = promising.wait_ns(turn.state, backend)
+    wait_ns = turn.promise(request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
     if over_ns > 0:
         raise Refused(

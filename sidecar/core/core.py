@@ -176,6 +176,7 @@ def _learn(turn: Turn, request: Request) -> None:
     """Take in what a run that was answered in full says of its engine and its adapter."""
     assert request.backend is not None
     backend = turn.state.backends[request.backend]
+    backend.runs.ended(turn.now_ns - request.dispatched_ns)
     promising.learn_yield(turn.state, backend, request.tokens, turn.now_ns)
     if request.version != BASE:
         promising.learn_length(turn.state.versions[request.version], request)

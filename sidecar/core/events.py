@@ -223,7 +223,10 @@ class RunFailed:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Tokens that running requests of one backend produced since the last such event."""
+    """Tokens that running requests of one backend produced since the last such event.
+
+    0 is for one that its client keeps from being read: its silence says nothing of the engine.
+    """
 
     backend: str
     tokens: dict[int, int]

@@ -6,13 +6,17 @@ most b = min(seats, what KV holds, 2 S C / (N + S)), and L output tokens take L 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 INTERLEAVED = 1.1
 """A run is slowed by the prompts that are read between its tokens; this much is allowed for beyond the mean."""
 
+RUN_SHARE = 0.02
 YIELD_HALF_LIFE_NS = 120_000_000_000
 YIELD_LEAST_NS = 20_000_000_000
+YIELD_LONG_NS = 100_000_000_000
+"""Of a hopelessly slow engine, less work than the least is seen for ever: after so long that says enough."""
 YIELD_FACTOR_MAX = 8.0
 
 
@@ -63,9 +67,14 @@ def slowest_token_ns(pace: Pace, demand: Demand, seats: int, kv_tokens: int | No
     contexts = demand.footprint_tokens * seats / demand.requests
     if kv_tokens is not None:
         contexts = min(contexts, kv_tokens)
+    return usual_token_ns(pace, demand, seats, contexts) * INTERLEAVED
+
+
+def usual_token_ns(pace: Pace, demand: Demand, batch: float, contexts_tokens: float) -> float:
+    """Return the mean time between two tokens of one sequence in such a batch, the prompts between them included."""
     length = max(1.0, demand.work_tokens / demand.requests)
-    prompts_ns = pace.prompt_token_ns * demand.input_tokens / demand.requests * seats / length
-    return (pace.step_ns(seats, contexts) + prompts_ns) * INTERLEAVED
+    prompts_ns = pace.prompt_token_ns * demand.input_tokens / demand.requests * batch / length
+    return pace.step_ns(batch, contexts_tokens) + prompts_ns
 
 
 @dataclass
@@ -94,12 +103,33 @@ class Yield:
 
     @property
     def known(self) -> bool:
-        """Whether enough was seen."""
-        return self.expected_ns >= YIELD_LEAST_NS
+        """Whether enough was seen: much work, or next to none in all that time."""
+        return self.expected_ns >= YIELD_LEAST_NS or self.busy_ns >= YIELD_LONG_NS
 
     @property
     def factor(self) -> float:
         """Return actual over expected time, 1 while too little was seen."""
         if not self.known:
             return 1.0
-        return min(max(self.busy_ns / self.expected_ns, 1 / YIELD_FACTOR_MAX), YIELD_FACTOR_MAX)
+        if self.busy_ns >= YIELD_FACTOR_MAX * self.expected_ns:
+            return YIELD_FACTOR_MAX
+        return max(self.busy_ns / self.expected_ns, 1 / YIELD_FACTOR_MAX)
+
+
+@dataclass
+class Runs:
+    """How long an engine's runs have taken of late."""
+
+    mean_ns: float = 0.0
+    square: float = 0.0
+    """The mean of their squares."""
+
+    def ended(self, took_ns: int) -> None:
+        share = RUN_SHARE if self.mean_ns else 1.0
+        self.mean_ns += share * (took_ns - self.mean_ns)
+        self.square += share * (took_ns * float(took_ns) - self.square)
+
+    @property
+    def long_ns(self) -> float:
+        """Return the mean and two standard deviations: nineteen of twenty are shorter, whatever their kind."""
+        return self.mean_ns + 2 * math.sqrt(max(0.0, self.square - self.mean_ns**2))

@@ -10,13 +10,15 @@ from __future__ import annotations
 from policies.views import BASE, Backlog
 from sidecar.core import asks
 from sidecar.core.facts import Packed
-from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns
+from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
 from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
 """What a promise allows for the way of an adapter that the host store has not got, or may lose again."""
 SLOWED = 1.25
 """Steps that take so many times what promises allow for mean that the engine has become slower."""
+SLOWED_LEARNED = 1.5
+"""The same for an engine whose pace was only learned: loads of another kind look like another pace."""
 LENGTHS_KEPT = 0.99
 """What each answer leaves of the weight of those before it."""
 SLOTS_UNLIMITED = 1 << 20
@@ -73,28 +75,38 @@ def learn_length(version: Version, request: Request) -> None:
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     """Return what a request finds, itself included: it must have been counted as outstanding."""
     outstanding, packed = backend.outstanding, state.packed_for(request.version, backend)
-    versions = _versions(backend)
+    is_open, waits = request.version in backend.slots, request.version in backend.queued_by_version
+    versions = _versions(backend) + (not is_open and not waits)
     blocked = versions - len(backend.slots)
     demand = outstanding.demand(versions)
-    slots = min(slots_of(backend, packed.pages), _held_at_once(state, packed))
+    slots = max(1, min(slots_of(backend, packed.pages), _held_at_once(state, packed)))
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
-    tenant = request.view.tenant
+    tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
     return Backlog(
         drain_ns=round(outstanding.expected_tokens * each_ns),
         tenant_drain_ns=round(outstanding.tenants[tenant] * each_ns / outstanding.share_of(tenant)),
+        queue_ns=round((outstanding.queued_tokens - request.expected_tokens) * each_ns),
+        run_ns=round(backend.runs.long_ns),
         turn_ns=round(outstanding.longest_tokens * slowest_ns),
+        open=is_open or request.version == BASE,
         blocked=max(blocked, 0),
         slots=slots,
-        patience_ns=state.config.classes[request.view.klass].patience_ns,
+        patience_ns=limit.patience_ns,
+        limit_ns=limit.queue_wait_ns_max,
         fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,
     )
+
+
+def bounds_hold(state: State, backend: Backend, version: str) -> bool:
+    """Whether a wait can be bounded at all: not where backends have to wait for each other's use of the host store."""
+    return _held_at_once(state, state.packed_for(version, backend)) > 0
 
 
 def _held_at_once(state: State, packed: Packed) -> int:
     """Return how many versions of this size the host store holds for each backend: those in use stay in it."""
     if not packed.size_bytes:
         return SLOTS_UNLIMITED
-    return max(1, state.store.budget_bytes // packed.size_bytes // len(state.backends))
+    return state.store.budget_bytes // packed.size_bytes // len(state.backends)
 
 
 def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
@@ -103,16 +115,12 @@ def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
 
 
 def wait_ns(state: State, backend: Backend) -> int:
-    """Return how long a request that would be admitted now is expected to wait: what waits before it is served.
-
-    0 while nothing is known of the engine's pace: nobody is refused on a guess.
-    """
-    outstanding = backend.outstanding
-    if not outstanding.queued_tokens or not pace_is_known(backend):
+    """Return how long it takes to serve what waits at a backend, as expected; 0 while its pace is a guess."""
+    if not backend.outstanding.queued_tokens or not pace_is_known(backend):
         return 0
-    versions = max(1, len(backend.queued_by_version))
-    each_ns, _ = _token_times(state, backend, outstanding.demand(versions), slots_of(backend, 1))
-    return round(outstanding.queued_tokens * each_ns)
+    demand = backend.outstanding.demand(max(1, _versions(backend)))
+    each_ns, _ = _token_times(state, backend, demand, slots_of(backend, 1))
+    return round(backend.outstanding.queued_tokens * each_ns)
 
 
 def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> tuple[float, float]:
@@ -135,19 +143,33 @@ def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> Non
 def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool:
     """Take in that an engine made so many steps since it was last heard of; say whether it has become slower.
 
-    Slower is a minute in which the steps took more than even the fullest engine's should.
+    A calibrated one has when its steps took more, over a minute or two, than even the fullest engine's should.
     """
-    seats, pace = backend.facts.seats or state.config.seats_default, pace_of(backend)
+    seats, pace = backend.facts.seats or state.config.seats_default, backend.facts.pace
     demand = backend.outstanding.demand(1)
-    slowest_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens)
-    usual_ns = slowest_ns if backend.facts.pace else pace.step_ns(len(backend.running), backend.kv_reserved)
-    backend.steps.generated(steps * usual_ns, now_ns)
+    if pace is not None:
+        expected_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens)
+    else:
+        expected_ns = usual_token_ns(Pace(), demand, len(backend.running), backend.kv_reserved)
+    backend.steps.generated(steps * expected_ns, now_ns)
     if not backend.steps.known:
         return False
+    return _is_late(backend) if pace is not None else _learn_slowness(backend)
+
+
+def _is_late(backend: Backend) -> bool:
     factor = backend.steps.factor
     late = factor > SLOWED * backend.slowness
-    if backend.facts.pace is None or late:
-        backend.slowness = factor
+    backend.slowness = factor if late else max(1.0, min(backend.slowness, factor))
+    return late
+
+
+def _learn_slowness(backend: Backend) -> bool:
+    """Rest promises from now on on what runs have shown; say whether it is much more than those that stand rest on."""
+    factor = backend.slowness = backend.steps.factor
+    late = bool(backend.queued) and factor > SLOWED_LEARNED * backend.slowness_promised
+    if late or not backend.queued:
+        backend.slowness_promised = factor
     else:
-        backend.slowness = max(1.0, min(backend.slowness, factor))
+        backend.slowness_promised = min(backend.slowness_promised, factor)
     return late

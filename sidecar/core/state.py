@@ -13,7 +13,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.lateness import Lateness
 from sidecar.core.outstanding import Outstanding
-from sidecar.core.pace import Yield
+from sidecar.core.pace import Runs, Yield
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.store import StoreIndex
 from sidecar.core.words import Cache, Phase
@@ -83,8 +83,8 @@ class Request:
     expected_tokens: int = 0
     """What it is still expected to generate."""
     promise: Promise | None = None
-    promised: bool = False
-    """It has been told, or told that nothing bounds its wait: that happens once."""
+    counted: bool = False
+    """It is counted in what is outstanding at its backend."""
     voided: str = ""
     """Why its promise no longer holds."""
     backend: str | None = None
@@ -204,10 +204,13 @@ class Backend:
     outstanding: Outstanding = field(default_factory=Outstanding)
     slowness: float = 1.0
     """Its steps take so many times what its pace says."""
+    slowness_promised: float = 1.0
+    """The least of it that promises which still stand rest on, where its pace is learned."""
     steps: Yield = field(default_factory=Yield)
     """What that is learned from."""
     yielded: Yield = field(default_factory=Yield)
     """How far its throughput is from what was expected of it."""
+    runs: Runs = field(default_factory=Runs)
     slots: dict[str, Slot] = field(default_factory=dict)
     busy: dict[str, None] = field(default_factory=dict)
     """The open versions whose slots are needed."""

@@ -35,8 +35,26 @@ class Turn:
 
     # Routing and the queue.
 
+    def promise(self, request: Request, backend: Backend) -> int:
+        """Tell a request that is being admitted how long it waits at most; return how long it is likely to."""
+        self._count_outstanding(request, backend)
+        backlog = promising.backlog_of(self.state, backend, request)
+        request.fetch_allowed_ns = backlog.fetch_ns
+        request.queued_clock = self.state.lateness.clock(self.now_ns)
+        if promising.bounds_hold(self.state, backend, request.version):
+            request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
+        if not promising.pace_is_known(backend):
+            return 0  # nobody is refused on a guess
+        return backlog.queue_ns if request.promise is None else request.promise.expected_ns
+
+    def take_back(self, request: Request, backend: Backend) -> None:
+        """Forget a request that was told how long it would wait, and is refused for it."""
+        backend.outstanding.queued_tokens -= request.expected_tokens
+        self.no_longer_outstanding(request, backend)
+
     def route(self, request: Request) -> None:
-        """Put a request into the queue of a backend, or aside while no backend that can serve it is up."""
+        """Put a request that was queued or ran before into the queue of a backend, or aside while none can serve it."""
+        self.void_promise(request, "moved")
         self.place(request, self.pick_backend(request))
 
     def pick_backend(self, request: Request) -> Backend | None:
@@ -58,7 +76,6 @@ class Turn:
 
     def _set_aside(self, request: Request) -> None:
         """Keep a request that no backend can take at the moment: nothing bounds how long that lasts."""
-        request.promised = True
         self.void_promise(request, "no backend")
         request.backend = None
         self.state.unrouted[request.id] = None
@@ -78,15 +95,8 @@ class Turn:
         backend.queued[request.id] = None
         backend.queued_by_version.setdefault(request.version, Line()).add(request.id)
         backend.recount(request.version)
-        self._count_outstanding(request, backend)
-        if not request.promised:
-            request.promised = True
-            backlog = promising.backlog_of(self.state, backend, request)
-            request.fetch_allowed_ns = backlog.fetch_ns
-            request.queued_clock = self.state.lateness.clock(self.now_ns)
-            request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
-        elif request.promise is not None:
-            self.void_promise(request, "moved")
+        if not request.counted:
+            self._count_outstanding(request, backend)
         backend.ordering.queued(request.view, request.promise, self.now_ns)
         if request.version != BASE:
             key = self.state.packed_for(request.version, backend).key
@@ -99,6 +109,7 @@ class Turn:
 
     def _count_outstanding(self, request: Request, backend: Backend) -> None:
         view = request.view
+        request.counted = True
         request.expected_tokens = promising.expected_tokens(self.state, request)
         backend.outstanding.add(
             view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max
@@ -106,6 +117,7 @@ class Turn:
 
     def no_longer_outstanding(self, request: Request, backend: Backend) -> None:
         view = request.view
+        request.counted = False
         backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
 
     def void_promise(self, request: Request, reason: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from sidecar.core.config import CoreConfig
 from sidecar.emulator.cost import CostModel
 from sidecar.emulator.shape import ModelShape
 from sidecar.plan.demand import Demand
@@ -25,7 +26,7 @@ SPARE = 1.25
 VERSIONS_KEPT = 2
 """Of each adapter on disk: the one that serves, and one before or after it."""
 HOST_SHARE = 0.5
-"""Of the host memory, for the engine's cache; as much for the sidecar's store."""
+"""Of the host memory, for the engine's cache."""
 SURE = 1.05
 """A bound is exceeded by no more: it takes mean requests for all."""
 
@@ -55,7 +56,14 @@ class Site:
 
     def pages(self, adapters: int) -> int:
         """Return the pages for so many adapters of the mean size, or for the largest one."""
-        return max(math.ceil(adapters * self.mean_pages), self.layout.pages_max)
+        return max(math.ceil(adapters * self.mean_pages), self.layout.pages_of_one)
+
+    @property
+    def adapters_fit(self) -> int:
+        """The most adapters that fit the GPU at all, with keys and values left for one request."""
+        left = self.cost.table.kv_tokens - self.demand.longest_tokens
+        pages = left * self.cost.table.kv_token_bytes // self.layout.page_bytes
+        return int(pages / self.mean_pages)
 
     @cached_property
     def slots_max(self) -> int:
@@ -68,36 +76,46 @@ class Site:
         return low
 
     def slots(self) -> list[int]:
-        """Return the numbers of slots that are looked at: 1, 2, 4, … and the most."""
-        most = self.slots_max
-        powers = [1 << power for power in range(max(0, most - 1).bit_length())]
-        return [each for each in powers if each < most] + ([most] if most else [])
+        """Return the numbers of slots that are looked at: 1, 2, 4, … and the most; of several on as many pages one."""
+        powers = [1 << power for power in range(self.slots_max.bit_length())]
+        numbers = dict.fromkeys(each for each in (*powers, self.slots_max) if 0 < each <= self.slots_max)
+        return list({self.pages(each): each for each in numbers}.values())
 
     def candidate(self, slots: int, backends: int) -> Candidate:
-        """Return a plan with the host memory shared out between the engine's cache and the store."""
-        hosted = math.ceil(SPARE * self.demand.adapters / backends)
-        host_slots = min(self.demand.adapters, max(2 * slots, hosted))
-        device_pages = self.pages(slots)
-        room_pages = int(HOST_SHARE * self.host_memory_bytes) // self.layout.page_bytes
+        """Return a plan.
+
+        Of the host memory the engine's cache gets up to `HOST_SHARE`, more only for what is on the GPU, and the store
+        what is left and it has a use for.
+        """
+        demand, page_bytes = self.demand, self.layout.page_bytes
+        hosted = math.ceil(SPARE * demand.adapters / backends)
+        wanted_pages = self.pages(min(demand.adapters, max(2 * slots, hosted)))
+        device_pages, room_pages = self.pages(slots), int(HOST_SHARE * self.host_memory_bytes) // page_bytes
+        host_pages = max(device_pages, min(wanted_pages, room_pages))
+        left_bytes = self.host_memory_bytes - host_pages * page_bytes
         return Candidate(
             site=self,
             slots=slots,
             backends=backends,
             device_pages=device_pages,
-            host_pages=max(device_pages, min(self.pages(host_slots), room_pages)),
-            store_bytes=self._store_bytes(slots, backends),
+            host_pages=host_pages,
+            store_bytes=max(self.store_bytes_least, min(self.store_bytes_most, left_bytes)),
         )
 
-    def _store_bytes(self, slots: int, backends: int) -> int:
-        """Return the memory tier's size: everything and what is fetched beside, as far as there is room.
-
-        What is open or being fetched must fit at once.
-        """
+    @cached_property
+    def fetched_bytes(self) -> int:
+        """The largest adapters, as many as are fetched at a time."""
         largest = packed_bytes(self.shape, self.modules, max(self.demand.ranks))
-        fetched = Sidecar().core_config().fetches_max * largest
-        wanted = self.demand.adapters * self.packed_bytes + fetched
-        needed = min(self.demand.adapters, slots * backends) * self.packed_bytes + fetched
-        return max(needed, min(wanted, int((1 - HOST_SHARE) * self.host_memory_bytes)))
+        return CoreConfig.fetches_max * largest
+
+    @property
+    def store_bytes_most(self) -> int:
+        """The store's memory tier with everything in it."""
+        return self.demand.adapters * self.packed_bytes + self.fetched_bytes
+
+    @property
+    def store_bytes_least(self) -> int:
+        return min(2 * self.fetched_bytes, self.store_bytes_most)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,29 @@ ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class Demand:
-    """A load. The counts are those of all samples together."""
+class Sample:
+    """A stretch of the load, and what it asks for in all."""
 
-    samples: tuple[Workload, ...]
-    spans_s: tuple[float | None, ...]
-    """The time over which each sample's requests arrive; None in a closed loop."""
+    load: Workload
+    span_s: float | None
+    """The time over which its requests arrive; None in a closed loop."""
+    output_tokens: int
+    asked_for: tuple[str, ...]
+    """The adapters that it asks for, in the order of their first requests."""
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Return what it asks for; None in a closed loop."""
+        return None if self.span_s is None else self.output_tokens / max(self.span_s, 1e-9)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A load."""
+
+    samples: tuple[Sample, ...]
     lengths: Lengths
+    """The mean request of all samples."""
     longest_tokens: int
     """Of one request: its prompt and what it may ask for."""
     adapters: int
@@ -43,17 +59,12 @@ class Demand:
 
     @property
     def open_loop(self) -> bool:
-        return self.samples[0].open_loop
+        return self.samples[0].load.open_loop
 
     @property
     def asked_tokens_per_s(self) -> float | None:
         """Return what the busiest sample asks for; None in a closed loop."""
-        asked = [
-            sum(arrival.output_tokens for arrival in sample) / max(span_s, 1e-9)
-            for sample, span_s in zip(self.samples, self.spans_s, strict=True)
-            if span_s is not None
-        ]
-        return max(asked, default=None)
+        return max((each.tokens_per_s for each in self.samples if each.tokens_per_s is not None), default=None)
 
 
 def demand_of(options: Options, pool: Setup, ranks: tuple[int, ...]) -> Demand:
@@ -78,8 +89,7 @@ def _demand(
     count = len(arrivals)
     reserved = [arrival.input_tokens + arrival.output_tokens_max for arrival in arrivals]
     return Demand(
-        samples=tuple(loads),
-        spans_s=tuple(_span_s(load) for load in loads),
+        samples=tuple(map(_sample, loads)),
         lengths=Lengths(
             sum(arrival.input_tokens for arrival in arrivals) / count,
             sum(arrival.output_tokens for arrival in arrivals) / count,
@@ -103,11 +113,11 @@ def _requests(options: Options) -> int:
     return min(REQUESTS_MAX, max(REQUESTS, rounds))
 
 
-def _span_s(load: Workload) -> float | None:
-    if not load.open_loop:
-        return None
-    times = [arrival.at_ns or 0 for arrival in load]
-    return (times[-1] - times[0]) / SECOND_NS
+def _sample(load: Workload) -> Sample:
+    arrivals = list(load)
+    span_s = ((arrivals[-1].at_ns or 0) - (arrivals[0].at_ns or 0)) / SECOND_NS if load.open_loop else None
+    asked_for = dict.fromkeys(arrival.adapter for arrival in arrivals if arrival.adapter)
+    return Sample(load, span_s, sum(arrival.output_tokens for arrival in arrivals), tuple(asked_for))
 
 
 # Stretches of a trace.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -82,14 +83,18 @@ def fractions(engine: PlannedEngine) -> Fractions | None:
     """Return the fractions that give the engine its caches; None where the cost file knows no memory limit.
 
     The cost file's room for keys and values is `MEMORY_FRACTION` of the free memory. The adapters' part is taken off
-    it, and the rest stays as free as before. Both are rounded in the adapters' favour.
+    it, and the rest stays as free as before. Both are rounded down, by less than a page, for the engine rounds
+    pages up.
     """
     free = free_bytes(engine.cost.table)
     if free is None:
         return None
-    kv = int(1e4 * engine.kv_tokens * engine.cost.table.kv_token_bytes / free) / 1e4
-    left = (1 - kv) * free
-    return Fractions(kv, -int(-1e4 * engine.device_bytes / left) / 1e4 if left else 1.0)
+    kv = _rounded_down(engine.kv_tokens * engine.cost.table.kv_token_bytes / free)
+    return Fractions(kv, _rounded_down(engine.device_bytes / ((1 - kv) * free)))
+
+
+def _rounded_down(share: float) -> float:
+    return math.floor(1e6 * share) / 1e6
 
 
 def free_bytes(table: CostTable) -> float | None:

@@ -7,15 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sidecar.errors import Misused, Reason
-from sidecar.sim.results import Result
-from sidecar.sim.statistics import percentile
 
 ALL_OF_IT = 0.98
 """Arrivals at their own times ask for so much and no more: a run that answers this share of it keeps up with them."""
-RISING = 1.5
-RISING_S = 1.0
-THIRDS = 30
-"""Waits of the last third against those of the middle one, where there are so many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +60,7 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run gave. Who was not answered has waited for ever."""
+    """What one run gave once it was warm. Who was not answered has waited for ever."""
 
     seed: int
     tokens_per_s: float
@@ -75,43 +69,12 @@ class Outcome:
     wait_p50_s: float
     wait_p99_s: float
     wait_max_s: float
-    offered: int
+    waits: int
+    """How many requests the waits are of."""
     unanswered: int
     rising: bool
     """Whether waits were still growing at the end: more requests would wait longer."""
     mean_batch: float
-
-
-def outcome_of(result: Result, span_s: float | None) -> Outcome:
-    """Return what a run gave. `span_s` is the time over which its requests arrive, None in a closed loop.
-
-    With arrivals at their own times the tail after the last first token, in which nothing new comes, is not counted.
-    """
-    recorder = result.recorder
-    waits, offered = list(recorder.waits_s), recorder.counts["offered"]
-    unanswered = offered - recorder.counts["answered"]
-    ordered = sorted(waits)[: offered - unanswered] + [math.inf] * unanswered
-    seconds = result.seconds if span_s is None else max(1e-9, span_s + (waits[-1] if waits else 0.0))
-    return Outcome(
-        seed=result.workload.seed,
-        tokens_per_s=recorder.output_tokens / seconds,
-        asked_tokens_per_s=None if span_s is None else recorder.output_asked / max(1e-9, span_s),
-        wait_p50_s=percentile(ordered, 50),
-        wait_p99_s=percentile(ordered, 99),
-        wait_max_s=percentile(ordered, 100),
-        offered=offered,
-        unanswered=unanswered,
-        rising=span_s is not None and _rising(waits),
-        mean_batch=result.as_json()["mean_batch"],
-    )
-
-
-def _rising(waits_s: list[float]) -> bool:
-    third = len(waits_s) // 3
-    if third < THIRDS:
-        return False
-    middle, last = waits_s[third : 2 * third], waits_s[2 * third :]
-    return sum(last) / len(last) > max(RISING * sum(middle) / len(middle), RISING_S)
 
 
 def _over(limit: float, value: float) -> float:

@@ -21,7 +21,7 @@ DTYPE = "float16"
 """Of adapters; bfloat16 takes as much."""
 TOGETHER = ("attn_q", "attn_k", "attn_v")
 """TensorRT-LLM builds these for adapters all or none."""
-NEAR = 1.02
+NEAR = 1.05
 """Of cuts whose waste differs by less the one with the largest pages is taken: fewer copies for the same memory."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
@@ -38,14 +38,17 @@ class CacheLayout:
     """Pages of one adapter, by its rank, in rising order."""
     modules: tuple[str, ...]
     """What the engine is built for."""
+    pages_least: int = 1
+    """Fewer it refuses to start with: an adapter of the largest rank on all its modules must fit."""
 
     def mean_pages(self, ranks: Sequence[int]) -> float:
         """Return the pages of an adapter when each of these ranks is as frequent; one that is named twice, twice."""
         return sum(self.pages_by_rank[rank] for rank in ranks) / len(ranks)
 
     @property
-    def pages_max(self) -> int:
-        return max(self.pages_by_rank.values())
+    def pages_of_one(self) -> int:
+        """The least pages that a cache can have: those of the largest adapter."""
+        return max(self.pages_least, *self.pages_by_rank.values())
 
 
 def adapter_rows(shape: ModelShape, modules: Sequence[str], rank: int) -> tuple[Row, ...]:
@@ -107,7 +110,9 @@ def _layout(facts: EngineFacts, rows: Mapping[int, tuple[Row, ...]]) -> CacheLay
     assert facts.modules is not None
     pages = {rank: pages_of(of_rank, facts) for rank, of_rank in rows.items()}
     size_bytes = page.slots * page.width * DTYPE_BYTES[DTYPE]
-    return CacheLayout(facts.optimal_rank, max_rank, size_bytes, pages, tuple(facts.modules))
+    largest_bytes = max_rank * sum(map(sum, facts.modules.values())) * (facts.layers or 0) * DTYPE_BYTES[DTYPE]
+    least = -(-largest_bytes // size_bytes)
+    return CacheLayout(facts.optimal_rank, max_rank, size_bytes, pages, tuple(facts.modules), least)
 
 
 def _mean_bytes(layout: CacheLayout, ranks: Sequence[int]) -> float:

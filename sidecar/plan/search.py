@@ -7,15 +7,17 @@ found between the last that missed and the first that met. It ends without a pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from sidecar.core.config import ClassLimit
 from sidecar.emulator.cost import CostModel
 from sidecar.plan.candidates import Candidate, Site, at
-from sidecar.plan.goal import Goal, Outcome, outcome_of
+from sidecar.plan.goal import Goal, Outcome
+from sidecar.plan.running import run
+from sidecar.sim.runs import FOR_EVER
 from sidecar.sim.setup import SECOND_NS, Sidecar
-from sidecar.sim.simulate import simulate
 
 SIMULATED = 4
 """Candidates with the same number of engines that are simulated."""
@@ -128,15 +130,13 @@ class Search:
         return met
 
     def _best_headroom(self, backends: int) -> float:
-        return max(
-            trial.headroom(self.goal) for trial in self._trials.values() if trial.candidate.backends == backends
-        )
+        return max(trial.headroom(self.goal) for trial in self._trials.values() if trial.candidate.backends == backends)
 
     # Slots.
 
     def _at(self, backends: int) -> list[Candidate]:
         if self._slots is not None:
-            return [self.site.candidate(min(self._slots, self.site.slots_max), backends)]
+            return [self.site.candidate(self._slots, backends)]
         return list(at(self.site, backends))
 
     def _met(self, backends: int) -> Trial | None:
@@ -156,9 +156,10 @@ class Search:
         return -min(AMPLE, trial.headroom(self.goal)), -spare, candidate.slots
 
     def _best(self, backends: int) -> list[Candidate]:
-        """Return the candidates that the bounds like best, by rising slots; those that cannot meet the goal last."""
+        """Return the candidates that the bounds like best, by rising slots; just one where none can meet the goal."""
         liked = sorted(self._at(backends), key=self._liking)
-        return sorted(liked[:SIMULATED], key=lambda each: each.slots)
+        able = [candidate for candidate in liked if candidate.could(self.goal)]
+        return sorted(able[:SIMULATED] or liked[:1], key=lambda each: each.slots)
 
     def _liking(self, candidate: Candidate) -> tuple[bool, float, float, int]:
         reachable = candidate.reachable.tokens_per_s
@@ -184,11 +185,10 @@ class Search:
         return self._trials[place]
 
     def _on_all(self, trial: Trial) -> Trial:
-        """Return a trial on all samples; it ends early at one that misses what was met so far."""
-        outcomes = list(trial.outcomes)
-        for sample in range(len(outcomes), len(self.site.demand.samples)):
-            outcomes.append(self._simulated(trial.candidate, sample))
-        whole = replace(trial, outcomes=tuple(outcomes))
+        """Return a trial on all samples."""
+        others = range(len(trial.outcomes), len(self.site.demand.samples))
+        more = tuple(self._simulated(trial.candidate, sample) for sample in others)
+        whole = replace(trial, outcomes=trial.outcomes + more)
         self._trials[trial.candidate.backends, trial.candidate.slots] = whole
         return whole
 
@@ -199,29 +199,22 @@ class Search:
         return self._simulated(replace(candidate, site=site), 0, f", steps {SLOWER - 1:.0%} longer")
 
     def _simulated(self, candidate: Candidate, sample: int, how: str = "") -> Outcome:
-        demand = self.site.demand
-        load = demand.samples[sample]
+        tried = self.site.demand.samples[sample]
         self._telling(f"{_counted(candidate.backends, 'engine')}, {_counted(candidate.slots, 'slot')}{how}")
-        result = simulate(candidate.setup(self.sidecar), load)
         self._simulations += 1
-        self._requests += load.requests
-        return outcome_of(result, demand.spans_s[sample])
+        self._requests += tried.load.requests
+        return run(candidate, tried, self.sidecar)
 
 
-def sidecar_for(goal: Goal, sidecar: Sidecar) -> Sidecar:
-    """Return the sidecar whose request class suits a goal: nobody waits longer than is allowed.
+def sidecar_for(goal: Goal, open_loop: bool) -> Sidecar:
+    """Return the product's sidecar with a request class that suits a goal: nobody waits longer than is allowed.
 
     Others are held back for one who has waited half of what is allowed, at the latest.
     """
-    usual = sidecar.classes["default"]
+    sidecar, usual = Sidecar(), ClassLimit() if open_loop else FOR_EVER
     limit_ns = usual.queue_wait_ns_max if goal.wait_max_s is None else round(goal.wait_max_s * SECOND_NS)
     patience_ns = min(usual.patience_ns, int(goal.wait_s * SECOND_NS / 2)) if goal.wait_s < 1e9 else usual.patience_ns
     return replace(sidecar, classes={"default": replace(usual, queue_wait_ns_max=limit_ns, patience_ns=patience_ns)})
-
-
-def first_samples(trials: Sequence[Trial]) -> list[Outcome]:
-    """Return each trial's outcome on the first sample."""
-    return [trial.outcomes[0] for trial in trials]
 
 
 def _counted(number: int, thing: str) -> str:

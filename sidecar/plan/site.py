@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from sidecar.adapters.base_model import BaseModel, base_model_of, read_base_model
@@ -43,7 +44,7 @@ def site_of(
     cost, measured = _cost(options, flavour, max(ranks), told)
     shape = _shape(cost, model_config, measured)
     layout = vllm_layout(shape, ranks) if flavour == "vllm" else trtllm_layout(shape, modules, ranks)
-    cost.lora_rank = layout.max_rank
+    cost = CostModel(cost.table, cost.scale, layout.max_rank)
     seats = options.seats or EngineSetup.seats
     pool = Setup(engine=EngineSetup(cost=cost, flavour=flavour, seats=seats, rank=layout.max_rank, modules=modules))
     site = Site(
@@ -87,7 +88,9 @@ def _measured(model: str, gpu: str, engine: str, rank: int, problem: str, told: 
     try:
         measured = Measured(model, gpu, engine)
     except Misused as error:
-        raise Misused(Reason.CONFIG_INVALID, f"{problem} with --cost FILE ({error.message})") from error
+        if find_spec(PACKAGE) is None:
+            raise Misused(Reason.CONFIG_INVALID, f"{problem} with --cost FILE; {error.message}") from error
+        raise Misused(Reason.CONFIG_INVALID, f"{error.message}; --cost FILE takes one of your own") from error
     return CostModel(measured_table(measured, told), lora_rank=rank), measured
 
 
@@ -125,7 +128,7 @@ def _published_shape(model: str, path: str) -> ModelShape:
 def shape_of(model: str, base: BaseModel) -> ModelShape:
     """Return a shape from a model's own configuration. Raises Misused for one that is no dense decoder."""
     query, up = base.modules.get("attn_q"), base.modules.get("mlp_h_to_4h")
-    if query is None or up is None or "mlp_router" in base.modules or "moe_router" in base.modules:
+    if query is None or up is None or "moe_router" in base.modules:
         raise Misused(
             Reason.CONFIG_INVALID,
             f"{model} is a mixture of experts, and how adapters on those are laid out is not known here; plan for a "
@@ -136,6 +139,14 @@ def shape_of(model: str, base: BaseModel) -> ModelShape:
 
 
 # Room.
+
+
+def check_slots(site: Site, slots: int | None) -> None:
+    """Raise Misused for more slots than leave a request its keys and values."""
+    most = min(site.slots_max, site.demand.adapters)
+    if slots is not None and slots > most:
+        why = "there are no more adapters" if most == site.demand.adapters else "more leave a request no KV memory"
+        raise Misused(Reason.CONFIG_INVALID, f"--slots {slots}: expected at most {most:,}, {why}")
 
 
 def _check(site: Site) -> None:
@@ -153,7 +164,7 @@ def _check(site: Site) -> None:
             f"tokens and a request takes {demand.longest_tokens:,}; take a GPU with more memory or shorter requests",
         )
     if not site.slots_max:
-        adapter_bytes = site.layout.pages_max * site.layout.page_bytes
+        adapter_bytes = site.layout.pages_of_one * site.layout.page_bytes
         raise Misused(
             Reason.CONFIG_INVALID,
             f"an adapter of rank {max(demand.ranks)} takes {adapter_bytes / 1e9:.2f} GB on the GPU, and beside it no "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from time import perf_counter_ns
@@ -46,6 +47,8 @@ class Product:
         self._told: dict[str, dict[int, int]] = {}
         """What each engine that is watched had generated, by engine id, when the core was last told."""
         self._wake_ns: int | None = None
+        self._events: deque[ev.Event] = deque()
+        """What the core has yet to be given, and first what it is given now."""
         self._acts: dict[type, Callable[[Any], None]] = {
             do.Fetch: self._fetch,
             do.Spill: self._spill,
@@ -94,11 +97,19 @@ class Product:
             self._failed(failure.request_id, classify(failure.text), failure.text, failure.cancelled)
 
     def feed(self, event: ev.Event) -> None:
-        """Give the core an event and carry out what it wants."""
-        for effect in self.step(event):
-            act = self._acts.get(type(effect))
-            if act is not None:
-                act(effect)
+        """Give the core an event and carry out what it wants.
+
+        What is fed meanwhile, such as the next request of a client that has just been answered, has its turn after it.
+        """
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            for effect in self.step(self._events[0]):
+                act = self._acts.get(type(effect))
+                if act is not None:
+                    act(effect)
+            self._events.popleft()
 
     def step(self, event: ev.Event) -> list[do.Effect]:
         """Give the core an event and return what it wants."""

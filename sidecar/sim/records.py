@@ -14,6 +14,8 @@ from sidecar.sim.series import Series
 from sidecar.sim.workloads import Arrival
 
 SECOND_NS = 1_000_000_000
+BACKLOGGED = 64
+GROUPS_KEPT = 1000
 
 
 @dataclass(slots=True)
@@ -29,27 +31,37 @@ class Open:
 
 @dataclass
 class Tenants:
-    """What each tenant was given while all of them had something waiting: an input token is 1, an output token 2."""
+    """What each tenant was given, by who was backlogged: an input token counts 1, an output token 2.
+
+    A tenant is backlogged while `BACKLOGGED` of its requests wait. One that asks for less than its share has some
+    waiting now and then too, for a slot or a seat, and is not kept short of anything.
+    """
 
     waiting: dict[str, int] = field(default_factory=dict)
-    idle: dict[str, None] = field(default_factory=dict)
-    """Tenants that have come, and have nothing waiting."""
-    served: dict[str, int] = field(default_factory=dict)
+    served: dict[tuple[str, ...], dict[str, int]] = field(default_factory=dict)
+    """For each group that was backlogged at one time, what each of it was given then."""
+    _backlogged: tuple[str, ...] = ()
 
     def waits(self, tenant: str) -> None:
-        self.served.setdefault(tenant, 0)
-        self.idle.pop(tenant, None)
         self.waiting[tenant] = self.waiting.get(tenant, 0) + 1
+        if self.waiting[tenant] == BACKLOGGED:
+            self._backlogged = tuple(sorted((*self._backlogged, tenant)))
 
     def starts(self, arrival: Arrival) -> None:
-        if not self.idle:
-            self.served[arrival.tenant] += arrival.input_tokens + 2 * arrival.output_tokens
+        if arrival.tenant in self._backlogged and (self._backlogged in self.served or len(self.served) < GROUPS_KEPT):
+            given = self.served.setdefault(self._backlogged, dict.fromkeys(self._backlogged, 0))
+            given[arrival.tenant] += arrival.input_tokens + 2 * arrival.output_tokens
         self.leaves(arrival)
 
     def leaves(self, arrival: Arrival) -> None:
         self.waiting[arrival.tenant] -= 1
-        if not self.waiting[arrival.tenant]:
-            self.idle[arrival.tenant] = None
+        if self.waiting[arrival.tenant] == BACKLOGGED - 1:
+            self._backlogged = tuple(tenant for tenant in self._backlogged if tenant != arrival.tenant)
+
+    def shares(self) -> list[int]:
+        """Return what each was given of the group of two or more that was given most; [] where there was none."""
+        groups = [list(given.values()) for given in self.served.values() if len(given) > 1]
+        return max(groups, key=sum, default=[])
 
 
 @dataclass(frozen=True, slots=True)

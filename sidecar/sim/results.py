@@ -80,7 +80,7 @@ class Result:
             "loads_per_request": self.counted.device_loads / requests,
             "mean_batch": recorder.output_tokens / max(1, self.counted.iterations),
             "slot_openings_per_1k_requests": 1000 * recorder.openings / started,
-            "jain_index": jain_index(list(recorder.tenants.served.values())),
+            "jain_index": jain_index(recorder.tenants.shares()),
             "requests": {**recorder.counts, "unfinished": len(recorder.unfinished)},
             "reasons": recorder.reasons,
             "messages": recorder.messages,

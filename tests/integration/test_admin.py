@@ -175,7 +175,11 @@ async def test_the_queue_says_who_waits_and_why(admin: Admin) -> None:
     assert "all seats are taken on trt-0" in view.verdict
     waiting = view.requests[0]
     assert (waiting.request, waiting.tenant, getattr(waiting, "class")) == (tickets[2].request, "acme", "default")
-    assert waiting.bound_s == pytest.approx(600)
+    promise = admin.gateway.state.requests[tickets[2].request].promise
+    assert promise is not None
+    assert waiting.bound_s == pytest.approx(promise.bound_ns / 1e9)
+    assert (waiting.expires_s, waiting.voided) == (pytest.approx(600), "")
+    assert waiting.waited_s < waiting.bound_s < waiting.expires_s
     assert (await admin.queues.Get(pb.QueueRequest(backend="trt-1"))).waiting == 0
     code, reason, _ = await failure(admin.queues.Get(pb.QueueRequest(adapter="nobody")))
     assert (code, reason) == (grpc.StatusCode.NOT_FOUND, "UNKNOWN_ADAPTER")

@@ -53,7 +53,7 @@ def test_the_commands_are_those_that_are_promised() -> None:
     """No command is missing, and none stands there without its mechanism."""
     groups = {"adapters", "backends", "config", "debug", "policies"}
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
-        "calibrate", "demo", "emulate", "generate", "queue", "replay", "serve", "simulate",
+        "calibrate", "demo", "emulate", "generate", "plan", "queue", "replay", "serve", "simulate",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
         "convert", "evict", "inspect", "list", "pin", "prefetch", "promote", "refresh", "register", "release",

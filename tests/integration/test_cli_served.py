@@ -164,11 +164,15 @@ async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> 
     tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD) for _ in range(3)]
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
-    assert re.match(r"1 waiting for .* \(bound 600 s\) because all seats are taken on trt-0", lines[0])
-    assert re.search(r"10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
+    assert re.match(r"1 waiting for .* \(bound 30 s, expires 600 s\) because all seats are taken on trt-0", lines[0])
+    assert re.search(r"30 s +10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
     assert re.search(r"^trt-1 +down +0/2 ", (await served.cli("backends", "list")).out, re.M)
     shown = (await served.cli("backends", "show", "trt-0")).out
     assert "2 of 2 taken, 1 queued" in shown
+    assert re.search(r"^pace +a guess until its runs have said more", shown, re.M)
+    checked = await served.cli("backends", "check")
+    assert (checked.code, "trt-1: not up" in checked.err) == (1, True)
+    assert re.search(r"^trt-0 +up +a guess", checked.out, re.M)
     assert re.search(r"^slow +\w+ +[\d.]+ m?s +1 +2 +1 +running", shown, re.M)
     for ticket in tickets:
         served.gateway.close(ticket)

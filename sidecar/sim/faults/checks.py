@@ -236,8 +236,17 @@ class Checks:
         del self.waiting[effect.request]
         label = effect.reason.value if effect.reason else Outcome.OK.value
         self.reasons[label] = self.reasons.get(label, 0) + 1
+        self._check_time(client)
         self._check_bound(client, effect)
         self._check_ending(client, effect)
+
+    def _check_time(self, client: Client) -> None:
+        """Check that nobody waited for longer than the client or the class allows."""
+        event = client.event
+        limit_ns = self.scenario.sidecar.classes[event.klass].queue_wait_ns_max
+        due_ns = event.deadline_ns or (0 if client.attempt else client.arrived_ns + limit_ns)
+        late_s = (self._now_ns - due_ns) / SECOND_NS
+        hold(not due_ns or late_s <= 0, f"request {event.request} ends {late_s:.3f} s after it had to")
 
     def _check_bound(self, client: Client, effect: do.Settle) -> None:
         if effect.voided:

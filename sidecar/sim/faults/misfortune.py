@@ -123,8 +123,10 @@ class Misfortune:
         return f"{backend} {'drains' if draining else 'takes requests again'}"
 
     def _send(self, adapter: str, output_tokens: int) -> None:
-        tenant = "t0" if self.scenario.parameters.tenant_shares else ""
-        self._world.send(Arrival(None, adapter, self.scenario.parameters.input_tokens, output_tokens, tenant=tenant))
+        """Have a client send a request that allows for as much as those of the load do."""
+        load = self.scenario.parameters
+        tenant, asked = "t0" if load.tenant_shares else "", load.output_tokens_max or output_tokens
+        self._world.send(Arrival(None, adapter, load.input_tokens, output_tokens, asked, tenant))
 
     # Peace.
 

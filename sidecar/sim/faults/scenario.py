@@ -101,7 +101,8 @@ class Scenario:
                 f"disk {sidecar.disk_bytes / blob_bytes:.1f}, {sidecar.fetches_max} fetches at once, "
                 f"{sidecar.queued_max} queued at most, tenants {dict(sidecar.tenant_weights)}",
                 f"load       {self.load}: {load.requests} requests for {load.adapters} adapters, "
-                f"{load.input_tokens} in, {load.output_tokens} out (variation {load.output_variation}), "
+                f"{load.input_tokens} in, {load.output_tokens} out (variation {load.output_variation}, at most "
+                f"{load.output_tokens_max or 'what it gets'}), "
                 + (f"{load.rate_per_s:.2f} a second" if load.rate_per_s else f"{self.setup.in_flight} in flight"),
                 f"faults     {', '.join(self.kinds) or 'none'}, one in {self.fault_every_s:.1f} s "
                 f"until {self.peace_s:.0f} s",
@@ -184,7 +185,11 @@ def _sidecar(
     random: Random, engine: EngineSetup, parameters: LoadParameters, kinds: tuple[str, ...], engines: int
 ) -> FaultySidecar:
     blob_bytes, most_used = _blob_bytes(engine), engines * engine.host_slots
-    store = _one(random, [1.0, 2.5, 4.0]) if "store" in kinds else _one(random, [most_used, most_used + 2.5, 256.0])
+    store = (
+        _one(random, [1.0, 1.5 * engines, 4.0 * engines])
+        if "store" in kinds
+        else _one(random, [most_used, most_used + 2.5, 256.0])
+    )
     weights = {"t0": _one(random, [1.0, 4.0])} if parameters.tenant_shares else {}
     return FaultySidecar(
         ordering=_mostly(random, "soft_gated", sorted(POLICIES["ordering"])),

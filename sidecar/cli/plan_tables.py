@@ -1,0 +1,182 @@
+"""A plan as tables and sentences for people, made from the JSON object that scripts get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from sidecar.cli.show import count, duration, size, table
+
+NONE = "–"
+Record = dict[str, Any]
+
+
+def summary(told: Record) -> str:
+    """Return the plan in a sentence or two."""
+    plan, load = told["plan"], told["load"]
+    pool = f"{count(plan['backends'], 'engine')} with {count(plan['slots'], 'adapter slot')} each"
+    rate = told["predicted"]["throughput_tokens_per_s"]["median"]
+    one = plan["backends"] == 1
+    verdict = ("meets" if one else "meet") if told["meets"] else ("does not meet" if one else "do not meet")
+    engine = f"{told['model']} on {told['gpu']}, {told['engine']}"
+    return (
+        f"{engine}; {count(load['adapters'], 'adapter')}, {load['workload']}\n"
+        f"{pool} {verdict} {_wanted(told)}: {rate:,.0f} output tokens/s, waits {_waits(told)}"
+    )
+
+
+def missed(told: Record) -> str:
+    """Return why there is no plan: what comes nearest and what binds."""
+    plan = told["plan"]
+    return (
+        f"nothing that was tried meets {_wanted(told)}; nearest: {count(plan['backends'], 'engine')} with "
+        f"{count(plan['slots'], 'slot')} each ({_reached(told)}), bound by {told['binds_because']}; what would help: "
+        f"{told['would_help']}"
+    )
+
+
+def engine_lines(told: Record) -> Iterator[tuple[str, str]]:
+    """Yield an engine's settings, and what they leave."""
+    plan = told["plan"]
+    yield "engines", f"{plan['backends']:,}"
+    yield "adapter slots", f"{plan['slots']:,} of {told['load']['adapters']:,}; at most {plan['adapters_fit']:,} fit"
+    yield "pages of an adapter", _pages(told)
+    for name, value in told["settings"]["engine"].items():
+        yield name, NONE if value is None else "yes" if value is True else str(value)
+    yield "GPU memory of adapters", size(plan["device_bytes"])
+    kv = plan["kv_tokens"]
+    yield "KV left", "no limit is known" if kv is None else f"{kv:,} tokens, {plan['kv_seats']:,.0f} requests"
+    yield "seats", f"{plan['seats']:,}, mean batch {told['predicted']['mean_batch']['median']:,.0f}"
+    yield "bound by", told["binds_because"]
+    if not told["meets"]:
+        yield "what would help", told["would_help"]
+
+
+def sidecar_lines(told: Record) -> Iterator[tuple[str, str]]:
+    """Yield the sidecar's settings."""
+    settings = told["settings"]["sidecar"]
+    store, limits = settings["store"], settings["queue"]["classes"]["default"]
+    yield "store.memory_bytes", f"{store['memory_bytes']} ({size(store['memory_bytes'])})"
+    yield "store.disk_bytes", f"{store['disk_bytes']} ({size(store['disk_bytes'])}: every adapter in two versions)"
+    yield "queue_wait_s_max", f"{limits['queue_wait_s_max']:g}"
+    yield "patience_s", f"{limits['patience_s']:g}"
+
+
+def curve(told: Record) -> Table:
+    """Return throughput and waits by slots, the plan marked."""
+    rows = [
+        [
+            f"{point['slots']:,}{' ◄' if point['slots'] == told['plan']['slots'] else ''}",
+            size(point["device_bytes"]),
+            NONE if point["kv_tokens"] is None else f"{point['kv_tokens']:,}",
+            NONE if point["kv_seats"] is None else f"{point['kv_seats']:,.0f}",
+            f"{point['bound_tokens_per_s']:,.0f}",
+            f"{point['throughput_tokens_per_s']:,.0f}",
+            f"{point['mean_batch']:,.0f}",
+            _seconds(point["wait_p99_s"]),
+            _seconds(point["wait_max_s"]),
+            point["binds"],
+        ]
+        for point in told["curve"]
+    ]
+    heads = [">adapters", ">KV tokens", ">KV seats", ">bound tok/s", ">tok/s", ">batch", ">p99 wait", ">longest"]
+    return table(["slots", *heads, "bound by"], rows)
+
+
+def trust(told: Record) -> Iterator[tuple[str, str]]:
+    """Yield what a plan rests on, and how far it can be trusted."""
+    rests, samples = told["rests_on"], told["predicted"]["samples"]
+    yield (
+        "samples",
+        f"{len(samples)} of {rests['requests_of_a_sample']:,} requests; {rests['simulations']} simulations, "
+        f"{rests['requests_simulated']:,} requests",
+    )
+    yield "tokens/s", _range(told["predicted"]["throughput_tokens_per_s"], lambda value: f"{value:,.0f}")
+    yield "p99 wait", _range(told["predicted"]["wait_p99_s"], _seconds)
+    yield "longest wait", _range(told["predicted"]["wait_max_s"], _seconds)
+    yield "room to grow", _spare(told)
+    yield "if steps take 10 % longer", _slower(told)
+    errors = rests["interpolation_error"]
+    yield (
+        "cost file",
+        f"{rests['cost']}; between its points decode steps err by up to {errors['decode']:.0%} and prompts by up to "
+        f"{errors['prefill']:.0%} where `sidecar calibrate` made it; its sources are in --json",
+    )
+    yield "cost of adapters", _loss(rests["lora_loss"])
+    for warning in told["warnings"]:
+        yield "beware", warning
+    for note in told["notes"]:
+        yield "note", note
+
+
+def _wanted(told: Record) -> str:
+    goal = told["goal"]
+    parts = [
+        f"a p99 wait of {goal['wait_p99_s']:g} s" if goal["wait_p99_s"] is not None else "",
+        f"a longest wait of {goal['wait_max_s']:g} s" if goal["wait_max_s"] is not None else "",
+        f"{goal['throughput_tokens_per_s']:,.0f} tokens/s" if goal["throughput_tokens_per_s"] is not None else "",
+    ]
+    return " and ".join(part for part in parts if part)
+
+
+def _reached(told: Record) -> str:
+    predicted = told["predicted"]
+    worst = {key: predicted[key]["most"] for key in ("wait_p99_s", "wait_max_s")}
+    return (
+        f"p99 wait {_seconds(worst['wait_p99_s'])}, longest {_seconds(worst['wait_max_s'])}, "
+        f"{predicted['throughput_tokens_per_s']['least']:,.0f} tokens/s"
+    )
+
+
+def _waits(told: Record) -> str:
+    predicted = told["predicted"]
+    p99_s, longest_s = (predicted[key]["median"] for key in ("wait_p99_s", "wait_max_s"))
+    return f"{_seconds(p99_s)} at p99, {_seconds(longest_s)} at most"
+
+
+def _pages(told: Record) -> str:
+    plan = told["plan"]
+    each = ", ".join(f"rank {rank}: {pages}" for rank, pages in plan["pages_by_rank"].items())
+    where = f"{plan['device_pages']:,} on the GPU, {plan['host_pages']:,} in host memory"
+    return f"{each}, of {size(plan['page_bytes'])}; {where}"
+
+
+def _spare(told: Record) -> str:
+    load, spare = told["load"], told["predicted"]["spare_tokens_per_s"]
+    asked = load["asked_tokens_per_s"]
+    if asked is None:
+        return f"by the bound, {spare:,.0f} tokens/s with {load['in_flight']:,} in flight"
+    return f"by the bound, {spare:,.0f} tokens/s, {spare / asked:.1f} × what is asked for"
+
+
+def _slower(told: Record) -> str:
+    slower = told["slower"]
+    verdict = "meets the goal" if slower["meets"] else "misses the goal"
+    reached = f"{slower['throughput_tokens_per_s']:,.0f} tokens/s, p99 wait {_seconds(slower['wait_p99_s'])}"
+    return f"{verdict}: {reached} on the first sample"
+
+
+def _loss(loss: Record) -> str:
+    share = f"{loss['share']:.1%} of throughput"
+    if loss["published_range"] is None:
+        return f"{share}; no range of it is published"
+    low, high = loss["published_range"]
+    factors = f"throughput {loss['throughput_low']:.2f} to {loss['throughput_high']:.2f} of what is said here"
+    assumed = "; measured with another model or GPU, and assumed for this" if loss["assumed"] else ""
+    return f"{share}, published as {low:.1%} to {high:.1%}: {factors}{assumed}"
+
+
+def _range(spread: Record, form: Any) -> str:
+    values = [NONE if spread[key] is None else form(spread[key]) for key in ("median", "least", "most")]
+    if values[1] == values[2]:
+        return f"{values[0]} in every sample"
+    return f"median {values[0]}, from {values[1]} to {values[2]}"
+
+
+def _seconds(value: float | None) -> str:
+    """Return a wait: of several minutes too in seconds, as limits are given."""
+    if value is None:
+        return "no end"
+    return f"{value:,.0f} s" if value >= 9.95 else duration(value)

@@ -1,0 +1,208 @@
+"""`sidecar plan`: how many engines, slots and bytes a load needs for what its users expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.plan_tables import curve, engine_lines, missed, sidecar_lines, summary, trust
+from sidecar.cli.show import AsJson, console, facts, print_json, titled
+from sidecar.errors import Misused, Reason
+from sidecar.plan.drawing import check_plot, write_plot
+from sidecar.plan.goal import Goal
+from sidecar.plan.record import Record, record
+from sidecar.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
+from sidecar.plan.settings import EMITTED
+from sidecar.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
+from sidecar.sim.option_values import check_known, check_ranges, listed
+from sidecar.sim.options import Options
+from sidecar.sim.setup import MODULES, Sidecar
+from sidecar.sim.workloads import WORKLOADS
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("plan")(plan)
+
+
+def _panel(name: str) -> Callable[..., Any]:
+    def option(words: str, default: str = "", *names: str) -> Any:
+        return typer.Option(*names, help=words, show_default=default or False, rich_help_panel=name)
+
+    return option
+
+
+_goal, _load, _engines, _output = map(_panel, ("What is enough", "Load", "Engines", "What to show"))
+
+
+def plan(
+    p99_wait: Annotated[float | None, _goal("Seconds that 99 of 100 requests may wait for their first token.")] = None,
+    wait_max: Annotated[float | None, _goal("Seconds that any request may wait.")] = None,
+    throughput: Annotated[float | None, _goal("Output tokens per second, at least.")] = None,
+    workload: Annotated[
+        str | None, _load(f"Which adapter is asked for: {', '.join(WORKLOADS)}.", "round_robin")
+    ] = None,
+    trace: Annotated[
+        Path | None,
+        _load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too; its busiest stretches count."),
+    ] = None,
+    adapters: Annotated[int | None, _load("Adapters in all.", "64")] = None,
+    requests: Annotated[int | None, _load("Requests of a sample.", "2048 or more")] = None,
+    in_flight: Annotated[
+        int | None, _load("Closed loop: so many are outstanding, each sends the next when it ends.", "256")
+    ] = None,
+    rate: Annotated[float | None, _load("Open loop: arrivals per second, whatever has ended.")] = None,
+    arrival_cv: Annotated[float | None, _load("Variation of the gaps; 1 is Poisson.", "1")] = None,
+    input_tokens: Annotated[int | None, _load("Mean tokens of a prompt.", "1024")] = None,
+    output_tokens: Annotated[int | None, _load("Mean tokens of an answer.", "1024")] = None,
+    input_cv: Annotated[float | None, _load("Variation of prompt lengths: 0 all alike, 1 exponential.", "0")] = None,
+    output_cv: Annotated[float | None, _load("Variation of answer lengths.", "0")] = None,
+    max_tokens: Annotated[
+        int | None, _load("What every client asks for at most.", "each exactly what it will get")
+    ] = None,
+    skew: Annotated[float | None, _load("Exponent of zipf and power.", "1 for zipf, 0.3 for power")] = None,
+    drift: Annotated[
+        int | None, _load("After each so many requests a tenth of the adapters swap places.", "never")
+    ] = None,
+    tenants: Annotated[str | None, _load("Weights of the tenants' arrivals: 20,1,1.", "one tenant")] = None,
+    seeds: Annotated[str | None, _load("One for each sample; a trace has as many stretches.", "1,2,3")] = None,
+    engine: Annotated[str | None, _engines(f"{', '.join(ENGINES)}.", "trtllm")] = None,
+    model: Annotated[str | None, _engines("Whose step times.", "llama-3.1-8b")] = None,
+    gpu: Annotated[str | None, _engines("On which GPU.", "a100_sxm")] = None,
+    cost: Annotated[Path | None, _engines("Cost file, as `sidecar calibrate` writes it.")] = None,
+    model_config: Annotated[
+        Path | None, _engines("The model's config.json or its folder: it says how large an adapter is.")
+    ] = None,
+    backends: Annotated[int | None, _engines("So many engines, and no others are looked at.")] = None,
+    backends_max: Annotated[int, _engines("No more engines than these.", str(BACKENDS_MAX))] = BACKENDS_MAX,
+    slots: Annotated[int | None, _engines("So many slots, and no others are looked at.")] = None,
+    seats: Annotated[int | None, _engines("Requests in a running batch.", "256")] = None,
+    host_memory: Annotated[
+        int | None, _engines("Bytes of host memory for an engine's cache and the store.", str(HOST_MEMORY_BYTES))
+    ] = None,
+    rank: Annotated[int | None, _engines("Rank of the adapters.", "16")] = None,
+    ranks: Annotated[str | None, _engines("Ranks of the adapters, in equal numbers: 8,16,64.")] = None,
+    lora_modules: Annotated[str | None, _engines(f"What adapters change: {', '.join(MODULES)}.", "qv")] = None,
+    emit: Annotated[str | None, _output(f"Print only lines to paste: {', '.join(EMITTED)}.")] = None,
+    plot: Annotated[Path | None, _output("Draw the curve into this file, .svg or .html.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Plan a pool: engines, adapter slots, cache fractions and bytes that a load needs for what its users expect.
+
+    Closed forms narrow what could be; the rest is simulated by the core that serves. Exit 1 says that nothing meets
+    the goal, with what comes nearest and what stands in the way.
+    """
+    goal = Goal(wait_p99_s=p99_wait, wait_max_s=wait_max, tokens_per_s=throughput)
+    _check(emit, engine, lora_modules, plot, backends_max, host_memory)
+    options = Options(
+        workload=workload, trace=trace, adapters=adapters, requests=requests, in_flight=in_flight, rate=rate,
+        arrival_cv=arrival_cv, input_tokens=input_tokens, output_tokens=output_tokens, input_cv=input_cv,
+        output_cv=output_cv, max_tokens=max_tokens, skew=skew, drift=drift, tenants=listed("tenants", tenants, float),
+        seeds=listed("seeds", seeds, int), engine=ENGINES[engine or "trtllm"], model=model, gpu=gpu, cost=cost,
+        backends=backends, slots=slots, seats=seats, rank=rank, ranks=listed("ranks", ranks, int),
+        lora_modules=lora_modules,
+    )  # fmt: skip
+    if rank is not None and ranks is not None:
+        raise Misused(Reason.CONFIG_INVALID, "--rank and --ranks exclude each other: --ranks takes several")
+    found, sidecar = _search(options, goal, model_config, host_memory or HOST_MEMORY_BYTES, backends_max)
+    told = record(found, sidecar)
+    lines = EMITTED[emit](found, sidecar) if emit is not None else None
+    if plot is not None:
+        write_plot(told, plot)
+    _show(told, lines, plot, as_json)
+    if not found.meets:
+        raise CommandError(missed(told), Exit.FAILED, "GOAL_MISSED")
+
+
+def _check(
+    emit: str | None,
+    engine: str | None,
+    lora_modules: str | None,
+    plot: Path | None,
+    backends_max: int,
+    host_memory: int | None,
+) -> None:
+    """Raise Misused for what is wrong whatever the load."""
+    check_known("emit", emit, EMITTED)
+    check_known("engine", engine, ENGINES)
+    check_known("lora_modules", lora_modules, MODULES)
+    check_ranges({"backends": backends_max})
+    if host_memory is not None and host_memory < 1:
+        raise Misused(Reason.CONFIG_INVALID, f"--host-memory {host_memory}: expected bytes, 1 or more")
+    if plot is not None:
+        check_plot(plot)
+    other = {"pbtxt": "vllm", "vllm": "trtllm"}.get(emit or "")
+    if other is not None and (engine or "trtllm") == other:
+        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {other} reads; take helm or --engine")
+
+
+def _search(
+    options: Options, goal: Goal, model_config: Path | None, host_memory_bytes: int, backends_max: int
+) -> tuple[Found, Sidecar]:
+    with _telling() as telling:
+        telling("step times")
+        site = site_of(
+            options, model_config, host_memory_bytes, lambda what, done, total: telling(f"{what}: {done} of {total}")
+        )
+        check_slots(site, options.slots)
+        _check_reachable(goal, site.demand.asked_tokens_per_s)
+        sidecar = sidecar_for(goal, site.demand.open_loop)
+        search = Search(
+            site,
+            goal,
+            sidecar,
+            backends=options.backends,
+            slots=options.slots,
+            backends_max=backends_max,
+            telling=telling,
+        )
+        return search.run(), sidecar
+
+
+def _check_reachable(goal: Goal, asked_tokens_per_s: float | None) -> None:
+    """Raise Misused for more throughput than is asked for: no pool gives that."""
+    wanted = goal.tokens_per_s
+    if wanted is not None and asked_tokens_per_s is not None and wanted > 1.05 * asked_tokens_per_s:
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f"--throughput {wanted:,.0f} is more than arrivals ask for, {asked_tokens_per_s:,.0f} tokens/s; raise "
+            "--rate, or plan for --in-flight",
+        )
+
+
+def _show(told: Record, lines: str | None, plot: Path | None, as_json: bool) -> None:
+    if as_json:
+        print_json({**told, **({} if lines is None else {"lines": lines})})
+        return
+    if lines is not None:
+        print(lines, end="", flush=True)
+        return
+    screen = console()
+    screen.print(Text(summary(told)))
+    for title, pairs in (("Engines", engine_lines(told)), ("Sidecar", sidecar_lines(told))):
+        for part in titled(title, facts(pairs)):
+            screen.print(part)
+    for part in titled("Adapter memory against keys and values", curve(told)):
+        screen.print(part)
+    for part in titled("What it rests on", facts(trust(told))):
+        screen.print(part)
+    if plot is not None:
+        screen.print(Text(f"\nThe plot: {plot}"))
+
+
+@contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    """Give what tells on stderr what is being simulated. It is silent when nobody looks."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield lambda what: None
+        return
+    with errors.status("planning") as status:
+        yield lambda what: status.update(f"planning: {what}")
