@@ -16,7 +16,7 @@ Record = dict[str, Any]
 def summary(told: Record) -> str:
     """Return the plan in a sentence or two."""
     plan, load = told["plan"], told["load"]
-    pool = f"{count(plan['backends'], 'engine')} with {count(plan['slots'], 'adapter slot')} each"
+    pool = _pool(plan)
     rate = told["predicted"]["throughput_tokens_per_s"]["median"]
     one = plan["backends"] == 1
     verdict = ("meets" if one else "meet") if told["meets"] else ("does not meet" if one else "do not meet")
@@ -29,11 +29,9 @@ def summary(told: Record) -> str:
 
 def missed(told: Record) -> str:
     """Return why there is no plan: what comes nearest and what binds."""
-    plan = told["plan"]
     return (
-        f"nothing that was tried meets {_wanted(told)}; nearest: {count(plan['backends'], 'engine')} with "
-        f"{count(plan['slots'], 'slot')} each ({_reached(told)}), bound by {told['binds_because']}; what would help: "
-        f"{told['would_help']}"
+        f"nothing that was tried meets {_wanted(told)}; nearest: {_pool(told['plan'])} ({_reached(told)}), bound by "
+        f"{told['binds_because']}; what would help: {told['would_help']}"
     )
 
 
@@ -109,6 +107,11 @@ def trust(told: Record) -> Iterator[tuple[str, str]]:
         yield "beware", warning
     for note in told["notes"]:
         yield "note", note
+
+
+def _pool(plan: Record) -> str:
+    each = " each" if plan["backends"] > 1 else ""
+    return f"{count(plan['backends'], 'engine')} with {count(plan['slots'], 'adapter slot')}{each}"
 
 
 def _wanted(told: Record) -> str:

@@ -113,13 +113,11 @@ class Request:
     """What its promise allows for that."""
     load_ns: int = 0
 
-    @property
-    def id(self) -> int:
-        return self.view.id
+    id: int = field(init=False, metadata={"derived": True})
+    version: str = field(init=False, metadata={"derived": True})
 
-    @property
-    def version(self) -> str:
-        return self.view.version
+    def __post_init__(self) -> None:
+        self.id, self.version = self.view.id, self.view.version
 
     @property
     def footprint(self) -> int:

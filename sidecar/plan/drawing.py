@@ -95,8 +95,8 @@ def _picture(record: Record, style: Markup | None = None) -> Markup:
 
 
 def _throughput(record: Record) -> Markup:
-    curve = record["curve"]
-    highest = max(max(point["bound_tokens_per_s"], point["throughput_tokens_per_s"]) for point in curve)
+    goal, curve = record["goal"]["throughput_tokens_per_s"], record["curve"]
+    highest = max(max(point["bound_tokens_per_s"], point["throughput_tokens_per_s"], goal or 0.0) for point in curve)
     frame, x, y = _scales(curve, highest)
     bound = [(x(point["slots"]), y(point["bound_tokens_per_s"])) for point in curve]
     reached = [(x(point["slots"]), y(point["throughput_tokens_per_s"])) for point in curve]
@@ -106,11 +106,11 @@ def _throughput(record: Record) -> Markup:
             x,
             y,
             curve,
-            f"output tokens/s of {count(record['plan']['backends'], 'engine')}: simulated; dotted: bound",
+            f"output tokens/s of {count(record['plan']['backends'], 'engine')}: simulated; dotted: bound{_dashed(goal)}",
         ),
         element("path", class_="bound", d=line(bound), stroke_dasharray="1 4", stroke_linecap="round"),
         *_series(reached, 0),
-        *_limit(record["goal"]["throughput_tokens_per_s"], x, y),
+        *_limit(goal, x, y),
         *_chosen(record, x, y, "throughput_tokens_per_s"),
     )
 
@@ -122,7 +122,7 @@ def _waits(record: Record) -> Markup:
     highest = max([point["wait_p99_s"] for point in known] + [goal or 0.0], default=1.0)
     frame, x, y = _scales(curve, highest)
     return group(
-        _axes(frame, x, y, curve, "99th percentile of waits for the first token, s; dashed: the goal"),
+        _axes(frame, x, y, curve, f"99th percentile of waits for the first token, s{_dashed(goal)}"),
         *_series([(x(point["slots"]), y(point["wait_p99_s"])) for point in known], 1),
         *_limit(goal, x, y),
         *_chosen(record, x, y, "wait_p99_s", 1),
@@ -166,6 +166,10 @@ def _series(points: Sequence[tuple[float, float]], style: int) -> list[Markup]:
         return []
     dots = [element("circle", class_=f"dot s{style}", cx=at, cy=height, r=3) for at, height in points]
     return [element("path", class_=f"line s{style}", d=line(points)), *dots]
+
+
+def _dashed(goal: float | None) -> str:
+    return "" if goal is None else "; dashed: the goal"
 
 
 def _limit(value: float | None, x: Scale, y: Scale) -> list[Markup]:

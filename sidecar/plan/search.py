@@ -7,6 +7,7 @@ found between the last that missed and the first that met. It ends without a pla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -142,18 +143,29 @@ class Search:
     def _met(self, backends: int) -> Trial | None:
         """Return the candidate with the most headroom that meets the goal on all samples."""
         trials = [self._trial(candidate) for candidate in self._best(backends)]
-        for trial in sorted(trials, key=self._preference):
+        best = max(map(self._counting, trials))
+        for trial in sorted(trials, key=lambda each: self._preference(each, best)):
             if trial.headroom(self.goal) < 1:
-                break
+                continue
             whole = self._on_all(trial)
             if whole.headroom(self.goal) >= 1:
                 return whole
         return None
 
-    def _preference(self, trial: Trial) -> tuple[float, float, int]:
-        candidate = trial.candidate
-        spare = candidate.spare_tokens_per_s(self.goal.wait_s)
-        return -min(AMPLE, trial.headroom(self.goal)), -spare, candidate.slots
+    def _counting(self, trial: Trial) -> float:
+        return min(AMPLE, trial.headroom(self.goal))
+
+    def _preference(self, trial: Trial, best: float) -> tuple[float, float, float, int]:
+        """Return what is least for the trial to choose.
+
+        Of those with about as much headroom it is the one with the shortest waits, or, where waits are in the goal and
+        so in the headroom, the one that the load can grow most on.
+        """
+        counting = self._counting(trial)
+        counted = best if counting * HELPS >= best else counting
+        wait_s = trial.outcomes[0].wait_p99_s if math.isinf(self.goal.wait_s) else 0.0
+        spare = trial.candidate.spare_tokens_per_s(self.goal.wait_s)
+        return -counted, wait_s, -spare, trial.candidate.slots
 
     def _best(self, backends: int) -> list[Candidate]:
         """Return the candidates that the bounds like best, by rising slots; just one where none can meet the goal."""

@@ -12,9 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.adapters.packed import PackReport
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.pace import Pace
 from sidecar.shell.label_values import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
-from tests.corekit import BLOB_BYTES, MS, SECOND, World
+from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 README = Path(__file__).parents[2] / "README.md"
 LABELS = {metric.name.removesuffix("_total"): (*metric.labels, "le") for metric in METRICS}
@@ -146,6 +147,71 @@ async def test_waits_and_their_bounds() -> None:
     assert samples["lora_sidecar_wait_bounds_exceeded_total"] == {(): 0}
     waited = world.dispatches[1][0].queue_ns + world.dispatches[2][0].queue_ns
     assert samples["lora_sidecar_queue_wait_seconds_sum"][("batch",)] == pytest.approx(waited / 1e9)
+
+
+async def test_void_promises_by_reason() -> None:
+    """Those that were outstanding on a lost backend are counted once, whatever becomes of the requests."""
+    world = Measured(seats=1)
+    for _ in range(3):
+        world.send()
+    assert "lora_sidecar_wait_bounds_voided_total" not in await scrape(world)
+    world.lose("b0")
+    world.bring_up("b0")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_wait_bounds_voided_total"] == {("backend lost",): 3}
+    assert samples["lora_sidecar_wait_bound_seconds_count"] == {("default",): 3}
+    assert samples["lora_sidecar_first_token_seconds_count"] == {("default",): 3}
+
+
+@pytest.mark.parametrize("first_token_s", [1, 60])
+async def test_a_bound_that_stood_and_was_exceeded_is_counted(first_token_s: int) -> None:
+    """An engine that is slower than any promise allows for shows, and one that is not does not."""
+    world = Measured()
+    world.engines["b0"].first_token_ns = first_token_s * SECOND + MS
+    world.engines["b0"].run_ns = 2 * first_token_s * SECOND
+    world.send()
+    world.run()
+    assert (await scrape(world))["lora_sidecar_wait_bounds_exceeded_total"] == {(): first_token_s // 60}
+
+
+async def test_an_answer_in_one_piece_is_judged_by_its_dispatch() -> None:
+    """Nobody is told when its first token came: the time to the whole answer is no wait for it."""
+    world = Measured(seats=1)
+    world.engines["b0"].silent = True
+    request = world.send()
+    world.run(for_ns=100 * SECOND)
+    world.feed(ev.RunEnded(request, 1, 10))
+    samples = await scrape(world)
+    assert samples["lora_sidecar_wait_bounds_exceeded_total"] == {(): 0}
+    assert samples["lora_sidecar_queue_wait_seconds_sum"] == {("default",): 0}
+    assert "lora_sidecar_first_token_seconds_count" not in samples
+    assert world.metrics is not None
+    assert not world.metrics._waiting
+
+
+async def test_a_request_without_a_promise_has_no_bound() -> None:
+    """Neither one that no backend could take, nor any under an order that promises nothing."""
+    world = Measured(config=CoreConfig(ordering="skip"), seats=1)
+    world.send()
+    world.send()
+    world.run()
+    samples = await scrape(world)
+    assert "lora_sidecar_wait_bound_seconds_count" not in samples
+    assert samples["lora_sidecar_first_token_seconds_count"] == {("default",): 2}
+
+
+async def test_the_predicted_wait_of_each_backend() -> None:
+    """0 while the pace is a guess, and what waits, by its tokens, where it is calibrated."""
+    world = Measured(engines=0)
+    world.add_engine("b0", facts_of(seats=1))
+    pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
+    world.add_engine("b1", with_facts(facts_of(seats=1), pace=pace))
+    world.feed(ev.DrainSet("b0", True))
+    for _ in range(4):
+        world.send(output_tokens=100)
+    waits = (await scrape(world))["lora_sidecar_predicted_wait_seconds"]
+    assert waits == {("b0",): 0, ("b1",): pytest.approx(3.0)}
 
 
 async def test_loads_by_phase() -> None:

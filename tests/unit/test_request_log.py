@@ -70,6 +70,27 @@ def test_every_request_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert lines[5]["version"] == ""
 
 
+def test_the_line_has_the_bound_or_why_it_is_void(caplog: pytest.LogCaptureFixture) -> None:
+    """What was promised stands beside the wait; a promise that was void says for what, one never made says nothing."""
+    caplog.set_level(logging.INFO)
+    world = World(seats=1)
+    kept = world.send()
+    promise = world.core.state.requests[kept].promise
+    assert promise is not None
+    world.run()
+    world.send()
+    void = world.send()
+    world.lose("b0")
+    never = world.send()
+    world.bring_up("b0")
+    world.run()
+    logged(world)
+    lines = {line["request"]: (line["bound_ms"], line["voided"]) for line in lines_of(caplog)}
+    assert lines[kept] == (promise.bound_ns / 1e6, "")
+    assert lines[void] == (None, "backend lost")
+    assert lines[never] == (None, "")
+
+
 def test_a_heal_is_counted_on_the_line(caplog: pytest.LogCaptureFixture) -> None:
     """A request that was dispatched twice because the engine had lost its adapter says so."""
     caplog.set_level(logging.INFO)

@@ -186,7 +186,7 @@ def _sidecar(
 ) -> FaultySidecar:
     blob_bytes, most_used = _blob_bytes(engine), engines * engine.host_slots
     store = (
-        _one(random, [1.0, 1.5 * engines, 4.0 * engines])
+        _one(random, [1.0 * engines, 1.5 * engines, 4.0 * engines])
         if "store" in kinds
         else _one(random, [most_used, most_used + 2.5, 256.0])
     )
