@@ -231,14 +231,12 @@ class Candidate:
 
     @cached_property
     def mean_wait_s(self) -> float:
-        """The mean wait at least, by Little's law, for requests in groups; 0 where slots need no groups."""
+        """The mean wait at least, by Little's law."""
         demand = self.site.demand
-        if not demand.open_loop:
-            requests_per_s = self.reachable.tokens_per_s / demand.lengths.output_tokens
-            return max(0.0, demand.in_flight - self.reachable.batch * self.backends) / requests_per_s
-        if self.batch_asked <= self.slots:
-            return 0.0
-        return math.inf if self.batch_asked == math.inf else self._grouped_wait_s(self.batch_asked)
+        if demand.open_loop:
+            return math.inf if self.batch_asked == math.inf else self._grouped_wait_s(self.batch_asked)
+        requests_per_s = self.reachable.tokens_per_s / demand.lengths.output_tokens
+        return max(0.0, demand.in_flight - self.reachable.batch * self.backends) / requests_per_s
 
     def spare_tokens_per_s(self, wait_s: float) -> float:
         """Return how much arrivals may ask for at most, by the bounds, while the mean wait keeps below a limit.
@@ -247,16 +245,20 @@ class Candidate:
         """
         if not self.site.demand.open_loop:
             return self.reachable.tokens_per_s
-        low, high = min(float(self.slots), self.full_batch), self.full_batch
+        low, high = 0.0, self.full_batch
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self._grouped_wait_s(middle) <= wait_s else (low, middle)
         return self.backends * self.rate(low)
 
     def _grouped_wait_s(self, batch: float) -> float:
-        """Return the mean wait behind batches of which each slot's requests are a part."""
+        """Return the mean wait at least when an engine keeps such a batch running.
+
+        One request of each open adapter runs without any queue, first come first served; the account of `depth`, in
+        which each that runs has so many waiting behind it, is of those that are more.
+        """
         requests_per_s = self.rate(batch) / self.site.demand.lengths.output_tokens
-        return batch * (self.depth - 1) / requests_per_s
+        return max(0.0, batch - self.slots) * (self.depth - 1) / requests_per_s
 
     def could(self, goal: Goal) -> bool:
         """Say whether the bounds let the plan meet a goal."""

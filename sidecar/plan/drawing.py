@@ -100,14 +100,9 @@ def _throughput(record: Record) -> Markup:
     frame, x, y = _scales(curve, highest)
     bound = [(x(point["slots"]), y(point["bound_tokens_per_s"])) for point in curve]
     reached = [(x(point["slots"]), y(point["throughput_tokens_per_s"])) for point in curve]
+    title = f"output tokens/s of {count(record['plan']['backends'], 'engine')}: simulated; dotted: bound{_dashed(goal)}"
     return group(
-        _axes(
-            frame,
-            x,
-            y,
-            curve,
-            f"output tokens/s of {count(record['plan']['backends'], 'engine')}: simulated; dotted: bound{_dashed(goal)}",
-        ),
+        _axes(frame, x, y, curve, title),
         element("path", class_="bound", d=line(bound), stroke_dasharray="1 4", stroke_linecap="round"),
         *_series(reached, 0),
         *_limit(goal, x, y),
