@@ -11,7 +11,8 @@ from pathlib import Path
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.core.pace import Pace
-from sidecar.emulator.cost import LORA_RANK, BadCostTable, CostModel, find_cost
+from sidecar.emulator.cost import LORA_RANK, CostModel, find_cost
+from sidecar.emulator.cost_table import BadCostTable
 from sidecar.emulator.messages import StepBatch
 from sidecar.errors import Misused, Reason
 
@@ -37,7 +38,8 @@ def pace_from_cost(cost: str, facts: EngineFacts, scale: float = 1.0) -> Pace:
 def _path_of(cost: str) -> Path:
     path, parts = Path(cost).expanduser(), cost.split("/")
     if not path.is_file() and len(parts) == 3 and all(parts) and path.suffix != ".json":
-        return find_cost(*parts)
+        model, gpu, engine = parts
+        return find_cost(model, gpu, engine)
     return path
 
 

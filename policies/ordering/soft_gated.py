@@ -167,15 +167,12 @@ class SoftGated:
 
     def _end_turns(self, room: Room, now_ns: int) -> bool:
         """Gate the open versions that would serve more by turning to another; say whether there were any."""
-        waiting = self._queues.versions
-        deepest = max((waiting[name].count for name in waiting if name not in room.open and name != BASE), default=0)
-        over = [
-            version
-            for version in room.open
-            if version not in self._gates
-            and self._turns.newcomers(version, now_ns) < FEW * deepest
-            and not self._turns.has_time(version, now_ns)
-        ]
+        turns, open_versions, waiting = self._turns, room.open, self._queues.versions
+        going_on = [v for v in open_versions if v not in self._gates and not turns.has_time(v, now_ns)]
+        if not going_on:
+            return False
+        deepest = max((waiting[v].count for v in waiting.keys() - open_versions.keys() if v != BASE), default=0)
+        over = [version for version in going_on if turns.newcomers(version, now_ns) < FEW * deepest]
         self._gates.update(dict.fromkeys(over, self._queues.newest))
         return bool(over)
 
@@ -219,8 +216,9 @@ class SoftGated:
 
     def _next(self, room: Room, rule: Rule) -> int | None:
         """Return the request that goes next, seats and KV room aside: the oldest's, but of its tenant served least."""
+        open_versions = room.open
         for head, version, tenant in self._queues.heads:
-            if version != BASE and (version not in room.open or room.open[version].loading):
+            if version != BASE and (version not in open_versions or open_versions[version].loading):
                 continue
             if self._may_go(head, version, tenant, rule):
                 return head if rule.urgent != NOBODY else self._of_least_served(version)

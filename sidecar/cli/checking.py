@@ -46,7 +46,7 @@ def check_config(
     record = config.model_dump(mode="json")
     if as_json:
         print_json(record)
-        print("\n".join(paces), file=sys.stderr)
+        print("".join(f"{pace}\n" for pace in paces), end="", file=sys.stderr)
     else:
         print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
         print("".join(f"# {pace}\n" for pace in paces), end="")

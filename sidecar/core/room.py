@@ -12,11 +12,12 @@ from sidecar.core.state import Backend, Slot, State
 class LiveRoom:
     """The room of one backend (`policies.views.Room`) between two decisions."""
 
-    __slots__ = ("_backend", "_now_ns", "_pages", "_state")
+    __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open")
 
     def __init__(self, state: State, backend: Backend, now_ns: int) -> None:
         self._state = state
         self._backend = backend
+        self.open: Mapping[str, Slot] = backend.slots
         self._now_ns = now_ns
         self._pages: asks.PageRoom | None = None
 
@@ -37,10 +38,6 @@ class LiveRoom:
         held = self._backend.slots
         pages = sum(slot.pages for slot in held.values()) // len(held) if held else 1
         return slots_of(self._backend, pages)
-
-    @property
-    def open(self) -> Mapping[str, Slot]:
-        return self._backend.slots
 
     def can_open(self, version: str) -> bool:
         return (

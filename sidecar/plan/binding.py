@@ -10,6 +10,8 @@ from sidecar.plan.candidates import Candidate
 BUSY = 0.95
 """Of what full batches give: who is asked for more is at the limit."""
 MOSTLY = 0.5
+CROWDED = 0.5
+"""Requests that run, for each slot: with more, slots are often all taken where adapters come at random."""
 
 
 class Binding(Enum):
@@ -59,7 +61,8 @@ def _open_loop(candidate: Candidate) -> Binding:
     asked = candidate.site.demand.asked_tokens_per_s or 0.0
     if asked > BUSY * candidate.capacity_tokens_per_s:
         return _of_full_batches(candidate)
-    return Binding.SLOTS if candidate.mean_wait_s > 0 else Binding.ARRIVALS
+    crowded = candidate.depth > 1 and candidate.batch_asked > CROWDED * candidate.slots
+    return Binding.SLOTS if crowded else Binding.ARRIVALS
 
 
 def _closed_loop(candidate: Candidate) -> Binding:

@@ -150,9 +150,27 @@ def test_config_check_prints_what_would_be_served(
     assert sidecar("config", "check", str(file), "--json").json() == record
 
 
+def test_config_check_says_what_paces_rest_on(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """A backend with a cost file is calibrated, one without is a guess; as comments of the YAML, or beside the JSON."""
+    file = tmp_path / "sidecar.yaml"
+    file.write_text(
+        "backends:\n- {url: 'triton://a:8001', engine: {cost: llama-3.1-8b/a100_sxm/trtllm}}\n"
+        "- {url: 'triton://b:8001', id: other}\n"
+    )
+    ended = sidecar("config", "check", str(file))
+    calibrated, guess = ended.out.splitlines()[-2:]
+    assert calibrated.startswith("# a:8001: its pace is calibrated from llama-3.1-8b/a100_sxm/trtllm: a step takes ")
+    assert guess.startswith("# other: its pace is a guess until it is learned")
+    assert yaml.safe_load(ended.out)["backends"][0]["engine"]["cost"] == "llama-3.1-8b/a100_sxm/trtllm"
+    as_json = sidecar("config", "check", str(file), "--json")
+    assert as_json.json() == yaml.safe_load(ended.out)
+    assert as_json.err.splitlines() == [calibrated.removeprefix("# "), guess.removeprefix("# ")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("backends: [{url: 'triton://a:1', engine: {cost: x/y/z}}]", "there is no cost_x_y_z.json"),
         ("stor: {}", "unknown key stor; did you mean store?"),
         ("store: {eviction: lfru}", 'no eviction policy is called "lfru"; there are gdsf, lfu, lru'),
         ("store: {memory_bytes: much}", "store.memory_bytes"),
