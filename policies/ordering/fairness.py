@@ -10,7 +10,6 @@ than what it has waiting; a tenant that asks for little holds nobody back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,14 +99,14 @@ class TokenCounters:
         return served_most is not None and any(self._served[tenant] > served_most for tenant in self._waiting)
 
     def snapshot(self) -> Any:
-        return [self._usual_cost, list(self._served.items())]
+        waiting = [[tenant, waits.requests, waits.cost] for tenant, waits in self._waiting.items()]
+        return [self._usual_cost, list(self._served.items()), waiting]
 
-    def restore(self, state: Any, waiting: Iterable[Waiting]) -> None:
-        """Take the counters, and what waits."""
-        self._usual_cost, served = state
-        self._served, self._waiting = dict(served), {}
-        for request in waiting:
-            self._waiting.setdefault(request.tenant, Waits()).add(_cost(request))
+    def restore(self, state: Any) -> None:
+        """Take it all as it was: sums of costs made anew could differ in their last digit."""
+        self._usual_cost, served, waiting = state
+        self._served = dict(served)
+        self._waiting = {tenant: Waits(requests, cost) for tenant, requests, cost in waiting}
 
     def _forget_idle(self) -> None:
         if len(self._served) > TENANTS_KEPT + 2 * len(self._waiting):

@@ -9,10 +9,10 @@ A *gate* ends a version's turn: what waits at that moment still goes, what comes
 turn, and when the last of it has ended the slot is free. Two things set gates.
 
 * A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came), or a third
-  of what its class may wait if that is less: longer than that it would not wait even if everything were served in turn. For each overdue version without a slot
-  one open version is gated, the one whose runs end first. Without overdue versions open slots stay open, so nothing
-  is lost to gates where the wait is natural. Gates on a snapshot are stable whenever the load is below capacity; slots
-  that are closed by age alone serve about one request a visit in overload.
+  of what its class may wait if that is less: longer than that it would not wait even if everything were served in
+  turn. For each overdue version without a slot one open version is gated, the one whose runs end first. Without
+  overdue versions open slots stay open, so nothing is lost to gates where the wait is natural. Gates on a snapshot are
+  stable whenever the load is below capacity; slots closed by age alone serve about one request a visit in overload.
 * Seats are free and nothing may be sent. Then a version is gated of which far fewer newcomers are expected during a run
   than wait for the deepest version without a slot, unless its slot stays taken for long anyway (`turns.py`).
 
@@ -140,7 +140,7 @@ class SoftGated:
         self._queues = Queues.restored(state["queues"])
         self._overdue = Overdue(self._queues)
         self._overdue.restore(state["overdue"])
-        self._tenants.restore(state["tenants"], self._queues.requests.values())
+        self._tenants.restore(state["tenants"])
         self._turns = Turns.restored(state["turns"])
         self._gates = dict(state["gates"])
 

@@ -39,7 +39,9 @@ def engine_lines(told: Record) -> Iterator[tuple[str, str]]:
     """Yield an engine's settings, and what they leave."""
     plan = told["plan"]
     yield "engines", f"{plan['backends']:,}"
-    yield "adapter slots", f"{plan['slots']:,} of {told['load']['adapters']:,}; at most {plan['adapters_fit']:,} fit"
+    fit = plan["adapters_fit"]
+    most = "no limit is known" if fit is None else f"at most {fit:,} fit"
+    yield "adapter slots", f"{plan['slots']:,} of {told['load']['adapters']:,}; {most}"
     yield "pages of an adapter", _pages(told)
     for name, value in told["settings"]["engine"].items():
         yield name, NONE if value is None else "yes" if value is True else str(value)

@@ -21,7 +21,7 @@ from sidecar.plan.record import Record, record
 from sidecar.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
 from sidecar.plan.settings import EMITTED
 from sidecar.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
-from sidecar.sim.option_values import check_known, check_ranges, listed
+from sidecar.sim.option_values import check_known, check_ranges, check_together, listed
 from sidecar.sim.options import Options
 from sidecar.sim.setup import MODULES, Sidecar
 from sidecar.sim.workloads import WORKLOADS
@@ -101,6 +101,7 @@ def plan(
     """
     goal = Goal(wait_p99_s=p99_wait, wait_max_s=wait_max, tokens_per_s=throughput)
     _check(emit, engine, lora_modules, plot, backends_max, host_memory)
+    check_together({"rank": rank, "ranks": ranks}, "rank", ("ranks",), "--ranks takes several")
     options = Options(
         workload=workload, trace=trace, adapters=adapters, requests=requests, in_flight=in_flight, rate=rate,
         arrival_cv=arrival_cv, input_tokens=input_tokens, output_tokens=output_tokens, input_cv=input_cv,
@@ -109,8 +110,6 @@ def plan(
         backends=backends, slots=slots, seats=seats, rank=rank, ranks=listed("ranks", ranks, int),
         lora_modules=lora_modules,
     )  # fmt: skip
-    if rank is not None and ranks is not None:
-        raise Misused(Reason.CONFIG_INVALID, "--rank and --ranks exclude each other: --ranks takes several")
     found, sidecar = _search(options, goal, model_config, host_memory or HOST_MEMORY_BYTES, backends_max)
     told = record(found, sidecar)
     lines = EMITTED[emit](found, sidecar) if emit is not None else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sidecar.core import asks, suspects
 from sidecar.core.effects import Answer
 from sidecar.core.events import (
@@ -66,7 +64,7 @@ def _refresh_queued(turn: Turn, before: Name, now: Name) -> None:
         turn.dequeue(request)
         turn.state.versions[request.version].requests -= 1
         turn.state.versions[new].requests += 1
-        request.view = replace(request.view, version=new)
+        request.take_version(new)
         turn.route_or_refuse(request)
 
 

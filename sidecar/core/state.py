@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from policies.lines import Line
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
@@ -118,6 +118,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.id, self.version = self.view.id, self.view.version
+
+    def take_version(self, version: str) -> None:
+        """Ask for another version from now on."""
+        self.view = replace(self.view, version=version)
+        self.version = version
 
     @property
     def footprint(self) -> int:

@@ -58,11 +58,10 @@ def sentence(candidate: Candidate) -> str:
 
 
 def _open_loop(candidate: Candidate) -> Binding:
+    if candidate.depth > 1 and candidate.batch_asked > CROWDED * candidate.slots:
+        return Binding.SLOTS
     asked = candidate.site.demand.asked_tokens_per_s or 0.0
-    if asked > BUSY * candidate.capacity_tokens_per_s:
-        return _of_full_batches(candidate)
-    crowded = candidate.depth > 1 and candidate.batch_asked > CROWDED * candidate.slots
-    return Binding.SLOTS if crowded else Binding.ARRIVALS
+    return _of_full_batches(candidate) if asked > BUSY * candidate.capacity_tokens_per_s else Binding.ARRIVALS
 
 
 def _closed_loop(candidate: Candidate) -> Binding:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from sidecar.core.config import CoreConfig
 from sidecar.emulator.cost import CostModel
+from sidecar.emulator.cost_table import UNLIMITED_TOKENS
 from sidecar.emulator.shape import ModelShape
 from sidecar.plan.demand import Demand
 from sidecar.plan.engine import PlannedEngine
@@ -36,6 +37,8 @@ class Site:
     """What all plans for a load have in common."""
 
     cost: CostModel
+    cost_named: str
+    """As the sidecar's configuration names the cost file; "" where there is no file."""
     shape: ModelShape
     layout: CacheLayout
     flavour: str
@@ -59,8 +62,10 @@ class Site:
         return max(math.ceil(adapters * self.mean_pages), self.layout.pages_of_one)
 
     @property
-    def adapters_fit(self) -> int:
-        """The most adapters that fit the GPU at all, with keys and values left for one request."""
+    def adapters_fit(self) -> int | None:
+        """The most adapters that fit the GPU at all, with keys and values left for one request; None without limit."""
+        if self.cost.table.kv_tokens >= UNLIMITED_TOKENS:
+            return None
         left = self.cost.table.kv_tokens - self.demand.longest_tokens
         pages = left * self.cost.table.kv_token_bytes // self.layout.page_bytes
         return int(pages / self.mean_pages)

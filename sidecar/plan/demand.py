@@ -6,6 +6,7 @@ those serves the rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -18,9 +19,12 @@ from sidecar.sim.setup import SECOND_NS, Setup
 from sidecar.sim.workloads import Arrival, Workload
 
 SEEDS = (1, 2, 3)
-REQUESTS, REQUESTS_MAX = 2048, 4096
-"""Requests of a sample, unless told otherwise; a closed loop has `ROUNDS` for each that is in flight."""
+REQUESTS, REQUESTS_MAX = 2048, 8192
+"""Requests of a sample, unless told otherwise: `ROUNDS` for each that is in flight, or `SECONDS` of arrivals."""
 ROUNDS = 8
+SECONDS = 60
+BURST_S = 10.0
+"""What arrives in a stretch of a trace that is shorter is a burst, and no rate that engines must keep up with."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,12 @@ class Sample:
     output_tokens: int
     asked_for: tuple[str, ...]
     """The adapters that it asks for, in the order of their first requests."""
+    burst_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
         """Return what it asks for; None in a closed loop."""
-        return None if self.span_s is None else self.output_tokens / max(self.span_s, 1e-9)
+        return None if self.span_s is None else self.output_tokens / max(self.span_s, self.burst_s, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def _demand(
     count = len(arrivals)
     reserved = [arrival.input_tokens + arrival.output_tokens_max for arrival in arrivals]
     return Demand(
-        samples=tuple(map(_sample, loads)),
+        samples=tuple(_sample(load, BURST_S if options.trace else 0.0) for load in loads),
         lengths=Lengths(
             sum(arrival.input_tokens for arrival in arrivals) / count,
             sum(arrival.output_tokens for arrival in arrivals) / count,
@@ -109,15 +114,15 @@ def _requests(options: Options) -> int:
     if options.requests is not None:
         return options.requests
     closed = options.rate is None and (options.trace is None or options.in_flight is not None)
-    rounds = ROUNDS * (options.in_flight or IN_FLIGHT) if closed else REQUESTS
-    return min(REQUESTS_MAX, max(REQUESTS, rounds))
+    wanted = ROUNDS * (options.in_flight or IN_FLIGHT) if closed else SECONDS * (options.rate or 0.0)
+    return min(REQUESTS_MAX, max(REQUESTS, math.ceil(wanted)))
 
 
-def _sample(load: Workload) -> Sample:
+def _sample(load: Workload, burst_s: float) -> Sample:
     arrivals = list(load)
     span_s = ((arrivals[-1].at_ns or 0) - (arrivals[0].at_ns or 0)) / SECOND_NS if load.open_loop else None
     asked_for = dict.fromkeys(arrival.adapter for arrival in arrivals if arrival.adapter)
-    return Sample(load, span_s, sum(arrival.output_tokens for arrival in arrivals), tuple(asked_for))
+    return Sample(load, span_s, sum(arrival.output_tokens for arrival in arrivals), tuple(asked_for), burst_s)
 
 
 # Stretches of a trace.

@@ -70,9 +70,14 @@ def trtllm_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int
     """Return the cut that wastes the least on adapters of these ranks."""
     facts = _facts(shape, built_for(modules), max(ranks))
     rows = {rank: adapter_rows(shape, modules, rank) for rank in sorted(set(ranks))}
-    layouts = [_layout(replace(facts, optimal_rank=optimal), rows) for optimal in range(max(ranks), 0, -1)]
+    layouts = [_layout(replace(facts, optimal_rank=optimal), rows) for optimal in _optimal_ranks(max(ranks))]
     least_bytes = min(_mean_bytes(layout, ranks) for layout in layouts)
     return next(layout for layout in layouts if _mean_bytes(layout, ranks) <= NEAR * least_bytes)
+
+
+def _optimal_ranks(largest: int) -> range:
+    """Return the ranks that a page may be for, the largest first; of very many some hundreds."""
+    return range(largest, 0, -max(1, largest // 512))
 
 
 def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:

@@ -7,10 +7,8 @@ found between the last that missed and the first that met. It ends without a pla
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median
 
 from sidecar.core.config import ClassLimit
 from sidecar.emulator.cost import CostModel
@@ -23,6 +21,8 @@ from sidecar.sim.setup import SECOND_NS, Sidecar
 SIMULATED = 4
 """Candidates with the same number of engines that are simulated."""
 BACKENDS_MAX = 32
+ALIKE = 1.05
+"""Figures of candidates that differ by less are as good as the same."""
 HELPS = 1.03
 """More engines that raise the headroom by less do not help."""
 IN_VAIN = 2
@@ -44,9 +44,6 @@ class Trial:
     def headroom(self, goal: Goal) -> float:
         """Return the least of all samples."""
         return min(goal.headroom(outcome) for outcome in self.outcomes)
-
-    def middle(self, of: Callable[[Outcome], float]) -> float:
-        return median(of(outcome) for outcome in self.outcomes)
 
 
 @dataclass
@@ -143,29 +140,27 @@ class Search:
     def _met(self, backends: int) -> Trial | None:
         """Return the candidate with the most headroom that meets the goal on all samples."""
         trials = [self._trial(candidate) for candidate in self._best(backends)]
-        best = max(map(self._counting, trials))
-        for trial in sorted(trials, key=lambda each: self._preference(each, best)):
-            if trial.headroom(self.goal) < 1:
-                continue
+        for trial in self._by_preference(trials):
             whole = self._on_all(trial)
             if whole.headroom(self.goal) >= 1:
                 return whole
         return None
 
-    def _counting(self, trial: Trial) -> float:
-        return min(AMPLE, trial.headroom(self.goal))
+    def _by_preference(self, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """Yield the trials that meet the goal: those with the most headroom first.
 
-    def _preference(self, trial: Trial, best: float) -> tuple[float, float, float, int]:
-        """Return what is least for the trial to choose.
-
-        Of those with about as much headroom it is the one with the shortest waits, or, where waits are in the goal and
-        so in the headroom, the one that the load can grow most on.
+        Of several that are about alike in it, it is who can take the most load by the bounds, then who lets requests
+        wait the least, at the 99th percentile and at most, then who leaves the most memory to keys and values.
         """
-        counting = self._counting(trial)
-        counted = best if counting * HELPS >= best else counting
-        wait_s = trial.outcomes[0].wait_p99_s if math.isinf(self.goal.wait_s) else 0.0
-        spare = trial.candidate.spare_tokens_per_s(self.goal.wait_s)
-        return -counted, wait_s, -spare, trial.candidate.slots
+        left = [trial for trial in trials if trial.headroom(self.goal) >= 1]
+        while left:
+            near = _nearly(left, lambda trial: min(AMPLE, trial.headroom(self.goal)))
+            near = _nearly(near, lambda trial: trial.candidate.spare_tokens_per_s(self.goal.wait_s))
+            near = _nearly(near, lambda trial: 1 / max(1e-9, trial.outcomes[0].wait_p99_s))
+            near = _nearly(near, lambda trial: 1 / max(1e-9, trial.outcomes[0].wait_max_s))
+            chosen = min(near, key=lambda trial: trial.candidate.slots)
+            left.remove(chosen)
+            yield chosen
 
     def _best(self, backends: int) -> list[Candidate]:
         """Return the candidates that the bounds like best, by rising slots; just one where none can meet the goal."""
@@ -227,6 +222,12 @@ def sidecar_for(goal: Goal, open_loop: bool) -> Sidecar:
     limit_ns = usual.queue_wait_ns_max if goal.wait_max_s is None else round(goal.wait_max_s * SECOND_NS)
     patience_ns = min(usual.patience_ns, int(goal.wait_s * SECOND_NS / 2)) if goal.wait_s < 1e9 else usual.patience_ns
     return replace(sidecar, classes={"default": replace(usual, queue_wait_ns_max=limit_ns, patience_ns=patience_ns)})
+
+
+def _nearly(trials: Sequence[Trial], value: Callable[[Trial], float]) -> list[Trial]:
+    """Return the trials with the most of something, or as good as the most."""
+    best = max(map(value, trials))
+    return [trial for trial in trials if value(trial) * ALIKE >= best]
 
 
 def _counted(number: int, thing: str) -> str:

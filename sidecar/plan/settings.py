@@ -19,6 +19,7 @@ from sidecar.sim.setup import KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
 GPU_MEMORY_UTILIZATION = 0.9
 """What vLLM's cost files were measured at: the adapters' part comes off the keys and values by itself."""
 QUEUE_WAIT_S = 600.0
+NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
 PORTS = {"triton": 8001, "vllm": 8000}
 
@@ -76,6 +77,7 @@ def _backend(candidate: Candidate, number: int) -> dict[str, Any]:
         "device_pages": engine.device_pages,
         "seats": candidate.site.seats,
         "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
+        "cost": candidate.site.cost_named or None,
     }
     return {
         "url": f"{scheme}://engine-{number}:{PORTS[scheme]}",
@@ -110,7 +112,9 @@ def pbtxt(found: Found, sidecar: Sidecar) -> str:
         f"Built with --max_lora_rank {candidate.site.layout.max_rank} --lora_target_modules "
         f"{' '.join(candidate.site.layout.modules)} --max_batch_size {candidate.site.seats}."
     )
-    return _comments(found, build, SHARES) + "".join(map(_parameter, given.items()))
+    return _comments(found, build, NO_SHARES if fractions(candidate.engine) is None else SHARES) + "".join(
+        map(_parameter, given.items())
+    )
 
 
 def vllm(found: Found, sidecar: Sidecar) -> str:

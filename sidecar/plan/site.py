@@ -41,7 +41,7 @@ def site_of(
     """
     flavour, ranks = options.engine or EngineSetup.flavour, _ranks(options)
     modules = MODULES.get(options.lora_modules or "qv", MODULES["qv"])
-    cost, measured = _cost(options, flavour, max(ranks), told)
+    cost, named, measured = _cost(options, flavour, max(ranks), told)
     shape = _shape(cost, model_config, measured)
     layout = vllm_layout(shape, ranks) if flavour == "vllm" else trtllm_layout(shape, modules, ranks)
     cost = CostModel(cost.table, cost.scale, layout.max_rank)
@@ -49,6 +49,7 @@ def site_of(
     pool = Setup(engine=EngineSetup(cost=cost, flavour=flavour, seats=seats, rank=layout.max_rank, modules=modules))
     site = Site(
         cost=cost,
+        cost_named=named,
         shape=shape,
         layout=layout,
         flavour=flavour,
@@ -69,19 +70,23 @@ def _ranks(options: Options) -> tuple[int, ...]:
 # Step times.
 
 
-def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostModel, Measured | None]:
-    """Return the step times: from a file, one beside us, those that come with the product, or the measurements."""
+def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostModel, str, Measured | None]:
+    """Return the step times and what the sidecar's configuration calls them, "" for none.
+
+    They are from the file that was given, one beside us, those that come with the product, or the measurements.
+    """
     if options.cost is not None:
-        return cost_of(options, flavour, rank), None
+        return cost_of(options, flavour, rank), str(options.cost), None
     model, gpu, engine = options.model or MODEL, options.gpu or GPU, COST_ENGINE.get(flavour, "trtllm")
     beside = Path(cost_name(model, gpu, engine))
     if beside.is_file():
-        return cost_of(replace(options, model=None, gpu=None, cost=beside), flavour, rank), None
+        return cost_of(replace(options, model=None, gpu=None, cost=beside), flavour, rank), str(beside), None
     try:
         find_cost(model, gpu, engine)
     except NoCostTable as error:
-        return _measured(model, gpu, engine, rank, str(error), told)
-    return cost_of(options, flavour, rank), None
+        cost, measured = _measured(model, gpu, engine, rank, str(error), told)
+        return cost, "", measured
+    return cost_of(options, flavour, rank), f"{model}/{gpu}/{engine}", None
 
 
 def _measured(model: str, gpu: str, engine: str, rank: int, problem: str, told: Told) -> tuple[CostModel, Measured]:

@@ -14,6 +14,8 @@ from sidecar.plan.candidates import Candidate
 from sidecar.plan.goal import Outcome
 from sidecar.plan.search import SLOWER, Found
 
+ANSWERS = 3.0
+"""A sample shorter than so many answers is over before the pool is as full as it will be."""
 LOSS_RANGES: dict[str, dict[int, tuple[float, float]]] = {"trtllm": {2: (0.141, 0.186), 7: (0.400, 0.477)}}
 """Published losses of throughput by kinds of projection, lowest and highest over ranks 8 to 64 (SqueezeBits, 2024-12).
 
@@ -80,8 +82,22 @@ def warnings(found: Found) -> list[str]:
     says = []
     if any(outcome.rising for outcome in found.chosen.outcomes):
         says.append("waits were still rising when the samples ended: simulate more --requests")
+    says += _too_short(found)
     if found.meets and found.slower is not None and found.goal.headroom(found.slower) < 1:
         says.append(
             f"if steps take {SLOWER - 1:.0%} longer than in the cost file the goal is missed: the plan is tight"
         )
     return says
+
+
+def _too_short(found: Found) -> list[str]:
+    """Return a warning where the samples end before engines have filled up with what arrives."""
+    candidate = found.chosen.candidate
+    demand = candidate.site.demand
+    spans = [sample.span_s for sample in demand.samples if sample.span_s is not None]
+    batch = min(candidate.batch_asked, candidate.full_batch)
+    answer_s = demand.lengths.output_tokens * candidate.times.step_ms(max(1, batch), demand.lengths.context) / 1000
+    if not spans or min(spans) > ANSWERS * answer_s:
+        return []
+    lasts = f"a sample is {min(spans):.0f} s of arrivals and an answer takes about {answer_s:.0f} s"
+    return [f"{lasts}: simulate more --requests"]

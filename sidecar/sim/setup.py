@@ -120,11 +120,11 @@ class EngineSetup:
         return (low_ns + (batch - low) * (high_ns - low_ns)) / 1e6
 
     def prefill_ms(self, tokens: float, adapters: int) -> float:
-        """Return what a prompt adds to a step of others."""
-        step = StepBatch(
-            round(tokens), 1, 0, 0, min(1, adapters), min(1, adapters), len(self.modules) if adapters else 0
-        )
-        return self.cost.step_ns(step) / 1e6
+        """Return what a prompt adds to a step of others; the part of a step that does not grow is theirs already."""
+        modules, adapted = (len(self.modules), 1) if adapters else (0, 0)
+        others = StepBatch(0, 0, 1, 1, adapters, adapted, modules)
+        mixed = StepBatch(round(tokens), 1, 1, 1, adapters, 2 * adapted, modules)
+        return (self.cost.step_ns(mixed) - self.cost.step_ns(others)) / 1e6
 
     def _step_ns(self, seats: int, context: float, adapters: int) -> int:
         adapted = seats if adapters else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from sidecar.plan.record import record
 from sidecar.plan.running import run, warmed
 from sidecar.plan.search import Search, Trial, sidecar_for
 from sidecar.plan.site import site_of
+from sidecar.plan.uncertainty import warnings
 from sidecar.sim.options import Options
 from sidecar.sim.setup import EngineSetup, Setup
+from sidecar.sim.workloads import Arrival
 from tests.unit.test_plan_candidates import outcome, site
 
 SHORT: dict[str, Any] = {"adapters": 8, "input_tokens": 64, "output_tokens": 32, "requests": 60}
@@ -42,6 +45,10 @@ def search_for(goal: Goal, tokens_per_s: Tokens, **options: Any) -> tuple[Search
     return found, scripted(found, tokens_per_s)
 
 
+def gaps_ns(arrivals: list[Arrival]) -> list[int]:
+    return [(after.at_ns or 0) - (before.at_ns or 0) for before, after in pairwise(arrivals)]
+
+
 def demand(**options: Any) -> Demand:
     pool = Setup(engine=EngineSetup(cost=site().cost))
     return demand_of(Options(**options), pool, (16,))
@@ -50,7 +57,7 @@ def demand(**options: Any) -> Demand:
 # The choice.
 
 
-@pytest.mark.parametrize("least", [1, 2, 5, 9, 13])
+@pytest.mark.parametrize("least", [1, 2, 5, 9, 13, 14])
 def test_the_least_engines_are_found(least: int) -> None:
     """Wherever they begin to be enough, in strides and back; not one engine more."""
     goal = Goal(tokens_per_s=500.0)
@@ -118,12 +125,13 @@ def test_a_warm_pool_is_judged() -> None:
     arrivals = list(warmed(sample, candidate.setup(sidecar)))
     assert [each.adapter for each in arrivals[:8]] == list(sample.asked_for)
     assert all(each.output_tokens == 1 for each in arrivals[:8])
-    gaps = [after.at_ns - before.at_ns for before, after in zip(arrivals[8:], arrivals[9:], strict=False)]
-    own = list(sample.load)
-    assert gaps == [after.at_ns - before.at_ns for before, after in zip(own, own[1:], strict=False)]
+    assert gaps_ns(arrivals[8:]) == gaps_ns(list(sample.load))
     judged = run(candidate, sample, sidecar)
     assert (judged.waits, judged.unanswered) == (60, 0)
     assert judged.wait_max_s < 0.2
+    brief = site_of(Options(**SHORT | {"output_tokens": 1}, rate=20.0, seeds=(1,)))
+    only_its_own = run(brief.candidate(8, 1), brief.demand.samples[0], sidecar)
+    assert only_its_own.tokens_per_s <= (only_its_own.asked_tokens_per_s or 0.0)
     assert judged.tokens_per_s == pytest.approx(judged.asked_tokens_per_s, rel=0.05)
 
 
@@ -174,13 +182,13 @@ def written(path: Path, times: list[float]) -> Path:
 
 def test_the_busiest_stretches_of_a_trace(tmp_path: Path) -> None:
     """Stretches do not overlap, the busiest comes first and begins at 0; lengths are the mean of all of them."""
-    times = [0, 10, 20, 30, 31, 32, 33, 50, 60, 70, 72, 74, 76, 90]
+    times = [0, 10, 20, 30, 31, 32, 33, 34.5, 60, 70, 72, 74, 76, 90]
     found = demand(trace=written(tmp_path / "t.csv", times), requests=4, seeds=(1, 2))
     first, second = ([(each.at_ns or 0) / 1e9 for each in sample.load] for sample in found.samples)
     assert first == [0, 1, 2, 3]
     assert second == [0, 2, 4, 6]
     assert [sample.output_tokens for sample in found.samples] == [13 + 14 + 15 + 16, 19 + 20 + 21 + 22]
-    assert found.asked_tokens_per_s == pytest.approx(58 / 3)
+    assert found.asked_tokens_per_s == pytest.approx((19 + 20 + 21 + 22) / 10)
     assert (found.adapters, found.requests_in_all) == (3, 14)
     assert "2 busiest stretches of 4" in found.notes[0]
 
@@ -206,7 +214,8 @@ def test_a_closed_loop_has_some_rounds() -> None:
     """Eight requests for each that is in flight, within bounds; what is said wins."""
     assert demand(in_flight=400).samples[0].load.requests == 3200
     assert demand(in_flight=4).samples[0].load.requests == 2048
-    assert demand(in_flight=100_000).samples[0].load.requests == 4096
+    assert demand(in_flight=100_000).samples[0].load.requests == 8192
+    assert demand(rate=50.0).samples[0].load.requests == 3000
     assert demand(requests=7).samples[0].load.requests == 7
 
 
@@ -214,3 +223,27 @@ def test_a_trial_is_as_good_as_its_worst_sample() -> None:
     """Headroom is the least of all samples."""
     trial = Trial(site().candidate(8, 1), (outcome(wait_p99_s=2.0), outcome(wait_p99_s=4.0)))
     assert trial.headroom(Goal(wait_p99_s=8.0)) == 2.0
+
+
+def test_samples_that_are_too_short_are_told() -> None:
+    """Two seconds of arrivals are over before the first long answers are: the plan says to simulate more."""
+    goal = Goal(wait_p99_s=5.0)
+    brief = site_of(Options(**SHORT | {"output_tokens": 1024}, rate=30.0, seeds=(1,)))
+    found = Search(brief, goal, sidecar_for(goal, True), backends=2, slots=8).run()
+    assert any("simulate more --requests" in warning for warning in warnings(found))
+
+
+def test_a_plan_without_room_is_told() -> None:
+    """Where steps that are a tenth longer miss the goal the plan is marked as tight."""
+    goal = Goal(tokens_per_s=500.0)
+    search, _ = search_for(goal, lambda plan: 510.0, backends=1)
+    found = search.run()
+    assert found.meets
+    found.slower = outcome(tokens_per_s=470.0)
+    assert any("steps take 10% longer" in warning for warning in warnings(found))
+
+
+def test_of_plans_alike_the_leanest_is_taken() -> None:
+    """With the same headroom and waits, and as much room to grow, it is the fewest slots."""
+    search, _ = search_for(Goal(tokens_per_s=100.0), lambda plan: 190.0 if plan.slots >= 32 else 110.0)
+    assert search.run().chosen.candidate.slots == 32

@@ -75,6 +75,8 @@ class Checks:
 
     scenario: Scenario
     books: Callable[[Core], None] = lambda _: None
+    coming: ev.Event | None = None
+    """What the core is given now."""
     steps: int = 0
     moved_ns: int = 0
     peace_ns: int = 0

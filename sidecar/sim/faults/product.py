@@ -45,6 +45,7 @@ class FaultyProduct(Product):
     # What happens to it.
 
     def step(self, event: ev.Event) -> list[do.Effect]:
+        self.checks.coming = event
         effects = super().step(event)
         self.checks.stepped(self.core, event, effects, self.world.now_ns)
         return effects

@@ -104,6 +104,7 @@ def _report(scenario: Scenario, world: FaultyWorld, checks: Checks, misfortune: 
             "",
             "the last steps of the core:",
             *steps,
+            f"the last event: {_short(checks.coming)}",
         )
     )
 
