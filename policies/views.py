@@ -141,6 +141,9 @@ class Room(Protocol):
     def open(self) -> Mapping[str, OpenVersion]:
         """The versions that hold a slot, in the order in which they were opened."""
 
+    def is_ready(self, version: str) -> bool:
+        """Whether a version needs nothing but a slot: its weights are in the host store or in the engine."""
+
     def can_open(self, version: str) -> bool: ...
 
     def can_send(self, request_id: int) -> bool: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from typing import Any
 
 from policies.ordering.queues import Queues
@@ -57,11 +58,23 @@ class Overdue:
         overdue_ns, _ = self._times[request.id]
         return now_ns - request.arrived_ns > RIPE_SHARE * (overdue_ns - request.arrived_ns)
 
-    def most_urgent(self, now_ns: int) -> int:
-        """Return the request that lets only older ones go before it, NOBODY while there is none."""
-        while self._urgent and self._urgent[0][1] not in self._times:
-            heapq.heappop(self._urgent)
-        return self._urgent[0][1] if self._urgent and self._urgent[0][0] <= now_ns else NOBODY
+    def most_urgent(self, now_ns: int, is_ready: Callable[[str], bool]) -> int:
+        """Return the request that lets only older ones go before it, NOBODY while there is none.
+
+        One whose version could not be opened anyway holds nobody back.
+        """
+        found, unready = NOBODY, []
+        while self._urgent and self._urgent[0][0] <= now_ns:
+            request = self._queues.requests.get(self._urgent[0][1])
+            if request is not None and is_ready(request.version):
+                found = request.id
+                break
+            entry = heapq.heappop(self._urgent)
+            if request is not None:
+                unready.append(entry)
+        for entry in unready:
+            heapq.heappush(self._urgent, entry)
+        return found
 
     def snapshot(self) -> Any:
         return [[request, *times] for request, times in self._times.items()]

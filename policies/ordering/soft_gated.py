@@ -73,7 +73,8 @@ class SoftGated:
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         drain_ns = round(DRAIN_FACTOR * max(backlog.drain_ns, backlog.tenant_drain_ns))
-        overdue_ns = min(max(backlog.patience_ns, drain_ns), round(LIMIT_SHARE * backlog.limit_ns)) + backlog.fetch_ns
+        latest_ns = max(backlog.drain_ns, round(LIMIT_SHARE * backlog.limit_ns))
+        overdue_ns = min(max(backlog.patience_ns, drain_ns), latest_ns) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
         expected_ns = round(QUEUE_MARGIN * backlog.queue_ns)
@@ -111,7 +112,7 @@ class SoftGated:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
-        rule = Rule(self._overdue.most_urgent(now_ns), self._tenants.served_most())
+        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most())
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
         decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
@@ -152,7 +153,11 @@ class SoftGated:
         The overdue ones; and, once some tenant has been served too much, all of which a tenant behind it waits.
         """
         candidates = self._queues.versions if self._tenants.some_are_ahead(rule.served_most) else self._overdue.versions
-        blocked = [v for v in candidates if v not in room.open and v != BASE and self._has_next(v, rule)]
+        blocked = [
+            version
+            for version in candidates
+            if version not in room.open and version != BASE and room.is_ready(version) and self._has_next(version, rule)
+        ]
         return sorted(blocked, key=lambda version: self._queues.versions[version].head())
 
     def _gate_for(self, wanted: int, room: Room) -> None:

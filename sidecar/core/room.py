@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from policies.views import BASE
 from sidecar.core import asks
 from sidecar.core.promising import slots_of
 from sidecar.core.state import Backend, Slot, State
@@ -38,6 +39,9 @@ class LiveRoom:
         held = self._backend.slots
         pages = sum(slot.pages for slot in held.values()) // len(held) if held else 1
         return slots_of(self._backend, pages)
+
+    def is_ready(self, version: str) -> bool:
+        return version == BASE or asks.ready(self._state, self._backend, version)
 
     def can_open(self, version: str) -> bool:
         return (

@@ -145,7 +145,7 @@ def _of_bound(run: Run) -> str:
         return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"
     if closed > 1 + ALIKE / 4:
         return f"{times(closed)} the closed form, which takes equal shares and a pass of its own for each prompt"
-    if closed / resident < 1 + ALIKE / 4:
+    if bounds["all_resident_tokens_per_s"] < most * (1 + ALIKE / 4):
         return f"{percent(resident)} of what is reachable"
     return f"{percent(closed)} of the closed form and {percent(resident)} of all resident"
 
