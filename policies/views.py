@@ -68,7 +68,7 @@ class Backlog:
     turn_ns: int
     """The longest run of anything outstanding, with the engine full."""
     open: bool
-    """Its version holds a slot."""
+    """Its version holds a slot, or there is a free one for it."""
     blocked: int
     """Versions that wait without a slot."""
     slots: int

@@ -79,7 +79,7 @@ class SoftGated:
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
         expected_ns = round(QUEUE_MARGIN * backlog.queue_ns)
         if not backlog.open or request.version in self._gates:
-            expected_ns = max(expected_ns, overdue_ns + rounds * backlog.run_ns)
+            expected_ns = max(expected_ns, overdue_ns - backlog.fetch_ns + rounds * backlog.run_ns)
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
 
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:

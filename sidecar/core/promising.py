@@ -88,13 +88,18 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         queue_ns=round((outstanding.queued_tokens - request.expected_tokens) * each_ns),
         run_ns=round(backend.runs.long_ns),
         turn_ns=round(outstanding.longest_tokens * slowest_ns),
-        open=is_open or request.version == BASE,
+        open=is_open or _finds_a_slot(backend, packed, blocked),
         blocked=max(blocked, 0),
         slots=slots,
         patience_ns=limit.patience_ns,
         limit_ns=limit.queue_wait_ns_max,
         fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,
     )
+
+
+def _finds_a_slot(backend: Backend, packed: Packed, blocked: int) -> bool:
+    """Whether there is a free slot for each version that waits for one; the base model needs none."""
+    return asks.page_room(backend).takes(blocked * packed.pages)
 
 
 def bounds_hold(state: State, backend: Backend, version: str) -> bool:

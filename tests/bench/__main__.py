@@ -13,7 +13,7 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, eviction, latency, miss, packing, relay, restart, stall, wire
+from tests.bench import core, eviction, latency, miss, packing, relay, restart, stall, truth, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -26,6 +26,7 @@ BENCHES = {
     "stall": stall.bench,
     "packing": packing.bench,
     "restart": restart.bench,
+    "truth": truth.bench,
 }
 
 

@@ -301,6 +301,20 @@ def test_a_deadline_before_the_predicted_wait_is_refused() -> None:
     assert world.send(output_tokens=10) not in world.settled
 
 
+@pytest.mark.parametrize("patience_s", [0.0, 20.0])
+def test_an_idle_engine_keeps_nobody_waiting(patience_s: float) -> None:
+    """What a promise allows for in the worst case is no prediction: a cold adapter on a free slot is taken at once."""
+    limit = ClassLimit(queue_wait_ns_max=5 * SECOND, patience_ns=round(patience_s * SECOND))
+    world = World(CoreConfig(classes={"default": limit}), engines=0)
+    world.add_engine("b0", with_facts(facts_of(device_pages=2), pace=Pace()))
+    names = [f"a{number}" for number in range(5)]
+    world.register(*names)
+    for name in names:  # the later ones take the slot of an idle one
+        world.send(name, deadline_ns=3 * SECOND)
+        world.run()
+    world.assert_all_ok()
+
+
 def test_nobody_is_refused_on_a_guess() -> None:
     """Without a pace that is known any queue is taken, up to the bounds by number and size."""
     world = World(CoreConfig(classes={"default": ClassLimit(queue_wait_ns_max=SECOND)}), seats=1)

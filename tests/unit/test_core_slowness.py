@@ -163,6 +163,18 @@ def test_a_client_that_holds_its_stream_up_is_no_slow_engine() -> None:
     assert slow_client(lambda world: None).core.state.voided == {"backend slowed": 4}
 
 
+def test_what_comes_in_a_burst_after_that_is_no_fast_engine() -> None:
+    """What an engine had generated meanwhile was read at once: it is no measure of a step either."""
+    world = Stepping()
+    world.decode(30, STEP_MS, 1)
+    world.run(for_ns=REPORT_NS)
+    world.report(0, 1)
+    before_ns = world.backend().steps.expected_ns
+    world.run(for_ns=REPORT_NS)
+    world.report(128, 1)
+    assert world.backend().steps.expected_ns == before_ns
+
+
 def test_a_client_that_is_slow_does_not_hide_a_slow_engine() -> None:
     """The others' streams are the measure then."""
     world = Stepping()

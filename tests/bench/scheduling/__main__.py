@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -87,18 +88,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _readings(jobs: list[Job], processes: int) -> list[Reading]:
     """Run the jobs, those that take longest first, and return what they measured in the jobs' own order."""
-    numbered = sorted(enumerate(jobs), key=lambda each: not each[1].is_long)
     found: dict[int, list[Reading]] = {}
-    with get_context("spawn").Pool(processes) as workers, _telling(len(jobs)) as told:
-        for number, readings in workers.imap_unordered(_run, numbered):
-            found[number] = readings
-            told(jobs[number].label)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as workers, _telling(len(jobs)) as told:
+        numbered = sorted(enumerate(jobs), key=lambda each: not each[1].is_long)
+        running = {workers.submit(job.run): (number, job.label) for number, job in numbered}
+        for future in as_completed(running):
+            number, label = running[future]
+            found[number] = future.result()
+            told(label)
     return [reading for number in range(len(jobs)) for reading in found[number]]
-
-
-def _run(numbered: tuple[int, Job]) -> tuple[int, list[Reading]]:
-    number, job = numbered
-    return number, job.run()
 
 
 @contextmanager

@@ -17,10 +17,8 @@ from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import Job, Scale
 from tests.bench.scheduling.pool import ITEM, LOADS, POOL
 
-LOST_S, BACK_S = 300, 360
-BEFORE_S, WATCHED_S = 120, 60
-END_S = BACK_S + 60 + WATCHED_S
-"""A minute to recover, and one to see whether it has."""
+LOST_S, DOWN_S = 300, 60
+BEFORE_S, RECOVERS_S, WATCHED_S = 120, 60, 60
 RECOVERED = 0.95
 REQUESTS = 7500
 
@@ -84,27 +82,39 @@ class Watch:
         return (self.tokens[end_s] - self.tokens[begin_s]) / (end_s - begin_s)
 
 
-def recovery(name: str, requests: int, seed: int) -> list[Reading]:
+def recovery(name: str, requests: int, seed: int, lost_s: int = LOST_S) -> list[Reading]:
     """Return the rate of the minute after the first one with all backends over that before the loss, and the moves."""
     (run,) = runs_of(Options(seeds=(seed,), requests=requests, **POOL, **LOADS[name]))
     assert run.setup.sidecar is not None
     world = World(run.setup, run.workload, Recorder())
     product = Losing(world, run.setup.sidecar, run.setup.backends[1])
-    watch = Watch(product)
-    for at_s in (LOST_S - BEFORE_S, LOST_S, END_S - WATCHED_S, END_S):
+    watch, back_s = Watch(product), lost_s + DOWN_S
+    before = lost_s - BEFORE_S, lost_s
+    after = back_s + RECOVERS_S, back_s + RECOVERS_S + WATCHED_S
+    for at_s in (*before, *after):
         world.after(at_s * SECOND_NS, partial(watch.note, at_s))
-    world.after(LOST_S * SECOND_NS, product.lose)
-    world.after(BACK_S * SECOND_NS, product.give_back)
+    world.after(lost_s * SECOND_NS, product.lose)
+    world.after(back_s * SECOND_NS, product.give_back)
     world.run(product)
-    return list(_readings(f"a backend lost and back, {name}", watch, world.recorder, seed))
+    what, recorder = f"a backend lost and back, {name}", world.recorder
+    ended_twice_or_never = len(recorder.unfinished) + recorder.counts["doubled"]
+    return [
+        _rate(what, watch.rate(*before), watch.rate(*after), seed),
+        _moves(what, watch.moves[after[1]] - watch.moves[lost_s], seed),
+        Reading(
+            claim=Claim(item=ITEM, what=f"{what}: requests that did not end exactly once", unit="", at_most=0),
+            seed=seed,
+            value=ended_twice_or_never,
+        ),
+    ]
 
 
-def _readings(what: str, watch: Watch, recorder: Recorder, seed: int) -> Iterator[Reading]:
-    before, after = watch.rate(LOST_S - BEFORE_S, LOST_S), watch.rate(END_S - WATCHED_S, END_S)
-    rate = Claim(item=ITEM, what=f"{what}: tokens/s a minute later over before", of="tokens/s", at_least=RECOVERED)
-    yield Reading(claim=rate, seed=seed, value=after / before, bare=before, ours=after)
-    most = int(POOL["adapters"])
-    moves = Claim(item=ITEM, what=f"{what}: moves, one for each adapter at most", unit="", at_most=most)
-    yield Reading(claim=moves, seed=seed, value=watch.moves[END_S] - watch.moves[LOST_S])
-    twice = Claim(item=ITEM, what=f"{what}: requests that did not end exactly once", unit="", at_most=0)
-    yield Reading(claim=twice, seed=seed, value=len(recorder.unfinished) + recorder.counts["doubled"])
+def _rate(what: str, before: float, after: float, seed: int) -> Reading:
+    what = f"{what}: tokens/s a minute later over before"
+    claim = Claim(item=ITEM, what=what, of="tokens/s", at_least=RECOVERED)
+    return Reading(claim=claim, seed=seed, value=after / before, bare=before, ours=after)
+
+
+def _moves(what: str, moves: int, seed: int) -> Reading:
+    what, most = f"{what}: moves, one for each adapter at most", int(POOL["adapters"])
+    return Reading(claim=Claim(item=ITEM, what=what, unit="", at_most=most), seed=seed, value=moves)

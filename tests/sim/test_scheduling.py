@@ -1,0 +1,125 @@
+"""What order, placement, admission and the store gain: the claims of `make bench-scheduling`, each in a small run.
+
+A run is as short as it can be with its goal still in reach; each is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+
+from policies.ordering.soft_gated import SoftGated
+from policies.views import Backlog, Promise, Waiting
+from tests.bench.scheduling import (
+    deep,
+    harmless,
+    lost_backend,
+    million,
+    overload,
+    pool,
+    stores,
+    tenants,
+    two_hot,
+    varied,
+)
+from tests.bench.scheduling.claims import Claim, Reading, rows_of
+
+SEED = 1
+
+
+def missed(readings: Sequence[Reading]) -> list[str]:
+    """Return the claims that a run does not keep to."""
+    return [f"{row.claim.what}: {row.worst:.3f}" for row in rows_of(readings) if row.is_met is False]
+
+
+@pytest.mark.parametrize(("slots", "requests"), [(2, 2560), (8, 2560), (32, 4096)])
+def test_deep_backlog_gains_what_is_claimed(slots: int, requests: int) -> None:
+    """Tokens/s over the bare engine, round robin over 64 adapters, 1,024 outstanding."""
+    assert missed(deep.gain(slots, requests, SEED)) == []
+
+
+def test_nears_the_closed_form() -> None:
+    """The part of what is reachable."""
+    assert missed(deep.share_of_closed_form(16, 3072, SEED)) == []
+
+
+def test_does_no_harm_with_everything_resident() -> None:
+    """With a slot for every adapter there is nothing to gain, and nothing lost."""
+    assert missed(harmless.resident(256, 1024, SEED)) == []
+
+
+def test_does_no_harm_in_the_window_of_the_engine() -> None:
+    """Nor where the engine sees all requests itself."""
+    assert missed(harmless.in_window("round_robin", 128, 8, 1536, SEED)) == []
+
+
+def test_gains_with_varied_lengths() -> None:
+    """Stragglers hold slots; the gain stays."""
+    assert missed(varied.gain(2048, SEED)) == []
+
+
+def test_cold_adapters_wait_less_and_within_their_bound() -> None:
+    """Two hot of eight: the longest wait, throughput, every bound kept, and one that is not idle."""
+    assert missed(two_hot.longest_wait(two_hot.TOKENS, 0.8, two_hot.REQUESTS, SEED)) == []
+
+
+def test_a_bound_a_hundred_times_larger_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A promise that says nothing is kept by every request, and noticed."""
+    monkeypatch.setattr(SoftGated, "promise", _a_hundred_times(SoftGated.promise))
+    (idle,) = missed(two_hot.longest_wait(two_hot.TOKENS, 0.8, two_hot.REQUESTS, SEED))
+    assert idle.startswith("the wait nearest to its bound")
+
+
+def _a_hundred_times(promise: Callable[..., Promise | None]) -> Callable[..., Promise | None]:
+    def vague(self: SoftGated, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
+        made = promise(self, request, backlog, now_ns)
+        return None if made is None else replace(made, bound_ns=100 * made.bound_ns)
+
+    return vague
+
+
+def test_overload_is_refused_and_the_rest_served_in_time() -> None:
+    """At three times the capacity: throughput, goodput, a retry delay, every bound kept."""
+    readings = overload.overloaded(256, 3.0, "zipf", 2500, SEED)
+    assert missed(readings) == []
+    assert any("retry delay" in reading.claim.what for reading in readings), "nobody was refused"
+
+
+def test_routing_gains_over_a_random_spread() -> None:
+    """Four backends, each adapter's requests where it lives; a load for each adapter and little more."""
+    assert missed(pool.routed("round robin", 3584, SEED)) == []
+
+
+def test_tenants_that_wait_get_equal_shares() -> None:
+    """One floods: Jain's index of those that are backlogged, and VTC's bound with the slack."""
+    assert missed(tenants.flooded("zipf", (5.0, 1.0, 1.0), 2048, SEED)) == []
+
+
+def test_a_pool_recovers_from_a_lost_backend() -> None:
+    """Throughput a minute after it is back, and how much moved for it."""
+    assert missed(lost_backend.recovery("Zipf 1.0", 4600, SEED, lost_s=180)) == []
+
+
+def test_the_store_pays_little_more_than_the_best_policy() -> None:
+    """On bursts, with the queue known and without; and less than LRU with it."""
+    assert missed(stores.generated("bursts of CV 2, 60", 4000, SEED)) == []
+
+
+def test_many_requests_are_simulated_in_a_process_of_their_own() -> None:
+    """The rate and the memory are read off that process; all are answered."""
+    readings = million.simulated(1000, SEED)
+    assert missed(readings) == []
+    assert all(reading.value > 0 for reading in readings)
+
+
+def test_rows_judge_by_the_worst_seed() -> None:
+    """The worst of all seeds is judged, or of each seed's best where one run is enough."""
+    usual = Claim(item="", what="usual", at_least=1.0)
+    once = Claim(item="", what="once", at_most=1.0, best_of_a_seed=True)
+    values = ((1, 0.5), (1, 3.0), (2, 0.9), (2, 2.0))
+    readings = [Reading(claim=claim, seed=seed, value=value) for claim in (usual, once) for seed, value in values]
+    first, second = rows_of(readings)
+    assert (first.worst, first.median, first.is_met) == (0.5, 1.45, False)
+    assert (second.values, second.worst, second.is_met) == ([0.5, 0.9], 0.9, True)
