@@ -1,6 +1,7 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests
 # make bench   the figures of the README, side by side in one run
+# make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make fuzz    100,000 damaged adapters
@@ -14,7 +15,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test lint bench goldens fuzz sim-faults proto lock clean .venv
+.PHONY: demo test lint bench bench-scheduling goldens fuzz sim-faults proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -44,6 +45,9 @@ test: lint
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench
+
+bench-scheduling: $(DEVELOPING)
+	$(BIN)/python -m tests.bench.scheduling
 
 goldens:
 	PYTHON=$(PYTHON) tests/golden/peft/remake.sh

@@ -60,7 +60,7 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         klass=event.klass,
         arrived_ns=turn.now_ns,
         input_tokens=event.input_tokens,
-        output_tokens_max=event.output_tokens_max,
+        output_tokens_max=event.output_tokens_max or turn.state.config.output_tokens_assumed,
         weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
     )
     return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes)

@@ -30,6 +30,8 @@ class CoreConfig:
     disk_bytes: int = 0
     """0 is no disk tier."""
     fetches_max: int = 4
+    output_tokens_assumed: int = 1024
+    """What a request may generate that does not say."""
     queued_max: int = 50_000
     queued_tokens_max: int = 1 << 31
     queued_bytes_max: int = 1 << 30

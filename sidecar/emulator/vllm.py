@@ -89,6 +89,7 @@ class VllmIntake(ABC):
 
     def lose_idle_adapters(self) -> None:
         """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
+        return
 
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with; None without any."""
