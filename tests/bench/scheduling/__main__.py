@@ -53,9 +53,7 @@ def main() -> None:
     options = _parser().parse_args()
     scale = Scale((1,), quick=True) if options.quick else Scale()
     items = options.only or list(ITEMS)
-    jobs = [job for item in items for module in ITEMS[item] for job in module.jobs(scale)]
-    if 8 in items:
-        jobs += [job for path in options.clients for job in stores.recorded_jobs(path, scale)]
+    jobs = [job for item in items for job in _jobs(item, scale, options.clients)]
     began_s = perf_counter()
     rows = rows_of(_readings(jobs, options.processes))
     told = f"{len(jobs)} jobs in {perf_counter() - began_s:.0f} s, seeds {', '.join(map(str, scale.seeds))}"
@@ -66,6 +64,14 @@ def main() -> None:
     if options.markdown:
         options.markdown.write_text(markdown(rows))
     _tell_the_missed(rows)
+
+
+def _jobs(item: int, scale: Scale, clients: list[Path]) -> Iterator[Job]:
+    for module in ITEMS[item]:
+        yield from module.jobs(scale)
+        if module is stores:
+            for path in clients:
+                yield from stores.recorded_jobs(path, scale)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """One line of the table. Without `at_least` and `at_most` it is there to be read.
 
-    `of` says what the figures beside the measured one are, `best_of_a_seed` that it is enough if one of the runs with
-    a seed keeps to it.
+    `of` says what the figures beside the measured one are, `best_of` that it is enough if one run keeps to it: one with
+    each seed, or one of all.
     """
 
     item: str
@@ -22,7 +22,7 @@ class Claim:
     of: str = ""
     at_least: float | None = None
     at_most: float | None = None
-    best_of_a_seed: bool = False
+    best_of: Literal["", "seed", "all"] = ""
 
     def worst(self, values: Sequence[float]) -> float:
         """Return the value that is furthest on the wrong side; of a claim without a goal, the least."""
@@ -66,11 +66,14 @@ class Row:
 
     @property
     def values(self) -> list[float]:
-        """Return one value for each reading, or for each seed where the best of a seed is enough."""
-        if not self.claim.best_of_a_seed:
-            return [reading.value for reading in self.readings]
-        seeds = dict.fromkeys(reading.seed for reading in self.readings)
-        return [self.claim.best([each.value for each in self.readings if each.seed == seed]) for seed in seeds]
+        """Return one value for each reading, or the best for each seed or of all where that is enough."""
+        values = [reading.value for reading in self.readings]
+        if self.claim.best_of == "all":
+            return [self.claim.best(values)]
+        if self.claim.best_of == "seed":
+            seeds = dict.fromkeys(reading.seed for reading in self.readings)
+            return [self.claim.best([each.value for each in self.readings if each.seed == seed]) for seed in seeds]
+        return values
 
     @property
     def worst(self) -> float:

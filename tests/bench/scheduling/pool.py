@@ -66,7 +66,7 @@ def _beside(name: str, peers: dict[str, Result], ours: Result) -> Iterator[Readi
         item=ITEM,
         what="tokens/s over the better of the two, on one load at least",
         at_least=OVER_THE_BETTER,
-        best_of_a_seed=True,
+        best_of="seed",
     )
     yield Reading(
         claim=most, seed=ours.workload.seed, value=ours.throughput_tokens_per_s / better.throughput_tokens_per_s

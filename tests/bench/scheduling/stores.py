@@ -52,14 +52,12 @@ def _readings(name: str, trace: Sequence[Request], seed: int, bursty: bool) -> I
             yield _over_best(where, tried, seed)
             if look_ahead:
                 at_most = OVER_LRU if bursty else None
-                claim = Claim(item=ITEM, what=f"{where}: miss cost over LRU's", of="of the bound", at_most=at_most)
+                claim = Claim(item=ITEM, what=f"{where}: miss cost over LRU's", of="×", at_most=at_most)
                 yield _over(claim, tried, unknowing, seed)
 
 
 def _over_best(where: str, tried: Trial, seed: int) -> Reading:
-    claim = Claim(
-        item=ITEM, what=f"{where}: miss cost over the best fixed policy's", of="of the bound", at_most=OVER_BEST
-    )
+    claim = Claim(item=ITEM, what=f"{where}: miss cost over the best fixed policy's", of="×", at_most=OVER_BEST)
     return _over(claim, tried, min(paid for name, paid in tried.paid.items() if name != JUDGED), seed)
 
 
