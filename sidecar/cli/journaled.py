@@ -44,7 +44,7 @@ def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
         seed=0,
         arrivals=lambda: load.sent(options.in_flight is None),
     )
-    told = (*told, f"the live run was ordered by {setting.config.ordering}; its times are its engines' own")
+    told = (*told, f"the live run was ordered by {setting.config.ordering}")
     orders = options.compare or (options.order or setting.config.ordering,)
     runs = [
         Run(order, replace(pool, sidecar=_sidecar(options, order, setting.config)), workload, told) for order in orders

@@ -166,7 +166,8 @@ def _drawn(options: Options, pool: Setup, seed: int, ranks: tuple[int, ...]) -> 
     if options.load is None:
         return drawn, ()
     rate = options.load * capacity_requests_per_s(pool, drawn, parameters)
-    told = f"{rate:.4g} requests arrive in a second, {options.load:g} of what the engines could answer at best"
+    share = f"{options.load:g} of what the engines could answer if every adapter had a slot"
+    told = f"{rate:.4g} requests arrive in a second, {share}"
     return workload(name, replace(parameters, rate_per_s=rate)), (told,)
 
 

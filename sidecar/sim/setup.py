@@ -122,7 +122,7 @@ class EngineSetup:
     def prefill_ms(self, tokens: float, adapters: int) -> float:
         """Return the time of a step that reads one prompt.
 
-        A mixed step pays its fixed part once; so where prompts are short, a run can be above bounds that count it twice.
+        A mixed step pays its fixed part once: where prompts are short, a run can be above bounds that count it twice.
         """
         modules, adapted = (len(self.modules), 1) if adapters else (0, 0)
         return self.cost.step_ns(StepBatch(round(tokens), 1, 0, 0, adapters, adapted, modules)) / 1e6

@@ -174,6 +174,12 @@ def meaning(runs: Sequence[Figures], bare: str, live: Figures | None = None) -> 
     for run in runs:
         if bare_run is not None and run is not bare_run:
             yield _over(run, bare_run, "the bare engine's")
+    if live is not None:
+        yield (
+            f"The steps here are those of {runs[0]['setup']['model']} on {runs[0]['setup']['gpu']}, and the live run's "
+            "its own engine's: compare orders with one another. A cost file made with calibrate --from-journal, given "
+            "as --cost, brings the two together."
+        )
     for run in runs:
         if live is not None:
             yield _over(run, live, "the live run's")

@@ -165,7 +165,7 @@ async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> 
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
     assert re.match(r"1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0])
-    assert re.search(r"30 s +10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
+    assert re.search(r"\d+ \w+ +10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
     assert re.search(r"^trt-1 +down +0/2 ", (await served.cli("backends", "list")).out, re.M)
     shown = (await served.cli("backends", "show", "trt-0")).out
     assert "2 of 2 taken, 1 queued" in shown

@@ -74,7 +74,9 @@ def test_a_column_may_lack_what_its_source_cannot_know(figures: list[Figures]) -
     assert cells["waits for the first token, s: p50"] == "1.00"
     assert cells["  answered"] == "2"
     assert cells["mean batch"] == cells["bound, all resident: tokens/s"] == "–"
-    assert f"{figures[-1]['label']} has" in next(meaning([figures[-1]], "none", live))
+    caveat, gain, *_ = meaning([figures[-1]], "none", live)
+    assert "calibrate --from-journal" in caveat
+    assert f"{figures[-1]['label']} has" in gain
 
 
 def test_gains_by_hand(figures: list[Figures]) -> None:

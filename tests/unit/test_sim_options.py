@@ -129,7 +129,7 @@ def test_load_is_a_share_of_what_the_engines_could_answer() -> None:
     assert run.workload.open_loop
     assert last_ns is not None
     assert 4000 / (last_ns / SECOND_NS) == pytest.approx(0.5 * capacity, rel=0.05)
-    assert run.notes[-1].endswith("0.5 of what the engines could answer at best")
+    assert run.notes[-1].endswith("0.5 of what the engines could answer if every adapter had a slot")
 
 
 def test_each_option_of_a_load_reaches_it() -> None:
