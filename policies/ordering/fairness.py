@@ -5,7 +5,7 @@ over the tenant's weight; the counter of a tenant that begins to wait is lifted 
 idling earns nothing. Output is charged in advance, as much as the client allows, and corrected at the end.
 
 Here a tenant may wait without being short of its share: for a slot for its adapter. So what it is owed is never more
-than what it has waiting; a tenant that asks for little holds nobody back.
+than what it has waiting, and the rest is written off: a tenant that asks for little holds nobody back, now or later.
 """
 
 from __future__ import annotations
@@ -73,11 +73,18 @@ class TokenCounters:
             self._served[request.tenant] -= unused / request.weight
 
     def least(self) -> float | None:
-        """Return the least counter of those that wait, none counted lower than what it waits for would lift it."""
+        """Return the least counter of those that wait, as it is once what nobody is owed has been written off."""
         if not self._waiting:
             return None
         most = max(self._served[tenant] for tenant in self._waiting)
         return min(max(self._served[tenant], most - waits.cost) for tenant, waits in self._waiting.items())
+
+    def write_off(self) -> None:
+        """Lift the counters of those that wait for less than they are behind."""
+        if len(self._waiting) > 1:
+            most = max(self._served[tenant] for tenant in self._waiting)
+            for tenant, waits in self._waiting.items():
+                self._served[tenant] = max(self._served[tenant], most - waits.cost)
 
     def served_most(self) -> float | None:
         """Return the counter up to which tenants may be served; None while only one waits and all may."""

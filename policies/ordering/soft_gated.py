@@ -112,6 +112,7 @@ class SoftGated:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
+        self._tenants.write_off()
         rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most())
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
