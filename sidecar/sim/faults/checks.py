@@ -32,7 +32,7 @@ VOIDED_BY: dict[str, tuple[str, ...]] = {
     "moved": ("loss", "drain", "operators", "small"),
     "no backend": ("loss", "drain", "operators", "small"),
     "run again": ("loss", "step", "lies", "small", "queue"),
-    "adapter late": ("fetch", "operators"),
+    "adapter late": ("fetch", "operators", "store"),
     "engine queue full": ("queue",),
     "backend slowed": ("slow",),
 }
