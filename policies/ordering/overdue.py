@@ -89,8 +89,14 @@ class Overdue:
     def _note(self, request_id: int, overdue_ns: int, urgent_ns: int) -> None:
         self._times[request_id] = (overdue_ns, urgent_ns)
         if urgent_ns != NEVER_NS:
-            heapq.heappush(self._urgent, (urgent_ns, request_id))
+            self._push(self._urgent, urgent_ns, request_id)
 
     def _has_head(self, version: str, head: int) -> None:
         self.versions.pop(version, None)
-        heapq.heappush(self._overdue, (self._times[head][0], head))
+        self._push(self._overdue, self._times[head][0], head)
+
+    def _push(self, heap: list[tuple[int, int]], at_ns: int, request_id: int) -> None:
+        """Add to a heap. What has left stays in it until its time comes, or until it is the majority."""
+        heapq.heappush(heap, (at_ns, request_id))
+        if len(heap) > 2 * len(self._times) + 16:
+            heap[:] = sorted({entry: None for entry in heap if entry[1] in self._times})

@@ -175,9 +175,10 @@ class SoftGated:
         """Gate the open versions that would serve more by turning to another; say whether there were any."""
         turns, open_versions, waiting = self._turns, room.open, self._queues.versions
         going_on = [v for v in open_versions if v not in self._gates and not turns.has_time(v, now_ns)]
-        if not going_on:
+        if not going_on or not turns.run_ns:
             return False
-        deepest = max((waiting[v].count for v in waiting.keys() - open_versions.keys() if v != BASE), default=0)
+        blocked = waiting.keys() - open_versions.keys() - {BASE}
+        deepest = max((waiting[version].count for version in blocked if room.is_ready(version)), default=0)
         over = [version for version in going_on if turns.newcomers(version, now_ns) < FEW * deepest]
         self._gates.update(dict.fromkeys(over, self._queues.newest))
         return bool(over)
