@@ -134,10 +134,6 @@ class Room(Protocol):
         """Pages that versions yet to be opened may take; None without a limit."""
 
     @property
-    def slots(self) -> int:
-        """Versions that may be open at once, as far as is known."""
-
-    @property
     def open(self) -> Mapping[str, OpenVersion]:
         """The versions that hold a slot, in the order in which they were opened."""
 

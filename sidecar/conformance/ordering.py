@@ -67,10 +67,6 @@ class _Room:
         return self.bench.pages_free
 
     @property
-    def slots(self) -> int:
-        return self.bench.pages
-
-    @property
     def open(self) -> dict[str, _Slot]:
         return self.bench.open
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from policies.views import BASE
 from sidecar.core import asks
-from sidecar.core.promising import slots_of
 from sidecar.core.state import Backend, Slot, State
 
 
@@ -33,12 +32,6 @@ class LiveRoom:
     @property
     def pages_free(self) -> int | None:
         return self._page_room.free
-
-    @property
-    def slots(self) -> int:
-        held = self._backend.slots
-        pages = sum(slot.pages for slot in held.values()) // len(held) if held else 1
-        return slots_of(self._backend, pages)
 
     def is_ready(self, version: str) -> bool:
         return version == BASE or asks.ready(self._state, self._backend, version)

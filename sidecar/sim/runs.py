@@ -20,7 +20,7 @@ from sidecar.sim.traces import trace_workload
 from sidecar.sim.workloads import Arrival, LoadParameters, Workload, workload
 
 WORKLOAD = "round_robin"
-MODEL, GPU, ENGINE = "llama-3.1-8b", "a100_sxm", "trtllm"
+MODEL, GPU = "llama-3.1-8b", "a100_sxm"
 IN_FLIGHT = 256
 FOR_EVER = ClassLimit(queue_wait_ns_max=1_000_000_000 * SECOND_NS)
 
