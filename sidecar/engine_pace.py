@@ -13,11 +13,8 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.pace import Pace
 from sidecar.emulator.cost import LORA_RANK, CostModel, find_cost
 from sidecar.emulator.cost_table import BadCostTable
-from sidecar.emulator.messages import StepBatch
 from sidecar.errors import Misused, Reason
 
-CONTEXT_TOKENS = 1024
-"""The context at which the cost of adapters is taken."""
 MODULES_USUAL = 7
 """Kinds of projection that adapters change where the engine's are not known: the linear ones of a decoder."""
 
@@ -32,7 +29,9 @@ def pace_from_cost(cost: str, facts: EngineFacts, scale: float = 1.0) -> Pace:
         model = CostModel.from_file(_path_of(cost), scale, facts.rank_max or LORA_RANK)
     except BadCostTable as error:
         raise Misused(Reason.CONFIG_INVALID, f"engine.cost: {error}") from error
-    return Pace(*model.plane().times(_adapted(model, facts)))
+    seats = facts.seats or CoreConfig.seats_default
+    modules = len(facts.modules) if facts.modules else MODULES_USUAL
+    return Pace(*model.adapted_plane(min(seats, facts.device_pages or seats), modules))
 
 
 def _path_of(cost: str) -> Path:
@@ -41,13 +40,3 @@ def _path_of(cost: str) -> Path:
         model, gpu, engine = parts
         return find_cost(model, gpu, engine)
     return path
-
-
-def _adapted(model: CostModel, facts: EngineFacts) -> float:
-    """Return how much longer a full step takes when all its requests have adapters, of as many kinds as fit."""
-    seats = facts.seats or CoreConfig.seats_default
-    adapters = min(seats, facts.device_pages or seats)
-    modules = len(facts.modules) if facts.modules else MODULES_USUAL
-    contexts = seats * CONTEXT_TOKENS
-    bare = model.step_ns(StepBatch(0, 0, seats, contexts, 0, 0, 0))
-    return model.step_ns(StepBatch(0, 0, seats, contexts, adapters, seats, modules)) / bare

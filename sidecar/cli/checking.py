@@ -17,8 +17,10 @@ from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
 from sidecar.config import Config
-from sidecar.engine_pace import CONTEXT_TOKENS
 from sidecar.errors import Misused, Reason
+
+CONTEXT_TOKENS = 1024
+"""The context of the request that a calibrated pace is told for."""
 
 config_app = typer.Typer(help="Check a configuration.", no_args_is_help=True)
 policies_app = typer.Typer(help="Check a policy.", no_args_is_help=True)

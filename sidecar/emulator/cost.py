@@ -116,6 +116,10 @@ class CostModel:
         table = self.table
         return plane_above(self._decode.at, self._prefill.at, table.kv_tokens).times(self._ns_per_ms)
 
+    def adapted_plane(self, adapters: int, modules: int) -> Plane:
+        """Return the plane of steps all of whose requests have adapters: so many, of so many module kinds."""
+        return self.plane().times(1 + self._slowdown(modules, adapters)) if adapters else self.plane()
+
     def _copy_ns(self, size_bytes: int, copy: Copy) -> int:
         return int((copy.overhead_us * 1e3 + size_bytes / copy.gb_per_s) * self.scale + 0.5)
 

@@ -110,8 +110,7 @@ class EngineSetup:
 
     def pace(self) -> Pace:
         """Return the step time by a plane over the cost file, as a core with a calibrated backend has it."""
-        adapted = self.step_ms(self.seats, 1024, self.slots) / self.step_ms(self.seats, 1024, 0)
-        return Pace(*self.cost.plane().times(adapted))
+        return Pace(*self.cost.adapted_plane(self.slots, len(self.modules)))
 
     def step_ms(self, batch: float, context: float, adapters: int) -> float:
         """Return the time of a decode step in which so many adapters take part; batches in between are interpolated."""
