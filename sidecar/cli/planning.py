@@ -5,13 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.load_options import (
+    Adapters,
+    ArrivalVariation,
+    Cost,
+    Drift,
+    Gpu,
+    InFlight,
+    InputTokens,
+    InputVariation,
+    MaxTokens,
+    Model,
+    OutputTokens,
+    OutputVariation,
+    Ranks,
+    Rate,
+    Seats,
+    Skew,
+    Tenants,
+    Workload,
+    of_engines,
+    of_load,
+    panel,
+)
 from sidecar.cli.plan_tables import curve, engine_lines, missed, sidecar_lines, summary, trust
 from sidecar.cli.show import AsJson, console, facts, print_json, titled
 from sidecar.errors import Misused, Reason
@@ -24,7 +47,6 @@ from sidecar.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
 from sidecar.sim.option_values import check_known, check_ranges, check_together, listed
 from sidecar.sim.options import Options
 from sidecar.sim.setup import MODULES, Sidecar
-from sidecar.sim.workloads import WORKLOADS
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,64 +54,49 @@ def add_to(app: typer.Typer) -> None:
     app.command("plan")(plan)
 
 
-def _panel(name: str) -> Callable[..., Any]:
-    def option(words: str, default: str = "", *names: str) -> Any:
-        return typer.Option(*names, help=words, show_default=default or False, rich_help_panel=name)
-
-    return option
-
-
-_goal, _load, _engines, _output = map(_panel, ("What is enough", "Load", "Engines", "What to show"))
+_goal, _output = panel("What is enough"), panel("What to show")
 
 
 def plan(
     p99_wait: Annotated[float | None, _goal("Seconds that 99 of 100 requests may wait for their first token.")] = None,
     wait_max: Annotated[float | None, _goal("Seconds that any request may wait.")] = None,
     throughput: Annotated[float | None, _goal("Output tokens per second, at least.")] = None,
-    workload: Annotated[
-        str | None, _load(f"Which adapter is asked for: {', '.join(WORKLOADS)}.", "round_robin")
-    ] = None,
+    workload: Workload = None,
     trace: Annotated[
         Path | None,
-        _load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too; its busiest stretches count."),
+        of_load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too; its busiest stretches count."),
     ] = None,
-    adapters: Annotated[int | None, _load("Adapters in all.", "64")] = None,
-    requests: Annotated[int | None, _load("Requests of a sample.", "2048 or more")] = None,
-    in_flight: Annotated[
-        int | None, _load("Closed loop: so many are outstanding, each sends the next when it ends.", "256")
-    ] = None,
-    rate: Annotated[float | None, _load("Open loop: arrivals per second, whatever has ended.")] = None,
-    arrival_cv: Annotated[float | None, _load("Variation of the gaps; 1 is Poisson.", "1")] = None,
-    input_tokens: Annotated[int | None, _load("Mean tokens of a prompt.", "1024")] = None,
-    output_tokens: Annotated[int | None, _load("Mean tokens of an answer.", "1024")] = None,
-    input_cv: Annotated[float | None, _load("Variation of prompt lengths: 0 all alike, 1 exponential.", "0")] = None,
-    output_cv: Annotated[float | None, _load("Variation of answer lengths.", "0")] = None,
-    max_tokens: Annotated[
-        int | None, _load("What every client asks for at most.", "each exactly what it will get")
-    ] = None,
-    skew: Annotated[float | None, _load("Exponent of zipf and power.", "1 for zipf, 0.3 for power")] = None,
-    drift: Annotated[
-        int | None, _load("After each so many requests a tenth of the adapters swap places.", "never")
-    ] = None,
-    tenants: Annotated[str | None, _load("Weights of the tenants' arrivals: 20,1,1.", "one tenant")] = None,
-    seeds: Annotated[str | None, _load("One for each sample; a trace has as many stretches.", "1,2,3")] = None,
-    engine: Annotated[str | None, _engines(f"{', '.join(ENGINES)}.", "trtllm")] = None,
-    model: Annotated[str | None, _engines("Whose step times.", "llama-3.1-8b")] = None,
-    gpu: Annotated[str | None, _engines("On which GPU.", "a100_sxm")] = None,
-    cost: Annotated[Path | None, _engines("Cost file, as `sidecar calibrate` writes it.")] = None,
+    adapters: Adapters = None,
+    requests: Annotated[int | None, of_load("Requests of a sample.", "2048 or more")] = None,
+    in_flight: InFlight = None,
+    rate: Rate = None,
+    arrival_cv: ArrivalVariation = None,
+    input_tokens: InputTokens = None,
+    output_tokens: OutputTokens = None,
+    input_cv: InputVariation = None,
+    output_cv: OutputVariation = None,
+    max_tokens: MaxTokens = None,
+    skew: Skew = None,
+    drift: Drift = None,
+    tenants: Tenants = None,
+    seeds: Annotated[str | None, of_load("One for each sample; a trace has as many stretches.", "1,2,3")] = None,
+    engine: Annotated[str | None, of_engines(f"{', '.join(ENGINES)}.", "trtllm")] = None,
+    model: Model = None,
+    gpu: Gpu = None,
+    cost: Cost = None,
     model_config: Annotated[
-        Path | None, _engines("The model's config.json or its folder: it says how large an adapter is.")
+        Path | None, of_engines("The model's config.json or its folder: it says how large an adapter is.")
     ] = None,
-    backends: Annotated[int | None, _engines("So many engines, and no others are looked at.")] = None,
-    backends_max: Annotated[int, _engines("No more engines than these.", str(BACKENDS_MAX))] = BACKENDS_MAX,
-    slots: Annotated[int | None, _engines("So many slots, and no others are looked at.")] = None,
-    seats: Annotated[int | None, _engines("Requests in a running batch.", "256")] = None,
+    backends: Annotated[int | None, of_engines("So many engines, and no others are looked at.")] = None,
+    backends_max: Annotated[int, of_engines("No more engines than these.", str(BACKENDS_MAX))] = BACKENDS_MAX,
+    slots: Annotated[int | None, of_engines("So many slots, and no others are looked at.")] = None,
+    seats: Seats = None,
     host_memory: Annotated[
-        int | None, _engines("Bytes of host memory for an engine's cache and the store.", str(HOST_MEMORY_BYTES))
+        int | None, of_engines("Bytes of host memory for an engine's cache and the store.", str(HOST_MEMORY_BYTES))
     ] = None,
-    rank: Annotated[int | None, _engines("Rank of the adapters.", "16")] = None,
-    ranks: Annotated[str | None, _engines("Ranks of the adapters, in equal numbers: 8,16,64.")] = None,
-    lora_modules: Annotated[str | None, _engines(f"What adapters change: {', '.join(MODULES)}.", "qv")] = None,
+    rank: Annotated[int | None, of_engines("Rank of the adapters.", "16")] = None,
+    ranks: Ranks = None,
+    lora_modules: Annotated[str | None, of_engines(f"What adapters change: {', '.join(MODULES)}.", "qv")] = None,
     emit: Annotated[str | None, _output(f"Print only lines to paste: {', '.join(EMITTED)}.")] = None,
     plot: Annotated[Path | None, _output("Draw the curve into this file, .svg or .html.")] = None,
     as_json: AsJson = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,29 @@ from rich.text import Text
 
 from policies.registry import POLICIES
 from sidecar.cli.journaled import journaled
+from sidecar.cli.load_options import (
+    Adapters,
+    ArrivalVariation,
+    Cost,
+    Drift,
+    Gpu,
+    InFlight,
+    InputTokens,
+    InputVariation,
+    MaxTokens,
+    Model,
+    OutputTokens,
+    OutputVariation,
+    Ranks,
+    Rate,
+    Seats,
+    Skew,
+    Tenants,
+    Workload,
+    of_engines,
+    of_load,
+    panel,
+)
 from sidecar.cli.show import AsJson, console, print_json
 from sidecar.errors import Misused, Reason
 from sidecar.sim.option_values import listed, names_listed
@@ -23,7 +46,6 @@ from sidecar.sim.runs import Run, runs_of
 from sidecar.sim.setup import FLAVOURS, Sidecar
 from sidecar.sim.simulate import simulate as run_simulation
 from sidecar.sim.tables import Figures, meaning, over, tables, title
-from sidecar.sim.workloads import WORKLOADS
 
 Beginning = Callable[[str, int], Callable[[int], None] | None]
 """Told a run's label and how many requests it has; gives who is told how many of them have ended."""
@@ -34,76 +56,61 @@ def add_to(app: typer.Typer) -> None:
     app.command("simulate")(simulate)
 
 
-def _panel(name: str) -> Callable[..., Any]:
-    def option(words: str, default: str = "", *names: str) -> Any:
-        return typer.Option(*names, help=words, show_default=default or False, rich_help_panel=name)
-
-    return option
-
-
 def _names(kind: str) -> str:
     return ", ".join(sorted(POLICIES[kind]))
 
 
-_load, _engines, _sidecar, _output = map(_panel, ("Load", "Engines", "Sidecar", "What to run and show"))
+_sidecar, _output = panel("Sidecar"), panel("What to run and show")
 
 
 def simulate(
-    workload: Annotated[
-        str | None, _load(f"Which adapter is asked for: {', '.join(WORKLOADS)}.", "round_robin")
-    ] = None,
+    workload: Workload = None,
     trace: Annotated[
         Path | None,
-        _load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too, instead of a workload."),
+        of_load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too, instead of a workload."),
     ] = None,
     journal: Annotated[
-        Path | None, _load("A live run's journal, data directory or incident: what would it have been, with --order?")
+        Path | None, of_load("A live run's journal, data directory or incident: what would it have been, with --order?")
     ] = None,
-    adapters: Annotated[int | None, _load("Adapters in all.", "64")] = None,
-    requests: Annotated[int | None, _load("Requests in all.", "1024; all of a trace")] = None,
-    in_flight: Annotated[
-        int | None, _load("Closed loop: so many are outstanding, each sends the next when it ends.", "256")
-    ] = None,
-    rate: Annotated[float | None, _load("Open loop: arrivals per second, whatever has ended.")] = None,
+    adapters: Adapters = None,
+    requests: Annotated[int | None, of_load("Requests in all.", "1024; all of a trace")] = None,
+    in_flight: InFlight = None,
+    rate: Rate = None,
     load: Annotated[
         float | None,
-        _load(
+        of_load(
             "The same as a share of capacity: of the tokens/s that the engines would give if every adapter had a slot "
             "and the backlog no end, over the tokens of an answer."
         ),
     ] = None,
-    arrival_cv: Annotated[float | None, _load("Variation of the gaps; 1 is Poisson.", "1")] = None,
-    input_tokens: Annotated[int | None, _load("Mean tokens of a prompt.", "1024")] = None,
-    output_tokens: Annotated[int | None, _load("Mean tokens of an answer.", "1024")] = None,
-    input_cv: Annotated[float | None, _load("Variation of prompt lengths: 0 all alike, 1 exponential.", "0")] = None,
-    output_cv: Annotated[float | None, _load("Variation of answer lengths.", "0")] = None,
-    max_tokens: Annotated[
-        int | None, _load("What every client asks for at most.", "each exactly what it will get")
-    ] = None,
-    skew: Annotated[float | None, _load("Exponent of zipf and power.", "1 for zipf, 0.3 for power")] = None,
-    drift: Annotated[
-        int | None, _load("After each so many requests a tenth of the adapters swap places.", "never")
-    ] = None,
-    tenants: Annotated[str | None, _load("Weights of the tenants' arrivals: 20,1,1.", "one tenant")] = None,
-    seed: Annotated[int | None, _load("What is random comes from it.", "1")] = None,
-    seeds: Annotated[str | None, _load("Several, one after the other: 1,2,3.")] = None,
-    engine: Annotated[str | None, _engines(f"{', '.join(FLAVOURS)}.", "trtllm_no_evict")] = None,
-    model: Annotated[str | None, _engines("Whose step times.", "llama-3.1-8b")] = None,
-    gpu: Annotated[str | None, _engines("On which GPU.", "a100_sxm")] = None,
-    cost: Annotated[Path | None, _engines("Cost file, as `sidecar calibrate` writes it.")] = None,
-    backends: Annotated[int | None, _engines("Engines, all alike.", "1")] = None,
+    arrival_cv: ArrivalVariation = None,
+    input_tokens: InputTokens = None,
+    output_tokens: OutputTokens = None,
+    input_cv: InputVariation = None,
+    output_cv: OutputVariation = None,
+    max_tokens: MaxTokens = None,
+    skew: Skew = None,
+    drift: Drift = None,
+    tenants: Tenants = None,
+    seed: Annotated[int | None, of_load("What is random comes from it.", "1")] = None,
+    seeds: Annotated[str | None, of_load("Several, one after the other: 1,2,3.")] = None,
+    engine: Annotated[str | None, of_engines(f"{', '.join(FLAVOURS)}.", "trtllm_no_evict")] = None,
+    model: Model = None,
+    gpu: Gpu = None,
+    cost: Cost = None,
+    backends: Annotated[int | None, of_engines("Engines, all alike.", "1")] = None,
     slots: Annotated[
-        int | None, _engines("Adapters that fit the GPU of each; vLLM keeps room for all linear layers.", "8")
+        int | None, of_engines("Adapters that fit the GPU of each; vLLM keeps room for all linear layers.", "8")
     ] = None,
-    host_slots: Annotated[int | None, _engines("Adapters that fit the host cache of each.", "1024")] = None,
-    seats: Annotated[int | None, _engines("Requests in a running batch.", "256")] = None,
+    host_slots: Annotated[int | None, of_engines("Adapters that fit the host cache of each.", "1024")] = None,
+    seats: Seats = None,
     rank: Annotated[
-        int | None, _engines("Rank that the engine is built for, and of the adapters.", "16; the largest of --ranks")
+        int | None, of_engines("Rank that the engine is built for, and of the adapters.", "16; the largest of --ranks")
     ] = None,
-    ranks: Annotated[str | None, _engines("Ranks of the adapters, in equal numbers: 8,16,64.")] = None,
+    ranks: Ranks = None,
     lora_modules: Annotated[
         str | None,
-        _engines(f"What adapters change: {', '.join(LORA_MODULES)} (as qv, at the base model's step times).", "qv"),
+        of_engines(f"What adapters change: {', '.join(LORA_MODULES)} (as qv, at the base model's step times).", "qv"),
     ] = None,
     order: Annotated[
         str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering)
