@@ -138,7 +138,7 @@ class Room(Protocol):
         """The versions that hold a slot, in the order in which they were opened."""
 
     def is_ready(self, version: str) -> bool:
-        """Whether a version needs nothing but a slot: its weights are in the host store or in the engine."""
+        """Whether a version needs only what open ones hold: a slot, or room in the host store for its weights."""
 
     def can_open(self, version: str) -> bool: ...
 

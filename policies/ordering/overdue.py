@@ -61,7 +61,7 @@ class Overdue:
     def most_urgent(self, now_ns: int, is_ready: Callable[[str], bool]) -> int:
         """Return the request that lets only older ones go before it, NOBODY while there is none.
 
-        One whose version could not be opened anyway holds nobody back.
+        One whose version is on its way here holds nobody back meanwhile.
         """
         found, unready = NOBODY, []
         while self._urgent and self._urgent[0][0] <= now_ns:

@@ -87,6 +87,11 @@ def ready(state: State, backend: Backend, digest: str) -> bool:
     return digest in backend.shadow.host.held or state.store.has(state.packed_for(digest, backend).key)
 
 
+def awaits_fetch(state: State, key: str) -> bool:
+    """Whether a blob that is not in the store is on its way, or behind others; else there is no room for it."""
+    return state.store.fetches >= state.config.fetches_max or state.store.fetching(key)
+
+
 def is_needed(state: State, key: str) -> bool:
     """Whether requests wait for a blob, which some do, at a backend whose engine has not got it."""
     first = state.wanted[key].head()
@@ -146,8 +151,7 @@ def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room:
     if resident(backend, digest):
         return None
     if not state.store.has(packed.key):
-        busy = state.store.fetches >= state.config.fetches_max
-        return Why.FETCHING if busy or state.store.fetching(packed.key) else Why.STORE_FULL
+        return Why.FETCHING if awaits_fetch(state, packed.key) else Why.STORE_FULL
     return why_not_load(state, backend, state.versions[digest], now_ns)
 
 

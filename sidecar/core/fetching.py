@@ -30,7 +30,10 @@ def pump(turn: Turn) -> None:
         request = state.requests[position]
         assert request.backend is not None
         if not begin(turn, key, request.version, state.backends[request.backend], position):
-            state.lateness.stand(turn.now_ns)
+            if not state.store.fetches:
+                state.lateness.stand(turn.now_ns)
+            else:
+                state.lateness.go(turn.now_ns)  # what takes the room is on its way itself, and may be late
             return
         state.lateness.go(turn.now_ns)
         heapq.heappop(state.hungry_heap)

@@ -1,8 +1,8 @@
 """How long adapters that are needed have been on their way into the host store: what promises allow only so much of.
 
 The way begins when a request waits for an adapter that neither the store nor its engine has. While the store has no
-room for what is needed first, the clock stands still: that is the queue's own doing and not the origin's. From the
-beginning of its fetch on, an adapter's own clock always runs.
+room for what is needed first, the clock stands still: that is the queue's own doing and not an origin's, unless others
+are on their way into that room. From the beginning of its fetch on, an adapter's own clock always runs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Lateness:
         return now_ns - self.stood_ns - stands_ns
 
     def stand(self, now_ns: int) -> None:
-        """There is no room for what is needed first."""
+        """What is in use leaves no room for what is needed first."""
         self.stands_since_ns = self.stands_since_ns or now_ns
 
     def go(self, now_ns: int) -> None:
-        """There is room, or nothing is needed."""
+        """There is room, nothing is needed, or what takes the room is on its way itself."""
         if self.stands_since_ns:
             self.stood_ns += now_ns - self.stands_since_ns
             self.stands_since_ns = 0

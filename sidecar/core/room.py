@@ -34,7 +34,10 @@ class LiveRoom:
         return self._page_room.free
 
     def is_ready(self, version: str) -> bool:
-        return version == BASE or asks.ready(self._state, self._backend, version)
+        state, backend = self._state, self._backend
+        if version == BASE or asks.ready(state, backend, version):
+            return True
+        return not asks.awaits_fetch(state, state.packed_for(version, backend).key)
 
     def can_open(self, version: str) -> bool:
         return (
