@@ -63,7 +63,7 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         output_tokens_max=event.output_tokens_max or turn.state.config.output_tokens_assumed,
         weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
     )
-    return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes)
+    return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only)
 
 
 def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
@@ -204,7 +204,7 @@ def _allowed(state: State, event: Received, name: Name, digest: str) -> None:
 
 
 def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:
-    servers = asks.servers_of(state, digest)
+    servers = asks.among(asks.servers_of(state, digest), event.only)
     text = name.name if name is not None else "base model"
     if not servers:
         message = asks.no_backend_message(state, text, digest)

@@ -42,14 +42,26 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
     return servers
 
 
-def takers_of(state: State, digest: str, input_tokens: int) -> tuple[str, ...]:
-    """Return the backends that are up, can serve a version and take a prompt of this length."""
+def places_of(state: State, request: Request) -> tuple[Backend, ...]:
+    """Return the backends that can serve a request and that it may go to, up or down."""
+    return among(servers_of(state, request.version), request.only)
+
+
+def among(servers: tuple[Backend, ...], only: tuple[str, ...]) -> tuple[Backend, ...]:
+    """Return those of some backends that a request may go to."""
+    return servers if not only else tuple(server for server in servers if server.id in only)
+
+
+def takers_of(state: State, digest: str, input_tokens: int, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`."""
     takers = state.takers.get(digest)
     if takers is None:
         up = [backend for backend in servers_of(state, digest) if backend.takes_requests]
         longest = min((backend.facts.input_tokens_max or NEVER_NS for backend in up), default=0)
         takers = state.takers[digest] = (tuple(backend.id for backend in up), longest)
     ids, longest = takers
+    if only:
+        ids = tuple(backend for backend in ids if backend in only)
     if input_tokens <= longest:
         return ids
     return tuple(backend for backend in ids if long_enough(state.backends[backend], input_tokens))
@@ -71,6 +83,8 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
             counts[unfit.short] = counts.get(unfit.short, 0) + 1
             sentence = sentence or f" {backend.id}: {unfit.sentence}."
     total = len(state.backends)
+    if total and not counts:
+        return f'{name}: no backend that the request may go to is configured; "sidecar backends list" shows them'
     if not total:
         return f"{name}: no backend is configured; start the sidecar with --backend triton://HOST:PORT"
     reasons = ", ".join(f"{count} {short}" for short, count in counts.items())
@@ -135,6 +149,8 @@ def page_limit(backend: Backend) -> int | None:
 def believed_page_limit(backend: Backend) -> int:
     """Return the limit by the facts, or by what the device's answers have taught, engine misses aside."""
     device, host = backend.facts.device_pages, backend.facts.host_pages_total
+    if device is None and backend.facts.attaches:  # there is no Load to learn from
+        return NEVER_NS if host is None else host
     if device is None:
         device = backend.estimate.pages
     return device if host is None else min(device, host)
@@ -150,9 +166,14 @@ def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room:
         return Why.SLOTS_BUSY
     if resident(backend, digest):
         return None
-    if not state.store.has(packed.key):
-        return Why.FETCHING if awaits_fetch(state, packed.key) else Why.STORE_FULL
-    return why_not_load(state, backend, state.versions[digest], now_ns)
+    return _why_not_here(state, packed.key) or why_not_load(state, backend, state.versions[digest], now_ns)
+
+
+def _why_not_here(state: State, key: str) -> Why | None:
+    """Say why a blob is not in the store, or None if it is."""
+    if state.store.has(key):
+        return None
+    return Why.FETCHING if awaits_fetch(state, key) else Why.STORE_FULL
 
 
 def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) -> Why | None:
@@ -200,6 +221,8 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
             return why_not_open(state, backend, request.version, now_ns) or Why.NEXT
         if slot.loading:
             return Why.LOADING
+        if backend.facts.attaches and (why := _why_not_here(state, state.packed_for(request.version, backend).key)):
+            return why
     if backend.in_flight >= backend.seats(state.config):
         return Why.SEATS_FULL
     capacity = backend.facts.kv_tokens

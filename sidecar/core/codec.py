@@ -99,8 +99,9 @@ def decode(value: Any) -> Any:
     cls: Any = CLASSES[tag]
     if issubclass(cls, Enum):
         return cls[value["="]]
-    known = dict(_fields(cls))
-    return cls(**{name: value[name] if is_policy else decode(value[name]) for name, is_policy in known.items()})
+    # What an earlier release did not write yet keeps its default: its journals stay readable.
+    written = [(name, is_policy) for name, is_policy in _fields(cls) if name in value]
+    return cls(**{name: value[name] if is_policy else decode(value[name]) for name, is_policy in written})
 
 
 _DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {

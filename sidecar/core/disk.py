@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from sidecar.core.effects import DropDisk, Spill
 from sidecar.core.events import DiskHolds, Spilled, SpillFailed
+from sidecar.core.facts import is_files
 from sidecar.core.turn import Turn
 
 PAUSE_NS = 30_000_000_000
@@ -38,6 +39,8 @@ def spill(turn: Turn, key: str) -> None:
     """Have a blob that has just been packed written through, if there is room that nobody holds."""
     state = turn.state
     entry = state.store.entries[key]
+    if is_files(key):
+        return  # they lie on a disk already
     if not state.disk.budget_bytes or key in state.disk.entries or turn.now_ns < state.disk_paused_until_ns:
         return
     victims = state.disk.victims_for(entry.size_bytes, turn.now_ns, lambda _: None, None)

@@ -6,6 +6,7 @@ from policies.views import BASE, Close, Open, Send
 from sidecar.core import asks, promising, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import LoadDone
+from sidecar.core.facts import Packed
 from sidecar.core.room import LiveRoom
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
 from sidecar.core.turn import Turn
@@ -64,7 +65,7 @@ def open_version(turn: Turn, backend: Backend, digest: str) -> None:
     packed = state.packed_for(digest, backend)
     _close_idle(state, backend, packed.pages)
     slot = backend.slots[digest] = Slot(turn.now_ns, packed.pages)
-    if not asks.resident(backend, digest):
+    if not asks.resident(backend, digest) and not backend.facts.attaches:
         slot.load = _load(turn, backend, digest)
     backend.recount(digest)
 
@@ -193,9 +194,9 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     request.tokens = 0
     request.first_token = request.progressing = False
     request.dispatched_ns = turn.now_ns
-    task_id = 0
+    packed = state.packed_for(request.version, backend)
     if request.version != BASE:
-        task_id = _use(turn, backend, request)
+        _use(turn, backend, request, packed)
     request.cache = _cache(request)
     turn.emit(
         Dispatch(
@@ -203,19 +204,20 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
             attempt=request.attempt,
             backend=backend.id,
             name=request.view.name,
-            digest=state.versions[request.version].adapter.digest if task_id else "",
+            digest=state.versions[request.version].adapter.digest if packed.key else "",
             ordinal=request.ordinal,
-            task_id=task_id,
+            task_id=packed.task_id,
             cache=request.cache,
             queue_ns=turn.now_ns - request.view.arrived_ns,
             load_ns=request.load_ns,
             heals=request.heals,
+            packed_key=packed.key,
+            attach=bool(packed.key) and backend.facts.attaches,
         )
     )
 
 
-def _use(turn: Turn, backend: Backend, request: Request) -> int:
-    packed = turn.state.packed_for(request.version, backend)
+def _use(turn: Turn, backend: Backend, request: Request, packed: Packed) -> None:
     backend.slots[request.version].running += 1
     backend.recount(request.version)
     backend.shadow.began(request.version, packed.pages, turn.now_ns)
@@ -226,7 +228,6 @@ def _use(turn: Turn, backend: Backend, request: Request) -> int:
             Cache.HOST,
         ):  # its demand is what brought the blob in: it is counted already
             turn.state.store.used(packed.key, turn.now_ns)
-    return packed.task_id
 
 
 def _cache(request: Request) -> Cache:

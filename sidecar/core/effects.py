@@ -71,6 +71,10 @@ class Dispatch:
     queue_ns: int
     load_ns: int
     heals: int
+    packed_key: str = ""
+    """The packed form that it runs with, "" for the base model."""
+    attach: bool = False
+    """The weights go along with it, by reference."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,8 @@ class Received:
     deadline_ns: int | None = None
     session: str = ""
     size_bytes: int = 0
+    only: tuple[str, ...] = ()
+    """The backends that it may go to; any if none is named."""
 
 
 @dataclass(frozen=True, slots=True)

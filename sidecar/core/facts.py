@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from policies.views import BASE
 from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
-from sidecar.core.layout import FUSED, Heads, packed_rows, packed_size_bytes
+from sidecar.core.layout import FILES_LABEL, FUSED, Heads, packed_rows, packed_size_bytes
 from sidecar.core.layout import Layout as Layout
 from sidecar.core.layout import Row as Row
 from sidecar.core.pace import Pace
@@ -22,6 +22,7 @@ PACKER_REVISION = 1
 MESSAGE_BYTES_MAX = 2**31 - 1
 """The largest gRPC message Triton takes; a packed adapter travels in one."""
 MESSAGE_OVERHEAD_BYTES = 1 << 16
+FILE_KINDS = frozenset({"triton_llmapi"})
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EngineFacts:
     """What an engine was built with and how big it is. None is "not known", and disables exactly that check."""
 
     kind: str = "triton"
+    """What it is loaded with: "triton" takes packed weights, "triton_llmapi" reads files from a shared folder."""
     base_models: tuple[str, ...] = ()
     dtype: str | None = None
     rank_multiple: int = 1
@@ -50,13 +52,26 @@ class EngineFacts:
     head_size: int | None = None
     pace: Pace | None = None
     """Its step time, where it was calibrated."""
+    message_bytes_max: int | None = MESSAGE_BYTES_MAX
+    """The largest message that weights can travel in; None where they do not travel: they are in shared memory."""
+    caches: int = 1
+    """Adapter caches behind its one address. A request cannot choose among several."""
+    queue_max: int | None = None
+    """Requests that may wait in the engine itself."""
 
     @property
     def layout(self) -> Layout:
+        if self.kind in FILE_KINDS:
+            return Layout(self.dtype or "float16", files=True)
         fused = None if self.modules is None else tuple(name for name in FUSED if name in self.modules)
         known = self.heads and self.kv_heads and self.head_size
         heads = Heads(self.heads or 0, self.kv_heads or 0, self.head_size or 0) if known else None
         return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads)
+
+    @property
+    def attaches(self) -> bool:
+        """Whether weights go along with every request, by reference: nobody can say which cache has them."""
+        return self.caches > 1 and self.message_bytes_max is None
 
     @property
     def page(self) -> PageShape | None:
@@ -159,6 +174,11 @@ class Adapter:
 def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
     """Name one packed blob: equal on every replica, new for new content, layout or generation."""
     return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"
+
+
+def is_files(key: str) -> bool:
+    """Whether a packed key names a folder of the adapter's own files rather than a packed blob."""
+    return f".{FILES_LABEL}.p" in key
 
 
 def version_id(digest: str, generation: int = 0) -> str:
@@ -300,12 +320,13 @@ def _wrong_layers(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _too_large(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    size = packed_size_bytes(adapter.rows, facts.layout)
-    if size > MESSAGE_BYTES_MAX - MESSAGE_OVERHEAD_BYTES:
+    size, layout = packed_size_bytes(adapter.rows, facts.layout), facts.layout
+    limit = facts.message_bytes_max
+    if limit is not None and not layout.files and size > limit - MESSAGE_OVERHEAD_BYTES:
         return Misfit(
             "over the 2 GiB message cap",
-            f"its packed form takes {size} bytes and one gRPC message to the engine holds less than 2 GiB; "
-            "train a smaller rank or fewer modules",
+            f"its packed form takes {size} bytes and one gRPC message to the engine holds less than {limit}; share "
+            "/dev/shm with the engine (weights_transport: shared_memory), or train a smaller rank or fewer modules",
         )
     total, pages = facts.host_pages_total, pages_of(adapter.rows, facts)
     if total is not None and pages > total:

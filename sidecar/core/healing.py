@@ -62,10 +62,10 @@ def _fail(turn: Turn, request: Request, reason: Reason, message: str) -> None:
 
 
 def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None:
-    """Queue a tokenless request again, at most `heals_max` times over its life."""
+    """Queue a tokenless request again, at most `heals_max` times over its life; for each cache that it may meet."""
     request.heals += 1
     turn.heal(backend, fault.value, request.version)
-    if request.heals > turn.state.config.heals_max:
+    if request.heals > turn.state.config.heals_max * backend.facts.caches:
         _fail(
             turn,
             request,
@@ -101,7 +101,7 @@ def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -
     belief that was wrong says nothing of the kind.
     """
     slot = backend.slots.get(digest)
-    if slot is None or belief is None or belief.since_ns < slot.opened_ns:
+    if slot is None or belief is None or belief.since_ns < slot.opened_ns or backend.facts.caches > 1:
         return
     opened = sum(other.pages for other in backend.slots.values())
     backend.pages_learned = max(slot.pages, min(page_limit(backend) or opened, opened) - slot.pages)
@@ -317,7 +317,7 @@ def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend
         request = turn.state.requests[request_id]
         turn.dequeue(request)
         request.backend = None
-        if asks.servers_of(turn.state, load.digest):
+        if asks.places_of(turn.state, request):
             turn.route(request)
         else:
             turn.settle(

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
+FILES_LABEL = "files"
+FILE_ELEMENT_BYTES = 4
+"""The most that an element takes in an adapter's own files, which are counted before they are seen."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Layout:
 
     Separate projections are sent whole whatever `tp` is: the engine cuts them. It cuts fused ones blindly too, so the
     parts of one are interleaved per rank, or sent apart if the engine has them apart: `fused` names the fused modules
-    that it has (None: not known), `heads` says where q, k and v begin. Raises ValueError for values that no engine has.
+    that it has (None: not known), `heads` says where q, k and v begin. `files`: nothing is packed, the engine reads the
+    adapter's PEFT files itself. Raises ValueError for values that no engine has.
     """
 
     dtype: str
@@ -69,6 +73,7 @@ class Layout:
     tp: int = 1
     fused: tuple[str, ...] | None = None
     heads: Heads | None = None
+    files: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
@@ -78,6 +83,8 @@ class Layout:
 
     @property
     def label(self) -> str:
+        if self.files:
+            return FILES_LABEL
         whole = "" if self.fused is None else f".{'+'.join(self.fused) or 'split'}"
         heads = "" if self.heads is None else f".h{self.heads.query}k{self.heads.key_value}s{self.heads.size}"
         return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
@@ -85,7 +92,7 @@ class Layout:
     def for_modules(self, modules: Iterable[str]) -> Layout:
         """Return what of the layout decides these modules' bytes: adapters without fused ones have one form for all."""
         fused = [name for name in FUSED if name in frozenset(modules)]
-        if not fused:
+        if self.files or not fused:
             return replace(self, fused=None, heads=None)
         whole = None if self.fused is None else tuple(name for name in fused if name in self.fused)
         return replace(self, fused=whole, heads=self.heads if "attn_qkv" in fused else None)
@@ -116,6 +123,8 @@ def part_dims(module: str, out_dim: int, layout: Layout) -> tuple[int, ...] | No
 
 
 def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
-    """Return the bytes of `[N, W]`: every row is as wide as the widest."""
+    """Return the bytes of `[N, W]`, where every row is as wide as the widest; of files, those of A and B."""
+    if layout.files:
+        return sum(row.rank * (row.in_dim + row.out_dim) for row in rows) * FILE_ELEMENT_BYTES
     widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in packed_rows(rows, layout)]
     return len(widths) * max(widths, default=0) * DTYPE_BYTES[layout.dtype]

@@ -80,6 +80,8 @@ class Request:
     expires_ns: int
     deadline_ns: int | None
     size_bytes: int = 0
+    only: tuple[str, ...] = ()
+    """The backends that it may go to; any if none is named."""
     expected_tokens: int = 0
     """What it is still expected to generate."""
     promise: Promise | None = None
@@ -245,7 +247,8 @@ class Backend:
     def seats(self, config: CoreConfig) -> int:
         """Requests that may be in flight: the engine's batch and a little more, or less once its queue was full."""
         declared = self.facts.seats or config.seats_default
-        allowed = declared + int(declared * config.seat_slack)
+        slack = int(declared * config.seat_slack)
+        allowed = declared + (slack if self.facts.queue_max is None else min(slack, self.facts.queue_max))
         return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
 
     @property

@@ -59,7 +59,7 @@ class Turn:
 
     def pick_backend(self, request: Request) -> Backend | None:
         """Ask the routing policy; None while no backend that can serve the request is up."""
-        takers = asks.takers_of(self.state, request.version, request.view.input_tokens)
+        takers = asks.takers_of(self.state, request.version, request.view.input_tokens, request.only)
         if len(takers) > 1 and request.losses:
             takers = tuple(taker for taker in takers if taker not in request.losses) or takers
         if not takers:
@@ -208,7 +208,7 @@ class Turn:
 
     def route_or_refuse(self, request: Request) -> None:
         """Route a request, or end it when no configured backend can serve it any more."""
-        if asks.servers_of(self.state, request.version):
+        if asks.places_of(self.state, request):
             self.route(request)
             return
         self._set_aside(request)
