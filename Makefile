@@ -1,10 +1,12 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests
+# make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make bench   the figures of the README, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make fuzz    100,000 damaged adapters
+# make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
@@ -15,7 +17,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test lint bench bench-scheduling goldens fuzz sim-faults proto lock clean .venv
+.PHONY: demo test e2e-triton .venv-triton lint bench bench-scheduling goldens fuzz sim-faults proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -42,6 +44,18 @@ lint: $(DEVELOPING)
 
 test: lint
 	$(BIN)/pytest
+
+e2e-triton: $(DEVELOPING) .venv-triton
+	$(BIN)/pytest tests/e2e/triton
+
+.venv-triton: .venv-triton/installed
+
+.venv-triton/installed: tests/e2e/triton/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "Triton's Python backend needs Python 3.11 or 3.12; name one with make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv --clear .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench

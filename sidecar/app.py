@@ -21,10 +21,13 @@ from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
+from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.credentials import read_pem
+from sidecar.backends.dialects import TRITON_LLMAPI
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.loads import LoaderProcess
+from sidecar.backends.transport import NOT_SHARED, SharedMemory, claim_shared_memory
 from sidecar.backends.triton import TritonBackend, TritonOptions
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener, declared_facts
@@ -37,6 +40,7 @@ from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
+from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
@@ -56,6 +60,7 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 RECONCILE_S = 1.0
+TRITON_GRPC_PORT, TRITON_METRICS_PORT = 8001, 8002
 
 
 class Sidecar:
@@ -69,11 +74,13 @@ class Sidecar:
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._journal: Journal | None = None
         self._http: HttpFront | None = None
+        self._streams: Lifetimes | None = None
         self._loader = LoaderProcess()
         self._reconciling: asyncio.Task[None] | None = None
         data = self._data_directory()
         self.registry = SqliteRegistry(None if data is None else data / "registry.sqlite")
         core = config.core()
+        self._memory = shared_memory_for(config)
         self.gateway = Gateway(
             core,
             plugins.policies_of(core),
@@ -84,6 +91,8 @@ class Sidecar:
             sources=self._sources(data),
             bases=base_models(config.backends),
             disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
+            mount=self._memory.mount,
+            stagings=stagings_of(config.backends),
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.gateway.observe(self.metrics, at_the_door=True)
@@ -128,7 +137,7 @@ class Sidecar:
         return sidecar
 
     async def _start(self) -> None:
-        backends = make_backends(self.config.backends, self._loader)
+        backends = make_backends(self.config.backends, self._loader, self._memory)
         if self._journal is not None:
             self._journal.start()
         await self._loader.start()
@@ -160,10 +169,10 @@ class Sidecar:
 
     async def _listen(self) -> None:
         listeners = self.config.listeners
-        data = self._server([])
+        data = self._server([], connection_age_options(listeners.data.max_connection_age_s))
         service = GatewayService(self.gateway, self.config.tenant_from, self.config.hide_backend)
         gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
-        add_kserve(data, self.gateway, self.config)
+        self._streams = add_kserve(data, self.gateway, self.config).lifetimes
         health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
         self.data_address = _bind(data, listeners.data, "data")
 
@@ -176,15 +185,15 @@ class Sidecar:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
         self.admin_address = _bind(admin, listeners.admin, "admin")
 
-        self._http = HttpFront(self.gateway, self.metrics, listeners.http.address)
+        self._http = HttpFront(self.gateway, self.metrics, listeners.http.address, self.data_address)
         await self._http.start()
         self.http_address = self._http.address
         for server in self._servers:
             await server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
-    def _server(self, interceptors: Sequence[Any]) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=interceptors, options=SERVER_OPTIONS)
+    def _server(self, interceptors: Sequence[Any], options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=interceptors, options=(*SERVER_OPTIONS, *options))
         self._servers.append(server)
         return server
 
@@ -207,10 +216,13 @@ class Sidecar:
         await self.stop()
 
     async def drain(self) -> None:
-        """Admit nothing new and wait for what is here, at most `drain_timeout_s`."""
+        """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more."""
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            await asyncio.wait_for(self.gateway.drain(), self.config.drain_timeout_s)
+            async with asyncio.timeout(self.config.drain_timeout_s):
+                await self.gateway.drain()
+                if self._streams is not None:
+                    await self._streams.all_over()
         except TimeoutError:
             seconds = self.config.drain_timeout_s
             logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", seconds)
@@ -225,6 +237,8 @@ class Sidecar:
             await self._http.stop()
         await self.gateway.stop()
         await self._loader.close()
+        if self._memory.mount is not None:
+            self._memory.mount.close()
         if self._journal is not None:
             self._journal.stop()
         self.registry.close()
@@ -232,18 +246,41 @@ class Sidecar:
             self._lock.close()
 
 
-def make_backends(configured: Sequence[BackendConfig], loader: LoaderProcess) -> list[tuple[Backend, EngineFacts]]:
+def shared_memory_for(config: Config) -> SharedMemory:
+    """Return where the store's blobs are to lie so that engines on this machine can read them there.
+
+    What processes that live no more have left there is removed. Raises Misused where a backend insists on shared memory
+    and there is not enough.
+    """
+    wanted = {backend.weights_transport for backend in config.backends if backend.scheme == "triton"} - {"grpc"}
+    if not wanted:
+        return NOT_SHARED
+    memory = claim_shared_memory(config.store.memory_bytes)
+    if memory.mount is None and "shared_memory" in wanted:
+        raise Misused(Reason.CONFIG_INVALID, f"weights_transport: shared_memory: {memory.why_not}")
+    return memory
+
+
+def make_backends(
+    configured: Sequence[BackendConfig], loader: LoaderProcess, memory: SharedMemory = NOT_SHARED
+) -> list[tuple[Backend, EngineFacts]]:
     """Return the backends of a configuration, each with the facts that are declared of it."""
     made: list[tuple[Backend, EngineFacts]] = []
     facts = facts_of(configured)
     for backend in configured:
         if backend.scheme == "triton":
-            options = _triton_options(backend, facts[backend.identity])
+            options = _triton_options(backend, facts[backend.identity], memory)
             made.append((TritonBackend(options, loader), options.facts))
         else:
             kind = plugins.resolve("backend", backend.scheme)
             made.append((kind(backend, facts[backend.identity], loader), facts[backend.identity]))
     return made
+
+
+def stagings_of(configured: Sequence[BackendConfig]) -> list[Staging]:
+    """Return the folders that engines read adapters' files from, each once."""
+    shared = [backend.adapters_dir.places.ours for backend in configured if backend.adapters_dir is not None]
+    return [Staging(folder) for folder in dict.fromkeys(shared)]
 
 
 def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
@@ -254,6 +291,8 @@ def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
         declared = declared_facts(backend, from_engine_config(Path(engine.config)) if engine.config else None)
         if engine.cost is not None:
             declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
+        if backend.adapters_dir is not None:
+            declared = replace(declared, kind=TRITON_LLMAPI)  # until its model is seen
         found[backend.identity] = with_base_model(declared, base_model_of(backend))
     return found
 
@@ -274,17 +313,26 @@ def base_model_of(backend: BackendConfig) -> BaseModel | None:
     return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
 
 
-def _triton_options(backend: BackendConfig, facts: EngineFacts) -> TritonOptions:
+def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory) -> TritonOptions:
     return TritonOptions(
         id=backend.identity,
         address=backend.address,
         facts=facts,
-        metrics_url=backend.metrics,
+        metrics_url=backend.metrics or usual_metrics_url(backend.address),
         model=backend.model,
         tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+        transport=backend.weights_transport,
+        memory=memory,
+        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
         progress_timeout_s=backend.progress_timeout_s,
         load_timeout_s=backend.load_timeout_s,
     )
+
+
+def usual_metrics_url(address: str) -> str | None:
+    """Return where a Triton server on its usual gRPC port has its metrics, None for one on another port."""
+    host, _, port = address.rpartition(":")
+    return f"http://{host}:{TRITON_METRICS_PORT}/metrics" if port == str(TRITON_GRPC_PORT) else None
 
 
 def _served_folders(serve: str | None) -> list[Path]:

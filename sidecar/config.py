@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sidecar.adapters.origins.allowing import AllowList
+from sidecar.adapters.staging import AdaptersDir
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
@@ -61,7 +62,12 @@ class AdminListener(Listener):
 
 
 class DataListener(Listener):
+    """`max_connection_age_s`, give or take a tenth: from then on a connection takes no new calls, and a stream is
+    closed when nothing is in flight on it. So clients come back to a load balancer, and find replicas that are new.
+    """
+
     address: str = "0.0.0.0:9000"
+    max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 
 
 class HttpListener(Section):
@@ -111,8 +117,31 @@ class BaseModelNames(Section):
     config: str | None = None
 
 
+class SharedFolder(Section):
+    """A folder for adapters' files: where this process writes them, and what the engine calls the same place."""
+
+    ours: str
+    engine: str
+
+    @field_validator("ours", "engine")
+    @classmethod
+    def _is_absolute(cls, path: str) -> str:
+        if not path.startswith("/"):
+            raise ValueError("it must be an absolute path")
+        return path
+
+    @property
+    def places(self) -> AdaptersDir:
+        return AdaptersDir(Path(self.ours), self.engine)
+
+
 class Backend(Section):
-    """`url` is `triton://HOST:PORT`; `kind` follows from it, or names a plug-in's."""
+    """`url` is `triton://HOST:PORT`; `kind` follows from it, or names a plug-in's.
+
+    An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
+    where it is the same on both sides, else `ours` and `engine`. One that takes weights reads them from shared memory
+    where it can (`weights_transport: auto`), and `backends list` says whether it does.
+    """
 
     url: str
     id: str | None = None
@@ -122,6 +151,8 @@ class Backend(Section):
     metrics: str | None = None
     engine: Engine = Engine()
     tls: Tls | None = None
+    adapters_dir: SharedFolder | None = None
+    weights_transport: Literal["auto", "grpc", "shared_memory"] = "auto"
     progress_timeout_s: float = Field(30.0, gt=0)
     load_timeout_s: float = Field(120.0, gt=0)
 
@@ -143,6 +174,11 @@ class Backend(Section):
     @classmethod
     def _is_a_name_at_least(cls, base_model: Any) -> Any:
         return {"name": base_model} if isinstance(base_model, str) else base_model
+
+    @field_validator("adapters_dir", mode="before")
+    @classmethod
+    def _is_a_path_at_least(cls, adapters_dir: Any) -> Any:
+        return {"ours": adapters_dir, "engine": adapters_dir} if isinstance(adapters_dir, str) else adapters_dir
 
     @field_validator("url")
     @classmethod
@@ -362,7 +398,7 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, AdminListener, Tls, Backend, Engine, Adapters, Origins, Store, Queue, RequestClass,
-        Journal
+        Config, Listeners, Listener, AdminListener, DataListener, Tls, Backend, SharedFolder, Engine, Adapters, Origins,
+        Store, Queue, RequestClass, Journal,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

@@ -224,7 +224,7 @@ class World:
 
     def send(
         self, adapter: str = "", *, tenant: str = "", klass: str = "default", deadline_ns: int | None = None,
-        input_tokens: int = 10, output_tokens: int = 10, size_bytes: int = 0,
+        input_tokens: int = 10, output_tokens: int = 10, size_bytes: int = 0, only: tuple[str, ...] = (),
     ) -> int:  # fmt: skip
         """Send one request now and return its id. `deadline_ns` counts from now."""
         self._requests += 1
@@ -233,7 +233,7 @@ class World:
             self.patient[self._requests] = None
         self.feed(
             ev.Received(
-                self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, size_bytes=size_bytes
+                self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only
             )
         )
         return self._requests
@@ -367,7 +367,7 @@ class World:
         return None
 
     def _run_arrives(self, effect: fx.Dispatch, epoch: int) -> None:
-        engine = self.engines[effect.backend]
+        engine, backend = self.engines[effect.backend], self.core.state.backends[effect.backend]
         if engine.epoch != epoch or engine.silent:
             return
         if not engine.up:
@@ -376,6 +376,8 @@ class World:
         fault = self._pick_fault(engine, engine.run_faults)
         if fault is None and engine.queue_max is not None and len(engine.runs) >= engine.queue_max:
             fault = Fault.QUEUE_FULL
+        if fault is None and effect.attach:
+            fault = engine.put(effect.digest, self.core.state.packed_for(effect.digest, backend).pages)
         if fault is None and not engine.holds(effect.digest):
             engine.misses += 1
             fault = Fault.MISS
@@ -452,6 +454,10 @@ class World:
         assert effect.backend not in self._known_down, (
             f"request {effect.request} goes to {effect.backend}, which is down"
         )
+        if effect.attach:
+            assert self._blobs.get(effect.packed_key) == "held", (
+                f"{effect.packed_key} goes along and is not in the store"
+            )
         assert effect.request not in self.settled, f"request {effect.request} is dispatched after its end"
         assert effect.request not in self._had_token, f"request {effect.request} is sent again after a token"
         before = self.dispatches.setdefault(effect.request, [])
@@ -489,7 +495,8 @@ class World:
             if isinstance(effect, fx.Dispatch) and effect.digest:
                 backend = state.backends[effect.backend]
                 assert effect.digest in backend.slots, f"{effect.digest} is dispatched without a slot"
-                assert effect.digest in backend.shadow.host, f"{effect.digest} is dispatched and not believed resident"
+                believed = effect.attach or effect.digest in backend.shadow.host
+                assert believed, f"{effect.digest} is dispatched and not believed resident"
             if isinstance(effect, fx.Load):
                 version, backend = state.versions[effect.digest], state.backends[effect.backend]
                 assert not version.suspect or len(backend.loads) == 1, (

@@ -40,7 +40,7 @@ class ScriptedBackend:
         for task in self._tasks:
             task.cancel()
 
-    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         self.running[effect.request] = effect
         self._tell()
 
@@ -53,6 +53,9 @@ class ScriptedBackend:
         weights.release()
         self._post(LoadDone(effect.load))
         asyncio.get_running_loop().call_soon(asyncio.get_running_loop().call_soon, self.loaded.set)
+
+    async def forget(self, region: str) -> None:
+        pass
 
     def register_regions(self) -> None:
         """There are none."""

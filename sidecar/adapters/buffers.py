@@ -1,6 +1,6 @@
 """Blobs: packed adapters as mapped memory that is written once, sealed, and lent out read-only.
 
-A blob is an anonymous memory file where the system has them, else (or when a directory is given, for an
+A blob is an anonymous memory file where the system has them, else (or when a mount is given, for an
 engine that reads shared memory) a file that is unlinked with the blob. Another process of the same user can
 open `path` while the blob lives: that is how the loader process sends weights without a copy passing
 through this one.
@@ -27,7 +27,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sidecar.adapters.memory import available_bytes
+from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
+
+
+class NoRoom(Refused):
+    """The memory, or the mount, has no room for a blob."""
 
 
 class Blob:
@@ -37,12 +42,12 @@ class Blob:
     memory itself alive, so an array that outlives the last lease stays valid; only `path` is gone.
     """
 
-    def __init__(self, size_bytes: int, directory: Path | None = None) -> None:
-        """Reserve the memory. Raises Refused(ADAPTER_UNAVAILABLE) when the machine has no room for it."""
+    def __init__(self, size_bytes: int, mount: Mount | None = None) -> None:
+        """Reserve the memory. Raises NoRoom (ADAPTER_UNAVAILABLE) when there is no room for it."""
         if size_bytes < 1:
             raise ValueError("a blob has at least one byte")
         self.size_bytes = size_bytes
-        self._descriptor, self.path = _reserve(size_bytes, directory)
+        self._descriptor, self.path = _reserve(size_bytes, mount)
         self._discard = weakref.finalize(self, _discard, self._descriptor, _to_unlink(self.path))
         self._map = mmap.mmap(self._descriptor, size_bytes)
         self._lock = threading.Lock()
@@ -95,26 +100,26 @@ class Blob:
                 self._map.close()
 
 
-def _reserve(size_bytes: int, directory: Path | None) -> tuple[int, Path]:
+def _reserve(size_bytes: int, mount: Mount | None) -> tuple[int, Path]:
     try:
-        if directory is None:
+        if mount is None:
             _check_memory(size_bytes)
-        descriptor, path = _create(directory)
+        descriptor, path = _create_anonymous() if mount is None else mount.create()
     except OSError as error:
-        raise _no_room(size_bytes, directory, error) from error
+        raise _no_room(size_bytes, mount, error) from error
     try:
         os.ftruncate(descriptor, size_bytes)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size_bytes)
     except OSError as error:
         _discard(descriptor, _to_unlink(path))
-        raise _no_room(size_bytes, directory, error) from error
+        raise _no_room(size_bytes, mount, error) from error
     return descriptor, path
 
 
-def _no_room(size_bytes: int, directory: Path | None, error: OSError) -> Refused:
-    where = "memory" if directory is None else str(directory)
-    return Refused(
+def _no_room(size_bytes: int, mount: Mount | None, error: OSError) -> NoRoom:
+    where = "memory" if mount is None else str(mount.directory)
+    return NoRoom(
         Reason.ADAPTER_UNAVAILABLE,
         f"no room for {size_bytes} bytes of packed weights in {where} ({error.strerror}); free some, or "
         "lower the store's budget",
@@ -127,11 +132,11 @@ def _check_memory(size_bytes: int) -> None:
         raise OSError(errno.ENOMEM, f"{available} bytes are available")
 
 
-def _create(directory: Path | None) -> tuple[int, Path]:
-    if directory is None and hasattr(os, "memfd_create"):
+def _create_anonymous() -> tuple[int, Path]:
+    if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("lora-sidecar", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         return descriptor, Path(f"/proc/{os.getpid()}/fd/{descriptor}")
-    descriptor, name = tempfile.mkstemp(prefix=f"lora-sidecar-{os.getpid()}-", dir=directory)
+    descriptor, name = tempfile.mkstemp(prefix=f"lora-sidecar-{os.getpid()}-")
     return descriptor, Path(name)
 
 

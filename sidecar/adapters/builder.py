@@ -13,6 +13,7 @@ from sidecar.adapters.layout import Layout, numpy_dtype
 from sidecar.adapters.packed import PackPlan, PackReport, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.refusal import malformed
+from sidecar.adapters.shared_memory import Mount
 from sidecar.core.facts import packed_key
 
 Progress = Callable[[str, int, int], None]
@@ -37,20 +38,20 @@ def build(
     *,
     name: str | None = None,
     expected_digest: str | None = None,
-    directory: Path | None = None,
+    mount: Mount | None = None,
 ) -> Built:
     """Read a PEFT folder and pack it into a new blob; nothing is left behind when it fails.
 
     `expected_digest` is that of the version being built: other content in the folder is refused.
-    `directory` is where the blob lies (None: anonymous memory). Raises Invalid for the adapter, Refused for
+    `mount` is where the blob lies (None: anonymous memory). Raises Invalid for the adapter, Refused for
     want of memory.
     """
     started_ns = monotonic_ns()
     with read_adapter(path, name=name, progress=_phase(progress, "fetch")) as source:
-        _check_digest(source, expected_digest)
+        check_digest(source, expected_digest)
         fetched_ns = monotonic_ns()
         packing = plan(source, layout)
-        blob = Blob(packing.size_bytes, directory)
+        blob = Blob(packing.size_bytes, mount)
         try:
             report = _fill(blob, source, packing, progress)
         except BaseException:
@@ -76,7 +77,8 @@ def _fill(blob: Blob, source: AdapterSource, packing: PackPlan, progress: Progre
     return report
 
 
-def _check_digest(source: AdapterSource, expected: str | None) -> None:
+def check_digest(source: AdapterSource, expected: str | None) -> None:
+    """Raise Invalid unless a source is the version that is expected, None for any."""
     if expected is not None and source.digest != expected:
         raise malformed(
             source.name,

@@ -20,6 +20,7 @@ from sidecar.adapters.buffers import Blob
 from sidecar.adapters.builder import Built
 from sidecar.adapters.layout import Layout
 from sidecar.adapters.packed import PackPlan, PackReport
+from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
 
 SUFFIX = ".blob"
@@ -108,8 +109,8 @@ class DiskTier:
             raise
         self._files.sync_directory(self._directory)
 
-    def read(self, key: str, layout: Layout) -> Built:
-        """Return a verified blob in memory; the key says that it has this layout.
+    def read(self, key: str, layout: Layout, mount: Mount | None = None) -> Built:
+        """Return a verified blob in memory, a mount's if one is given; the key says that it has this layout.
 
         Raises Refused(ADAPTER_UNAVAILABLE) for one that is damaged or gone.
         """
@@ -117,7 +118,7 @@ class DiskTier:
             with self._path(key).open("rb") as file:
                 size, footer = _read_footer(file.fileno())
                 plan = _plan_of(footer, layout)
-                blob = Blob(size)
+                blob = Blob(size, mount)
                 try:
                     self._fill(blob, file.fileno(), footer["sha256"], key)
                 except BaseException:

@@ -13,7 +13,13 @@ from typing import IO
 from sidecar.adapters.names import shown
 from sidecar.adapters.origins.download import check_room
 from sidecar.adapters.origins.failures import no_room, too_large
-from sidecar.adapters.origins.files import CONFIG_FILE_NAME, INDEX_FILE_NAME, WEIGHTS_FILE_NAME, is_shard_name
+from sidecar.adapters.origins.files import (
+    CONFIG_FILE_NAME,
+    INDEX_FILE_NAME,
+    PROBE_FILE_NAME,
+    WEIGHTS_FILE_NAME,
+    is_shard_name,
+)
 from sidecar.adapters.origins.limits import Limits
 from sidecar.errors import Reason, Refused
 
@@ -33,10 +39,10 @@ class PushedFile:
 def check_announced(name: str, files: Sequence[PushedFile], limits: Limits) -> None:
     """Raise Refused or Invalid unless these files can be an adapter within the limits."""
     names = [file.name for file in files]
-    if len(files) > limits.shards_max + 2 or len(dict.fromkeys(names)) != len(names):
+    if len(files) > limits.shards_max + 3 or len(dict.fromkeys(names)) != len(names):
         raise wrong(name, f"it lists {len(files)} files, too many or one of them twice")
     for file in files:
-        if file.name not in (CONFIG_FILE_NAME, INDEX_FILE_NAME) and not is_shard_name(file.name):
+        if file.name not in (CONFIG_FILE_NAME, INDEX_FILE_NAME, PROBE_FILE_NAME) and not is_shard_name(file.name):
             raise wrong(name, f"{shown(file.name)} is no file of an adapter")
         if not _SHA256.match(file.sha256):
             raise wrong(name, f"{file.name} has no sha256 of 64 lower-case hex digits")
@@ -51,7 +57,11 @@ def check_announced(name: str, files: Sequence[PushedFile], limits: Limits) -> N
 
 
 def _bytes_max(name: str, limits: Limits) -> int:
-    small = {CONFIG_FILE_NAME: limits.config_bytes_max, INDEX_FILE_NAME: limits.index_bytes_max}
+    small = {
+        CONFIG_FILE_NAME: limits.config_bytes_max,
+        INDEX_FILE_NAME: limits.index_bytes_max,
+        PROBE_FILE_NAME: limits.probe_bytes_max,
+    }
     return small.get(name, limits.size_bytes_max)
 
 

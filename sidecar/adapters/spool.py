@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sidecar.adapters.origins.failures import no_room
 from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.probes import FILE_NAME as PROBE_FILE_NAME
 from sidecar.errors import SidecarError
 
 logger = logging.getLogger(__name__)
@@ -83,12 +84,15 @@ class Spool:
     def adopt(self, folder: Path, digest: str) -> Path:
         """Make a checked incoming folder the source of a digest and return where it is now.
 
-        If a sound one is there already it stays, and the new one is removed; a damaged one is replaced.
+        If a sound one is there already it stays, with the new one's probe.jsonl, and the new one is removed; a damaged
+        one is replaced.
         """
         target = self.folder(digest)
         try:
             if target.exists():
                 if digest_of_folder(target) == digest:
+                    with suppress(FileNotFoundError):
+                        (folder / PROBE_FILE_NAME).replace(target / PROBE_FILE_NAME)
                     _remove(folder)
                     return target
                 self.discard(digest)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sidecar.backends import wire
+from sidecar.backends.dialects import TRITON
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import Event
 
@@ -24,8 +25,8 @@ UNDELIVERED_MAX = 256
 class Payload:
     """A request in the engine's own form, without id and adapter: those are appended as bytes at dispatch.
 
-    `head` is a serialized `ModelInferRequest`. `raw` says that its tensors travel in `raw_input_contents`, so that an
-    appended input must too.
+    `head` is a serialized `ModelInferRequest` for models of one `kind`; `forms` is the same for those of other kinds.
+    `raw` says that its tensors travel in `raw_input_contents`, so that an appended input must too.
     """
 
     model: str
@@ -33,6 +34,17 @@ class Payload:
     raw: bool
     unary: bool
     metadata: tuple[tuple[str, str], ...] = ()
+    kind: str = TRITON
+    forms: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of model that it can go to."""
+        return (self.kind, *self.forms)
+
+    def head_for(self, kind: str) -> bytes:
+        """Return the request as a model of one of its kinds takes it."""
+        return self.head if kind == self.kind else self.forms[kind]
 
 
 class Reply:
@@ -152,6 +164,9 @@ class Weights(Protocol):
     def config(self) -> bytes:
         """The int32 rows of `lora_config`, `[N, 3]`, as bytes."""
 
+    async def ready(self) -> None:
+        """Return when the engine can read it. Raises SidecarError."""
+
     def release(self) -> None: ...
 
 
@@ -171,8 +186,8 @@ class Backend(Protocol):
     async def stop(self) -> None:
         """Cancel what runs and close."""
 
-    def run(self, effect: Dispatch, ticket: Ticket) -> None:
-        """Send a request; posts FirstToken, RunEnded, RunFailed."""
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
+        """Send a request, its weights along with it if any are given; posts FirstToken, RunEnded, RunFailed."""
 
     def cancel(self, request: int, attempt: int) -> None:
         """Stop a run; its end is posted as usual."""
@@ -181,7 +196,10 @@ class Backend(Protocol):
         """Load a packed adapter; posts LoadDone, LoadFailed."""
 
     def register_regions(self) -> None:
-        """Register the clients' shared-memory regions anew; runs that follow wait for it."""
+        """Register shared-memory regions anew, the clients' and ours; runs that follow wait for it."""
+
+    async def forget(self, region: str) -> None:
+        """Return when the engine no longer refers to a region of the store, or is gone."""
 
     async def call(self, verb: str, request: Any) -> Any:
         """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""

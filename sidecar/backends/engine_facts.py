@@ -15,6 +15,7 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from sidecar.adapters.base_model import decoder_dims
+from sidecar.backends.dialects import TRITON_LLMAPI
 from sidecar.core.facts import DTYPE_BYTES, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Misused, Reason
@@ -83,6 +84,7 @@ def module_dims(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def from_model_config(config: Any) -> EngineFacts:
     """Read what Triton's ModelConfig of the core model says: the weights' dtype and the `lora_cache_*` parameters."""
     parameters = {name: value.string_value for name, value in config.parameters.items()}
+    queue_max = config.dynamic_batching.default_queue_policy.max_queue_size
     dtype = None
     for tensor in config.input:
         if tensor.name == "lora_weights":
@@ -92,7 +94,14 @@ def from_model_config(config: Any) -> EngineFacts:
         optimal_rank=_number(parameters, "lora_cache_optimal_adapter_size") or 8,
         cached_rank_max=_number(parameters, "lora_cache_max_adapter_size") or 64,
         host_bytes=_number(parameters, "lora_cache_host_memory_bytes") or 1 << 30,
+        caches=sum(group.count * max(1, len(group.gpus)) for group in config.instance_group) or 1,
+        queue_max=queue_max or None,
     )
+
+
+def from_llmapi_config() -> EngineFacts:
+    """Return what is known of an LLM-API model: it keeps its caches itself, and loads again whatever they lost."""
+    return EngineFacts(kind=TRITON_LLMAPI, message_bytes_max=None)
 
 
 def _number(parameters: Mapping[str, str], name: str) -> int | None:

@@ -13,11 +13,12 @@ SCRAPE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Gauges:
-    """Seats and KV tokens of the engine, and how many iterations it has run; None for what is not published."""
+    """Seats and KV tokens of the engine, all and in use, and its iterations so far; None for what is not published."""
 
     seats: int | None = None
     kv_tokens: int | None = None
     iterations: int | None = None
+    kv_used: int | None = None
 
 
 class Scraper:
@@ -56,10 +57,12 @@ def parse(text: str, model: str) -> Gauges:
                     found[sample.name, value] = sample.value
     blocks = found.get(("nv_trt_llm_kv_cache_block_metrics", "max"))
     per_block = found.get(("nv_trt_llm_kv_cache_block_metrics", "tokens_per"))
+    used = found.get(("nv_trt_llm_kv_cache_block_metrics", "used"))
     return Gauges(
         seats=_positive(found.get(("nv_trt_llm_request_metrics", "max"))),
         kv_tokens=int(blocks * per_block) if blocks and per_block else None,
         iterations=_whole(found.get(("nv_trt_llm_general_metrics", "iteration_counter"))),
+        kv_used=int(used * per_block) if used is not None and per_block else None,
     )
 
 

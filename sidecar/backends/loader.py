@@ -26,7 +26,6 @@ import grpc
 
 from sidecar.backends import wire
 
-DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 LOADS_AT_ONCE = 8
 TEXT_MAX = 100_000
 
@@ -152,15 +151,14 @@ def _open_channel(order: dict[str, Any]) -> grpc.Channel:
 
 
 def message_of(order: dict[str, Any]) -> bytes:
-    """Return the serialized request, its weights joined in from the mapping: they are copied once."""
-    rows, width = order["shape"]
+    """Return the serialized request: its weights named by their region, or joined in from the mapping, copied once."""
+    size, region = order["size_bytes"], order["region"]
     request = wire.load_head(order["model"], order["id"], order["parameters"].items())
     request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
-    request.inputs.add(name="lora_config", datatype="INT32", shape=[1, rows, 3])
-    request.inputs.add(name="lora_weights", datatype=DATATYPES[order["dtype"]], shape=[1, rows, width])
     request.raw_input_contents.append(struct.pack("<Q", int(order["task_id"])))
-    request.raw_input_contents.append(base64.b64decode(order["config"]))
-    size = order["size_bytes"]
+    wire.add_weights(request, order["shape"], order["dtype"], base64.b64decode(order["config"]), region, size)
+    if region is not None:
+        return bytes(request.SerializeToString())
     head = request.SerializeToString() + bytes([7 << 3 | 2]) + wire.varint(size)
     with Path(order["path"]).open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as weights:
         return b"".join((head, memoryview(weights)[:size]))

@@ -66,10 +66,19 @@ class LoaderProcess:
         return self._child.process.pid if self._child is not None and self._child.lives else None
 
     async def load(
-        self, effect: Load, weights: Weights, target: Target, timeout_s: float, sent: Callable[[], None]
+        self,
+        effect: Load,
+        weights: Weights,
+        target: Target,
+        timeout_s: float,
+        sent: Callable[[], None],
+        region: str | None = None,
     ) -> LoadResult:
-        """Send one load and return how it ended. `sent` is called when its weights have left; cancelling cancels it."""
-        order = _order(effect, weights, target, timeout_s)
+        """Send one load and return how it ended. `sent` is called when its weights have left; cancelling cancels it.
+
+        With a `region` the engine reads them there, else they travel in the message.
+        """
+        order = _order(effect, weights, target, timeout_s) | {"region": region}
         for _ in range(TRIES):
             try:
                 child = await self._living()

@@ -9,6 +9,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends import wire
+from sidecar.backends.dialects import Dialect
 from sidecar.errors import Misused, Reason
 
 PROBE_TIMEOUT_S = 2.0
@@ -39,23 +40,32 @@ class Probe:
         request = service_pb2.ModelConfigRequest(name=self._model)
         return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
 
-    async def answer_once(self, decoupled: bool) -> None:
+    async def answer_once(self, dialect: Dialect, decoupled: bool, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         """Have the engine answer one token. Raises Misused with its words when it answers with an error."""
-        request = wire.load_head(self._model, PROBE_ID)
-        if not decoupled:
-            await self._stub.ModelInfer(request, timeout=PROBE_TIMEOUT_S)
-            return
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=PROBE_TIMEOUT_S)
-        try:
-            async for response in call:
-                if response.error_message:
-                    raise Misused(
-                        Reason.BACKEND_UNREACHABLE, f"{self._backend} hung, and now says: {response.error_message}"
-                    )
-                if wire.is_final(response.infer_response.parameters):
-                    return
-        finally:
-            call.cancel()
+        request = dialect.probe(self._model, PROBE_ID)
+        error = await answer_of(self._stub, request, decoupled, timeout_s)
+        if error is not None:
+            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend} hung, and now says: {error}")
+
+
+async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) -> str | None:
+    """Send a small request of ours; return the model's error text, None for an answer. Raises grpc.RpcError.
+
+    A call of its own for each: Triton cancels whole streams.
+    """
+    if not decoupled:
+        await stub.ModelInfer(request, timeout=timeout_s)
+        return None
+    call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+    try:
+        async for response in call:
+            if response.error_message:
+                return str(response.error_message)
+            if wire.is_final(response.infer_response.parameters):
+                return None
+        return "the stream ended without an answer"
+    finally:
+        call.cancel()
 
 
 def is_late(error: grpc.RpcError) -> bool:

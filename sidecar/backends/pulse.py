@@ -34,6 +34,11 @@ class Pulse:
             self._moved_at_s = now_s
         return before is not None and iterations < before
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether the engine's steps are known, so that one that makes none is known to hang."""
+        return self._iterations is not None
+
     def silent_s(self, now_s: float) -> float:
         """Return the seconds since the last sign of life."""
         return now_s - max(self._heard_at_s, self._moved_at_s)

@@ -16,6 +16,7 @@ import grpc.aio
 
 from sidecar.backends import faults, wire
 from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.dialects import Dialect
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 from sidecar.core.words import Fault
@@ -71,6 +72,7 @@ class Run:
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
         broken: Callable[[str], Any],
+        dialect: Dialect,
     ) -> None:
         self.effect = effect
         self.ticket = ticket
@@ -82,13 +84,26 @@ class Run:
         self._heard = heard
         self._broken = broken
         self._call: Any = None
+        self._dialect = dialect
+        self.attached = b""
+        """What names its weights, where they go along."""
         self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
         self._wire_id = wire.id_field(self.engine_id)
 
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
-        return payload.head + wire.request_fragment(self.engine_id, self.effect.task_id, payload.raw, stream)
+        fragment = self._dialect.fragment(self.engine_id, self.effect, payload.raw, stream)
+        return payload.head_for(self._dialect.kind) + fragment + self.attached
+
+    def refused(self) -> bool:
+        """Whether the request was written for another kind of model, as may be where this one was not known yet."""
+        kinds = self.ticket.payload.kinds
+        if self._dialect.kind in kinds:
+            return False
+        text = f"the request is for a model of kind {' or '.join(kinds)} and this one is {self._dialect.kind}"
+        self._failed(Fault.REJECTED, f"{text}; send it again")
+        return True
 
     def cancel(self) -> None:
         """Stop the run: the engine frees its seat when its stream is cancelled.

@@ -1,8 +1,8 @@
-"""The backend kind `triton`: TensorRT-LLM's engine behind Triton, over KServe v2 gRPC.
+"""The backend kinds `triton` and `triton_llmapi`: TensorRT-LLM behind Triton, over KServe v2 gRPC.
 
-A watcher task reaches the server, reads what it is, and looks at it once a second. A run whose wire breaks asks at
-once whether the server still answers. An engine that hangs while its server stays live and ready is found by its pulse
-(`pulse.py`), and is trusted again when it has answered a token.
+A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose wire
+breaks asks at once whether the server still answers. An engine that hangs while its server stays live and ready is
+found by its pulse, and is trusted again when it has answered a token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
 from typing import Any, TypeVar
@@ -19,15 +19,17 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends import wire
 from sidecar.backends.api import Ticket, Weights
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.engine_facts import from_model_config, merge, unknown_words
-from sidecar.backends.gauges import Gauges, Scraper
+from sidecar.backends.dialects import LlmApi
 from sidecar.backends.loads import LoaderProcess, LoadResult, Target
-from sidecar.backends.probe import Probe, is_late, words
-from sidecar.backends.pulse import Pulse
+from sidecar.backends.probe import answer_of, is_late, words
 from sidecar.backends.regions import Regions
+from sidecar.backends.server import Server, Sought
 from sidecar.backends.streams import Run, StreamPool
+from sidecar.backends.transport import NOT_SHARED, SharedMemory, Transport, Wanted
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import (
     BackendLost,
@@ -41,7 +43,7 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.core.words import Fault
-from sidecar.errors import Misused
+from sidecar.errors import Misused, SidecarError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,6 +51,8 @@ T = TypeVar("T")
 PROGRESS_S = 0.1
 REACH_S = 0.2
 VERB_TIMEOUT_S = 30.0
+FORGET_AGAIN_S = 0.05
+CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,25 @@ class TritonOptions:
     metrics_url: str | None = None
     model: str = "tensorrt_llm"
     tls: dict[str, str] | None = None
+    transport: Wanted = "auto"
+    memory: SharedMemory = NOT_SHARED
+    adapters_dir: AdaptersDir | None = None
     watch_interval_s: float = 1.0
     progress_timeout_s: float = 30.0
     load_timeout_s: float = 120.0
+
+    @property
+    def sought(self) -> Sought:
+        """What the watching needs of it."""
+        return Sought(
+            self.id,
+            self.address,
+            self.model,
+            self.facts,
+            self.metrics_url,
+            self.adapters_dir,
+            self.progress_timeout_s,
+        )
 
     @property
     def look_s(self) -> float:
@@ -84,22 +104,17 @@ class TritonBackend:
         self._pool = StreamPool(self._channel)
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False
-        self._decoupled = True
         self._trouble = "not reached yet"
         self._runs: dict[tuple[int, int], Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
-        self._pulse = Pulse(options.progress_timeout_s, monotonic())
-        self._scraper = Scraper(options.metrics_url, options.model) if options.metrics_url else None
-        self._gauges: Gauges | None = None
+        self._measured: BackendMeasured | None = None
         self._checking: asyncio.Task[bool] | None = None
         self._regions = Regions(options.id, self._stub)
-        self._probe = Probe(options.id, options.address, options.model, self._stub)
-        self._seen_at_s = monotonic()
-        self._unknown = ""
-        self._hung = False
+        self._transport = Transport(options.id, options.transport, options.memory, self._stub)
+        self._server = Server(options.sought, self._stub, self._transport)
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
@@ -115,40 +130,48 @@ class TritonBackend:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._regions.close()
+        await self._leave_shared_memory()
         self._pool.close()
-        if self._scraper is not None:
-            await self._scraper.close()
+        await self._server.close()
         await self._channel.close(None)
+
+    async def _leave_shared_memory(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._transport.close()
+        except (grpc.RpcError, TimeoutError):
+            logger.info("%s did not let go of our regions; whoever reaches it next clears them away", self.id)
 
     @property
     def streams(self) -> bool:
         """Whether the model is decoupled; taken to be until the server says."""
-        return self._decoupled
+        return self._server.decoupled
 
     def detail(self) -> str:
-        if not self._up:
-            return self._trouble
-        if self._scraper is None:
-            return f"reached; no metrics are configured{self._unknown}"
-        gauges = "" if self._gauges is not None else f"; {self.options.metrics_url} has no metrics"
-        return f"reached{gauges}{self._unknown}"
+        return self._server.detail() if self._up else self._trouble
 
     # Runs.
 
-    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         if not self._up:
+            _release(weights)
             return  # the loss that the core is about to hear of ends this run too
-        run = Run(effect, ticket, self._post, self._heard, self._wire_broke)
+        run = Run(effect, ticket, self._post, self._heard, self._wire_broke, self._server.dialect)
         self._runs[effect.request, effect.attempt] = run
         self._quiet_ends()
-        self._spawn(self._run(run))
+        task = self._spawn(self._run(run, weights))
+        task.add_done_callback(lambda _: _release(weights))
 
-    async def _run(self, run: Run) -> None:
+    async def _run(self, run: Run, weights: Weights | None) -> None:
         key = (run.effect.request, run.effect.attempt)
         try:
             await self._regions.restored()
+            if weights is not None:
+                run.attached = await self._attached(run, weights)
             if run.cancelled:
                 run.abandon()
+            elif run.refused():
+                return
             elif run.ticket.payload.unary:
                 await run.unary(self._channel)
             else:
@@ -163,6 +186,14 @@ class TritonBackend:
         finally:
             self._runs.pop(key, None)
             self._progress.pop(run.effect.request, None)
+
+    async def _attached(self, run: Run, weights: Weights) -> bytes:
+        """Return what names a run's weights; nothing where the server would not have them by reference after all."""
+        region = await self._transport.refer(weights)
+        if region is None:
+            return b""
+        raw = run.ticket.payload.raw
+        return wire.attached(weights.shape, weights.dtype, weights.config, region, weights.size_bytes, raw)
 
     def cancel(self, request: int, attempt: int) -> None:
         run = self._runs.get((request, attempt))
@@ -190,23 +221,83 @@ class TritonBackend:
         self._sent.add(load)
 
     async def _load(self, effect: Load, weights: Weights) -> None:
-        target = Target(self.address, self.options.model, self._decoupled, self.options.tls)
         try:
-            sent = partial(self._load_sent, effect.load)
-            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent)
+            if isinstance(self._server.dialect, LlmApi):
+                result = await self._load_files(self._server.dialect, effect, weights)
+            else:
+                result = await self._load_packed(effect, weights)
+        except Misused as refused:
+            result = LoadResult(refused.message)
         except Exception as error:
             logger.exception("load %s on %s broke", effect.load, self.id)
             result = LoadResult(f"the sidecar failed: {error}", unanswered=True)
         if result.error is None:
             self._heard(0, 0)
             self._post(LoadDone(effect.load))
-        elif not result.lost or not await self._wire_broke(result.error):
+        elif not await self._explained(result):
             self._post(LoadFailed(effect.load, result.fault, result.error))
 
-    # Regions of clients' own shared memory.
+    async def _explained(self, result: LoadResult) -> bool:
+        """Whether a load failed because the server is gone, or is another than it was: that ends all its loads."""
+        assert result.error is not None
+        if result.lost:
+            return await self._wire_broke(result.error)
+        if result.fault is Fault.REJECTED and self._up and await self._has_changed():
+            self._lose("its model's configuration has changed")
+        return not self._up
+
+    async def _has_changed(self) -> bool:
+        try:
+            return await self._server.changed()
+        except grpc.RpcError:
+            return False  # the watcher judges that
+
+    async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
+        """Send a blob, or name the region that it is in; once more if the server has forgotten the region."""
+        target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls)
+        sent = partial(self._load_sent, effect.load)
+        region = await self._transport.refer(weights)
+        result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+        if region is not None and result.fault is Fault.UNKNOWN_REGION:
+            self._transport.doubt()
+            region = await self._transport.refer(weights)
+            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+        return result
+
+    async def _load_files(self, dialect: LlmApi, effect: Load, weights: Weights) -> LoadResult:
+        """Have the engine answer a token with an adapter whose files it can read."""
+        try:
+            await weights.ready()
+        except SidecarError as refused:
+            return LoadResult(refused.message, unanswered=refused.reason.row.retryable)
+        self._load_sent(effect.load)
+        request = dialect.load(self.options.model, effect)
+        try:
+            error = await answer_of(self._stub, request, self._server.decoupled, self.options.load_timeout_s)
+        except grpc.aio.AioRpcError as failed:
+            text = failed.details() or failed.code().name
+            if is_late(failed):
+                return LoadResult(
+                    f"the engine did not take the adapter within {self.options.load_timeout_s:g} s", unanswered=True
+                )
+            return LoadResult(text, lost=wire.is_lost(failed.code(), text))
+        return LoadResult(error)
+
+    # Shared memory: the clients' own regions, and the store's.
 
     def register_regions(self) -> None:
+        self._transport.doubt()
         self._regions.restore()
+
+    async def forget(self, region: str) -> None:
+        while self._up:
+            try:
+                await self._transport.forget(region)
+                return
+            except grpc.RpcError as error:
+                logger.info("%s does not let go of %s yet: %s", self.id, region, words(error))
+            await asyncio.sleep(FORGET_AGAIN_S)
+        self._transport.lost(region)
 
     async def call(self, verb: str, request: Any) -> Any:
         """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
@@ -223,14 +314,14 @@ class TritonBackend:
         return task
 
     def _heard(self, request: int, tokens: int) -> None:
-        self._pulse.heard(monotonic())
+        self._server.pulse.heard(monotonic())
         if tokens:
             self._progress[request] = self._progress.get(request, 0) + tokens
 
     def _quiet_ends(self) -> None:
         """Begin to count silence when the first thing is sent, not when the last one was heard."""
         if not self._waits_for_engine:
-            self._pulse.heard(monotonic())
+            self._server.pulse.heard(monotonic())
 
     @property
     def _waits_for_engine(self) -> bool:
@@ -255,7 +346,7 @@ class TritonBackend:
             except Misused as error:
                 self._down(error.message)
             except grpc.RpcError as error:
-                late_s = monotonic() - self._seen_at_s  # a busy server may be, a little
+                late_s = monotonic() - self._server.seen_at_s  # a busy server may be, a little
                 if not self._up or not is_late(error) or late_s > self.options.progress_timeout_s:
                     self._down(f"{self.address} does not answer: {words(error)}")
             except Exception as error:
@@ -273,58 +364,39 @@ class TritonBackend:
 
     async def _reach(self) -> None:
         """Read what the server is, and report it up."""
-        await self._probe.ready()
-        if self._hung:
-            await self._probe.answer_once(self._decoupled)
-        config = await self._probe.config()
-        facts = merge(self.id, self.options.facts, from_model_config(config))
-        self._decoupled = config.model_transaction_policy.decoupled
-        self._seen_at_s = monotonic()
-        self._pulse.begin(self._seen_at_s)
-        self._gauges = None
-        await self._measure()
+        facts = await self._server.reach()
         self._regions.restore()
         await self._regions.restored()
-        facts = self._with_gauges(facts)
-        self._unknown = unknown_words(facts)
-        self._up, self._hung = True, False
+        self._up, self._measured = True, None
         logger.info("%s is up: %s, %s", self.id, self.address, self.detail())
         self._post(BackendUp(self.id, facts))
 
-    def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
-        if self._gauges is None:
-            return facts
-        seats, kv_tokens = facts.seats or self._gauges.seats, facts.kv_tokens or self._gauges.kv_tokens
-        return replace(facts, seats=seats, kv_tokens=kv_tokens)
-
     async def _look(self) -> None:
-        await self._probe.ready()
-        self._seen_at_s = monotonic()
-        restarted = await self._measure()
+        cause = await self._server.look()
         if not self._up:
             return  # it was lost while it was being looked at
-        now_s = monotonic()
-        if restarted:
-            self._lose("it has restarted: its iteration counter went back")
-        elif self._waits_for_engine and self._pulse.is_still(now_s):
-            self._hung = True
-            self._lose(
-                f"it answered nothing for {self._pulse.silent_s(now_s):.0f} s with {len(self._runs)} requests and "
-                f"{len(self._sent)} loads in flight, and its iteration counter stood still or is not known"
+        if cause is None and self._waits_for_engine and await self._server.hangs():
+            cause = (
+                f"it answered nothing for {self._server.pulse.silent_s(monotonic()):.0f} s with {len(self._runs)} "
+                f"requests and {len(self._sent)} loads in flight, and "
+                f"{'made no step' if self._server.pulse.is_counted else 'no probe'}"
             )
+        if cause is None:
+            self._report_measures()
+        elif self._up:
+            self._lose(cause)
 
-    async def _measure(self) -> bool:
-        """Read the gauges; return whether they say that the engine has restarted."""
-        gauges = None if self._scraper is None else await self._scraper.scrape()
+    def _report_measures(self) -> None:
+        """Tell the core how much the engine takes and how full it is, when that is not what it was told last."""
+        gauges, facts = self._server.gauges, self.options.facts
         if gauges is None:
-            return False
-        restarted = self._pulse.counted(gauges.iterations, monotonic())
-        sizes = replace(gauges, iterations=None)
-        changed, self._gauges = self._gauges != sizes, sizes
-        if self._up and changed and not restarted:
-            facts = self.options.facts
-            self._post(BackendMeasured(self.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens))
-        return restarted
+            return
+        measured = BackendMeasured(
+            self.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
+        )
+        if measured != self._measured:
+            self._measured = measured
+            self._post(measured)
 
     async def _wire_broke(self, text: str) -> bool:
         """Find out whether the server is gone, or only one stream; return whether the whole backend is lost."""
@@ -336,7 +408,7 @@ class TritonBackend:
 
     async def _still_there(self, text: str) -> bool:
         try:
-            await self._probe.ready()
+            await self._server.ready()
         except (grpc.RpcError, Misused):
             if self._up:
                 self._lose(text)
@@ -354,3 +426,8 @@ class TritonBackend:
             task.cancel()
         self._pool.close()
         self._progress.clear()
+
+
+def _release(weights: Weights | None) -> None:
+    if weights is not None:
+        weights.release()

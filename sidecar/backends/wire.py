@@ -27,6 +27,7 @@ _WIRE_TEXTS = ("RST_STREAM", "Internal error from Core")
 """INTERNAL in gRPC's own words: a reset stream, and a write that met a call already ended."""
 
 SERVICE = "/inference.GRPCInferenceService"
+TRITON_DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 FINAL = "triton_final_response"
 EMPTY_FINAL = "triton_enable_empty_final_response"
 MESSAGE_BYTES_MAX = 2**31 - 1
@@ -141,6 +142,29 @@ def output_tokens(response: Any) -> int:
             lengths: tuple[int, ...] = struct.unpack_from(f"<{len(data) // 4}i", data)
             return max(1, sum(lengths))
     return 1 if outputs else 0
+
+
+def add_weights(
+    request: Any, shape: tuple[int, int], dtype: str, config: bytes, region: str | None, size_bytes: int
+) -> None:
+    """Add the rows' config and their weights: those of a region, or, where there is none, the last content to come."""
+    rows, width = shape
+    request.inputs.add(name="lora_config", datatype="INT32", shape=[1, rows, 3])
+    request.raw_input_contents.append(config)
+    weights = request.inputs.add(name="lora_weights", datatype=TRITON_DATATYPES[dtype], shape=[1, rows, width])
+    if region is not None:
+        weights.parameters["shared_memory_region"].string_param = region
+        weights.parameters["shared_memory_byte_size"].int64_param = size_bytes
+
+
+def attached(shape: tuple[int, int], dtype: str, config: bytes, region: str, size_bytes: int, raw: bool) -> bytes:
+    """Return what makes a client's request bring its adapter along, by reference; to be appended after the task id."""
+    fragment = ModelInferRequest()
+    add_weights(fragment, shape, dtype, config, region, size_bytes)
+    if not raw:
+        del fragment.raw_input_contents[:]
+        fragment.inputs[0].contents.int_contents.extend(struct.unpack(f"<{len(config) // 4}i", config))
+    return bytes(fragment.SerializeToString())
 
 
 def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:

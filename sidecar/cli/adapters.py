@@ -9,7 +9,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.cli import versions
+from sidecar.cli import verifying, versions
 from sidecar.cli.client import Client, admin_command
 from sidecar.cli.pushing import push
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
@@ -19,6 +19,7 @@ app = typer.Typer(help="Register adapters, see where they are, move and forget t
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 versions.add_to(app)
+verifying.add_to(app)
 PLACES_LISTED_MAX = 3
 TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.cli.client import Client, admin_command
-from sidecar.cli.exits import CommandError
+from sidecar.cli.client import (
+    ADMIN_DEFAULT,
+    ADMIN_VARIABLE,
+    CA_VARIABLE,
+    PANEL,
+    TOKEN_FILE_VARIABLE,
+    Client,
+    Endpoint,
+    admin_command,
+    connected,
+)
+from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
 app = typer.Typer(help="See backends, drain them and take them back.", no_args_is_help=True)
+
+ENGINE = "Engine"
 
 PACES = {
     "calibrated": "calibrated from its cost file",
@@ -66,9 +80,70 @@ def show(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     _print(client.ask(client.backends.Get, pb.BackendRequest(backend=backend)), as_json)
 
 
-@admin_command(app, "check")
-def check(client: Client, as_json: AsJson = False) -> None:
-    """Say of each backend whether it serves, and what is known of it and what is not; exit 1 when one does not."""
+@app.command("check")
+def check(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="URL", help="triton://HOST:PORT, or the id of a backend of --config.", show_default=False
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A sidecar's configuration that has this backend.", rich_help_panel=ENGINE)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The core model.", rich_help_panel=ENGINE, show_default="tensorrt_llm")
+    ] = None,
+    metrics: Annotated[str | None, typer.Option(help="URL of the metrics.", rich_help_panel=ENGINE)] = None,
+    engine_config: Annotated[
+        Path | None, typer.Option(help="TensorRT-LLM's config.json of the engine.", rich_help_panel=ENGINE)
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16"] | None, typer.Option(help="The engine's dtype.", rich_help_panel=ENGINE)
+    ] = None,
+    base_model: Annotated[
+        Path | None, typer.Option(help="The base model's config.json or folder.", rich_help_panel=ENGINE)
+    ] = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of the PEFT adapters that it is to serve.", rich_help_panel=ENGINE)
+    ] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the CA that signed whoever is asked.", rich_help_panel=PANEL)
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
+    admin: Annotated[
+        str,
+        typer.Option(envvar=ADMIN_VARIABLE, help="Address of the admin listener, without URL.", rich_help_panel=PANEL),
+    ] = ADMIN_DEFAULT,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(envvar=TOKEN_FILE_VARIABLE, help="File with the listener's token.", rich_help_panel=PANEL),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Look at a live engine, check by check, and say what to change; exit 1 when something fails.
+
+    No sidecar need run. An engine that serves is not disturbed: a few requests of one token, two tiny adapters.
+
+    Without URL a running sidecar says of each of its backends whether it serves.
+    """
+    if url is None:
+        variable = os.environ.get(CA_VARIABLE)
+        its_ca = ca or (Path(variable) if variable else None)
+        with connected(Endpoint(admin, "admin", "--admin", token_file, its_ca, certificate, key)) as client:
+            return _seen_by_a_sidecar(client, as_json)
+    from sidecar.cli.probing import Wanted, check_url
+
+    files = (("ca", ca), ("certificate", certificate), ("key", key))
+    tls = {name: str(path) for name, path in files if path is not None}
+    return check_url(url, Wanted(config, model, metrics, engine_config, dtype, base_model, adapters, tls), as_json)
+
+
+def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
+    """Say of each backend whether it serves, and what is known of it and what is not."""
     backends = client.ask(client.backends.List, pb.ListBackendsRequest()).backends
     if as_json:
         print_json(list(backends))
@@ -79,6 +154,7 @@ def check(client: Client, as_json: AsJson = False) -> None:
     down = [backend.id for backend in backends if backend.state != "up"]
     if down:
         raise CommandError(f"{', '.join(down)}: not up")
+    return Exit.OK
 
 
 @admin_command(app, "drain")

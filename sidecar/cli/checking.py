@@ -38,13 +38,23 @@ def group() -> None:
 @config_app.command("check")
 def check_config(
     file: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
+    connect: Annotated[
+        bool, typer.Option("--connect", help="Look at the engines themselves instead, at all of them side by side.")
+    ] = False,
     as_json: AsJson = False,
-) -> None:
-    """Print the configuration as it would be served, defaults and environment included; exit 2 with what is wrong."""
+) -> int:
+    """Print the configuration as it would be served, defaults and environment included; exit 2 with what is wrong.
+
+    With --connect each engine is looked at, as by `backends check URL`; exit 1 when something fails at one.
+    """
     config = resolve(file)
     plugins.policies_of(config.core())
     _check_files(config)
     paces = list(_paces(config))
+    if connect:
+        from sidecar.cli.probing import check_all
+
+        return check_all(config, as_json)
     record = config.model_dump(mode="json")
     if as_json:
         print_json(record)
@@ -52,6 +62,7 @@ def check_config(
     else:
         print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
         print("".join(f"# {pace}\n" for pace in paces), end="")
+    return Exit.OK
 
 
 def _paces(config: Config) -> Iterator[str]:

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sidecar.adapters.origins.files import CONFIG_FILE_NAME, INDEX_FILE_NAME, WEIGHTS_FILE_NAME, is_shard_name
+from sidecar.adapters.origins.files import (
+    CONFIG_FILE_NAME,
+    INDEX_FILE_NAME,
+    PROBE_FILE_NAME,
+    WEIGHTS_FILE_NAME,
+    is_shard_name,
+)
 from sidecar.adapters.pushed import CHUNK_BYTES_MAX
 from sidecar.cli.bars import bar
 from sidecar.cli.client import Client
@@ -28,7 +34,9 @@ def push(client: Client, folder: Path, **fields: Any) -> Any:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that make an adapter: the config, and the weights or their index and shards."""
+    """Return the files of a folder that make an adapter: the config, the weights or their index and shards, and a
+    probe.jsonl if there is one.
+    """
     index = folder / INDEX_FILE_NAME
     if (folder / WEIGHTS_FILE_NAME).is_file():
         weights = [folder / WEIGHTS_FILE_NAME]
@@ -43,7 +51,8 @@ def adapter_files(folder: Path) -> list[Path]:
                 Exit.FAILED,
                 Reason.ORIGIN_UNREADABLE.value,
             )
-    return paths
+    probes = folder / PROBE_FILE_NAME
+    return [*paths, probes] if probes.is_file() else paths
 
 
 def _announced(paths: list[Path], progress: Callable[[int, int], None] | None) -> list[Any]:

@@ -225,8 +225,8 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
             return why
     if backend.in_flight >= backend.seats(state.config):
         return Why.SEATS_FULL
-    capacity = backend.facts.kv_tokens
-    if capacity is not None and backend.running and backend.kv_reserved + request.kv_tokens(backend) > capacity:
+    free = backend.kv_free
+    if free is not None and backend.running and request.kv_tokens(backend) > free:
         return Why.KV_FULL
     if backend.lone_load is not None and request.losses:
         return Why.APART

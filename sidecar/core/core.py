@@ -233,6 +233,8 @@ def _backend_measured(turn: Turn, event: ev.BackendMeasured) -> None:
     backend = turn.state.backends[event.backend]
     facts = backend.facts
     backend.facts = replace(facts, seats=event.seats or facts.seats, kv_tokens=event.kv_tokens or facts.kv_tokens)
+    if event.kv_used is not None:
+        backend.kv_of_others.append(max(0, event.kv_used - backend.kv_reserved))
     turn.dirty[backend.id] = None
 
 

@@ -136,11 +136,12 @@ class BackendUp:
 
 @dataclass(frozen=True, slots=True)
 class BackendMeasured:
-    """The engine's own gauges say how much it takes at once."""
+    """The engine's own gauges say how much it takes at once, and how much of its KV cache is in use."""
 
     backend: str
     seats: int | None
     kv_tokens: int | None
+    kv_used: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -392,5 +392,6 @@ def reset_beliefs(backend: Backend) -> None:
         backend.close_slot(version)
     backend.lone_load = None
     backend.pages_learned = None
+    backend.kv_of_others.clear()
     backend.full_until_ns = backend.full_backoff_ns = 0
     backend.quiet_until_ns = backend.quiet_backoff_ns = 0

@@ -204,6 +204,8 @@ class Backend:
     draining: bool = False
     running: dict[int, None] = field(default_factory=dict)
     kv_reserved: int = 0
+    kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
+    """KV tokens in use beyond what was sent from here, as last measured: a gauge lags behind what has just ended."""
     queued: dict[int, None] = field(default_factory=dict)
     queued_by_version: dict[str, Line] = field(default_factory=dict)
     outstanding: Outstanding = field(default_factory=Outstanding)
@@ -250,6 +252,13 @@ class Backend:
         slack = int(declared * config.seat_slack)
         allowed = declared + (slack if self.facts.queue_max is None else min(slack, self.facts.queue_max))
         return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
+
+    @property
+    def kv_free(self) -> int | None:
+        """KV tokens that may still be sent; None where the cache's size is not known."""
+        if self.facts.kv_tokens is None:
+            return None
+        return self.facts.kv_tokens - self.kv_reserved - min(self.kv_of_others, default=0)
 
     @property
     def in_flight(self) -> int:

@@ -77,6 +77,9 @@ class Planning(Protocol):
     def lose_idle_adapters(self) -> None:
         """Evict from the host cache every adapter that no request holds."""
 
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with; None without any."""
 

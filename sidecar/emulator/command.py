@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from sidecar.emulator.face import Options, Server, serve
+from sidecar.emulator.face.options import TRITON
 from sidecar.emulator.shape import ALL_LINEAR, SHAPES
 from sidecar.emulator.spec import SCHEDULERS
 
@@ -38,6 +39,17 @@ def emulate(
     triton_max_batch_size: Annotated[
         int, typer.Option(help="max_batch_size of the models.", rich_help_panel=_SERVER)
     ] = 64,
+    instances: Annotated[
+        int,
+        typer.Option(help="Model instances, each with an engine and caches of its own.", rich_help_panel=_SERVER),
+    ] = 1,
+    text_model: Annotated[
+        bool, typer.Option(help="Serve the text model (ensemble) as well.", rich_help_panel=_SERVER)
+    ] = True,
+    protocol: Annotated[
+        str,
+        typer.Option(help="triton: the core model; llmapi: the one that loads from paths.", rich_help_panel=_SERVER),
+    ] = TRITON,
     write_engine_config: Annotated[
         Path | None,
         typer.Option(help="Write the engine's config.json there, for backends to read.", rich_help_panel=_SERVER),
@@ -137,6 +149,10 @@ def emulate(
         int | None, typer.Option(help="Stop iterating after this many steps.", rich_help_panel=_FAULTS)
     ] = None,
     slow_factor: Annotated[float, typer.Option(help="Multiply the time of every step.", rich_help_panel=_FAULTS)] = 1.0,
+    ignore_lora: Annotated[
+        bool,
+        typer.Option("--ignore-lora", help="Take every adapter and answer as the base model.", rich_help_panel=_FAULTS),
+    ] = False,
 ) -> None:
     """Run an emulated TensorRT-LLM engine behind Triton's gRPC protocol.
 
@@ -151,6 +167,9 @@ def emulate(
             decoupled=decoupled,
             separate_final=separate_final,
             triton_max_batch_size=triton_max_batch_size,
+            instances=instances,
+            text_model=text_model,
+            protocol=protocol,
             write_engine_config=write_engine_config,
             served_log=served_log,
             tls_certificate=tls_certificate,
@@ -187,6 +206,7 @@ def emulate(
             claim_errors=claim_errors,
             freeze_after=freeze_after,
             slow_factor=slow_factor,
+            ignore_lora=ignore_lora,
         )
         asyncio.run(_run(options, as_json))
     except (ValueError, OSError, RuntimeError) as error:

@@ -204,6 +204,10 @@ class Engine:
             return self._ends_ns
         return None if self._is_idle() else self._clock_ns
 
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+        return self._planner.has_adapter(task_id)
+
     def payload(self, task_id: int) -> object | None:
         """The weights that the engine computes a task with; None when it has none."""
         return self._planner.payload(task_id)

@@ -82,6 +82,10 @@ class Intake(ABC):
         """Tokens of each active request by id."""
         return {request.request_id: request.generated for request in self._active()}
 
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+        return self.peft is not None and self.peft.is_cached(task_id)
+
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with, the device's copy or else the host's; None without any."""
         entry = self.peft.entry(task_id) if self.peft is not None else None

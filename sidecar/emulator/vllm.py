@@ -91,6 +91,10 @@ class VllmIntake(ABC):
         """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
         return
 
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+        return task_id in self._registered
+
     def payload(self, task_id: int) -> object | None:
         """The weights that a task is computed with; None without any."""
         registered = self._registered.get(task_id)

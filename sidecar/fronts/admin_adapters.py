@@ -10,6 +10,7 @@ from typing import Any
 from sidecar.core import queries
 from sidecar.core.effects import Answer
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.admin_verify import Verifier
 from sidecar.fronts.push import Pushes
 from sidecar.fronts.status import abort, answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
@@ -31,6 +32,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         self._gateway = gateway
         self._catalogue = gateway.catalogue
         self._pushes = Pushes(gateway)
+        self._verifier = Verifier(gateway)
 
     @answers_errors
     async def Register(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
@@ -103,6 +105,13 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     async def Refresh(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._catalogue.refresh(request.name, request.version)
         return self._adapter(request.name)
+
+    async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream what a verification finds, as it finds it."""
+        try:
+            await self._verifier.verify(request, context.write)
+        except SidecarError as error:
+            await abort(context, error)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
         """Stream what changed after the token, or all names first, then each change as it happens."""

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import struct
 from typing import Any
 
 import numpy as np
 
-from sidecar.backends.api import Payload, Reply, Ticket
-from sidecar.backends.wire import ModelInferRequest
+from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.dialects import TRITON_LLMAPI
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
+from sidecar.fronts.generate_forms import MAX_TOKENS_DEFAULT, payload_of, why_not_llmapi
+from sidecar.fronts.kinds import backends_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
 
-logger = logging.getLogger(__name__)
-
-MAX_TOKENS_DEFAULT = 128
-INT32_MAX = 2**31 - 1
-"""Of the engine's tensors."""
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+"""What a character whose last bytes are still to come looks like at the end of a text."""
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
@@ -46,7 +44,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
 
     def _submit(self, request: Any, context: Any) -> Ticket:
-        payload, input_tokens = payload_of(request, self._may_stream())
+        payload, input_tokens = payload_of(request, self._may_stream)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
@@ -60,19 +58,36 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             deadline_s=callers.earliest(deadline_s, callers.remaining_s(context)),
             session=request.session,
             size_bytes=request.ByteSize(),
+            only=self._places(request, payload.kinds),
         )
         return self._gateway.submit(facts, payload, request.request_id)
 
-    def _may_stream(self) -> bool:
+    def _places(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the backends that a request can go to, none for any. Raises Refused(INVALID_REQUEST)."""
+        places = backends_of(self._gateway.state, kinds)
+        if places is None:
+            raise Refused(Reason.INVALID_REQUEST, why_not_llmapi(request))
+        return places
+
+    def _may_stream(self, kind: str) -> bool:
         """Whether to stream where the client does not say: engines whose models are not decoupled refuse to."""
-        return any(backend.streams for backend in self._gateway.backends.values())
+        state = self._gateway.state
+        return any(
+            backend.streams
+            for name, backend in self._gateway.backends.items()
+            if state.backends[name].facts.kind == kind
+        )
 
     async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
         tokens = 0
+        is_text = request.WhichOneof("prompt") == "text"
+        said = TextSoFar()
 
         async def write(reply: Reply) -> None:
             nonlocal tokens
-            message, count = response_of(reply, request.WhichOneof("prompt") == "text")
+            message, count = response_of(reply, is_text)
+            if is_text and self._repeats_itself(ticket):
+                message.text = said.news(message.text, count > 0, reply.final)
             tokens += count
             if reply.final:
                 self._add_origin(message.origin, request, ticket, tokens)
@@ -80,6 +95,11 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.write(message)
 
         return await relay.relay(ticket, write)
+
+    def _repeats_itself(self, ticket: Ticket) -> bool:
+        """Whether each response of the model that answers has the whole text so far."""
+        assert ticket.dispatch is not None
+        return bool(self._gateway.state.backends[ticket.dispatch.backend].facts.kind == TRITON_LLMAPI)
 
     def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
         dispatch = ticket.dispatch
@@ -96,85 +116,22 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         origin.request_id = request.request_id or str(ticket.request)
 
 
-def payload_of(request: Any, may_stream: bool) -> tuple[Payload, int]:
-    """Return the engine's form of a request and how many input tokens it counts as.
+class TextSoFar:
+    """What a client has been told of a text that comes whole each time, a little longer."""
 
-    Text is counted as a token a byte, its upper bound: only the engine has the tokenizer.
-    """
-    for field in ("max_tokens", "top_k"):
-        if getattr(request, field) > INT32_MAX:
-            raise Refused(Reason.INVALID_REQUEST, f"{field} is {getattr(request, field)}; at most {INT32_MAX} is taken")
-    streams = request.stream if request.HasField("stream") else may_stream
-    prompt = request.WhichOneof("prompt")
-    if prompt == "text":
-        text = request.text.encode()
-        message = _text_request(request, text, streams)
-        count = len(text)
-    elif prompt == "tokens" and request.tokens.ids:
-        message = _token_request(request, streams)
-        count = len(request.tokens.ids)
-    else:
-        raise Refused(Reason.INVALID_REQUEST, "the request has no prompt; set text or tokens")
-    return Payload(message.model_name, message.SerializeToString(), raw=True, unary=False), count
+    def __init__(self) -> None:
+        self._told = 0
+        self._held = ""
 
-
-def _text_request(request: Any, text: bytes, streams: bool) -> Any:
-    message = ModelInferRequest(model_name="ensemble")
-    _add(message, "text_input", "BYTES", _bytes_tensor(text))
-    _add(message, "max_tokens", "INT32", _int32(request.max_tokens or MAX_TOKENS_DEFAULT))
-    _add(message, "stream", "BOOL", _bool(streams))
-    _add(message, "exclude_input_in_output", "BOOL", _bool(True))
-    _add_sampling(message, request, {"top_k": "top_k", "top_p": "top_p"})
-    if request.stop_words:
-        words = [_bytes_tensor(word.encode()) for word in request.stop_words]
-        _add(message, "stop_words", "BYTES", b"".join(words), len(words))
-    return message
-
-
-def _token_request(request: Any, streams: bool) -> Any:
-    if request.stop_words:
-        raise Refused(
-            Reason.INVALID_REQUEST, "stop_words need a text prompt: with token ids only the client knows them"
-        )
-    message = ModelInferRequest(model_name="tensorrt_llm")
-    ids = np.asarray(request.tokens.ids, np.int32)
-    _add(message, "input_ids", "INT32", ids.tobytes(), ids.size)
-    _add(message, "input_lengths", "INT32", _int32(ids.size))
-    _add(message, "request_output_len", "INT32", _int32(request.max_tokens or MAX_TOKENS_DEFAULT))
-    _add(message, "streaming", "BOOL", _bool(streams))
-    _add(message, "exclude_input_in_output", "BOOL", _bool(True))
-    _add_sampling(message, request, {"top_k": "runtime_top_k", "top_p": "runtime_top_p"})
-    return message
-
-
-def _add_sampling(message: Any, request: Any, names: dict[str, str]) -> None:
-    """Add the sampling fields that the client set, under the model's names; the rest is the engine's default."""
-    for field, datatype, form in (
-        ("temperature", "FP32", "<f"),
-        ("top_k", "INT32", "<i"),
-        ("top_p", "FP32", "<f"),
-        ("seed", "UINT64", "<Q"),
-        ("repetition_penalty", "FP32", "<f"),
-    ):
-        if request.HasField(field):
-            _add(message, names.get(field, field), datatype, struct.pack(form, getattr(request, field)))
-
-
-def _add(message: Any, name: str, datatype: str, data: bytes, size: int = 1) -> None:
-    message.inputs.add(name=name, datatype=datatype, shape=[1, size])
-    message.raw_input_contents.append(data)
-
-
-def _bytes_tensor(text: bytes) -> bytes:
-    return struct.pack("<I", len(text)) + text
-
-
-def _int32(value: int) -> bytes:
-    return struct.pack("<i", value)
-
-
-def _bool(value: bool) -> bytes:
-    return b"\1" if value else b"\0"
+    def news(self, text: str, has_text: bool, final: bool) -> str:
+        """Return what is new, in order; a character that may still become another is held back to the end."""
+        if not has_text:
+            text = self._held  # an end without data
+        self._held = text
+        settled = text if final else text.rstrip(INCOMPLETE)
+        piece = settled[self._told :]
+        self._told = max(self._told, len(settled))
+        return piece
 
 
 def response_of(reply: Reply, text: bool) -> tuple[Any, int]:

@@ -1,5 +1,7 @@
 """The http listener: `/metrics` for Prometheus, `/livez` and `/readyz` for whoever starts and stops the process.
 
+KServe's REST paths are answered, too: with where gRPC is (`http_rest`).
+
 It runs on the event loop that serves requests, so an answer of `/livez` is the proof that the loop makes progress.
 HTTP itself is h11's business; connections, their number and how long they may be silent are bounded here.
 """
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import h11
 
 from sidecar.errors import Misused, Reason
+from sidecar.fronts.http_rest import is_rest, rest_answer
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
@@ -24,15 +27,19 @@ HEAD_BYTES_MAX = 16 << 10
 BODY_BYTES_MAX = 64 << 10
 SILENCE_S_MAX = 30.0
 READ_BYTES = 16 << 10
+DISCARDED_BYTES_MAX = 64 << 20
 PLAIN = "text/plain; charset=utf-8"
 
 
 @dataclass(frozen=True)
 class Answer:
+    """`whatever_body` says that the answer is the same for a body that is too long to be read."""
+
     status: int
     body: bytes
     content_type: str = PLAIN
     headers: tuple[tuple[str, str], ...] = ()
+    whatever_body: bool = False
 
 
 def _text(status: int, sentence: str) -> Answer:
@@ -61,12 +68,16 @@ def _detail(gateway: Gateway, backend: str) -> str:
 
 
 class HttpFront:
-    """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`."""
+    """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
 
-    def __init__(self, gateway: Gateway, metrics: Metrics, address: str) -> None:
+    `grpc_address` is the data listener's, for those who look for inference here.
+    """
+
+    def __init__(self, gateway: Gateway, metrics: Metrics, address: str, grpc_address: str) -> None:
         self._gateway = gateway
         self._metrics = metrics
         self.address = address
+        self._grpc_address = grpc_address
         self._server: asyncio.Server | None = None
         self._connections: dict[asyncio.Task[None], None] = {}
         self._routes: dict[str, Callable[[h11.Request], Awaitable[Answer]]] = {
@@ -120,6 +131,8 @@ class HttpFront:
 
     async def _answer(self, request: h11.Request) -> Answer:
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
+        if is_rest(path):
+            return self._answer_rest(request.method.decode("ascii", "replace"), path)
         route = self._routes.get(path)
         if route is None:
             return _text(404, f"nothing is here; there are {', '.join(self._routes)}")
@@ -127,6 +140,11 @@ class HttpFront:
             refused = _text(405, f"{path} is to be read with GET")
             return Answer(405, refused.body, headers=(("allow", "GET, HEAD"),))
         return await route(request)
+
+    def _answer_rest(self, method: str, path: str) -> Answer:
+        rest = rest_answer(method, path, self._grpc_address)
+        allow = (("allow", rest.allow),) if rest.allow else ()
+        return Answer(rest.status, rest.body, "application/json", allow, whatever_body=True)
 
     async def _show_metrics(self, request: h11.Request) -> Answer:
         accept = next((value for name, value in request.headers if name == b"accept"), b"")
@@ -154,19 +172,28 @@ class Conversation:
         self._writer = writer
         self._answer = answer
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+        self._body_is_too_long = False
 
     async def run(self) -> None:
         try:
             while (request := await self._request()) is not None:
-                await self._send(request, await self._answer(request))
+                answer = await self._answer(request)
+                if self._body_is_too_long and not answer.whatever_body:
+                    raise h11.RemoteProtocolError("the body is too long", error_status_hint=413)
+                await self._send(request, answer)
                 if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
-                    return
+                    break
                 self._http.start_next_cycle()
         except h11.RemoteProtocolError as error:
             await self._refuse(error)
+        if self._body_is_too_long:
+            await self._discard()
 
     async def _request(self) -> h11.Request | None:
-        """Return the next request, its body read and thrown away; None at the end of the connection."""
+        """Return the next request; None at the end of the connection.
+
+        Its body is read and thrown away, unless it is too long or its client waits for a word before it sends it.
+        """
         request: h11.Request | None = None
         body_bytes = 0
         while True:
@@ -176,14 +203,25 @@ class Conversation:
                     self._http.receive_data(await self._reader.read(READ_BYTES))
             elif isinstance(event, h11.Request):
                 request = event
+                if self._http.they_are_waiting_for_100_continue:
+                    return request
             elif isinstance(event, h11.Data):
                 body_bytes += len(event.data)
                 if body_bytes > BODY_BYTES_MAX:
-                    raise h11.RemoteProtocolError("the body is too long", error_status_hint=413)
+                    self._body_is_too_long = True
+                    return request
             elif isinstance(event, h11.EndOfMessage):
                 return request
             else:
                 return None
+
+    async def _discard(self) -> None:
+        """Take what the client still sends: to close on it would reset the connection before the answer is read."""
+        self._writer.write_eof()
+        left = DISCARDED_BYTES_MAX
+        async with asyncio.timeout(SILENCE_S_MAX):
+            while left > 0 and (data := await self._reader.read(READ_BYTES)):
+                left -= len(data)
 
     async def _send(self, request: h11.Request | None, answer: Answer) -> None:
         headers = [

@@ -35,8 +35,8 @@ REGIONS = ("SystemSharedMemoryRegister", "SystemSharedMemoryUnregister")
 Verb = Callable[[Any, Any], Awaitable[Any]]
 
 
-def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> None:
-    """Add the inference verbs and the read-only ones to a server."""
+def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KServe:
+    """Add the inference verbs and the read-only ones to a server; return the front that has the streams."""
     front, later = KServe(gateway, config), Later(gateway)
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "ModelInfer": grpc.unary_unary_rpc_method_handler(front.infer),
@@ -47,6 +47,7 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> Non
     handlers |= {verb: verb_handler(verb, to_one(gateway, verb)) for verb in PASSED_ON}
     handlers |= {verb: verb_handler(verb, to_all(gateway, verb, later)) for verb in REGIONS}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    return front
 
 
 def verb_handler(verb: str, handle: Verb) -> grpc.RpcMethodHandler[Any, Any]:

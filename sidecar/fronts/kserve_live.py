@@ -12,6 +12,7 @@ from typing import Any
 
 from sidecar.backends import wire
 from sidecar.backends.api import Ticket
+from sidecar.core.effects import Settle
 from sidecar.fronts.kserve_request import Asked
 
 
@@ -76,6 +77,15 @@ def stopped_answer(asked: Asked) -> Any:
             response.outputs.add(name=name, datatype=datatype, shape=shape)
             response.raw_output_contents.append(data)
     return response
+
+
+def words_for_client(live: Live, ending: Settle) -> str:
+    """Return an ending's message. An engine's words name the request by our id; its client knows it by its own."""
+    dispatch = live.ticket.dispatch
+    if dispatch is None:
+        return ending.message
+    ours = wire.engine_id(dispatch.request, dispatch.attempt)
+    return ending.message.replace(f"[request id: {ours}]", f"[request id: {live.asked.client_id or '<id_unknown>'}]")
 
 
 TEXT_ENDING = (("text_output", "BYTES", (1,), struct.pack("<I", 0)),)

@@ -13,16 +13,20 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from sidecar.backends.api import Payload
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
 from sidecar.backends.wire import EMPTY_FINAL, ModelInferRequest
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_parameters import own_parameters, seconds_until
 from sidecar.fronts.kserve_tensors import Tensors
 from sidecar.shell.gateway import RequestFacts
 
-LORA_TENSORS = ("lora_task_id", "lora_weights", "lora_config")
+CORE_LORA_TENSORS = ("lora_task_id", "lora_weights", "lora_config")
+LLMAPI_LORA_TENSORS = ("lora_id", "lora_name", "lora_path", "lora_ckpt_source")
+LORA_TENSORS = (*CORE_LORA_TENSORS, *LLMAPI_LORA_TENSORS)
+IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
 """Ids from here on are ours: hashes of 63 bits. A client could otherwise put its weights under an id of ours."""
-OUTPUT_LENGTHS = ("request_output_len", "max_tokens")
+OUTPUT_LENGTHS = ("request_output_len", "max_tokens", "sampling_param_max_tokens")
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,14 @@ def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rul
             head=tensors.without(LORA_TENSORS) if dropped else raw,
             raw=not tensors.typed,
             unary=unary,
+            kind=_kind(tensors),
         ),
     )
+
+
+def _kind(tensors: Tensors) -> str:
+    """Return the kind of model that a request is written for: only the LLM-API model takes text without a batch."""
+    return TRITON_LLMAPI if tensors.rank("text_input") == 1 else TRITON
 
 
 def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:
@@ -112,12 +122,12 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
         return ""
     if len(set(own_tensors)) < len(own_tensors):
         raise Refused(Reason.INVALID_REQUEST, "the request has a lora_* tensor twice; send each once")
-    ids = tensors.integers("lora_task_id")
+    ids = tensors.integers(*IDS)
     task_id = ids[0] if len(ids) == 1 else None
     if task_id is not None and task_id in rules.legacy_task_ids:
         return rules.legacy_task_ids[task_id]
     if not rules.allow_client_lora:
-        which = own_tensors[0] if task_id is None else f"lora_task_id {task_id}"
+        which = own_tensors[0] if task_id is None else f"{_id_name(tensors)} {task_id}"
         raise Refused(
             Reason.INVALID_REQUEST,
             f"the request has {which} of its own; name the adapter with the request parameter lora_name instead, or "
@@ -126,7 +136,12 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
     if task_id is None or not 0 <= task_id < CLIENT_TASK_IDS_END:
         raise Refused(
             Reason.INVALID_REQUEST,
-            f"lora_task_id {'is missing' if task_id is None else task_id}; a client's own must be in the request and "
-            f"below {CLIENT_TASK_IDS_END}: larger ids are the sidecar's",
+            f"{_id_name(tensors)} {'is missing' if task_id is None else task_id}; a client's own must be in the "
+            f"request and below {CLIENT_TASK_IDS_END}: larger ids are the sidecar's",
         )
     return ""
+
+
+def _id_name(tensors: Tensors) -> str:
+    """Return what the request's model calls an adapter's id."""
+    return "lora_id" if any(name in tensors for name in LLMAPI_LORA_TENSORS) else "lora_task_id"

@@ -49,6 +49,10 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    def rank(self, name: str) -> int | None:
+        """Return how many dimensions a tensor has, None if it is not here."""
+        return len(self._message.inputs[self._places[name]].shape) if name in self._places else None
+
     def integers(self, *names: str) -> tuple[int, ...]:
         """Return the elements of the first of these tensors that is here; none if they cannot be seen."""
         name = next((name for name in names if name in self._places), None)

@@ -156,6 +156,108 @@ class WatchResponse(_message.Message):
     adapter: Adapter
     def __init__(self, token: _Optional[str] = ..., name: _Optional[str] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
 
+class VerifyRequest(_message.Message):
+    __slots__ = ("name", "backends", "prompts", "max_tokens", "timeout_s")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    prompts: _containers.RepeatedCompositeFieldContainer[VerifyPrompt]
+    max_tokens: int
+    timeout_s: int
+    def __init__(self, name: _Optional[str] = ..., backends: _Optional[_Iterable[str]] = ..., prompts: _Optional[_Iterable[_Union[VerifyPrompt, _Mapping]]] = ..., max_tokens: _Optional[int] = ..., timeout_s: _Optional[int] = ...) -> None: ...
+
+class VerifyPrompt(_message.Message):
+    __slots__ = ("text", "token_ids")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class VerifyResponse(_message.Message):
+    __slots__ = ("plan", "answer", "check")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_NUMBER: _ClassVar[int]
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    plan: VerifyPlan
+    answer: VerifyAnswer
+    check: VerifyCheck
+    def __init__(self, plan: _Optional[_Union[VerifyPlan, _Mapping]] = ..., answer: _Optional[_Union[VerifyAnswer, _Mapping]] = ..., check: _Optional[_Union[VerifyCheck, _Mapping]] = ...) -> None: ...
+
+class VerifyPlan(_message.Message):
+    __slots__ = ("version", "digest", "backends", "skipped", "prompts", "expected", "probes")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
+    PROBES_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    digest: str
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    skipped: _containers.RepeatedCompositeFieldContainer[SkippedBackend]
+    prompts: int
+    expected: int
+    probes: str
+    def __init__(self, version: _Optional[str] = ..., digest: _Optional[str] = ..., backends: _Optional[_Iterable[str]] = ..., skipped: _Optional[_Iterable[_Union[SkippedBackend, _Mapping]]] = ..., prompts: _Optional[int] = ..., expected: _Optional[int] = ..., probes: _Optional[str] = ...) -> None: ...
+
+class SkippedBackend(_message.Message):
+    __slots__ = ("backend", "why")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    why: str
+    def __init__(self, backend: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class VerifyAnswer(_message.Message):
+    __slots__ = ("backend", "prompt", "base", "adapter", "expect", "changed", "matches", "again")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    EXPECT_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    MATCHES_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    prompt: VerifyPrompt
+    base: VerifyReply
+    adapter: VerifyReply
+    expect: str
+    changed: bool
+    matches: bool
+    again: _containers.RepeatedCompositeFieldContainer[VerifyReply]
+    def __init__(self, backend: _Optional[str] = ..., prompt: _Optional[_Union[VerifyPrompt, _Mapping]] = ..., base: _Optional[_Union[VerifyReply, _Mapping]] = ..., adapter: _Optional[_Union[VerifyReply, _Mapping]] = ..., expect: _Optional[str] = ..., changed: _Optional[bool] = ..., matches: _Optional[bool] = ..., again: _Optional[_Iterable[_Union[VerifyReply, _Mapping]]] = ...) -> None: ...
+
+class VerifyReply(_message.Message):
+    __slots__ = ("text", "token_ids", "error")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    error: str
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., error: _Optional[str] = ...) -> None: ...
+
+class VerifyCheck(_message.Message):
+    __slots__ = ("check", "result", "sentence", "advice", "backends")
+    CHECK_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    SENTENCE_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    check: str
+    result: str
+    sentence: str
+    advice: str
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, check: _Optional[str] = ..., result: _Optional[str] = ..., sentence: _Optional[str] = ..., advice: _Optional[str] = ..., backends: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class PrefetchRequest(_message.Message):
     __slots__ = ("name", "backends")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -99,6 +99,11 @@ class AdaptersStub:
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.RefreshRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.Verify = channel.unary_stream(
+                '/lorasidecar.v1.Adapters/Verify',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.VerifyRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.VerifyResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/lorasidecar.v1.Adapters/Watch',
                 request_serializer=sidecar_dot_proto_dot_admin__pb2.WatchRequest.SerializeToString,
@@ -198,6 +203,15 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Verify(self, request, context):
+        """Asks backends with greedy prompts, as the base model and as the adapter, whether the adapter changes the answer,
+        whether the backends agree, and whether the answers are those that its probe.jsonl expects. Streams the plan, what
+        each backend said, and at the end what follows from it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """Streams changes of names: first all of them when no token is given, then each as it happens.
         """
@@ -272,6 +286,11 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Refresh,
                     request_deserializer=sidecar_dot_proto_dot_admin__pb2.RefreshRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_admin__pb2.Adapter.SerializeToString,
+            ),
+            'Verify': grpc.unary_stream_rpc_method_handler(
+                    servicer.Verify,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.VerifyRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.VerifyResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -630,6 +649,33 @@ class Adapters:
             '/lorasidecar.v1.Adapters/Refresh',
             sidecar_dot_proto_dot_admin__pb2.RefreshRequest.SerializeToString,
             sidecar_dot_proto_dot_admin__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Verify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasidecar.v1.Adapters/Verify',
+            sidecar_dot_proto_dot_admin__pb2.VerifyRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.VerifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

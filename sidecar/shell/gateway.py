@@ -19,6 +19,8 @@ from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.packed import PackReport
+from sidecar.adapters.shared_memory import Mount
+from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.core import effects as do
 from sidecar.core import events as ev
@@ -51,6 +53,8 @@ class RequestFacts:
     session: str = ""
     size_bytes: int = 0
     """The length of the client's message."""
+    only: tuple[str, ...] = ()
+    """The backends that it may go to; any if none is named."""
 
 
 class Gateway:
@@ -67,6 +71,8 @@ class Gateway:
         sources: Sources | None = None,
         disk: DiskTier | None = None,
         bases: Mapping[str, BaseModel] | None = None,
+        mount: Mount | None = None,
+        stagings: Sequence[Staging] = (),
     ) -> None:
         self.core = Core(config, policies)
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
@@ -74,7 +80,16 @@ class Gateway:
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.backends: dict[str, Backend] = {}
         self._disk = disk
-        self.store = BlobStore(self.driver.post, self.sources, disk, config.fetches_max)
+        self.store = BlobStore(
+            self.driver.post,
+            self.sources,
+            disk,
+            config.fetches_max,
+            mount,
+            self._forget_region,
+            config.store_bytes,
+            stagings,
+        )
         self.tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
@@ -91,6 +106,7 @@ class Gateway:
 
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core what there is, and begin to reach the backends."""
+        await self.store.open()
         self.catalogue.announce()
         if self._disk is not None:
             for key, size_bytes in await asyncio.to_thread(self._disk.scan):
@@ -135,6 +151,7 @@ class Gateway:
                     deadline_ns,
                     facts.session,
                     facts.size_bytes,
+                    facts.only,
                 )
             )
         except Refused:
@@ -173,6 +190,9 @@ class Gateway:
     def _drop(self, effect: do.Drop) -> None:
         self.store.drop(effect)
 
+    async def _forget_region(self, region: str) -> None:
+        await asyncio.gather(*(backend.forget(region) for backend in self.backends.values()))
+
     def _spill(self, effect: do.Spill) -> None:
         self.store.spill(effect)
 
@@ -188,7 +208,8 @@ class Gateway:
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
             return
         ticket.dispatch = effect
-        self.backends[effect.backend].run(effect, ticket)
+        weights = self.store.lease(effect.packed_key) if effect.attach else None
+        self.backends[effect.backend].run(effect, ticket, weights)
 
     def _cancel_run(self, effect: do.CancelRun) -> None:
         self.backends[effect.backend].cancel(effect.request, effect.attempt)

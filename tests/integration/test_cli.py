@@ -57,7 +57,7 @@ def test_the_commands_are_those_that_are_promised() -> None:
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("adapters",) and len(path) == 2) == [
         "convert", "evict", "inspect", "list", "pin", "prefetch", "promote", "refresh", "register", "release",
-        "rollback", "show", "unpin", "unregister", "watch",
+        "rollback", "show", "unpin", "unregister", "verify", "watch",
     ]  # fmt: skip
     assert sorted(path[1] for path in commands() if path[:1] == ("backends",) and len(path) == 2) == [
         "check", "drain", "list", "show", "undrain",

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 
-from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.api import Reply, Ticket, Weights
 from sidecar.backends.wire import ModelInferResponse
 from sidecar.cli.generating import sentence
 from sidecar.core.config import CoreConfig
@@ -37,7 +37,7 @@ TOKEN = "s3cret"
 class EchoingBackend(ScriptedBackend):
     """Answers each request with the adapter's name, in two pieces; holds those of an adapter called "slow"."""
 
-    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         if effect.name == "slow":
             super().run(effect, ticket)
             return

@@ -17,115 +17,13 @@ from tests.emulated import (
     core_request,
     random_adapter,
     running_engine,
-    set_parameter,
     stream_answers,
     text_request,
     tokens_of,
 )
+from tests.rejections import ID, NOT_FOUND, REJECTIONS, too_few_inputs
 
-NOTE = (
-    "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
-    "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
-    "setting max_batch_size to zero. See the model configuration docs for more info on max_batch_size."
-)
-ID = "[request id: r1] "
 FETCH = "Encountered an error when fetching new request: "
-
-
-def _wrong_datatype() -> Any:
-    weights, config = random_adapter(1)
-    return add_lora(core_request(), 1, (weights.astype(np.float32), config), datatype="FP32")
-
-
-def _wrong_shape() -> Any:
-    request = core_request()
-    add_tensor(request, "lora_config", "INT32", np.zeros((1, 96, 4), np.int32))
-    return request
-
-
-def _too_few_inputs() -> Any:
-    request = core_request()
-    del request.inputs[2:], request.raw_input_contents[2:]
-    return request
-
-
-def _batch_mismatch() -> Any:
-    request = core_request()
-    add_tensor(request, "lora_config", "INT32", np.zeros((2, 4, 3), np.int32))
-    return request
-
-
-def _wrong_size() -> Any:
-    weights, config = random_adapter(1)
-    request = add_lora(core_request(), 1, (weights, config))
-    request.raw_input_contents[-2] = request.raw_input_contents[-2][:-2]
-    return request
-
-
-def _unexpected_input() -> Any:
-    request = core_request()
-    add_tensor(request, "foo", "INT32", np.zeros((1, 1), np.int32))
-    return request
-
-
-def _unexpected_output() -> Any:
-    request = core_request()
-    request.outputs.add(name="bar")
-    return request
-
-
-def _unknown_model() -> Any:
-    request = core_request()
-    request.model_name = "nobody"
-    return request
-
-
-def _large_batch() -> Any:
-    request = core_request()
-    del request.inputs[:], request.raw_input_contents[:]
-    for name in ("input_ids", "input_lengths", "request_output_len"):
-        add_tensor(request, name, "INT32", np.ones((65, 1), np.int32))
-    return request
-
-
-def _unknown_region() -> Any:
-    request = core_request()
-    tensor = request.inputs.add(name="lora_task_id", datatype="UINT64", shape=(1, 1))
-    set_parameter(tensor, "shared_memory_region", "x")
-    set_parameter(tensor, "shared_memory_byte_size", 8)
-    return request
-
-
-def _data_missing() -> Any:
-    request = core_request()
-    request.inputs.add(name="end_id", datatype="INT32", shape=(1, 1))
-    return request
-
-
-_SIZE = random_adapter(1)[0].nbytes
-REJECTIONS: list[tuple[Callable[[], Any], str]] = [
-    (
-        _wrong_datatype,
-        f"{ID}inference input 'lora_weights' data-type is 'FP32', but model 'tensorrt_llm' expects 'FP16'",
-    ),
-    (
-        _wrong_shape,
-        f"{ID}unexpected shape for input 'lora_config' for model 'tensorrt_llm'. "
-        f"Expected [-1,-1,3], got [1,96,4]. {NOTE}",
-    ),
-    (_batch_mismatch, f"{ID}input 'lora_config' batch size does not match other inputs for 'tensorrt_llm'"),
-    (
-        _wrong_size,
-        f"{ID}input byte size mismatch for input 'lora_weights' for model 'tensorrt_llm'. "
-        f"Expected {_SIZE}, got {_SIZE - 2}",
-    ),
-    (_unexpected_input, "unexpected inference input 'foo' for model 'tensorrt_llm'"),
-    (_unexpected_output, "unexpected inference output 'bar' for model 'tensorrt_llm'"),
-    (_unknown_model, "Request for unknown model: 'nobody' is not found"),
-    (_large_batch, f"{ID}inference request batch-size must be <= 64 for 'tensorrt_llm'"),
-    (_unknown_region, "Unable to find shared memory region: 'x'"),
-    (_data_missing, "unable to find data for input tensor 'end_id' for model 'tensorrt_llm' in request."),
-]
 
 
 @pytest.mark.parametrize(("request_of", "text"), REJECTIONS)
@@ -145,21 +43,21 @@ async def test_a_core_rejection_on_a_unary_call(request_of: Callable[[], Any], t
     async with running_engine(decoupled=False) as server, channel_to(server.grpc_address) as stub:
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.ModelInfer(request_of())
-    missing = request_of in (_unknown_model, _unknown_region)
+    missing = request_of in NOT_FOUND
     assert error.value.code() is (grpc.StatusCode.NOT_FOUND if missing else grpc.StatusCode.INVALID_ARGUMENT)
     assert error.value.details() == text
 
 
 async def test_missing_inputs_are_listed() -> None:
     """The text names what came and what is missing; without an id it says so."""
-    nameless = _too_few_inputs()
+    nameless = too_few_inputs()
     nameless.id = ""
     async with running_engine() as server, channel_to(server.grpc_address) as stub:
-        named = await stream_answers(stub, _too_few_inputs())
+        named = await stream_answers(stub, too_few_inputs())
         unnamed = await stream_answers(stub, nameless)
     assert named[0].error_message.startswith(f"{ID}expected number of inputs between 3 and ")
     assert named[0].error_message.endswith(
-        " but got 2 inputs for model 'tensorrt_llm'. Got input(s) ['input_ids','input_lengths'], but missing required "
+        " but got 2 inputs for model 'tensorrt_llm'. Got input(s) ['input_lengths','input_ids'], but missing required "
         "input(s) ['request_output_len']. Please provide all required input(s)."
     )
     assert unnamed[0].error_message.startswith("[request id: <id_unknown>] expected number of inputs")
@@ -175,14 +73,15 @@ async def test_a_required_input_hidden_by_optional_ones() -> None:
     assert messages[0].infer_response.parameters["triton_final_response"].bool_param
 
 
-async def test_ensemble_rejections_name_the_ensemble() -> None:
-    """The ensemble is checked as the model it is."""
+async def test_errors_of_the_ensemble_name_it() -> None:
+    """A string that is cut off is found by the step that reads it."""
     request = text_request()
     request.raw_input_contents[0] = request.raw_input_contents[0][:-1]
     async with running_engine() as server, channel_to(server.grpc_address) as stub:
         messages = await stream_answers(stub, request)
     assert messages[0].error_message == (
-        f"{ID}incomplete string data for inference input 'text_input' for model 'ensemble'"
+        "in ensemble 'ensemble', incomplete string data for inference input 'QUERY', expecting string of length 5 but "
+        "only 4 bytes available"
     )
 
 

@@ -120,13 +120,13 @@ async def test_a_trouble_that_lasts_is_logged_once(caplog: pytest.LogCaptureFixt
         endpoint: Any = sidecar.gateway.backends["trt-0"]
         await until(lambda: "float32" in endpoint.detail())
         reached = asyncio.Event()
-        config = endpoint._probe.config
+        config = endpoint._server._probe.config
 
         async def again() -> Any:
             reached.set()
             return await config()
 
-        endpoint._probe.config = again
+        endpoint._server._probe.config = again
         await reached.wait()
         reached.clear()
         await reached.wait()

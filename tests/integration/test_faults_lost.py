@@ -221,7 +221,7 @@ async def test_a_client_that_takes_nothing_does_not_make_its_engine_look_stuck(t
             await stalled.read()
             endpoint: Any = served.sidecar.gateway.backends["trt-0"]
             await until(lambda: any(run.waits_for_client for run in endpoint._runs.values()))
-            await until(lambda: endpoint._pulse.is_still(monotonic()))
+            await until(lambda: endpoint._server.pulse.is_still(monotonic()))
             await endpoint._look()
             assert not events(served, BackendLost)
             assert_right(served, await attempt(served, "a00"))

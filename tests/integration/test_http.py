@@ -50,7 +50,7 @@ class Engine:
     async def stop(self) -> None:
         pass
 
-    def run(self, effect: Dispatch, ticket: Ticket) -> None:
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         self.post(FirstToken(effect.request, effect.attempt))
         self.post(RunEnded(effect.request, effect.attempt, 3))
 
@@ -60,6 +60,9 @@ class Engine:
     def load(self, effect: Load, weights: Weights) -> None:
         weights.release()
         self.post(LoadDone(effect.load))
+
+    async def forget(self, region: str) -> None:
+        pass
 
     def register_regions(self) -> None:
         pass
@@ -96,7 +99,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     gateway.observe(metrics)
     engines = [Engine("b0"), Engine("b1", up=False)]
     await gateway.start([(engine, EngineFacts()) for engine in engines])
-    front = HttpFront(gateway, metrics, "127.0.0.1:0")
+    front = HttpFront(gateway, metrics, "127.0.0.1:0", "0.0.0.0:9000")
     await front.start()
     house = House(gateway, engines, front)
     yield house
@@ -175,6 +178,81 @@ async def test_other_paths_and_methods(house: House) -> None:
     assert (answer.status_code, answer.content, answer.headers["content-length"]) == (200, b"", "3")
 
 
+MODEL = "/v2/models/tensorrt_llm"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v2"),
+        ("GET", "/v2/"),
+        ("HEAD", "/v2/health/live"),
+        ("GET", "/v2/health/ready"),
+        ("GET", MODEL),
+        ("GET", f"{MODEL}/versions/1/ready"),
+        ("GET", f"{MODEL}/config"),
+        ("GET", f"{MODEL}/stats"),
+        ("GET", "/v2/models/stats"),
+        ("POST", f"{MODEL}/infer"),
+        ("POST", f"{MODEL}/versions/1/generate_stream?x=1"),
+        ("POST", "/v2/repository/index"),
+        ("POST", "/v2/repository/models/a/load"),
+        ("GET", "/v2/systemsharedmemory/region/r/status"),
+        ("POST", "/v2/cudasharedmemory/unregister"),
+        ("POST", "/v2/logging"),
+        ("GET", f"{MODEL}/trace/setting"),
+    ],
+)
+async def test_rest_is_not_served_and_says_where_grpc_is(house: House, method: str, path: str) -> None:
+    """A JSON error as Triton's own, which its HTTP client shows."""
+    answer = await house.client.request(method, path)
+    assert (answer.status_code, answer.headers["content-type"]) == (501, "application/json")
+    if method != "HEAD":
+        assert answer.json()["error"] == (
+            "the sidecar does not serve KServe's REST API: use gRPC, port 9000 of this host "
+            "(inference.GRPCInferenceService)"
+        )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", f"{MODEL}/infer", "POST"),
+        ("DELETE", "/v2/health/live", "GET, HEAD"),
+        ("PUT", "/v2/logging", "GET, HEAD, POST"),
+    ],
+)
+async def test_rest_with_a_wrong_method(house: House, method: str, path: str, allow: str) -> None:
+    """405 with the methods that the path takes."""
+    answer = await house.client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allow)
+    assert answer.json()["error"] == f"{method} is not for this path; it takes {allow}"
+
+
+@pytest.mark.parametrize("path", ["/v2/nothing", f"{MODEL}/infer/more", "/v2/health"])
+async def test_rest_paths_that_triton_has_not_either(house: House, path: str) -> None:
+    """404 in JSON; a path that only begins with the same letters is none of REST's."""
+    answer = await house.client.post(path)
+    assert answer.status_code == 404
+    assert "has no such path" in answer.json()["error"]
+    assert "there are /metrics" in (await house.client.get("/v2x")).text
+
+
+async def test_rest_with_a_large_body(house: House) -> None:
+    """Prompts and tensors are longer than what is read here; the answer comes all the same, and not 413."""
+    for body in (b"x" * (1 << 20), b"x" * (20 << 20)):
+        answer = await house.client.post(f"{MODEL}/infer", content=body)
+        assert answer.status_code == 501
+    assert (await house.client.post("/livez", content=b"x" * (1 << 20))).status_code == 413
+
+
+async def test_rest_answers_who_waits_before_sending_a_body(house: House) -> None:
+    """As curl does: the answer comes instead of the word to go on."""
+    head = f"POST {MODEL}/infer HTTP/1.1\r\nhost: x\r\ncontent-length: 5000000\r\nexpect: 100-continue\r\n\r\n"
+    answer = await talk(house, head.encode())
+    assert answer.startswith(b"HTTP/1.1 501")
+
+
 async def test_one_connection_serves_many_requests(house: House) -> None:
     """A connection is kept, and requests that were sent before the first answer are all answered in order."""
     one = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -218,7 +296,7 @@ async def test_connections_are_bounded(house: House) -> None:
 
 async def test_a_port_in_use_is_named(house: House) -> None:
     """A second listener on the same port is refused with the address and the key to change, and leaves nothing."""
-    second = HttpFront(house.gateway, Metrics(house.gateway), house.front.address)
+    second = HttpFront(house.gateway, Metrics(house.gateway), house.front.address, "127.0.0.1:9000")
     with pytest.raises(Misused) as caught:
         await second.start()
     assert caught.value.reason is Reason.PORT_IN_USE

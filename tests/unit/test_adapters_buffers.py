@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +15,36 @@ import pytest
 from sidecar.adapters import buffers
 from sidecar.adapters.buffers import Blob
 from sidecar.adapters.memory import available_bytes
+from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
 from tests.peft_files import open_descriptors
 
 
-@pytest.fixture(params=["memory", "directory", "no memfd"])
-def directory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path | None:
+@pytest.fixture(params=["memory", "mount", "no memfd"])
+def mount(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mount | None]:
     """Each place a blob can lie in."""
     if request.param == "no memfd":
         monkeypatch.delattr(os, "memfd_create")
         monkeypatch.setattr(buffers.tempfile, "tempdir", str(tmp_path))
-    return tmp_path if request.param == "directory" else None
+    if request.param != "mount":
+        yield None
+        return
+    mount = Mount(tmp_path)
+    yield mount
+    mount.close()
 
 
-def filled(directory: Path | None) -> Blob:
+def filled(mount: Mount | None) -> Blob:
     """A sealed blob of 0, 1, 2, …"""
-    blob = Blob(1024, directory)
+    blob = Blob(1024, mount)
     blob.array(np.uint8, (1024,))[:] = np.arange(1024) % 256
     blob.seal()
     return blob
 
 
-def test_a_sealed_blob_is_read_only_and_keeps_its_bytes(directory: Path | None) -> None:
+def test_a_sealed_blob_is_read_only_and_keeps_its_bytes(mount: Mount | None) -> None:
     """What was written before the seal is what everybody reads after it."""
-    blob = filled(directory)
+    blob = filled(mount)
     values = blob.array(np.uint8, (4, 256))
     assert values[3, 255] == 255
     assert not values.flags.writeable
@@ -46,9 +53,9 @@ def test_a_sealed_blob_is_read_only_and_keeps_its_bytes(directory: Path | None) 
     blob.release()
 
 
-def test_another_process_reads_the_path_while_the_blob_lives(directory: Path | None) -> None:
+def test_another_process_reads_the_path_while_the_blob_lives(mount: Mount | None) -> None:
     """The loader process opens the blob by its path."""
-    blob = filled(directory)
+    blob = filled(mount)
     code = "import sys, pathlib; print(sum(pathlib.Path(sys.argv[1]).read_bytes()))"
     output = subprocess.run([sys.executable, "-c", code, str(blob.path)], capture_output=True, check=True, text=True)
     assert int(output.stdout) == 4 * sum(range(256))
@@ -68,10 +75,10 @@ def test_a_sealed_memory_file_cannot_be_written_by_others() -> None:
     blob.release()
 
 
-def test_the_last_lease_ends_the_blob(directory: Path | None) -> None:
+def test_the_last_lease_ends_the_blob(mount: Mount | None) -> None:
     """Two leases: the first release changes nothing, the second closes the descriptor and removes the file."""
     before = open_descriptors()
-    blob = filled(directory)
+    blob = filled(mount)
     assert blob.lease() is blob
     assert blob.leases == 2
     blob.release()
@@ -85,18 +92,18 @@ def test_the_last_lease_ends_the_blob(directory: Path | None) -> None:
             call()
 
 
-def test_an_array_outlives_the_last_lease(directory: Path | None) -> None:
+def test_an_array_outlives_the_last_lease(mount: Mount | None) -> None:
     """A reader that is late reads its bytes, not a fault."""
-    blob = filled(directory)
+    blob = filled(mount)
     values = blob.array(np.uint8, (1024,))
     blob.release()
     assert values[255] == 255
 
 
-def test_a_forgotten_blob_leaves_nothing_behind(directory: Path | None) -> None:
+def test_a_forgotten_blob_leaves_nothing_behind(mount: Mount | None) -> None:
     """A blob that is dropped without a release gives its descriptor and file back too."""
     before = open_descriptors()
-    blob = filled(directory)
+    blob = filled(mount)
     path = blob.path
     del blob
     gc.collect()
@@ -125,7 +132,7 @@ def test_an_array_larger_than_the_blob_is_an_error() -> None:
 
 
 def test_no_room_is_refused_with_the_bytes_and_leaves_nothing(
-    directory: Path | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mount: Mount | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A full disk or memory is a message, not a crash."""
 
@@ -135,12 +142,12 @@ def test_no_room_is_refused_with_the_bytes_and_leaves_nothing(
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = open_descriptors()
     with pytest.raises(Refused) as caught:
-        Blob(4096, directory)
+        Blob(4096, mount)
     assert caught.value.reason is Reason.ADAPTER_UNAVAILABLE
     assert "no room for 4096 bytes of packed weights" in caught.value.message
     assert "No space left on device" in caught.value.message
     assert open_descriptors() == before
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.iterdir() if path.suffix != ".owner"] == []
 
 
 def test_more_than_the_machine_has_is_refused_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +177,11 @@ def test_a_containers_limit_counts(tmp_path: Path, limit: str, expected: int) ->
     assert available_bytes(tmp_path / "missing", tmp_path / "missing") is None
 
 
-def test_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """A wrong shared-memory folder in the config is named."""
+def test_a_mount_that_has_gone_is_refused(tmp_path: Path) -> None:
+    """The mount is named."""
+    mount = Mount(tmp_path)
+    mount.directory = tmp_path / "missing"
     with pytest.raises(Refused, match="missing"):
-        Blob(16, tmp_path / "missing")
+        Blob(16, mount)
+    mount.directory = tmp_path
+    mount.close()

@@ -16,6 +16,7 @@ from sidecar.adapters.inspect import inspect
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, pack, plan
 from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.shared_memory import Mount
 from sidecar.core.facts import packed_key
 from sidecar.core.facts import task_id_of as task_id
 from sidecar.errors import Invalid, Misused, Reason, Refused
@@ -76,12 +77,14 @@ def test_a_failed_or_stopped_build_leaves_nothing(tmp_path: Path, when: str) -> 
 
     blobs = tmp_path / "blobs"
     blobs.mkdir()
+    mount = Mount(blobs)
     path = write_adapter(tmp_path / "sql")
     before = open_descriptors()
     with pytest.raises(Stopped):
-        build(path, Layout("float16"), progress=stop, directory=blobs)
-    assert list(blobs.iterdir()) == []
+        build(path, Layout("float16"), progress=stop, mount=mount)
+    assert [path for path in blobs.iterdir() if path.suffix != ".owner"] == []
     assert open_descriptors() == before
+    mount.close()
 
 
 def test_build_refuses_a_file_that_is_written_to_meanwhile(tmp_path: Path) -> None:
@@ -170,5 +173,9 @@ def test_inspect_says_which_layout_refuses(tmp_path: Path) -> None:
 
 def test_build_without_room_is_refused(tmp_path: Path) -> None:
     """The blob's own refusal comes through."""
+    mount = Mount(tmp_path)
+    mount.directory = tmp_path / "missing"
     with pytest.raises(Refused, match="no room"):
-        build(write_adapter(tmp_path / "sql"), Layout("float16"), directory=tmp_path / "missing")
+        build(write_adapter(tmp_path / "sql"), Layout("float16"), mount=mount)
+    mount.directory = tmp_path
+    mount.close()

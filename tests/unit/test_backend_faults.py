@@ -15,6 +15,11 @@ FETCH = "Encountered an error when fetching new request: "
 STORE = f"{FETCH}Error storing task=7 in PEFT cache -- "
 TEXTS = {
     "LoRA task 7 not found in cache. Please send LoRA weights with request": Fault.MISS,
+    "lora_path does not exist on the Triton server's filesystem: /mnt/adapters/5f.files.p1.g0": Fault.MISS,
+    "Failed to load LoRA adapter: [Errno 2] No such file or directory: '/mnt/a/adapter_config.json'": Fault.MISS,
+    "Failed to load LoRA adapter: adapter_config.json has no field r": Fault.REJECTED,
+    "lora_id, lora_name, and lora_path must all be provided together": Fault.REJECTED,
+    "lora_ckpt_source must be one of ('hf', 'nemo'), got 'x'": Fault.REJECTED,
     f"{STORE}Cache is full. There are no done tasks to evict": Fault.FULL,
     "PEFT Cache is full. Could not store taskId=7": Fault.FULL,
     f"{STORE}[TensorRT-LLM][ERROR] Assertion failed: pageIds.has_value()": Fault.PAGE_CLAIM,
@@ -37,6 +42,7 @@ FORMS = {
     "C++ backend": "Executor failed process requestId 12 due to the following error: {}",
     "ensemble": "in ensemble 'ensemble', Executor failed process requestId 12 due to the following error: {}",
     "request id": "[request id: 7.1] {}",
+    "LLM-API": "Error generating request: {}",
     "assertion": "Cannot process new request: [TensorRT-LLM][ERROR] Assertion failed: {} "
     "(/app/tensorrt_llm/cpp/tensorrt_llm/batch_manager/peftCacheManager.cpp:255)\n1  0x7f01 tensorrt_llm::common::"
     "throwRuntimeError(char const*, int, std::string const&) + 82",

@@ -50,10 +50,10 @@ def refused(server: FaultyServer, directory: Path, **options: object) -> Sidecar
 
 
 def test_a_sound_server(server: FaultyServer, folder: Path, tmp_path: Path) -> None:
-    """The files arrive as they are, one request each, and progress ends at their sum."""
+    """The files arrive as they are, one request each, and progress ends at their sum; a probe.jsonl may be missing."""
     brought = bring(server.url("sql/"), tmp_path / "to", [server.url("")])
     assert brought.files() == folder_files(folder)
-    assert [asked.path for asked in server.asked] == [f"/sql/{CONFIG}", f"/sql/{WEIGHTS}"]
+    assert [asked.path for asked in server.asked] == [f"/sql/{CONFIG}", f"/sql/{WEIGHTS}", "/sql/probe.jsonl"]
     assert brought.size_bytes == brought.progress[-1] == sum(map(len, folder_files(folder).values()))
     assert brought.totals[-1] == brought.size_bytes
     assert brought.world.waits_s == []
@@ -74,7 +74,7 @@ def test_cut_connections_are_gone_on_with(server: FaultyServer, folder: Path, tm
     server.faults[WEIGHTS] = [Fault(body_max=1000), Fault(body_max=500), Fault(body_max=0), Fault(body_max=0)]
     brought = bring(server.url("sql"), tmp_path / "to", [server.url("")], attempts_max=4)
     assert brought.files() == folder_files(folder)
-    asked = [(a.headers.get("range"), "if-range" in a.headers) for a in server.asked[1:]]
+    asked = [(a.headers.get("range"), "if-range" in a.headers) for a in server.asked[1:-1]]
     assert asked == [(None, False), ("bytes=1000-", True), *[("bytes=1500-", True)] * 3]
     assert brought.world.waits_s == [0.5, 0.5, 1.0, 2.0]
 
@@ -110,7 +110,7 @@ def test_bytes_that_changed_on_the_way_are_fetched_again(server: FaultyServer, f
     server.always[WEIGHTS] = Fault(headers=(("x-amz-checksum-sha256", _sha256(folder / WEIGHTS)),))
     server.faults[WEIGHTS] = [Fault(headers=server.always[WEIGHTS].headers, garbled=True)]
     assert bring(server.url("sql"), tmp_path / "to", [server.url("")]).files() == folder_files(folder)
-    assert [asked.headers.get("range") for asked in server.asked[1:]] == [None, None]
+    assert [asked.headers.get("range") for asked in server.asked[1:-1]] == [None, None]
 
 
 def _sha256(path: Path) -> str:
@@ -296,9 +296,9 @@ def test_redirects_that_are_allowed_are_followed(server: FaultyServer, folder: P
     server.always[f"sql/{WEIGHTS}"] = Fault(status=307, location=f"/moved/{WEIGHTS}?sig=1")
     server.faults[f"moved/{WEIGHTS}"] = [Fault(body_max=10)]
     assert bring(server.url("sql"), tmp_path / "to", [server.url("")]).files() == folder_files(folder)
-    paths = [asked.path.split("/")[1] for asked in server.asked[1:]]
+    paths = [asked.path.split("/")[1] for asked in server.asked[1:-1]]
     assert paths == ["sql", "moved", "sql", "moved"]
-    assert server.asked[-1].query == "sig=1"
+    assert server.asked[-2].query == "sig=1"
     server.always[f"sql/{WEIGHTS}"] = Fault(status=302, location=f"/sql/{WEIGHTS}")
     assert "redirects more than 5 times" in refused(server, tmp_path / "again").message
 
@@ -321,9 +321,9 @@ def test_the_address_that_was_checked_is_connected_to(
     origin = f"http://models.example:{port}/sql?token=s3cret"
     brought = bring(origin, tmp_path / "to", [f"http://models.example:{port}/sql"], world)
     assert brought.files() == folder_files(folder)
-    assert [asked.headers["host"] for asked in server.asked] == [f"models.example:{port}"] * 2
-    assert [asked.query for asked in server.asked] == ["token=s3cret"] * 2
-    assert world.resolved == ["models.example"] * 2
+    assert [asked.headers["host"] for asked in server.asked] == [f"models.example:{port}"] * 3
+    assert [asked.query for asked in server.asked] == ["token=s3cret"] * 3
+    assert world.resolved == ["models.example"] * 3
     assert "s3cret" not in caplog.text
 
 
@@ -332,7 +332,7 @@ def test_another_address_is_tried(server: FaultyServer, folder: Path, tmp_path: 
     world, port = World({"models.example": ["127.255.255.254", "127.0.0.1"]}), server.address.rpartition(":")[2]
     brought = bring(f"http://models.example:{port}/sql", tmp_path / "to", [f"http://models.example:{port}/"], world)
     assert brought.files() == folder_files(folder)
-    assert len(world.waits_s) == 2
+    assert len(world.waits_s) == 3
 
 
 def test_credentials_come_from_netrc_and_stay_with_their_host(
@@ -348,7 +348,7 @@ def test_credentials_come_from_netrc_and_stay_with_their_host(
     allow = [f"http://{host}.example:{port}/" for host in ("models", "other")]
     bring(f"http://models.example:{port}/sql", tmp_path / "to", allow)
     sent = [(asked.headers["host"].split(".")[0], "authorization" in asked.headers) for asked in server.asked]
-    assert sent == [("models", True), ("models", True), ("other", False)]
+    assert sent == [("models", True), ("models", True), ("other", False), ("models", True)]
 
 
 def test_certificates_are_of_the_host_not_of_its_address(

@@ -6,6 +6,7 @@ will do.
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 from pathlib import Path
 
@@ -13,11 +14,20 @@ from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.buckets import BucketFolder, client_of
 from sidecar.adapters.origins.download import download
 from sidecar.adapters.origins.failures import Missing, unreadable
-from sidecar.adapters.origins.files import CONFIG_FILE_NAME, INDEX_FILE_NAME, WEIGHTS_FILE_NAME, shard_names
+from sidecar.adapters.origins.files import (
+    CONFIG_FILE_NAME,
+    INDEX_FILE_NAME,
+    PROBE_FILE_NAME,
+    WEIGHTS_FILE_NAME,
+    shard_names,
+)
 from sidecar.adapters.origins.limits import Errand, Limits, Progress, Surroundings
 from sidecar.adapters.origins.origin import Origin
 from sidecar.adapters.origins.remote import Remote
 from sidecar.adapters.origins.web import WebFolder
+from sidecar.errors import SidecarError
+
+logger = logging.getLogger(__name__)
 
 PICKLE_FILE_NAME = "adapter_model.bin"
 
@@ -40,6 +50,8 @@ def fetch(
 ) -> int:
     """Bring adapter_config.json and the weights, whole or in shards, into an empty directory; return their bytes.
 
+    A probe.jsonl is brought too where there is one; an adapter is whole without it.
+
     Runs in a thread. What `progress` raises ends it. Raises Invalid for what will not be right, Refused for what
     may be right later; every file in the directory is whole even then.
     """
@@ -55,7 +67,17 @@ def fetch(
             download(remote, WEIGHTS_FILE_NAME, directory, limits.size_bytes_max, errand)
         except Missing:
             _fetch_shards(remote, directory, errand)
+        _fetch_probes(remote, directory, errand)
     return errand.done_bytes
+
+
+def _fetch_probes(remote: Remote, directory: Path, errand: Errand) -> None:
+    try:
+        download(remote, PROBE_FILE_NAME, directory, errand.limits.probe_bytes_max, errand)
+    except Missing:
+        return
+    except SidecarError as error:  # some origins refuse what is not there
+        logger.warning("%s: its %s is left out: %s", errand.origin, PROBE_FILE_NAME, error.message)
 
 
 def _fetch_shards(remote: Remote, directory: Path, errand: Errand) -> None:

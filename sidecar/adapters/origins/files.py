@@ -7,11 +7,19 @@ import re
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME
 from sidecar.adapters.peft_config import FILE_NAME as CONFIG_FILE_NAME
+from sidecar.adapters.probes import FILE_NAME as PROBE_FILE_NAME
 from sidecar.adapters.strict_json import parse_object
 
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors\Z")
 
-__all__ = ["CONFIG_FILE_NAME", "INDEX_FILE_NAME", "WEIGHTS_FILE_NAME", "is_shard_name", "shard_names"]
+__all__ = [
+    "CONFIG_FILE_NAME",
+    "INDEX_FILE_NAME",
+    "PROBE_FILE_NAME",
+    "WEIGHTS_FILE_NAME",
+    "is_shard_name",
+    "shard_names",
+]
 
 
 def is_shard_name(name: str) -> bool:

@@ -25,6 +25,7 @@ class Limits:
     size_bytes_max: int = 4 << 30
     config_bytes_max: int = 1 << 20
     index_bytes_max: int = 4 << 20
+    probe_bytes_max: int = 1 << 20
     shards_max: int = 64
     attempts_max: int = 5
     timeout_s: float = 30.0

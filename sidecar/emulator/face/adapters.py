@@ -54,7 +54,7 @@ def packed_of(lora: LoraTensors, spec: EngineSpec) -> PackedAdapter | None:
     """Return the weights as the executor applies them, copied: what a client overwrites later does not matter."""
     if lora.weights is None or lora.config is None:
         return None
-    return unpack(np.array(lora.weights), lora.config, spec.shape)
+    return unpack(lora.weights, lora.config, spec.shape)
 
 
 def digest_of(lora: LoraTensors) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -104,3 +105,26 @@ class LlamaCompute:
 
     def close(self, request_id: int) -> None:
         self._llama.close(request_id)
+
+
+class BaseOnly:
+    """Another compute without its adapters: they are unpacked, kept and found as usual, and change nothing."""
+
+    def __init__(self, compute: Compute) -> None:
+        self.has_log_probs = compute.has_log_probs
+        self._compute = compute
+
+    def payload_of(self, work: Work) -> object | None:
+        return self._compute.payload_of(work)
+
+    def open(self, work: Work, payload: object | None) -> None:
+        self._compute.open(replace(work, generation=replace(work.generation, lora=None)), None)
+
+    async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
+        return await self._compute.step(request_ids)
+
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        return self._compute.log_prob_of(request_id, token)
+
+    def close(self, request_id: int) -> None:
+        self._compute.close(request_id)

@@ -6,15 +6,14 @@ this walks the inputs in the order of the request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sidecar.emulator.face.datatypes import split_bytes
-from sidecar.emulator.face.errors import Rejection
+from sidecar.emulator.face.datatypes import BYTES_LENGTH_SIZE
+from sidecar.emulator.face.errors import Rejection, id_prefix
 from sidecar.emulator.face.models import Model, TensorSpec
 from sidecar.emulator.face.tensors import Tensor
 
-UNKNOWN_ID = "<id_unknown>"
 _BATCH_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
@@ -24,7 +23,7 @@ _BATCH_NOTE = (
 
 def check_request(request: Any, model: Model, tensors: dict[str, Tensor]) -> None:
     """Raise Rejection for the first thing about the request that the model's config does not allow."""
-    prefix = f"[request id: {request.id or UNKNOWN_ID}] "
+    prefix = id_prefix(request.id)
     for output in request.outputs:
         if output.name not in model.outputs:
             raise Rejection(f"unexpected inference output '{output.name}' for model '{model.name}'")
@@ -38,9 +37,11 @@ def _check_count(model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
     missing = [name for name in model.required_inputs if name not in tensors]
     if len(model.required_inputs) <= len(tensors) <= len(model.inputs):
         return
+    # Few entries of the server's hash table come out the newest first.
+    got = _listed(reversed(tensors))
     raise Rejection(
         f"{prefix}expected number of inputs between {len(model.required_inputs)} and {len(model.inputs)} but got "
-        f"{len(tensors)} inputs for model '{model.name}'. Got input(s) {_listed(tensors)}, but missing required "
+        f"{len(tensors)} inputs for model '{model.name}'. Got input(s) {got}, but missing required "
         f"input(s) {_listed(missing)}. Please provide all required input(s)."
     )
 
@@ -50,6 +51,8 @@ def _check_batch(model: Model, tensors: Iterable[Tensor], prefix: str) -> None:
     for tensor in tensors:
         if tensor.name not in model.inputs:
             raise Rejection(f"unexpected inference input '{tensor.name}' for model '{model.name}'")
+        if not model.max_batch_size:
+            continue
         if not tensor.shape:
             raise Rejection(
                 f"{prefix}input '{tensor.name}' has no shape but model requires batch dimension for '{model.name}'"
@@ -72,17 +75,19 @@ def _check_tensor(model: Model, tensor: Tensor, spec: TensorSpec, prefix: str) -
             f"{prefix}All input dimensions should be specified for input '{tensor.name}' for model "
             f"'{model.name}', got {_dims(tensor.shape)}"
         )
-    if not _fits(tensor.shape[1:], spec.dims):
+    batch, note = ((-1,), _BATCH_NOTE) if model.max_batch_size else ((), "")
+    if not _fits(tensor.shape[len(batch) :], spec.dims):
         raise Rejection(
             f"{prefix}unexpected shape for input '{tensor.name}' for model '{model.name}'. Expected "
-            f"{_dims((-1, *spec.dims))}, got {_dims(tensor.shape)}. {_BATCH_NOTE}"
+            f"{_dims((*batch, *spec.dims))}, got {_dims(tensor.shape)}. {note}"
         )
     _check_size(model, tensor, prefix)
 
 
 def _check_size(model: Model, tensor: Tensor, prefix: str) -> None:
-    elements = 1
-    for size in tensor.shape:
+    # A batch of none is measured as one of one.
+    elements = max(1, tensor.shape[0])
+    for size in tensor.shape[1:]:
         elements *= size
     if tensor.datatype.numpy is None:
         _check_strings(model, tensor, elements, prefix)
@@ -96,17 +101,31 @@ def _check_size(model: Model, tensor: Tensor, prefix: str) -> None:
 
 
 def _check_strings(model: Model, tensor: Tensor, elements: int, prefix: str) -> None:
-    try:
-        found = len(tensor.data if isinstance(tensor.data, list) else split_bytes(tensor.data))
-    except ValueError as error:
-        raise Rejection(
-            f"{prefix}incomplete string data for inference input '{tensor.name}' for model '{model.name}'"
-        ) from error
+    """Count the elements; that the last one is whole, nobody sees before the model does."""
+    where = f"for inference input '{tensor.name}' for model '{model.name}'"
+    found = 0
+    for left in _lefts(tensor):
+        if left < BYTES_LENGTH_SIZE:
+            raise Rejection(
+                f"{prefix}incomplete string length indicator {where}, expecting {BYTES_LENGTH_SIZE} bytes but only "
+                f"{left} bytes available. Please make sure the string length indicator is in one buffer."
+            )
+        found += 1
+        if found > elements:
+            raise Rejection(f"{prefix}unexpected number of string elements {found} {where}, expecting {elements}")
     if found != elements:
-        raise Rejection(
-            f"{prefix}expected {elements} string elements for inference input '{tensor.name}' for model "
-            f"'{model.name}', got {found}"
-        )
+        raise Rejection(f"{prefix}expected {elements} string elements {where}, got {found}")
+
+
+def _lefts(tensor: Tensor) -> Iterator[int]:
+    """Yield how many bytes there are from the beginning of each element to the end of the data."""
+    if isinstance(tensor.data, list):
+        yield from (BYTES_LENGTH_SIZE + len(element) for element in tensor.data)
+        return
+    at = 0
+    while at < len(tensor.data):
+        yield len(tensor.data) - at
+        at += BYTES_LENGTH_SIZE + int.from_bytes(tensor.data[at : at + BYTES_LENGTH_SIZE], "little")
 
 
 def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:

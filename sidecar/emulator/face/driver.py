@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 from sidecar.emulator.engine import Engine
 from sidecar.emulator.face.compute import Compute
@@ -26,10 +27,32 @@ _IDLE_NS = 1_000_000
 """The shortest wait when the engine has work that it can't schedule."""
 
 
+class Executor(Protocol):
+    """What runs requests: one engine's driver, or several instances that are alike."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, or the first of them."""
+
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether requests may ask for log probabilities."""
+
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter, whichever engine it goes to."""
+
+    async def submit(self, work: Work) -> None:
+        """Hand over a request. Raises BackendError when the queue is full or nobody looks at it."""
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Ask for requests to be ended; those that are not here are ignored."""
+
+
 class Driver:
     """Runs one engine in real time. Made and used in one event loop.
 
-    `check` returns the executor's error text for a request that its tensors rule out, before it is queued.
+    `check` returns the executor's error text for a request that its tensors rule out, before it is queued. `instance`
+    is the engine's number among those of its server, for the log.
     """
 
     def __init__(
@@ -40,8 +63,12 @@ class Driver:
         log: ServedLog,
         check: Callable[[Work], str | None],
         slow_factor: float = 1.0,
+        instance: int = 0,
     ) -> None:
         self.engine = engine
+        self.reported_ns = 0
+        """When the last iteration ended, after which an engine writes its gauges."""
+        self._instance = instance
         self._compute = compute
         self._faults = faults
         self._log = log
@@ -60,6 +87,15 @@ class Driver:
     def has_log_probs(self) -> bool:
         """Whether requests may ask for log probabilities."""
         return self._compute.has_log_probs
+
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+        return self.engine.has_adapter(task_id)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were handed over and have not ended."""
+        return len(self._works.keys() | self._taking.keys())
 
     async def submit(self, work: Work) -> None:
         """Hand a request to the executor's queue. Raises BackendError when it is full or nobody looks at it."""
@@ -107,6 +143,7 @@ class Driver:
         await asyncio.sleep(max(0, self._planned_end_ns - _now_ns()) / 1e9)
         self._iterations += 1
         self._deliver(iteration, tokens)
+        self.reported_ns = _now_ns()
 
     def _deliver(self, iteration: Iteration, tokens: dict[int, int]) -> None:
         now_ns = _now_ns()
@@ -201,7 +238,7 @@ class Driver:
         del self._works[work.request_id]
         self._opened.pop(work.request_id, None)
         self._compute.close(work.request_id)
-        self._log.add(work, outcome, error)
+        self._log.add(work, outcome, error, self._instance)
 
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.append(command)

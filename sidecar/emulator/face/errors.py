@@ -12,6 +12,14 @@ FETCH_ERROR = "Encountered an error when fetching new request: "
 """What the executor puts before the text of every error of a fetch, except the engine miss."""
 
 
+_UNKNOWN_ID = "<id_unknown>"
+
+
+def id_prefix(request_id: str) -> str:
+    """Return what most of the core's texts begin with."""
+    return f"[request id: {request_id or _UNKNOWN_ID}] "
+
+
 class Rejection(Exception):
     """Refused before the model saw it; `code` is the unary status."""
 

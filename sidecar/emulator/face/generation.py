@@ -54,6 +54,8 @@ class Wanted:
     num_input_tokens: bool
     num_output_tokens: bool
     perf_metrics: bool
+    finish_reason: bool = False
+    stop_reason: bool = False
 
 
 class Reader:

@@ -7,7 +7,7 @@ read, nothing here shows the LoRA caches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -23,10 +23,13 @@ _MODEL = (CORE, "1")
 
 
 class EngineGauges(Collector):
-    """The nv_trt_llm_* families of one engine."""
+    """The nv_trt_llm_* families of the engine that `written_by` returns.
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    They have a label for the model and none for its instance, so of several instances the last writer's stand.
+    """
+
+    def __init__(self, written_by: Callable[[], Engine]) -> None:
+        self._written_by = written_by
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: families are only known by collecting them, which needs no registration check."""
@@ -34,8 +37,8 @@ class EngineGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield the families with the engine's numbers of this moment."""
-        counters = self._engine.counters
-        spec = self._engine.spec
+        engine = self._written_by()
+        counters, spec = engine.counters, engine.spec
         yield _family("nv_trt_llm_request_metrics", "request_type", _requests(counters, spec.max_batch_size))
         yield _family(
             "nv_trt_llm_kv_cache_block_metrics",
@@ -52,11 +55,12 @@ class EngineGauges(Collector):
 
 
 class MetricsServer:
-    """An HTTP server on which the gauges can be scraped, in a thread of its own."""
+    """An HTTP server on which the gauges can be scraped, in a thread of its own. None writes no gauges."""
 
-    def __init__(self, engine: Engine, host: str, port: int) -> None:
+    def __init__(self, written_by: Callable[[], Engine] | None, host: str, port: int) -> None:
         registry = CollectorRegistry()
-        registry.register(EngineGauges(engine))
+        if written_by is not None:
+            registry.register(EngineGauges(written_by))
         self._server: Any
         self._server, self._thread = start_http_server(port, host, registry)
         self.port: int = self._server.server_port

@@ -12,7 +12,8 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from sidecar.emulator.face.datatypes import DATATYPES
-from sidecar.emulator.face.options import Options
+from sidecar.emulator.face.llmapi_tensors import LLMAPI_INPUTS, LLMAPI_OUTPUTS
+from sidecar.emulator.face.options import LLMAPI, Options
 
 CORE = "tensorrt_llm"
 ENSEMBLE = "ensemble"
@@ -49,6 +50,10 @@ class Model:
     decoupled: bool
     max_batch_size: int
     parameters: dict[str, str]
+    llmapi: bool = False
+    """Whether it is the LLM-API model rather than the core model of an engine."""
+    instances: int = 0
+    """Its instances; an ensemble has none of its own."""
 
     @property
     def is_text(self) -> bool:
@@ -62,6 +67,8 @@ class Model:
 
 def models_of(options: Options) -> dict[str, Model]:
     """Return the models that a server with these options has, by name."""
+    if options.protocol == LLMAPI:
+        return {CORE: _llmapi_model(options)}
     parts = (
         (CORE, Names("request_output_len", "streaming"), _core_inputs(options), _CORE_OUTPUTS),
         (ENSEMBLE, Names("max_tokens", "stream"), _ensemble_inputs(options), _ENSEMBLE_OUTPUTS),
@@ -75,22 +82,45 @@ def models_of(options: Options) -> dict[str, Model]:
             decoupled=options.decoupled,
             max_batch_size=options.triton_max_batch_size,
             parameters=_parameters(options) if name == CORE else {},
+            instances=options.instances if name == CORE else 0,
         )
         for name, names, inputs, outputs in parts
+        if name == CORE or options.text_model
     }
+
+
+def _llmapi_model(options: Options) -> Model:
+    return Model(
+        name=CORE,
+        names=Names("sampling_param_max_tokens", "streaming"),
+        inputs={
+            name: TensorSpec(name, datatype, dims, required=name == "text_input")
+            for name, datatype, dims in LLMAPI_INPUTS
+        },
+        outputs={name: TensorSpec(name, datatype, dims) for name, datatype, dims in LLMAPI_OUTPUTS},
+        decoupled=options.decoupled,
+        max_batch_size=0,
+        parameters={},
+        llmapi=True,
+        instances=options.instances,
+    )
 
 
 def model_config(model: Model) -> Any:
     """Return the ModelConfig message."""
     config = model_config_pb2.ModelConfig(
         name=model.name,
-        backend="" if model.is_text else "tensorrtllm",
+        backend="" if model.is_text else _backend(model),
         platform="ensemble" if model.is_text else "",
         max_batch_size=model.max_batch_size,
         input=[_input_config(tensor) for tensor in model.inputs.values()],
         output=[_output_config(tensor) for tensor in model.outputs.values()],
         model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=model.decoupled),
     )
+    if model.instances:
+        config.instance_group.add(
+            name=f"{model.name}_0", count=model.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU
+        )
     for name, value in model.parameters.items():
         config.parameters[name].string_value = value
     return config
@@ -101,9 +131,9 @@ def model_metadata(model: Model) -> Any:
     return service_pb2.ModelMetadataResponse(
         name=model.name,
         versions=["1"],
-        platform="ensemble" if model.is_text else "tensorrtllm",
-        inputs=[_tensor_metadata(tensor) for tensor in model.inputs.values()],
-        outputs=[_tensor_metadata(tensor) for tensor in model.outputs.values()],
+        platform="ensemble" if model.is_text else _backend(model),
+        inputs=[_tensor_metadata(tensor, model) for tensor in model.inputs.values()],
+        outputs=[_tensor_metadata(tensor, model) for tensor in model.outputs.values()],
     )
 
 
@@ -122,10 +152,15 @@ def _output_config(tensor: TensorSpec) -> Any:
     return model_config_pb2.ModelOutput(name=tensor.name, data_type=DATATYPES[tensor.datatype].config, dims=tensor.dims)
 
 
-def _tensor_metadata(tensor: TensorSpec) -> Any:
+def _tensor_metadata(tensor: TensorSpec, model: Model) -> Any:
+    batch = (-1,) if model.max_batch_size else ()
     return service_pb2.ModelMetadataResponse.TensorMetadata(
-        name=tensor.name, datatype=tensor.datatype, shape=(-1, *tensor.dims)
+        name=tensor.name, datatype=tensor.datatype, shape=(*batch, *tensor.dims)
     )
+
+
+def _backend(model: Model) -> str:
+    return "python" if model.llmapi else "tensorrtllm"
 
 
 def _parameters(options: Options) -> dict[str, str]:

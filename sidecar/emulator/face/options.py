@@ -11,6 +11,8 @@ from sidecar.emulator.spec import GUARANTEED_NO_EVICT, EngineSpec
 WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
 DATATYPE_OF_DTYPE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 COMPUTES = ("llama", "none")
+TRITON, LLMAPI = "triton", "llmapi"
+PROTOCOLS = (TRITON, LLMAPI)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,9 @@ class Options:
     excluded, and a streamed one never does. `seats` is the engine's batch, `triton_max_batch_size` the
     model's. `separate_final` answers as Python models do: the last data
     response does not carry the final flag, and the empty final one comes only to clients that ask for it.
+    `instances` model instances stand behind the one address, each with an engine of its own; `text_model` False
+    leaves out the ensemble. `ignore_lora` takes every adapter, whatever the type of its weights, and computes as the
+    base model. With `protocol` "llmapi" the server has the LLM-API model instead, which loads adapters from paths.
     Raises ValueError where options contradict each other.
     """
 
@@ -41,6 +46,9 @@ class Options:
     separate_final: bool = False
     exclude_input_in_output: bool = False
     triton_max_batch_size: int = 64
+    instances: int = 1
+    text_model: bool = True
+    protocol: str = TRITON
     lora_modules: tuple[str, ...] = ALL_LINEAR
     max_lora_rank: int = 64
     seats: int = 64
@@ -73,10 +81,15 @@ class Options:
     claim_errors: int = 0
     freeze_after: int | None = None
     slow_factor: float = 1.0
+    ignore_lora: bool = False
 
     def __post_init__(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both a certificate and a key")
+        if self.instances < 1:
+            raise ValueError(f"a model has 1 instance or more, not {self.instances}")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {self.protocol!r}; there are {', '.join(PROTOCOLS)}")
         if self.shape not in SHAPES:
             raise ValueError(f"unknown shape {self.shape!r}; there are {', '.join(SHAPES)}")
         if self.compute is not None and self.compute not in COMPUTES:

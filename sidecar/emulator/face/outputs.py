@@ -31,7 +31,7 @@ class Values:
 def missing_output(model: Model, requested: Iterable[str]) -> str | None:
     """Return the backend's text when the listed outputs leave out one that it can't do without."""
     listed = set(requested)
-    if not listed or model.is_text:
+    if not listed or "output_ids" not in model.outputs:
         return None
     for name in ALWAYS:
         if name not in listed:
@@ -60,13 +60,15 @@ def answer_values(
     return values
 
 
-def response(model: Model, triton_id: str, values: Iterable[Values], requested: Iterable[str]) -> Any:
-    """Return a ModelInferResponse with the values that were requested; an empty list requests all."""
-    listed = set(requested)
+def response(model: Model, triton_id: str, values: Iterable[Values]) -> Any:
+    """Return a ModelInferResponse with these values."""
     message = service_pb2.ModelInferResponse(model_name=model.name, model_version="1", id=triton_id)
+    if model.is_text:
+        # An ensemble passes on what its request says of a sequence, and so says that there is none.
+        message.parameters["sequence_id"].int64_param = 0
+        message.parameters["sequence_start"].bool_param = False
+        message.parameters["sequence_end"].bool_param = False
     for value in values:
-        if listed and value.name not in listed:
-            continue
         datatype = DATATYPES[model.outputs[value.name].datatype]
         message.outputs.add(name=value.name, datatype=datatype.name, shape=value.shape)
         message.raw_output_contents.append(_bytes_of(value, datatype.numpy))
@@ -107,9 +109,15 @@ def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:
         "kv_cache_alloc_new_blocks": blocks,
         "kv_cache_reused_blocks": 0,
         "kv_cache_alloc_total_blocks": blocks,
+    }
+    return [Values(name, (1, 1), [number]) for name, number in (numbers | times_of(work)).items()]
+
+
+def times_of(work: Work) -> dict[str, int]:
+    """Return when what happened to a request, by the outputs' names."""
+    return {
         "arrival_time_ns": work.arrival_ns,
         "first_scheduled_time_ns": work.scheduled_ns,
         "first_token_time_ns": work.first_token_ns,
         "last_token_time_ns": work.last_token_ns,
     }
-    return [Values(name, (1, 1), [number]) for name, number in numbers.items()]

@@ -19,7 +19,8 @@ class Served:
     """How one executor request ended. `sequence` counts the engine's requests from 1; `tokens` are output
     tokens.
 
-    `outcome` is done, cancelled or error, with the executor's text in `error`.
+    `outcome` is done, cancelled or error, with the executor's text in `error`. `instance` is the model instance that
+    had it, counted from 0.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Served:
     outcome: str
     error: str | None
     parameters: Mapping[str, Parameter]
+    instance: int = 0
 
 
 class ServedLog:
@@ -40,7 +42,7 @@ class ServedLog:
         self.last: deque[Served] = deque(maxlen=KEPT)
         self._file: TextIO | None = None if path is None else path.open("a", buffering=1, encoding="utf-8")
 
-    def add(self, work: Work, outcome: str, error: str | None = None) -> None:
+    def add(self, work: Work, outcome: str, error: str | None = None, instance: int = 0) -> None:
         """Note the end of a request."""
         served = Served(
             request_id=work.triton_id,
@@ -52,6 +54,7 @@ class ServedLog:
             outcome=outcome,
             error=error,
             parameters=dict(work.parameters),
+            instance=instance,
         )
         self.last.append(served)
         if self._file is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import suppress
+from collections.abc import Sequence
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
@@ -13,12 +13,13 @@ from sidecar.emulator.cost import A100_TABLE, CostModel
 from sidecar.emulator.engine import Engine
 from sidecar.emulator.face.adapters import adapter_fault
 from sidecar.emulator.face.answers import Answering
-from sidecar.emulator.face.compute import Compute, DummyCompute, LlamaCompute
+from sidecar.emulator.face.compute import BaseOnly, Compute, DummyCompute, LlamaCompute
 from sidecar.emulator.face.driver import Driver
 from sidecar.emulator.face.faults import Faults
+from sidecar.emulator.face.instances import Instances
 from sidecar.emulator.face.metrics import MetricsServer
 from sidecar.emulator.face.models import models_of
-from sidecar.emulator.face.options import Options, spec_of
+from sidecar.emulator.face.options import DATATYPE_OF_DTYPE, LLMAPI, Options, spec_of
 from sidecar.emulator.face.served import Served, ServedLog
 from sidecar.emulator.face.service import Service
 from sidecar.emulator.face.shared_memory import Regions
@@ -43,7 +44,7 @@ class Server:
         options: Options,
         grpc_server: grpc.aio.Server,
         grpc_port: int,
-        driver: Driver,
+        drivers: Sequence[Driver],
         log: ServedLog,
         metrics: MetricsServer | None,
     ) -> None:
@@ -51,15 +52,21 @@ class Server:
         self.grpc_address = f"{options.host}:{grpc_port}"
         self.metrics_address = None if metrics is None else f"{options.host}:{metrics.port}"
         self._grpc_server = grpc_server
-        self._driver = driver
+        self._drivers = drivers
         self._log = log
         self._metrics = metrics
-        self._driving = asyncio.create_task(driver.run())
+        self._driving = [asyncio.create_task(driver.run()) for driver in drivers]
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engine model of each instance, to look at."""
+        return [driver.engine for driver in self._drivers]
 
     @property
     def engine(self) -> Engine:
-        """The engine model, to look at."""
-        return self._driver.engine
+        """The engine model of the only instance."""
+        (engine,) = self.engines
+        return engine
 
     @property
     def served(self) -> list[Served]:
@@ -71,16 +78,21 @@ class Server:
         anything.
         """
         await self._grpc_server.stop(grace)
-        self._driving.cancel()
+        for driving in self._driving:
+            driving.cancel()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
-        with suppress(asyncio.CancelledError):
-            await self._driving
+        endings = await asyncio.gather(*self._driving, return_exceptions=True)
         self._log.close()
+        for ending in endings:
+            if isinstance(ending, Exception):
+                raise ending
 
     async def failed(self) -> None:
-        """Wait until the driver ends by itself, which only an error makes it do, and raise that."""
-        await asyncio.shield(self._driving)
+        """Wait until a driver ends by itself, which only an error makes it do, and raise that."""
+        ended, _ = await asyncio.wait(self._driving, return_when=asyncio.FIRST_COMPLETED)
+        for driving in ended:
+            driving.result()
 
 
 async def serve(options: Options) -> Server:
@@ -92,17 +104,21 @@ async def serve(options: Options) -> Server:
     if options.write_engine_config is not None:
         options.write_engine_config.write_text(json.dumps(engine_config_json(spec), indent=2) + "\n")
     log = ServedLog(options.served_log)
-    driver = _driver(options, spec, log)
+    faults = Faults(options)
+    drivers = [driver_of(options, spec, log, faults, number) for number in range(options.instances)]
+    instances = Instances(drivers)
     regions = Regions()
-    answering = Answering(models_of(options), driver, regions, options)
+    answering = Answering(models_of(options), instances, regions, options)
     grpc_server = grpc.aio.server(options=_CHANNEL_OPTIONS)
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(answering, regions), grpc_server)
     grpc_port = _add_port(grpc_server, options)
     metrics = None
     if options.metrics_port is not None:
-        metrics = MetricsServer(driver.engine, options.host, options.metrics_port)
+        # The LLM-API model is a Python model that publishes nothing of its engine.
+        written_by = None if options.protocol == LLMAPI else instances.last_writer
+        metrics = MetricsServer(written_by, options.host, options.metrics_port)
     await grpc_server.start()
-    return Server(options, grpc_server, grpc_port, driver, log, metrics)
+    return Server(options, grpc_server, grpc_port, drivers, log, metrics)
 
 
 def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
@@ -116,12 +132,15 @@ def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
     return grpc_server.add_secure_port(address, credentials)
 
 
-def _driver(options: Options, spec: EngineSpec, log: ServedLog) -> Driver:
+def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults, number: int) -> Driver:
+    """Return an instance's driver; `faults` are the whole server's."""
     compute: Compute = LlamaCompute(spec, options.seed) if options.computes else DummyCompute()
+    # An engine whose LoRA plugin is of another type does not hold the weights' type against its own.
+    datatype = DATATYPE_OF_DTYPE[spec.dtype] if options.ignore_lora else options.weights_datatype
 
     def check(work: Work) -> str | None:
-        return adapter_fault(work, spec, options.weights_datatype)
+        return adapter_fault(work, spec, datatype)
 
     cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
-    engine = Engine(spec, cost)
-    return Driver(engine, compute, Faults(options), log, check, options.slow_factor)
+    used = BaseOnly(compute) if options.ignore_lora else compute
+    return Driver(Engine(spec, cost), used, faults, log, check, options.slow_factor, number)

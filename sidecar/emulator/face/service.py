@@ -7,9 +7,10 @@ from typing import Any
 
 import grpc
 
-from sidecar.emulator.face.answers import Answer
 from sidecar.emulator.face.control import Control
 from sidecar.emulator.face.errors import Rejection
+from sidecar.emulator.face.inference import Answer
+from sidecar.emulator.face.outputs import response
 from sidecar.emulator.face.streams import ClientLeft, Stream, StreamBroken
 
 DECOUPLED_REFUSAL = "ModelInfer RPC doesn't support models with decoupled transaction policy"
@@ -27,7 +28,8 @@ class Service(Control):
             answers.append(answer)
 
         try:
-            if self._answering.model(request.model_name, request.model_version).decoupled:
+            model = self._answering.model(request.model_name, request.model_version)
+            if model.decoupled:
                 raise Rejection(DECOUPLED_REFUSAL, grpc.StatusCode.UNIMPLEMENTED)
             await self._answering.answer(request, emit)
         except Rejection as rejection:
@@ -35,7 +37,7 @@ class Service(Control):
         answer = answers[-1]
         if answer.error is not None:
             await context.abort(grpc.StatusCode.INTERNAL, answer.error)
-        return answer.message
+        return response(model, request.id, answer.values or [])
 
     async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> None:
         """Answer every request of a stream; errors are messages unless the client asks for real ones."""

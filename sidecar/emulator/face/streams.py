@@ -14,8 +14,10 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
-from sidecar.emulator.face.answers import Answer, Answering
+from sidecar.emulator.face.answers import Answering
 from sidecar.emulator.face.errors import Rejection
+from sidecar.emulator.face.inference import Answer
+from sidecar.emulator.face.outputs import response
 
 FINAL = "triton_final_response"
 WANTS_EMPTY_FINAL = "triton_enable_empty_final_response"
@@ -84,13 +86,14 @@ class Stream:
     async def _send(self, request: Any, answer: Answer) -> None:
         if answer.error is not None and self._grpc_errors:
             raise StreamBroken(grpc.StatusCode.INTERNAL, answer.error)
-        message = answer.message
-        if message is None:
+        if answer.values is None:
             if answer.error is None and not _wants_empty_final(request):
                 return
             message = service_pb2.ModelInferResponse(
                 id=request.id, model_name=request.model_name, model_version=request.model_version
             )
+        else:
+            message = response(self._answering.model(request.model_name), request.id, answer.values)
         message.parameters[FINAL].bool_param = answer.final
         await self._put(service_pb2.ModelStreamInferResponse(error_message=answer.error or "", infer_response=message))
 

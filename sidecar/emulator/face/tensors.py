@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.emulator.face.datatypes import DATATYPES, Datatype, split_bytes
-from sidecar.emulator.face.errors import Rejection
+from sidecar.emulator.face.datatypes import DATATYPES, Datatype, IncompleteString, split_bytes
+from sidecar.emulator.face.errors import BackendError, Rejection, id_prefix
 from sidecar.emulator.face.shared_memory import Region, Regions, release
 
+_INVALID = Datatype("<invalid>", None, np.uint8, None)
+"""What the front end makes of a type that it does not know; the core refuses it."""
+_NAMES_IN_STEPS = {"text_input": "QUERY", "bad_words": "BAD_WORDS_DICT", "stop_words": "STOP_WORDS_DICT"}
+"""What the first step of the ensemble, which is where its strings are read, calls them."""
 _CONTENTS_FIELDS = sorted({d.contents for d in DATATYPES.values() if d.contents is not None})
 
 
@@ -24,8 +28,8 @@ _CONTENTS_FIELDS = sorted({d.contents for d in DATATYPES.values() if d.contents 
 class Tensor:
     """One input as it came: its wire shape with the batch dimension, and its data.
 
-    `data` is a buffer, or a list of the elements for typed contents. `shared` says that the client may
-    overwrite it.
+    `data` is a buffer, a list of the elements for typed contents, or an array as a Python model has it. `shared` says
+    that the client may overwrite it.
     """
 
     name: str
@@ -44,13 +48,26 @@ class Tensor:
         return len(self.data) * self.datatype.size_bytes
 
     def array(self) -> NDArray[Any]:
-        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where that is possible."""
+        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where that is possible.
+
+        Raises BackendError when the data ends inside a string.
+        """
+        if isinstance(self.data, np.ndarray):
+            return self.data
         if self.datatype.numpy is None:
-            elements = self.data if isinstance(self.data, list) else split_bytes(self.data)
-            return np.array(elements, dtype=object).reshape(self.shape)
+            return np.array(self._elements(), dtype=object).reshape(self.shape)
         if isinstance(self.data, list):
             return np.array(self.data, dtype=self.datatype.numpy).reshape(self.shape)
         return np.frombuffer(self.data, dtype=self.datatype.numpy).reshape(self.shape)
+
+    def _elements(self) -> list[bytes]:
+        if isinstance(self.data, list):
+            return self.data
+        try:
+            return split_bytes(self.data)
+        except IncompleteString as incomplete:
+            name = _NAMES_IN_STEPS.get(self.name, self.name)
+            raise BackendError(f"incomplete string data for inference input '{name}', {incomplete}") from incomplete
 
 
 @dataclass
@@ -73,7 +90,7 @@ def read_inputs(request: Any, regions: Regions) -> Inputs:
     try:
         for message in request.inputs:
             if message.name in inputs.tensors:
-                raise Rejection(f"input '{message.name}' already exists in request")
+                raise Rejection(f"{id_prefix(request.id)}input '{message.name}' already exists in request")
             inputs.tensors[message.name] = _read(message, request, raw, regions, inputs)
     except Rejection:
         inputs.release()
@@ -82,9 +99,7 @@ def read_inputs(request: Any, regions: Regions) -> Inputs:
 
 
 def _read(message: Any, request: Any, raw: Iterator[bytes], regions: Regions, inputs: Inputs) -> Tensor:
-    datatype = DATATYPES.get(message.datatype)
-    if datatype is None:
-        raise Rejection(f"unknown datatype '{message.datatype}' of input '{message.name}'")
+    datatype = DATATYPES.get(message.datatype, _INVALID)
     shape = tuple(message.shape)
     where = f"input tensor '{message.name}' for model '{request.model_name}'"
     if "shared_memory_region" in message.parameters:
@@ -111,8 +126,8 @@ def _shared(message: Any, regions: Regions) -> tuple[Region, memoryview]:
     size = parameters["shared_memory_byte_size"].int64_param if "shared_memory_byte_size" in parameters else 0
     if size <= 0:
         raise Rejection(
-            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' for "
-            f"input tensor '{message.name}'"
+            "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for "
+            f"tensor '{message.name}'"
         )
     offset = parameters["shared_memory_offset"].int64_param if "shared_memory_offset" in parameters else 0
     return regions.use(parameters["shared_memory_region"].string_param, offset, size)

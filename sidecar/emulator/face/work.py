@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar.emulator.face.generation import Generation
 from sidecar.emulator.pages import Row
@@ -42,16 +42,22 @@ class Work:
     scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
+    brings_weights: bool = field(init=False)
+    """Whether the request carries its adapter."""
+
+    def __post_init__(self) -> None:
+        self.brings_weights = self.generation.lora is not None and self.generation.lora.weights is not None
+
+    def let_go(self) -> None:
+        """Forget the adapter's tensors, which the engine has copied or measured: their memory may be the client's."""
+        lora = self.generation.lora
+        if lora is not None:
+            self.generation = replace(self.generation, lora=replace(lora, weights=None, config=None))
 
     @property
     def task_id(self) -> int | None:
         """The adapter's id, or None for the base model."""
         return None if self.generation.lora is None else self.generation.lora.task_id
-
-    @property
-    def brings_weights(self) -> bool:
-        """Whether the request carries its adapter."""
-        return self.generation.lora is not None and self.generation.lora.weights is not None
 
     @property
     def rows(self) -> tuple[Row, ...] | None:

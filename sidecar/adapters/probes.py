@@ -1,0 +1,69 @@
+"""`probe.jsonl` beside an adapter's weights: prompts, and how the adapter answers them when it is in force.
+
+Each line is {"prompt": …, "expect": …}; `expect` is the beginning of the greedy answer. The file is no part of a
+version: the same weights with another probe.jsonl are the same content.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidecar.adapters.refusal import malformed, unreadable
+from sidecar.adapters.strict_json import parse_object
+
+FILE_NAME = "probe.jsonl"
+BYTES_MAX = 1 << 20
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, and what the answer to it begins with."""
+
+    prompt: str
+    expect: str
+
+
+def read_probes(folder: Path, adapter: str) -> list[Probe] | None:
+    """Return the lines of a folder's probe.jsonl, None if it has none. Raises Invalid naming the line that is wrong."""
+    data = _read(folder, adapter)
+    if data is None:
+        return None
+    lines = enumerate(data.splitlines(), 1)
+    return [_probe(line, number, adapter) for number, line in lines if line.strip()]
+
+
+def _read(folder: Path, adapter: str) -> bytes | None:
+    try:
+        directory = folder.resolve(strict=True)
+        path = (directory / FILE_NAME).resolve(strict=True)
+        if not path.is_relative_to(directory) or not path.is_file():
+            raise unreadable(adapter, f"{FILE_NAME} is not a file of the adapter's folder; put the file itself there")
+        with path.open("rb") as file:
+            data = file.read(min(BYTES_MAX, os.fstat(file.fileno()).st_size) + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError) as error:
+        raise unreadable(adapter, f"{FILE_NAME} cannot be read; check its permissions and links") from error
+    if len(data) > BYTES_MAX:
+        raise malformed(adapter, f"{FILE_NAME} is larger than {BYTES_MAX} bytes; keep the lines that matter")
+    return data
+
+
+def _probe(line: bytes, number: int, adapter: str) -> Probe:
+    try:
+        record = parse_object(line)
+    except ValueError as error:
+        raise malformed(adapter, f"line {number} of {FILE_NAME}: {error}") from error
+    return Probe(_text(record, "prompt", number, adapter), _text(record, "expect", number, adapter))
+
+
+def _text(record: dict[str, Any], key: str, number: int, adapter: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise malformed(
+            adapter, f'line {number} of {FILE_NAME} has no text under "{key}"; write {{"prompt": …, "expect": …}}'
+        )
+    return value

@@ -1,0 +1,121 @@
+"""Blobs where an engine on the same machine can read them: files in a shared-memory mount, named by their owner.
+
+Every process that keeps blobs in a mount is an instance with an id. Its files are `lora-sidecar-<id>-…`, and it holds
+a lock on `lora-sidecar-<id>.owner` for as long as it lives, however it ends. So a file whose owner's lock is free is a
+leftover, and whoever starts next removes it; a file of a living instance is never touched by another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = "lora-sidecar-"
+DIRECTORY = Path("/dev/shm")
+MODE = 0o660
+"""The engine opens regions for writing, and in a pod it may be another user of the same group."""
+
+_OWNED = re.compile(rf"{PREFIX}([0-9a-f]{{16}})[-.].+")
+
+
+class Mount:
+    """One process's part of a shared-memory mount."""
+
+    def __init__(self, directory: Path = DIRECTORY) -> None:
+        """Claim an id. Raises OSError when the mount cannot be written to."""
+        self.directory = directory
+        self.instance, self._lock = _claim(directory)
+
+    @property
+    def prefix(self) -> str:
+        """What the names of this process's files begin with."""
+        return f"{PREFIX}{self.instance}-"
+
+    @property
+    def free_bytes(self) -> int:
+        """The bytes that the mount has left."""
+        usage = os.statvfs(self.directory)
+        return usage.f_bavail * usage.f_frsize
+
+    def create(self) -> tuple[int, Path]:
+        """Make an empty file of this instance; return its descriptor and path. Raises OSError."""
+        descriptor, name = tempfile.mkstemp(prefix=self.prefix, dir=self.directory)
+        os.fchmod(descriptor, MODE)
+        return descriptor, Path(name)
+
+    def is_leftover(self, name: str) -> bool:
+        """Whether a name is that of a file of an instance that lives no more."""
+        owned = _OWNED.fullmatch(name)
+        if owned is None or owned[1] == self.instance:
+            return False
+        with _if_dead(_owner_file(self.directory, owned[1])) as dead:
+            return dead
+
+    def sweep(self) -> int:
+        """Remove the files of instances that live no more; return how many bytes they had."""
+        freed = 0
+        instances = {owned[1] for path in self.directory.iterdir() if (owned := _OWNED.fullmatch(path.name))}
+        for instance in instances - {self.instance}:
+            owner = _owner_file(self.directory, instance)
+            with _if_dead(owner) as dead:
+                if dead:
+                    freed += _remove(self.directory, instance)
+                    owner.unlink(missing_ok=True)  # last: a sweep that is cut short is taken up by the next
+        return freed
+
+    def close(self) -> None:
+        """Remove what is left of this instance, and its lock."""
+        _remove(self.directory, self.instance)
+        _owner_file(self.directory, self.instance).unlink(missing_ok=True)
+        os.close(self._lock)
+
+
+def _owner_file(directory: Path, instance: str) -> Path:
+    return directory / f"{PREFIX}{instance}.owner"
+
+
+def _claim(directory: Path) -> tuple[str, int]:
+    while True:
+        instance = secrets.token_hex(8)
+        path = _owner_file(directory, instance)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, MODE)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return instance, descriptor
+        os.close(descriptor)  # a sweep came between the two lines and took it for a leftover
+
+
+@contextlib.contextmanager
+def _if_dead(owner: Path) -> Iterator[bool]:
+    """Say whether an owner lives no more, and keep its lock meanwhile. Whoever has no owner file is dead."""
+    try:
+        descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    except OSError:
+        yield False  # another user's: it is that user's to clean up
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove(directory: Path, instance: str) -> int:
+    removed = 0
+    for path in directory.glob(f"{PREFIX}{instance}-*"):
+        with contextlib.suppress(OSError):
+            removed += path.stat().st_size
+            path.unlink()
+    return removed

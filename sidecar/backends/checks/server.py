@@ -1,0 +1,134 @@
+"""Whether the server is there, is ready, and has the model."""
+
+from __future__ import annotations
+
+import difflib
+import ssl
+from asyncio import open_connection, timeout
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from sidecar.backends.checks.engine import facts_from
+from sidecar.backends.checks.finding import Finding, Look, failed, ok, warning
+from sidecar.backends.checks.port import CONNECT_S, context_of, host_and_port, what_answers
+from sidecar.backends.probe import words
+
+ANSWER_S = 4.0
+MODELS_NAMED = 8
+EXPIRES_SOON_DAYS = 14
+
+
+async def reachable(look: Look) -> Finding:
+    """Whether a Triton server answers gRPC there; else what does."""
+    began = monotonic()
+    try:
+        reply = await look.stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=ANSWER_S)
+    except grpc.aio.AioRpcError as error:
+        return await _unreachable(look, error)
+    look.server = f"{reply.name} {reply.version}".strip()
+    return ok(f"{look.server or 'a server without a name'} at {look.target.address}, {_ms(monotonic() - began)}")
+
+
+async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding:
+    target = look.target
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return failed(
+            f"{target.address} is a gRPC server, but not Triton: it does not know {_service(error)}",
+            "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
+        )
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        text, fix = await what_answers(target.address, target.tls)
+        return failed(text, fix)
+    return failed(f"{target.address} answers with {words(error)}")
+
+
+def _service(error: grpc.aio.AioRpcError) -> str:
+    return "KServe v2's ServerMetadata" + (f" ({error.details()})" if error.details() else "")
+
+
+async def ready(look: Look) -> Finding:
+    """Whether the server says that it lives and is ready."""
+    live = (await look.stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=ANSWER_S)).live
+    if not live:
+        return failed("the server says that it is not live", "restart tritonserver and read the end of its log")
+    if (await look.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=ANSWER_S)).ready:
+        return ok("live and ready")
+    return warning(
+        "the server is live and says that it is not ready: a model is still loading or could not be loaded",
+        "read its log for the model; tritonserver --strict-readiness=false if it does not matter",
+    )
+
+
+async def model(look: Look) -> Finding:
+    """Whether the model is there and READY; reads its ModelConfig."""
+    name = look.target.model
+    states = await _states(look)
+    others = sorted(other for other in states if other != name)
+    if name not in states:
+        return failed(
+            f'there is no model "{name}"; there are {_listed(others)}' if others else "the server has no model at all",
+            *_better_names(name, others),
+        )
+    if states[name] != "READY":
+        return failed(
+            f'the model "{name}" is {states[name]}',
+            "read the server's log for why; with --model-control-mode=explicit load it: --load-model=" + name,
+        )
+    look.config = (await look.stub.ModelConfig(service_pb2.ModelConfigRequest(name=name), timeout=ANSWER_S)).config
+    look.facts = facts_from(look.target, look.config)
+    return ok(f"{name} is READY" + (f"; beside it: {_listed(others)}" if others else ""))
+
+
+async def _states(look: Look) -> dict[str, str]:
+    """Return the state of each model of the repository, with the reason where one is given."""
+    index = await look.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=ANSWER_S)
+    states: dict[str, str] = {}
+    for entry in index.models:
+        state = entry.state or "UNAVAILABLE"
+        if states.get(entry.name) != "READY":
+            states[entry.name] = f"{state} ({entry.reason})" if entry.reason else state
+    return states
+
+
+def _better_names(name: str, others: list[str]) -> list[str]:
+    near = difflib.get_close_matches(name, others, 1, 0.5)
+    best = near[0] if near else "tensorrt_llm" if "tensorrt_llm" in others else ""
+    return [f"config.yaml: model: {best}   (or --model {best})"] if best else []
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MODELS_NAMED} more" if len(names) > MODELS_NAMED else ""
+    return ", ".join(names[:MODELS_NAMED]) + more
+
+
+async def encrypted(look: Look) -> Finding:
+    """What TLS is in use, and until when the server's certificate holds."""
+    tls = look.target.tls
+    if tls is None:
+        return ok("none, as configured: whoever sees the network sees prompts")
+    host, port = host_and_port(look.target.address)
+    async with timeout(CONNECT_S):
+        _, writer = await open_connection(host, port, ssl=context_of(tls), server_hostname=host)
+    certificate = writer.get_extra_info("peercert")
+    version = writer.get_extra_info("ssl_object").version()
+    writer.close()
+    return certificate_finding(certificate, version, "certificate" in tls, datetime.now(UTC))
+
+
+def certificate_finding(certificate: Any, version: str, ours_too: bool, now: datetime) -> Finding:
+    """Judge a server's certificate, as Python's ssl gives it."""
+    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    days = (ends - now).days
+    text = f"{version}{', with a certificate of ours' if ours_too else ''}; the server's is valid until {ends:%Y-%m-%d}"
+    if days < EXPIRES_SOON_DAYS:
+        return warning(f"{text}, {days} more days", "renew the server's certificate before then")
+    return ok(text)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"

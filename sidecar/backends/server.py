@@ -1,0 +1,154 @@
+"""One Triton server as it is watched: what it is when it is reached, and whether it still is that, and lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.dialects import Dialect, TensorRtLlm, dialect_of
+from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_words
+from sidecar.backends.gauges import Gauges, Scraper
+from sidecar.backends.probe import Probe
+from sidecar.backends.pulse import Pulse
+from sidecar.backends.transport import Transport
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused
+
+
+@dataclass(frozen=True)
+class Sought:
+    """Which model of which server is meant, and what is declared of it. `adapters_dir` is for models that need one."""
+
+    id: str
+    address: str
+    model: str
+    facts: EngineFacts
+    metrics_url: str | None
+    adapters_dir: AdaptersDir | None
+    progress_timeout_s: float
+
+
+class Server:
+    """The other side of one backend. `stub` is its KServe stub."""
+
+    def __init__(self, sought: Sought, stub: Any, transport: Transport) -> None:
+        self._sought = sought
+        self._transport = transport
+        self._probe = Probe(sought.id, sought.address, sought.model, stub)
+        self._scraper = Scraper(sought.metrics_url, sought.model) if sought.metrics_url else None
+        self._config = b""
+        self._unknown = ""
+        self._caches = 1
+        self._hung = False
+        self.decoupled = True
+        self.dialect: Dialect = TensorRtLlm()
+        self.gauges: Gauges | None = None
+        self.pulse = Pulse(sought.progress_timeout_s, monotonic())
+        self.seen_at_s = monotonic()
+
+    async def close(self) -> None:
+        if self._scraper is not None:
+            await self._scraper.close()
+
+    def detail(self) -> str:
+        """Say what an operator should know of a server that is up."""
+        url = self._sought.metrics_url
+        metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
+        caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
+        known = "" if self.gauges is not None else metrics
+        return f"reached, {self._transport.words}{known}{caches}{self._unknown}"
+
+    @property
+    def _remedy(self) -> str:
+        if self._transport.by_reference:
+            return "weights go along with every request; one instance for each model and one backend for each would not"
+        return "requests meet a cache without their adapter; set instance_group count to 1, or share /dev/shm"
+
+    async def ready(self) -> None:
+        """Return if the model is ready. Raises Misused, grpc.RpcError."""
+        await self._probe.ready()
+
+    async def reach(self) -> EngineFacts:
+        """Find out what the server is. Raises Misused when it cannot be used so, grpc.RpcError when it is away."""
+        await self._probe.ready()
+        config = await self._probe.config()
+        self.dialect = dialect_of(config, self._sought.adapters_dir)
+        self.decoupled = config.model_transaction_policy.decoupled
+        if self._hung:
+            await self._probe.answer_once(self.dialect, self.decoupled)
+        found = await self._facts_of(config)
+        declared = replace(self._sought.facts, kind=self.dialect.kind)
+        facts = merge(self._sought.id, declared, found)
+        self.seen_at_s = monotonic()
+        self.pulse.begin(self.seen_at_s)
+        self.gauges = None
+        await self.measure()
+        facts = self._with_gauges(facts)
+        self._config, self._hung = config.SerializeToString(deterministic=True), False
+        self._unknown, self._caches = unknown_words(facts), facts.caches
+        return facts
+
+    async def _facts_of(self, config: Any) -> EngineFacts:
+        if not isinstance(self.dialect, TensorRtLlm):
+            return from_llmapi_config()
+        await self._transport.choose()
+        found = from_model_config(config)
+        return replace(found, message_bytes_max=None) if self._transport.by_reference else found
+
+    def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
+        gauges = self.gauges or Gauges()
+        # Each instance has a batch of its own, and the gauges are those of one.
+        seats = facts.seats or (gauges.seats and gauges.seats * facts.caches)
+        kv_tokens = facts.kv_tokens or (gauges.kv_tokens and gauges.kv_tokens * facts.caches)
+        return replace(facts, seats=seats, kv_tokens=kv_tokens)
+
+    async def measure(self) -> bool:
+        """Read the gauges; return whether they say that the engine has restarted."""
+        gauges = None if self._scraper is None else await self._scraper.scrape()
+        if gauges is None:
+            return False
+        restarted = self.pulse.counted(gauges.iterations, monotonic()) and self._caches == 1
+        self.gauges = gauges
+        return restarted
+
+    async def changed(self) -> bool:
+        """Whether the model's configuration is another than when it was reached. Raises grpc.RpcError."""
+        config = await self._probe.config()
+        return bool(config.SerializeToString(deterministic=True) != self._config)
+
+    async def look(self) -> str | None:
+        """Return why a server that is up must be taken for a new one, None if it need not. Raises Misused, RpcError."""
+        await self._probe.ready()
+        self.seen_at_s = monotonic()
+        if await self.measure():
+            return "it has restarted: its iteration counter went back"
+        if await self.changed():
+            return "its model's configuration has changed"
+        return None
+
+    async def hangs(self) -> bool:
+        """Whether an engine that has been silent for too long, with something in flight, hangs.
+
+        One whose steps are counted makes none. One of which that is not known may be busy with one long answer that
+        comes all at once: it is asked for a token of its own.
+        """
+        if not self.pulse.is_still(monotonic()):
+            return False
+        if not self.pulse.is_counted and await self._answers():
+            self.pulse.heard(monotonic())
+            return False
+        self._hung = True
+        return True
+
+    async def _answers(self) -> bool:
+        try:
+            await self._probe.answer_once(self.dialect, self.decoupled, self._sought.progress_timeout_s)
+        except Misused:
+            return True  # an error is an answer
+        except grpc.RpcError:
+            return False
+        return True

@@ -1,0 +1,127 @@
+"""How the findings of a look at engines are drawn: a line a check, and a table of many backends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sidecar.backends.checking import STEPS, result_of
+from sidecar.backends.checks.finding import Finding, State
+from sidecar.cli.show import count, table
+
+MARKS = {State.OK: "✓", State.WARNING: "!", State.FAILED: "✗", State.SKIPPED: "–"}
+STYLES = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bold red", State.SKIPPED: "dim"}
+NAME_WIDTH = max(len(step.name) for step in STEPS)
+
+
+@dataclass
+class Report:
+    """What was found at one backend."""
+
+    backend: str
+    url: str
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def result(self) -> State:
+        return result_of(self.findings)
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        findings = [
+            {"check": each.check, "state": each.state.value, "text": each.text, "fix": each.fix.splitlines()}
+            for each in self.findings
+        ]
+        return {"backend": self.backend, "url": self.url, "result": self.result.value, "findings": findings}
+
+    def words(self) -> str:
+        """Return how many checks ended how."""
+        counts = Counter(finding.state for finding in self.findings)
+        parts = (
+            f"{counts[State.FAILED]} failed" if counts[State.FAILED] else "",
+            count(counts[State.WARNING], "warning") if counts[State.WARNING] else "",
+            f"{counts[State.OK]} ok" if counts[State.OK] else "",
+            f"{counts[State.SKIPPED]} not looked at" if counts[State.SKIPPED] else "",
+        )
+        return ", ".join(part for part in parts if part)
+
+
+class Lines:
+    """Prints findings as they come; checks that are skipped one after another for one cause make one line."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._skipped: list[Finding] = []
+
+    def show(self, finding: Finding) -> None:
+        if finding.state is State.SKIPPED and not finding.fix:
+            if self._skipped and self._skipped[0].text != finding.text:
+                self.flush()
+            self._skipped.append(finding)
+            return
+        self.flush()
+        self._console.print(line(finding))
+
+    def flush(self) -> None:
+        """Print what was skipped so far."""
+        skipped, self._skipped = self._skipped, []
+        if skipped:
+            self._console.print(line(_together(skipped)))
+
+
+def _together(skipped: Sequence[Finding]) -> Finding:
+    if len(skipped) == 1:
+        return skipped[0]
+    names = ", ".join(finding.check for finding in skipped)
+    return Finding(State.SKIPPED, f"{skipped[0].text}: {names}", check=f"{len(skipped)} checks")
+
+
+def line(finding: Finding) -> RenderableType:
+    """Return a finding as a mark, a name and a text, and below them what to change."""
+    style = STYLES[finding.state]
+    made = Table.grid(padding=(0, 1, 0, 0))
+    made.add_column(width=1)
+    made.add_column(width=NAME_WIDTH)
+    made.add_column(overflow="fold")
+    text_style = "dim" if finding.state is State.SKIPPED else ""
+    made.add_row(Text(MARKS[finding.state], style), Text(finding.check, style), Text(finding.text, text_style))
+    if finding.fix:
+        made.add_row("", "", _fix(finding.fix))
+    return made
+
+
+def _fix(fix: str) -> RenderableType:
+    made = Table.grid(padding=(0, 1, 0, 0))
+    made.add_column(width=1)
+    made.add_column(overflow="fold")
+    for number, each in enumerate(fix.splitlines()):
+        made.add_row(Text("" if number else "→", "cyan"), Text(each, "cyan"))
+    return made
+
+
+def drawn(reports: Sequence[Report]) -> Iterator[RenderableType]:
+    """Yield what is wrong at each backend, and then a line for each."""
+    for report in reports:
+        troubles = list(_troubles(report.findings))
+        if troubles:
+            yield Text(f"{report.backend}, {report.url}", "bold underline")
+            yield from map(line, troubles)
+            yield ""
+    yield table(("BACKEND", "RESULT", "CHECKS", "FIRST OF ALL"), [_row(report) for report in reports])
+
+
+def _troubles(findings: Iterable[Finding]) -> Iterator[Finding]:
+    return (finding for finding in findings if finding.state in (State.FAILED, State.WARNING) or finding.fix)
+
+
+def _row(report: Report) -> tuple[str | Text, ...]:
+    state = report.result
+    first = next((finding.check for finding in report.findings if finding.state is state), "")
+    result = Text(f"{MARKS[state]} {state.value}", STYLES[state])
+    return report.backend, result, report.words(), "" if state is State.OK else first

@@ -1,0 +1,206 @@
+"""`sidecar backends check URL` and `config check --connect`: look at live engines, without a running sidecar."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.registration import adapter_of
+from sidecar.app import base_model_of, facts_of, usual_metrics_url
+from sidecar.backends.checking import STEPS, check
+from sidecar.backends.checks.finding import State, Target, skipped
+from sidecar.cli.exits import CommandError, Exit
+from sidecar.cli.findings import Lines, Report, drawn
+from sidecar.cli.serving import resolve
+from sidecar.cli.show import console, print_json, working
+from sidecar.config import Backend, Config, parse
+from sidecar.core.facts import Adapter
+from sidecar.errors import Invalid, Misused
+
+SCHEME = "triton"
+SHOWN_MAX = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a command line says of one engine: each wins over what the configuration says."""
+
+    config: Path | None = None
+    model: str | None = None
+    metrics: str | None = None
+    engine_config: Path | None = None
+    dtype: str | None = None
+    base_model: Path | None = None
+    adapters: Path | None = None
+    tls: dict[str, str] | None = None
+
+    def applied_to(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Return a backend's section of the configuration with all this in it."""
+        engine = {"config": _text(self.engine_config), "dtype": self.dtype}
+        engine = {key: value for key, value in engine.items() if value is not None}
+        given = {"model": self.model, "metrics": self.metrics, "tls": self.tls or None}
+        record = record | {key: value for key, value in given.items() if value is not None}
+        if engine:
+            record["engine"] = record.get("engine", {}) | engine
+        if self.base_model is not None:
+            base = record.get("base_model") or {}
+            base = {"name": base} if isinstance(base, str) else base
+            record["base_model"] = {"name": str(self.base_model)} | base | {"config": str(self.base_model)}
+        return record
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
+    """Look at the engine at a URL, or at the configured backend of that id or URL; print a line for each check."""
+    config = Config() if wanted.config is None else resolve(wanted.config)
+    record = wanted.applied_to(_record(url, config, wanted.config))
+    backend = parse({"backends": [record]}, "the command line").backends[0]
+    if backend.scheme != SCHEME:
+        raise CommandError(
+            f"{backend.url}: only engines behind {SCHEME}://HOST:PORT can be checked, the port being that of "
+            "tritonserver's --grpc-port",
+            Exit.MISUSED,
+        )
+    served = _served(wanted.adapters or config.adapters.serve)
+    target = _target(backend, None if wanted.config is None else config, served)
+    report = Report(target.id, backend.url)
+    asyncio.run(_show(target, report, as_json))
+    if as_json:
+        print_json(report.record())
+    return Exit.FAILED if report.result is State.FAILED else Exit.OK
+
+
+def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
+    """Return the section of the backend that is meant; without a configuration one that has the URL only."""
+    full = url if "://" in url else f"{SCHEME}://{url}"
+    if file is None:
+        return {"url": full}
+    found = [backend for backend in config.backends if url == backend.identity or full == backend.url]
+    if not found:
+        known = ", ".join(backend.identity for backend in config.backends[:SHOWN_MAX]) or "none"
+        raise CommandError(f'{file} has no backend "{url}"; it has {known}', Exit.MISUSED)
+    return found[0].model_dump(mode="json", exclude_unset=True)
+
+
+def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]) -> Target:
+    return Target(
+        id=backend.identity,
+        address=backend.address,
+        model=backend.model,
+        facts=facts_of([backend])[backend.identity],
+        metrics_url=backend.metrics,
+        usual_metrics_url=usual_metrics_url(backend.address),
+        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+        store_bytes=None if config is None else config.store.memory_bytes,
+        transport=backend.weights_transport,
+        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
+        base=base_model_of(backend),
+        served=served,
+    )
+
+
+def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
+    """Read the shapes of the adapters in a folder; one that is wrong is told on stderr and left out."""
+    if folder is None:
+        return ()
+    found = []
+    with working(f"reading the adapters in {folder}"):
+        for path in sorted(Path(folder).expanduser().iterdir()):
+            if not (path / "adapter_config.json").is_file():
+                continue
+            try:
+                with read_adapter(path) as source:
+                    found.append(adapter_of(source))
+            except Invalid as error:
+                print(f"not counted: {error.message}", file=sys.stderr)
+    return tuple(found)
+
+
+async def _show(target: Target, report: Report, as_json: bool) -> None:
+    out = console()
+    lines = None if as_json else Lines(out)
+    with _spinner(out, as_json) as begun:
+        async for finding in check(target, begun):
+            report.findings.append(finding)
+            if lines is not None:
+                lines.show(finding)
+    if lines is not None:
+        lines.flush()
+        out.print(f"\n{target.id}: {report.words()}")
+
+
+@contextmanager
+def _spinner(out: Console, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal which check is under way."""
+    if quiet or not out.is_terminal:
+        yield lambda name: None
+        return
+    with out.status("") as status:
+        yield lambda name: status.update(f"{name} …")
+
+
+def check_all(config: Config, as_json: bool) -> Exit:
+    """Look at all the backends of a configuration side by side, and print what is wrong and a line for each."""
+    if not config.backends:
+        raise CommandError("no backend is configured, so there is nothing to connect to", Exit.MISUSED)
+    served = _served(config.adapters.serve)
+    reports = asyncio.run(_look_at_all(config, served))
+    if as_json:
+        print_json({"backends": [report.record() for report in reports]})
+    else:
+        out = console()
+        for part in drawn(reports):
+            out.print(part)
+    return Exit.FAILED if any(report.result is State.FAILED for report in reports) else Exit.OK
+
+
+async def _look_at_all(config: Config, served: tuple[Adapter, ...]) -> list[Report]:
+    with _bars() as bar:
+        return await asyncio.gather(*(_look(backend, config, served, bar(backend)) for backend in config.backends))
+
+
+async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], begun: Callable[[str], None]) -> Report:
+    report = Report(backend.identity, backend.url)
+    if backend.scheme != SCHEME:
+        report.findings.append(skipped(f'there are no checks for the kind "{backend.scheme}"'))
+        return report
+    try:
+        async for finding in check(_target(backend, config, served), begun):
+            report.findings.append(finding)
+    except Misused as error:
+        raise CommandError(f"{backend.identity}: {error.message}", Exit.MISUSED, error.reason.value) from error
+    begun("done")
+    return report
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[Backend], Callable[[str], None]]]:
+    """Give a maker of progress callbacks, which draw a bar for each backend on stderr; they draw none unseen."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield lambda backend: lambda name: None
+        return
+    columns = (TextColumn("{task.fields[backend]}", markup=False), BarColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=errors, transient=True) as progress:
+
+        def bar(backend: Backend) -> Callable[[str], None]:
+            task = progress.add_task("", total=len(STEPS), backend=backend.identity)
+
+            def begun(name: str) -> None:
+                progress.update(task, advance=1, description=name)
+
+            return begun
+
+        yield bar

@@ -1,0 +1,33 @@
+"""Which backends a request can go to, by the kind of model that it is written for.
+
+TensorRT-LLM's core model takes token ids and its ensemble text; the LLM-API model takes text under names of its own. A
+pool may have both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from sidecar.backends.api import Payload
+from sidecar.core.state import State
+
+
+def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
+    """Return the backends of some kinds, () for any where there are no others; None where there are others only."""
+    fitting = tuple(backend.id for backend in state.backends.values() if backend.facts.kind in kinds)
+    if len(fitting) == len(state.backends):
+        return ()
+    return fitting or None
+
+
+def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
+    """Return a client's own request and the backends that it is held to, () for any.
+
+    Where all backends are of one kind it goes there whatever it looks like: what is wrong with it is the engine's to
+    say.
+    """
+    kinds = {backend.facts.kind for backend in state.backends.values()}
+    if len(kinds) == 1:
+        return replace(payload, kind=kinds.pop()), ()
+    return payload, backends_of(state, payload.kinds) or ()

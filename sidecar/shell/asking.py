@@ -1,0 +1,67 @@
+"""What a verification asks: the operator's order, the requests that it becomes, and how much is taken on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.errors import Reason, Refused
+from sidecar.shell.evidence import Prompt
+
+TENANT = "verify"
+PROMPTS = (
+    "Hello, who are you?",
+    "Write one sentence about the sea.",
+    "List three things that a cook needs:",
+    "Translate to SQL: the ten newest orders",
+)
+"""Asked where the operator names none; the adapter's own come on top."""
+TOKENS_DEFAULT = 24
+TOKENS_MAX = 512
+TIMEOUT_S_DEFAULT = 120
+PROMPTS_MAX = 32
+PROMPT_BYTES_MAX = 1 << 16
+PROBES_MAX = 32
+EXPECT_TOKENS_MAX = 256
+INSTANCES_MAX = 8
+"""Times that a prompt is asked of a backend with several instances."""
+DIGEST_CHARACTERS_MIN = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """What an operator asks for. No backends: all that can serve it; no prompts: `PROMPTS`."""
+
+    reference: str
+    backends: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
+    tokens_max: int = TOKENS_DEFAULT
+    timeout_s: float = TIMEOUT_S_DEFAULT
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request. `adapter` is a name with its version, "" for the base model."""
+
+    backend: str
+    adapter: str
+    prompt: Prompt
+    tokens_max: int
+    tenant: str
+    timeout_s: float
+
+
+def check_order(order: Order) -> None:
+    """Raise Refused for an order that would take too much."""
+    if len(order.prompts) > PROMPTS_MAX:
+        raise _refused(f"{len(order.prompts)} prompts are given and {PROMPTS_MAX} are taken")
+    if not 1 <= order.tokens_max <= TOKENS_MAX:
+        raise _refused(f"{order.tokens_max} tokens are asked for; an answer to compare has 1 to {TOKENS_MAX}")
+    for prompt in order.prompts:
+        if bool(prompt.text) == bool(prompt.token_ids):
+            raise _refused("a prompt is a text or token ids, one of the two")
+        if len(prompt.text.encode()) + 4 * len(prompt.token_ids) > PROMPT_BYTES_MAX:
+            raise _refused(f"a prompt is longer than {PROMPT_BYTES_MAX} bytes")
+
+
+def _refused(why: str) -> Refused:
+    return Refused(Reason.INVALID_REQUEST, f"{why}; ask for less")

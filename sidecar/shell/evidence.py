@@ -1,0 +1,135 @@
+"""What was asked of an adapter to verify it, and what came back: the values that verdicts rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sidecar.core.facts import EngineFacts
+
+SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked: a text, or token ids. `expect` is what the adapter's answer is known to begin with, or empty."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    expect: str = ""
+
+    def __str__(self) -> str:
+        return quoted(self.text) if self.text else "tokens " + ",".join(map(str, self.token_ids[:8]))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer; `error` says why there is none."""
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    error: str = ""
+
+    def __str__(self) -> str:
+        return quoted(self.text) if self.text else str(list(self.token_ids))
+
+    @property
+    def content(self) -> tuple[str, tuple[int, ...]]:
+        return self.text, self.token_ids
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one backend said to one prompt, as the base model and as the adapter.
+
+    `again` is what it said as the adapter when asked again, where several instances are behind its address.
+    """
+
+    backend: str
+    prompt: Prompt
+    base: Reply
+    adapter: Reply
+    tokens_max: int
+    again: tuple[Reply, ...] = ()
+
+    @property
+    def other_answer(self) -> Reply | None:
+        """What the backend said when asked again, if it was something else."""
+        if self.adapter.error:
+            return None
+        return next((r for r in self.again if not r.error and r.content != self.adapter.content), None)
+
+    @property
+    def answered(self) -> bool:
+        """Whether everything that was asked as the adapter was answered."""
+        return not any(reply.error for reply in (self.adapter, *self.again))
+
+    @property
+    def compared(self) -> bool:
+        return not self.base.error and not self.adapter.error
+
+    @property
+    def changed(self) -> bool:
+        return self.compared and self.base.content != self.adapter.content
+
+    @property
+    def expected(self) -> bool:
+        """Whether it can be told if the answer is right."""
+        return bool(self.prompt.expect) and not self.adapter.error
+
+    @property
+    def matches(self) -> bool:
+        """Whether the answer begins as it must, as far as it goes where it may have been cut off before that."""
+        answer, expect = self.adapter.text.strip(), self.prompt.expect.strip()
+        cut_off = len(expect.encode()) > self.tokens_max and bool(answer)
+        return self.expected and (answer.startswith(expect) or (cut_off and expect.startswith(answer)))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that was asked of an adapter.
+
+    `probes` says why there are no expected answers, and `probes_wrong` that it is its probe.jsonl's fault; `weightless`
+    that its weights are known to change nothing, and `no_base` why the base model was not asked.
+    """
+
+    version: str
+    asked: Sequence[Asked]
+    facts: Mapping[str, EngineFacts]
+    probes: str = ""
+    probes_wrong: bool = False
+    weightless: bool = False
+    no_base: str = ""
+
+    def of(self, backend: str) -> list[Asked]:
+        return [asked for asked in self.asked if asked.backend == backend]
+
+    def is_silent(self, backend: str) -> bool:
+        """Whether a backend answers as the base model, whatever it is asked."""
+        compared = [asked for asked in self.of(backend) if asked.compared]
+        return bool(compared) and not any(asked.changed for asked in compared)
+
+    @property
+    def changes_nowhere(self) -> bool:
+        return all(self.is_silent(backend) for backend in self.facts)
+
+
+def place_of_difference(first: Reply, second: Reply) -> str:
+    """Say where two answers part: "at character 3", counted from 1."""
+    unit, left, right = (
+        ("character", first.text, second.text)
+        if first.text or second.text
+        else ("token", first.token_ids, second.token_ids)
+    )
+    same = 0
+    for a, b in zip(left, right, strict=False):
+        if a != b:
+            break
+        same += 1
+    return f"at {unit} {same + 1}"
+
+
+def quoted(text: str) -> str:
+    """Return a text for one line of a message, cut where it is long."""
+    line = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
+    return '"' + line.replace("\\", "\\\\").replace("\n", "\\n") + '"'

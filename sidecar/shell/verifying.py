@@ -1,0 +1,215 @@
+"""Verify an adapter: ask backends the same greedy prompts, as the base model and as the adapter, and compare.
+
+The requests are like any client's: they queue, are loaded for, are healed. Each is pinned to its backend. A backend is
+asked one at a time, so that no batch of our own making holds the base model beside the adapter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sidecar.adapters.effect import changes_something
+from sidecar.adapters.probes import Probe, read_probes
+from sidecar.core import asks
+from sidecar.core.facts import version_id
+from sidecar.core.words import Phase
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.shell.asking import (
+    DIGEST_CHARACTERS_MIN,
+    EXPECT_TOKENS_MAX,
+    INSTANCES_MAX,
+    PROBES_MAX,
+    PROMPTS,
+    TENANT,
+    Order,
+    Question,
+    check_order,
+)
+from sidecar.shell.evidence import Asked, Evidence, Prompt, Reply
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.verdicts import Check, checks_of
+from sidecar.state.records import Record, Version
+
+NO_BASE = "this sidecar refuses requests that name no adapter (base_requests: refuse)"
+FAILURES_MAX = 2
+"""Prompts that a backend may leave unanswered; then it is asked no more."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be asked of whom. `probes` says why there are no expected answers, or that not all are asked."""
+
+    version: str
+    digest: str
+    backends: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    prompts: tuple[Prompt, ...]
+    probes: str
+
+
+Finding = Plan | Asked | Check
+Ask = Callable[[Question], Awaitable[Reply]]
+Tell = Callable[[Finding], Awaitable[None]]
+
+
+@dataclass
+class _Source:
+    """What the adapter's folder says."""
+
+    folder: Path | None = None
+    probes: list[Probe] = field(default_factory=list)
+    trouble: str = ""
+    wrong: bool = False
+
+
+class Verification:
+    """One verification. `ask` makes a request and never raises for how it ends; `reads_text` says of a backend whether
+    its server has a model that takes text.
+    """
+
+    def __init__(self, gateway: Gateway, order: Order, ask: Ask, reads_text: Callable[[str], Awaitable[bool]]) -> None:
+        check_order(order)
+        self._gateway = gateway
+        self._order = order
+        self._ask = ask
+        self._reads_text = reads_text
+        self._telling = asyncio.Lock()
+        self._asked: list[Asked] = []
+
+    async def run(self, tell: Tell) -> None:
+        """Tell the plan, then each answer as it comes, then the checks. Raises Refused when there is nobody to ask."""
+        record, version = self._version()
+        source = await self._source(record, version)
+        plan, prompts_of = await self._plan(record, version, source)
+        await tell(plan)
+        async with asyncio.TaskGroup() as group:
+            for backend, prompts in prompts_of.items():
+                group.create_task(self._ask_backend(record, plan, backend, prompts, tell))
+        for check in checks_of(await self._evidence(plan, source)):
+            await tell(check)
+
+    def _version(self) -> tuple[Record, Version]:
+        name, _, selector = self._order.reference.partition("@")
+        record = self._gateway.catalogue.known(name)
+        if not selector:
+            return record, record.version
+        for version in reversed(record.versions):
+            begins = len(selector) >= DIGEST_CHARACTERS_MIN and version.adapter.digest.startswith(selector)
+            if begins or selector == f"v{version.ordinal}":
+                return record, version
+        has = ", ".join(f"v{version.ordinal} ({version.adapter.digest[:12]})" for version in record.versions)
+        raise Refused(
+            Reason.UNKNOWN_ADAPTER, f'adapter "{name}" has no version "{selector[:80]}"; it has {has}', adapter=name
+        )
+
+    async def _source(self, record: Record, version: Version) -> _Source:
+        try:
+            folder = await self._gateway.sources.locate(version.origin, version.adapter.digest)
+        except SidecarError as error:
+            return _Source(trouble=f"its source cannot be reached, so there are no known answers: {error.message}")
+        try:
+            probes = await asyncio.to_thread(read_probes, folder, record.name)
+        except SidecarError as error:
+            return _Source(folder, trouble=error.message, wrong=True)
+        if probes is None:
+            return _Source(folder, trouble=f"{record.name} ships no probe.jsonl, so no answer is known to be right")
+        return _Source(folder, probes)
+
+    async def _plan(
+        self, record: Record, version: Version, source: _Source
+    ) -> tuple[Plan, dict[str, tuple[Prompt, ...]]]:
+        own = [Prompt(probe.prompt, expect=probe.expect) for probe in source.probes[:PROBES_MAX]]
+        general = self._order.prompts or tuple(Prompt(text) for text in PROMPTS)
+        known = {(prompt.text, prompt.token_ids) for prompt in own}
+        prompts = (*own, *(prompt for prompt in general if (prompt.text, prompt.token_ids) not in known))
+        key = version_id(version.adapter.digest, version.generation)
+        skipped: list[tuple[str, str]] = []
+        prompts_of: dict[str, tuple[Prompt, ...]] = {}
+        for backend in self._order.backends or tuple(self._gateway.state.backends):
+            why = self._unable(backend, key)
+            if not why and not (takes := await self._taken(backend, prompts)):
+                why = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
+            if why:
+                skipped.append((backend, why))
+            else:
+                prompts_of[backend] = takes
+        if not prompts_of:
+            told = "; ".join(f"{backend}: {why}" for backend, why in skipped) or "no backend is configured"
+            raise Refused(Reason.NO_BACKEND, f"{record.name}: there is no backend to ask. {told}", adapter=record.name)
+        label = f"{record.name}@v{version.ordinal}"
+        probes = source.trouble or _left_out(source.probes)
+        return Plan(label, version.adapter.digest, tuple(prompts_of), tuple(skipped), prompts, probes), prompts_of
+
+    def _unable(self, backend: str, version: str) -> str:
+        """Say why a backend is not asked, "" if it is. Raises Misused for one that is not configured."""
+        standing = self._gateway.known_backend(backend)
+        unfit = asks.cannot_serve(self._gateway.state, standing, version)
+        if unfit is not None:
+            return unfit.sentence
+        if standing.phase is not Phase.UP:
+            return f"it is down: {self._gateway.backends[backend].detail()}"
+        return ""
+
+    async def _taken(self, backend: str, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+        if await self._reads_text(backend):
+            return tuple(prompts)
+        return tuple(prompt for prompt in prompts if prompt.token_ids)
+
+    async def _ask_backend(
+        self, record: Record, plan: Plan, backend: str, prompts: Sequence[Prompt], tell: Tell
+    ) -> None:
+        failures = 0
+        for prompt in prompts:
+            asked = await self._ask_prompt(record, plan.version, backend, prompt)
+            self._asked.append(asked)
+            async with self._telling:
+                await tell(asked)
+            failures += not asked.answered
+            if failures and (failures >= FAILURES_MAX or self._gateway.known_backend(backend).phase is not Phase.UP):
+                return
+
+    async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Asked:
+        # An adapter that only some tenants may use is asked as one of them.
+        tenant = record.allow[0] if record.allow else TENANT
+        tokens = max(self._order.tokens_max, min(len(prompt.expect.encode()), EXPECT_TOKENS_MAX))
+        as_base = Question(backend, "", prompt, tokens, tenant, self._order.timeout_s)
+        as_adapter = replace(as_base, adapter=version)
+        base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
+        # Instances behind one address take turns, so one after the other is asked.
+        times = min(self._gateway.state.backends[backend].facts.caches, INSTANCES_MAX)
+        first, *again = [await self._ask(as_adapter) for _ in range(times)]
+        return Asked(backend, prompt, base, first, tokens, tuple(again))
+
+    @property
+    def _asks_base(self) -> bool:
+        return self._gateway.state.config.base_requests
+
+    async def _evidence(self, plan: Plan, source: _Source) -> Evidence:
+        evidence = Evidence(
+            version=plan.version,
+            asked=self._asked,
+            facts={backend: self._gateway.state.backends[backend].facts for backend in plan.backends},
+            probes=source.trouble,
+            probes_wrong=source.wrong,
+            no_base="" if self._asks_base else NO_BASE,
+        )
+        if source.folder is None or not evidence.changes_nowhere:
+            return evidence
+        return replace(evidence, weightless=await _is_weightless(source.folder, plan.version))
+
+
+async def _is_weightless(folder: Path, version: str) -> bool:
+    """Whether an adapter's files are known to change nothing; those that cannot be read any more say nothing."""
+    try:
+        return not await asyncio.to_thread(changes_something, folder, version)
+    except SidecarError:
+        return False
+
+
+def _left_out(probes: Sequence[Probe]) -> str:
+    if len(probes) <= PROBES_MAX:
+        return ""
+    return f"of the {len(probes)} lines of its probe.jsonl the first {PROBES_MAX} are asked"

@@ -1,0 +1,311 @@
+"""Weights that engines read where they lie: how that is found out, and the life of a region."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from tritonclient.grpc import service_pb2
+
+from sidecar.adapters.shared_memory import DIRECTORY
+from sidecar.app import Sidecar
+from sidecar.backends import server
+from sidecar.config import parse
+from sidecar.core.effects import Heal, Load
+from sidecar.emulator.face import shared_memory
+from sidecar.errors import Misused
+from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from tests.emulated import EngineProcess, channel_to, running_engine
+from tests.peft_files import write_adapter
+from tests.serving import Serving, serving, until, write_adapters
+
+DUMMY = {"compute": "none", "shape": "tiny"}
+
+
+async def regions_of(engine: Any) -> set[str]:
+    """Return the names of the regions that a server has."""
+    async with channel_to(engine.grpc_address) as stub:
+        reply = await stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest())
+        return set(reply.regions)
+
+
+async def unregister_all(engine: Any) -> None:
+    async with channel_to(engine.grpc_address) as stub:
+        await stub.SystemSharedMemoryUnregister(service_pb2.SystemSharedMemoryUnregisterRequest())
+
+
+def blobs_of(served: Serving) -> set[str]:
+    """Return the names of the files that a sidecar keeps in shared memory."""
+    mount = served.sidecar.gateway.store._mount
+    assert mount is not None
+    return {path.name for path in DIRECTORY.glob(f"{mount.prefix}*")}
+
+
+def detail_of(served: Serving) -> str:
+    return served.sidecar.gateway.backends["trt-0"].detail()
+
+
+async def test_weights_are_named_and_regions_are_unregistered_before_their_files_go(tmp_path: Path) -> None:
+    """`auto` finds the shared mount. A dropped blob leaves the engine first, then its file goes; nothing is left."""
+    names = write_adapters(tmp_path, 3)
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], tmp_path) as served:
+            assert "weights by shared memory" in detail_of(served)
+            for name in names:
+                assert (await served.ask(name)).tokens == served.expected(name, 4)
+            assert await regions_of(engine) == blobs_of(served)
+            assert len(blobs_of(served)) == 3
+            with_files: list[bool] = []
+            unregister = served.sidecar.gateway.backends["trt-0"]._transport._shared._unregister  # type: ignore[attr-defined]
+
+            async def watched(name: str) -> None:
+                with_files.append((DIRECTORY / name).exists())
+                await unregister(name)
+
+            served.sidecar.gateway.backends["trt-0"]._transport._shared._unregister = watched  # type: ignore[attr-defined]
+            await served.adapters.Evict(admin_pb2.AdapterRequest(name=names[0]))
+            await until(lambda: len(blobs_of(served)) == 2)
+            assert with_files == [True]
+            assert await regions_of(engine) == blobs_of(served)
+            prefix = served.sidecar.gateway.store._mount.prefix  # type: ignore[union-attr]
+        assert await regions_of(engine) == set()
+        assert not list(DIRECTORY.glob(f"{prefix[:-1]}*"))
+
+
+async def test_grpc_is_used_where_it_is_configured(tmp_path: Path) -> None:
+    (name,) = write_adapters(tmp_path, 1)
+    backend = {"weights_transport": "grpc"}
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path, backend=backend) as served:
+        assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert "weights by gRPC, as configured" in detail_of(served)
+        assert await regions_of(engine) == set()
+        assert served.sidecar.gateway.store._mount is None
+
+
+async def test_an_engine_with_another_mount_is_sent_the_weights_and_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe names a file that only our mount has."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(shared_memory, "DIRECTORY", tmp_path / "elsewhere")
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path / "adapters") as served:
+        assert (await served.ask(name)).tokens == served.expected(name, 4)
+        detail = detail_of(served)
+        assert "weights by gRPC: Unable to open shared memory region" in detail
+        assert await regions_of(engine) == set()
+
+
+async def test_an_engine_with_another_mount_stays_down_where_shared_memory_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_memory, "DIRECTORY", tmp_path)
+    async with running_engine(**DUMMY) as engine:
+        free = {"address": "127.0.0.1:0"}
+        backend = {"url": f"triton://{engine.grpc_address}", "id": "trt-0", "weights_transport": "shared_memory"}
+        listeners = {"data": free, "admin": free, "http": free}
+        sidecar = await Sidecar.start(parse({"backends": [backend], "listeners": listeners}, "the test"))
+        try:
+            await until(lambda: "no shared memory" in sidecar.gateway.backends["trt-0"].detail())
+            assert "one /dev/shm" in sidecar.gateway.backends["trt-0"].detail()
+            assert not sidecar.gateway.state.backends["trt-0"].takes_requests
+        finally:
+            await sidecar.stop()
+
+
+@pytest.mark.parametrize("wanted", ["auto", "shared_memory"])
+async def test_a_mount_that_is_too_small_is_told_before_the_first_request(tmp_path: Path, wanted: str) -> None:
+    (name,) = write_adapters(tmp_path, 1)
+    store, backend = {"memory_bytes": 1 << 60}, {"weights_transport": wanted}
+    async with running_engine(**DUMMY) as engine:
+        if wanted == "auto":
+            async with serving([engine], tmp_path, store=store, backend=backend) as served:
+                assert (await served.ask(name)).tokens == served.expected(name, 4)
+                detail = detail_of(served)
+                assert "weights by gRPC: /dev/shm has " in detail
+                assert "--shm-size" in detail
+            return
+        with pytest.raises(Misused, match=r"weights_transport: shared_memory: /dev/shm has \d+ bytes free"):
+            async with serving([engine], tmp_path, store=store, backend=backend):
+                pass
+
+
+async def test_a_region_that_the_server_forgot_is_registered_again(tmp_path: Path) -> None:
+    """Behind our back all regions go; the next Load meets that, and its client does not."""
+    names = write_adapters(tmp_path, 4)
+    async with running_engine(**DUMMY, lora_host_pages=2) as engine, serving([engine], tmp_path) as served:
+        for name in names:
+            await served.ask(name)
+        await unregister_all(engine)
+        for name in names:
+            assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert await regions_of(engine) == blobs_of(served)
+
+
+async def test_a_server_that_was_restarted_is_registered_with_anew(tmp_path: Path) -> None:
+    names = write_adapters(tmp_path, 2)
+    async with EngineProcess("--compute", "none") as engine, serving([engine], tmp_path) as served:
+        for name in names:
+            await served.ask(name)
+        await engine.kill()
+        await engine.start()
+        for name in names:
+            assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert await regions_of(engine) == blobs_of(served)
+
+
+async def test_the_budget_is_never_exceeded_however_slowly_engines_let_go(tmp_path: Path) -> None:
+    """Room for two blobs, eight adapters in turn: a new one is not made before an old one's bytes are back."""
+    names = write_adapters(tmp_path, 8)
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], tmp_path) as served:
+            await served.ask(names[0])
+            (blob,) = blobs_of(served)
+            size = (DIRECTORY / blob).stat().st_size
+        store = {"memory_bytes": 2 * size}
+        async with serving([engine], tmp_path, store=store) as served:
+            shared: Any = served.sidecar.gateway.backends["trt-0"]._transport._shared  # type: ignore[attr-defined]
+            unregister, held = shared._unregister, []
+
+            async def slowly(name: str) -> None:
+                for _ in range(20):
+                    held.append(sum((DIRECTORY / path).stat().st_size for path in blobs_of(served)))
+                    await asyncio.sleep(0)
+                await unregister(name)
+
+            shared._unregister = slowly
+            for _ in range(3):
+                answers = await asyncio.gather(*(served.ask(name) for name in names))
+                for name, answer in zip(names, answers, strict=True):
+                    assert answer.tokens == served.expected(name, 4)
+            assert max(held) == 2 * size
+
+
+SERVE = """
+import asyncio, json, sys
+from sidecar.app import Sidecar
+from sidecar.backends import server
+from sidecar.config import parse
+async def main():
+    sidecar = await Sidecar.start(parse(json.loads(sys.argv[1]), "the test"))
+    while not all(b.takes_requests for b in sidecar.gateway.state.backends.values()):
+        await asyncio.sleep(0.01)
+    print(sidecar.data_address, flush=True)
+    await sidecar.run_until_signalled()
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def another_sidecar(engine: Any, adapters: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run a sidecar in a process of its own; give it and its data address."""
+    free = {"address": "127.0.0.1:0"}
+    config = {
+        "backends": [{"url": f"triton://{engine.grpc_address}", "id": "trt-0"}],
+        "listeners": {"data": free, "admin": free, "http": free},
+        "adapters": {"serve": str(adapters)},
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SERVE, json.dumps(config), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    try:
+        yield process, (await process.stdout.readline()).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+async def ask_at(address: str, name: str) -> None:
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = gateway_pb2.GenerateRequest(adapter=name, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=4)
+        async for _ in gateway_pb2_grpc.GatewayStub(channel).Generate(request):
+            pass
+
+
+async def test_two_sidecars_on_one_mount_one_of_them_killed(tmp_path: Path) -> None:
+    """The other's regions stay, and the next start removes the dead one's files, and its regions at the server."""
+    names = write_adapters(tmp_path, 3)
+    async with running_engine(**DUMMY, lora_host_pages=2) as engine, serving([engine], tmp_path) as served:
+        for name in names:
+            await served.ask(name)
+        mine = blobs_of(served)
+        async with another_sidecar(engine, tmp_path) as (process, address):
+            for name in names:
+                await ask_at(address, name)
+            others = await regions_of(engine) - mine
+            assert len(others) == 3
+            os.kill(process.pid, signal.SIGKILL)
+            await process.wait()
+        for name in names:
+            assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert await regions_of(engine) == mine | others
+        async with serving([engine], tmp_path) as third:
+            assert await regions_of(engine) == mine
+            assert not any((DIRECTORY / name).exists() for name in others)
+            for name in names:
+                assert (await third.ask(name)).tokens == served.expected(name, 4)
+                assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert await regions_of(engine) == mine
+
+
+async def test_several_caches_behind_one_address_get_the_weights_with_every_request(tmp_path: Path) -> None:
+    """Nobody can say which cache a request meets: its weights are named in it, and nothing is ever missing."""
+    names = write_adapters(tmp_path, 12)
+    async with running_engine(**DUMMY, instances=4, lora_host_pages=3) as engine, serving([engine], tmp_path) as served:
+        assert "CACHES 4, not addressable" in detail_of(served)
+        asked = [name for name in names for _ in range(10)]
+        answers = await asyncio.gather(*(served.ask(name) for name in asked))
+        for name, answer in zip(asked, answers, strict=True):
+            assert answer.tokens == served.expected(name, 4)
+        assert served.recorder.count(Load) == 0
+        assert Counter(effect.reason for effect in served.recorder.of(Heal))["engine_miss"] == 0
+        assert (await served.ask("", tokens=3)).tokens == served.expected("", 3)
+
+
+async def test_several_caches_by_grpc_answer_after_some_misses(tmp_path: Path) -> None:
+    """Without shared memory each cache has to be met once; the operator is told how to do better."""
+    names = write_adapters(tmp_path, 3)
+    backend = {"weights_transport": "grpc"}
+    async with running_engine(**DUMMY, instances=3) as engine, serving([engine], tmp_path, backend=backend) as served:
+        detail = detail_of(served)
+        assert "CACHES 3, not addressable" in detail
+        assert "set instance_group count to 1" in detail
+        asked = [name for name in names for _ in range(5)]
+        answers = await asyncio.gather(*(served.ask(name) for name in asked))
+        for name, answer in zip(asked, answers, strict=True):
+            assert answer.tokens == served.expected(name, 4)
+
+
+async def test_an_adapter_over_the_message_cap_goes_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gRPC it is refused with the number and the way out; by reference its size is no matter."""
+    merged = server.merge
+
+    def with_a_small_cap(*facts: Any) -> Any:
+        found = merged(*facts)
+        return found if found.message_bytes_max is None else replace(found, message_bytes_max=(1 << 16) + 1000)
+
+    monkeypatch.setattr(server, "merge", with_a_small_cap)
+    write_adapter(tmp_path / "big", seed=1)
+    async with running_engine(**DUMMY) as engine:
+        async with serving([engine], tmp_path) as served:
+            assert (await served.ask("big")).tokens == served.expected("big", 4)
+        backend = {"weights_transport": "grpc"}
+        async with serving([engine], tmp_path, backend=backend) as served:
+            with pytest.raises(grpc.aio.AioRpcError, match="weights_transport: shared_memory"):
+                await served.ask("big")

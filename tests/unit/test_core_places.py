@@ -1,0 +1,226 @@
+"""Where requests may go, and engines that take adapters in other ways: with each request, or as files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sidecar.core import asks, codec
+from sidecar.core import effects as fx
+from sidecar.core import events as ev
+from sidecar.core.config import CoreConfig
+from sidecar.core.facts import EngineFacts, is_files, misfit, packed_for, version_of_key
+from sidecar.core.words import Fault, Why
+from sidecar.errors import Reason
+from tests.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
+
+
+def attaching(caches: int = 4, **facts: int | None) -> EngineFacts:
+    """Return an engine of several caches that reads weights where they lie."""
+    return replace(facts_of(**facts), caches=caches, message_bytes_max=None)
+
+
+# Requests that are held to some backends.
+
+
+def test_a_request_goes_where_it_may_go_only() -> None:
+    """Half of the pool is idle, and a request that may not go there waits for the other half."""
+    world = World(engines=2, seats=1)
+    world.register("a")
+    for _ in range(6):
+        world.send("a", only=("b1",))
+    world.send(only=("b0",))
+    world.run()
+    world.assert_all_ok()
+    assert {d.backend for made in world.dispatches.values() for d in made if d.digest} == {"b1"}
+    assert world.dispatches[7][0].backend == "b0"
+
+
+def test_a_request_waits_for_its_backend_to_come_back() -> None:
+    """The others are up, and it is not theirs."""
+    world = World(engines=2)
+    world.register("a")
+    world.lose("b1")
+    request = world.send("a", only=("b1",))
+    world.run(50 * MS)
+    assert asks.why_waiting(world.core.state, world.core.state.requests[request], world.now_ns) is Why.BACKEND_DOWN
+    world.bring_up("b1")
+    world.run()
+    world.assert_all_ok()
+    assert world.dispatches[request][0].backend == "b1"
+
+
+def test_a_request_whose_backend_is_lost_is_not_sent_elsewhere() -> None:
+    world = World(engines=2)
+    world.register("a")
+    request = world.send("a", only=("b0",))
+    world.run(31 * MS)
+    world.lose("b0")
+    world.run(50 * MS)
+    assert not world.settled
+    world.bring_up("b0")
+    world.run()
+    world.assert_all_ok()
+    assert {dispatch.backend for dispatch in world.dispatches[request]} == {"b0"}
+
+
+def test_nobody_may_serve_it() -> None:
+    """A backend that is not there, one that cannot serve the adapter, one that drains."""
+    world = World(engines=2)
+    world.register("a")
+    unknown = world.send("a", only=("b9",))
+    world.feed(ev.DrainSet("b0", True))
+    draining = world.send("a", only=("b0",))
+    for request in (unknown, draining):
+        assert world.settled[request].reason is Reason.NO_BACKEND
+    assert "draining" in world.settled[draining].message
+    waiting = world.send("a", only=("b1",))
+    world.feed(ev.DrainSet("b1", True))
+    world.run()
+    assert world.settled[waiting].reason in (None, Reason.NO_BACKEND)
+
+
+def test_an_engine_that_rejects_an_adapter_ends_those_that_may_go_nowhere_else() -> None:
+    world = World(engines=2)
+    world.register("a")
+    world.engines["b0"].reject_load[world.digest("a")] = "no"
+    bound, free = world.send("a", only=("b0",)), world.send("a", only=("b0", "b1"))
+    world.run()
+    assert world.settled[bound].reason is Reason.ADAPTER_UNAVAILABLE
+    assert world.settled[free].reason is None
+
+
+# Weights that go along.
+
+
+def test_weights_go_along_where_nobody_can_say_which_cache_has_them() -> None:
+    """No Load, no miss; every dispatch names the packed blob."""
+    world = World(engines=0)
+    world.add_engine("b0", attaching())
+    names = [f"a{number}" for number in range(8)]
+    world.register(*names)
+    for name in names * 3:
+        world.send(name)
+    world.send()
+    world.run()
+    world.assert_all_ok()
+    assert not world.of(fx.Load)
+    assert world.engines["b0"].misses == 0
+    for dispatch in world.of(fx.Dispatch):
+        assert dispatch.attach == bool(dispatch.digest)
+        assert bool(dispatch.packed_key) == bool(dispatch.digest)
+
+
+def test_a_store_smaller_than_what_goes_along_takes_its_time() -> None:
+    """Two blobs fit: the others are brought in turn, and none goes while it is named."""
+    world = World(CoreConfig(store_bytes=2 * BLOB_BYTES), engines=0)
+    world.add_engine("b0", attaching(host_pages=None, device_pages=None))
+    names = [f"a{number}" for number in range(8)]
+    world.register(*names)
+    for name in names * 4:
+        world.send(name)
+    world.run()
+    world.assert_all_ok()
+
+
+def test_a_blob_that_is_dropped_while_its_version_is_open_is_brought_again() -> None:
+    world = World(engines=0)
+    world.add_engine("b0", attaching(seats=1))
+    world.register("a")
+    world.send("a")
+    world.run()
+    world.ask(lambda ask: ev.EvictAsked(ask, "a"))
+    world.send("a")
+    world.run()
+    world.assert_all_ok()
+    assert len(world.of(fx.Fetch)) == 2
+
+
+def test_more_misses_are_borne_where_there_are_more_caches() -> None:
+    """Without shared memory a request meets each cache until one has its adapter."""
+    world = World(engines=0)
+    engine = world.add_engine("b0", replace(facts_of(), caches=4))
+    world.register("a")
+    engine.run_faults += [Fault.MISS] * (4 * world.config.heals_max)
+    world.send("a")
+    world.run()
+    world.assert_all_ok()
+    assert world.core.state.backends["b0"].pages_learned is None
+
+
+# Files.
+
+
+def test_files_are_named_apart_and_never_spilled() -> None:
+    """The key says that nothing is packed; the disk tier has no part in it."""
+    facts = EngineFacts(kind="triton_llmapi", message_bytes_max=None)
+    packed = packed_for(adapter_of("a"), facts, 2)
+    assert is_files(packed.key)
+    assert version_of_key(packed.key) == f"{adapter_of('a').digest}.g2"
+    assert not is_files(packed_for(adapter_of("a"), facts_of(), 2).key)
+    assert packed.size_bytes == 8 * (64 + 64) * 4
+    world = World(CoreConfig(store_bytes=64 * BLOB_BYTES, disk_bytes=64 * BLOB_BYTES), engines=0)
+    world.add_engine("b0", replace(facts, seats=4))
+    world.register("a", "b")
+    for _ in range(4):
+        world.send("a")
+        world.send("b")
+    world.run()
+    world.assert_all_ok()
+    assert all(fetch.layout.files for fetch in world.of(fx.Fetch))
+    assert not world.of(fx.Spill)
+
+
+def test_the_message_cap_is_that_of_messages() -> None:
+    huge = adapter_of("a", rank=64, rows=1 << 18)
+    facts = EngineFacts(dtype="float16")
+    unfit = misfit(huge, facts)
+    assert unfit is not None
+    assert "weights_transport: shared_memory" in unfit.sentence
+    assert misfit(huge, replace(facts, message_bytes_max=None)) is None
+    assert misfit(huge, EngineFacts(kind="triton_llmapi")) is None
+
+
+# What the engine itself says of its room.
+
+
+def test_what_others_use_of_the_kv_cache_is_not_ours() -> None:
+    """Beyond our own reservations, and only if it lasts: the gauge lags behind what has just ended."""
+    world = World(engines=0)
+    world.add_engine("b0", with_facts(facts_of(), kv_tokens=100))
+    for _ in range(2):
+        world.feed(ev.BackendMeasured("b0", None, 100, 70))
+    world.feed(ev.BackendMeasured("b0", None, 100, 0))
+    backend = world.core.state.backends["b0"]
+    assert backend.kv_free == 100
+    for _ in range(3):
+        world.feed(ev.BackendMeasured("b0", None, 100, 70))
+    assert backend.kv_free == 30
+    for _ in range(3):
+        world.send(input_tokens=10, output_tokens=10)
+    assert len(backend.running) == 1
+    world.feed(ev.BackendMeasured("b0", None, 100, 90))
+    assert backend.kv_free == 100 - 20 - 70
+    for _ in range(3):
+        world.feed(ev.BackendMeasured("b0", None, 100, 20))
+    assert len(backend.running) == 3
+    world.run()
+    world.assert_all_ok()
+    world.lose("b0")
+    assert not backend.kv_of_others
+
+
+def test_an_engine_that_queues_nothing_is_sent_no_more_than_its_seats() -> None:
+    world = World(engines=0)
+    for name, queue_max, expected in (("b0", 0, 20), ("b1", 1, 21), ("b2", 50, 22), ("b3", None, 22)):
+        world.add_engine(name, replace(facts_of(seats=20), queue_max=queue_max))
+        assert world.core.state.backends[name].seats(world.config) == expected
+
+
+# Journals of earlier releases.
+
+
+def test_what_an_earlier_release_wrote_is_read() -> None:
+    """Fields that it did not know keep their defaults."""
+    record = codec.encode(ev.Received(1, "a", "t", "default", 1, 2, None, "", 3, ("b0",)))
+    del record["only"]
+    assert codec.decode(record) == ev.Received(1, "a", "t", "default", 1, 2, None, "", 3)
