@@ -31,7 +31,7 @@ from sidecar.backends.transport import NOT_SHARED, SharedMemory, claim_shared_me
 from sidecar.backends.triton import TritonBackend, TritonOptions
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener, declared_facts
-from sidecar.core.facts import EngineFacts
+from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
 from sidecar.engine_pace import pace_from_cost
 from sidecar.errors import Invalid, Misused, Reason
 from sidecar.fronts.admin import add_admin
@@ -269,7 +269,10 @@ def make_backends(
     facts = facts_of(configured)
     for backend in configured:
         if backend.scheme == "triton":
-            options = _triton_options(backend, facts[backend.identity], memory)
+            declared = facts[backend.identity]
+            if backend.weights_transport == "grpc" or memory.mount is None:
+                declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
+            options = _triton_options(backend, declared, memory)
             made.append((TritonBackend(options, loader), options.facts))
         else:
             kind = plugins.resolve("backend", backend.scheme)

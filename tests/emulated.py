@@ -55,6 +55,13 @@ async def channel_to(address: str) -> AsyncIterator[service_pb2_grpc.GRPCInferen
         yield service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
+async def regions_of(engine: Any) -> set[str]:
+    """Return the names of the shared-memory regions that a server has."""
+    async with channel_to(engine.grpc_address) as stub:
+        reply = await stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest())
+        return set(reply.regions)
+
+
 class EngineProcess:
     """`python -m sidecar.emulator` in a process of its own.
 

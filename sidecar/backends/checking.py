@@ -40,7 +40,7 @@ class Step:
 
 
 STEPS = (
-    Step("reachable", server.reachable),
+    Step("reachable", server.reachable, limit_s=2 * LOOK_S),
     Step("ready", server.ready, ("reachable",)),
     Step("model", server.model, ("ready",)),
     Step("kind", model.kind, ("model",)),
@@ -106,6 +106,8 @@ async def _within_its_time(step: Step, look: Look) -> Finding:
         return failed(f"the server does not answer it: {words(error)}")
     except SidecarError as error:
         return failed(error.message)
+    except OSError as error:
+        return failed(f"it could not be looked at: {error}")
 
 
 def result_of(findings: list[Finding]) -> State:

@@ -97,7 +97,7 @@ class Server:
             return from_llmapi_config()
         await self._transport.choose()
         found = from_model_config(config)
-        return replace(found, message_bytes_max=None) if self._transport.by_reference else found
+        return self._transport.described(found)
 
     def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
         gauges = self.gauges or Gauges()

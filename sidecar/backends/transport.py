@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ import grpc
 from sidecar.adapters.shared_memory import DIRECTORY, Mount
 from sidecar.backends.api import Weights
 from sidecar.backends.sharing import RegionRefused, SharedBlobs
+from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
 from sidecar.errors import Misused, Reason
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,11 @@ class Transport:
     def by_reference(self) -> bool:
         """Whether weights are named instead of sent."""
         return self._by_reference
+
+    def described(self, facts: EngineFacts) -> EngineFacts:
+        """Add to an engine's facts how its weights get there."""
+        limit = None if self._by_reference else MESSAGE_BYTES_MAX
+        return replace(facts, by_reference=self._by_reference, message_bytes_max=limit)
 
     async def choose(self) -> None:
         """Find out what the server, just reached, can do.

@@ -52,8 +52,10 @@ class EngineFacts:
     head_size: int | None = None
     pace: Pace | None = None
     """Its step time, where it was calibrated."""
-    message_bytes_max: int | None = MESSAGE_BYTES_MAX
-    """The largest message that weights can travel in; None where they do not travel: they are in shared memory."""
+    message_bytes_max: int | None = None
+    """The largest message, where weights travel in messages."""
+    by_reference: bool = False
+    """Weights do not travel: the engine reads them where they lie."""
     caches: int = 1
     """Adapter caches behind its one address. A request cannot choose among several."""
     queue_max: int | None = None
@@ -71,7 +73,7 @@ class EngineFacts:
     @property
     def attaches(self) -> bool:
         """Whether weights go along with every request, by reference: nobody can say which cache has them."""
-        return self.caches > 1 and self.message_bytes_max is None
+        return self.caches > 1 and self.by_reference
 
     @property
     def page(self) -> PageShape | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -10,6 +10,7 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
 from sidecar.errors import Refused
 from sidecar.fronts import relay
 from sidecar.fronts.generate import response_of
@@ -24,6 +25,8 @@ from sidecar.shell.verdicts import Check
 from sidecar.shell.verifying import Finding, Plan, Verification
 
 TEXT_MODEL = "ensemble"
+TOKENS_ONLY = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
+TEXT_ONLY = "its model takes text only; give prompts with --prompt"
 CLIENT_ID = "verify"
 
 
@@ -39,19 +42,24 @@ class Verifier:
         async def tell(finding: Finding) -> None:
             await write(message_of(finding))
 
-        await Verification(self._gateway, order_of(request), self._ask, self._reads_text).run(tell)
+        await Verification(self._gateway, order_of(request), self._ask, self._fitting).run(tell)
 
-    async def _reads_text(self, backend: str) -> bool:
+    async def _fitting(self, backend: str, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], str]:
+        """Return the prompts that a backend's models take, and why there are none."""
+        kind = self._gateway.state.backends[backend].facts.kind
+        if kind == TRITON_LLMAPI:
+            return tuple(prompt for prompt in prompts if prompt.text), TEXT_ONLY
+        if kind != TRITON or await self._has_text_model(backend):
+            return tuple(prompts), ""
+        return tuple(prompt for prompt in prompts if prompt.token_ids), TOKENS_ONLY
+
+    async def _has_text_model(self, backend: str) -> bool:
         """Whether a server has a model that takes text; where that cannot be asked, the requests will show it."""
-        if self._gateway.state.backends[backend].facts.kind != "triton":
-            return True
+        request = service_pb2.ModelReadyRequest(name=TEXT_MODEL)
         try:
-            ready = await self._gateway.backends[backend].call(
-                "ModelReady", service_pb2.ModelReadyRequest(name=TEXT_MODEL)
-            )
+            return bool((await self._gateway.backends[backend].call("ModelReady", request)).ready)
         except grpc.RpcError:
             return True
-        return bool(ready.ready)
 
     async def _ask(self, question: Question) -> Reply:
         """Return the answer to one request, or why there is none."""

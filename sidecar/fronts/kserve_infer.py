@@ -22,6 +22,7 @@ from sidecar.fronts import callers, kserve_request, relay
 from sidecar.fronts.kinds import as_it_is
 from sidecar.fronts.kserve_lifetime import Lifetimes
 from sidecar.fronts.kserve_live import Live, LiveRequests, stop_answer, stopped_answer, words_for_client
+from sidecar.fronts.kserve_regions import check_tensors
 from sidecar.fronts.kserve_request import Asked
 from sidecar.fronts.kserve_stream import ClientLeft, InferStream, StreamBroken
 from sidecar.fronts.lengths import text_tokens_max
@@ -74,6 +75,7 @@ class KServe:
 
     def read(self, message: Any, raw: bytes, context: Any, metadata: Mapping[str, str], unary: bool) -> Asked:
         """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
+        check_tensors((*message.inputs, *message.outputs))
         asked = kserve_request.read(message, raw, unary, metadata, self._rules)
         facts = asked.facts
         tokens = facts.input_tokens

@@ -42,7 +42,8 @@ def _answered(evidence: Evidence) -> list[Check]:
             advice = f'look at "sidecar backends show {backend}" and at the sidecar\'s log'
             checks.append(Check("answered", FAILED, sentence, advice, (backend,)))
         else:
-            checks.append(Check("answered", PASSED, f"all prompts were answered on {backend}", backends=(backend,)))
+            sentence = f"all {len(asked)} prompts were answered on {backend}"
+            checks.append(Check("answered", PASSED, sentence, backends=(backend,)))
     return checks
 
 

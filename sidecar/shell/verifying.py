@@ -52,6 +52,7 @@ class Plan:
 
 Finding = Plan | Asked | Check
 Ask = Callable[[Question], Awaitable[Reply]]
+Fitting = Callable[[str, Sequence[Prompt]], Awaitable[tuple[tuple[Prompt, ...], str]]]
 Tell = Callable[[Finding], Awaitable[None]]
 
 
@@ -66,16 +67,16 @@ class _Source:
 
 
 class Verification:
-    """One verification. `ask` makes a request and never raises for how it ends; `reads_text` says of a backend whether
-    its server has a model that takes text.
+    """One verification. `ask` makes a request and never raises for how it ends; `fitting` picks the prompts that a
+    backend's models take, and says why there are none.
     """
 
-    def __init__(self, gateway: Gateway, order: Order, ask: Ask, reads_text: Callable[[str], Awaitable[bool]]) -> None:
+    def __init__(self, gateway: Gateway, order: Order, ask: Ask, fitting: Fitting) -> None:
         check_order(order)
         self._gateway = gateway
         self._order = order
         self._ask = ask
-        self._reads_text = reads_text
+        self._fitting = fitting
         self._telling = asyncio.Lock()
         self._asked: list[Asked] = []
 
@@ -130,12 +131,13 @@ class Verification:
         prompts_of: dict[str, tuple[Prompt, ...]] = {}
         for backend in self._order.backends or tuple(self._gateway.state.backends):
             why = self._unable(backend, key)
-            if not why and not (takes := await self._taken(backend, prompts)):
-                why = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
-            if why:
-                skipped.append((backend, why))
+            fitting: tuple[Prompt, ...] = ()
+            if not why:
+                fitting, why = await self._fitting(backend, prompts)
+            if fitting:
+                prompts_of[backend] = fitting
             else:
-                prompts_of[backend] = takes
+                skipped.append((backend, why))
         if not prompts_of:
             told = "; ".join(f"{backend}: {why}" for backend, why in skipped) or "no backend is configured"
             raise Refused(Reason.NO_BACKEND, f"{record.name}: there is no backend to ask. {told}", adapter=record.name)
@@ -145,18 +147,12 @@ class Verification:
 
     def _unable(self, backend: str, version: str) -> str:
         """Say why a backend is not asked, "" if it is. Raises Misused for one that is not configured."""
-        standing = self._gateway.known_backend(backend)
-        unfit = asks.cannot_serve(self._gateway.state, standing, version)
+        unfit = asks.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
         if unfit is not None:
             return unfit.sentence
-        if standing.phase is not Phase.UP:
+        if not self._is_up(backend):
             return f"it is down: {self._gateway.backends[backend].detail()}"
         return ""
-
-    async def _taken(self, backend: str, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-        if await self._reads_text(backend):
-            return tuple(prompts)
-        return tuple(prompt for prompt in prompts if prompt.token_ids)
 
     async def _ask_backend(
         self, record: Record, plan: Plan, backend: str, prompts: Sequence[Prompt], tell: Tell
@@ -168,7 +164,7 @@ class Verification:
             async with self._telling:
                 await tell(asked)
             failures += not asked.answered
-            if failures and (failures >= FAILURES_MAX or self._gateway.known_backend(backend).phase is not Phase.UP):
+            if failures and (failures >= FAILURES_MAX or not self._is_up(backend)):
                 return
 
     async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Asked:
@@ -178,10 +174,15 @@ class Verification:
         as_base = Question(backend, "", prompt, tokens, tenant, self._order.timeout_s)
         as_adapter = replace(as_base, adapter=version)
         base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
+        if base.error and not self._is_up(backend):
+            return Asked(backend, prompt, base, Reply(error=base.error), tokens)
         # Instances behind one address take turns, so one after the other is asked.
         times = min(self._gateway.state.backends[backend].facts.caches, INSTANCES_MAX)
         first, *again = [await self._ask(as_adapter) for _ in range(times)]
         return Asked(backend, prompt, base, first, tokens, tuple(again))
+
+    def _is_up(self, backend: str) -> bool:
+        return self._gateway.state.backends[backend].phase is Phase.UP
 
     @property
     def _asks_base(self) -> bool:

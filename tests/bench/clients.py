@@ -41,11 +41,15 @@ def named_request(adapter: str, tokens: int, request_id: str = "r") -> bytes:
 
 @dataclass
 class Timed:
-    """When a request's messages came, in seconds: from its sending to the first, to the last, and between them."""
+    """When a request's messages came, in seconds: from its sending to the first, to the last, and between them.
+
+    `load_ms` is what the sidecar says that the adapter's Load took of it.
+    """
 
     first_s: float
     whole_s: float
     gaps_s: list[float]
+    load_ms: float = 0.0
 
 
 async def ask(stream: Any, message: bytes) -> Timed:
@@ -58,15 +62,22 @@ async def ask(stream: Any, message: bytes) -> Timed:
         now = perf_counter()
         times.append(now - before)
         before = now
-        if is_final(raw):
-            return Timed(times[0], now - began, times[1:])
+        parameters = parameters_of(raw)
+        if parameters["triton_final_response"].bool_param:
+            load_ms = parameters["lora_load_ms"].double_param
+            return Timed(times[0], now - began, times[1:], load_ms)
 
 
 def is_final(raw: bytes) -> bool:
+    return bool(parameters_of(raw)["triton_final_response"].bool_param)
+
+
+def parameters_of(raw: bytes) -> Any:
+    """Return a response's parameters. Raises RuntimeError with an error's text."""
     response = service_pb2.ModelStreamInferResponse.FromString(raw)
     if response.error_message:
         raise RuntimeError(response.error_message)
-    return bool(response.infer_response.parameters["triton_final_response"].bool_param)
+    return response.infer_response.parameters
 
 
 async def ask_many(stream: Any, message: bytes, times: int) -> int:

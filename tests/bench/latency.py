@@ -17,23 +17,28 @@ GOALS_MS = {"uvloop": 0.5, "asyncio": 1.0}
 
 
 async def bench(folder: Path) -> list[Figure]:
-    (name,) = write_adapters(folder / "adapters", 1)
     figures = []
-    for loop in GOALS_MS:
-        async with AsyncExitStack() as stack:
-            engine = await stack.enter_async_context(EngineProcess("--compute", "none"))
-            relay = await stack.enter_async_context(RelayProcess(engine.grpc_address, loop == "uvloop"))
-            served = {"serve": str(folder / "adapters")}
-            sidecar = await stack.enter_async_context(
-                SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served)
-            )
-            places = {
-                "direct": (await _stream(stack, engine.grpc_address), clients.named_request("", TOKENS)),
-                "relay": (await _stream(stack, relay.data), clients.named_request("", TOKENS)),
-                "sidecar": (await _stream(stack, sidecar.data), clients.named_request(name, TOKENS)),
-            }
-            figures += _figures(await _interleaved(places), loop)
+    for loop, goal_ms in GOALS_MS.items():
+        async with EngineProcess("--compute", "none") as engine:
+            figures += await measure(folder, engine, loop, goal_ms)
     return figures
+
+
+async def measure(folder: Path, engine: Any, loop: str, goal_ms: float) -> list[Figure]:
+    """Return what a sidecar and a bare relay add to an engine's answers."""
+    (name,) = write_adapters(folder / "adapters", 1)
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(RelayProcess(engine.grpc_address, loop == "uvloop"))
+        served = {"serve": str(folder / "adapters")}
+        sidecar = await stack.enter_async_context(
+            SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served)
+        )
+        places = {
+            "direct": (await _stream(stack, engine.grpc_address), clients.named_request("", TOKENS)),
+            "relay": (await _stream(stack, relay.data), clients.named_request("", TOKENS)),
+            "sidecar": (await _stream(stack, sidecar.data), clients.named_request(name, TOKENS)),
+        }
+        return _figures(await _interleaved(places), loop, goal_ms)
 
 
 async def _stream(stack: AsyncExitStack, address: str) -> Any:
@@ -53,7 +58,7 @@ async def _interleaved(places: dict[str, tuple[Any, bytes]]) -> dict[str, list[c
     return times
 
 
-def _figures(times: dict[str, list[clients.Timed]], loop: str) -> list[Figure]:
+def _figures(times: dict[str, list[clients.Timed]], loop: str, goal_ms: float) -> list[Figure]:
     first = {place: [timed.first_s * 1e3 for timed in of] for place, of in times.items()}
     whole = {place: [timed.whole_s * 1e3 for timed in of] for place, of in times.items()}
     figures = []
@@ -62,7 +67,7 @@ def _figures(times: dict[str, list[clients.Timed]], loop: str) -> list[Figure]:
         note = f"adds {sidecar - direct:.2f} ms, a bare relay {relay - direct:.2f} ms, p99 {_p99(by):.2f} ms"
         reference = "the engine directly"
         figures.append(
-            Figure(f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", GOALS_MS[loop], note)
+            Figure(f"latency: p50 {what}, {loop}", sidecar, "ms", direct, reference, "difference", goal_ms, note)
         )
     return figures
 

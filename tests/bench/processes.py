@@ -15,8 +15,6 @@ from typing import Any, Self
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.emulated import EngineProcess
-
 RUN_SIDECAR = "from sidecar.cli import main; main()"
 WITHOUT_UVLOOP = "import sys; sys.modules['uvloop'] = None; "
 
@@ -129,7 +127,7 @@ class RelayProcess(Measured):
         return str(self.ready["data"])
 
 
-def backend_of(engine: EngineProcess, /, identity: str = "trt-0", **fields: Any) -> dict[str, Any]:
+def backend_of(engine: Any, /, identity: str = "trt-0", **fields: Any) -> dict[str, Any]:
     """Return a backend's entry in the configuration."""
     metrics = f"http://{engine.metrics_address}/metrics"
     return {"url": f"triton://{engine.grpc_address}", "id": identity, "metrics": metrics, **fields}

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.bench import clients
 from tests.bench.figures import Figure, middle
@@ -42,18 +43,22 @@ class Subject:
 
 
 async def bench(folder: Path) -> list[Figure]:
-    adapters = folder / "adapters"
-    names = write_adapters(adapters, 4)
     figures = []
     for loop in ("uvloop", "asyncio"):
-        async with AsyncExitStack() as stack:
-            enter = stack.enter_async_context
-            engine = await enter(EngineProcess("--compute", "none", "--kv-blocks", "65536"))
-            relay = await enter(RelayProcess(engine.grpc_address, loop == "uvloop"))
-            served = {"serve": str(adapters)}
-            sidecar = await enter(SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served))
-            figures += await _compare(stack, relay, sidecar, names, loop)
+        async with EngineProcess("--compute", "none", "--kv-blocks", "65536") as engine:
+            figures += await measure(folder, engine, loop)
     return figures
+
+
+async def measure(folder: Path, engine: Any, loop: str) -> list[Figure]:
+    """Return what a message of an engine costs a sidecar and a bare relay."""
+    names = write_adapters(folder / "adapters", 4)
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        relay = await enter(RelayProcess(engine.grpc_address, loop == "uvloop"))
+        served = {"serve": str(folder / "adapters")}
+        sidecar = await enter(SidecarProcess(folder, [backend_of(engine)], loop == "uvloop", adapters=served))
+        return await _compare(stack, relay, sidecar, names, loop)
 
 
 async def _compare(

@@ -76,18 +76,23 @@ async def test_what_one_instance_was_sent_the_others_do_not_have(tmp_path: Path)
     assert [line["instance"] for line in read_served(log)] == [0, 1, 0]
 
 
-async def test_the_instance_with_the_fewest_in_flight_is_taken() -> None:
-    """Each has its own seats: a third request waits behind one of two although the server has two engines."""
+async def test_instances_take_turns_whatever_is_in_flight() -> None:
+    """Each has its own seats: a request waits for one of the first while the second has all of its free."""
     async with running_engine(**LONG, instances=2, seats=1) as server, channel_to(server.grpc_address) as stub:
+        first, second = server.engines
         calls = [stub.ModelStreamInfer() for _ in range(3)]
         for number, call in enumerate(calls):
             await call.write(core_request(tokens=900_000, streaming=True, request_id=f"r{number}"))
             await until(lambda n=number: sum(e.counters.active + e.counters.waiting for e in server.engines) == n + 1)
-        assert [engine.counters.active for engine in server.engines] == [1, 1]
-        assert sorted(engine.counters.waiting for engine in server.engines) == [0, 1]
-        calls[1].cancel()  # the second instance is free again, and the next request goes there
-        await until(lambda: server.engines[1].counters.active == 0)
+        assert (first.counters.active, first.counters.waiting) == (1, 1)
+        assert (second.counters.active, second.counters.waiting) == (1, 0)
+        calls[1].cancel()
+        await until(lambda: second.counters.active == 0)
         assert tokens_of(await stream_answers(stub, core_request(tokens=3)))
+        late = stub.ModelStreamInfer()
+        await late.write(core_request(tokens=900_000, streaming=True, request_id="late"))
+        await until(lambda: first.counters.waiting == 2)
+        assert second.counters.active == 0
         assert [(line.instance, line.outcome) for line in server.served] == [(1, "cancelled"), (1, "done")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from sidecar.demo.model import SEED
 from sidecar.emulator.face.compute import dummy_token
 from sidecar.emulator.tokens import EOS, ByteTokenizer
 from tests.emulated import CORE, EngineProcess, add_tensor, channel_to, is_final, running_engine, stream_answers
-from tests.peft_files import ALL_LINEAR, module_path, write_adapter
+from tests.peft_files import ALL_LINEAR, module_path, read_tensors, write_adapter, write_safetensors
 from tests.serving import until
 
 DUMMY = {"compute": "none", "protocol": "llmapi"}
@@ -208,9 +209,21 @@ async def test_it_keeps_adapters_and_loads_them_again(tmp_path: Path) -> None:
         assert (code, details.startswith(f"{BAD}lora_path does not exist")) == (grpc.StatusCode.INTERNAL, True)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-async def test_it_computes_what_the_files_say(tmp_path: Path, rslora: bool) -> None:
-    """The merged model's answers: all modules, ranks and alphas of their own, in shards too."""
+def in_shards(folder: Path) -> None:
+    """Give an adapter's tensors two files and an index."""
+    tensors = read_tensors(folder)
+    weights = folder / "adapter_model.safetensors"
+    weights.unlink()
+    owners = {name: f"adapter_model-{number % 2 + 1}-of-2.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file_name in set(owners.values()):
+        part = {name: values for name, values in tensors.items() if owners[name] == file_name}
+        write_safetensors(folder / file_name, part)
+    (folder / f"{weights.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
+
+
+@pytest.mark.parametrize(("rslora", "sharded"), [(False, False), (True, False), (False, True)])
+async def test_it_computes_what_the_files_say(tmp_path: Path, rslora: bool, sharded: bool) -> None:
+    """The merged model's answers: all modules, ranks and alphas of their own, in one file or in several."""
     odd = module_path("v_proj", 1)
     path = write_adapter(
         tmp_path / "odd", modules=ALL_LINEAR, ranks={odd: 4}, alpha_pattern={odd: 8}, size=0.2, use_rslora=rslora
@@ -218,6 +231,8 @@ async def test_it_computes_what_the_files_say(tmp_path: Path, rslora: bool) -> N
     prompt = "select "
     expected = [token for token in greedy(path, prompt, 12) if token != EOS]
     assert expected != [token for token in greedy(None, prompt, 12) if token != EOS]
+    if sharded:
+        in_shards(path)
     options = {"protocol": "llmapi", "decoupled": False, "compute": "llama", "seed": SEED}
     async with running_engine(**options) as engine, channel_to(engine.grpc_address) as stub:
         answer = await stub.ModelInfer(asking(prompt, 12, (5, "odd", path)))

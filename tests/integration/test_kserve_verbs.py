@@ -17,6 +17,7 @@ import pytest
 import tritonclient.grpc as triton
 from google.protobuf import descriptor_pool, json_format, message_factory
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
 from sidecar.core.words import Phase
@@ -25,7 +26,7 @@ from tests.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_t
 from tests.serving import Serving, serving, until, write_adapters
 
 SERVICE = "/inference.GRPCInferenceService"
-ADMIN_ONLY = ("RepositoryIndex", "RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+ADMIN_ONLY = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
 
 
 @contextmanager
@@ -44,6 +45,12 @@ def in_region(region: str, name: str, array: np.ndarray[Any, Any], datatype: str
     made = triton.InferInput(name, list(array.shape), datatype)
     made.set_shared_memory(region, array.nbytes)
     return made
+
+
+async def regions_at(address: str) -> list[str]:
+    """Return the names of all regions that are registered at a server, the sidecar's own among them."""
+    async with aio_client(address) as client:
+        return list((await client.get_system_shared_memory_status()).regions)
 
 
 PROMPT = np.array([[256, 1, 2]], np.int32)
@@ -75,8 +82,7 @@ async def test_a_clients_own_shared_memory(tmp_path: Path) -> None:
             assert triton.InferResult(told.responses[-1]).as_numpy("num_input_tokens").tolist() == [[3]]
             await client.unregister_system_shared_memory("prompt")
             for engine in (one, two):
-                async with aio_client(engine.grpc_address) as direct:
-                    assert not (await direct.get_system_shared_memory_status()).regions
+                assert "prompt" not in await regions_at(engine.grpc_address)
         told = await ask(client, name="a00", inputs=inputs_in("prompt"))
         assert "Unable to find shared memory region: 'prompt'" in told.errors[0]
         with pytest.raises(InferenceServerException, match="Unable to open shared memory region"):
@@ -246,19 +252,164 @@ async def test_a_verb_goes_to_another_backend_when_one_just_died(tmp_path: Path)
 
 
 async def test_admin_verbs_are_on_the_admin_listener_only(tmp_path: Path) -> None:
-    """On the data listener they do not exist; on the admin one they are the engine's."""
+    """Each listener says where the other's verbs are; on the admin listener they are the engine's."""
     async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
         for verb in ADMIN_ONLY:
             error = await status_of(served.channel.unary_unary(f"{SERVICE}/{verb}")(b""))
-            assert (error.code(), error.details()) == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
-        for inference in ("ModelInfer", "SystemSharedMemoryRegister"):
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert error.details() == "this verb is served on the sidecar's admin listener only (listeners.admin)"
+        for inference in ("ModelInfer", "ModelStreamInfer", "SystemSharedMemoryRegister"):
             error = await status_of(served.admin_channel.unary_unary(f"{SERVICE}/{inference}")(b""))
-            assert error.details() == "Method not found!"
+            assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+            assert error.details() == "this verb is served on the sidecar's data listener only"
         async with aio_client(served.sidecar.admin_address) as admin:
             index = await admin.get_model_repository_index()
             assert [model.name for model in index.models] == [CORE, "ensemble"]
             with pytest.raises(InferenceServerException, match="does not offer log settings"):
                 await admin.get_log_settings()
+
+
+async def test_every_verb_of_the_service_has_an_answer(tmp_path: Path) -> None:
+    """Each of KServe's verbs is served on one of the listeners or says why not; what is no verb says that."""
+    verbs = [method.name for method in service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods]
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
+        for verb in [*verbs, "ModelTrain"]:
+            words = []
+            for channel in (served.channel, served.admin_channel):
+                if verb == "ModelStreamInfer":
+                    call: Any = channel.stream_stream(f"{SERVICE}/{verb}")(iter(()))
+                    words.append(await call.details())
+                else:
+                    words.append(await details_of(channel.unary_unary(f"{SERVICE}/{verb}")(b"")))
+            assert not any("Method not found" in each for each in words), verb
+            known = [each for each in words if "the sidecar's" not in each]
+            assert known, f"{verb} is on neither listener: {words}"
+            assert ("does not know this verb" in known[0]) == (verb == "ModelTrain")
+        error = await status_of(served.channel.unary_unary("/inference.Other/ModelInfer")(b""))
+        assert error.details() == "Method not found!"
+
+
+async def details_of(call: Any) -> str:
+    """Return the words that a call ends with, "" when it succeeds."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.details() or ""
+    return ""
+
+
+async def test_cuda_shared_memory_is_refused_where_it_would_matter(tmp_path: Path) -> None:
+    """To register says why not; a program that only looks, or clears all regions before it begins, goes on."""
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        with pytest.raises(InferenceServerException, match="engines with LoRA refuse inputs in the GPU's memory") as no:
+            await client.register_cuda_shared_memory("gpu", b"aGFuZGxl", 0, 64)
+        assert no.value.status() == "StatusCode.UNIMPLEMENTED"
+        assert not (await client.get_cuda_shared_memory_status()).regions
+        with pytest.raises(InferenceServerException, match="Unable to find cuda shared memory region: 'gpu'"):
+            await client.get_cuda_shared_memory_status("gpu")
+        await client.unregister_cuda_shared_memory()
+        await client.unregister_cuda_shared_memory("gpu")
+
+
+async def test_the_sidecars_own_regions_are_out_of_clients_reach(tmp_path: Path) -> None:
+    """They are not shown, not unregistered with all others, and neither names nor keys nor tensors can mean them."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path, backend={"weights_transport": "shared_memory"}) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        assert (await ask(client, name="a00")).errors == []
+        (ours,) = await regions_at(engine.grpc_address)
+        assert ours.startswith("lora-sidecar-")
+        assert await regions_at(served.sidecar.data_address) == []
+        with region_of(PROMPT) as memory:
+            for name in ("one", "two"):
+                await client.register_system_shared_memory(name, memory.name, PROMPT.nbytes)
+            await client.unregister_system_shared_memory()
+        assert await regions_at(engine.grpc_address) == [ours]
+        await client.unregister_system_shared_memory()  # nothing is left to do
+
+        for call in (
+            client.register_system_shared_memory(ours, "/x", 12),
+            client.register_system_shared_memory("x", f"/{ours}", 12),
+            client.unregister_system_shared_memory(ours),
+        ):
+            with pytest.raises(InferenceServerException, match="the sidecar's own"):
+                await call
+        told = await ask(client, name="a00", inputs=inputs_in(ours))
+        assert told.errors == [
+            f'[INVALID_REQUEST] the tensor input_ids lies in "{ours}", and names that begin with lora-sidecar- are the '
+            "sidecar's own; choose another"
+        ]
+        output = triton.InferRequestedOutput("output_ids")
+        output.set_shared_memory(ours, 64)
+        assert "the tensor output_ids lies in" in (await ask(client, name="a00", outputs=[output])).errors[0]
+        assert await regions_at(engine.grpc_address) == [ours]
+
+
+async def test_unregistering_all_reaches_every_engine(tmp_path: Path) -> None:
+    """Also what only one of them has, and an engine's refusal comes back."""
+    async with (
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        serving([one, two], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(two.grpc_address) as direct,
+    ):
+        with region_of(PROMPT) as memory:
+            await client.register_system_shared_memory("both", memory.name, PROMPT.nbytes)
+            await direct.register_system_shared_memory("second", memory.name, PROMPT.nbytes)
+            await client.unregister_system_shared_memory()
+        for engine in (one, two):
+            assert await regions_at(engine.grpc_address) == []
+
+
+async def test_statistics_are_those_of_the_whole_pool(tmp_path: Path) -> None:
+    """Counts and times of both engines are added; a model that is asked for by name is the only one."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        serving([one, two], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        for engine, requests in ((one, 2), (two, 3)):
+            async with aio_client(engine.grpc_address) as direct:
+                for _ in range(requests):
+                    assert (await ask(direct)).errors == []
+        async with aio_client(one.grpc_address) as direct:
+            alone = (await direct.get_inference_statistics(CORE)).model_stats[0]
+        (both,) = (await client.get_inference_statistics(CORE)).model_stats
+        assert (alone.inference_stats.success.count, both.inference_stats.success.count) == (2, 5)
+        assert both.inference_count == 5
+        assert both.inference_stats.success.ns >= alone.inference_stats.success.ns
+        assert both.last_inference >= alone.last_inference
+        with pytest.raises(InferenceServerException, match="'nothing' is not found"):
+            await client.get_inference_statistics("nothing")
+        await two.stop()
+        (rest,) = (await client.get_inference_statistics(CORE)).model_stats
+        assert rest.inference_stats.success.count == 2
+
+
+async def test_a_model_that_only_one_backend_has(tmp_path: Path) -> None:
+    """A pool of two kinds: what the first does not know the second is asked."""
+    async with (
+        running_engine(**DUMMY, protocol="llmapi") as one,
+        running_engine(**DUMMY) as two,
+        serving([one, two], tmp_path, backend={"adapters_dir": str(tmp_path / "staged")}) as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        assert await client.is_model_ready("ensemble")
+        assert not await client.is_model_ready("nothing")
+        assert (await client.get_model_metadata("ensemble")).name == "ensemble"
+        assert (await client.get_model_config("ensemble")).config.name == "ensemble"
+        with pytest.raises(InferenceServerException, match="'nothing' is not found"):
+            await client.get_model_config("nothing")
 
 
 class Curl:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -14,16 +15,22 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from tritonclient.grpc import service_pb2
 
 from sidecar.adapters.claims import HIDDEN
+from sidecar.app import Sidecar
+from sidecar.backends.api import Payload
+from sidecar.config import parse
+from sidecar.core.effects import Drop, Fetch, Heal, Load, Settle
 from sidecar.core.facts import Layout, packed_key, task_id_of
-from sidecar.core.effects import Fetch, Load
 from sidecar.demo.merged import greedy
 from sidecar.demo.model import SEED
 from sidecar.emulator.face.compute import dummy_token
 from sidecar.emulator.tokens import EOS, ByteTokenizer
+from sidecar.errors import Misused, Reason
 from sidecar.proto import admin_pb2, gateway_pb2
-from tests.emulated import running_engine
+from sidecar.shell.gateway import RequestFacts
+from tests.emulated import CORE, EngineProcess, channel_to, running_engine
 from tests.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
 from tests.peft_files import ALL_LINEAR, write_adapter
 from tests.serving import Serving, serving, until, write_adapters
@@ -123,16 +130,322 @@ async def test_the_engine_does_not_see_the_folder(folders: tuple[Path, Path]) ->
     write_adapters(folders[0], 1)
     config = {"backend": {"adapters_dir": {"ours": str(folders[1]), "engine": "/not/mounted"}}}
     async with in_front(folders, config=config) as (served, _):
-        with pytest.raises(grpc.aio.AioRpcError, match="lora_path does not exist on the Triton server's .*/not/mounted"):
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=r"lora_path does not exist on the Triton server's .*/not/mounted"
+        ):
             await told(served, "a00")
         assert (await told(served, ""))[0] == answer_of(served, "", 4)
 
 
 async def test_without_a_shared_folder(folders: tuple[Path, Path]) -> None:
     """The backend is not used, and the operator reads what to write into the configuration."""
+    write_adapters(folders[0], 1)
+    free = {"address": "127.0.0.1:0"}
     async with running_engine(**LLMAPI) as engine:
-        shared = {"adapters_dir": None}
-        serve = serving([engine], backend=shared)
-        starting = asyncio.create_task(serve.__aenter__())
-        del starting
-        starting = None
+        record = {
+            "backends": [{"url": f"triton://{engine.grpc_address}", "id": "api"}],
+            "listeners": {"data": free, "admin": free, "http": free},
+        }
+        sidecar = await Sidecar.start(parse(record, "the test"))
+        try:
+            backend = sidecar.gateway.backends["api"]
+            await until(lambda: "LLM-API model, which reads adapters from files" in backend.detail())
+            assert "backends[].adapters_dir, as in {ours: /mnt/adapters, engine: /mnt/adapters}" in backend.detail()
+            assert not sidecar.gateway.state.backends["api"].takes_requests
+        finally:
+            await sidecar.stop()
+
+
+async def test_a_folder_that_cannot_be_used_ends_the_start(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the folder, the reason and the way out; nothing is left running."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Misused, match=r"adapters_dir .*/file cannot be used: .*it must be a folder"):
+        async with in_front(folders, config={"backend": {"adapters_dir": str(tmp_path / "file")}}):
+            pass
+
+
+async def test_64_adapters_over_small_caches(folders: tuple[Path, Path]) -> None:
+    """An engine that holds 6 of them and a store that holds 10: every answer is its adapter's, for 400 requests."""
+    names = write_adapters(folders[0], 64)
+    size = sum(path.stat().st_size for path in (folders[0] / "a00").iterdir())
+    config = {"store": {"memory_bytes": 20 * size}}
+    options = {"lora_host_pages": 6, "lora_device_pages": 4, "seats": 8}
+    async with in_front(folders, config=config, **options) as (served, (engine,)):
+        picked = random.Random(5).choices(names, k=400)
+        limit = asyncio.Semaphore(40)
+
+        async def one(name: str) -> tuple[str, str]:
+            async with limit:
+                return name, (await told(served, name, 3))[0]
+
+        answers = await asyncio.gather(*(one(name) for name in picked))
+        assert [text for name, text in answers] == [answer_of(served, name, 3) for name in picked]
+        held = len(staged(folders[1]))
+        assert 0 < held < 64, "the store has dropped nothing"
+        assert served.recorder.count(Drop) >= served.recorder.count(Fetch) - held
+        assert sum(one.weights for one in engine.served) > 64, "the engine has evicted nothing"
+
+
+async def test_an_update_under_load(folders: tuple[Path, Path]) -> None:
+    """Every answer is of the old version or of the new one, whole, and of the new one from the switch on."""
+    write_adapters(folders[0], 2)
+    async with in_front(folders) as (served, _):
+        old = answer_of(served, "a00", 4)
+        stop = asyncio.Event()
+        seen: Counter[str] = Counter()
+
+        async def client() -> None:
+            while not stop.is_set():
+                seen[(await told(served, "a00"))[0]] += 1
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        await until(lambda: seen[old] > 20)
+        renewed = write_adapter(folders[0].parent / "renewed", seed=77)
+        await served.adapters.Register(admin_pb2.RegisterRequest(name="a00", path=str(renewed), hold_s=3600))
+        new = answer_of(served, "a00", 4)
+        assert (await told(served, "a00"))[0] == new
+        await until(lambda: seen[new] > 20)
+        stop.set()
+        await asyncio.gather(*clients)
+        assert set(seen) == {old, new}
+
+
+async def test_a_folder_overwritten_by_its_owner(folders: tuple[Path, Path]) -> None:
+    """What is staged stays what was registered; it is refused when it must be staged again."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders) as (served, _):
+        before = (await told(served, "a00"))[0]
+        write_adapter(folders[0] / "a00", seed=9)
+        assert (await told(served, "a00"))[0] == before == answer_of(served, "a00", 4)
+        shutil.rmtree(folders[1] / key_of(served, "a00"))
+        with pytest.raises(grpc.aio.AioRpcError, match="now holds other content"):
+            await told(served, "a00")
+
+
+async def test_evict_and_again(folders: tuple[Path, Path]) -> None:
+    """The folder goes from the disk; the engine, which may still have the adapter, is told where it is anew."""
+    write_adapters(folders[0], 2)
+    async with in_front(folders) as (served, _):
+        for _ in range(3):
+            assert (await told(served, "a00"))[0] == answer_of(served, "a00", 4)
+            assert staged(folders[1]) == [key_of(served, "a00")]
+            await served.adapters.Evict(admin_pb2.AdapterRequest(name="a00"))
+            await until(lambda: staged(folders[1]) == [])
+        assert served.recorder.count(Fetch) == 3
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+async def test_files_taken_away_behind_our_back(folders: tuple[Path, Path], decoupled: bool) -> None:
+    """The engine says that the path is gone: the files are brought there again, and no client hears of it."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders, decoupled=decoupled) as (served, (engine,)):
+        for _ in range(3):
+            assert (await told(served, "a00"))[0] == answer_of(served, "a00", 4)
+            shutil.rmtree(folders[1] / key_of(served, "a00"))
+        heals = [heal.reason for heal in served.recorder.of(Heal)]
+        assert heals == ["engine_miss", "engine_miss"]
+        assert (await told(served, "a00"))[1][-1].origin.heals == 1
+        assert engine.served[-1].outcome == "done"
+
+
+async def test_a_restart_of_the_engine(folders: tuple[Path, Path]) -> None:
+    """It comes back with empty caches and reads the adapters that it is asked for again."""
+    write_adapters(folders[0], 2)
+    options = ("--protocol", "llmapi", "--compute", "none", "--no-decoupled")
+    async with EngineProcess(*options) as engine:
+        shared = {"adapters_dir": str(folders[1])}
+        async with serving([engine], folders[0], backend=shared) as served:
+            assert (await told(served, "a00"))[0] == answer_of(served, "a00", 4)
+            await engine.kill()
+            await until(lambda: not served.state.backends["trt-0"].takes_requests)
+            await engine.start()
+            for name in ("a00", "a01", ""):
+                assert (await told(served, name))[0] == answer_of(served, name, 4)
+
+
+async def test_two_sidecars_over_one_folder(folders: tuple[Path, Path]) -> None:
+    """What one drops the other still has; when both have left nothing is."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders) as (one, _):
+        async with in_front(folders) as (two, _):
+            for served in (one, two):
+                assert (await told(served, "a00"))[0] == answer_of(served, "a00", 4)
+            await one.adapters.Evict(admin_pb2.AdapterRequest(name="a00"))
+            await until(lambda: not one.sidecar.gateway.state.store.entries)
+            assert (await told(two, "a00"))[1][-1].origin.heals == 0
+        await until(lambda: staged(folders[1]) == [])
+        assert (await told(one, "a00"))[0] == answer_of(one, "a00", 4)
+    assert staged(folders[1]) == []
+
+
+async def test_token_ids_and_what_the_model_lacks(folders: tuple[Path, Path]) -> None:
+    """They are refused at once, with the way out."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders) as (served, (engine,)):
+        for fields, sentence in (
+            ({"tokens": gateway_pb2.TokenIds(ids=[1, 2])}, "send the prompt as text, not as token ids"),
+            ({"text": "x", "repetition_penalty": 1.5}, "the backends have no repetition_penalty"),
+        ):
+            call = served.gateway.Generate(gateway_pb2.GenerateRequest(adapter="a00", **fields))
+            with pytest.raises(grpc.aio.AioRpcError, match=sentence) as caught:
+                await call.read()
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        sampling = {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "seed": 7, "stop_words": ["a b", "c"]}
+        assert (await told(served, "a00", **sampling))[0] == answer_of(served, "a00", 4)
+        assert len(engine.served) == 2
+
+
+async def test_a_request_for_another_kind_of_model(folders: tuple[Path, Path]) -> None:
+    """It may have been taken in before the model was seen: it is refused in words, not sent."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders) as (served, (engine,)):
+        gateway = served.sidecar.gateway
+        ticket = gateway.submit(RequestFacts("a00"), Payload(CORE, b"", raw=True, unary=False))
+        ending = await ticket.next()
+        gateway.close(ticket)
+        assert isinstance(ending, Settle)
+        assert (ending.reason, ending.message) == (
+            Reason.BACKEND_REJECTED,
+            "the request is for a model of kind triton and this one is triton_llmapi; send it again",
+        )
+        assert [one.request_id for one in engine.served] == ["lora-sidecar-load-1"]
+
+
+# Triton's own clients.
+
+
+def llmapi_inputs(tokens: int = 4, streaming: bool = True, **more: Any) -> list[triton.InferInput]:
+    """Return the inputs of a request to the LLM-API model, which have no batch dimension."""
+    return [
+        tensor("text_input", [b"hi"], object),
+        tensor("streaming", [streaming], bool),
+        tensor("sampling_param_max_tokens", [tokens], np.int32),
+        tensor("sampling_param_exclude_input_from_output", [True], bool),
+        *(tensor(name, *value) for name, value in more.items()),
+    ]
+
+
+async def test_unmodified_clients(folders: tuple[Path, Path]) -> None:
+    """They send the model's own tensors and name the adapter; every response is passed on as it is."""
+    write_adapters(folders[0], 1)
+    async with (
+        in_front(folders) as (served, _),
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        streamed = await ask(client, name="a00", inputs=llmapi_inputs(), request_id="mine")
+        whole = answer_of(served, "a00", 4)
+        texts = [triton.InferResult(one).as_numpy("text_output")[0].decode() for one in streamed.responses]
+        assert texts == [whole[:1], whole[:2], whole[:3], whole]
+        assert {response.id for response in streamed.responses} == {"mine"}
+        assert streamed.last["lora_version"] == "a00@v1"
+        base = await ask(client, inputs=llmapi_inputs(streaming=False))
+        assert triton.InferResult(base.responses[-1]).as_numpy("text_output")[0].decode() == answer_of(served, "", 4)
+
+
+async def test_unary_and_typed_clients(folders: tuple[Path, Path]) -> None:
+    """A model that is not decoupled answers unary calls; tensors may travel in `contents`."""
+    write_adapters(folders[0], 1)
+    async with in_front(folders, decoupled=False) as (served, _):
+        whole = answer_of(served, "a00", 4)
+        async with aio_client(served.sidecar.data_address) as client:
+            answer = await client.infer(CORE, llmapi_inputs(streaming=False), parameters={"lora_name": "a00"})
+            assert answer.as_numpy("text_output")[0].decode() == whole
+        request = service_pb2.ModelInferRequest(model_name=CORE)
+        request.parameters["lora_name"].string_param = "a00"
+        contents = request.inputs.add(name="text_input", datatype="BYTES", shape=[1]).contents
+        contents.bytes_contents.append(b"hi")
+        for name, value in (("sampling_param_max_tokens", 4), ("sampling_param_exclude_input_from_output", True)):
+            if value is True:
+                request.inputs.add(name=name, datatype="BOOL", shape=[1]).contents.bool_contents.append(True)
+            else:
+                request.inputs.add(name=name, datatype="INT32", shape=[1]).contents.int_contents.append(value)
+        async with channel_to(served.sidecar.data_address) as stub:
+            typed = await stub.ModelInfer(request)
+        assert triton.InferResult(typed).as_numpy("text_output")[0].decode() == whole
+
+
+@pytest.mark.parametrize("name", ["lora_id", "lora_name", "lora_path", "lora_ckpt_source"])
+@pytest.mark.parametrize("named", [True, False])
+async def test_a_clients_own_adapter(folders: tuple[Path, Path], name: str, named: bool) -> None:
+    """No client may have the engine read a path of its choice."""
+    write_adapters(folders[0], 1)
+    value: tuple[list[Any], Any] = ([7], np.uint64) if name == "lora_id" else ([b"/etc"], object)
+    async with in_front(folders) as (served, (engine,)), aio_client(served.sidecar.data_address) as client:
+        answer = await ask(client, name="a00" if named else None, inputs=llmapi_inputs(**{name: value}))
+        assert len(answer.errors) == 1
+        assert ("drop the lora_* tensors" if named else "of its own; name the adapter") in answer.errors[0]
+        assert not engine.served
+
+
+async def test_an_old_id_stands_for_a_name(folders: tuple[Path, Path]) -> None:
+    """As it does for the core model: all that the client says of the adapter is replaced."""
+    write_adapters(folders[0], 1)
+    config = {"legacy_task_ids": {"7": "a00"}}
+    async with in_front(folders, config=config) as (served, _), aio_client(served.sidecar.data_address) as client:
+        own = {"lora_id": ([7], np.uint64), "lora_name": ([b"x"], object), "lora_path": ([b"/old"], object)}
+        answer = await ask(client, inputs=llmapi_inputs(**own))
+        texts = [triton.InferResult(one).as_numpy("text_output")[0].decode() for one in answer.responses]
+        assert texts[-1] == answer_of(served, "a00", 4)
+
+
+# Both kinds of model in one pool.
+
+
+async def test_a_mixed_pool(folders: tuple[Path, Path]) -> None:
+    """Each request goes where it can be understood; text goes to both, and is answered with the same adapter."""
+    names = write_adapters(folders[0], 4)
+    async with (
+        running_engine(compute="none") as core,
+        running_engine(**LLMAPI, decoupled=False) as api,
+        mixed(folders, core, api) as served,
+    ):
+        for name in names:
+            assert (await served.ask(name, 4)).tokens == served.expected(name, 4)
+        assert not api.served
+        before = len(core.served)
+        texts = [(name, await told(served, name, 4)) for name in names * 8]
+        for name, (text, messages) in texts:
+            packed = bytes(served.expected(name, 4)).decode()
+            expected = {"core": packed, "api": answer_of(served, name, 4)}
+            assert text == expected[messages[-1].origin.backend]
+            assert len(messages) == {"core": 4, "api": 1}[messages[-1].origin.backend]
+        assert {messages[-1].origin.backend for _, (_, messages) in texts} <= {"core", "api"}
+        async with aio_client(served.sidecar.data_address) as client:
+            for _ in range(4):
+                llmapi = await ask(client, name="a01", inputs=llmapi_inputs(streaming=False))
+                assert parameters_of(llmapi.responses[-1])["lora_backend"] == "api"
+                ensemble = await ask(client, "ensemble", "a01", inputs=text_inputs())
+                assert ensemble.last["lora_backend"] == "core"
+                ids = await ask(client, name="a01", inputs=core_inputs())
+                assert ids.last["lora_backend"] == "core"
+        assert len(core.served) > before
+        assert len(api.served) >= 4
+
+
+async def test_a_mixed_pool_loses_one_kind(folders: tuple[Path, Path]) -> None:
+    """Text goes on with the other; what only the lost kind understands waits for it."""
+    write_adapters(folders[0], 1)
+    async with (
+        running_engine(**LLMAPI) as api,
+        EngineProcess("--compute", "none") as core,
+        mixed(folders, core, api) as served,
+    ):
+        await core.kill()
+        await until(lambda: not served.state.backends["core"].takes_requests)
+        text, messages = await told(served, "a00")
+        assert (text, messages[-1].origin.backend) == (answer_of(served, "a00", 4), "api")
+        waiting = asyncio.create_task(served.ask("a00", 4))
+        await until(lambda: bool(served.state.requests))
+        await core.start()
+        assert (await waiting).tokens == served.expected("a00", 4)
+
+
+@asynccontextmanager
+async def mixed(folders: tuple[Path, Path], core: Any, api: Any) -> AsyncIterator[Serving]:
+    """Run a sidecar in front of an engine with a core model and one with an LLM-API model."""
+    backends = [
+        {"url": f"triton://{core.grpc_address}", "id": "core"},
+        {"url": f"triton://{api.grpc_address}", "id": "api", "adapters_dir": str(folders[1])},
+    ]
+    async with serving([], folders[0], backends=backends) as served:
+        yield served

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import signal
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +11,21 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
+from sidecar import app
 from sidecar.adapters.shared_memory import DIRECTORY
 from sidecar.app import Sidecar
-from sidecar.backends import server
+from sidecar.backends import transport
 from sidecar.config import parse
 from sidecar.core.effects import Heal, Load
 from sidecar.emulator.face import shared_memory
 from sidecar.errors import Misused
-from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
-from tests.emulated import EngineProcess, channel_to, running_engine
+from sidecar.proto import admin_pb2
+from tests.emulated import EngineProcess, channel_to, regions_of, running_engine
 from tests.peft_files import write_adapter
 from tests.serving import Serving, serving, until, write_adapters
+from tests.sidecar_process import sidecar_process
 
 DUMMY = {"compute": "none", "shape": "tiny"}
-
-
-async def regions_of(engine: Any) -> set[str]:
-    """Return the names of the regions that a server has."""
-    async with channel_to(engine.grpc_address) as stub:
-        reply = await stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest())
-        return set(reply.regions)
 
 
 async def unregister_all(engine: Any) -> None:
@@ -192,50 +180,6 @@ async def test_the_budget_is_never_exceeded_however_slowly_engines_let_go(tmp_pa
             assert max(held) == 2 * size
 
 
-SERVE = """
-import asyncio, json, sys
-from sidecar.app import Sidecar
-from sidecar.backends import server
-from sidecar.config import parse
-async def main():
-    sidecar = await Sidecar.start(parse(json.loads(sys.argv[1]), "the test"))
-    while not all(b.takes_requests for b in sidecar.gateway.state.backends.values()):
-        await asyncio.sleep(0.01)
-    print(sidecar.data_address, flush=True)
-    await sidecar.run_until_signalled()
-asyncio.run(main())
-"""
-
-
-@asynccontextmanager
-async def another_sidecar(engine: Any, adapters: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run a sidecar in a process of its own; give it and its data address."""
-    free = {"address": "127.0.0.1:0"}
-    config = {
-        "backends": [{"url": f"triton://{engine.grpc_address}", "id": "trt-0"}],
-        "listeners": {"data": free, "admin": free, "http": free},
-        "adapters": {"serve": str(adapters)},
-    }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SERVE, json.dumps(config), stdout=asyncio.subprocess.PIPE
-    )
-    assert process.stdout is not None
-    try:
-        yield process, (await process.stdout.readline()).decode().strip()
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-        process._transport.close()  # type: ignore[attr-defined]
-
-
-async def ask_at(address: str, name: str) -> None:
-    async with grpc.aio.insecure_channel(address) as channel:
-        request = gateway_pb2.GenerateRequest(adapter=name, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=4)
-        async for _ in gateway_pb2_grpc.GatewayStub(channel).Generate(request):
-            pass
-
-
 async def test_two_sidecars_on_one_mount_one_of_them_killed(tmp_path: Path) -> None:
     """The other's regions stay, and the next start removes the dead one's files, and its regions at the server."""
     names = write_adapters(tmp_path, 3)
@@ -243,13 +187,12 @@ async def test_two_sidecars_on_one_mount_one_of_them_killed(tmp_path: Path) -> N
         for name in names:
             await served.ask(name)
         mine = blobs_of(served)
-        async with another_sidecar(engine, tmp_path) as (process, address):
+        async with sidecar_process(engine, tmp_path) as other:
             for name in names:
-                await ask_at(address, name)
+                await other.ask(name)
             others = await regions_of(engine) - mine
             assert len(others) == 3
-            os.kill(process.pid, signal.SIGKILL)
-            await process.wait()
+            await other.kill()
         for name in names:
             assert (await served.ask(name)).tokens == served.expected(name, 4)
         assert await regions_of(engine) == mine | others
@@ -294,18 +237,14 @@ async def test_an_adapter_over_the_message_cap_goes_where_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By gRPC it is refused with the number and the way out; by reference its size is no matter."""
-    merged = server.merge
-
-    def with_a_small_cap(*facts: Any) -> Any:
-        found = merged(*facts)
-        return found if found.message_bytes_max is None else replace(found, message_bytes_max=(1 << 16) + 1000)
-
-    monkeypatch.setattr(server, "merge", with_a_small_cap)
+    for module in (app, transport):
+        monkeypatch.setattr(module, "MESSAGE_BYTES_MAX", (1 << 16) + 1000)
     write_adapter(tmp_path / "big", seed=1)
     async with running_engine(**DUMMY) as engine:
         async with serving([engine], tmp_path) as served:
             assert (await served.ask("big")).tokens == served.expected("big", 4)
         backend = {"weights_transport": "grpc"}
         async with serving([engine], tmp_path, backend=backend) as served:
+            assert not served.state.names
             with pytest.raises(grpc.aio.AioRpcError, match="weights_transport: shared_memory"):
-                await served.ask("big")
+                await served.adapters.Register(admin_pb2.RegisterRequest(name="big", path=str(tmp_path / "big")))

@@ -326,12 +326,15 @@ async def test_an_engine_that_goes_is_skipped_or_told(tmp_path: Path) -> None:
     async with (
         running_engine(seed=SEED) as sound,
         running_engine(seed=SEED, freeze_after=3) as frozen,
-        serving([sound, frozen], adapters=tmp_path, backend={"progress_timeout_s": 1.0}) as served,
+        serving([sound, frozen], adapters=tmp_path, backend={"progress_timeout_s": 3.0}) as served,
     ):
-        found = await verified(served, "chef", timeout_s=5)
+        found = await verified(served, "chef", timeout_s=10)
         assert sum(answer.backend == "trt-1" for answer in found.answers) < 4  # it is asked no more once it is lost
         assert {check.backends[0] for check in found.failed("answered")} == {"trt-1"}
         assert found.results()["changes"] == "passed"
+        (skipped,) = (await verified(served, "chef", prompts=PROMPTS[:1])).plan.skipped
+        assert skipped.backend == "trt-1"
+        assert skipped.why.startswith("it is down: ")
 
 
 async def test_a_server_without_a_text_model(tmp_path: Path) -> None:
@@ -348,6 +351,24 @@ async def test_a_server_without_a_text_model(tmp_path: Path) -> None:
         (answer,) = found.answers
         assert bytes(answer.adapter.token_ids).decode() == LEARNED["pirate"][0][:24]
         assert answer.changed
+
+
+async def test_models_of_the_llm_api(tmp_path: Path) -> None:
+    """They take text only, and one that ignores what it has loaded is found just so."""
+    copied(tmp_path / "adapters", "pirate", learned("pirate"))
+    copied(tmp_path / "adapters", "chef")
+    engines: list[dict[str, Any]] = [{"protocol": "llmapi"}, {"protocol": "llmapi", "ignore_lora": True}]
+    shared = {"adapters_dir": str(tmp_path / "shared")}
+    async with house(engines, tmp_path / "adapters", backend=shared) as served:
+        found = await verified(served, "pirate")
+        assert [list(check.backends) for check in found.failed("changes")] == [["trt-1"]]
+        assert "LoRA turned on" in found.failed("changes")[0].advice
+        assert [list(check.backends) for check in found.failed("expectations")] == [["trt-1"]]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.adapters.Verify(
+                pb.VerifyRequest(name="chef", prompts=[pb.VerifyPrompt(token_ids=[256, 65])])
+            ).read()
+        assert "its model takes text only" in (refused.value.details() or "")
 
 
 async def test_an_adapter_that_not_everybody_may_use(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from policies.lines import Line
 from sidecar.core.facts import (
+    MESSAGE_BYTES_MAX,
     Adapter,
     EngineFacts,
     Layout,
@@ -113,7 +114,7 @@ def test_deeper_adapters_and_larger_ones_do_not_fit() -> None:
 def test_the_message_cap() -> None:
     """A packed form that one gRPC message cannot hold is no misfit of memory but of the wire."""
     rows = tuple(Row("attn_q", 1, layer, 64, 100_000, 100_000) for layer in range(100))
-    found = misfit(Adapter("d", "m", rows, "bfloat16"), EngineFacts())
+    found = misfit(Adapter("d", "m", rows, "bfloat16"), EngineFacts(message_bytes_max=MESSAGE_BYTES_MAX))
     assert found is not None
     assert "2 GiB" in found.short
 

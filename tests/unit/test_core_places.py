@@ -8,7 +8,7 @@ from sidecar.core import asks, codec
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.facts import EngineFacts, is_files, misfit, packed_for, version_of_key
+from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts, is_files, misfit, packed_for, version_of_key
 from sidecar.core.words import Fault, Why
 from sidecar.errors import Reason
 from tests.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
@@ -16,7 +16,7 @@ from tests.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_fact
 
 def attaching(caches: int = 4, **facts: int | None) -> EngineFacts:
     """Return an engine of several caches that reads weights where they lie."""
-    return replace(facts_of(**facts), caches=caches, message_bytes_max=None)
+    return replace(facts_of(**facts), caches=caches, by_reference=True)
 
 
 # Requests that are held to some backends.
@@ -152,7 +152,7 @@ def test_more_misses_are_borne_where_there_are_more_caches() -> None:
 
 def test_files_are_named_apart_and_never_spilled() -> None:
     """The key says that nothing is packed; the disk tier has no part in it."""
-    facts = EngineFacts(kind="triton_llmapi", message_bytes_max=None)
+    facts = EngineFacts(kind="triton_llmapi")
     packed = packed_for(adapter_of("a"), facts, 2)
     assert is_files(packed.key)
     assert version_of_key(packed.key) == f"{adapter_of('a').digest}.g2"
@@ -172,7 +172,7 @@ def test_files_are_named_apart_and_never_spilled() -> None:
 
 def test_the_message_cap_is_that_of_messages() -> None:
     huge = adapter_of("a", rank=64, rows=1 << 18)
-    facts = EngineFacts(dtype="float16")
+    facts = EngineFacts(dtype="float16", message_bytes_max=MESSAGE_BYTES_MAX)
     unfit = misfit(huge, facts)
     assert unfit is not None
     assert "weights_transport: shared_memory" in unfit.sentence

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sidecar.adapters import claims
 from sidecar.adapters.claims import HIDDEN
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.staging import AdaptersDir, Files, Staging
@@ -138,12 +139,15 @@ def test_another_file_system(tmp_path: Path) -> None:
 
 
 def test_staging_again_does_nothing(tmp_path: Path) -> None:
-    """Not even read the source: it may be gone by then."""
+    """Neither the source nor anybody's claims are looked at, which may be out of reach by then."""
     source, digest, key = adapter(tmp_path / "sql")
+    hidden, away = tmp_path / "shared" / HIDDEN, tmp_path / "away"
     with opened(tmp_path / "shared") as staging:
         inode = (staging.stage(source, key, digest) / WEIGHTS).stat().st_ino
         shutil.rmtree(source)
+        hidden.rename(away)
         assert (staging.stage(source, key, digest) / WEIGHTS).stat().st_ino == inode
+        away.rename(hidden)
 
 
 def _remove_all(place: Path) -> None:
@@ -347,6 +351,24 @@ def test_two_sidecars_share_a_folder(tmp_path: Path) -> None:
     assert not list((shared / HIDDEN).glob("*/owner"))
 
 
+def test_two_stage_the_same_at_once(tmp_path: Path) -> None:
+    """Who is second keeps what the first has put there: an engine may be reading it already."""
+    source, digest, key = adapter(tmp_path / "sql")
+    shared = tmp_path / "shared"
+
+    class Overtaken(Files):
+        def sync_directory(self, path: Path) -> None:
+            first.stage(source, key, digest)
+            super().sync_directory(path)
+
+    with opened(shared) as first, opened(shared, Overtaken()) as second:
+        place = second.stage(source, key, digest)
+        assert first.is_whole(key)
+        assert second.is_whole(key)
+        assert digest_of_folder(place) == digest
+        assert work_left(shared) == []
+
+
 HOLDING = """
 import sys
 from pathlib import Path
@@ -417,6 +439,16 @@ def test_many_at_once(tmp_path: Path) -> None:
         assert troubles == []
         assert visible(shared) == []
         assert work_left(shared) == []
+
+
+def test_one_changes_the_claims_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds them held waits, and after a while says so: a process may be stopped in the middle."""
+    monkeypatch.setattr(claims, "LOCK_WAIT_S", 0.05)
+    source, digest, key = adapter(tmp_path / "sql")
+    with opened(tmp_path / "shared") as first, opened(tmp_path / "shared") as second:
+        with first._claims.alone(), pytest.raises(Refused, match=r"another process has held .*/\.lora-sidecar/lock"):
+            second.stage(source, key, digest)
+        assert digest_of_folder(second.stage(source, key, digest)) == digest
 
 
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:

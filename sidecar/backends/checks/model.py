@@ -149,7 +149,7 @@ async def batch(look: Look) -> Finding:
             "max_batch_size is 0, and every tensor is sent with a leading batch dimension",
             "config.pbtxt: max_batch_size: 64",
         )
-    return ok(f"max_batch_size {largest}, and 1 is needed (how many run at once is the engine's own: its seats)")
+    return ok(f"max_batch_size {largest}, and 1 is needed")
 
 
 def _unbatched(largest: int) -> Finding:
@@ -167,8 +167,8 @@ async def instances(look: Look) -> Finding:
     if caches == 1:
         return ok("1: one engine, one adapter cache")
     return warning(
-        f"CACHES {caches}, not addressable: each instance has an adapter cache of its own, Triton picks the instance, "
-        "so that an adapter is loaded up to as many times and a request may meet a cache without it",
+        f"CACHES {caches}, not addressable: each instance has an adapter cache of its own and Triton picks the "
+        "instance, so a request may meet one without its adapter",
         CACHES_FIX,
         "or share /dev/shm and let weights go along by reference: config.yaml: weights_transport: shared_memory",
     )

@@ -25,8 +25,8 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str]:
-    """Return what stands in the way of gRPC at an address, and the line that would change it."""
+async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str] | None:
+    """Return what stands in the way of gRPC at an address, and the line that would change it; None if nothing does."""
     host, port = host_and_port(address)
     nobody = await _nobody(host, port)
     if nobody is not None:
@@ -54,7 +54,7 @@ async def _nobody(host: str, port: int) -> tuple[str, str] | None:
     return None
 
 
-async def _without_tls(address: str) -> tuple[str, str]:
+async def _without_tls(address: str) -> tuple[str, str] | None:
     host = address.rpartition(":")[0]
     right = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
     async with httpx.AsyncClient(timeout=CONNECT_S, trust_env=False, verify=False) as client:
@@ -71,10 +71,10 @@ async def _without_tls(address: str) -> tuple[str, str]:
             f"{address} speaks TLS, and no TLS is configured for this backend",
             "config.yaml: tls: {ca: PEM file of the CA that signed the server's certificate}",
         )
-    return f"{address} takes connections and speaks neither gRPC nor HTTP", right
+    return None
 
 
-async def _with_tls(address: str, tls: Mapping[str, str]) -> tuple[str, str]:
+async def _with_tls(address: str, tls: Mapping[str, str]) -> tuple[str, str] | None:
     problem = await _handshake(address, context_of(tls))
     if isinstance(problem, ssl.SSLCertVerificationError):
         against = tls.get("ca") or "this machine's own CAs"
@@ -82,8 +82,8 @@ async def _with_tls(address: str, tls: Mapping[str, str]) -> tuple[str, str]:
             f"its certificate is not accepted: {problem.verify_message} (checked against {against})",
             "config.yaml: tls: {ca: PEM file of the CA that signed it}, and a url with a name that the certificate has",
         )
-    if problem is None:
-        return f"{address} speaks TLS and does not answer gRPC", "config.yaml: url: triton://HOST:PORT of --grpc-port"
+    if problem is None or isinstance(problem, TimeoutError):
+        return None
     if isinstance(problem, ConnectionResetError) or "ALERT" in str(problem):
         given = "the one that is configured is not accepted" if "certificate" in tls else "none is configured"
         return (
@@ -106,6 +106,7 @@ def context_of(tls: Mapping[str, str]) -> ssl.SSLContext:
     """Return a client's TLS context from PEM files. Raises Misused with the file that cannot be read."""
     try:
         context = ssl.create_default_context(cafile=tls.get("ca"))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the server's own certificate will do as its CA
         if "certificate" in tls:
             context.load_cert_chain(tls["certificate"], tls.get("key"))
     except (OSError, ssl.SSLError) as error:

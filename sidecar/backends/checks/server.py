@@ -27,23 +27,45 @@ async def reachable(look: Look) -> Finding:
     """Whether a Triton server answers gRPC there; else what does."""
     began = monotonic()
     try:
-        reply = await look.stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=ANSWER_S)
+        reply = await _metadata(look)
     except grpc.aio.AioRpcError as error:
-        return await _unreachable(look, error)
+        judged = await _unreachable(look, error)
+        if judged is not None:
+            return judged
+        try:
+            reply = await _metadata(
+                look, patiently=True
+            )  # nothing is in its way: a connection may fail on a busy machine
+        except grpc.aio.AioRpcError as again:
+            return failed(
+                f"{look.target.address} takes connections and does not answer gRPC: {words(again)}",
+                "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
+            )
     look.server = f"{reply.name} {reply.version}".strip()
     return ok(f"{look.server or 'a server without a name'} at {look.target.address}, {_ms(monotonic() - began)}")
 
 
-async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding:
+async def _metadata(look: Look, patiently: bool = False) -> Any:
+    request = service_pb2.ServerMetadataRequest()
+    return await look.stub.ServerMetadata(request, timeout=ANSWER_S, wait_for_ready=patiently)
+
+
+async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding | None:
+    """Say what is in the way of gRPC; None when nothing is to be seen."""
     target = look.target
+    if "http2 header with status" in (error.details() or ""):
+        return failed(
+            f"{target.address} answers HTTP/2 and not gRPC: a proxy or an ingress ({error.details()})",
+            "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port, or have the proxy pass gRPC on",
+        )
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
         return failed(
             f"{target.address} is a gRPC server, but not Triton: it does not know {_service(error)}",
             "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
         )
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        text, fix = await what_answers(target.address, target.tls)
-        return failed(text, fix)
+        found = await what_answers(target.address, target.tls)
+        return None if found is None else failed(*found)
     return failed(f"{target.address} answers with {words(error)}")
 
 
@@ -112,8 +134,11 @@ async def encrypted(look: Look) -> Finding:
     if tls is None:
         return ok("none, as configured: whoever sees the network sees prompts")
     host, port = host_and_port(look.target.address)
-    async with timeout(CONNECT_S):
-        _, writer = await open_connection(host, port, ssl=context_of(tls), server_hostname=host)
+    try:
+        async with timeout(CONNECT_S):
+            _, writer = await open_connection(host, port, ssl=context_of(tls), server_hostname=host)
+    except (OSError, TimeoutError) as error:
+        return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
     certificate = writer.get_extra_info("peercert")
     version = writer.get_extra_info("ssl_object").version()
     writer.close()

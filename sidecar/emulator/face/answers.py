@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from sidecar.emulator.face.core_checks import check_request
+from sidecar.emulator.face.core_checks import check_request, cut_string
 from sidecar.emulator.face.driver import Executor
 from sidecar.emulator.face.errors import Rejection
 from sidecar.emulator.face.inference import Answer, Emit, Query
@@ -61,6 +61,10 @@ class Answering:
 
         try:
             check_request(request, model, inputs.tensors)
+            cut = cut_string(model, inputs.tensors.values())
+            if cut is not None:
+                await counted(Answer(None, cut, final=True, code=grpc.StatusCode.INVALID_ARGUMENT))
+                return
             requested = [output.name for output in request.outputs]
             query = Query(model, request.id, inputs.tensors, _parameters(request), requested)
             await self._inference.run(query, counted)

@@ -6,6 +6,7 @@ this walks the inputs in the order of the request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from sidecar.emulator.face.errors import Rejection, id_prefix
 from sidecar.emulator.face.models import Model, TensorSpec
 from sidecar.emulator.face.tensors import Tensor
 
+_NAMES_IN_STEPS = {"text_input": "QUERY", "bad_words": "BAD_WORDS_DICT", "stop_words": "STOP_WORDS_DICT"}
+"""What the first step of the ensemble, which is where its strings are read, calls them."""
 _BATCH_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
@@ -31,6 +34,22 @@ def check_request(request: Any, model: Model, tensors: dict[str, Tensor]) -> Non
     _check_batch(model, tensors.values(), prefix)
     for tensor in tensors.values():
         _check_tensor(model, tensor, model.inputs[tensor.name], prefix)
+
+
+def cut_string(model: Model, tensors: Iterable[Tensor]) -> str | None:
+    """Return the text for a string whose data ends too early, which a model finds when it reads its inputs."""
+    for tensor in tensors:
+        if tensor.datatype.numpy is not None or isinstance(tensor.data, list):
+            continue
+        for left, length in _starts(tensor.data):
+            if length > left - BYTES_LENGTH_SIZE:
+                name = _NAMES_IN_STEPS[tensor.name] if model.is_text else tensor.name
+                text = (
+                    f"incomplete string data for inference input '{name}', expecting string of length {length} but "
+                    f"only {left - BYTES_LENGTH_SIZE} bytes available"
+                )
+                return f"in ensemble '{model.name}', {text}" if model.is_text else text
+    return None
 
 
 def _check_count(model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
@@ -85,10 +104,10 @@ def _check_tensor(model: Model, tensor: Tensor, spec: TensorSpec, prefix: str) -
 
 
 def _check_size(model: Model, tensor: Tensor, prefix: str) -> None:
-    # A batch of none is measured as one of one.
-    elements = max(1, tensor.shape[0])
-    for size in tensor.shape[1:]:
-        elements *= size
+    elements = math.prod(tensor.shape)
+    if model.max_batch_size and not tensor.shape[0]:
+        # A batch of none is measured as one of one.
+        elements = math.prod(tensor.shape[1:])
     if tensor.datatype.numpy is None:
         _check_strings(model, tensor, elements, prefix)
         return
@@ -104,7 +123,12 @@ def _check_strings(model: Model, tensor: Tensor, elements: int, prefix: str) -> 
     """Count the elements; that the last one is whole, nobody sees before the model does."""
     where = f"for inference input '{tensor.name}' for model '{model.name}'"
     found = 0
-    for left in _lefts(tensor):
+    lefts = (
+        [BYTES_LENGTH_SIZE + len(element) for element in tensor.data]
+        if isinstance(tensor.data, list)
+        else (left for left, _ in _starts(tensor.data))
+    )
+    for left in lefts:
         if left < BYTES_LENGTH_SIZE:
             raise Rejection(
                 f"{prefix}incomplete string length indicator {where}, expecting {BYTES_LENGTH_SIZE} bytes but only "
@@ -117,15 +141,13 @@ def _check_strings(model: Model, tensor: Tensor, elements: int, prefix: str) -> 
         raise Rejection(f"{prefix}expected {elements} string elements {where}, got {found}")
 
 
-def _lefts(tensor: Tensor) -> Iterator[int]:
-    """Yield how many bytes there are from the beginning of each element to the end of the data."""
-    if isinstance(tensor.data, list):
-        yield from (BYTES_LENGTH_SIZE + len(element) for element in tensor.data)
-        return
+def _starts(data: bytes | memoryview) -> Iterator[tuple[int, int]]:
+    """Yield for each string how much data there is from its beginning on, and its length without the indicator."""
     at = 0
-    while at < len(tensor.data):
-        yield len(tensor.data) - at
-        at += BYTES_LENGTH_SIZE + int.from_bytes(tensor.data[at : at + BYTES_LENGTH_SIZE], "little")
+    while at < len(data):
+        length = int.from_bytes(data[at : at + BYTES_LENGTH_SIZE], "little")
+        yield len(data) - at, length
+        at += BYTES_LENGTH_SIZE + length
 
 
 def _fits(shape: tuple[int, ...], dims: tuple[int, ...]) -> bool:

@@ -46,24 +46,17 @@ _ALL = (
 DATATYPES: dict[str, Datatype] = {datatype.name: datatype for datatype in _ALL}
 
 
-class IncompleteString(ValueError):
-    """The data ends inside an element of `length` bytes, of which only `available` are there."""
-
-    def __init__(self, length: int, available: int) -> None:
-        super().__init__(f"expecting string of length {length} but only {available} bytes available")
-
-
 def split_bytes(data: bytes | memoryview) -> list[bytes]:
     """Return the elements of a serialized BYTES tensor: each has a 4-byte little-endian length before it.
 
-    Raises IncompleteString when the data ends inside an element.
+    Raises ValueError when the data ends inside an element.
     """
     view, elements, at = memoryview(data), [], 0
     while at < len(view):
         start = at + BYTES_LENGTH_SIZE
         end = start + int.from_bytes(view[at:start], "little")
         if end > len(view):
-            raise IncompleteString(end - start, max(0, len(view) - start))
+            raise ValueError("incomplete string data")
         elements.append(bytes(view[start:end]))
         at = end
     return elements

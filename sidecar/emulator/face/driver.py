@@ -92,11 +92,6 @@ class Driver:
         """Whether a request with this id alone would find its adapter."""
         return self.engine.has_adapter(task_id)
 
-    @property
-    def in_flight(self) -> int:
-        """Requests that were handed over and have not ended."""
-        return len(self._works.keys() | self._taking.keys())
-
     async def submit(self, work: Work) -> None:
         """Hand a request to the executor's queue. Raises BackendError when it is full or nobody looks at it."""
         if self._broken is not None:

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import grpc
+
 from sidecar.emulator.face.driver import Executor
 from sidecar.emulator.face.errors import BackendError
 from sidecar.emulator.face.generation import Generation, Reader, Wanted, read_generations, read_wanted
@@ -28,6 +30,8 @@ class Answer:
     values: Sequence[Values] | None
     error: str | None
     final: bool
+    code: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    """What an error ends a unary call with."""
 
 
 Emit = Callable[[Answer], Awaitable[None]]

@@ -1,8 +1,13 @@
 """Several instances of one model behind one address, as Triton's `instance_group` makes them.
 
 Each has an engine of its own: caches, queue, seats. A request cannot say which one it goes to, and does not learn which
-one it was; what one instance was sent, the others do not have. Not modelled: Triton gives a `stop` to any instance,
-here it reaches the one that runs the request.
+one it was; what one instance was sent, the others do not have.
+
+They take turns, whatever is in flight: the backend hands a request to its executor and returns, so that to Triton an
+instance is free again at once. Measured on Triton 24.10 with three instances of a decoupled model: 24 requests at once
+went 8 to each, and one with work in flight was given every third all the same. There one is now and then taken twice
+before another's turn, which is not modelled. Nor is that Triton gives a `stop` to any instance: here it reaches the one
+that runs the request.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from sidecar.emulator.face.work import Work
 
 
 class Instances:
-    """Gives each request to the instance with the fewest in flight, in turn where they are equal."""
+    """Gives the requests to the instances in turn."""
 
     def __init__(self, drivers: Sequence[Driver]) -> None:
         self._drivers = drivers
@@ -37,11 +42,9 @@ class Instances:
 
     async def submit(self, work: Work) -> None:
         """Hand a request to an instance. Raises BackendError as `Driver.submit` does."""
-        count = len(self._drivers)
-        order = [(self._next + step) % count for step in range(count)]
-        chosen = min(order, key=lambda number: self._drivers[number].in_flight)
-        self._next = (chosen + 1) % count
-        await self._drivers[chosen].submit(work)
+        chosen = self._drivers[self._next]
+        self._next = (self._next + 1) % len(self._drivers)
+        await chosen.submit(work)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
         """Ask the instances to end requests; those that none of them has are ignored."""

@@ -36,7 +36,7 @@ class Service(Control):
             await context.abort(rejection.code, rejection.text)
         answer = answers[-1]
         if answer.error is not None:
-            await context.abort(grpc.StatusCode.INTERNAL, answer.error)
+            await context.abort(answer.code, answer.error)
         return response(model, request.id, answer.values or [])
 
     async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> None:

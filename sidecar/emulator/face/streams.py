@@ -85,7 +85,7 @@ class Stream:
 
     async def _send(self, request: Any, answer: Answer) -> None:
         if answer.error is not None and self._grpc_errors:
-            raise StreamBroken(grpc.StatusCode.INTERNAL, answer.error)
+            raise StreamBroken(answer.code, answer.error)
         if answer.values is None:
             if answer.error is None and not _wants_empty_final(request):
                 return

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.emulator.face.datatypes import DATATYPES, Datatype, IncompleteString, split_bytes
-from sidecar.emulator.face.errors import BackendError, Rejection, id_prefix
+from sidecar.emulator.face.datatypes import DATATYPES, Datatype, split_bytes
+from sidecar.emulator.face.errors import Rejection, id_prefix
 from sidecar.emulator.face.shared_memory import Region, Regions, release
 
 _INVALID = Datatype("<invalid>", None, np.uint8, None)
 """What the front end makes of a type that it does not know; the core refuses it."""
-_NAMES_IN_STEPS = {"text_input": "QUERY", "bad_words": "BAD_WORDS_DICT", "stop_words": "STOP_WORDS_DICT"}
-"""What the first step of the ensemble, which is where its strings are read, calls them."""
 _CONTENTS_FIELDS = sorted({d.contents for d in DATATYPES.values() if d.contents is not None})
 
 
@@ -48,26 +46,15 @@ class Tensor:
         return len(self.data) * self.datatype.size_bytes
 
     def array(self) -> NDArray[Any]:
-        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where that is possible.
-
-        Raises BackendError when the data ends inside a string.
-        """
+        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where that is possible."""
         if isinstance(self.data, np.ndarray):
             return self.data
         if self.datatype.numpy is None:
-            return np.array(self._elements(), dtype=object).reshape(self.shape)
+            elements = self.data if isinstance(self.data, list) else split_bytes(self.data)
+            return np.array(elements, dtype=object).reshape(self.shape)
         if isinstance(self.data, list):
             return np.array(self.data, dtype=self.datatype.numpy).reshape(self.shape)
         return np.frombuffer(self.data, dtype=self.datatype.numpy).reshape(self.shape)
-
-    def _elements(self) -> list[bytes]:
-        if isinstance(self.data, list):
-            return self.data
-        try:
-            return split_bytes(self.data)
-        except IncompleteString as incomplete:
-            name = _NAMES_IN_STEPS.get(self.name, self.name)
-            raise BackendError(f"incomplete string data for inference input '{name}', {incomplete}") from incomplete
 
 
 @dataclass

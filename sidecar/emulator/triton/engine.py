@@ -8,9 +8,9 @@ from functools import partial
 from threading import Thread
 from typing import Any
 
-from sidecar.emulator.face.driver import Driver
 from sidecar.emulator.face.faults import Faults
 from sidecar.emulator.face.inference import Answer, Inference, Query
+from sidecar.emulator.face.llmapi import inference_of
 from sidecar.emulator.face.metrics import EngineGauges
 from sidecar.emulator.face.options import Options, spec_of
 from sidecar.emulator.face.served import ServedLog
@@ -31,10 +31,12 @@ class EngineThread:
         self._outbox = outbox
         self._gauges = gauges
         self._answering: set[asyncio.Task[None]] = set()
-        started: Future[tuple[asyncio.AbstractEventLoop, Inference]] = Future()
+        started: Future[tuple[asyncio.AbstractEventLoop, Inference, EngineGauges]] = Future()
         self._thread = Thread(target=self._run, args=(started,), name="engine", daemon=True)
         self._thread.start()
-        self._loop, self._inference = started.result()
+        self._loop, self._inference, families = started.result()
+        # All are there when the model is ready.
+        gauges.set(families.collect())
 
     def answer(self, query: Query, reply: Reply) -> None:
         """Run a query; its answers go by the reply."""
@@ -57,19 +59,19 @@ class EngineThread:
         self._stopping = asyncio.Event()
         log = ServedLog(self._options.served_log)
         driver = driver_of(self._options, spec_of(self._options), log, Faults(self._options), self._number)
-        started.set_result((asyncio.get_running_loop(), Inference(driver, self._options)))
-        tasks = [asyncio.create_task(driver.run()), asyncio.create_task(self._look_around(driver))]
+        families = EngineGauges(lambda: driver.engine)
+        started.set_result((asyncio.get_running_loop(), inference_of(driver, self._options), families))
+        tasks = [asyncio.create_task(driver.run()), asyncio.create_task(self._look_around(families))]
         await self._stopping.wait()
         await _end([*self._answering, *tasks])
         log.close()
 
-    async def _look_around(self, driver: Driver) -> None:
+    async def _look_around(self, families: EngineGauges) -> None:
         """Every period: who has left, and what the gauges show."""
-        families = EngineGauges(lambda: driver.engine)
         while True:
+            await asyncio.sleep(PERIOD_S)
             self._outbox.post(self._outbox.look_for_cancelled)
             self._outbox.post(partial(self._gauges.set, list(families.collect())))
-            await asyncio.sleep(PERIOD_S)
 
     def _begin(self, query: Query, reply: Reply) -> None:
         task = asyncio.create_task(self._answer(query, reply))

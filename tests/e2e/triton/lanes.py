@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sidecar.emulator.face.options import LLMAPI
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
 from tests.emulated import EngineProcess, read_served
@@ -27,7 +28,8 @@ def server_of(name: str, folder: Path, engine: Mapping[str, Any]) -> TritonServe
     """Return a server of this kind, not yet started, whose engine has these options."""
     if name == TRITON:
         options = {option: value for option, value in engine.items() if option != "decoupled"}
-        return TritonServer(folder, Repository(engine=options, decoupled=engine.get("decoupled", True), texts=True))
+        texts = engine.get("protocol") != LLMAPI
+        return TritonServer(folder, Repository(engine=options, decoupled=engine.get("decoupled", True), texts=texts))
     others = {option: value for option, value in engine.items() if option != "time_scale"}
     arguments = [part for option, value in others.items() for part in _argument(option, value)]
     folder.mkdir(parents=True)

@@ -38,10 +38,12 @@ def ports_of(pid: int) -> set[int]:
         with suppress(OSError):
             held.add(str(link.readlink()))
     ports = set()
-    for line in (_PROC / str(pid) / "net" / "tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in held:
-            ports.add(int(fields[1].rpartition(":")[2], 16))
+    # gRPC listens on IPv6 sockets, also for an address of IPv4.
+    for table in ("tcp", "tcp6"):
+        for line in (_PROC / str(pid) / "net" / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in held:
+                ports.add(int(fields[1].rpartition(":")[2], 16))
     return ports
 
 

@@ -14,7 +14,7 @@ from sidecar.emulator.face.models import CORE, ENSEMBLE, Model, model_config, mo
 from sidecar.emulator.triton.settings import Settings
 from tests.e2e.triton.texts import BLS, bls_config, ensemble_config, step_configs
 
-PACKAGE = "sidecar.emulator.triton"
+_PACKAGE = "sidecar.emulator.triton"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class Repository:
         """Write one engine's model, in place of what is there; `engine` are options that only this one has."""
         settings = Settings({**self._engine(served_log), **engine})
         model = replace(models_of(settings.engine_options())[CORE], name=name, instances=self.instances)
-        write_model(folder / name, _python_config(model), "core", settings)
+        write_model(folder / name, _python_config(model), f"{_PACKAGE}.core", settings)
 
     def _write_texts(self, folder: Path, served_log: Path) -> None:
         settings = Settings(self._engine(served_log))
         model = models_of(settings.engine_options())[ENSEMBLE]
         for name, config in step_configs(model.max_batch_size).items():
-            write_model(folder / name, config, name)
-        write_model(folder / BLS, bls_config(model, self.bls_instances), "bls", settings)
+            write_model(folder / name, config, f"{_PACKAGE}.{name}")
+        write_model(folder / BLS, bls_config(model, self.bls_instances), f"{_PACKAGE}.bls", settings)
         write_model(folder / ENSEMBLE, ensemble_config(model, self.cores[0]))
 
     def _engine(self, served_log: Path) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def write_model(folder: Path, config: str, module: str | None = None, settings: 
     (fresh / "1").mkdir(parents=True)
     (fresh / "config.pbtxt").write_text(config)
     if module is not None:
-        (fresh / "1" / "model.py").write_text(f"from {PACKAGE}.{module} import TritonPythonModel  # noqa: F401\n")
+        (fresh / "1" / "model.py").write_text(f"from {module} import TritonPythonModel  # noqa: F401\n")
     if settings is not None:
         settings.write(fresh / "1")
     shutil.rmtree(folder, ignore_errors=True)

@@ -478,12 +478,14 @@ STRINGS: list[tuple[Callable[[bytes], bytes], Any]] = [
 
 
 @pytest.mark.parametrize(("damaged", "answer"), STRINGS)
-async def test_a_damaged_text(decoupled: Lane, damaged: Callable[[bytes], bytes], answer: Any) -> None:
+async def test_a_damaged_text(decoupled: Lane, whole: Lane, damaged: Callable[[bytes], bytes], answer: Any) -> None:
     """The core counts the strings; that the last one is whole, only the step sees that reads it."""
     request = text_request("hello")
     request.raw_input_contents[0] = damaged(request.raw_input_contents[0])
     async with channel_to(decoupled.grpc_address) as stub:
         assert await stream_answers(stub, request) == [answer]
+    async with channel_to(whole.grpc_address) as stub:
+        assert await unary_error(stub, request) == (grpc.StatusCode.INVALID_ARGUMENT, answer.error_message)
 
 
 async def test_a_full_queue(decoupled: Lane) -> None:

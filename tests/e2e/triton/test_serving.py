@@ -1,0 +1,95 @@
+"""The main job in front of real Tritons: names in, the named adapter's tokens out, each request once."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sidecar.core.effects import Load, Settle
+from sidecar.emulator.face import Options
+from sidecar.emulator.face.options import spec_of
+from sidecar.emulator.spec import engine_config_json
+from tests.e2e.triton.loads import ENGINE, asked_of, at_once, outcomes, servers
+from tests.faults import assert_nothing_left, heals
+from tests.kserve_clients import ENSEMBLE, aio_client, ask, parameters_of
+from tests.serving import Serving, serving, write_adapters
+
+CACHE = {"lora_host_pages": 4, "lora_device_pages": 4}
+"""Room for four adapters that nobody is told of: the engine evicts all the while, and answers with misses."""
+PAGE_BYTES = 240 * 96 * 2
+"""A page of the tiny model with all linear modules at rank 8, in fp16."""
+KNOWN = {"max_lora_rank": 8, "lora_max_rank_cached": 8, "lora_host_bytes": 4 * PAGE_BYTES, "lora_device_pages": 4}
+"""The same room, as the model's parameters say it."""
+BLS = "tensorrt_llm_bls"
+
+
+async def ask_2000(served: Serving, names: list[str]) -> None:
+    """Ask 2,000 times, 32 at a time: nothing fails, and each answer is the adapter's, whole and told once."""
+    order = random.Random(7).choices(names, k=2000)
+    answers = await at_once(32, order, lambda name: served.ask(name, 4))
+    for name, answer in zip(order, answers, strict=True):
+        assert answer.tokens == served.expected(name, 4)
+        assert len(answer.origins) == 1
+    assert {answer.origins[0].backend for answer in answers} == {"trt-0", "trt-1"}
+    assert Counter(settle.outcome.value for settle in served.recorder.of(Settle)) == {"ok": 2000}
+    await assert_nothing_left(served)
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
+@pytest.mark.parametrize("transport", ["shared_memory", "grpc"])
+async def test_2000_requests_over_64_adapters_on_two_servers(tmp_path: Path, transport: str, decoupled: bool) -> None:
+    """Sixteen times as many adapters as a cache takes, whose size is not known: the engines do each request once."""
+    names = write_adapters(tmp_path / "loras", 64)
+    backend = {"weights_transport": transport}
+    async with (
+        servers(tmp_path, 2, engine=CACHE, decoupled=decoupled) as made,
+        serving(made, tmp_path / "loras", backend=backend) as served,
+    ):
+        await ask_2000(served, names)
+        runs = outcomes(made)
+        assert runs["done"] == 2000
+        assert set(asked_of(made).values()) == {1}
+        assert set(runs) <= {"done", "error"}
+        assert runs["error"] == Counter(heals(served))["engine_miss"]
+
+
+async def test_caches_of_known_size_are_never_missed(tmp_path: Path) -> None:
+    """With the engine's config.json and the model's own parameters, no request meets a cache without its adapter."""
+    names = write_adapters(tmp_path / "loras", 64)
+    config = tmp_path / "engine.json"
+    config.write_text(json.dumps(engine_config_json(spec_of(Options(**ENGINE, **KNOWN)))))
+    backend = {"engine": {"config": str(config)}}
+    async with (
+        servers(tmp_path, 2, engine=KNOWN) as made,
+        serving(made, tmp_path / "loras", backend=backend) as served,
+    ):
+        assert served.state.backends["trt-0"].facts.host_pages_total == 4
+        await ask_2000(served, names)
+        print(heals(served), served.recorder.count(Load))
+        assert outcomes(made) == {"done": 2000}
+
+
+@pytest.mark.parametrize("model", [ENSEMBLE, BLS])
+async def test_200_requests_through_the_models_that_take_text(tmp_path: Path, model: str) -> None:
+    """Text in, the adapter's letters out; what fails in the engine comes in other words there, and is healed alike."""
+    names = write_adapters(tmp_path / "loras", 16)
+    order = random.Random(7).choices(names, k=200)
+    async with (
+        servers(tmp_path, 2, engine=CACHE, texts=True, bls_instances=4) as made,
+        serving(made, tmp_path / "loras") as served,
+        aio_client(served.sidecar.data_address) as client,
+    ):
+        answers = await at_once(32, order, lambda name: ask(client, model, name, 4))
+        for name, told in zip(order, answers, strict=True):
+            assert told.errors == []
+            assert told.tokens() == served.expected(name, 4)
+            finals = [one for one in told.responses if parameters_of(one).get("triton_final_response")]
+            print(model, len(told.responses), len(finals))
+        print(Counter(heals(served)))
+        assert outcomes(made)["done"] == 200
+        assert set(asked_of(made).values()) == {1}
+        await assert_nothing_left(served)

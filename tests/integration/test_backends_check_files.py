@@ -1,0 +1,68 @@
+"""What `sidecar backends check` finds at engines that read adapters from files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sidecar.adapters.base_model import base_model_of
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.checking import STEPS, check
+from sidecar.backends.checks.finding import Finding, State, Target
+from tests.looking import engine_and_target, worse
+
+TINY_BASE = base_model_of(
+    {
+        "_name_or_path": "tiny-llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 160,
+    }
+)
+
+
+async def look_at_files(target: Target) -> dict[str, Finding]:
+    """Return the findings at an engine that reads adapters from files: those of the other kind are not among them."""
+    found = [finding async for finding in check(target)]
+    assert [finding.check for finding in found] == [s.name for s in STEPS if s.kind in (None, "triton_llmapi")]
+    return {finding.check: finding for finding in found}
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+async def test_an_engine_that_reads_files(tmp_path: Path, decoupled: bool) -> None:
+    """A tiny PEFT adapter is staged, loaded by the engine from its own disk, and taken away again."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    async with engine_and_target(tmp_path, protocol="llmapi", decoupled=decoupled) as (_, target):
+        here = replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, str(shared)))
+        found = await look_at_files(here)
+        expected = {"metrics": State.WARNING}  # this kind publishes none
+        assert worse(found) == expected | ({} if decoupled else {"decoupled": State.WARNING})
+        assert "staged, loaded by the engine" in found["adapter"].text
+        assert [path for path in shared.iterdir() if not path.name.startswith(".")] == []
+
+
+async def test_a_folder_that_the_engine_does_not_see(tmp_path: Path) -> None:
+    """No folder, one that is not here, and one that is another on the engine's side: each with the way out."""
+    shared = tmp_path / "shared"
+    async with engine_and_target(tmp_path, protocol="llmapi") as (_, target):
+        none = await look_at_files(replace(target, base=TINY_BASE))
+        assert none["shared folder"].state is State.FAILED
+        assert "adapters_dir: {ours:" in none["shared folder"].fix
+        assert none["adapter"].text == 'not looked at, because of "shared folder"'
+        missing = await look_at_files(replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, str(shared))))
+        assert f"there is no folder {shared}" in missing["shared folder"].text
+        shared.mkdir()
+        elsewhere = replace(target, base=TINY_BASE, adapters_dir=AdaptersDir(shared, "/not/mounted"))
+        found = await look_at_files(elsewhere)
+        assert found["adapter"].state is State.FAILED
+        assert "the engine does not see what is staged" in found["adapter"].text
+        unknown = await look_at_files(replace(elsewhere, base=None))
+        assert unknown["engine"].state is State.WARNING
+        assert unknown["adapter"].state is State.SKIPPED
+        assert "base_model: {name:" in unknown["adapter"].fix
