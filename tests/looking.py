@@ -19,8 +19,6 @@ from sidecar.emulator.face import Server
 from tests.emulated import channel_to, running_engine
 
 DUMMY = {"compute": "none", "shape": "tiny"}
-
-
 OF_TRITON = [step.name for step in STEPS if step.kind in (None, "triton")]
 
 

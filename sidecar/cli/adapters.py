@@ -57,6 +57,8 @@ def register(
         print_json(answer)
         return
     print(_registered(answer))
+    for warning in answer.warnings:
+        print(f"warning: {warning}")
 
 
 def _registered(answer: Any) -> str:

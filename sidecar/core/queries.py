@@ -13,6 +13,17 @@ from sidecar.core.waiting import seconds
 from sidecar.core.words import Phase
 
 
+def caveats(state: State, version: str) -> tuple[str, ...]:
+    """Say what keeps backends that can serve a version from doing so well, a sentence each."""
+    return tuple(
+        f"{backend.id} has {backend.facts.caches} adapter caches behind one address, so a request may meet one without "
+        "the adapter and wait while it is loaded once more; set the model's instance_group count to 1, or share "
+        "/dev/shm with the engine"
+        for backend in asks.servers_of(state, version)
+        if backend.facts.caches > 1 and not backend.facts.attaches
+    )
+
+
 @dataclass(frozen=True)
 class CopyView:
     """One packed form in a tier of the host store, held or on its way: "fetching" into memory, "writing" to disk."""

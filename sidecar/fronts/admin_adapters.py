@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from time import monotonic_ns, time
 from typing import Any
 
@@ -44,11 +43,11 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             hold_s=request.hold_s,
             base=request.base,
         )
-        return register_response(await self._catalogue.register(request.name, request.path, wanted), self._adapter)
+        return self._registered(await self._catalogue.register(request.name, request.path, wanted))
 
     @answers_errors
     async def Push(self, requests: Any, context: Any) -> Any:  # noqa: N802
-        return register_response(await self._pushes.receive(requests), self._adapter)
+        return self._registered(await self._pushes.receive(requests))
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -62,6 +61,16 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             if number % LISTED_A_TURN == 0:
                 await asyncio.sleep(0)  # thousands of adapters must not hold up a token
         return response
+
+    def _registered(self, entered: Entered) -> Any:
+        """Return what a registration came to: the name as it is now, the version that the content has, and warnings."""
+        name, state = entered.record.name, self._gateway.state
+        return admin_pb2.RegisterResponse(
+            adapter=self._adapter(name),
+            version=f"v{entered.ordinal}",
+            unchanged=entered.unchanged,
+            warnings=queries.caveats(state, state.names[name].versions[entered.ordinal]),
+        )
 
     @answers_errors
     async def Unregister(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -167,13 +176,6 @@ def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
         if record.canary is not None:
             message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
     return message
-
-
-def register_response(entered: Entered, adapter: Callable[[str], Any]) -> Any:
-    """Return what a registration came to: the name as it is now, and the version that the content has."""
-    return admin_pb2.RegisterResponse(
-        adapter=adapter(entered.record.name), version=f"v{entered.ordinal}", unchanged=entered.unchanged
-    )
 
 
 def _version_messages(record: Record) -> list[Any]:

@@ -34,14 +34,16 @@ class RegisterRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., allow: _Optional[_Iterable[str]] = ..., pin: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage: _Optional[bool] = ..., hold_s: _Optional[int] = ..., base: _Optional[str] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
-    __slots__ = ("adapter", "unchanged", "version")
+    __slots__ = ("adapter", "unchanged", "version", "warnings")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     UNCHANGED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     unchanged: bool
     version: str
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ..., version: _Optional[str] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., unchanged: _Optional[bool] = ..., version: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PushRequest(_message.Message):
     __slots__ = ("start", "chunk")

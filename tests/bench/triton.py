@@ -29,8 +29,10 @@ from tests.e2e.triton.server import TritonServer
 
 NAMES = ("first", "second")
 ROUNDS, WARM_UP = 5, 2
-LARGE = {"shape": "llama-3.1-8b", "compute": "none", "lora_host_pages": 1, "lora_device_bytes": 4 << 30}
+LARGE = {"shape": "llama-3.1-8b", "compute": "none", "lora_device_bytes": 4 << 30}
 GOALS = {FORTY_MB: 4, THREE_HUNDRED_MB: 5}
+PAGES = {FORTY_MB: 1, THREE_HUNDRED_MB: 8}
+"""Of the engine's cache: one such adapter fits, two do not."""
 ADDED_GOAL_MS = 1.0
 
 
@@ -51,7 +53,9 @@ class Side:
 async def bench(folder: Path) -> list[Figure]:
     figures = []
     for size in GOALS:
+        print(f"injection of {size.size_bytes / 1e6:.0f} MB …", file=sys.stderr)
         figures += await _injection(folder / f"{size.size_bytes}", size)
+    print("what is added …", file=sys.stderr)
     return [*figures, *await _added(folder / "added")]
 
 
@@ -59,7 +63,8 @@ async def _injection(folder: Path, size: Size) -> list[Figure]:
     for seed, name in enumerate(NAMES):
         size.write(folder / "adapters" / name, seed)
     async with AsyncExitStack() as stack:
-        sides = {name: await _side(stack, folder, name) for name in ("grpc", "shared_memory")}
+        repository = Repository(engine={**LARGE, "lora_host_pages": PAGES[size]})
+        sides = {name: await _side(stack, folder, repository, name) for name in ("grpc", "shared_memory")}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(ROUNDS + WARM_UP):
             for adapter in NAMES:
@@ -75,8 +80,8 @@ async def _injection(folder: Path, size: Size) -> list[Figure]:
     return [Figure(label, grpc_ms, "ms", shared_ms, "by shared memory", note=note)]
 
 
-async def _side(stack: AsyncExitStack, folder: Path, transport: str) -> Side:
-    server = await stack.enter_async_context(TritonServer(folder / transport, Repository(engine=LARGE)))
+async def _side(stack: AsyncExitStack, folder: Path, repository: Repository, transport: str) -> Side:
+    server = await stack.enter_async_context(TritonServer(folder / transport, repository))
     backend = backend_of(server, engine={"host_pages": 1}, weights_transport=transport)
     served = {"serve": str(folder / "adapters")}
     sidecar = await stack.enter_async_context(SidecarProcess(folder, [backend], adapters=served))

@@ -223,10 +223,15 @@ async def test_several_caches_by_grpc_answer_after_some_misses(tmp_path: Path) -
     """Without shared memory each cache has to be met once; the operator is told how to do better."""
     names = write_adapters(tmp_path, 3)
     backend = {"weights_transport": "grpc"}
-    async with running_engine(**DUMMY, instances=3) as engine, serving([engine], tmp_path, backend=backend) as served:
+    async with (
+        running_engine(**DUMMY, instances=3) as engine,
+        serving([engine], tmp_path, [tmp_path], backend=backend) as served,
+    ):
         detail = detail_of(served)
         assert "CACHES 3, not addressable" in detail
         assert "set instance_group count to 1" in detail
+        request = admin_pb2.RegisterRequest(name="other", path=str(tmp_path / names[0]))
+        assert "3 adapter caches" in (await served.adapters.Register(request)).warnings[0]
         asked = [name for name in names for _ in range(5)]
         answers = await asyncio.gather(*(served.ask(name) for name in asked))
         for name, answer in zip(asked, answers, strict=True):

@@ -44,7 +44,9 @@ class Control(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
     async def ModelReady(self, request: Any, context: Any) -> Any:
         try:
             self._answering.model(request.name, request.version)
-        except Rejection:
+        except Rejection as rejection:
+            if rejection.code is not grpc.StatusCode.NOT_FOUND:
+                await context.abort(rejection.code, rejection.text)
             return service_pb2.ModelReadyResponse(ready=False)
         return service_pb2.ModelReadyResponse(ready=True)
 
@@ -59,8 +61,12 @@ class Control(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mi
 
     async def ModelStatistics(self, request: Any, context: Any) -> Any:
         names = [request.name] if request.name else list(self._answering.statistics)
-        if request.name:
-            await self._model(request, context)
+        if request.name and request.name not in self._answering.statistics:
+            text = f"requested model '{request.name}' is not available"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+        if request.name and request.version not in ("", "1"):
+            text = f"requested model version is not available for model '{request.name}'"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
         return service_pb2.ModelStatisticsResponse(model_stats=[self._statistics(name) for name in names])
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:

@@ -35,9 +35,13 @@ class Regions:
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, size_bytes: int) -> None:
-        """Map a region. Raises Rejection: the name is taken, the key can't be opened, the size is not there."""
+        """Map a region. Raises Rejection: name or key is taken, the key can't be opened, the bytes can't be mapped."""
         if name in self._regions:
             raise Rejection(f"shared memory region '{name}' already in manager", grpc.StatusCode.ALREADY_EXISTS)
+        if any(region.key == key for region in self._regions.values()):
+            # The server goes by the other region's file descriptor, which it has closed: if another file has got the
+            # number by then, it maps that one. Refusing is what it does else.
+            raise Rejection(f"Invalid shared memory region: '{key}'", grpc.StatusCode.INTERNAL)
         memory = _mapped(name, key, offset, size_bytes)
         self._regions[name] = Region(name, key, offset, size_bytes, memory)
 
@@ -71,7 +75,9 @@ class Regions:
         region = self._regions.get(name)
         if region is None:
             raise Rejection(f"Unable to find shared memory region: '{name}'", grpc.StatusCode.NOT_FOUND)
-        if offset < 0 or offset + size_bytes > region.size_bytes:
+        if not 0 <= offset < region.size_bytes:
+            raise Rejection(f"Invalid offset for shared memory region: '{name}'")
+        if not 0 <= size_bytes <= region.size_bytes - offset:
             raise Rejection(f"Invalid offset + byte size for shared memory region: '{name}'")
         region.users += 1
         start = region.offset + offset
@@ -93,4 +99,9 @@ def _mapped(name: str, key: str, offset: int, size_bytes: int) -> mmap.mmap:
     if offset + size_bytes > len(memory):
         memory.close()
         raise Rejection(f"failed to register shared memory region '{name}': invalid args")
+    if not size_bytes or offset % mmap.PAGESIZE:
+        memory.close()
+        raise Rejection(
+            f"failed to register shared memory region '{name}': unable to process address spaceInvalid argument"
+        )
     return memory

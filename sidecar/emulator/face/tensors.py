@@ -111,7 +111,7 @@ def _read(message: Any, request: Any, raw: Iterator[bytes], regions: Regions, in
 def _shared(message: Any, regions: Regions) -> tuple[Region, memoryview]:
     parameters = message.parameters
     size = parameters["shared_memory_byte_size"].int64_param if "shared_memory_byte_size" in parameters else 0
-    if size <= 0:
+    if not size:
         raise Rejection(
             "'shared_memory_byte_size' must be specified along with 'shared_memory_region' parameter for "
             f"tensor '{message.name}'"

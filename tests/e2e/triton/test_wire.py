@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ from tests.emulated import (
     core_request,
     is_final,
     random_adapter,
+    set_parameter,
     stream_answers,
     text_request,
     tokens_of,
@@ -442,6 +444,69 @@ async def test_the_ensemble(decoupled: Lane, whole: Lane) -> None:
     async with channel_to(whole.grpc_address) as stub:
         assert await stub.ModelInfer(text_request(tokens=2)) == text_data(text, None)
         assert await unary_error(stub, add_lora(text_request(), 77)) == (grpc.StatusCode.INTERNAL, missed)
+
+
+async def test_regions_of_shared_memory(decoupled: Lane) -> None:
+    """What can't be registered or read."""
+    memories = [SharedMemory(create=True, size=2 * PAGE) for _ in range(2)]
+    key, other = (f"/{memory.name}" for memory in memories)
+    memories[0].buf[PAGE : PAGE + 4] = (3).to_bytes(4, "little")
+    invalid, internal = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL
+    refused = [
+        (("x", "/nobody", 0, 8), internal, "Unable to open shared memory region: '/nobody'"),
+        (("x", "", 0, 8), internal, "Unable to open shared memory region: ''"),
+        (("x", key, 0, 3 * PAGE), invalid, "failed to register shared memory region 'x': invalid args"),
+        (("x", key, 2 * PAGE - 4, 8), invalid, "failed to register shared memory region 'x': invalid args"),
+        (("x", key, 0, 0), invalid, UNMAPPED),
+        (("x", key, 8, 8), invalid, UNMAPPED),
+        (("ours", other, 0, 8), grpc.StatusCode.ALREADY_EXISTS, "shared memory region 'ours' already in manager"),
+    ]
+    try:
+        async with channel_to(decoupled.grpc_address) as stub:
+            await stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="x"))
+            await stub.SystemSharedMemoryRegister(region("ours", other, 0, PAGE))
+            for arguments, code, text in refused:
+                with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await stub.SystemSharedMemoryRegister(region(*arguments))
+                assert (error.value.code(), error.value.details()) == (code, text)
+            await stub.SystemSharedMemoryRegister(region("x", key, PAGE, 64))
+            for offset, size, text in REACHES:
+                assert await stream_answers(stub, reading("x", offset, size)) == [rejected(text)]
+            assert await stream_answers(stub, reading("x", 0, 4)) == [data(base_tokens(3), final=True)]
+            await stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="x"))
+            gone = "Unable to find shared memory region: 'x'"
+            assert await stream_answers(stub, reading("x", 0, 4)) == [rejected(gone)]
+            await stub.SystemSharedMemoryUnregister(pb.SystemSharedMemoryUnregisterRequest(name="ours"))
+    finally:
+        for memory in memories:
+            memory.close()
+            memory.unlink()
+
+
+PAGE = 4096
+UNMAPPED = "failed to register shared memory region 'x': unable to process address spaceInvalid argument"
+_BEYOND = "Invalid offset + byte size for shared memory region: 'x'"
+REACHES = [
+    (0, 65, _BEYOND),
+    (61, 4, _BEYOND),
+    (0, -4, _BEYOND),
+    (64, 4, "Invalid offset for shared memory region: 'x'"),
+    (-4, 4, "Invalid offset for shared memory region: 'x'"),
+]
+
+
+def region(name: str, key: str, offset: int, size: int) -> Any:
+    return pb.SystemSharedMemoryRegisterRequest(name=name, key=key, offset=offset, byte_size=size)
+
+
+def reading(name: str, offset: int, size: int) -> Any:
+    """A request whose length of the answer lies in a region."""
+    request = without(core_request(), 2)
+    tensor = request.inputs.add(name="request_output_len", datatype="INT32", shape=(1, 1))
+    set_parameter(tensor, "shared_memory_region", name)
+    set_parameter(tensor, "shared_memory_offset", offset)
+    set_parameter(tensor, "shared_memory_byte_size", size)
+    return request
 
 
 STRINGS: list[tuple[Callable[[bytes], bytes], Any]] = [
