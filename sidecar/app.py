@@ -289,6 +289,7 @@ def stagings_of(configured: Sequence[BackendConfig]) -> list[Staging]:
 def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
     """Return what is declared of each backend's engine, by the backend's id; nothing is asked of anyone."""
     found = {}
+    several = len({backend.model for backend in configured}) > 1 or any(backend.models for backend in configured)
     for backend in configured:
         engine = backend.engine
         declared = declared_facts(backend, from_engine_config(Path(engine.config)) if engine.config else None)
@@ -296,6 +297,8 @@ def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
             declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
         if backend.adapters_dir is not None:
             declared = replace(declared, kind=TRITON_LLMAPI)  # until its model is seen
+        if several:
+            declared = replace(declared, models=(backend.model, backend.text_model, *backend.models))
         found[backend.identity] = with_base_model(declared, base_model_of(backend))
     return found
 
@@ -323,6 +326,7 @@ def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMe
         facts=facts,
         metrics_url=backend.metrics or usual_metrics_url(backend.address),
         model=backend.model,
+        text_model=backend.text_model,
         tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
         transport=backend.weights_transport,
         memory=memory,

@@ -141,6 +141,9 @@ class Backend(Section):
     An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
     where it is the same on both sides, else `ours` and `engine`. One that takes weights reads them from shared memory
     where it can (`weights_transport: auto`), and `backends list` says whether it does.
+
+    `model` is the engine's core model, `text_model` the one before it that takes text, `models` others that clients ask
+    for by name. Where a pool has several core models, a request goes to those backends that have the model it names.
     """
 
     url: str
@@ -148,6 +151,8 @@ class Backend(Section):
     kind: str | None = None
     base_model: BaseModelNames | None = None
     model: str = "tensorrt_llm"
+    text_model: str = "ensemble"
+    models: tuple[str, ...] = ()
     metrics: str | None = None
     engine: Engine = Engine()
     tls: Tls | None = None

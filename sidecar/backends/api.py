@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, Protocol
 
 from sidecar.backends import wire
@@ -19,6 +20,13 @@ from sidecar.core.events import Event
 
 UNDELIVERED_MAX = 256
 """Messages that may wait in a ticket for their client; past that the backend is not read from."""
+
+
+class Prompt(Enum):
+    """What a request may ask with."""
+
+    TEXT = "text"
+    TOKENS = "tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +42,8 @@ class Payload:
     raw: bool
     unary: bool
     metadata: tuple[tuple[str, str], ...] = ()
+    prompt: Prompt | None = None
+    """What a request of ours carries, so that each backend's own model for that answers; None for a client's own."""
     kind: str = TRITON
     forms: Mapping[str, bytes] = field(default_factory=dict)
 

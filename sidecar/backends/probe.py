@@ -49,12 +49,20 @@ class Probe:
 
 
 async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) -> str | None:
-    """Send a small request of ours; return the model's error text, None for an answer. Raises grpc.RpcError.
+    """Send a small request of ours; return the model's error text, None for an answer.
+
+    Raises grpc.RpcError when the server does not answer.
 
     A call of its own for each: Triton cancels whole streams.
     """
     if not decoupled:
-        await stub.ModelInfer(request, timeout=timeout_s)
+        try:
+            await stub.ModelInfer(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            text = error.details() or error.code().name
+            if is_late(error) or wire.is_lost(error.code(), text):
+                raise
+            return text
         return None
     call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
     try:

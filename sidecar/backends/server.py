@@ -11,12 +11,16 @@ import grpc
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.dialects import Dialect, TensorRtLlm, dialect_of
 from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_words
+from sidecar.backends.faults import classify
 from sidecar.backends.gauges import Gauges, Scraper
 from sidecar.backends.probe import Probe
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.transport import Transport
 from sidecar.core.facts import EngineFacts
+from sidecar.core.words import Fault
 from sidecar.errors import Misused
+
+CHANGED = "its model's configuration has changed"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Server:
         if await self.measure():
             return "it has restarted: its iteration counter went back"
         if await self.changed():
-            return "its model's configuration has changed"
+            return CHANGED
         return None
 
     async def hangs(self) -> bool:
@@ -138,17 +142,20 @@ class Server:
         """
         if not self.pulse.is_still(monotonic()):
             return False
-        if not self.pulse.is_counted and await self._answers():
+        if not self.pulse.is_counted and await self.answers():
             self.pulse.heard(monotonic())
             return False
         self._hung = True
         return True
 
-    async def _answers(self) -> bool:
+    async def answers(self) -> bool:
+        """Whether the engine answers a token of its own; one that does not is trusted again only when it has."""
         try:
             await self._probe.answer_once(self.dialect, self.decoupled, self._sought.progress_timeout_s)
-        except Misused:
-            return True  # an error is an answer
+        except Misused as said:
+            self._hung = classify(said.message) is Fault.LOST  # any other error is an answer
         except grpc.RpcError:
-            return False
-        return True
+            self._hung = True
+        else:
+            self._hung = False
+        return not self._hung

@@ -29,6 +29,10 @@ def as_they_are(message: bytes) -> bytes:
     return message
 
 
+class EngineGone(Exception):
+    """A server says of a request that the model, or the process that it runs in, is gone; the text is its own."""
+
+
 class StreamPool:
     """Open `ModelStreamInfer` calls that nobody uses at the moment, by client metadata."""
 
@@ -61,8 +65,9 @@ class StreamPool:
 class Run:
     """One dispatched request on its way through the engine.
 
-    `heard` is called with each response, so that the backend knows that the engine lives; `broken` when the wire broke,
-    and says whether the whole backend is gone.
+    `heard` is called with each response, so that the backend knows that the engine lives; `broken` when the wire broke
+    or the engine's words say that it is gone, and says whether the backend's loss ends this run; it is told whether the
+    answer has begun.
     """
 
     def __init__(
@@ -71,8 +76,9 @@ class Run:
         ticket: Ticket,
         post: Callable[[Event], None],
         heard: Callable[[int, int], None],
-        broken: Callable[[str], Any],
+        broken: Callable[[str, bool], Any],
         dialect: Dialect,
+        model: str = "",
     ) -> None:
         self.effect = effect
         self.ticket = ticket
@@ -85,6 +91,7 @@ class Run:
         self._broken = broken
         self._call: Any = None
         self._dialect = dialect
+        self._model = wire.model_field(model) if model else b""
         self.attached = b""
         """What names its weights, where they go along."""
         self.engine_id = f"{effect.request}.{effect.attempt}"
@@ -94,7 +101,7 @@ class Run:
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
         fragment = self._dialect.fragment(self.engine_id, self.effect, payload.raw, stream)
-        return payload.head_for(self._dialect.kind) + fragment + self.attached
+        return payload.head_for(self._dialect.kind) + self._model + fragment + self.attached
 
     def refused(self) -> bool:
         """Whether the request was written for another kind of model, as may be where this one was not known yet."""
@@ -138,6 +145,9 @@ class Run:
                     await self._room()
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             await self._wire_broke(error)
+        except EngineGone as gone:
+            call.cancel()
+            await self._ended_with(None, str(gone))
         else:
             if self.cancelled:
                 call.cancel()
@@ -167,7 +177,10 @@ class Run:
             return False  # the stream's earlier request had more to say than its end
         if message.error_message:
             self._heard(self.effect.request, 0)
-            self._failed(faults.classify(message.error_message), message.error_message)
+            fault = faults.classify(message.error_message)
+            if fault is Fault.LOST:
+                raise EngineGone(message.error_message)
+            self._failed(fault, message.error_message)
             return True
         tokens, final = wire.output_tokens(response), wire.is_final(response.parameters)
         is_first = tokens > 0 and self.tokens == 0
@@ -217,12 +230,12 @@ class Run:
         else:
             await self._stream_closed(self._call)
 
-    async def _ended_with(self, code: grpc.StatusCode, text: str) -> None:
+    async def _ended_with(self, code: grpc.StatusCode | None, text: str) -> None:
         fault = faults.classify(text)
-        if fault is Fault.REJECTED and wire.is_lost(code, text):
+        if fault is Fault.REJECTED and code is not None and wire.is_lost(code, text):
             fault = Fault.LOST
-            if await self._broken(text):
-                return  # the loss of the backend ends this run too
+        if fault is Fault.LOST and await self._broken(text, self.tokens > 0):
+            return  # the loss of the backend ends this run too
         self._failed(fault, text, code)
 
     def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:

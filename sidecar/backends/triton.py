@@ -2,7 +2,8 @@
 
 A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose wire
 breaks asks at once whether the server still answers. An engine that hangs while its server stays live and ready is
-found by its pulse, and is trusted again when it has answered a token.
+found by its pulse, and is trusted again when it has answered a token. A server that unloads its model, or puts another
+in its place, lets its requests end first, and so do we: meanwhile nothing new is sent.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends import wire
-from sidecar.backends.api import Ticket, Weights
+from sidecar.backends import faults, wire
+from sidecar.backends.api import Prompt, Ticket, Weights
 from sidecar.backends.credentials import open_channel
 from sidecar.backends.dialects import LlmApi
 from sidecar.backends.loads import LoaderProcess, LoadResult, Target
 from sidecar.backends.probe import answer_of, is_late, words
 from sidecar.backends.regions import Regions
-from sidecar.backends.server import Server, Sought
+from sidecar.backends.server import CHANGED, Server, Sought
 from sidecar.backends.streams import Run, StreamPool
 from sidecar.backends.transport import NOT_SHARED, SharedMemory, Transport, Wanted
 from sidecar.core.effects import Dispatch, Load
@@ -64,6 +65,7 @@ class TritonOptions:
     facts: EngineFacts = field(default_factory=EngineFacts)
     metrics_url: str | None = None
     model: str = "tensorrt_llm"
+    text_model: str = "ensemble"
     tls: dict[str, str] | None = None
     transport: Wanted = "auto"
     memory: SharedMemory = NOT_SHARED
@@ -105,6 +107,7 @@ class TritonBackend:
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False
         self._trouble = "not reached yet"
+        self._closing = ""
         self._runs: dict[tuple[int, int], Run] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loads: dict[int, asyncio.Task[None]] = {}
@@ -148,15 +151,19 @@ class TritonBackend:
         return self._server.decoupled
 
     def detail(self) -> str:
-        return self._server.detail() if self._up else self._trouble
+        if not self._up:
+            return self._trouble
+        return f"{self._closing}; {len(self._runs)} still run" if self._closing else self._server.detail()
 
     # Runs.
 
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
-        if not self._up:
+        if not self._takes:
             _release(weights)
             return  # the loss that the core is about to hear of ends this run too
-        run = Run(effect, ticket, self._post, self._heard, self._wire_broke, self._server.dialect)
+        run = Run(
+            effect, ticket, self._post, self._heard, self._wire_broke, self._server.dialect, self._model_of(ticket)
+        )
         self._runs[effect.request, effect.attempt] = run
         self._quiet_ends()
         task = self._spawn(self._run(run, weights))
@@ -170,7 +177,7 @@ class TritonBackend:
                 run.attached = await self._attached(run, weights)
             if run.cancelled:
                 run.abandon()
-            elif run.refused():
+            elif not self._takes or run.refused():
                 return
             elif run.ticket.payload.unary:
                 await run.unary(self._channel)
@@ -186,6 +193,13 @@ class TritonBackend:
         finally:
             self._runs.pop(key, None)
             self._progress.pop(run.effect.request, None)
+            self._close_if_idle()
+
+    def _model_of(self, ticket: Ticket) -> str:
+        """Return the model that answers a request of ours; "" for a client's own, which names it."""
+        prompt = ticket.payload.prompt
+        takes_text = prompt is Prompt.TEXT and not isinstance(self._server.dialect, LlmApi)
+        return "" if prompt is None else self.options.text_model if takes_text else self.options.model
 
     async def _attached(self, run: Run, weights: Weights) -> bytes:
         """Return what names a run's weights; nothing where the server would not have them by reference after all."""
@@ -203,7 +217,7 @@ class TritonBackend:
     # Loads.
 
     def load(self, effect: Load, weights: Weights) -> None:
-        if not self._up:
+        if not self._takes:
             weights.release()
             return
         task = asyncio.create_task(self._load(effect, weights))
@@ -240,11 +254,11 @@ class TritonBackend:
     async def _explained(self, result: LoadResult) -> bool:
         """Whether a load failed because the server is gone, or is another than it was: that ends all its loads."""
         assert result.error is not None
-        if result.lost:
+        if result.fault is Fault.LOST:
             return await self._wire_broke(result.error)
-        if result.fault is Fault.REJECTED and self._up and await self._has_changed():
-            self._lose("its model's configuration has changed")
-        return not self._up
+        if result.fault is Fault.REJECTED and self._takes and await self._has_changed():
+            self._close(CHANGED)
+        return not self._takes
 
     async def _has_changed(self) -> bool:
         try:
@@ -307,6 +321,11 @@ class TritonBackend:
 
     # Watching.
 
+    @property
+    def _takes(self) -> bool:
+        """Whether anything is sent. What the core has sent meanwhile ends with the loss that it is about to hear of."""
+        return self._up and not self._closing
+
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -344,7 +363,7 @@ class TritonBackend:
                 else:
                     await self._reach()
             except Misused as error:
-                self._down(error.message)
+                self._not_usable(error.message)
             except grpc.RpcError as error:
                 late_s = monotonic() - self._server.seen_at_s  # a busy server may be, a little
                 if not self._up or not is_late(error) or late_s > self.options.progress_timeout_s:
@@ -353,6 +372,13 @@ class TritonBackend:
                 logger.exception("looking at %s failed", self.id)
                 self._down(f"the sidecar failed to look at it: {error}")
             await asyncio.sleep(self.options.look_s if self._up else min(REACH_S, self.options.look_s))
+
+    def _not_usable(self, trouble: str) -> None:
+        """The server answers, and its model is not there: one that is unloaded may still have requests to end."""
+        if self._up:
+            self._close(trouble)
+        else:
+            self._down(trouble)
 
     def _down(self, trouble: str) -> None:
         """Note why the server is not up, once."""
@@ -372,19 +398,34 @@ class TritonBackend:
         self._post(BackendUp(self.id, facts))
 
     async def _look(self) -> None:
-        cause = await self._server.look()
+        replaced = await self._server.look()
         if not self._up:
             return  # it was lost while it was being looked at
-        if cause is None and self._waits_for_engine and await self._server.hangs():
-            cause = (
+        if self._waits_for_engine and await self._server.hangs():
+            self._hangs()
+        elif replaced is not None:
+            self._close(replaced)
+        else:
+            self._report_measures()
+
+    def _hangs(self) -> None:
+        if self._up:
+            self._lose(
                 f"it answered nothing for {self._server.pulse.silent_s(monotonic()):.0f} s with {len(self._runs)} "
                 f"requests and {len(self._sent)} loads in flight, and "
                 f"{'made no step' if self._server.pulse.is_counted else 'no probe'}"
             )
-        if cause is None:
-            self._report_measures()
-        elif self._up:
-            self._lose(cause)
+
+    def _close(self, cause: str) -> None:
+        """Send nothing more, and report the backend lost when what runs has ended."""
+        if self._takes:
+            logger.warning("%s takes nothing new: %s", self.id, cause)
+            self._closing = cause
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._up and self._closing and not self._runs:
+            self._lose(self._closing)
 
     def _report_measures(self) -> None:
         """Tell the core how much the engine takes and how full it is, when that is not what it was told last."""
@@ -398,26 +439,34 @@ class TritonBackend:
             self._measured = measured
             self._post(measured)
 
-    async def _wire_broke(self, text: str) -> bool:
-        """Find out whether the server is gone, or only one stream; return whether the whole backend is lost."""
-        if not self._up:
-            return True
-        if self._checking is None or self._checking.done():
-            self._checking = self._spawn(self._still_there(text))
-        return not await asyncio.shield(self._checking)
+    async def _wire_broke(self, text: str, begun: bool = False) -> bool:
+        """Find out whether the server is gone, or only one stream; return whether the backend's loss ends it too.
 
-    async def _still_there(self, text: str) -> bool:
+        An answer that has begun is not kept waiting until the others have ended.
+        """
+        if self._takes:
+            if self._checking is None or self._checking.done():
+                self._checking = self._spawn(self._look_after(text))
+            await asyncio.shield(self._checking)
+        return not self._up or (bool(self._closing) and not begun)
+
+    async def _look_after(self, text: str) -> None:
+        """Look at a server of which there is bad news: a broken wire, or an engine that it says is gone."""
         try:
             await self._server.ready()
-        except (grpc.RpcError, Misused):
-            if self._up:
-                self._lose(text)
-        return self._up
+            is_there = faults.classify(text) is not Fault.LOST or await self._server.answers()
+        except Misused as unready:
+            self._not_usable(unready.message)
+            return
+        except grpc.RpcError:
+            is_there = False
+        if self._up and not is_there:
+            self._lose(text)
 
     def _lose(self, cause: str) -> None:
         """Report the backend lost and give up all that ran there; abandoned runs are cancelled where they can be."""
         logger.warning("%s is lost: %s", self.id, cause)
-        self._up = False
+        self._up, self._closing = False, ""
         self._trouble = cause
         self._post(BackendLost(self.id, cause))
         for run in list(self._runs.values()):

@@ -133,6 +133,11 @@ def id_field(text: str) -> bytes:
     return _string_field(3, text)
 
 
+def model_field(name: str) -> bytes:
+    """Return a request's `model_name` as it is serialized: appended, it stands for the one before."""
+    return _string_field(1, name)
+
+
 def output_tokens(response: Any) -> int:
     """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say."""
     outputs = response.outputs

@@ -32,6 +32,8 @@ class EngineFacts:
     kind: str = "triton"
     """What it is loaded with: "triton" takes packed weights, "triton_llmapi" reads files from a shared folder."""
     base_models: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    """What clients may call its models; anything where nothing is named."""
     dtype: str | None = None
     rank_multiple: int = 1
     tp: int = 1

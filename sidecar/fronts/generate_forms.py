@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sidecar.backends.api import Payload
+from sidecar.backends.api import Payload, Prompt
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
 from sidecar.backends.wire import ModelInferRequest
 from sidecar.errors import Reason, Refused
@@ -54,7 +54,9 @@ def payload_of(request: Any, may_stream: Callable[[str], bool]) -> tuple[Payload
     else:
         raise Refused(Reason.INVALID_REQUEST, "the request has no prompt; set text or tokens")
     head = message.SerializeToString()
-    return Payload(message.model_name, head, raw=True, unary=False, kind=TRITON, forms=forms), count
+    return Payload(
+        message.model_name, head, raw=True, unary=False, kind=TRITON, forms=forms, prompt=Prompt(prompt)
+    ), count
 
 
 def why_not_llmapi(request: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which backends a request can go to, by the kind of model that it is written for.
+"""Which backends a request can go to, by the kind of model that it is written for and by the model that it names.
 
 TensorRT-LLM's core model takes token ids and its ensemble text; the LLM-API model takes text under names of its own. A
 pool may have both.
@@ -25,9 +25,12 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
     """Return a client's own request and the backends that it is held to, () for any.
 
     Where all backends are of one kind it goes there whatever it looks like: what is wrong with it is the engine's to
-    say.
+    say, an unknown model's name too.
     """
-    kinds = {backend.facts.kind for backend in state.backends.values()}
+    backends = state.backends.values()
+    having = [backend for backend in backends if not backend.facts.models or payload.model in backend.facts.models]
+    kinds = {backend.facts.kind for backend in having or backends}
     if len(kinds) == 1:
-        return replace(payload, kind=kinds.pop()), ()
-    return payload, backends_of(state, payload.kinds) or ()
+        payload = replace(payload, kind=kinds.pop())
+    fitting = tuple(backend.id for backend in having if backend.facts.kind in payload.kinds)
+    return payload, () if len(fitting) == len(state.backends) else fitting

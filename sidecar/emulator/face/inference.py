@@ -164,7 +164,9 @@ class Inference:
         if wanted.streaming:
             # A streamed answer never contains the prompt.
             tokens = [] if progress.token is None else [progress.token]
+            work.told += len(tokens)
         else:
+            work.told = len(work.tokens)
             tokens = [*([] if wanted.exclude_input else work.generation.tokens), *work.tokens]
         values = answer_values(
             asked.query.model, work, tokens, wanted, len(asked.works), self._options.tokens_per_block

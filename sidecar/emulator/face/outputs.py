@@ -94,9 +94,9 @@ def _text_values(tokens: Sequence[int]) -> list[Values]:
 
 def _log_prob_values(work: Work, count: int) -> list[Values]:
     """The probabilities of this response's new tokens, and of all tokens so far together."""
-    newest = work.log_probs[len(work.log_probs) - count :]
+    newest = work.log_probs[work.told - count : work.told]
     return [
-        Values("cum_log_probs", (1, 1), [sum(work.log_probs)]),
+        Values("cum_log_probs", (1, 1), [sum(work.log_probs[: work.told])]),
         Values("output_log_probs", (1, 1, count), newest),
     ]
 

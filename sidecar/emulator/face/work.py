@@ -37,6 +37,8 @@ class Work:
     batch_row: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    told: int = 0
+    """How many of its tokens are in responses: the executor may be ahead of them."""
     ended: bool = False
     arrival_ns: int = 0
     scheduled_ns: int = 0

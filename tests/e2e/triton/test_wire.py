@@ -450,7 +450,7 @@ async def test_regions_of_shared_memory(decoupled: Lane) -> None:
     """What can't be registered or read."""
     memories = [SharedMemory(create=True, size=2 * PAGE) for _ in range(2)]
     key, other = (f"/{memory.name}" for memory in memories)
-    memories[0].buf[PAGE : PAGE + 4] = (3).to_bytes(4, "little")
+    memories[0].buf[:4] = (3).to_bytes(4, "little")
     invalid, internal = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.INTERNAL
     refused = [
         (("x", "/nobody", 0, 8), internal, "Unable to open shared memory region: '/nobody'"),
@@ -469,7 +469,7 @@ async def test_regions_of_shared_memory(decoupled: Lane) -> None:
                 with pytest.raises(grpc.aio.AioRpcError) as error:
                     await stub.SystemSharedMemoryRegister(region(*arguments))
                 assert (error.value.code(), error.value.details()) == (code, text)
-            await stub.SystemSharedMemoryRegister(region("x", key, PAGE, 64))
+            await stub.SystemSharedMemoryRegister(region("x", key, 0, 64))
             for offset, size, text in REACHES:
                 assert await stream_answers(stub, reading("x", offset, size)) == [rejected(text)]
             assert await stream_answers(stub, reading("x", 0, 4)) == [data(base_tokens(3), final=True)]

@@ -1,0 +1,66 @@
+"""Which backends a client's own request is held to: by kind of model and by the model that it names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sidecar.app import facts_of
+from sidecar.backends import wire
+from sidecar.backends.api import Payload
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
+from sidecar.config import parse
+from sidecar.fronts.kinds import as_it_is
+from tests.corekit import World
+from tests.corekit import facts_of as engine_of
+
+
+def pool(**models: tuple[str, ...]) -> Any:
+    """Return the state of a pool: for each backend its kind and the models that it has."""
+    world = World(engines=0)
+    for backend, (kind, *names) in models.items():
+        world.add_engine(backend, replace(engine_of(), kind=kind, models=tuple(names)))
+    return world.core.state
+
+
+def payload(model: str, kind: str = TRITON) -> Payload:
+    return Payload(model, b"", raw=True, unary=False, kind=kind)
+
+
+def test_a_pool_of_one_model_holds_nobody_anywhere() -> None:
+    state = pool(b0=(TRITON,), b1=(TRITON,))
+    assert as_it_is(state, payload("whatever")) == (payload("whatever"), ())
+
+
+@pytest.mark.parametrize(("model", "only"), [("llama", ("b0",)), ("qwen_text", ("b1",)), ("ensemble", ())])
+def test_a_request_goes_where_its_model_is(model: str, only: tuple[str, ...]) -> None:
+    """The name that both have goes to both; so does one that nobody has, for the engine to refuse."""
+    state = pool(b0=(TRITON, "llama", "ensemble"), b1=(TRITON, "qwen", "qwen_text", "ensemble"))
+    assert as_it_is(state, payload(model))[1] == only
+    assert as_it_is(state, payload("nobody's"))[1] == ()
+
+
+def test_models_and_kinds_together() -> None:
+    """A name that only one kind has decides the kind; where both have it the request's own form does."""
+    state = pool(b0=(TRITON, "core"), b1=(TRITON_LLMAPI, "core"), b2=(TRITON_LLMAPI, "other"))
+    assert as_it_is(state, payload("other")) == (payload("other", TRITON_LLMAPI), ("b2",))
+    assert as_it_is(state, payload("core")) == (payload("core"), ("b0",))
+    assert as_it_is(state, payload("core", TRITON_LLMAPI)) == (payload("core", TRITON_LLMAPI), ("b1",))
+
+
+def test_models_are_told_apart_only_where_there_are_several() -> None:
+    urls = [{"url": "triton://h:1", "id": "a"}, {"url": "triton://h:1", "id": "b"}]
+    one = parse({"backends": urls}, "the test")
+    assert {facts.models for facts in facts_of(one.backends).values()} == {()}
+    urls[1] |= {"model": "qwen", "text_model": "qwen_text", "models": ["qwen_bls"]}  # type: ignore[dict-item]
+    two = parse({"backends": urls}, "the test")
+    found = {name: facts.models for name, facts in facts_of(two.backends).items()}
+    assert found == {"a": ("tensorrt_llm", "ensemble"), "b": ("qwen", "qwen_text", "qwen_bls")}
+
+
+def test_an_appended_model_name_stands_for_the_one_before() -> None:
+    request = wire.ModelInferRequest(model_name="ensemble", id="x")
+    merged = wire.ModelInferRequest.FromString(request.SerializeToString() + wire.model_field("qwen_text"))
+    assert (merged.model_name, merged.id) == ("qwen_text", "x")
