@@ -48,6 +48,12 @@ test: lint
 e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton
 
+triton: $(DEVELOPING) .venv-triton
+	$(BIN)/python -m tests.e2e.triton
+
+bench-triton: $(DEVELOPING) .venv-triton
+	$(BIN)/python -m tests.bench.triton
+
 .venv-triton: .venv-triton/installed
 
 .venv-triton/installed: tests/e2e/triton/requirements.txt

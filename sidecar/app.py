@@ -24,11 +24,12 @@ from sidecar.adapters.spool import Spool
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.credentials import read_pem
-from sidecar.backends.dialects import TRITON_LLMAPI
+from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.loads import LoaderProcess
 from sidecar.backends.transport import NOT_SHARED, SharedMemory, claim_shared_memory
 from sidecar.backends.triton import TritonBackend, TritonOptions
+from sidecar.backends.vllm import VllmBackend, VllmOptions
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener, declared_facts
 from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
@@ -137,10 +138,10 @@ class Sidecar:
         return sidecar
 
     async def _start(self) -> None:
+        await self._loader.start()  # first: gRPC's threads are told of on the terminal by every fork that comes later
         backends = make_backends(self.config.backends, self._loader, self._memory)
         if self._journal is not None:
             self._journal.start()
-        await self._loader.start()
         await self.gateway.start(backends)
         if not backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
@@ -274,6 +275,9 @@ def make_backends(
                 declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
             options = _triton_options(backend, declared, memory)
             made.append((TritonBackend(options, loader), options.facts))
+        elif backend.scheme == VLLM:
+            vllm = _vllm_options(backend, facts[backend.identity])
+            made.append((VllmBackend(vllm), replace(vllm.facts, kind=VLLM)))
         else:
             kind = plugins.resolve("backend", backend.scheme)
             made.append((kind(backend, facts[backend.identity], loader), facts[backend.identity]))
@@ -331,6 +335,20 @@ def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMe
         transport=backend.weights_transport,
         memory=memory,
         adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
+        progress_timeout_s=backend.progress_timeout_s,
+        load_timeout_s=backend.load_timeout_s,
+    )
+
+
+def _vllm_options(backend: BackendConfig, facts: EngineFacts) -> VllmOptions:
+    return VllmOptions(
+        id=backend.identity,
+        url=f"{'http' if backend.tls is None else 'https'}://{backend.address}",
+        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
+        facts=facts,
+        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+        api_key_file=backend.api_key_file,
+        old_versions=backend.old_versions,
         progress_timeout_s=backend.progress_timeout_s,
         load_timeout_s=backend.load_timeout_s,
     )

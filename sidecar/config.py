@@ -83,7 +83,9 @@ class Listeners(Section):
 class Engine(Section):
     """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown.
 
-    `cost` is a cost file or `model/gpu/engine` for one of ours, and `cost_scale` multiplies all its times.
+    `cost` is a cost file or `model/gpu/engine` for one of ours, and `cost_scale` multiplies all its times. In vLLM a
+    page is an adapter: `device_pages` is its max_loras, `host_pages` its max_cpu_loras, `seats` its max_num_seqs.
+    `base_apart` keeps the base model and adapters out of one batch, for engines that then answer wrongly.
     """
 
     config: str | None = None
@@ -104,6 +106,7 @@ class Engine(Section):
     kv_tokens: int | None = Field(None, ge=1)
     input_tokens_max: int | None = Field(None, ge=1)
     sequence_tokens_max: int | None = Field(None, ge=1)
+    base_apart: bool = False
 
 
 class BaseModelNames(Section):
@@ -136,7 +139,7 @@ class SharedFolder(Section):
 
 
 class Backend(Section):
-    """`url` is `triton://HOST:PORT`; `kind` follows from it, or names a plug-in's.
+    """`url` is `triton://HOST:PORT` or `vllm://HOST:PORT`; `kind` follows from it, or names a plug-in's.
 
     An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
     where it is the same on both sides, else `ours` and `engine`. One that takes weights reads them from shared memory
@@ -158,6 +161,8 @@ class Backend(Section):
     tls: Tls | None = None
     adapters_dir: SharedFolder | None = None
     weights_transport: Literal["auto", "grpc", "shared_memory"] = "auto"
+    api_key_file: str | None = None
+    old_versions: bool = False
     progress_timeout_s: float = Field(30.0, gt=0)
     load_timeout_s: float = Field(120.0, gt=0)
 

@@ -1,4 +1,4 @@
-"""Requests that Triton refuses before a model sees them, with the words of its front end or core; all have the id r1."""
+"""Requests that Triton refuses before a model sees them, with the words of its front end or core; their id is r1."""
 
 from __future__ import annotations
 

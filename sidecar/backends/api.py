@@ -30,30 +30,57 @@ class Prompt(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
-    """A request in the engine's own form, without id and adapter: those are appended as bytes at dispatch.
+class HttpForm:
+    """A request for an engine's OpenAI API: its JSON body around the model's name, which is put in at dispatch.
 
-    `head` is a serialized `ModelInferRequest` for models of one `kind`; `forms` is the same for those of other kinds.
-    `raw` says that its tensors travel in `raw_input_contents`, so that an appended input must too.
+    `before` and `after` are the body up to and behind that JSON string. `model` is what the client wrote there, which the
+    answer says again; `streams` says that the body asks for events.
+    """
+
+    path: str
+    before: bytes
+    after: bytes
+    model: str
+    streams: bool
+
+
+Form = bytes | HttpForm
+"""A request as one kind of engine takes it: a serialized `ModelInferRequest`, or an HTTP body."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRejection:
+    """An engine's own error, to reach a client of the same API unchanged."""
+
+    status: int
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A request in the engine's own form, without id and adapter: those are put in as bytes at dispatch.
+
+    `head` is the request for engines of one `kind`; `forms` is the same for those of other kinds. `raw` says that its
+    tensors travel in `raw_input_contents`, so that an appended input must too.
     """
 
     model: str
-    head: bytes
+    head: Form
     raw: bool
     unary: bool
     metadata: tuple[tuple[str, str], ...] = ()
     prompt: Prompt | None = None
     """What a request of ours carries, so that each backend's own model for that answers; None for a client's own."""
     kind: str = TRITON
-    forms: Mapping[str, bytes] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of model that it can go to."""
         return (self.kind, *self.forms)
 
-    def head_for(self, kind: str) -> bytes:
-        """Return the request as a model of one of its kinds takes it."""
+    def head_for(self, kind: str) -> Form:
+        """Return the request as an engine of one of its kinds takes it."""
         return self.head if kind == self.kind else self.forms[kind]
 
 
@@ -103,7 +130,7 @@ class Ticket:
         self.blocked_since_ns: int | None = None
         """Since when the front has been waiting for its client to take a message."""
         self.rejected_with: Any = None
-        """The gRPC status code of an engine's unary error, so that it reaches the client unchanged."""
+        """The gRPC status code of an engine's unary error, or an `HttpRejection`: it reaches the client unchanged."""
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
 

@@ -16,7 +16,9 @@ from sidecar.backends import wire
 from sidecar.core.effects import Dispatch, Load
 from sidecar.errors import Misused, Reason
 
-TRITON, TRITON_LLMAPI = "triton", "triton_llmapi"
+TRITON, TRITON_LLMAPI, VLLM = "triton", "triton_llmapi", "vllm"
+KSERVE_KINDS = (TRITON, TRITON_LLMAPI)
+"""Those that speak KServe v2."""
 DUMMY_TEXT = b"a"
 
 

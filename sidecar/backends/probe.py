@@ -45,7 +45,9 @@ class Probe:
         request = dialect.probe(self._model, PROBE_ID)
         error = await answer_of(self._stub, request, decoupled, timeout_s)
         if error is not None:
-            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend} hung, and now says: {error}")
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE, f"{self._backend} was lost, and does not answer a token yet: {error}"
+            )
 
 
 async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) -> str | None:

@@ -47,7 +47,7 @@ class Server:
         self._config = b""
         self._unknown = ""
         self._caches = 1
-        self._hung = False
+        self._distrusted = False
         self.decoupled = True
         self.dialect: Dialect = TensorRtLlm()
         self.gauges: Gauges | None = None
@@ -82,7 +82,7 @@ class Server:
         config = await self._probe.config()
         self.dialect = dialect_of(config, self._sought.adapters_dir)
         self.decoupled = config.model_transaction_policy.decoupled
-        if self._hung:
+        if self._distrusted:
             await self._probe.answer_once(self.dialect, self.decoupled)
         found = await self._facts_of(config)
         declared = replace(self._sought.facts, kind=self.dialect.kind)
@@ -92,7 +92,7 @@ class Server:
         self.gauges = None
         await self.measure()
         facts = self._with_gauges(facts)
-        self._config, self._hung = config.SerializeToString(deterministic=True), False
+        self._config, self._distrusted = config.SerializeToString(deterministic=True), False
         self._unknown, self._caches = unknown_words(facts), facts.caches
         return facts
 
@@ -125,8 +125,12 @@ class Server:
         return bool(config.SerializeToString(deterministic=True) != self._config)
 
     async def look(self) -> str | None:
-        """Return why a server that is up must be taken for a new one, None if it need not. Raises Misused, RpcError."""
-        await self._probe.ready()
+        """Return why a server that is up must be taken for a new one, None if it need not. Raises grpc.RpcError."""
+        try:
+            await self._probe.ready()
+        except Misused as unready:
+            await self.measure()
+            return unready.message
         self.seen_at_s = monotonic()
         if await self.measure():
             return "it has restarted: its iteration counter went back"
@@ -145,17 +149,18 @@ class Server:
         if not self.pulse.is_counted and await self.answers():
             self.pulse.heard(monotonic())
             return False
-        self._hung = True
         return True
 
+    def distrust(self) -> None:
+        """Trust it again only when it has answered a token: it was lost."""
+        self._distrusted = True
+
     async def answers(self) -> bool:
-        """Whether the engine answers a token of its own; one that does not is trusted again only when it has."""
+        """Whether the engine answers when it is asked for a token."""
         try:
             await self._probe.answer_once(self.dialect, self.decoupled, self._sought.progress_timeout_s)
         except Misused as said:
-            self._hung = classify(said.message) is Fault.LOST  # any other error is an answer
+            return classify(said.message) is not Fault.LOST  # any other error is an answer
         except grpc.RpcError:
-            self._hung = True
-        else:
-            self._hung = False
-        return not self._hung
+            return False
+        return True

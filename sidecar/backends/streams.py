@@ -30,7 +30,7 @@ def as_they_are(message: bytes) -> bytes:
 
 
 class EngineGone(Exception):
-    """A server says of a request that the model, or the process that it runs in, is gone; the text is its own."""
+    """A server's words on a request, which may mean that its model or its process is gone, or another."""
 
 
 class StreamPool:
@@ -101,7 +101,9 @@ class Run:
     def message(self, stream: bool) -> bytes:
         payload = self.ticket.payload
         fragment = self._dialect.fragment(self.engine_id, self.effect, payload.raw, stream)
-        return payload.head_for(self._dialect.kind) + self._model + fragment + self.attached
+        head = payload.head_for(self._dialect.kind)
+        assert isinstance(head, bytes), "a request in HTTP's form for a gRPC server"
+        return head + self._model + fragment + self.attached
 
     def refused(self) -> bool:
         """Whether the request was written for another kind of model, as may be where this one was not known yet."""
@@ -178,7 +180,7 @@ class Run:
         if message.error_message:
             self._heard(self.effect.request, 0)
             fault = faults.classify(message.error_message)
-            if fault is Fault.LOST:
+            if self._doubts_engine(fault):
                 raise EngineGone(message.error_message)
             self._failed(fault, message.error_message)
             return True
@@ -234,9 +236,13 @@ class Run:
         fault = faults.classify(text)
         if fault is Fault.REJECTED and code is not None and wire.is_lost(code, text):
             fault = Fault.LOST
-        if fault is Fault.LOST and await self._broken(text, self.tokens > 0):
+        if self._doubts_engine(fault) and await self._broken(text, self.tokens > 0):
             return  # the loss of the backend ends this run too
         self._failed(fault, text, code)
+
+    def _doubts_engine(self, fault: Fault) -> bool:
+        """Whether an error may mean another engine: a model of another dtype refuses the weights that go along."""
+        return fault is Fault.LOST or (fault is Fault.REJECTED and bool(self.attached))
 
     def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:
         if code is not None:

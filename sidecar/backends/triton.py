@@ -2,8 +2,8 @@
 
 A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose wire
 breaks asks at once whether the server still answers. An engine that hangs while its server stays live and ready is
-found by its pulse, and is trusted again when it has answered a token. A server that unloads its model, or puts another
-in its place, lets its requests end first, and so do we: meanwhile nothing new is sent.
+found by its pulse. One that was lost is trusted again when it has answered a token. A server that unloads its model,
+or puts another in its place, lets its requests end first, and so do we: meanwhile nothing new is sent.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class TritonBackend:
         self._sent: set[int] = set()
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
-        self._checking: asyncio.Task[bool] | None = None
+        self._checking: asyncio.Task[None] | None = None
         self._regions = Regions(options.id, self._stub)
         self._transport = Transport(options.id, options.transport, options.memory, self._stub)
         self._server = Server(options.sought, self._stub, self._transport)
@@ -363,7 +363,7 @@ class TritonBackend:
                 else:
                     await self._reach()
             except Misused as error:
-                self._not_usable(error.message)
+                self._down(error.message)
             except grpc.RpcError as error:
                 late_s = monotonic() - self._server.seen_at_s  # a busy server may be, a little
                 if not self._up or not is_late(error) or late_s > self.options.progress_timeout_s:
@@ -372,13 +372,6 @@ class TritonBackend:
                 logger.exception("looking at %s failed", self.id)
                 self._down(f"the sidecar failed to look at it: {error}")
             await asyncio.sleep(self.options.look_s if self._up else min(REACH_S, self.options.look_s))
-
-    def _not_usable(self, trouble: str) -> None:
-        """The server answers, and its model is not there: one that is unloaded may still have requests to end."""
-        if self._up:
-            self._close(trouble)
-        else:
-            self._down(trouble)
 
     def _down(self, trouble: str) -> None:
         """Note why the server is not up, once."""
@@ -417,7 +410,7 @@ class TritonBackend:
             )
 
     def _close(self, cause: str) -> None:
-        """Send nothing more, and report the backend lost when what runs has ended."""
+        """Send nothing more, and report the backend lost when what runs has ended: the server lets it."""
         if self._takes:
             logger.warning("%s takes nothing new: %s", self.id, cause)
             self._closing = cause
@@ -451,12 +444,15 @@ class TritonBackend:
         return not self._up or (bool(self._closing) and not begun)
 
     async def _look_after(self, text: str) -> None:
-        """Look at a server of which there is bad news: a broken wire, or an engine that it says is gone."""
+        """Look at a server of which there is bad news: a broken wire, or words that its engine may be gone."""
         try:
             await self._server.ready()
+            if await self._server.changed():
+                self._close(CHANGED)
+                return
             is_there = faults.classify(text) is not Fault.LOST or await self._server.answers()
         except Misused as unready:
-            self._not_usable(unready.message)
+            self._close(unready.message)
             return
         except grpc.RpcError:
             is_there = False
@@ -467,6 +463,7 @@ class TritonBackend:
         """Report the backend lost and give up all that ran there; abandoned runs are cancelled where they can be."""
         logger.warning("%s is lost: %s", self.id, cause)
         self._up, self._closing = False, ""
+        self._server.distrust()
         self._trouble = cause
         self._post(BackendLost(self.id, cause))
         for run in list(self._runs.values()):

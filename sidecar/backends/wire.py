@@ -7,6 +7,7 @@ client's tensors are never parsed again.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -139,13 +140,19 @@ def model_field(name: str) -> bytes:
 
 
 def output_tokens(response: Any) -> int:
-    """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say."""
+    """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say.
+
+    What lies in a region of the client's own has no content here: then the shape of `output_ids` says it.
+    """
     outputs = response.outputs
     # Every message of a stream comes through here, and a generator or an enumerate would show.
     for output, data in zip(outputs, response.raw_output_contents, strict=False):
-        if output.name == "sequence_length":
+        if output.name == "sequence_length" and data:
             lengths: tuple[int, ...] = struct.unpack_from(f"<{len(data) // 4}i", data)
             return max(1, sum(lengths))
+    for output in outputs:
+        if output.name == "output_ids":
+            return max(1, int(math.prod(output.shape)))
     return 1 if outputs else 0
 
 

@@ -22,7 +22,7 @@ PACKER_REVISION = 1
 MESSAGE_BYTES_MAX = 2**31 - 1
 """The largest gRPC message Triton takes; a packed adapter travels in one."""
 MESSAGE_OVERHEAD_BYTES = 1 << 16
-FILE_KINDS = frozenset({"triton_llmapi"})
+FILE_KINDS = frozenset({"triton_llmapi", "vllm"})
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class EngineFacts:
     """What an engine was built with and how big it is. None is "not known", and disables exactly that check."""
 
     kind: str = "triton"
-    """What it is loaded with: "triton" takes packed weights, "triton_llmapi" reads files from a shared folder."""
+    """What it is loaded with: "triton" takes packed weights, the others read files from a shared folder."""
     base_models: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     """What clients may call its models; anything where nothing is named."""
@@ -62,6 +62,8 @@ class EngineFacts:
     """Adapter caches behind its one address. A request cannot choose among several."""
     queue_max: int | None = None
     """Requests that may wait in the engine itself."""
+    base_apart: bool = False
+    """It answers wrongly when the base model and adapters run in one batch: they take turns."""
 
     @property
     def layout(self) -> Layout:
@@ -227,10 +229,17 @@ def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     return (
         _wrong_base(adapter, facts)
         or _wrong_rank(adapter, facts)
-        or _unknown_parts(adapter, facts)
+        or _wrong_layers(adapter, facts)
+        or (None if facts.layout.files else _unpackable(adapter, facts))
+    )
+
+
+def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
+    """Say why the rows of an adapter cannot be packed for an engine; one that reads files takes care of its own."""
+    return (
+        _unknown_parts(adapter, facts)
         or _wrong_heads(adapter, facts)
         or _wrong_modules(adapter, facts)
-        or _wrong_layers(adapter, facts)
         or _too_large(adapter, facts)
     )
 
@@ -324,9 +333,8 @@ def _wrong_layers(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _too_large(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    size, layout = packed_size_bytes(adapter.rows, facts.layout), facts.layout
-    limit = facts.message_bytes_max
-    if limit is not None and not layout.files and size > limit - MESSAGE_OVERHEAD_BYTES:
+    size, limit = packed_size_bytes(adapter.rows, facts.layout), facts.message_bytes_max
+    if limit is not None and size > limit - MESSAGE_OVERHEAD_BYTES:
         return Misfit(
             "over the 2 GiB message cap",
             f"its packed form takes {size} bytes and one gRPC message to the engine holds less than {limit}; share "

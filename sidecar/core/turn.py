@@ -9,6 +9,7 @@ from policies.lines import Line
 from policies.views import BASE
 from sidecar.core import asks, promising
 from sidecar.core.effects import CancelRun, Drop, DropDisk, Effect, Heal, Settle
+from sidecar.core.facts import is_files
 from sidecar.core.offers import Offers
 from sidecar.core.state import Backend, HealNote, Queued, Request, State
 from sidecar.core.words import Outcome
@@ -41,7 +42,9 @@ class Turn:
         backlog = promising.backlog_of(self.state, backend, request)
         request.fetch_allowed_ns = backlog.fetch_ns
         request.queued_clock = self.state.lateness.clock(self.now_ns)
-        if promising.bounds_hold(self.state, backend, request.version):
+        if backend.facts.base_apart and asks.others_of(self.state, backend, request):
+            self.void_promises(backend, "kept apart")
+        elif promising.bounds_hold(self.state, backend, request.version):
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
         if not promising.pace_is_known(backend):
             return 0  # nobody is refused on a guess
@@ -332,10 +335,21 @@ class Turn:
 
     def drop_blob(self, key: str) -> None:
         """Free a blob that nothing uses; if somebody waits for it, it is to be fetched again."""
+        if is_files(key):
+            self._unloaded(key, self.state.store.entries[key].digest)
         self.state.store.remove(key)
         self.emit(Drop(key))
         self.went_missing(key)
         self.hungry = True
+
+    def _unloaded(self, key: str, version: str) -> None:
+        """Believe a version in no engine that reads its files: they go, and it is unloaded where that can be done."""
+        for backend in self.state.backends.values():
+            if version in backend.shadow.host and self.state.packed_for(version, backend).key == key:
+                backend.shadow.forget(version)
+                slot = backend.slots.get(version)
+                if slot is not None and not backend.slot_in_use(slot):
+                    backend.close_slot(version)
 
     def doom_blob(self, key: str) -> None:
         """Free a blob as soon as its users are done."""

@@ -1,8 +1,9 @@
 """How long a client's stream lives: until its client closes it, the sidecar drains, or it has grown too old.
 
 A stream is closed only while nothing is in flight on it, so a request without an answer has never run: its client may
-send it again, on a new stream. A stream whose client always has something in flight is given as much time again; then
-what arrives is refused, and the stream ends with its last answer.
+send it again, on a new stream. It must have been quiet for a moment, too: what a client sends while its connection
+closes can cost it answers that it has not read yet. Who goes on sending is refused, request by request, and closed
+when that has had its time to arrive. A stream that is too old still takes requests for as long again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from sidecar.errors import Reason, Refused
 
 JITTER = 0.1
 """By which share ages are longer or shorter, so that streams opened together do not all come back together."""
+QUIET_S = 0.1
+"""How long nothing must have happened on a stream that is closed."""
+REFUSING_S = 1.0
+"""How long a stream that refuses all requests is left to a client that sends them nevertheless."""
 LOOK_S = 0.02
 INT32_MAX = 2**31 - 1
 """gRPC's word for no limit."""
@@ -46,14 +51,16 @@ class Lifetime:
     def __init__(self, age_s: float | None, on_over: Callable[[Lifetime], None]) -> None:
         self._age_s = age_s
         self._on_over = on_over
+        self._loop = asyncio.get_running_loop()
         self._why: Callable[[], Refused] | None = None
-        self._is_refusing = False
+        self._refusing_since_s: float | None = None
         self._in_flight = 0
+        self._quiet_since_s = self._loop.time()
         self._reading = asyncio.timeout(None)
         self._is_reading = False
         self._timer: asyncio.TimerHandle | None = None
         if age_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(age_s, self._grow_old)
+            self._timer = self._loop.call_later(age_s, self._grow_old)
 
     @property
     def cut(self) -> Refused | None:
@@ -66,7 +73,7 @@ class Lifetime:
         try:
             async with self._reading:
                 self._is_reading = True
-                self._end_if_idle()
+                self._schedule()
                 yield
         except TimeoutError:
             if not self._reading.expired():
@@ -78,22 +85,24 @@ class Lifetime:
     def answering(self) -> Iterator[None]:
         """Go round the answer to one request: it is in flight."""
         self._in_flight += 1
+        self._schedule()
         try:
             yield
         finally:
             self._in_flight -= 1
-            self._end_if_idle()
+            self._quiet_since_s = self._loop.time()
+            self._schedule()
 
     def check(self) -> None:
         """Raise Refused(DRAINING) when the stream takes no new request although it is still open."""
-        if self._is_refusing:
+        if self._refusing_since_s is not None:
             assert self._why is not None
             raise self._why()
 
     def end(self, why: Callable[[], Refused]) -> None:
-        """End the stream as soon as nothing is in flight on it; the first reason counts."""
+        """End the stream once it is quiet; it refuses what arrives. The first reason counts."""
         self._why = self._why or why
-        self._end_if_idle()
+        self._refuse()
 
     def over(self) -> None:
         """The stream has ended."""
@@ -101,17 +110,31 @@ class Lifetime:
             self._timer.cancel()
         self._on_over(self)
 
-    def _end_if_idle(self) -> None:
-        if self._why is not None and not self._in_flight and self._is_reading and not self._reading.expired():
-            self._reading.reschedule(asyncio.get_running_loop().time())
+    def _refuse(self) -> None:
+        if self._refusing_since_s is None:
+            self._refusing_since_s = self._loop.time()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        """Say when reading is to be broken off, as things stand."""
+        if self._why is None or not self._is_reading or self._reading.expired():
+            return
+        at_s = None if self._in_flight else self._quiet_since_s + QUIET_S
+        since_s = self._refusing_since_s
+        if since_s is not None and self._loop.time() >= since_s + REFUSING_S and (at_s is not None or self._is_due):
+            at_s = self._loop.time()  # also if a request has come since: it is refused
+        self._reading.reschedule(at_s)
+
+    @property
+    def _is_due(self) -> bool:
+        when_s = self._reading.when()
+        return when_s is not None and when_s <= self._loop.time()
 
     def _grow_old(self) -> None:
         assert self._age_s is not None
-        self._timer = asyncio.get_running_loop().call_later(self._age_s, self._refuse)
-        self.end(self._too_old)
-
-    def _refuse(self) -> None:
-        self._is_refusing = True
+        self._timer = self._loop.call_later(self._age_s, self._refuse)
+        self._why = self._why or self._too_old
+        self._schedule()
 
     def _too_old(self) -> Refused:
         return Refused(

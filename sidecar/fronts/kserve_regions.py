@@ -6,7 +6,6 @@ To a client it is as if there were no regions but clients'. The sidecar's own ar
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +17,7 @@ from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_later import Later
 from sidecar.fronts.kserve_parameters import clipped
-from sidecar.fronts.kserve_verbs import Verb, ask_all, to_all, to_one
+from sidecar.fronts.kserve_verbs import Verb, abort_with_first, ask_all, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
 
@@ -78,22 +77,29 @@ def _guarded(tell: Verb) -> Verb:
 
 
 def _unregister(gateway: Gateway, later: Later) -> Verb:
-    tell = to_all(gateway, UNREGISTER, later)
-    tell_one = _guarded(tell)
+    tell_one = _guarded(to_all(gateway, UNREGISTER, later))
 
     async def handle(request: Any, context: Any) -> Any:
         if request.name:
             return await tell_one(request, context)
-        found = await ask_all(gateway, STATUS, service_pb2.SystemSharedMemoryStatusRequest())
-        shown = [reply for reply in found.values() if not isinstance(reply, grpc.aio.AioRpcError)]
-        names = dict.fromkeys(name for reply in shown for name in reply.regions if not name.startswith(PREFIX))
-        if not names and not shown:
-            return await tell_one(request, context)
-        each = [service_pb2.SystemSharedMemoryUnregisterRequest(name=name) for name in names]
-        await asyncio.gather(*(tell(one, context) for one in each))
+        shown = await ask_all(gateway, STATUS, service_pb2.SystemSharedMemoryStatusRequest())
+        errors = errors_of(shown)
+        if len(errors) == len(shown):
+            await abort_with_first(context, UNREGISTER, errors)
+        for name in _clients_regions(shown.values()):
+            one = service_pb2.SystemSharedMemoryUnregisterRequest(name=name)
+            errors += errors_of(await tell_all(gateway, UNREGISTER, one, later))
+        if errors:
+            await abort_with_first(context, UNREGISTER, errors)
         return service_pb2.SystemSharedMemoryUnregisterResponse()
 
     return handle
+
+
+def _clients_regions(replies: Iterable[Any]) -> list[str]:
+    """Return the names in several servers' lists, each once, without the sidecar's own."""
+    lists = (reply.regions for reply in replies if not isinstance(reply, grpc.aio.AioRpcError))
+    return [name for name in dict.fromkeys(name for names in lists for name in names) if not name.startswith(PREFIX)]
 
 
 async def _no_cuda_status(request: Any, context: Any) -> Any:

@@ -19,6 +19,7 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Where the typed elements of a tensor are. The engine reads no other field, so neither do we."""
+SHARED_BYTES = "shared_memory_byte_size"
 INTEGERS_MAX = 256
 """Elements that are looked at: one for each row of a batch."""
 
@@ -84,7 +85,14 @@ class Tensors:
         if raw is not None:
             return min(struct.unpack_from("<I", raw)[0], len(raw)) if len(raw) >= 4 else 0
         texts = self._typed("text_input") if "text_input" in self._places else ()
-        return len(texts[0]) if texts else 0
+        return len(texts[0]) if texts else max(0, self._shared_bytes("text_input") - 4)
+
+    def _shared_bytes(self, name: str) -> int:
+        """Return the size of a tensor in shared memory, 0 if it is not there: its content cannot be seen."""
+        if name not in self._places:
+            return 0
+        parameters = self._message.inputs[self._places[name]].parameters
+        return int(parameters[SHARED_BYTES].int64_param) if SHARED_BYTES in parameters else 0
 
     def without(self, names: Container[str]) -> bytes:
         """Return the request without some inputs. Raw contents go with the tensors they belong to."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
+from sidecar.backends.dialects import KSERVE_KINDS
 from sidecar.core.words import Phase
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_later import Later
@@ -17,8 +18,6 @@ from sidecar.fronts.status import abort, status_of
 from sidecar.shell.gateway import Gateway
 
 SERVICE = "inference.GRPCInferenceService"
-TRY_ANOTHER = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
-"""What one backend says and another may not: that it is away, or that it has no such model."""
 
 Verb = Callable[[Any, Any], Awaitable[Any]]
 Handler = Any
@@ -72,20 +71,19 @@ def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda 
 
     async def handle(request: Any, context: Any) -> Any:
         poor: Any = None
-        errors: dict[grpc.StatusCode, grpc.aio.AioRpcError] = {}
+        errors: list[grpc.aio.AioRpcError] = []
         for backend in up(gateway):
             try:
                 reply = await gateway.backends[backend].call(verb, request)
             except grpc.aio.AioRpcError as error:
-                if error.code() not in TRY_ANOTHER:
-                    await _abort_with(context, error)
-                errors.setdefault(error.code(), error)
+                errors.append(error)
                 continue
             if is_good(reply):
                 return reply
             poor = reply
         if poor is None:
-            await _abort_with_first(context, verb, [errors[code] for code in TRY_ANOTHER if code in errors])
+            errors.sort(key=lambda error: error.code() is not grpc.StatusCode.UNAVAILABLE)
+            await abort_with_first(context, verb, errors)
         return poor
 
     return handle
@@ -98,12 +96,10 @@ def to_all(gateway: Gateway, verb: str, later: Later | None = None) -> Verb:
     """
 
     async def handle(request: Any, context: Any) -> Any:
-        replies = await ask_all(gateway, verb, request)
-        if later is not None and replies:
-            later.tell([backend for backend in gateway.backends if backend not in replies], verb, request)
-        errors = [reply for reply in replies.values() if isinstance(reply, grpc.aio.AioRpcError)]
+        replies = await tell_all(gateway, verb, request, later)
+        errors = errors_of(replies)
         if errors or not replies:
-            await _abort_with_first(context, verb, errors)
+            await abort_with_first(context, verb, errors)
         return next(iter(replies.values()))
 
     return handle
@@ -114,12 +110,24 @@ def to_sum(gateway: Gateway, verb: str, add: Callable[[Collection[Any]], Any]) -
 
     async def handle(request: Any, context: Any) -> Any:
         replies = await ask_all(gateway, verb, request)
-        errors = [reply for reply in replies.values() if isinstance(reply, grpc.aio.AioRpcError)]
+        errors = errors_of(replies)
         if len(errors) == len(replies):
-            await _abort_with_first(context, verb, errors)
+            await abort_with_first(context, verb, errors)
         return add([reply for reply in replies.values() if not isinstance(reply, grpc.aio.AioRpcError)])
 
     return handle
+
+
+async def tell_all(gateway: Gateway, verb: str, request: Any, later: Later | None) -> dict[str, Any]:
+    """Ask all that are up, and have the others told later; if none is up, nobody is told."""
+    replies = await ask_all(gateway, verb, request)
+    if later is not None and replies:
+        later.tell([backend for backend in gateway.backends if backend not in replies], verb, request)
+    return replies
+
+
+def errors_of(replies: Mapping[str, Any]) -> list[grpc.aio.AioRpcError]:
+    return [reply for reply in replies.values() if isinstance(reply, grpc.aio.AioRpcError)]
 
 
 async def ask_all(gateway: Gateway, verb: str, request: Any) -> dict[str, Any]:
@@ -136,10 +144,15 @@ async def ask_all(gateway: Gateway, verb: str, request: Any) -> dict[str, Any]:
 
 def up(gateway: Gateway) -> list[str]:
     """Return the backends that are up."""
-    return [backend.id for backend in gateway.state.backends.values() if backend.phase is Phase.UP]
+    return [
+        backend.id
+        for backend in gateway.state.backends.values()
+        if backend.phase is Phase.UP and backend.facts.kind in KSERVE_KINDS
+    ]
 
 
-async def _abort_with_first(context: Any, verb: str, errors: list[grpc.aio.AioRpcError]) -> NoReturn:
+async def abort_with_first(context: Any, verb: str, errors: Sequence[grpc.aio.AioRpcError]) -> NoReturn:
+    """End a call with the first error; none means that no backend is up."""
     if errors:
         await _abort_with(context, errors[0])
     message = f'{verb}: no backend is up; "sidecar backends list" says why'

@@ -76,7 +76,7 @@ class BlobStore:
         self._mount = mount
         self._forget = forget
         self._room = Budget(budget_bytes)
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._leaving: dict[str, asyncio.Task[None]] = {}
         self._built: dict[str, Built] = {}
         self._bringing: dict[str, asyncio.Task[Built | None]] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
@@ -112,6 +112,8 @@ class BlobStore:
             self._post(FetchFailed(effect.key, Reason.ADAPTER_UNAVAILABLE, f"packing it failed: {error}"))
 
     async def _bring(self, effect: Fetch) -> Built | None:
+        if effect.key in self._leaving:  # it is brought again before it has gone
+            await asyncio.wait([self._leaving[effect.key]])
         await self._room.take(effect.size_bytes)
         try:
             return await self._bring_into(effect)
@@ -194,10 +196,10 @@ class BlobStore:
 
     def drop(self, effect: Drop) -> None:
         """Give the blob up, engines first; it is unmapped when its last lease ends."""
-        leaving = self._unstage(effect.key) if is_files(effect.key) else self._leave(self._built.pop(effect.key).blob)
-        task = asyncio.get_running_loop().create_task(leaving)
-        self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        key = effect.key
+        leaving = self._unstage(key) if is_files(key) else self._leave(self._built.pop(key).blob)
+        task = self._leaving[key] = asyncio.get_running_loop().create_task(leaving)
+        task.add_done_callback(lambda _: self._leaving.pop(key))
 
     async def _leave(self, blob: Blob) -> None:
         if self._mount is not None and self._forget is not None:
@@ -207,6 +209,8 @@ class BlobStore:
         self._room.give_back(blob.size_bytes)
 
     async def _unstage(self, key: str) -> None:
+        if self._forget is not None:
+            await self._forget(key)
         self._room.give_back(await self._staged.leave(key))
 
     def lease(self, key: str) -> PackedWeights | StagedWeights:
@@ -219,7 +223,7 @@ class BlobStore:
         return PackedWeights(built.blob, built.plan.shape, built.plan.layout.dtype, config, self._threads.submit)
 
     def close(self) -> None:
-        for task in (*self._bringing.values(), *self._leaving):
+        for task in (*self._bringing.values(), *self._leaving.values()):
             task.cancel()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for built in self._built.values():

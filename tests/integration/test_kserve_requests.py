@@ -205,6 +205,41 @@ async def test_sampling_and_unknown_outputs_pass_through_untouched(tmp_path: Pat
         assert (seen["priority_hint"], seen["note"]) == (3, "x")
 
 
+async def test_sequences_priorities_and_timeouts_pass_through(tmp_path: Path) -> None:
+    """Triton's own request parameters reach the engine as the client has set them, by stream and by unary call."""
+    write_adapters(tmp_path, 1)
+    given = {"sequence_id": 7, "sequence_start": True, "sequence_end": False, "priority": 3, "timeout": 60_000_000}
+    for decoupled in (True, False):
+        async with (
+            running_engine(**DUMMY, decoupled=decoupled) as engine,
+            serving([engine], tmp_path) as served,
+            aio_client(served.sidecar.data_address) as client,
+        ):
+            if decoupled:
+                assert (await ask(client, CORE, "a00", **given)).errors == []
+            else:
+                await client.infer(CORE, inputs_of(CORE, streaming=False), parameters={"lora_name": "a00"}, **given)
+            seen = engine.served[-1].parameters
+            assert {name: seen[name] for name in given} == given
+
+
+async def test_a_models_version(tmp_path: Path) -> None:
+    """One that is there is asked, one that is not has the server's own words."""
+    write_adapters(tmp_path, 1)
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path) as served,
+        aio_client(served.sidecar.data_address) as client,
+        aio_client(engine.grpc_address) as direct,
+    ):
+        told = await ask(client, CORE, "a00", model_version="1")
+        assert (told.tokens(), told.errors) == (served.expected("a00", 4), [])
+        through = await ask(client, CORE, "a00", model_version="7")
+        directly = await ask(direct, CORE, model_version="7")
+        assert through.errors == [f"[BACKEND_REJECTED] {directly.errors[0]}"]
+        assert not through.responses
+
+
 @pytest.mark.parametrize("outputs", [[], ["sequence_length", "output_ids"]])
 async def test_requested_outputs(tmp_path: Path, outputs: list[str]) -> None:
     """An empty list means all, a list means those, and one that lacks what the engine needs has the engine's error."""

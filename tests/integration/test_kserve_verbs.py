@@ -161,9 +161,9 @@ async def test_an_engine_that_was_down_hears_of_regions_later(tmp_path: Path) ->
     """What was registered while it was away is registered with it when it comes, and then what was unregistered."""
     write_adapters(tmp_path, 1)
     async with start_stopped(tmp_path) as (served, restart, client):
-        with region_of(PROMPT) as memory:
+        with region_of(PROMPT) as memory, region_of(PROMPT) as other:
             await client.register_system_shared_memory("prompt", memory.name, PROMPT.nbytes)
-            await client.register_system_shared_memory("other", memory.name, PROMPT.nbytes)
+            await client.register_system_shared_memory("other", other.name, PROMPT.nbytes)
             await client.unregister_system_shared_memory("other")
             late = await restart()
             await until(lambda: served.state.backends["trt-1"].phase is Phase.UP)
@@ -327,9 +327,9 @@ async def test_the_sidecars_own_regions_are_out_of_clients_reach(tmp_path: Path)
         (ours,) = await regions_at(engine.grpc_address)
         assert ours.startswith("lora-sidecar-")
         assert await regions_at(served.sidecar.data_address) == []
-        with region_of(PROMPT) as memory:
-            for name in ("one", "two"):
-                await client.register_system_shared_memory(name, memory.name, PROMPT.nbytes)
+        with region_of(PROMPT) as one, region_of(PROMPT) as two:
+            await client.register_system_shared_memory("one", one.name, PROMPT.nbytes)
+            await client.register_system_shared_memory("two", two.name, PROMPT.nbytes)
             await client.unregister_system_shared_memory()
         assert await regions_at(engine.grpc_address) == [ours]
         await client.unregister_system_shared_memory()  # nothing is left to do
@@ -361,9 +361,9 @@ async def test_unregistering_all_reaches_every_engine(tmp_path: Path) -> None:
         aio_client(served.sidecar.data_address) as client,
         aio_client(two.grpc_address) as direct,
     ):
-        with region_of(PROMPT) as memory:
-            await client.register_system_shared_memory("both", memory.name, PROMPT.nbytes)
-            await direct.register_system_shared_memory("second", memory.name, PROMPT.nbytes)
+        with region_of(PROMPT) as both, region_of(PROMPT) as second:
+            await client.register_system_shared_memory("both", both.name, PROMPT.nbytes)
+            await direct.register_system_shared_memory("second", second.name, PROMPT.nbytes)
             await client.unregister_system_shared_memory()
         for engine in (one, two):
             assert await regions_at(engine.grpc_address) == []
@@ -389,7 +389,7 @@ async def test_statistics_are_those_of_the_whole_pool(tmp_path: Path) -> None:
         assert both.inference_count == 5
         assert both.inference_stats.success.ns >= alone.inference_stats.success.ns
         assert both.last_inference >= alone.last_inference
-        with pytest.raises(InferenceServerException, match="'nothing' is not found"):
+        with pytest.raises(InferenceServerException, match="requested model 'nothing' is not available"):
             await client.get_inference_statistics("nothing")
         await two.stop()
         (rest,) = (await client.get_inference_statistics(CORE)).model_stats

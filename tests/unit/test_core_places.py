@@ -8,7 +8,16 @@ from sidecar.core import asks, codec
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts, is_files, misfit, packed_for, version_of_key
+from sidecar.core.facts import (
+    MESSAGE_BYTES_MAX,
+    Adapter,
+    EngineFacts,
+    Row,
+    is_files,
+    misfit,
+    packed_for,
+    version_of_key,
+)
 from sidecar.core.words import Fault, Why
 from sidecar.errors import Reason
 from tests.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
@@ -168,6 +177,51 @@ def test_files_are_named_apart_and_never_spilled() -> None:
     world.assert_all_ok()
     assert all(fetch.layout.files for fetch in world.of(fx.Fetch))
     assert not world.of(fx.Spill)
+
+
+def test_what_is_dropped_is_unloaded() -> None:
+    """The engine reads the files of a version for as long as it has it: one that goes is loaded anew."""
+    world = World(engines=0)
+    world.add_engine("b0", EngineFacts(kind="vllm", seats=4, device_pages=2, host_pages=2))
+    world.register("a")
+    world.send("a")
+    world.run()
+    backend = world.core.state.backends["b0"]
+    assert asks.resident(backend, world.digest("a"))
+    world.ask(lambda ask: ev.EvictAsked(ask, "a"))
+    assert not asks.resident(backend, world.digest("a"))
+    world.engines["b0"].lie()
+    world.send("a")
+    world.run()
+    world.assert_all_ok()
+    assert len(world.of(fx.Load)) == 2
+    assert world.engines["b0"].misses == 0
+
+
+def test_engines_that_read_files_have_no_packing_to_go_wrong() -> None:
+    """A fused projection is the engine's own business there; rank and base model are not."""
+    fused = Adapter("d", "m", (Row("attn_qkv", 0, 0, 8, 64, 192),), "bfloat16")
+    assert misfit(fused, EngineFacts()) is not None
+    assert misfit(fused, EngineFacts(kind="vllm")) is None
+    assert misfit(fused, EngineFacts(kind="vllm", rank_max=4)) is not None
+
+
+def test_the_base_model_and_adapters_take_turns_where_they_may_not_mix() -> None:
+    """Neither starves, and no two of them are ever in one batch."""
+    world = World(engines=0)
+    world.add_engine("b0", replace(facts_of(seats=4), base_apart=True))
+    world.register("a", "b")
+    for number in range(40):
+        world.send(("", "a", "b", "")[number % 4])
+    backend = world.core.state.backends["b0"]
+    while world.unsettled():
+        running = {world.core.state.requests[request].version == "" for request in backend.running}
+        assert len(running) <= 1
+        world.run(1 * MS)
+    world.assert_all_ok()
+    order = [world.dispatches[request][0].packed_key == "" for request in sorted(world.dispatches)]
+    assert any(order)
+    assert not all(order)
 
 
 def test_the_message_cap_is_that_of_messages() -> None:

@@ -20,6 +20,8 @@ from sidecar.emulator.face.inference import Answer
 from sidecar.emulator.face.models import Model
 from sidecar.emulator.face.outputs import Values
 
+STOP_S = 5.0
+
 
 class Reply:
     """The way back of one request. `cancelled` is called, once, when its client no longer wants an answer."""
@@ -59,9 +61,9 @@ class Outbox:
         self._posted.put(act)
 
     def stop(self) -> None:
-        """Do what was posted, then end."""
+        """Do what was posted, then end; a server that is gone never answers, and is not waited for."""
         self._posted.put(None)
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def send(self, reply: Reply, answer: Answer) -> None:
         """Send a response; after the final one the reply is closed."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tests.e2e.triton.processes import Ports
+
 ROOT = Path(__file__).parents[3]
 """The repository: the models that Triton runs import `sidecar.emulator` from it."""
 
@@ -62,6 +64,22 @@ class Installed:
             link.unlink(missing_ok=True)
             link.symlink_to(file)
         return folder
+
+    def command(self, ports: Ports, models: Path, backends: Path) -> list[str]:
+        """Return the command line of a server on the loopback interface."""
+        grpc_port, http_port, metrics_port = ports
+        return [
+            str(self.binary),
+            f"--model-repository={models}",
+            f"--backend-directory={backends}",
+            *(f"--{service}-address=127.0.0.1" for service in ("grpc", "http", "metrics")),
+            f"--grpc-port={grpc_port}",
+            f"--http-port={http_port}",
+            f"--metrics-port={metrics_port}",
+            "--metrics-interval-ms=100",
+            "--exit-timeout-secs=5",
+            "--disable-auto-complete-config",
+        ]
 
     def environment(self) -> dict[str, str]:
         """Return the variables that the server and its stubs run with."""

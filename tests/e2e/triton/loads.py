@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+
+from sidecar.core.events import BackendLost
+from sidecar.emulator.tokens import BOS
+from sidecar.proto import admin_pb2, gateway_pb2
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
+from tests.faults import Tried, assert_broken_off, assert_right
+from tests.serving import PATIENCE_S, Serving, until
 
 ENGINE: dict[str, Any] = {"compute": "none", "shape": "tiny"}
-LOAD_IDS = ("lora-sidecar-",)
+OURS = "lora-sidecar-"
 """How the ids of the sidecar's own requests begin: loads and probes."""
 
 
@@ -42,19 +52,134 @@ async def at_once(limit: int, items: Sequence[Any], ask: Callable[[Any], Awaitab
     return await asyncio.gather(*(one(item) for item in items))
 
 
-def clients_runs(made: Sequence[TritonServer]) -> list[dict[str, Any]]:
-    """Return the endings of all requests that were not the sidecar's own, of all servers."""
-    return [one for server in made for one in server.served if not one["request_id"].startswith(LOAD_IDS)]
+# What the engines say.
+
+
+def endings(made: Sequence[TritonServer]) -> list[dict[str, Any]]:
+    """Return how what ran for clients ended, on all servers."""
+    return [one for server in made for one in server.served if not one["request_id"].startswith(OURS)]
 
 
 def outcomes(made: Sequence[TritonServer]) -> Counter[str]:
     """Count the outcomes of what ran for clients. Fails where an attempt ran twice."""
-    runs = clients_runs(made)
-    twice = [request for request, times in Counter(one["request_id"] for one in runs).items() if times > 1]
-    assert not twice, f"ran twice: {twice[:5]}"
-    return Counter(one["outcome"] for one in runs)
+    ended = endings(made)
+    twice = [attempt for attempt, times in Counter(one["request_id"] for one in ended).items() if times > 1]
+    assert not twice, f"ran twice: {twice}"
+    return Counter(one["outcome"] for one in ended)
 
 
-def asked_of(made: Sequence[TritonServer], outcome: str = "done") -> Counter[str]:
-    """Count by request, whatever the attempt, how often an engine answered it so."""
-    return Counter(one["request_id"].partition(".")[0] for one in clients_runs(made) if one["outcome"] == outcome)
+def answered(made: Sequence[TritonServer]) -> Counter[str]:
+    """Count for each request, over all its attempts, how often an engine answered it to its end."""
+    return Counter(one["request_id"].partition(".")[0] for one in endings(made) if one["outcome"] == "done")
+
+
+# What the sidecar says.
+
+
+def losses(served: Serving) -> list[str]:
+    """Return why backends were given up, in order."""
+    return [event.cause for event in served.recorder.events if isinstance(event, BackendLost)]
+
+
+async def told_of(served: Serving, number: int = 0) -> Any:
+    """Return what `backends list` says of a backend."""
+    return (await served.backends.List(admin_pb2.ListBackendsRequest())).backends[number]
+
+
+async def detail_has(served: Serving, text: str, number: int = 0) -> None:
+    """Wait until `backends list` says something of a backend that is down."""
+    async with asyncio.timeout(PATIENCE_S):
+        while text not in (told := await told_of(served, number)).detail or told.state != "down":
+            await asyncio.sleep(0.02)
+
+
+async def back(served: Serving, backend: str = "trt-0") -> None:
+    """Wait until a backend takes requests."""
+    await until(lambda: served.state.backends[backend].takes_requests)
+
+
+# Clients.
+
+
+@dataclass
+class Client:
+    """What one client is being told at the moment, and whether that has ended."""
+
+    tried: Tried
+    tokens: int
+    ended: bool = False
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.tried.tokens) and not self.ended
+
+
+class Clients:
+    """Some clients at a time, each asking again as soon as it is answered; every other one wants a stream."""
+
+    def __init__(self, served: Serving, names: Sequence[str], count: int = 24, tokens: int = 30) -> None:
+        self._served = served
+        self._names = names
+        self._tokens = tokens
+        self._numbers = itertools.count()
+        self._random = random.Random(3)
+        self._going = True
+        self.all: list[Client] = []
+        self._tasks = [asyncio.create_task(self._ask_on()) for _ in range(count)]
+
+    @property
+    def begun(self) -> list[Client]:
+        """Those who have been told a part of their answer."""
+        return [client for client in self.all if client.has_begun]
+
+    @property
+    def right(self) -> int:
+        """How many have got a whole answer."""
+        return sum(client.ended and client.tried.error is None for client in self.all)
+
+    async def answers(self, count: int) -> None:
+        """Wait until so many more have got a whole answer."""
+        before = self.right
+        await until(lambda: self.right >= before + count)
+
+    async def finish(self) -> list[Tried]:
+        """Let all come to their end. Whoever failed has been told a part, right so far, and that it ends there."""
+        self._going = False
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*self._tasks)
+        failed = []
+        for client in self.all:
+            if client.tried.error is None:
+                assert_right(self._served, client.tried, client.tokens)
+            else:
+                assert_broken_off(self._served, client.tried)
+                failed.append(client.tried)
+        return failed
+
+    async def _ask_on(self) -> None:
+        while self._going:
+            number = next(self._numbers)
+            client = Client(Tried(self._random.choice(self._names)), self._tokens + number % 5)
+            self.all.append(client)
+            await self._ask(client, stream=bool(number % 2))
+
+    async def _ask(self, client: Client, stream: bool) -> None:
+        request = gateway_pb2.GenerateRequest(
+            adapter=client.tried.name,
+            tokens=gateway_pb2.TokenIds(ids=[BOS, 1, 2, 3]),
+            max_tokens=client.tokens,
+            **({"stream": stream} if self._may_choose else {}),
+        )
+        try:
+            async for response in self._served.gateway.Generate(request):
+                client.tried.tokens += response.token_ids
+                if response.HasField("origin"):
+                    client.tried.origins.append(response.origin)
+        except grpc.aio.AioRpcError as error:
+            client.tried.error = error
+        client.ended = True
+
+    @property
+    def _may_choose(self) -> bool:
+        """An engine that cannot stream refuses who asks for it."""
+        return self._served.sidecar.gateway.backends["trt-0"].streams

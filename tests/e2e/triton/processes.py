@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
 _LISTEN = "0A"
+
+Ports = tuple[int, int, int]
+"""Of gRPC, HTTP and the metrics."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +69,11 @@ def _member(pid: int, leader: int) -> Process | None:
 def _stat(pid: int) -> list[str]:
     """Return state, parent and group; the name before them, in parentheses, may hold anything."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[:3]
+
+
+def free_ports() -> Ports:
+    """Return ports that nobody listens on now."""
+    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
+        for one in (a, b, c):
+            one.bind(("127.0.0.1", 0))
+        return a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]

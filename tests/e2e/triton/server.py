@@ -11,14 +11,15 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from tests.e2e.triton import guard
 from tests.e2e.triton.installed import Installed
-from tests.e2e.triton.processes import Process, group_of, ports_of
+from tests.e2e.triton.processes import Process, free_ports, group_of, ports_of
 from tests.e2e.triton.repository import Repository
 from tests.emulated import read_served
 
@@ -29,6 +30,7 @@ _TAIL_LINES = 40
 _SHARED_MEMORY = Path("/dev/shm")
 _STUB = "triton_python_backend_stub"
 _TRIES = 3
+_CONTROL_OPTIONS = {"none": [], "poll": ["--repository-poll-secs=1"], "explicit": ["--load-model=*"]}
 
 
 class StartFailed(Exception):
@@ -36,12 +38,19 @@ class StartFailed(Exception):
 
 
 class TritonServer:
-    """One server over a model repository in `folder`; ports are chosen at the first start and kept.
+    """One server over a model repository in `folder`.
 
+    `ports` are those of gRPC, HTTP and metrics; by default they are chosen at the first start and kept.
     `control` is Triton's model control: "none", "poll" (every second) or "explicit" (all models are loaded at start).
     """
 
-    def __init__(self, folder: Path, repository: Repository | None = None, control: str = "none") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        repository: Repository | None = None,
+        control: str = "none",
+        ports: tuple[int, int, int] | None = None,
+    ) -> None:
         self.installed = Installed.find()
         self.folder = folder
         self.repository = repository or Repository()
@@ -49,8 +58,9 @@ class TritonServer:
         self._control = control
         # Regions of the Python backend outlive a killed server: by this name they are told from other servers'.
         self.region_prefix = f"triton_python_backend_shm_region_{secrets.token_hex(6)}_"
-        self._ports: tuple[int, int, int] | None = None
+        self._ports = ports
         self._process: asyncio.subprocess.Process | None = None
+        self._guard: asyncio.subprocess.Process | None = None
 
     @property
     def grpc_address(self) -> str:
@@ -109,7 +119,7 @@ class TritonServer:
             self.repository.write(self.models_folder, self.served_path)
         first = self._ports is None
         for left in reversed(range(_TRIES)):
-            self._ports = self._ports or _free_ports()
+            self._ports = self._ports or free_ports()
             try:
                 await self._start_once()
             except StartFailed as failed:
@@ -170,12 +180,26 @@ class TritonServer:
     async def __aexit__(self, *_: object) -> None:
         await self.kill()
 
+    def _command(self) -> list[str]:
+        assert self._ports is not None
+        backends = self.installed.link_backends(self.folder / "backends")
+        return [
+            *self.installed.command(self._ports, self.models_folder, backends),
+            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
+            f"--model-control-mode={self._control}",
+            *_CONTROL_OPTIONS[self._control],
+        ]
+
     async def _start_once(self) -> None:
         with self.log_path.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command(), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self.installed.environment(), start_new_session=True,
             )  # fmt: skip
+        self._guard = await asyncio.create_subprocess_exec(
+            sys.executable, "-S", guard.__file__, str(self.pid), self.region_prefix,
+            stdin=asyncio.subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         try:
             async with asyncio.timeout(START_S):
                 await self._ready()
@@ -216,27 +240,6 @@ class TritonServer:
             return False
         return reply.status_code == httpx.codes.OK
 
-    def _command(self) -> list[str]:
-        assert self._ports is not None
-        grpc_port, http_port, metrics_port = self._ports
-        backends = self.installed.link_backends(self.folder / "backends")
-        control = {"none": [], "poll": ["--repository-poll-secs=1"], "explicit": ["--load-model=*"]}[self._control]
-        return [
-            str(self.installed.binary),
-            f"--model-repository={self.models_folder}",
-            f"--backend-directory={backends}",
-            f"--backend-config=python,shm-region-prefix-name={self.region_prefix}",
-            f"--model-control-mode={self._control}",
-            *control,
-            *(f"--{service}-address=127.0.0.1" for service in ("grpc", "http", "metrics")),
-            f"--grpc-port={grpc_port}",
-            f"--http-port={http_port}",
-            f"--metrics-port={metrics_port}",
-            "--metrics-interval-ms=100",
-            "--exit-timeout-secs=5",
-            "--disable-auto-complete-config",
-        ]
-
     def _signal(self, number: signal.Signals) -> None:
         try:
             os.killpg(self.pid, number)
@@ -252,6 +255,9 @@ class TritonServer:
             while group_of(self._process.pid):
                 await asyncio.sleep(0.01)
         self._remove_regions()
+        if self._guard is not None:
+            await self._guard.communicate(guard.RELEASED)
+            self._guard = None
 
     def _remove_regions(self) -> None:
         for region in _SHARED_MEMORY.glob(f"{self.region_prefix}*"):
@@ -260,10 +266,3 @@ class TritonServer:
     def _address(self, index: int) -> str:
         assert self._ports is not None, "not started"
         return f"127.0.0.1:{self._ports[index]}"
-
-
-def _free_ports() -> tuple[int, int, int]:
-    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-        for one in (a, b, c):
-            one.bind(("127.0.0.1", 0))
-        return a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -16,13 +17,17 @@ import pytest
 
 from sidecar.adapters.convert import convert
 from sidecar.core.effects import Settle
-from tests.e2e.triton.loads import asked_of, servers
+from tests.e2e.triton.loads import clients_runs, servers
 from tests.e2e.triton.perf import perf_analyzer, write_input
 from tests.e2e.triton.server import TritonServer
 from tests.serving import Serving, serving, write_adapters
 
 CLIENTS = Path(__file__).parent / "clients"
 PROGRAM_S = 240.0
+TOKENS = 12
+"""Of each answer of the program that keeps them in shared memory."""
+OUR_ID = re.compile(r"\d+\.\d+")
+"""How a request that the sidecar passed on is called at the engine."""
 NAMES = ("a00", "a01")
 
 
@@ -42,6 +47,9 @@ class House:
 
     def outcomes(self) -> Counter[str]:
         return Counter(settle.outcome.value for settle in self.served.recorder.of(Settle))
+
+    def output_tokens(self) -> int:
+        return sum(settle.output_tokens for settle in self.served.recorder.of(Settle))
 
 
 @asynccontextmanager
@@ -101,6 +109,8 @@ async def test_a_program_is_told_the_same(tmp_path: Path, program: str, decouple
         answers = [json.dumps(answer) for answer in through.values()]
         assert len(set(answers)) == 3, "the adapters change nothing, so that equal answers prove nothing"
         assert here.outcomes() == {"ok": 3 * requests}
+        if program == "shared_memory":  # whose tokens no message has
+            assert here.output_tokens() == 3 * requests * TOKENS
 
 
 async def test_a_program_that_asks_what_there_is(tmp_path: Path) -> None:
@@ -129,7 +139,8 @@ async def test_perf_analyzer_counts_what_we_count(tmp_path: Path, decoupled: boo
                 assert measured.answers == (tuple(here.served.expected(name, tokens)),) * asked
                 assert measured.responses == (tokens if decoupled else 1,) * asked
             assert here.outcomes() - before == {"ok": asked}
-        assert set(asked_of([here.server]).values()) == {1}
+        ours = [run for run in clients_runs([here.server]) if OUR_ID.fullmatch(run["request_id"])]
+        assert len({run["request_id"] for run in ours}) == len(ours) == asked * len(levels)
 
 
 async def test_perf_analyzer_sweeps(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ async def test_bls_gives_the_traceback_and_an_end_of_its_own(tmp_path: Path) -> 
 
 
 async def test_weights_leave_nothing_behind(tmp_path: Path) -> None:
-    """A hundred adapters of 16 MB: the pool that Triton moves them through stays as small as for three."""
+    """A hundred adapters of 16 MB: the pool that Triton moves them through never holds three of them."""
     rows = np.zeros((1, 1, 8 << 20), np.float16)
     config = np.array([[[1, 0, 8]]], np.int32)
     memory = SharedMemory(create=True, size=rows.nbytes)
@@ -202,8 +202,7 @@ async def test_weights_leave_nothing_behind(tmp_path: Path) -> None:
     finally:
         memory.close()
         memory.unlink()
-    assert sizes[-1] == sizes[2]
-    assert sizes[-1] < 3 * rows.nbytes
+    assert max(sizes) < 3 * rows.nbytes
 
 
 def _pool_bytes(server: TritonServer) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 from pathlib import Path
 
 import pytest
+from tritonclient.grpc import service_pb2
 
-from tests.e2e.triton.installed import Installed, NotInstalled
+from tests.e2e.triton.installed import ROOT, Installed, NotInstalled
 from tests.e2e.triton.processes import state_of
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import StartFailed, TritonServer
@@ -78,17 +80,44 @@ async def test_frozen_it_is_silent_and_goes_on_when_thawed(tmp_path: Path) -> No
 
 
 async def test_a_killed_stub_leaves_the_server_ready(tmp_path: Path) -> None:
-    """What is in flight stays silent; Triton still answers for the model, and starts a stub for what comes next."""
-    async with TritonServer(tmp_path, Repository(engine={"compute": "none", "time_scale": 1.0})) as server:
+    """Triton calls the model ready, and what runs stays silent; what comes next is told, and no stub is started."""
+    server = TritonServer(tmp_path, Repository(engine={"compute": "none", "time_scale": 1.0}))
+    async with server, channel_to(server.grpc_address) as stub:
         (pid,) = server.stub_pids("tensorrt_llm")
-        async with channel_to(server.grpc_address) as stub:
-            call = stub.ModelStreamInfer(iter([core_request(tokens=5000, streaming=True)]))
-            await call.read()
-            assert server.kill_stub("tensorrt_llm") == [pid]
-            await until(lambda: state_of(pid) in "XZ")
-            assert server.is_running
-            assert server.stub_pids() == []
-            call.cancel()
+        call = stub.ModelStreamInfer(iter([core_request(tokens=5000, streaming=True)]))
+        await call.read()
+        assert server.kill_stub("tensorrt_llm") == [pid]
+        await until(lambda: state_of(pid) in "XZ")
+        for _ in range(2):
+            (answer,) = await stream_answers(stub, core_request(tokens=1))
+            assert answer.error_message == "Stub process 'tensorrt_llm_0_0' is not healthy."
+        assert (await stub.ModelReady(service_pb2.ModelReadyRequest(name="tensorrt_llm"))).ready
+        assert server.stub_pids() == []
+        call.cancel()
+
+
+async def test_nothing_outlives_tests_that_are_killed(tmp_path: Path) -> None:
+    """The server is ended though nobody was left to do it."""
+    code = (
+        "import asyncio, pathlib, sys\n"
+        "from tests.e2e.triton.server import TritonServer\n"
+        "async def main():\n"
+        "    server = TritonServer(pathlib.Path(sys.argv[1]))\n"
+        "    await server.start()\n"
+        "    print(server.pid, *server.stub_pids(), server.region_prefix, flush=True)\n"
+        "    await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    tests = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, str(tmp_path), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert tests.stdout is not None
+    *pids, prefix = (await tests.stdout.readline()).decode().split()
+    assert len(pids) == 2
+    tests.kill()
+    await tests.wait()
+    await until(lambda: all(state_of(int(pid)) in "XZ" for pid in pids))
+    await until(lambda: not list(Path("/dev/shm").glob(f"{prefix}*")))
 
 
 def test_environments_that_give_wrong_results_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

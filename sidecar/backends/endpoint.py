@@ -1,0 +1,356 @@
+"""What every kind of backend does the same way: keep runs and loads by id, watch the engine, lose it and take it back.
+
+A kind says how its engine is reached, looked at, loaded and asked; here is what follows from that. Everything returns
+at once and what comes of it is posted; one watcher task looks at the engine every second, and a run whose wire breaks
+has it looked at there and then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from time import monotonic
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from sidecar.backends.api import Ticket, Weights
+from sidecar.backends.loads import LoadResult
+from sidecar.backends.pulse import Pulse
+from sidecar.core.effects import Dispatch, Load
+from sidecar.core.events import (
+    BackendLost,
+    BackendMeasured,
+    BackendUp,
+    Event,
+    LoadDone,
+    LoadFailed,
+    Progress,
+    RunEnded,
+    RunFailed,
+)
+from sidecar.core.facts import EngineFacts
+from sidecar.core.words import Fault
+from sidecar.errors import Misused, SidecarError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROGRESS_S = 0.1
+REACH_S = 0.2
+
+
+class Running(Protocol):
+    """One dispatched request on its way through an engine."""
+
+    effect: Dispatch
+    tokens: int
+    cancelled: bool
+    waits_for_client: bool
+
+    def cancel(self) -> None:
+        """Stop it: its end is posted all the same."""
+
+
+class Endpoint(ABC):
+    """One engine endpoint. `look_s` is the time between two looks, `patience_s` how long silence may last."""
+
+    WIRE_ERRORS: ClassVar[tuple[type[Exception], ...]]
+    """What the kind's own library raises when an engine does not answer."""
+
+    def __init__(self, identity: str, address: str, look_s: float, patience_s: float) -> None:
+        self.id = identity
+        self.address = address
+        self.pulse = Pulse(patience_s, monotonic())
+        self.seen_at_s = monotonic()
+        self._look_s = look_s
+        self._patience_s = patience_s
+        self._post: Callable[[Event], None] = lambda event: None
+        self._up = False
+        self._trouble = "not reached yet"
+        self._closing = ""
+        self._runs: dict[tuple[int, int], Running] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loads: dict[int, asyncio.Task[None]] = {}
+        self._sent: set[int] = set()
+        self._progress: dict[int, int] = {}
+        self._measured: BackendMeasured | None = None
+        self._checking: asyncio.Task[None] | None = None
+
+    # What a kind says.
+
+    @abstractmethod
+    async def _reach(self) -> EngineFacts:
+        """Find out what the engine is. Raises Misused when it cannot be used as it is, WIRE_ERRORS when it is away."""
+
+    @abstractmethod
+    async def _look(self) -> str | None:
+        """Return why an engine that is up must be taken for a new one, None if it need not. Raises as `_reach`."""
+
+    @abstractmethod
+    async def _hangs(self) -> bool:
+        """Whether an engine with something in flight has been silent for so long that it must be taken for hung."""
+
+    @abstractmethod
+    async def _look_after(self, text: str) -> None:
+        """Look at an engine of which there is bad news; call `_lose` or `_close` if they are true."""
+
+    @abstractmethod
+    async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
+        """Load an adapter. Raises SidecarError with what keeps it from being loaded."""
+
+    @abstractmethod
+    def _begin(self, effect: Dispatch, ticket: Ticket) -> Running:
+        """Return a run, not begun."""
+
+    @abstractmethod
+    async def _go(self, run: Any, weights: Weights | None) -> None:
+        """Carry out a run. Raises CancelledError when it is cancelled."""
+
+    @abstractmethod
+    async def _leave(self) -> None:
+        """Close what was opened."""
+
+    @abstractmethod
+    def _describe(self) -> str:
+        """Say what an operator should know of an engine that is up."""
+
+    def _measures(self) -> BackendMeasured | None:
+        """Return how much the engine takes and how full it is, None where that is not known."""
+        return None
+
+    def _was_lost(self) -> None:  # noqa: B027 — most kinds have nothing to give up
+        """Give up what belonged to an engine that is gone."""
+
+    @staticmethod
+    def _is_late(error: Exception) -> bool:
+        """Whether the engine did not answer in time, which a busy one may do once."""
+        return False
+
+    @staticmethod
+    def _words(error: Exception) -> str:
+        return str(error) or type(error).__name__
+
+    # What the shell asks.
+
+    async def start(self, post: Callable[[Event], None]) -> None:
+        self._post = post
+        self._spawn(self._watch())
+        self._spawn(self._report_progress())
+
+    async def stop(self) -> None:
+        self._up = False
+        for run in list(self._runs.values()):
+            run.cancel()
+        tasks = [*self._tasks, *self._loads.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._leave()
+
+    def detail(self) -> str:
+        if not self._up:
+            return self._trouble
+        return f"{self._closing}; {len(self._runs)} still run" if self._closing else self._describe()
+
+    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
+        if not self._takes:
+            _release(weights)
+            return  # the loss that the core is about to hear of ends this run too
+        run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
+        self._quiet_ends()
+        task = self._spawn(self._run(run, weights))
+        task.add_done_callback(lambda _: _release(weights))
+
+    async def _run(self, run: Running, weights: Weights | None) -> None:
+        key = (run.effect.request, run.effect.attempt)
+        try:
+            await self._go(run, weights)
+        except asyncio.CancelledError:
+            if not run.cancelled:
+                raise
+            self._post(RunEnded(*key, run.tokens))
+        except Exception as error:
+            logger.exception("run %s.%s on %s broke", *key, self.id)
+            self._post(RunFailed(*key, Fault.REJECTED, f"the sidecar failed: {error}", run.tokens))
+        finally:
+            self._runs.pop(key, None)
+            self._progress.pop(run.effect.request, None)
+            self._close_if_idle()
+
+    def cancel(self, request: int, attempt: int) -> None:
+        run = self._runs.get((request, attempt))
+        if run is not None:
+            run.cancel()
+
+    def load(self, effect: Load, weights: Weights) -> None:
+        if not self._takes:
+            weights.release()
+            return
+        task = asyncio.create_task(self._load(effect, weights))
+        self._loads[effect.load] = task
+        task.add_done_callback(lambda _: self._load_ended(effect.load, weights))
+
+    def _load_ended(self, load: int, weights: Weights) -> None:
+        del self._loads[load]
+        self._sent.discard(load)
+        weights.release()  # here: a task that is cancelled before it begins never gets to a finally
+
+    def _load_sent(self, load: int) -> None:
+        """From now on it is the engine that this load waits for: sending a large one takes its time."""
+        self._quiet_ends()
+        self._sent.add(load)
+
+    async def _load(self, effect: Load, weights: Weights) -> None:
+        try:
+            result = await self._perform(effect, weights)
+        except SidecarError as refused:
+            result = LoadResult(refused.message, unanswered=refused.reason.row.retryable)
+        except Exception as error:
+            logger.exception("load %s on %s broke", effect.load, self.id)
+            result = LoadResult(f"the sidecar failed: {error}", unanswered=True)
+        if result.error is None:
+            self._heard(0, 0)
+            self._post(LoadDone(effect.load))
+        elif not await self._explained(result):
+            self._post(LoadFailed(effect.load, result.fault, result.error))
+
+    async def _explained(self, result: LoadResult) -> bool:
+        """Whether a load failed because the engine is gone, or is another than it was: that ends all its loads."""
+        assert result.error is not None
+        if result.fault is Fault.LOST:
+            return await self._wire_broke(result.error)
+        return not self._takes
+
+    # Watching.
+
+    @property
+    def _takes(self) -> bool:
+        """Whether anything is sent. What the core has sent meanwhile ends with the loss that it is about to hear of."""
+        return self._up and not self._closing
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _heard(self, request: int, tokens: int) -> None:
+        self.pulse.heard(monotonic())
+        if tokens:
+            self._progress[request] = self._progress.get(request, 0) + tokens
+
+    def _quiet_ends(self) -> None:
+        """Begin to count silence when the first thing is sent, not when the last one was heard."""
+        if not self._waits_for_engine:
+            self.pulse.heard(monotonic())
+
+    @property
+    def _waits_for_engine(self) -> bool:
+        """Whether something is in flight that only the engine can move."""
+        return bool(self._sent) or any(not run.waits_for_client for run in self._runs.values())
+
+    async def _report_progress(self) -> None:
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            held_up = [run.effect.request for run in self._runs.values() if run.waits_for_client]
+            if self._up and (self._progress or held_up):
+                progress, self._progress = self._progress, {}
+                self._post(Progress(self.id, dict.fromkeys(held_up, 0) | progress))
+
+    async def _watch(self) -> None:
+        while True:
+            try:
+                if self._up:
+                    await self._look_once()
+                else:
+                    await self._reach_once()
+            except Misused as error:
+                self._down(error.message)
+            except self.WIRE_ERRORS as error:
+                late_s = monotonic() - self.seen_at_s  # a busy server may be, a little
+                if not self._up or not self._is_late(error) or late_s > self._patience_s:
+                    self._down(f"{self.address} does not answer: {self._words(error)}")
+            except Exception as error:
+                logger.exception("looking at %s failed", self.id)
+                self._down(f"the sidecar failed to look at it: {error}")
+            await asyncio.sleep(self._look_s if self._up else min(REACH_S, self._look_s))
+
+    def _down(self, trouble: str) -> None:
+        """Note why the engine is not up, once."""
+        if self._up:
+            self._lose(trouble)
+        elif trouble != self._trouble:
+            self._trouble = trouble
+            logger.warning("%s is down: %s", self.id, trouble)
+
+    async def _reach_once(self) -> None:
+        facts = await self._reach()
+        self._up, self._measured = True, None
+        logger.info("%s is up: %s, %s", self.id, self.address, self.detail())
+        self._post(BackendUp(self.id, facts))
+
+    async def _look_once(self) -> None:
+        replaced = await self._look()
+        if not self._up:
+            return  # it was lost while it was being looked at
+        if self._waits_for_engine and await self._hangs():
+            self._hung()
+        elif replaced is not None:
+            self._close(replaced)
+        else:
+            self._report_measures()
+
+    def _hung(self) -> None:
+        if self._up:
+            self._lose(
+                f"it answered nothing for {self.pulse.silent_s(monotonic()):.0f} s with {len(self._runs)} requests and "
+                f"{len(self._sent)} loads in flight, and {'made no step' if self.pulse.is_counted else 'no probe'}"
+            )
+
+    def _close(self, cause: str) -> None:
+        """Send nothing more, and report the backend lost when what runs has ended: the engine lets it."""
+        if self._takes:
+            logger.warning("%s takes nothing new: %s", self.id, cause)
+            self._closing = cause
+        self._close_if_idle()
+
+    def _close_if_idle(self) -> None:
+        if self._up and self._closing and not self._runs:
+            self._lose(self._closing)
+
+    def _report_measures(self) -> None:
+        """Tell the core how much the engine takes and how full it is, when that is not what it was told last."""
+        measured = self._measures()
+        if measured is not None and measured != self._measured:
+            self._measured = measured
+            self._post(measured)
+
+    async def _wire_broke(self, text: str, begun: bool = False) -> bool:
+        """Find out whether the engine is gone, or only one stream; return whether the backend's loss ends it too.
+
+        An answer that has begun is not kept waiting until the others have ended.
+        """
+        if self._takes:
+            if self._checking is None or self._checking.done():
+                self._checking = self._spawn(self._look_after(text))
+            await asyncio.shield(self._checking)
+        return not self._up or (bool(self._closing) and not begun)
+
+    def _lose(self, cause: str) -> None:
+        """Report the backend lost and give up all that ran there; abandoned runs are cancelled where they can be."""
+        logger.warning("%s is lost: %s", self.id, cause)
+        self._up, self._closing = False, ""
+        self._trouble = cause
+        self._post(BackendLost(self.id, cause))
+        for run in list(self._runs.values()):
+            run.cancel()
+        for task in list(self._loads.values()):
+            task.cancel()
+        self._was_lost()
+        self._progress.clear()
+
+
+def _release(weights: Weights | None) -> None:
+    if weights is not None:
+        weights.release()
