@@ -1,6 +1,8 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
+# make triton  that server with the emulated engine as its model, on the usual ports
+# make bench-triton  what the sidecar does and costs in front of it
 # make bench   the figures of the README, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
@@ -17,7 +19,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton .venv-triton lint bench bench-scheduling goldens fuzz sim-faults proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton lint bench bench-triton bench-scheduling goldens fuzz sim-faults proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -57,9 +59,10 @@ bench-triton: $(DEVELOPING) .venv-triton
 .venv-triton: .venv-triton/installed
 
 .venv-triton/installed: tests/e2e/triton/requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
-	  { echo "Triton's Python backend needs Python 3.11 or 3.12; name one with make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv --clear .venv-triton
+	@for python in $(PYTHON) python3.11 python3.12; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && break; \
+	done && $$python -m venv --clear .venv-triton || \
+	  { echo "Triton's Python backend needs Python 3.11 or 3.12, and here is neither: name one with make PYTHON=…"; exit 1; }
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
 

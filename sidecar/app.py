@@ -38,10 +38,13 @@ from sidecar.errors import Invalid, Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
 from sidecar.fronts.generate import GatewayService
-from sidecar.fronts.http import HttpFront
+from sidecar.fronts.http import HttpFront, server_tls
+from sidecar.fronts.http_listener import HttpLimits
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
+from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
+from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
@@ -186,7 +189,17 @@ class Sidecar:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
         self.admin_address = _bind(admin, listeners.admin, "admin")
 
-        self._http = HttpFront(self.gateway, self.metrics, listeners.http.address, self.data_address)
+        http = listeners.http
+        tls = None if http.tls is None else server_tls(http.tls.certificate, http.tls.key, http.tls.ca, http.address)
+        self._http = HttpFront(
+            self.gateway,
+            self.metrics,
+            http.address,
+            self.data_address,
+            OpenAiFront(self.gateway, self.config, chat_templates(self.config.backends)),
+            HttpLimits(http.connections_max),
+            tls,
+        )
         await self._http.start()
         self.http_address = self._http.address
         for server in self._servers:
@@ -321,6 +334,15 @@ def base_model_of(backend: BackendConfig) -> BaseModel | None:
     """Read the base model's own config. Raises Misused with what is wrong with it."""
     base = backend.base_model
     return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
+
+
+def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:
+    """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
+    return {
+        backend.identity: read_chat_template(Path(backend.base_model.chat_template).expanduser())
+        for backend in configured
+        if backend.base_model is not None and backend.base_model.chat_template is not None
+    }
 
 
 def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory) -> TritonOptions:

@@ -18,15 +18,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.staging import AdaptersDir
+from sidecar.config_kinds import VLLM, out_of_place
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
 
 ENVIRONMENT_PREFIX = "LORA_SIDECAR_"
+VLLMS = "vllms"
+"""The scheme of a vLLM's URL that is reached by TLS, this machine's CAs trusted unless others are named."""
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _changed(section: Section) -> set[str]:
+    """Return the keys that are not at their defaults, whether these are written out or not."""
+    return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
 
 
 class Tls(Section):
@@ -70,8 +78,12 @@ class DataListener(Listener):
     max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 
 
-class HttpListener(Section):
+class HttpListener(Listener):
+    """Health, metrics and the OpenAI API. `body_bytes_max` bounds one request of that API."""
+
     address: str = "0.0.0.0:9002"
+    connections_max: int = Field(4096, ge=1)
+    body_bytes_max: int = Field(16 << 20, ge=1024)
 
 
 class Listeners(Section):
@@ -112,12 +124,14 @@ class Engine(Section):
 class BaseModelNames(Section):
     """The model that an engine serves: the name that adapters were trained on, its other names, and its files.
 
-    `config` is its `config.json` or folder: every adapter's dimensions are checked against it.
+    `config` is its `config.json` or folder: every adapter's dimensions are checked against it. `chat_template` is a
+    Jinja2 file, a `tokenizer_config.json` or the folder of one: with it an engine that takes text only answers chats.
     """
 
     name: str
     aliases: tuple[str, ...] = ()
     config: str | None = None
+    chat_template: str | None = None
 
 
 class SharedFolder(Section):
@@ -139,7 +153,8 @@ class SharedFolder(Section):
 
 
 class Backend(Section):
-    """`url` is `triton://HOST:PORT` or `vllm://HOST:PORT`; `kind` follows from it, or names a plug-in's.
+    """`url` is `triton://HOST:PORT`, `vllm://HOST:PORT` or, by TLS, `vllms://HOST:PORT`; `kind` follows from it, or
+    names a plug-in's. Keys that mean something to another kind of engine only are refused.
 
     An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
     where it is the same on both sides, else `ours` and `engine`. One that takes weights reads them from shared memory
@@ -177,8 +192,24 @@ class Backend(Section):
 
     @property
     def scheme(self) -> str:
-        """The backend kind: given, or the URL's scheme."""
-        return self.kind or self.url.partition("://")[0]
+        """The backend kind: given, or the URL's scheme, of which `vllms` is `vllm` with TLS."""
+        scheme = self.url.partition("://")[0]
+        return self.kind or (VLLM if scheme == VLLMS else scheme)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_tls_by_its_url(cls, record: Any) -> Any:
+        if isinstance(record, dict) and str(record.get("url")).startswith(f"{VLLMS}://") and not record.get("tls"):
+            return record | {"tls": {}}
+        return record
+
+    @model_validator(mode="after")
+    def _has_keys_of_its_kind(self) -> Backend:
+        given = {*_changed(self), *(f"engine.{key}" for key in _changed(self.engine))}
+        problems = list(out_of_place(self.scheme, given))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @field_validator("base_model", mode="before")
     @classmethod
@@ -196,7 +227,7 @@ class Backend(Section):
         scheme, separator, address = url.partition("://")
         host, _, port = address.rpartition(":")
         if not (scheme and separator and host and port.isdigit()):
-            raise ValueError("it must be of the form triton://HOST:PORT")
+            raise ValueError("it must be of the form triton://HOST:PORT or vllm://HOST:PORT")
         return url
 
 

@@ -2,25 +2,33 @@
 
 The checks go from the wire inwards, each within a bounded time; one that is ruled out by an earlier failure is skipped
 and says so. A serving engine is not disturbed: a few requests of one token, and up to two tiny adapters, which take a
-page of its cache each.
+page of its cache each, or one of vLLM's slots.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import grpc.aio
+import httpx
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends.checks import engine, memory, metrics, model, runs, server, staged
-from sidecar.backends.checks.finding import Check, Finding, Look, State, Target, failed, skipped
+from sidecar.backends.checks.finding import Finding, Look, State, Target, failed, skipped
 from sidecar.backends.checks.runs import LOAD_S, RUN_S
+from sidecar.backends.checks.vllm import declared, registered
+from sidecar.backends.checks.vllm import runs as vllm_runs
+from sidecar.backends.checks.vllm import server as vllm_server
+from sidecar.backends.checks.vllm.look import VllmLook, open_look
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.backends.probe import words
 from sidecar.errors import SidecarError
+
+AnyLook = TypeVar("AnyLook", Look, VllmLook)
 
 LOOK_S = 15.0
 """The longest that one of the small checks may take in all its parts."""
@@ -29,17 +37,17 @@ SPARE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[AnyLook]):
     """One check: the earlier ones that it rests on, the kind of engine that it is for, the seconds that it may take."""
 
     name: str
-    run: Check
+    run: Callable[[AnyLook], Awaitable[Finding]]
     needs: tuple[str, ...] = ()
     limit_s: float = LOOK_S
     kind: str | None = None
 
 
-STEPS = (
+STEPS: tuple[Step[Look], ...] = (
     Step("reachable", server.reachable, limit_s=2 * LOOK_S),
     Step("ready", server.ready, ("reachable",)),
     Step("model", server.model, ("ready",)),
@@ -65,26 +73,68 @@ STEPS = (
 )
 
 
+VLLM_STEPS: tuple[Step[VllmLook], ...] = (
+    Step("reachable", vllm_server.reachable, limit_s=2 * LOOK_S),
+    Step("version", vllm_server.version, ("reachable",)),
+    Step("health", vllm_server.health, ("reachable",)),
+    Step("TLS", vllm_server.encrypted, ("reachable",)),
+    Step("API key", vllm_server.api_key, ("reachable",)),
+    Step("model", vllm_server.model, ("API key",)),
+    Step("LoRA updating", registered.updating, ("health", "API key")),
+    Step("adapters", registered.registered, ("model",)),
+    Step("metrics", declared.metrics, ("reachable",)),
+    Step("shared folder", vllm_runs.folder),
+    Step("base model", vllm_runs.base, ("health", "model"), RUN_S + SPARE_S),
+    Step(
+        "adapter",
+        vllm_runs.adapter,
+        ("version", "LoRA updating", "shared folder", "base model"),
+        LOAD_S + RUN_S + SPARE_S,
+    ),
+    Step("slots", declared.slots, ("reachable",)),
+    Step("kept in memory", declared.memory, ("reachable",)),
+    Step("seats", declared.seats),
+    Step("rank", declared.rank),
+)
+"""Slots come late: the metrics have them once an adapter has answered."""
+
+
+def names_of(kind: str) -> list[str]:
+    """Return the names of the checks for a kind of engine, in order."""
+    steps: Sequence[Step[Look] | Step[VllmLook]] = VLLM_STEPS if kind == VLLM else STEPS
+    return [step.name for step in steps if step.kind in (None, kind)]
+
+
 async def check(target: Target, begun: Callable[[str], None] = lambda name: None) -> AsyncIterator[Finding]:
     """Yield what each check found, in order, as soon as it is known; `begun` hears the name of each before.
 
-    Raises Misused for TLS files that are not there.
+    Raises Misused for TLS files or a key that are not there.
     """
+    if target.facts.kind == VLLM:
+        async with open_look(target) as vllm:
+            async for finding in _all(VLLM_STEPS, vllm, begun):
+                yield finding
+        return
     channel = open_channel(target.address, target.tls)
     try:
         look = Look(target, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel), target.facts)
-        blamed: dict[str, str] = {}
-        for step in STEPS:
-            if step.kind not in (None, look.facts.kind):
-                continue
-            begun(step.name)
-            finding = await _carry_out(step, look, blamed)
-            yield replace(finding, check=step.name)
+        async for finding in _all(STEPS, look, begun):
+            yield finding
     finally:
         await channel.close(None)
 
 
-async def _carry_out(step: Step, look: Look, blamed: dict[str, str]) -> Finding:
+async def _all(steps: Sequence[Step[AnyLook]], look: AnyLook, begun: Callable[[str], None]) -> AsyncIterator[Finding]:
+    blamed: dict[str, str] = {}
+    for step in steps:
+        if step.kind not in (None, look.facts.kind):
+            continue
+        begun(step.name)
+        finding = await _carry_out(step, look, blamed)
+        yield replace(finding, check=step.name)
+
+
+async def _carry_out(step: Step[AnyLook], look: AnyLook, blamed: dict[str, str]) -> Finding:
     """Run one check, unless one that it needs has failed; `blamed` has the failed ones, each with the first cause."""
     causes = [blamed[name] for name in step.needs if name in blamed]
     if causes:
@@ -96,7 +146,7 @@ async def _carry_out(step: Step, look: Look, blamed: dict[str, str]) -> Finding:
     return finding
 
 
-async def _within_its_time(step: Step, look: Look) -> Finding:
+async def _within_its_time(step: Step[AnyLook], look: AnyLook) -> Finding:
     try:
         async with asyncio.timeout(step.limit_s):
             return await step.run(look)
@@ -104,6 +154,8 @@ async def _within_its_time(step: Step, look: Look) -> Finding:
         return failed(f"it took longer than {step.limit_s:g} s", "check again when the engine is less busy")
     except grpc.aio.AioRpcError as error:
         return failed(f"the server does not answer it: {words(error)}")
+    except httpx.HTTPError as error:
+        return failed(f"the server does not answer it: {str(error) or type(error).__name__}")
     except SidecarError as error:
         return failed(error.message)
     except OSError as error:

@@ -30,15 +30,23 @@ class Probe:
         request = service_pb2.ModelReadyRequest(name=self._model)
         reply = await self._stub.ModelReady(request, timeout=PROBE_TIMEOUT_S)
         if not reply.ready:
-            raise Misused(
-                Reason.BACKEND_UNREACHABLE,
-                f"{self._backend}: {self._address} answers, but its model {self._model} is not ready",
-            )
+            raise self._not_ready()
 
     async def config(self) -> Any:
-        """Return the model's ModelConfig."""
+        """Return the model's ModelConfig. Raises Misused when the server answers that there is none any more."""
         request = service_pb2.ModelConfigRequest(name=self._model)
-        return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
+        try:
+            return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
+        except grpc.aio.AioRpcError as error:
+            if is_silence(error):
+                raise
+            raise self._not_ready(f": {error.details()}") from error
+
+    def _not_ready(self, why: str = "") -> Misused:
+        return Misused(
+            Reason.BACKEND_UNREACHABLE,
+            f"{self._backend}: {self._address} answers, but its model {self._model} is not ready{why}",
+        )
 
     async def answer_once(self, dialect: Dialect, decoupled: bool, timeout_s: float = PROBE_TIMEOUT_S) -> None:
         """Have the engine answer one token. Raises Misused with its words when it answers with an error."""
@@ -61,10 +69,9 @@ async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) 
         try:
             await stub.ModelInfer(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            text = error.details() or error.code().name
-            if is_late(error) or wire.is_lost(error.code(), text):
+            if is_silence(error):
                 raise
-            return text
+            return error.details() or error.code().name
         return None
     call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
     try:
@@ -76,6 +83,11 @@ async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) 
         return "the stream ended without an answer"
     finally:
         call.cancel()
+
+
+def is_silence(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call ended without a word of the server's own."""
+    return is_late(error) or wire.is_lost(error.code(), error.details() or "")
 
 
 def is_late(error: grpc.RpcError) -> bool:

@@ -120,23 +120,22 @@ class Server:
         return restarted
 
     async def changed(self) -> bool:
-        """Whether the model's configuration is another than when it was reached. Raises grpc.RpcError."""
+        """Whether the model's configuration is another than when it was reached. Raises Misused, grpc.RpcError."""
         config = await self._probe.config()
         return bool(config.SerializeToString(deterministic=True) != self._config)
 
     async def look(self) -> str | None:
         """Return why a server that is up must be taken for a new one, None if it need not. Raises grpc.RpcError."""
+        restarted = await self.measure()
         try:
             await self._probe.ready()
+            changed = await self.changed()
         except Misused as unready:
-            await self.measure()
             return unready.message
         self.seen_at_s = monotonic()
-        if await self.measure():
+        if restarted:
             return "it has restarted: its iteration counter went back"
-        if await self.changed():
-            return CHANGED
-        return None
+        return CHANGED if changed else None
 
     async def hangs(self) -> bool:
         """Whether an engine that has been silent for too long, with something in flight, hangs.

@@ -263,7 +263,7 @@ class TritonBackend:
     async def _has_changed(self) -> bool:
         try:
             return await self._server.changed()
-        except grpc.RpcError:
+        except (grpc.RpcError, Misused):
             return False  # the watcher judges that
 
     async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:

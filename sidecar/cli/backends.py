@@ -10,6 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
+from sidecar.backends.dialects import VLLM
 from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
@@ -85,7 +86,9 @@ def check(
     url: Annotated[
         str | None,
         typer.Argument(
-            metavar="URL", help="triton://HOST:PORT, or the id of a backend of --config.", show_default=False
+            metavar="URL",
+            help="triton://HOST:PORT, vllm://HOST:PORT, or the id of a backend of --config.",
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
@@ -106,6 +109,15 @@ def check(
     ] = None,
     adapters: Annotated[
         Path | None, typer.Option(help="Folder of the PEFT adapters that it is to serve.", rich_help_panel=ENGINE)
+    ] = None,
+    adapters_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that the engine reads adapters from: PATH, or PATH:PATH on its side.", rich_help_panel=ENGINE
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the API key of a vLLM.", rich_help_panel=ENGINE)
     ] = None,
     ca: Annotated[
         Path | None, typer.Option(help="PEM file of the CA that signed whoever is asked.", rich_help_panel=PANEL)
@@ -139,7 +151,8 @@ def check(
 
     files = (("ca", ca), ("certificate", certificate), ("key", key))
     tls = {name: str(path) for name, path in files if path is not None}
-    return check_url(url, Wanted(config, model, metrics, engine_config, dtype, base_model, adapters, tls), as_json)
+    wanted = Wanted(config, model, metrics, engine_config, dtype, base_model, adapters, tls, adapters_dir, api_key_file)
+    return check_url(url, wanted, as_json)
 
 
 def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
@@ -190,11 +203,11 @@ def _shown(backend: Any) -> list[Any]:
             ("backend", backend.id),
             ("state", _state(backend)),
             ("detail", backend.detail),
-            ("address", f"{backend.kind}://{backend.address}"),
+            ("address", _address(backend)),
             ("engine", _engine(backend)),
             ("pace", f"{PACES.get(backend.pace, backend.pace)}; a request that came now would {_wait(backend)}"),
             ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
-            ("pages", _page_facts(backend)),
+            (_page_word(backend), _page_facts(backend)),
             ("KV tokens", f"{backend.kv_reserved} of {backend.kv_tokens or '?'} reserved"),
             ("resident", ", ".join(backend.resident) or "nothing"),
         )
@@ -235,9 +248,27 @@ def _wait(backend: Any) -> str:
     return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 
 
+def _address(backend: Any) -> str:
+    """Return the URL that it is configured by."""
+    scheme, separator, address = backend.address.partition("://")
+    if backend.kind == VLLM and separator:
+        return f"{'vllms' if scheme == 'https' else 'vllm'}://{address}"
+    return f"{backend.kind}://{backend.address}"
+
+
+def _page_word(backend: Any) -> str:
+    return "adapters" if backend.kind == VLLM else "pages"
+
+
 def _page_facts(backend: Any) -> str:
+    """Say how many pages there are; in vLLM a page is an adapter."""
     in_use = sum(version.pages for version in backend.open)
-    return (
-        f"{in_use} open, at most {backend.page_limit or '?'} at once; the engine has {backend.host_pages or '?'} in "
-        f"its host cache and {backend.device_pages or '?'} on the device"
-    )
+    if backend.kind == VLLM:
+        kept, slots = backend.host_pages or "?", backend.device_pages or "?"
+        places = f"the engine keeps {kept} in memory (max_cpu_loras) and has {slots} slots (max_loras)"
+    else:
+        places = (
+            f"the engine has {backend.host_pages or '?'} in its host cache and {backend.device_pages or '?'} on the "
+            "device"
+        )
+    return f"{in_use} open, at most {backend.page_limit or '?'} at once; {places}"

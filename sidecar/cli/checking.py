@@ -13,6 +13,8 @@ import yaml
 from policies.registry import POLICIES
 from sidecar import plugins
 from sidecar.app import facts_of
+from sidecar.backends.checks.vllm.declared import undeclared
+from sidecar.backends.dialects import VLLM
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
@@ -50,7 +52,7 @@ def check_config(
     config = resolve(file)
     plugins.policies_of(config.core())
     _check_files(config)
-    paces = list(_paces(config))
+    notes = [*_paces(config), *_undeclared(config)]
     if connect:
         from sidecar.cli.probing import check_all
 
@@ -58,10 +60,10 @@ def check_config(
     record = config.model_dump(mode="json")
     if as_json:
         print_json(record)
-        print("".join(f"{pace}\n" for pace in paces), end="", file=sys.stderr)
+        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     else:
         print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
-        print("".join(f"# {pace}\n" for pace in paces), end="")
+        print("".join(f"# {note}\n" for note in notes), end="")
     return Exit.OK
 
 
@@ -83,6 +85,15 @@ def _paces(config: Config) -> Iterator[str]:
             )
 
 
+def _undeclared(config: Config) -> Iterator[str]:
+    """Say of each vLLM what it needs and is not given: it does not publish what it was started with."""
+    facts = facts_of(config.backends)
+    for backend in config.backends:
+        if backend.scheme == VLLM:
+            for note in undeclared(facts[backend.identity], backend.adapters_dir is not None):
+                yield f"{backend.identity}: {note}"
+
+
 def _check_files(config: Config) -> None:
     """Raise Misused for the first file that the configuration names and that is not there."""
     for key, path in _files(config):
@@ -102,6 +113,7 @@ def _files(config: Config) -> list[tuple[str, str]]:
     ]
     for number, backend in enumerate(config.backends):
         named.append((f"backends.{number}.engine.config", backend.engine.config))
+        named.append((f"backends.{number}.api_key_file", backend.api_key_file))
         secured.append((f"backends.{number}.tls", backend.tls))
     for key, tls in secured:
         if tls is not None:

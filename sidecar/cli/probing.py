@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -16,18 +17,20 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.app import base_model_of, facts_of, usual_metrics_url
-from sidecar.backends.checking import STEPS, check
+from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import State, Target, skipped
+from sidecar.backends.dialects import TRITON, VLLM
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.findings import Lines, Report, drawn
-from sidecar.cli.serving import resolve
+from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
 from sidecar.config import Backend, Config, parse
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Misused
 
-SCHEME = "triton"
+KINDS = (TRITON, VLLM)
 SHOWN_MAX = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,20 @@ class Wanted:
     base_model: Path | None = None
     adapters: Path | None = None
     tls: dict[str, str] | None = None
+    adapters_dir: str | None = None
+    api_key_file: Path | None = None
 
     def applied_to(self, record: dict[str, Any]) -> dict[str, Any]:
         """Return a backend's section of the configuration with all this in it."""
         engine = {"config": _text(self.engine_config), "dtype": self.dtype}
         engine = {key: value for key, value in engine.items() if value is not None}
-        given = {"model": self.model, "metrics": self.metrics, "tls": self.tls or None}
+        given = {
+            "model": self.model,
+            "metrics": self.metrics,
+            "tls": self.tls or None,
+            "adapters_dir": None if self.adapters_dir is None else shared_folder(self.adapters_dir),
+            "api_key_file": _text(self.api_key_file),
+        }
         record = record | {key: value for key, value in given.items() if value is not None}
         if engine:
             record["engine"] = record.get("engine", {}) | engine
@@ -67,16 +78,16 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
     config = Config() if wanted.config is None else resolve(wanted.config)
     record = wanted.applied_to(_record(url, config, wanted.config))
     backend = parse({"backends": [record]}, "the command line").backends[0]
-    if backend.scheme != SCHEME:
+    if backend.scheme not in KINDS:
         raise CommandError(
-            f"{backend.url}: only engines behind {SCHEME}://HOST:PORT can be checked, the port being that of "
-            "tritonserver's --grpc-port",
+            f"{backend.url}: only engines behind triton://HOST:PORT (the port of tritonserver's --grpc-port) or "
+            "vllm://HOST:PORT can be checked",
             Exit.MISUSED,
         )
     served = _served(wanted.adapters or config.adapters.serve)
     target = _target(backend, None if wanted.config is None else config, served)
     report = Report(target.id, backend.url)
-    asyncio.run(_show(target, report, as_json))
+    asyncio.run(_unless_told_to_end(_show(target, report, as_json)))
     if as_json:
         print_json(report.record())
     return Exit.FAILED if report.result is State.FAILED else Exit.OK
@@ -84,7 +95,7 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
 
 def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
     """Return the section of the backend that is meant; without a configuration one that has the URL only."""
-    full = url if "://" in url else f"{SCHEME}://{url}"
+    full = url if "://" in url else f"{TRITON}://{url}"
     if file is None:
         return {"url": full}
     found = [backend for backend in config.backends if url == backend.identity or full == backend.url]
@@ -95,11 +106,12 @@ def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
 
 
 def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]) -> Target:
+    facts = facts_of([backend])[backend.identity]
     return Target(
         id=backend.identity,
         address=backend.address,
         model=backend.model,
-        facts=facts_of([backend])[backend.identity],
+        facts=replace(facts, kind=VLLM) if backend.scheme == VLLM else facts,
         metrics_url=backend.metrics,
         usual_metrics_url=usual_metrics_url(backend.address),
         tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
@@ -108,6 +120,8 @@ def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]
         adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
         base=base_model_of(backend),
         served=served,
+        api_key_file=backend.api_key_file,
+        old_versions=backend.old_versions,
     )
 
 
@@ -126,6 +140,17 @@ def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
             except Invalid as error:
                 print(f"not counted: {error.message}", file=sys.stderr)
     return tuple(found)
+
+
+async def _unless_told_to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await something; what was loaded for a look is taken away again when SIGTERM or Ctrl-C ends it."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await work
+    except asyncio.CancelledError:
+        raise CommandError("ended before everything was looked at", Exit.INTERRUPTED) from None
 
 
 async def _show(target: Target, report: Report, as_json: bool) -> None:
@@ -156,7 +181,7 @@ def check_all(config: Config, as_json: bool) -> Exit:
     if not config.backends:
         raise CommandError("no backend is configured, so there is nothing to connect to", Exit.MISUSED)
     served = _served(config.adapters.serve)
-    reports = asyncio.run(_look_at_all(config, served))
+    reports = asyncio.run(_unless_told_to_end(_look_at_all(config, served)))
     if as_json:
         print_json({"backends": [report.record() for report in reports]})
     else:
@@ -173,7 +198,7 @@ async def _look_at_all(config: Config, served: tuple[Adapter, ...]) -> list[Repo
 
 async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], begun: Callable[[str], None]) -> Report:
     report = Report(backend.identity, backend.url)
-    if backend.scheme != SCHEME:
+    if backend.scheme not in KINDS:
         report.findings.append(skipped(f'there are no checks for the kind "{backend.scheme}"'))
         return report
     try:
@@ -196,7 +221,7 @@ def _bars() -> Iterator[Callable[[Backend], Callable[[str], None]]]:
     with Progress(*columns, console=errors, transient=True) as progress:
 
         def bar(backend: Backend) -> Callable[[str], None]:
-            task = progress.add_task("", total=len(STEPS), backend=backend.identity)
+            task = progress.add_task("", total=len(names_of(backend.scheme)), backend=backend.identity)
 
             def begun(name: str) -> None:
                 progress.update(task, advance=1, description=name)

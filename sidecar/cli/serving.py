@@ -24,10 +24,18 @@ LISTENERS = "Listeners"
 def serve(
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).", show_default=False)] = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="An engine, triton://HOST:PORT; repeat it.", show_default=False)
+        list[str] | None,
+        typer.Option(help="An engine, triton://HOST:PORT or vllm://HOST:PORT; repeat it.", show_default=False),
     ] = None,
     adapters: Annotated[
         str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name.", show_default=False)
+    ] = None,
+    adapters_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder that engines read adapters from, as vLLM does: PATH, or PATH:PATH on their side.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[
         str | None, typer.Option(help="Data directory: registry and journal.", show_default="in memory only")
@@ -60,7 +68,7 @@ def serve(
     Options win over the environment (LORA_SIDECAR_STORE__MEMORY_BYTES), which wins over the file.
     """
     options = {
-        "backends": [{"url": url} for url in backend] if backend else None,
+        "backends": _backends(backend or [], adapters_dir),
         "adapters.serve": adapters,
         "data_directory": data,
         "listeners.data.address": listen,
@@ -70,6 +78,24 @@ def serve(
     }
     given = {key: value for key, value in options.items() if value is not None}
     _run(_serve(resolve(config, {**given, **_settings(setting or [])}), as_json))
+
+
+def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]] | None:
+    """Return the sections of engines that are named by their URLs. Raises Misused for a folder without an engine."""
+    if adapters_dir is None:
+        return [{"url": url} for url in urls] or None
+    if not urls:
+        raise Misused(
+            Reason.CONFIG_INVALID, "--adapters-dir goes with --backend; a configuration file names it for each backend"
+        )
+    return [{"url": url, "adapters_dir": shared_folder(adapters_dir)} for url in urls]
+
+
+def shared_folder(text: str) -> dict[str, str]:
+    """Return a folder as the configuration names it, from PATH or PATH:PATH on the engine's side."""
+    ours, _, engine = text.partition(":")
+    ours = str(Path(ours).expanduser().absolute())
+    return {"ours": ours, "engine": engine or ours}
 
 
 def resolve(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:

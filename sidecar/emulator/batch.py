@@ -77,6 +77,9 @@ class Planning(Protocol):
     def lose_idle_adapters(self) -> None:
         """Evict from the host cache every adapter that no request holds."""
 
+    def drain_reads(self) -> list[int]:
+        """Adapters that the last plan read from their files; none where requests bring them."""
+
     def has_adapter(self, task_id: int) -> bool:
         """Whether a request with this id alone would find its adapter."""
 

@@ -1,4 +1,4 @@
-"""`sidecar emulate`: run an emulated TensorRT-LLM engine behind Triton's protocol until it is told to stop."""
+"""`sidecar emulate`: run an emulated engine, TensorRT-LLM behind Triton or vLLM, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import asyncio
 import json
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sidecar.emulator.face import Options, Server, serve
 from sidecar.emulator.face.options import TRITON
+from sidecar.emulator.openai import VllmOptions, VllmServer, serve_vllm
 from sidecar.emulator.shape import ALL_LINEAR, SHAPES
-from sidecar.emulator.spec import SCHEDULERS
+from sidecar.emulator.spec import SCHEDULERS, VLLM
 
 GRACE_S = 1.0
 """How long requests in flight may still run after SIGTERM."""
 
-_SERVER, _ENGINE, _LORA, _FAULTS = "Server", "Engine", "LoRA caches", "Faults"
+_SERVER, _ENGINE, _LORA, _VLLM, _FAULTS = "Server", "Engine", "LoRA caches", "vLLM", "Faults"
 
 
 def emulate(
@@ -30,6 +31,9 @@ def emulate(
     metrics_port: Annotated[
         int, typer.Option(help="Port of the metrics; 0 takes a free one.", rich_help_panel=_SERVER)
     ] = 8002,
+    http_port: Annotated[
+        int, typer.Option(help="Port of vLLM's API and metrics; 0 takes a free one.", rich_help_panel=_SERVER)
+    ] = 8000,
     decoupled: Annotated[
         bool, typer.Option(help="Serve decoupled models (streams only) or not.", rich_help_panel=_SERVER)
     ] = True,
@@ -48,7 +52,10 @@ def emulate(
     ] = True,
     protocol: Annotated[
         str,
-        typer.Option(help="triton: the core model; llmapi: the one that loads from paths.", rich_help_panel=_SERVER),
+        typer.Option(
+            help="triton: the core model; llmapi: the one that loads from paths; vllm: an OpenAI API.",
+            rich_help_panel=_SERVER,
+        ),
     ] = TRITON,
     write_engine_config: Annotated[
         Path | None,
@@ -80,18 +87,35 @@ def emulate(
         str, typer.Option(help="Engine dtype: float16, bfloat16, float32.", rich_help_panel=_ENGINE)
     ] = "float16",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks, for page sizes.", rich_help_panel=_ENGINE)] = 1,
-    seats: Annotated[int, typer.Option(help="Requests that run at a time.", rich_help_panel=_ENGINE)] = 64,
+    seats: Annotated[
+        int, typer.Option("--seats", "--max-num-seqs", help="Requests that run at a time.", rich_help_panel=_ENGINE)
+    ] = 64,
     max_input_tokens: Annotated[int, typer.Option(help="Longest prompt.", rich_help_panel=_ENGINE)] = 4096,
     max_seq_tokens: Annotated[
-        int, typer.Option(help="Longest prompt and answer together.", rich_help_panel=_ENGINE)
+        int,
+        typer.Option(
+            "--max-seq-tokens", "--max-model-len", help="Longest prompt and answer together.", rich_help_panel=_ENGINE
+        ),
     ] = 8192,
     max_tokens_per_step: Annotated[
-        int, typer.Option(help="Tokens that one step computes.", rich_help_panel=_ENGINE)
+        int,
+        typer.Option(
+            "--max-tokens-per-step",
+            "--max-num-batched-tokens",
+            help="Tokens that one step computes.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = 8192,
     kv_blocks: Annotated[int, typer.Option(help="Blocks of the KV cache.", rich_help_panel=_ENGINE)] = 4096,
-    tokens_per_block: Annotated[int, typer.Option(help="Tokens in a KV block.", rich_help_panel=_ENGINE)] = 64,
+    tokens_per_block: Annotated[
+        int | None, typer.Option(help="Tokens in a KV block; default: 64, vllm: 128.", rich_help_panel=_ENGINE)
+    ] = None,
     scheduler: Annotated[
-        str, typer.Option(help=f"Capacity scheduler: {', '.join(SCHEDULERS)}.", rich_help_panel=_ENGINE)
+        str,
+        typer.Option(
+            help=f"TensorRT-LLM's capacity scheduler: {', '.join(SCHEDULERS)}; vllm has its own.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = "guaranteed_no_evict",
     time_scale: Annotated[
         float,
@@ -108,7 +132,9 @@ def emulate(
         str | None,
         typer.Option(help="Type of lora_weights in ModelConfig: fp16, bf16; default: dtype.", rich_help_panel=_LORA),
     ] = None,
-    max_lora_rank: Annotated[int, typer.Option(help="Rank limit of the engine.", rich_help_panel=_LORA)] = 64,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(help="Rank limit of the engine; default: 64, vllm: 16.", rich_help_panel=_LORA)
+    ] = None,
     lora_optimal_rank: Annotated[
         int, typer.Option(help="lora_cache_optimal_adapter_size: sizes a page.", rich_help_panel=_LORA)
     ] = 8,
@@ -121,6 +147,20 @@ def emulate(
     ] = None,
     lora_device_pages: Annotated[
         int | None, typer.Option(help="Pages of the device cache, instead of bytes.", rich_help_panel=_LORA)
+    ] = None,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the base model, may be given again; default: the shape.", rich_help_panel=_VLLM),
+    ] = None,
+    max_loras: Annotated[int, typer.Option(help="Adapters in one batch.", rich_help_panel=_VLLM)] = 1,
+    max_cpu_loras: Annotated[
+        int | None, typer.Option(help="Adapters in the CPU cache; default: max_loras.", rich_help_panel=_VLLM)
+    ] = None,
+    runtime_lora: Annotated[
+        bool, typer.Option(help="VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.", rich_help_panel=_VLLM)
+    ] = True,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must bring as bearer token.", rich_help_panel=_VLLM)
     ] = None,
     max_queue: Annotated[
         int, typer.Option(help="Limit of the executor's queue; 0: none.", rich_help_panel=_FAULTS)
@@ -149,18 +189,48 @@ def emulate(
         int | None, typer.Option(help="Stop iterating after this many steps.", rich_help_panel=_FAULTS)
     ] = None,
     slow_factor: Annotated[float, typer.Option(help="Multiply the time of every step.", rich_help_panel=_FAULTS)] = 1.0,
+    fail_load: Annotated[
+        list[str] | None,
+        typer.Option(help="Fail vLLM's load calls of this adapter.", rich_help_panel=_FAULTS),
+    ] = None,
+    mixing_breaks_base: Annotated[
+        bool,
+        typer.Option(
+            "--mixing-breaks-base",
+            help="Answer base requests wrongly in vLLM batches that have adapters.",
+            rich_help_panel=_FAULTS,
+        ),
+    ] = False,
     ignore_lora: Annotated[
         bool,
         typer.Option("--ignore-lora", help="Take every adapter and answer as the base model.", rich_help_panel=_FAULTS),
     ] = False,
 ) -> None:
-    """Run an emulated TensorRT-LLM engine behind Triton's gRPC protocol.
+    """Run an emulated engine: TensorRT-LLM behind Triton's gRPC protocol, or vLLM behind its OpenAI API.
 
     It keeps the engine's LoRA caches, scheduler and timing, computes with a tiny real model, and fails as the
     real one fails. SIGTERM stops it.
     """
+    given = {"max_lora_rank": max_lora_rank, "tokens_per_block": tokens_per_block}
+    chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if protocol == VLLM:
+        kind: type[Options] = VllmOptions
+        chosen |= {
+            "http_port": http_port,
+            "served_model_name": tuple(served_model_name or ()),
+            "max_loras": max_loras,
+            "max_cpu_loras": max_cpu_loras,
+            "runtime_lora": runtime_lora,
+            "api_key": api_key,
+            "fail_load": tuple(fail_load or ()),
+            "mixing_breaks_base": mixing_breaks_base,
+        }
+    else:
+        kind = Options
+        chosen["scheduler"] = scheduler
     try:
-        options = Options(
+        options = kind(
+            **chosen,
             host=host,
             grpc_port=grpc_port,
             metrics_port=metrics_port,
@@ -185,13 +255,10 @@ def emulate(
             max_seq_tokens=max_seq_tokens,
             max_tokens_per_step=max_tokens_per_step,
             kv_blocks=kv_blocks,
-            tokens_per_block=tokens_per_block,
-            scheduler=scheduler,
             time_scale=time_scale,
             cost_table=cost_table,
             lora_modules=tuple(name for name in lora_modules.split(",") if name),
             lora_weights=lora_weights,
-            max_lora_rank=max_lora_rank,
             lora_optimal_rank=lora_optimal_rank,
             lora_max_rank_cached=lora_max_rank_cached,
             lora_host_bytes=lora_host_bytes,
@@ -219,7 +286,8 @@ async def _run(options: Options, as_json: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    server = await serve(options)
+    server: Server | VllmServer
+    server = await (serve_vllm(options) if isinstance(options, VllmOptions) else serve(options))
     _announce(server, as_json)
     waits = [asyncio.create_task(asked.wait()), asyncio.create_task(server.failed())]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -229,10 +297,13 @@ async def _run(options: Options, as_json: bool) -> None:
     await server.stop(GRACE_S)
 
 
-def _announce(server: Server, as_json: bool) -> None:
+def _announce(server: Server | VllmServer, as_json: bool) -> None:
     """Print one line, at once even into a pipe: whoever started this waits for it."""
-    if as_json:
-        line = json.dumps({"grpc": server.grpc_address, "metrics": server.metrics_address})
+    if isinstance(server, VllmServer):
+        addresses = {"http": server.http_address, "metrics": server.metrics_address}
+        text = f"ready: vLLM's API on {server.http_address}"
     else:
-        line = f"ready: gRPC on {server.grpc_address}, metrics on http://{server.metrics_address}/metrics"
-    print(line, flush=True)
+        addresses = {"grpc": server.grpc_address, "metrics": server.metrics_address or ""}
+        text = f"ready: gRPC on {server.grpc_address}"
+    line = f"{text}, metrics on http://{server.metrics_address}/metrics"
+    print(json.dumps(addresses) if as_json else line, flush=True)

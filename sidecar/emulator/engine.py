@@ -131,6 +131,10 @@ class Engine:
         failures, self._planner.failures = self._planner.failures, []
         return failures
 
+    def drain_reads(self) -> list[int]:
+        """Adapters that the iteration just begun read from their files, which only a vLLM engine does."""
+        return self._planner.drain_reads()
+
     def begin(self, now_ns: int) -> Iteration | None:
         """Fetch, schedule and move adapters; None when nothing can run. Look at `drain_failures` after it."""
         batch = self._begin(now_ns)

@@ -61,6 +61,10 @@ class Intake(ABC):
         if self.peft is not None:
             self.peft.host.evict_done()
 
+    def drain_reads(self) -> list[int]:
+        """Nothing: requests bring their adapters."""
+        return []
+
     @abstractmethod
     def release(self, request: Active, now_ns: int) -> None:
         """A request is over: its seat, its KV blocks and its hold on its adapter are free."""

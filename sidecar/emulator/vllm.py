@@ -70,6 +70,7 @@ class VllmIntake(ABC):
         self._registered: dict[int, Registered] = {}
         self._loading: list[int] = []
         self._loading_ns = 0
+        self._reads: list[int] = []
 
     def is_active(self, request_id: int) -> bool:
         """Whether a request is in the scheduler."""
@@ -90,6 +91,11 @@ class VllmIntake(ABC):
     def lose_idle_adapters(self) -> None:
         """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
         return
+
+    def drain_reads(self) -> list[int]:
+        """Adapters that the last plan read into the CPU cache: for load calls and for its step."""
+        reads, self._reads = self._reads, []
+        return reads
 
     def has_adapter(self, task_id: int) -> bool:
         """Whether a request with this id alone would find its adapter."""
@@ -146,6 +152,7 @@ class VllmIntake(ABC):
 
     def _fetch(self) -> bool:
         """Take all requests from the queue; whether there were any."""
+        self._reads.clear()
         if not self.queue:
             return False
         taken = [self.queue.pop() for _ in range(len(self.queue))]
@@ -192,6 +199,7 @@ class VllmIntake(ABC):
     def _moved_ns(self, moved: Moved) -> int:
         """A step waits for all reads and copies, one after another."""
         sizes = self._registered
+        self._reads += moved.read
         read_ns = sum(self._cost.adapter_put_ns(sizes[task_id].size_bytes) for task_id in moved.read)
         return read_ns + sum(self._cost.adapter_copy_ns(sizes[task_id].size_bytes) for task_id in moved.copied)
 

@@ -13,8 +13,8 @@ from sidecar.backends.api import Ticket
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
 from sidecar.errors import Refused
 from sidecar.fronts import relay
-from sidecar.fronts.generate import response_of
 from sidecar.fronts.generate_forms import payload_of
+from sidecar.fronts.generate_replies import response_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.shell import asking

@@ -1,49 +1,37 @@
-"""The http listener: `/metrics` for Prometheus, `/livez` and `/readyz` for whoever starts and stops the process.
+"""The http listener: `/metrics`, `/livez` and `/readyz` for those who run the process, and the OpenAI API below `/v1`.
 
-KServe's REST paths are answered, too: with where gRPC is (`http_rest`).
-
-It runs on the event loop that serves requests, so an answer of `/livez` is the proof that the loop makes progress.
-HTTP itself is h11's business; connections, their number and how long they may be silent are bounded here.
+KServe's REST paths are answered, too: with where gRPC is (`http_rest`). All of it runs on the event loop that serves
+requests, so an answer of `/livez` is the proof that the loop makes progress.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import Any
 
-import h11
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
 
 from sidecar.errors import Misused, Reason
+from sidecar.fronts.http_listener import HttpLimits, HttpListener
 from sidecar.fronts.http_rest import is_rest, rest_answer
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 64
-HEAD_BYTES_MAX = 16 << 10
 BODY_BYTES_MAX = 64 << 10
-SILENCE_S_MAX = 30.0
-READ_BYTES = 16 << 10
-DISCARDED_BYTES_MAX = 64 << 20
-PLAIN = "text/plain; charset=utf-8"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`whatever_body` says that the answer is the same for a body that is too long to be read."""
-
-    status: int
-    body: bytes
-    content_type: str = PLAIN
-    headers: tuple[tuple[str, str], ...] = ()
-    whatever_body: bool = False
-
-
-def _text(status: int, sentence: str) -> Answer:
-    return Answer(status, f"{sentence}\n".encode())
+"""Of requests that need none. The OpenAI API has a bound of its own."""
+API = "/v1"
+NO_STORE = {"cache-control": "no-store"}
+CLOSE = {"connection": "close"}
+"""For an answer to a body that is not read to its end."""
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def why_not_ready(gateway: Gateway) -> str:
@@ -70,174 +58,127 @@ def _detail(gateway: Gateway, backend: str) -> str:
 class HttpFront:
     """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
 
-    `grpc_address` is the data listener's, for those who look for inference here.
+    `grpc_address` is the data listener's, for those who look for inference here; `api` is the application below `/v1`.
     """
 
-    def __init__(self, gateway: Gateway, metrics: Metrics, address: str, grpc_address: str) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        metrics: Metrics,
+        address: str,
+        grpc_address: str,
+        api: Application | None = None,
+        limits: HttpLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._gateway = gateway
         self._metrics = metrics
         self.address = address
         self._grpc_address = grpc_address
-        self._server: asyncio.Server | None = None
-        self._connections: dict[asyncio.Task[None], None] = {}
-        self._routes: dict[str, Callable[[h11.Request], Awaitable[Answer]]] = {
-            "/metrics": self._show_metrics,
-            "/livez": self._show_live,
-            "/readyz": self._show_ready,
-        }
+        self._api = api
+        self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
+        self._listens = False
+        self._routes = {"/metrics": self._show_metrics, "/livez": self._show_live, "/readyz": self._show_ready}
+        self._router = Router([Route(path, endpoint, methods=["GET"]) for path, endpoint in self._routes.items()])
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
         host, _, port = self.address.rpartition(":")
         try:
-            self._server = await asyncio.start_server(self._accept, host.strip("[]") or None, int(port))
+            taken = await self._listener.start(host.strip("[]"), int(port))
         except (OSError, ValueError, OverflowError) as error:
             raise Misused(
                 Reason.PORT_IN_USE,
                 f"the http listener cannot have {self.address} ({error}): another process has the port, or the "
                 "address is not this machine's; choose another with listeners.http.address",
             ) from error
-        self.address = f"{host}:{self._server.sockets[0].getsockname()[1]}"
+        self.address = f"{host}:{taken}"
         self._metrics.start()
+        self._listens = True
 
     async def stop(self) -> None:
         """Stop listening and end what is open. Nothing happens when it does not listen."""
-        if self._server is None:
+        if not self._listens:
             return
+        self._listens = False
         self._metrics.stop()
-        self._server.close()
-        for connection in self._connections:
-            connection.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
-        await self._server.wait_closed()
-        self._server = None
+        await self._listener.stop()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        if len(self._connections) >= CONNECTIONS_MAX:
-            writer.close()
-            return
-        self._connections[task] = None
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await Conversation(reader, writer, self._answer).run()
-        except (ConnectionError, TimeoutError) as error:
-            logger.debug("an http connection ended: %r", error)
-        except asyncio.CancelledError:
-            return  # the listener stops; nobody waits for this task's result
-        finally:
-            del self._connections[task]
-            writer.close()
+            await self._route(scope, receive, send)
+        except Exception:
+            logger.exception("%s %s broke", scope["method"], scope["path"][:200])
+            raise  # the server answers with 500, or closes the connection
 
-    async def _answer(self, request: h11.Request) -> Answer:
-        path = request.target.partition(b"?")[0].decode("ascii", "replace")
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
         if is_rest(path):
-            return self._answer_rest(request.method.decode("ascii", "replace"), path)
-        route = self._routes.get(path)
-        if route is None:
-            return _text(404, f"nothing is here; there are {', '.join(self._routes)}")
-        if request.method not in (b"GET", b"HEAD"):
-            refused = _text(405, f"{path} is to be read with GET")
-            return Answer(405, refused.body, headers=(("allow", "GET, HEAD"),))
-        return await route(request)
+            await self._answer_rest(scope)(scope, receive, send)
+        elif self._api is not None and path.startswith(f"{API}/"):
+            await self._api(scope, receive, send)
+        elif await _is_too_long(receive):
+            await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
+        else:
+            try:
+                await self._router({**scope, "app": self}, receive, send)
+            except HTTPException as error:
+                await self._refusal(path, error)(scope, receive, send)
 
-    def _answer_rest(self, method: str, path: str) -> Answer:
-        rest = rest_answer(method, path, self._grpc_address)
-        allow = (("allow", rest.allow),) if rest.allow else ()
-        return Answer(rest.status, rest.body, "application/json", allow, whatever_body=True)
+    def _refusal(self, path: str, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            return _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})
+        api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
+        return _text(404, f"nothing is here; there are {', '.join([*self._routes, *api])}")
 
-    async def _show_metrics(self, request: h11.Request) -> Answer:
-        accept = next((value for name, value in request.headers if name == b"accept"), b"")
-        content_type, body = await self._metrics.render(accept.decode("latin-1"))
-        return Answer(200, body, content_type)
+    def _answer_rest(self, scope: Scope) -> Response:
+        rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
+        headers = NO_STORE | ({"allow": rest.allow} if rest.allow else {})
+        if scope["method"] not in ("GET", "HEAD"):
+            headers |= CLOSE
+        return Response(rest.body, rest.status, headers, media_type="application/json")
 
-    async def _show_live(self, request: h11.Request) -> Answer:
+    async def _show_metrics(self, request: Request) -> Response:
+        content_type, body = await self._metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers=NO_STORE | {"content-type": content_type})
+
+    async def _show_live(self, request: Request) -> Response:
         return _text(200, "ok")
 
-    async def _show_ready(self, request: h11.Request) -> Answer:
+    async def _show_ready(self, request: Request) -> Response:
         why = why_not_ready(self._gateway)
         return _text(503, why) if why else _text(200, "ok")
 
 
-class Conversation:
-    """One connection: requests answered one after another, until the client has had enough or breaks the rules."""
+async def _is_too_long(receive: Receive) -> bool:
+    """Read a body that nobody needs; return whether it is longer than anyone would send."""
+    size_bytes = 0
+    while True:
+        message = await receive()
+        size_bytes += len(message.get("body", b""))
+        if size_bytes > BODY_BYTES_MAX:
+            return True
+        if not message.get("more_body", False):
+            return False
 
-    def __init__(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        answer: Callable[[h11.Request], Awaitable[Answer]],
-    ) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._answer = answer
-        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
-        self._body_is_too_long = False
 
-    async def run(self) -> None:
-        try:
-            while (request := await self._request()) is not None:
-                answer = await self._answer(request)
-                if self._body_is_too_long and not answer.whatever_body:
-                    raise h11.RemoteProtocolError("the body is too long", error_status_hint=413)
-                await self._send(request, answer)
-                if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
-                    break
-                self._http.start_next_cycle()
-        except h11.RemoteProtocolError as error:
-            await self._refuse(error)
-        if self._body_is_too_long:
-            await self._discard()
+def _text(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
+    return PlainTextResponse(f"{sentence}\n", status, NO_STORE | (headers or {}))
 
-    async def _request(self) -> h11.Request | None:
-        """Return the next request; None at the end of the connection.
 
-        Its body is read and thrown away, unless it is too long or its client waits for a word before it sends it.
-        """
-        request: h11.Request | None = None
-        body_bytes = 0
-        while True:
-            event = self._http.next_event()
-            if event is h11.NEED_DATA:
-                async with asyncio.timeout(SILENCE_S_MAX):
-                    self._http.receive_data(await self._reader.read(READ_BYTES))
-            elif isinstance(event, h11.Request):
-                request = event
-                if self._http.they_are_waiting_for_100_continue:
-                    return request
-            elif isinstance(event, h11.Data):
-                body_bytes += len(event.data)
-                if body_bytes > BODY_BYTES_MAX:
-                    self._body_is_too_long = True
-                    return request
-            elif isinstance(event, h11.EndOfMessage):
-                return request
-            else:
-                return None
-
-    async def _discard(self) -> None:
-        """Take what the client still sends: to close on it would reset the connection before the answer is read."""
-        self._writer.write_eof()
-        left = DISCARDED_BYTES_MAX
-        async with asyncio.timeout(SILENCE_S_MAX):
-            while left > 0 and (data := await self._reader.read(READ_BYTES)):
-                left -= len(data)
-
-    async def _send(self, request: h11.Request | None, answer: Answer) -> None:
-        headers = [
-            ("content-type", answer.content_type),
-            ("content-length", str(len(answer.body))),
-            ("cache-control", "no-store"),
-            *answer.headers,
-        ]
-        pieces = [self._http.send(h11.Response(status_code=answer.status, headers=headers))]
-        if request is None or request.method != b"HEAD":
-            pieces.append(self._http.send(h11.Data(data=answer.body)))
-        pieces.append(self._http.send(h11.EndOfMessage()))
-        self._writer.write(b"".join(piece for piece in pieces if piece))
-        async with asyncio.timeout(SILENCE_S_MAX):
-            await self._writer.drain()
-
-    async def _refuse(self, error: h11.RemoteProtocolError) -> None:
-        if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            await self._send(None, _text(error.error_status_hint, f"not a request: {error}"))
+def server_tls(certificate: str | None, key: str | None, ca: str | None, address: str) -> ssl.SSLContext:
+    """Return how the listener proves who it is; with `ca` its clients must, too. Raises Misused(CONFIG_INVALID)."""
+    if certificate is None or key is None:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {address} needs certificate and key")
+    context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path = certificate
+    try:
+        context.load_cert_chain(certificate, key)
+        if ca is not None:
+            path = ca
+            context.load_verify_locations(ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {address}: {path}: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context  # type: ignore[no-any-return]

@@ -35,7 +35,7 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Limits:
+class HttpLimits:
     """How many connections a listener has, and what it takes from each."""
 
     connections: int = CONNECTIONS_MAX
@@ -46,7 +46,7 @@ class Limits:
 class HttpListener:
     """Serves an ASGI application on one address until it is stopped."""
 
-    def __init__(self, app: Any, limits: Limits, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, app: Any, limits: HttpLimits, tls: ssl.SSLContext | None = None) -> None:
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -55,7 +55,7 @@ class HttpListener:
                 lifespan="off",
                 interface="asgi3",
                 log_config=None,
-                log_level="error",
+                log_level="critical",
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
@@ -122,7 +122,7 @@ class _Refused(Exception):
     """A request that is turned away before it reaches the application."""
 
 
-def _protocol(limits: Limits) -> type[asyncio.Protocol]:
+def _protocol(limits: HttpLimits) -> type[asyncio.Protocol]:
     """Return the protocol of connections with these limits: uvicorn makes them by class."""
     return type("Connection", (_Connection,), {"limits": limits})
 
@@ -130,7 +130,7 @@ def _protocol(limits: Limits) -> type[asyncio.Protocol]:
 class _Connection(HttpToolsProtocol):
     """One connection. What uvicorn bounds not at all is bounded here."""
 
-    limits: Limits
+    limits: HttpLimits
 
     def __init__(self, *arguments: Any, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -139,6 +139,7 @@ class _Connection(HttpToolsProtocol):
         self._discarded_bytes = 0
         self._whole = False
         """The request that is being answered has come in full, so that its client may be silent."""
+        self._body_has_begun = self._closes = False
         self._heard_s = 0.0
         self._refusal: HTTPStatus | None = None
         self._watch: asyncio.TimerHandle | None = None
@@ -162,17 +163,19 @@ class _Connection(HttpToolsProtocol):
     def _look(self) -> None:
         """Close on a client that has begun a request, or nothing at all, and says no more."""
         left_s = self._heard_s + self.limits.silence_s - monotonic()
-        if left_s <= 0 and not self._whole and not self.flow.read_paused:
+        waits = self.transport.is_closing() or not (self._whole or self.flow.read_paused)
+        if left_s <= 0 and waits:
             self.transport.abort()
             return
         self._watch = self.loop.call_later(left_s if left_s > 0 else self.limits.silence_s, self._look)
 
     def data_received(self, data: bytes) -> None:
         self._heard_s = monotonic()
-        if self._in_head:
+        was_in_head = self._in_head
+        if was_in_head or self._whole:
             data = _without_upgrade(data)
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
+        if was_in_head and self._in_head and not self.transport.is_closing():
             self._head_bytes += len(data)
             if self._head_bytes > self.limits.head_bytes:
                 self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
@@ -180,7 +183,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._whole = True, False
+        self._in_head, self._whole, self._body_has_begun = True, False, False
         self._head_bytes = self._discarded_bytes = 0
 
     def on_url(self, url: bytes) -> None:
@@ -203,8 +206,17 @@ class _Connection(HttpToolsProtocol):
         if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
             raise _Refused
         super().on_headers_complete()
+        self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
+
+    def close_politely(self) -> None:
+        """Close, but not on a client that still sends: it would be reset before it has read its answer."""
+        if self._whole or (self.expect_100_continue and not self._body_has_begun):
+            self.transport.close()
+        else:
+            self._closes = True
 
     def on_body(self, body: bytes) -> None:
+        self._body_has_begun = True
         super().on_body(body)
         if self.cycle.response_complete:
             self._discarded_bytes += len(body)
@@ -212,16 +224,16 @@ class _Connection(HttpToolsProtocol):
                 self.transport.abort()
 
     def on_message_complete(self) -> None:
-        self._in_head = self._whole = True
+        self._whole = True
+        self.cycle.transport = self.transport
         super().on_message_complete()
-        if self.cycle.response_complete:  # before its body had come: that ends the connection, as its client may expect
+        if self._closes:
             self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._whole = False  # it closes when its client has taken what was written, which must not take for ever
-            self._heard_s = monotonic()
+            self._heard_s = monotonic()  # it closes when its client has taken all, which must not take for ever
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
@@ -236,6 +248,18 @@ class _Connection(HttpToolsProtocol):
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: text/plain; charset=utf-8\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+class _Lingering:
+    """A connection as an answer sees it while its request is still coming."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.close_politely()
 
 
 def _without_upgrade(data: bytes) -> bytes:

@@ -53,7 +53,9 @@ class Lifetime:
         self._on_over = on_over
         self._loop = asyncio.get_running_loop()
         self._why: Callable[[], Refused] | None = None
+        self._is_past_age = False
         self._refusing_since_s: float | None = None
+        self._is_closing = False
         self._in_flight = 0
         self._quiet_since_s = self._loop.time()
         self._reading = asyncio.timeout(None)
@@ -94,13 +96,16 @@ class Lifetime:
             self._schedule()
 
     def check(self) -> None:
-        """Raise Refused(DRAINING) when the stream takes no new request although it is still open."""
-        if self._refusing_since_s is not None:
-            assert self._why is not None
-            raise self._why()
+        """Raise Refused(DRAINING) when the stream is too old for a new request. In a drain the core refuses."""
+        if self._is_past_age:
+            raise Refused(
+                Reason.DRAINING,
+                f"the stream {self._old()} and takes no more requests: send this one on a new stream",
+                retry_after_s=0.0,
+            )
 
     def end(self, why: Callable[[], Refused]) -> None:
-        """End the stream once it is quiet; it refuses what arrives. The first reason counts."""
+        """End the stream once it is quiet; whoever calls has its requests refused from now on."""
         self._why = self._why or why
         self._refuse()
 
@@ -117,32 +122,34 @@ class Lifetime:
 
     def _schedule(self) -> None:
         """Say when reading is to be broken off, as things stand."""
-        if self._why is None or not self._is_reading or self._reading.expired():
+        if self._why is None or not self._is_reading or self._is_closing or self._reading.expired():
             return
-        at_s = None if self._in_flight else self._quiet_since_s + QUIET_S
-        since_s = self._refusing_since_s
-        if since_s is not None and self._loop.time() >= since_s + REFUSING_S and (at_s is not None or self._is_due):
-            at_s = self._loop.time()  # also if a request has come since: it is refused
-        self._reading.reschedule(at_s)
-
-    @property
-    def _is_due(self) -> bool:
-        when_s = self._reading.when()
-        return when_s is not None and when_s <= self._loop.time()
+        now_s, since_s = self._loop.time(), self._refusing_since_s
+        if self._in_flight:
+            self._reading.reschedule(None)
+        elif since_s is None or now_s < since_s + REFUSING_S:
+            self._reading.reschedule(self._quiet_since_s + QUIET_S)
+        else:
+            self._is_closing = True  # whatever comes now: it is refused
+            self._reading.reschedule(now_s)
 
     def _grow_old(self) -> None:
         assert self._age_s is not None
-        self._timer = self._loop.call_later(self._age_s, self._refuse)
         self._why = self._why or self._too_old
+        self._timer = self._loop.call_later(self._age_s, self._grow_too_old)
         self._schedule()
+
+    def _grow_too_old(self) -> None:
+        self._is_past_age = True
+        self._refuse()
 
     def _too_old(self) -> Refused:
         return Refused(
-            Reason.DRAINING,
-            f"the stream is more than {self._age_s:.1f} s old, where listeners.data.max_connection_age_s ends it: open "
-            f"a new one now; {UNANSWERED}",
-            retry_after_s=0.0,
+            Reason.DRAINING, f"the stream {self._old()}: open a new one now; {UNANSWERED}", retry_after_s=0.0
         )
+
+    def _old(self) -> str:
+        return f"is more than {self._age_s:.1f} s old, where listeners.data.max_connection_age_s ends it"
 
 
 class Lifetimes:

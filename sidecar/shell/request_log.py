@@ -11,7 +11,6 @@ from typing import Any
 
 from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
 from sidecar.core.events import BackendLost, BackendUp, Event
-from sidecar.core.words import Fault
 from sidecar.shell.logs import Fields
 
 requests = logging.getLogger("sidecar.requests")
@@ -30,6 +29,8 @@ class RequestLog:
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
         if isinstance(event, BackendUp):
             logger.info("backend %s is up", event.backend)
+        elif isinstance(event, BackendLost) and any(isinstance(effect, Heal) for effect in effects):
+            logger.warning("backend %s is lost: %s", event.backend, event.cause)
         for effect in effects:
             if isinstance(effect, Dispatch):
                 self._dispatched[effect.request] = effect
@@ -37,8 +38,6 @@ class RequestLog:
                 self._log_ending(effect)
             elif isinstance(effect, Quarantine):
                 logger.warning("version %s is quarantined: %s", effect.digest[:12], effect.text)
-            elif isinstance(effect, Heal) and effect.reason == Fault.LOST.value and isinstance(event, BackendLost):
-                logger.warning("backend %s is lost: %s", effect.backend, event.cause)
 
     def _log_ending(self, settle: Settle) -> None:
         dispatch = self._dispatched.pop(settle.request, None)

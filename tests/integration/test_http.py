@@ -17,8 +17,8 @@ from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import BackendLost, BackendUp, Event, FirstToken, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
-from sidecar.fronts import http
-from sidecar.fronts.http import CONNECTIONS_MAX, HEAD_BYTES_MAX, HttpFront
+from sidecar.fronts.http import HttpFront
+from sidecar.fronts.http_listener import HEAD_BYTES_MAX, SPARE_CONNECTIONS, HttpLimits
 from sidecar.plugins import policies_of
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -28,6 +28,7 @@ from sidecar.shell.segments import segment_paths
 from sidecar.state.registry import SqliteRegistry
 from tests.peft_files import write_adapter
 
+CONNECTIONS = 16
 PATIENCE_S = 60.0
 """How long a test waits for something that must happen; far longer than it takes."""
 
@@ -99,7 +100,9 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     gateway.observe(metrics)
     engines = [Engine("b0"), Engine("b1", up=False)]
     await gateway.start([(engine, EngineFacts()) for engine in engines])
-    front = HttpFront(gateway, metrics, "127.0.0.1:0", "0.0.0.0:9000")
+    # An hour of silence: so that it is never silence that ends a connection here.
+    limits = HttpLimits(connections=CONNECTIONS, silence_s=3600.0)
+    front = HttpFront(gateway, metrics, "127.0.0.1:0", "0.0.0.0:9000", limits=limits)
     await front.start()
     house = House(gateway, engines, front)
     yield house
@@ -280,7 +283,7 @@ async def test_broken_requests_are_refused_and_the_listener_serves_on(house: Hou
 async def test_connections_are_bounded(house: House) -> None:
     """A client that opens connections without end cannot have more than the limit; others come again after it."""
     host, _, port = house.front.address.rpartition(":")
-    held = [await asyncio.open_connection(host, int(port)) for _ in range(CONNECTIONS_MAX)]
+    held = [await asyncio.open_connection(host, int(port)) for _ in range(CONNECTIONS + SPARE_CONNECTIONS)]
     for _, writer in held:
         writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")
     for reader, _ in held:
@@ -305,9 +308,8 @@ async def test_a_port_in_use_is_named(house: House) -> None:
     await second.stop()
 
 
-async def test_open_connections_do_not_delay_the_end(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_open_connections_do_not_delay_the_end(house: House) -> None:
     """A client that keeps its connection open and says nothing is cut off when the listener stops."""
-    monkeypatch.setattr(http, "SILENCE_S_MAX", 3600.0)  # so that it is not silence that ends it
     host, _, port = house.front.address.rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -15,7 +15,7 @@ from sidecar.core.effects import Dispatch, Load
 from sidecar.core.facts import Packed
 from sidecar.core.words import Cache
 from sidecar.errors import Misused
-from sidecar.fronts.generate import TextSoFar
+from sidecar.fronts.generate_replies import TextSoFar
 
 SHARED = AdaptersDir(Path("/ours"), "/mnt/adapters/")
 DIGEST = "5f" * 32

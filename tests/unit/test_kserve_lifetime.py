@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.core.events import ShutdownBegun
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kserve_lifetime import Lifetime, Lifetimes, connection_age_options, jittered
+from sidecar.fronts.kserve_lifetime import QUIET_S, Lifetime, Lifetimes, connection_age_options, jittered
 
 
 def test_ages_spread_evenly_within_a_tenth() -> None:
@@ -81,7 +81,7 @@ async def turns(count: int = 10) -> None:
         await asyncio.sleep(0)
 
 
-async def test_an_idle_stream_ends_at_once_when_the_sidecar_drains() -> None:
+async def test_an_idle_stream_ends_when_the_sidecar_drains() -> None:
     """Also one that opens after that; the reason tells what became of requests without an answer."""
     lifetimes = Lifetimes()
     early = Client(lifetimes.begin())
@@ -115,8 +115,8 @@ async def test_a_stream_ends_with_its_last_answer() -> None:
 
 
 @pytest.mark.parametrize("turns_between", range(12))
-async def test_a_request_that_meets_the_close_is_answered_or_never_read(turns_between: int) -> None:
-    """Whatever the distance between the two, in turns of the event loop: what was read is answered before the end."""
+async def test_a_request_that_meets_the_end_is_answered_or_never_read(turns_between: int) -> None:
+    """Whatever the distance between the two, in turns of the event loop; a stream is not closed until it is quiet."""
     lifetimes = Lifetimes()
     client = Client(lifetimes.begin())
     await turns()
@@ -129,6 +129,33 @@ async def test_a_request_that_meets_the_close_is_answered_or_never_read(turns_be
         await turns(turns_between // 2)
     assert await client.task is not None
     assert len(client.answered) + client.sent.qsize() == 1
+
+
+async def test_a_stream_that_is_quiet_ends_at_once() -> None:
+    """Nothing is waited for where nothing has happened for long enough."""
+    lifetimes = Lifetimes()
+    client = Client(lifetimes.begin())
+    await asyncio.sleep(2 * QUIET_S)
+    lifetimes.observed(ShutdownBegun(), (), 0)
+    await turns()
+    assert client.task.done()
+
+
+async def test_a_client_that_never_stops_sending_is_closed_all_the_same() -> None:
+    """In a drain, where each request is refused: a client that ignores that does not hold the sidecar up."""
+    lifetimes = Lifetimes()
+    client = Client(lifetimes.begin())
+    lifetimes.observed(ShutdownBegun(), (), 0)
+    number = 0
+    while not client.task.done():
+        number += 1
+        client.let_end(b"%d" % number)
+        client.send(b"%d" % number)
+        await asyncio.sleep(0.001)
+    assert await client.task is not None
+    unread = client.sent.qsize()
+    assert client.answered == [b"%d" % each for each in range(1, number + 1 - unread)]
+    assert unread < 10
 
 
 async def test_a_client_that_closed_its_side_is_answered_and_told_nothing() -> None:

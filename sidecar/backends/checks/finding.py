@@ -76,6 +76,9 @@ class Target:
     """The base model's own config, where its files are named."""
     served: tuple[Adapter, ...] = ()
     """The adapters that it is to serve, where they are known."""
+    api_key_file: str | None = None
+    old_versions: bool = False
+    """Whether an engine of a version that is not to be trusted is to be used all the same."""
 
     @property
     def host(self) -> str:

@@ -1,4 +1,4 @@
-"""What answers at an address that does not answer as Triton's gRPC: nobody, its HTTP or metrics port, TLS, or none.
+"""What answers at an address that does not answer as it should: nobody, another port of Triton's, vLLM, TLS, or none.
 
 Each answer is for people: what is there, and the line to change.
 """
@@ -18,6 +18,13 @@ from sidecar.errors import Misused, Reason
 CONNECT_S = 3.0
 GRPC_PORT, HTTP_PORT, METRICS_PORT = 8001, 8000, 8002
 """Triton's defaults."""
+GRPC, HTTP = "h2", "http/1.1"
+"""What is spoken, as TLS calls it."""
+_LISTEN = {
+    GRPC: ("triton", "tritonserver --grpc-address=0.0.0.0 --grpc-port={port}   (docker run -p {port}:{port})"),
+    HTTP: ("vllm", "vllm serve … --host 0.0.0.0 --port {port}   (docker run -p {port}:{port})"),
+}
+"""The scheme of a URL, and what makes an engine listen there."""
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -27,14 +34,16 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str] | None:
     """Return what stands in the way of gRPC at an address, and the line that would change it; None if nothing does."""
+    found = await nobody(address, GRPC)
+    if found is not None:
+        return found
+    return await (_without_tls(address) if tls is None else with_tls(address, tls, GRPC))
+
+
+async def nobody(address: str, protocol: str) -> tuple[str, str] | None:
+    """Return why there is no connection to an address, and the line that would change it; None where there is one."""
     host, port = host_and_port(address)
-    nobody = await _nobody(host, port)
-    if nobody is not None:
-        return nobody
-    return await (_without_tls(address) if tls is None else _with_tls(address, tls))
-
-
-async def _nobody(host: str, port: int) -> tuple[str, str] | None:
+    scheme, listen = _LISTEN[protocol]
     try:
         async with asyncio.timeout(CONNECT_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -44,11 +53,11 @@ async def _nobody(host: str, port: int) -> tuple[str, str] | None:
             "open the port in the firewall or network policy between this machine and the engine's, or set url right",
         )
     except socket.gaierror as error:
-        return f'there is no host "{host}" ({error.strerror})', f"config.yaml: url: triton://HOST:{port}"
+        return f'there is no host "{host}" ({error.strerror})', f"config.yaml: url: {scheme}://HOST:{port}"
     except OSError as error:
         return (
             f"nothing listens at {host}:{port} ({_words_of(error)})",
-            f"tritonserver --grpc-address=0.0.0.0 --grpc-port={port}   (docker run -p {port}:{port})",
+            listen.format(port=port),
         )
     writer.close()
     return None
@@ -64,18 +73,42 @@ async def _without_tls(address: str) -> tuple[str, str] | None:
         metrics = None if server is None else await _get(client, f"http://{address}/metrics")
         if metrics is not None and "# TYPE nv_" in metrics.text:
             return f"{address} is Triton's metrics port, and gRPC is spoken to the engine", right
+        if metrics is not None and "vllm:" in metrics.text:
+            return f"{address} is a vLLM's, and is looked at as a Triton", f"config.yaml: url: vllm://{address}"
     if server is not None:
         return f"{address} is an HTTP server (it answers {server.status_code} to /v2), not Triton's gRPC port", right
-    if await _handshake(address, _unverified()) is None:
-        return (
-            f"{address} speaks TLS, and no TLS is configured for this backend",
-            "config.yaml: tls: {ca: PEM file of the CA that signed the server's certificate}",
-        )
-    return None
+    return await unasked_tls(address, GRPC)
 
 
-async def _with_tls(address: str, tls: Mapping[str, str]) -> tuple[str, str] | None:
-    problem = await _handshake(address, context_of(tls))
+async def not_vllm(client: httpx.AsyncClient, address: str) -> tuple[str, str]:
+    """Return what an HTTP server is that is no vLLM, and the line that would change it. Raises httpx.HTTPError."""
+    host = address.rpartition(":")[0]
+    triton = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
+    if _is_triton(await client.get("/v2")):
+        return f"{address} is Triton's HTTP port, and is looked at as a vLLM", triton
+    if "# TYPE nv_" in (await client.get("/metrics")).text:
+        return f"{address} is Triton's metrics port, and is looked at as a vLLM", triton
+    status = (await client.get("/version")).status_code
+    return (
+        f"{address} is an HTTP server that answers {status} to /version: no vLLM, or a proxy that does not pass it on",
+        "config.yaml: url: vllm://HOST:PORT of vLLM's --port, by default 8000",
+    )
+
+
+async def unasked_tls(address: str, protocol: str) -> tuple[str, str] | None:
+    """Return the words for a server that speaks TLS where none is configured, None for one that does not."""
+    if await _handshake(address, _unverified(protocol), waits=False) is not None:
+        return None
+    scheme = "" if protocol == GRPC else f", or url: vllms://{address} where this machine knows that CA"
+    return (
+        f"{address} speaks TLS, and no TLS is configured for this backend",
+        f"config.yaml: tls: {{ca: PEM file of the CA that signed the server's certificate}}{scheme}",
+    )
+
+
+async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple[str, str] | None:
+    """Return what is wrong with TLS at an address, and the line that would change it; None if nothing is."""
+    problem = await _handshake(address, context_of(tls, protocol))
     if isinstance(problem, ssl.SSLCertVerificationError):
         against = tls.get("ca") or "this machine's own CAs"
         return (
@@ -90,7 +123,10 @@ async def _with_tls(address: str, tls: Mapping[str, str]) -> tuple[str, str] | N
             f"its certificate is accepted, and it wants one of ours that its CA signed: {given}",
             "config.yaml: tls: {ca: …, certificate: PEM file of ours, key: PEM file of its key}",
         )
-    return f"{address} does not speak TLS ({_words(problem)})", "config.yaml: take tls out of this backend's entry"
+    return (
+        f"{address} does not speak TLS ({_words(problem)})",
+        f"config.yaml: take tls out of this backend's entry{'' if protocol == GRPC else ', and url: vllm://'}",
+    )
 
 
 def _words_of(error: OSError) -> str:
@@ -102,7 +138,7 @@ def _words(problem: Exception) -> str:
     return str(reason).lower().replace("_", " ")
 
 
-def context_of(tls: Mapping[str, str]) -> ssl.SSLContext:
+def context_of(tls: Mapping[str, str], protocol: str = GRPC) -> ssl.SSLContext:
     """Return a client's TLS context from PEM files. Raises Misused with the file that cannot be read."""
     try:
         context = ssl.create_default_context(cafile=tls.get("ca"))
@@ -112,29 +148,30 @@ def context_of(tls: Mapping[str, str]) -> ssl.SSLContext:
     except (OSError, ssl.SSLError) as error:
         names = ", ".join(f"{name} {path}" for name, path in sorted(tls.items()))
         raise Misused(Reason.CONFIG_INVALID, f"the TLS files cannot be used ({names}): {error}") from error
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols([protocol])
     return context
 
 
-def _unverified() -> ssl.SSLContext:
+def _unverified(protocol: str) -> ssl.SSLContext:
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols([protocol])
     return context
 
 
-async def _handshake(address: str, context: ssl.SSLContext) -> Exception | None:
+async def _handshake(address: str, context: ssl.SSLContext, waits: bool = True) -> Exception | None:
     """Shake hands and wait for what a gRPC server says first; return what went wrong.
 
-    With TLS 1.3 a client is told only then that its certificate is missing or not accepted.
+    With TLS 1.3 a client is told only then that its certificate is missing or not accepted. An HTTP server says nothing
+    else, so that waiting for it ends with TimeoutError.
     """
     host, port = host_and_port(address)
     try:
         async with asyncio.timeout(CONNECT_S):
             reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=host)
             try:
-                if not await reader.read(1):
+                if waits and not await reader.read(1):
                     return ConnectionResetError("it ends the connection")
             finally:
                 writer.close()

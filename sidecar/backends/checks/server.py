@@ -14,8 +14,8 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends.checks.engine import facts_from
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, warning
-from sidecar.backends.checks.port import CONNECT_S, context_of, host_and_port, what_answers
+from sidecar.backends.checks.finding import Finding, Look, Target, failed, ok, warning
+from sidecar.backends.checks.port import CONNECT_S, GRPC, context_of, host_and_port, what_answers
 from sidecar.backends.probe import words
 
 ANSWER_S = 4.0
@@ -130,13 +130,18 @@ def _listed(names: list[str]) -> str:
 
 async def encrypted(look: Look) -> Finding:
     """What TLS is in use, and until when the server's certificate holds."""
-    tls = look.target.tls
+    return await certificate_of(look.target, GRPC)
+
+
+async def certificate_of(target: Target, protocol: str) -> Finding:
+    """Look at the certificate of a server that speaks a protocol."""
+    tls = target.tls
     if tls is None:
         return ok("none, as configured: whoever sees the network sees prompts")
-    host, port = host_and_port(look.target.address)
+    host, port = host_and_port(target.address)
     try:
         async with timeout(CONNECT_S):
-            _, writer = await open_connection(host, port, ssl=context_of(tls), server_hostname=host)
+            _, writer = await open_connection(host, port, ssl=context_of(tls, protocol), server_hostname=host)
     except (OSError, TimeoutError) as error:
         return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
     certificate = writer.get_extra_info("peercert")

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sidecar.emulator.shape import ALL_LINEAR, SHAPES
-from sidecar.emulator.spec import GUARANTEED_NO_EVICT, EngineSpec
+from sidecar.emulator.spec import GUARANTEED_NO_EVICT, VLLM, EngineSpec
 
 WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
 DATATYPE_OF_DTYPE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 COMPUTES = ("llama", "none")
 TRITON, LLMAPI = "triton", "llmapi"
-PROTOCOLS = (TRITON, LLMAPI)
+PROTOCOLS = (TRITON, LLMAPI, VLLM)
 
 
 @dataclass(frozen=True, kw_only=True)

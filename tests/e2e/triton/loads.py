@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import httpx
+from tritonclient.grpc import service_pb2
 
 from sidecar.core.events import BackendLost
+from sidecar.core.facts import Layout, packed_key, task_id_of
+from sidecar.emulator.face.compute import dummy_token
 from sidecar.emulator.tokens import BOS
 from sidecar.proto import admin_pb2, gateway_pb2
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.faults import Tried, assert_broken_off, assert_right
+from tests.emulated import channel_to
+from tests.faults import Tried, assert_broken_off
 from tests.serving import PATIENCE_S, Serving, until
 
 ENGINE: dict[str, Any] = {"compute": "none", "shape": "tiny"}
@@ -52,6 +57,18 @@ async def at_once(limit: int, items: Sequence[Any], ask: Callable[[Any], Awaitab
     return await asyncio.gather(*(one(item) for item in items))
 
 
+async def verb(server: TritonServer, name: str, model: str = "tensorrt_llm") -> None:
+    """Have a server load or unload a model: the reply comes when it takes requests, or takes no more."""
+    async with channel_to(server.grpc_address) as stub:
+        request = getattr(service_pb2, f"RepositoryModel{name}Request")(model_name=model)
+        await getattr(stub, f"RepositoryModel{name}")(request)
+
+
+async def reload(server: TritonServer) -> None:
+    await verb(server, "Unload")
+    await verb(server, "Load")
+
+
 # What the engines say.
 
 
@@ -71,6 +88,14 @@ def outcomes(made: Sequence[TritonServer]) -> Counter[str]:
 def answered(made: Sequence[TritonServer]) -> Counter[str]:
     """Count for each request, over all its attempts, how often an engine answered it to its end."""
     return Counter(one["request_id"].partition(".")[0] for one in endings(made) if one["outcome"] == "done")
+
+
+async def engine_has(server: TritonServer, count: int, model: str = "tensorrt_llm") -> None:
+    """Wait until an engine's gauge says that so many requests are in it."""
+    line = f'nv_trt_llm_request_metrics{{model="{model}",request_type="active",version="1"}} {count}\n'
+    async with httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(PATIENCE_S):
+        while line not in (await client.get(f"http://{server.metrics_address}/metrics")).text:
+            await asyncio.sleep(0.02)
 
 
 # What the sidecar says.
@@ -98,6 +123,12 @@ async def back(served: Serving, backend: str = "trt-0") -> None:
     await until(lambda: served.state.backends[backend].takes_requests)
 
 
+def expected_as(served: Serving, name: str, count: int, dtype: str) -> list[int]:
+    """Return the tokens of an adapter that was packed in a type: an engine of another gives others."""
+    task_id = task_id_of(packed_key(served.state.names[name].digest, Layout(dtype)))
+    return [dummy_token(task_id, position) for position in range(count)]
+
+
 # Clients.
 
 
@@ -115,12 +146,23 @@ class Client:
 
 
 class Clients:
-    """Some clients at a time, each asking again as soon as it is answered; every other one wants a stream."""
+    """Some clients at a time, each asking again as soon as it is answered; every other one wants a stream.
 
-    def __init__(self, served: Serving, names: Sequence[str], count: int = 24, tokens: int = 30) -> None:
+    `dtypes` are the types that engines may have while they ask.
+    """
+
+    def __init__(
+        self,
+        served: Serving,
+        names: Sequence[str],
+        count: int = 24,
+        tokens: int = 30,
+        dtypes: Sequence[str] = ("float16",),
+    ) -> None:
         self._served = served
         self._names = names
         self._tokens = tokens
+        self._dtypes = dtypes
         self._numbers = itertools.count()
         self._random = random.Random(3)
         self._going = True
@@ -133,6 +175,11 @@ class Clients:
         return [client for client in self.all if client.has_begun]
 
     @property
+    def waiting(self) -> int:
+        """How many have an answer to come, begun or not."""
+        return sum(not client.ended for client in self.all)
+
+    @property
     def right(self) -> int:
         """How many have got a whole answer."""
         return sum(client.ended and client.tried.error is None for client in self.all)
@@ -143,18 +190,21 @@ class Clients:
         await until(lambda: self.right >= before + count)
 
     async def finish(self) -> list[Tried]:
-        """Let all come to their end. Whoever failed has been told a part, right so far, and that it ends there."""
+        """Let all come to their end; returns those that failed.
+
+        Each of these has been told a part, right so far, and that it ends there; all others the whole, once.
+        """
         self._going = False
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(*self._tasks)
-        failed = []
         for client in self.all:
-            if client.tried.error is None:
-                assert_right(self._served, client.tried, client.tokens)
-            else:
-                assert_broken_off(self._served, client.tried)
-                failed.append(client.tried)
-        return failed
+            tried = client.tried
+            if tried.error is not None:
+                assert_broken_off(self._served, tried)
+                continue
+            assert tried.tokens in [expected_as(self._served, tried.name, client.tokens, one) for one in self._dtypes]
+            assert len(tried.origins) == 1
+        return [client.tried for client in self.all if client.tried.error is not None]
 
     async def _ask_on(self) -> None:
         while self._going:

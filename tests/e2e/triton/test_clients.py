@@ -17,7 +17,7 @@ import pytest
 
 from sidecar.adapters.convert import convert
 from sidecar.core.effects import Settle
-from tests.e2e.triton.loads import clients_runs, servers
+from tests.e2e.triton.loads import endings, servers
 from tests.e2e.triton.perf import perf_analyzer, write_input
 from tests.e2e.triton.server import TritonServer
 from tests.serving import Serving, serving, write_adapters
@@ -139,7 +139,7 @@ async def test_perf_analyzer_counts_what_we_count(tmp_path: Path, decoupled: boo
                 assert measured.answers == (tuple(here.served.expected(name, tokens)),) * asked
                 assert measured.responses == (tokens if decoupled else 1,) * asked
             assert here.outcomes() - before == {"ok": asked}
-        ours = [run for run in clients_runs([here.server]) if OUR_ID.fullmatch(run["request_id"])]
+        ours = [run for run in endings([here.server]) if OUR_ID.fullmatch(run["request_id"])]
         assert len({run["request_id"] for run in ours}) == len(ours) == asked * len(levels)
 
 

@@ -13,14 +13,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from tritonclient.grpc import service_pb2
 
 from sidecar.backends.probe import PROBE_ID
 from sidecar.core.words import Phase
-from tests.e2e.triton.loads import ENGINE, Clients, back, detail_has, losses, outcomes, servers, told_of
-from tests.e2e.triton.repository import Repository
-from tests.e2e.triton.server import TritonServer
-from tests.emulated import channel_to
+from tests.e2e.triton.loads import Clients, back, detail_has, engine_has, losses, outcomes, reload, servers, told_of
 from tests.faults import assert_broken_off, assert_nothing_left, assert_right, attempt
 from tests.serving import Serving, serving, until, write_adapters
 
@@ -33,18 +29,6 @@ SOON_S = 20.0
 CORE = "tensorrt_llm"
 
 
-async def verb(server: TritonServer, name: str, model: str = CORE) -> None:
-    """Have a server load or unload a model: the reply comes when it takes requests, or takes no more."""
-    async with channel_to(server.grpc_address) as stub:
-        request = getattr(service_pb2, f"RepositoryModel{name}Request")(model_name=model)
-        await getattr(stub, f"RepositoryModel{name}")(request)
-
-
-async def reload(server: TritonServer) -> None:
-    await verb(server, "Unload")
-    await verb(server, "Load")
-
-
 # Under load, again and again.
 
 
@@ -53,11 +37,13 @@ async def rounds(
 ) -> None:
     """Break and mend a server three times under load, and let all clients come to their end.
 
-    While it is out, those whose answers had begun are told, and `backends list` says why.
+    While it is out, those whose answers had begun are told, and `backends list` says why. An engine that answers whole
+    begins no answer that it does not end.
     """
+    streams = served.sidecar.gateway.backends["trt-0"].streams
     for _ in range(3):
         await clients.answers(30)
-        await until(lambda: len(clients.begun) >= 5)
+        await until(lambda: len(clients.begun) >= 5 if streams else clients.waiting >= 20)
         await _done(break_it())
         hit = clients.begun
         async with asyncio.timeout(SOON_S):
@@ -113,11 +99,112 @@ async def test_the_server_is_killed_under_load(tmp_path: Path, decoupled: bool) 
 
 
 async def test_the_server_is_frozen_under_load(tmp_path: Path) -> None:
-    """All its processes stop, and go on where they were."""
+    """All its processes stop, and go on where they were; or Triton dies of its own locks then, and is started again."""
     names = write_adapters(tmp_path / "loras", 6)
     async with (
         servers(tmp_path, engine=SLOW) as (server,),
         serving([server], tmp_path / "loras", backend=FACTS) as served,
     ):
-        await rounds(served, Clients(served, names), server.freeze, "does not answer", server.thaw)
+
+        async def mend() -> None:
+            server.thaw()
+            await until(lambda: served.state.backends["trt-0"].takes_requests or not server.is_running)
+            if not server.is_running:
+                await server.kill()  # what it has left
+                await server.start()
+
+        await rounds(served, Clients(served, names), server.freeze, "does not answer", mend)
         outcomes([server])
+
+
+# In silence.
+
+
+@pytest.mark.parametrize(
+    ("decoupled", "backend"),
+    [(True, FACTS), (True, NO_METRICS), (False, NO_METRICS)],
+    ids=["streams", "streams without metrics", "whole answers without metrics"],
+)
+async def test_the_models_process_is_killed_and_nobody_asks_anew(
+    tmp_path: Path, decoupled: bool, backend: dict[str, Any]
+) -> None:
+    """No word comes from Triton: its silence is noticed. Begun answers end; the others are given after a reload."""
+    names = write_adapters(tmp_path / "loras", 2)
+    async with (
+        servers(tmp_path, control="explicit", engine=SLOW, decoupled=decoupled) as (server,),
+        serving([server], tmp_path / "loras", backend=backend) as served,
+    ):
+        for round_ in (1, 2):
+            await engine_has(server, 0)
+            streams = [asyncio.create_task(attempt(served, name, 200)) for name in names * 3 if decoupled]
+            wholes = [asyncio.create_task(attempt(served, name, 200, stream=False)) for name in names * 3]
+            requests = served.state.requests
+            await until(lambda: sum(one.first_token for one in requests.values()) == len(streams))  # noqa: B023
+            await engine_has(server, len(streams) + len(wholes))
+            server.kill_stub(CORE)
+            async with asyncio.timeout(SOON_S):
+                for tried in await asyncio.gather(*streams):
+                    assert_broken_off(served, tried)
+                await detail_has(served, "Stub process")
+            assert len(losses(served)) == round_
+            assert "it answered nothing for" in losses(served)[-1]
+            await reload(server)
+            for tried in await asyncio.gather(*wholes):
+                assert_right(served, tried, 200)
+                assert tried.origins[0].heals == 1
+        await assert_nothing_left(served)
+
+
+async def test_a_process_that_dies_while_nothing_runs(tmp_path: Path) -> None:
+    """Nobody notices; the next request meets it, waits for the reload, and is answered."""
+    names = write_adapters(tmp_path / "loras", 2)
+    async with (
+        servers(tmp_path, control="explicit") as (server,),
+        serving([server], tmp_path / "loras", backend=FACTS) as served,
+    ):
+        for _ in range(2):
+            for name in names:
+                assert_right(served, await attempt(served, name))
+            server.kill_stub(CORE)
+            asks = [asyncio.create_task(attempt(served, name)) for name in (*names, "")]
+            await detail_has(served, "Stub process")
+            assert not any(ask.done() for ask in asks)
+            await reload(server)
+            for tried in await asyncio.gather(*asks):
+                assert_right(served, tried)
+        await assert_nothing_left(served)
+
+
+async def test_a_dead_process_gives_its_requests_to_the_other_server(tmp_path: Path) -> None:
+    """Nobody waits for a reload where another has the model."""
+    names = write_adapters(tmp_path / "loras", 6)
+    async with (
+        servers(tmp_path, 2, engine=SLOW) as made,
+        serving(made, tmp_path / "loras", backend=FACTS) as served,
+    ):
+        clients = Clients(served, names)
+        await clients.answers(50)
+        made[0].kill_stub(CORE)
+        await until(lambda: served.state.backends["trt-0"].phase is Phase.DOWN)
+        assert "Stub process" in losses(served)[0]
+        await clients.answers(100)
+        await clients.finish()
+        assert (await told_of(served, 1)).state == "up"
+        assert served.state.backends["trt-0"].phase is Phase.DOWN
+        await assert_nothing_left(served)
+
+
+@pytest.mark.parametrize("backend", [{}, {"metrics": None}], ids=["metrics", "no metrics"])
+async def test_a_long_whole_answer_is_no_silence(tmp_path: Path, backend: dict[str, Any]) -> None:
+    """Nothing comes for six times the timeout: the engine's steps are counted, or it answers another a token."""
+    (name,) = write_adapters(tmp_path / "loras", 1)
+    timeout_s = 1.0
+    async with (
+        servers(tmp_path, engine={"time_scale": 1.0}, decoupled=False) as (server,),
+        serving([server], tmp_path / "loras", backend={"progress_timeout_s": timeout_s} | backend) as served,
+    ):
+        begun_s = monotonic()
+        assert_right(served, await attempt(served, name, 600), 600)
+        assert monotonic() - begun_s > 4 * timeout_s, "too short to mean anything"
+        assert losses(served) == []
+        await assert_nothing_left(served)

@@ -1,0 +1,1 @@
+"""The OpenAI API: completions, chats and models, by an adapter's name."""

@@ -1,0 +1,181 @@
+"""One answer on its way to its client: bytes as they come from the engine, or put together from its text.
+
+The status is sent with the first of them, so what goes wrong before has a status of its own and what is known of the
+answer's origin stands in the headers. What goes wrong later is an event, the stream's last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable
+from time import monotonic_ns
+from typing import Protocol
+
+from starlette.types import Receive, Send
+
+from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
+from sidecar.core.effects import Settle
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import relay
+from sidecar.fronts.openai.asked import Asked
+from sidecar.fronts.openai.errors import Failure, failure_of_ending
+from sidecar.fronts.openai.places import Place
+from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
+from sidecar.shell.gateway import Gateway
+
+JSON = (b"content-type", b"application/json")
+EVENTS = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class ClientLeft(Exception):
+    """The client has closed its connection before its request had come in full."""
+
+
+class TooLong(Refused):
+    """A body that is longer than is taken."""
+
+
+class _Answer(Protocol):
+    """Makes a response of replies; `ended` once there is nothing more to say."""
+
+    ended: bool
+
+    def take(self, reply: Reply) -> bytes: ...
+
+
+async def body_of(receive: Receive, headers: Headers, size_bytes_max: int) -> bytes:
+    """Return a request's body. Raises TooLong, ClientLeft."""
+    said = next((value for name, value in headers if name == b"content-length"), b"0")
+    pieces: list[bytes] = []
+    size_bytes = int(said) if said.isdigit() else 0
+    if size_bytes <= size_bytes_max:
+        size_bytes = 0
+        while size_bytes <= size_bytes_max:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeft
+            pieces.append(message["body"])
+            size_bytes += len(message["body"])
+            if not message["more_body"]:
+                break
+    if size_bytes > size_bytes_max:
+        raise TooLong(
+            Reason.INVALID_REQUEST,
+            f"the body is longer than {size_bytes_max} bytes; send less, or raise listeners.http.body_bytes_max",
+        )
+    return b"".join(pieces)
+
+
+async def send_failure(send: Send, failed: Failure, request_id: str = "", origin: Headers = ()) -> None:
+    """Send an error as a response."""
+    length = (b"content-length", str(len(failed.body)).encode())
+    headers = [JSON, length, *failed.headers, *request_id_header(request_id), *origin]
+    await send({"type": "http.response.start", "status": failed.status, "headers": headers})
+    await send({"type": "http.response.body", "body": failed.body, "more_body": False})
+
+
+def request_id_header(request_id: str) -> Headers:
+    return ((b"x-request-id", request_id.encode("latin-1", "replace")),) if request_id else ()
+
+
+class Answering:
+    """Relays one ticket's replies."""
+
+    def __init__(self, gateway: Gateway, asked: Asked, place: Place, ticket: Ticket, hide_backend: bool) -> None:
+        self._gateway = gateway
+        self._asked = asked
+        self._place = place
+        self._ticket = ticket
+        self._hide_backend = hide_backend
+        self._request_id = ticket.client_id or str(ticket.request)
+        self._answer: _Answer | None = None
+        self._has_begun = False
+
+    async def serve(self, receive: Receive, send: Send) -> None:
+        """Answer to the end, or until the client leaves: then what is queued or runs is cancelled."""
+        leaving = asyncio.create_task(self._cancel_when_left(receive))
+        watch = relay.Watch(self._ticket)
+        try:
+            await self._relay(send)
+        except asyncio.CancelledError:
+            if not watch.fired:
+                raise
+            # The client takes nothing: returning in the middle of a response closes its connection.
+        finally:
+            watch.stop()
+            leaving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await leaving
+
+    async def _cancel_when_left(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._gateway.cancel(self._ticket)
+
+    async def _relay(self, send: Send) -> None:
+        while True:
+            item = await self._ticket.next()
+            if isinstance(item, Settle):
+                await self._end_early(send, item)
+                return
+            body, ended = await self._taken(item)
+            if body or self._asked.streams:
+                await self._write(send, body, ended)
+            if ended:
+                return
+
+    async def _taken(self, reply: Reply) -> tuple[bytes, bool]:
+        """Return what there is to write, and whether that is all: what came during a write goes together."""
+        if self._answer is None:
+            self._answer = self._new_answer()
+        pieces = [self._answer.take(reply)]
+        while self._ticket.replies and not self._answer.ended:
+            item = await self._ticket.next()
+            assert isinstance(item, Reply)
+            pieces.append(self._answer.take(item))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces), self._answer.ended
+
+    def _new_answer(self) -> _Answer:
+        dispatch = self._ticket.dispatch
+        assert dispatch is not None
+        kind = self._gateway.state.backends[dispatch.backend].facts.kind
+        if kind == VLLM:
+            return AsItIs()
+        assert self._place.text is not None, "a request without a text for an engine that takes nothing else"
+        counts = self._gateway.backends[dispatch.backend].streams
+        return TextAnswer(self._asked, self._place.text, counts, repeats=kind == TRITON_LLMAPI)
+
+    async def _write(self, send: Send, body: bytes, ended: bool) -> None:
+        self._ticket.blocked_since_ns = monotonic_ns()
+        if not self._has_begun:
+            self._has_begun = True
+            length = (b"content-length", str(len(body)).encode())
+            kind = EVENTS if self._asked.streams else (JSON, length)
+            headers = [*kind, *request_id_header(self._request_id), *self._origin()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if body or ended:
+            await send({"type": "http.response.body", "body": body, "more_body": not ended})
+        self._ticket.blocked_since_ns = None
+
+    async def _end_early(self, send: Send, ending: Settle) -> None:
+        """Say why there is no answer, or no more of it."""
+        if ending.reason is None:
+            await self._write(send, b"", True)
+            return
+        failed = failure_of_ending(ending, self._ticket)
+        if not self._has_begun:
+            await send_failure(send, failed, self._request_id, self._origin())
+        else:
+            await self._write(send, b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n", True)
+
+    def _origin(self) -> Headers:
+        for name, value in relay.origin_parameters(self._ticket, self._hide_backend).items():
+            yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")

@@ -1,0 +1,130 @@
+"""A request's JSON body as it came, its top-level values, and where in it the value of `model` stands.
+
+The body goes on to an engine as bytes, with another name in that one place: nothing is written anew, so nothing that an
+engine understands and we do not can change on the way. The values are read by the standard library's own scanner, one
+top-level member at a time, which is what gives the places.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from json import JSONDecodeError
+from typing import Any
+
+from sidecar.errors import Reason, Refused
+
+MODEL = "model"
+BOM = b"\xef\xbb\xbf"
+
+_skip = re.compile(r"[ \t\n\r]*").match
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+# The two halves of the standard decoder: what reads a value, and what reads a name, each from a place to its end.
+_decoder: Any = json.JSONDecoder(parse_constant=_no_number)
+_scan = _decoder.scan_once
+_scan_string = _decoder.parse_string
+
+
+@dataclass(frozen=True)
+class Body:
+    """`values` are the top-level members, the last of each name, as engines read them.
+
+    `before` and `after` are the bytes up to and behind the JSON string of `model`; `sizes` are how many characters the
+    value of each member has in the text.
+    """
+
+    values: dict[str, Any]
+    sizes: dict[str, int]
+    before: bytes
+    after: bytes
+
+
+def read_body(raw: bytes) -> Body:
+    """Read a body. Raises Refused(INVALID_REQUEST) with what is wrong and where, a missing `model` included."""
+    text = _text(raw)
+    try:
+        return _read(text)
+    except JSONDecodeError as error:
+        raise _refused(text, error.msg, error.pos) from error
+    except StopIteration as stop:
+        raise _refused(text, "a value is missing", stop.value) from stop
+    except RecursionError as error:
+        raise Refused(Reason.INVALID_REQUEST, "the body is nested too deeply to be read") from error
+    except ValueError as error:
+        raise Refused(Reason.INVALID_REQUEST, f"the body is not JSON: {error}") from error
+
+
+def _text(raw: bytes) -> str:
+    if raw.startswith(BOM):
+        raise Refused(Reason.INVALID_REQUEST, "the body begins with a byte order mark; send plain UTF-8 JSON")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise Refused(
+            Reason.INVALID_REQUEST, f"the body is not UTF-8: {error.reason} at byte {error.start}; send UTF-8 JSON"
+        ) from error
+
+
+def _refused(text: str, what: str, position: int) -> Refused:
+    line = text.count("\n", 0, position) + 1
+    column = position - text.rfind("\n", 0, position)
+    return Refused(
+        Reason.INVALID_REQUEST,
+        f"the body is not JSON: {what} at line {line} column {column} (byte {len(text[:position].encode())})",
+    )
+
+
+def _read(text: str) -> Body:
+    values: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    span: tuple[int, int] | None = None
+    at = _expect(text, _after_space(text, 0), "{", "the body must be an object")
+    at = _after_space(text, at)
+    if text[at : at + 1] == "}":
+        at += 1
+    else:
+        while True:
+            _expect(text, at, '"', "a name in quotes is missing")
+            name, at = _scan_string(text, at + 1, True)
+            at = _after_space(text, _expect(text, _after_space(text, at), ":", "a colon is missing"))
+            value, end = _scan(text, at)
+            if name == MODEL:
+                if span is not None:
+                    raise Refused(Reason.INVALID_REQUEST, 'the body has "model" twice; name one adapter')
+                span = at, end
+            values[name], sizes[name] = value, end - at
+            at = _after_space(text, end)
+            if text[at : at + 1] == "}":
+                at += 1
+                break
+            at = _after_space(text, _expect(text, at, ",", "a comma or the closing brace is missing"))
+    if _after_space(text, at) != len(text):
+        raise JSONDecodeError("there is more behind the object", text, at)
+    if span is None or not _is_a_name(values[MODEL]):
+        raise Refused(
+            Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
+        )
+    return Body(values, sizes, text[: span[0]].encode(), text[span[1] :].encode())
+
+
+def _is_a_name(value: Any) -> bool:
+    """Whether a value is text, and text that can be written down: half of a surrogate pair is none."""
+    return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _skip(text, at)
+    assert found is not None  # it may be empty
+    return found.end()
+
+
+def _expect(text: str, at: int, letter: str, otherwise: str) -> int:
+    if text[at : at + 1] != letter:
+        raise JSONDecodeError(otherwise, text, at)
+    return at + 1

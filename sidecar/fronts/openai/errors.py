@@ -1,0 +1,99 @@
+"""Endings in OpenAI's form: an HTTP status, an error object, and whether and when to send the request again.
+
+Clients of that API try again by themselves after 408, 409, 429 and 5xx. What may have run is never to run twice, so
+every error says whether it should be retried in the header that they heed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from sidecar.backends.api import HttpRejection, Ticket
+from sidecar.core.effects import Settle
+from sidecar.errors import Family, Reason, SidecarError
+
+STATUSES = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "INTERNAL": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+"""HTTP statuses by the gRPC code that the table of reasons has; others are 500."""
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+CODES = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
+PARAMS = {Reason.UNKNOWN_ADAPTER: "model", Reason.NOT_ALLOWED: "model", Reason.QUARANTINED: "model"}
+TOO_LONG = ("exceeds maximum input length", "exceeds the maximum input length")
+"""TensorRT-LLM's words on a prompt that it does not take. It has no code for them."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A response that says what went wrong: `body` is JSON."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def failure(
+    status: int, message: str, code: str, param: str | None = None, retry_ms: int | None = None, retry: bool = False
+) -> Failure:
+    """Return an error of ours; `retry_ms` after which sending it again may help, `retry` that it is safe at all."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    error = {"message": message, "type": kind, "param": param, "code": code}
+    headers = [(b"x-should-retry", b"true" if retry else b"false")]
+    if retry_ms is not None:
+        headers.append((b"retry-after", str(-(-retry_ms // 1000)).encode()))
+        headers.append((b"retry-after-ms", str(retry_ms).encode()))
+    return Failure(status, json.dumps({"error": error}).encode(), tuple(headers))
+
+
+def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:
+    retry_ms = None if error.retry_after_s is None else int(error.retry_after_s * 1000)
+    return _of_reason(error.reason, error.message, retry_ms, param)
+
+
+def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:
+    """Return what a request that was not answered in full is told; an engine's own error is its own."""
+    reason = ending.reason
+    assert reason is not None
+    rejection: Any = ticket.rejected_with if reason is Reason.BACKEND_REJECTED else None
+    if isinstance(rejection, HttpRejection):
+        return Failure(rejection.status, rejection.body, ((b"x-should-retry", b"false"),))
+    message = _without_our_id(ending.message)
+    if reason is Reason.BACKEND_REJECTED and any(words in message for words in TOO_LONG):
+        return failure(400, message, "context_length_exceeded")
+    if isinstance(rejection, grpc.StatusCode):
+        return failure(STATUSES.get(rejection.name, 500), message, reason.value.lower())
+    retry_ms = None if ending.retry_after_ns is None else ending.retry_after_ns // 1_000_000
+    return _of_reason(reason, message, retry_ms)
+
+
+def _of_reason(reason: Reason, message: str, retry_ms: int | None, param: str | None = None) -> Failure:
+    row = reason.row
+    status = 502 if reason is Reason.BACKEND_FAILED else STATUSES.get(row.code, 500)
+    if retry_ms is None and row.retryable:
+        retry_ms = 1000
+    again = row.retryable and row.family is Family.REFUSED
+    code = CODES.get(reason, reason.value.lower())
+    return failure(status, message, code, param or PARAMS.get(reason), retry_ms, again)
+
+
+def _without_our_id(message: str) -> str:
+    """Return an engine's words without the request's id, which is ours and means nothing to a client."""
+    start = message.find("[request id: ")
+    if start < 0:
+        return message
+    end = message.find("] ", start)
+    return message if end < 0 else message[:start] + message[end + 2 :]

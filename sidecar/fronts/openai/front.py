@@ -1,0 +1,140 @@
+"""The application below `/v1`: completions, chats, models.
+
+A name in `model` is an adapter's, with or without a version, or the base model's. Who asks is said by headers
+(`x-lora-tenant`, `x-lora-class`, `x-lora-deadline-ms`, `x-lora-session`, else the body's `user` for the last): the key
+that these clients send is for other servers and is looked at nowhere.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from starlette.datastructures import QueryParams
+from starlette.types import Receive, Scope, Send
+
+from sidecar.backends.api import Ticket
+from sidecar.config import Config
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.http_listener import CROWDED, PEER
+from sidecar.fronts.lengths import text_tokens_max
+from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, send_failure
+from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Asked, Caller, Unfit, read_asked, read_caller
+from sidecar.fronts.openai.body import read_body
+from sidecar.fronts.openai.chat_templates import ChatTemplate
+from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
+from sidecar.fronts.openai.models import Models
+from sidecar.fronts.openai.places import Place, Places
+from sidecar.shell.gateway import Gateway, RequestFacts
+
+MODELS = "/v1/models"
+CLOSE = (b"connection", b"close")
+METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
+
+
+class OpenAiFront:
+    """An ASGI application over the process's gateway. `templates` are chat templates by backend."""
+
+    def __init__(self, gateway: Gateway, config: Config, templates: Mapping[str, ChatTemplate]) -> None:
+        self._gateway = gateway
+        self._tenant_from = config.tenant_from
+        self._hide_backend = config.hide_backend
+        self._body_bytes_max = config.listeners.http.body_bytes_max
+        self._places = Places(gateway.state, templates, self._may_stream)
+        self._models = Models(gateway)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].rstrip("/")
+        known = MODELS if path.startswith(f"{MODELS}/") else path
+        if known not in METHODS:
+            message = f"{scope['method']} {path[:80]} is not served; there are {', '.join(METHODS)}"
+            await send_failure(send, failure(404, message, "not_found"))
+        elif scope["method"] not in METHODS[known]:
+            allow = ", ".join(METHODS[known])
+            failed = failure(405, f"{known} takes {allow}", "method_not_allowed")
+            await send_failure(send, replace(failed, headers=(*failed.headers, (b"allow", allow.encode()))))
+        elif known == MODELS:
+            await self._show_models(scope, path, send)
+        elif scope["state"].get(CROWDED):
+            message = "the http listener has as many connections as it takes; try again, or raise connections_max"
+            full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
+            await send_failure(send, replace(full, headers=(*full.headers, CLOSE)))
+        else:
+            await self._answer(scope, path, receive, send)
+
+    async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send) -> None:
+        request_id = ""
+        try:
+            caller = read_caller(scope["headers"])
+            request_id = caller.request_id
+            raw = await body_of(receive, scope["headers"], self._body_bytes_max)
+            asked = read_asked(path, read_body(raw))
+            place = self._places.place(asked)
+            ticket = self._submit(asked, caller, place, self._tenant(scope, caller.tenant), len(raw))
+        except ClientLeft:
+            return
+        except SidecarError as error:
+            await send_failure(send, _failure_of(error), request_id)
+            return
+        try:
+            await Answering(self._gateway, asked, place, ticket, self._hide_backend).serve(receive, send)
+        finally:
+            self._gateway.close(ticket)
+
+    def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int) -> Ticket:
+        text_tokens = text_tokens_max(self._gateway.state, asked.prompt_bytes) if asked.prompt_bytes else 0
+        facts = RequestFacts(
+            adapter=place.adapter,
+            tenant=tenant,
+            klass=caller.klass,
+            input_tokens=asked.prompt_tokens + text_tokens,
+            output_tokens_max=(asked.max_tokens or 0) * asked.answers,
+            deadline_s=caller.deadline_s,
+            session=caller.session or asked.session,
+            size_bytes=size_bytes,
+            only=place.only,
+        )
+        return self._gateway.submit(facts, place.payload, caller.request_id)
+
+    def _tenant(self, scope: Scope, claimed: str) -> str:
+        """Return the tenant as the configuration says: where certificates decide, a client's own word does not."""
+        if self._tenant_from == "none":
+            return ""
+        return str(scope["state"].get(PEER, "")) if self._tenant_from == "certificate" else claimed
+
+    def _may_stream(self, kind: str) -> bool:
+        """Whether an engine streams: it is asked to for every answer, as only then its tokens can be counted."""
+        state = self._gateway.state
+        return any(
+            backend.streams
+            for name, backend in self._gateway.backends.items()
+            if state.backends[name].facts.kind == kind
+        )
+
+    async def _show_models(self, scope: Scope, path: str, send: Send) -> None:
+        try:
+            tenant = self._tenant(scope, read_caller(scope["headers"]).tenant)
+        except Refused as refused:
+            await send_failure(send, failure_of_error(refused))
+            return
+        found: dict[str, Any] | None
+        if path == MODELS:
+            versions = QueryParams(scope["query_string"]).get("versions", "") in ("true", "1")
+            found = self._models.listed(tenant, versions)
+        else:
+            model = path.removeprefix(f"{MODELS}/")
+            found = self._models.one(model, tenant)
+            if found is None:
+                error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
+                await send_failure(send, failure_of_error(error))
+                return
+        await send_failure(send, Failure(200, json.dumps(found).encode()))
+
+
+def _failure_of(error: SidecarError) -> Failure:
+    failed = failure_of_error(error, error.param if isinstance(error, Unfit) else None)
+    if isinstance(error, TooLong):
+        return replace(failed, status=413, headers=(*failed.headers, CLOSE))
+    return failed

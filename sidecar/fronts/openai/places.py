@@ -1,0 +1,125 @@
+"""Which engines may answer a request, and the request in the words of each kind of them.
+
+An engine with this API of its own is asked as the client asked. One that takes text only can answer what can be said to
+it, and a chat where its model's template is configured. In a pool of both a request goes to all that can answer it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from policies.views import BASE
+from sidecar.backends.api import Form, HttpForm, Payload, Prompt
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.core import asks
+from sidecar.core.admission import BASE_NAMES, unknown_adapter
+from sidecar.core.state import Backend, State
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.openai.asked import Asked, Unfit
+from sidecar.fronts.openai.chat_templates import ChatTemplate
+from sidecar.fronts.openai.text_forms import TextForms, text_forms
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request goes: `adapter` is its name to the core, "" for the base model; `only` is empty for anywhere.
+
+    `text` is what answers are put together with where an engine gives text only.
+    """
+
+    adapter: str
+    payload: Payload
+    only: tuple[str, ...]
+    text: TextForms | None
+
+
+class Places:
+    """Finds places. `templates` are by backend; `may_stream(kind)` says whether engines of a kind stream at all."""
+
+    def __init__(self, state: State, templates: Mapping[str, ChatTemplate], may_stream: Callable[[str], bool]) -> None:
+        self._state = state
+        self._templates = templates
+        self._may_stream = may_stream
+
+    def place(self, asked: Asked) -> Place:
+        """Raise Refused for a name that nobody knows, and for what none of the engines that have it can answer."""
+        adapter, servers = self._servers(asked.model)
+        kinds = {backend.facts.kind for backend in servers}
+        forms: dict[str, Form] = {}
+        fitting: list[str] = []
+        why_not: Refused | None = None
+        if VLLM in kinds or not servers:
+            forms[VLLM] = HttpForm(asked.path, asked.body.before, asked.body.after, asked.model, asked.streams)
+            fitting += [backend.id for backend in servers if backend.facts.kind == VLLM]
+        text = None
+        takers = [backend for backend in servers if backend.facts.kind in (TRITON, TRITON_LLMAPI)]
+        if takers:
+            try:
+                text, takers = self._as_text(asked, takers)
+                forms |= self._text_forms(text)
+                fitting += [backend.id for backend in takers if backend.facts.kind in forms]
+                why_not = Refused(Reason.INVALID_REQUEST, text.why_not_llmapi)  # if it is for none of them
+            except Refused as refused:
+                why_not = refused
+        if servers and not fitting:
+            raise why_not or Refused(Reason.INVALID_REQUEST, _other_kinds(kinds))
+        if not forms:
+            raise Refused(Reason.NO_BACKEND, f'no backend serves "{asked.model}" at the moment', retry_after_s=1.0)
+        kind = next(iter(forms))
+        payload = Payload(
+            asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
+        )
+        everywhere = len(fitting) == len(self._state.backends) or not fitting
+        return Place(adapter, payload, () if everywhere else tuple(fitting), text)
+
+    def _servers(self, model: str) -> tuple[str, tuple[Backend, ...]]:
+        """Return the core's name for a model and the backends that can serve it, up or down."""
+        state = self._state
+        name = state.names.get(model.partition("@")[0])
+        if name is not None:
+            return model, asks.servers_of(state, name.digest)
+        serving = asks.servers_of(state, BASE)
+        named = tuple(backend for backend in serving if model in backend.facts.base_models)
+        if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
+            if not state.config.base_requests:
+                raise Unfit(
+                    "model",
+                    f'"{model}" is the base model and this sidecar serves adapters only (base_requests: refuse); '
+                    'name an adapter in "model"',
+                )
+            return "", named or serving
+        raise unknown_adapter(state, model)
+
+    def _base_models(self) -> Iterator[tuple[str, ...]]:
+        return (backend.facts.base_models for backend in self._state.backends.values())
+
+    def _as_text(self, asked: Asked, takers: list[Backend]) -> tuple[TextForms, list[Backend]]:
+        """Return the request as text and the backends whose models are asked in these very words."""
+        template = None
+        if asked.is_chat:
+            with_template = [backend for backend in takers if backend.id in self._templates]
+            if not with_template:
+                raise _no_template(takers[0].id)
+            template = self._templates[with_template[0].id]
+            takers = [backend for backend in with_template if self._templates[backend.id] == template]
+        return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
+
+    def _text_forms(self, text: TextForms) -> dict[str, Form]:
+        """Write it for both of TensorRT-LLM's models: which of them a server has may not be known yet."""
+        forms: dict[str, Form] = {TRITON: text.ensemble(self._may_stream(TRITON))}
+        if not text.why_not_llmapi:
+            forms[TRITON_LLMAPI] = text.llmapi(self._may_stream(TRITON_LLMAPI))
+        return forms
+
+
+def _no_template(backend: str) -> Unfit:
+    return Unfit(
+        "messages",
+        f"{backend} takes text only and no chat template is configured for it; set backends[].base_model.chat_template "
+        "to a Jinja2 file or the model's tokenizer_config.json, or send a prompt to /v1/completions",
+    )
+
+
+def _other_kinds(kinds: set[str]) -> str:
+    return f"the backends that serve it ({', '.join(sorted(kinds))}) are of kinds that the OpenAI API cannot ask"

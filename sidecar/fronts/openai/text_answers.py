@@ -1,0 +1,114 @@
+"""An engine's text as completions and chats have it: chunks as they come, or one object at the end.
+
+What the engine does not say is left out: a usage has the counts that are known, and an answer ended by its length where
+it has as many tokens as were allowed.
+"""
+
+from __future__ import annotations
+
+import json
+from time import time
+from typing import Any
+from uuid import uuid4
+
+from sidecar.backends.api import Reply
+from sidecar.fronts.generate_replies import TextSoFar, response_of
+from sidecar.fronts.openai.asked import Asked
+from sidecar.fronts.openai.stop_words import StopWords
+from sidecar.fronts.openai.text_forms import TextForms
+
+DONE = b"data: [DONE]\n\n"
+
+
+class TextAnswer:
+    """One answer. `counts` says that each reply is a token; `repeats` that each has the whole text so far."""
+
+    def __init__(self, asked: Asked, forms: TextForms, counts: bool, repeats: bool) -> None:
+        self._asked = asked
+        self._max_tokens = forms.max_tokens
+        self._counts = counts
+        self._so_far = TextSoFar() if repeats else None
+        self._stop = StopWords(forms.stop)
+        self._tokens = 0
+        self._pieces: list[str] = []
+        self.ended = False
+        self._id = f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{uuid4().hex}"
+        self._created = int(time())
+        self._before, self._after = self._around()
+        self._has_begun = False
+
+    def take(self, reply: Reply) -> bytes:
+        """Return what a reply adds to the response: events of a stream, or the whole of one that does not stream."""
+        message, count = response_of(reply, text=True)
+        self._tokens += count
+        text = message.text
+        if self._so_far is not None:
+            text = self._so_far.news(text, count > 0, reply.final)
+        text = self._stop.pass_on(text, reply.final)
+        self.ended = reply.final or self._stop.found
+        if self._asked.streams:
+            return self._events(text)
+        self._pieces.append(text)
+        return self._whole() if self.ended else b""
+
+    @property
+    def _reason(self) -> str:
+        by_length = self._counts and not self._stop.found and self._tokens >= self._max_tokens
+        return "length" if by_length else "stop"
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        return {"completion_tokens": self._tokens} if self._counts else {}
+
+    def _around(self) -> tuple[bytes, bytes]:
+        """Return a chunk around the JSON string of its text, so that only that is written for each."""
+        mark = uuid4().hex
+        choice: dict[str, Any] = {"delta": {"content": mark}} if self._asked.is_chat else {"text": mark}
+        before, _, after = self._chunk([{"index": 0, **choice, "logprobs": None, "finish_reason": None}]).partition(
+            json.dumps(mark).encode()
+        )
+        return before, after
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+        record = self._record("chat.completion.chunk" if self._asked.is_chat else "text_completion") | {
+            "choices": choices
+        }
+        if self._asked.wants_usage:
+            record["usage"] = usage
+        return b"data: " + json.dumps(record).encode() + b"\n\n"
+
+    def _record(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._asked.model}
+
+    def _events(self, text: str) -> bytes:
+        events = []
+        if self._asked.is_chat and not self._has_begun:
+            role = {"role": "assistant", "content": ""}
+            events.append(self._chunk([{"index": 0, "delta": role, "logprobs": None, "finish_reason": None}]))
+        self._has_begun = True
+        if text:
+            events.append(self._before + json.dumps(text).encode() + self._after)
+        if self.ended:
+            nothing: dict[str, Any] = {"delta": {}} if self._asked.is_chat else {"text": ""}
+            events.append(self._chunk([{"index": 0, **nothing, "logprobs": None, "finish_reason": self._reason}]))
+            if self._asked.wants_usage:
+                events.append(self._chunk([], self._usage))
+            events.append(DONE)
+        return b"".join(events)
+
+    def _whole(self) -> bytes:
+        text = "".join(self._pieces)
+        said = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": self._reason}
+        record = self._record("chat.completion" if self._asked.is_chat else "text_completion")
+        return json.dumps(record | {"choices": [choice], "usage": self._usage or None}).encode()
+
+
+class AsItIs:
+    """The answer of an engine with this API of its own: passed on."""
+
+    ended = False
+
+    def take(self, reply: Reply) -> bytes:
+        self.ended = reply.final
+        return reply.raw

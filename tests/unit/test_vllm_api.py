@@ -1,0 +1,81 @@
+"""What vLLM's answers mean, without a server: metrics, errors, versions, events in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from sidecar.backends.vllm_api import Measures, fault_of, is_too_old, message_of, parse
+from sidecar.backends.vllm_run import _split
+from sidecar.core.words import Fault
+
+SCRAPE = """\
+# HELP vllm:cache_config_info Information of the LLMEngine CacheConfig
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="128",engine="0",num_gpu_blocks="512"} 1.0
+# TYPE vllm:kv_cache_usage_perc gauge
+vllm:kv_cache_usage_perc{engine="0",model_name="base"} 0.25
+# TYPE vllm:lora_requests_info gauge
+vllm:lora_requests_info{max_lora="4",running_lora_adapters="a",waiting_lora_adapters=""} 1.7e9
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="",waiting_lora_adapters=""} 1.8e9
+# TYPE vllm:iteration_tokens_total histogram
+vllm:iteration_tokens_total_bucket{engine="0",le="1.0",model_name="base"} 3.0
+vllm:iteration_tokens_total_count{engine="0",model_name="base"} 7.0
+vllm:iteration_tokens_total_sum{engine="0",model_name="base"} 40.0
+# TYPE process_start_time_seconds gauge
+process_start_time_seconds 1.76e9
+# TYPE http_requests counter
+http_requests_total{handler="/v1/completions"} 12.0
+"""
+
+
+def test_a_scrape_says_how_much_the_engine_takes() -> None:
+    """Of the adapters' series, kept for ever by vLLM, the newest counts."""
+    assert parse(SCRAPE) == Measures(steps=7, kv_tokens=65536, kv_used=16384, slots=2, started_at=1.76e9)
+
+
+def test_a_scrape_that_says_nothing_of_it() -> None:
+    assert parse("python_info 1.0\n") == Measures()
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "fault"),
+    [
+        (404, "The model `sql@0123456789ab` does not exist. Valid aliases: base.", Fault.MISS),
+        (404, "Not Found", Fault.REJECTED),
+        (400, "This model's maximum context length is 1024 tokens.", Fault.REJECTED),
+        (500, "EngineCore encountered an issue. See stack trace (above) for the root cause.", Fault.LOST),
+        (500, "anything else", Fault.REJECTED),
+        (503, "", Fault.LOST),
+    ],
+)
+def test_what_an_error_means(status: int, text: str, fault: Fault) -> None:
+    assert fault_of(status, text) is fault
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [("0.31.1", True), ("0.9.2", True), ("0.32.0", False), ("0.33.0rc1", False), ("1.0", False), ("dev", False)],
+)
+def test_versions_that_can_answer_with_other_weights(version: str, old: bool) -> None:
+    assert is_too_old(version) is old
+
+
+def test_an_errors_own_words() -> None:
+    assert message_of(b'{"error":{"message":"no","type":"BadRequestError","code":400}}') == "no"
+    assert message_of(b"<html>proxy</html>") == "<html>proxy</html>"
+    assert message_of(b'{"detail":"Not Found"}') == '{"detail":"Not Found"}'
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (3, 4, 17), tuple(range(1, 40))])
+async def test_events_come_whole_however_they_are_cut(cuts: Sequence[int]) -> None:
+    stream = b'data: {"a":1}\n\ndata: {"b":2}\n\ndata: [DONE]\n\n'
+    edges = [0, *cuts, len(stream)]
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for begin, end in zip(edges, edges[1:], strict=False):
+            yield stream[begin:end]
+
+    events = [event async for event in _split(pieces())]
+    assert events == [b'data: {"a":1}', b'data: {"b":2}', b"data: [DONE]"]
