@@ -108,10 +108,7 @@ async def serving(
     backend = record.pop("backend", {})
     free = {"address": "127.0.0.1:0"}
     config = {
-        "backends": [
-            {"url": f"triton://{engine.grpc_address}", "id": f"trt-{number}"} | _metrics(engine) | backend
-            for number, engine in enumerate(engines)
-        ],
+        "backends": [_place_of(engine, number) | backend for number, engine in enumerate(engines)],
         "listeners": {"data": free, "admin": free, "http": free},
         "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
     }
@@ -126,8 +123,11 @@ async def serving(
         yield Serving(sidecar, recorder, channel, admin)
 
 
-def _metrics(engine: Any) -> dict[str, str]:
-    return {"metrics": f"http://{engine.metrics_address}/metrics"} if engine.metrics_address else {}
+def _place_of(engine: Any, number: int) -> dict[str, str]:
+    if not hasattr(engine, "grpc_address"):
+        return {"url": f"vllm://{engine.http_address}", "id": f"vllm-{number}"}
+    metrics = {"metrics": f"http://{engine.metrics_address}/metrics"} if engine.metrics_address else {}
+    return {"url": f"triton://{engine.grpc_address}", "id": f"trt-{number}"} | metrics
 
 
 async def until(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:

@@ -33,8 +33,8 @@ class Prompt(Enum):
 class HttpForm:
     """A request for an engine's OpenAI API: its JSON body around the model's name, which is put in at dispatch.
 
-    `before` and `after` are the body up to and behind that JSON string. `model` is what the client wrote there, which the
-    answer says again; `streams` says that the body asks for events.
+    `before` and `after` are the body up to and behind that JSON string. `model` is what the client wrote there, and
+    the answer says again; `streams` says that the body asks for events.
     """
 
     path: str

@@ -8,7 +8,8 @@ page of its cache each, or one of vLLM's slots.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -83,7 +84,7 @@ VLLM_STEPS: tuple[Step[VllmLook], ...] = (
     Step("LoRA updating", registered.updating, ("health", "API key")),
     Step("adapters", registered.registered, ("model",)),
     Step("metrics", declared.metrics, ("reachable",)),
-    Step("shared folder", vllm_runs.folder),
+    Step("shared folder", vllm_runs.folder, ("reachable",)),
     Step("base model", vllm_runs.base, ("health", "model"), RUN_S + SPARE_S),
     Step(
         "adapter",
@@ -93,10 +94,10 @@ VLLM_STEPS: tuple[Step[VllmLook], ...] = (
     ),
     Step("slots", declared.slots, ("reachable",)),
     Step("kept in memory", declared.memory, ("reachable",)),
-    Step("seats", declared.seats),
-    Step("rank", declared.rank),
+    Step("seats", declared.seats, ("reachable",)),
+    Step("rank", declared.rank, ("reachable",)),
 )
-"""Slots come late: the metrics have them once an adapter has answered."""
+"""Slots come late: the metrics have them once something has been asked."""
 
 
 def names_of(kind: str) -> list[str]:
@@ -105,26 +106,29 @@ def names_of(kind: str) -> list[str]:
     return [step.name for step in steps if step.kind in (None, kind)]
 
 
-async def check(target: Target, begun: Callable[[str], None] = lambda name: None) -> AsyncIterator[Finding]:
+async def check(target: Target, begun: Callable[[str], None] = lambda name: None) -> AsyncGenerator[Finding, None]:
     """Yield what each check found, in order, as soon as it is known; `begun` hears the name of each before.
 
     Raises Misused for TLS files or a key that are not there.
     """
     if target.facts.kind == VLLM:
-        async with open_look(target) as vllm:
-            async for finding in _all(VLLM_STEPS, vllm, begun):
+        async with open_look(target) as vllm, aclosing(_all(VLLM_STEPS, vllm, begun)) as findings:
+            async for finding in findings:
                 yield finding
         return
     channel = open_channel(target.address, target.tls)
     try:
         look = Look(target, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel), target.facts)
-        async for finding in _all(STEPS, look, begun):
-            yield finding
+        async with aclosing(_all(STEPS, look, begun)) as findings:
+            async for finding in findings:
+                yield finding
     finally:
         await channel.close(None)
 
 
-async def _all(steps: Sequence[Step[AnyLook]], look: AnyLook, begun: Callable[[str], None]) -> AsyncIterator[Finding]:
+async def _all(
+    steps: Sequence[Step[AnyLook]], look: AnyLook, begun: Callable[[str], None]
+) -> AsyncGenerator[Finding, None]:
     blamed: dict[str, str] = {}
     for step in steps:
         if step.kind not in (None, look.facts.kind):

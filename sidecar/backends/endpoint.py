@@ -53,16 +53,15 @@ class Running(Protocol):
 
 
 class Endpoint(ABC):
-    """One engine endpoint. `look_s` is the time between two looks, `patience_s` how long silence may last."""
+    """One engine endpoint. `look_s` is the time between two looks, `patience_s` how long it may not answer them."""
 
     WIRE_ERRORS: ClassVar[tuple[type[Exception], ...]]
     """What the kind's own library raises when an engine does not answer."""
 
-    def __init__(self, identity: str, address: str, look_s: float, patience_s: float) -> None:
+    def __init__(self, identity: str, address: str, look_s: float, patience_s: float, pulse: Pulse) -> None:
         self.id = identity
         self.address = address
-        self.pulse = Pulse(patience_s, monotonic())
-        self.seen_at_s = monotonic()
+        self.pulse = pulse
         self._look_s = look_s
         self._patience_s = patience_s
         self._post: Callable[[Event], None] = lambda event: None
@@ -268,7 +267,7 @@ class Endpoint(ABC):
             except Misused as error:
                 self._down(error.message)
             except self.WIRE_ERRORS as error:
-                late_s = monotonic() - self.seen_at_s  # a busy server may be, a little
+                late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be, a little
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
                     self._down(f"{self.address} does not answer: {self._words(error)}")
             except Exception as error:

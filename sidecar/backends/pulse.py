@@ -9,17 +9,21 @@ from __future__ import annotations
 
 
 class Pulse:
-    """When an engine last gave a sign of life."""
+    """When an engine last gave a sign of life; `seen_at_s` is when its server last answered a look."""
 
     def __init__(self, timeout_s: float, now_s: float) -> None:
         self._timeout_s = timeout_s
         self._iterations: int | None = None
-        self._heard_at_s = self._moved_at_s = now_s
+        self._heard_at_s = self._moved_at_s = self.seen_at_s = now_s
 
     def begin(self, now_s: float) -> None:
         """Start anew with an engine that has just been reached."""
         self._iterations = None
-        self._heard_at_s = self._moved_at_s = now_s
+        self._heard_at_s = self._moved_at_s = self.seen_at_s = now_s
+
+    def seen(self, now_s: float) -> None:
+        """The server answered a look."""
+        self.seen_at_s = now_s
 
     def heard(self, now_s: float) -> None:
         """A response came, or silence only begins to count now."""

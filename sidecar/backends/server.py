@@ -16,6 +16,7 @@ from sidecar.backends.gauges import Gauges, Scraper
 from sidecar.backends.probe import Probe
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.transport import Transport
+from sidecar.core.events import BackendMeasured
 from sidecar.core.facts import EngineFacts
 from sidecar.core.words import Fault
 from sidecar.errors import Misused
@@ -52,7 +53,6 @@ class Server:
         self.dialect: Dialect = TensorRtLlm()
         self.gauges: Gauges | None = None
         self.pulse = Pulse(sought.progress_timeout_s, monotonic())
-        self.seen_at_s = monotonic()
 
     async def close(self) -> None:
         if self._scraper is not None:
@@ -87,8 +87,7 @@ class Server:
         found = await self._facts_of(config)
         declared = replace(self._sought.facts, kind=self.dialect.kind)
         facts = merge(self._sought.id, declared, found)
-        self.seen_at_s = monotonic()
-        self.pulse.begin(self.seen_at_s)
+        self.pulse.begin(monotonic())
         self.gauges = None
         await self.measure()
         facts = self._with_gauges(facts)
@@ -104,11 +103,23 @@ class Server:
         return self._transport.described(found)
 
     def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
+        gauges = self._gauges_of_all(facts.caches)
+        return replace(facts, seats=facts.seats or gauges.seats, kv_tokens=facts.kv_tokens or gauges.kv_tokens)
+
+    def _gauges_of_all(self, caches: int) -> Gauges:
+        """Return what all instances take: each has a batch of its own, and the gauges are those of one."""
         gauges = self.gauges or Gauges()
-        # Each instance has a batch of its own, and the gauges are those of one.
-        seats = facts.seats or (gauges.seats and gauges.seats * facts.caches)
-        kv_tokens = facts.kv_tokens or (gauges.kv_tokens and gauges.kv_tokens * facts.caches)
-        return replace(facts, seats=seats, kv_tokens=kv_tokens)
+        seats, kv_tokens = gauges.seats and gauges.seats * caches, gauges.kv_tokens and gauges.kv_tokens * caches
+        return replace(gauges, seats=seats, kv_tokens=kv_tokens, kv_used=gauges.kv_used if caches == 1 else None)
+
+    def measured(self) -> BackendMeasured | None:
+        """Return how much the engine takes and how full it is, None where that is not known."""
+        if self.gauges is None:
+            return None
+        gauges, facts = self._gauges_of_all(self._caches), self._sought.facts
+        return BackendMeasured(
+            self._sought.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
+        )
 
     async def measure(self) -> bool:
         """Read the gauges; return whether they say that the engine has restarted."""
@@ -132,7 +143,7 @@ class Server:
             changed = await self.changed()
         except Misused as unready:
             return unready.message
-        self.seen_at_s = monotonic()
+        self.pulse.seen(monotonic())
         if restarted:
             return "it has restarted: its iteration counter went back"
         return CHANGED if changed else None

@@ -23,6 +23,7 @@ from sidecar.backends.dialects import VLLM
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_words
 from sidecar.backends.loads import LoadResult
+from sidecar.backends.pulse import Pulse
 from sidecar.backends.vllm_api import ALREADY, DEAD, Measures, VllmApi, is_too_old, message_of
 from sidecar.backends.vllm_run import VllmRun
 from sidecar.core.effects import Dispatch, Load
@@ -66,14 +67,15 @@ class VllmBackend(Endpoint):
     streams = True
 
     def __init__(self, options: VllmOptions) -> None:
-        super().__init__(options.id, options.url, options.look_s, options.progress_timeout_s)
+        pulse = Pulse(options.progress_timeout_s, monotonic())
+        super().__init__(options.id, options.url, options.look_s, options.progress_timeout_s, pulse)
         self.options = options
         self._client = _client(options)
         self._api = VllmApi(options.id, self._client)
         self._base = ""
         self._version = ""
         self._unknown = ""
-        self._hung_before = False
+        self._distrusted = False
         self._registered: dict[str, str] = {}
         """The engine's name of each packed key that is registered there."""
         self._others = 0
@@ -92,14 +94,13 @@ class VllmBackend(Endpoint):
             )
         served = await self._api.models()
         self._base = served.base
-        if self._hung_before:
+        if self._distrusted:
             await self._api.answer_once(self._base, self._patience_s)
         await self._clear_away(served.adapters)
         self._seen = await self._api.measures()
-        self.seen_at_s = monotonic()
-        self.pulse.begin(self.seen_at_s)
-        self.pulse.counted(self._seen.steps, self.seen_at_s)
-        self._hung_before = False
+        self.pulse.begin(monotonic())
+        self.pulse.counted(self._seen.steps, monotonic())
+        self._distrusted = False
         facts = self._facts(served.sequence_tokens_max)
         self._unknown = unknown_words(facts)
         return facts
@@ -140,7 +141,7 @@ class VllmBackend(Endpoint):
 
     async def _look(self) -> str | None:
         await self._api.healthy()
-        self.seen_at_s = monotonic()
+        self.pulse.seen(monotonic())
         before, self._seen = self._seen, await self._api.measures()
         went_back = self.pulse.counted(self._seen.steps, monotonic())
         if went_back or (before.started_at and self._seen.started_at and self._seen.started_at != before.started_at):
@@ -153,7 +154,6 @@ class VllmBackend(Endpoint):
         if not self.pulse.is_counted and await self._answers():
             self.pulse.heard(monotonic())
             return False
-        self._hung_before = True
         return True
 
     async def _answers(self) -> bool:
@@ -242,6 +242,9 @@ class VllmBackend(Endpoint):
                     await self._api.unload(name, CLOSE_TIMEOUT_S)
         except (httpx.HTTPError, TimeoutError) as error:
             logger.info("%s was not told to forget its adapters: %s", self.id, self._words(error))
+
+    def _was_lost(self) -> None:
+        self._distrusted = True  # until it has answered a token
 
     @staticmethod
     def _is_late(error: Exception) -> bool:

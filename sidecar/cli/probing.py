@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -157,10 +157,11 @@ async def _show(target: Target, report: Report, as_json: bool) -> None:
     out = console()
     lines = None if as_json else Lines(out)
     with _spinner(out, as_json) as begun:
-        async for finding in check(target, begun):
-            report.findings.append(finding)
-            if lines is not None:
-                lines.show(finding)
+        async with aclosing(check(target, begun)) as findings:
+            async for finding in findings:
+                report.findings.append(finding)
+                if lines is not None:
+                    lines.show(finding)
     if lines is not None:
         lines.flush()
         out.print(f"\n{target.id}: {report.words()}")
@@ -202,8 +203,9 @@ async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], b
         report.findings.append(skipped(f'there are no checks for the kind "{backend.scheme}"'))
         return report
     try:
-        async for finding in check(_target(backend, config, served), begun):
-            report.findings.append(finding)
+        async with aclosing(check(_target(backend, config, served), begun)) as findings:
+            async for finding in findings:
+                report.findings.append(finding)
     except Misused as error:
         raise CommandError(f"{backend.identity}: {error.message}", Exit.MISUSED, error.reason.value) from error
     begun("done")

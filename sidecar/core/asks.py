@@ -230,19 +230,9 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
         return Why.KV_FULL
     if backend.lone_load is not None and request.losses:
         return Why.APART
-    if backend.facts.base_apart and _is_others_turn(state, backend, request):
-        return Why.APART
+    if backend.facts.base_apart and any(other in backend.running for other in others_of(state, backend, request)):
+        return Why.APART  # whose turn it is when they have ended is for the policy to say, as ever
     return None
-
-
-def _is_others_turn(state: State, backend: Backend, request: Request) -> bool:
-    """Whether the base model and adapters may not run together, and it is the other side's turn.
-
-    It is while one of them runs, and when one of them has waited for the longest: then nothing of ours is added.
-    """
-    others = others_of(state, backend, request)
-    oldest = next(iter(backend.queued), None)
-    return any(other in backend.running for other in others) or (oldest is not None and oldest in others)
 
 
 def others_of(state: State, backend: Backend, request: Request) -> set[int]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from sidecar.emulator.face import Options, Server, serve
 from sidecar.emulator.face.options import TRITON
 from sidecar.emulator.openai import VllmOptions, VllmServer, serve_vllm
+from sidecar.emulator.openai.loop import EngineDied
 from sidecar.emulator.shape import ALL_LINEAR, SHAPES
 from sidecar.emulator.spec import SCHEDULERS, VLLM
 
@@ -159,6 +160,9 @@ def emulate(
     runtime_lora: Annotated[
         bool, typer.Option(help="VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.", rich_help_panel=_VLLM)
     ] = True,
+    stream_interval: Annotated[
+        int, typer.Option(help="Tokens in a chunk of a stream, the first chunk aside.", rich_help_panel=_VLLM)
+    ] = 1,
     api_key: Annotated[
         str | None, typer.Option(help="What clients must bring as bearer token.", rich_help_panel=_VLLM)
     ] = None,
@@ -221,6 +225,7 @@ def emulate(
             "max_loras": max_loras,
             "max_cpu_loras": max_cpu_loras,
             "runtime_lora": runtime_lora,
+            "stream_interval": stream_interval,
             "api_key": api_key,
             "fail_load": tuple(fail_load or ()),
             "mixing_breaks_base": mixing_breaks_base,
@@ -293,7 +298,10 @@ async def _run(options: Options, as_json: bool) -> None:
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
-    await asyncio.gather(*waits, return_exceptions=True)
+    for ending in await asyncio.gather(*waits, return_exceptions=True):
+        if isinstance(ending, EngineDied):
+            # As vLLM's does, the process ends well all the same.
+            Console(stderr=True).print(f"[red]emulate:[/red] the engine died: {ending}", highlight=False)
     await server.stop(GRACE_S)
 
 

@@ -33,6 +33,10 @@ class VllmPlanner(VllmIntake):
 
     def plan(self, now_ns: int) -> Batch | None:
         """The next step, its adapters on the GPU; None when nothing can run until something changes."""
+        # What nobody uses any more can be pushed out by the loads that come now.
+        still = self._in_use & {sequence.task_id for sequence in self._running}
+        self._slots.change([], sorted(self._in_use - still))
+        self._in_use = still
         self._fetch()
         self._fail_all()
         budget = self._schedule_running()

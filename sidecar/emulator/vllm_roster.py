@@ -44,6 +44,8 @@ class VllmRoster(VllmIntake):
 
     def plan(self, now_ns: int) -> Batch | None:
         """The next step, its adapters on the GPU; None when nothing can run until something changes."""
+        # What nobody uses any more can be pushed out by the loads that come now.
+        self._slots.change([], sorted(self._adapters.drain_changes()[1]))
         self._fetch()
         self._fail_all()
         is_complete = self._schedule_running()

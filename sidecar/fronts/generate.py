@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.backends.api import Reply, Ticket
+import grpc
+
+from sidecar.backends.api import HttpRejection, Reply, Ticket
 from sidecar.backends.dialects import TRITON_LLMAPI
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
@@ -36,7 +38,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         finally:
             self._gateway.close(ticket)
         if ending is not None and ending.reason is not None:
-            await context.abort(*status_of_ending(ending, hide_backend=self._hide_backend))
+            await context.abort(*status_of_ending(ending, _code_of(ending, ticket), self._hide_backend))
 
     def _submit(self, request: Any, context: Any) -> Ticket:
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
@@ -113,3 +115,10 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         origin.output_tokens = tokens
         origin.input_tokens = len(request.tokens.ids) or len(request.text.encode())
         origin.request_id = request.request_id or str(ticket.request)
+
+
+def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:
+    """Return the code of a request that an engine refuses as its client's fault; None for the reason's own."""
+    rejection: Any = ticket.rejected_with
+    refused = ending.reason is Reason.BACKEND_REJECTED and isinstance(rejection, HttpRejection)
+    return grpc.StatusCode.INVALID_ARGUMENT if refused and 400 <= rejection.status < 500 else None

@@ -13,7 +13,7 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, eviction, latency, miss, packing, relay, restart, stall, truth, wire
+from tests.bench import core, eviction, latency, miss, openai, packing, relay, restart, stall, truth, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -22,6 +22,7 @@ BENCHES = {
     "relay": relay.bench,
     "latency": latency.bench,
     "miss": miss.bench,
+    "openai": openai.bench,
     "wire": wire.bench,
     "stall": stall.bench,
     "packing": packing.bench,

@@ -7,29 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.adapters.base_model import base_model_of
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.checking import STEPS, check
+from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import Finding, State, Target
-from tests.looking import engine_and_target, worse
-
-TINY_BASE = base_model_of(
-    {
-        "_name_or_path": "tiny-llama",
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 160,
-    }
-)
+from tests.looking import TINY_BASE, engine_and_target, worse
 
 
 async def look_at_files(target: Target) -> dict[str, Finding]:
     """Return the findings at an engine that reads adapters from files: those of the other kind are not among them."""
     found = [finding async for finding in check(target)]
-    assert [finding.check for finding in found] == [s.name for s in STEPS if s.kind in (None, "triton_llmapi")]
+    assert [finding.check for finding in found] == names_of("triton_llmapi")
     return {finding.check: finding for finding in found}
 
 
@@ -44,7 +31,7 @@ async def test_an_engine_that_reads_files(tmp_path: Path, decoupled: bool) -> No
         expected = {"metrics": State.WARNING}  # this kind publishes none
         assert worse(found) == expected | ({} if decoupled else {"decoupled": State.WARNING})
         assert "staged, loaded by the engine" in found["adapter"].text
-        assert [path for path in shared.iterdir() if not path.name.startswith(".")] == []
+        assert list(shared.iterdir()) == []
 
 
 async def test_a_folder_that_the_engine_does_not_see(tmp_path: Path) -> None:

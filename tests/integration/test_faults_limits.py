@@ -130,7 +130,7 @@ async def test_a_trouble_that_lasts_is_logged_once(caplog: pytest.LogCaptureFixt
         await reached.wait()
         reached.clear()
         await reached.wait()
-        lines = [record for record in caplog.records if record.name == "sidecar.backends.triton"]
+        lines = [record for record in caplog.records if record.name == "sidecar.backends.endpoint"]
         assert len([line for line in lines if "float32" in line.getMessage()]) == 1
 
 

@@ -156,7 +156,7 @@ def _write(source: Path, base: BaseModel, rank: int) -> str:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": base.name or "not named",
         "r": rank,
         "lora_alpha": rank,
         "target_modules": [PROJECTIONS[module].rpartition(".")[2]],

@@ -73,8 +73,13 @@ class Adapters:
             adapter = await asyncio.to_thread(self._read, name, path)
             copy = self._copy_of(name, path, adapter)
             copy.in_place = fields.load_inplace
-            await self._put(copy)
             copy.is_named = True
+            try:
+                await self._put(copy)
+            except ApiError:
+                copy.is_named = name in self.copies
+                copy.let_go()
+                raise
             self.copies[name] = copy
         return f"Success: LoRA adapter '{name}' added successfully."
 

@@ -22,6 +22,7 @@ from sidecar.emulator.openai.fields import (
     LoadFields,
     TokenizeFields,
     UnloadFields,
+    missing,
     read_fields,
     read_json,
 )
@@ -119,8 +120,10 @@ class Routes:
         if fields.prompt is not None:
             with_start = fields.add_special_tokens is not False
             tokens = ByteTokenizer().encode(fields.prompt) if with_start else plain_tokens(fields.prompt)
+        elif fields.messages is not None:
+            tokens = prompt_of(fields.messages, fields.add_generation_prompt)
         else:
-            tokens = prompt_of(fields.messages or [], fields.add_generation_prompt)
+            raise missing("prompt", "messages")
         strings = token_strings(tokens) if fields.return_token_strs else None
         found = {"count": len(tokens), "max_model_len": self._longest, "tokens": tokens, "token_strs": strings}
         return _json(found)

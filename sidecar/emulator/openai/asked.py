@@ -1,4 +1,7 @@
-"""From a request's fields to sequences: the checks that vLLM makes, in its order and with its texts."""
+"""From a request's fields to sequences: the checks that vLLM makes, in its order and with its texts.
+
+Some it makes so late that a stream has begun: `Asked.fault` is what they found, and a stream says it as an event.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from sidecar.emulator.tokens import EOS, ByteTokenizer
 
 @dataclass(frozen=True)
 class Asked:
-    """What one HTTP request asks of the engine: prompts, `n` answers to each, and when they end."""
+    """What one HTTP request asks of the engine: prompts, `n` answers to each, and when they end; or what is wrong."""
 
     prompts: tuple[list[int], ...]
     max_tokens: tuple[int, ...]
     n: int
     stops: Stops
     bias: dict[int, float]
+    fault: ApiError | None = None
 
 
 def check_completion_body(content: object) -> None:
@@ -56,9 +60,6 @@ def chat_of(fields: ChatFields, spec: EngineSpec) -> Asked:
     _refuse(fields, {"echo": fields.echo, "logprobs": bool(fields.logprobs)})
     if fields.tools and fields.tool_choice != "none":
         raise ApiError('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set')
-    for place, message in enumerate(fields.messages):
-        if not isinstance(message.get("role"), str):
-            raise ApiError(f"message {place} has no role", param="messages")
     prompt = prompt_of(fields.messages, fields.add_generation_prompt)
     _check_length(prompt, spec, is_text=True)
     wanted = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
@@ -78,11 +79,33 @@ def _asked(fields: Sampling, prompts: Sequence[list[int]], wanted: int | None, n
         fields.min_tokens,
         fields.include_stop_str_in_output,
     )
-    bias = {int(token): size for token, size in (fields.logit_bias or {}).items() if token.isdecimal()}
-    for token in (*bias, *stops.token_ids):
-        if token >= spec.shape.vocab:
-            raise ApiError(f"token id {token} is out of vocabulary")
-    return Asked(tuple(prompts), limits, n, stops, bias)
+    bias = _bias(fields)
+    fault = _unknown_tokens(prompts, {"logit_bias": list(bias), "stop_token_ids": list(stops.token_ids)}, spec)
+    return Asked(tuple(prompts), limits, n, stops, bias, fault)
+
+
+def _bias(fields: Sampling) -> dict[int, float]:
+    given = fields.logit_bias or {}
+    strange = [token for token in given if not token.lstrip("+-").isdecimal()]
+    if strange:
+        text = f"logit_bias contains key(s) that cannot be converted to integer token IDs: {strange}"
+        raise invalid(text, "logit_bias", strange)
+    return {int(token): size for token, size in given.items()}
+
+
+def _unknown_tokens(prompts: Sequence[list[int]], named: dict[str, list[int]], spec: EngineSpec) -> ApiError | None:
+    vocabulary = spec.shape.vocab
+    for prompt in prompts:
+        if not prompt:
+            return ApiError("The decoder prompt cannot be empty")
+        if max(prompt) >= vocabulary:
+            return ApiError(f"Token id {max(prompt)} is out of vocabulary")
+    for name, tokens in named.items():
+        strange = [token for token in tokens if not 0 <= token < vocabulary]
+        if strange:
+            text = f"token_id(s) {strange} in {name} contain out-of-vocab token ids. Vocabulary size: {vocabulary}"
+            return invalid(text, name, strange)
+    return None
 
 
 def _prompts(fields: CompletionFields, spec: EngineSpec) -> list[list[int]]:
@@ -92,9 +115,9 @@ def _prompts(fields: CompletionFields, spec: EngineSpec) -> list[list[int]]:
     if not prompt:
         raise ApiError("You must pass at least one prompt")
     if isinstance(prompt[0], int):
-        return [_checked([token for token in prompt if isinstance(token, int)], spec)]
+        return [_fitting([token for token in prompt if isinstance(token, int)], spec)]
     return [
-        _tokens(each, fields.add_special_tokens, spec) if isinstance(each, str) else _checked(each, spec)
+        _tokens(each, fields.add_special_tokens, spec) if isinstance(each, str) else _fitting(each, spec)
         for each in prompt
         if not isinstance(each, int)
     ]
@@ -112,15 +135,11 @@ def _tokens(text: str, with_start: bool, spec: EngineSpec) -> list[int]:
         )
     tokens = ByteTokenizer().encode(text) if with_start else plain_tokens(text)
     _check_length(tokens, spec, is_text=True)
-    return _checked(tokens, spec)
+    return tokens
 
 
-def _checked(tokens: list[int], spec: EngineSpec) -> list[int]:
+def _fitting(tokens: list[int], spec: EngineSpec) -> list[int]:
     _check_length(tokens, spec, is_text=False)
-    if not tokens:
-        raise ApiError("The decoder prompt cannot be empty")
-    if max(tokens) >= spec.shape.vocab:
-        raise ApiError(f"Token id {max(tokens)} is out of vocabulary")
     return tokens
 
 

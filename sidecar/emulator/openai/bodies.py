@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Head:
-    """What all bodies of one answer say of it, and whether they show token ids and counts."""
+    """What all bodies of one answer say of it, and what else they show; `role` is who speaks in a chat."""
 
     answer_id: str
     created: int
@@ -41,6 +41,7 @@ class Head:
     shows_ids: bool
     shows_usage: bool = False
     shows_usage_always: bool = False
+    role: str = ASSISTANT
 
 
 class Bodies(ABC):
@@ -152,7 +153,7 @@ class ChatBodies(Bodies):
         rest: Json = {"prompt_token_ids": prompt if self.head.shows_ids else None, "prompt_text": None}
         if self.head.shows_usage_always:
             rest = {"usage": self._running_usage(len(prompt), 0)} | rest
-        delta = {"role": ASSISTANT, "content": ""}
+        delta = {"role": self.head.role, "content": ""}
         choices = ({"index": work.place, "delta": delta, "logprobs": None, "finish_reason": None} for work in works)
         return [event(self._chunk([choice]) | rest) for choice in choices]
 
@@ -162,7 +163,7 @@ class ChatBodies(Bodies):
         choices = [
             {
                 "index": piece.work.place,
-                "message": {"role": ASSISTANT, "content": piece.text, **nothing},
+                "message": {"role": self.head.role, "content": piece.text, **nothing},
                 "logprobs": None,
                 "finish_reason": piece.finish_reason,
                 "stop_reason": piece.stop_reason,

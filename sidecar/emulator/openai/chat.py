@@ -8,9 +8,9 @@ The template, as a tokenizer's configuration would have it:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from sidecar.emulator.openai.errors import ApiError
+from sidecar.emulator.openai.fields import Message
 from sidecar.emulator.tokens import BOS, EOS, PAD, ByteTokenizer
 
 ASSISTANT = "assistant"
@@ -19,11 +19,11 @@ LONGEST_TOKEN = max(map(len, SPECIAL_TOKENS.values()))
 """Characters that one token can stand for, by which vLLM bounds a text before it reads it."""
 
 
-def prompt_of(messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+def prompt_of(messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
     """Return the tokens of a conversation. Raises ApiError for one that is empty or has parts that are not text."""
     if not messages:
         raise ApiError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-    text = "".join(f"{message['role']}: {_content_of(message)}\n" for message in messages)
+    text = "".join(f"{message.role}: {_content_of(message)}\n" for message in messages)
     return ByteTokenizer().encode(text + (f"{ASSISTANT}: " if add_generation_prompt else ""))
 
 
@@ -44,19 +44,19 @@ def full_text(tokens: Sequence[int]) -> str:
         if token in SPECIAL_TOKENS:
             parts += [pending.decode("utf-8", "replace"), SPECIAL_TOKENS[token]]
             pending.clear()
-        else:
+        elif token < len(_LETTERS):
             pending.append(token)
     return "".join([*parts, pending.decode("utf-8", "replace")])
 
 
-def _content_of(message: dict[str, Any]) -> str:
-    content = message.get("content")
+def _content_of(message: Message) -> str:
+    content = message.content
     if content is None or isinstance(content, str):
         return content or ""
-    for part in content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ApiError(f"this model takes text only, not a content part of type {part.get('type')!r}")
-    return "\n".join(part["text"] for part in content)
+    texts = [part.get("text") for part in content if part.get("type") == "text"]
+    if len(texts) < len(content):
+        raise ApiError("the emulated engine is not a multimodal model: it takes parts of type text only")
+    return "\n".join(map(str, texts))
 
 
 def _letters() -> list[str]:

@@ -46,7 +46,7 @@ class Sampling(BaseModel):
     request_id: str | None = None
     return_token_ids: bool | None = None
     seed: int | None = None
-    stop: str | list[str] | None = Field(default_factory=list)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(default_factory=list)
     stop_token_ids: list[int] | None = Field(default_factory=list)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -75,10 +75,17 @@ class CompletionFields(Sampling):
     add_special_tokens: bool = True
 
 
+class Message(BaseModel):
+    """One message of a conversation: a text, or parts of which only texts are taken."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
 class ChatFields(Sampling):
     """`POST /v1/chat/completions`."""
 
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     logprobs: bool | None = False
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
@@ -110,7 +117,7 @@ class TokenizeFields(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool | None = False
@@ -152,6 +159,12 @@ def read_fields(kind: type[Fields], content: Any) -> Fields:
             text = "Input should be a valid dictionary or object to extract fields from"
             raise _refused([_shown("model_attributes_type", ["body"], text, content)], "body") from error
         raise _refused([_shown_error(each) for each in errors], _place(["body", *errors[0]["loc"]])) from error
+
+
+def missing(*names: str) -> ApiError:
+    """Return the refusal of a body that has none of these fields."""
+    errors = [_shown("missing", ["body", name], "Field required", {}) for name in names]
+    return _refused(errors, f"body.{names[0]}")
 
 
 def _refused(errors: Sequence[str], param: str | None = None) -> ApiError:

@@ -1,7 +1,9 @@
 """Reads an adapter's folder as vLLM does: what its configuration says is believed, whatever the tensors are.
 
 The rank in adapter_config.json gives the scale and is what is compared with the limit; so `r: 8` over tensors of rank
-16 loads, and answers with the wrong scale. Only one file of safetensors is looked for.
+16 loads, and answers with the wrong scale. Tensors are copied into slots that were made for the model: smaller ones
+leave the rest of the slot zero, layers that the model has not got are left out, and only larger ones are refused. Only
+one file of safetensors is looked for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from sidecar.emulator.shape import HF_MODULES, ModelShape, module_dims
 from sidecar.emulator.spec import EngineSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32}
+_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32}
 _TENSOR = re.compile(r"(?:base_model\.model\.)?((?:\w+\.)*?layers\.(\d+)\.\w+\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
 _ID_BITS = 63
 
@@ -51,9 +53,13 @@ def read_adapter(name: str, path: str, spec: EngineSpec) -> Adapter:
     if not weights.is_file():
         raise BadAdapter(f"{folder} doesn't contain tensors")
     tensors = _tensors(weights.read_bytes())
+    if not tensors:
+        raise BadAdapter("")
     _check_modules(folder, tensors)
     pairs = _pairs(tensors)
-    factors = {key: _factors(pair, lora, key, spec) for key, pair in sorted(pairs.items())}
+    factors = {
+        key: _factors(pair, lora, key, spec) for key, pair in sorted(pairs.items()) if key[0] < spec.shape.layers
+    }
     dims = module_dims(spec.shape)
     rows = tuple(Row(dims[module].module_id, layer, pair.A.shape[0]) for (layer, module), pair in factors.items())
     return Adapter(rows, PackedAdapter(factors), _content_id(name, lora, tensors))
@@ -81,7 +87,9 @@ class Tensor:
         """Return the numbers. Raises BadAdapter for a type that no adapter has."""
         if self.dtype not in _DTYPES:
             raise BadAdapter(f"tensors of type {self.dtype} are no adapter's")
-        return widen(np.frombuffer(self.data, _DTYPES[self.dtype])).reshape(self.shape)
+        values = np.frombuffer(self.data, _DTYPES[self.dtype])
+        known = values if values.dtype in (np.float16, np.uint16, np.float32) else values.astype(np.float32)
+        return widen(known).reshape(self.shape)
 
 
 def _config(folder: Path, max_rank: int | None) -> Lora:
@@ -89,7 +97,7 @@ def _config(folder: Path, max_rank: int | None) -> Lora:
         return read_config(json.loads((folder / CONFIG).read_text()), max_rank)
     except NotADirectoryError as error:
         raise FileNotFoundError(str(error)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise BadAdapter(str(error)) from error
@@ -99,20 +107,26 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
         entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise BadAdapter(str(error)) from error
+        # The library says a little more when a file is opened, as the engine does, than when its bytes are given.
+        raise BadAdapter(str(error).replace("deserializing:", "deserializing header:")) from error
     return {
         name: Tensor(entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in sorted(entries)
     }
 
 
 def _check_modules(folder: Path, names: Iterable[str]) -> None:
-    matches = [(name, _TENSOR.fullmatch(name)) for name in names]
-    unknown = [_module_name(name) for name, match in matches if match is None or match[3] not in HF_MODULES]
+    unknown = []
+    for name in names:
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise BadAdapter(f"{name} is unsupported LoRA weight")
+        if match[3] not in HF_MODULES:
+            unknown.append(_module_name(name))
     if unknown:
         expected = ", ".join(repr(module) for module in sorted(HF_MODULES))
         raise BadAdapter(
             f"While loading {folder}, expected target modules in {{{expected}}} but received "
-            f"{list(dict.fromkeys(unknown))}. Please verify that the loaded LoRA module is correct"
+            f"{unknown}. Please verify that the loaded LoRA module is correct"
         )
 
 
@@ -131,26 +145,23 @@ def _pairs(tensors: dict[str, Tensor]) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def _factors(pair: dict[str, Any], lora: Lora, key: tuple[int, str], spec: EngineSpec) -> Factors:
-    path = pair["path"]
     if "A" not in pair or "B" not in pair:
-        raise BadAdapter(f"{path} has only one of lora_A and lora_B")
-    A, B = pair["A"], pair["B"]
-    _check_dims(A, B, key, spec)
-    scaled = B * np.float32(lora.scale(path))
-    return Factors(rounded(A, spec.dtype), np.ascontiguousarray(rounded(scaled, spec.dtype).T))
-
-
-def _check_dims(A: Float32, B: Float32, key: tuple[int, str], spec: EngineSpec) -> None:
-    """Raise BadAdapter for factors that do not fit into the engine's slots, in the words of the copy that fails."""
+        raise BadAdapter("unsupported operand type(s) for *=: 'NoneType' and 'float'")
     in_dim, out_dim = _dims(spec.shape, key[1])
-    room = spec.max_lora_rank
-    if key[0] >= spec.shape.layers:
-        raise BadAdapter(f"layer {key[0]} is not one of the model's {spec.shape.layers}")
-    for size, expected, dimension in ((A.shape[1], in_dim, 1), (B.shape[0], out_dim, 0)):
-        if size != expected:
-            raise BadAdapter(_no_fit(expected, size, dimension))
-    if A.shape[0] > room or B.shape[1] != A.shape[0]:
-        raise BadAdapter(_no_fit(room, max(A.shape[0], B.shape[1]), 0))
+    A = _in_slot(pair["A"], (spec.max_lora_rank, in_dim))
+    B = _in_slot(pair["B"] * np.float32(lora.scale(pair["path"])), (out_dim, spec.max_lora_rank))
+    rank = max(pair["A"].shape[0], pair["B"].shape[1])
+    return Factors(rounded(A[:rank], spec.dtype), np.ascontiguousarray(rounded(B[:, :rank], spec.dtype).T))
+
+
+def _in_slot(values: Float32, room: tuple[int, int]) -> Float32:
+    """Return a factor in a slot of zeros. Raises BadAdapter in the words of the copy that fails."""
+    for dimension, (size, most) in enumerate(zip(values.shape, room, strict=True)):
+        if size > most:
+            raise BadAdapter(_no_fit(most, size, dimension))
+    slot = np.zeros(room, np.float32)
+    slot[: values.shape[0], : values.shape[1]] = values
+    return slot
 
 
 def _dims(shape: ModelShape, module: str) -> tuple[int, int]:

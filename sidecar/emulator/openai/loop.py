@@ -26,7 +26,7 @@ from sidecar.emulator.openai.work import LENGTH, STOP, Asking, Token
 from sidecar.emulator.vllm import ENGINE_DIED
 
 
-class EngineDied(Exception):
+class EngineDied(RuntimeError):
     """The engine's process is over; the text says what of."""
 
 
@@ -122,8 +122,6 @@ class VllmDriver(Driver):
         for failure in failures:
             if failure.text.startswith(ENGINE_DIED):
                 raise EngineDied(failure.text)
-            if failure.cancelled:
-                self._metrics.aborted()
         super()._fail(failures)
         if failures:
             self._metrics.scheduled(self._scheduled())
@@ -150,7 +148,7 @@ class VllmDriver(Driver):
         slots = {work.task_id for work in running if work.task_id is not None}
         is_full = len(slots) >= self.engine.spec.device_pages
         deferred = sum(is_full and work.task_id is not None and work.task_id not in slots for work in waiting)
-        names = dict.fromkeys(work.copy.name for work in works if work.copy is not None)
+        names = dict.fromkeys(work.copy.name for work in running if work.copy is not None)
         return Scheduled(len(running), len(waiting) - deferred, deferred, tuple(names), self._kv_usage())
 
     def _kv_usage(self) -> float:

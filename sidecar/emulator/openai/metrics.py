@@ -1,8 +1,8 @@
 """vLLM's metrics. They change when a step ends or requests leave, as the real ones do, and not when they are scraped.
 
 `vllm:lora_requests_info` has one series for each combination of labels that ever was, with the time at which it was so
-last; both lists name the adapters of all requests in the engine, running or not. Nothing shows which adapters are in
-slots.
+last; both lists name the adapters of the requests that have begun to answer. Neither those that only wait nor those
+that lie in a slot are told. A request that its client left counts as no kind of ending.
 """
 
 from __future__ import annotations
@@ -92,10 +92,6 @@ class Metrics:
         self._success.labels(**self._labels, finished_reason=reason).inc()
         self._first.observe((work.first_token_ns - work.arrival_ns) / 1e9)
         self._whole.observe((work.last_token_ns - work.arrival_ns) / 1e9)
-
-    def aborted(self) -> None:
-        """A request was left by its client."""
-        self._success.labels(**self._labels, finished_reason="abort").inc()
 
     def scrape(self) -> bytes:
         """Return the text format."""

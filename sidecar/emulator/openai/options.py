@@ -18,9 +18,10 @@ class VllmOptions(Options):
     `seats` is --max-num-seqs, `max_seq_tokens` --max-model-len, `max_tokens_per_step` --max-num-batched-tokens.
     `served_model_name` are the names of the base model, the first one that answers carry; without any it is the
     shape's. `max_cpu_loras` None is as many as `max_loras`. `runtime_lora` is VLLM_ALLOW_RUNTIME_LORA_UPDATING: without
-    it there are no routes to load and unload. `api_key` is what clients must bring. `fail_load` names adapters whose
-    load calls fail. With `mixing_breaks_base` requests of the base model come out wrong in a step that has requests of
-    adapters too, as in vLLM's build for CPUs. Raises ValueError where options contradict each other.
+    it there are no routes to load and unload. `stream_interval` tokens come in one chunk of a stream, except for the
+    first; the real one joins more when it is pressed. `api_key` is what clients must bring. `fail_load` names adapters
+    whose load calls fail. With `mixing_breaks_base` requests of the base model come out wrong in a step that has
+    requests of adapters too, as in vLLM's build for CPUs. Raises ValueError where options contradict each other.
     """
 
     protocol: str = VLLM
@@ -32,6 +33,7 @@ class VllmOptions(Options):
     max_cpu_loras: int | None = None
     tokens_per_block: int = 128
     runtime_lora: bool = True
+    stream_interval: int = 1
     api_key: str | None = None
     fail_load: tuple[str, ...] = ()
     mixing_breaks_base: bool = False

@@ -18,7 +18,7 @@ from sidecar.emulator.face.served import Served, ServedLog
 from sidecar.emulator.openai.adapters import Adapters
 from sidecar.emulator.openai.app import VERSION, Routes
 from sidecar.emulator.openai.compute import ByContent, ByLlama
-from sidecar.emulator.openai.loop import VllmDriver
+from sidecar.emulator.openai.loop import EngineDied, VllmDriver
 from sidecar.emulator.openai.metrics import Metrics
 from sidecar.emulator.openai.options import VllmOptions, vllm_spec_of
 from sidecar.emulator.openai.serving import Serving
@@ -38,7 +38,7 @@ class VllmServer:
         self._log = ServedLog(options.served_log)
         self._metrics = Metrics(options.names[0], spec)
         self._driver = _driver_of(options, spec, self._log, self._metrics)
-        serving = Serving(self._driver, options.names, _fingerprint(spec))
+        serving = Serving(self._driver, options, _fingerprint(spec))
         self.adapters = Adapters(options.names, spec, options.fail_load, serving.put)
         serving.adapters = self.adapters
         routes = Routes(options, serving, self._driver, self._metrics, self._end)
@@ -72,12 +72,15 @@ class VllmServer:
             self._serving.result()
 
     async def failed(self) -> None:
-        """Wait until the server has ended because its engine died, and raise what of."""
+        """Wait until the server has ended because its engine died, and raise what of: EngineDied, or an error."""
         await asyncio.wait([self._serving])
         self._driving.result()
 
     async def stop(self, grace: float | None = None) -> None:
-        """Accept nothing new, give what runs `grace` seconds, then end it. Raises what ended the driver by error."""
+        """Accept nothing new, give what runs `grace` seconds, then end it. Raises an error that ended the driver.
+
+        That the engine died of an adapter is no error but what was asked for.
+        """
         self._http.should_exit = True
         await asyncio.wait([self._serving], timeout=grace or 0)
         self._http.force_exit = True
@@ -88,7 +91,7 @@ class VllmServer:
         endings = await asyncio.gather(self._driving, self._serving, self._watching, return_exceptions=True)
         self._log.close()
         for ending in endings:
-            if isinstance(ending, Exception):
+            if isinstance(ending, Exception) and not isinstance(ending, EngineDied):
                 raise ending
 
     def _end(self) -> None:

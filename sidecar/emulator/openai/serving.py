@@ -10,12 +10,14 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from sidecar.emulator.face.errors import BackendError
 from sidecar.emulator.face.generation import Generation, LoraTensors
@@ -32,9 +34,11 @@ from sidecar.emulator.openai.bodies import DONE, Bodies, ChatBodies, CompletionB
 from sidecar.emulator.openai.errors import ApiError, EngineDead, internal
 from sidecar.emulator.openai.fields import ChatFields, CompletionFields, Sampling, read_fields, read_json
 from sidecar.emulator.openai.loop import VllmDriver
+from sidecar.emulator.openai.options import VllmOptions
 from sidecar.emulator.openai.work import Asking, Token, load_call
 from sidecar.emulator.vllm import ENGINE_DIED
 
+Answer = TypeVar("Answer")
 LEFT = Response(status_code=499)
 """What nobody reads."""
 
@@ -42,10 +46,10 @@ LEFT = Response(status_code=499)
 class Serving:
     """Answers generation requests with one engine."""
 
-    def __init__(self, driver: VllmDriver, base_names: Sequence[str], fingerprint: str) -> None:
+    def __init__(self, driver: VllmDriver, options: VllmOptions, fingerprint: str) -> None:
         self.adapters: Adapters
         self._driver = driver
-        self._base_names = base_names
+        self._options = options
         self._fingerprint = fingerprint
         self._numbers = itertools.count(1)
 
@@ -65,7 +69,10 @@ class Serving:
         fields = read_fields(ChatFields, content)
         copy = self._find(fields)
         asked = chat_of(fields, self._driver.engine.spec)
-        return await self._answer(request, fields, asked, copy, ChatBodies(self._head("chatcmpl", request, fields)))
+        head = self._head("chatcmpl", request, fields)
+        # Without a place for the assistant's answer it goes on with the last message.
+        role = head.role if fields.add_generation_prompt else fields.messages[-1].role
+        return await self._answer(request, fields, asked, copy, ChatBodies(replace(head, role=role)))
 
     async def put(self, copy: Copy) -> None:
         """Bring an adapter to the engine. Raises ApiError when the engine does not take it."""
@@ -88,7 +95,7 @@ class Serving:
         return Head(
             answer_id=f"{prefix}-{own_id}",
             created=int(time.time()),
-            model=fields.model if fields.model in self.adapters.copies and fields.model else self._base_names[0],
+            model=fields.model if fields.model in self.adapters.copies and fields.model else self._options.names[0],
             fingerprint=self._fingerprint,
             shows_ids=bool(fields.return_token_ids),
             shows_usage=usage,
@@ -101,17 +108,11 @@ class Serving:
         progress: asyncio.Queue[Progress] = asyncio.Queue()
         works = self._works(asked, copy, bodies.head, progress)
         if fields.stream:
-            return _Streamed(self._stream(works, progress, bodies), media_type="text/event-stream")
-        answering = asyncio.create_task(self._whole(works, progress, bodies))
-        leaving = asyncio.create_task(_left(request))
-        try:
-            await asyncio.wait([answering, leaving], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            left = not answering.done()
-            for task in (answering, leaving):
-                task.cancel()
-            await asyncio.wait([answering, leaving])
-        return LEFT if left else answering.result()
+            stream = self._stream(works, progress, bodies, asked.fault)
+            return _Streamed(stream, media_type="text/event-stream")
+        if asked.fault is not None:
+            raise asked.fault
+        return await _unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
 
     def _works(self, asked: Asked, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]) -> list[Asking]:
         lora = None if copy is None else LoraTensors(copy.number, None, None)
@@ -143,10 +144,12 @@ class Serving:
         return Response(bodies.whole(works, whole), media_type="application/json")
 
     async def _stream(
-        self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies
+        self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies, fault: ApiError | None
     ) -> AsyncGenerator[bytes]:
         begun: set[int] = set()
         try:
+            if fault is not None:
+                raise fault
             async with aclosing(self._pieces(works, progress)) as pieces:
                 async for piece in pieces:
                     if not begun:
@@ -161,20 +164,22 @@ class Serving:
         yield DONE
 
     async def _pieces(self, works: Sequence[Asking], progress: asyncio.Queue[Progress]) -> AsyncGenerator[Piece]:
-        """Yield what the sequences have new until all have ended; tokens that came while nobody looked come as one.
+        """Yield what the sequences have new until all have ended.
 
         Raises ApiError for the engine's end. Closing this takes the sequences out of the engine.
         """
         try:
             await self._submit(works)
             left = len(works)
+            held: dict[int, list[Token]] = {}
             while left:
-                tokens = [await progress.get()]
-                while not progress.empty():
-                    tokens.append(progress.get_nowait())
-                for piece in _joined(tokens):
-                    left -= piece.finish_reason is not None
-                    yield piece
+                token = _good(await progress.get())
+                tokens = held.setdefault(token.place, [])
+                tokens.append(token)
+                is_first = not token.asking.told
+                if token.final or is_first or len(tokens) >= self._options.stream_interval:
+                    left -= token.final
+                    yield _piece(held.pop(token.place))
         finally:
             self._driver.cancel([work.request_id for work in works if not work.ended])
 
@@ -186,7 +191,14 @@ class Serving:
 
 
 class _Streamed(StreamingResponse):
-    """A stream that is closed at once when its client leaves."""
+    """A stream that is closed at once when its client leaves.
+
+    The library's own way to leave waits for a moment in which the stream has nothing to send; an engine without time
+    has none.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_left(receive, self.stream_response(send))
 
     async def stream_response(self, send: Send) -> None:
         stream = self.body_iterator
@@ -195,25 +207,37 @@ class _Streamed(StreamingResponse):
             await super().stream_response(send)
 
 
-def _joined(progress: Sequence[Progress]) -> list[Piece]:
-    """Return one piece for each sequence that has something new. Raises ApiError for one that failed."""
-    pieces: dict[int, Piece] = {}
-    for token in progress:
-        if token.error is not None:
-            raise EngineDead() if token.error == ENGINE_DIED else internal(token.error)
-        work = token.work
-        assert isinstance(token, Token)
-        assert isinstance(work, Asking)
-        assert token.token is not None
-        work.told += 1
-        so_far = pieces.get(work.place)
-        tokens = [*(so_far.tokens if so_far else ()), token.token]
-        text = (so_far.text if so_far else "") + token.text
-        pieces[work.place] = Piece(work, tokens, text, token.finish_reason, token.stop_reason)
-    return list(pieces.values())
+def _good(progress: Progress) -> Token:
+    """Return a token. Raises ApiError for what a sequence failed with."""
+    if progress.error is not None:
+        raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
+    assert isinstance(progress, Token)
+    return progress
 
 
-async def _left(request: Request) -> None:
+def _piece(tokens: Sequence[Token]) -> Piece:
+    """Return tokens of one sequence that go out together."""
+    last = tokens[-1]
+    work = last.asking
+    work.told += len(tokens)
+    ids = [token.token for token in tokens if token.token is not None]
+    return Piece(work, ids, "".join(token.text for token in tokens), last.finish_reason, last.stop_reason)
+
+
+async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """Return what an answer comes to; None when its client has gone before."""
+    tasks = answer, leaving = asyncio.create_task(answering), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        is_over = answer.done()
+        for task in (answer, leaving):
+            task.cancel()
+        await asyncio.wait(tasks)
+    return answer.result() if is_over else None
+
+
+async def _left(receive: Receive) -> None:
     """Return when the client has gone; its body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -23,6 +23,17 @@ class Token(Progress):
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
+    @property
+    def asking(self) -> Asking:
+        """The sequence whose token it is."""
+        assert isinstance(self.work, Asking)
+        return self.work
+
+    @property
+    def place(self) -> int:
+        """The sequence's number among those of its request."""
+        return self.asking.place
+
 
 @dataclass(eq=False, kw_only=True)
 class Asking(Work):

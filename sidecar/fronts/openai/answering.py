@@ -178,4 +178,5 @@ class Answering:
 
     def _origin(self) -> Headers:
         for name, value in relay.origin_parameters(self._ticket, self._hide_backend).items():
-            yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")
+            if value != "":
+                yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")

@@ -145,7 +145,7 @@ def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
 
 
 def _unknown(name: str) -> Refused:
-    near = difflib.get_close_matches(name[:80], HEADERS, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name[:80], HEADERS, n=1, cutoff=0.85)
     hint = f'did you mean "{near[0]}"?' if near else f'there are {", ".join(HEADERS)}; an adapter is named by "model"'
     return Refused(Reason.INVALID_REQUEST, f'unknown header "{clipped(name)}"; {hint}')
 

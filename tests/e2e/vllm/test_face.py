@@ -37,6 +37,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def emulated() -> Iterator["VllmProcess"]:
     from tests.vllm_emulated import VllmProcess
+
     with asyncio.Runner() as runner:
         process = VllmProcess(*OPTIONS, "--compute", "llama")
         runner.run(process.start())
@@ -351,7 +352,7 @@ async def test_metrics(face: Face, client: httpx.AsyncClient) -> None:
         await complete(client, f"m{number}", PROMPT, 4)
     after = await metrics(client)
     assert after.steps - before.steps == 12
-    assert after.tokens - before.tokens == 3 * (3 + 3)
+    assert after.tokens - before.tokens == 3 * (3 + 4)
     lines = (await client.get("/metrics")).text.splitlines()
     for reason in ("capacity", "deferred"):
         labels = f'engine="0",model_name="base",reason="{reason}"'

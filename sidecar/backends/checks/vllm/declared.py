@@ -21,8 +21,8 @@ MEMORY_FIX = "config.yaml: engine: {host_pages: the engine's --max-cpu-loras}"
 SEATS_FIX = "config.yaml: engine: {seats: the engine's --max-num-seqs}"
 RANK_FIX = "config.yaml: engine: {rank_max: the engine's --max-lora-rank}"
 SLOTS_UNKNOWN = (
-    "how many adapters run at once (max_loras) is not declared, and vLLM says it only after its first request of an "
-    "adapter: until then it is learned, from one at a time"
+    "how many adapters run at once (max_loras) is not declared, and vLLM says it only after its first request: until "
+    "then it is learned, from one at a time"
 )
 RANK_UNKNOWN = (
     "the largest rank (max_lora_rank) is neither declared nor published: an adapter of a larger one fails when it is "
@@ -85,7 +85,7 @@ async def metrics(look: VllmLook) -> Finding:
 
 
 async def slots(look: VllmLook) -> Finding:
-    """Whether its slots are those that are declared; its metrics say so once an adapter has been asked for."""
+    """Whether its slots are those that are declared; its metrics say so after its first request."""
     return judged_slots(look.facts.device_pages, (await look.api.measures()).slots)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from sidecar.backends.checks.finding import Finding, Target
+from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S, HTTP, context_of
 from sidecar.backends.dialects import VLLM
 from sidecar.backends.vllm_api import VllmApi, message_of
@@ -79,10 +79,6 @@ class VllmLook:
     async def answer(self, model: str, timeout_s: float) -> Reply:
         """Have one token answered. Raises httpx.HTTPError when nothing is."""
         return await self.post("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1}, timeout_s)
-
-
-VllmCheck = Callable[[VllmLook], Awaitable[Finding]]
-"""Looks at one thing. May raise httpx.HTTPError."""
 
 
 @asynccontextmanager

@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.checks.finding import Finding, Target, failed, ok, warning
-from sidecar.backends.checks.staged import is_forgotten
+from sidecar.backends.checks.finding import Finding, Target, failed, ok
+from sidecar.backends.checks.staged import can_be_made, is_forgotten
 from sidecar.backends.checks.vllm.look import CHECK_NAME, VllmLook
-from sidecar.backends.vllm_api import DEAD
 
 LOAD_NOTHING_S = 10.0
 LISTED = 4
+LOG_FIX = "read the end of vLLM's log"
 ROUTES_FIX = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve …   (forbids --api-server-count above 1)"
 LORA_FIX = "vllm serve … --enable-lora --max-loras N --max-cpu-loras M --max-lora-rank R"
 NOT_ENABLED = "LoRA is not enabled"
@@ -24,20 +24,24 @@ _OF_A_SIDECAR = re.compile(r".+@[0-9a-f]{12}(\.g\d+)?\Z")
 
 
 async def updating(look: VllmLook) -> Finding:
-    """Whether adapters can be loaded while it serves: it is asked for one whose folder is nowhere."""
-    reply = await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
-    if NOT_FOUND in reply.text:
-        return ok("adapters are loaded and unloaded while it serves")
-    if reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED) and not reply.is_vllms:
+    """Whether adapters can be loaded while it serves.
+
+    It is asked for one without a name, and, where no adapter will be loaded later, for one whose folder is nowhere: the
+    engine itself answers that one, and complains at length in its log.
+    """
+    reply = await look.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LOAD_NOTHING_S)
+    if not reply.is_vllms and reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
         return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
-    if NOT_ENABLED in reply.text:
-        return failed("the engine was started without LoRA", LORA_FIX)
-    if DEAD in reply.text:
-        return failed(f"the engine is dead: {reply.words}", "start vLLM again and read the end of its log")
-    if reply.is_ok:
-        await look.api.unload(look.name, LOAD_NOTHING_S)
-        return warning("it says that it has loaded an adapter whose folder is nowhere: something answers in its place")
-    return failed(f"it does not load adapters: {reply.words}", "read the end of vLLM's log")
+    if reply.status != httpx.codes.BAD_REQUEST:
+        return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+    target = look.target
+    if target.adapters_dir is None or not can_be_made(target.base):
+        reply = await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
+        if NOT_ENABLED in reply.text:
+            return failed("the engine was started without LoRA", LORA_FIX)
+        if NOT_FOUND not in reply.text:
+            return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+    return ok("adapters are loaded and unloaded while it serves")
 
 
 def nowhere(look: VllmLook) -> dict[str, str]:
@@ -77,7 +81,7 @@ def _count(adapters: dict[str, str]) -> str:
     ours = sum(1 for name in adapters if _OF_A_SIDECAR.match(name) or name.startswith(CHECK_NAME))
     others = len(adapters) - ours
     parts = (f"{ours} of a sidecar" if ours else "", f"{others} that others loaded" if others else "")
-    return f"{len(adapters)} registered: {' and '.join(part for part in parts if part)}"
+    return f"{' and '.join(part for part in parts if part)} registered"
 
 
 def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:

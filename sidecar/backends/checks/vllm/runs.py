@@ -17,6 +17,7 @@ from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made
 from sidecar.backends.checks.vllm.look import Reply, VllmLook
 from sidecar.backends.checks.vllm.registered import (
     LOAD_NOTHING_S,
+    LOG_FIX,
     LORA_FIX,
     NOT_ENABLED,
     NOT_FOUND,
@@ -26,7 +27,6 @@ from sidecar.backends.checks.vllm.registered import (
 from sidecar.backends.vllm_api import DEAD
 
 UNLOAD_S = 10.0
-LOG_FIX = "read the end of vLLM's log"
 OTHER_MODULES = ("expected target modules", "unexpected modules")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import queue
+import time
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
 from adapter import PROMPTS, asked, token_inputs
+from tritonclient.utils import InferenceServerException
 
 TOKENS = 12
 IDS, LENGTH = "output_ids", "sequence_length"
@@ -55,6 +57,18 @@ def streamed(client: triton.InferenceServerClient, inputs: list[Any], parameters
     return tokens_in(result, memory)
 
 
+def patiently(call: Any, *arguments: Any) -> None:
+    """Call again while the server still counts a region as in use, which it may just after a final response."""
+    while True:
+        try:
+            call(*arguments)
+            return
+        except InferenceServerException as error:
+            if "currently in use" not in error.message():
+                raise
+        time.sleep(0.005)
+
+
 def main() -> None:
     address, lora = asked(__doc__)
     prompt = SharedMemory(create=True, size=4096)
@@ -75,8 +89,8 @@ def main() -> None:
                 result = client.infer("tensorrt_llm", inputs, outputs=outputs(), parameters=lora["parameters"])
                 found = tokens_in(result, answer)
             answers[f"tokens-{number}"] = found
-        client.unregister_system_shared_memory("program_prompt")
-        client.unregister_system_shared_memory()
+        patiently(client.unregister_system_shared_memory, "program_prompt")
+        patiently(client.unregister_system_shared_memory)
         answers["regions"] = [sorted(regions), client.get_system_shared_memory_status(as_json=True)]
     for memory in (prompt, answer):
         memory.close()

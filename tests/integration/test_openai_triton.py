@@ -1,0 +1,312 @@
+"""The OpenAI API in front of engines that take text only: emulated Tritons with TensorRT-LLM's models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.emulated import EngineProcess, read_served, running_engine
+from tests.peft_files import BASE_MODEL
+from tests.serving import Serving, serving, until, write_adapters
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+DUMMY = {"compute": "none", "shape": "tiny"}
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+USER = [{"role": "user", "content": "hi"}]
+
+
+def text_of(served: Serving, name: str, tokens: int) -> str:
+    """Return what the emulated engine answers."""
+    return bytes(served.expected(name, tokens)).decode()
+
+
+@asynccontextmanager
+async def client_of(served: Serving) -> AsyncIterator[httpx.AsyncClient]:
+    url = f"http://{served.sidecar.http_address}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+        yield client
+
+
+@asynccontextmanager
+async def in_front(tmp_path: Path, template: str = "", **options: Any) -> AsyncIterator[tuple[Any, ...]]:
+    """Serve two adapters from an emulated engine; `template` is a chat template."""
+    names = write_adapters(tmp_path / "adapters", 2)
+    base: dict[str, Any] = {"name": BASE_MODEL, "aliases": ["other-name"]}
+    if template:
+        (tmp_path / "template").mkdir()
+        (tmp_path / "template" / "chat_template.jinja").write_text(template)
+        (tmp_path / "template" / "tokenizer_config.json").write_text('{"bos_token": {"content": "<s>"}}')
+        base["chat_template"] = str(tmp_path / "template")
+    async with (
+        running_engine(**(DUMMY | options)) as engine,
+        serving([engine], tmp_path / "adapters", backend={"base_model": base}) as served,
+        client_of(served) as client,
+    ):
+        assert names == ["a00", "a01"]
+        yield served, engine, client
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """Return a stream's events; the last must say that it is complete."""
+    *events, done, rest = text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+@pytest.mark.parametrize("separate_final", [False, True])
+async def test_a_completion(tmp_path: Path, separate_final: bool) -> None:
+    """As one object, with the tokens that it took; the prompt's only the engine could count."""
+    async with in_front(tmp_path, separate_final=separate_final) as (served, _, client):
+        for name in ("a00", "a01@v1", "base", BASE_MODEL, "other-name"):
+            response = await client.post(COMPLETIONS, json={"model": name, "prompt": "hi", "max_tokens": 5})
+            record = response.json()
+            adapter = name.partition("@")[0] if name.startswith("a0") else ""
+            assert record["choices"] == [
+                {"index": 0, "text": text_of(served, adapter, 5), "logprobs": None, "finish_reason": "length"}
+            ]
+            assert (record["object"], record["model"]) == ("text_completion", name)
+            assert record["usage"] == {"completion_tokens": 5}
+            assert response.headers.get("x-lora-version", "") == (f"{adapter}@v1" if adapter else "")
+            assert response.headers["x-lora-backend"] == "trt-0"
+
+
+async def test_a_streamed_completion(tmp_path: Path) -> None:
+    """A chunk for each token, the reason of the end, the usage where it was asked for."""
+    async with in_front(tmp_path) as (served, _, client):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 4, "stream": True}
+        chunks = events_of((await client.post(COMPLETIONS, json=body)).text)
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(served, "a00", 4)
+        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
+        assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+        assert not any("usage" in chunk for chunk in chunks)
+        body["stream_options"] = {"include_usage": True}
+        *chunks, last = events_of((await client.post(COMPLETIONS, json=body)).text)
+        assert all(chunk["usage"] is None for chunk in chunks)
+        assert (last["choices"], last["usage"]) == ([], {"completion_tokens": 4})
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_chat(tmp_path: Path, stream: bool) -> None:
+    """As chunks or as one object."""
+    async with in_front(tmp_path, TEMPLATE) as (served, _, client):
+        body = {"model": "a01", "messages": USER, "max_completion_tokens": 3, "stream": stream}
+        response = await client.post(CHAT, json=body)
+        expected = text_of(served, "a01", 3)
+        if stream:
+            chunks = [chunk["choices"][0] for chunk in events_of(response.text)]
+            assert chunks[0]["delta"] == {"role": "assistant", "content": ""}
+            assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == expected
+            assert (chunks[-1]["delta"], chunks[-1]["finish_reason"]) == ({}, "length")
+        else:
+            record = response.json()
+            assert record["object"] == "chat.completion"
+            assert record["choices"][0]["message"] == {"role": "assistant", "content": expected}
+
+
+async def test_what_a_chat_is_to_the_engine(tmp_path: Path) -> None:
+    """The text that its model's template makes of it."""
+    async with in_front(tmp_path, TEMPLATE, compute="llama") as (_, _, client):
+        content = [{"type": "text", "text": "yes"}]
+        messages = [*USER, {"role": "assistant", "content": content}]
+        chat = await client.post(CHAT, json={"model": "a01", "messages": messages, "max_tokens": 12})
+        texts = []
+        for prompt in ("<user>hi<assistant>yes<assistant>", "<user>hi<assistant>yes"):
+            body = {"model": "a01", "prompt": prompt, "max_tokens": 12}
+            texts.append((await client.post(COMPLETIONS, json=body)).json()["choices"][0]["text"])
+        assert texts[0] != texts[1]
+        assert chat.json()["choices"][0]["message"]["content"] == texts[0]
+
+
+async def test_a_chat_without_a_template(tmp_path: Path) -> None:
+    """400, with what to configure."""
+    async with in_front(tmp_path) as (_, engine, client):
+        response = await client.post(CHAT, json={"model": "a00", "messages": USER})
+        assert response.status_code == 400
+        assert "set backends[].base_model.chat_template" in response.json()["error"]["message"]
+        assert response.json()["error"]["param"] == "messages"
+        assert not engine.served
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "end"}, "suffix"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"prompt": [1, 2, 3]}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"stop": [1]}, "stop"),
+    ],
+)
+async def test_what_such_engines_cannot_do(tmp_path: Path, more: dict[str, Any], param: str) -> None:
+    """Refused by name: an answer without it would not be the one that was asked for."""
+    async with in_front(tmp_path) as (_, engine, client):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 4} | more
+        response = await client.post(COMPLETIONS, json=body)
+        error = response.json()["error"]
+        assert (response.status_code, error["param"], error["code"]) == (400, param, "invalid_request")
+        assert not engine.served
+
+
+async def test_tools_are_refused(tmp_path: Path) -> None:
+    async with in_front(tmp_path, TEMPLATE) as (_, _, client):
+        body = {"model": "a00", "messages": USER, "tools": [{"type": "function"}]}
+        response = await client.post(CHAT, json=body)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "tools")
+
+
+async def test_what_changes_nothing_is_taken(tmp_path: Path) -> None:
+    """Members with the values that they have anyway, and those about the caller."""
+    async with in_front(tmp_path) as (served, _, client):
+        more = {
+            "n": 1, "best_of": 1, "echo": False, "logprobs": None, "suffix": None, "user": "me", "logit_bias": {},
+            "temperature": 0.7, "top_p": 0.9, "top_k": -1, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0,
+            "repetition_penalty": 1.1, "response_format": {"type": "text"}, "metadata": {"a": "b"}, "ignore_eos": True,
+        }  # fmt: skip
+        response = await client.post(COMPLETIONS, json={"model": "a00", "prompt": ["hi"], "max_tokens": 4} | more)
+        assert response.json()["choices"][0]["text"] == text_of(served, "a00", 4)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_stop_words(tmp_path: Path, stream: bool) -> None:
+    """The answer ends before the first one, also where the engine goes on: then what it does is cancelled."""
+    async with in_front(tmp_path) as (served, engine, client):
+        whole = text_of(served, "a00", 400)
+        word = whole[3:5]
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 400, "stop": ["no such", word], "stream": stream}
+        response = await client.post(COMPLETIONS, json=body)
+        if stream:
+            chunks = [chunk["choices"][0] for chunk in events_of(response.text)]
+            told, reason = "".join(chunk["text"] for chunk in chunks), chunks[-1]["finish_reason"]
+        else:
+            choice = response.json()["choices"][0]
+            told, reason = choice["text"], choice["finish_reason"]
+        assert (told, reason) == (whole[: whole.index(word)], "stop")
+        await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
+        assert engine.served
+
+
+async def test_an_engine_that_is_not_decoupled(tmp_path: Path) -> None:
+    """It answers at once: that is told as a stream, too, and no count is made up."""
+    async with in_front(tmp_path, decoupled=False) as (served, _, client):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 4}
+        record = (await client.post(COMPLETIONS, json=body)).json()
+        assert (record["choices"][0]["text"], record["usage"]) == (text_of(served, "a00", 4), None)
+        chunks = events_of((await client.post(COMPLETIONS, json=body | {"stream": True})).text)
+        assert chunks[0]["choices"][0]["text"] == text_of(served, "a00", 4)
+
+
+async def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
+    """The engine's own words, with the status and the code that clients know."""
+    async with in_front(tmp_path, max_input_tokens=100) as (_, _, client):
+        for stream in (False, True):
+            body = {"model": "a00", "prompt": "x" * 200, "stream": stream}
+            response = await client.post(COMPLETIONS, json=body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert "exceeds maximum input length" in error["message"]
+            assert "request id" not in error["message"]
+
+
+async def test_a_client_that_leaves_a_triton(tmp_path: Path) -> None:
+    """The engine's seat is free at once, whether the client had asked for a stream or not."""
+    log = tmp_path / "served.jsonl"
+    names = write_adapters(tmp_path / "adapters", 1)
+    arguments = ("--compute", "none", "--served-log", str(log))
+    async with (
+        EngineProcess(*arguments, time_scale=1.0) as engine,
+        serving([engine], tmp_path / "adapters") as served,
+        client_of(served) as client,
+    ):
+        for stream in (False, True):
+            body = {"model": names[0], "prompt": "hi", "max_tokens": 4000, "stream": stream}
+            asking = asyncio.create_task(client.post(COMPLETIONS, json=body))
+            await until(lambda: bool(served.state.backends["trt-0"].running))
+            asking.cancel()
+            await until(lambda: not served.state.requests)
+        await until(lambda: len(read_served(log)) >= 3)
+        outcomes = [one["outcome"] for one in read_served(log)]
+        assert outcomes.count("cancelled") == 2
+
+
+async def test_the_llm_api_model(tmp_path: Path) -> None:
+    """It repeats the text so far in every response; a client is told each part once."""
+    write_adapters(tmp_path / "adapters", 1)
+    (tmp_path / "shared").mkdir()
+    backend = {"adapters_dir": str(tmp_path / "shared")}
+    async with (
+        running_engine(**DUMMY, protocol="llmapi") as engine,
+        serving([engine], tmp_path / "adapters", backend=backend) as served,
+        client_of(served) as client,
+    ):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 5}
+        whole = (await client.post(COMPLETIONS, json=body)).json()
+        chunks = events_of((await client.post(COMPLETIONS, json=body | {"stream": True})).text)
+        text = whole["choices"][0]["text"]
+        assert len(text) == 5
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+        assert whole["usage"] == {"completion_tokens": 5}
+        refused = await client.post(COMPLETIONS, json=body | {"repetition_penalty": 1.5})
+        assert refused.status_code == 400
+        assert "no repetition_penalty" in refused.json()["error"]["message"]
+
+
+async def test_a_backend_that_is_lost(tmp_path: Path) -> None:
+    """In the middle of an answer: the stream says so as its last event, and nothing is sent twice."""
+    write_adapters(tmp_path / "adapters", 1)
+    arguments = ("--compute", "none")
+    async with (
+        EngineProcess(*arguments, time_scale=1.0) as engine,
+        serving([engine], tmp_path / "adapters") as served,
+        client_of(served) as client,
+    ):
+        body = {"model": "a00", "prompt": "hi", "max_tokens": 4000, "stream": True}
+        async with client.stream("POST", COMPLETIONS, json=body) as response:
+            text = ""
+            async for piece in response.aiter_text():
+                if not text:
+                    await engine.kill()
+                text += piece
+        *_, last, rest = text.split("\n\n")
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert (rest, error["code"], error["type"]) == ("", "backend_failed", "server_error")
+
+
+async def test_models(tmp_path: Path) -> None:
+    """The base model and the adapters with it as their parent; versions where they are asked for, or named."""
+    async with in_front(tmp_path) as (_, _, client):
+        listed = (await client.get("/v1/models")).json()
+        assert listed["object"] == "list"
+        found = [(one["id"], one["parent"], one["root"]) for one in listed["data"]]
+        assert found == [
+            (BASE_MODEL, None, BASE_MODEL),
+            ("a00", BASE_MODEL, "a00@v1"),
+            ("a01", BASE_MODEL, "a01@v1"),
+        ]
+        assert all(one["created"] > 1_600_000_000 and one["object"] == "model" for one in listed["data"])
+        every = (await client.get("/v1/models?versions=true")).json()["data"]
+        assert [one["id"] for one in every] == [BASE_MODEL, "a00", "a00@v1", "a01", "a01@v1"]
+        for name in ("a00", "a00@v1", BASE_MODEL, "other-name", "base"):
+            assert (await client.get(f"/v1/models/{name}")).json()["id"] == name
+        for name in ("a07", "a00@v2", "a00@abcdefgh"):
+            response = await client.get(f"/v1/models/{name}")
+            assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found"), name
