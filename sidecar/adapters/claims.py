@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
+from sidecar.adapters.owner import if_dead
 from sidecar.errors import Misused, Reason
 
 logger = logging.getLogger(__name__)
@@ -180,17 +181,5 @@ def _lock(descriptor: int, where: Path) -> None:
 
 def _lives(instance: Path) -> bool:
     """Whether the process of an instance lives: then its lock cannot be had."""
-    try:
-        descriptor = os.open(instance / "owner", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True  # not ours to look into
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    else:
-        return False
-    finally:
-        os.close(descriptor)
+    with if_dead(instance / "owner") as dead:
+        return not dead

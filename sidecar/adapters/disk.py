@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from sidecar.adapters.buffers import Blob
 from sidecar.adapters.builder import Built
+from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.layout import Layout
 from sidecar.adapters.packed import PackPlan, PackReport
 from sidecar.adapters.shared_memory import Mount
@@ -30,31 +31,14 @@ CHUNK_BYTES = 1 << 20
 _TAIL = struct.Struct("<I4s")
 
 
-class Files:
-    """The file operations that durability rests on; a test puts a crash before any one of them."""
+class Files(DurableFiles):
+    """The file operations of the tier."""
 
     def create(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
-    def write(self, descriptor: int, data: memoryview) -> None:
-        while data:
-            data = data[os.write(descriptor, data) :]
-
-    def sync(self, descriptor: int) -> None:
-        os.fsync(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        source.rename(target)
-
     def unlink(self, path: Path) -> None:
         path.unlink(missing_ok=True)
-
-    def sync_directory(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class Found(NamedTuple):

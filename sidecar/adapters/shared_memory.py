@@ -13,8 +13,9 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from sidecar.adapters.owner import if_dead
 
 PREFIX = "lora-sidecar-"
 DIRECTORY = Path("/dev/shm")
@@ -54,7 +55,7 @@ class Mount:
         owned = _OWNED.fullmatch(name)
         if owned is None or owned[1] == self.instance:
             return False
-        with _if_dead(_owner_file(self.directory, owned[1])) as dead:
+        with if_dead(_owner_file(self.directory, owned[1])) as dead:
             return dead
 
     def sweep(self) -> int:
@@ -63,7 +64,7 @@ class Mount:
         instances = {owned[1] for path in self.directory.iterdir() if (owned := _OWNED.fullmatch(path.name))}
         for instance in instances - {self.instance}:
             owner = _owner_file(self.directory, instance)
-            with _if_dead(owner) as dead:
+            with if_dead(owner) as dead:
                 if dead:
                     freed += _remove(self.directory, instance)
                     owner.unlink(missing_ok=True)  # last: a sweep that is cut short is taken up by the next
@@ -89,27 +90,6 @@ def _claim(directory: Path) -> tuple[str, int]:
         if os.fstat(descriptor).st_nlink:
             return instance, descriptor
         os.close(descriptor)  # a sweep came between the two lines and took it for a leftover
-
-
-@contextlib.contextmanager
-def _if_dead(owner: Path) -> Iterator[bool]:
-    """Say whether an owner lives no more, and keep its lock meanwhile. Whoever has no owner file is dead."""
-    try:
-        descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield True
-        return
-    except OSError:
-        yield False  # another user's: it is that user's to clean up
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        yield False
-    else:
-        yield True
-    finally:
-        os.close(descriptor)
 
 
 def _remove(directory: Path, instance: str) -> int:

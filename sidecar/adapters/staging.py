@@ -18,6 +18,7 @@ from pathlib import Path
 from sidecar.adapters import peft_config
 from sidecar.adapters.builder import check_digest
 from sidecar.adapters.claims import Claims
+from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource, read_adapter
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.strict_json import parse_object
@@ -40,7 +41,7 @@ class AdaptersDir:
         return f"{self.engine.rstrip('/')}/{key}"
 
 
-class Files:
+class Files(DurableFiles):
     """The file operations that staging rests on; a test puts a crash before, or a failure in place of, any of them."""
 
     def make_directory(self, path: Path) -> None:
@@ -54,23 +55,6 @@ class Files:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
         os.fchmod(descriptor, FILE_MODE)
         return descriptor
-
-    def write(self, descriptor: int, data: memoryview) -> None:
-        while data:
-            data = data[os.write(descriptor, data) :]
-
-    def sync(self, descriptor: int) -> None:
-        os.fsync(descriptor)
-
-    def rename(self, source: Path, target: Path) -> None:
-        source.rename(target)
-
-    def sync_directory(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class Server(uvicorn.Server):
 
 
 async def serve(engine: str) -> None:
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: else Nagle stays on
+    listening.bind(("127.0.0.1", 0))
     no_limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(
         base_url=f"http://{engine}", timeout=None, limits=no_limits, trust_env=False

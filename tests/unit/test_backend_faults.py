@@ -34,6 +34,10 @@ TEXTS = {
     f"{FETCH}lora_weights has an unknown shape": Fault.REJECTED,
     "inference input 'lora_weights' data-type is 'FP32', but model 'tensorrt_llm' expects 'FP16'": Fault.REJECTED,
     "unexpected shape for input 'lora_config' for model 'm'. Expected [-1,-1,3], got [1,96,4]": Fault.REJECTED,
+    "Stub process 'tensorrt_llm_0_0' is not healthy.": Fault.LOST,
+    "Request for unknown model: 'tensorrt_llm' has no available versions": Fault.LOST,
+    "Request for unknown model: 'tensorrt_llm' version 1 is not at ready state": Fault.LOST,
+    "Request for unknown model: 'tensorrt_lm' is not found": Fault.REJECTED,
     "Expected lora weights to be in CPU memory": Fault.REJECTED,
     "": Fault.REJECTED,
 }

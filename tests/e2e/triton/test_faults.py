@@ -16,8 +16,8 @@ import pytest
 
 from sidecar.backends.probe import PROBE_ID
 from sidecar.core.words import Phase
+from tests.e2e.triton.crowd import Clients
 from tests.e2e.triton.loads import (
-    Clients,
     back,
     detail_has,
     engine_has,
@@ -44,7 +44,7 @@ CORE = "tensorrt_llm"
 
 
 async def rounds(
-    served: Serving, clients: Clients, break_it: Callable[[], Any], words: str, mend: Callable[[], Any]
+    served: Serving, names: list[str], break_it: Callable[[], Any], words: str, mend: Callable[[], Any]
 ) -> None:
     """Break and mend a server twice under load, and let all clients come to their end.
 
@@ -52,18 +52,19 @@ async def rounds(
     begins no answer that it does not end.
     """
     streams = served.sidecar.gateway.backends["trt-0"].streams
-    for _ in range(2):
+    async with Clients(served, names) as clients:
+        for _ in range(2):
+            await clients.answers(30)
+            await until(lambda: len(clients.begun) >= 5 if streams else clients.waiting >= 20)
+            await _done(break_it())
+            hit = clients.begun
+            async with asyncio.timeout(SOON_S):
+                await until(lambda hit=hit: not any(client.has_begun for client in hit))
+            await detail_has(served, words)
+            await _done(mend())
+            await back(served)
         await clients.answers(30)
-        await until(lambda: len(clients.begun) >= 5 if streams else clients.waiting >= 20)
-        await _done(break_it())
-        hit = clients.begun
-        async with asyncio.timeout(SOON_S):
-            await until(lambda hit=hit: not any(client.has_begun for client in hit))
-        await detail_has(served, words)
-        await _done(mend())
-        await back(served)
-    await clients.answers(30)
-    await clients.finish()
+        await clients.finish()
     assert len(losses(served)) == 2
     await assert_nothing_left(served)
 
@@ -93,7 +94,7 @@ async def test_the_models_process_is_killed_under_load(tmp_path: Path, backend: 
             await until(lambda: len(server.served) > before)
             firsts.append(server.served[before]["request_id"])
 
-        await rounds(served, Clients(served, names), lambda: server.kill_stub(CORE), "Stub process", mend)
+        await rounds(served, names, lambda: server.kill_stub(CORE), "Stub process", mend)
         assert firsts == [PROBE_ID] * 2
         outcomes([server])
 
@@ -106,7 +107,7 @@ async def test_the_server_is_killed_under_load(tmp_path: Path, decoupled: bool) 
         servers(tmp_path, engine=SLOW, decoupled=decoupled) as (server,),
         serving([server], tmp_path / "loras", backend=FACTS) as served,
     ):
-        await rounds(served, Clients(served, names), server.kill, "does not answer", server.start)
+        await rounds(served, names, server.kill, "does not answer", server.start)
         outcomes([server])
 
 
@@ -118,7 +119,7 @@ async def test_the_server_is_frozen_under_load(tmp_path: Path) -> None:
         servers(tmp_path, engine=SLOW) as (server,),
         serving([server], tmp_path / "loras", backend=FACTS) as served,
     ):
-        await rounds(served, Clients(served, names), server.freeze, "does not answer", server.thaw)
+        await rounds(served, names, server.freeze, "does not answer", server.thaw)
         outcomes([server])
 
 
@@ -189,8 +190,8 @@ async def test_a_dead_process_gives_its_requests_to_the_other_server(tmp_path: P
     async with (
         servers(tmp_path, 2, engine=SLOW) as made,
         serving(made, tmp_path / "loras", backend=FACTS) as served,
+        Clients(served, names) as clients,
     ):
-        clients = Clients(served, names)
         await clients.answers(50)
         made[0].kill_stub(CORE)
         await until(lambda: served.state.backends["trt-0"].phase is Phase.DOWN)

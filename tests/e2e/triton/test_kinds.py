@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.triton.crowd import Clients, expected_as
 from tests.e2e.triton.loads import (
     ENGINE,
-    Clients,
     at_once,
     back,
     detail_has,
-    expected_as,
     outcomes,
     reload,
     repeated_if_triton_aborts,
@@ -75,8 +74,8 @@ async def test_a_model_is_reloaded_under_load(tmp_path: Path, decoupled: bool, t
     async with (
         servers(tmp_path, control="explicit", engine=SLOW, decoupled=decoupled) as (server,),
         serving([server], tmp_path / "loras", backend={"weights_transport": transport}) as served,
+        Clients(served, names) as clients,
     ):
-        clients = Clients(served, names)
         for _ in range(3):
             await clients.answers(30)
             await reload(server)
@@ -109,8 +108,8 @@ async def test_a_model_changes_its_type_and_its_cache_under_load(
     async with (
         servers(tmp_path, control="explicit", engine=SLOW) as (server,),
         serving([server], tmp_path / "loras") as served,
+        Clients(served, names, dtypes=(FP16, BF16)) as clients,
     ):
-        clients = Clients(served, names, dtypes=(FP16, BF16))
         for dtype, pages in ((BF16, 3), (FP16, 8), (BF16, 5)):
             await clients.answers(30)
             options = {"dtype": dtype, "lora_host_pages": pages, "lora_host_bytes": pages << 20}

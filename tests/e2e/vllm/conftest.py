@@ -51,5 +51,5 @@ def server(_shared: VllmServer) -> VllmServer:
     if not _shared.is_running:
         asyncio.run(_shared.kill())
         asyncio.run(_shared.start())
-    asyncio.run(forget_all(_shared.address))
+    asyncio.run(forget_all(_shared.http_address))
     return _shared

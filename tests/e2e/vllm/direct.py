@@ -14,7 +14,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 CONNECTIONS = 1000
-PATIENCE_S = 30.0
+PATIENCE_S = 180.0
 KEPT_S = 1.0
 """vLLM closes a connection that was idle for five seconds, also under a request that is just being sent."""
 
@@ -23,7 +23,9 @@ KEPT_S = 1.0
 async def http_client(address: str) -> AsyncIterator[httpx.AsyncClient]:
     """Give a client that waits far longer than anything takes."""
     limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=KEPT_S)
-    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False, timeout=PATIENCE_S, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=f"http://{address}", trust_env=False, timeout=PATIENCE_S, limits=limits
+    ) as client:
         yield client
 
 

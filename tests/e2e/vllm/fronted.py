@@ -30,7 +30,12 @@ def backend_of(server: Any, shared: Path, seats: int = SEATS, **fields: Any) -> 
         "seats": seats,
         "base_apart": True,
     } | fields.pop("engine", {})
-    return {"url": f"vllm://{server.address}", "id": "vllm-0", "adapters_dir": str(shared), "engine": engine} | fields
+    return {
+        "url": f"vllm://{server.http_address}",
+        "id": "vllm-0",
+        "adapters_dir": str(shared),
+        "engine": engine,
+    } | fields
 
 
 @dataclass

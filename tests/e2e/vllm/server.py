@@ -2,7 +2,7 @@
 
 server = VllmServer(tmp_path, toy.model, max_loras=2)
 async with server:
-    … server.address
+    … server.http_address
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class VllmServer:
         self._scratch: Path | None = None
 
     @property
-    def address(self) -> str:
+    def http_address(self) -> str:
         """Host and port, known after the first start."""
         assert self._port is not None, "not started"
         return f"127.0.0.1:{self._port}"
 
     @property
     def url(self) -> str:
-        return f"http://{self.address}"
+        return f"http://{self.http_address}"
 
     @property
     def pid(self) -> int:
