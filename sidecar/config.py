@@ -439,7 +439,7 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, AdminListener, DataListener, Tls, Backend, SharedFolder, Engine, Adapters, Origins,
-        Store, Queue, RequestClass, Journal,
+        Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, BaseModelNames,
+        SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

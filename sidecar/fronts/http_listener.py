@@ -25,6 +25,8 @@ SPARE_CONNECTIONS = 64
 """More than the limit, for those who look whether the process lives: only an answer that is short is given there."""
 HEAD_BYTES_MAX = 16 << 10
 SILENCE_S_MAX = 30.0
+KEEP_ALIVE_S = 75
+"""Between requests: longer than load balancers keep connections that they may use again, which is a minute."""
 DISCARDED_BYTES_MAX = 64 << 20
 """Of a body that is answered without being read; whoever sends more is cut off."""
 CLOSE_S_MAX = 1.0
@@ -59,7 +61,7 @@ class HttpListener:
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_keep_alive=int(limits.silence_s),
+                timeout_keep_alive=KEEP_ALIVE_S,
                 ssl_context_factory=None if tls is None else lambda config, default: tls,
             )
         )

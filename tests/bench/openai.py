@@ -1,7 +1,8 @@
 """The OpenAI API: CPU time of one event and of one request, and the latency that is added, beside a bare relay's.
 
 The bare relay is httpx to an emulated vLLM and starlette to the client, in the same run and in turns with the sidecar.
-The engine takes its time for a token, so that each event comes by itself, as from a GPU; for latency it answers at once.
+The engine takes its time for a token, so that each event comes by itself, as from a GPU; for latency it answers at
+once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from tests.bench.processes import Measured, SidecarProcess
 from tests.serving import write_adapters
 from tests.vllm_emulated import BASE, VllmProcess
 
-STREAMS, ROUNDS = 16, 5
+STREAMS, ROUNDS = 16, 3
 LONG = 256
 """Events of an answer: what the request around them costs must not show."""
-REQUESTS = 200
+REQUESTS = 100
 """In a row, of one token each, for latency and for what a request costs."""
 LABEL = "bare httpx and starlette relay"
 
@@ -118,7 +119,9 @@ async def compare_requests(subjects: Sequence[Subject]) -> list[Figure]:
     times = [[s * 1e3 for _, seconds in one for s in seconds] for one in zip(*rounds[1:], strict=True)]
     p50, p99 = ([percentile(one, share) for one in times] for share in (0.5, 0.99))
     return [
-        Figure("openai: request, adapter", costs[2], "µs/request", costs[0], LABEL, note=f"base model: {costs[1]:.0f} µs"),
+        Figure(
+            "openai: request, adapter", costs[2], "µs/request", costs[0], LABEL, note=f"base model: {costs[1]:.0f} µs"
+        ),
         Figure(
             "openai: p50 of a request, adapter", p50[2], "ms", p50[0], LABEL,
             note=f"{p50[2] - p50[0]:+.2f} ms; base model {p50[1] - p50[0]:+.2f} ms; p99 {p99[2]:.2f} : {p99[0]:.2f} ms",

@@ -178,13 +178,14 @@ async def test_tls(tmp_path: Path) -> None:
 
 
 async def test_options_that_make_no_sense(tmp_path: Path) -> None:
-    """Ranks that vLLM does not take, a CPU cache that is too small, several engines; and a port that is taken."""
+    """Ranks that vLLM does not take, a CPU cache that is too small, options of other engines; a port that is taken."""
     with pytest.raises(ValueError, match="max_lora_rank 12"):
         VllmOptions(max_lora_rank=12)
     with pytest.raises(ValueError, match="not 4 and 2"):
         vllm_spec_of(VllmOptions(max_loras=4, max_cpu_loras=2))
-    with pytest.raises(ValueError, match="one engine"):
-        VllmOptions(instances=2)
+    for field in ({"instances": 2}, {"max_queue": 3}, {"ignore_lora": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(field))} is an option of the engine behind Triton"):
+            VllmOptions(**field)
     async with running_vllm(**DUMMY) as (server, _):
         with pytest.raises(OSError, match="in use"):
             await start_vllm(**DUMMY, http_port=int(server.http_address.rsplit(":", 1)[1]))

@@ -52,7 +52,7 @@ class Unloaded:
 async def test_what_runs_ends_and_what_comes_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoupled: bool
 ) -> None:
-    """The model is unloaded while an answer is under way: it comes whole, and the others when there is a model again."""
+    """The model is unloaded while an answer is under way: it comes whole, the others when there is a model again."""
     write_adapters(tmp_path, 1)
     unloaded = Unloaded(monkeypatch)
     options = DUMMY | ENDLESS | {"decoupled": decoupled}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from sidecar.backends.api import HttpRejection
 from sidecar.core.words import Fault
 from tests.openai_house import DONE, House, ScriptedVllm, event, house
+from tests.scripted_backend import ScriptedBackend
 from tests.serving import until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -311,3 +313,54 @@ async def test_only_adapters(tmp_path: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
         assert 'name an adapter in "model"' in refused.json()["error"]["message"]
         assert [one["id"] for one in (await served.client.get("/v1/models")).json()["data"]] == ["sql"]
+
+
+async def test_what_only_a_triton_serves_is_asked_in_its_words(tmp_path: Path) -> None:
+    """With a vLLM beside it that cannot serve the adapter: what it could do for others is no help."""
+    vllm, triton = ScriptedVllm(), ScriptedBackend("t0")
+    vllm.facts = replace(vllm.facts, rank_max=1)
+    async with house(tmp_path, [vllm, triton]) as served:
+        await served.register("sql")
+        refused = await ask(served, {"model": "sql", "n": 2})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+        assert "serve the model by vLLM" in refused.json()["error"]["message"]
+        chat = await ask(served, {"model": "sql", "messages": [{"role": "user", "content": "x"}]}, CHAT)
+        assert chat.status_code == 400
+        assert "t0 takes text only and no chat template" in chat.json()["error"]["message"]
+        running = ask(served, {"model": "sql"})
+        await triton.running_are(1)
+        running.cancel()
+        await triton.running_are(0)
+        base = ask(served, {"n": 2})
+        await vllm.running_are(1)
+        vllm.deliver(b"{}", final=True)
+        assert (await base).status_code == 200
+
+
+async def test_base_models_are_told_apart(tmp_path: Path) -> None:
+    """A base model's name goes to the engines that serve it; a name of neither is nobody's."""
+    one, other = ScriptedVllm("v0"), ScriptedVllm("v1")
+    other.facts = replace(other.facts, base_models=("org/other", "alias"))
+    async with house(tmp_path, [one, other]) as served:
+        for model, engine in (("tiny-llama", one), ("org/other", other), ("alias", other)):
+            for _ in range(3):
+                asking = ask(served, {"model": model})
+                await engine.running_are(1)
+                engine.deliver(b"{}", final=True)
+                assert (await asking).status_code == 200
+            shown = (await served.client.get(f"/v1/models/{model}")).json()
+            assert (shown["id"], shown["parent"]) == (model, None)
+        assert (len(one.forms), len(other.forms)) == (3, 6)
+        assert (await ask(served, {"model": "org/third"})).status_code == 404
+        listed = (await served.client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in listed] == ["tiny-llama", "org/other"]
+
+
+async def test_nothing_serves_it_at_the_moment(tmp_path: Path) -> None:
+    """Draining engines take nothing new: come again."""
+    engine = ScriptedVllm()
+    async with house(tmp_path, [engine]) as served:
+        served.gateway.set_drain("v0", True)
+        response = await ask(served)
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_backend")
+        assert response.headers["retry-after"] == "1"

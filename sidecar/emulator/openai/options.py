@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from sidecar.emulator.face.options import Options, spec_of
 from sidecar.emulator.spec import VLLM, EngineSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+_OTHERS = (
+    "instances",
+    "write_engine_config",
+    "max_queue",
+    "crash_on_weights",
+    "full_errors",
+    "claim_errors",
+    "ignore_lora",
+)
+"""Options that an emulated vLLM has no use for, and that would be missed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +52,10 @@ class VllmOptions(Options):
         super().__post_init__()
         if self.max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank {self.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}")
-        if self.instances != 1:
-            raise ValueError("an emulated vLLM has one engine; start several servers instead of instances")
+        defaults = {field.name: field.default for field in fields(Options)}
+        for name in _OTHERS:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} is an option of the engine behind Triton; an emulated vLLM has none of it")
 
     @property
     def names(self) -> tuple[str, ...]:

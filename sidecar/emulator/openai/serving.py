@@ -233,7 +233,8 @@ async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer])
         is_over = answer.done()
         for task in (answer, leaving):
             task.cancel()
-        await asyncio.wait(tasks)
+        # What an answer that nobody waits for ends with is nobody's business.
+        await asyncio.gather(*tasks, return_exceptions=True)
     return answer.result() if is_over else None
 
 

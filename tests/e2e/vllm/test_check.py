@@ -27,6 +27,10 @@ def worse(found: dict[str, Finding]) -> dict[str, State]:
     return {name: finding.state for name, finding in found.items() if finding.state is not State.OK}
 
 
+def inside(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
 async def names_at(address: str) -> list[str]:
     async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
         return [entry["id"] for entry in (await client.get("/v1/models")).json()["data"]]
@@ -65,7 +69,7 @@ async def test_a_server_that_serves(server: VllmServer, toy: Toy, tmp_path: Path
     assert worse(unseen) == {"adapter": State.FAILED}
     assert "does not see what is staged" in unseen["adapter"].text
     assert await names_at(server.http_address) == [BASE_MODEL]
-    assert list(tmp_path.iterdir()) == []
+    assert inside(tmp_path) == []
 
 
 async def test_adapters_whose_files_have_gone(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
@@ -95,4 +99,4 @@ async def test_a_server_without_lora(lacking: VllmServer, toy: Toy, tmp_path: Pa
     assert "--enable-lora" in found["adapter"].fix
     unmade = await look(replace(target, api_key_file=str(key), base=None))
     assert worse(unmade) == {"LoRA updating": State.FAILED, "adapter": State.SKIPPED}
-    assert list(shared.iterdir()) == []
+    assert inside(shared) == []

@@ -23,6 +23,8 @@ from sidecar.errors import Misused, Reason
 CHECK_NAME = "lora-sidecar-check"
 """What the names that a check loads begin with."""
 TEXT_MAX = 240
+KEPT_S = 1.0
+"""vLLM closes what was idle for five seconds, even when a request is just on its way to it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ async def open_look(target: Target) -> AsyncIterator[VllmLook]:
         base_url=f"{scheme}://{target.address}",
         headers=_authorization(target.api_key_file),
         timeout=CONNECT_S,
+        limits=httpx.Limits(keepalive_expiry=KEPT_S),
         trust_env=False,
         verify=False if target.tls is None else context_of(target.tls, HTTP),
     )

@@ -52,7 +52,11 @@ def nowhere(look: VllmLook) -> dict[str, str]:
 async def registered(look: VllmLook) -> Finding:
     """Which names are registered there, all of them left alone; and whether the engine would miss their files."""
     await _forget_checks(look)
-    look.without_files = await asyncio.to_thread(_without_files, look.target, look.adapters)
+    without = await asyncio.to_thread(_without_files, look.target, look.adapters)
+    if without:
+        # Names are forgotten before their files go, so one that is still there was not just on its way out.
+        look.adapters = (await look.api.models()).adapters
+    look.without_files = tuple(name for name in without if name in look.adapters)
     if look.without_files:
         names = ", ".join(look.without_files[:LISTED])
         return failed(

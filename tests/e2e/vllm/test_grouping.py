@@ -1,0 +1,118 @@
+"""What late binding and grouping gain at an engine with two slots, and that a cold adapter is not kept waiting for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from sidecar.core.effects import Settle
+from tests.e2e.vllm.direct import at_once, complete, http_client, load, measured
+from tests.e2e.vllm.fronted import SEATS, ask, in_front
+from tests.e2e.vllm.server import VllmServer
+from tests.e2e.vllm.toy import NAMES, Toy, prompt
+
+REQUESTS = 128
+TOKENS = 32
+PROMPT = 8
+GAIN_MIN = 2.0
+"""Over a client that sends the adapters round robin and keeps as many in flight as the sidecar does."""
+SHARE_MIN = 0.97
+"""Of what the engine makes of all requests at once, when it sees them all and regroups them itself."""
+HOT, COLD = NAMES[:2], NAMES[2]
+HOT_CLIENTS = 16
+HOT_REQUESTS = 400
+
+
+async def register(client: httpx.AsyncClient, toy: Toy, names: list[str]) -> None:
+    for name in names:
+        (await load(client, name, toy.adapters / name)).raise_for_status()
+
+
+async def test_tokens_per_engine_step(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+    """128 requests of 16 adapters in the worst order, all submitted at once: the engine is as full as it can be."""
+    order = [(NAMES[number % len(NAMES)], prompt(number, PROMPT)) for number in range(REQUESTS)]
+    async with http_client(server.http_address) as direct:
+        await register(direct, toy, NAMES)
+        asks = [partial(complete, direct, name, asked, TOKENS) for name, asked in order]
+        async with measured(direct) as robin:
+            expected = await at_once(SEATS, asks)
+        async with measured(direct) as whole:
+            assert await at_once(REQUESTS, asks) == expected
+        async with in_front(server, toy.adapters, tmp_path) as front:
+            # So that none has to prove itself yet.
+            await at_once(SEATS, [partial(ask, front.client, name, prompt(0, PROMPT), 1) for name in NAMES])
+            async with measured(direct) as ours:
+                told = await at_once(
+                    REQUESTS, [partial(ask, front.client, name, asked, TOKENS) for name, asked in order]
+                )
+    assert [one.tokens for one in told] == expected
+    print(f"\nround robin, {SEATS} in flight: {robin}")
+    print(f"all {REQUESTS} at once:          {whole}")
+    print(f"through the sidecar:      {ours}")
+    gain, share = ours.tokens_per_step / robin.tokens_per_step, ours.tokens_per_step / whole.tokens_per_step
+    print(f"{gain:.2f} times round robin, {share:.3f} of all at once")
+    assert robin.tokens == whole.tokens == ours.tokens
+    assert gain >= GAIN_MIN
+    assert share >= SHARE_MIN
+
+
+class Hot:
+    """Clients that keep two adapters busy, each asking again at once, until so many requests have been answered."""
+
+    def __init__(self, ask_one: Callable[[str], Awaitable[Any]]) -> None:
+        self._ask_one = ask_one
+        self._left = HOT_REQUESTS
+        self.answered = 0
+        self._tasks = [asyncio.create_task(self._go_on(HOT[number % 2])) for number in range(HOT_CLIENTS)]
+
+    async def under_way(self) -> None:
+        """Return when a tenth of it is done."""
+        while self.answered < HOT_REQUESTS / 10:
+            await asyncio.sleep(0.01)
+
+    async def ended(self) -> None:
+        await asyncio.gather(*self._tasks)
+
+    async def _go_on(self, name: str) -> None:
+        while self._left > 0:
+            self._left -= 1
+            await self._ask_one(name)
+            self.answered += 1
+
+
+async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
+    """The bare engine serves it when the hot load has ended; the sidecar within the bound that it gave."""
+    asked = prompt(1, PROMPT)
+    async with http_client(server.http_address) as direct:
+        await register(direct, toy, NAMES[:3])
+        hot = Hot(lambda name: complete(direct, name, asked, TOKENS))
+        await hot.under_way()
+        before = hot.answered
+        await complete(direct, COLD, asked, 4)
+        waited = (hot.answered - before) / (HOT_REQUESTS - before)
+        await hot.ended()
+    print(f"\ndirectly: the cold request waited for {waited:.2f} of the hot load that was left")
+    assert waited >= 0.9
+    patient = {"classes": {"default": {"patience_s": 1.0}}}
+    async with in_front(server, toy.adapters, tmp_path, queue=patient) as front:
+        hot = Hot(lambda name: ask(front.client, name, asked, TOKENS))
+        await hot.under_way()
+        before = hot.answered
+        told = await ask(front.client, COLD, asked, 4)
+        waited = (hot.answered - before) / (HOT_REQUESTS - before)
+        await hot.ended()
+        assert told.tokens == toy.greedy(toy.adapters / COLD, asked, 4)
+        (settled,) = [one for one in front.served.recorder.of(Settle) if one.name == COLD]
+    print(
+        f"through the sidecar: for {waited:.2f} of it, {settled.queue_ns / 1e9:.2f} s of a bound of "
+        f"{(settled.bound_ns or 0) / 1e9:.2f} s"
+    )
+    assert not settled.voided
+    assert settled.bound_ns is not None
+    assert settled.queue_ns <= settled.bound_ns
+    assert waited < 0.9
