@@ -34,6 +34,8 @@ from sidecar.errors import Misused, Reason
 logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
+KEEP_S = 2.0
+"""vLLM's server closes a connection that was idle for 5 s: ours must be given up before."""
 UNLOAD_TIMEOUT_S = 30.0
 FORGET_AGAIN_S = 0.05
 DIGEST_CHARACTERS = 12
@@ -271,7 +273,7 @@ def _client(options: VllmOptions) -> httpx.AsyncClient:
         base_url=options.url,
         headers=headers,
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_S),
         trust_env=False,
         verify=tls,
         cert=certificate,
