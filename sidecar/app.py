@@ -6,7 +6,6 @@ import asyncio
 import logging
 import signal
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,24 +15,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar import plugins
-from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_model
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
-from sidecar.adapters.staging import Staging
-from sidecar.backends.api import Backend
 from sidecar.backends.credentials import read_pem
-from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
-from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.loads import LoaderProcess
-from sidecar.backends.transport import NOT_SHARED, SharedMemory, claim_shared_memory
-from sidecar.backends.triton import TritonBackend, TritonOptions
-from sidecar.backends.vllm import VllmBackend, VllmOptions
 from sidecar.config import Backend as BackendConfig
-from sidecar.config import Config, Listener, declared_facts
-from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
-from sidecar.engine_pace import pace_from_cost
+from sidecar.config import Config, Listener
 from sidecar.errors import Invalid, Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
@@ -45,6 +34,7 @@ from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.pool import base_models, make_backends, shared_memory_for, stagings_of
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
@@ -64,7 +54,6 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
 )
 RECONCILE_S = 1.0
-TRITON_GRPC_PORT, TRITON_METRICS_PORT = 8001, 8002
 
 
 class Sidecar:
@@ -260,82 +249,6 @@ class Sidecar:
             self._lock.close()
 
 
-def shared_memory_for(config: Config) -> SharedMemory:
-    """Return where the store's blobs are to lie so that engines on this machine can read them there.
-
-    What processes that live no more have left there is removed. Raises Misused where a backend insists on shared memory
-    and there is not enough.
-    """
-    wanted = {backend.weights_transport for backend in config.backends if backend.scheme == "triton"} - {"grpc"}
-    if not wanted:
-        return NOT_SHARED
-    memory = claim_shared_memory(config.store.memory_bytes)
-    if memory.mount is None and "shared_memory" in wanted:
-        raise Misused(Reason.CONFIG_INVALID, f"weights_transport: shared_memory: {memory.why_not}")
-    return memory
-
-
-def make_backends(
-    configured: Sequence[BackendConfig], loader: LoaderProcess, memory: SharedMemory = NOT_SHARED
-) -> list[tuple[Backend, EngineFacts]]:
-    """Return the backends of a configuration, each with the facts that are declared of it."""
-    made: list[tuple[Backend, EngineFacts]] = []
-    facts = facts_of(configured)
-    for backend in configured:
-        if backend.scheme == "triton":
-            declared = facts[backend.identity]
-            if backend.weights_transport == "grpc" or memory.mount is None:
-                declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
-            options = _triton_options(backend, declared, memory)
-            made.append((TritonBackend(options, loader), options.facts))
-        elif backend.scheme == VLLM:
-            vllm = _vllm_options(backend, facts[backend.identity])
-            made.append((VllmBackend(vllm), replace(vllm.facts, kind=VLLM)))
-        else:
-            kind = plugins.resolve("backend", backend.scheme)
-            made.append((kind(backend, facts[backend.identity], loader), facts[backend.identity]))
-    return made
-
-
-def stagings_of(configured: Sequence[BackendConfig]) -> list[Staging]:
-    """Return the folders that engines read adapters' files from, each once."""
-    shared = [backend.adapters_dir.places.ours for backend in configured if backend.adapters_dir is not None]
-    return [Staging(folder) for folder in dict.fromkeys(shared)]
-
-
-def facts_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
-    """Return what is declared of each backend's engine, by the backend's id; nothing is asked of anyone."""
-    found = {}
-    several = len({backend.model for backend in configured}) > 1 or any(backend.models for backend in configured)
-    for backend in configured:
-        engine = backend.engine
-        declared = declared_facts(backend, from_engine_config(Path(engine.config)) if engine.config else None)
-        if engine.cost is not None:
-            declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
-        if backend.adapters_dir is not None:
-            declared = replace(declared, kind=TRITON_LLMAPI)  # until its model is seen
-        if several:
-            declared = replace(declared, models=(backend.model, backend.text_model, *backend.models))
-        found[backend.identity] = with_base_model(declared, base_model_of(backend))
-    return found
-
-
-def base_models(configured: Sequence[BackendConfig]) -> dict[str, BaseModel]:
-    """Return the base models whose files are named, by every name that they have."""
-    found: dict[str, BaseModel] = {}
-    for backend in configured:
-        model = base_model_of(backend)
-        if model is not None and backend.base_model is not None:
-            found |= dict.fromkeys((backend.base_model.name, *backend.base_model.aliases), model)
-    return found
-
-
-def base_model_of(backend: BackendConfig) -> BaseModel | None:
-    """Read the base model's own config. Raises Misused with what is wrong with it."""
-    base = backend.base_model
-    return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
-
-
 def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:
     """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
     return {
@@ -343,43 +256,6 @@ def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplat
         for backend in configured
         if backend.base_model is not None and backend.base_model.chat_template is not None
     }
-
-
-def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory) -> TritonOptions:
-    return TritonOptions(
-        id=backend.identity,
-        address=backend.address,
-        facts=facts,
-        metrics_url=backend.metrics or usual_metrics_url(backend.address),
-        model=backend.model,
-        text_model=backend.text_model,
-        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
-        transport=backend.weights_transport,
-        memory=memory,
-        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
-        progress_timeout_s=backend.progress_timeout_s,
-        load_timeout_s=backend.load_timeout_s,
-    )
-
-
-def _vllm_options(backend: BackendConfig, facts: EngineFacts) -> VllmOptions:
-    return VllmOptions(
-        id=backend.identity,
-        url=f"{'http' if backend.tls is None else 'https'}://{backend.address}",
-        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
-        facts=facts,
-        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
-        api_key_file=backend.api_key_file,
-        old_versions=backend.old_versions,
-        progress_timeout_s=backend.progress_timeout_s,
-        load_timeout_s=backend.load_timeout_s,
-    )
-
-
-def usual_metrics_url(address: str) -> str | None:
-    """Return where a Triton server on its usual gRPC port has its metrics, None for one on another port."""
-    host, _, port = address.rpartition(":")
-    return f"http://{host}:{TRITON_METRICS_PORT}/metrics" if port == str(TRITON_GRPC_PORT) else None
 
 
 def _served_folders(serve: str | None) -> list[Path]:

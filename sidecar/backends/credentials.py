@@ -1,12 +1,14 @@
-"""gRPC channels to engines, and their credentials from files."""
+"""gRPC channels and HTTP clients to engines, and their credentials from files."""
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx
 
 from sidecar.backends import wire
 from sidecar.errors import Misused, Reason
@@ -32,3 +34,40 @@ def open_channel(address: str, tls: Mapping[str, str] | None) -> grpc.aio.Channe
     if tls is None:
         return grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=wire.CHANNEL_OPTIONS)
+
+
+def tls_context(tls: Mapping[str, str], protocol: str) -> ssl.SSLContext:
+    """Return a client's TLS context from PEM files. Raises Misused with the file that cannot be read."""
+    try:
+        context = ssl.create_default_context(cafile=tls.get("ca"))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the server's own certificate will do as its CA
+        if "certificate" in tls:
+            context.load_cert_chain(tls["certificate"], tls.get("key"))
+    except (OSError, ssl.SSLError) as error:
+        names = ", ".join(f"{name} {path}" for name, path in sorted(tls.items()))
+        raise Misused(Reason.CONFIG_INVALID, f"the TLS files cannot be used ({names}): {error}") from error
+    context.set_alpn_protocols([protocol])
+    return context
+
+
+def open_http_client(
+    address: str, tls: Mapping[str, str] | None, api_key_file: str | None, timeout: httpx.Timeout, kept_s: float
+) -> httpx.AsyncClient:
+    """Return a client of an HTTP/1.1 server, with as many connections as are used at a time, idle ones `kept_s`."""
+    return httpx.AsyncClient(
+        base_url=f"{'http' if tls is None else 'https'}://{address}",
+        headers=_authorization(api_key_file),
+        timeout=timeout,
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=kept_s),
+        trust_env=False,
+        verify=False if tls is None else tls_context(tls, "http/1.1"),
+    )
+
+
+def _authorization(file: str | None) -> dict[str, str]:
+    if file is None:
+        return {}
+    try:
+        return {"authorization": f"Bearer {Path(file).expanduser().read_text().strip()}"}
+    except OSError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"api_key_file {file}: {error.strerror}") from error

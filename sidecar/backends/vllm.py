@@ -19,6 +19,7 @@ import httpx
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.api import HttpForm, Ticket, Weights
+from sidecar.backends.credentials import open_http_client
 from sidecar.backends.dialects import VLLM
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_words
@@ -46,7 +47,7 @@ class VllmOptions:
     """How to reach and watch one server. `base_model` is the name to ask it by, if not the first that it lists."""
 
     id: str
-    url: str
+    address: str
     adapters_dir: AdaptersDir | None
     facts: EngineFacts = field(default_factory=EngineFacts)
     tls: dict[str, str] | None = None
@@ -70,9 +71,10 @@ class VllmBackend(Endpoint):
 
     def __init__(self, options: VllmOptions) -> None:
         pulse = Pulse(options.progress_timeout_s, monotonic())
-        super().__init__(options.id, options.url, options.look_s, options.progress_timeout_s, pulse)
+        super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, pulse)
         self.options = options
-        self._client = _client(options)
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        self._client = open_http_client(options.address, options.tls, options.api_key_file, timeout, KEEP_S)
         self._api = VllmApi(options.id, self._client)
         self._base = ""
         self._version = ""
@@ -96,10 +98,11 @@ class VllmBackend(Endpoint):
             )
         served = await self._api.models()
         self._base = served.base
-        if self._distrusted:
-            await self._api.answer_once(self._base, self._patience_s)
         await self._clear_away(served.adapters)
         self._seen = await self._api.measures()
+        if self._distrusted or not (self.options.facts.device_pages or self._seen.slots):
+            await self._api.answer_once(self._base, self._patience_s)
+            self._seen = await self._api.measures()  # how many adapters it runs is said from the first answer on
         self.pulse.begin(monotonic())
         self.pulse.counted(self._seen.steps, monotonic())
         self._distrusted = False
@@ -259,22 +262,3 @@ def _name(effect: Load | Dispatch) -> str:
     generation = key.rpartition(".g")[2]
     suffix = "" if generation == "0" else f".g{generation}"
     return f"{effect.name}@{effect.digest[:DIGEST_CHARACTERS]}{suffix}"
-
-
-def _client(options: VllmOptions) -> httpx.AsyncClient:
-    """Return a client whose connections are kept, as many as run at a time."""
-    headers = {}
-    if options.api_key_file is not None:
-        headers["authorization"] = f"Bearer {Path(options.api_key_file).read_text().strip()}"
-    tls: Any = False if options.tls is None else options.tls.get("ca") or True
-    files = options.tls or {}
-    certificate = (files["certificate"], files["key"]) if "certificate" in files else None
-    return httpx.AsyncClient(
-        base_url=options.url,
-        headers=headers,
-        timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_S),
-        trust_env=False,
-        verify=tls,
-        cert=certificate,
-    )

@@ -12,7 +12,6 @@ import yaml
 
 from policies.registry import POLICIES
 from sidecar import plugins
-from sidecar.app import facts_of
 from sidecar.backends.checks.vllm.declared import undeclared
 from sidecar.backends.dialects import VLLM
 from sidecar.cli.exits import CommandError, Exit
@@ -20,6 +19,7 @@ from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
 from sidecar.config import Config
 from sidecar.errors import Misused, Reason
+from sidecar.pool import facts_of
 
 CONTEXT_TOKENS = 1024
 """The context of the request that a calibrated pace is told for."""

@@ -15,12 +15,12 @@ from sidecar.adapters.base_model import read_base_model
 from sidecar.adapters.convert import convert as convert_folder
 from sidecar.adapters.inspect import inspect as inspect_folder
 from sidecar.adapters.layout import Layout
-from sidecar.app import facts_of
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.cli.adapters import app
 from sidecar.cli.bars import bar
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
+from sidecar.pool import facts_of
 
 Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
 Base = Annotated[

@@ -16,7 +16,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
-from sidecar.app import base_model_of, facts_of, usual_metrics_url
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import State, Target, skipped
 from sidecar.backends.dialects import TRITON, VLLM
@@ -27,6 +26,7 @@ from sidecar.cli.show import console, print_json, working
 from sidecar.config import Backend, Config, parse
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Misused
+from sidecar.pool import base_model_of, facts_of, usual_metrics_url
 
 KINDS = (TRITON, VLLM)
 SHOWN_MAX = 8

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from tritonclient.grpc import service_pb2
 
 from sidecar.core.events import BackendLost
 from sidecar.core.words import Phase
@@ -38,14 +39,18 @@ class Unloaded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.away = False
-        model = Answering.model
+        answer, ready = Answering.answer, Control.ModelReady
 
-        def found(answering: Any, name: str, version: str = "") -> Any:
+        async def answered(answering: Any, request: Any, emit: Any) -> None:
             if self.away:
                 raise Rejection(NO_MODEL, grpc.StatusCode.NOT_FOUND)
-            return model(answering, name, version)
+            await answer(answering, request, emit)
 
-        monkeypatch.setattr(Answering, "model", found)
+        async def is_ready(control: Any, request: Any, context: Any) -> Any:
+            return service_pb2.ModelReadyResponse() if self.away else await ready(control, request, context)
+
+        monkeypatch.setattr(Answering, "answer", answered)
+        monkeypatch.setattr(Control, "ModelReady", is_ready)
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
@@ -59,7 +64,7 @@ async def test_what_runs_ends_and_what_comes_waits(
     async with running_engine(**options) as engine, serving([engine], tmp_path) as served:
         assert_right(served, await attempt(served, "a00"))
         running = asyncio.create_task(attempt(served, "a00", 700))
-        await until(lambda: engine.engine.counters.active == 1)
+        await until(lambda: engine.engine.counters.active == 1 and len(engine.served) == 2)
         unloaded.away = True
         waiting = [asyncio.create_task(attempt(served, "a00")) for _ in range(5)]
         detail = served.sidecar.gateway.backends["trt-0"].detail

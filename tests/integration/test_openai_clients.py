@@ -15,8 +15,8 @@ import pytest
 from sidecar.proto import gateway_pb2
 from tests.emulated import running_engine
 from tests.peft_files import BASE_MODEL
-from tests.serving import Serving, serving, write_adapters
-from tests.vllm_emulated import expected, running_vllm
+from tests.serving import PATIENCE_S, Serving, serving, until, write_adapters
+from tests.vllm_emulated import Client, VllmProcess, expected, running_vllm
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 USER: Any = [{"role": "user", "content": "hi"}]
@@ -148,6 +148,25 @@ async def test_a_mixed_pool(tmp_path: Path) -> None:
         assert tokens.origins[0].backend in KINDS
         assert tokens.tokens == ids_of(served, tokens.origins[0].backend, "a00", 4)
         assert "vllm" in seen
+
+
+async def test_a_client_that_leaves_a_vllm(tmp_path: Path) -> None:
+    """Closing a stream is how the SDK's users stop: the engine's seat is free at once, long before the answer's end."""
+    async with (
+        VllmProcess("--compute", "none", "--served-model-name", "base", time_scale=1.0) as engine,
+        Client(engine.http_address) as metrics,
+        serving([engine]) as served,
+        asynchronous(served) as client,
+    ):
+        stream = await client.completions.create(model="base", prompt="hi", max_tokens=2000, stream=True)
+        async for _ in stream:
+            break
+        assert await metrics.sample("vllm:num_requests_running") == 1
+        await stream.close()
+        async with asyncio.timeout(PATIENCE_S):
+            while await metrics.sample("vllm:num_requests_running"):
+                await asyncio.sleep(0.01)
+        await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from sidecar.backends.api import HttpRejection
+from sidecar.core.events import Received
 from sidecar.core.words import Fault
 from tests.openai_house import DONE, House, ScriptedVllm, event, house
 from tests.scripted_backend import ScriptedBackend
-from tests.serving import until
+from tests.serving import Recorder, until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = {"prompt": "hi", "max_tokens": 4}
@@ -262,6 +263,29 @@ async def test_paths_and_methods(tmp_path: Path) -> None:
         assert (response.status_code, response.headers["allow"]) == (405, "POST")
         assert response.json()["error"]["code"] == "method_not_allowed"
         assert (await served.client.get("/livez")).text == "ok\n"
+
+
+async def test_a_users_requests_are_one_session(tmp_path: Path) -> None:
+    """The same for the same user, so that a share of users tries a version out; nobody's name is in it."""
+    engine = ScriptedVllm()
+    async with house(tmp_path, [engine]) as served:
+        recorder = Recorder()
+        served.gateway.observe(recorder)
+        for body, headers in (
+            ({"user": "me@example.com"}, {}),
+            ({"user": "me@example.com"}, {}),
+            ({"user": "you"}, {}),
+            ({"user": "me@example.com"}, {"x-lora-session": "s1"}),
+            ({}, {}),
+        ):
+            asking = ask(served, body, headers=headers)
+            await engine.running_are(1)
+            engine.deliver(b"{}", final=True)
+            await asking
+        sessions = [event.session for event in recorder.events if isinstance(event, Received)]
+        assert sessions[0] == sessions[1] != sessions[2]
+        assert sessions[3:] == ["s1", ""]
+        assert "example" not in "".join(sessions)
 
 
 async def test_admission_counts_what_is_asked(tmp_path: Path) -> None:

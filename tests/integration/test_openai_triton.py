@@ -127,6 +127,23 @@ async def test_what_a_chat_is_to_the_engine(tmp_path: Path) -> None:
         assert chat.json()["choices"][0]["message"]["content"] == texts[0]
 
 
+async def test_two_templates(tmp_path: Path) -> None:
+    """A chat goes to engines that would make the same of it, and not to one that has no template."""
+    write_adapters(tmp_path / "adapters", 1)
+    backends = []
+    async with running_engine(**DUMMY) as one, running_engine(**DUMMY) as two, running_engine(**DUMMY) as three:
+        for number, engine in enumerate((one, two, three)):
+            (tmp_path / f"{number}.jinja").write_text(f"{number}{TEMPLATE}")
+            base = {"name": BASE_MODEL} | ({"chat_template": str(tmp_path / f"{number}.jinja")} if number else {})
+            backends.append({"url": f"triton://{engine.grpc_address}", "id": f"t{number}", "base_model": base})
+        async with serving([], tmp_path / "adapters", backends=backends) as served, client_of(served) as client:
+            for _ in range(6):
+                response = await client.post(CHAT, json={"model": "a00", "messages": USER, "max_tokens": 2})
+                assert response.headers["x-lora-backend"] == "t1"
+            refused = await client.post(CHAT, json={"model": "a00", "messages": [{"role": "user", "content": 7}]})
+            assert refused.status_code == 400
+
+
 async def test_a_chat_without_a_template(tmp_path: Path) -> None:
     """400, with what to configure."""
     async with in_front(tmp_path) as (_, engine, client):

@@ -11,7 +11,7 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar import app
+from sidecar import pool
 from sidecar.adapters.shared_memory import DIRECTORY
 from sidecar.app import Sidecar
 from sidecar.backends import transport
@@ -242,7 +242,7 @@ async def test_an_adapter_over_the_message_cap_goes_where_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By gRPC it is refused with the number and the way out; by reference its size is no matter."""
-    for module in (app, transport):
+    for module in (pool, transport):
         monkeypatch.setattr(module, "MESSAGE_BYTES_MAX", (1 << 16) + 1000)
     write_adapter(tmp_path / "big", seed=1)
     async with running_engine(**DUMMY) as engine:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from sidecar.app import facts_of
 from sidecar.backends import wire
 from sidecar.backends.api import Payload
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
 from sidecar.config import parse
 from sidecar.fronts.kinds import as_it_is
+from sidecar.pool import facts_of
 from tests.corekit import World
 from tests.corekit import facts_of as engine_of
 

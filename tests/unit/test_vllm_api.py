@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -74,7 +75,7 @@ async def test_events_come_whole_however_they_are_cut(cuts: Sequence[int]) -> No
     edges = [0, *cuts, len(stream)]
 
     async def pieces() -> AsyncIterator[bytes]:
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             yield stream[begin:end]
 
     events = [event async for event in _split(pieces())]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import httpx
 
-from sidecar.errors import Misused, Reason
+from sidecar.backends.credentials import tls_context
 
 CONNECT_S = 3.0
 GRPC_PORT, HTTP_PORT, METRICS_PORT = 8001, 8000, 8002
@@ -108,7 +108,7 @@ async def unasked_tls(address: str, protocol: str) -> tuple[str, str] | None:
 
 async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple[str, str] | None:
     """Return what is wrong with TLS at an address, and the line that would change it; None if nothing is."""
-    problem = await _handshake(address, context_of(tls, protocol))
+    problem = await _handshake(address, tls_context(tls, protocol))
     if isinstance(problem, ssl.SSLCertVerificationError):
         against = tls.get("ca") or "this machine's own CAs"
         return (
@@ -136,20 +136,6 @@ def _words_of(error: OSError) -> str:
 def _words(problem: Exception) -> str:
     reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
     return str(reason).lower().replace("_", " ")
-
-
-def context_of(tls: Mapping[str, str], protocol: str = GRPC) -> ssl.SSLContext:
-    """Return a client's TLS context from PEM files. Raises Misused with the file that cannot be read."""
-    try:
-        context = ssl.create_default_context(cafile=tls.get("ca"))
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the server's own certificate will do as its CA
-        if "certificate" in tls:
-            context.load_cert_chain(tls["certificate"], tls.get("key"))
-    except (OSError, ssl.SSLError) as error:
-        names = ", ".join(f"{name} {path}" for name, path in sorted(tls.items()))
-        raise Misused(Reason.CONFIG_INVALID, f"the TLS files cannot be used ({names}): {error}") from error
-    context.set_alpn_protocols([protocol])
-    return context
 
 
 def _unverified(protocol: str) -> ssl.SSLContext:

@@ -15,7 +15,8 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.backends.checks.engine import facts_from
 from sidecar.backends.checks.finding import Finding, Look, Target, failed, ok, warning
-from sidecar.backends.checks.port import CONNECT_S, GRPC, context_of, host_and_port, what_answers
+from sidecar.backends.checks.port import CONNECT_S, GRPC, host_and_port, what_answers
+from sidecar.backends.credentials import tls_context
 from sidecar.backends.probe import words
 
 ANSWER_S = 4.0
@@ -141,7 +142,7 @@ async def certificate_of(target: Target, protocol: str) -> Finding:
     host, port = host_and_port(target.address)
     try:
         async with timeout(CONNECT_S):
-            _, writer = await open_connection(host, port, ssl=context_of(tls, protocol), server_hostname=host)
+            _, writer = await open_connection(host, port, ssl=tls_context(tls, protocol), server_hostname=host)
     except (OSError, TimeoutError) as error:
         return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
     certificate = writer.get_extra_info("peercert")

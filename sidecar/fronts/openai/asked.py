@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,9 +65,9 @@ class Asked:
 
     @property
     def session(self) -> str:
-        """The end user's name, where the client gives one."""
+        """What stands for the end user, where the client names one: who that is is no business of journals and logs."""
         user = self.body.values.get("user")
-        return user[:CHARACTERS_MAX] if isinstance(user, str) else ""
+        return hashlib.sha256(user.encode(errors="replace")).hexdigest()[:16] if isinstance(user, str) and user else ""
 
 
 def read_asked(path: str, body: Body) -> Asked:

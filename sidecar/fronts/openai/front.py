@@ -84,13 +84,15 @@ class OpenAiFront:
             self._gateway.close(ticket)
 
     def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int) -> Ticket:
-        text_tokens = text_tokens_max(self._gateway.state, asked.prompt_bytes) if asked.prompt_bytes else 0
+        state = self._gateway.state
+        text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
+        each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
         facts = RequestFacts(
             adapter=place.adapter,
             tenant=tenant,
             klass=caller.klass,
             input_tokens=asked.prompt_tokens + text_tokens,
-            output_tokens_max=(asked.max_tokens or 0) * asked.answers,
+            output_tokens_max=each * asked.answers,
             deadline_s=caller.deadline_s,
             session=caller.session or asked.session,
             size_bytes=size_bytes,

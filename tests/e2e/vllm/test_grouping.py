@@ -24,7 +24,6 @@ GAIN_MIN = 2.0
 SHARE_MIN = 0.97
 """Of what the engine makes of all requests at once, when it sees them all and regroups them itself."""
 HOT, COLD = NAMES[:2], NAMES[2]
-HOT_CLIENTS = 16
 HOT_REQUESTS = 400
 
 
@@ -62,13 +61,12 @@ async def test_tokens_per_engine_step(server: VllmServer, toy: Toy, tmp_path: Pa
 
 
 class Hot:
-    """Clients that keep two adapters busy, each asking again at once, until so many requests have been answered."""
+    """A load of two adapters, all submitted at once. Lengths differ, so no adapter's answers all end in one step."""
 
-    def __init__(self, ask_one: Callable[[str], Awaitable[Any]]) -> None:
+    def __init__(self, ask_one: Callable[[str, int], Awaitable[Any]]) -> None:
         self._ask_one = ask_one
-        self._left = HOT_REQUESTS
         self.answered = 0
-        self._tasks = [asyncio.create_task(self._go_on(HOT[number % 2])) for number in range(HOT_CLIENTS)]
+        self._tasks = [asyncio.create_task(self._one(number)) for number in range(HOT_REQUESTS)]
 
     async def under_way(self) -> None:
         """Return when a tenth of it is done."""
@@ -78,11 +76,9 @@ class Hot:
     async def ended(self) -> None:
         await asyncio.gather(*self._tasks)
 
-    async def _go_on(self, name: str) -> None:
-        while self._left > 0:
-            self._left -= 1
-            await self._ask_one(name)
-            self.answered += 1
+    async def _one(self, number: int) -> None:
+        await self._ask_one(HOT[number % 2], TOKENS // 2 + number * 7 % TOKENS)
+        self.answered += 1
 
 
 async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
@@ -90,7 +86,7 @@ async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, 
     asked = prompt(1, PROMPT)
     async with http_client(server.http_address) as direct:
         await register(direct, toy, NAMES[:3])
-        hot = Hot(lambda name: complete(direct, name, asked, TOKENS))
+        hot = Hot(lambda name, tokens: complete(direct, name, asked, tokens))
         await hot.under_way()
         before = hot.answered
         await complete(direct, COLD, asked, 4)
@@ -100,7 +96,7 @@ async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, 
     assert waited >= 0.9
     patient = {"classes": {"default": {"patience_s": 1.0}}}
     async with in_front(server, toy.adapters, tmp_path, queue=patient) as front:
-        hot = Hot(lambda name: ask(front.client, name, asked, TOKENS))
+        hot = Hot(lambda name, tokens: ask(front.client, name, asked, tokens))
         await hot.under_way()
         before = hot.answered
         told = await ask(front.client, COLD, asked, 4)

@@ -7,18 +7,17 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import httpx
 
 from sidecar.backends.checks.finding import Target
-from sidecar.backends.checks.port import CONNECT_S, HTTP, context_of
+from sidecar.backends.checks.port import CONNECT_S
+from sidecar.backends.credentials import open_http_client
 from sidecar.backends.dialects import VLLM
 from sidecar.backends.vllm_api import VllmApi, message_of
 from sidecar.core.facts import EngineFacts
-from sidecar.errors import Misused, Reason
 
 CHECK_NAME = "lora-sidecar-check"
 """What the names that a check loads begin with."""
@@ -86,27 +85,10 @@ class VllmLook:
 @asynccontextmanager
 async def open_look(target: Target) -> AsyncIterator[VllmLook]:
     """Give a look at a target for the length of a block. Raises Misused for files that are not there."""
-    scheme = "http" if target.tls is None else "https"
-    client = httpx.AsyncClient(
-        base_url=f"{scheme}://{target.address}",
-        headers=_authorization(target.api_key_file),
-        timeout=CONNECT_S,
-        limits=httpx.Limits(keepalive_expiry=KEPT_S),
-        trust_env=False,
-        verify=False if target.tls is None else context_of(target.tls, HTTP),
-    )
+    client = open_http_client(target.address, target.tls, target.api_key_file, httpx.Timeout(CONNECT_S), KEPT_S)
     async with client:
         facts = replace(target.facts, kind=VLLM)
         yield VllmLook(target, client, VllmApi(target.id, client), facts)
-
-
-def _authorization(file: str | None) -> dict[str, str]:
-    if file is None:
-        return {}
-    try:
-        return {"authorization": f"Bearer {Path(file).expanduser().read_text().strip()}"}
-    except OSError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"api_key_file {file}: {error.strerror}") from error
 
 
 def _has_error(body: bytes) -> bool:
