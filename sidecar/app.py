@@ -28,7 +28,7 @@ from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
 from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront, server_tls
-from sidecar.fronts.http_listener import HttpLimits
+from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options

@@ -18,7 +18,8 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from sidecar.errors import Misused, Reason
-from sidecar.fronts.http_listener import HttpLimits, HttpListener
+from sidecar.fronts.http_connection import HttpLimits
+from sidecar.fronts.http_listener import HttpListener
 from sidecar.fronts.http_rest import is_rest, rest_answer
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics

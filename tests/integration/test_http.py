@@ -18,7 +18,7 @@ from sidecar.core.events import BackendLost, BackendUp, Event, FirstToken, LoadD
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http import HttpFront
-from sidecar.fronts.http_listener import HEAD_BYTES_MAX, SPARE_CONNECTIONS, HttpLimits
+from sidecar.fronts.http_connection import HEAD_BYTES_MAX, SPARE_CONNECTIONS, HttpLimits
 from sidecar.plugins import policies_of
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts

@@ -16,7 +16,8 @@ import pytest
 
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http import server_tls
-from sidecar.fronts.http_listener import SPARE_CONNECTIONS, HttpLimits, HttpListener, _Connection
+from sidecar.fronts.http_connection import SPARE_CONNECTIONS, Connection, HttpLimits
+from sidecar.fronts.http_listener import HttpListener
 from tests.authority import NEEDS_OPENSSL, Authority
 from tests.emulated import running_engine
 from tests.kserve_clients import restrict
@@ -82,13 +83,13 @@ async def test_silence_in_the_middle_of_a_request(begun: bytes) -> None:
 async def test_a_client_may_be_silent_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that has come in full takes as long as it takes, however often its connection is looked at."""
     asked, go_on, looks = asyncio.Event(), asyncio.Event(), []
-    look = _Connection._look
+    look = Connection._look
 
-    def counted(connection: _Connection) -> None:
+    def counted(connection: Connection) -> None:
         looks.append(connection)
         look(connection)
 
-    monkeypatch.setattr(_Connection, "_look", counted)
+    monkeypatch.setattr(Connection, "_look", counted)
 
     async def slow(scope: Any, receive: Any, send: Any) -> None:
         asked.set()

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from sidecar.core.events import FirstToken
 from tests.emulated import EngineProcess, read_served, running_engine
 from tests.peft_files import BASE_MODEL
 from tests.serving import Serving, serving, until, write_adapters
@@ -244,6 +245,11 @@ async def test_a_prompt_that_is_too_long(tmp_path: Path) -> None:
             assert "request id" not in error["message"]
 
 
+def first_tokens(served: Serving) -> int:
+    """Return how many requests have begun to be answered: until then an engine may not know of one."""
+    return sum(isinstance(event, FirstToken) for event in served.recorder.events)
+
+
 async def test_a_client_that_leaves_a_triton(tmp_path: Path) -> None:
     """The engine's seat is free at once, whether the client had asked for a stream or not."""
     log = tmp_path / "served.jsonl"
@@ -254,10 +260,10 @@ async def test_a_client_that_leaves_a_triton(tmp_path: Path) -> None:
         serving([engine], tmp_path / "adapters") as served,
         client_of(served) as client,
     ):
-        for stream in (False, True):
+        for count, stream in enumerate((False, True), start=1):
             body = {"model": names[0], "prompt": "hi", "max_tokens": 4000, "stream": stream}
             asking = asyncio.create_task(client.post(COMPLETIONS, json=body))
-            await until(lambda: bool(served.state.backends["trt-0"].running))
+            await until(lambda count=count: first_tokens(served) == count)
             asking.cancel()
             await until(lambda: not served.state.requests)
         await until(lambda: len(read_served(log)) >= 3)

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from sidecar.backends.api import Ticket
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
-from sidecar.fronts.http_listener import CROWDED, PEER
+from sidecar.fronts.http_connection import CROWDED, PEER
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, send_failure
 from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Asked, Caller, Unfit, read_asked, read_caller

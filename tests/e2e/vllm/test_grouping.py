@@ -24,7 +24,7 @@ GAIN_MIN = 2.0
 SHARE_MIN = 0.97
 """Of what the engine makes of all requests at once, when it sees them all and regroups them itself."""
 HOT, COLD = NAMES[:2], NAMES[2]
-HOT_REQUESTS = 400
+HOT_CLIENTS, HOT_REQUESTS = 128, 512
 
 
 async def register(client: httpx.AsyncClient, toy: Toy, names: list[str]) -> None:
@@ -61,12 +61,16 @@ async def test_tokens_per_engine_step(server: VllmServer, toy: Toy, tmp_path: Pa
 
 
 class Hot:
-    """A load of two adapters, all submitted at once. Lengths differ, so no adapter's answers all end in one step."""
+    """Clients that ask for two adapters in turn, each again as soon as it is answered, until all has been asked.
+
+    There are more than the engine runs at a time, and lengths differ: neither adapter ever has nothing that waits.
+    """
 
     def __init__(self, ask_one: Callable[[str, int], Awaitable[Any]]) -> None:
         self._ask_one = ask_one
+        self._numbers = iter(range(HOT_REQUESTS))
         self.answered = 0
-        self._tasks = [asyncio.create_task(self._one(number)) for number in range(HOT_REQUESTS)]
+        self._tasks = [asyncio.create_task(self._ask_on()) for _ in range(HOT_CLIENTS)]
 
     async def under_way(self) -> None:
         """Return when a tenth of it is done."""
@@ -76,9 +80,10 @@ class Hot:
     async def ended(self) -> None:
         await asyncio.gather(*self._tasks)
 
-    async def _one(self, number: int) -> None:
-        await self._ask_one(HOT[number % 2], TOKENS // 2 + number * 7 % TOKENS)
-        self.answered += 1
+    async def _ask_on(self) -> None:
+        for number in self._numbers:
+            await self._ask_one(HOT[number % 2], TOKENS // 2 + number * 7 % TOKENS)
+            self.answered += 1
 
 
 async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
@@ -102,6 +107,7 @@ async def test_a_cold_adapter_beside_two_hot_ones(server: VllmServer, toy: Toy, 
         told = await ask(front.client, COLD, asked, 4)
         waited = (hot.answered - before) / (HOT_REQUESTS - before)
         await hot.ended()
+        assert told.error == ""
         assert told.tokens == toy.greedy(toy.adapters / COLD, asked, 4)
         (settled,) = [one for one in front.served.recorder.of(Settle) if one.name == COLD]
     print(

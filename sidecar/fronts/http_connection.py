@@ -1,0 +1,198 @@
+"""One http connection: uvicorn's, with the bounds that uvicorn has not.
+
+How long a request's head may be, for how long a client may be silent in the middle of a request, how much of a body is
+taken that nobody reads. An answer to a request that has not come in full reaches its client all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+from time import monotonic
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+CONNECTIONS_MAX = 4096
+SPARE_CONNECTIONS = 64
+"""More than the limit, for those who look whether the process lives: only an answer that is short is given there."""
+HEAD_BYTES_MAX = 16 << 10
+SILENCE_S_MAX = 30.0
+DISCARDED_BYTES_MAX = 64 << 20
+"""Of a body that is answered without being read; whoever sends more is cut off."""
+PEER, CROWDED = "peer", "crowded"
+"""In a request's state: the name in its client's certificate, and whether there are more connections than planned."""
+
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class HttpLimits:
+    """How many connections a listener has, and what it takes from each."""
+
+    connections: int = CONNECTIONS_MAX
+    head_bytes: int = HEAD_BYTES_MAX
+    silence_s: float = SILENCE_S_MAX
+
+
+class _Refused(Exception):
+    """A request that is turned away before it reaches the application."""
+
+
+class Connection(HttpToolsProtocol):
+    """One connection. What uvicorn bounds not at all is bounded here."""
+
+    limits: HttpLimits
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._in_head = True
+        self._head_bytes = 0
+        self._discarded_bytes = 0
+        self._whole = False
+        """The request that is being answered has come in full, so that its client may be silent."""
+        self._body_has_begun = self._closes = False
+        self._heard_s = 0.0
+        self._refusal: HTTPStatus | None = None
+        self._watch: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.app_state = {**self.app_state, PEER: _peer_name(transport)}
+        super().connection_made(transport)
+        count = len(self.connections)
+        self.app_state[CROWDED] = count > self.limits.connections
+        if count > self.limits.connections + SPARE_CONNECTIONS:
+            transport.abort()
+            return
+        self._heard_s = monotonic()
+        self._watch = self.loop.call_later(self.limits.silence_s, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """Close on a client that has begun a request, or nothing at all, and says no more."""
+        left_s = self._heard_s + self.limits.silence_s - monotonic()
+        waits = self.transport.is_closing() or not (self._whole or self.flow.read_paused)
+        if left_s <= 0 and waits:
+            self.transport.abort()
+            return
+        self._watch = self.loop.call_later(left_s if left_s > 0 else self.limits.silence_s, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_s = monotonic()
+        was_in_head = self._in_head
+        if was_in_head or self._whole:
+            data = _without_upgrade(data)
+        super().data_received(data)
+        if was_in_head and self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > self.limits.head_bytes:
+                self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._whole, self._body_has_begun = True, False, False
+        self._head_bytes = self._discarded_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + 4)
+
+    def _count(self, size_bytes: int) -> None:
+        self._head_bytes += size_bytes
+        if self._head_bytes > self.limits.head_bytes:
+            self._refusal = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise _Refused
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = 0
+        if self.parser.get_http_version() == "1.1" and not any(name == b"host" for name, _ in self.headers):
+            raise _Refused
+        super().on_headers_complete()
+        self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
+
+    def close_politely(self) -> None:
+        """Close, but not on a client that still sends: it would be reset before it has read its answer."""
+        if self._whole or (self.expect_100_continue and not self._body_has_begun):
+            self.transport.close()
+        else:
+            self._closes = True
+
+    def on_body(self, body: bytes) -> None:
+        self._body_has_begun = True
+        super().on_body(body)
+        if self.cycle.response_complete:
+            self._discarded_bytes += len(body)
+            if self._discarded_bytes > DISCARDED_BYTES_MAX:
+                self.transport.abort()
+
+    def on_message_complete(self) -> None:
+        self._whole = True
+        self.cycle.transport = self.transport
+        super().on_message_complete()
+        if self._closes:
+            self.transport.close()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._heard_s = monotonic()  # it closes when its client has taken all, which must not take for ever
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        """Say why a request is none; uvicorn knows 400 only."""
+        status = self._refusal or HTTPStatus.BAD_REQUEST
+        body = f"not a request: {status.phrase}\n".encode()
+        head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: text/plain; charset=utf-8\r\n"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        self.transport.close()
+
+
+class _Lingering:
+    """A connection as an answer sees it while its request is still coming."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.write = connection.transport.write
+        self.is_closing = connection.transport.is_closing
+
+    def close(self) -> None:
+        self._connection.close_politely()
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """Return a request's head so that a wish for another protocol is not heard: the body would be lost with it.
+
+    A server may ignore such a wish, and clients that have it (Java's among them) go on as they began.
+    """
+    found = _UPGRADE.search(data, 0, HEAD_BYTES_MAX)
+    if found is None or -1 < data.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX) < found.start():
+        return data
+    return data[: found.start()] + b"\r\nx-upgrade:" + data[found.end() :]
+
+
+def _peer_name(transport: asyncio.Transport) -> str:
+    """Return the name in the client's certificate: its first subject alternative name, else its common name."""
+    tls = transport.get_extra_info("ssl_object")
+    certificate = tls.getpeercert() if tls is not None else None
+    if not certificate:
+        return ""
+    names = [value for _, value in certificate.get("subjectAltName", ())]
+    names += [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return str(names[0]) if names else ""
