@@ -25,7 +25,7 @@ from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_words
 from sidecar.backends.loads import LoadResult
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.vllm_api import ALREADY, DEAD, Measures, VllmApi, is_too_old, message_of
+from sidecar.backends.vllm_api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
 from sidecar.backends.vllm_run import VllmRun
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import BackendMeasured
@@ -106,21 +106,22 @@ class VllmBackend(Endpoint):
         self.pulse.begin(monotonic())
         self.pulse.counted(self._seen.steps, monotonic())
         self._distrusted = False
-        facts = self._facts(served.sequence_tokens_max)
+        facts = self._facts(served)
         self._unknown = unknown_words(facts)
         return facts
 
-    def _facts(self, sequence_tokens_max: int | None) -> EngineFacts:
+    def _facts(self, served: Served) -> EngineFacts:
         """Return what is declared, filled in with what the server says. A page is one adapter here."""
         declared, seen = self.options.facts, self._seen
         slots = declared.device_pages or seen.slots
         return replace(
             declared,
             kind=VLLM,
+            models=(served.base,),
             device_pages=slots,
             host_pages=declared.host_pages or slots,
             kv_tokens=declared.kv_tokens or seen.kv_tokens,
-            sequence_tokens_max=declared.sequence_tokens_max or sequence_tokens_max,
+            sequence_tokens_max=declared.sequence_tokens_max or served.sequence_tokens_max,
         )
 
     async def _clear_away(self, adapters: dict[str, str]) -> None:

@@ -10,7 +10,10 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from sidecar.backends.api import Payload
+from sidecar.backends.dialects import KSERVE_KINDS, VLLM
+from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
+from sidecar.errors import Reason, Refused
 
 
 def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
@@ -22,15 +25,25 @@ def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
 
 
 def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
-    """Return a client's own request and the backends that it is held to, () for any.
+    """Return a KServe client's own request and the backends that it is held to, () for any.
 
     Where all backends are of one kind it goes there whatever it looks like: what is wrong with it is the engine's to
-    say, an unknown model's name too.
+    say, an unknown model's name too. Raises Refused(INVALID_REQUEST) where nobody speaks KServe.
     """
-    backends = state.backends.values()
+    backends = [backend for backend in state.backends.values() if backend.facts.kind in KSERVE_KINDS]
+    if state.backends and not backends:
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            "no backend speaks KServe: these are vLLM; use the OpenAI API on the http listener, or Gateway.Generate",
+        )
     having = [backend for backend in backends if not backend.facts.models or payload.model in backend.facts.models]
     kinds = {backend.facts.kind for backend in having or backends}
     if len(kinds) == 1:
         payload = replace(payload, kind=kinds.pop())
-    fitting = tuple(backend.id for backend in having if backend.facts.kind in payload.kinds)
+    fitting = tuple(backend.id for backend in having or backends if backend.facts.kind in payload.kinds)
     return payload, () if len(fitting) == len(state.backends) else fitting
+
+
+def base_names(facts: EngineFacts) -> tuple[str, ...]:
+    """Return what clients may call an engine's base model: its own names, and what a vLLM serves it as."""
+    return (*facts.base_models, *(facts.models if facts.kind == VLLM else ()))

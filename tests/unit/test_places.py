@@ -9,8 +9,9 @@ import pytest
 
 from sidecar.backends import wire
 from sidecar.backends.api import Payload
-from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.config import parse
+from sidecar.errors import Refused
 from sidecar.fronts.kinds import as_it_is
 from sidecar.pool import facts_of
 from tests.corekit import World
@@ -48,6 +49,13 @@ def test_models_and_kinds_together() -> None:
     assert as_it_is(state, payload("other")) == (payload("other", TRITON_LLMAPI), ("b2",))
     assert as_it_is(state, payload("core")) == (payload("core"), ("b0",))
     assert as_it_is(state, payload("core", TRITON_LLMAPI)) == (payload("core", TRITON_LLMAPI), ("b1",))
+
+
+def test_a_pool_that_speaks_no_kserve_says_so() -> None:
+    with pytest.raises(Refused, match="no backend speaks KServe"):
+        as_it_is(pool(b0=(VLLM, "base")), payload("ensemble"))
+    mixed = pool(b0=(VLLM, "base"), b1=(TRITON,))
+    assert as_it_is(mixed, payload("ensemble")) == (payload("ensemble"), ("b1",))
 
 
 def test_models_are_told_apart_only_where_there_are_several() -> None:

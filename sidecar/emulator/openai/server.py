@@ -118,7 +118,9 @@ async def serve_vllm(options: VllmOptions) -> VllmServer:
 
     Raises ValueError for options that contradict each other, OSError when a port is taken.
     """
-    listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    # Named, so that asyncio switches Nagle's delay off.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((options.host, options.http_port))

@@ -8,6 +8,7 @@ from typing import Any
 
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Refused
+from sidecar.fronts.kinds import base_names
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record, Version
 
@@ -49,7 +50,7 @@ class Models:
         yield from (self._base(name) for name in names or (BASE,))
 
     def _base_names(self) -> list[tuple[str, ...]]:
-        return [backend.facts.base_models for backend in self._gateway.state.backends.values()]
+        return [base_names(backend.facts) for backend in self._gateway.state.backends.values()]
 
     def _base(self, name: str) -> dict[str, Any]:
         return self._record(name, self._since, name, None) | {"max_model_len": self._longest(name)}
@@ -57,7 +58,7 @@ class Models:
     def _longest(self, base: str) -> int | None:
         """Return the longest sequence that an engine of a base model takes, None where that is not known."""
         facts = [backend.facts for backend in self._gateway.state.backends.values()]
-        serving = [one.sequence_tokens_max for one in facts if base in one.base_models or base == BASE]
+        serving = [one.sequence_tokens_max for one in facts if base in base_names(one) or base == BASE]
         return max((length for length in serving if length is not None), default=None)
 
     def _adapters(self, tenant: str, versions: bool) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from sidecar.core import asks
 from sidecar.core.admission import BASE_NAMES, unknown_adapter
 from sidecar.core.state import Backend, State
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.kinds import base_names
 from sidecar.fronts.openai.asked import Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.text_forms import TextForms, text_forms
@@ -80,7 +81,7 @@ class Places:
         if name is not None:
             return model, asks.servers_of(state, name.digest)
         serving = asks.servers_of(state, BASE)
-        named = tuple(backend for backend in serving if model in backend.facts.base_models)
+        named = tuple(backend for backend in serving if model in base_names(backend.facts))
         if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
             if not state.config.base_requests:
                 raise Unfit(
@@ -92,7 +93,7 @@ class Places:
         raise unknown_adapter(state, model)
 
     def _base_models(self) -> Iterator[tuple[str, ...]]:
-        return (backend.facts.base_models for backend in self._state.backends.values())
+        return (base_names(backend.facts) for backend in self._state.backends.values())
 
     def _as_text(self, asked: Asked, takers: list[Backend]) -> tuple[TextForms, list[Backend]]:
         """Return the request as text and the backends whose models are asked in these very words."""
