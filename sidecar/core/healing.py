@@ -108,6 +108,16 @@ def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -
     backend.pages_credit = 0
 
 
+def _learn_from_full(backend: Backend, digest: str) -> None:
+    """Open no more at once than runs now, where nobody has said how much the engine's cache holds."""
+    if backend.facts.host_pages_total is not None:
+        return
+    running = sum(slot.pages for version, slot in backend.slots.items() if slot.running and version != digest)
+    if running:
+        backend.pages_learned = min(running, page_limit(backend) or running)
+        backend.pages_credit = 0
+
+
 def _forget(turn: Turn, backend: Backend, digest: str) -> None:
     backend.shadow.forget(digest)
     _reload(turn, backend, digest)
@@ -128,6 +138,7 @@ def _reload(turn: Turn, backend: Backend, digest: str) -> None:
 
 def _full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
     """The engine could not take the adapter in, so it has not got it."""
+    _learn_from_full(backend, request.version)
     _forget(turn, backend, request.version)
     _wait_for_a_completion(turn, backend)
     _again(turn, request, backend, Fault.FULL)

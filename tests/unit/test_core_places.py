@@ -179,6 +179,23 @@ def test_files_are_named_apart_and_never_spilled() -> None:
     assert not world.of(fx.Spill)
 
 
+def test_an_engine_that_is_full_of_what_runs_is_sent_no_more_at_once() -> None:
+    """Nobody has said how much it holds: it has, and its limit grows again with what comes through."""
+    world = World(engines=0)
+    engine = world.add_engine("b0", EngineFacts(kind="triton_llmapi", seats=16, device_pages=12))
+    engine.host_pages = 3
+    names = [f"a{number}" for number in range(12)]
+    world.register(*names)
+    for name in names * 6:
+        world.send(name)
+    world.run()
+    world.assert_all_ok()
+    backend = world.core.state.backends["b0"]
+    assert backend.pages_learned is not None
+    assert backend.pages_learned <= 4
+    assert max(len(made) for made in world.dispatches.values()) <= 4
+
+
 def test_what_is_dropped_is_unloaded() -> None:
     """The engine reads the files of a version for as long as it has it: one that goes is loaded anew."""
     world = World(engines=0)

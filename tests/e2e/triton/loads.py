@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,7 +23,8 @@ from tests.serving import PATIENCE_S, Serving, until
 
 ENGINE: dict[str, Any] = {"compute": "none", "shape": "tiny"}
 ATTEMPTS = 6
-ABORTED = "boost::interprocess::lock_exception"
+ABORTED = re.compile(r"^Signal \((?:4|6|7|8|11)\) received", re.MULTILINE)
+"""What a server that ends itself writes into its log, before its connections break."""
 OURS = "lora-sidecar-"
 """How the ids of the sidecar's own requests begin: loads and probes."""
 
@@ -75,24 +77,27 @@ async def _watched(made: Sequence[TritonServer]) -> AsyncIterator[None]:
     block = asyncio.current_task()
     assert block is not None
 
-    async def watch() -> str:
-        while True:
-            for server in made:
-                if not server.is_running and ABORTED in server.log_path.read_text(errors="replace"):
-                    block.cancel()
-                    return server.log_tail()
+    async def watch() -> None:
+        while not _aborted(made):
             await asyncio.sleep(0.1)
+        block.cancel()
 
     watching = asyncio.create_task(watch())
     try:
         yield
     except BaseException as failure:
-        if not watching.done():
-            raise
-        block.uncancel()
-        raise TritonAborted(watching.result()) from failure
+        if watching.done():
+            block.uncancel()
+        if server := _aborted(made):
+            raise TritonAborted(server.log_tail()) from failure
+        raise
     finally:
         watching.cancel()
+
+
+def _aborted(made: Sequence[TritonServer]) -> TritonServer | None:
+    """Return a server that has ended itself, None if there is none."""
+    return next((one for one in made if ABORTED.search(one.log_path.read_text(errors="replace"))), None)
 
 
 async def at_once(limit: int, items: Sequence[Any], ask: Callable[[Any], Awaitable[Any]]) -> list[Any]:

@@ -84,8 +84,16 @@ async def ask(
     client: httpx.AsyncClient, model: str, prompt: Sequence[int], tokens: int, stream: bool = False, **fields: Any
 ) -> Told:
     """Ask for a completion, and keep what came even if the answer breaks off."""
-    body = completion(model, prompt, tokens, stream=stream, **fields)
     told = Told(model, 0)
+    await ask_into(told, client, prompt, tokens, stream, **fields)
+    return told
+
+
+async def ask_into(
+    told: Told, client: httpx.AsyncClient, prompt: Sequence[int], tokens: int, stream: bool, **fields: Any
+) -> None:
+    """Ask, and write down what comes as it comes."""
+    body = completion(told.model, prompt, tokens, stream=stream, **fields)
     try:
         async with client.stream("POST", "/v1/completions", json=body) as reply:
             told.status, told.headers = reply.status_code, reply.headers
@@ -95,7 +103,6 @@ async def ask(
                 _read(told, await reply.aread())
     except httpx.HTTPError as error:
         told.error = told.error or f"the connection broke: {error}"
-    return told
 
 
 async def _follow(told: Told, reply: httpx.Response) -> None:

@@ -24,7 +24,7 @@ GAIN_MIN = 2.0
 SHARE_MIN = 0.97
 """Of what the engine makes of all requests at once, when it sees them all and regroups them itself."""
 HOT, COLD = NAMES[:2], NAMES[2]
-HOT_CLIENTS, HOT_REQUESTS = 128, 512
+HOT_CLIENTS, HOT_REQUESTS = 80, 640
 
 
 async def register(client: httpx.AsyncClient, toy: Toy, names: list[str]) -> None:
