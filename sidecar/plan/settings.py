@@ -22,6 +22,8 @@ QUEUE_WAIT_S = 600.0
 NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
 PORTS = {"triton": 8001, "vllm": 8000}
+ADAPTERS_DIR = "/mnt/adapters"
+"""Stands for a folder that engine and sidecar share."""
 
 
 def engine_settings(candidate: Candidate) -> dict[str, Any]:
@@ -62,26 +64,38 @@ def sidecar_settings(found: Found, sidecar: Sidecar) -> dict[str, Any]:
 
 
 def _backend(candidate: Candidate, number: int) -> dict[str, Any]:
-    scheme = "vllm" if candidate.site.flavour == "vllm" else "triton"
-    engine, shape = candidate.engine, candidate.site.shape
-    dims = module_dims(shape)
+    is_vllm = candidate.site.flavour == "vllm"
+    scheme = "vllm" if is_vllm else "triton"
+    engine = candidate.engine
     declared: dict[str, Any] = {
-        "dtype": DTYPE,
         "rank_max": candidate.site.layout.max_rank,
-        "layers": shape.layers,
-        "heads": shape.heads,
-        "kv_heads": shape.kv_heads,
-        "head_size": shape.head_size,
-        "modules": {name: [dims[name].in_dim, dims[name].out_dim] for name in candidate.site.layout.modules},
-        "host_pages": engine.host_pages,
-        "device_pages": engine.device_pages,
+        "layers": candidate.site.shape.layers,
+        # In vLLM a page is an adapter.
+        "host_pages": engine.host_slots if is_vllm else engine.host_pages,
+        "device_pages": candidate.slots if is_vllm else engine.device_pages,
         "seats": candidate.site.seats,
         "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
         "cost": candidate.site.cost_named or None,
     }
+    packed = {} if is_vllm else _packed(candidate)
+    folder = {"adapters_dir": ADAPTERS_DIR} if is_vllm else {}
     return {
         "url": f"{scheme}://engine-{number}:{PORTS[scheme]}",
-        "engine": {name: value for name, value in declared.items() if value is not None},
+        **folder,
+        "engine": {name: value for name, value in (packed | declared).items() if value is not None},
+    }
+
+
+def _packed(candidate: Candidate) -> dict[str, Any]:
+    """Return what an engine that takes packed weights has to be known by."""
+    shape = candidate.site.shape
+    dims = module_dims(shape)
+    return {
+        "dtype": DTYPE,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_size": shape.head_size,
+        "modules": {name: [dims[name].in_dim, dims[name].out_dim] for name in candidate.site.layout.modules},
     }
 
 

@@ -35,10 +35,10 @@ async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], m
     """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
     swap = {"pirate": "chef", "chef": "pirate"}
 
-    def swapped(source: Path, effect: Any) -> Any:
-        return build(source.with_name(swap.get(source.name, source.name)), effect.layout)
+    def swapped(source: Path, layout: Any, **_: Any) -> Any:
+        return build(source.with_name(swap.get(source.name, source.name)), layout)
 
-    monkeypatch.setattr(store, "_build", swapped)
+    monkeypatch.setattr(store, "build", swapped)
     assert await run.run_demo(keep=False, as_json=True) == 1
     wrong = report_of(capsys)["wrong"]
     assert len(wrong) == 8
@@ -63,7 +63,7 @@ async def test_a_zeroed_b_is_caught(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Adapters whose B never arrived answer as the base model: every one is named as wrong."""
-    monkeypatch.setattr(store, "_build", lambda source, effect: build(without_b(source, tmp_path), effect.layout))
+    monkeypatch.setattr(store, "build", lambda source, layout, **_: build(without_b(source, tmp_path), layout))
     assert await run.run_demo(keep=False, as_json=True) == 1
     report = report_of(capsys)
     assert all(not answer["right"] for answer in report["answers"] if answer["adapter"])
