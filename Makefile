@@ -3,12 +3,15 @@
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
+# make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
+# make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make bench   the figures of the README, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make fuzz    100,000 damaged adapters
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
+# make .venv-vllm  just the environment with the real vLLM; 2.5 GB
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
@@ -19,7 +22,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton lint bench bench-triton bench-scheduling goldens fuzz sim-faults proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm lint bench bench-triton bench-scheduling goldens fuzz sim-faults proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -65,6 +68,20 @@ bench-triton: $(DEVELOPING) .venv-triton
 	  { echo "Triton's Python backend needs Python 3.11 or 3.12, and here is neither: name one with make PYTHON=…"; exit 1; }
 	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	@touch $@
+
+e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/pytest -rs tests/e2e/vllm
+
+vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
+	$(BIN)/python -m tests.e2e.vllm
+
+.venv-vllm: .venv-vllm/installed
+
+.venv-vllm/installed: tests/e2e/vllm/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
+	  { echo "vLLM's environment is pinned for Python 3.11 and 3.12; name one with make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv --clear .venv-vllm
+	tests/e2e/vllm/install.sh .venv-vllm
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench

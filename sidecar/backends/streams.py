@@ -148,7 +148,7 @@ class Run:
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             await self._wire_broke(error)
         except EngineGone as gone:
-            call.cancel()
+            pool.give_back(call)
             await self._ended_with(None, str(gone))
         else:
             if self.cancelled:

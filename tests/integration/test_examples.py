@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sidecar.demo.model import ADAPTERS, SEED
 from tests.emulated import running_engine
+from tests.peft_files import BASE_MODEL
 from tests.serving import serving
+from tests.vllm_emulated import running_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,6 +44,33 @@ async def test_clients_get_the_named_adapters_words(script: str) -> None:
         code, _, error = await run(str(EXAMPLES / script), *server, "pirates", "Who buys the most here?")
         assert code == 1
         assert 'unknown adapter "pirates"; did you mean pirate?' in error
+
+
+async def test_one_gateway_in_front_of_a_triton_and_a_vllm(tmp_path: Path) -> None:
+    """With the example's own configuration, but for addresses: both answer by name, and with the same words."""
+    pool = yaml.safe_load((EXAMPLES / "mixed-pool" / "pool.yaml").read_text())
+    async with (
+        running_engine(seed=SEED, seats=4) as triton,
+        running_vllm(seed=SEED, seats=4, compute="llama", served_model_name=(BASE_MODEL,)) as (vllm, _),
+    ):
+        for backend, address in zip(pool["backends"], (triton.grpc_address, vllm.http_address), strict=True):
+            backend["url"] = f"{backend['id']}://{address}"
+        del pool["backends"][0]["metrics"]
+        pool["backends"][1]["adapters_dir"] = str(tmp_path)
+        async with serving([], ADAPTERS, **pool) as served:
+            command = (str(EXAMPLES / "mixed-pool" / "ask.py"), "--server", served.sidecar.http_address)
+            names = sorted(path.name for path in ADAPTERS.iterdir())
+            code, out, error = await run(*command, "Who buys the most here?", *names)
+            assert code == 0, error
+            answers = {
+                name: (engine, words) for engine, name, words in (line.split(maxsplit=2) for line in out.splitlines())
+            }
+            assert list(answers) == names
+            assert {engine for engine, _ in answers.values()} == {"triton", "vllm"}
+            assert answers["pirate"][1].startswith("Arr, Long Meg! She pays in doubloons!")
+            code, _, error = await run(*command, "Who buys the most here?", "pirates")
+            assert code == 1
+            assert "did you mean pirate?" in error
 
 
 async def test_a_policy_is_one_file_and_no_line_of_ours() -> None:

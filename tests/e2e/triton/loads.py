@@ -36,8 +36,9 @@ class TritonAborted(Exception):
 def repeated_if_triton_aborts(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Run a test again where the server itself aborted.
 
-    Triton's Python backend shares locks with its models' processes. When one of these ends while it holds such a lock,
-    which one in ten that are killed does, and one that is frozen or unloaded on a busy machine may, Triton aborts.
+    Triton's Python backend shares locks with its models' processes: when one of these ends while it holds such a lock,
+    which one in ten that are killed does, and one that is frozen or unloaded on a busy machine may, Triton aborts. And
+    its gRPC front end fails an assertion of its own now and then when a model is unloaded under requests on streams.
     """
 
     @wraps(test)

@@ -136,15 +136,15 @@ async def test_the_models_process_is_killed_and_nobody_asks_anew(
     tmp_path: Path, decoupled: bool, backend: dict[str, Any]
 ) -> None:
     """No word comes from Triton: its silence is noticed. Begun answers end; the others are given after a reload."""
-    names = write_adapters(tmp_path / "loras", 2)
+    (name,) = write_adapters(tmp_path / "loras", 1)
     async with (
         servers(tmp_path, control="explicit", engine=SLOW, decoupled=decoupled) as (server,),
         serving([server], tmp_path / "loras", backend=backend) as served,
     ):
         for round_ in (1, 2):
             await engine_has(server, 0)
-            streams = [asyncio.create_task(attempt(served, name, 200)) for name in names * 3 if decoupled]
-            wholes = [asyncio.create_task(attempt(served, name, 200, stream=False)) for name in names * 3]
+            streams = [asyncio.create_task(attempt(served, name, 400)) for _ in range(6 * decoupled)]
+            wholes = [asyncio.create_task(attempt(served, name, 400, stream=False)) for _ in range(6)]
             requests = served.state.requests
             await until(lambda: sum(one.first_token for one in requests.values()) == len(streams))  # noqa: B023
             await engine_has(server, len(streams) + len(wholes))
@@ -157,7 +157,7 @@ async def test_the_models_process_is_killed_and_nobody_asks_anew(
             assert "it answered nothing for" in losses(served)[-1]
             await reload(server)
             for tried in await asyncio.gather(*wholes):
-                assert_right(served, tried, 200)
+                assert_right(served, tried, 400)
                 assert tried.origins[0].heals == 1
         await assert_nothing_left(served)
 

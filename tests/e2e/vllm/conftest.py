@@ -1,5 +1,7 @@
 """These tests need a real vLLM: without one they are skipped on a laptop and fail in continuous integration.
 
+Where torch's wheel for the CPU cannot be had they are skipped everywhere, with that reason.
+
 A start takes half a minute, so one server is shared: a test finds it up, with nothing registered.
 """
 
@@ -7,14 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import httpx
 import pytest
+import pytest_asyncio
 
-from tests.e2e.vllm.direct import forget_all
-from tests.e2e.vllm.installed import Installed, NotInstalled
+from tests.e2e.vllm.direct import forget_all, http_client
+from tests.e2e.vllm.faces import EMULATED, EMULATOR, VLLM, Face
+from tests.e2e.vllm.installed import Installed, NotInstalled, NotToBeHad
 from tests.e2e.vllm.server import VllmServer
-from tests.e2e.vllm.toy import Toy
+from tests.e2e.vllm.toy import DIMS, SIZE, Toy
+from tests.peft_files import TINY
+from tests.vllm_emulated import VllmProcess
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,10 +30,11 @@ def _vllm() -> Installed:
     """The environment that holds the server."""
     try:
         return Installed.find()
-    except NotInstalled as missing:
-        if os.environ.get("CI"):
-            pytest.fail(str(missing), pytrace=False)
-        pytest.skip(str(missing))
+    except NotInstalled as error:
+        missing = error
+    if os.environ.get("CI") and not isinstance(missing, NotToBeHad):
+        pytest.fail(str(missing), pytrace=False)
+    pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +56,39 @@ def _shared(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm
 
 @pytest.fixture
 def server(_shared: VllmServer) -> VllmServer:
-    """The shared server: two slots, four adapters in memory, ranks up to 16, 64 requests at a time."""
+    """The shared server: two slots, four adapters in memory, ranks up to 16, 64 requests at a time.
+
+    It is made ready before the test has an event loop.
+    """
     if not _shared.is_running:
         asyncio.run(_shared.kill())
         asyncio.run(_shared.start())
     asyncio.run(forget_all(_shared.http_address))
     return _shared
+
+
+@pytest.fixture(scope="session")
+def _emulated(_vllm: Installed) -> Iterator[VllmProcess]:
+    with asyncio.Runner() as runner:
+        arguments = [part for option, value in EMULATED.items() for part in (f"--{option}", str(value))]
+        process = VllmProcess(*arguments, "--compute", "llama")
+        runner.run(process.start())
+        yield process
+        runner.run(process.kill())
+
+
+@pytest.fixture(params=[VLLM, EMULATOR])
+def face(request: pytest.FixtureRequest, tmp_path: Path) -> Face:
+    """vLLM or the emulator, with nothing registered."""
+    if request.param == VLLM:
+        return Face(VLLM, request.getfixturevalue("server").http_address, DIMS, tmp_path, SIZE)
+    address = request.getfixturevalue("_emulated").http_address
+    asyncio.run(forget_all(address))
+    return Face(EMULATOR, address, TINY, tmp_path, 0.5)
+
+
+@pytest_asyncio.fixture
+async def client(face: Face) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a face."""
+    async with http_client(face.address) as client:
+        yield client

@@ -10,9 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from tests.peft_files import Dims, write_adapter
 
 VLLM, EMULATOR = "vllm", "emulator"
+CONTEXT = 1024
+EMULATED = {
+    "max-loras": 2, "max-cpu-loras": 4, "max-lora-rank": 16, "max-num-seqs": 64, "max-model-len": CONTEXT,
+}  # fmt: skip
+"""Options of the emulator's, equal to the shared server's."""
 _VARYING = {
     "id": r"(chat)?cmpl-[0-9a-f]+|modelperm-[0-9a-f]+",
     "created": r"\d{10}",
@@ -75,7 +82,23 @@ def pattern_of(text: str) -> str:
 
     Fails when something that varies does not look as it should.
     """
-    return json.dumps(_fixed(json.loads(text)), separators=(",", ":"), ensure_ascii=False)
+    return to_json(_fixed(json.loads(text)))
+
+
+def to_json(value: Any) -> str:
+    """Return a value as the servers write it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+INVALID, MISSING, FAILED = (400, "InvalidUserInput"), (404, "NotFoundError"), (500, "InternalServerError")
+BAD_REQUEST, UNFIT = (400, "Bad Request"), (400, "BadRequestError")
+
+
+def assert_error(reply: httpx.Response, kind: tuple[int, str], message: str, param: str | None = None) -> None:
+    """The error is as vLLM words it, members in its order; `kind` is the status and the type."""
+    error = {"error": {"message": message, "type": kind[1], "param": param, "code": kind[0]}}
+    assert (reply.status_code, reply.text) == (kind[0], to_json(error))
+    assert reply.headers["content-type"] == "application/json"
 
 
 def _fixed(value: Any, name: str = "") -> Any:

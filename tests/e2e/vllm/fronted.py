@@ -66,7 +66,7 @@ async def in_front(
 
 @dataclass
 class Told:
-    """What a client was told: status, token ids, who answered; `error` is the message of an error, before or in the answer."""
+    """What a client was told: status, token ids, who answered; `error`: an error's message, before or in the answer."""
 
     model: str
     status: int

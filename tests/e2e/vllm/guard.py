@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,9 +41,8 @@ def shared_memory(group: int) -> set[str]:
     return found
 
 
-def end(group: int) -> None:
-    """Kill a group, and remove its shared memory."""
-    regions = shared_memory(group)
+def end(group: int, regions: Iterable[str]) -> None:
+    """Kill a group, and remove the shared memory that it had."""
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
     for region in regions:
@@ -52,7 +52,7 @@ def end(group: int) -> None:
 def main(group: int, scratch: str) -> None:
     """Wait for the end of standard input, then act unless it was told that there is nothing left to do."""
     if sys.stdin.buffer.read() != RELEASED:
-        end(group)
+        end(group, shared_memory(group))
         shutil.rmtree(scratch, ignore_errors=True)
 
 

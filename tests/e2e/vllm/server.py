@@ -70,6 +70,7 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._scratch: Path | None = None
+        self._regions: set[str] = set()
 
     @property
     def http_address(self) -> str:
@@ -110,12 +111,13 @@ class VllmServer:
         # The names of its sockets are bound to be short, and folders of tests are not.
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-"))
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                [self.installed.python, "-m", "vllm.entrypoints.openai.api_server", f"--port={self._port}", *self._options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), cwd=self._scratch,
+            command = [self.installed.python, "-m", "vllm.entrypoints.openai.api_server", f"--port={self._port}"]
+            self._process = subprocess.Popen(  # noqa: ASYNC220 — shared by tests, each of which has its own event loop
+                [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=self._environment(), cwd=self._scratch,
                 start_new_session=True,
             )  # fmt: skip
-        self._guard = subprocess.Popen(
+        self._guard = subprocess.Popen(  # noqa: ASYNC220
             [sys.executable, "-S", guard.__file__, str(self.pid), str(self._scratch)],
             stdin=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
@@ -124,11 +126,13 @@ class VllmServer:
                 await self._ready()
         except TimeoutError as error:
             tail = self.log_tail()
-            await self.kill()
+            await self._give_up()
             raise StartFailed(f"vLLM was not ready after {START_S:.0f} s; its log ends with\n{tail}") from error
         except BaseException:
-            await self.kill()
+            await self._give_up()
             raise
+        # Looked up now, so that a kill comes as suddenly as it should.
+        self._regions = guard.shared_memory(self.pid)
 
     async def stop(self) -> None:
         """Ask the server to end, as SIGTERM does, and wait until it and its engine have."""
@@ -144,7 +148,7 @@ class VllmServer:
         """End all its processes as `kill -9` does, and leave nothing of them."""
         if self._process is None:
             return
-        guard.end(self.pid)
+        guard.end(self.pid, self._regions)
         self._process.wait()
         async with asyncio.timeout(STOP_S):
             while group_of(self.pid):
@@ -176,6 +180,10 @@ class VllmServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.kill()
+
+    async def _give_up(self) -> None:
+        self._regions = guard.shared_memory(self.pid)
         await self.kill()
 
     def _environment(self) -> dict[str, str]:

@@ -134,4 +134,4 @@ async def benchmark(address: str, toy: Toy, names: list[str], result: Path) -> d
     )
     said, _ = await process.communicate()
     assert process.returncode == 0, said.decode()[-4000:]
-    return dict(json.loads(result.read_text()))
+    return dict(json.loads(await asyncio.to_thread(result.read_text)))

@@ -18,7 +18,7 @@ from tests.faults import assert_nothing_left
 from tests.serving import until
 
 CLIENTS = 24
-TOKENS = 48
+TOKENS = 96
 PROMPT = prompt(5, 12)
 RESTART_S = 300.0
 
@@ -95,7 +95,7 @@ async def test_killed_under_load(server: VllmServer, toy: Toy, tmp_path: Path) -
 
 
 async def test_sources_deleted_while_registered(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
-    """What ends a bare engine: the owner deletes the files, the engine's cache loses the adapter, somebody asks for it."""
+    """What ends a bare engine: the owner deletes the files, the engine drops the adapter, somebody asks for it."""
     shutil.copytree(toy.adapters, tmp_path / "adapters")
     names = NAMES[:8]
     right = {name: toy.greedy(toy.adapters / name, PROMPT, TOKENS) for name in names}
@@ -137,7 +137,10 @@ async def look_for_missing(direct: httpx.AsyncClient, ended: asyncio.Event) -> t
     """
     looks, missing = 0, []
     while not ended.is_set():
-        gone = {name for name, path in (await registered(direct)).items() if not Path(path).is_dir()}
+        listed = await registered(direct)
+        gone = await asyncio.to_thread(
+            lambda listed=listed: {name for name in listed if not Path(listed[name]).is_dir()}
+        )
         missing += sorted(gone & set(await registered(direct))) if gone else []
         looks += 1
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What late binding and grouping gain at an engine with two slots, and that a cold adapter is not kept waiting for it."""
+"""What late binding and grouping gain at an engine with two slots, and that no cold adapter pays for it."""
 
 from __future__ import annotations
 

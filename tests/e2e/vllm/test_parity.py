@@ -1,4 +1,4 @@
-"""The right tokens: what comes through the sidecar is what PEFT answers with the adapter's files, whatever else goes on."""
+"""The right tokens: through the sidecar comes what PEFT answers with the adapter's files, whatever else goes on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ async def asked_all(front: Front, toy: Toy, sources: dict[str, Path], times: int
 
 
 async def test_every_adapter_answers_as_in_peft(server: VllmServer, toy: Toy, tmp_path: Path) -> None:
-    """Sixteen adapters over two slots and four places in memory, loaded and displaced while others run; then updated."""
+    """Sixteen adapters over two slots and four places in memory, displaced while others run; then updated."""
     sources = {name: toy.adapters / name for name in NAMES}
     async with in_front(server, toy.adapters, tmp_path) as front:
         await asked_all(front, toy, sources, times=2)

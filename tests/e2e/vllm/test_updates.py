@@ -1,4 +1,4 @@
-"""Adapters that are updated and unregistered while clients ask for them: each answer is one version's, none is stale."""
+"""Adapters updated and unregistered while clients ask for them: each answer is one version's, and none is stale."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Asked:
 
 
 class Clients:
-    """Some clients at a time, of which every other one asks for the live adapter, each again as soon as it is answered."""
+    """Some clients, of which every other one asks for the live adapter, each again as soon as it is answered."""
 
     def __init__(self, front: Front) -> None:
         self._front = front

@@ -84,8 +84,8 @@ class Toy:
     def _start(self) -> subprocess.Popen[str]:
         with (self.folder / "peft.log").open("w") as log:
             process = subprocess.Popen(
-                self._installed.script("peft_answers.py", str(self.model)), env=self._installed.environment(), text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                self._installed.script("peft_answers.py", str(self.model)), env=self._installed.environment(),
+                text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         assert self._line(process) == "ready"
         return process

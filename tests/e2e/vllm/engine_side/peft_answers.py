@@ -1,7 +1,7 @@
 """What PEFT answers: `python peft_answers.py MODEL`, in vLLM's environment.
 
-Reads a JSON object a line, {"adapter": folder or null, "prompt": token ids, "tokens": count}, and writes for each the list of
-the greedy token ids, in float32 and with no regard to the end-of-sequence token.
+Reads a JSON object a line, {"adapter": folder or null, "prompt": token ids, "tokens": count}, and writes for each the
+list of the greedy token ids, in float32 and with no regard to the end-of-sequence token.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def answer(model: LlamaForCausalLM, adapter: str | None, prompt: list[int], toke
     ids = torch.tensor([prompt])
     with torch.no_grad():
         generated = wrapped.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None,
-            pad_token_id=0,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
     if adapter:
         wrapped.unload()
