@@ -199,29 +199,38 @@ LLMAPI = ENGINE | {
 async def test_llmapi_through_restarts(tmp_path: Path, decoupled: bool) -> None:
     """64 adapters on two servers, one of them killed twice: whoever had no token yet is answered all the same."""
     names = write_adapters(tmp_path / "loras", 64)
-    order = random.Random(7).choices(names, k=600)
     backend = {"adapters_dir": str(tmp_path / "shared"), "progress_timeout_s": 2.0}
     async with (
         servers(tmp_path, 2, engine=LLMAPI | SLOW, decoupled=decoupled) as made,
         serving(made, tmp_path / "loras", backend=backend) as served,
     ):
-        answers: list[str] = []
+        chosen, answers, going = random.Random(7), 0, True
 
-        async def one(name: str) -> None:
-            text, messages = await told(served, name, 4, stream=False)
-            assert text == answer_of(served, name, 4)
-            assert sum(message.HasField("origin") for message in messages) == 1
-            answers.append(text)
+        async def client() -> None:
+            nonlocal answers
+            while going:
+                name = chosen.choice(names)
+                text, messages = await told(served, name, 4, stream=False)
+                assert text == answer_of(served, name, 4)
+                assert sum(message.HasField("origin") for message in messages) == 1
+                answers += 1
 
-        asking = asyncio.create_task(at_once(32, order, one))
-        for count in (100, 300):
-            await until(lambda count=count: len(answers) >= count)
-            assert not asking.done()
-            await made[0].kill()
-            await detail_has(served, "does not answer")
-            await made[0].start()
-        await asking
-        assert len(answers) == 600
-        await back(served)
+        async def restarts() -> None:
+            nonlocal going
+            for _ in range(2):
+                before = answers
+                await until(lambda: answers >= before + 150)  # noqa: B023
+                await made[0].kill()
+                await detail_has(served, "does not answer")
+                await made[0].start()
+                await back(served)
+            before = answers
+            await until(lambda: answers >= before + 150)
+            going = False
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(restarts())
+            for _ in range(32):
+                tasks.create_task(client())
         outcomes(made)
         await assert_nothing_left(served)

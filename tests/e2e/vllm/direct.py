@@ -93,6 +93,11 @@ class Metrics:
         return int(self.values["vllm:num_requests_waiting"])
 
 
+async def inside(client: httpx.AsyncClient) -> int:
+    """Return how many requests a server has taken and not answered yet."""
+    return int((await client.get("/load")).raise_for_status().json()["server_load"])
+
+
 async def metrics(client: httpx.AsyncClient) -> Metrics:
     text = (await client.get("/metrics")).raise_for_status().text
     values: dict[str, float] = {}

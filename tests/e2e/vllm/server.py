@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from time import monotonic
 
@@ -62,6 +63,7 @@ class VllmServer:
         self.log_path = folder / "vllm.log"
         self._options = [
             f"--model={model}", "--served-model-name=base", "--host=127.0.0.1", "--dtype=float32", "--enable-lora",
+            "--enable-server-load-tracking",
             f"--max-model-len={max_model_len}", f"--max-num-seqs={max_num_seqs}", f"--max-loras={max_loras}",
             f"--max-cpu-loras={max_cpu_loras}", f"--max-lora-rank={max_lora_rank}", *more,
         ]  # fmt: skip
@@ -111,7 +113,15 @@ class VllmServer:
         # The names of its sockets are bound to be short, and folders of tests are not.
         self._scratch = Path(tempfile.mkdtemp(prefix="vllm-"))
         with self.log_path.open("ab") as log:
-            command = [self.installed.python, "-m", "vllm.entrypoints.openai.api_server", f"--port={self._port}"]
+            # An engine has its own machine or its own device: it must not take the processor from sidecar and clients.
+            command = [
+                "nice",
+                "-n5",
+                self.installed.python,
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                f"--port={self._port}",
+            ]
             self._process = subprocess.Popen(  # noqa: ASYNC220 — shared by tests, each of which has its own event loop
                 [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=self._environment(), cwd=self._scratch,
@@ -174,6 +184,18 @@ class VllmServer:
     def thaw(self) -> None:
         """Let a frozen server go on."""
         self._signal(signal.SIGCONT)
+
+    @asynccontextmanager
+    async def engine_held(self) -> AsyncIterator[None]:
+        """Keep the engine from making steps for a block: the API server takes requests all the same."""
+        engine = [process.pid for process in self.processes if process.pid != self.pid]
+        for pid in engine:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in engine:
+                os.kill(pid, signal.SIGCONT)
 
     async def __aenter__(self) -> VllmServer:
         await self.start()
