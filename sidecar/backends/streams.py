@@ -241,8 +241,10 @@ class Run:
         self._failed(fault, text, code)
 
     def _doubts_engine(self, fault: Fault) -> bool:
-        """Whether an error may mean another engine: a model of another dtype refuses the weights that go along."""
-        return fault is Fault.LOST or (fault is Fault.REJECTED and bool(self.attached))
+        """Whether an error may mean another engine: one that was put in its place has no adapters yet, or refuses the
+        weights that go along.
+        """
+        return fault in (Fault.LOST, Fault.MISS) or (fault is Fault.REJECTED and bool(self.attached))
 
     def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:
         if code is not None:
