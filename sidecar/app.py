@@ -23,7 +23,7 @@ from sidecar.backends.credentials import read_pem
 from sidecar.backends.loads import LoaderProcess
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener
-from sidecar.errors import Invalid, Misused, Reason
+from sidecar.errors import Invalid, Misused, Reason, Refused
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
 from sidecar.fronts.generate import GatewayService
@@ -134,6 +134,7 @@ class Sidecar:
         backends = make_backends(self.config.backends, self._loader, self._memory)
         if self._journal is not None:
             self._journal.start()
+        await self.registry.start()
         await self.gateway.start(backends)
         if not backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
@@ -156,9 +157,12 @@ class Sidecar:
         while True:
             await asyncio.sleep(RECONCILE_S)
             for path in served:
-                if self.gateway.catalogue.hold_ended(path.name):
-                    logger.info("%s is no longer held and is as configured again", path.name)
-                    await self._register_served(path)
+                try:
+                    if await self.gateway.catalogue.hold_ended(path.name):
+                        logger.info("%s is no longer held and is as configured again", path.name)
+                        await self._register_served(path)
+                except Refused as refused:  # for now: it is looked at again in a moment
+                    logger.warning("%s is not yet as configured again: %s", path.name, refused.message)
 
     async def _listen(self) -> None:
         listeners = self.config.listeners
@@ -238,13 +242,13 @@ class Sidecar:
             await server.stop(0)
         if self._http is not None:
             await self._http.stop()
+        await self.registry.close()  # before the gateway, which takes no change any more once it has stopped
         await self.gateway.stop()
         await self._loader.close()
         if self._memory.mount is not None:
             self._memory.mount.close()
         if self._journal is not None:
             self._journal.stop()
-        self.registry.close()
         if self._lock is not None:
             self._lock.close()
 

@@ -112,7 +112,7 @@ async def house(folder: Path, backends: Sequence[ScriptedBackend], **record: Any
         await client.aclose()
         await front.stop()
         await gateway.stop()
-        gateway.catalogue.registry.close()
+        await gateway.catalogue.registry.close()
 
 
 def event(text: str, model: str = "base") -> bytes:

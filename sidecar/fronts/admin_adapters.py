@@ -51,7 +51,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._known(request.name)
+        return self._adapter(request.name)
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -65,11 +65,13 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
     def _registered(self, entered: Entered) -> Any:
         """Return what a registration came to: the name as it is now, the version that the content has, and warnings."""
         name, state = entered.record.name, self._gateway.state
+        adapter = self._adapter(name)
+        version = state.names[name].versions.get(entered.ordinal)  # another replica may have let go of it already
         return admin_pb2.RegisterResponse(
-            adapter=self._adapter(name),
+            adapter=adapter,
             version=f"v{entered.ordinal}",
             unchanged=entered.unchanged,
-            warnings=queries.caveats(state, state.names[name].versions[entered.ordinal]),
+            warnings=() if version is None else queries.caveats(state, version),
         )
 
     @answers_errors
@@ -83,12 +85,12 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._catalogue.set_pin(request.name, True)
+        await self._catalogue.set_pin(request.name, True)
         return self._adapter(request.name)
 
     @answers_errors
     async def Unpin(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._catalogue.set_pin(request.name, False)
+        await self._catalogue.set_pin(request.name, False)
         return self._adapter(request.name)
 
     @answers_errors
@@ -102,17 +104,17 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Promote(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._catalogue.promote(request.name, request.version, request.weight or 100, request.hold_s)
+        await self._catalogue.promote(request.name, request.version, request.weight or 100, request.hold_s)
         return self._adapter(request.name)
 
     @answers_errors
     async def Rollback(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._catalogue.roll_back(request.name, request.hold_s)
+        await self._catalogue.roll_back(request.name, request.hold_s)
         return self._adapter(request.name)
 
     @answers_errors
     async def Refresh(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._catalogue.refresh(request.name, request.version)
+        await self._catalogue.refresh(request.name, request.version)
         return self._adapter(request.name)
 
     async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
@@ -127,23 +129,27 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         changes: asyncio.Queue[Change] = asyncio.Queue(WATCHED_MAX)
         unsubscribe = self._catalogue.registry.subscribe(lambda change: _queue(changes, change))
         try:
-            for change in self._catch_up(request.token):
+            caught_up = await self._catch_up(request.token)
+            told = {change.number for change in caught_up} if request.token else ()
+            for change in caught_up:
                 await context.write(self._change_message(change))
             while not changes.full():
-                await context.write(self._change_message(await changes.get()))
+                change = await changes.get()
+                if change.number not in told:  # what came while the past was being read is in both
+                    await context.write(self._change_message(change))
             raise Refused(Reason.QUEUE_FULL, "the watcher fell behind; watch again with its last token")
         except SidecarError as error:
             await abort(context, error)
         finally:
             unsubscribe()
 
-    def _catch_up(self, token: str) -> list[Change]:
+    async def _catch_up(self, token: str) -> list[Change]:
         registry = self._catalogue.registry
         if not token:
             return [Change(registry.last_change, record.name, record) for record in registry.all()]
         if not token.isdigit():
             raise Refused(Reason.INVALID_REQUEST, f'"{token[:80]}" is not a token that Watch gave')
-        return registry.changes_after(int(token))
+        return await registry.changes_after(int(token))
 
     def _change_message(self, change: Change) -> Any:
         message = admin_pb2.WatchResponse(token=str(change.number), name=change.name)
@@ -151,11 +157,9 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
             message.adapter.CopyFrom(self._adapter(change.name))
         return message
 
-    def _known(self, name: str) -> Any:
-        self._catalogue.known(name)
-        return self._adapter(name)
-
     def _adapter(self, name: str) -> Any:
+        """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER): it may be gone since it was last looked at."""
+        self._catalogue.known(name)
         view = queries.adapter_view(self._gateway.state, name, monotonic_ns())
         return adapter_message(view, self._catalogue.registry.get(name))
 

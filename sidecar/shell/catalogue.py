@@ -1,32 +1,35 @@
 """What operators do with names: register, stage, promote, roll back, refresh, pin, unregister.
 
-The registry writes it down first; then the core is told, in one step, so a name switches atomically: what was received
-before keeps its version, what comes after the call has returned gets the new one.
+The registry writes it down and tells of it; the core takes each change in one step, whoever made it, so a name switches
+atomically: what was received before keeps its version, what comes after the call has returned gets the new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import time
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from sidecar.adapters.base_model import BaseModel, unlike
+from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.names import check_name
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
-from sidecar.core.facts import Adapter, misfit
-from sidecar.core.layout import packed_size_bytes
 from sidecar.core.state import State, Version
-from sidecar.errors import Invalid, Reason
+from sidecar.errors import Invalid, Reason, Refused
+from sidecar.shell.fit import check_fit
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
-from sidecar.state.registry import Registry
+from sidecar.state.registry import Change, Registry
 
 DRAIN_POLL_S = 0.02
+ATTEMPTS_MAX = 8
+"""Times that a change is worked out anew because somebody else changed the same name in between."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,23 @@ class Catalogue:
         self._forgotten_until: dict[str, float] = {}
 
     def announce(self) -> None:
-        """Tell the core of every name that is written down."""
+        """Tell the core of every name that is written down, and from then on of every change."""
         for record in self.registry.all():
             self._step(record.event())
+        self.registry.subscribe(self._take)
+
+    def _take(self, change: Change) -> None:
+        """Take a change, made here or by another replica; have the sources looked at that its name needs no more."""
+        known = self._state().names.get(change.name)
+        before = (
+            [self._state().versions[version].adapter.digest for version in known.versions.values()] if known else []
+        )
+        record = change.record
+        self._step(ev.AdapterUnregistered(change.name) if record is None else record.event())
+        kept = {version.adapter.digest for version in record.versions} if record is not None else set()
+        for digest in before:
+            if digest not in kept:
+                self.sources.doubt(digest)
 
     def known(self, name: str) -> Record:
         """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
@@ -90,7 +107,7 @@ class Catalogue:
         check_name(name)
         try:
             async with self.sources.arrival(name, path) as arrival:
-                return self._enter(name, arrival, wanted)
+                return await self._enter(name, arrival, wanted)
         finally:
             self.forget_unneeded()
 
@@ -99,40 +116,32 @@ class Catalogue:
         check_name(name)
         try:
             async with self.sources.pushed(name, folder) as arrival:
-                return self._enter(name, arrival, wanted)
+                return await self._enter(name, arrival, wanted)
         finally:
             self.forget_unneeded()
 
-    def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> Entered:
-        """Write an arrived adapter down under a name and tell the core."""
+    async def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> Entered:
+        """Write an arrived adapter down under a name."""
         adapter = arrival.registration.adapter
         if wanted.base:
             adapter = replace(adapter, base_model=wanted.base)
-        self._fits_its_base(name, adapter)
-        self._fits_the_store(name, adapter)
-        self._fits_a_backend(name, adapter)
-        before = self.registry.get(name)
-        if before is not None:
-            before = self._taken_over(before, wanted)
-        record, _ = records.added(
-            before,
-            name,
-            adapter,
-            arrival.origin,
-            now=time(),
-            labels=wanted.labels,
-            stage=wanted.stage,
-        )
-        record = replace(
-            record,
-            allow=wanted.allow or record.allow,
-            pinned=wanted.pin or record.pinned,
-            managed_by=wanted.managed_by if before is None else record.managed_by,
-        )
+        check_fit(name, adapter, self._state(), self._bases)
+
+        def grown(before: Record | None) -> Record:
+            mine = None if before is None else self._taken_over(before, wanted)
+            record, _ = records.added(
+                mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
+            )
+            return replace(
+                record,
+                allow=wanted.allow or record.allow,
+                pinned=wanted.pin or record.pinned,
+                managed_by=wanted.managed_by if mine is None else record.managed_by,
+            )
+
+        record, unchanged = await self._write(name, grown)
         version = record.with_content(adapter.digest)
         assert version is not None
-        unchanged = record == self.registry.get(name)
-        self._put(record)
         return Entered(record, version.ordinal, unchanged)
 
     def forget_unneeded(self) -> None:
@@ -152,37 +161,47 @@ class Catalogue:
             return [first]
         return [version for version in versions.values() if version.adapter.digest == digest]
 
-    def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
+    async def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
         """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
-        record = self._taken_over(self.known(name), Wanted(hold_s=hold_s))
-        return self._put(records.promoted(record, self._ordinal(record, selector), percent))
 
-    def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
-        """Undo the last promotion."""
-        return self._put(records.rolled_back(self._taken_over(self.known(name), Wanted(hold_s=hold_s))))
+        def promoted(record: Record) -> Record:
+            mine = self._taken_over(record, Wanted(hold_s=hold_s))
+            return records.promoted(mine, self._ordinal(mine, selector), percent)
 
-    def refresh(self, name: str, selector: str = "") -> Record:
+        return await self._change(name, promoted)
+
+    async def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
+        """Undo the last promotion: the one that was the last when this was asked, so it is tried once only."""
+        return await self._change(
+            name, lambda record: records.rolled_back(self._taken_over(record, Wanted(hold_s=hold_s))), attempts_max=1
+        )
+
+    async def refresh(self, name: str, selector: str = "") -> Record:
         """Have every engine take a fresh copy of a version, the current one by default."""
-        record = self.known(name)
-        ordinal = self._ordinal(record, selector) if selector else record.current
-        return self._put(records.refreshed(record, ordinal))
+        return await self._change(
+            name,
+            lambda record: records.refreshed(record, self._ordinal(record, selector) if selector else record.current),
+        )
 
-    def set_pin(self, name: str, pinned: bool) -> Record:
-        return self._put(replace(self.known(name), pinned=pinned))
+    async def set_pin(self, name: str, pinned: bool) -> Record:
+        return await self._change(name, lambda record: replace(record, pinned=pinned))
 
     async def unregister(self, name: str, hold_s: float = 0.0) -> None:
-        """Take nothing new for a name, wait until what is here for it has ended, then forget it."""
-        record = self._taken_over(self.known(name), Wanted(hold_s=hold_s))
-        self._forgotten_until[name] = record.held_until
-        self._step(ev.AdapterUnregistered(name))
-        while any(request.view.name == name for request in self._state().requests.values()):
+        """Forget a name, so that nothing new comes for it, and wait until what is here for it has ended."""
+
+        async def forget() -> Record:
+            record = self.known(name)
+            held = self._taken_over(record, Wanted(hold_s=hold_s))
+            await self.registry.delete(name, record)
+            return held
+
+        self._forgotten_until[name] = (await _tried(forget, ATTEMPTS_MAX)).held_until
+        here = [request.id for request in self._state().requests.values() if request.view.name == name]
+        while any(request in self._state().requests for request in here):
             await asyncio.sleep(DRAIN_POLL_S)
-        if name not in self._state().names:  # somebody may have registered it anew in the meantime
-            self._doubt(self.registry.get(name), None)
-            self.registry.delete(name)
         self.forget_unneeded()
 
-    def hold_ended(self, name: str) -> bool:
+    async def hold_ended(self, name: str) -> bool:
         """Whether an override of a declared name has run out, so that its owner's word counts again. Asked once."""
         record = self.registry.get(name)
         if record is None:
@@ -191,9 +210,9 @@ class Catalogue:
             until = record.held_until if record.managed_by == "config" else 0.0
         if not 0 < until <= time():
             return False
-        self._forgotten_until.pop(name, None)
         if record is not None:
-            self.registry.put(replace(record, held_until=0.0))
+            await self.registry.put(replace(record, held_until=0.0), record)
+        self._forgotten_until.pop(name, None)
         return True
 
     def release(self, name: str) -> None:
@@ -201,20 +220,30 @@ class Catalogue:
         self.known(name)
         self._step(ev.ReleaseAsked(name))
 
-    def _put(self, record: Record) -> Record:
-        before = self.registry.get(record.name)
-        if record != before:
-            self.registry.put(record)
-            self._step(record.event())
-            self._doubt(before, record)
+    async def _change(self, name: str, changed: Callable[[Record], Record], attempts_max: int = ATTEMPTS_MAX) -> Record:
+        """Change a name that there is. Raises Refused(UNKNOWN_ADAPTER)."""
+        record, _ = await self._write(name, lambda before: changed(self.known(name)), attempts_max)
         return record
 
-    def _doubt(self, before: Record | None, now: Record | None) -> None:
-        """Have the sources looked at that a name needed before and needs no more."""
-        kept = {version.adapter.digest for version in now.versions} if now else set()
-        for version in before.versions if before else ():
-            if version.adapter.digest not in kept:
-                self.sources.doubt(version.adapter.digest)
+    async def _write(
+        self, name: str, changed: Callable[[Record | None], Record], attempts_max: int = ATTEMPTS_MAX
+    ) -> tuple[Record, bool]:
+        """Write down what `changed` makes of a name's record; return that, and whether it was so already.
+
+        Where another writer comes first, the change is worked out anew from what that one left. When this returns,
+        every live replica knows; also of what was written already, perhaps by a call that did not hear of its end.
+        """
+
+        async def write() -> tuple[Record, bool]:
+            before = self.registry.get(name)
+            record = changed(before)
+            if record == before:
+                await self.registry.acknowledged(self.registry.last_change)
+                return record, True
+            await self.registry.put(record, before)
+            return record, False
+
+        return await _tried(write, attempts_max)
 
     def _ordinal(self, record: Record, selector: str) -> int:
         """Return the ordinal that "v8" or the start of a digest selects."""
@@ -250,31 +279,13 @@ class Catalogue:
             adapter=record.name,
         )
 
-    def _fits_its_base(self, name: str, adapter: Adapter) -> None:
-        base = self._bases.get(adapter.base_model)
-        wrong = None if base is None else unlike(adapter, base)
-        if wrong is not None:
-            raise Invalid(Reason.ADAPTER_MISMATCH, f"{name}: {wrong}", adapter=name)
 
-    def _fits_the_store(self, name: str, adapter: Adapter) -> None:
-        budget = self._state().config.store_bytes
-        layouts = [backend.facts.layout for backend in self._state().backends.values()]
-        sizes = [packed_size_bytes(adapter.rows, layout) for layout in layouts]
-        if sizes and min(sizes) > budget:
-            raise Invalid(
-                Reason.ADAPTER_TOO_LARGE,
-                f"{name}: packed it takes {min(sizes)} bytes and the host store holds {budget}; raise "
-                "store.memory_bytes",
-                adapter=name,
-            )
-
-    def _fits_a_backend(self, name: str, adapter: Adapter) -> None:
-        """Refuse what no configured backend can serve, as far as is known, before a GPU sees it."""
-        backends = self._state().backends
-        unfit = [misfit(adapter, backend.facts) for backend in backends.values()]
-        if unfit and all(unfit):
-            first, backend = unfit[0], next(iter(backends))
-            assert first is not None
-            raise Invalid(
-                Reason.ADAPTER_MISMATCH, f"{name}: no backend can serve it. {backend}: {first.sentence}", adapter=name
-            )
+async def _tried(attempt: Callable[[], Awaitable[T]], attempts_max: int) -> T:
+    """Return what an attempt came to, made again while another writer comes first; the last one's error is raised."""
+    for _ in range(attempts_max - 1):
+        try:
+            return await attempt()
+        except Refused as refused:
+            if refused.reason is not Reason.CHANGED_MEANWHILE:
+                raise
+    return await attempt()

@@ -1,4 +1,7 @@
-"""The registry: names and what they are, in a SQLite file of the data directory, with a log of what changed.
+"""The registry: names and what they are, with a log of what changed. Here in a SQLite file of the data directory.
+
+Reads are answered from memory. A write says what it found before it: where that is not so any more it is refused, so
+two writers never undo each other unseen. Every change, one's own too, comes to those who subscribed.
 
 One process owns a data directory. `serve` holds a lock on it for as long as it lives; a second one is told which
 process that is and leaves.
@@ -39,24 +42,53 @@ class Change:
 class Registry(Protocol):
     """Where registered names are kept."""
 
+    async def start(self) -> None:
+        """Have in memory what is written down; nothing is read or written before."""
+
     def all(self) -> list[Record]:
         """Return every record, by name."""
 
     def get(self, name: str) -> Record | None: ...
 
-    def put(self, record: Record) -> None:
-        """Write a record down before the call returns; replaces one of the same name."""
+    async def put(self, record: Record, before: Record | None) -> int:
+        """Write a record down in the place of `before`, None for a new name; return the change's number.
 
-    def delete(self, name: str) -> None: ...
+        When the call returns, every subscriber of every live replica has been told. Raises Refused(CHANGED_MEANWHILE)
+        when `before` is not what is there (`get` then knows what is), Refused(STATE_UNAVAILABLE) when nothing can be
+        written, or when it was and not everybody is known to know.
+        """
 
-    def changes_after(self, number: int) -> list[Change]:
-        """Return what changed since; raises Refused(TOKEN_TOO_OLD) when that is not known any more."""
+    async def delete(self, name: str, before: Record) -> int:
+        """Forget a name; as `put` otherwise."""
+
+    async def acknowledged(self, number: int) -> None:
+        """Return when every live replica knows of a change. Raises Refused(STATE_UNAVAILABLE) with who does not."""
+
+    async def changes_after(self, number: int) -> list[Change]:
+        """Return what changed since, up to `last_change`. Raises Refused(TOKEN_TOO_OLD) when that is not known."""
 
     @property
     def last_change(self) -> int: ...
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
-        """Have `tell` called with each change from now on; the function that comes back ends that."""
+        """Have `tell` called with each change from now on, once and in order; what comes back ends that."""
+
+    async def close(self) -> None: ...
+
+
+class Subscribers:
+    """Those who are told of changes."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[Change], None]] = []
+
+    def add(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+        self._listeners.append(tell)
+        return lambda: self._listeners.remove(tell)
+
+    def tell(self, change: Change) -> None:
+        for tell in list(self._listeners):
+            tell(change)
 
 
 class SqliteRegistry:
@@ -69,7 +101,10 @@ class SqliteRegistry:
         self._database.executescript(SCHEMA)
         rows = self._database.execute("SELECT name, record FROM adapters ORDER BY name")
         self._records = {name: from_json(name, text) for name, text in rows}
-        self._listeners: list[Callable[[Change], None]] = []
+        self._subscribers = Subscribers()
+
+    async def start(self) -> None:
+        """Everything was read when the file was opened."""
 
     def all(self) -> list[Record]:
         return [self._records[name] for name in sorted(self._records)]
@@ -77,58 +112,78 @@ class SqliteRegistry:
     def get(self, name: str) -> Record | None:
         return self._records.get(name)
 
-    def put(self, record: Record) -> None:
+    async def put(self, record: Record, before: Record | None) -> int:
+        self._expect(record.name, before)
         text = to_json(record)
-        self._write(
+        number = self._write(
             "INSERT INTO adapters VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET record = excluded.record",
             (record.name, text),
             record.name,
             text,
         )
         self._records[record.name] = record
-        self._tell(Change(self.last_change, record.name, record))
+        self._subscribers.tell(Change(number, record.name, record))
+        return number
 
-    def delete(self, name: str) -> None:
-        self._write("DELETE FROM adapters WHERE name = ?", (name,), name, None)
-        self._records.pop(name, None)
-        self._tell(Change(self.last_change, name, None))
+    async def delete(self, name: str, before: Record) -> int:
+        self._expect(name, before)
+        number = self._write("DELETE FROM adapters WHERE name = ?", (name,), name, None)
+        del self._records[name]
+        self._subscribers.tell(Change(number, name, None))
+        return number
 
-    def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> None:
-        """Write a record and its change in one transaction."""
+    def _expect(self, name: str, before: Record | None) -> None:
+        if self._records.get(name) != before:
+            raise changed_meanwhile(name)
+
+    def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> int:
+        """Write a record and its change in one transaction; return the change's number."""
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(statement, values)
             cursor = self._database.execute("INSERT INTO changes (name, record) VALUES (?, ?)", (name, text))
-            self._database.execute("DELETE FROM changes WHERE number <= ?", ((cursor.lastrowid or 0) - CHANGES_MAX,))
+            number = cursor.lastrowid or 0
+            self._database.execute("DELETE FROM changes WHERE number <= ?", (number - CHANGES_MAX,))
+        return number
+
+    async def acknowledged(self, number: int) -> None:
+        """There is one replica only."""
 
     @property
     def last_change(self) -> int:
         (number,) = self._database.execute("SELECT coalesce(max(number), 0) FROM changes").fetchone()
         return int(number)
 
-    def changes_after(self, number: int) -> list[Change]:
+    async def changes_after(self, number: int) -> list[Change]:
         (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
         if number + 1 < first or number > self.last_change:
-            raise Refused(
-                Reason.TOKEN_TOO_OLD,
-                f"the token {number} is not among the changes that are kept ({first} to {self.last_change}); list the "
-                "adapters and watch from there",
-            )
+            raise token_too_old(number, first, self.last_change)
         rows = self._database.execute(
             "SELECT number, name, record FROM changes WHERE number > ? ORDER BY number", (number,)
         )
         return [Change(at, name, None if text is None else from_json(name, text)) for at, name, text in rows]
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
-        self._listeners.append(tell)
-        return lambda: self._listeners.remove(tell)
+        return self._subscribers.add(tell)
 
-    def _tell(self, change: Change) -> None:
-        for tell in list(self._listeners):
-            tell(change)
-
-    def close(self) -> None:
+    async def close(self) -> None:
         self._database.close()
+
+
+def changed_meanwhile(name: str) -> Refused:
+    return Refused(
+        Reason.CHANGED_MEANWHILE,
+        f"{name} was changed by somebody else in this very moment; look at what it is now and ask again",
+        adapter=name,
+    )
+
+
+def token_too_old(number: int, first: int, last: int) -> Refused:
+    return Refused(
+        Reason.TOKEN_TOO_OLD,
+        f"the token {number} is not among the changes that are kept ({first} to {last}); list the adapters and watch "
+        "from there",
+    )
 
 
 def lock_data_directory(directory: Path) -> IO[str]:

@@ -27,7 +27,7 @@ FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.
 async def bench(folder: Path) -> list[Figure]:
     """Start `sidecar serve` over a full data directory and over an empty one, in turns."""
     full, empty = folder / "full", folder / "empty"
-    _fill(folder, full)
+    await _fill(folder, full)
     times: dict[Path, list[float]] = {full: [], empty: []}
     for _ in range(ROUNDS):
         for data in (full, empty):
@@ -36,7 +36,7 @@ async def bench(folder: Path) -> list[Figure]:
     return [Figure("restart: ready", middle(times[full]), "s", middle(times[empty]), note, "value", 2.0)]
 
 
-def _fill(folder: Path, data: Path) -> None:
+async def _fill(folder: Path, data: Path) -> None:
     """Register 500 versions and write a sparse blob for each, with the tail of a real one."""
     path = write_adapter(folder / "adapter")
     adapter = read_registration("adapter", path).adapter
@@ -52,12 +52,12 @@ def _fill(folder: Path, data: Path) -> None:
     for number in range(BLOBS):
         digest = f"{number:064x}"
         record, _ = added(None, f"a{number}", replace(adapter, digest=digest), str(path), now=0.0)
-        registry.put(record)
+        await registry.put(record, None)
         with (data / "blobs" / f"{packed_key(digest, Layout('float16'))}{SUFFIX}").open("wb") as file:
             file.truncate(BLOB_BYTES)
             file.seek(BLOB_BYTES)
             file.write(tail)
-    registry.close()
+    await registry.close()
 
 
 async def _start(data: Path) -> float:

@@ -59,7 +59,7 @@ async def served(
         )
     await server.stop(None)
     await gateway.stop()
-    registry.close()
+    await registry.close()
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ async def serve_here(
     yield Served(gateway, f"127.0.0.1:{port}", command)
     await server.stop(None)
     await gateway.stop()
-    registry.close()
+    await registry.close()
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     await house.client.aclose()
     await front.stop()
     await gateway.stop()
-    gateway.catalogue.registry.close()
+    await gateway.catalogue.registry.close()
 
 
 async def talk(house: House, sent: bytes) -> bytes:

@@ -63,7 +63,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
         yield House(gateway, address, admin_pb2_grpc.AdaptersStub(channel), tmp_path / "data")
     await server.stop(None)
     await gateway.stop()
-    registry.close()
+    await registry.close()
 
 
 def start_of(folder: Path, name: str = "sql", **fields: Any) -> Any:
