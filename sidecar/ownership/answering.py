@@ -1,0 +1,49 @@
+"""What other members ask is answered at once, and an agreement binds."""
+
+from __future__ import annotations
+
+from sidecar.ownership import moving
+from sidecar.ownership.effects import Answer
+from sidecar.ownership.events import AskReceived
+from sidecar.ownership.slots import Free
+from sidecar.ownership.turn import Turn
+from sidecar.ownership.words import Purpose
+
+
+def received(turn: Turn, event: AskReceived) -> None:
+    slot = turn.know.slots.get(event.backend)
+    hold = None if slot is None else slot.hold
+    agreed = ANSWERS[event.purpose](turn, event)
+    turn.saw(event.backend, event.epoch)
+    if hold is not None:
+        turn.saw(event.backend, hold.epoch)
+    epoch, reaches = turn.know.epochs[event.backend], turn.know.reaches_redis
+    turn.emit(Answer(event.number, event.member, agreed, hold is not None, reaches, epoch))
+
+
+def _may_pledge(turn: Turn, event: AskReceived) -> bool:
+    slot = turn.know.slots.get(event.backend)
+    is_idle = slot is None or isinstance(slot.state, Free)
+    return is_idle and turn.pledged_to(event.backend) in ("", event.member)
+
+
+def _go_on(turn: Turn, event: AskReceived) -> bool:
+    """Agree that an owner goes on if Redis is away from here too. If it is not known to be, find out."""
+    if turn.know.reaches_redis:
+        turn.look_at(turn.now)
+        return False
+    if not _may_pledge(turn, event) or turn.know.epochs.get(event.backend, 0) > event.epoch:
+        return False
+    turn.pledge(event.backend, event.member, turn.know.bounds.ttl_ns)
+    return True
+
+
+def _take_over(turn: Turn, event: AskReceived) -> bool:
+    """Pledge for as long as the asking member's acquisition may still be carried out."""
+    if not _may_pledge(turn, event):
+        return False
+    turn.pledge(event.backend, event.member, turn.know.bounds.attempt_ns)
+    return True
+
+
+ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: moving.asked}

@@ -1,0 +1,92 @@
+"""A lease is kept: renewed, claimed anew from a Redis that forgot it, and without Redis by the pledges of all."""
+
+from __future__ import annotations
+
+from sidecar.ownership import events as ev
+from sidecar.ownership.effects import Own, SendAcquire, SendRenew
+from sidecar.ownership.slots import Call, Hold, Owned, Slot
+from sidecar.ownership.turn import Turn
+from sidecar.ownership.words import Purpose, Why
+
+
+def keep(turn: Turn, slot: Slot, hold: Hold) -> None:
+    """Do what is due for a lease: let it end, renew it, ask the witnesses."""
+    if turn.now >= hold.valid_ns:
+        turn.lose(slot, Why.LEASE_ENDED)
+        return
+    if hold.call is None and turn.now >= hold.renew_ns:
+        renewal = SendRenew(turn.number(), slot.backend, hold.token, turn.witnesses())
+        turn.know.calls[renewal.number] = slot
+        _called(turn, hold, renewal)
+        turn.emit(renewal)
+    if isinstance(slot.state, Owned) and hold.ask_ns is not None and turn.now >= hold.ask_ns:
+        hold.ask_ns = turn.now + turn.know.bounds.retry_ns
+        hold.round = turn.ask(slot.backend, Purpose.GO_ON, _witnesses_of(hold), hold.epoch)
+        go_on(turn, hold)
+
+
+def _called(turn: Turn, hold: Hold, call: SendRenew | SendAcquire) -> None:
+    """Remember whom a call to Redis named; of calls that named the same only the last."""
+    others = {number: named for number, named in hold.witnesses.items() if named != call.witnesses}
+    hold.witnesses = {**others, call.number: call.witnesses}
+    hold.call = Call(call.number, turn.now)
+
+
+def _witnesses_of(hold: Hold) -> set[str]:
+    """Return all whom Redis may know as this lease's witnesses."""
+    return {each for witnesses in hold.witnesses.values() for each in witnesses}
+
+
+def go_on(turn: Turn, hold: Hold) -> None:
+    """Prolong a lease by the pledges of all witnesses, if they are complete."""
+    bounds = turn.know.bounds
+    assert hold.round is not None
+    if hold.round.refused:
+        hold.round = None
+        return
+    if hold.round.missing:
+        return
+    pledged_ns = hold.round.sent_ns + bounds.usable_ns(bounds.ttl_ns)
+    alone_ns = hold.granted_ns + bounds.usable_ns(bounds.alone_ns)
+    hold.valid_ns = max(hold.valid_ns, min(pledged_ns, alone_ns))
+    if hold.ask_ns is not None:
+        hold.ask_ns = hold.round.sent_ns + turn.know.every_ns
+    hold.round = None
+
+
+def answered(turn: Turn, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> None:
+    """Count a renewal from when it was sent; claim what this generation of Redis does not know of."""
+    bounds, call = turn.know.bounds, hold.call
+    assert call is not None, f"{slot.backend}: one call at a time"
+    assert call.number == event.number, f"{slot.backend}: one call at a time"
+    hold.call = None
+    if event.granted:
+        _renewed(turn, hold, call)
+        if event.epoch != hold.epoch:
+            hold.epoch = event.epoch
+            if isinstance(slot.state, Owned):
+                turn.emit(Own(slot.backend, event.epoch))
+    elif event.holder:
+        turn.lose(slot, Why.TAKEN)
+    else:
+        ground = turn.ground(event.generation, event.redis_ns)
+        claim = turn.acquire(slot, hold.token, ground, (turn.know.member.id,), holds=True)
+        _called(turn, hold, claim)
+        hold.renew_ns = turn.now + bounds.retry_ns
+
+
+def _renewed(turn: Turn, hold: Hold, call: Call) -> None:
+    bounds = turn.know.bounds
+    hold.granted_ns = call.sent_ns
+    hold.valid_ns = max(hold.valid_ns, call.sent_ns + bounds.usable_ns(bounds.ttl_ns))
+    hold.renew_ns = call.sent_ns + turn.know.every_ns
+    hold.witnesses = {number: each for number, each in hold.witnesses.items() if number >= call.number}
+    hold.ask_ns = None
+
+
+def failed(turn: Turn, hold: Hold) -> None:
+    """Redis did not answer: try again soon, and ask the witnesses meanwhile."""
+    hold.call = None
+    hold.renew_ns = turn.now + turn.know.bounds.retry_ns
+    if hold.ask_ns is None:
+        hold.ask_ns = turn.now

@@ -1,0 +1,150 @@
+"""Where this member stands with one backend: a state for each phase, with what exists only in it.
+
+FREE ─→ ASKING ─→ ACQUIRING ─→ OWNED ─→ HANDING_OVER ─→ FREE
+  └────────────────↗   every state may fall back to FREE
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sidecar.ownership.effects import SendAcquire
+
+
+@dataclass
+class Round:
+    """One question to several members. `missing` maps the numbers of the asks to who has not answered yet."""
+
+    sent_ns: int
+    missing: dict[int, str]
+    agreed: list[str] = field(default_factory=list)
+    refused: bool = False
+    holder: bool = False
+    """One of them holds the backend."""
+
+
+@dataclass
+class Free:
+    """Not this member's. `since_ns` is from when on nobody seemed to have it, None while somebody does."""
+
+    since_ns: int | None = None
+
+
+@dataclass
+class Ground:
+    """What an acquisition rests on: a look at Redis, and until when it may be carried out.
+
+    `by_ns` is by Redis's clock; at `over_ns` of this member's that has passed for certain.
+    """
+
+    generation: str
+    by_ns: int
+    over_ns: int
+
+
+@dataclass
+class Asking:
+    """Others are asked before a lease is taken over. `vouched` are those who agree without being asked."""
+
+    free: Free
+    ground: Ground
+    round: Round
+    vouched: tuple[str, ...]
+
+
+@dataclass
+class Acquiring:
+    """Redis may grant the lease until the ground is over, whether or not an answer comes."""
+
+    free: Free
+    ground: Ground
+    call: SendAcquire
+    sent_ns: int
+
+
+@dataclass
+class Call:
+    """A renewal or a claim that Redis has not answered yet."""
+
+    number: int
+    sent_ns: int
+
+
+@dataclass
+class Hold:
+    """A lease. At `valid_ns` it is over, by this member's own clock.
+
+    `witnesses` maps the number of the last renewal that was answered, and of each later one, to whom it named: Redis
+    has one of them.
+    """
+
+    token: str
+    epoch: int
+    granted_ns: int
+    """When what Redis granted last was sent."""
+    valid_ns: int
+    renew_ns: int
+    witnesses: dict[int, tuple[str, ...]]
+    call: Call | None = None
+    round: Round | None = None
+    ask_ns: int | None = None
+    """When to ask the witnesses; None while Redis answers."""
+
+
+@dataclass
+class Owned:
+    hold: Hold
+
+
+@dataclass
+class HandingOver:
+    """Nothing is dispatched any more; what is in flight ends."""
+
+    hold: Hold
+
+
+State = Free | Asking | Acquiring | Owned | HandingOver
+
+MAY_FOLLOW: dict[type, tuple[type, ...]] = {
+    Free: (Asking, Acquiring),
+    Asking: (Acquiring, Free),
+    Acquiring: (Owned, Free),
+    Owned: (HandingOver, Free),
+    HandingOver: (Free,),
+}
+
+
+@dataclass
+class Slot:
+    """One backend as this member sees it. `home` is the name of its replica, "" if any may own it."""
+
+    backend: str
+    home: str = ""
+    state: State = field(default_factory=Free)
+
+    def become(self, state: State) -> None:
+        assert type(state) in MAY_FOLLOW[type(self.state)], f"{self.backend}: {self.state} → {state}"
+        self.state = state
+
+    @property
+    def hold(self) -> Hold | None:
+        return self.state.hold if isinstance(self.state, Owned | HandingOver) else None
+
+
+@dataclass
+class Pledge:
+    """This member neither acquires a backend nor pledges it to another before `until_ns`."""
+
+    to: str
+    until_ns: int
+
+
+@dataclass
+class Move:
+    """A backend that its owner was asked to hand to this member. At `again_ns` it is asked again."""
+
+    backend: str
+    owner: str
+    number: int
+    again_ns: int
+    agreed: bool = False

@@ -1,0 +1,102 @@
+"""A backend that nobody owns is acquired: at once on a released lease or as a witness, else with the word of one."""
+
+from __future__ import annotations
+
+from sidecar.ownership import events as ev
+from sidecar.ownership.effects import Own
+from sidecar.ownership.facts import Lease
+from sidecar.ownership.preference import order
+from sidecar.ownership.slots import Acquiring, Asking, Free, Ground, Hold, Owned, Slot
+from sidecar.ownership.turn import Turn
+from sidecar.ownership.words import Purpose
+
+
+def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
+    """Take a backend if it is free, this member's to take and not pledged; else look again when that may be so."""
+    state, know = slot.state, turn.know
+    if not isinstance(state, Free):
+        return
+    left_ns = event.newborn_ns if lease is None else lease.left_ns
+    if left_ns > 0:
+        state.since_ns = None
+        turn.look_at(turn.now + left_ns)
+        return
+    if state.since_ns is None:
+        state.since_ns = turn.now
+    rank = _rank(turn, slot, lease)
+    if rank is None:
+        return
+    at_ns = state.since_ns + rank * know.bounds.retry_ns
+    if turn.pledged_to(slot.backend):
+        at_ns = max(at_ns, know.pledges[slot.backend].until_ns)
+    if turn.now < at_ns:
+        turn.look_at(at_ns)
+        return
+    _take(turn, slot, state, lease, turn.ground(event.generation, event.redis_ns))
+    if lease is not None and lease.unattended_ns > 0:
+        turn.look_at(turn.now + lease.unattended_ns)
+
+
+def _rank(turn: Turn, slot: Slot, lease: Lease | None) -> int | None:
+    """Return how many go before this member, None if it is not for this one. Who let the lease end comes not first."""
+    know = turn.know
+    gone = lease.holder if lease is not None and not lease.released else ""
+    ranked = [
+        member.id
+        for member in order(slot.backend, slot.home, know.members.values())
+        if member.id != gone or gone == know.member.id
+    ]
+    return ranked.index(know.member.id) if know.member.id in ranked else None
+
+
+def _take(turn: Turn, slot: Slot, state: Free, lease: Lease | None, ground: Ground) -> None:
+    know, me = turn.know, turn.know.member
+    vouched = [me.id]
+    if lease is not None and lease.holder_name == me.name:
+        vouched.append(lease.holder)  # an earlier life of this very name: it is over
+    if lease is not None and (lease.released or not {*lease.witnesses, lease.holder}.isdisjoint(vouched)):
+        _acquire(turn, slot, state, ground, tuple(vouched))
+        return
+    whom = [*know.members, *(() if lease is None else (*lease.witnesses, lease.holder))]
+    round_ = turn.ask(slot.backend, Purpose.TAKE_OVER, whom, know.epochs.get(slot.backend, 0))
+    slot.become(Asking(state, ground, round_, tuple(vouched)))
+    go_ahead(turn, slot)
+
+
+def _acquire(turn: Turn, slot: Slot, free: Free, ground: Ground, agreed: tuple[str, ...]) -> None:
+    slot.become(Acquiring(free, ground, turn.acquire(slot, "", ground, agreed), turn.now))
+
+
+def go_ahead(turn: Turn, slot: Slot) -> None:
+    """Acquire what was asked about, once all have answered or had the time to; silence keeps nobody from it."""
+    state, bounds = slot.state, turn.know.bounds
+    assert isinstance(state, Asking)
+    if state.round.missing and turn.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
+        return
+    if state.round.holder or turn.now >= state.ground.over_ns or turn.know.member.draining:
+        slot.become(state.free)
+        turn.look_at(turn.now + bounds.retry_ns)
+        return
+    _acquire(turn, slot, state.free, state.ground, (*state.vouched, *state.round.agreed))
+
+
+def answered(turn: Turn, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) -> None:
+    """Own what Redis granted, for as long as is left of it since it was asked for."""
+    bounds = turn.know.bounds
+    valid_ns = state.sent_ns + bounds.usable_ns(bounds.ttl_ns)
+    if not event.granted:
+        slot.become(state.free)
+        turn.look_at(turn.now + bounds.retry_ns)
+    elif turn.now >= valid_ns:
+        give_up(turn, slot)
+    else:
+        renew_ns = state.sent_ns + turn.know.every_ns
+        witnesses = {state.call.number: state.call.witnesses}
+        slot.become(Owned(Hold(state.call.token, event.epoch, state.sent_ns, valid_ns, renew_ns, witnesses)))
+        turn.emit(Own(slot.backend, event.epoch))
+
+
+def give_up(turn: Turn, slot: Slot) -> None:
+    """Give back an acquisition whose answer came too late or not at all; Redis will carry it out no more."""
+    turn.give_back(slot)
+    turn.look_at(turn.now + turn.know.bounds.retry_ns)

@@ -1,0 +1,22 @@
+"""The closed sets of ownership: what members ask each other, and why a backend is given up."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Purpose(Enum):
+    """What a member asks another for."""
+
+    GO_ON = "go on without Redis"
+    TAKE_OVER = "take over a lease that ended"
+    MOVE = "move a backend to whom it belongs"
+
+
+class Why(Enum):
+    """Why a backend's queue is given up. In-flight work goes on; what has no token may be sent elsewhere."""
+
+    LEASE_ENDED = "the lease ended and could not be renewed"
+    TAKEN = "another member holds the lease"
+    MOVED = "another member is preferred"
+    DRAINING = "this member drains"

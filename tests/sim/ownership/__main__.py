@@ -1,0 +1,58 @@
+"""A thousand worlds in which members, Redis and the network fail. A failing seed is printed and runs alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from time import perf_counter
+
+from tests.sim.ownership.trial import SeedFailed, Verdict, run_seed
+
+SEEDS = 1000
+SHOWN = 3
+"""So many failing seeds are told in full; of the others one line."""
+
+
+def one(seed: int) -> Verdict | tuple[int, str]:
+    try:
+        return run_seed(seed)
+    except SeedFailed as failure:
+        return seed, str(failure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim.ownership", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="this one alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args(arguments)
+    if options.seed is not None:
+        outcome = one(options.seed)
+        print(outcome if isinstance(outcome, Verdict) else outcome[1])
+        return 0 if isinstance(outcome, Verdict) else 1
+    began, counts, slowest = perf_counter(), Counter[str](), 0.0
+    failed: list[int] = []
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for outcome in pool.map(one, range(options.first, options.first + options.seeds), chunksize=10):
+            if isinstance(outcome, Verdict):
+                counts.update(outcome.counts)
+                slowest = max(slowest, outcome.slowest)
+            else:
+                failed.append(outcome[0])
+                print(f"\nFAILED seed {outcome[0]}; alone: python -m tests.sim.ownership --seed {outcome[0]}")
+                print(outcome[1] if len(failed) <= SHOWN else outcome[1].splitlines()[0], flush=True)
+    print(f"{options.seeds - len(failed):,} seeds held and {len(failed)} failed in {perf_counter() - began:.0f} s")
+    print(f"slowest owner in peace: {slowest:.2f} of its bound")
+    print(", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
+    if failed:
+        print("failed", " ".join(str(seed) for seed in failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""A world of members drawn from a seed; each kind of fault is absent from about half of the worlds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from sidecar.ownership.facts import SECOND_NS, Bounds
+
+KINDS = (
+    "loss",
+    "delay",
+    "duplication",
+    "drift",
+    "pauses",
+    "kills",
+    "redis down",
+    "redis emptied",
+    "redis failed over",
+    "members cut from redis",
+    "members cut from each other",
+    "joins",
+    "drains",
+)
+MILLISECOND_NS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is drawn before the world begins. Times in ns of true time."""
+
+    seed: int
+    bounds: Bounds
+    members: tuple[str, ...]
+    backends: dict[str, str]
+    kinds: tuple[str, ...]
+    is_new: bool
+    """Redis has never been used."""
+    faults_ns: int
+    """How long things go wrong."""
+    every_ns: int
+    """Between two misfortunes, about."""
+    loss: float
+    delay: float
+
+    def has(self, kind: str) -> bool:
+        return kind in self.kinds
+
+
+def draw(seed: int) -> Scenario:
+    random = Random(f"ownership {seed}")
+    ttl_ns = random.choice((3, 10)) * SECOND_NS
+    bounds = Bounds(
+        ttl_ns=ttl_ns,
+        ask_ns=ttl_ns // 20,
+        attempt_ns=ttl_ns // random.choice((1, 5)),
+        alone_ns=ttl_ns * random.choice((1, 3, 6)),
+    )
+    members = tuple(f"replica-{index}" for index in range(random.randint(2, 5)))
+    has_homes = random.random() < 0.2
+    backends = {f"engine-{index}": random.choice(members) if has_homes else "" for index in range(random.randint(1, 6))}
+    kinds = tuple(kind for kind in KINDS if random.random() < 0.5)
+    return Scenario(
+        seed,
+        bounds,
+        members,
+        backends,
+        kinds,
+        is_new=random.random() < 0.3,
+        faults_ns=bounds.alone_ns + random.randint(3, 15) * ttl_ns,
+        every_ns=int(ttl_ns * random.choice((0.2, 0.6, 1.5))),
+        loss=random.choice((0.02, 0.2)),
+        delay=random.choice((0.02, 0.2)),
+    )

@@ -1,0 +1,214 @@
+"""Members, a Redis, a network, and what befalls them."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from random import Random
+
+from sidecar.ownership import effects as do
+from sidecar.ownership import events as ev
+from sidecar.ownership.facts import SECOND_NS, Member
+from tests.sim.ownership.checks import Checks
+from tests.sim.ownership.network import Network
+from tests.sim.ownership.process import Process
+from tests.sim.ownership.redis import Data, Redis
+from tests.sim.ownership.scenario import Scenario
+
+HISTORY = 150
+EPOCH_NS = 1_700_000_000 * SECOND_NS
+SKEW_S = 30
+"""By so much may the clocks of two hosts of Redis differ."""
+
+
+class RedisProcess:
+    """A life of Redis on a host with a clock of its own."""
+
+    def __init__(self, world: World, process: str, data: Data, skew_ns: int) -> None:
+        self.scripts = Redis(world.scenario.bounds, process, data)
+        self.up = True
+        self._net = world.net
+        self._clock = world.net.clock(EPOCH_NS + world.net.now_ns + skew_ns)
+
+    @property
+    def now_ns(self) -> int:
+        return self._clock.at(self._net.now_ns)
+
+
+class World:
+    """One world. `trace` keeps the last steps for whoever has to look into a failure."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = Random(f"misfortune {scenario.seed}")
+        self.net = Network(scenario, self.random)
+        self.counts: Counter[str] = Counter()
+        self.history: deque[tuple[int, str, object, object]] = deque(maxlen=HISTORY)
+        self.processes: dict[str, Process] = {}
+        self.copies: deque[Data] = deque(maxlen=10)
+        self.checks = Checks(self)
+        self._lives = 0
+        data = Data() if scenario.is_new else Data("redis-0")
+        self.redis = RedisProcess(self, "redis-0", data, 0)
+        for name in scenario.members:
+            self.start(name)
+        self._misfortunes = [act for kind, act in MISFORTUNES.items() if scenario.has(kind)]
+        self.net.after(0, self._befall)
+        self.net.after(0, self._copy)
+
+    def living(self) -> list[Process]:
+        return [each for each in self.processes.values() if each.alive]
+
+    def trace(self, process: Process, event: ev.Event, effects: list[do.Effect]) -> None:
+        self.history.append((self.net.now_ns, process.member.id, event, effects))
+
+    def note(self, text: str) -> None:
+        self.counts[text.split(":")[0]] += 1
+        self.history.append((self.net.now_ns, "", text, ""))
+
+    def start(self, name: str) -> None:
+        self._lives += 1
+        weight = 1 + (len(name) + int(name.rsplit("-", 1)[1])) % 3
+        process = Process(self, Member(f"{name}#{self._lives}", name, weight))
+        self.processes[process.member.id] = process
+
+    def heal(self) -> None:
+        """End all that is wrong. Who is dead stays dead, but one lives at least."""
+        self.net.is_faulty = False
+        self.net.cuts.clear()
+        if not self.redis.up:
+            self._redis_starts(self.redis.scripts.data, 0)
+        for each in self.living():
+            if each.paused:
+                each.resume()
+        if not [each for each in self.living() if not each.draining]:
+            self.start(self._fresh_name())
+
+    def _fresh_name(self) -> str:
+        return f"replica-{10 + self._lives}"
+
+    def _befall(self) -> None:
+        if not self.net.is_faulty:
+            return
+        self.net.after(self.random.randint(1, 2 * self.scenario.every_ns), self._befall)
+        if self._misfortunes:
+            self.random.choice(self._misfortunes)(self)
+
+    def _copy(self) -> None:
+        """What a replica of Redis has got so far."""
+        if self.net.is_faulty:
+            self.net.after(self.random.randint(1, SECOND_NS), self._copy)
+            self.copies.append(self.redis.scripts.data.copy())
+
+    def _span_ns(self) -> int:
+        """Return how long something lasts: shorter than a lease, or longer, or as long as anybody goes on."""
+        bounds = self.scenario.bounds
+        return self.random.randint(1, self.random.choice((bounds.ttl_ns, 2 * bounds.ttl_ns, 2 * bounds.alone_ns)))
+
+    def _any(self) -> Process | None:
+        living = self.living()
+        return self.random.choice(living) if living else None
+
+    def pause(self) -> None:
+        process = self._any()
+        if process is not None and not process.paused:
+            process.paused = True
+            self.note(f"paused: {process.member.id}")
+            self.net.after(self._span_ns(), lambda: process.resume() if process.paused else None)
+
+    def kill(self) -> None:
+        process = self._any()
+        if process is None:
+            return
+        process.alive = False
+        self.note(f"killed: {process.member.id}")
+        name = process.member.name if self.random.random() < 0.6 else self._fresh_name()
+        if self.random.random() < 0.8:
+            self.net.after(self._span_ns(), lambda: self._restart(name))
+
+    def _restart(self, name: str) -> None:
+        if name not in [each.member.name for each in self.living()]:
+            self.note(f"started: {name}")
+            self.start(name)
+
+    def join(self) -> None:
+        if len(self.living()) < 7:
+            self._restart(self._fresh_name())
+
+    def drain(self) -> None:
+        process = self._any()
+        if process is not None:
+            process.draining = True
+            self.note(f"drains: {process.member.id}")
+            process.give(ev.DrainBegun())
+
+    def redis_down(self) -> None:
+        if self.redis.up:
+            self.redis.up = False
+            self.note("redis down")
+            self.net.after(self._span_ns(), lambda: self._redis_starts(self.redis.scripts.data, 0))
+
+    def redis_emptied(self) -> None:
+        if not self.redis.up:
+            return
+        self.note("redis emptied")
+        if self.random.random() < 0.3:
+            self.redis.scripts.data = Data()
+        else:
+            self.redis.up = False
+            self.net.after(self._span_ns(), lambda: self._redis_starts(Data(), 0))
+
+    def redis_failed_over(self) -> None:
+        if self.redis.up and self.copies:
+            self.note("redis failed over")
+            self.redis.up = False
+            data = self.random.choice(self.copies).copy()
+            skew_ns = self.random.randint(-SKEW_S, SKEW_S) * SECOND_NS
+            self.net.after(self._span_ns() // 2, lambda: self._redis_starts(data, skew_ns))
+
+    def _redis_starts(self, data: Data, skew_ns: int) -> None:
+        if not self.redis.up:
+            self.counts["redis started"] += 1
+            self.redis = RedisProcess(self, f"redis-{self.counts['redis started']}", data, skew_ns)
+            self.history.append((self.net.now_ns, "", f"{self.redis.scripts.process} starts", ""))
+
+    def cut_redis(self) -> None:
+        """Some members do not reach Redis, or hear nothing from it."""
+        for each in self.living():
+            if self.random.random() < 0.5:
+                self._cut(each.member.id, "redis")
+
+    def cut_members(self) -> None:
+        """The members fall into two parts, or one loses another."""
+        living = [each.member.id for each in self.living()]
+        if self.random.random() < 0.5:
+            self.random.shuffle(living)
+            at = self.random.randint(0, len(living))
+            pairs = [(one, other) for one in living[:at] for other in living[at:]]
+        else:
+            pairs = [(one, other) for one in living for other in living if one != other and self.random.random() < 0.2]
+        for one, other in pairs:
+            self._cut(one, other)
+
+    def _cut(self, one: str, other: str) -> None:
+        ways = [(one, other), (other, one)]
+        if self.random.random() < 0.3:
+            ways = [self.random.choice(ways)]
+        self.note(f"cut: {ways}")
+        span_ns = self._span_ns()
+        for way in ways:
+            self.net.cuts[way] = None
+            self.net.after(span_ns, lambda way=way: self.net.cuts.pop(way, None))  # type: ignore[misc]
+
+
+MISFORTUNES: dict[str, Callable[[World], None]] = {
+    "pauses": World.pause,
+    "kills": World.kill,
+    "redis down": World.redis_down,
+    "redis emptied": World.redis_emptied,
+    "redis failed over": World.redis_failed_over,
+    "members cut from redis": World.cut_redis,
+    "members cut from each other": World.cut_members,
+    "joins": World.join,
+    "drains": World.drain,
+}
