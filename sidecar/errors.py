@@ -45,6 +45,7 @@ class Reason(Enum):
     DRAINING = "DRAINING"
     DEADLINE_UNMEETABLE = "DEADLINE_UNMEETABLE"
     NO_BACKEND = "NO_BACKEND"
+    NOT_OWNER = "NOT_OWNER"
     ADAPTER_UNAVAILABLE = "ADAPTER_UNAVAILABLE"
     UNKNOWN_ADAPTER = "UNKNOWN_ADAPTER"
     NOT_ALLOWED = "NOT_ALLOWED"
@@ -92,6 +93,7 @@ TABLE: dict[Reason, Row] = {
     Reason.DRAINING: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
     Reason.DEADLINE_UNMEETABLE: Row(Family.REFUSED, "RESOURCE_EXHAUSTED", retryable=True),
     Reason.NO_BACKEND: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
+    Reason.NOT_OWNER: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
     Reason.ADAPTER_UNAVAILABLE: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
     Reason.UNKNOWN_ADAPTER: Row(Family.REFUSED, "NOT_FOUND"),
     Reason.NOT_ALLOWED: Row(Family.REFUSED, "PERMISSION_DENIED"),

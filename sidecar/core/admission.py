@@ -209,6 +209,8 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
     if not servers:
         message = asks.no_backend_message(state, text, digest)
         raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
+    if not any(server.owned for server in servers):
+        raise Refused(Reason.NOT_OWNER, asks.not_owner_message(servers), adapter=text)
     if not any(asks.long_enough(backend, event.input_tokens) for backend in servers):
         longest = max(backend.facts.input_tokens_max or 0 for backend in servers)
         raise Refused(

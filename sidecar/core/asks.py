@@ -91,6 +91,11 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
     return f"{name}: 0 of {total} backends can serve it: {reasons}.{sentence}"
 
 
+def not_owner_message(places: tuple[Backend, ...]) -> str:
+    """Say that all backends that a request may go to are other replicas'."""
+    return f"{', '.join(place.id for place in places)}: another replica's; send the request there"
+
+
 def resident(backend: Backend, digest: str) -> bool:
     """Whether the version is believed to be in the engine, so that its id alone is enough."""
     return digest == BASE or digest in backend.shadow.host

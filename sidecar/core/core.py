@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.views import BASE, Eviction, Ordering, Prefetch, Routing
-from sidecar.core import admission, disk, dispatching, fetching, healing, operators, prefetching, promising
+from sidecar.core import admission, disk, dispatching, fetching, healing, operators, owning, prefetching, promising
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
@@ -61,7 +61,9 @@ class Core:
         return turn.effects
 
     def _backend_added(self, event: ev.BackendAdded) -> None:
-        self.state.backends[event.backend] = Backend(event.backend, event.facts, self.policies.ordering())
+        self.state.backends[event.backend] = Backend(
+            event.backend, event.facts, self.policies.ordering(), owned=event.owned
+        )
         self.state.forget_servers()
 
     def _schedule(self, turn: Turn) -> None:
@@ -74,7 +76,7 @@ class Core:
             for backend_id in list(turn.dirty):
                 del turn.dirty[backend_id]
                 backend = self.state.backends[backend_id]
-                if backend.phase is Phase.UP:
+                if backend.phase is Phase.UP and backend.owned:
                     prefetching.take_stock(turn, backend)
                     dispatching.pump(turn, backend)
                     prefetching.load_ahead(turn, backend)
@@ -224,9 +226,7 @@ def _backend_up(turn: Turn, event: ev.BackendUp) -> None:
         version.refused_by.pop(backend.id, None)
     turn.route_the_unrouted()
     turn.dirty[backend.id] = None
-    for name in state.names.values():
-        if name.pinned:
-            operators.want_pinned(turn, name.digest, backend)
+    operators.want_all_pinned(turn, backend)
 
 
 def _backend_measured(turn: Turn, event: ev.BackendMeasured) -> None:
@@ -253,6 +253,8 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.ReleaseAsked: operators.release_asked,
     ev.DrainSet: operators.drain_set,
     ev.ShutdownBegun: _shutdown_begun,
+    ev.BackendTaken: owning.taken,
+    ev.BackendGivenUp: owning.given_up,
     ev.BackendUp: _backend_up,
     ev.BackendMeasured: _backend_measured,
     ev.BackendLost: healing.backend_lost,

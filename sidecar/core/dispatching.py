@@ -103,7 +103,7 @@ def _load(turn: Turn, backend: Backend, digest: str) -> int:
     version.loads[backend.id] = load.id
     if version.suspect:
         backend.lone_load = load.id
-    turn.emit(Load(load.id, backend.id, name_of(state, digest), digest, packed))
+    turn.emit(Load(load.id, backend.id, name_of(state, digest), digest, packed, backend.epoch))
     return load.id
 
 
@@ -213,6 +213,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
             heals=request.heals,
             packed_key=packed.key,
             attach=bool(packed.key) and backend.facts.attaches,
+            epoch=backend.epoch,
         )
     )
 

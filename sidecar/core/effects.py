@@ -54,6 +54,8 @@ class Load:
     name: str
     digest: str
     packed: Packed
+    epoch: int = 0
+    """As for a Dispatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Dispatch:
     """The packed form that it runs with, "" for the base model."""
     attach: bool = False
     """The weights go along with it, by reference."""
+    epoch: int = 0
+    """Under which this replica owns the backend; 0 where there is one replica only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,10 +120,27 @@ class ShutdownBegun:
 
 @dataclass(frozen=True, slots=True)
 class BackendAdded:
-    """A backend is configured; it is down until `BackendUp`."""
+    """A backend is configured; it is down until `BackendUp`, and another replica's if it is not `owned`."""
 
     backend: str
     facts: EngineFacts
+    owned: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BackendTaken:
+    """A backend's queue is this replica's from now on, or still is, under a newer epoch."""
+
+    backend: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendGivenUp:
+    """A backend's queue is this replica's no more: nothing may be sent there."""
+
+    backend: str
+    cause: str
 
 
 @dataclass(frozen=True, slots=True)

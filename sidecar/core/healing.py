@@ -153,11 +153,11 @@ def _wait_for_a_completion(turn: Turn, backend: Backend) -> None:
 
 
 def _page_claim(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    _forget_idle(turn, backend)
+    forget_idle(turn, backend)
     _engine_failed(turn, request, backend, Fault.PAGE_CLAIM, text)
 
 
-def _forget_idle(turn: Turn, backend: Backend) -> None:
+def forget_idle(turn: Turn, backend: Backend) -> None:
     """The engine evicted all it could before it failed: nothing idle is there any more."""
     backend.shadow.forget_idle()
     for version, slot in list(backend.slots.items()):
@@ -266,6 +266,11 @@ def _lost(turn: Turn, request: Request, backend: Backend, text: str) -> None:
     _again(turn, request, backend, Fault.LOST)
 
 
+def _not_owned(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+    """It was never sent: the lease had ended."""
+    _fail(turn, request, Reason.NOT_OWNER, text)
+
+
 _TOKENLESS = {
     Fault.MISS: _miss,
     Fault.FULL: _full,
@@ -276,6 +281,7 @@ _TOKENLESS = {
     Fault.REJECTED: _rejected,
     Fault.LOST: _lost,
     Fault.NO_ANSWER: _lost,
+    Fault.NOT_OWNED: _not_owned,
 }
 
 
@@ -300,7 +306,7 @@ def _load_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, te
 
 
 def _load_page_claim(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    _forget_idle(turn, backend)
+    forget_idle(turn, backend)
     _wait_for_a_completion(turn, backend)
 
 
@@ -339,6 +345,10 @@ def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend
             turn.release(request)
 
 
+def _load_not_owned(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    """It was never sent: the lease had ended, and with it all that waits here."""
+
+
 _LOADS = {
     Fault.FULL: _load_full,
     Fault.PAGE_CLAIM: _load_page_claim,
@@ -346,6 +356,7 @@ _LOADS = {
     Fault.QUEUE_FULL: _load_queue_full,
     Fault.LOST: _load_lost,
     Fault.NO_ANSWER: _load_full,
+    Fault.NOT_OWNED: _load_not_owned,
 }
 
 

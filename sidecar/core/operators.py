@@ -109,10 +109,11 @@ def _want(turn: Turn, digest: str, backends: list[Backend]) -> None:
     turn.hungry = True
 
 
-def want_pinned(turn: Turn, digest: str, backend: Backend) -> None:
-    """Have a pinned version in the store in the layout of a backend that has just come up."""
-    if asks.cannot_serve(turn.state, backend, digest) is None:
-        _want(turn, digest, [backend])
+def want_all_pinned(turn: Turn, backend: Backend) -> None:
+    """Have what is pinned in the store in the layout of a backend that has just come up, or become ours."""
+    for name in turn.state.names.values():
+        if name.pinned and asks.cannot_serve(turn.state, backend, name.digest) is None:
+            _want(turn, name.digest, [backend])
 
 
 def evict_asked(turn: Turn, event: EvictAsked) -> None:

@@ -202,6 +202,10 @@ class Backend:
     ordering: Ordering = field(metadata={"policy": True})
     phase: Phase = Phase.DOWN
     draining: bool = False
+    owned: bool = True
+    """Its queue is this replica's."""
+    epoch: int = 0
+    """Under which it owns it; 0 where there is one replica only."""
     running: dict[int, None] = field(default_factory=dict)
     kv_reserved: int = 0
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
@@ -266,7 +270,7 @@ class Backend:
 
     @property
     def takes_requests(self) -> bool:
-        return self.phase is Phase.UP and not self.draining
+        return self.phase is Phase.UP and not self.draining and self.owned
 
     def slot_busy(self, version: str, slot: Slot) -> bool:
         """Whether a slot is needed: an idle one is closed when another version waits."""

@@ -211,10 +211,14 @@ class Turn:
 
     def route_or_refuse(self, request: Request) -> None:
         """Route a request, or end it when no configured backend can serve it any more."""
-        if asks.places_of(self.state, request):
+        places = asks.places_of(self.state, request)
+        if any(place.owned for place in places):
             self.route(request)
             return
         self._set_aside(request)
+        if places:
+            self.drop(request, Reason.NOT_OWNER, asks.not_owner_message(places))
+            return
         self.drop(
             request,
             Reason.NO_BACKEND,

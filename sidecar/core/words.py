@@ -36,6 +36,7 @@ class Fault(Enum):
     LOST = "backend_lost"
     NO_ANSWER = "no_answer"
     REJECTED = "rejected"
+    NOT_OWNED = "not_owned"
 
 
 class Phase(Enum):

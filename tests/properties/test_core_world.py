@@ -70,7 +70,10 @@ def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
         world.feed(ev.DrainSet(backend, random.random() < 0.5))
     elif pick < 0.90 and on["operators"] and names:
         operator_act(world, random, random.choice(names), backend)
-    elif pick < 0.93 and on["tick"]:
+    elif pick < 0.94 and on["owners"]:
+        given = random.random() < 0.5
+        world.feed(ev.BackendGivenUp(backend, "moved") if given else ev.BackendTaken(backend, random.randint(1, 99)))
+    elif pick < 0.97 and on["tick"]:
         world.feed(ev.Tick())
 
 
@@ -90,7 +93,7 @@ def operator_act(world: World, random: Random, name: str, backend: str) -> None:
         world.register_as(name, adapter_of(name + random.choice(["", "x"])))
 
 
-KINDS = ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch")
+KINDS = ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch", "owners")
 MILD = ("lies", "tick")
 """Faults that no client should ever notice."""
 
@@ -128,6 +131,7 @@ def make_peace(world: World) -> None:
         if not engine.up:
             world.bring_up(backend)
         world.feed(ev.DrainSet(backend, False))
+        world.feed(ev.BackendTaken(backend, 100))
     for name in sorted(world.core.state.names):
         world.pin(name, False)
 
