@@ -42,7 +42,7 @@ from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
 from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
-from sidecar.state.registry import SqliteRegistry, lock_data_directory
+from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Sidecar:
         self._loader = LoaderProcess()
         self._reconciling: asyncio.Task[None] | None = None
         data = self._data_directory()
-        self.registry = SqliteRegistry(None if data is None else data / "registry.sqlite")
+        self.registry = _registry(config, data)
         core = config.core()
         self._memory = shared_memory_for(config)
         self.gateway = Gateway(
@@ -102,6 +102,13 @@ class Sidecar:
         data = Path(self.config.data_directory).expanduser().resolve()
         self._lock = lock_data_directory(data)
         return data
+
+    def _tell_of_another_registry(self) -> None:
+        """Say where names from before are when there are none in the Redis: they do not move by themselves."""
+        if self.config.data_directory is not None and not self.registry.all():
+            file = Path(self.config.data_directory).expanduser() / REGISTRY_FILE
+            if file.exists():
+                logger.warning("names in %s are not read: state.url is set. sidecar state migrate moves them", file)
 
     def _roots(self) -> list[Path]:
         adapters = self.config.adapters
@@ -135,6 +142,8 @@ class Sidecar:
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
+        if self.config.state.url is not None:
+            self._tell_of_another_registry()
         await self.gateway.start(backends)
         if not backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
@@ -251,6 +260,16 @@ class Sidecar:
             self._journal.stop()
         if self._lock is not None:
             self._lock.close()
+
+
+def _registry(config: Config, data: Path | None) -> Registry:
+    """Open the registry: in the Redis that is named, else in the data directory, else in memory only."""
+    if config.state.url is None:
+        return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
+    from sidecar.state.redis.link import Link  # the client is loaded only where there is a Redis
+    from sidecar.state.redis.registry import RedisRegistry
+
+    return RedisRegistry(Link(config.state.place), member_ttl_s=config.state.member_ttl_s)
 
 
 def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:

@@ -22,6 +22,7 @@ from sidecar.config_kinds import VLLM, out_of_place
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
+from sidecar.state.redis.address import KEY_PREFIX, Place, parse_address, without_users
 
 ENVIRONMENT_PREFIX = "LORA_SIDECAR_"
 VLLMS = "vllms"
@@ -310,6 +311,49 @@ class Journal(Section):
     segments_max: int = Field(8, ge=1)
 
 
+class State(Section):
+    """Where names are kept: without `url` in the data directory, for one replica; with it in a Redis for several.
+
+    It is redis://HOST:PORT/DB, redis+sentinel://HOST:PORT,HOST:PORT/MASTER/DB or redis+cluster://HOST:PORT,HOST:PORT,
+    with a USER@ if need be, and rediss for TLS. Installations that share a Redis have different key prefixes.
+
+    A replica that says nothing for `member_ttl_s` is not waited for any more when a name changes.
+    """
+
+    url: str | None = None
+    password_file: str | None = None
+    key_prefix: str = Field(KEY_PREFIX, pattern=r"^[\w.:-]{1,64}$")
+    tls: Tls | None = None
+    member_ttl_s: float = Field(6.0, ge=1.0)
+
+    @field_validator("url")
+    @classmethod
+    def _is_an_address(cls, url: str | None) -> str | None:
+        if url is not None:
+            parse_address(url)
+        return url
+
+    @model_validator(mode="after")
+    def _is_reached_as_its_url_says(self) -> State:
+        changed = sorted(_changed(self) - {"url"})
+        if self.url is None and changed:
+            raise ValueError(f"{', '.join(changed)} without a url: names are kept in the data directory")
+        if self.tls is not None and not parse_address(self.url or "").tls:
+            raise ValueError("tls is set and the url's scheme is without TLS; let it begin with rediss")
+        if self.tls is not None and (self.tls.certificate is None) != (self.tls.key is None):
+            raise ValueError("tls needs certificate and key together")
+        return self
+
+    @property
+    def place(self) -> Place:
+        """Where the Redis is; there must be one."""
+        assert self.url is not None
+        tls = self.tls or Tls()
+        files = (self.password_file, tls.ca, tls.certificate, tls.key)
+        paths = [None if file is None else Path(file).expanduser() for file in files]
+        return Place(parse_address(self.url), self.key_prefix, *paths)
+
+
 class Config(Section):
     """The whole configuration; the defaults serve one engine on this machine."""
 
@@ -320,6 +364,7 @@ class Config(Section):
     store: Store = Store()
     queue: Queue = Queue()
     journal: Journal = Journal()
+    state: State = State()
     data_directory: str | None = None
     base_requests: Literal["allow", "refuse"] = "allow"
     tenant_from: Literal["metadata", "certificate", "none"] = "metadata"
@@ -433,13 +478,14 @@ def _problems(error: ValidationError) -> str:
             near = difflib.get_close_matches(str(problem["loc"][-1]), _all_keys(), n=1)
             lines.append(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
         else:
-            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {problem['input']!r:.80})")
+            given = without_users(repr(problem["input"]))
+            lines.append(f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {given:.80})")
     return "; ".join(lines)
 
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
         Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, BaseModelNames,
-        SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal,
+        SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal, State,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

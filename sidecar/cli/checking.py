@@ -107,7 +107,9 @@ def _check_files(config: Config) -> None:
 def _files(config: Config) -> list[tuple[str, str]]:
     listeners = config.listeners
     named: list[tuple[str, str | None]] = [("listeners.admin.token_file", listeners.admin.token_file)]
+    named.append(("state.password_file", config.state.password_file))
     secured: list[tuple[str, Any]] = [
+        ("state.tls", config.state.tls),
         ("listeners.data.tls", listeners.data.tls),
         ("listeners.admin.tls", listeners.admin.tls),
     ]

@@ -26,6 +26,8 @@ CREATE TABLE IF NOT EXISTS changes (
     number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, record TEXT
 ) STRICT;
 """
+REGISTRY_FILE = "registry.sqlite"
+"""The file's name in a data directory."""
 CHANGES_MAX = 10_000
 """Changes that can be resumed from; older tokens have to list anew."""
 

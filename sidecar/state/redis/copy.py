@@ -1,0 +1,79 @@
+"""What one replica holds in memory of the shared names. No I/O.
+
+Of two entries of a name the one with the higher revision wins, whichever comes first and wherever it comes from: a
+change as it happens, a list read whole, or another replica's copy after Redis lost data. So all replicas end alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sidecar.state.records import Record
+from sidecar.state.redis.entries import NOTHING, Entry, Head, newer
+from sidecar.state.registry import Change
+
+TOMBSTONES_MAX = 10_000
+TOMBSTONES_MS = 7 * 24 * 3600 * 1000
+"""How many forgotten names are remembered, and for how long, so that no old copy brings one back."""
+
+
+class Copy:
+    """Entries by name, those of forgotten names among them."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, Entry] = {}
+        self._buried: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def records(self) -> list[Record]:
+        """Return every record, by name."""
+        return [entry.record for _, entry in sorted(self._entries.items()) if entry.record is not None]
+
+    def get(self, name: str) -> Record | None:
+        entry = self._entries.get(name)
+        return entry.record if entry is not None else None
+
+    def head(self, name: str) -> Head:
+        """Return how new a name's entry is, NOTHING for one that was never heard of."""
+        entry = self._entries.get(name)
+        return entry.head if entry is not None else NOTHING
+
+    def live_revision(self, name: str) -> int:
+        """Return the revision of a name's record, 0 where it has none."""
+        return self.head(name).revision if self.get(name) is not None else 0
+
+    def take(self, name: str, entry: Entry) -> Change | None:
+        """Take an entry if it is newer; return the change to tell of, None where nothing changed."""
+        if not newer(entry.head, self.head(name)):
+            return None
+        had = self.get(name)
+        self._entries[name] = entry
+        self._buried.pop(name, None)
+        if entry.record is None:
+            self._bury(name, entry.head)
+            if had is None:
+                return None
+        return Change(entry.head.number, name, entry.record)
+
+    def drop(self, name: str, number: int) -> Change | None:
+        """Forget a name that is not written down any more, not even as a forgotten one."""
+        had = self._entries.pop(name).record
+        self._buried.pop(name, None)
+        return Change(number, name, None) if had is not None else None
+
+    def newer_than(self, stored: dict[str, Head]) -> Iterator[tuple[str, Entry]]:
+        """Yield what is newer here than written down, oldest first."""
+        mine = [pair for pair in self._entries.items() if newer(pair[1].head, stored.get(pair[0], NOTHING))]
+        yield from sorted(mine, key=lambda pair: pair[1].head)
+
+    def unknown_to(self, stored: dict[str, Head]) -> list[str]:
+        return [name for name in self._entries if name not in stored]
+
+    def _bury(self, name: str, head: Head) -> None:
+        self._buried[name] = None
+        for old in list(self._buried)[: max(1, len(self._buried) - TOMBSTONES_MAX)]:
+            if len(self._buried) > TOMBSTONES_MAX or self.head(old).time_ms < head.time_ms - TOMBSTONES_MS:
+                del self._buried[old]
+                del self._entries[old]

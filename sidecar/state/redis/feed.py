@@ -1,0 +1,168 @@
+"""Following what changes: the copy in memory, kept up to date by the stream of changes, whatever happens to Redis.
+
+Own changes come by that stream as everybody else's do, so there is one path and one order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from time import monotonic, time
+
+from sidecar.errors import Misused, Reason, SidecarError
+from sidecar.state.redis.copy import Copy
+from sidecar.state.redis.entries import entry_of
+from sidecar.state.redis.history import Position, look, reread
+from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
+from sidecar.state.registry import Change, Subscribers
+
+logger = logging.getLogger(__name__)
+
+BLOCK_MS = 1000
+LOOK_EVERY_S = 1.0
+START_S = 20.0
+"""How long a start waits for a Redis that is not there yet."""
+DELAY_S, DELAY_S_MAX = 0.05, 1.0
+CANCEL_S = 0.05
+
+
+class Feed:
+    """What this replica has read. `member` is the name under which it says how far that is."""
+
+    def __init__(self, link: Link, member: str = "") -> None:
+        self.copy = Copy()
+        self.position = Position()
+        self.subscribers = Subscribers()
+        self.revision = 0
+        """The last change that is known to be written, read or not."""
+        self.trouble = "it has not been reached yet"
+        self._link = link
+        self._member = member
+        self._task: asyncio.Task[None] | None = None
+        self._moved = asyncio.Event()
+        self._look_at = 0.0
+        self.away_since: float | None = time()
+        """Since when (Unix seconds) Redis has not answered; None while it does."""
+
+    async def start(self) -> None:
+        """Read everything and follow the changes from then on.
+
+        Raises Misused(STATE_INCOMPATIBLE), Misused(CONFIG_INVALID) when Redis does not let us in, and
+        Refused(STATE_UNAVAILABLE) when it is not there for a while.
+        """
+        until, delay_s = monotonic() + START_S, DELAY_S
+        while self.away_since is not None:
+            try:
+                await self._reread()
+                self._is_here()
+            except FAULTS as error:
+                if is_final(error):
+                    raise Misused(
+                        Reason.CONFIG_INVALID,
+                        f"state: Redis at {self._link} does not let us in: {self._link.words(error)}; see state.url's "
+                        "user, state.password_file and state.tls",
+                    ) from error
+                if monotonic() > until:
+                    raise self._link.refused(error) from error
+                self._is_away(error)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, DELAY_S_MAX)
+        await self._report()
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # more than once: one that meets a time limit of the client is lost
+            await asyncio.wait([self._task], timeout=CANCEL_S)
+
+    async def has_read(self, number: int, limit_s: float) -> None:
+        """Return when a change has been read. Raises TimeoutError."""
+        await self._until(lambda: self.position.applied >= number, limit_s)
+
+    async def has_moved(self, position: Position, limit_s: float) -> None:
+        """Return when the position is another one: after a loss, once Redis has been read anew. Raises TimeoutError."""
+        self._look_at = 0.0
+        await self._until(lambda: self.position != position, limit_s)
+
+    async def _until(self, so: Callable[[], bool], limit_s: float) -> None:
+        async with asyncio.timeout(limit_s):
+            while not so():
+                await self._moved.wait()
+
+    async def _follow(self) -> None:
+        """Take changes as they come, for ever. What goes wrong is waited out."""
+        delay_s = DELAY_S
+        while True:
+            try:
+                await self._take_some()
+                delay_s = DELAY_S
+            except (*FAULTS, SidecarError) as error:
+                self._is_away(error)
+            except Exception as error:  # an entry that cannot be read; everything else must go on
+                logger.exception("the feed of changes from Redis at %s failed", self._link)
+                self._is_away(error)
+            if self.away_since is not None:
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # not all replicas at the same moment
+                delay_s = min(2 * delay_s, DELAY_S_MAX)
+
+    async def _take_some(self) -> None:
+        if self.away_since is not None or monotonic() >= self._look_at:
+            view = await look(self._link, self.position)
+            self.revision = view.revision
+            if view.lost:
+                logger.warning("Redis at %s lost data; what this replica has is put back", self._link)
+                await self._reread()
+            self._is_here()
+        changes = await self._link.read(self.position.applied, BLOCK_MS)
+        if changes and changes[0].before > self.position.applied:
+            logger.warning("changes up to %d are kept no more; all names are read anew", changes[0].before)
+            await self._reread()
+        else:
+            self._take(changes)
+        if changes:
+            await self._report()
+
+    async def _report(self) -> None:
+        """Say how far this replica has read: writers wait for that."""
+        if self._member:
+            await self._link.set_applied(self._member, self.position.applied)
+
+    async def _reread(self) -> None:
+        self.position = await reread(self._link, self.copy, self.position, self._tell)
+        self.revision = max(self.revision, self.position.applied)
+        self._wake()
+
+    def _take(self, changes: list[Announced]) -> None:
+        for announced in changes:
+            self.position = Position(self.position.incarnation, announced.number, announced.mark)
+            if announced.name:
+                change = self.copy.take(announced.name, entry_of(announced.name, announced.value))
+                if change is not None:
+                    self._tell(change)
+        self.revision = max(self.revision, self.position.applied)
+        self._wake()
+
+    def _tell(self, change: Change) -> None:
+        try:
+            self.subscribers.tell(change)
+        except Exception:  # the next change must come to the others all the same
+            logger.exception("a subscriber failed on the change %d of %s", change.number, change.name)
+
+    def _wake(self) -> None:
+        """Let those go on who wait for a change, or for Redis."""
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def _is_here(self) -> None:
+        self._look_at = monotonic() + LOOK_EVERY_S
+        if self.away_since is not None and self._task is not None:
+            logger.info("Redis at %s is back after %.1f s", self._link, time() - self.away_since)
+        self.away_since = None
+
+    def _is_away(self, error: Exception) -> None:
+        self.trouble = self._link.words(error)
+        if self.away_since is None:
+            self.away_since = time()
+            logger.warning("Redis at %s is away: %s", self._link, self.trouble)

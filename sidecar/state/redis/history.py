@@ -1,0 +1,116 @@
+"""Asking Redis whether it still has what this replica has read, reading it whole, and putting back what it lost.
+
+A Redis loses data when it is emptied, comes back from an older dump, or fails over to a server that had not got the
+last writes. Each replica notices by itself (see `scripts`) and then merges: it takes what is newer there, and puts back
+what is newer here, forgotten names too. An entry that is put back keeps its revision, so a replica that had read less
+cannot pass an old content off as new, and it is announced under a new number, so those who merged before hear of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from secrets import token_hex
+from typing import NamedTuple
+
+from sidecar.errors import Misused, Reason
+from sidecar.state.redis.copy import TOMBSTONES_MAX, TOMBSTONES_MS, Copy
+from sidecar.state.redis.entries import Entry, Head, entry_of, head_of, newer, value_of
+from sidecar.state.redis.link import Link
+from sidecar.state.redis.scripts import LOOK, RESTORE
+from sidecar.state.registry import CHANGES_MAX, Change
+
+SCHEMA = "1"
+LIMITS = (CHANGES_MAX, TOMBSTONES_MS, TOMBSTONES_MAX)
+READ_A_TURN = 50
+"""Records read before the event loop gets to do something else."""
+RESTORED_A_TURN = 100
+
+
+class Position(NamedTuple):
+    """Up to where a replica has read: which state it was, the last change's number and its mark."""
+
+    incarnation: str = ""
+    applied: int = 0
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a look at Redis showed: the state, its last change, and whether what was read of it is lost."""
+
+    incarnation: str
+    revision: int
+    last: int
+    mark: str
+    lost: bool
+
+    @property
+    def position(self) -> Position:
+        return Position(self.incarnation, self.revision, self.mark)
+
+
+async def look(link: Link, position: Position) -> View:
+    """Look at Redis, and begin the state where there is none. Raises FAULTS, Misused(STATE_INCOMPATIBLE)."""
+    found = await link.run(LOOK, SCHEMA, token_hex(8), *position)
+    if found[0] != SCHEMA:
+        raise Misused(
+            Reason.STATE_INCOMPATIBLE,
+            f"the state at {link} under {link.place.key_prefix} has schema {found[0]} and this sidecar works with "
+            f"schema {SCHEMA}; run the release that wrote it, or give this one another state.key_prefix",
+        )
+    _, incarnation, revision, last, mark, lost = found
+    return View(incarnation, int(revision), int(last), mark, bool(lost))
+
+
+async def reread(link: Link, copy: Copy, position: Position, tell: Callable[[Change], None]) -> Position:
+    """Read everything, put back what only this replica has, and return from where to follow the changes.
+
+    Raises FAULTS, Misused(STATE_INCOMPATIBLE); it may be tried again then.
+    """
+    view = await look(link, position)
+    if view.last != view.revision or view.revision < position.applied:
+        await _restore(link, view.incarnation, position.applied, [])  # the numbers go on from what was read here
+        view = replace(await look(link, position), lost=view.lost)
+    stored, found = await _read_all(link, copy)
+    for number, (name, entry) in enumerate(sorted(found.items(), key=lambda pair: pair[1].head.number)):
+        change = copy.take(name, entry)
+        if change is not None:
+            tell(change)
+        if number % READ_A_TURN == 0:
+            await asyncio.sleep(0)
+    if not view.lost:  # what is not written down any more was forgotten long ago
+        for name in copy.unknown_to(stored):
+            change = copy.drop(name, view.revision)
+            if change is not None:
+                tell(change)
+    await _restore(link, view.incarnation, position.applied, list(copy.newer_than(stored)))
+    return view.position
+
+
+async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, Entry]]:
+    """Return how new each name is there, and those entries that are newer than here."""
+    stored: dict[str, Head] = {}
+    found: dict[str, Entry] = {}
+    read = 0
+    async for values in link.entries():
+        for name, value in values.items():
+            head = head_of(value)
+            if name in stored and not newer(head, stored[name]):
+                continue
+            stored[name] = head
+            if newer(head, copy.head(name)):
+                found[name] = entry_of(name, value)
+                read += 1
+                if read % READ_A_TURN == 0:
+                    await asyncio.sleep(0)
+    return stored, found
+
+
+async def _restore(link: Link, incarnation: str, applied: int, entries: list[tuple[str, Entry]]) -> None:
+    for start in range(0, len(entries) or 1, RESTORED_A_TURN):
+        turn = entries[start : start + RESTORED_A_TURN]
+        values = [text for name, entry in turn for text in (name, value_of(entry))]
+        await link.run(RESTORE, incarnation, applied, token_hex(8), *LIMITS, *values)
+        await asyncio.sleep(0)

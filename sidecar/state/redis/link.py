@@ -1,0 +1,183 @@
+"""The connection to a Redis: the client for each kind of address, credentials, and scripts.
+
+Every script may be sent twice without harm (a write carries a token, the others come to the same), so the client may
+send again what got no answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from redis.asyncio import Redis, RedisCluster, Sentinel
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.credentials import CredentialProvider
+from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
+
+from sidecar.errors import Misused, Reason, Refused
+from sidecar.state.redis.address import Place
+from sidecar.state.redis.scripts import Script
+
+FAULTS = (RedisError, OSError, asyncio.TimeoutError)
+"""What a command may raise when Redis is not there or does not do it."""
+CONNECT_S, ANSWER_S = 3.0, 5.0
+"""How long a connection, and an answer, may take; a blocking read blocks for less."""
+SCANNED_A_TURN = 500
+
+
+class Announced(NamedTuple):
+    """An entry of the stream of changes: its number, the one before it, its mark, a name and that one's value."""
+
+    number: int
+    before: int
+    mark: str
+    name: str
+    value: str
+
+
+class PasswordFile(CredentialProvider):
+    """A user name, and the password that a file holds at the time."""
+
+    def __init__(self, user: str, path: Path | None) -> None:
+        self._user = user
+        self._path = path
+
+    def password(self) -> str:
+        """Return the password, "" without a file. Raises Misused."""
+        if self._path is None:
+            return ""
+        try:
+            return self._path.expanduser().read_text().strip()
+        except OSError as error:
+            raise Misused(Reason.CONFIG_INVALID, f"state.password_file: {self._path}: {error.strerror}") from error
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        return (self._user, self.password()) if self._user else (self.password(),)
+
+
+class Link:
+    """A Redis and the keys in it that are ours."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._credentials = PasswordFile(place.address.user, place.password_file)
+        self._client: Any = _client(place, self._credentials)
+
+    def __str__(self) -> str:
+        return str(self.place.address)
+
+    def key(self, name: str) -> str:
+        return f"{{{self.place.key_prefix}}}:{name}"
+
+    async def run(self, script: Script, *arguments: str | int) -> Any:
+        """Run a script. Raises FAULTS."""
+        given = (len(script.keys), *(self.key(name) for name in script.keys), *arguments)
+        try:
+            return await self._client.evalsha(script.digest, *given)
+        except NoScriptError:  # a Redis that is new, or was restarted
+            return await self._client.eval(script.text, *given)
+
+    async def read(self, after: int, block_ms: int) -> list[Announced]:
+        """Return the next changes, [] when none comes for a while. Raises FAULTS."""
+        key = self.key("changes")
+        found = await self._client.xread({key: f"{after}-0"}, count=SCANNED_A_TURN, block=block_ms)
+        return [_announced(number, fields) for _, entries in found or () for number, fields in entries]
+
+    async def changes(self, first: int, last: int) -> list[Announced]:
+        """Return the first few changes of a range. Raises FAULTS."""
+        found = await self._client.xrange(self.key("changes"), str(first), str(last), count=SCANNED_A_TURN)
+        return [_announced(number, fields) for number, fields in found]
+
+    async def first_change(self) -> int:
+        """Return the number of the oldest change that is kept, 0 where none is. Raises FAULTS."""
+        found = await self._client.xrange(self.key("changes"), "-", "+", count=1)
+        return int(found[0][0].partition("-")[0]) if found else 0
+
+    async def entries(self) -> AsyncIterator[Mapping[str, str]]:
+        """Yield the names' values, some at a time; one that changes meanwhile may come twice. Raises FAULTS."""
+        cursor = -1
+        while cursor != 0:
+            cursor, values = await self._client.hscan(self.key("adapters"), max(cursor, 0), count=SCANNED_A_TURN)
+            yield values
+
+    async def set_applied(self, member: str, number: int) -> None:
+        """Let it be known up to which change a member has read. Raises FAULTS."""
+        await self._client.hset(self.key("applied"), member, str(number))
+
+    async def forget_member(self, member: str) -> None:
+        """Remove what a member said of itself. Raises FAULTS."""
+        await self._client.zrem(self.key("beats"), member)
+        for key in ("members", "applied"):
+            await self._client.hdel(self.key(key), member)
+
+    async def erase(self) -> None:
+        """Remove everything of ours but who is there. Raises FAULTS."""
+        await self._client.delete(*(self.key(name) for name in ("meta", "adapters", "changes", "tombstones")))
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def words(self, error: BaseException) -> str:
+        """Return what an error says, without our password whatever a server may repeat."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        try:
+            password = self._credentials.password()
+        except Misused:
+            return text
+        return text.replace(password, "(hidden)") if password else text
+
+    def refused(self, error: BaseException) -> Refused:
+        """Return the ending of something that needed Redis now."""
+        return Refused(Reason.STATE_UNAVAILABLE, f"this needs Redis at {self}: {self.words(error)}; try again")
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether trying again cannot help: somebody must change the configuration first."""
+    return isinstance(error, AuthenticationError | NoPermissionError | ssl.SSLCertVerificationError) or isinstance(
+        error.__cause__, ssl.SSLCertVerificationError
+    )
+
+
+def _announced(number: str, fields: dict[str, str]) -> Announced:
+    return Announced(
+        int(number.partition("-")[0]), int(fields["prev"]), fields["mark"], fields["name"], fields["value"]
+    )
+
+
+def _client(place: Place, credentials: PasswordFile) -> Any:
+    address = place.address
+    host, port = address.hosts[0]
+    options: dict[str, Any] = _transport(place) | {"decode_responses": True, "protocol": 2}
+    if place.password_file is not None or address.user:
+        options["credential_provider"] = credentials
+    if address.kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in address.hosts]
+        return RedisCluster(startup_nodes=nodes, retry=_retry(), **options)
+    options |= {"db": address.database, "retry": _retry()}
+    if address.kind == "sentinel":
+        sentinel = Sentinel(address.hosts, sentinel_kwargs=_transport(place), **options)
+        return sentinel.master_for(address.master)
+    return Redis(host=host, port=port, **options)
+
+
+def _retry() -> Retry:
+    return Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 2)
+
+
+def _transport(place: Place) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "socket_connect_timeout": CONNECT_S,
+        "socket_timeout": ANSWER_S,
+        "socket_keepalive": True,
+    }
+    if place.address.tls:
+        options["ssl"] = True
+        for option, path in (("ca_certs", place.ca), ("certfile", place.certificate), ("keyfile", place.key)):
+            if path is not None:
+                options[f"ssl_{option}"] = str(path.expanduser())
+    return options

@@ -1,0 +1,169 @@
+"""The registry that several replicas share, behind the same interface as the one in a file.
+
+A write is one script: it is refused where the record is not what the writer saw, and it returns when this replica has
+read its own change and every other live member has too. While Redis is away reads go on and writes are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from secrets import token_hex
+from time import gmtime, monotonic, strftime
+from typing import Any
+
+from sidecar.errors import Reason, Refused
+from sidecar.state.records import Record, to_json
+from sidecar.state.redis.entries import Head, entry_of, newer
+from sidecar.state.redis.feed import Feed
+from sidecar.state.redis.history import LIMITS
+from sidecar.state.redis.link import FAULTS, Announced, Link
+from sidecar.state.redis.members import MEMBER_TTL_S
+from sidecar.state.redis.scripts import LAGGING, WRITE, Script
+from sidecar.state.registry import Change, changed_meanwhile, token_too_old
+
+WRITE_S = 10.0
+"""How long a write waits to see its own change."""
+POLL_S, POLL_S_MAX = 0.002, 0.1
+TURNS_MAX = 3
+"""Times that a write is begun anew because Redis had lost data and was being refilled."""
+
+
+class RedisRegistry:
+    """The registry in a Redis. `member` is who this replica is among those that wait for each other.
+
+    A member that has not beaten for `member_ttl_s` (see `members`) is not waited for.
+    """
+
+    def __init__(self, link: Link, member: str = "", member_ttl_s: float = MEMBER_TTL_S) -> None:
+        self._link = link
+        self._member = member
+        self._member_ttl_s = member_ttl_s
+        self._feed = Feed(link, member)
+
+    async def start(self) -> None:
+        """Read everything and follow the changes from then on; raises as `Feed.start` does."""
+        await self._feed.start()
+
+    async def close(self) -> None:
+        await self._feed.close()
+        await self._link.close()
+
+    # What is known.
+
+    def all(self) -> list[Record]:
+        return self._feed.copy.records()
+
+    def get(self, name: str) -> Record | None:
+        return self._feed.copy.get(name)
+
+    @property
+    def last_change(self) -> int:
+        return self._feed.position.applied
+
+    @property
+    def incarnation(self) -> str:
+        """Which state this is; it is another one after Redis was emptied."""
+        return self._feed.position.incarnation
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when (Unix seconds) Redis has not answered; None while it does."""
+        return self._feed.away_since
+
+    @property
+    def lag(self) -> int:
+        """How many changes are known to be written that this replica has not read."""
+        return max(0, self._feed.revision - self.last_change)
+
+    def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
+        return self._feed.subscribers.add(tell)
+
+    async def changes_after(self, number: int) -> list[Change]:
+        last = self.last_change
+        changes: list[Change] = []
+        while number < last:
+            some = await self._asked(self._link.changes(number + 1, last))
+            if not some or some[0].before > number:
+                raise token_too_old(number, await self._asked(self._link.first_change()), last)
+            number = some[-1].number
+            changes += [_change(announced) for announced in some if announced.name]
+            await asyncio.sleep(0)
+        if number > last:
+            raise token_too_old(number, await self._asked(self._link.first_change()), last)
+        return changes
+
+    # Writing.
+
+    async def put(self, record: Record, before: Record | None) -> int:
+        return await self._write(record.name, to_json(record), before)
+
+    async def delete(self, name: str, before: Record) -> int:
+        return await self._write(name, "", before)
+
+    async def _write(self, name: str, text: str, before: Record | None) -> int:
+        token = token_hex(8)
+        for _ in range(TURNS_MAX):
+            if self.away_since is not None:
+                raise self._unavailable()
+            if self.get(name) != before:
+                raise changed_meanwhile(name)
+            outcome, number = await self._try(name, text, token)
+            if outcome == "conflict":
+                raise changed_meanwhile(name)
+            if outcome == "written":
+                await self.acknowledged(number)
+                return number
+        raise self._unavailable("it lost data and is being refilled")
+
+    async def _try(self, name: str, text: str, token: str) -> tuple[str, int]:
+        """Write once, and return what came of it when this replica has read as much as that took into account."""
+        feed, position = self._feed, self._feed.position
+        outcome, digits = await self._ask(WRITE, *position, name, feed.copy.live_revision(name), token, text, *LIMITS)
+        number = int(digits)
+        try:
+            if outcome == "lost":
+                await feed.has_moved(position, WRITE_S)
+            else:
+                await feed.has_read(number, WRITE_S)
+        except TimeoutError as error:
+            told = f"change {number} was not seen to come back from it" if number else "what it lost is not back yet"
+            raise self._unavailable(told) from error
+        if outcome == "written" and newer(Head(number, token, number, 0), feed.copy.head(name)):
+            raise self._unavailable(f"it took change {number} and lost it again")
+        return outcome, number
+
+    async def acknowledged(self, number: int) -> None:
+        """Wait for the other live members, for a little longer than a dead one counts as live."""
+        until, pause_s = monotonic() + self._member_ttl_s + WRITE_S / 2, POLL_S
+        while others := await self._ask(LAGGING, number, int(self._member_ttl_s * 1000), self._member):
+            if monotonic() > until:
+                raise Refused(
+                    Reason.STATE_UNAVAILABLE,
+                    f"it is written down as change {number} and {', '.join(others)} did not read it yet; ask again to "
+                    "wait on",
+                )
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, POLL_S_MAX)
+
+    async def _ask(self, script: Script, *arguments: str | int) -> Any:
+        return await self._asked(self._link.run(script, *arguments))
+
+    async def _asked(self, question: Any) -> Any:
+        try:
+            return await question
+        except FAULTS as error:
+            raise self._link.refused(error) from error
+
+    def _unavailable(self, trouble: str = "") -> Refused:
+        since = ""
+        if self.away_since is not None:
+            trouble = trouble or self._feed.trouble
+            since = f", which is away since {strftime('%Y-%m-%d %H:%M:%S', gmtime(self.away_since))} UTC"
+        return Refused(
+            Reason.STATE_UNAVAILABLE, f"changing an adapter needs Redis at {self._link}{since}: {trouble}; try again"
+        )
+
+
+def _change(announced: Announced) -> Change:
+    return Change(announced.number, announced.name, entry_of(announced.name, announced.value).record)
