@@ -161,7 +161,7 @@ async def watched(folder: Path) -> AsyncIterator[Watched]:
         )
         sentinel = await stack.enter_async_context(running(folder / "sentinel", "redis-server", "--sentinel"))
         async with sentinel.client() as client, asyncio.timeout(PATIENCE_S):
-            while not (await client.sentinel_replicas("main")):
+            while not (await client.execute_command("SENTINEL", "REPLICAS", "main")):
                 await asyncio.sleep(0.02)
         yield Watched(master, replica, sentinel)
 
@@ -196,7 +196,7 @@ async def cluster(folder: Path) -> AsyncIterator[list[Server]]:
         assert made.returncode == 0, words.decode()
         for server in servers:
             async with server.client() as client, asyncio.timeout(PATIENCE_S):
-                while (await client.execute_command("CLUSTER", "INFO"))["cluster_state"] != "ok":
+                while "cluster_state:ok" not in await client.execute_command("CLUSTER", "INFO"):
                     await asyncio.sleep(0.02)
         yield servers
 

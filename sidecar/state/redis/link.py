@@ -25,7 +25,7 @@ from sidecar.state.redis.scripts import Script
 
 FAULTS = (RedisError, OSError, asyncio.TimeoutError)
 """What a command may raise when Redis is not there or does not do it."""
-CONNECT_S, ANSWER_S = 3.0, 5.0
+CONNECT_S, ANSWER_S = 2.0, 3.0
 """How long a connection, and an answer, may take; a blocking read blocks for less."""
 SCANNED_A_TURN = 500
 
@@ -138,9 +138,9 @@ class Link:
 
 def is_final(error: BaseException) -> bool:
     """Whether trying again cannot help: somebody must change the configuration first."""
-    return isinstance(error, AuthenticationError | NoPermissionError | ssl.SSLCertVerificationError) or isinstance(
-        error.__cause__, ssl.SSLCertVerificationError
-    )
+    below = error.__cause__ or error.__context__  # the client wraps what TLS says
+    final = isinstance(error, AuthenticationError | NoPermissionError | ssl.SSLCertVerificationError)
+    return final or (below is not None and is_final(below))
 
 
 def _announced(number: str, fields: dict[str, str]) -> Announced:
@@ -166,7 +166,7 @@ def _client(place: Place, credentials: PasswordFile) -> Any:
 
 
 def _retry() -> Retry:
-    return Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 2)
+    return Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 1)
 
 
 def _transport(place: Place) -> dict[str, Any]:
