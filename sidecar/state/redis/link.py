@@ -66,7 +66,7 @@ class Link:
     def __init__(self, place: Place) -> None:
         self.place = place
         self._credentials = PasswordFile(place.address.user, place.password_file)
-        self._client: Any = _client(place, self._credentials)
+        self._client, *self._others = _clients(place, self._credentials)
 
     def __str__(self) -> str:
         return str(self.place.address)
@@ -120,7 +120,8 @@ class Link:
         await self._client.delete(*(self.key(name) for name in ("meta", "adapters", "changes", "tombstones")))
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in (self._client, *self._others):
+            await client.aclose()
 
     def words(self, error: BaseException) -> str:
         """Return what an error says, without our password whatever a server may repeat."""
@@ -149,7 +150,8 @@ def _announced(number: str, fields: dict[str, str]) -> Announced:
     )
 
 
-def _client(place: Place, credentials: PasswordFile) -> Any:
+def _clients(place: Place, credentials: PasswordFile) -> list[Any]:
+    """Return the client that commands go to, and after it those that only say where that is."""
     address = place.address
     host, port = address.hosts[0]
     options: dict[str, Any] = _transport(place) | {"decode_responses": True, "protocol": 2}
@@ -157,12 +159,12 @@ def _client(place: Place, credentials: PasswordFile) -> Any:
         options["credential_provider"] = credentials
     if address.kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in address.hosts]
-        return RedisCluster(startup_nodes=nodes, retry=_retry(), **options)
+        return [RedisCluster(startup_nodes=nodes, retry=_retry(), **options)]
     options |= {"db": address.database, "retry": _retry()}
     if address.kind == "sentinel":
         sentinel = Sentinel(address.hosts, sentinel_kwargs=_transport(place), **options)
-        return sentinel.master_for(address.master)
-    return Redis(host=host, port=port, **options)
+        return [sentinel.master_for(address.master), *sentinel.sentinels]
+    return [Redis(host=host, port=port, **options)]
 
 
 def _retry() -> Retry:
