@@ -23,6 +23,7 @@ from sidecar.cli import (
     queue,
     serving,
     simulating,
+    state,
 )
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
 from sidecar.emulator.command import emulate
@@ -57,6 +58,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(backends.app, name="backends")
 app.add_typer(checking.config_app, name="config")
 app.add_typer(checking.policies_app, name="policies")
+app.add_typer(state.app, name="state")
 incidents.add_to(app)
 simulating.add_to(app)
 planning.add_to(app)

@@ -21,6 +21,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptErr
 
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.redis.address import Place
+from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
 
 FAULTS = (RedisError, OSError, asyncio.TimeoutError)
@@ -114,6 +115,29 @@ class Link:
         await self._client.zrem(self.key("beats"), member)
         for key in ("members", "applied"):
             await self._client.hdel(self.key(key), member)
+
+    async def schema(self) -> str | None:
+        """Return the schema of the state that is there, None where there is none. Raises FAULTS."""
+        found = await self._client.hget(self.key("meta"), "schema")
+        return None if found is None else str(found)
+
+    async def set_meta(self, **fields: str) -> None:
+        await self._client.hset(self.key("meta"), mapping=fields)
+
+    async def put_entries(self, entries: list[tuple[str, Entry]]) -> None:
+        """Write entries into a state that nobody else works on. Raises FAULTS."""
+        await self._client.hset(self.key("adapters"), mapping={name: value_of(entry) for name, entry in entries})
+        buried = {name: entry.head.time_ms for name, entry in entries if entry.record is None}
+        if buried:
+            await self._client.zadd(self.key("tombstones"), buried)
+
+    async def put_changes(self, changes: list[Announced]) -> None:
+        """Append changes to the stream of a state that nobody else works on. Raises FAULTS."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for number, before, mark, name, value in changes:
+                fields = {"prev": before, "mark": mark, "name": name, "value": value}
+                pipeline.xadd(self.key("changes"), fields, id=f"{number}-0")
+            await pipeline.execute()
 
     async def erase(self) -> None:
         """Remove everything of ours but who is there. Raises FAULTS."""

@@ -1,0 +1,112 @@
+"""`sidecar state`: where names are kept, moved from one place to another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from sidecar.cli.show import AsJson, count, print_json
+from sidecar.errors import Misused, Reason
+from sidecar.state.contents import Place, SqliteFile, move
+from sidecar.state.redis import address
+from sidecar.state.registry import REGISTRY_FILE
+
+app = typer.Typer(help="Where registered names are kept.", no_args_is_help=True)
+OF_REDIS = "The Redis"
+
+
+@app.callback()
+def group() -> None:
+    """A group of its own, though it has one command only."""
+
+
+@app.command("migrate")
+def migrate(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="A data directory, its registry.sqlite, or a URL.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="As FROM: redis://HOST:PORT/DB and its like.")],
+    force: Annotated[bool, typer.Option("--force", help="Put it in the place of what TO holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at both and write nothing.")] = False,
+    password_file: Annotated[
+        Path | None, typer.Option(help="File with its password.", rich_help_panel=OF_REDIS, show_default=False)
+    ] = None,
+    key_prefix: Annotated[
+        str, typer.Option(help="What its keys begin with.", rich_help_panel=OF_REDIS)
+    ] = address.KEY_PREFIX,
+    ca: Annotated[
+        Path | None, typer.Option(help="Authority that signed it (PEM).", rich_help_panel=OF_REDIS, show_default=False)
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Our certificate (PEM).", rich_help_panel=OF_REDIS, show_default=False)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its key.", rich_help_panel=OF_REDIS, show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy all names, with their versions, pins and log of changes, from a file to a Redis or back.
+
+    No sidecar may be at work on either. FROM stays as it is; watchers go on with the tokens that they have.
+    """
+    options = {
+        "key_prefix": key_prefix,
+        "password_file": password_file,
+        "ca": ca,
+        "certificate": certificate,
+        "key": key,
+    }
+    with _bar("copying") as told:
+        contents = asyncio.run(
+            move(_place(source, options, True), _place(target, options, False), force=force, dry_run=dry_run, told=told)
+        )
+    names = len(contents.records)
+    if as_json:
+        print_json(
+            {
+                "from": address.without_users(source),
+                "to": address.without_users(target),
+                "adapters": names,
+                "versions": contents.versions,
+                "changes": len(contents.changes),
+                "last_change": contents.last_change,
+                "dry_run": dry_run,
+            }
+        )
+        return
+    done = "would copy" if dry_run else "copied"
+    print(
+        f"{done} {count(names, 'adapter')} with {count(contents.versions, 'version')} and "
+        f"{count(len(contents.changes), 'change')}; the last change is {contents.last_change}"
+    )
+
+
+def _place(text: str, options: dict[str, Any], is_there: bool) -> Place:
+    """Return the place that an argument names. Raises Misused, never with a password."""
+    if "://" not in text:
+        path = Path(text).expanduser()
+        file = path / REGISTRY_FILE if path.is_dir() or not path.suffix else path
+        if is_there and not file.is_file():
+            raise Misused(Reason.CONFIG_INVALID, f"there is no registry {file}")
+        return SqliteFile(file)
+    from sidecar.state.redis.contents import RedisPlace
+    from sidecar.state.redis.link import Link
+
+    try:
+        found = address.parse_address(text)
+    except ValueError as error:
+        raise Misused(Reason.CONFIG_INVALID, f"{address.without_users(text)}: {error}") from error
+    return RedisPlace(Link(address.Place(found, **options)))
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a callback (done, in all) that draws a bar on stderr while somebody looks."""
+    errors = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

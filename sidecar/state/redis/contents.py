@@ -1,0 +1,128 @@
+"""A whole registry read from a Redis, or put into one, while no replica is at work on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterator
+from secrets import token_hex
+from time import time
+from typing import TypeVar
+
+from sidecar.errors import Misused, Reason
+from sidecar.state.contents import Contents, Told
+from sidecar.state.records import Record
+from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
+from sidecar.state.redis.history import SCHEMA, Position, look
+from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
+from sidecar.state.redis.members import MEMBER_TTL_S
+from sidecar.state.redis.scripts import LAGGING
+from sidecar.state.registry import Change
+
+T = TypeVar("T")
+
+UNFINISHED = "unfinished"
+"""The schema while a registry is being put there: no replica starts on half of one."""
+WRITTEN_A_TURN = 500
+NUMBER_MAX = 2**53
+
+
+class RedisPlace:
+    """A registry in a Redis. Entering it refuses while replicas beat there."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def __str__(self) -> str:
+        return f"Redis at {self._link}"
+
+    async def __aenter__(self) -> RedisPlace:
+        live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1000), ""))
+        if live:
+            await self._link.close()
+            raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} are at work on {self}; stop them first")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._link.close()
+
+    async def is_empty(self) -> bool:
+        return await self._asked(self._link.schema()) is None
+
+    async def read(self) -> Contents:
+        if await self.is_empty():
+            raise Misused(
+                Reason.CONFIG_INVALID, f"{self} holds no registry under the prefix {self._link.place.key_prefix}"
+            )
+        view = await self._asked(look(self._link, Position()))
+        return await self._asked(self._read(view.revision))
+
+    async def _read(self, last: int) -> Contents:
+        records: dict[str, tuple[int, Record]] = {}
+        async for values in self._link.entries():
+            for name, value in values.items():
+                entry = entry_of(name, value)
+                if entry.record is not None:
+                    records[name] = (entry.head.revision, entry.record)
+        changes: list[Change] = []
+        number = 0
+        while some := await self._link.changes(number + 1, last):
+            number = some[-1].number
+            changes += [
+                Change(announced.number, announced.name, entry_of(announced.name, announced.value).record)
+                for announced in some
+                if announced.name
+            ]
+        return Contents(tuple(records[name] for name in sorted(records)), tuple(changes), last)
+
+    async def write(self, contents: Contents, told: Told) -> None:
+        await self._asked(self._write(contents, told))
+
+    async def _write(self, contents: Contents, told: Told) -> None:
+        link = self._link
+        await link.erase()
+        await link.set_meta(schema=UNFINISHED)
+        done = 0
+        entries = list(_entries(contents))
+        for start in range(0, len(entries), WRITTEN_A_TURN):
+            turn = entries[start : start + WRITTEN_A_TURN]
+            await link.put_entries(turn)
+            done += len(turn)
+            told(done, len(entries) + len(contents.changes))
+        changes = list(_announced(contents))
+        for start in range(0, len(changes), WRITTEN_A_TURN):
+            turn_of_changes = changes[start : start + WRITTEN_A_TURN]
+            await link.put_changes(turn_of_changes)
+            done += len(turn_of_changes)
+            told(done, len(entries) + len(contents.changes))
+        await link.set_meta(
+            revision=str(contents.last_change), entries=str(len(entries)), incarnation=token_hex(8), schema=SCHEMA
+        )
+
+    async def _asked(self, question: Awaitable[T]) -> T:
+        try:
+            return await question
+        except FAULTS as error:
+            if is_final(error):
+                raise Misused(Reason.CONFIG_INVALID, f"{self} does not let us in: {self._link.words(error)}") from error
+            raise self._link.refused(error) from error
+
+
+def _entries(contents: Contents) -> Iterator[tuple[str, Entry]]:
+    """Yield what is to be written of each name, of the forgotten ones in the log too."""
+    now_ms = int(time() * 1000)
+    live = {record.name for _, record in contents.records}
+    for number, record in contents.records:
+        yield record.name, Entry(Head(number, token_hex(8), number, now_ms), record)
+    last = {change.name: change for change in contents.changes}
+    for change in last.values():
+        if change.name not in live:
+            yield change.name, Entry(Head(change.number, token_hex(8), change.number, now_ms), None)
+
+
+def _announced(contents: Contents) -> Iterator[Announced]:
+    before = max(0, contents.changes[0].number - 1) if contents.changes else 0
+    now_ms = int(time() * 1000)
+    for change in contents.changes:
+        token = token_hex(8)
+        entry = Entry(Head(change.number, token, change.number, now_ms), change.record)
+        yield Announced(change.number, before, token, change.name, value_of(entry))
+        before = change.number
