@@ -31,16 +31,26 @@ class Checks:
         self.world = world
         self.newest: dict[str, tuple[int, str]] = {}
         """By backend: the newest epoch that its engine was sent, and by whom."""
-        self.owned_ns: dict[str, int] = {}
-        """By backend: when it was last seen to be owned."""
+        self._moving: dict[tuple[str, str], int] = {}
+        """By member and backend: until when the lease of what is handed over lasts."""
 
     def stepped(self, process: Process) -> None:
         """Check after each step of a member what it may have changed."""
         moving = [backend for backend in self.world.scenario.backends if process.ownership.is_handing_over(backend)]
         hold(len(moving) <= 1, f"{process.member.id} hands over {moving} at once")
         for backend in self.world.scenario.backends:
+            self._is_done_with(process, backend)
             if process.owns(backend) is not None:
                 self._is_alone(backend)
+
+    def _is_done_with(self, process: Process, backend: str) -> None:
+        """Check that what is handed over is kept until nothing is in flight, or the lease ends."""
+        key, hold_ = (process.member.id, backend), process.ownership.know.slots[backend].hold
+        if process.ownership.is_handing_over(backend) and hold_ is not None:
+            self._moving[key] = hold_.valid_ns
+        elif process.local_ns < self._moving.pop(key, 0):
+            in_flight = process.in_flight[backend]
+            hold(not in_flight, f"{process.member.id} gave {backend} back with {in_flight} requests in flight")
 
     def _is_alone(self, backend: str) -> None:
         owners = {each.member.id: each.owns(backend) for each in self.world.living() if each.owns(backend) is not None}

@@ -33,8 +33,8 @@ class Network:
         self.scenario, self.random = scenario, random
         self.now_ns = START_NS
         self.is_faulty = True
-        self.cuts: dict[tuple[str, str], None] = {}
-        """From where to where nothing arrives."""
+        self.cuts: dict[tuple[str, str], int] = {}
+        """From where to where nothing arrives, and until when."""
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -62,7 +62,7 @@ class Network:
                 self.after(self._delay_ns(), lambda: self._arrive(source, target, deliver))
 
     def _arrive(self, source: str, target: str, deliver: Callable[[], None]) -> None:
-        if (source, target) not in self.cuts:
+        if self.cuts.get((source, target), 0) <= self.now_ns:
             deliver()
 
     def _delay_ns(self) -> int:

@@ -143,7 +143,7 @@ class Process:
         """Now and then send a request to each backend that this member may dispatch to."""
         if not self.alive:
             return
-        self.net.after(self.world.random.randint(20, 300) * MILLISECOND_NS, self._dispatch)
+        self.net.after(self.world.random.randint(50, 600) * MILLISECOND_NS, self._dispatch)
         if self.paused:
             return
         for backend in self.world.scenario.backends:

@@ -19,6 +19,7 @@ KINDS = (
     "redis failed over",
     "members cut from redis",
     "members cut from each other",
+    "islands",
     "joins",
     "drains",
 )
@@ -52,6 +53,8 @@ def draw(seed: int) -> Scenario:
     ttl_ns = random.choice((3, 10)) * SECOND_NS
     bounds = Bounds(
         ttl_ns=ttl_ns,
+        drift=random.choice((0.01, 0.05)),
+        margin_ns=random.choice((10, 200)) * MILLISECOND_NS,
         ask_ns=ttl_ns // 20,
         attempt_ns=ttl_ns // random.choice((1, 5)),
         alone_ns=ttl_ns * random.choice((1, 3, 6)),
@@ -68,7 +71,7 @@ def draw(seed: int) -> Scenario:
         kinds,
         is_new=random.random() < 0.3,
         faults_ns=bounds.alone_ns + random.randint(3, 15) * ttl_ns,
-        every_ns=int(ttl_ns * random.choice((0.2, 0.6, 1.5))),
+        every_ns=int(ttl_ns * random.choice((0.3, 1, 3))),
         loss=random.choice((0.02, 0.2)),
         delay=random.choice((0.02, 0.2)),
     )

@@ -23,7 +23,7 @@ class SeedFailed(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a world that held had in it. `slowest` is the longest wait for an owner in peace, as a share of its bound."""
+    """What was in a world that held. `slowest` is the longest wait for an owner in peace, as a share of the limit."""
 
     seed: int
     counts: Counter[str]
@@ -50,19 +50,21 @@ def _peace(world: World) -> float:
     world.heal()
     healed_ns, ttl_ns = net.now_ns, scenario.bounds.ttl_ns
     bounds_ns = {backend: _bound_ns(world, backend) for backend in scenario.backends}
-    seen_ns = dict.fromkeys(scenario.backends, 0)
+    since_ns = dict.fromkeys(scenario.backends, healed_ns)
+    limits_ns = dict(bounds_ns)
     slowest = 0.0
     end_ns = healed_ns + max(bounds_ns.values()) + SETTLED_LEASES * ttl_ns
     while net.now_ns < end_ns:
         net.run_until(net.now_ns + LOOK_NS)
-        for backend, bound_ns in bounds_ns.items():
+        for backend, limit_ns in limits_ns.items():
+            lacked_ns = net.now_ns - since_ns[backend]
             if world.checks.owner(backend):
-                slowest = max(slowest, (net.now_ns - healed_ns) / bound_ns) if not seen_ns[backend] else slowest
-                seen_ns[backend] = net.now_ns
+                slowest = max(slowest, (lacked_ns - LOOK_NS) / limit_ns)
+                limits_ns[backend] = ttl_ns + GRACE_NS
             elif world.checks.preferred(backend):
-                since_ns = net.now_ns - (seen_ns[backend] or healed_ns)
-                limit_ns = ttl_ns + GRACE_NS if seen_ns[backend] else bound_ns
-                hold(since_ns <= limit_ns, f"{backend} has had no owner for {since_ns / SECOND_NS:.1f} s in peace")
+                hold(lacked_ns <= limit_ns, f"{backend} has had no owner for {lacked_ns / SECOND_NS:.1f} s in peace")
+                continue
+            since_ns[backend] = net.now_ns
     for backend in scenario.backends:
         owner, preferred = world.checks.owner(backend), world.checks.preferred(backend)
         hold(owner == preferred, f"{backend} is owned by {owner or 'nobody'} in the end and belongs to {preferred}")

@@ -77,7 +77,7 @@ class World:
         self.net.is_faulty = False
         self.net.cuts.clear()
         if not self.redis.up:
-            self._redis_starts(self.redis.scripts.data, 0)
+            self.start_redis(self.redis.scripts.data, 0)
         for each in self.living():
             if each.paused:
                 each.resume()
@@ -146,7 +146,7 @@ class World:
         if self.redis.up:
             self.redis.up = False
             self.note("redis down")
-            self.net.after(self._span_ns(), lambda: self._redis_starts(self.redis.scripts.data, 0))
+            self.net.after(self._span_ns(), lambda: self.start_redis(self.redis.scripts.data, 0))
 
     def redis_emptied(self) -> None:
         if not self.redis.up:
@@ -156,7 +156,7 @@ class World:
             self.redis.scripts.data = Data()
         else:
             self.redis.up = False
-            self.net.after(self._span_ns(), lambda: self._redis_starts(Data(), 0))
+            self.net.after(self._span_ns(), lambda: self.start_redis(Data(), 0))
 
     def redis_failed_over(self) -> None:
         if self.redis.up and self.copies:
@@ -164,41 +164,45 @@ class World:
             self.redis.up = False
             data = self.random.choice(self.copies).copy()
             skew_ns = self.random.randint(-SKEW_S, SKEW_S) * SECOND_NS
-            self.net.after(self._span_ns() // 2, lambda: self._redis_starts(data, skew_ns))
+            self.net.after(self._span_ns() // 2, lambda: self.start_redis(data, skew_ns))
 
-    def _redis_starts(self, data: Data, skew_ns: int) -> None:
+    def start_redis(self, data: Data, skew_ns: int) -> None:
         if not self.redis.up:
             self.counts["redis started"] += 1
             self.redis = RedisProcess(self, f"redis-{self.counts['redis started']}", data, skew_ns)
             self.history.append((self.net.now_ns, "", f"{self.redis.scripts.process} starts", ""))
 
     def cut_redis(self) -> None:
-        """Some members do not reach Redis, or hear nothing from it."""
-        for each in self.living():
-            if self.random.random() < 0.5:
-                self._cut(each.member.id, "redis")
+        """One or some members do not reach Redis, or hear nothing from it."""
+        self._cut([(each, "redis") for each in self._some()])
 
     def cut_members(self) -> None:
-        """The members fall into two parts, or one loses another."""
-        living = [each.member.id for each in self.living()]
-        if self.random.random() < 0.5:
-            self.random.shuffle(living)
-            at = self.random.randint(0, len(living))
-            pairs = [(one, other) for one in living[:at] for other in living[at:]]
-        else:
-            pairs = [(one, other) for one in living for other in living if one != other and self.random.random() < 0.2]
-        for one, other in pairs:
-            self._cut(one, other)
+        """Some members and the others do not reach each other, or only one way."""
+        some = self._some()
+        others = [each.member.id for each in self.living() if each.member.id not in some]
+        self._cut([(one, other) for one in some for other in others])
 
-    def _cut(self, one: str, other: str) -> None:
-        ways = [(one, other), (other, one)]
-        if self.random.random() < 0.3:
-            ways = [self.random.choice(ways)]
+    def cut_island(self) -> None:
+        """Some members reach each other and nothing else; Redis and the others may be joined by somebody new."""
+        island = self._some()
+        if self.random.random() < 0.7:
+            self.join()
+        others = [each.member.id for each in self.living() if each.member.id not in island]
+        self._cut([(one, other) for one in island for other in [*others, "redis"]])
+
+    def _some(self) -> list[str]:
+        """Return one member, all, or some of them."""
+        living = [each.member.id for each in self.living()]
+        self.random.shuffle(living)
+        return living[: self.random.choice((1, len(living), self.random.randint(0, len(living))))]
+
+    def _cut(self, pairs: list[tuple[str, str]]) -> None:
+        span_ns, kind = self._span_ns(), self.random.random()
+        ways = [(one, other) for one, other in pairs if kind < 0.85]
+        ways += [(other, one) for one, other in pairs if kind > 0.15]
         self.note(f"cut: {ways}")
-        span_ns = self._span_ns()
         for way in ways:
-            self.net.cuts[way] = None
-            self.net.after(span_ns, lambda way=way: self.net.cuts.pop(way, None))  # type: ignore[misc]
+            self.net.cuts[way] = self.net.now_ns + span_ns
 
 
 MISFORTUNES: dict[str, Callable[[World], None]] = {
@@ -209,6 +213,7 @@ MISFORTUNES: dict[str, Callable[[World], None]] = {
     "redis failed over": World.redis_failed_over,
     "members cut from redis": World.cut_redis,
     "members cut from each other": World.cut_members,
+    "islands": World.cut_island,
     "joins": World.join,
     "drains": World.drain,
 }

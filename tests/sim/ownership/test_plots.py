@@ -1,0 +1,220 @@
+"""Worlds in which one thing happens, told from its beginning: what each rule is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sidecar.ownership import events as ev
+from sidecar.ownership.facts import SECOND_NS, Bounds
+from tests.sim.ownership.process import Process
+from tests.sim.ownership.redis import Data
+from tests.sim.ownership.scenario import Scenario
+from tests.sim.ownership.world import World
+
+BOUNDS = Bounds()
+LEASE_S = BOUNDS.ttl_ns / SECOND_NS
+ALONE_S = BOUNDS.alone_ns / SECOND_NS
+BACKENDS = {f"engine-{index}": "" for index in range(4)}
+
+
+def _world(members: int = 3, is_new: bool = False, settled: bool = True) -> World:
+    names = tuple(f"replica-{index}" for index in range(members))
+    world = World(Scenario(0, BOUNDS, names, BACKENDS, (), is_new, 0, SECOND_NS, 0.0, 0.0))
+    if settled:
+        _run(world, 8 * LEASE_S)
+        assert _owners(world) == {backend: world.checks.preferred(backend) for backend in BACKENDS}
+    return world
+
+
+def _run(world: World, seconds: float) -> None:
+    world.net.run_until(world.net.now_ns + int(seconds * SECOND_NS))
+
+
+def _until(world: World, is_so: Callable[[], bool], seconds: float) -> float:
+    """Run until something is so and return after how many seconds of true time; fail if it takes longer."""
+    for tenths in range(int(10 * seconds) + 1):
+        if is_so():
+            return tenths / 10
+        _run(world, 0.1)
+    raise AssertionError(f"not so after {seconds} s: {_owners(world)}")
+
+
+def _owners(world: World) -> dict[str, str]:
+    return {backend: world.checks.owner(backend) for backend in BACKENDS}
+
+
+def _epochs(world: World) -> dict[str, int | None]:
+    return {backend: max((each.owns(backend) or 0 for each in world.living()), default=0) for backend in BACKENDS}
+
+
+def _all_owned(world: World) -> bool:
+    return all(_owners(world).values())
+
+
+def _named(world: World, name: str) -> Process:
+    return next(each for each in world.living() if each.member.name == name)
+
+
+def _cut(world: World, some: list[Process], *others: str, seconds: float) -> None:
+    until_ns = world.net.now_ns + int(seconds * SECOND_NS)
+    for one in some:
+        for other in others:
+            world.net.cuts[one.member.id, other] = world.net.cuts[other, one.member.id] = until_ns
+
+
+def _lost(world: World) -> int:
+    return world.counts["disowned, LEASE_ENDED"] + world.counts["disowned, TAKEN"]
+
+
+def test_a_new_redis_is_waited_for_and_a_used_one_is_not() -> None:
+    """Whether a Redis without data is new or has forgotten cannot be told: who knows of no lease waits."""
+    used, new = _world(settled=False), _world(is_new=True, settled=False)
+    assert _until(used, lambda: _all_owned(used), 5) < 2
+    assert ALONE_S <= _until(new, lambda: _all_owned(new), ALONE_S + 5) < ALONE_S + 2
+
+
+def test_without_redis_all_go_on() -> None:
+    """While all members agree, a Redis that is away for longer than a lease costs nothing, and coming back neither."""
+    world = _world()
+    owners, epochs = _owners(world), _epochs(world)
+    world.redis.up = False
+    _run(world, 0.8 * ALONE_S)
+    assert _owners(world) == owners
+    assert world.counts["dispatched on pledges"]
+    world.start_redis(world.redis.scripts.data, 0)
+    _run(world, 2 * ALONE_S)
+    assert _owners(world) == owners
+    assert not _lost(world)
+    assert all(
+        (after or 0) > (before or 0) for before, after in zip(epochs.values(), _epochs(world).values(), strict=True)
+    )
+
+
+def test_nobody_goes_on_for_ever() -> None:
+    """After `alone_ns` without Redis an owner stops: by then a newcomer on the other side may have begun."""
+    world = _world()
+    world.redis.up = False
+    _until(world, lambda: not any(_owners(world).values()), ALONE_S + 1)
+
+
+@pytest.mark.parametrize("away_s", [0.0, 0.5 * LEASE_S, 2 * LEASE_S])
+def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
+    """Owners claim what an empty Redis does not know of, under a newer epoch, before anybody else may acquire."""
+    world = _world()
+    owners, epochs = _owners(world), _epochs(world)
+    world.redis.up = False
+    _run(world, away_s)
+    world.start_redis(Data(), 0)
+    _run(world, 2 * ALONE_S)
+    assert _owners(world) == owners
+    assert not _lost(world)
+    assert all(
+        (after or 0) > (before or 0) for before, after in zip(epochs.values(), _epochs(world).values(), strict=True)
+    )
+
+
+def test_who_alone_does_not_reach_redis_stops() -> None:
+    """An owner whose witnesses reach Redis stops when its lease ends, and one of them takes over."""
+    world = _world()
+    owner = _named(world, _owners(world)["engine-0"])
+    _cut(world, [owner], "redis", seconds=6 * LEASE_S)
+    _until(world, lambda: _owners(world)["engine-0"] not in ("", owner.member.name), LEASE_S + 2)
+    _run(world, 12 * LEASE_S)
+    assert _owners(world)["engine-0"] == owner.member.name
+
+
+def test_a_crash_costs_a_lease() -> None:
+    """What a dead member owned is taken over by a witness when the lease has ended."""
+    world = _world()
+    _named(world, _owners(world)["engine-0"]).alive = False
+    _until(world, lambda: _all_owned(world), LEASE_S + 2)
+
+
+def test_a_pause_ends_ownership_without_an_event() -> None:
+    """Who is stopped for longer than its lease may not dispatch when it goes on, before anything is handled."""
+    world = _world()
+    owner = _named(world, _owners(world)["engine-0"])
+    owner.paused = True
+    _run(world, LEASE_S)
+    assert owner.owns("engine-0") is None
+    _until(world, lambda: _all_owned(world), 2)
+    owner.resume()
+    _run(world, 0.1)
+    assert world.counts["disowned, LEASE_ENDED"]
+
+
+def test_a_newcomer_that_reaches_nobody_waits_until_nobody_goes_on() -> None:
+    """Old members go on without Redis; one that joins through it and does not reach them waits for `alone_ns`."""
+    world = _world(members=2)
+    old = world.living()
+    world.start("replica-9")
+    new = _named(world, "replica-9")
+    _cut(world, old, "redis", new.member.id, seconds=10 * ALONE_S)
+    _run(world, 0.8 * ALONE_S)
+    assert all(each.owns(backend) is None for each in [new] for backend in BACKENDS)
+    assert world.counts["dispatched on pledges"]
+    _until(world, lambda: all(new.owns(backend) for backend in BACKENDS), ALONE_S)
+    assert all(each.owns(backend) is None for each in old for backend in BACKENDS)
+
+
+def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
+    """One witness's pledge is enough, for the owner would have needed it too."""
+    world = _world(members=2)
+    dead = _named(world, _owners(world)["engine-0"])
+    (witness,) = [each for each in world.living() if each is not dead]
+    dead.alive = False
+    _cut(world, [witness], "redis", seconds=10 * ALONE_S)
+    world.start("replica-9")
+    _until(world, lambda: _owners(world)["engine-0"] == "replica-9", LEASE_S + 2)
+
+
+@pytest.mark.parametrize(("prefix", "wait_s"), [("replica-", LEASE_S), ("replica-9", ALONE_S)])
+def test_all_die(prefix: str, wait_s: float) -> None:
+    """Members that come back under their names vouch for their earlier lives; others wait until nobody goes on."""
+    world = _world(members=2)
+    for each in world.living():
+        each.alive = False
+    for index in range(2):
+        world.start(f"{prefix}{index}")
+    took_s = _until(world, lambda: _all_owned(world), wait_s + 2 + LEASE_S)
+    assert took_s > wait_s / 2
+
+
+def test_a_drained_member_leaves_nothing_behind() -> None:
+    """Its backends go to the others one after another, and none is without an owner for long."""
+    world = _world()
+    leaving = _named(world, _owners(world)["engine-0"])
+    leaving.draining = True
+    leaving.give(ev.DrainBegun())
+    _until(world, lambda: not leaving.alive and _all_owned(world), 4 * LEASE_S)
+    assert leaving.member.name not in _owners(world).values()
+    assert not _lost(world)
+
+
+def test_a_newcomer_gets_its_share_by_and_by() -> None:
+    """What is preferred elsewhere moves without a lost lease, and nothing else does."""
+    world = _world(members=1)
+    for index in (1, 2):
+        world.start(f"replica-{index}")
+    _run(world, 12 * LEASE_S)
+    assert _owners(world) == {backend: world.checks.preferred(backend) for backend in BACKENDS}
+    moved = sum(owner != "replica-0" for owner in _owners(world).values())
+    assert moved
+    assert world.counts["disowned, MOVED"] in range(moved, len(BACKENDS) + 1)
+    assert not _lost(world)
+
+
+def test_a_failover_that_lost_a_grant_does_not_double_it() -> None:
+    """A replica of Redis that never heard of the last grants grants nothing to others before their owners are back."""
+    world = _world()
+    stale = world.redis.scripts.data.copy()
+    _named(world, _owners(world)["engine-0"]).alive = False
+    _until(world, lambda: _all_owned(world), LEASE_S + 2)
+    owners = _owners(world)
+    world.redis.up = False
+    world.start_redis(stale, -5 * SECOND_NS)
+    _run(world, 2 * ALONE_S)
+    assert _owners(world) == owners
+    assert not _lost(world)

@@ -1,0 +1,291 @@
+"""Ownership step by step: leases by one's own clock, pledges, witnesses, moves; and whose a backend should be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypeVar
+
+import pytest
+
+from sidecar.ownership import effects as do
+from sidecar.ownership import events as ev
+from sidecar.ownership.facts import SECOND_NS, Bounds, Lease, Member
+from sidecar.ownership.ownership import Ownership
+from sidecar.ownership.preference import order
+from sidecar.ownership.words import Purpose, Why
+
+BOUNDS = Bounds()
+TTL_NS = BOUNDS.ttl_ns
+ME = Member("me#1", "me", weight=1e6)
+OTHER, THIRD = (Member(f"{name}#1", name) for name in ("other", "third"))
+GENERATION = "g"
+E = TypeVar("E", bound=do.Effect)
+
+
+def _of(kind: type[E], effects: list[do.Effect]) -> list[E]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+class House:
+    """One member with one backend, `engine`, and what it was last asked to do."""
+
+    def __init__(self, home: str = "") -> None:
+        self.ownership = Ownership(ME, {"engine": home}, BOUNDS)
+        self.now_ns = 0
+        self.beat = self.step(0, ev.Tick(), do.SendBeat)
+
+    def step(self, now_ns: int, event: ev.Event, kind: type[E]) -> E:
+        """Take an event and return the one effect of a kind that it must have."""
+        (effect,) = _of(kind, self.all(now_ns, event))
+        return effect
+
+    def all(self, now_ns: int, event: ev.Event) -> list[do.Effect]:
+        assert now_ns >= self.now_ns
+        self.now_ns = now_ns
+        effects = self.ownership.step(event, now_ns)
+        for effect in effects:
+            if isinstance(effect, do.SendBeat):
+                self.beat = effect
+        return effects
+
+    def looked(self, members: tuple[Member, ...] = (ME,), leases: tuple[Lease, ...] = ()) -> ev.BeatAnswered:
+        return ev.BeatAnswered(self.beat.number, GENERATION, 0, 0, members, leases)
+
+    def granted(self, call: do.SendAcquire | do.SendRenew, epoch: int) -> ev.LeaseAnswered:
+        return ev.LeaseAnswered(call.number, True, epoch, ME.id, GENERATION, 0)
+
+    def may_dispatch(self, now_ns: int) -> int | None:
+        return self.ownership.may_dispatch("engine", now_ns)
+
+
+def _lease(
+    holder: Member, left_ns: int, witnesses: tuple[Member, ...], epoch: int = 7, released: bool = False
+) -> Lease:
+    names = tuple(each.id for each in witnesses)
+    return Lease("engine", holder.id, holder.name, epoch, left_ns, BOUNDS.alone_ns, names, released)
+
+
+def _owner(members: tuple[Member, ...] = (ME,)) -> House:
+    """A member that has owned `engine` under epoch 8 since 0."""
+    house = House()
+    call = house.step(0, house.looked(members, (_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    assert house.step(0, house.granted(call, 8), do.Own) == do.Own("engine", 8)
+    return house
+
+
+def test_a_lease_counts_from_when_it_was_asked_for() -> None:
+    """However late the answer comes, the lease ends by when the call was sent, less drift and margin."""
+    house = House()
+    call = house.step(0, house.looked(leases=(_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    house.step(SECOND_NS, house.granted(call, 8), do.Own)
+    assert house.may_dispatch(BOUNDS.usable_ns(TTL_NS) - 1) == 8
+    assert house.may_dispatch(BOUNDS.usable_ns(TTL_NS)) is None
+
+
+def test_a_renewal_counts_from_when_it_was_sent() -> None:
+    """The same for a renewal."""
+    house = _owner()
+    sent_ns = BOUNDS.every_ns
+    renewal = house.step(sent_ns, ev.Tick(), do.SendRenew)
+    house.all(sent_ns + SECOND_NS, house.granted(renewal, 8))
+    assert house.may_dispatch(sent_ns + BOUNDS.usable_ns(TTL_NS) - 1) == 8
+    assert house.may_dispatch(sent_ns + BOUNDS.usable_ns(TTL_NS)) is None
+
+
+def test_a_grant_that_comes_after_its_end_is_given_back() -> None:
+    """What Redis granted and can no longer be used is released."""
+    house = House()
+    call = house.step(0, house.looked(leases=(_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    effects = house.all(TTL_NS, house.granted(call, 8))
+    assert not _of(do.Own, effects)
+    assert _of(do.SendRelease, effects) == [do.SendRelease("engine", call.token)]
+
+
+def test_a_pause_is_noticed_before_what_came_in_meanwhile() -> None:
+    """A renewal answered during a pause does not bring back a lease that ended in it."""
+    house = _owner()
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    assert house.step(TTL_NS, house.granted(renewal, 8), do.Disown) == do.Disown("engine", Why.LEASE_ENDED)
+
+
+def test_all_that_redis_may_name_are_asked() -> None:
+    """Of a renewal without an answer it is not known whether it ran: its witnesses are asked, and the former ones."""
+    house = _owner((ME, OTHER))
+    at_ns = BOUNDS.every_ns - 1
+    house.all(at_ns - 1, ev.Tick())
+    house.all(at_ns, house.looked((ME, THIRD), (_lease(ME, TTL_NS, (ME, OTHER), 8),)))
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    assert renewal.witnesses == (ME.id, THIRD.id)
+    asks = _of(do.SendAsk, house.all(BOUNDS.every_ns + 1, ev.LeaseFailed(renewal.number)))
+    assert [(ask.to, ask.purpose, ask.epoch) for ask in asks] == [
+        (OTHER.id, Purpose.GO_ON, 8),
+        (THIRD.id, Purpose.GO_ON, 8),
+    ]
+
+
+@pytest.mark.parametrize(("agrees", "lasts_ns"), [(True, TTL_NS), (False, 0)])
+def test_an_owner_goes_on_only_if_all_agree(agrees: bool, lasts_ns: int) -> None:
+    """Pledges of all witnesses prolong a lease from when they were asked for; one refusal, and it ends."""
+    house = _owner((ME, OTHER, THIRD))
+    failed_ns = BOUNDS.every_ns + SECOND_NS
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    first, second = _of(do.SendAsk, house.all(failed_ns, ev.LeaseFailed(renewal.number)))
+    house.all(failed_ns, ev.AskAnswered(first.number, first.to, True, False, False, 8))
+    assert house.may_dispatch(BOUNDS.usable_ns(TTL_NS)) is None
+    house.all(failed_ns, ev.AskAnswered(second.number, second.to, agrees, False, False, 8))
+    end_ns = max(BOUNDS.usable_ns(TTL_NS), failed_ns + BOUNDS.usable_ns(lasts_ns))
+    assert house.may_dispatch(end_ns - 1) == 8
+    assert house.may_dispatch(end_ns) is None
+
+
+def test_what_redis_forgot_is_claimed() -> None:
+    """An owner of whom Redis knows nothing asks for its lease with its own epoch and token, and keeps the backend."""
+    house = _owner()
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    refused = ev.LeaseAnswered(renewal.number, False, 0, "", "newer", 5)
+    claim = house.step(BOUNDS.every_ns, refused, do.SendAcquire)
+    assert (claim.holds, claim.least_epoch, claim.token, claim.generation) == (True, 8, renewal.token, "newer")
+    assert house.step(BOUNDS.every_ns, house.granted(claim, 9), do.Own) == do.Own("engine", 9)
+
+
+def test_who_finds_another_holder_stops() -> None:
+    """A lease that is another's by Redis ends at once."""
+    house = _owner()
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    taken = ev.LeaseAnswered(renewal.number, False, 9, OTHER.id, GENERATION, 0)
+    assert house.step(BOUNDS.every_ns, taken, do.Disown) == do.Disown("engine", Why.TAKEN)
+
+
+def _asked(house: House, who: Member, purpose: Purpose, epoch: int = 7) -> do.Answer:
+    return house.step(house.now_ns, ev.AskReceived(1, who.id, "engine", purpose, epoch), do.Answer)
+
+
+def test_a_pledge_binds() -> None:
+    """What is pledged is pledged to nobody else, and not acquired before the pledge has passed for certain."""
+    house = House()
+    assert _asked(house, OTHER, Purpose.TAKE_OVER).agreed
+    assert _asked(house, OTHER, Purpose.TAKE_OVER).agreed
+    assert not _asked(house, THIRD, Purpose.TAKE_OVER).agreed
+    ended = (_lease(ME, 0, (ME,)),)
+    assert not _of(do.SendAcquire, house.all(0, house.looked(leases=ended)))
+    end_ns = BOUNDS.passed_ns(BOUNDS.attempt_ns)
+    house.step(end_ns, ev.Tick(), do.SendBeat)
+    house.step(end_ns, house.looked(leases=ended), do.SendAcquire)
+
+
+def test_who_acquires_pledges_nothing() -> None:
+    """An acquisition without an answer may still be carried out; then it is over and given back."""
+    house = House()
+    call = house.step(0, house.looked((ME, OTHER), (_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    house.all(SECOND_NS, ev.LeaseFailed(call.number))
+    assert not _asked(house, OTHER, Purpose.GO_ON).agreed
+    end_ns = BOUNDS.passed_ns(BOUNDS.attempt_ns)
+    assert house.step(end_ns, ev.Tick(), do.SendRelease).token == call.token
+    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+
+
+def test_who_reaches_redis_lets_nobody_go_on() -> None:
+    """It refuses, and looks at Redis at once to be sure of it; when that fails it agrees."""
+    house = House()
+    house.all(0, house.looked((ME, OTHER), (_lease(OTHER, TTL_NS, (ME, OTHER)),)))
+    effects = house.all(1, ev.AskReceived(1, OTHER.id, "engine", Purpose.GO_ON, 7))
+    assert _of(do.Answer, effects) == [do.Answer(1, OTHER.id, False, False, True, 7)]
+    (beat,) = _of(do.SendBeat, effects)
+    house.all(2, ev.BeatFailed(beat.number))
+    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+
+
+def test_an_older_epoch_does_not_go_on() -> None:
+    """Who has seen a newer epoch refuses, and says which."""
+    house = House()
+    house.all(0, house.looked((ME, OTHER), (_lease(OTHER, TTL_NS, (ME, OTHER), epoch=9),)))
+    house.all(BOUNDS.every_ns, ev.Tick())
+    house.all(BOUNDS.every_ns, ev.BeatFailed(house.beat.number))
+    answer = _asked(house, THIRD, Purpose.GO_ON, epoch=8)
+    assert (answer.agreed, answer.epoch) == (False, 9)
+
+
+def test_who_is_no_witness_asks_first() -> None:
+    """It asks the former owner, the witnesses and all who live, and acquires with the word of those who agreed."""
+    house = House()
+    ended = _lease(OTHER, 0, (OTHER,))
+    asks = _of(do.SendAsk, house.all(0, house.looked((ME, THIRD), (ended,))))
+    assert [(ask.to, ask.purpose) for ask in asks] == [(OTHER.id, Purpose.TAKE_OVER), (THIRD.id, Purpose.TAKE_OVER)]
+    house.all(house.now_ns, ev.AskAnswered(asks[0].number, OTHER.id, True, False, True, 7))
+    call = house.step(house.now_ns + BOUNDS.ask_ns, ev.Tick(), do.SendAcquire)
+    assert (call.agreed, call.least_epoch) == ((ME.id, OTHER.id), 7)
+
+
+def test_a_holder_that_answers_is_left_alone() -> None:
+    """Whatever Redis says, who answers to hold a backend keeps it."""
+    house = House()
+    (ask,) = _of(do.SendAsk, house.all(0, house.looked((ME,), (_lease(OTHER, 0, (OTHER,)),))))
+    effects = house.all(1, ev.AskAnswered(ask.number, OTHER.id, False, True, False, 7))
+    assert not _of(do.SendAcquire, effects)
+
+
+def test_a_move_waits_for_what_is_in_flight() -> None:
+    """The owner stops dispatching, keeps its lease until nothing is in flight, and gives it back then."""
+    house = _owner()
+    preferred = Member("best#1", "best", weight=1e18)
+    house.all(BOUNDS.every_ns - 1, ev.Tick())
+    beat = house.step(BOUNDS.every_ns, ev.Tick(), do.SendBeat)
+    assert beat is house.beat
+    house.all(BOUNDS.every_ns, house.looked((ME, OTHER, preferred), (_lease(ME, TTL_NS, (ME,), 8),)))
+    assert not _asked(house, OTHER, Purpose.MOVE).agreed
+    effects = house.all(house.now_ns, ev.AskReceived(2, preferred.id, "engine", Purpose.MOVE, 8))
+    assert _of(do.Disown, effects) == [do.Disown("engine", Why.MOVED)]
+    assert [answer.agreed for answer in _of(do.Answer, effects)] == [True]
+    assert house.may_dispatch(house.now_ns) is None
+    assert not _of(do.SendRelease, effects)
+    house.step(house.now_ns + 1, ev.InFlightEnded("engine"), do.SendRelease)
+
+
+def test_a_drain_ends_with_leaving() -> None:
+    """A member that drains disowns, releases when nothing is in flight, leaves, and does nothing afterwards."""
+    house = _owner()
+    assert house.step(1, ev.DrainBegun(), do.Disown) == do.Disown("engine", Why.DRAINING)
+    effects = house.all(2, ev.InFlightEnded("engine"))
+    assert [type(effect) for effect in effects if not isinstance(effect, do.WakeAt)] == [do.SendRelease, do.SendLeave]
+    assert house.all(3, ev.Tick()) == []
+
+
+def test_a_backend_with_a_home_is_only_for_it() -> None:
+    """In front of the engine beside it nobody else ever stands."""
+    house = House(home="other")
+    effects = house.all(0, house.looked((ME, OTHER), (_lease(OTHER, -TTL_NS, (ME, OTHER)),)))
+    assert not _of(do.SendAcquire, effects)
+    assert not _of(do.SendAsk, effects)
+
+
+def test_shares_are_those_of_the_weights() -> None:
+    """A member of twice the weight is preferred for twice as many backends."""
+    members = [Member("a", "a", 1.0), Member("b", "b", 2.0), Member("c", "c", 1.0)]
+    shares = Counter(order(f"engine-{index}", "", members)[0].name for index in range(4000))
+    assert {name: round(count / 1000) for name, count in shares.items()} == {"a": 1, "b": 2, "c": 1}
+
+
+def test_who_comes_or_goes_moves_only_its_share() -> None:
+    """The order among the others does not depend on a member."""
+    members = [Member(f"{name}#{life}", name) for life, name in enumerate("abcde")]
+    for index in range(100):
+        ranked = order(f"engine-{index}", "", members)
+        assert order(f"engine-{index}", "", members[1:]) == [each for each in ranked if each.name != "a"]
+
+
+def test_draining_members_are_preferred_for_nothing() -> None:
+    """Nor does a life matter: a restart under the same name keeps its share."""
+    members = [Member("a#1", "a"), Member("b#1", "b", draining=True)]
+    assert [each.name for each in order("engine", "", members)] == ["a"]
+    pair = [Member("c", "c"), Member("d", "d")]
+    reborn = [Member("c#2", "c"), Member("d#2", "d")]
+    assert [each.name for each in order("engine", "", pair)] == [each.name for each in order("engine", "", reborn)]
+
+
+@pytest.mark.parametrize(
+    "times", [{"ttl_ns": 400_000_000}, {"ask_ns": 3 * SECOND_NS}, {"alone_ns": SECOND_NS}, {"drift": 0.6}]
+)
+def test_bounds_that_contradict_each_other_are_refused(times: dict[str, float]) -> None:
+    """The error names the bounds and what must hold between them."""
+    with pytest.raises(ValueError, match="_ns"):
+        Bounds(**times)  # type: ignore[arg-type]
