@@ -19,7 +19,7 @@ def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     left_ns = event.newborn_ns if lease is None else lease.left_ns
     if left_ns > 0:
         state.since_ns = None
-        turn.look_at(turn.now + left_ns)
+        turn.look_at(turn.now + (know.bounds.retry_ns if _is_coming(turn, lease) else left_ns))
         return
     if state.since_ns is None:
         state.since_ns = turn.now
@@ -35,6 +35,12 @@ def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     _take(turn, slot, state, lease, turn.ground(event.generation, event.redis_ns))
     if lease is not None and lease.unattended_ns > 0:
         turn.look_at(turn.now + lease.unattended_ns)
+
+
+def _is_coming(turn: Turn, lease: Lease | None) -> bool:
+    """Whether a backend's owner drains, so that it may be given back at any time."""
+    holder = None if lease is None else turn.know.members.get(lease.holder)
+    return holder is not None and holder.draining
 
 
 def _rank(turn: Turn, slot: Slot, lease: Lease | None) -> int | None:

@@ -111,13 +111,13 @@ def test_a_pause_is_noticed_before_what_came_in_meanwhile() -> None:
 def test_all_that_redis_may_name_are_asked() -> None:
     """Of a renewal without an answer it is not known whether it ran: its witnesses are asked, and the former ones."""
     house = _owner((ME, OTHER))
-    at_ns = BOUNDS.every_ns - 1
-    house.all(at_ns - 1, ev.Tick())
+    at_ns = BOUNDS.every_ns
+    first = house.step(at_ns, ev.Tick(), do.SendRenew)
     house.all(at_ns, house.looked((ME, THIRD), (_lease(ME, TTL_NS, (ME, OTHER), 8),)))
-    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
-    assert renewal.witnesses == (ME.id, THIRD.id)
-    asks = _of(do.SendAsk, house.all(BOUNDS.every_ns + 1, ev.LeaseFailed(renewal.number)))
-    assert [(ask.to, ask.purpose, ask.epoch) for ask in asks] == [
+    assert house.step(at_ns, ev.LeaseFailed(first.number), do.SendAsk).to == OTHER.id
+    effects = house.all(at_ns + BOUNDS.retry_ns, ev.Tick())
+    assert [call.witnesses for call in _of(do.SendRenew, effects)] == [(ME.id, THIRD.id)]
+    assert [(ask.to, ask.purpose, ask.epoch) for ask in _of(do.SendAsk, effects)] == [
         (OTHER.id, Purpose.GO_ON, 8),
         (THIRD.id, Purpose.GO_ON, 8),
     ]
