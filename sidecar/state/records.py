@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from sidecar.core.events import AdapterRegistered, OtherVersion
@@ -209,7 +210,7 @@ def _version_to_json(version: Version) -> dict[str, Any]:
         "digest": adapter.digest,
         "base_model": adapter.base_model,
         "dtype": adapter.dtype,
-        "rows": [[r.module, r.module_id, r.layer, r.rank, r.in_dim, r.out_dim] for r in adapter.rows],
+        "rows": _written(adapter.rows),
         "origin": version.origin,
         "generation": version.generation,
         "labels": dict(version.labels),
@@ -233,12 +234,40 @@ def from_json(name: str, text: str) -> Record:
 
 
 def _version_from_json(fields: dict[str, Any]) -> Version:
-    rows = tuple(Row(*row) for row in fields["rows"])
     return Version(
         ordinal=fields["ordinal"],
-        adapter=Adapter(fields["digest"], fields["base_model"], rows, fields["dtype"]),
+        adapter=Adapter(fields["digest"], fields["base_model"], _read(fields["rows"]), fields["dtype"]),
         origin=fields["origin"],
         generation=fields["generation"],
         labels=tuple(sorted(fields["labels"].items())),
         registered_at=fields["registered_at"],
+    )
+
+
+@lru_cache(maxsize=1024)
+def _written(rows: tuple[Row, ...]) -> list[list[Any]] | dict[str, Any]:
+    """Return rows as they are written: where all layers are alike the rows of one, and how many layers there are.
+
+    They are most of what a record weighs, and of what reading it takes.
+    """
+    layer = [(row.module, row.module_id, row.rank, row.in_dim, row.out_dim) for row in rows if row.layer == 0]
+    count = len(rows) // len(layer) if layer else 0
+    if rows == _alike(count, tuple(layer)):
+        return {"layers": count, "each": layer}
+    return [[row.module, row.module_id, row.layer, row.rank, row.in_dim, row.out_dim] for row in rows]
+
+
+def _read(written: list[list[Any]] | dict[str, Any]) -> tuple[Row, ...]:
+    if isinstance(written, dict):
+        return _alike(written["layers"], tuple(map(tuple, written["each"])))
+    return tuple(Row(*row) for row in written)
+
+
+@lru_cache(maxsize=1024)
+def _alike(layers: int, each: tuple[tuple[Any, ...], ...]) -> tuple[Row, ...]:
+    """Return the rows of layers that are alike; adapters of one make share them in memory."""
+    return tuple(
+        Row(module, module_id, layer, rank, in_dim, out_dim)
+        for layer in range(layers)
+        for module, module_id, rank, in_dim, out_dim in each
     )

@@ -13,7 +13,7 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, eviction, latency, miss, openai, packing, relay, restart, stall, truth, wire
+from tests.bench import core, eviction, latency, miss, openai, packing, relay, restart, stall, state, truth, wire
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -25,6 +25,7 @@ BENCHES = {
     "openai": openai.bench,
     "wire": wire.bench,
     "stall": stall.bench,
+    "state": state.bench,
     "packing": packing.bench,
     "restart": restart.bench,
     "truth": truth.bench,
