@@ -5,7 +5,6 @@ from __future__ import annotations
 from sidecar.ownership import moving
 from sidecar.ownership.effects import Answer
 from sidecar.ownership.events import AskReceived
-from sidecar.ownership.slots import Free
 from sidecar.ownership.turn import Turn
 from sidecar.ownership.words import Purpose
 
@@ -21,10 +20,11 @@ def received(turn: Turn, event: AskReceived) -> None:
     turn.emit(Answer(event.number, event.member, agreed, hold is not None, reaches, epoch))
 
 
-def _may_pledge(turn: Turn, event: AskReceived) -> bool:
+def _is_free_for(turn: Turn, event: AskReceived) -> bool:
+    """Whether a backend is neither held here nor pledged to another than who asks."""
     slot = turn.know.slots.get(event.backend)
-    is_idle = slot is None or isinstance(slot.state, Free)
-    return is_idle and turn.pledged_to(event.backend) in ("", event.member)
+    is_held = slot is not None and slot.hold is not None
+    return not is_held and turn.pledged_to(event.backend) in ("", event.member)
 
 
 def _go_on(turn: Turn, event: AskReceived) -> bool:
@@ -32,18 +32,10 @@ def _go_on(turn: Turn, event: AskReceived) -> bool:
     if turn.know.reaches_redis:
         turn.look_at(turn.now)
         return False
-    if not _may_pledge(turn, event) or turn.know.epochs.get(event.backend, 0) > event.epoch:
+    if not _is_free_for(turn, event) or turn.know.epochs.get(event.backend, 0) > event.epoch:
         return False
-    turn.pledge(event.backend, event.member, turn.know.bounds.ttl_ns)
+    turn.pledge(event.backend, event.member)
     return True
 
 
-def _take_over(turn: Turn, event: AskReceived) -> bool:
-    """Pledge for as long as the asking member's acquisition may still be carried out."""
-    if not _may_pledge(turn, event):
-        return False
-    turn.pledge(event.backend, event.member, turn.know.bounds.attempt_ns)
-    return True
-
-
-ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: moving.asked}
+ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _is_free_for, Purpose.MOVE: moving.asked}

@@ -27,8 +27,8 @@ class SendLeave:
 class SendAcquire:
     """Ask Redis for a lease; answered by LeaseAnswered or LeaseFailed.
 
-    `agreed` are those who pledged it, this member among them. `holds`: this member owns it, and Redis has forgotten.
-    Redis carries it out only in `generation` and not after `by_ns` of its clock.
+    `agreed` are those who have pledged it to nobody, this member among them. `holds`: this member owns it, and Redis
+    has forgotten. Redis carries it out only in `generation` and not after `by_ns` of its clock.
     """
 
     number: int

@@ -56,7 +56,10 @@ class LeaseFailed:
 
 @dataclass(frozen=True, slots=True)
 class AskAnswered:
-    """`epoch` is the newest that the member has seen of the backend; `agreed` is a pledge, or a move begun."""
+    """What a member says: `agreed` is a pledge, or that none is outstanding, or that a move has begun.
+
+    `epoch` is the newest that it has seen of the backend.
+    """
 
     number: int
     member: str

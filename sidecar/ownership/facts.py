@@ -43,8 +43,9 @@ class Bounds:
 
     `drift` is by how much, as a share, the rates of any two clocks may differ, Redis's among them. `margin_ns` is what
     remains for a clock that is set, and between the check and the write. `ask_ns` is how long answers of members are
-    waited for; `attempt_ns` how long after a look at Redis an acquisition that rests on it may still be carried out;
-    `alone_ns` how long an owner goes on without Redis at most, counted from the last answer.
+    waited for. `attempt_ns` is how long after a look at Redis an acquisition that rests on it may be carried out: at
+    most a lease, so that one granted in between is still there. `alone_ns` is how long an owner goes on without Redis
+    at most, counted from what Redis granted last.
     """
 
     ttl_ns: int = 10 * SECOND_NS

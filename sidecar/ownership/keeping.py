@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.ownership import events as ev
 from sidecar.ownership.effects import Own, SendAcquire, SendRenew
-from sidecar.ownership.slots import Call, Hold, Owned, Slot
+from sidecar.ownership.slots import Call, HandingOver, Hold, Owned, Slot
 from sidecar.ownership.turn import Turn
 from sidecar.ownership.words import Purpose, Why
 
@@ -62,6 +62,10 @@ def answered(turn: Turn, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> Non
     hold.call = None
     if event.granted:
         _renewed(turn, hold, call)
+        if isinstance(slot.state, HandingOver) and slot.state.is_idle:
+            turn.give_back(slot)
+            turn.look_at(turn.now + bounds.retry_ns)
+            return
         if event.epoch != hold.epoch:
             hold.epoch = event.epoch
             if isinstance(slot.state, Owned):

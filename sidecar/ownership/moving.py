@@ -80,11 +80,10 @@ def asked(turn: Turn, event: AskReceived) -> bool:
 
 
 def in_flight_ended(turn: Turn, slot: Slot) -> None:
-    """Give back a lease whose work is done."""
-    if not isinstance(slot.state, HandingOver):
-        return  # the lease has ended meanwhile
-    turn.give_back(slot)
-    turn.look_at(turn.now + turn.know.bounds.retry_ns)
+    """Give back a lease whose work is done, once Redis has confirmed it."""
+    if isinstance(slot.state, HandingOver):  # else the lease has ended meanwhile
+        slot.state.is_idle = True
+        slot.state.hold.renew_ns = turn.now
 
 
 def drain(turn: Turn) -> None:

@@ -10,7 +10,7 @@ from sidecar.ownership import answering, keeping, moving, taking
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import Bounds, Member
-from sidecar.ownership.slots import Acquiring, Asking, Free, HandingOver, Owned, Slot
+from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Owned, Slot
 from sidecar.ownership.turn import NEVER_NS, Knowledge, Turn, leases_of
 
 
@@ -51,8 +51,6 @@ def _end_what_is_over(turn: Turn) -> None:
     for slot in know.slots.values():
         if slot.hold is not None and turn.now >= slot.hold.valid_ns:
             keeping.keep(turn, slot, slot.hold)
-        elif isinstance(slot.state, Acquiring) and turn.now >= slot.state.ground.over_ns:
-            taking.give_up(turn, slot)
     know.pledges = {backend: each for backend, each in know.pledges.items() if turn.now < each.until_ns}
 
 
@@ -81,9 +79,7 @@ def _set_wake(turn: Turn) -> None:
         state = slot.state
         if isinstance(state, Asking):
             dues.append(state.round.sent_ns + know.bounds.ask_ns)
-        elif isinstance(state, Acquiring):
-            dues.append(state.ground.over_ns)
-        elif not isinstance(state, Free):
+        elif isinstance(state, Owned | HandingOver):
             hold = state.hold
             dues.append(hold.valid_ns)
             if hold.call is None:
@@ -135,14 +131,14 @@ def _lease_answered(turn: Turn, event: ev.LeaseAnswered) -> None:
 
 
 def _lease_failed(turn: Turn, event: ev.LeaseFailed) -> None:
-    """An acquisition that failed may have been carried out: it stays until it can be no more."""
-    slot = turn.know.calls.get(event.number)
+    slot = turn.know.calls.pop(event.number, None)
     if slot is None:
         return
     turn.know.reaches_redis = False
     if slot.hold is not None:
-        del turn.know.calls[event.number]
         keeping.failed(turn, slot.hold)
+    else:
+        taking.give_up(turn, slot)
 
 
 def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:

@@ -32,14 +32,10 @@ class Free:
 
 @dataclass
 class Ground:
-    """What an acquisition rests on: a look at Redis, and until when it may be carried out.
-
-    `by_ns` is by Redis's clock; at `over_ns` of this member's that has passed for certain.
-    """
+    """What an acquisition rests on: a look at Redis, and until when, by Redis's clock, it may be carried out."""
 
     generation: str
     by_ns: int
-    over_ns: int
 
 
 @dataclass
@@ -54,10 +50,9 @@ class Asking:
 
 @dataclass
 class Acquiring:
-    """Redis may grant the lease until the ground is over, whether or not an answer comes."""
+    """Redis was asked for the lease."""
 
     free: Free
-    ground: Ground
     call: SendAcquire
     sent_ns: int
 
@@ -98,9 +93,13 @@ class Owned:
 
 @dataclass
 class HandingOver:
-    """Nothing is dispatched any more; what is in flight ends."""
+    """Nothing is dispatched any more. Once nothing is in flight either it is given back, to a Redis that knows of it.
+
+    Of a lease that this generation of Redis knows nothing of a release means nothing, and everybody would wait.
+    """
 
     hold: Hold
+    is_idle: bool = False
 
 
 State = Free | Asking | Acquiring | Owned | HandingOver

@@ -19,7 +19,7 @@ def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     left_ns = event.newborn_ns if lease is None else lease.left_ns
     if left_ns > 0:
         state.since_ns = None
-        turn.look_at(turn.now + (know.bounds.retry_ns if _is_coming(turn, lease) else left_ns))
+        turn.look_at(turn.now + (min(left_ns, know.bounds.retry_ns) if _is_coming(turn, lease) else left_ns))
         return
     if state.since_ns is None:
         state.since_ns = turn.now
@@ -70,7 +70,7 @@ def _take(turn: Turn, slot: Slot, state: Free, lease: Lease | None, ground: Grou
 
 
 def _acquire(turn: Turn, slot: Slot, free: Free, ground: Ground, agreed: tuple[str, ...]) -> None:
-    slot.become(Acquiring(free, ground, turn.acquire(slot, "", ground, agreed), turn.now))
+    slot.become(Acquiring(free, turn.acquire(slot, "", ground, agreed), turn.now))
 
 
 def go_ahead(turn: Turn, slot: Slot) -> None:
@@ -79,7 +79,7 @@ def go_ahead(turn: Turn, slot: Slot) -> None:
     assert isinstance(state, Asking)
     if state.round.missing and turn.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
         return
-    if state.round.holder or turn.now >= state.ground.over_ns or turn.know.member.draining:
+    if state.round.holder or turn.know.member.draining or turn.pledged_to(slot.backend):
         slot.become(state.free)
         turn.look_at(turn.now + bounds.retry_ns)
         return
@@ -103,6 +103,6 @@ def answered(turn: Turn, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) 
 
 
 def give_up(turn: Turn, slot: Slot) -> None:
-    """Give back an acquisition whose answer came too late or not at all; Redis will carry it out no more."""
+    """Give back what an acquisition whose answer came too late or not at all may have brought."""
     turn.give_back(slot)
     turn.look_at(turn.now + turn.know.bounds.retry_ns)

@@ -68,11 +68,9 @@ class Turn:
         pledge = self.know.pledges.get(backend)
         return pledge.to if pledge is not None and self.now < pledge.until_ns else ""
 
-    def pledge(self, backend: str, to: str, span_ns: int) -> None:
+    def pledge(self, backend: str, to: str) -> None:
         assert self.pledged_to(backend) in ("", to), f"{backend} is pledged to another"
-        until_ns = self.now + self.know.bounds.passed_ns(span_ns)
-        old = self.know.pledges.get(backend)
-        self.know.pledges[backend] = Pledge(to, max(until_ns, old.until_ns) if old and old.to == to else until_ns)
+        self.know.pledges[backend] = Pledge(to, self.now + self.know.bounds.passed_ns(self.know.bounds.ttl_ns))
 
     def ask(self, backend: str, purpose: Purpose, whom: Iterable[str], epoch: int) -> Round:
         missing = {self.number(): each for each in sorted(set(whom)) if each != self.know.member.id}
@@ -105,8 +103,7 @@ class Turn:
         return tuple(sorted({*self.know.members, self.know.member.id}))
 
     def ground(self, generation: str, redis_ns: int) -> Ground:
-        span_ns = self.know.bounds.attempt_ns
-        return Ground(generation, redis_ns + span_ns, self.now + self.know.bounds.passed_ns(span_ns))
+        return Ground(generation, redis_ns + self.know.bounds.attempt_ns)
 
     def lose(self, slot: Slot, why: Why) -> None:
         """Give up a lease that is over; Redis is told, in case it knows otherwise."""

@@ -46,6 +46,8 @@ class House:
         for effect in effects:
             if isinstance(effect, do.SendBeat):
                 self.beat = effect
+            elif isinstance(effect, do.SendRenew):
+                self.renewal = effect
         return effects
 
     def looked(self, members: tuple[Member, ...] = (ME,), leases: tuple[Lease, ...] = ()) -> ev.BeatAnswered:
@@ -144,7 +146,8 @@ def test_what_redis_forgot_is_claimed() -> None:
     renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
     refused = ev.LeaseAnswered(renewal.number, False, 0, "", "newer", 5)
     claim = house.step(BOUNDS.every_ns, refused, do.SendAcquire)
-    assert (claim.holds, claim.least_epoch, claim.token, claim.generation) == (True, 8, renewal.token, "newer")
+    assert (claim.holds, claim.least_epoch, claim.token) == (True, 8, renewal.token)
+    assert (claim.generation, claim.by_ns) == ("newer", 5 + BOUNDS.attempt_ns)
     assert house.step(BOUNDS.every_ns, house.granted(claim, 9), do.Own) == do.Own("engine", 9)
 
 
@@ -163,25 +166,39 @@ def _asked(house: House, who: Member, purpose: Purpose, epoch: int = 7) -> do.An
 def test_a_pledge_binds() -> None:
     """What is pledged is pledged to nobody else, and not acquired before the pledge has passed for certain."""
     house = House()
-    assert _asked(house, OTHER, Purpose.TAKE_OVER).agreed
-    assert _asked(house, OTHER, Purpose.TAKE_OVER).agreed
+    assert _asked(house, THIRD, Purpose.TAKE_OVER).agreed
+    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+    assert not _asked(house, THIRD, Purpose.GO_ON).agreed
     assert not _asked(house, THIRD, Purpose.TAKE_OVER).agreed
     ended = (_lease(ME, 0, (ME,)),)
     assert not _of(do.SendAcquire, house.all(0, house.looked(leases=ended)))
-    end_ns = BOUNDS.passed_ns(BOUNDS.attempt_ns)
+    end_ns = BOUNDS.passed_ns(TTL_NS)
+    house.step(end_ns - 1, ev.Tick(), do.SendBeat)
+    assert not _of(do.SendAcquire, house.all(end_ns - 1, house.looked(leases=ended)))
     house.step(end_ns, ev.Tick(), do.SendBeat)
     house.step(end_ns, house.looked(leases=ended), do.SendAcquire)
 
 
-def test_who_acquires_pledges_nothing() -> None:
-    """An acquisition without an answer may still be carried out; then it is over and given back."""
+def test_a_pledge_stops_what_was_about_to_be_acquired() -> None:
+    """Who pledges while it waits for the others' word acquires nothing."""
+    house = House()
+    look = house.looked((ME, THIRD), (_lease(OTHER, 0, (OTHER,)),))
+    assert len(_of(do.SendAsk, house.all(0, look))) == 2
+    house.ownership.know.reaches_redis = False
+    assert _asked(house, THIRD, Purpose.GO_ON).agreed
+    assert not _of(do.SendAcquire, house.all(BOUNDS.ask_ns, ev.Tick()))
+
+
+def test_an_acquisition_without_an_answer_is_given_back() -> None:
+    """It may have been granted; a later one is under another token."""
     house = House()
     call = house.step(0, house.looked((ME, OTHER), (_lease(ME, 0, (ME,)),)), do.SendAcquire)
-    house.all(SECOND_NS, ev.LeaseFailed(call.number))
-    assert not _asked(house, OTHER, Purpose.GO_ON).agreed
-    end_ns = BOUNDS.passed_ns(BOUNDS.attempt_ns)
-    assert house.step(end_ns, ev.Tick(), do.SendRelease).token == call.token
-    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+    assert house.step(SECOND_NS, ev.LeaseFailed(call.number), do.SendRelease).token == call.token
+    assert not _of(do.Own, house.all(SECOND_NS, house.granted(call, 8)))
+    house.step(SECOND_NS + BOUNDS.retry_ns, ev.Tick(), do.SendBeat)
+    again = house.step(house.now_ns, house.looked((ME, OTHER), (_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    assert again.token != call.token
 
 
 def test_who_reaches_redis_lets_nobody_go_on() -> None:
@@ -238,16 +255,19 @@ def test_a_move_waits_for_what_is_in_flight() -> None:
     assert [answer.agreed for answer in _of(do.Answer, effects)] == [True]
     assert house.may_dispatch(house.now_ns) is None
     assert not _of(do.SendRelease, effects)
-    house.step(house.now_ns + 1, ev.InFlightEnded("engine"), do.SendRelease)
+    effects = house.all(house.now_ns + 1, ev.InFlightEnded("engine"))
+    assert not _of(do.SendRelease, effects)
+    house.step(house.now_ns + 1, house.granted(house.renewal, 8), do.SendRelease)
 
 
 def test_a_drain_ends_with_leaving() -> None:
     """A member that drains disowns, releases when nothing is in flight, leaves, and does nothing afterwards."""
     house = _owner()
     assert house.step(1, ev.DrainBegun(), do.Disown) == do.Disown("engine", Why.DRAINING)
-    effects = house.all(2, ev.InFlightEnded("engine"))
+    renewal = house.step(2, ev.InFlightEnded("engine"), do.SendRenew)
+    effects = house.all(3, house.granted(renewal, 8))
     assert [type(effect) for effect in effects if not isinstance(effect, do.WakeAt)] == [do.SendRelease, do.SendLeave]
-    assert house.all(3, ev.Tick()) == []
+    assert house.all(4, ev.Tick()) == []
 
 
 def test_a_backend_with_a_home_is_only_for_it() -> None:

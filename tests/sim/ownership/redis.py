@@ -93,7 +93,7 @@ class Redis:
         if record is None or not self._is_current(record):
             return call.holds or self.newborn_ns(now_ns) <= 0
         if record.released:
-            return True
+            return record.token != call.token
         if now_ns < record.renewed_ns + self.bounds.ttl_ns:
             return False
         if not {record.holder, *record.witnesses}.isdisjoint(call.agreed):
