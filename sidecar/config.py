@@ -324,7 +324,7 @@ class State(Section):
     password_file: str | None = None
     key_prefix: str = Field(KEY_PREFIX, pattern=r"^[\w.:-]{1,64}$")
     tls: Tls | None = None
-    member_ttl_s: float = Field(6.0, ge=1.0)
+    member_ttl_s: float = Field(10.0, ge=1.0)
 
     @field_validator("url")
     @classmethod

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.ownership.effects import SendAcquire, SendBeat
+from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.records import refreshed
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
@@ -41,10 +43,14 @@ def heard_by(registry: RedisRegistry) -> list[Change]:
     return heard
 
 
+def beat_of(name: str) -> SendBeat:
+    return SendBeat(1, Member(name, name))
+
+
 async def beat_for_ever(members: RedisMembers, member: str, beats: list[int]) -> None:
     """Beat for a member that says it has read nothing, until told otherwise by a number in `beats`."""
     while True:
-        await members.beat(member, "{}", beats[-1])
+        await members.beat(beat_of(member), "", beats[-1])
         await asyncio.sleep(0.05)
 
 
@@ -181,8 +187,12 @@ async def test_a_cluster(tmp_path: Path) -> None:
             assert [change.name for change in await one.changes_after(1)] == ["b", "a"]
             link = link_to(url)
             members = RedisMembers(link)
-            assert (await members.beat("one", "{}", 3)).revision == 3
-            assert (await members.acquire("gpu", "one", "t1", 1000, 0)).lease.epoch == 1
+            beat = await members.beat(beat_of("one"), "", 3)
+            assert (beat.revision, beat.incarnation) == (3, one.incarnation)
+            assert [standing.applied for standing in beat.standings] == [3]
+            here, until_ns = beat.answered.generation, beat.answered.redis_ns + 10**12
+            call = SendAcquire(2, "gpu", "t1", 0, (), (), True, here, until_ns)
+            assert (await members.acquire(call, Member("one", "one"))).granted
             await link.close()
 
 
@@ -248,10 +258,10 @@ async def test_a_server_that_stands_still(server: Server) -> None:
 async def test_a_write_waits_for_live_members_only(server: Server) -> None:
     """It returns when the slowest of those that beat has read it, or does not beat any more."""
     link = link_to(server.url)
-    members = RedisMembers(link, member_ttl_s=1.0)
+    members = RedisMembers(link, Bounds(ttl_ns=10**9, attempt_ns=10**9))
     registry = RedisRegistry(link_to(server.url), "one", member_ttl_s=1.0)
     await registry.start()
-    assert [member.name for member in (await members.beat("slow", "{}", 0)).members] == ["slow"]
+    assert [standing.member.name for standing in (await members.beat(beat_of("slow"), "", 0)).standings] == ["slow"]
     read = [0]
     beating = asyncio.create_task(beat_for_ever(members, "slow", read))
     writing = asyncio.create_task(registry.put(record("a"), None))

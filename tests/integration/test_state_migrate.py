@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.errors import SidecarError
+from sidecar.ownership.effects import SendBeat
+from sidecar.ownership.facts import Member
 from sidecar.state.records import Record, added, promoted, refreshed
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry, lock_data_directory
@@ -108,7 +110,7 @@ async def test_nobody_may_be_at_work_on_either(server: Server, tmp_path: Path, c
     assert (refused.code, refused.error()["reason"]) == (3, "DATA_DIRECTORY_IN_USE")
     lock.close()
     link = link_to(server.url)
-    await RedisMembers(link).beat("replica-1", "{}", 0)
+    await RedisMembers(link).beat(SendBeat(1, Member("replica-1", "replica-1")), "", 0)
     await link.close()
     refused = await migrate(command, str(tmp_path / "data"), server.url, "--force", "--json")
     assert (refused.code, refused.error()["reason"]) == (1, "STATE_NOT_EMPTY")

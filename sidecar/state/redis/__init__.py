@@ -7,7 +7,8 @@
     copy      what one replica holds of it in memory, and which of two entries wins
     history   asking Redis whether it still has what this replica has read, and putting back what it lost
     registry  the registry over all of it
-    members   who is there, and who holds which lease
+    contents  a whole registry, read or put there
+    members   who is there, and who holds which lease; their scripts are in member_scripts
 
 All keys carry one hash tag, so they lie in one slot of a cluster and a script may touch them together. Commands are
 those of Redis 6.2.

@@ -13,8 +13,8 @@ from sidecar.state.records import Record
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
 from sidecar.state.redis.link import FAULTS, Announced, Link, is_final
+from sidecar.state.redis.member_scripts import LAGGING
 from sidecar.state.redis.members import MEMBER_TTL_S
-from sidecar.state.redis.scripts import LAGGING
 from sidecar.state.registry import Change
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class RedisPlace:
         return f"Redis at {self._link}"
 
     async def __aenter__(self) -> RedisPlace:
-        live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1000), ""))
+        live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1e6), ""))
         if live:
             await self._link.close()
             raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} are at work on {self}; stop them first")

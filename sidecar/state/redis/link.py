@@ -110,12 +110,6 @@ class Link:
         """Let it be known up to which change a member has read. Raises FAULTS."""
         await self._client.hset(self.key("applied"), member, str(number))
 
-    async def forget_member(self, member: str) -> None:
-        """Remove what a member said of itself. Raises FAULTS."""
-        await self._client.zrem(self.key("beats"), member)
-        for key in ("members", "applied"):
-            await self._client.hdel(self.key(key), member)
-
     async def schema(self) -> str | None:
         """Return the schema of the state that is there, None where there is none. Raises FAULTS."""
         found = await self._client.hget(self.key("meta"), "schema")

@@ -1,110 +1,125 @@
-"""Who is there, and who holds which lease, as Redis has it. Who wants which one is decided elsewhere.
+"""Who is there, and who holds which lease, as Redis has it. Who wants which one is decided in `sidecar.ownership`.
 
-A member lives for as long as it beats. A lease is a right over one backend that ends by itself; its epoch rises with
-each new holder and never falls, so of two that believe to hold it everybody can tell the later one.
+Its effects go in here and come out as its events: this is the hand that does what it asks of Redis.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.ownership.effects import SendAcquire, SendBeat, SendLeave, SendRelease, SendRenew
+from sidecar.ownership.events import BeatAnswered, LeaseAnswered
+from sidecar.ownership.facts import Bounds, Lease, Member
 from sidecar.state.redis.link import FAULTS, Link
-from sidecar.state.redis.scripts import ACQUIRE, BEAT, RELEASE, RENEW, Script
+from sidecar.state.redis.member_scripts import ACQUIRE, BEAT, LEAVE, RELEASE, RENEW
+from sidecar.state.redis.scripts import Script
 
-MEMBER_TTL_S = 6.0
+MEMBER_TTL_S = Bounds().ttl_ns / 1e9
 """How long after its last beat a member counts as live."""
-FORGOTTEN_S = 24 * 3600.0
-"""How long what a silent member said of itself is kept."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """A live member: what it says of itself (JSON), the last change that it has read, and how old its beat is."""
+class Standing:
+    """What a live member said besides: its `info` (where it is reached), and up to which change it has read."""
 
-    name: str
+    member: Member
     info: str
     applied: int
-    age_ms: int
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Who holds a backend, by a random token, until `ends_ms` in Redis' time. Given back, its epoch stays."""
-
-    backend: str
-    epoch: int
-    token: str
-    ends_ms: int
-    member: str
-
-    def is_held(self, now_ms: int) -> bool:
-        return bool(self.token) and self.ends_ms > now_ms
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a beat brought back: Redis' time, its last change, which state it is, the live members and all leases.
+    """What a beat brought back: for ownership, of each live member, and of the registry.
 
-    An `incarnation` of "" says that this Redis is empty.
+    `incarnation` is "" where there is no registry in this Redis yet.
     """
 
-    now_ms: int
+    answered: BeatAnswered
+    standings: tuple[Standing, ...]
     revision: int
     incarnation: str
-    members: tuple[Member, ...]
-    leases: tuple[Lease, ...]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Whether a lease was granted or prolonged, how it stands now, and Redis' time."""
-
-    granted: bool
-    lease: Lease
-    now_ms: int
 
 
 class RedisMembers:
     """Members and leases in a Redis. All methods raise Refused(STATE_UNAVAILABLE) while it is away."""
 
-    def __init__(self, link: Link, member_ttl_s: float = MEMBER_TTL_S) -> None:
+    def __init__(self, link: Link, bounds: Bounds | None = None) -> None:
         self._link = link
-        self._ttl_ms = int(member_ttl_s * 1000)
+        self._bounds = bounds or Bounds()
+        self._ttl_us, self._alone_us = self._bounds.ttl_ns // 1000, self._bounds.alone_ns // 1000
 
-    async def beat(self, member: str, info: str, applied: int) -> Beat:
-        """Say that a member lives, what it is and what it has read; return who else does, and all leases."""
-        now_ms, revision, incarnation, members, leases = await self._ask(
-            BEAT, member, info, applied, self._ttl_ms, int(FORGOTTEN_S * 1000)
+    async def beat(self, call: SendBeat, info: str, applied: int) -> Beat:
+        """Say that a member lives, what it is and what it has read."""
+        member = call.member
+        told = json.dumps([member.name, member.weight, member.draining, info])
+        generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
+            BEAT, member.id, told, applied, self._ttl_us, self._alone_us
         )
-        return Beat(
-            int(now_ms),
-            int(revision),
-            incarnation,
-            tuple(Member(name, told, int(read), int(age_ms)) for name, told, read, age_ms in sorted(members)),
-            tuple(sorted(map(_lease, leases[::2], leases[1::2]), key=lambda lease: lease.backend)),
+        standings = tuple(sorted((_standing(*found) for found in members), key=lambda found: found.member.id))
+        answered = BeatAnswered(
+            call.number,
+            generation,
+            int(now_us) * 1000,
+            int(newborn_us) * 1000,
+            tuple(standing.member for standing in standings),
+            tuple(self._lease(backend, text, int(now_us)) for backend, text in sorted(leases)),
         )
+        return Beat(answered, standings, int(revision), incarnation)
 
-    async def leave(self, member: str) -> None:
+    async def leave(self, call: SendLeave) -> None:
         """Take a member off at once: nobody waits for it any more."""
-        try:
-            await self._link.forget_member(member)
-        except FAULTS as error:
-            raise self._link.refused(error) from error
+        await self._ask(LEAVE, call.member)
 
-    async def acquire(self, backend: str, member: str, token: str, ttl_ms: int, least_epoch: int) -> Answer:
-        """Take a lease if nobody holds it, or this token does; a new holder's epoch is above `least_epoch`."""
-        granted, value, now_ms = await self._ask(ACQUIRE, backend, member, token, ttl_ms, least_epoch)
-        return Answer(bool(granted), _lease(backend, value), int(now_ms))
+    async def acquire(self, call: SendAcquire, member: Member) -> LeaseAnswered:
+        """Take a lease for a member, where that is safe."""
+        return await self._answered(
+            call.number,
+            ACQUIRE,
+            call.backend,
+            call.token,
+            call.least_epoch,
+            json.dumps(call.witnesses),
+            json.dumps(call.agreed),
+            int(call.holds),
+            call.generation,
+            call.by_ns // 1000,
+            member.id,
+            member.name,
+            call.number,
+            self._ttl_us,
+            self._alone_us,
+        )
 
-    async def renew(self, backend: str, token: str, ttl_ms: int) -> Answer:
-        """Prolong a lease that this token holds; not granted when it has ended or is another's."""
-        granted, value, now_ms = await self._ask(RENEW, backend, token, ttl_ms)
-        return Answer(bool(granted), _lease(backend, value), int(now_ms))
+    async def renew(self, call: SendRenew) -> LeaseAnswered:
+        """Prolong a lease that its token holds."""
+        return await self._answered(
+            call.number, RENEW, call.backend, call.token, call.number, json.dumps(call.witnesses)
+        )
 
-    async def release(self, backend: str, token: str) -> bool:
-        """Give a lease back; return False when this token does not hold it (any more)."""
-        return bool(await self._ask(RELEASE, backend, token))
+    async def release(self, call: SendRelease) -> None:
+        """Give a lease back."""
+        await self._ask(RELEASE, call.backend, call.token)
+
+    def _lease(self, backend: str, text: str, now_us: int) -> Lease:
+        record = json.loads(text)
+        since_ns = (now_us - int(record["renewed"])) * 1000
+        return Lease(
+            backend,
+            record["holder"],
+            record["name"],
+            int(record["epoch"]),
+            0 if record["released"] else self._bounds.ttl_ns - since_ns,
+            self._bounds.alone_ns - since_ns,
+            tuple(json.loads(record["witnesses"])),
+            record["released"],
+        )
+
+    async def _answered(self, number: int, script: Script, *arguments: str | int) -> LeaseAnswered:
+        granted, epoch, holder, generation, now_us = await self._ask(script, *arguments)
+        return LeaseAnswered(number, bool(granted), int(epoch), holder, generation, int(now_us) * 1000)
 
     async def _ask(self, script: Script, *arguments: str | int) -> Any:
         try:
@@ -113,6 +128,7 @@ class RedisMembers:
             raise self._link.refused(error) from error
 
 
-def _lease(backend: str, value: str) -> Lease:
-    epoch, token, ends_ms, member = value.split(":", 3)
-    return Lease(backend, int(epoch), token, int(ends_ms), member)
+def _standing(identity: str, told: str, applied: str) -> Standing:
+    found: Sequence[Any] = json.loads(told)
+    name, weight, draining, info = found
+    return Standing(Member(identity, name, weight, draining), info, int(applied))

@@ -18,8 +18,9 @@ from sidecar.state.redis.entries import Head, entry_of, newer
 from sidecar.state.redis.feed import Feed
 from sidecar.state.redis.history import LIMITS
 from sidecar.state.redis.link import FAULTS, Announced, Link
+from sidecar.state.redis.member_scripts import LAGGING
 from sidecar.state.redis.members import MEMBER_TTL_S
-from sidecar.state.redis.scripts import LAGGING, WRITE, Script
+from sidecar.state.redis.scripts import WRITE, Script
 from sidecar.state.registry import Change, changed_meanwhile, token_too_old
 
 WRITE_S = 10.0
@@ -136,7 +137,7 @@ class RedisRegistry:
     async def acknowledged(self, number: int) -> None:
         """Wait for the other live members, for a little longer than a dead one counts as live."""
         until, pause_s = monotonic() + self._member_ttl_s + WRITE_S / 2, POLL_S
-        while others := await self._ask(LAGGING, number, int(self._member_ttl_s * 1000), self._member):
+        while others := await self._ask(LAGGING, number, int(self._member_ttl_s * 1e6), self._member):
             if monotonic() > until:
                 raise Refused(
                     Reason.STATE_UNAVAILABLE,
