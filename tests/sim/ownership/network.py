@@ -57,12 +57,14 @@ class Network:
         return Clock(offset_ns, 1_000_000 + (drift if self.scenario.has("drift") else 0), self.now_ns)
 
     def send(self, source: str, target: str, deliver: Callable[[], None]) -> None:
+        was_faulty = self.is_faulty
         for _ in range(2 if self._happens("duplication", 0.1) else 1):
             if not self._happens("loss", self.scenario.loss):
-                self.after(self._delay_ns(), lambda: self._arrive(source, target, deliver))
+                self.after(self._delay_ns(), lambda: self._arrive(source, target, deliver, was_faulty))
 
-    def _arrive(self, source: str, target: str, deliver: Callable[[], None]) -> None:
-        if self.cuts.get((source, target), 0) <= self.now_ns:
+    def _arrive(self, source: str, target: str, deliver: Callable[[], None], was_faulty: bool) -> None:
+        """Deliver what was sent, unless it is cut off, or comes from before a peace that began meanwhile."""
+        if was_faulty == self.is_faulty and self.cuts.get((source, target), 0) <= self.now_ns:
             deliver()
 
     def _delay_ns(self) -> int:

@@ -79,8 +79,9 @@ class Redis:
             return self._refused(call.number, call.backend, now_ns)
         stored = 0 if record is None else record.epoch
         if not self._is_current(record):
-            # No epoch of an earlier generation is greater than its milliseconds were, even of one that was lost.
-            stored = max(stored, self.data.born_ns // MILLISECOND_NS)
+            # Epochs that were lost with their generation were of its milliseconds. Nobody but their holders acquires
+            # for `alone_ns` after a birth, so hosts of Redis may even differ by as much.
+            stored = max(stored, now_ns // MILLISECOND_NS)
         epoch = max(stored, call.least_epoch) + 1
         self.data.leases[call.backend] = Record(
             member.id, member.name, call.token, epoch, self.data.generation, now_ns, call.number, call.witnesses

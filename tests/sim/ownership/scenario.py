@@ -62,7 +62,8 @@ def draw(seed: int) -> Scenario:
     members = tuple(f"replica-{index}" for index in range(random.randint(2, 5)))
     has_homes = random.random() < 0.2
     backends = {f"engine-{index}": random.choice(members) if has_homes else "" for index in range(random.randint(1, 6))}
-    kinds = tuple(kind for kind in KINDS if random.random() < 0.5)
+    share = random.choice((0.25, 0.5, 0.75))
+    kinds = tuple(kind for kind in KINDS if random.random() < share)
     return Scenario(
         seed,
         bounds,

@@ -17,8 +17,6 @@ from tests.sim.ownership.scenario import Scenario
 
 HISTORY = 150
 EPOCH_NS = 1_700_000_000 * SECOND_NS
-SKEW_S = 30
-"""By so much may the clocks of two hosts of Redis differ."""
 
 
 class RedisProcess:
@@ -118,12 +116,12 @@ class World:
 
     def kill(self) -> None:
         process = self._any()
-        if process is None:
+        if process is None or len(self.living()) == 1:
             return
         process.alive = False
         self.note(f"killed: {process.member.id}")
         name = process.member.name if self.random.random() < 0.6 else self._fresh_name()
-        if self.random.random() < 0.8:
+        if self.random.random() < 0.9:
             self.net.after(self._span_ns(), lambda: self._restart(name))
 
     def _restart(self, name: str) -> None:
@@ -137,7 +135,7 @@ class World:
 
     def drain(self) -> None:
         process = self._any()
-        if process is not None:
+        if process is not None and sum(not each.draining for each in self.living()) > 2:
             process.draining = True
             self.note(f"drains: {process.member.id}")
             process.give(ev.DrainBegun())
@@ -163,7 +161,8 @@ class World:
             self.note("redis failed over")
             self.redis.up = False
             data = self.random.choice(self.copies).copy()
-            skew_ns = self.random.randint(-SKEW_S, SKEW_S) * SECOND_NS
+            most_ns = self.scenario.bounds.alone_ns * 2 // 5  # two hosts' clocks differ by less than `alone_ns`
+            skew_ns = self.random.randint(-most_ns, most_ns)
             self.net.after(self._span_ns() // 2, lambda: self.start_redis(data, skew_ns))
 
     def start_redis(self, data: Data, skew_ns: int) -> None:
@@ -188,7 +187,7 @@ class World:
         if self.random.random() < 0.7:
             self.join()
         others = [each.member.id for each in self.living() if each.member.id not in island]
-        self._cut([(one, other) for one in island for other in [*others, "redis"]])
+        self._cut([(one, other) for one in island for other in [*others, "redis"]], 2 * self.scenario.bounds.alone_ns)
 
     def _some(self) -> list[str]:
         """Return one member, all, or some of them."""
@@ -196,13 +195,13 @@ class World:
         self.random.shuffle(living)
         return living[: self.random.choice((1, len(living), self.random.randint(0, len(living))))]
 
-    def _cut(self, pairs: list[tuple[str, str]]) -> None:
-        span_ns, kind = self._span_ns(), self.random.random()
+    def _cut(self, pairs: list[tuple[str, str]], longest_ns: int = 0) -> None:
+        span_ns, kind = self.random.randint(0, longest_ns) or self._span_ns(), self.random.random()
         ways = [(one, other) for one, other in pairs if kind < 0.85]
         ways += [(other, one) for one, other in pairs if kind > 0.15]
         self.note(f"cut: {ways}")
         for way in ways:
-            self.net.cuts[way] = self.net.now_ns + span_ns
+            self.net.cuts[way] = max(self.net.now_ns + span_ns, self.net.cuts.get(way, 0))
 
 
 MISFORTUNES: dict[str, Callable[[World], None]] = {
