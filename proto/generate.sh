@@ -8,4 +8,4 @@ mkdir -p "$out/sidecar/proto"
 # The folder is given its import path by the virtual path mapping, so that generated imports read sidecar.proto.….
 "$python" -m grpc_tools.protoc -I sidecar/proto=proto/lorasidecar/v1 \
   --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" \
-  sidecar/proto/gateway.proto sidecar/proto/admin.proto
+  sidecar/proto/gateway.proto sidecar/proto/admin.proto sidecar/proto/peers.proto

@@ -118,6 +118,7 @@ class Ticket:
         "replies",
         "request",
         "settled",
+        "trip",
     )
 
     def __init__(self, request: int, payload: Payload, client_id: str = "") -> None:
@@ -131,6 +132,8 @@ class Ticket:
         """Since when the front has been waiting for its client to take a message."""
         self.rejected_with: Any = None
         """The gRPC status code of an engine's unary error, or an `HttpRejection`: it reaches the client unchanged."""
+        self.trip: Any = None
+        """What the router between replicas has to remember of it."""
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
 

@@ -48,6 +48,16 @@ def received(turn: Turn, event: Received) -> None:
     turn.place(request, backend)
 
 
+def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
+    """Return the version that a request is for and the backends that can serve it, whoever owns them.
+
+    Raises Refused for a name or a version that there is not.
+    """
+    name, ordinal = _resolve(state, event)
+    digest = name.versions[ordinal] if name is not None else BASE
+    return digest, asks.among(asks.servers_of(state, digest), event.only)
+
+
 def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
     expires_ns = turn.now_ns + limit.queue_wait_ns_max
     if event.deadline_ns is not None:

@@ -259,7 +259,8 @@ class Tick:
 
 Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | EvictAsked
-    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendUp | BackendMeasured | BackendLost
+    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendTaken | BackendGivenUp
+    | BackendUp | BackendMeasured | BackendLost
     | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
     | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any
+from typing import Any, Protocol
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
@@ -28,6 +28,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
+from sidecar.core.words import Fault
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.driver import Driver, Observer
@@ -38,6 +39,7 @@ from sidecar.state.registry import Registry
 logger = logging.getLogger(__name__)
 
 STALL_CHECK_S = 1.0
+LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,30 @@ class RequestFacts:
     """The length of the client's message."""
     only: tuple[str, ...] = ()
     """The backends that it may go to; any if none is named."""
+
+    def received(self, request: int, deadline_ns: int | None) -> ev.Received:
+        """Return what the core is told of it."""
+        return ev.Received(
+            request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
+            self.session, self.size_bytes, self.only,
+        )  # fmt: skip
+
+
+class Elsewhere(Protocol):
+    """What knows of the other replicas: a request may go to one of them, or come back to be sent to another."""
+
+    def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """See to a request, here by `Gateway.admit` or elsewhere. Raises Refused when the inbox is full."""
+
+    @property
+    def may_dispatch(self) -> Callable[[str], bool]:
+        """Whether this replica owns a backend in this very moment: asked right before every write to it."""
+
+    def given_back(self, ticket: Ticket) -> bool:
+        """Whether it sees to a request that this replica's core has given back without a token."""
+
+    def end(self, ticket: Ticket, reason: Reason) -> bool:
+        """End a request that is elsewhere, its ending through the ticket; False if it is here."""
 
 
 class Gateway:
@@ -79,6 +105,8 @@ class Gateway:
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.backends: dict[str, Backend] = {}
+        self.elsewhere: Elsewhere | None = None
+        """The other replicas, if there are any."""
         self._disk = disk
         self.store = BlobStore(
             self.driver.post,
@@ -136,37 +164,48 @@ class Gateway:
 
     def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
         """Take a request in. Raises Refused when the inbox is full; every other ending comes through the ticket."""
+        return self._take(facts, payload, client_id, self.admit if self.elsewhere is None else self.elsewhere.submit)
+
+    def submit_here(self, facts: RequestFacts, payload: Payload, client_id: str) -> Ticket:
+        """Take in a request that another replica has passed on; as `submit` otherwise."""
+        return self._take(facts, payload, client_id, self.admit)
+
+    def _take(
+        self, facts: RequestFacts, payload: Payload, client_id: str, see_to: Callable[[Ticket, RequestFacts], None]
+    ) -> Ticket:
         ticket = Ticket(next(self._numbers), payload, client_id)
         self.tickets[ticket.request] = ticket
-        deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
         try:
-            self.driver.post(
-                ev.Received(
-                    ticket.request,
-                    facts.adapter,
-                    facts.tenant,
-                    facts.klass,
-                    facts.input_tokens,
-                    facts.output_tokens_max,
-                    deadline_ns,
-                    facts.session,
-                    facts.size_bytes,
-                    facts.only,
-                )
-            )
+            see_to(ticket, facts)
         except Refused:
             del self.tickets[ticket.request]
             raise
         return ticket
 
+    def admit(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """Let this replica's core have a request. Raises Refused when the inbox is full."""
+        deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
+        self.driver.post(facts.received(ticket.request, deadline_ns))
+
+    def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """As `admit`, for a request that was given back: the core knows it by another number from now on."""
+        del self.tickets[ticket.request]
+        ticket.request = next(self._numbers)
+        self.tickets[ticket.request] = ticket
+        self.admit(ticket, facts)
+
     def close(self, ticket: Ticket) -> None:
         """The front is done with a ticket; if the request had not ended, its client left."""
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
-            self.driver.post(ev.ClientLeft(ticket.request))
+            self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request at its client's own word; the ending comes through the ticket."""
-        self.driver.post(ev.ClientLeft(ticket.request))
+        self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
+
+    def _end(self, ticket: Ticket, event: ev.Event, reason: Reason) -> None:
+        if self.elsewhere is None or not self.elsewhere.end(ticket, reason):
+            self.driver.post(event)
 
     async def _sweep(self) -> None:
         """Cancel requests whose clients have taken nothing for too long; drop sources that nobody needs any more."""
@@ -177,7 +216,7 @@ class Gateway:
             for ticket in list(self.tickets.values()):
                 since_ns = ticket.blocked_since_ns
                 if since_ns is not None and now_ns - since_ns > self._client_stall_ns and ticket.settled is None:
-                    self.driver.post(ev.ClientStalled(ticket.request))
+                    self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
 
     # Effects.
 
@@ -200,9 +239,19 @@ class Gateway:
         self.store.drop_disk(effect)
 
     def _load(self, effect: do.Load) -> None:
+        if self._has_lost(effect.backend):
+            self.driver.post(ev.LoadFailed(effect.load, Fault.NOT_OWNED, LEASE_ENDED))
+            return
         self.backends[effect.backend].load(effect, self.store.lease(effect.packed.key))
 
+    def _has_lost(self, backend: str) -> bool:
+        return self.elsewhere is not None and not self.elsewhere.may_dispatch(backend)
+
     def _dispatch(self, effect: do.Dispatch) -> None:
+        if self._has_lost(effect.backend):
+            text = f"{effect.backend}: {LEASE_ENDED}"
+            self.driver.post(ev.RunFailed(effect.request, effect.attempt, Fault.NOT_OWNED, text))
+            return
         ticket = self.tickets.get(effect.request)
         if ticket is None:  # the client left in this very moment; the core hears of it next
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
@@ -219,7 +268,9 @@ class Gateway:
 
     def _settle(self, effect: do.Settle) -> None:
         ticket = self.tickets.get(effect.request)
-        if ticket is not None:
+        if ticket is None:
+            return
+        if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
             ticket.settle(effect)
 
     def _answer(self, effect: do.Answer) -> None:

@@ -1,0 +1,232 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ForwardRequest(_message.Message):
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    KLASS_FIELD_NUMBER: _ClassVar[int]
+    INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    backend: str
+    adapter: str
+    tenant: str
+    klass: str
+    input_tokens: int
+    output_tokens_max: int
+    deadline_s: float
+    session: str
+    size_bytes: int
+    client_id: str
+    payload: ForwardedPayload
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ...) -> None: ...
+
+class ForwardedPayload(_message.Message):
+    __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt")
+    class FormsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: ForwardedForm
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[ForwardedForm, _Mapping]] = ...) -> None: ...
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    FORMS_FIELD_NUMBER: _ClassVar[int]
+    RAW_FIELD_NUMBER: _ClassVar[int]
+    UNARY_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    kind: str
+    head: ForwardedForm
+    forms: _containers.MessageMap[str, ForwardedForm]
+    raw: bool
+    unary: bool
+    metadata: _containers.RepeatedCompositeFieldContainer[ForwardedMetadata]
+    prompt: str
+    def __init__(self, model: _Optional[str] = ..., kind: _Optional[str] = ..., head: _Optional[_Union[ForwardedForm, _Mapping]] = ..., forms: _Optional[_Mapping[str, ForwardedForm]] = ..., raw: _Optional[bool] = ..., unary: _Optional[bool] = ..., metadata: _Optional[_Iterable[_Union[ForwardedMetadata, _Mapping]]] = ..., prompt: _Optional[str] = ...) -> None: ...
+
+class ForwardedForm(_message.Message):
+    __slots__ = ("grpc", "http")
+    GRPC_FIELD_NUMBER: _ClassVar[int]
+    HTTP_FIELD_NUMBER: _ClassVar[int]
+    grpc: bytes
+    http: ForwardedHttp
+    def __init__(self, grpc: _Optional[bytes] = ..., http: _Optional[_Union[ForwardedHttp, _Mapping]] = ...) -> None: ...
+
+class ForwardedHttp(_message.Message):
+    __slots__ = ("path", "before", "after", "model", "streams")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    before: bytes
+    after: bytes
+    model: str
+    streams: bool
+    def __init__(self, path: _Optional[str] = ..., before: _Optional[bytes] = ..., after: _Optional[bytes] = ..., model: _Optional[str] = ..., streams: _Optional[bool] = ...) -> None: ...
+
+class ForwardedMetadata(_message.Message):
+    __slots__ = ("key", "value")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    value: str
+    def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class ForwardReply(_message.Message):
+    __slots__ = ("origin", "part", "last", "ending")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    origin: ForwardedOrigin
+    part: bytes
+    last: bytes
+    ending: ForwardedEnding
+    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ...) -> None: ...
+
+class ForwardedOrigin(_message.Message):
+    __slots__ = ("backend", "name", "ordinal", "digest", "cache", "queue_ns", "load_ns", "heals")
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ORDINAL_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_NS_FIELD_NUMBER: _ClassVar[int]
+    HEALS_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    name: str
+    ordinal: int
+    digest: str
+    cache: str
+    queue_ns: int
+    load_ns: int
+    heals: int
+    def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
+
+class ForwardedEnding(_message.Message):
+    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRPC_CODE_FIELD_NUMBER: _ClassVar[int]
+    HTTP_STATUS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_BODY_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    retry_after_ns: int
+    name: str
+    version: str
+    output_tokens: int
+    grpc_code: int
+    http_status: int
+    http_body: bytes
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ...) -> None: ...
+
+class AskRequest(_message.Message):
+    __slots__ = ("member", "backend", "purpose", "epoch")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    backend: str
+    purpose: str
+    epoch: int
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., purpose: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class AskReply(_message.Message):
+    __slots__ = ("agreed", "holds", "reaches_redis", "epoch")
+    AGREED_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    REACHES_REDIS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    agreed: bool
+    holds: bool
+    reaches_redis: bool
+    epoch: int
+    def __init__(self, agreed: _Optional[bool] = ..., holds: _Optional[bool] = ..., reaches_redis: _Optional[bool] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class PeersWatchRequest(_message.Message):
+    __slots__ = ("member",)
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    def __init__(self, member: _Optional[str] = ...) -> None: ...
+
+class Board(_message.Message):
+    __slots__ = ("member", "backends", "plan")
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    member: str
+    backends: _containers.RepeatedCompositeFieldContainer[BoardBackend]
+    plan: BoardPlan
+    def __init__(self, member: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BoardBackend, _Mapping]]] = ..., plan: _Optional[_Union[BoardPlan, _Mapping]] = ...) -> None: ...
+
+class BoardBackend(_message.Message):
+    __slots__ = ("backend", "epoch", "state", "in_flight", "backlog_s", "resident", "arrived")
+    class ArrivedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    BACKEND_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_S_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    backend: str
+    epoch: int
+    state: str
+    in_flight: int
+    backlog_s: float
+    resident: _containers.RepeatedScalarFieldContainer[str]
+    arrived: _containers.ScalarMap[str, int]
+    def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., in_flight: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class BoardPlan(_message.Message):
+    __slots__ = ("revision", "hosts")
+    class HostsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: BoardHosts
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[BoardHosts, _Mapping]] = ...) -> None: ...
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    revision: int
+    hosts: _containers.MessageMap[str, BoardHosts]
+    def __init__(self, revision: _Optional[int] = ..., hosts: _Optional[_Mapping[str, BoardHosts]] = ...) -> None: ...
+
+class BoardHosts(_message.Message):
+    __slots__ = ("backends",)
+    BACKENDS_FIELD_NUMBER: _ClassVar[int]
+    backends: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, backends: _Optional[_Iterable[str]] = ...) -> None: ...

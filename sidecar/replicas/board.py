@@ -1,0 +1,76 @@
+"""What is known here of all backends: who owns them, and how they stand, as their owners tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from policies.routing.rendezvous import Rankings
+
+SERVING = "serving"
+STALE_S = 5.0
+"""An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A backend as its owner told of it. `resident` are version ids."""
+
+    owner: str
+    epoch: int
+    state: str = SERVING
+    in_flight: int = 0
+    backlog_s: float = 0.0
+    resident: frozenset[str] = frozenset()
+    heard_s: float = 0.0
+
+
+@dataclass
+class Board:
+    """Standings by backend, and the plan of the member that leads: the backends of each version."""
+
+    standings: dict[str, Standing] = field(default_factory=dict)
+    plan: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    plan_revision: int = 0
+    _rankings: Rankings = field(default_factory=Rankings)
+
+    def heard(self, told: Any, now_s: float) -> None:
+        """Take in all that a member has to tell. The newest epoch says who owns a backend."""
+        self.lost(told.member)
+        for each in told.backends:
+            known = self.standings.get(each.backend)
+            if known is None or each.epoch > known.epoch:
+                self.standings[each.backend] = Standing(
+                    told.member, each.epoch, each.state, each.in_flight, each.backlog_s, frozenset(each.resident), now_s
+                )
+        if told.HasField("plan") and told.plan.revision > self.plan_revision:
+            self.plan = {version: tuple(hosts.backends) for version, hosts in told.plan.hosts.items()}
+            self.plan_revision = told.plan.revision
+
+    def lost(self, member: str) -> None:
+        """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""
+        self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
+
+    def owner_of(self, backend: str) -> str | None:
+        known = self.standings.get(backend)
+        return None if known is None else known.owner
+
+    def pick(self, version: str, backends: Sequence[str], now_s: float) -> str:
+        """Return the backend that a request goes to, one of those that can serve it.
+
+        The plan's, and of several the one with the least backlog. What is not planned goes where it is resident, else
+        by rendezvous hashing, so that all replicas send it to the same place; that may be one without an owner, which
+        will have one soon.
+        """
+        among = [host for host in self.plan.get(version, ()) if host in backends and host in self.standings]
+        if not among:
+            ranked = self._rankings.of(version, tuple(backends))
+            serving = [one for one in ranked if one in self.standings and self.standings[one].state == SERVING]
+            resident = [one for one in serving if version in self.standings[one].resident]
+            return next(iter((*resident, *serving, *ranked)))
+        return min(among, key=lambda host: (self._backlog_s(host, now_s), host))
+
+    def _backlog_s(self, backend: str, now_s: float) -> float:
+        known = self.standings[backend]
+        return known.backlog_s if now_s - known.heard_s < STALE_S else 0.0

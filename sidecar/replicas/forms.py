@@ -1,0 +1,157 @@
+"""A request, its answer and its ending as they travel between two replicas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from sidecar.backends import wire
+from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
+from sidecar.backends.dialects import VLLM
+from sidecar.core.effects import Dispatch, Settle
+from sidecar.core.turn import outcome_of
+from sidecar.core.words import Cache
+from sidecar.errors import Reason
+from sidecar.proto import peers_pb2
+from sidecar.shell.gateway import RequestFacts
+
+CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, client_id: str) -> Any:
+    """Return the message that passes a request on to a backend's owner."""
+    return peers_pb2.ForwardRequest(
+        member=member,
+        backend=backend,
+        adapter=facts.adapter,
+        tenant=facts.tenant,
+        klass=facts.klass,
+        input_tokens=facts.input_tokens,
+        output_tokens_max=facts.output_tokens_max,
+        deadline_s=facts.deadline_s,
+        session=facts.session,
+        size_bytes=facts.size_bytes,
+        client_id=client_id,
+        payload=peers_pb2.ForwardedPayload(
+            model=payload.model,
+            kind=payload.kind,
+            head=_form(payload.head),
+            forms={kind: _form(form) for kind, form in payload.forms.items()},
+            raw=payload.raw,
+            unary=payload.unary,
+            metadata=[peers_pb2.ForwardedMetadata(key=key, value=value) for key, value in payload.metadata],
+            prompt="" if payload.prompt is None else payload.prompt.value,
+        ),
+    )
+
+
+def facts_of(request: Any) -> RequestFacts:
+    """Return what the owner's core must know of a request that was passed on: it may go to that backend only."""
+    return RequestFacts(
+        request.adapter,
+        request.tenant,
+        request.klass,
+        request.input_tokens,
+        request.output_tokens_max,
+        request.deadline_s if request.HasField("deadline_s") else None,
+        request.session,
+        request.size_bytes,
+        (request.backend,),
+    )
+
+
+def payload_of(request: Any) -> Payload:
+    sent = request.payload
+    return Payload(
+        sent.model,
+        _form_of(sent.head),
+        sent.raw,
+        sent.unary,
+        tuple((each.key, each.value) for each in sent.metadata),
+        Prompt(sent.prompt) if sent.prompt else None,
+        sent.kind,
+        {kind: _form_of(form) for kind, form in sent.forms.items()},
+    )
+
+
+def _form(form: Form) -> Any:
+    if isinstance(form, bytes):
+        return peers_pb2.ForwardedForm(grpc=form)
+    return peers_pb2.ForwardedForm(
+        http=peers_pb2.ForwardedHttp(
+            path=form.path, before=form.before, after=form.after, model=form.model, streams=form.streams
+        )
+    )
+
+
+def _form_of(sent: Any) -> Form:
+    if sent.WhichOneof("form") == "grpc":
+        return bytes(sent.grpc)
+    http = sent.http
+    return HttpForm(http.path, http.before, http.after, http.model, http.streams)
+
+
+def origin(dispatch: Dispatch) -> Any:
+    """Return where an answer comes from."""
+    return peers_pb2.ForwardedOrigin(
+        backend=dispatch.backend,
+        name=dispatch.name,
+        ordinal=dispatch.ordinal,
+        digest=dispatch.digest,
+        cache=dispatch.cache.value,
+        queue_ns=dispatch.queue_ns,
+        load_ns=dispatch.load_ns,
+        heals=dispatch.heals,
+    )
+
+
+def dispatch_of(request: int, sent: Any) -> Dispatch:
+    """Return it as a front looks at it; `request` is the receiving replica's own number."""
+    return Dispatch(
+        request, 1, sent.backend, sent.name, sent.digest, sent.ordinal, 0, Cache(sent.cache), sent.queue_ns,
+        sent.load_ns, sent.heals,
+    )  # fmt: skip
+
+
+def part(reply: Reply) -> Any:
+    """Return the message that carries a part of an answer."""
+    return peers_pb2.ForwardReply(last=reply.raw) if reply.final else peers_pb2.ForwardReply(part=reply.raw)
+
+
+def reply_of(raw: bytes, final: bool, kind: str, unary: bool) -> Reply:
+    """Return a part of an answer. What a stream's is made of is read when somebody asks for it."""
+    message = wire.ModelInferResponse.FromString(raw) if unary and kind != VLLM else None
+    return Reply(raw, message, final)
+
+
+def ending(settled: Settle, rejection: Any) -> Any:
+    """Return how a request ended, with the engine's own refusal (`Ticket.rejected_with`) if that was it."""
+    sent = peers_pb2.ForwardedEnding(
+        reason="" if settled.reason is None else settled.reason.value,
+        message=settled.message,
+        retry_after_ns=settled.retry_after_ns,
+        name=settled.name,
+        version=settled.version,
+        output_tokens=settled.output_tokens,
+    )
+    if isinstance(rejection, HttpRejection):
+        sent.http_status, sent.http_body = rejection.status, rejection.body
+    elif isinstance(rejection, grpc.StatusCode):
+        sent.grpc_code = rejection.value[0]
+    return sent
+
+
+def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Settle:
+    reason = Reason(sent.reason) if sent.reason else None
+    return Settle(
+        request, outcome_of(reason), sent.name, facts.tenant, facts.klass, 0, facts.input_tokens, sent.output_tokens,
+        reason, sent.message, backend, sent.version, sent.retry_after_ns if sent.HasField("retry_after_ns") else None,
+    )  # fmt: skip
+
+
+def rejection_of(sent: Any) -> grpc.StatusCode | HttpRejection | None:
+    """Return an engine's own refusal, if the request ended with one."""
+    if sent.HasField("http_status"):
+        return HttpRejection(sent.http_status, sent.http_body)
+    return CODES[sent.grpc_code] if sent.HasField("grpc_code") else None

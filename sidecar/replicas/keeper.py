@@ -1,0 +1,230 @@
+"""Acts for `sidecar.ownership`: beats and leases in Redis, questions to other members, and the core that is told.
+
+One step at a time on the event loop; what has to be waited for is a task, whose outcome is the next event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable, Coroutine
+from time import monotonic_ns
+from typing import Any, Protocol
+
+from sidecar.core import events as core_events
+from sidecar.errors import Refused
+from sidecar.ownership import effects as do
+from sidecar.ownership import events as ev
+from sidecar.ownership.ownership import Ownership
+from sidecar.ownership.words import Purpose, Why
+from sidecar.proto import peers_pb2
+from sidecar.replicas.peers import Peers
+
+logger = logging.getLogger(__name__)
+
+IN_FLIGHT_LOOK_S = 0.05
+WITH_WORK = (Why.MOVED, Why.DRAINING)
+"""Why a backend is given up that is held until what runs there has ended."""
+
+
+class Leases(Protocol):
+    """Members and leases where all replicas see them. Every method raises Refused(STATE_UNAVAILABLE) while it is away.
+
+    `beat` returns what is known, and the address of each live member.
+    """
+
+    async def beat(self, effect: do.SendBeat) -> tuple[ev.BeatAnswered, dict[str, str]]: ...
+
+    async def leave(self, effect: do.SendLeave) -> None: ...
+
+    async def acquire(self, effect: do.SendAcquire) -> ev.LeaseAnswered: ...
+
+    async def renew(self, effect: do.SendRenew) -> ev.LeaseAnswered: ...
+
+    async def release(self, effect: do.SendRelease) -> None: ...
+
+
+class Keeper:
+    """What one replica owns.
+
+    `tell` gives the core an event, `in_flight` says what it has at a backend's engine, `changed` is called when there
+    is something new to tell the others.
+    """
+
+    def __init__(
+        self,
+        ownership: Ownership,
+        leases: Leases,
+        peers: Peers,
+        tell: Callable[[core_events.Event], None],
+        in_flight: Callable[[str], int],
+        changed: Callable[[], None],
+    ) -> None:
+        self.changes = {"taken": 0, "given_up": 0}
+        self._ownership = ownership
+        self._leases = leases
+        self._peers = peers
+        self._tell = tell
+        self._in_flight = in_flight
+        self._changed = changed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._asked: dict[int, asyncio.Future[do.Answer]] = {}
+        self._numbers = itertools.count(1)
+        self._left = asyncio.Event()
+
+    def start(self) -> None:
+        self._step(ev.Tick())
+
+    def may_dispatch(self, backend: str) -> bool:
+        """Whether a request may be sent to a backend in this very moment."""
+        return self._ownership.may_dispatch(backend, monotonic_ns()) is not None
+
+    async def answer(self, request: Any) -> Any:
+        """Answer what another member asks about a backend."""
+        number = next(self._numbers)
+        future: asyncio.Future[do.Answer] = asyncio.get_running_loop().create_future()
+        self._asked[number] = future
+        try:
+            self._step(ev.AskReceived(number, request.member, request.backend, Purpose[request.purpose], request.epoch))
+            told = await future
+        finally:
+            del self._asked[number]
+        return peers_pb2.AskReply(
+            agreed=told.agreed, holds=told.holds, reaches_redis=told.reaches_redis, epoch=told.epoch
+        )
+
+    async def drain(self) -> None:
+        """Give up everything, one backend after the other as its work ends, and leave."""
+        self._step(ev.DrainBegun())
+        await self._left.wait()
+
+    async def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # Steps.
+
+    def _step(self, event: ev.Event) -> None:
+        for effect in self._ownership.step(event, monotonic_ns()):
+            _EFFECTS[type(effect)](self, effect)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _wake_at(self, effect: do.WakeAt) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0, effect.at_ns - monotonic_ns()) / 1e9 + 0.0005  # past the point, whatever the timer's grain
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._step, ev.Tick())
+
+    # Redis.
+
+    def _send_beat(self, effect: do.SendBeat) -> None:
+        self._later(self._beat(effect))
+
+    async def _beat(self, effect: do.SendBeat) -> None:
+        try:
+            answered, addresses = await self._leases.beat(effect)
+        except Refused as refused:
+            logger.info("no beat: %s", refused.message)
+            self._step(ev.BeatFailed(effect.number))
+            return
+        addresses.pop(effect.member.id, None)
+        self._peers.are(addresses)
+        self._step(answered)
+
+    def _send_acquire(self, effect: do.SendAcquire) -> None:
+        self._later(self._lease(effect.number, self._leases.acquire(effect)))
+
+    def _send_renew(self, effect: do.SendRenew) -> None:
+        self._later(self._lease(effect.number, self._leases.renew(effect)))
+
+    async def _lease(self, number: int, call: Coroutine[Any, Any, ev.LeaseAnswered]) -> None:
+        try:
+            answered = await call
+        except Refused as refused:
+            logger.info("no lease: %s", refused.message)
+            self._step(ev.LeaseFailed(number))
+        else:
+            self._step(answered)
+
+    def _send_release(self, effect: do.SendRelease) -> None:
+        self._later(self._unanswered(self._leases.release(effect)))
+
+    def _send_leave(self, effect: do.SendLeave) -> None:
+        self._later(self._leave(effect))
+
+    async def _leave(self, effect: do.SendLeave) -> None:
+        await self._unanswered(self._leases.leave(effect))
+        self._left.set()
+
+    async def _unanswered(self, call: Coroutine[Any, Any, None]) -> None:
+        try:
+            await call
+        except Refused as refused:
+            logger.info("not told to Redis, where it ends by itself: %s", refused.message)
+
+    # Other members.
+
+    def _send_ask(self, effect: do.SendAsk) -> None:
+        self._later(self._ask(effect))
+
+    async def _ask(self, effect: do.SendAsk) -> None:
+        request = peers_pb2.AskRequest(
+            member=self._ownership.know.member.id,
+            backend=effect.backend,
+            purpose=effect.purpose.name,
+            epoch=effect.epoch,
+        )
+        reply = await self._peers.ask(effect.to, request)
+        if reply is not None:
+            self._step(
+                ev.AskAnswered(effect.number, effect.to, reply.agreed, reply.holds, reply.reaches_redis, reply.epoch)
+            )
+
+    def _answer(self, effect: do.Answer) -> None:
+        future = self._asked.get(effect.number)
+        if future is not None and not future.done():
+            future.set_result(effect)
+
+    # The core.
+
+    def _own(self, effect: do.Own) -> None:
+        logger.info("%s is ours under epoch %d", effect.backend, effect.epoch)
+        self.changes["taken"] += 1
+        self._tell(core_events.BackendTaken(effect.backend, effect.epoch))
+        self._changed()
+
+    def _disown(self, effect: do.Disown) -> None:
+        logger.info("%s is given up: %s", effect.backend, effect.why.value)
+        self.changes["given_up"] += 1
+        self._tell(core_events.BackendGivenUp(effect.backend, effect.why.value))
+        self._changed()
+        if effect.why in WITH_WORK:
+            self._later(self._until_idle(effect.backend))
+
+    async def _until_idle(self, backend: str) -> None:
+        while self._in_flight(backend):
+            await asyncio.sleep(IN_FLIGHT_LOOK_S)
+        self._step(ev.InFlightEnded(backend))
+
+
+_EFFECTS: dict[type, Callable[[Keeper, Any], None]] = {
+    do.SendBeat: Keeper._send_beat,
+    do.SendLeave: Keeper._send_leave,
+    do.SendAcquire: Keeper._send_acquire,
+    do.SendRenew: Keeper._send_renew,
+    do.SendRelease: Keeper._send_release,
+    do.SendAsk: Keeper._send_ask,
+    do.Answer: Keeper._answer,
+    do.Own: Keeper._own,
+    do.Disown: Keeper._disown,
+    do.WakeAt: Keeper._wake_at,
+}

@@ -1,0 +1,122 @@
+"""This process as one of several replicas: the parts put together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from time import monotonic
+from typing import Any
+
+import grpc.aio
+
+from sidecar.core import promising
+from sidecar.core.state import Backend
+from sidecar.core.words import Phase
+from sidecar.ownership.facts import Bounds, Member
+from sidecar.ownership.ownership import Ownership
+from sidecar.proto import peers_pb2, peers_pb2_grpc
+from sidecar.replicas.board import SERVING, Board
+from sidecar.replicas.keeper import Keeper, Leases
+from sidecar.replicas.peers import Peers
+from sidecar.replicas.router import Router
+from sidecar.replicas.service import PeersService
+from sidecar.shell.gateway import Gateway
+
+TELL_S = 1.0
+
+
+class Replica:
+    """One of several replicas.
+
+    `backends` names for each backend the replica that it belongs to, "" for any; `jitter` in [0, 1) spreads the times
+    at which replicas do things.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        member: Member,
+        backends: Mapping[str, str],
+        leases: Leases,
+        bounds: Bounds,
+        jitter: float,
+        open_channel: Callable[[str], grpc.aio.Channel],
+    ) -> None:
+        self.member = member
+        self.board = Board()
+        self.peers = Peers(member.id, self.board, open_channel)
+        ownership = Ownership(member, backends, bounds, jitter)
+        self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.step, self._in_flight, self._changed)
+        self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
+        gateway.elsewhere = self.router
+        self._gateway = gateway
+        self._watchers: set[asyncio.Event] = set()
+        self._telling: asyncio.Task[None] | None = None
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the other replicas."""
+        service = PeersService(self._gateway, self._told, self.keeper.answer)
+        peers_pb2_grpc.add_PeersServicer_to_server(service, server)
+
+    def start(self) -> None:
+        """Be one of the members, and own what falls to this one."""
+        self._telling = asyncio.create_task(self._tell_now_and_then())
+        self.keeper.start()
+
+    async def drain(self) -> None:
+        """Give up all backends as their work ends, and leave."""
+        await self.keeper.drain()
+
+    async def stop(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+        await self.keeper.stop()
+        await self.peers.close()
+
+    # What the others are told.
+
+    async def _told(self) -> AsyncIterator[Any]:
+        """Yield the whole of what there is to tell, now and whenever it has changed."""
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                yield self._own_board()
+                await changed.wait()
+                changed.clear()
+        finally:
+            self._watchers.discard(changed)
+
+    async def _tell_now_and_then(self) -> None:
+        while True:
+            self._changed()
+            await asyncio.sleep(TELL_S)
+
+    def _changed(self) -> None:
+        self.board.heard(self._own_board(), monotonic())
+        for changed in self._watchers:
+            changed.set()
+
+    def _own_board(self) -> Any:
+        state = self._gateway.state
+        owned = [backend for backend in state.backends.values() if backend.owned]
+        return peers_pb2.Board(member=self.member.id, backends=[self._standing(backend) for backend in owned])
+
+    def _standing(self, backend: Backend) -> Any:
+        return peers_pb2.BoardBackend(
+            backend=backend.id,
+            epoch=backend.epoch,
+            state=_state_of(backend),
+            in_flight=backend.in_flight,
+            backlog_s=promising.wait_ns(self._gateway.state, backend) / 1e9,
+            resident=list(backend.shadow.host.held),
+        )
+
+    def _in_flight(self, backend: str) -> int:
+        return self._gateway.state.backends[backend].in_flight
+
+
+def _state_of(backend: Backend) -> str:
+    if backend.phase is not Phase.UP:
+        return "down"
+    return "draining" if backend.draining else SERVING

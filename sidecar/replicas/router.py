@@ -1,0 +1,146 @@
+"""Where each request of this replica goes: to its own core, or to the replica that owns the backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Any
+
+from sidecar.backends.api import Ticket
+from sidecar.core import admission
+from sidecar.errors import Reason, Refused
+from sidecar.replicas.board import Board
+from sidecar.replicas.forwarding import Forward, ended
+from sidecar.shell.gateway import Gateway, RequestFacts
+
+AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
+"""Between two looks for an owner, growing."""
+MESSAGES = {
+    Reason.CANCELLED: "the client cancelled the request or went away",
+    Reason.CLIENT_STALLED: "the client took no message for longer than client_stall_s",
+}
+
+
+@dataclass
+class Trip:
+    """A request on its way: until when an owner is looked for, and when it came."""
+
+    facts: RequestFacts
+    came_s: float
+    until_s: float
+    task: asyncio.Task[None] | None = None
+    why: str = "no replica owns it at the moment"
+    reroutes: int = 0
+
+    def facts_now(self, backend: str, now_s: float) -> RequestFacts:
+        """Return the request as it is to be submitted now: for one backend, with what is left of its time."""
+        left_s = self.facts.deadline_s
+        return replace(
+            self.facts, only=(backend,), deadline_s=None if left_s is None else max(0.0, self.came_s + left_s - now_s)
+        )
+
+
+class Router:
+    """Sees to the requests of one replica among several (`shell.gateway.Elsewhere`).
+
+    `peer` returns a member's stub, None for one that is not known; `may_dispatch` says whether a backend's lease holds
+    in this very moment.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        board: Board,
+        member: str,
+        peer: Callable[[str], Any],
+        may_dispatch: Callable[[str], bool],
+    ) -> None:
+        self.may_dispatch = may_dispatch
+        self.forwards = 0
+        self.reroutes = 0
+        self._gateway = gateway
+        self._board = board
+        self._member = member
+        self._peer = peer
+
+    def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """Send a request where it belongs. What names nothing that there is goes to our own core, which says so."""
+        now_s = monotonic()
+        classes = self._gateway.state.config.classes
+        patience_s = classes[facts.klass].queue_wait_ns_max / 1e9 if facts.klass in classes else 0.0
+        if facts.deadline_s is not None:
+            patience_s = min(patience_s, facts.deadline_s)
+        trip = Trip(facts, now_s, now_s + patience_s)
+        backend = self._pick(facts)
+        if backend is None:
+            self._gateway.admit(ticket, facts)
+        elif self._board.owner_of(backend) == self._member:
+            ticket.trip = trip
+            self._gateway.admit(ticket, trip.facts_now(backend, now_s))
+        else:
+            ticket.trip = trip
+            self._carry(ticket, trip)
+
+    def given_back(self, ticket: Ticket) -> bool:
+        if ticket.trip is None:
+            return False
+        ticket.dispatch = None
+        self._carry(ticket, ticket.trip)
+        return True
+
+    def end(self, ticket: Ticket, reason: Reason) -> bool:
+        trip: Trip | None = ticket.trip
+        if trip is None or trip.task is None:
+            return False
+        trip.task.cancel()
+        if ticket.settled is None:
+            ticket.settle(ended(ticket.request, trip.facts, reason, MESSAGES[reason]))
+        return True
+
+    def _carry(self, ticket: Ticket, trip: Trip) -> None:
+        trip.task = asyncio.create_task(self._until_answered(ticket, trip))
+
+    async def _until_answered(self, ticket: Ticket, trip: Trip) -> None:
+        """Give a request to one owner after the other until one keeps it, or there is no more time."""
+        pause_s = AGAIN_S
+        while True:
+            backend = self._pick(trip.facts)
+            owner = None if backend is None else self._board.owner_of(backend)
+            if backend is None or owner == self._member:
+                self._admit_again(ticket, trip, backend)
+                return
+            stub = None if owner is None else self._peer(owner)
+            if owner is not None and stub is not None:
+                self.forwards += 1
+                forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
+                given = await forward.run(stub, self._member)
+                if given is None:
+                    return
+                trip.why = given.why
+                self.reroutes += 1
+            if monotonic() >= trip.until_s:
+                break
+            await asyncio.sleep(min(pause_s, max(0.0, trip.until_s - monotonic())))
+            pause_s = min(AGAIN_S_MAX, 2 * pause_s)
+        message = f"{backend}: {trip.why}; send the request again"
+        ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
+
+    def _admit_again(self, ticket: Ticket, trip: Trip, backend: str | None) -> None:
+        """It is ours after all."""
+        trip.task = None
+        facts = trip.facts if backend is None else trip.facts_now(backend, monotonic())
+        try:
+            self._gateway.admit_again(ticket, facts)
+        except Refused as refused:
+            ticket.settle(ended(ticket.request, trip.facts, refused.reason, refused.message))
+
+    def _pick(self, facts: RequestFacts) -> str | None:
+        """Return the backend that a request is for; None where our own core knows why it has none."""
+        try:
+            version, places = admission.places(self._gateway.state, facts.received(0, None))
+        except Refused:
+            return None
+        backends = [place.id for place in places]
+        return self._board.pick(version, backends, monotonic()) if backends else None
