@@ -186,7 +186,7 @@ class Board(_message.Message):
     def __init__(self, member: _Optional[str] = ..., backends: _Optional[_Iterable[_Union[BoardBackend, _Mapping]]] = ..., plan: _Optional[_Union[BoardPlan, _Mapping]] = ...) -> None: ...
 
 class BoardBackend(_message.Message):
-    __slots__ = ("backend", "epoch", "state", "in_flight", "backlog_s", "resident", "arrived")
+    __slots__ = ("backend", "epoch", "state", "running", "queued", "backlog_s", "resident", "arrived", "seats", "pages", "work_tokens", "tokens_per_s")
     class ArrivedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -197,18 +197,28 @@ class BoardBackend(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
-    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
     BACKLOG_S_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     ARRIVED_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    WORK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     backend: str
     epoch: int
     state: str
-    in_flight: int
+    running: int
+    queued: int
     backlog_s: float
     resident: _containers.RepeatedScalarFieldContainer[str]
     arrived: _containers.ScalarMap[str, int]
-    def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., in_flight: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    seats: int
+    pages: int
+    work_tokens: int
+    tokens_per_s: float
+    def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ..., seats: _Optional[int] = ..., pages: _Optional[int] = ..., work_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class BoardPlan(_message.Message):
     __slots__ = ("revision", "hosts")

@@ -15,15 +15,39 @@ STALE_S = 5.0
 
 @dataclass(frozen=True)
 class Standing:
-    """A backend as its owner told of it. `resident` are version ids."""
+    """A backend as its owner told of it. `resident` are version ids; `arrived` counts requests by version, of late."""
 
     owner: str
     epoch: int
     state: str = SERVING
-    in_flight: int = 0
+    running: int = 0
+    queued: int = 0
     backlog_s: float = 0.0
     resident: frozenset[str] = frozenset()
+    arrived: Mapping[str, int] = field(default_factory=dict)
+    seats: int = 1
+    pages: int | None = None
+    work_tokens: int = 0
+    tokens_per_s: float = 0.0
     heard_s: float = 0.0
+
+    @classmethod
+    def of(cls, owner: str, told: Any, now_s: float) -> Standing:
+        return cls(
+            owner,
+            told.epoch,
+            told.state,
+            told.running,
+            told.queued,
+            told.backlog_s,
+            frozenset(told.resident),
+            dict(told.arrived),
+            told.seats,
+            told.pages if told.HasField("pages") else None,
+            told.work_tokens,
+            told.tokens_per_s,
+            now_s,
+        )
 
 
 @dataclass
@@ -41,9 +65,7 @@ class Board:
         for each in told.backends:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
-                self.standings[each.backend] = Standing(
-                    told.member, each.epoch, each.state, each.in_flight, each.backlog_s, frozenset(each.resident), now_s
-                )
+                self.standings[each.backend] = Standing.of(told.member, each, now_s)
         if told.HasField("plan") and told.plan.revision > self.plan_revision:
             self.plan = {version: tuple(hosts.backends) for version, hosts in told.plan.hosts.items()}
             self.plan_revision = told.plan.revision

@@ -16,6 +16,7 @@ from sidecar.core import events as core_events
 from sidecar.errors import Refused
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
+from sidecar.ownership.facts import LEADER
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.words import Purpose, Why
 from sidecar.proto import peers_pb2
@@ -61,6 +62,8 @@ class Keeper:
         in_flight: Callable[[str], int],
         changed: Callable[[], None],
     ) -> None:
+        self.leads_since: int | None = None
+        """The epoch under which this replica leads, None while another one does."""
         self.changes = {"taken": 0, "given_up": 0}
         self._ownership = ownership
         self._leases = leases
@@ -197,12 +200,20 @@ class Keeper:
     # The core.
 
     def _own(self, effect: do.Own) -> None:
+        if effect.backend == LEADER:
+            self.leads_since = effect.epoch
+            return
         logger.info("%s is ours under epoch %d", effect.backend, effect.epoch)
         self.changes["taken"] += 1
         self._tell(core_events.BackendTaken(effect.backend, effect.epoch))
         self._changed()
 
     def _disown(self, effect: do.Disown) -> None:
+        if effect.backend == LEADER:
+            self.leads_since = None
+            if effect.why in WITH_WORK:
+                self._later(self._until_idle(LEADER))
+            return
         logger.info("%s is given up: %s", effect.backend, effect.why.value)
         self.changes["given_up"] += 1
         self._tell(core_events.BackendGivenUp(effect.backend, effect.why.value))
@@ -211,7 +222,7 @@ class Keeper:
             self._later(self._until_idle(effect.backend))
 
     async def _until_idle(self, backend: str) -> None:
-        while self._in_flight(backend):
+        while backend != LEADER and self._in_flight(backend):
             await asyncio.sleep(IN_FLIGHT_LOOK_S)
         self._step(ev.InFlightEnded(backend))
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from time import monotonic
+from time import monotonic, monotonic_ns
 from typing import Any
 
 import grpc.aio
 
-from sidecar.core import promising
-from sidecar.core.state import Backend
+from policies.views import BASE, Routing
+from sidecar.core import asks, promising
+from sidecar.core.offers import candidate
+from sidecar.core.state import Backend, State
 from sidecar.core.words import Phase
-from sidecar.ownership.facts import Bounds, Member
+from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
+from sidecar.replicas.arrivals import Arrivals
 from sidecar.replicas.board import SERVING, Board
 from sidecar.replicas.keeper import Keeper, Leases
 from sidecar.replicas.peers import Peers
+from sidecar.replicas.planner import Planner
 from sidecar.replicas.router import Router
 from sidecar.replicas.service import PeersService
 from sidecar.shell.gateway import Gateway
@@ -29,7 +33,7 @@ class Replica:
     """One of several replicas.
 
     `backends` names for each backend the replica that it belongs to, "" for any; `jitter` in [0, 1) spreads the times
-    at which replicas do things.
+    at which replicas do things. `routing` makes the policy that the leader plans with.
     """
 
     def __init__(
@@ -41,15 +45,22 @@ class Replica:
         bounds: Bounds,
         jitter: float,
         open_channel: Callable[[str], grpc.aio.Channel],
+        routing: Callable[[], Routing],
     ) -> None:
         self.member = member
         self.board = Board()
         self.peers = Peers(member.id, self.board, open_channel)
-        ownership = Ownership(member, backends, bounds, jitter)
+        ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
         self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.step, self._in_flight, self._changed)
         self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
         gateway.elsewhere = self.router
         self._gateway = gateway
+        self._routing = routing
+        self._planner: Planner | None = None
+        self._plan: Any = None
+        self._plans = 0
+        self._arrivals = Arrivals(gateway.state)
+        gateway.observe(self._arrivals)
         self._watchers: set[asyncio.Event] = set()
         self._telling: asyncio.Task[None] | None = None
 
@@ -89,6 +100,8 @@ class Replica:
 
     async def _tell_now_and_then(self) -> None:
         while True:
+            self._arrivals.next_second()
+            self._make_plan()
             self._changed()
             await asyncio.sleep(TELL_S)
 
@@ -99,21 +112,55 @@ class Replica:
 
     def _own_board(self) -> Any:
         state = self._gateway.state
-        owned = [backend for backend in state.backends.values() if backend.owned]
-        return peers_pb2.Board(member=self.member.id, backends=[self._standing(backend) for backend in owned])
+        told = peers_pb2.Board(
+            member=self.member.id,
+            backends=[
+                standing(state, backend, self._arrivals.of(backend.id))
+                for backend in state.backends.values()
+                if backend.owned
+            ],
+        )
+        if self._plan is not None:
+            told.plan.CopyFrom(self._plan)
+        return told
 
-    def _standing(self, backend: Backend) -> Any:
-        return peers_pb2.BoardBackend(
-            backend=backend.id,
-            epoch=backend.epoch,
-            state=_state_of(backend),
-            in_flight=backend.in_flight,
-            backlog_s=promising.wait_ns(self._gateway.state, backend) / 1e9,
-            resident=list(backend.shadow.host.held),
+    def _make_plan(self) -> None:
+        """Plan for all while this replica leads."""
+        epoch = self.keeper.leads_since
+        if epoch is None:
+            self._planner = self._plan = None
+            return
+        if self._planner is None:
+            self._planner = Planner(self._gateway.state, self._routing())
+        self._plans += 1
+        hosts = self._planner.plan(self.board.standings, monotonic_ns())
+        self._plan = peers_pb2.BoardPlan(
+            revision=(epoch << 24) + self._plans,
+            hosts={version: peers_pb2.BoardHosts(backends=found) for version, found in hosts.items()},
         )
 
     def _in_flight(self, backend: str) -> int:
         return self._gateway.state.backends[backend].in_flight
+
+
+def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
+    """Return what is told of a backend that this replica owns."""
+    seen = candidate(state, backend, BASE)
+    known = backend.facts.device_pages is not None or backend.pages_learned is not None
+    return peers_pb2.BoardBackend(
+        backend=backend.id,
+        epoch=backend.epoch,
+        state=_state_of(backend),
+        running=seen.running,
+        queued=seen.queued,
+        backlog_s=promising.wait_ns(state, backend) / 1e9,
+        resident=list(backend.shadow.host.held),
+        arrived=arrived,
+        seats=seen.seats,
+        pages=asks.page_limit(backend) if known else None,
+        work_tokens=seen.work_tokens,
+        tokens_per_s=seen.tokens_per_s,
+    )
 
 
 def _state_of(backend: Backend) -> str:

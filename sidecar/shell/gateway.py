@@ -141,7 +141,7 @@ class Gateway:
                 self.driver.step(ev.DiskHolds(key, version_of_key(key), size_bytes))
         for backend, facts in backends:
             self.backends[backend.id] = backend
-            self.driver.step(ev.BackendAdded(backend.id, facts))
+            self.driver.step(ev.BackendAdded(backend.id, facts, owned=self.elsewhere is None))
         for backend, _ in backends:
             await backend.start(self.driver.post)
         self._sweeper = asyncio.create_task(self._sweep())

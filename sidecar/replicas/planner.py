@@ -1,0 +1,108 @@
+"""Where each version is to live, decided for all replicas by the one that leads: with the routing policy in use.
+
+The policy is asked about the requests that all owners have told of, a sample of each version's, as if it stood in front
+of the whole pool; where it sends them is the plan. So one policy routes, whether there is one replica or several, and
+replicas that are asked at random send a version to the same place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from policies.views import BASE, Candidate, Routing, Waiting
+from sidecar.core import asks
+from sidecar.core.state import State
+from sidecar.replicas.board import SERVING, Standing
+
+WINDOW_S = 10
+"""Of how many seconds owners tell the requests."""
+PICKS_MAX = 16
+"""Requests of one version that the policy is asked about at a time."""
+
+
+class Planner:
+    """Plans for as long as this replica leads; a new leader begins with what is resident where."""
+
+    def __init__(self, state: State, routing: Routing) -> None:
+        self._state = state
+        self._routing = routing
+        self._requests = 0
+
+    def plan(self, standings: Mapping[str, Standing], now_ns: int) -> dict[str, tuple[str, ...]]:
+        """Return the backends of each version that was asked for of late."""
+        arrived: dict[str, int] = {}
+        for known in standings.values():
+            for version, count in known.arrived.items():
+                arrived[version] = arrived.get(version, 0) + count
+        hosts = {}
+        for version in sorted(arrived, key=lambda each: (-arrived[each], each)):
+            if version != BASE and version in self._state.versions:
+                hosts[version] = self._hosts(version, arrived[version], standings, now_ns)
+        return {version: found for version, found in hosts.items() if found}
+
+    def _hosts(self, version: str, arrived: int, standings: Mapping[str, Standing], now_ns: int) -> tuple[str, ...]:
+        serving = tuple(
+            backend.id
+            for backend in asks.servers_of(self._state, version)
+            if backend.id in standings and standings[backend.id].state == SERVING
+        )
+        if not serving:
+            return ()
+        offered = _Offered(self._state, version, serving, standings)
+        found: dict[str, None] = {}
+        for _ in range(min(PICKS_MAX, math.ceil(arrived / WINDOW_S))):
+            found[self._routing.pick(self._asked(version, now_ns), offered, now_ns).backend] = None
+        return tuple(found)
+
+    def _asked(self, version: str, now_ns: int) -> Waiting:
+        self._requests += 1
+        tokens = self._state.config.output_tokens_assumed
+        return Waiting(self._requests, version, "", "", "default", now_ns, tokens, tokens)
+
+
+@dataclass(frozen=True)
+class _Offered:
+    """The backends of all replicas, as their owners told of them (`policies.views.Candidates`)."""
+
+    state: State
+    version: str
+    backends: tuple[str, ...]
+    standings: Mapping[str, Standing]
+
+    @property
+    def in_flight(self) -> int:
+        return sum(known.running + known.queued for known in self.standings.values())
+
+    @property
+    def rank(self) -> int:
+        return self.state.versions[self.version].adapter.rank_max
+
+    def __getitem__(self, backend: str) -> Candidate:
+        if backend not in self.backends:
+            raise KeyError(backend)
+        known = self.standings[backend]
+        pages = max(1, self.state.packed_for(self.version, self.state.backends[backend]).pages)
+        is_resident = self.version in known.resident
+        return Candidate(
+            backend=backend,
+            resident=is_resident,
+            open=is_resident,
+            awaited=is_resident,
+            held=len(known.resident),
+            running=known.running,
+            queued=known.queued,
+            seats=known.seats,
+            slots=None if known.pages is None else known.pages // pages,
+            slots_free=None if known.pages is None else max(0, known.pages // pages - len(known.resident)),
+            pages=pages,
+            work_tokens=known.work_tokens,
+            tokens_per_s=known.tokens_per_s,
+        )
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (self[backend] for backend in self.backends)
+
+    def __len__(self) -> int:
+        return len(self.backends)
