@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from sidecar.ownership import answering, keeping
 from sidecar.ownership import effects as do
+from sidecar.ownership import keeping
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.slots import Hold
 from sidecar.ownership.turn import Turn
-from sidecar.ownership.words import Purpose
 from tests.sim.ownership import redis
 from tests.sim.ownership.redis import Record, Redis
 from tests.sim.ownership.scenario import KINDS, draw
@@ -141,13 +140,3 @@ def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told = _fails()
     assert told, f"nobody noticed: {name}"
     assert "the last steps" in told
-
-
-def test_agreeing_without_pledging_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members that let an owner go on and acquire all the same."""
-
-    def agree(turn: Turn, event: Any) -> bool:
-        return not turn.know.reaches_redis
-
-    monkeypatch.setitem(answering.ANSWERS, Purpose.GO_ON, agree)
-    assert _fails()

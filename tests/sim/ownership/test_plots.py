@@ -8,6 +8,8 @@ import pytest
 
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import SECOND_NS, Bounds
+from sidecar.ownership.turn import Turn
+from tests.sim.ownership.checks import Violation
 from tests.sim.ownership.process import Process
 from tests.sim.ownership.redis import Data
 from tests.sim.ownership.scenario import Scenario
@@ -113,6 +115,35 @@ def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
     assert all(
         (after or 0) > (before or 0) for before, after in zip(epochs.values(), _epochs(world).values(), strict=True)
     )
+
+
+def _let_one_back(world: World) -> tuple[Process, Process]:
+    """Have an owner go on by the other's pledge when that one reaches Redis again; return both."""
+    owner = _named(world, _owners(world)["engine-0"])
+    (other,) = [each for each in world.living() if each is not owner]
+    _cut(world, [owner], "redis", seconds=6 * LEASE_S)
+    _cut(world, [other], "redis", seconds=2 * LEASE_S)
+    _run(world, 1.9 * LEASE_S)
+    assert world.checks.owner("engine-0") == owner.member.name
+    assert world.counts["dispatched on pledges"]
+    return owner, other
+
+
+def test_a_pledge_is_kept_when_redis_is_back() -> None:
+    """Who reaches Redis first takes over what it pledged no sooner than the owner must have stopped."""
+    world = _world(members=2)
+    _, other = _let_one_back(world)
+    took_s = _until(world, lambda: other.owns("engine-0") is not None, LEASE_S + 2)
+    assert took_s > LEASE_S / 3
+
+
+def test_a_pledge_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Agreeing without pledging ends with two owners, and the checks see it."""
+    monkeypatch.setattr(Turn, "pledge", lambda turn, backend, to: None)
+    world = _world(members=2)
+    _let_one_back(world)
+    with pytest.raises(Violation, match="may be dispatched to by"):
+        _run(world, LEASE_S)
 
 
 def test_who_alone_does_not_reach_redis_stops() -> None:
