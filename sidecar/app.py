@@ -7,7 +7,10 @@ import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from random import random
+from secrets import token_hex
+from socket import gethostname
+from typing import IO, TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -19,10 +22,10 @@ from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
-from sidecar.backends.credentials import read_pem
+from sidecar.backends.credentials import open_channel, read_pem
 from sidecar.backends.loads import LoaderProcess
 from sidecar.config import Backend as BackendConfig
-from sidecar.config import Config, Listener
+from sidecar.config import Config, Listener, Replicas
 from sidecar.errors import Invalid, Misused, Reason, Refused
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
@@ -34,8 +37,10 @@ from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.ownership.facts import Bounds, Member
 from sidecar.pool import base_models, make_backends, shared_memory_for, stagings_of
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.replicas.replica import Replica
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.journal import Journal
@@ -43,6 +48,9 @@ from sidecar.shell.metrics import Metrics
 from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
+
+if TYPE_CHECKING:
+    from sidecar.state.redis.link import Link
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,10 @@ class Sidecar:
         self._loader = LoaderProcess()
         self._reconciling: asyncio.Task[None] | None = None
         data = self._data_directory()
-        self.registry = _registry(config, data)
+        self._link = None if config.state.url is None else _link(config)
+        self._member = _member(config.replicas)
+        self.registry = self._registry(data)
+        self.replica: Replica | None = None
         core = config.core()
         self._memory = shared_memory_for(config)
         self.gateway = Gateway(
@@ -102,6 +113,16 @@ class Sidecar:
         data = Path(self.config.data_directory).expanduser().resolve()
         self._lock = lock_data_directory(data)
         return data
+
+    def _registry(self, data: Path | None) -> Registry:
+        """Return the registry: in the Redis that is named, else in the data directory, else in memory only."""
+        if self._link is None:
+            return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
+        from sidecar.state.redis.registry import RedisRegistry
+
+        replicas, state = self.config.replicas, self.config.state
+        ttl_s = state.member_ttl_s if replicas.address is None else replicas.lease_s
+        return RedisRegistry(self._link, "" if replicas.address is None else self._member.id, ttl_s)
 
     def _tell_of_another_registry(self) -> None:
         """Say where names from before are when there are none in the Redis: they do not move by themselves."""
@@ -144,7 +165,11 @@ class Sidecar:
         await self.registry.start()
         if self.config.state.url is not None:
             self._tell_of_another_registry()
+        if self.config.replicas.address is not None:
+            self._join(self.config.replicas)
         await self.gateway.start(backends)
+        if self.replica is not None:
+            self.replica.start()
         if not backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
         served = _served_folders(self.config.adapters.serve)
@@ -152,6 +177,31 @@ class Sidecar:
             await self._register_served(path)
         self._reconciling = asyncio.create_task(self._reconcile(served))
         await self._listen()
+
+    def _join(self, wanted: Replicas) -> None:
+        """Listen to the other replicas, and be one of them."""
+        from sidecar.replicas.leases import RedisLeases
+        from sidecar.state.redis.members import RedisMembers
+
+        assert self._link is not None
+        server = self._server([])
+        address = _bind(server, wanted.listener, "replicas")
+        here = wanted.advertise or f"{gethostname()}:{address.rpartition(':')[2]}"
+        bounds = Bounds(ttl_ns=int(wanted.lease_s * 1e9))
+        leases = RedisLeases(RedisMembers(self._link, bounds), self._member, here, lambda: self.registry.last_change)
+        tls = None if wanted.tls is None else wanted.tls.model_dump(exclude_none=True)
+        policies = plugins.policies_of(self.config.core())
+        self.replica = Replica(
+            self.gateway,
+            self._member,
+            {backend.identity: "" for backend in self.config.backends},
+            leases,
+            bounds,
+            random(),
+            lambda to: open_channel(to, tls),
+            policies.routing,
+        )
+        self.replica.add_to(server)
 
     async def _register_served(self, path: Path) -> None:
         """Register a PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
@@ -236,7 +286,10 @@ class Sidecar:
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
+                giving_up = None if self.replica is None else asyncio.create_task(self.replica.drain())
                 await self.gateway.drain()
+                if giving_up is not None:
+                    await giving_up
                 if self._streams is not None:
                     await self._streams.all_over()
         except TimeoutError:
@@ -251,6 +304,8 @@ class Sidecar:
             await server.stop(0)
         if self._http is not None:
             await self._http.stop()
+        if self.replica is not None:
+            await self.replica.stop()
         await self.registry.close()  # before the gateway, which takes no change any more once it has stopped
         await self.gateway.stop()
         await self._loader.close()
@@ -262,14 +317,16 @@ class Sidecar:
             self._lock.close()
 
 
-def _registry(config: Config, data: Path | None) -> Registry:
-    """Open the registry: in the Redis that is named, else in the data directory, else in memory only."""
-    if config.state.url is None:
-        return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
+def _link(config: Config) -> Link:
     from sidecar.state.redis.link import Link  # the client is loaded only where there is a Redis
-    from sidecar.state.redis.registry import RedisRegistry
 
-    return RedisRegistry(Link(config.state.place), member_ttl_s=config.state.member_ttl_s)
+    return Link(config.state.place)
+
+
+def _member(replicas: Replicas) -> Member:
+    """Return this life of this replica."""
+    name = replicas.name or gethostname()
+    return Member(f"{name}-{token_hex(4)}", name, replicas.weight)
 
 
 def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:

@@ -354,6 +354,28 @@ class State(Section):
         return Place(parse_address(self.url), self.key_prefix, *paths)
 
 
+class Replicas(Section):
+    """Several replicas in front of one pool, each backend's queue in one of them. Off without an address.
+
+    They listen to each other at `address` and are reached at `advertise`, by default this machine's name and that port.
+    `name` is whose life this is when it is started again, by default this machine's. What a replica owns falls to
+    another `lease_s` after it was lost.
+    """
+
+    address: str | None = None
+    advertise: str | None = None
+    name: str | None = None
+    tls: Tls | None = None
+    weight: float = Field(1.0, gt=0)
+    lease_s: float = Field(10.0, ge=1.0, le=60.0)
+
+    @property
+    def listener(self) -> Listener:
+        """Where the others are listened to; there must be an address."""
+        assert self.address is not None
+        return Listener(address=self.address, tls=self.tls)
+
+
 class Config(Section):
     """The whole configuration; the defaults serve one engine on this machine."""
 
@@ -365,6 +387,7 @@ class Config(Section):
     queue: Queue = Queue()
     journal: Journal = Journal()
     state: State = State()
+    replicas: Replicas = Replicas()
     data_directory: str | None = None
     base_requests: Literal["allow", "refuse"] = "allow"
     tenant_from: Literal["metadata", "certificate", "none"] = "metadata"
@@ -381,6 +404,12 @@ class Config(Section):
         tls = self.listeners.data.tls
         if self.tenant_from == "certificate" and (tls is None or tls.ca is None):
             raise ValueError("tenant_from: certificate needs listeners.data.tls with a client ca")
+        return self
+
+    @model_validator(mode="after")
+    def _replicas_share_their_state(self) -> Config:
+        if self.replicas.address is not None and self.state.url is None:
+            raise ValueError("replicas.address without state.url: replicas know of each other by a Redis")
         return self
 
     @model_validator(mode="after")
