@@ -119,10 +119,10 @@ def _entries(contents: Contents) -> Iterator[tuple[str, Entry]]:
 
 
 def _announced(contents: Contents) -> Iterator[Announced]:
-    before = max(0, contents.changes[0].number - 1) if contents.changes else 0
+    before, after = max(0, contents.changes[0].number - 1) if contents.changes else 0, ""
     now_ms = int(time() * 1000)
     for change in contents.changes:
         token = token_hex(8)
         entry = Entry(Head(change.number, token, change.number, now_ms), change.record)
-        yield Announced(change.number, before, token, change.name, value_of(entry))
-        before = change.number
+        yield Announced(change.number, before, after, token, change.name, value_of(entry))
+        before, after = change.number, token

@@ -116,8 +116,8 @@ class Feed:
                 await self._reread()
             self._is_here()
         changes = await self._link.read(self.position.applied, BLOCK_MS)
-        if changes and changes[0].before > self.position.applied:
-            logger.warning("changes up to %d are kept no more; all names are read anew", changes[0].before)
+        if changes and (changes[0].before, changes[0].after) != self.position[1:]:
+            logger.warning("change %d does not follow on what was read; all names are read anew", changes[0].number)
             await self._reread()
         else:
             self._take(changes)

@@ -32,10 +32,11 @@ SCANNED_A_TURN = 500
 
 
 class Announced(NamedTuple):
-    """An entry of the stream of changes: its number, the one before it, its mark, a name and that one's value."""
+    """An entry of the stream of changes. `before` and `after` are the number and the mark of the one before it."""
 
     number: int
     before: int
+    after: str
     mark: str
     name: str
     value: str
@@ -128,8 +129,8 @@ class Link:
     async def put_changes(self, changes: list[Announced]) -> None:
         """Append changes to the stream of a state that nobody else works on. Raises FAULTS."""
         async with self._client.pipeline(transaction=False) as pipeline:
-            for number, before, mark, name, value in changes:
-                fields = {"prev": before, "mark": mark, "name": name, "value": value}
+            for number, before, after, mark, name, value in changes:
+                fields = {"before": before, "after": after, "mark": mark, "name": name, "value": value}
                 pipeline.xadd(self.key("changes"), fields, id=f"{number}-0")
             await pipeline.execute()
 
@@ -164,7 +165,12 @@ def is_final(error: BaseException) -> bool:
 
 def _announced(number: str, fields: dict[str, str]) -> Announced:
     return Announced(
-        int(number.partition("-")[0]), int(fields["prev"]), fields["mark"], fields["name"], fields["value"]
+        int(number.partition("-")[0]),
+        int(fields["before"]),
+        fields["after"],
+        fields["mark"],
+        fields["name"],
+        fields["value"],
     )
 
 

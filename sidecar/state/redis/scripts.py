@@ -1,9 +1,12 @@
 """What happens inside Redis. A script is one step: nothing comes between its commands, and all keys are in one slot.
 
-`changes` is a stream whose ids are the changes' numbers. Each of its entries says which number came before it (`prev`),
-so a reader sees a gap, and has a `mark` of its own: a replica that finds another mark, or none, at the number that it
-read last knows that this Redis has lost writes and perhaps taken others since, as after a failover. It is asked before
-every write, so nothing is written on top of a loss before somebody has put back what was lost.
+`changes` is a stream whose ids are the changes' numbers. Each of its entries has a `mark` of its own and says which
+number and mark came before it. So a reader sees a gap, and a replica that finds another mark, or none, at the number
+that it read last knows that this Redis has lost writes and perhaps taken others since, as after a failover. That is
+asked before every write too: nothing is written on top of a loss before somebody has put back what was lost.
+
+A process that finds the state written by another one, as after a failover, lets the numbers leap. So what is written to
+it is newer than all that the one before may have taken and lost: that was acknowledged to nobody who does not have it.
 
 The clock is Redis' own.
 """
@@ -30,6 +33,8 @@ class Script:
 _STATE = ("meta", "adapters", "changes", "tombstones")
 
 _COMMON = """
+local LEAP = 100000
+
 local META, ADAPTERS, CHANGES, TOMBSTONES = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 
 local function digits(number) return string.format('%.0f', number) end
@@ -52,6 +57,19 @@ local function last() return place(redis.call('XREVRANGE', CHANGES, '+', '-', 'C
 
 local function counter() return tonumber(redis.call('HGET', META, 'revision') or '0') end
 
+local function settle()
+  local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+  local process = run .. string.match(redis.call('INFO', 'replication'), 'master_replid:(%w+)')
+  local found = redis.call('HGET', META, 'process')
+  if found == process then return end
+  redis.call('HSET', META, 'process', process)
+  if found then redis.call('HSET', META, 'least', digits(counter() + LEAP)) end
+end
+
+local function following(number)
+  return math.max(number + 1, tonumber(redis.call('HGET', META, 'least') or '0'))
+end
+
 local function damaged()
   return tonumber(redis.call('HGET', META, 'entries') or '0') ~= redis.call('HLEN', ADAPTERS)
 end
@@ -71,8 +89,9 @@ local function head(value)
 end
 
 local function announce(number, before, mark, changes_max, name, value)
-  redis.call('XADD', CHANGES, 'MAXLEN', changes_max, digits(number) .. '-0', 'prev', digits(before), 'mark', mark,
-    'name', name, 'value', value)
+  local _, after = last()
+  redis.call('XADD', CHANGES, 'MAXLEN', changes_max, digits(number) .. '-0', 'before', digits(before), 'after', after,
+    'mark', mark, 'name', name, 'value', value)
   redis.call('HSET', META, 'revision', digits(number), 'entries', redis.call('HLEN', ADAPTERS))
 end
 
@@ -103,6 +122,7 @@ if not found or damaged() then
   redis.call('HSET', META, 'schema', schema, 'incarnation', fresh, 'revision', digits(math.max(number, counter())),
     'entries', redis.call('HLEN', ADAPTERS))
 end
+settle()
 local number, newest = last()
 return {schema, redis.call('HGET', META, 'incarnation'), digits(counter()), digits(number), newest,
   lost(incarnation, applied, mark) and 1 or 0}
@@ -121,6 +141,7 @@ WRITE = Script(
 local incarnation, applied, mark, name, expected = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], tonumber(ARGV[5])
 local token, record = ARGV[6], ARGV[7]
 local changes_max, keep_ms, keep_max = ARGV[8], tonumber(ARGV[9]), tonumber(ARGV[10])
+settle()
 if lost(incarnation, applied, mark) then return {'lost', '0'} end
 local live, held = 0, redis.call('HGET', ADAPTERS, name)
 if held then
@@ -130,7 +151,7 @@ if held then
 end
 local before = counter()
 if live ~= expected then return {'conflict', digits(before)} end
-local number, time = before + 1, digits(now_ms())
+local number, time = following(before), digits(now_ms())
 local value = digits(number) .. ':' .. token .. ':' .. digits(number) .. ':' .. time .. ':' .. record
 redis.call('HSET', ADAPTERS, name, value)
 if record == '' then bury(name, time, keep_ms, keep_max) else redis.call('ZREM', TOMBSTONES, name) end
@@ -153,7 +174,7 @@ local changes_max, keep_ms, keep_max = ARGV[4], tonumber(ARGV[5]), tonumber(ARGV
 if redis.call('HGET', META, 'incarnation') ~= incarnation then return 0 end
 local newest = last()
 if counter() < applied or newest ~= counter() then
-  announce(math.max(counter(), applied, newest) + 1, counter(), mark .. '0', changes_max, '', '')
+  announce(math.max(counter(), applied, newest) + LEAP, counter(), mark .. '0', changes_max, '', '')
 end
 for index = 7, #ARGV, 2 do
   local name, value = ARGV[index], ARGV[index + 1]
@@ -163,7 +184,7 @@ for index = 7, #ARGV, 2 do
   if held then held_revision, held_token = head(held) end
   if revision > held_revision or (revision == held_revision and token > held_token) then
     local before = counter()
-    local number = math.max(before, revision) + 1
+    local number = following(math.max(before, revision))
     value = digits(revision) .. ':' .. token .. ':' .. digits(number) .. ':' .. digits(time) .. ':' .. record
     redis.call('HSET', ADAPTERS, name, value)
     if record == '' then bury(name, time, keep_ms, keep_max) else redis.call('ZREM', TOMBSTONES, name) end
@@ -175,6 +196,6 @@ return 1
 )
 """Put back entries that are newer than what is there, and announce them under new numbers; names and values in turn.
 
-Before them the numbers are brought past what the replica has read, so none is given twice. Return 1, or 0 when the
+Before them the numbers leap past what any replica may have read, so none is given twice. Return 1, or 0 when the
 incarnation is another one by now.
 """
