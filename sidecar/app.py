@@ -186,8 +186,9 @@ class Sidecar:
         assert self._link is not None
         server = self._server([])
         address = _bind(server, wanted.listener, "replicas")
-        here = wanted.advertise or f"{gethostname()}:{address.rpartition(':')[2]}"
-        bounds = Bounds(ttl_ns=int(wanted.lease_s * 1e9))
+        here = wanted.advertise or _reached_at(address)
+        ttl_ns = int(wanted.lease_s * 1e9)
+        bounds = Bounds(ttl_ns, 0.01, ttl_ns // 50, ttl_ns // 20, ttl_ns // 5, 2 * ttl_ns)
         leases = RedisLeases(RedisMembers(self._link, bounds), self._member, here, lambda: self.registry.last_change)
         tls = None if wanted.tls is None else wanted.tls.model_dump(exclude_none=True)
         policies = plugins.policies_of(self.config.core())
@@ -321,6 +322,12 @@ def _link(config: Config) -> Link:
     from sidecar.state.redis.link import Link  # the client is loaded only where there is a Redis
 
     return Link(config.state.place)
+
+
+def _reached_at(address: str) -> str:
+    """Return where others reach a listener: by this machine's name, if it listens at all of its addresses."""
+    host, _, port = address.rpartition(":")
+    return f"{gethostname()}:{port}" if host in ("", "0.0.0.0", "[::]") else address
 
 
 def _member(replicas: Replicas) -> Member:

@@ -357,7 +357,8 @@ class State(Section):
 class Replicas(Section):
     """Several replicas in front of one pool, each backend's queue in one of them. Off without an address.
 
-    They listen to each other at `address` and are reached at `advertise`, by default this machine's name and that port.
+    They listen to each other at `address` and are reached at `advertise`, by default that, with this machine's name if
+    it stands for all of the machine's addresses.
     `name` is whose life this is when it is started again, by default this machine's. What a replica owns falls to
     another `lease_s` after it was lost.
     """

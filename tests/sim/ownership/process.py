@@ -166,6 +166,7 @@ class Process:
             self._end_if_idle(backend)
 
         self.net.after(self.world.random.randint(0, 3) * MILLISECOND_NS, lambda: self.do(write))
+        self.world.checked(self)
 
     def _end_if_idle(self, backend: str) -> None:
         if backend in self.ending and not self.in_flight[backend]:

@@ -16,6 +16,8 @@ from tests.sim.ownership.redis import Data, Redis
 from tests.sim.ownership.scenario import Scenario
 
 HISTORY = 150
+STOPPED_SHARE = 0.001
+"""So many of the writes are held up by a stop of their process between the check and the write."""
 EPOCH_NS = 1_700_000_000 * SECOND_NS
 
 
@@ -107,12 +109,18 @@ class World:
         living = self.living()
         return self.random.choice(living) if living else None
 
-    def pause(self) -> None:
-        process = self._any()
+    def pause(self, process: Process | None = None) -> None:
+        """Stop a process, as SIGSTOP does, and let it go on later."""
+        process = process or self._any()
         if process is not None and not process.paused:
             process.paused = True
             self.note(f"paused: {process.member.id}")
             self.net.after(self._span_ns(), lambda: process.resume() if process.paused else None)
+
+    def checked(self, process: Process) -> None:
+        """Now and then stop a process that is about to write what it has just checked."""
+        if self.net.is_faulty and self.scenario.has("pauses") and self.random.random() < STOPPED_SHARE:
+            self.pause(process)
 
     def kill(self) -> None:
         process = self._any()

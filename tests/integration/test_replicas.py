@@ -1,0 +1,108 @@
+"""Several replicas in front of one pool: whoever is asked, the owner of the backend answers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sidecar.core.effects import Dispatch
+from tests.emulated import running_engine
+from tests.redis_servers import running
+from tests.replica_pool import owned, replica, replicas, settled
+from tests.serving import until, write_adapters
+
+DUMMY = {"compute": "none", "shape": "tiny"}
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    write_adapters(tmp_path / "adapters", 8)
+    return tmp_path / "adapters"
+
+
+async def test_any_replica_answers_for_any_adapter(adapters: Path, tmp_path: Path) -> None:
+    """Each request is dispatched once, by the owner of its backend."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        replicas(3, redis.url, [one, two], adapters) as pool,
+    ):
+        assert set().union(*map(owned, pool)) == {"b0", "b1"}
+        names = sorted(pool[0].state.names)
+        answers = await asyncio.gather(*(served.ask(name) for name in names for served in pool))
+        asked = [name for name in names for _ in pool]
+        assert [answer.tokens for answer in answers] == [pool[0].expected(name, 4) for name in asked]
+        for served in pool:
+            sent = served.recorder.of(Dispatch)
+            assert {one.backend for one in sent} <= owned(served)
+            assert {one.epoch for one in sent} <= {served.state.backends[b].epoch for b in owned(served)}
+        dispatched = sum(served.recorder.count(Dispatch) for served in pool)
+        assert dispatched == len(answers)
+        assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+
+
+async def test_an_owner_that_is_gone_is_followed_by_another(adapters: Path, tmp_path: Path) -> None:
+    """What it had not answered a token of is answered all the same."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        replica(0, redis.url, [one, two], adapters) as left,
+    ):
+        async with replica(1, redis.url, [one, two], adapters) as gone:
+            await until(lambda: settled([left, gone]))
+        answers = await asyncio.gather(*(left.ask(f"a{number:02}") for number in range(8)))
+        assert [answer.tokens for answer in answers] == [left.expected(f"a{n:02}", 4) for n in range(8)]
+        assert owned(left) == {"b0", "b1"}
+
+
+async def test_a_replica_that_drains_hands_over_what_it_owns(adapters: Path, tmp_path: Path) -> None:
+    """Without waiting for a lease to end, and without an answer that fails."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY, time_scale=0.2) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        load = [asyncio.create_task(other.ask(f"a{number % 8:02}", tokens=16)) for number in range(64)]
+        await until(lambda: owner.recorder.count(Dispatch) > 4)
+        await owner.sidecar.drain()
+        answers = await asyncio.gather(*load)
+        assert [len(answer.tokens) for answer in answers] == [16] * 64
+        await until(lambda: owned(other) == {"b0"})
+
+
+async def test_a_client_that_leaves_is_cancelled_at_the_owner(adapters: Path, tmp_path: Path) -> None:
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY, time_scale=1.0) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        asked = asyncio.create_task(other.ask("a00", tokens=500))
+        await until(lambda: owner.recorder.count(Dispatch) == 1)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        await until(lambda: not owner.state.requests)
+
+
+async def test_what_an_owner_refuses_is_refused_in_its_words(adapters: Path, tmp_path: Path) -> None:
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+    ):
+        (other,) = [served for served in pool if not owned(served)]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await other.ask("nobody")
+        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await other.ask("a00", prompt=1000)
+        assert refused.value.code() is grpc.StatusCode.INTERNAL
+        assert "[TensorRT-LLM][ERROR]" in (refused.value.details() or "")
