@@ -7,6 +7,7 @@ change as it happens, a list read whole, or another replica's copy after Redis l
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 from sidecar.state.records import Record
 from sidecar.state.redis.entries import NOTHING, Entry, Head, newer
@@ -73,7 +74,7 @@ class Copy:
 
     def _bury(self, name: str, head: Head) -> None:
         self._buried[name] = None
-        for old in list(self._buried)[: max(1, len(self._buried) - TOMBSTONES_MAX)]:
+        for old in list(islice(self._buried, max(1, len(self._buried) - TOMBSTONES_MAX))):
             if len(self._buried) > TOMBSTONES_MAX or self.head(old).time_ms < head.time_ms - TOMBSTONES_MS:
                 del self._buried[old]
                 del self._entries[old]
