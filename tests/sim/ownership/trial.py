@@ -85,7 +85,8 @@ def _bound_ns(world: World, backend: str) -> int:
 
 
 def _is_vouched_for(world: World, witnesses: set[str]) -> bool:
-    return any(each.member.id in witnesses for each in world.living())
+    """Whether a witness is there to stay: who drains may leave before anybody asks."""
+    return any(each.member.id in witnesses and not each.draining for each in world.living())
 
 
 def _told(scenario: Scenario, world: World, broken: Exception) -> str:
