@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from sidecar.errors import Misused, Reason
-from sidecar.state.records import Record, from_json, to_json
+from sidecar.state.records import Record
 from sidecar.state.registry import SCHEMA, Change, lock_data_directory
+from sidecar.state.written import from_json, to_json
 
 Told = Callable[[int, int], None]
 """Called with how many entries are done, of how many."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from sidecar.errors import Misused, Reason, Refused
-from sidecar.state.records import Record, from_json, to_json
+from sidecar.state.records import Record
+from sidecar.state.written import from_json, to_json
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from sidecar.state.redis.copy import Copy
+from sidecar.state.redis.copy import TOMBSTONES_MS, Copy
 from sidecar.state.redis.entries import Entry, Head, entry_of, head_of, newer, value_of
 from tests.registries import record
 
@@ -63,3 +64,16 @@ def test_an_entry_is_read_as_it_was_written(pair: tuple[str, Entry]) -> None:
     name, entry = pair
     assert entry_of(name, value_of(entry)) == entry
     assert head_of(value_of(entry)) == entry.head
+
+
+def test_forgotten_names_are_remembered_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest tombstones go when there are too many or they are a week old; a name that came again is none."""
+    monkeypatch.setattr("sidecar.state.redis.copy.TOMBSTONES_MAX", 3)
+    copy = Copy()
+    for number in range(1, 6):
+        copy.take(f"n{number}", Entry(Head(number, "0", number, number), None))
+    assert [copy.head(f"n{number}").revision for number in range(1, 6)] == [0, 0, 3, 4, 5]
+    copy.take("n3", Entry(Head(6, "0", 6, 6), record("n3")))
+    late = TOMBSTONES_MS + 5
+    copy.take("late", Entry(Head(7, "0", 7, late), None))
+    assert [copy.head(name).revision for name in ("n3", "n4", "n5", "late")] == [6, 0, 5, 7]

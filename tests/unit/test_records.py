@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from sidecar.core.facts import Adapter, Row
-from sidecar.state.records import Record, added, from_json, to_json
+from sidecar.state.records import Record, added
+from sidecar.state.written import from_json, to_json
 
 ROWS = some.lists(
     some.builds(

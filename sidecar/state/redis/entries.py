@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from sidecar.state.records import Record, from_json, to_json
+from sidecar.state.records import Record
+from sidecar.state.written import from_json, to_json
 
 _HEAD = re.compile(r"(\d+):(\w+):(\d+):(\d+):")
 

@@ -13,7 +13,7 @@ from time import gmtime, monotonic, strftime
 from typing import Any
 
 from sidecar.errors import Reason, Refused
-from sidecar.state.records import Record, to_json
+from sidecar.state.records import Record
 from sidecar.state.redis.entries import Head, entry_of, newer
 from sidecar.state.redis.feed import Feed
 from sidecar.state.redis.history import LIMITS
@@ -22,6 +22,7 @@ from sidecar.state.redis.member_scripts import LAGGING
 from sidecar.state.redis.members import MEMBER_TTL_S
 from sidecar.state.redis.scripts import WRITE, Script
 from sidecar.state.registry import Change, changed_meanwhile, token_too_old
+from sidecar.state.written import to_json
 
 WRITE_S = 10.0
 """How long a write waits to see its own change."""
