@@ -195,6 +195,7 @@ class Sidecar:
         self.replica = Replica(
             self.gateway,
             self._member,
+            here,
             {backend.identity: "" for backend in self.config.backends},
             leases,
             bounds,
@@ -235,7 +236,7 @@ class Sidecar:
 
         token_file = listeners.admin.token_file
         admin = self._server([TokenInterceptor(Path(token_file))] if token_file else [])
-        add_admin(admin, self.gateway)
+        add_admin(admin, self.gateway, self.replica)
         add_kserve_admin(admin, self.gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]

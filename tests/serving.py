@@ -55,12 +55,14 @@ class Serving:
     adapters: Any = field(init=False)
     backends: Any = field(init=False)
     queues: Any = field(init=False)
+    replicas: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.gateway = gateway_pb2_grpc.GatewayStub(self.channel)
         self.adapters = admin_pb2_grpc.AdaptersStub(self.admin_channel)
         self.backends = admin_pb2_grpc.BackendsStub(self.admin_channel)
         self.queues = admin_pb2_grpc.QueuesStub(self.admin_channel)
+        self.replicas = admin_pb2_grpc.ReplicasStub(self.admin_channel)
 
     @property
     def state(self) -> Any:

@@ -21,6 +21,7 @@ from sidecar.cli import (
     incidents,
     planning,
     queue,
+    replicas,
     serving,
     simulating,
     state,
@@ -56,6 +57,7 @@ generating.add_to(app)
 queue.add_to(app)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(backends.app, name="backends")
+app.add_typer(replicas.app, name="replicas")
 app.add_typer(checking.config_app, name="config")
 app.add_typer(checking.policies_app, name="policies")
 app.add_typer(state.app, name="state")

@@ -1,4 +1,4 @@
-"""The control plane beside the adapters, `lorasidecar.v1.{Backends,Queues}`, and all three put on a server."""
+"""The control plane beside the adapters, `lorasidecar.v1.{Backends,Queues}`, and all of it put on a server."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from typing import Any
 
 from sidecar.core import queries, waiting
 from sidecar.fronts.admin_adapters import AdaptersService
+from sidecar.fronts.admin_replicas import ReplicasService
 from sidecar.fronts.status import answers_errors
 from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
 
 LISTED_DEFAULT = 100
 LISTED_MAX = waiting.EXAMINED_MAX
 
 
-def add_admin(server: Any, gateway: Gateway) -> None:
-    """Serve the three admin services on a gRPC server."""
+def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None) -> None:
+    """Serve the admin services on a gRPC server."""
     services: Any = admin_pb2_grpc
     services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
-    services.add_BackendsServicer_to_server(BackendsService(gateway), server)
+    services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
+    services.add_ReplicasServicer_to_server(ReplicasService(replica), server)
     services.add_QueuesServicer_to_server(QueuesService(gateway), server)
 
 
 class BackendsService(admin_pb2_grpc.BackendsServicer):
     """Shows backends, and takes them out of service and back."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, replica: Replica | None) -> None:
         self._gateway = gateway
+        self._replica = replica
 
     @answers_errors
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -58,6 +62,9 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
         if endpoint is not None:
             message.address = endpoint.address
             message.detail = "; ".join(part for part in (endpoint.detail(), *view.notes) if part)
+        known = None if self._replica is None else self._replica.board.standings.get(view.id)
+        if known is not None:
+            message.owner, message.epoch = known.owner, known.epoch
         return message
 
 

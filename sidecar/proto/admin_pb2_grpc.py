@@ -989,3 +989,78 @@ class Queues:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class ReplicasStub:
+    """The replicas of the pool, as the asked one knows them.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.List = channel.unary_unary(
+                '/lorasidecar.v1.Replicas/List',
+                request_serializer=sidecar_dot_proto_dot_admin__pb2.ListReplicasRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_admin__pb2.ListReplicasResponse.FromString,
+                _registered_method=True)
+
+
+class ReplicasServicer:
+    """The replicas of the pool, as the asked one knows them.
+    """
+
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_ReplicasServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=sidecar_dot_proto_dot_admin__pb2.ListReplicasRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_admin__pb2.ListReplicasResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'lorasidecar.v1.Replicas', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('lorasidecar.v1.Replicas', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Replicas:
+    """The replicas of the pool, as the asked one knows them.
+    """
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Replicas/List',
+            sidecar_dot_proto_dot_admin__pb2.ListReplicasRequest.SerializeToString,
+            sidecar_dot_proto_dot_admin__pb2.ListReplicasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

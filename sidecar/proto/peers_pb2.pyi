@@ -221,7 +221,7 @@ class BoardBackend(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., backlog_s: _Optional[float] = ..., resident: _Optional[_Iterable[str]] = ..., arrived: _Optional[_Mapping[str, int]] = ..., seats: _Optional[int] = ..., pages: _Optional[int] = ..., work_tokens: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class BoardPlan(_message.Message):
-    __slots__ = ("revision", "hosts")
+    __slots__ = ("epoch", "number", "hosts")
     class HostsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -229,11 +229,13 @@ class BoardPlan(_message.Message):
         key: str
         value: BoardHosts
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[BoardHosts, _Mapping]] = ...) -> None: ...
-    REVISION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
-    revision: int
+    epoch: int
+    number: int
     hosts: _containers.MessageMap[str, BoardHosts]
-    def __init__(self, revision: _Optional[int] = ..., hosts: _Optional[_Mapping[str, BoardHosts]] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., number: _Optional[int] = ..., hosts: _Optional[_Mapping[str, BoardHosts]] = ...) -> None: ...
 
 class BoardHosts(_message.Message):
     __slots__ = ("backends",)

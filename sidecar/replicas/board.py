@@ -56,7 +56,10 @@ class Board:
 
     standings: dict[str, Standing] = field(default_factory=dict)
     plan: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    plan_revision: int = 0
+    planned: tuple[int, int] = (0, 0)
+    """The epoch of its leader and its number."""
+    leader: str = ""
+    """Whose plan it is."""
     _rankings: Rankings = field(default_factory=Rankings)
 
     def heard(self, told: Any, now_s: float) -> None:
@@ -66,9 +69,11 @@ class Board:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
                 self.standings[each.backend] = Standing.of(told.member, each, now_s)
-        if told.HasField("plan") and told.plan.revision > self.plan_revision:
-            self.plan = {version: tuple(hosts.backends) for version, hosts in told.plan.hosts.items()}
-            self.plan_revision = told.plan.revision
+        plan = told.plan
+        if told.HasField("plan") and (plan.epoch, plan.number) > self.planned:
+            self.plan = {version: tuple(hosts.backends) for version, hosts in plan.hosts.items()}
+            self.planned = plan.epoch, plan.number
+            self.leader = told.member
 
     def lost(self, member: str) -> None:
         """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""

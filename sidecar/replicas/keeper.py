@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from time import monotonic_ns
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from sidecar.core import events as core_events
 from sidecar.errors import Refused
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
-from sidecar.ownership.facts import LEADER
+from sidecar.ownership.facts import LEADER, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.words import Purpose, Why
 from sidecar.proto import peers_pb2
@@ -79,6 +79,11 @@ class Keeper:
 
     def start(self) -> None:
         self._step(ev.Tick())
+
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """The live members as Redis told of them last."""
+        return self._ownership.know.members
 
     def may_dispatch(self, backend: str) -> bool:
         """Whether a request may be sent to a backend in this very moment."""

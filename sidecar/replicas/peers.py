@@ -50,6 +50,10 @@ class Peers:
                 watch = asyncio.create_task(self._watch(member, stub))
                 self._peers[member] = _Peer(address, channel, stub, watch)
 
+    def addresses(self) -> dict[str, str]:
+        """Return where each of the others is reached."""
+        return {member: peer.address for member, peer in self._peers.items()}
+
     def stub(self, member: str) -> Any:
         """Return what a member is called by, None if no such member is known."""
         peer = self._peers.get(member)

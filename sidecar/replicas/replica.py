@@ -32,14 +32,16 @@ TELL_S = 1.0
 class Replica:
     """One of several replicas.
 
-    `backends` names for each backend the replica that it belongs to, "" for any; `jitter` in [0, 1) spreads the times
-    at which replicas do things. `routing` makes the policy that the leader plans with.
+    `address` is where the others reach this one. `backends` names for each backend the replica that it belongs to, ""
+    for any. `jitter` in [0, 1) spreads the times at which replicas do things. `routing` makes the policy that the
+    leader plans with.
     """
 
     def __init__(
         self,
         gateway: Gateway,
         member: Member,
+        address: str,
         backends: Mapping[str, str],
         leases: Leases,
         bounds: Bounds,
@@ -48,6 +50,7 @@ class Replica:
         routing: Callable[[], Routing],
     ) -> None:
         self.member = member
+        self.address = address
         self.board = Board()
         self.peers = Peers(member.id, self.board, open_channel)
         ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
@@ -83,6 +86,11 @@ class Replica:
             self._telling.cancel()
         await self.keeper.stop()
         await self.peers.close()
+
+    def members(self) -> list[Member]:
+        """Return the live members as last known, this one among them, by name."""
+        known = {self.member.id: self.member, **self.keeper.members}
+        return sorted(known.values(), key=lambda member: (member.name, member.id))
 
     # What the others are told.
 
@@ -135,7 +143,8 @@ class Replica:
         self._plans += 1
         hosts = self._planner.plan(self.board.standings, monotonic_ns())
         self._plan = peers_pb2.BoardPlan(
-            revision=(epoch << 24) + self._plans,
+            epoch=epoch,
+            number=self._plans,
             hosts={version: peers_pb2.BoardHosts(backends=found) for version, found in hosts.items()},
         )
 

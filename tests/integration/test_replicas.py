@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Dispatch
+from sidecar.proto import admin_pb2
 from tests.emulated import running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replica, replicas, settled
@@ -106,3 +107,27 @@ async def test_what_an_owner_refuses_is_refused_in_its_words(adapters: Path, tmp
             await other.ask("a00", prompt=1000)
         assert refused.value.code() is grpc.StatusCode.INTERNAL
         assert "[TensorRT-LLM][ERROR]" in (refused.value.details() or "")
+
+
+async def test_who_owns_what_is_told(adapters: Path, tmp_path: Path) -> None:
+    """Each replica tells the same, but for who was asked."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        replicas(2, redis.url, [one, two], adapters) as pool,
+    ):
+        await until(lambda: all(served.sidecar.replica.board.leader for served in pool))
+        for served in pool:
+            listed = await served.replicas.List(admin_pb2.ListReplicasRequest())
+            assert [(each.name, each.self) for each in listed.replicas] == [
+                (f"r{number}", other is served) for number, other in enumerate(pool)
+            ]
+            assert [each.leads for each in listed.replicas].count(True) == 1
+            owns = {each.id: [owned.backend for owned in each.owns] for each in listed.replicas}
+            assert owns == {other.sidecar.replica.member.id: sorted(owned(other)) for other in pool}
+            backends = (await served.backends.List(admin_pb2.ListBackendsRequest())).backends
+            assert {each.id: each.owner for each in backends} == {
+                backend: member for member, held in owns.items() for backend in held
+            }
+            assert all(each.epoch > 0 for each in backends)

@@ -1,0 +1,40 @@
+"""`sidecar replicas`: who there is, and who owns which backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from sidecar.cli.client import Client, admin_command
+from sidecar.cli.show import AsJson, console, print_json, table
+from sidecar.proto import admin_pb2 as pb
+
+app = typer.Typer(help="See the replicas of the pool.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `list` a command of its own."""
+
+
+@admin_command(app, "list")
+def list_replicas(client: Client, as_json: AsJson = False) -> None:
+    """List the replicas, as the one that is asked knows them: which backends each owns, and who leads."""
+    replicas = client.ask(client.replicas.List, pb.ListReplicasRequest()).replicas
+    if as_json:
+        print_json(list(replicas))
+    elif not replicas:
+        print("one replica; several have a replicas.address and a state.url in their configuration")
+    else:
+        console().print(table(("REPLICA", "ADDRESS", "OWNS", ">WEIGHT", "DETAIL"), [_row(each) for each in replicas]))
+
+
+def _row(replica: Any) -> tuple[str, ...]:
+    owns = ", ".join(f"{each.backend} (epoch {each.epoch})" for each in replica.owns)
+    said = ["asked"] if replica.self else []
+    said += ["leads"] if replica.leads else []
+    said += ["draining"] if replica.draining else []
+    if replica.self and replica.forwards:
+        said.append(f"passed on {replica.forwards} requests, {replica.reroutes} of them again")
+    return replica.id, replica.address, owns or "nothing", f"{replica.weight:g}", "; ".join(said)
