@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
+from sidecar.core.state import Backend
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_listener import HttpListener
@@ -42,13 +43,17 @@ def why_not_ready(gateway: Gateway) -> str:
         return "the sidecar is shutting down"
     if not state.backends:
         return "no backend is configured; start the sidecar with --backend triton://HOST:PORT"
-    if any(backend.takes_requests for backend in state.backends.values()):
+    if gateway.takes_requests:
         return ""
-    places = [
-        f"{backend.id} is draining" if backend.draining else f"{backend.id} is down ({_detail(gateway, backend.id)})"
-        for backend in state.backends.values()
-    ]
-    return "no backend takes requests: " + "; ".join(places)
+    return "no backend takes requests: " + "; ".join(_why_not(gateway, backend) for backend in state.backends.values())
+
+
+def _why_not(gateway: Gateway, backend: Backend) -> str:
+    if backend.draining:
+        return f"{backend.id} is draining"
+    if not backend.owned:
+        return f"{backend.id} is served by no replica yet"
+    return f"{backend.id} is down ({_detail(gateway, backend.id)})"
 
 
 def _detail(gateway: Gateway, backend: str) -> str:

@@ -53,8 +53,7 @@ async def _live(request: Any, context: Any) -> Any:
 
 def _ready(gateway: Gateway) -> Verb:
     async def handle(request: Any, context: Any) -> Any:
-        state = gateway.state
-        ready = not state.draining and any(backend.takes_requests for backend in state.backends.values())
+        ready = not gateway.state.draining and gateway.takes_requests
         return service_pb2.ServerReadyResponse(ready=ready)
 
     return handle

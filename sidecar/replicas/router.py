@@ -11,7 +11,7 @@ from typing import Any
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
 from sidecar.errors import Reason, Refused
-from sidecar.replicas.board import Board
+from sidecar.replicas.board import SERVING, Board
 from sidecar.replicas.forwarding import Forward, ended
 from sidecar.shell.gateway import Gateway, RequestFacts
 
@@ -83,11 +83,15 @@ class Router:
             ticket.trip = trip
             self._carry(ticket, trip)
 
+    @property
+    def takes_requests(self) -> bool:
+        return any(known.state == SERVING for known in self._board.standings.values())
+
     def given_back(self, ticket: Ticket) -> bool:
         if ticket.trip is None:
             return False
         ticket.dispatch = None
-        self._carry(ticket, ticket.trip)
+        self._carry(ticket, ticket.trip, AGAIN_S)
         return True
 
     def end(self, ticket: Ticket, reason: Reason) -> bool:
@@ -99,12 +103,13 @@ class Router:
             ticket.settle(ended(ticket.request, trip.facts, reason, MESSAGES[reason]))
         return True
 
-    def _carry(self, ticket: Ticket, trip: Trip) -> None:
-        trip.task = asyncio.create_task(self._until_answered(ticket, trip))
+    def _carry(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
+        trip.task = asyncio.create_task(self._until_answered(ticket, trip, after_s))
 
-    async def _until_answered(self, ticket: Ticket, trip: Trip) -> None:
+    async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Give a request to one owner after the other until one keeps it, or there is no more time."""
         pause_s = AGAIN_S
+        await asyncio.sleep(after_s)
         while True:
             backend = self._pick(trip.facts)
             owner = None if backend is None else self._board.owner_of(backend)

@@ -76,6 +76,10 @@ class Elsewhere(Protocol):
     def may_dispatch(self) -> Callable[[str], bool]:
         """Whether this replica owns a backend in this very moment: asked right before every write to it."""
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether another replica would take a request now."""
+
     def given_back(self, ticket: Ticket) -> bool:
         """Whether it sees to a request that this replica's core has given back without a token."""
 
@@ -128,6 +132,13 @@ class Gateway:
     def state(self) -> State:
         """The core's state, to be read between steps only."""
         return self.core.state
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether some backend could be sent a request now, here or by another replica."""
+        if self.elsewhere is not None and self.elsewhere.takes_requests:
+            return True
+        return any(backend.takes_requests for backend in self.state.backends.values())
 
     def observe(self, observer: Observer, at_the_door: bool = False) -> None:
         self.driver.observe(observer, at_the_door)

@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Dispatch
+from sidecar.fronts.http import why_not_ready
 from sidecar.proto import admin_pb2
 from tests.emulated import running_engine
 from tests.redis_servers import running
@@ -131,3 +132,14 @@ async def test_who_owns_what_is_told(adapters: Path, tmp_path: Path) -> None:
                 backend: member for member, held in owns.items() for backend in held
             }
             assert all(each.epoch > 0 for each in backends)
+
+
+async def test_a_replica_that_owns_nothing_is_ready_when_others_serve(adapters: Path, tmp_path: Path) -> None:
+    """It is, once it knows of one; and not when none does any more."""
+    async with running(tmp_path / "redis") as redis, running_engine(**DUMMY) as one:
+        async with replicas(2, redis.url, [one], adapters) as pool:
+            (other,) = [served for served in pool if not owned(served)]
+            assert why_not_ready(other.sidecar.gateway) == ""
+        async with replica(3, redis.url, [one], adapters) as late:
+            assert "b0 is served by no replica yet" in why_not_ready(late.sidecar.gateway)
+            await until(lambda: why_not_ready(late.sidecar.gateway) == "")
