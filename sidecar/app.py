@@ -10,6 +10,7 @@ from pathlib import Path
 from random import random
 from secrets import token_hex
 from socket import gethostname
+from time import time
 from typing import IO, TYPE_CHECKING, Any
 
 import grpc
@@ -44,7 +45,7 @@ from sidecar.replicas.replica import Replica
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.journal import Journal
-from sidecar.shell.metrics import Metrics
+from sidecar.shell.metrics import Metrics, ReplicaFigures
 from sidecar.shell.request_log import RequestLog
 from sidecar.shell.sources import Sources
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
@@ -107,6 +108,11 @@ class Sidecar:
             self.gateway.observe(self._journal)
             self.metrics.journal = self._journal
 
+    @property
+    def _owner(self) -> str:
+        """Return what this replica is called by the engines that it owns, "" if it is the only one."""
+        return "" if self.config.replicas.address is None else self._member.id
+
     def _data_directory(self) -> Path | None:
         if self.config.data_directory is None:
             return None
@@ -122,7 +128,7 @@ class Sidecar:
 
         replicas, state = self.config.replicas, self.config.state
         ttl_s = state.member_ttl_s if replicas.address is None else replicas.lease_s
-        return RedisRegistry(self._link, "" if replicas.address is None else self._member.id, ttl_s)
+        return RedisRegistry(self._link, self._owner, ttl_s)
 
     def _tell_of_another_registry(self) -> None:
         """Say where names from before are when there are none in the Redis: they do not move by themselves."""
@@ -159,7 +165,7 @@ class Sidecar:
 
     async def _start(self) -> None:
         await self._loader.start()  # first: gRPC's threads are told of on the terminal by every fork that comes later
-        backends = make_backends(self.config.backends, self._loader, self._memory)
+        backends = make_backends(self.config.backends, self._loader, self._memory, self._owner)
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
@@ -204,6 +210,20 @@ class Sidecar:
             policies.routing,
         )
         self.replica.add_to(server)
+        self.metrics.replica = self._replica_figures
+
+    def _replica_figures(self) -> ReplicaFigures:
+        replica, away_since = self.replica, self.registry.away_since
+        assert replica is not None
+        return ReplicaFigures(
+            replica.keeper.changes["taken"],
+            replica.keeper.changes["given_up"],
+            replica.router.forwards,
+            replica.router.reroutes,
+            len(replica.members()),
+            self.registry.lag,
+            0.0 if away_since is None else time() - away_since,
+        )
 
     async def _register_served(self, path: Path) -> None:
         """Register a PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""

@@ -41,9 +41,12 @@ def shared_memory_for(config: Config) -> SharedMemory:
 
 
 def make_backends(
-    configured: Sequence[BackendConfig], loader: LoaderProcess, memory: SharedMemory = NOT_SHARED
+    configured: Sequence[BackendConfig], loader: LoaderProcess, memory: SharedMemory = NOT_SHARED, owner: str = ""
 ) -> list[tuple[Backend, EngineFacts]]:
-    """Return the backends of a configuration, each with the facts that are declared of it."""
+    """Return the backends of a configuration, each with the facts that are declared of it.
+
+    `owner` is this replica's id, one of several.
+    """
     made: list[tuple[Backend, EngineFacts]] = []
     facts = facts_of(configured)
     for backend in configured:
@@ -51,7 +54,7 @@ def make_backends(
             declared = facts[backend.identity]
             if backend.weights_transport == "grpc" or memory.mount is None:
                 declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
-            options = _triton_options(backend, declared, memory)
+            options = _triton_options(backend, declared, memory, owner)
             made.append((TritonBackend(options, loader), options.facts))
         elif backend.scheme == VLLM:
             vllm = _vllm_options(backend, facts[backend.identity])
@@ -104,7 +107,7 @@ def base_model_of(backend: BackendConfig) -> BaseModel | None:
     return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
 
 
-def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory) -> TritonOptions:
+def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory, owner: str) -> TritonOptions:
     return TritonOptions(
         id=backend.identity,
         address=backend.address,
@@ -118,6 +121,7 @@ def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMe
         adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
         progress_timeout_s=backend.progress_timeout_s,
         load_timeout_s=backend.load_timeout_s,
+        owner=owner,
     )
 
 

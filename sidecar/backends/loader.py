@@ -153,7 +153,7 @@ def _open_channel(order: dict[str, Any]) -> grpc.Channel:
 def message_of(order: dict[str, Any]) -> bytes:
     """Return the serialized request: its weights named by their region, or joined in from the mapping, copied once."""
     size, region = order["size_bytes"], order["region"]
-    request = wire.load_head(order["model"], order["id"], order["parameters"].items())
+    request = wire.load_head(order["model"], order["id"], order["parameters"])
     request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
     request.raw_input_contents.append(struct.pack("<Q", int(order["task_id"])))
     wire.add_weights(request, order["shape"], order["dtype"], base64.b64decode(order["config"]), region, size)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.backends import faults
+from sidecar.backends import faults, wire
 from sidecar.backends.api import Weights
 from sidecar.core.effects import Load
 from sidecar.core.words import Fault
@@ -51,6 +51,8 @@ class Target:
     model: str
     decoupled: bool
     tls: dict[str, str] | None = None
+    owner: str = ""
+    """The replica that sends them."""
 
 
 class LoaderProcess:
@@ -182,7 +184,7 @@ def _order(effect: Load, weights: Weights, target: Target, timeout_s: float) -> 
     return {
         "load": effect.load,
         "id": f"lora-sidecar-load-{effect.load}",
-        "parameters": {"lora_name": effect.name},
+        "parameters": {"lora_name": effect.name, **wire.owner_parameters(target.owner, effect.epoch)},
         "address": target.address,
         "tls": target.tls,
         "model": target.model,

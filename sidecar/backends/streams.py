@@ -92,6 +92,8 @@ class Run:
         self._call: Any = None
         self._dialect = dialect
         self._model = wire.model_field(model) if model else b""
+        self.owner = b""
+        """What names the replica that sends it."""
         self.attached = b""
         """What names its weights, where they go along."""
         self.engine_id = f"{effect.request}.{effect.attempt}"
@@ -103,7 +105,7 @@ class Run:
         fragment = self._dialect.fragment(self.engine_id, self.effect, payload.raw, stream)
         head = payload.head_for(self._dialect.kind)
         assert isinstance(head, bytes), "a request in HTTP's form for a gRPC server"
-        return head + self._model + fragment + self.attached
+        return head + self._model + fragment + self.owner + self.attached
 
     def refused(self) -> bool:
         """Whether the request was written for another kind of model, as may be where this one was not known yet."""

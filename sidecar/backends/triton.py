@@ -60,6 +60,8 @@ class TritonOptions:
     watch_interval_s: float = 1.0
     progress_timeout_s: float = 30.0
     load_timeout_s: float = 120.0
+    owner: str = ""
+    """This replica, one of several; "" where there is one only."""
 
     @property
     def sought(self) -> Sought:
@@ -122,7 +124,9 @@ class TritonBackend(Endpoint):
 
     def _begin(self, effect: Dispatch, ticket: Ticket) -> Run:
         dialect, model = self._server.dialect, self._model_of(ticket)
-        return Run(effect, ticket, self._post, self._heard, self._wire_broke, dialect, model)
+        run = Run(effect, ticket, self._post, self._heard, self._wire_broke, dialect, model)
+        run.owner = wire.owner_fragment(self.options.owner, effect.epoch)
+        return run
 
     async def _go(self, run: Run, weights: Weights | None) -> None:
         await self._regions.restored()
@@ -171,7 +175,7 @@ class TritonBackend(Endpoint):
 
     async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
         """Send a blob, or name the region that it is in; once more if the server has forgotten the region."""
-        target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls)
+        target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls, self.options.owner)
         sent = partial(self._load_sent, effect.load)
         region = await self._transport.refer(weights)
         result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
@@ -186,6 +190,7 @@ class TritonBackend(Endpoint):
         await weights.ready()
         self._load_sent(effect.load)
         request = dialect.load(self.options.model, effect)
+        wire.set_parameters(request, wire.owner_parameters(self.options.owner, effect.epoch))
         try:
             error = await answer_of(self._stub, request, self._server.decoupled, self.options.load_timeout_s)
         except grpc.aio.AioRpcError as failed:

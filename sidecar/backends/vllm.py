@@ -206,7 +206,8 @@ class VllmBackend(Endpoint):
         name = self._registered.setdefault(effect.packed.key, _name(effect))
         self._load_sent(effect.load)
         try:
-            reply = await self._api.load(name, place.engine_path(effect.packed.key), self.options.load_timeout_s)
+            path = place.engine_path(effect.packed.key)
+            reply = await self._api.load(name, path, self.options.load_timeout_s, effect.epoch)
         except httpx.TimeoutException:
             text = f"the engine did not take the adapter within {self.options.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)

@@ -90,9 +90,10 @@ class VllmApi:
         except (httpx.HTTPError, ValueError):
             return Measures()
 
-    async def load(self, name: str, path: str, timeout_s: float) -> httpx.Response:
+    async def load(self, name: str, path: str, timeout_s: float, epoch: int = 0) -> httpx.Response:
         body = {"lora_name": name, "lora_path": path}
-        return await self._client.post("/v1/load_lora_adapter", json=body, timeout=timeout_s)
+        headers = epoch_header(epoch)
+        return await self._client.post("/v1/load_lora_adapter", json=body, headers=headers, timeout=timeout_s)
 
     async def unload(self, name: str, timeout_s: float) -> httpx.Response:
         return await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout_s)
@@ -141,6 +142,11 @@ def is_too_old(version: str) -> bool:
     """Whether a version is older than what can be trusted with a load under traffic; what cannot be read is not."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST
+
+
+def epoch_header(epoch: int) -> dict[str, str]:
+    """Return what tells an engine's log under which epoch a replica sent a request; nothing where there is one only."""
+    return {"x-lora-epoch": str(epoch)} if epoch else {}
 
 
 def message_of(body: bytes) -> str:

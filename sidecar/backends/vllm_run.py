@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
-from sidecar.backends.vllm_api import fault_of, message_of
+from sidecar.backends.vllm_api import epoch_header, fault_of, message_of
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 from sidecar.core.words import Fault
@@ -61,7 +61,9 @@ class VllmRun:
             raise asyncio.CancelledError
         body = self._form.before + json.dumps(self._name).encode() + self._form.after
         try:
-            async with client.stream("POST", self._form.path, content=body, headers=HEADERS) as reply:
+            async with client.stream(
+                "POST", self._form.path, content=body, headers=HEADERS | epoch_header(self.effect.epoch)
+            ) as reply:
                 if reply.status_code != httpx.codes.OK:
                     await self._rejected(reply.status_code, await reply.aread())
                 elif self._form.streams:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -31,6 +32,7 @@ SERVICE = "/inference.GRPCInferenceService"
 TRITON_DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 FINAL = "triton_final_response"
 EMPTY_FINAL = "triton_enable_empty_final_response"
+OWNER, EPOCH = "lora_owner", "lora_epoch"
 MESSAGE_BYTES_MAX = 2**31 - 1
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -70,16 +72,37 @@ def request_fragment(request_id: str, task_id: int, raw: bool, stream: bool) -> 
 def response_fragment(client_id: str, parameters: Mapping[str, str | int | float] | None = None) -> bytes:
     """Return what makes an engine's `ModelInferResponse` the client's: its own id back, and where it came from."""
     fragment = ModelInferResponse()
-    for name, value in (parameters or {}).items():
-        field = fragment.parameters[name]
+    set_parameters(fragment, parameters or {})
+    # An empty id has to be written out too, or ours would stay; proto3 leaves empty strings away.
+    return _string_field(3, client_id) + bytes(fragment.SerializeToString())
+
+
+def set_parameters(message: Any, parameters: Mapping[str, str | int | float]) -> None:
+    """Set parameters of a request or a response, each as what it is."""
+    for name, value in parameters.items():
+        field = message.parameters[name]
         if isinstance(value, str):
             field.string_param = value
         elif isinstance(value, int):
             field.int64_param = value
         else:
             field.double_param = value
-    # An empty id has to be written out too, or ours would stay; proto3 leaves empty strings away.
-    return _string_field(3, client_id) + bytes(fragment.SerializeToString())
+
+
+def owner_parameters(owner: str, epoch: int) -> dict[str, str | int]:
+    """Return what tells an engine's log which replica sent a request and under which epoch it owned the engine.
+
+    Nothing where there is one replica only: its epoch is 0.
+    """
+    return {OWNER: owner, EPOCH: epoch} if epoch else {}
+
+
+@lru_cache(maxsize=256)
+def owner_fragment(owner: str, epoch: int) -> bytes:
+    """Return `owner_parameters` as they are appended to a client's request."""
+    fragment = ModelInferRequest()
+    set_parameters(fragment, owner_parameters(owner, epoch))
+    return bytes(fragment.SerializeToString())
 
 
 def in_stream_response(fragment: bytes) -> bytes:
@@ -179,12 +202,11 @@ def attached(shape: tuple[int, int], dtype: str, config: bytes, region: str, siz
     return bytes(fragment.SerializeToString())
 
 
-def load_head(model: str, request_id: str, parameters: Iterable[tuple[str, str]] = ()) -> Any:
+def load_head(model: str, request_id: str, parameters: Mapping[str, str | int] | None = None) -> Any:
     """Return a request of ours for the core model: one dummy token in, one out, its end told in any case."""
     request = ModelInferRequest(model_name=model, id=request_id)
     request.parameters[EMPTY_FINAL].bool_param = True
-    for name, value in parameters:
-        request.parameters[name].string_param = value
+    set_parameters(request, parameters or {})
     for tensor in ("input_ids", "input_lengths", "request_output_len"):
         request.inputs.add(name=tensor, datatype="INT32", shape=[1, 1])
         request.raw_input_contents.append(struct.pack("<i", 1))

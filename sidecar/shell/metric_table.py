@@ -92,6 +92,15 @@ METRICS: tuple[Metric, ...] = (
     _gauge("seats", "Requests and Loads that may be in flight.", "backend"),
     _gauge("backend_up", "Whether a backend answers.", "backend"),
     _gauge("backend_draining", "Whether a backend takes nothing new.", "backend"),
+    # Replicas. One that is alone owns every backend, under epoch 0.
+    _gauge("backend_owned", "Whether this replica has a backend's queue.", "backend"),
+    _gauge("backend_epoch", "The epoch under which this replica owned a backend last.", "backend"),
+    _counter("ownership_changes_total", "Backends that this replica took or gave up.", "change"),
+    _counter("forwards_total", "Requests passed on to the owner of their backend."),
+    _counter("reroutes_total", "Of those, how many came back without a token and were sent again."),
+    _gauge("replicas", "Replicas that are alive, as far as this one knows."),
+    _gauge("state_lag_changes", "Changes of names that are written down and that this replica has not read."),
+    _gauge("state_away_seconds", "For how long the shared state has not answered; 0 while it does."),
     # The process.
     _counter("steps_total", "Events that the core has taken."),
     _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),

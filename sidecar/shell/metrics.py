@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -87,6 +88,19 @@ class Watched(Protocol):
         """Have this called with the key and report of every packing."""
 
 
+@dataclass(frozen=True)
+class ReplicaFigures:
+    """What is counted between replicas; as it stands where there is one only."""
+
+    taken: int = 0
+    given_up: int = 0
+    forwards: int = 0
+    reroutes: int = 0
+    replicas: int = 1
+    state_lag: int = 0
+    state_away_s: float = 0.0
+
+
 class Metrics:
     """An observer of the core with a registry of its own; `METRICS` is what it shows, no more and no less.
 
@@ -100,6 +114,8 @@ class Metrics:
         gateway.on_packed(self.packed)
         self.journal: Journal | None = None
         """What the journal's figures are read from; set by whoever starts one."""
+        self.replica: Callable[[], ReplicaFigures] = ReplicaFigures
+        """Where those of several replicas are read; set by whoever starts one."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -153,6 +169,7 @@ class Metrics:
             return content_type, await asyncio.to_thread(encode, self.registry)
 
     def _families(self) -> list[Family]:
+        between = self.replica()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "steps_total": self._steps,
@@ -160,8 +177,15 @@ class Metrics:
             "journal_bytes_total": figures.written_bytes,
             "journal_gaps_total": figures.gaps,
             "journal_errors_total": figures.errors,
+            "forwards_total": between.forwards,
+            "reroutes_total": between.reroutes,
+            "replicas": between.replicas,
+            "state_lag_changes": between.state_lag,
+            "state_away_seconds": between.state_away_s,
         }
-        return families_of(self._core.state) + [family(short, [((), value)]) for short, value in counted.items()]
+        changes = [(("taken",), between.taken), (("given_up",), between.given_up)]
+        found = [family(short, [((), value)]) for short, value in counted.items()]
+        return [*families_of(self._core.state), family("ownership_changes_total", changes), *found]
 
     # What happens.
 

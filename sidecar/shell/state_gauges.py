@@ -94,6 +94,8 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "seats": lambda state: _each_backend(lambda backend: backend.seats(state.config))(state),
     "backend_up": _each_backend(lambda backend: backend.phase is Phase.UP),
     "backend_draining": _each_backend(lambda backend: backend.draining),
+    "backend_owned": _each_backend(lambda backend: backend.owned),
+    "backend_epoch": _each_backend(lambda backend: backend.epoch),
     "draining": lambda state: _one(state.draining),
     "build_info": lambda state: [((product_version(),), 1)],
 }

@@ -73,6 +73,14 @@ class Registry(Protocol):
     @property
     def last_change(self) -> int: ...
 
+    @property
+    def lag(self) -> int:
+        """How many changes are known to be written that this replica has not read."""
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when (Unix seconds) the place where names are kept has not answered; None while it does."""
+
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
         """Have `tell` called with each change from now on, once and in order; what comes back ends that."""
 
@@ -156,6 +164,9 @@ class SqliteRegistry:
     def last_change(self) -> int:
         (number,) = self._database.execute("SELECT coalesce(max(number), 0) FROM changes").fetchone()
         return int(number)
+
+    lag = 0
+    away_since = None
 
     async def changes_after(self, number: int) -> list[Change]:
         (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
