@@ -1,0 +1,61 @@
+"""`make chaos`: every scenario in a pool of its own, one line each. A failing one keeps its folder."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
+
+from tests.chaos.pool import chaos_pool
+from tests.chaos.scenarios import SCENARIOS, Scenario
+from tests.chaos.trial import BACK_S, CALM_S, SHOWN, Verdict, trial
+
+COLUMNS = ("full", "refused", "unreached", "broken", "cut", "failed", "silent", "wrong", "doubled")
+
+
+async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
+    """Run one scenario, print its line and return whether all is well."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-sidecar-chaos-"))
+    async with chaos_pool(folder, scenario.sentinel) as pool:
+        verdict = await trial(pool, scenario, calm_s, seed)
+    _tell(verdict)
+    if verdict.wrong:
+        print(f"  its processes' logs: {folder}")
+    else:
+        shutil.rmtree(folder)
+    return not verdict.wrong and not verdict.is_late
+
+
+def _tell(verdict: Verdict) -> None:
+    counts = "".join(f"{verdict.endings[column]:>10}" for column in COLUMNS)
+    late = " LATE" if verdict.is_late else ""
+    print(f"{verdict.scenario:<32}{counts}{verdict.stale:>8}{verdict.back_s:>8.1f}{late}", flush=True)
+    for line in verdict.wrong[:SHOWN]:
+        print(f"  {line}")
+    if len(verdict.wrong) > SHOWN:
+        print(f"  and {len(verdict.wrong) - SHOWN} more")
+
+
+async def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--only", action="append", help=", ".join(each.name for each in SCENARIOS))
+    parser.add_argument("--seconds", type=float, default=CALM_S, help="of load before and after what is done")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    unknown = set(options.only or ()) - {each.name for each in SCENARIOS}
+    if unknown:
+        parser.error(f"no scenario is called {min(unknown)}")
+    print(f"{'':32}{''.join(f'{column:>10}' for column in COLUMNS)}{'stale':>8}{'back s':>8}  (at most {BACK_S:g})")
+    wanted = [each for each in SCENARIOS if not options.only or each.name in options.only]
+    well = [await run(each, options.seconds, options.seed) for each in wanted]
+    return 0 if all(well) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

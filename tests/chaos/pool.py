@@ -1,0 +1,167 @@
+"""Three replicas of a pool as processes, with what they need, and ways to hurt each."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from sidecar.proto import admin_pb2, admin_pb2_grpc
+from tests.chaos.engine_log import EngineLog
+from tests.emulated import EngineProcess
+from tests.redis_servers import Proxy, Server, Watched, cuttable, free_port, running, watched
+from tests.serving import PATIENCE_S, write_adapters
+
+LEASE_S = 1.0
+REPLICAS, ENGINES, ADAPTERS = 3, 2, 8
+ENGINE = ("--compute", "none", "--shape", "tiny", "--seats", "8")
+
+
+@dataclass
+class ReplicaProcess:
+    """One `sidecar serve`. It keeps its addresses when it is started again, under the same name."""
+
+    name: str
+    config: Path
+    data: str
+    admin: str
+    peers: Proxy
+    redis: Proxy | None
+    process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+
+    async def start(self) -> None:
+        """Start and return when it takes requests. Raises RuntimeError if it ends instead."""
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "sidecar", "serve", "--config", str(self.config), "--json",
+                stdout=asyncio.subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        if not await self.process.stdout.readline():
+            raise RuntimeError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")
+
+    @property
+    def log(self) -> Path:
+        return self.config.with_suffix(".log")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Wait until the process ends and return its exit code."""
+        assert self.process is not None
+        code = await self.process.wait()
+        self.process._transport.close()  # type: ignore[attr-defined]
+        return code
+
+    async def kill(self) -> None:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.ended()
+
+    async def owns(self) -> dict[str, str]:
+        """Return the replica that owns each backend, by name, as this one knows. Raises AioRpcError."""
+        async with grpc.aio.insecure_channel(self.admin) as channel:
+            stub = admin_pb2_grpc.ReplicasStub(channel)
+            listed = await stub.List(admin_pb2.ListReplicasRequest(), timeout=5)
+        return {owned.backend: each.name for each in listed.replicas for owned in each.owns}
+
+
+@dataclass
+class ChaosPool:
+    """The processes. `redis` is the Redis that there is, or the ones that a Sentinel watches."""
+
+    replicas: list[ReplicaProcess]
+    engines: list[EngineProcess]
+    logs: list[EngineLog]
+    redis: Server | Watched
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def backends(self) -> list[str]:
+        return [f"b{number}" for number in range(len(self.engines))]
+
+    def named(self, name: str) -> ReplicaProcess:
+        (found,) = [replica for replica in self.replicas if replica.name == name]
+        return found
+
+    async def owner(self) -> ReplicaProcess:
+        """Return the replica that owns the first backend."""
+        await self.until_settled(self.replicas)
+        return self.named((await self.replicas[0].owns())["b0"])
+
+    async def until_settled(self, replicas: list[ReplicaProcess]) -> None:
+        """Wait until each backend has an owner and these replicas agree on it."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                told = await asyncio.gather(*(replica.owns() for replica in replicas), return_exceptions=True)
+                first = told[0]
+                if isinstance(first, dict) and set(first) == set(self.backends) and all(each == first for each in told):
+                    return
+                await asyncio.sleep(0.05)
+
+    async def read_digests(self) -> None:
+        async with grpc.aio.insecure_channel(self.replicas[0].admin) as channel:
+            listed = await admin_pb2_grpc.AdaptersStub(channel).List(admin_pb2.ListAdaptersRequest())
+        self.digests = {adapter.name: adapter.digest for adapter in listed.adapters}
+
+
+@asynccontextmanager
+async def chaos_pool(folder: Path, sentinel: bool = False) -> AsyncIterator[ChaosPool]:
+    """Run a pool for a block; it begins when every backend has an owner that all know of."""
+    write_adapters(folder / "adapters", ADAPTERS)
+    async with AsyncExitStack() as stack:
+        redis: Server | Watched
+        if sentinel:
+            redis = await stack.enter_async_context(watched(folder / "redis"))
+        else:
+            redis = await stack.enter_async_context(running(folder / "redis"))
+        engines, logs = [], []
+        for number in range(ENGINES):
+            log = EngineLog(folder / f"engine-{number}.jsonl")
+            engine = EngineProcess(*ENGINE, "--served-log", str(log.path), time_scale=1.0)
+            engines.append(await stack.enter_async_context(engine))
+            logs.append(log)
+        replicas = []
+        for number in range(REPLICAS):
+            replica = await _replica(stack, number, folder, redis, engines)
+            replicas.append(replica)
+            stack.push_async_callback(replica.kill)
+        await asyncio.gather(*(replica.start() for replica in replicas))
+        pool = ChaosPool(replicas, engines, logs, redis)
+        await pool.until_settled(replicas)
+        await pool.read_digests()
+        yield pool
+
+
+async def _replica(
+    stack: AsyncExitStack, number: int, folder: Path, redis: Server | Watched, engines: list[EngineProcess]
+) -> ReplicaProcess:
+    """Return a replica that is reached by the others, and reaches Redis, by ways that can be cut."""
+    data, admin, listens = (f"127.0.0.1:{free_port()}" for _ in range(3))
+    peers = Proxy(int(listens.rpartition(":")[2]))
+    await peers.mend()
+    stack.push_async_callback(peers.cut)
+    way = None if isinstance(redis, Watched) else await stack.enter_async_context(cuttable(redis))
+    config: dict[str, Any] = {
+        "backends": [{"url": f"triton://{engine.grpc_address}", "id": f"b{at}"} for at, engine in enumerate(engines)],
+        "listeners": {"data": {"address": data}, "admin": {"address": admin}, "http": {"address": "127.0.0.1:0"}},
+        "adapters": {"serve": str(folder / "adapters")},
+        "state": {"url": redis.url if way is None else way.url},
+        "replicas": {
+            "address": listens, "advertise": f"127.0.0.1:{peers.port}", "name": f"r{number}", "lease_s": LEASE_S
+        },
+    }  # fmt: skip
+    path = folder / f"replica-{number}.yaml"
+    path.write_text(json.dumps(config))
+    return ReplicaProcess(f"r{number}", path, data, admin, peers, way)

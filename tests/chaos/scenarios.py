@@ -1,0 +1,155 @@
+"""What is done to a pool under load. Each leaves it whole again, and says when what began to be away."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from time import monotonic
+
+from tests.chaos.load import BROKEN, CUT
+from tests.chaos.pool import LEASE_S, ChaosPool, ReplicaProcess
+from tests.redis_servers import Server, Watched
+
+LONG_S = 3 * LEASE_S
+"""Longer than a lease, and than any of the terms that follow from it."""
+
+
+@dataclass
+class Marks:
+    """When something was taken away, and from which backends it may have been."""
+
+    marks: list[tuple[str, float, tuple[str, ...]]] = field(default_factory=list)
+
+    def set(self, what: str, *backends: str) -> None:
+        self.marks.append((what, monotonic(), backends))
+
+
+Deed = Callable[[ChaosPool, Marks], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`allowed` are the endings, beside full and refused, that its clients may see."""
+
+    name: str
+    deed: Deed
+    allowed: frozenset[str] = frozenset()
+    stops: bool = False
+    """Whether a process stands still, so that it may write past the end of its lease."""
+    sentinel: bool = False
+
+
+async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
+    owner = await pool.owner()
+    marks.set("killed")
+    await owner.kill()
+    await asyncio.sleep(LONG_S)
+    await owner.start()
+    await pool.until_settled(pool.replicas)
+
+
+async def stop_owner(pool: ChaosPool, marks: Marks) -> None:
+    owner = await pool.owner()
+    marks.set("stopped")
+    owner.signal(signal.SIGSTOP)
+    await asyncio.sleep(LONG_S)
+    owner.signal(signal.SIGCONT)
+    await pool.until_settled(pool.replicas)
+
+
+async def kill_redis(pool: ChaosPool, marks: Marks) -> None:
+    assert isinstance(pool.redis, Server)
+    marks.set("killed")
+    await pool.redis.kill()
+    await asyncio.sleep(LONG_S)
+    await pool.redis.start()
+    marks.set("back")
+    await asyncio.sleep(LONG_S)
+    await pool.until_settled(pool.replicas)
+
+
+async def fail_over(pool: ChaosPool, marks: Marks) -> None:
+    assert isinstance(pool.redis, Watched)
+    marks.set("killed")
+    await pool.redis.master.kill()
+    await asyncio.sleep(2 * LONG_S)
+    await pool.until_settled(pool.replicas)
+
+
+async def part_from_redis(pool: ChaosPool, marks: Marks) -> None:
+    owner = await pool.owner()
+    assert owner.redis is not None
+    marks.set("cut")
+    await owner.redis.cut()
+    await asyncio.sleep(LONG_S)
+    await owner.redis.mend()
+    marks.set("mended")
+    await pool.until_settled(pool.replicas)
+
+
+async def part_replicas(pool: ChaosPool, marks: Marks) -> None:
+    owner = await pool.owner()
+    marks.set("cut")
+    await owner.peers.cut()
+    await asyncio.sleep(LONG_S)
+    await owner.peers.mend()
+    marks.set("mended")
+    await pool.until_settled(pool.replicas)
+
+
+async def kill_engine(pool: ChaosPool, marks: Marks) -> None:
+    marks.set("killed", *pool.backends[1:])
+    await pool.engines[0].kill()
+    await asyncio.sleep(LONG_S)
+    await pool.engines[0].start()
+    marks.set("back", pool.backends[0])
+    await asyncio.sleep(LONG_S)
+
+
+async def restart_all(pool: ChaosPool, marks: Marks) -> None:
+    for replica in pool.replicas:
+        marks.set(f"{replica.name} asked to end")
+        replica.signal(signal.SIGTERM)
+        code = await replica.ended()
+        assert code == 0, f"{replica.name} ended with {code}"
+        await replica.start()
+        await pool.until_settled(pool.replicas)
+
+
+def both(one: Deed, other: Deed) -> Deed:
+    async def deed(pool: ChaosPool, marks: Marks) -> None:
+        await asyncio.gather(one(pool, marks), other(pool, marks))
+
+    return deed
+
+
+async def kill_another(pool: ChaosPool, marks: Marks) -> None:
+    """Kill a replica that does not own the first backend, so that it goes with deeds upon its owner."""
+    owner = await pool.owner()
+    other: ReplicaProcess = next(replica for replica in pool.replicas if replica is not owner)
+    marks.set("another killed")
+    await other.kill()
+    await asyncio.sleep(LONG_S)
+    await other.start()
+    await pool.until_settled(pool.replicas)
+
+
+LOST = frozenset({BROKEN, CUT})
+"""An answer that had begun ends with the process that gave it, and a client's call with the process that it was to."""
+
+SCENARIOS = (
+    Scenario("kill-replica", kill_replica, LOST),
+    Scenario("stop-owner", stop_owner, frozenset({BROKEN}), stops=True),
+    Scenario("kill-redis", kill_redis),
+    Scenario("fail-over", fail_over, sentinel=True),
+    Scenario("part-from-redis", part_from_redis),
+    Scenario("part-replicas", part_replicas, frozenset({BROKEN})),
+    Scenario("kill-engine", kill_engine, frozenset({BROKEN})),
+    Scenario("restart-all", restart_all),
+    Scenario("kill-redis+kill-engine", both(kill_redis, kill_engine), frozenset({BROKEN})),
+    Scenario("part-from-redis+kill-another", both(part_from_redis, kill_another), LOST),
+    Scenario("stop-owner+kill-engine", both(stop_owner, kill_engine), frozenset({BROKEN}), stops=True),
+    Scenario("part-replicas+part-from-redis", both(part_replicas, part_from_redis), frozenset({BROKEN})),
+)

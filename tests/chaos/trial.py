@@ -1,0 +1,75 @@
+"""One scenario under load, and what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass
+from time import monotonic
+
+from tests.chaos.load import DOUBLED, FULL, REFUSED, UNREACHABLE, WRONG, Load, Try
+from tests.chaos.pool import LEASE_S, ChaosPool
+from tests.chaos.scenarios import Marks, Scenario
+from tests.serving import PATIENCE_S
+
+CALM_S = 1.5
+BACK_S = LEASE_S + 2.0
+SHOWN = 5
+
+
+@dataclass
+class Verdict:
+    """`back_s`: how long after each mark the last of the backends answered something that came after it, at worst.
+
+    `stale` counts what engines were sent under an epoch that had ended.
+    """
+
+    scenario: str
+    endings: Counter[str]
+    given_up: int
+    back_s: float
+    stale: int
+    wrong: list[str]
+
+    @property
+    def is_late(self) -> bool:
+        return self.back_s > BACK_S
+
+
+async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, seed: int = 0) -> Verdict:
+    """Do a scenario's deed while clients ask, and judge every request."""
+    stale_before = sum(log.stale() for log in pool.logs)
+    marks = Marks()
+    async with Load(pool, seed) as load:
+        await asyncio.sleep(calm_s)
+        await scenario.deed(pool, marks)
+        backs = [await _back_s(load, at_s, backends or tuple(pool.backends)) for _, at_s, backends in marks.marks]
+        await asyncio.sleep(calm_s)
+        await load.stop()
+        stale = sum(log.stale() for log in pool.logs) - stale_before
+        wrong = _wrong(scenario, load.tries)
+        if stale and not scenario.stops:
+            wrong.append(f"{stale} requests came to an engine under an epoch that had ended")
+        if load.given_up:
+            wrong.append(f"{load.given_up} requests were refused at every try")
+        endings = Counter(each.ending for each in load.tries)
+        return Verdict(scenario.name, endings, load.given_up, max(backs), stale, wrong)
+
+
+async def _back_s(load: Load, at_s: float, backends: tuple[str, ...]) -> float:
+    async with asyncio.timeout(PATIENCE_S):
+        while not all(load.answered(backend, at_s) for backend in backends):
+            await asyncio.sleep(0.05)
+    return max(load.answered(backend, at_s)[0].ended_s for backend in backends) - at_s
+
+
+def _wrong(scenario: Scenario, tries: list[Try]) -> list[str]:
+    allowed = {FULL, REFUSED, UNREACHABLE, *scenario.allowed}
+    found = [each for each in tries if each.ending not in allowed]
+    found.sort(key=lambda each: each.ending not in (WRONG, DOUBLED))
+    now_s = monotonic()
+    return [
+        f"{each.ending}: {each.adapter} at {each.replica}, {'stream' if each.streams else 'unary'}, {each.tokens} "
+        f"tokens, {now_s - each.begun_s:.1f} s ago for {each.ended_s - each.begun_s:.1f} s: {each.why}"
+        for each in found
+    ]
