@@ -21,9 +21,14 @@ FREE = {"address": "127.0.0.1:0"}
 async def replica(
     number: int, url: str, engines: Sequence[Any], adapters: Path, **record: Any
 ) -> AsyncIterator[Serving]:
-    """Run one replica for a block. It owns nothing yet when that begins, and ends as if it were killed."""
+    """Run one replica for a block. It owns nothing yet when that begins, and ends as if it were killed.
+
+    `record` is configuration, and its `backend` (a dict) goes into every backend's entry.
+    """
+    backend = record.pop("backend", {})
+    places = [{"url": f"triton://{engine.grpc_address}", "id": f"b{at}"} for at, engine in enumerate(engines)]
     config = {
-        "backends": [{"url": f"triton://{engine.grpc_address}", "id": f"b{at}"} for at, engine in enumerate(engines)],
+        "backends": [place | backend for place in places],
         "listeners": {"data": FREE, "admin": FREE, "http": FREE},
         "adapters": {"serve": str(adapters), "roots": [str(adapters)]},
         "state": {"url": url},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import grpc.aio
 
 from sidecar.backends.api import Ticket
@@ -35,19 +35,30 @@ class Forward:
         self._backend = backend
         self._owner = owner
         self._has_begun = False
+        self._call: Any = None
 
     async def run(self, stub: Any, member: str) -> GivenBack | None:
         """Have it answered, its ending through the ticket; cancelling this cancels it there."""
         ticket, facts = self._ticket, self._facts
         request = forms.forwarded(member, self._backend, facts, ticket.payload, ticket.client_id)
         try:
-            async for reply in stub.Forward(request):
+            self._call = stub.Forward(request)
+            async for reply in self._call:
                 ended = await self._take(reply)
                 if ended is not None:
                     return self._end(ended)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            return self._broke("it is no member any more")
         except grpc.aio.AioRpcError as error:
             return self._broke(error.details() or error.code().name)
         return self._broke("it ended the answer without saying how")
+
+    def owner_gone(self, member: str) -> None:
+        """Take back what a former member has answered no token of; what it has begun to answer it may go on with."""
+        if member == self._owner and not self._has_begun and self._call is not None:
+            self._call.cancel()
 
     async def _take(self, reply: Any) -> Any | None:
         """Deliver a part of the answer; return the ending, if that is what came."""
@@ -84,6 +95,12 @@ class Forward:
         )
         self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self._backend))
         return None
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is to end, rather than only a call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def ended(

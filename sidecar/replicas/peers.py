@@ -18,6 +18,8 @@ from sidecar.replicas.board import Board
 logger = logging.getLogger(__name__)
 
 RETRY_S, RETRY_S_MAX = 0.1, 2.0
+ANSWER_S = 3600.0
+"""How long an answer that has begun may still come from a former member; one that is dead is found out by gRPC."""
 ASK_S = 0.5
 """How long an answer is waited for; to an owner that has to decide, none is as good as a late one."""
 
@@ -38,6 +40,10 @@ class Peers:
         self._board = board
         self._open_channel = open_channel
         self._peers: dict[str, _Peer] = {}
+        self._left: set[grpc.aio.Channel] = set()
+        """Channels to former members: answers that have begun still come by them."""
+        self.gone: Callable[[str], None] = lambda member: None
+        """Called with each member that is one no more."""
 
     def are(self, addresses: Mapping[str, str]) -> None:
         """Be told which other members there are, and where."""
@@ -73,14 +79,18 @@ class Peers:
     async def close(self) -> None:
         for peer in self._peers.values():
             peer.watch.cancel()
-        await asyncio.gather(*(peer.channel.close(None) for peer in self._peers.values()))
+        channels = {*self._left, *(peer.channel for peer in self._peers.values())}
+        await asyncio.gather(*(channel.close(None) for channel in channels))
         self._peers.clear()
 
     def _forget(self, member: str) -> None:
         peer = self._peers.pop(member)
         peer.watch.cancel()
         self._board.lost(member)
-        asyncio.get_running_loop().create_task(peer.channel.close(None))
+        self._left.add(peer.channel)
+        closing = asyncio.get_running_loop().create_task(peer.channel.close(ANSWER_S))
+        closing.add_done_callback(lambda _: self._left.discard(peer.channel))
+        self.gone(member)
 
     async def _watch(self, member: str, stub: Any) -> None:
         """Follow what a member tells for as long as it is one."""

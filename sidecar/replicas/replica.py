@@ -54,7 +54,7 @@ class Replica:
         self.board = Board()
         self.peers = Peers(member.id, self.board, open_channel)
         ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
-        self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.step, self._in_flight, self._changed)
+        self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.tell, self._in_flight, self._changed)
         self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
         gateway.elsewhere = self.router
         self._gateway = gateway

@@ -12,7 +12,7 @@ from sidecar.backends.api import Ticket
 from sidecar.core import admission
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import SERVING, Board
-from sidecar.replicas.forwarding import Forward, ended
+from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.shell.gateway import Gateway, RequestFacts
 
 AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
@@ -60,20 +60,21 @@ class Router:
         self.may_dispatch = may_dispatch
         self.forwards = 0
         self.reroutes = 0
+        self._forwards: set[Forward] = set()
         self._gateway = gateway
         self._board = board
         self._member = member
         self._peer = peer
 
     def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
-        """Send a request where it belongs. What names nothing that there is goes to our own core, which says so."""
+        """Send a request where it belongs. What names nothing there is, or comes too late, our own core refuses."""
         now_s = monotonic()
         classes = self._gateway.state.config.classes
         patience_s = classes[facts.klass].queue_wait_ns_max / 1e9 if facts.klass in classes else 0.0
         if facts.deadline_s is not None:
             patience_s = min(patience_s, facts.deadline_s)
         trip = Trip(facts, now_s, now_s + patience_s)
-        backend = self._pick(facts)
+        backend = None if self._gateway.state.draining else self._pick(facts)
         if backend is None:
             self._gateway.admit(ticket, facts)
         elif self._board.owner_of(backend) == self._member:
@@ -120,7 +121,7 @@ class Router:
             if owner is not None and stub is not None:
                 self.forwards += 1
                 forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
-                given = await forward.run(stub, self._member)
+                given = await self._given_back_by(forward, stub)
                 if given is None:
                     return
                 trip.why = given.why
@@ -131,6 +132,18 @@ class Router:
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
+
+    async def _given_back_by(self, forward: Forward, stub: Any) -> GivenBack | None:
+        self._forwards.add(forward)
+        try:
+            return await forward.run(stub, self._member)
+        finally:
+            self._forwards.discard(forward)
+
+    def gone(self, member: str) -> None:
+        """Take back from a former member what it has not begun to answer."""
+        for forward in self._forwards:
+            forward.owner_gone(member)
 
     def _admit_again(self, ticket: Ticket, trip: Trip, backend: str | None) -> None:
         """It is ours after all."""

@@ -101,6 +101,12 @@ class Driver:
         self._scheduled = True
         asyncio.get_running_loop().call_soon(self._turn)
 
+    def tell(self, event: Event) -> None:
+        """Take an event now, and before it all that engines have reported: who has a token must be known by then."""
+        while self._engine:
+            self.step(self._engine.popleft())
+        self.step(event)
+
     def step(self, event: Event) -> None:
         """Take one event now."""
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())

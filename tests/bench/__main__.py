@@ -13,7 +13,21 @@ from time import perf_counter
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
-from tests.bench import core, eviction, latency, miss, openai, packing, relay, restart, stall, state, truth, wire
+from tests.bench import (
+    core,
+    eviction,
+    latency,
+    miss,
+    openai,
+    packing,
+    relay,
+    replicas,
+    restart,
+    stall,
+    state,
+    truth,
+    wire,
+)
 from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
@@ -27,6 +41,7 @@ BENCHES = {
     "stall": stall.bench,
     "state": state.bench,
     "packing": packing.bench,
+    "replicas": replicas.bench,
     "restart": restart.bench,
     "truth": truth.bench,
 }

@@ -12,7 +12,7 @@ import pytest
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect, Settle
-from sidecar.core.events import Event, Received, RunEnded, Tick
+from sidecar.core.events import Event, FirstToken, Received, RunEnded, Tick
 from sidecar.errors import Reason, Refused
 from sidecar.plugins import policies_of
 from sidecar.shell.driver import Driver
@@ -49,6 +49,19 @@ async def test_an_ending_waits_for_no_more_than_one_arrival() -> None:
     driver.post(RunEnded(7, 1, 3))
     await asyncio.sleep(0)
     assert order.events[before] == RunEnded(7, 1, 3)
+
+
+async def test_what_is_told_is_taken_at_once_and_after_what_engines_reported() -> None:
+    """Arrivals wait their turn as ever."""
+    order = Order()
+    driver = driver_of([], observers=[order])
+    driver.post(received(1))
+    driver.post(FirstToken(7, 1))
+    driver.post(RunEnded(8, 1, 3))
+    driver.tell(Tick())
+    assert order.events == [FirstToken(7, 1), RunEnded(8, 1, 3), Tick()]
+    await asyncio.sleep(0)
+    assert order.events[3:] == [received(1)]
 
 
 async def test_a_full_inbox_refuses_at_the_door() -> None:
