@@ -9,10 +9,18 @@ Redis may go away, forget, or come back older than it was. Three rules keep a ba
 * **Pledges.** An owner that does not reach Redis goes on only while all witnesses pledge: not to acquire the backend,
   nor to pledge it to another, for the length of a lease.
 * **Witnesses.** A lease records whom its owner would ask. Once it has ended, whoever takes it over is a witness that
-  has pledged nothing, or has the word of one; else it waits `alone_ns`, for which an owner goes on at most.
-  All of a set and one of a set always meet, so a member that joins through a Redis that no old member reaches waits.
+  has pledged nothing, or has the word of one: all of a set and one of a set always meet. Where no witness answers it
+  waits until `grace_ns` after the last renewal, and no longer while anybody answers to have pledged the backend.
 * **Generations.** A Redis that restarted, failed over or was emptied is another generation. What earlier ones say
-  counts only for epochs; owners claim their leases anew, and nobody else acquires for `alone_ns`.
+  counts only for epochs; owners claim their leases anew, and nobody else acquires for `grace_ns`.
+
+An owner goes on for `alone_ns`, a day, so that a Redis that is away costs nothing; a taker waits for `grace_ns`, little
+more than a lease, so that a first install and a fleet that died are served soon. **The price is one known hole**: while
+old members go on on pledges and none of them reaches Redis, a replica that joins through that Redis, and that reaches
+none of them, owns what they own too. It ends when they hear of each other: when the old owner reaches Redis, or asks a
+witness that does or that has seen the newer epoch, and after `alone_ns` at the latest. No wait can close it without
+being as long as an owner goes on. Ownership is for efficiency: two queues feed one engine meanwhile, and a client still
+gets the tokens of one run.
 
 The scripts that these rules need of Redis are spelled out, runnable, in `tests/sim/ownership/redis.py`.
 """

@@ -18,7 +18,7 @@ class SendBeat:
 
 @dataclass(frozen=True, slots=True)
 class SendLeave:
-    """Tell Redis that this member is gone. Nothing is left to do afterwards."""
+    """Tell Redis that this member is gone and has given back all that it had. Nothing is left to do afterwards."""
 
     member: str
 

@@ -24,7 +24,7 @@ class Lease:
     """A lease as Redis had it when it answered; only of its present generation.
 
     `left_ns` is until its end, never positive once it has ended or was released; `unattended_ns` until it may be taken
-    over without the word of a witness.
+    over where no witness answers.
     """
 
     backend: str
@@ -45,7 +45,7 @@ class Bounds:
     remains for a clock that is set, and between the check and the write. `ask_ns` is how long answers of members are
     waited for. `attempt_ns` is how long after a look at Redis an acquisition that rests on it may be carried out: at
     most a lease, so that one granted in between is still there. `alone_ns` is how long an owner goes on without Redis
-    at most, counted from what Redis granted last.
+    at most, on the pledges of its witnesses, counted from what Redis granted last.
     """
 
     ttl_ns: int = 10 * SECOND_NS
@@ -53,7 +53,19 @@ class Bounds:
     margin_ns: int = 200_000_000
     ask_ns: int = 500_000_000
     attempt_ns: int = 2 * SECOND_NS
-    alone_ns: int = 60 * SECOND_NS
+    alone_ns: int = 24 * 3600 * SECOND_NS
+
+    @classmethod
+    def of_lease(cls, ttl_ns: int) -> Bounds:
+        """Return the bounds of a lease: the default ones, in proportion where the lease is shorter than that one."""
+        usual = cls()
+        share = min(1.0, ttl_ns / usual.ttl_ns)
+        return cls(
+            ttl_ns,
+            margin_ns=int(usual.margin_ns * share),
+            ask_ns=int(usual.ask_ns * share),
+            attempt_ns=int(usual.attempt_ns * share),
+        )
 
     def __post_init__(self) -> None:
         if self.usable_ns(self.ttl_ns) <= self.every_ns + self.retry_ns:
@@ -63,6 +75,14 @@ class Bounds:
                 f"ask_ns {self.ask_ns} < attempt_ns {self.attempt_ns} <= ttl_ns {self.ttl_ns} <= alone_ns "
                 f"{self.alone_ns} must hold"
             )
+
+    @property
+    def grace_ns(self) -> int:
+        """How long a taker waits that no witness answers: from the last renewal, or from the birth of a generation.
+
+        A lease, in which owners claim and renew, and the time to ask twice.
+        """
+        return self.ttl_ns + 2 * self.ask_ns
 
     @property
     def every_ns(self) -> int:

@@ -40,12 +40,16 @@ class Ground:
 
 @dataclass
 class Asking:
-    """Others are asked before a lease is taken over. `vouched` are those who agree without being asked."""
+    """Others are asked before a lease is taken over. `vouched` are those who agree without being asked.
+
+    `witnesses` are those of the lease, its holder among them; none if Redis knows of no lease.
+    """
 
     free: Free
     ground: Ground
     round: Round
     vouched: tuple[str, ...]
+    witnesses: tuple[str, ...]
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""A backend that nobody owns is acquired: at once on a released lease or as a witness, else with the word of one."""
+"""A backend that nobody owns is acquired: at once on a released lease or as a witness, else with the word of one.
+
+Where no witness answers it is acquired after `grace_ns`, unless somebody that answers has pledged it to its owner.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     if turn.pledged_to(slot.backend):
         at_ns = max(at_ns, know.pledges[slot.backend].until_ns)
     if turn.now < at_ns:
-        turn.look_at(at_ns)
+        turn.look_at(min(at_ns, turn.now + know.bounds.retry_ns))  # who goes before may be found dead meanwhile
         return
     _take(turn, slot, state, lease, turn.ground(event.generation, event.redis_ns))
     if lease is not None and lease.unattended_ns > 0:
@@ -60,12 +63,13 @@ def _take(turn: Turn, slot: Slot, state: Free, lease: Lease | None, ground: Grou
     vouched = [me.id]
     if lease is not None and lease.holder_name == me.name:
         vouched.append(lease.holder)  # an earlier life of this very name: it is over
-    if lease is not None and (lease.released or not {*lease.witnesses, lease.holder}.isdisjoint(vouched)):
+    witnesses = () if lease is None else (*lease.witnesses, lease.holder)
+    if lease is not None and (lease.released or not set(witnesses).isdisjoint(vouched)):
         _acquire(turn, slot, state, ground, tuple(vouched))
         return
-    whom = [*know.members, *(() if lease is None else (*lease.witnesses, lease.holder))]
-    round_ = turn.ask(slot.backend, Purpose.TAKE_OVER, whom, know.epochs.get(slot.backend, 0))
-    slot.become(Asking(state, ground, round_, tuple(vouched)))
+    epoch = know.epochs.get(slot.backend, 0)
+    round_ = turn.ask(slot.backend, Purpose.TAKE_OVER, [*know.members, *witnesses], epoch)
+    slot.become(Asking(state, ground, round_, tuple(vouched), witnesses))
     go_ahead(turn, slot)
 
 
@@ -74,16 +78,21 @@ def _acquire(turn: Turn, slot: Slot, free: Free, ground: Ground, agreed: tuple[s
 
 
 def go_ahead(turn: Turn, slot: Slot) -> None:
-    """Acquire what was asked about, once all have answered or had the time to; silence keeps nobody from it."""
+    """Acquire what was asked about, once all have answered or had the time to.
+
+    Silence keeps nobody from it. A pledge to its owner does, unless a witness answers to have given none: it needs all.
+    """
     state, bounds = slot.state, turn.know.bounds
     assert isinstance(state, Asking)
     if state.round.missing and turn.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
         return
-    if state.round.holder or turn.know.member.draining or turn.pledged_to(slot.backend):
+    agreed = (*state.vouched, *state.round.agreed)
+    goes_on = state.round.holder or (state.round.refused and set(state.witnesses).isdisjoint(agreed))
+    if goes_on or turn.know.member.draining or turn.pledged_to(slot.backend):
         slot.become(state.free)
         turn.look_at(turn.now + bounds.retry_ns)
         return
-    _acquire(turn, slot, state.free, state.ground, (*state.vouched, *state.round.agreed))
+    _acquire(turn, slot, state.free, state.ground, agreed)
 
 
 def answered(turn: Turn, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) -> None:

@@ -21,7 +21,7 @@ from tests.sim.ownership.redis import Data
 from tests.sim.ownership.redis import Redis as Model
 
 MS = 1_000_000
-SHORT = Bounds(ttl_ns=60 * MS, margin_ns=MS, ask_ns=5 * MS, attempt_ns=40 * MS, alone_ns=150 * MS)
+SHORT = Bounds(ttl_ns=60 * MS, margin_ns=MS, ask_ns=30 * MS, attempt_ns=40 * MS)
 MEMBERS = tuple(Member(f"id-{name}", name, weight) for name, weight in (("a", 1.0), ("b", 0.5), ("c", 2.0)))
 BACKENDS = ("gpu-0", "gpu-1")
 

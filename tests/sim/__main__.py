@@ -1,4 +1,7 @@
-"""`make sim-faults`: a thousand worlds in which things go wrong. A failing seed is printed and runs alone."""
+"""`make sim-faults`: a thousand worlds in which things go wrong. A failing seed is printed and runs alone.
+
+`python -m tests.sim ownership` runs those of `tests.sim.ownership` instead.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 
 from sidecar.sim.faults.trial import SeedFailed, Verdict
+from tests.sim.ownership import command as ownership
 from tests.sim.seeds import run
 
 SEEDS = 1000
@@ -32,6 +36,8 @@ def _one(seed: int) -> Outcome:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["ownership"]:
+        return ownership.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--first", type=int, default=0)

@@ -64,7 +64,7 @@ def _lease(
     holder: Member, left_ns: int, witnesses: tuple[Member, ...], epoch: int = 7, released: bool = False
 ) -> Lease:
     names = tuple(each.id for each in witnesses)
-    return Lease("engine", holder.id, holder.name, epoch, left_ns, BOUNDS.alone_ns, names, released)
+    return Lease("engine", holder.id, holder.name, epoch, left_ns, BOUNDS.grace_ns, names, released)
 
 
 def _owner(members: tuple[Member, ...] = (ME,)) -> House:
@@ -241,6 +241,17 @@ def test_a_holder_that_answers_is_left_alone() -> None:
     assert not _of(do.SendAcquire, effects)
 
 
+def test_a_pledge_to_the_owner_is_heard_unless_a_witness_gave_none() -> None:
+    """Who hears that a backend is pledged acquires nothing, until a witness agrees, without whom no owner goes on."""
+    for witnesses, acquires in (((OTHER,), 0), ((OTHER, THIRD), 1)):
+        house = House()
+        asks = _of(do.SendAsk, house.all(0, house.looked((ME, THIRD), (_lease(OTHER, 0, witnesses),))))
+        number = {ask.to: ask.number for ask in asks}
+        house.all(1, ev.AskAnswered(number[THIRD.id], THIRD.id, True, False, True, 7))
+        effects = house.all(2, ev.AskAnswered(number[OTHER.id], OTHER.id, False, False, False, 7))
+        assert len(_of(do.SendAcquire, effects)) == acquires
+
+
 def test_a_move_waits_for_what_is_in_flight() -> None:
     """The owner stops dispatching, keeps its lease until nothing is in flight, and gives it back then."""
     house = _owner()
@@ -309,3 +320,14 @@ def test_bounds_that_contradict_each_other_are_refused(times: dict[str, float]) 
     """The error names the bounds and what must hold between them."""
     with pytest.raises(ValueError, match="_ns"):
         Bounds(**times)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lease_s", [1, 10, 60])
+def test_bounds_of_a_lease(lease_s: int) -> None:
+    """Of a short lease all is in proportion, of a long one as by default; a taker waits a lease and a tenth at most."""
+    bounds, share = Bounds.of_lease(lease_s * SECOND_NS), min(1.0, lease_s / 10)
+    assert bounds.ttl_ns == lease_s * SECOND_NS
+    assert (bounds.margin_ns, bounds.ask_ns) == (int(BOUNDS.margin_ns * share), int(BOUNDS.ask_ns * share))
+    assert bounds.attempt_ns == int(BOUNDS.attempt_ns * share)
+    assert bounds.ttl_ns < bounds.grace_ns <= 1.1 * bounds.ttl_ns
+    assert bounds.alone_ns == BOUNDS.alone_ns

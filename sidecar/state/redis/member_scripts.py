@@ -65,7 +65,7 @@ BEAT = Script(
     _KEYS,
     _COMMON
     + """
-local member, told, applied, ttl, alone = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local member, told, applied, ttl, grace = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
 redis.call('HSET', MEMBERS, member, told)
 redis.call('HSET', APPLIED, member, applied)
 redis.call('ZADD', BEATS, digits(now), member)
@@ -81,7 +81,7 @@ for index = 1, #held, 2 do
   end
 end
 local state = redis.call('HMGET', META, 'revision', 'incarnation')
-return {generation, digits(now), digits(born + alone - now), members, leases, state[1] or '0', state[2] or ''}
+return {generation, digits(now), digits(born + grace - now), members, leases, state[1] or '0', state[2] or ''}
 """,
 )
 """Say that a member lives, what it is and what it has read.
@@ -90,8 +90,23 @@ Return [generation, now, when backends without a lease may be had, live members,
 change of the registry, its incarnation or ""]. A member is [id, what it told, what it has read].
 """
 
-LEAVE = Script(_KEYS, _COMMON + "forget(ARGV[1])\nreturn 1\n")
-"""Take a member off at once."""
+LEAVE = Script(
+    _KEYS,
+    _COMMON
+    + """
+forget(ARGV[1])
+local held = redis.call('HGETALL', LEASES)
+for index = 1, #held, 2 do
+  local record = cjson.decode(held[index + 1])
+  if record.holder == ARGV[1] then
+    record.released = true
+    keep(held[index], record)
+  end
+end
+return 1
+""",
+)
+"""Take a member off at once, and give back all its leases: one whose release got lost would be waited for."""
 
 LAGGING = Script(
     ("applied", "beats"),
@@ -114,7 +129,7 @@ ACQUIRE = Script(
     + """
 local backend, token, least, witnesses, agreed = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], cjson.decode(ARGV[5])
 local holds, wanted, by, holder, name = ARGV[6] == '1', ARGV[7], tonumber(ARGV[8]), ARGV[9], ARGV[10]
-local number, ttl, alone = ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
+local number, ttl, grace = ARGV[11], tonumber(ARGV[12]), tonumber(ARGV[13])
 local record = lease(backend)
 if is_current(record) and record.token == token and not record.released then
   return answer(true, tonumber(record.epoch), holder)
@@ -129,7 +144,7 @@ end
 
 local function is_granted()
   if wanted ~= generation or now > by then return false end
-  if not is_current(record) then return holds or born + alone - now <= 0 end
+  if not is_current(record) then return holds or born + grace - now <= 0 end
   if record.released then return record.token ~= token end
   local renewed = tonumber(record.renewed)
   if now < renewed + ttl then return false end
@@ -137,7 +152,7 @@ local function is_granted()
   for _, witness in ipairs(cjson.decode(record.witnesses)) do
     if has_agreed(witness) then return true end
   end
-  return now >= renewed + alone
+  return now >= renewed + grace
 end
 
 if not is_granted() then return refused(record) end

@@ -49,14 +49,14 @@ class RedisMembers:
     def __init__(self, link: Link, bounds: Bounds | None = None) -> None:
         self._link = link
         self._bounds = bounds or Bounds()
-        self._ttl_us, self._alone_us = self._bounds.ttl_ns // 1000, self._bounds.alone_ns // 1000
+        self._ttl_us, self._grace_us = self._bounds.ttl_ns // 1000, self._bounds.grace_ns // 1000
 
     async def beat(self, call: SendBeat, info: str, applied: int) -> Beat:
         """Say that a member lives, what it is and what it has read."""
         member = call.member
         told = json.dumps([member.name, member.weight, member.draining, info])
         generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
-            BEAT, member.id, told, applied, self._ttl_us, self._alone_us
+            BEAT, member.id, told, applied, self._ttl_us, self._grace_us
         )
         standings = tuple(sorted((_standing(*found) for found in members), key=lambda found: found.member.id))
         answered = BeatAnswered(
@@ -70,7 +70,7 @@ class RedisMembers:
         return Beat(answered, standings, int(revision), incarnation)
 
     async def leave(self, call: SendLeave) -> None:
-        """Take a member off at once: nobody waits for it any more."""
+        """Take a member off at once, and give back what it had: nobody waits for it any more."""
         await self._ask(LEAVE, call.member)
 
     async def acquire(self, call: SendAcquire, member: Member) -> LeaseAnswered:
@@ -90,7 +90,7 @@ class RedisMembers:
             member.name,
             call.number,
             self._ttl_us,
-            self._alone_us,
+            self._grace_us,
         )
 
     async def renew(self, call: SendRenew) -> LeaseAnswered:
@@ -112,7 +112,7 @@ class RedisMembers:
             record["name"],
             int(record["epoch"]),
             0 if record["released"] else self._bounds.ttl_ns - since_ns,
-            self._bounds.alone_ns - since_ns,
+            self._bounds.grace_ns - since_ns,
             tuple(json.loads(record["witnesses"])),
             record["released"],
         )

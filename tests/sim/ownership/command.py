@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 
+from tests.sim.ownership.checks import STRAYS
 from tests.sim.ownership.trial import SeedFailed, Verdict, run_seed
 
+PROGRAM = "python -m tests.sim ownership"
 SEEDS = 1000
 SHOWN = 3
 """So many failing seeds are told in full; of the others one line."""
@@ -24,8 +25,8 @@ def one(seed: int) -> Verdict | tuple[int, str]:
         return seed, str(failure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.sim.ownership", description=__doc__)
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--seeds", type=int, default=SEEDS, help="how many")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="this one alone")
@@ -35,24 +36,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcome = one(options.seed)
         print(outcome if isinstance(outcome, Verdict) else outcome[1])
         return 0 if isinstance(outcome, Verdict) else 1
-    began, counts, slowest = perf_counter(), Counter[str](), 0.0
+    began = perf_counter()
+    held: list[Verdict] = []
     failed: list[int] = []
     with ProcessPoolExecutor(options.jobs) as pool:
         for outcome in pool.map(one, range(options.first, options.first + options.seeds), chunksize=10):
             if isinstance(outcome, Verdict):
-                counts.update(outcome.counts)
-                slowest = max(slowest, outcome.slowest)
+                held.append(outcome)
             else:
                 failed.append(outcome[0])
-                print(f"\nFAILED seed {outcome[0]}; alone: python -m tests.sim.ownership --seed {outcome[0]}")
+                print(f"\nFAILED seed {outcome[0]}; alone: {PROGRAM} --seed {outcome[0]}")
                 print(outcome[1] if len(failed) <= SHOWN else outcome[1].splitlines()[0], flush=True)
-    print(f"{options.seeds - len(failed):,} seeds held and {len(failed)} failed in {perf_counter() - began:.0f} s")
-    print(f"slowest owner in peace: {slowest:.2f} of its bound")
-    print(", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
-    if failed:
-        print("failed", " ".join(str(seed) for seed in failed))
+    _summary(held, failed, perf_counter() - began)
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _summary(held: Sequence[Verdict], failed: Sequence[int], seconds: float) -> None:
+    counts = sum((each.counts for each in held), Counter[str]())
+    print(f"{len(held):,} seeds held and {len(failed)} failed in {seconds:.0f} s")
+    print(f"slowest owner in peace: {max((each.slowest for each in held), default=0.0):.2f} of its bound")
+    print(f"worlds with the known hole in them: {sum(bool(each.counts[STRAYS]) for each in held)}")
+    print(", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
+    if failed:
+        print("failed", " ".join(str(seed) for seed in failed))

@@ -99,7 +99,15 @@ class Process:
 
     def acquire(self, effect: do.SendAcquire) -> None:
         scripts = self.world.redis.scripts
-        self.call(effect, lambda now_ns: scripts.acquire(effect, self.member, now_ns), ev.LeaseFailed(effect.number))
+
+        def run(now_ns: int) -> ev.LeaseAnswered:
+            before = scripts.data.leases.get(effect.backend)
+            answer = scripts.acquire(effect, self.member, now_ns)
+            if scripts.data.leases.get(effect.backend) is not before:
+                self.world.checks.granted(self, effect, before, now_ns)
+            return answer
+
+        self.call(effect, run, ev.LeaseFailed(effect.number))
 
     def renew(self, effect: do.SendRenew) -> None:
         scripts = self.world.redis.scripts
@@ -154,10 +162,10 @@ class Process:
 
     def _write(self, backend: str, epoch: int) -> None:
         """Write a request a moment after the check; the process may be stopped in between."""
-        checked_ns = self.net.now_ns
+        checked_ns, strays = self.net.now_ns, self.member.id in self.world.checks.strays_of(backend)
 
         def write() -> None:
-            self.world.checks.written(self, backend, epoch, checked_ns)
+            self.world.checks.written(self, backend, epoch, checked_ns, strays)
             longest_ns = self.world.scenario.bounds.ttl_ns // 4
             self.net.after(self.world.random.randint(MILLISECOND_NS, longest_ns), lambda: self.do(ended))
 

@@ -67,8 +67,11 @@ class Redis:
         return ev.BeatAnswered(number, data.generation, now_ns, self.newborn_ns(now_ns), members, leases)
 
     def leave(self, member: str, now_ns: int) -> None:
+        """Take a member off, and give back all its leases: one whose release got lost would be waited for."""
         self._settle(now_ns)
         self.data.members.pop(member, None)
+        for record in self.data.leases.values():
+            record.released |= record.holder == member
 
     def acquire(self, call: do.SendAcquire, member: Member, now_ns: int) -> ev.LeaseAnswered:
         self._settle(now_ns)
@@ -80,7 +83,7 @@ class Redis:
         stored = 0 if record is None else record.epoch
         if not self._is_current(record):
             # Epochs that were lost with their generation were of its milliseconds. Nobody but their holders acquires
-            # for `alone_ns` after a birth, so hosts of Redis may even differ by as much.
+            # for `grace_ns` after a birth, so hosts of Redis may even differ by as much.
             stored = max(stored, now_ns // MILLISECOND_NS)
         epoch = max(stored, call.least_epoch) + 1
         self.data.leases[call.backend] = Record(
@@ -99,7 +102,7 @@ class Redis:
             return False
         if not {record.holder, *record.witnesses}.isdisjoint(call.agreed):
             return True
-        return now_ns >= record.renewed_ns + self.bounds.alone_ns
+        return now_ns >= record.renewed_ns + self.bounds.grace_ns
 
     def renew(self, call: do.SendRenew, now_ns: int) -> ev.LeaseAnswered:
         self._settle(now_ns)
@@ -118,7 +121,7 @@ class Redis:
 
     def newborn_ns(self, now_ns: int) -> int:
         """Return until when only those who hold a lease already get one of which this generation does not know."""
-        return self.data.born_ns + self.bounds.alone_ns - now_ns
+        return self.data.born_ns + self.bounds.grace_ns - now_ns
 
     def _settle(self, now_ns: int) -> None:
         """Begin a generation if the data are of none or of another."""
@@ -138,7 +141,7 @@ class Redis:
 
     def _lease(self, backend: str, record: Record, now_ns: int) -> Lease:
         left_ns = 0 if record.released else record.renewed_ns + self.bounds.ttl_ns - now_ns
-        unattended_ns = record.renewed_ns + self.bounds.alone_ns - now_ns
+        unattended_ns = record.renewed_ns + self.bounds.grace_ns - now_ns
         return Lease(
             backend,
             record.holder,

@@ -9,21 +9,23 @@ import pytest
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import SECOND_NS, Bounds
 from sidecar.ownership.turn import Turn
-from tests.sim.ownership.checks import Violation
+from tests.sim.ownership.checks import STRAYS, Violation
 from tests.sim.ownership.process import Process
-from tests.sim.ownership.redis import Data
+from tests.sim.ownership.redis import Data, Redis
 from tests.sim.ownership.scenario import Scenario
 from tests.sim.ownership.world import World
 
 BOUNDS = Bounds()
 LEASE_S = BOUNDS.ttl_ns / SECOND_NS
-ALONE_S = BOUNDS.alone_ns / SECOND_NS
+GRACE_S = BOUNDS.grace_ns / SECOND_NS
+SERVED_S = LEASE_S + 2
+"""A backend that nobody owns is owned again within this time, whatever befell the fleet or Redis."""
 BACKENDS = {f"engine-{index}": "" for index in range(4)}
 
 
-def _world(members: int = 3, is_new: bool = False, settled: bool = True) -> World:
+def _world(members: int = 3, is_new: bool = False, settled: bool = True, bounds: Bounds = BOUNDS) -> World:
     names = tuple(f"replica-{index}" for index in range(members))
-    world = World(Scenario(0, BOUNDS, names, BACKENDS, (), is_new, 0, SECOND_NS, 0.0, 0.0))
+    world = World(Scenario(0, bounds, names, BACKENDS, (), is_new, 0, SECOND_NS, 0.0, 0.0))
     if settled:
         _run(world, 8 * LEASE_S)
         assert _owners(world) == {backend: world.checks.preferred(backend) for backend in BACKENDS}
@@ -70,38 +72,47 @@ def _lost(world: World) -> int:
     return world.counts["disowned, LEASE_ENDED"] + world.counts["disowned, TAKEN"]
 
 
-def test_a_new_redis_is_waited_for_and_a_used_one_is_not() -> None:
+def test_a_first_install_waits_for_a_lease() -> None:
     """Whether a Redis without data is new or has forgotten cannot be told: who knows of no lease waits."""
     used, new = _world(settled=False), _world(is_new=True, settled=False)
     assert _until(used, lambda: _all_owned(used), 5) < 2
-    assert ALONE_S <= _until(new, lambda: _all_owned(new), ALONE_S + 5) < ALONE_S + 2
+    assert LEASE_S < _until(new, lambda: _all_owned(new), SERVED_S)
 
 
-def test_without_redis_all_go_on() -> None:
-    """While all members agree, a Redis that is away for longer than a lease costs nothing, and coming back neither."""
+@pytest.mark.parametrize("away_s", [2 * LEASE_S, 60 * LEASE_S])
+def test_without_redis_all_go_on(away_s: float) -> None:
+    """While all members agree, a Redis that is away for many leases costs nothing, and coming back neither."""
     world = _world()
     owners, epochs = _owners(world), _epochs(world)
     world.redis.up = False
-    _run(world, 0.8 * ALONE_S)
-    assert _owners(world) == owners
+    _stay(world, owners, away_s)
     assert world.counts["dispatched on pledges"]
     world.start_redis(world.redis.scripts.data, 0)
-    _run(world, 2 * ALONE_S)
-    assert _owners(world) == owners
+    _stay(world, owners, 12 * LEASE_S)
     assert not _lost(world)
     assert all(
         (after or 0) > (before or 0) for before, after in zip(epochs.values(), _epochs(world).values(), strict=True)
     )
 
 
+def _stay(world: World, owners: dict[str, str], seconds: float) -> None:
+    """Run, and look at every lease that all owners are still the same."""
+    for _ in range(int(seconds / LEASE_S)):
+        _run(world, LEASE_S)
+        assert _owners(world) == owners
+
+
 def test_nobody_goes_on_for_ever() -> None:
-    """After `alone_ns` without Redis an owner stops: by then a newcomer on the other side may have begun."""
-    world = _world()
+    """After `alone_ns` without Redis an owner stops; when Redis is back, each backend is owned again in time."""
+    bounds = Bounds(alone_ns=6 * BOUNDS.ttl_ns)
+    world = _world(bounds=bounds)
     world.redis.up = False
-    _until(world, lambda: not any(_owners(world).values()), ALONE_S + 1)
+    _until(world, lambda: not any(_owners(world).values()), 6 * LEASE_S + 1)
+    world.start_redis(world.redis.scripts.data, 0)
+    _until(world, lambda: _all_owned(world), SERVED_S)
 
 
-@pytest.mark.parametrize("away_s", [0.0, 0.5 * LEASE_S, 2 * LEASE_S])
+@pytest.mark.parametrize("away_s", [0.0, 0.5 * LEASE_S, 2 * LEASE_S, 60 * LEASE_S])
 def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
     """Owners claim what an empty Redis does not know of, under a newer epoch, before anybody else may acquire."""
     world = _world()
@@ -109,8 +120,7 @@ def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
     world.redis.up = False
     _run(world, away_s)
     world.start_redis(Data(), 0)
-    _run(world, 2 * ALONE_S)
-    assert _owners(world) == owners
+    _stay(world, owners, 12 * LEASE_S)
     assert not _lost(world)
     assert all(
         (after or 0) > (before or 0) for before, after in zip(epochs.values(), _epochs(world).values(), strict=True)
@@ -160,7 +170,7 @@ def test_a_crash_costs_a_lease() -> None:
     """What a dead member owned is taken over by a witness when the lease has ended."""
     world = _world()
     _named(world, _owners(world)["engine-0"]).alive = False
-    _until(world, lambda: _all_owned(world), LEASE_S + 2)
+    _until(world, lambda: _all_owned(world), SERVED_S)
 
 
 def test_a_pause_ends_ownership_without_an_event() -> None:
@@ -176,18 +186,47 @@ def test_a_pause_ends_ownership_without_an_event() -> None:
     assert world.counts["disowned, LEASE_ENDED"]
 
 
-def test_a_newcomer_that_reaches_nobody_waits_until_nobody_goes_on() -> None:
-    """Old members go on without Redis; one that joins through it and does not reach them waits for `alone_ns`."""
+def _join_apart(seconds: float) -> tuple[World, list[Process], Process]:
+    """Have a newcomer join through a Redis that no old member reaches, and reach none of them either."""
     world = _world(members=2)
     old = world.living()
     world.start("replica-9")
     new = _named(world, "replica-9")
-    _cut(world, old, "redis", new.member.id, seconds=10 * ALONE_S)
-    _run(world, 0.8 * ALONE_S)
-    assert all(each.owns(backend) is None for each in [new] for backend in BACKENDS)
-    assert world.counts["dispatched on pledges"]
-    _until(world, lambda: all(new.owns(backend) for backend in BACKENDS), ALONE_S)
-    assert all(each.owns(backend) is None for each in old for backend in BACKENDS)
+    _cut(world, old, "redis", new.member.id, seconds=seconds)
+    return world, old, new
+
+
+def test_the_known_hole() -> None:
+    """A newcomer that nobody can hear of owns, too, `grace_ns` after the last renewal, until they reach each other."""
+    world, old, new = _join_apart(10 * LEASE_S)
+    _run(world, 0.6 * LEASE_S)
+    assert not any(new.owns(backend) for backend in BACKENDS)
+    _until(world, lambda: all(new.owns(backend) for backend in BACKENDS), SERVED_S)
+    assert world.counts[STRAYS] == len(BACKENDS)
+    assert all(any(each.owns(backend) for each in old) for backend in BACKENDS)
+    _run(world, 11 * LEASE_S)
+    assert not world.checks.strays
+    assert world.counts["disowned, TAKEN"]
+    _run(world, 8 * LEASE_S)
+    assert _owners(world) == {backend: world.checks.preferred(backend) for backend in BACKENDS}
+
+
+def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
+    """Redis forgot all: an old member that reaches it knows who goes on, and by its pledge the newcomer waits."""
+    world = _world(members=2)
+    owner = _named(world, _owners(world)["engine-0"])
+    (witness,) = [each for each in world.living() if each is not owner]
+    world.redis.up = False
+    _run(world, 2 * LEASE_S)
+    world.start_redis(Data(), 0)
+    world.start("replica-9")
+    new = _named(world, "replica-9")
+    _cut(world, [owner], "redis", new.member.id, seconds=60 * LEASE_S)
+    _cut(world, [witness], "redis", seconds=GRACE_S - 1)
+    _run(world, GRACE_S + LEASE_S / 2)
+    assert owner.owns("engine-0")
+    _until(world, lambda: new.owns("engine-0") or witness.owns("engine-0"), LEASE_S)
+    assert not world.counts[STRAYS]
 
 
 def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
@@ -196,21 +235,40 @@ def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
     dead = _named(world, _owners(world)["engine-0"])
     (witness,) = [each for each in world.living() if each is not dead]
     dead.alive = False
-    _cut(world, [witness], "redis", seconds=10 * ALONE_S)
+    _cut(world, [witness], "redis", seconds=60 * LEASE_S)
     world.start("replica-9")
     _until(world, lambda: _owners(world)["engine-0"] == "replica-9", LEASE_S + 2)
 
 
-@pytest.mark.parametrize(("prefix", "wait_s"), [("replica-", LEASE_S), ("replica-9", ALONE_S)])
-def test_all_die(prefix: str, wait_s: float) -> None:
-    """Members that come back under their names vouch for their earlier lives; others wait until nobody goes on."""
-    world = _world(members=2)
+@pytest.mark.parametrize("redis", ["is there", "restarted", "emptied"])
+@pytest.mark.parametrize("prefix", ["replica-", "replica-9"])
+@pytest.mark.parametrize("members", [1, 3])
+def test_all_die(members: int, prefix: str, redis: str) -> None:
+    """Whatever the names under which they come back, and whatever has become of Redis, they wait for a lease."""
+    world = _world(members)
     for each in world.living():
         each.alive = False
-    for index in range(2):
+    if redis != "is there":
+        world.redis.up = False
+        world.start_redis(Data() if redis == "emptied" else world.redis.scripts.data, 0)
+    for index in range(members):
         world.start(f"{prefix}{index}")
-    took_s = _until(world, lambda: _all_owned(world), wait_s + 2 + LEASE_S)
-    assert took_s > wait_s / 2
+    assert _until(world, lambda: _all_owned(world), SERVED_S) > LEASE_S / 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_who_follows_a_fleet_that_left_does_not_wait(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last ones leave released leases behind, even if a release gets lost: the leave releases them, too."""
+    world = _world()
+    if lost:
+        monkeypatch.setattr(Redis, "release", lambda scripts, call, now_ns: None)
+    for each in world.living():
+        each.draining = True
+        each.give(ev.DrainBegun())
+    _until(world, lambda: not world.living(), 4 * LEASE_S)
+    world.start("replica-9")
+    _until(world, lambda: _all_owned(world), 2)
+    assert not _lost(world)
 
 
 def test_a_drained_member_leaves_nothing_behind() -> None:
@@ -242,10 +300,9 @@ def test_a_failover_that_lost_a_grant_does_not_double_it() -> None:
     world = _world()
     stale = world.redis.scripts.data.copy()
     _named(world, _owners(world)["engine-0"]).alive = False
-    _until(world, lambda: _all_owned(world), LEASE_S + 2)
+    _until(world, lambda: _all_owned(world), SERVED_S)
     owners = _owners(world)
     world.redis.up = False
     world.start_redis(stale, -5 * SECOND_NS)
-    _run(world, 2 * ALONE_S)
-    assert _owners(world) == owners
+    _stay(world, owners, 12 * LEASE_S)
     assert not _lost(world)

@@ -56,6 +56,8 @@ def _peace(world: World) -> float:
     while net.now_ns < end_ns:
         net.run_until(net.now_ns + LOOK_NS)
         for backend, bound_ns in bounds_ns.items():
+            strays = net.now_ns - healed_ns > ttl_ns + GRACE_NS and world.checks.strays_of(backend)
+            hold(not strays, f"{strays} still go on with {backend} in peace")
             lacked_ns = net.now_ns - since_ns[backend]
             # A lease that was as good as over may still be lost in peace; it too is back in time.
             limit_ns = max(ttl_ns + GRACE_NS, healed_ns + bound_ns - since_ns[backend])
@@ -78,9 +80,9 @@ def _bound_ns(world: World, backend: str) -> int:
     wait_ns = bounds.passed_ns(bounds.ttl_ns)
     if record is None or record.generation != redis.scripts.process or data.generation != redis.scripts.process:
         born_ns = data.born_ns if data.generation == redis.scripts.process else now_ns
-        wait_ns = max(wait_ns, born_ns + bounds.alone_ns - now_ns)
+        wait_ns = max(wait_ns, born_ns + bounds.grace_ns - now_ns)
     elif not record.released and not _is_vouched_for(world, {record.holder, *record.witnesses}):
-        wait_ns = max(wait_ns, record.renewed_ns + bounds.alone_ns - now_ns)
+        wait_ns = max(wait_ns, record.renewed_ns + bounds.grace_ns - now_ns)
     return bounds.passed_ns(wait_ns) + GRACE_NS
 
 

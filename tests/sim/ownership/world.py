@@ -169,7 +169,7 @@ class World:
             self.note("redis failed over")
             self.redis.up = False
             data = self.random.choice(self.copies).copy()
-            most_ns = self.scenario.bounds.alone_ns * 2 // 5  # two hosts' clocks differ by less than `alone_ns`
+            most_ns = self.scenario.bounds.grace_ns * 2 // 5  # two hosts' clocks differ by less than `grace_ns`
             skew_ns = self.random.randint(-most_ns, most_ns)
             self.net.after(self._span_ns() // 2, lambda: self.start_redis(data, skew_ns))
 
