@@ -56,6 +56,7 @@ class Replica:
         ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
         self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.tell, self._in_flight, self._changed)
         self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
+        self.peers.gone = self.router.gone
         gateway.elsewhere = self.router
         self._gateway = gateway
         self._routing = routing

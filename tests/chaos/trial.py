@@ -21,6 +21,7 @@ SHOWN = 5
 class Verdict:
     """`back_s`: how long after each mark the last of the backends answered something that came after it, at worst.
 
+    `slowest_s` is the longest that an answer took that was given in full.
     `stale` counts what engines were sent under an epoch that had ended.
     """
 
@@ -28,6 +29,7 @@ class Verdict:
     endings: Counter[str]
     given_up: int
     back_s: float
+    slowest_s: float
     stale: int
     wrong: list[str]
 
@@ -53,7 +55,7 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
         if load.given_up:
             wrong.append(f"{load.given_up} requests were refused at every try")
         endings = Counter(each.ending for each in load.tries)
-        return Verdict(scenario.name, endings, load.given_up, max(backs), stale, wrong)
+        return Verdict(scenario.name, endings, load.given_up, max(backs), _slowest_s(load.tries), stale, wrong)
 
 
 async def _back_s(load: Load, at_s: float, backends: tuple[str, ...]) -> float:
@@ -61,6 +63,10 @@ async def _back_s(load: Load, at_s: float, backends: tuple[str, ...]) -> float:
         while not all(load.answered(backend, at_s) for backend in backends):
             await asyncio.sleep(0.05)
     return max(load.answered(backend, at_s)[0].ended_s for backend in backends) - at_s
+
+
+def _slowest_s(tries: list[Try]) -> float:
+    return max(each.ended_s - each.begun_s for each in tries if each.ending == FULL)
 
 
 def _wrong(scenario: Scenario, tries: list[Try]) -> list[str]:
