@@ -174,7 +174,11 @@ class SoftGated:
     def _end_turns(self, room: Room, now_ns: int) -> bool:
         """Gate the open versions that would serve more by turning to another; say whether there were any."""
         turns, open_versions, waiting = self._turns, room.open, self._queues.versions
-        going_on = [v for v in open_versions if v not in self._gates and not turns.has_time(v, now_ns)]
+        going_on = [
+            version
+            for version, slot in open_versions.items()
+            if version not in self._gates and not slot.loading and not turns.has_time(version, now_ns)
+        ]
         if not going_on or not turns.run_ns:
             return False
         blocked = waiting.keys() - open_versions.keys() - {BASE}

@@ -127,6 +127,21 @@ def test_when_a_request_is_overdue(changes: dict[str, int], overdue_s: int) -> N
     assert promise.overdue_ns == overdue_s * SECOND_NS
 
 
+def test_a_turn_does_not_end_while_the_version_is_loaded() -> None:
+    """What comes for it meanwhile goes with the first of it, however many wait elsewhere."""
+    policy, room = SoftGated(), Room()
+    policy.restore({**policy.snapshot(), "turns": [SECOND_NS, SECOND_NS / 100, [], []]})
+    queue(policy, 1, "first")
+    assert policy.choose(room, 0) == Open("first")
+    room.open["first"] = Slot(loading=True)
+    queue(policy, 2, "other")
+    queue(policy, 3, "other")
+    assert room.obey(policy, 0) == []
+    queue(policy, 4, "first")
+    room.open["first"].loading = False
+    assert room.obey(policy, 0) == [Send(1), Send(4)]
+
+
 def test_an_overdue_version_gets_the_slot_after_what_waited_before_it_was() -> None:
     """The open version's turn ends: what waits then still goes, what comes later waits, and then the slot changes."""
     policy, room = SoftGated(), Room()
