@@ -49,7 +49,7 @@ QUEUE_MARGIN = 1.6
 FEW = 0.5
 """A turn ends when the newcomers expected during a run are fewer than this part of the deepest queue elsewhere."""
 LONE = 1
-"""Nor does one end for a single request: its version would serve no more by itself, and others may yet come for both."""
+"""Nor does one end for a single request: more may yet come for both."""
 SLACK_REQUESTS = 32
 """A tenant may be ahead of the least served one by so many requests of the usual size."""
 NO_GATE = NOBODY
