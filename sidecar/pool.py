@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sidecar import plugins
 from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_model
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
+from sidecar.backends.checks.vllm.declared import sizes_unknown
 from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.loads import LoaderProcess
@@ -21,6 +23,8 @@ from sidecar.config import Config, declared_facts
 from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
 from sidecar.engine_pace import pace_from_cost
 from sidecar.errors import Misused, Reason
+
+logger = logging.getLogger(__name__)
 
 TRITON_GRPC_PORT, TRITON_METRICS_PORT = 8001, 8002
 
@@ -49,6 +53,9 @@ def make_backends(
     """
     made: list[tuple[Backend, EngineFacts]] = []
     facts = facts_of(configured)
+    unchecked = list(_unchecked(configured))
+    if unchecked:
+        logger.warning("%s", sizes_unknown(unchecked))
     for backend in configured:
         if backend.scheme == "triton":
             declared = facts[backend.identity]
@@ -105,6 +112,16 @@ def base_model_of(backend: BackendConfig) -> BaseModel | None:
     """Read the base model's own config. Raises Misused with what is wrong with it."""
     base = backend.base_model
     return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
+
+
+def _unchecked(configured: Sequence[BackendConfig]) -> Iterator[str]:
+    """Yield the vLLMs that adapters are loaded into whose sizes are checked against no model's files."""
+    known = base_models(configured)
+    for backend in configured:
+        if backend.scheme == VLLM and backend.adapters_dir is not None:
+            base = backend.base_model
+            if base is None or base.name not in known:
+                yield backend.identity
 
 
 def _triton_options(backend: BackendConfig, facts: EngineFacts, memory: SharedMemory, owner: str) -> TritonOptions:

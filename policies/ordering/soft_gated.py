@@ -14,7 +14,8 @@ turn, and when the last of it has ended the slot is free. Two things set gates.
   overdue versions open slots stay open, so nothing is lost to gates where the wait is natural. Gates on a snapshot are
   stable whenever the load is below capacity; slots closed by age alone serve about one request a visit in overload.
 * Seats are free and nothing may be sent. Then a version is gated of which far fewer newcomers are expected during a run
-  than wait for the deepest version without a slot, unless its slot stays taken for long anyway (`turns.py`).
+  than wait for the deepest version without a slot, unless that is a single one, or its slot stays taken for long anyway
+  (`turns.py`).
 
 The promise: the first token comes within
 
@@ -47,6 +48,8 @@ LIMIT_SHARE = 1 / 3
 QUEUE_MARGIN = 1.6
 FEW = 0.5
 """A turn ends when the newcomers expected during a run are fewer than this part of the deepest queue elsewhere."""
+LONE = 1
+"""Nor does one end for a single request: more may yet come for both."""
 SLACK_REQUESTS = 32
 """A tenant may be ahead of the least served one by so many requests of the usual size."""
 NO_GATE = NOBODY
@@ -165,6 +168,9 @@ class SoftGated:
         """Gate as many open versions as others wait for slots, those that will have ended first."""
         for version in [version for version in self._gates if version not in room.open]:
             del self._gates[version]
+        for version in self._gates:
+            if room.open[version].loading:  # what comes meanwhile begins with the rest, so its turn lasts no longer
+                self._gates[version] = self._queues.newest
         if wanted <= len(self._gates):
             return
         ungated = [version for version in room.open if version not in self._gates]
@@ -179,6 +185,8 @@ class SoftGated:
             return False
         blocked = waiting.keys() - open_versions.keys() - {BASE}
         deepest = max((waiting[version].count for version in blocked if room.is_ready(version)), default=0)
+        if deepest <= LONE:
+            return False
         over = [version for version in going_on if turns.newcomers(version, now_ns) < FEW * deepest]
         self._gates.update(dict.fromkeys(over, self._queues.newest))
         return bool(over)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sidecar.cli.bars import bar
+from sidecar.cli.client import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, count, print_json, size
@@ -49,6 +50,19 @@ def capture(
         str | None,
         typer.Option(help="Address of its http listener, for the metrics.", show_default="the configuration's"),
     ] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=CA_VARIABLE,
+            help="PEM file of the CA that signed the http listener, if it speaks TLS.",
+            rich_help_panel=PANEL,
+            show_default="this machine's CAs",
+        ),
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.
@@ -58,7 +72,9 @@ def capture(
     from sidecar.incident.capture import capture as write
 
     out = out or Path(f"incident-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.tgz")
-    wanted = _wanted(_duration(last), config, data, http)
+    files = (("ca", ca), ("certificate", certificate), ("key", key))
+    tls = {name: str(path) for name, path in files if path is not None}
+    wanted = _wanted(_duration(last), config, data, http, tls)
     with bar(f"writing {out}") as progress:
         manifest = write(wanted, out, progress)
     if as_json:
@@ -76,10 +92,10 @@ def _duration(text: str) -> timedelta:
     return timedelta(seconds=sum(float(number) * _UNITS_S[unit] for number, unit in parts))
 
 
-def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None) -> Any:
+def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None, tls: dict[str, str]) -> Any:
     """Return what to capture: what is not named is looked for in the configuration, and that in the environment."""
     from sidecar.incident.capture import Wanted
-    from sidecar.incident.parts import http_address
+    from sidecar.incident.parts import HttpListener, http_address
 
     config, why_not = _configuration(path, data)
     if data is None and config is not None and config.data_directory is not None:
@@ -88,8 +104,11 @@ def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | N
         why_not += (("journal", "no data directory is known, and without one there is no journal; see --data-dir"),)
     if data is not None and not data.is_dir():
         raise Misused(Reason.CONFIG_INVALID, f"there is no data directory {data}; name the sidecar's with --data-dir")
-    listened = http or (config or Config()).listeners.http.address
-    return Wanted(last, data, config, http_address(listened), why_not)
+    listener = (config or Config()).listeners.http
+    speaks_tls = bool(tls) if config is None else listener.tls is not None
+    asks_back = listener.tls is not None and listener.tls.ca is not None
+    address = HttpListener(http_address(http or listener.address), tls if speaks_tls else None, asks_back)
+    return Wanted(last, data, config, address, why_not)
 
 
 def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None, tuple[tuple[str, str], ...]]:

@@ -44,8 +44,7 @@ class Wanted:
     last: timedelta
     data: Path | None = None
     config: Config | None = None
-    http: str | None = None
-    """HOST:PORT of the http listener."""
+    http: parts.HttpListener | None = None
     why_not: tuple[tuple[str, str], ...] = ()
     """What the caller could not find, and why."""
 

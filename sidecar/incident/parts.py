@@ -10,8 +10,9 @@ import json
 import os
 import platform
 import re
+import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -22,6 +23,7 @@ from typing import IO, Any
 import httpx
 import yaml
 
+from sidecar.backends.credentials import tls_context
 from sidecar.config import Backend, Config
 from sidecar.incident.arrivals import header_in
 from sidecar.incident.finding import began_of
@@ -148,21 +150,54 @@ def _engine_config(path: Path, name: str, backend: str, missing: Missing) -> Par
 # The running process, and this one.
 
 
-def answers_of(address: str, missing: Missing) -> Iterator[Part]:
-    """Yield what a running sidecar's http listener says of itself; each page that it does not give is noted."""
+@dataclass(frozen=True)
+class HttpListener:
+    """An http listener's HOST:PORT, and what it takes to reach it.
+
+    `tls` are PEM files: `ca` (without it this machine's CAs are trusted), `certificate` and `key`, which may be absent.
+    It is None where no TLS is spoken. `asks_back` says that clients are asked for a certificate.
+    """
+
+    address: str
+    tls: Mapping[str, str] | None = None
+    asks_back: bool = False
+
+    @property
+    def url(self) -> str:
+        return f"{'http' if self.tls is None else 'https'}://{self.address}"
+
+    def way_out(self, error: Exception) -> str:
+        """Return what helps where it was not reached."""
+        if self.tls is None:
+            return "--http names another address, --ca turns TLS on"
+        if self.asks_back and "certificate" not in self.tls:
+            return "it asks its clients for a certificate: --cert and --key name the PEM files of one"
+        if "certificate verify failed" not in str(error):
+            return "--http names another address"
+        if "mismatch" in str(error):
+            return "--http names the address that its certificate is for"
+        return "--ca names the PEM file of the CA that signed its certificate"
+
+
+def answers_of(listener: HttpListener, missing: Missing) -> Iterator[Part]:
+    """Yield what a running sidecar's http listener says of itself; each page that it does not give is noted.
+
+    Raises Misused for TLS files that cannot be used.
+    """
+    verify = False if listener.tls is None else tls_context(listener.tls, "http/1.1")
     for page, name, codes in (("metrics", "metrics.txt", (200,)), ("readyz", "readiness.txt", (200, 503))):
-        url = f"http://{address}/{page}"
+        url = f"{listener.url}/{page}"
         try:
-            yield Part(name, _get(url, codes), f"{url} at the time of the capture")
+            yield Part(name, _get(url, codes, verify), f"{url} at the time of the capture")
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            missing.note(page, f"{url}: {error or type(error).__name__}; --http names another address")
+            missing.note(page, f"{url}: {error or type(error).__name__}; {listener.way_out(error)}")
             return  # where one page is not answered the other will not be either
 
 
-def _get(url: str, codes: tuple[int, ...]) -> bytes:
+def _get(url: str, codes: tuple[int, ...], verify: ssl.SSLContext | bool) -> bytes:
     content = b""
     with (
-        httpx.Client(timeout=ANSWER_TIMEOUT_S, trust_env=False) as client,
+        httpx.Client(timeout=ANSWER_TIMEOUT_S, trust_env=False, verify=verify) as client,
         client.stream("GET", url) as answer,
     ):
         if answer.status_code not in codes:

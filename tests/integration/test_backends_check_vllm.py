@@ -53,7 +53,8 @@ async def test_nothing_is_declared(tmp_path: Path) -> None:
         assert "taken for max_loras, 2" in found["kept in memory"].text
         assert "adapters_dir" in found["shared folder"].fix
         unknown = await look_at_vllm(replace(engine.target, base=None))
-        assert worse(unknown) == {"adapter": State.SKIPPED}
+        assert worse(unknown) == {"adapter": State.WARNING}
+        assert "an adapter of smaller ones in silence" in unknown["adapter"].text
         assert "config: the folder of the model" in unknown["adapter"].fix
 
 

@@ -162,7 +162,7 @@ def test_a_failed_capture_leaves_nothing(data: Path, tmp_path: Path, monkeypatch
 def test_nothing_at_all_is_an_error(tmp_path: Path) -> None:
     """With no journal, no configuration and nobody who answers there is nothing to write, and why is said."""
     with pytest.raises(Misused, match=r"nothing to capture: journal: there is no segment-.* in ") as caught:
-        capture.capture(Wanted(HOUR, tmp_path, http="127.0.0.1:1"), tmp_path / "incident.tgz")
+        capture.capture(Wanted(HOUR, tmp_path, http=parts.HttpListener("127.0.0.1:1")), tmp_path / "incident.tgz")
     assert "metrics: http://127.0.0.1:1/metrics" in caught.value.message
     assert list(tmp_path.iterdir()) == []
 

@@ -127,6 +127,25 @@ def test_when_a_request_is_overdue(changes: dict[str, int], overdue_s: int) -> N
     assert promise.overdue_ns == overdue_s * SECOND_NS
 
 
+@pytest.mark.parametrize("others", [1, 2])
+def test_what_comes_while_a_version_is_loaded_goes_with_the_first_of_it(others: int) -> None:
+    """However many wait elsewhere: the turn lasts no longer for it. What comes later waits if the turn has an end."""
+    policy, room = SoftGated(), Room()
+    policy.restore({**policy.snapshot(), "turns": [SECOND_NS, SECOND_NS, [], []]})
+    queue(policy, 1, "first")
+    assert policy.choose(room, 0) == Open("first")
+    room.open["first"] = Slot(loading=True)
+    for number in range(others):
+        queue(policy, 2 + number, "other")
+    assert room.obey(policy, 0) == []
+    queue(policy, 4, "first")
+    assert room.obey(policy, 0) == []
+    room.open["first"].loading = False
+    assert room.obey(policy, 0) == [Send(1), Send(4)]
+    queue(policy, 5, "first")
+    assert room.obey(policy, 0) == ([Send(5)] if others == 1 else [])
+
+
 def test_an_overdue_version_gets_the_slot_after_what_waited_before_it_was() -> None:
     """The open version's turn ends: what waits then still goes, what comes later waits, and then the slot changes."""
     policy, room = SoftGated(), Room()

@@ -51,8 +51,8 @@ class _Answer(Protocol):
     def take(self, reply: Reply) -> bytes: ...
 
 
-async def body_of(receive: Receive, headers: Headers, size_bytes_max: int) -> bytes:
-    """Return a request's body. Raises TooLong, ClientLeft."""
+async def body_of(receive: Receive, headers: Headers, size_bytes_max: int) -> tuple[list[bytes], int]:
+    """Return a request's body in the pieces that it came in, and its bytes in all. Raises TooLong, ClientLeft."""
     said = next((value for name, value in headers if name == b"content-length"), b"0")
     pieces: list[bytes] = []
     size_bytes = int(said) if said.isdigit() else 0
@@ -71,7 +71,7 @@ async def body_of(receive: Receive, headers: Headers, size_bytes_max: int) -> by
             Reason.INVALID_REQUEST,
             f"the body is longer than {size_bytes_max} bytes; send less, or raise listeners.http.body_bytes_max",
         )
-    return b"".join(pieces)
+    return pieces, size_bytes
 
 
 async def send_failure(send: Send, failed: Failure, request_id: str = "", origin: Headers = ()) -> None:

@@ -54,6 +54,8 @@ class Asked:
     answers: int
     prompt_tokens: int
     prompt_bytes: int
+    session: str
+    """What stands for the end user, where the client names one: who that is is no business of journals and logs."""
 
     @property
     def model(self) -> str:
@@ -62,12 +64,6 @@ class Asked:
     @property
     def is_chat(self) -> bool:
         return self.path == CHAT
-
-    @property
-    def session(self) -> str:
-        """What stands for the end user, where the client names one: who that is is no business of journals and logs."""
-        user = self.body.values.get("user")
-        return hashlib.sha256(user.encode(errors="replace")).hexdigest()[:16] if isinstance(user, str) and user else ""
 
 
 def read_asked(path: str, body: Body) -> Asked:
@@ -89,7 +85,12 @@ def read_asked(path: str, body: Body) -> Asked:
         answers=prompts * each,
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
+        session=_session(values.get("user")),
     )
+
+
+def _session(user: Any) -> str:
+    return hashlib.sha256(user.encode(errors="replace")).hexdigest()[:16] if isinstance(user, str) and user else ""
 
 
 def _flag(values: dict[str, Any], name: str) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 from sidecar.errors import Reason, Refused
 
 MODEL = "model"
+MODEL_CHARACTERS_MAX = 4096
+"""As of every name that other fronts take."""
 BOM = b"\xef\xbb\xbf"
 
 _skip = re.compile(r"[ \t\n\r]*").match
@@ -106,7 +108,10 @@ def _read(text: str) -> Body:
             at = _after_space(text, _expect(text, at, ",", "a comma or the closing brace is missing"))
     if _after_space(text, at) != len(text):
         raise JSONDecodeError("there is more behind the object", text, at)
-    if span is None or not _is_a_name(values[MODEL]):
+    model = values.get(MODEL)
+    if isinstance(model, str) and len(model) > MODEL_CHARACTERS_MAX:
+        raise Refused(Reason.INVALID_REQUEST, f'"model" has {len(model)} characters; it is a name')
+    if span is None or not _is_a_name(model):
         raise Refused(
             Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
         )

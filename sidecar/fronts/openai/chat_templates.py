@@ -86,7 +86,12 @@ def read_chat_template(path: Path) -> ChatTemplate:
             "chat_template",
         )
     tokens = {name: _token(config[name]) for name in SPECIAL_TOKENS if config.get(name)}
-    return ChatTemplate(source, str(path), tokens, _compiled(source, path))
+    return compiled_template(source, str(path), tokens)
+
+
+def compiled_template(source: str, path: str, tokens: Mapping[str, str]) -> ChatTemplate:
+    """Compile a template that stands in `path`. Raises Misused(CONFIG_INVALID) for what is none."""
+    return ChatTemplate(source, path, tokens, _compiled(source, path))
 
 
 def _tokenizer_config(path: Path, required: bool) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def _token(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) and "content" in value else str(value)
 
 
-def _compiled(source: str, path: Path) -> jinja2.Template:
+def _compiled(source: str, path: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )

@@ -25,6 +25,7 @@ from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Asked, Caller, Unfit,
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
+from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
 from sidecar.fronts.openai.models import Models
 from sidecar.fronts.openai.places import Place, Places
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -44,6 +45,7 @@ class OpenAiFront:
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._places = Places(gateway.state, templates, self._may_stream)
         self._models = Models(gateway)
+        self.large_bodies = LargeBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].rstrip("/")
@@ -69,10 +71,9 @@ class OpenAiFront:
         try:
             caller = read_caller(scope["headers"])
             request_id = caller.request_id
-            raw = await body_of(receive, scope["headers"], self._body_bytes_max)
-            asked = read_asked(path, read_body(raw))
-            place = self._places.place(asked)
-            ticket = self._submit(asked, caller, place, self._tenant(scope, caller.tenant), len(raw))
+            pieces, size_bytes = await body_of(receive, scope["headers"], self._body_bytes_max)
+            asked, place = await self._read(path, pieces, size_bytes)
+            ticket = self._submit(asked, caller, place, self._tenant(scope, caller.tenant), size_bytes)
         except ClientLeft:
             return
         except SidecarError as error:
@@ -82,6 +83,13 @@ class OpenAiFront:
             await Answering(self._gateway, asked, place, ticket, self._hide_backend).serve(receive, send)
         finally:
             self._gateway.close(ticket)
+
+    async def _read(self, path: str, pieces: list[bytes], size_bytes: int) -> tuple[Asked, Place]:
+        if size_bytes <= LARGE_BYTES:
+            asked = read_asked(path, read_body(b"".join(pieces)))
+            return asked, self._places.place(asked)
+        found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes))
+        return found.asked, self._places.place(found.asked, found.texts)
 
     def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int) -> Ticket:
         state = self._gateway.state

@@ -6,7 +6,7 @@ it, and a chat where its model's template is configured. In a pool of both a req
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.views import BASE
@@ -17,9 +17,10 @@ from sidecar.core.admission import BASE_NAMES, unknown_adapter
 from sidecar.core.state import Backend, State
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kinds import base_names
-from sidecar.fronts.openai.asked import Asked, Unfit
+from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
-from sidecar.fronts.openai.text_forms import TextForms, text_forms
+from sidecar.fronts.openai.large import Order, Refusal, Template
+from sidecar.fronts.openai.text_forms import TextForms, WrittenForms, text_forms
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Place:
     adapter: str
     payload: Payload
     only: tuple[str, ...]
-    text: TextForms | None
+    text: TextForms | WrittenForms | None
 
 
 class Places:
@@ -43,8 +44,19 @@ class Places:
         self._templates = templates
         self._may_stream = may_stream
 
-    def place(self, asked: Asked) -> Place:
-        """Raise Refused for a name that nobody knows, and for what none of the engines that have it can answer."""
+    def order(self, path: str, size_bytes: int) -> Order:
+        """Return what is to be read of a large body, its text in every way that an engine may be asked by included."""
+        templates = tuple(
+            None if template is None else Template.of(template) for template in self._text_templates(path == CHAT)
+        )
+        streams = self._may_stream(TRITON), self._may_stream(TRITON_LLMAPI)
+        return Order(path, size_bytes, templates, self._state.config.output_tokens_assumed, streams)
+
+    def place(self, asked: Asked, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
+        """Return where a request goes; `texts` is what was written to an order of ours.
+
+        Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
+        """
         adapter, servers = self._servers(asked.model)
         kinds = {backend.facts.kind for backend in servers}
         forms: dict[str, Form] = {}
@@ -57,7 +69,7 @@ class Places:
         takers = [backend for backend in servers if backend.facts.kind in (TRITON, TRITON_LLMAPI)]
         if takers:
             try:
-                text, takers = self._as_text(asked, takers)
+                text, takers = self._as_text(asked, takers, texts)
                 forms |= self._text_forms(text)
                 fitting += [backend.id for backend in takers if backend.facts.kind in forms]
                 why_not = Refused(Reason.INVALID_REQUEST, text.why_not_llmapi)  # if it is for none of them
@@ -95,7 +107,9 @@ class Places:
     def _base_models(self) -> Iterator[tuple[str, ...]]:
         return (base_names(backend.facts) for backend in self._state.backends.values())
 
-    def _as_text(self, asked: Asked, takers: list[Backend]) -> tuple[TextForms, list[Backend]]:
+    def _as_text(
+        self, asked: Asked, takers: list[Backend], texts: Sequence[WrittenForms | Refusal] | None
+    ) -> tuple[TextForms | WrittenForms, list[Backend]]:
         """Return the request as text and the backends whose models are asked in these very words."""
         template = None
         if asked.is_chat:
@@ -104,9 +118,24 @@ class Places:
                 raise _no_template(takers[0].id)
             template = self._templates[with_template[0].id]
             takers = [backend for backend in with_template if self._templates[backend.id] == template]
-        return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
+        if texts is None:
+            return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
+        text = texts[self._text_templates(asked.is_chat).index(template)]
+        if isinstance(text, Refusal):
+            raise text.error
+        return text, takers
 
-    def _text_forms(self, text: TextForms) -> dict[str, Form]:
+    def _text_templates(self, is_chat: bool) -> list[ChatTemplate | None]:
+        """Return what a text may be written with, each once: the chat templates, or for a prompt none."""
+        if is_chat:
+            distinct: list[ChatTemplate | None] = []
+            for template in self._templates.values():
+                if template not in distinct:
+                    distinct.append(template)
+            return distinct
+        return [None] if any(backend.facts.kind != VLLM for backend in self._state.backends.values()) else []
+
+    def _text_forms(self, text: TextForms | WrittenForms) -> dict[str, Form]:
         """Write it for both of TensorRT-LLM's models: which of them a server has may not be known yet."""
         forms: dict[str, Form] = {TRITON: text.ensemble(self._may_stream(TRITON))}
         if not text.why_not_llmapi:

@@ -15,7 +15,7 @@ from sidecar.backends.api import Reply
 from sidecar.fronts.generate_replies import TextSoFar, response_of
 from sidecar.fronts.openai.asked import Asked
 from sidecar.fronts.openai.stop_words import StopWords
-from sidecar.fronts.openai.text_forms import TextForms
+from sidecar.fronts.openai.text_forms import TextForms, WrittenForms
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 class TextAnswer:
     """One answer. `counts` says that each reply is a token; `repeats` that each has the whole text so far."""
 
-    def __init__(self, asked: Asked, forms: TextForms, counts: bool, repeats: bool) -> None:
+    def __init__(self, asked: Asked, forms: TextForms | WrittenForms, counts: bool, repeats: bool) -> None:
         self._asked = asked
         self._max_tokens = forms.max_tokens
         self._counts = counts

@@ -80,6 +80,28 @@ class TextForms:
     def llmapi(self, streams: bool) -> bytes:
         return llmapi_form(self.request, streams, self.more)
 
+    def written(self, ensemble_streams: bool, llmapi_streams: bool) -> WrittenForms:
+        """Write all of it now."""
+        llmapi = b"" if self.why_not_llmapi else self.llmapi(llmapi_streams)
+        return WrittenForms(self.ensemble(ensemble_streams), llmapi, self.max_tokens, self.stop, self.why_not_llmapi)
+
+
+@dataclass(frozen=True)
+class WrittenForms:
+    """The same of a large request, written in another process, where it was said which models stream."""
+
+    as_ensemble: bytes
+    as_llmapi: bytes
+    max_tokens: int
+    stop: tuple[str, ...]
+    why_not_llmapi: str
+
+    def ensemble(self, streams: bool) -> bytes:
+        return self.as_ensemble
+
+    def llmapi(self, streams: bool) -> bytes:
+        return self.as_llmapi
+
 
 def text_forms(asked: Asked, template: ChatTemplate | None, tokens_assumed: int) -> TextForms:
     """Return the forms; `tokens_assumed` bounds an answer that its client does not. Raises Unfit with the reason."""

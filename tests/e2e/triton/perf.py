@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.triton.installed import Installed
+from tests.e2e.triton.installed import TritonInstalled
 
 RUN_S = 240.0
 
@@ -25,7 +25,7 @@ class Measured:
 
 def binary() -> Path:
     """Return the program itself: the wheel's own command does not pass its exit status on."""
-    found = sorted(Installed.find().venv.glob("lib/python3*/site-packages/perf_analyzer/bin/perf_analyzer"))
+    found = sorted(TritonInstalled.find().venv.glob("lib/python3*/site-packages/perf_analyzer/bin/perf_analyzer"))
     assert found, "the environment has no perf-analyzer: make .venv-triton"
     return found[-1]
 

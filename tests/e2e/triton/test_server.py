@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from tritonclient.grpc import service_pb2
 
-from tests.e2e.triton.installed import ROOT, Installed, NotInstalled
-from tests.e2e.triton.processes import state_of
+from tests.e2e.installed import ROOT, NotInstalled
+from tests.e2e.processes import state_of
+from tests.e2e.server import StartFailed
+from tests.e2e.triton.installed import TritonInstalled
 from tests.e2e.triton.repository import Repository
-from tests.e2e.triton.server import StartFailed, TritonServer
+from tests.e2e.triton.server import TritonServer
 from tests.emulated import channel_to, core_request, stream_answers, tokens_of
 from tests.serving import until
 
@@ -124,21 +126,21 @@ def test_environments_that_give_wrong_results_are_refused(tmp_path: Path, monkey
     """No environment, Python 3.13, no server, NumPy 2: each with its reason."""
     monkeypatch.setenv("TRITON_VENV", str(tmp_path))
     with pytest.raises(NotInstalled, match=r"make \.venv-triton"):
-        Installed.find()
+        TritonInstalled.find()
     packages = tmp_path / "lib" / "python3.13" / "site-packages"
     packages.mkdir(parents=True)
     with pytest.raises(NotInstalled, match=r"Python 3\.13"):
-        Installed.find()
+        TritonInstalled.find()
     packages = (tmp_path / "lib" / "python3.13").rename(tmp_path / "lib" / "python3.11") / "site-packages"
     with pytest.raises(NotInstalled, match="no nvidia-pytriton"):
-        Installed.find()
+        TritonInstalled.find()
     (packages / "pytriton" / "tritonserver" / "bin").mkdir(parents=True)
     (packages / "pytriton" / "tritonserver" / "bin" / "tritonserver").touch()
     (packages / "numpy-2.4.6.dist-info").mkdir()
     with pytest.raises(NotInstalled, match=r"NumPy 2\.4\.6"):
-        Installed.find()
+        TritonInstalled.find()
     (packages / "numpy-2.4.6.dist-info").rename(packages / "numpy-1.26.4.dist-info")
-    assert Installed.find().venv == tmp_path
+    assert TritonInstalled.find().venv == tmp_path
 
 
 async def test_ports_are_free_after_the_end(tmp_path: Path) -> None:

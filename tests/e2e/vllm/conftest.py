@@ -1,6 +1,4 @@
-"""These tests need a real vLLM: without one they are skipped on a laptop and fail in continuous integration.
-
-Where torch's wheel for the CPU cannot be had they are skipped everywhere, with that reason.
+"""These tests need a real vLLM. Where torch's wheel for the CPU cannot be had they are skipped, with that reason.
 
 A start takes half a minute, so one server is shared: a test finds it up, with nothing registered.
 """
@@ -8,7 +6,6 @@ A start takes half a minute, so one server is shared: a test finds it up, with n
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,9 +13,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from tests.e2e.installed import needed
 from tests.e2e.vllm.direct import forget_all, http_client
 from tests.e2e.vllm.faces import EMULATED, EMULATOR, VLLM, Face
-from tests.e2e.vllm.installed import Installed, NotInstalled, NotToBeHad
+from tests.e2e.vllm.installed import VllmInstalled
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import DIMS, SIZE, Toy
 from tests.peft_files import TINY
@@ -26,19 +24,13 @@ from tests.vllm_emulated import VllmProcess
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _vllm() -> Installed:
+def _vllm() -> VllmInstalled:
     """The environment that holds the server."""
-    try:
-        return Installed.find()
-    except NotInstalled as error:
-        missing = error
-    if os.environ.get("CI") and not isinstance(missing, NotToBeHad):
-        pytest.fail(str(missing), pytrace=False)
-    pytest.skip(str(missing))
+    return needed(VllmInstalled)
 
 
 @pytest.fixture(scope="session")
-def toy(_vllm: Installed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
+def toy(_vllm: VllmInstalled, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toy]:
     """The model and its adapters."""
     toy = Toy(tmp_path_factory.mktemp("toy"))
     toy.make()
@@ -68,7 +60,7 @@ def server(_shared: VllmServer) -> VllmServer:
 
 
 @pytest.fixture(scope="session")
-def _emulated(_vllm: Installed) -> Iterator[VllmProcess]:
+def _emulated(_vllm: VllmInstalled) -> Iterator[VllmProcess]:
     with asyncio.Runner() as runner:
         arguments = [part for option, value in EMULATED.items() for part in (f"--{option}", str(value))]
         process = VllmProcess(*arguments, "--compute", "llama")

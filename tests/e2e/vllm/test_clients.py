@@ -15,7 +15,7 @@ import pytest
 
 from sidecar.core.effects import Settle
 from tests.e2e.vllm.fronted import in_front
-from tests.e2e.vllm.installed import Installed
+from tests.e2e.vllm.installed import VllmInstalled
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import BASE_MODEL, NAMES, Toy
 from tests.emulated import running_engine
@@ -122,7 +122,7 @@ async def test_vllms_own_benchmark(kind: str, request: pytest.FixtureRequest, to
 
 async def benchmark(address: str, toy: Toy, names: list[str], result: Path) -> dict[str, Any]:
     """Run vLLM's benchmark against an address and return its result."""
-    installed = Installed.find()
+    installed = VllmInstalled.find()
     command = installed.script(
         "bench_serve.py", "--backend=openai", f"--base-url=http://{address}", f"--model={BASE_MODEL}",
         f"--tokenizer={toy.model}", "--dataset-name=random", "--random-input-len=16", "--random-output-len=16",

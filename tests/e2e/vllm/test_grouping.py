@@ -17,7 +17,7 @@ from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import NAMES, Toy, prompt
 
 REQUESTS = 128
-TOKENS = 32
+TOKENS = 128
 PROMPT = 8
 GAIN_MIN = 2.0
 """Over a client that sends the adapters round robin and keeps as many in flight as the sidecar does."""
@@ -25,6 +25,7 @@ SHARE_MIN = 0.97
 """Of what the engine makes of all requests at once, when it sees them all and regroups them itself."""
 HOT, COLD = NAMES[:2], NAMES[2]
 HOT_REQUESTS = 480
+HOT_TOKENS = 32
 HOT_CLIENTS = 24
 
 
@@ -95,7 +96,7 @@ class Hot:
 
     async def _ask_on(self) -> None:
         for number in self._numbers:
-            await self._ask_one(HOT[number % 2], TOKENS // 2 + number * 7 % TOKENS)
+            await self._ask_one(HOT[number % 2], HOT_TOKENS // 2 + number * 7 % HOT_TOKENS)
             self.answered += 1
 
 

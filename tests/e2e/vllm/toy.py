@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.vllm.installed import Installed
+from tests.e2e.vllm.installed import VllmInstalled
 from tests.peft_files import ALL_LINEAR, Dims, write_adapter
 
 NAMES = [f"a{number:02}" for number in range(16)]
@@ -34,7 +34,7 @@ class Toy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._installed = Installed.find()
+        self._installed = VllmInstalled.find()
         self._peft: subprocess.Popen[str] | None = None
         self._known: dict[Asked, list[int]] = {}
 

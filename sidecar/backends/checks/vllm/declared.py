@@ -5,7 +5,7 @@ Slots are its `max_loras`, the adapters that it keeps in memory its `max_cpu_lor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sidecar.backends.checks.finding import Finding, failed, ok, warning
 from sidecar.backends.checks.vllm.look import VllmLook
@@ -28,6 +28,16 @@ RANK_UNKNOWN = (
     "the largest rank (max_lora_rank) is neither declared nor published: an adapter of a larger one fails when it is "
     "loaded, instead of being refused when it is registered"
 )
+SIZES_UNKNOWN = (
+    "the sizes of its base model are not known: vLLM takes an adapter of smaller ones in silence and answers wrongly, "
+    "and here it is not refused either"
+)
+SIZES_FIX = "config.yaml: base_model: {name: …, config: the folder of the model}"
+
+
+def sizes_unknown(backends: Iterable[str]) -> str:
+    """Say of backends that no adapter's sizes can be checked for them."""
+    return f"{', '.join(backends)}: {SIZES_UNKNOWN}; {_key(SIZES_FIX)}"
 
 
 def undeclared(facts: EngineFacts, has_folder: bool) -> Iterator[str]:

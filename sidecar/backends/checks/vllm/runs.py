@@ -14,6 +14,7 @@ import httpx
 from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
 from sidecar.backends.checks.runs import BUSY_FIX, LOAD_S, RUN_S, milliseconds
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
+from sidecar.backends.checks.vllm.declared import SIZES_FIX, SIZES_UNKNOWN
 from sidecar.backends.checks.vllm.look import Reply, VllmLook
 from sidecar.backends.checks.vllm.registered import (
     LOAD_NOTHING_S,
@@ -68,9 +69,10 @@ async def adapter(look: VllmLook) -> Finding:
             f"not loaded: it could take the place of {look.without_files[0]} in the engine's memory, whose files have "
             "gone, and the next request for that would be the engine's end"
         )
+    if base_model is None:
+        return warning(f"no adapter can be made: {SIZES_UNKNOWN}", f"{SIZES_FIX}   (or --base-model)")
     if not can_be_made(base_model):
         return not_made()
-    assert base_model is not None
     rank = min(RANK, look.facts.rank_max or RANK)
     async with staged(places, base_model, rank) as tiny, _forgotten(look, tiny):
         finding = await _loaded_and_answered(look, tiny)

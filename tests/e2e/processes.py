@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
 _LISTEN = "0A"
-
-Ports = tuple[int, int, int]
-"""Of gRPC, HTTP and the metrics."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,12 @@ class Process:
 def group_of(leader: int) -> list[Process]:
     """Return the living processes of a process group; those that have ended but were not waited for are not."""
     return [process for pid in _pids() if (process := _member(pid, leader)) is not None]
+
+
+def signal_group(leader: int, number: signal.Signals) -> None:
+    """Send a signal to a process group, if there is one."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader, number)
 
 
 def state_of(pid: int) -> str:
@@ -51,6 +56,15 @@ def ports_of(pid: int) -> set[int]:
     return ports
 
 
+def free_ports(count: int) -> tuple[int, ...]:
+    """Return ports that nobody listens on now."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return tuple(one.getsockname()[1] for one in sockets)
+
+
 def _pids() -> list[int]:
     return [int(folder.name) for folder in _PROC.iterdir() if folder.name.isdigit()]
 
@@ -69,11 +83,3 @@ def _member(pid: int, leader: int) -> Process | None:
 def _stat(pid: int) -> list[str]:
     """Return state, parent and group; the name before them, in parentheses, may hold anything."""
     return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[:3]
-
-
-def free_ports() -> Ports:
-    """Return ports that nobody listens on now."""
-    with socket.socket() as a, socket.socket() as b, socket.socket() as c:
-        for one in (a, b, c):
-            one.bind(("127.0.0.1", 0))
-        return a.getsockname()[1], b.getsockname()[1], c.getsockname()[1]

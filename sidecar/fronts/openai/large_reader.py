@@ -1,0 +1,75 @@
+"""The process that reads large bodies: an order and a body on standard input, what was found on standard output.
+
+Both ends are ours, and it ends with its parent.
+
+    python -m sidecar.fronts.openai.large_reader
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import signal
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, BinaryIO
+
+from sidecar.errors import Refused
+from sidecar.fronts.openai.asked import Asked, Unfit, read_asked
+from sidecar.fronts.openai.body import MODEL, Body, read_body
+from sidecar.fronts.openai.large import Found, Order, Refusal, Template
+
+if TYPE_CHECKING:
+    from sidecar.fronts.openai.chat_templates import ChatTemplate
+    from sidecar.fronts.openai.text_forms import WrittenForms
+
+TEMPLATES_KEPT = 64
+
+
+def serve(orders: BinaryIO, answers: BinaryIO) -> None:
+    """Carry out orders until the parent closes the pipe."""
+    while True:
+        try:
+            order = pickle.load(orders)
+            pickle.dump(found(order, orders.read(order.size_bytes)), answers)
+            answers.flush()
+        except (EOFError, BrokenPipeError):
+            return
+
+
+def found(order: Order, raw: bytes) -> Found | Refusal:
+    """Read a body."""
+    try:
+        asked = read_asked(order.path, read_body(raw))
+    except Refused as refused:
+        return _refusal(refused)
+    body = asked.body
+    texts = tuple(_text(asked, template, order) for template in order.templates)
+    bare = Body({MODEL: body.values[MODEL]}, {}, b"", b"")
+    return Found(replace(asked, body=bare), len(body.before), len(body.after), texts)
+
+
+def _text(asked: Asked, template: Template | None, order: Order) -> WrittenForms | Refusal:
+    from sidecar.fronts.openai.text_forms import text_forms  # takes as long as a body, and a vLLM has no need of it
+
+    try:
+        compiled = None if template is None else _compiled(template)
+        return text_forms(asked, compiled, order.tokens_assumed).written(*order.streams)
+    except Refused as refused:
+        return _refusal(refused)
+
+
+@functools.lru_cache(TEMPLATES_KEPT)
+def _compiled(template: Template) -> ChatTemplate:
+    from sidecar.fronts.openai.chat_templates import compiled_template
+
+    return compiled_template(template.source, template.path, dict(template.tokens))
+
+
+def _refusal(refused: Refused) -> Refusal:
+    return Refusal(refused.message, refused.param if isinstance(refused, Unfit) else None)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent: it drains first
+    serve(sys.stdin.buffer, sys.stdout.buffer)

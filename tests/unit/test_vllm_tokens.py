@@ -1,0 +1,56 @@
+"""How many tokens an event of a vLLM's stream has, by its bytes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sidecar.backends.vllm_run import CHOICES, StreamedTokens, completion_tokens
+
+
+def event(usage: int | None = None, index: int = 0, **choice: Any) -> bytes:
+    """Return an event as the engine writes it."""
+    record: dict[str, Any] = {"model": "base", "choices": [{"index": index, "text": "x"} | choice]}
+    if usage is not None:
+        record["usage"] = {"prompt_tokens": 7, "total_tokens": 7 + usage, "completion_tokens": usage}
+    return b"data: " + json.dumps(record, separators=(",", ":")).encode()
+
+
+OPENING = event(delta={"role": "assistant", "content": ""})
+
+
+@pytest.mark.parametrize(
+    ("events", "counts"),
+    [
+        ([event(), event()], [1, 1]),
+        ([event(token_ids=[5, 6, 7]), event(token_ids=[]), event(token_ids=[8])], [3, 0, 1]),
+        ([event(prompt_token_ids=[1, 2, 3, 4], token_ids=[5]), event(prompt_token_ids=None, token_ids=None)], [1, 1]),
+        ([event(prompt_token_ids=[1, 2, 3, 4])], [1]),
+        ([event(usage=2), event(usage=5), event(usage=5)], [2, 3, 0]),
+        ([event(usage=2), event(usage=3, index=1), event(usage=3), event(usage=4, index=1)], [2, 3, 1, 1]),
+        ([event(usage=9, token_ids=[5])], [1]),
+        ([OPENING, OPENING, event(delta={"content": "a"}), OPENING], [0, 0, 1, 1]),
+        ([event(delta={"role": "assistant", "content": "a"})], [1]),
+        ([event(text='"token_ids":[1,2,3],"usage":{"completion_tokens":9}')], [1]),
+    ],
+)
+def test_events(events: list[bytes], counts: list[int]) -> None:
+    """Ids go before usage, and an answer's own text says nothing; what opens a chat is no token."""
+    tokens = StreamedTokens()
+    assert [tokens.added(each, each.find(CHOICES)) for each in events] == counts
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        (b'{"choices":[],"usage":{"prompt_tokens":3,"total_tokens":8,"completion_tokens":5}}', 5),
+        (b'{"usage": {"completion_tokens_details": {}, "completion_tokens": 0}}', 0),
+        (b'{"text":"\\"usage\\":{\\"completion_tokens\\":7}"}', None),
+        (b'{"completion_tokens":7,"usage":null}', None),
+        (b"[DONE]", None),
+    ],
+)
+def test_usage(body: bytes, tokens: int | None) -> None:
+    assert completion_tokens(body) == tokens
