@@ -1,5 +1,5 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
-# make test    format, lint, types, import contract, tests
+# make test    format, lint, types, import contract, tests, by as many processes as there are cores (WORKERS=n)
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
@@ -15,6 +15,7 @@
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
+WORKERS ?= auto
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
@@ -48,7 +49,7 @@ lint: $(DEVELOPING)
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton
