@@ -83,6 +83,11 @@ class Board:
         known = self.standings.get(backend)
         return None if known is None else known.owner
 
+    def serves(self, backend: str) -> bool:
+        """Whether a backend's owner says that it serves."""
+        known = self.standings.get(backend)
+        return known is not None and known.state == SERVING
+
     def pick(self, version: str, backends: Sequence[str], now_s: float) -> str:
         """Return the backend that a request goes to, one of those that can serve it.
 
@@ -90,10 +95,10 @@ class Board:
         by rendezvous hashing, so that all replicas send it to the same place; that may be one without an owner, which
         will have one soon.
         """
-        among = [host for host in self.plan.get(version, ()) if host in backends and host in self.standings]
+        among = [host for host in self.plan.get(version, ()) if host in backends and self.serves(host)]
         if not among:
             ranked = self._rankings.of(version, tuple(backends))
-            serving = [one for one in ranked if one in self.standings and self.standings[one].state == SERVING]
+            serving = [one for one in ranked if self.serves(one)]
             resident = [one for one in serving if version in self.standings[one].resident]
             return next(iter((*resident, *serving, *ranked)))
         return min(among, key=lambda host: (self._backlog_s(host, now_s), host))

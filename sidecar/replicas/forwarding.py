@@ -32,15 +32,16 @@ class Forward:
     def __init__(self, ticket: Ticket, facts: RequestFacts, backend: str, owner: str) -> None:
         self._ticket = ticket
         self._facts = facts
-        self._backend = backend
-        self._owner = owner
+        self.backend = backend
+        self.owner = owner
         self._has_begun = False
         self._call: Any = None
+        self._why = ""
 
     async def run(self, stub: Any, member: str) -> GivenBack | None:
         """Have it answered, its ending through the ticket; cancelling this cancels it there."""
         ticket, facts = self._ticket, self._facts
-        request = forms.forwarded(member, self._backend, facts, ticket.payload, ticket.client_id)
+        request = forms.forwarded(member, self.backend, facts, ticket.payload, ticket.client_id)
         try:
             self._call = stub.Forward(request)
             async for reply in self._call:
@@ -50,14 +51,15 @@ class Forward:
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
-            return self._broke("it is no member any more")
+            return self._broke(self._why)
         except grpc.aio.AioRpcError as error:
             return self._broke(error.details() or error.code().name)
         return self._broke("it ended the answer without saying how")
 
-    def owner_gone(self, member: str) -> None:
-        """Take back what a former member has answered no token of; what it has begun to answer it may go on with."""
-        if member == self._owner and not self._has_begun and self._call is not None:
+    def take_back(self, why: str) -> None:
+        """Have it given back, unless its answer has begun: that may go on."""
+        if not self._has_begun and self._call is not None:
+            self._why = why
             self._call.cancel()
 
     async def _take(self, reply: Any) -> Any | None:
@@ -77,7 +79,7 @@ class Forward:
 
     def _end(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket
-        settled = forms.settle_of(ticket.request, self._facts, self._backend, sent)
+        settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
             return GivenBack(settled.message)
         ticket.rejected_with = forms.rejection_of(sent)
@@ -87,13 +89,13 @@ class Forward:
     def _broke(self, why: str) -> GivenBack | None:
         """The owner is gone, or cannot be reached. What has begun is never repeated."""
         if not self._has_begun:
-            return GivenBack(f"replica {self._owner}: {why}")
+            return GivenBack(f"replica {self.owner}: {why}")
         name = self._facts.adapter or "base model"
         message = (
-            f"{name}: the replica {self._owner} that answered for {self._backend} was lost in the middle: {why}; an "
+            f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
             "answer that has begun is never repeated, so send the request again if you want a new one"
         )
-        self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self._backend))
+        self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self.backend))
         return None
 
 

@@ -17,7 +17,7 @@ from sidecar.replicas.board import Board
 
 logger = logging.getLogger(__name__)
 
-RETRY_S, RETRY_S_MAX = 0.1, 2.0
+RETRY_S, RETRY_S_MAX = 0.1, 0.5
 ANSWER_S = 3600.0
 """How long an answer that has begun may still come from a former member; one that is dead is found out by gRPC."""
 ASK_S = 0.5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any
 
@@ -11,6 +11,8 @@ import grpc.aio
 
 from policies.views import BASE, Routing
 from sidecar.core import asks, promising
+from sidecar.core.effects import Effect
+from sidecar.core.events import BackendLost, BackendUp, Event
 from sidecar.core.offers import candidate
 from sidecar.core.state import Backend, State
 from sidecar.core.words import Phase
@@ -65,6 +67,7 @@ class Replica:
         self._plans = 0
         self._arrivals = Arrivals(gateway.state)
         gateway.observe(self._arrivals)
+        gateway.observe(self)
         self._watchers: set[asyncio.Event] = set()
         self._telling: asyncio.Task[None] | None = None
 
@@ -93,6 +96,11 @@ class Replica:
         known = {self.member.id: self.member, **self.keeper.members}
         return sorted(known.values(), key=lambda member: (member.name, member.id))
 
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        """Tell the others at once of an engine that has gone or come (`shell.driver.Observer`)."""
+        if isinstance(event, BackendLost | BackendUp):
+            asyncio.get_running_loop().call_soon(self._changed)
+
     # What the others are told.
 
     async def _told(self) -> AsyncIterator[Any]:
@@ -118,6 +126,7 @@ class Replica:
         self.board.heard(self._own_board(), monotonic())
         for changed in self._watchers:
             changed.set()
+        self.router.look()
 
     def _own_board(self) -> Any:
         state = self._gateway.state

@@ -32,7 +32,10 @@ class Trip:
     until_s: float
     task: asyncio.Task[None] | None = None
     why: str = "no replica owns it at the moment"
-    reroutes: int = 0
+    backend: str = ""
+    """The one that it waits for in our own core."""
+    moves: int = 0
+    """How often it was taken back from an engine that was down."""
 
     def facts_now(self, backend: str, now_s: float) -> RequestFacts:
         """Return the request as it is to be submitted now: for one backend, with what is left of its time."""
@@ -60,7 +63,7 @@ class Router:
         self.may_dispatch = may_dispatch
         self.forwards = 0
         self.reroutes = 0
-        self._forwards: set[Forward] = set()
+        self._forwards: dict[Ticket, Forward] = {}
         self._gateway = gateway
         self._board = board
         self._member = member
@@ -79,6 +82,7 @@ class Router:
             self._gateway.admit(ticket, facts)
         elif self._board.owner_of(backend) == self._member:
             ticket.trip = trip
+            trip.backend = backend
             self._gateway.admit(ticket, trip.facts_now(backend, now_s))
         else:
             ticket.trip = trip
@@ -121,7 +125,7 @@ class Router:
             if owner is not None and stub is not None:
                 self.forwards += 1
                 forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
-                given = await self._given_back_by(forward, stub)
+                given = await self._given_back_by(ticket, forward, stub)
                 if given is None:
                     return
                 trip.why = given.why
@@ -133,21 +137,44 @@ class Router:
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
 
-    async def _given_back_by(self, forward: Forward, stub: Any) -> GivenBack | None:
-        self._forwards.add(forward)
+    async def _given_back_by(self, ticket: Ticket, forward: Forward, stub: Any) -> GivenBack | None:
+        self._forwards[ticket] = forward
         try:
             return await forward.run(stub, self._member)
         finally:
-            self._forwards.discard(forward)
+            del self._forwards[ticket]
 
     def gone(self, member: str) -> None:
         """Take back from a former member what it has not begun to answer."""
-        for forward in self._forwards:
-            forward.owner_gone(member)
+        for forward in self._forwards.values():
+            if forward.owner == member:
+                forward.take_back("it is no member any more")
+
+    def look(self) -> None:
+        """Send what waits for an engine that is down to one that serves, each request once: it may be the cause."""
+        for ticket in list(self._gateway.tickets.values()):
+            trip: Trip | None = ticket.trip
+            if trip is None or ticket.settled is not None or trip.moves + 1 >= self._gateway.state.config.visits_max:
+                continue
+            forward = self._forwards.get(ticket)
+            if forward is not None and self._has_better(trip, forward.backend):
+                trip.moves += 1
+                forward.take_back(f"{forward.backend} is down")
+            elif ticket.request in self._gateway.state.unrouted and self._has_better(trip, trip.backend):
+                trip.moves += 1
+                self._gateway.withdraw(ticket)
+                self._carry(ticket, trip)
+
+    def _has_better(self, trip: Trip, backend: str) -> bool:
+        if self._board.serves(backend):
+            return False
+        other = self._pick(trip.facts)
+        return other is not None and self._board.serves(other)
 
     def _admit_again(self, ticket: Ticket, trip: Trip, backend: str | None) -> None:
         """It is ours after all."""
         trip.task = None
+        trip.backend = backend or ""
         facts = trip.facts if backend is None else trip.facts_now(backend, monotonic())
         try:
             self._gateway.admit_again(ticket, facts)

@@ -200,10 +200,19 @@ class Gateway:
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
         """As `admit`, for a request that was given back: the core knows it by another number from now on."""
+        self._renumber(ticket)
+        self.admit(ticket, facts)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Take back from this replica's core a request that waits there."""
+        number = ticket.request
+        self._renumber(ticket)
+        self.driver.tell(ev.ClientLeft(number))
+
+    def _renumber(self, ticket: Ticket) -> None:
         del self.tickets[ticket.request]
         ticket.request = next(self._numbers)
         self.tickets[ticket.request] = ticket
-        self.admit(ticket, facts)
 
     def close(self, ticket: Ticket) -> None:
         """The front is done with a ticket; if the request had not ended, its client left."""

@@ -35,7 +35,10 @@ async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
 def _tell(verdict: Verdict) -> None:
     counts = "".join(f"{verdict.endings[column]:>10}" for column in COLUMNS)
     late = " LATE" if verdict.is_late else ""
-    print(f"{verdict.scenario:<32}{counts}{verdict.stale:>8}{verdict.back_s:>8.1f}{verdict.slowest_s:>8.1f}{late}", flush=True)
+    print(
+        f"{verdict.scenario:<32}{counts}{verdict.stale:>10}{verdict.back_s:>10.1f}{verdict.slowest_s:>10.1f}{late}",
+        flush=True,
+    )
     for line in verdict.wrong[:SHOWN]:
         print(f"  {line}")
     if len(verdict.wrong) > SHOWN:
@@ -51,7 +54,8 @@ async def main() -> int:
     unknown = set(options.only or ()) - {each.name for each in SCENARIOS}
     if unknown:
         parser.error(f"no scenario is called {min(unknown)}")
-    print(f"{'':32}{''.join(f'{column:>10}' for column in COLUMNS)}{'stale':>8}{'back s':>8}{'slowest':>8}  (back at most {BACK_S:g})")
+    head = "".join(f"{column:>10}" for column in (*COLUMNS, "stale", "back s", "slowest"))
+    print(f"{'':32}{head}  back within {BACK_S:g} s")
     wanted = [each for each in SCENARIOS if not options.only or each.name in options.only]
     well = [await run(each, options.seconds, options.seed) for each in wanted]
     return 0 if all(well) else 1

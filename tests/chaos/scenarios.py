@@ -18,12 +18,19 @@ LONG_S = 3 * LEASE_S
 
 @dataclass
 class Marks:
-    """When something was taken away, and from which backends it may have been."""
+    """When something was taken away, and when engines were. No backend serves without its engine."""
 
-    marks: list[tuple[str, float, tuple[str, ...]]] = field(default_factory=list)
+    taken_s: list[float] = field(default_factory=list)
+    down_s: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def set(self, what: str, *backends: str) -> None:
-        self.marks.append((what, monotonic(), backends))
+    def set(self) -> None:
+        """Note that something was taken away, or given back in another state, right now."""
+        self.taken_s.append(monotonic())
+
+    def since_s(self, backend: str) -> list[float]:
+        """Return the times from which on a backend ought to serve again."""
+        down_s, up_s = self.down_s.get(backend, (0.0, 0.0))
+        return [max(at_s, up_s) if at_s >= down_s else at_s for at_s in self.taken_s]
 
 
 Deed = Callable[[ChaosPool, Marks], Awaitable[None]]
@@ -43,7 +50,7 @@ class Scenario:
 
 async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
     owner = await pool.owner()
-    marks.set("killed")
+    marks.set()
     await owner.kill()
     await asyncio.sleep(LONG_S)
     await owner.start()
@@ -52,7 +59,7 @@ async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
 
 async def stop_owner(pool: ChaosPool, marks: Marks) -> None:
     owner = await pool.owner()
-    marks.set("stopped")
+    marks.set()
     owner.signal(signal.SIGSTOP)
     await asyncio.sleep(LONG_S)
     owner.signal(signal.SIGCONT)
@@ -61,18 +68,18 @@ async def stop_owner(pool: ChaosPool, marks: Marks) -> None:
 
 async def kill_redis(pool: ChaosPool, marks: Marks) -> None:
     assert isinstance(pool.redis, Server)
-    marks.set("killed")
+    marks.set()
     await pool.redis.kill()
     await asyncio.sleep(LONG_S)
     await pool.redis.start()
-    marks.set("back")
+    marks.set()
     await asyncio.sleep(LONG_S)
     await pool.until_settled(pool.replicas)
 
 
 async def fail_over(pool: ChaosPool, marks: Marks) -> None:
     assert isinstance(pool.redis, Watched)
-    marks.set("killed")
+    marks.set()
     await pool.redis.master.kill()
     await asyncio.sleep(2 * LONG_S)
     await pool.until_settled(pool.replicas)
@@ -81,36 +88,37 @@ async def fail_over(pool: ChaosPool, marks: Marks) -> None:
 async def part_from_redis(pool: ChaosPool, marks: Marks) -> None:
     owner = await pool.owner()
     assert owner.redis is not None
-    marks.set("cut")
+    marks.set()
     await owner.redis.cut()
     await asyncio.sleep(LONG_S)
     await owner.redis.mend()
-    marks.set("mended")
+    marks.set()
     await pool.until_settled(pool.replicas)
 
 
 async def part_replicas(pool: ChaosPool, marks: Marks) -> None:
     owner = await pool.owner()
-    marks.set("cut")
+    marks.set()
     await owner.peers.cut()
     await asyncio.sleep(LONG_S)
     await owner.peers.mend()
-    marks.set("mended")
+    marks.set()
     await pool.until_settled(pool.replicas)
 
 
 async def kill_engine(pool: ChaosPool, marks: Marks) -> None:
-    marks.set("killed", *pool.backends[1:])
+    killed_s = monotonic()
+    marks.set()
     await pool.engines[0].kill()
     await asyncio.sleep(LONG_S)
     await pool.engines[0].start()
-    marks.set("back", pool.backends[0])
+    marks.down_s[pool.backends[0]] = killed_s, monotonic()
     await asyncio.sleep(LONG_S)
 
 
 async def restart_all(pool: ChaosPool, marks: Marks) -> None:
     for replica in pool.replicas:
-        marks.set(f"{replica.name} asked to end")
+        marks.set()
         replica.signal(signal.SIGTERM)
         code = await replica.ended()
         assert code == 0, f"{replica.name} ended with {code}"
@@ -129,7 +137,7 @@ async def kill_another(pool: ChaosPool, marks: Marks) -> None:
     """Kill a replica that does not own the first backend, so that it goes with deeds upon its owner."""
     owner = await pool.owner()
     other: ReplicaProcess = next(replica for replica in pool.replicas if replica is not owner)
-    marks.set("another killed")
+    marks.set()
     await other.kill()
     await asyncio.sleep(LONG_S)
     await other.start()

@@ -45,7 +45,7 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
     async with Load(pool, seed) as load:
         await asyncio.sleep(calm_s)
         await scenario.deed(pool, marks)
-        backs = [await _back_s(load, at_s, backends or tuple(pool.backends)) for _, at_s, backends in marks.marks]
+        backs = [await _back_s(load, backend, at_s) for backend in pool.backends for at_s in marks.since_s(backend)]
         await asyncio.sleep(calm_s)
         await load.stop()
         stale = sum(log.stale() for log in pool.logs) - stale_before
@@ -58,11 +58,12 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
         return Verdict(scenario.name, endings, load.given_up, max(backs), _slowest_s(load.tries), stale, wrong)
 
 
-async def _back_s(load: Load, at_s: float, backends: tuple[str, ...]) -> float:
+async def _back_s(load: Load, backend: str, at_s: float) -> float:
+    """Return how long after a time a backend answered something that came after it."""
     async with asyncio.timeout(PATIENCE_S):
-        while not all(load.answered(backend, at_s) for backend in backends):
+        while not (answered := load.answered(backend, at_s)):
             await asyncio.sleep(0.05)
-    return max(load.answered(backend, at_s)[0].ended_s for backend in backends) - at_s
+    return answered[0].ended_s - at_s
 
 
 def _slowest_s(tries: list[Try]) -> float:

@@ -9,17 +9,17 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Dispatch
-from tests.emulated import running_engine
+from tests.emulated import EngineProcess, running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replicas
-from tests.serving import until, write_adapters
+from tests.serving import PATIENCE_S, Answer, until, write_adapters
 
 SLOW = {"compute": "none", "shape": "tiny", "time_scale": 1.0, "seats": 1}
 
 
 @pytest.fixture
 def adapters(tmp_path: Path) -> Path:
-    write_adapters(tmp_path / "adapters", 2)
+    write_adapters(tmp_path / "adapters", 8)
     return tmp_path / "adapters"
 
 
@@ -63,3 +63,26 @@ async def test_a_replica_that_drains_takes_no_request_for_another_either(adapter
         assert "shutting down" in (refused.value.details() or "")
         assert (await begun).tokens == other.expected("a00", 100)
         await drained
+
+
+async def test_what_waits_for_an_engine_that_is_gone_goes_to_another(adapters: Path, tmp_path: Path) -> None:
+    """Whoever was asked, and whoever owned it; an answer that had begun ends with its engine."""
+    options = ("--compute", "none", "--shape", "tiny", "--seats", "2")
+    async with (
+        running(tmp_path / "redis") as redis,
+        EngineProcess(*options, time_scale=1.0) as one,
+        EngineProcess(*options, time_scale=1.0) as two,
+        replicas(2, redis.url, [one, two], adapters) as pool,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        names = [f"a{number:02}" for number in range(8)]
+        asks = [asyncio.create_task(served.ask(name, tokens=40)) for served in pool for name in names * 2]
+        await until(lambda: {one.backend for served in pool for one in served.recorder.of(Dispatch)} == {"b0", "b1"})
+        await one.kill()
+        answers = await asyncio.gather(*asks, return_exceptions=True)
+        for name, answer in zip(names * 4, answers, strict=True):
+            if isinstance(answer, Answer):
+                assert answer.tokens == pool[0].expected(name, 40)
+            else:
+                assert "after the first token" in str(answer) or "tokens had been sent" in str(answer)
+        assert sum(isinstance(answer, Answer) for answer in answers) >= 24
