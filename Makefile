@@ -9,6 +9,7 @@
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
+# make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
 # make fuzz    100,000 damaged adapters
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
@@ -23,7 +24,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm lint bench bench-triton bench-scheduling goldens fuzz sim-faults proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -98,6 +99,9 @@ fuzz: $(DEVELOPING)
 
 sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
+
+chaos: $(DEVELOPING)
+	$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
 
 proto: $(DEVELOPING)
 	proto/generate.sh

@@ -97,7 +97,8 @@ class Peers:
         pause_s = RETRY_S
         while True:
             try:
-                async for board in stub.Watch(peers_pb2.PeersWatchRequest(member=self._member)):
+                watched = stub.Watch(peers_pb2.PeersWatchRequest(member=self._member), wait_for_ready=True)
+                async for board in watched:
                     self._board.heard(board, monotonic())
                     pause_s = RETRY_S
             except grpc.aio.AioRpcError as error:

@@ -6,6 +6,7 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic
 
 from tests.chaos.load import BROKEN, CUT
@@ -18,10 +19,13 @@ LONG_S = 3 * LEASE_S
 
 @dataclass
 class Marks:
-    """When something was taken away, and when engines were. No backend serves without its engine."""
+    """When something was taken away, and from when on the engines of some backends were.
+
+    What such a backend served others serve, and when it is given something again is for the routing policy to say.
+    """
 
     taken_s: list[float] = field(default_factory=list)
-    down_s: dict[str, tuple[float, float]] = field(default_factory=dict)
+    down_s: dict[str, float] = field(default_factory=dict)
 
     def set(self) -> None:
         """Note that something was taken away, or given back in another state, right now."""
@@ -29,8 +33,7 @@ class Marks:
 
     def since_s(self, backend: str) -> list[float]:
         """Return the times from which on a backend ought to serve again."""
-        down_s, up_s = self.down_s.get(backend, (0.0, 0.0))
-        return [max(at_s, up_s) if at_s >= down_s else at_s for at_s in self.taken_s]
+        return [at_s for at_s in self.taken_s if at_s < self.down_s.get(backend, inf)]
 
 
 Deed = Callable[[ChaosPool, Marks], Awaitable[None]]
@@ -107,12 +110,11 @@ async def part_replicas(pool: ChaosPool, marks: Marks) -> None:
 
 
 async def kill_engine(pool: ChaosPool, marks: Marks) -> None:
-    killed_s = monotonic()
+    marks.down_s[pool.backends[0]] = monotonic()
     marks.set()
     await pool.engines[0].kill()
     await asyncio.sleep(LONG_S)
     await pool.engines[0].start()
-    marks.down_s[pool.backends[0]] = killed_s, monotonic()
     await asyncio.sleep(LONG_S)
 
 
