@@ -51,7 +51,7 @@ def test_every_command_explains_itself(path: tuple[str, ...], sidecar: Callable[
 
 def test_the_commands_are_those_that_are_promised() -> None:
     """No command is missing, and none stands there without its mechanism."""
-    groups = {"adapters", "backends", "config", "debug", "policies", "state"}
+    groups = {"adapters", "backends", "config", "debug", "policies", "replicas", "state"}
     assert sorted(" ".join(path) for path in commands() if path and path[0] not in groups) == [
         "calibrate", "demo", "emulate", "generate", "plan", "queue", "replay", "serve", "simulate",
     ]  # fmt: skip
