@@ -11,7 +11,7 @@ import grpc.aio
 
 from sidecar.app import Sidecar
 from sidecar.config import parse
-from tests.serving import Recorder, Serving, until
+from tests.serving import Recorder, Serving, place_of, until
 
 LEASE_S = 1.0
 FREE = {"address": "127.0.0.1:0"}
@@ -26,9 +26,8 @@ async def replica(
     `record` is configuration, and its `backend` (a dict) goes into every backend's entry.
     """
     backend = record.pop("backend", {})
-    places = [{"url": f"triton://{engine.grpc_address}", "id": f"b{at}"} for at, engine in enumerate(engines)]
     config = {
-        "backends": [place | backend for place in places],
+        "backends": [place_of(engine, at) | {"id": f"b{at}"} | backend for at, engine in enumerate(engines)],
         "listeners": {"data": FREE, "admin": FREE, "http": FREE},
         "adapters": {"serve": str(adapters), "roots": [str(adapters)]},
         "state": {"url": url},

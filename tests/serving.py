@@ -110,7 +110,7 @@ async def serving(
     backend = record.pop("backend", {})
     free = {"address": "127.0.0.1:0"}
     config = {
-        "backends": [_place_of(engine, number) | backend for number, engine in enumerate(engines)],
+        "backends": [place_of(engine, number) | backend for number, engine in enumerate(engines)],
         "listeners": {"data": free, "admin": free, "http": free},
         "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
     }
@@ -125,7 +125,7 @@ async def serving(
         yield Serving(sidecar, recorder, channel, admin)
 
 
-def _place_of(engine: Any, number: int) -> dict[str, str]:
+def place_of(engine: Any, number: int) -> dict[str, str]:
     if not hasattr(engine, "grpc_address"):
         return {"url": f"vllm://{engine.http_address}", "id": f"vllm-{number}"}
     metrics = {"metrics": f"http://{engine.metrics_address}/metrics"} if engine.metrics_address else {}

@@ -15,6 +15,7 @@ from tests.emulated import running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replica, replicas, settled
 from tests.serving import until, write_adapters
+from tests.vllm_emulated import running_vllm
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 
@@ -143,3 +144,21 @@ async def test_a_replica_that_owns_nothing_is_ready_when_others_serve(adapters: 
         async with replica(3, redis.url, [one], adapters) as late:
             assert "b0 is served by no replica yet" in why_not_ready(late.sidecar.gateway)
             await until(lambda: why_not_ready(late.sidecar.gateway) == "")
+
+
+async def test_before_a_vllm_its_owner_loads_and_the_next_finds_it_loaded(adapters: Path, tmp_path: Path) -> None:
+    """Replicas share the folder; what one staged the other stages under the same name."""
+    shared = {"adapters_dir": str(tmp_path / "shared"), "engine": {"device_pages": 2, "host_pages": 4, "seats": 8}}
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_vllm(compute="none", max_loras=2, max_cpu_loras=4, max_lora_rank=16) as (engine, _),
+        replica(0, redis.url, [engine], adapters, backend=shared) as left,
+    ):
+        async with replica(1, redis.url, [engine], adapters, backend=shared) as gone:
+            await until(lambda: settled([left, gone]))
+            names = sorted(left.state.names)
+            before = await asyncio.gather(*(served.ask(name) for name in names for served in (left, gone)))
+        after = await asyncio.gather(*(left.ask(name) for name in names))
+        assert [answer.tokens for answer in after] == [answer.tokens for answer in before[::2]]
+        assert [answer.tokens for answer in after] == [answer.tokens for answer in before[1::2]]
+        assert len({tuple(answer.tokens) for answer in after}) == len(names)
