@@ -33,7 +33,9 @@ async def bench(folder: Path) -> list[Figure]:
     write_adapters(folder / "adapters", ADAPTERS)
     alone = await _tokens_per_step(1, folder)
     three = await _tokens_per_step(3, folder)
-    note = f"{three / alone:.2f} of it, goal {SHARE_MIN} or more; {ENGINES} engines of {SLOTS} slots, {ADAPTERS} adapters"
+    note = (
+        f"{three / alone:.2f} of it, goal {SHARE_MIN} or more; {ENGINES} engines of {SLOTS} slots, {ADAPTERS} adapters"
+    )
     return [Figure("tokens per engine step, three replicas", three, "", alone, "one replica", note=note)]
 
 
