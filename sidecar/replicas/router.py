@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -15,8 +17,12 @@ from sidecar.replicas.board import SERVING, Board
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.shell.gateway import Gateway, RequestFacts
 
+logger = logging.getLogger(__name__)
+
 AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
 """Between two looks for an owner, growing."""
+LEAVING_S = 5.0
+"""How long a replica that drains looks for an owner: if all of them leave there will be none."""
 MESSAGES = {
     Reason.CANCELLED: "the client cancelled the request or went away",
     Reason.CLIENT_STALLED: "the client took no message for longer than client_stall_s",
@@ -64,6 +70,7 @@ class Router:
         self.forwards = 0
         self.reroutes = 0
         self._forwards: dict[Ticket, Forward] = {}
+        self._drains_since_s = inf
         self._gateway = gateway
         self._board = board
         self._member = member
@@ -109,7 +116,15 @@ class Router:
         return True
 
     def _carry(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
-        trip.task = asyncio.create_task(self._until_answered(ticket, trip, after_s))
+        trip.task = asyncio.create_task(self._see_to(ticket, trip, after_s))
+
+    async def _see_to(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
+        try:
+            await self._until_answered(ticket, trip, after_s)
+        except Exception as error:
+            logger.exception("request %s broke on its way to another replica", ticket.request)
+            message = f"the sidecar failed: {error}"
+            ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Give a request to one owner after the other until one keeps it, or there is no more time."""
@@ -130,7 +145,7 @@ class Router:
                     return
                 trip.why = given.why
                 self.reroutes += 1
-            if monotonic() >= trip.until_s:
+            if self._is_over(trip):
                 break
             await asyncio.sleep(min(pause_s, max(0.0, trip.until_s - monotonic())))
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
@@ -170,6 +185,13 @@ class Router:
             return False
         other = self._pick(trip.facts)
         return other is not None and self._board.serves(other)
+
+    def _is_over(self, trip: Trip) -> bool:
+        """Whether no owner is looked for any more."""
+        now_s = monotonic()
+        if self._gateway.state.draining:
+            self._drains_since_s = min(self._drains_since_s, now_s)
+        return now_s >= min(trip.until_s, self._drains_since_s + LEAVING_S)
 
     def _admit_again(self, ticket: Ticket, trip: Trip, backend: str | None) -> None:
         """It is ours after all."""

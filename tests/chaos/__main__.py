@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
@@ -22,8 +23,12 @@ COLUMNS = ("full", "refused", "unreached", "broken", "cut", "failed", "silent", 
 async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
     """Run one scenario, print its line and return whether all is well."""
     folder = Path(tempfile.mkdtemp(prefix="lora-sidecar-chaos-"))
-    async with chaos_pool(folder, scenario.sentinel) as pool:
-        verdict = await trial(pool, scenario, calm_s, seed)
+    try:
+        async with chaos_pool(folder, scenario.sentinel) as pool:
+            verdict = await trial(pool, scenario, calm_s, seed)
+    except (AssertionError, TimeoutError):
+        print(f"{scenario.name:<32}{traceback.format_exc()}  its processes' logs: {folder}", flush=True)
+        return False
     _tell(verdict)
     if verdict.wrong:
         print(f"  its processes' logs: {folder}")

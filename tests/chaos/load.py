@@ -21,9 +21,9 @@ from sidecar.fronts.status import DETAILS, PUSHBACK
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.chaos.pool import ChaosPool
 
-RATE = 16.0
+RATE = 20.0
 """Requests a second, whatever becomes of those before."""
-TOKENS = 24
+TOKENS = 80
 TRIES = 6
 PAUSE_S, PAUSE_S_MAX = 0.1, 1.0
 SILENT_S = 60.0

@@ -22,7 +22,7 @@ from tests.serving import PATIENCE_S, write_adapters
 
 LEASE_S = 1.0
 REPLICAS, ENGINES, ADAPTERS = 3, 2, 8
-ENGINE = ("--compute", "none", "--shape", "tiny", "--seats", "8")
+ENGINE = ("--compute", "none", "--shape", "tiny", "--seats", "32")
 
 
 @dataclass
@@ -154,7 +154,14 @@ async def _replica(
     stack.push_async_callback(peers.cut)
     way = None if isinstance(redis, Watched) else await stack.enter_async_context(cuttable(redis))
     config: dict[str, Any] = {
-        "backends": [{"url": f"triton://{engine.grpc_address}", "id": f"b{at}"} for at, engine in enumerate(engines)],
+        "backends": [
+            {
+                "url": f"triton://{engine.grpc_address}",
+                "id": f"b{at}",
+                "metrics": f"http://{engine.metrics_address}/metrics",
+            }
+            for at, engine in enumerate(engines)
+        ],
         "listeners": {"data": {"address": data}, "admin": {"address": admin}, "http": {"address": "127.0.0.1:0"}},
         "adapters": {"serve": str(folder / "adapters")},
         "state": {"url": redis.url if way is None else way.url},

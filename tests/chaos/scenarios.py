@@ -12,6 +12,7 @@ from time import monotonic
 from tests.chaos.load import BROKEN, CUT
 from tests.chaos.pool import LEASE_S, ChaosPool, ReplicaProcess
 from tests.redis_servers import Server, Watched
+from tests.serving import PATIENCE_S
 
 LONG_S = 3 * LEASE_S
 """Longer than a lease, and than any of the terms that follow from it."""
@@ -49,6 +50,8 @@ class Scenario:
     stops: bool = False
     """Whether a process stands still, so that it may write past the end of its lease."""
     sentinel: bool = False
+    refuses: bool = False
+    """Whether there is a time in which nobody takes requests."""
 
 
 async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
@@ -77,6 +80,17 @@ async def kill_redis(pool: ChaosPool, marks: Marks) -> None:
     await pool.redis.start()
     marks.set()
     await asyncio.sleep(LONG_S)
+    await pool.until_settled(pool.replicas)
+
+
+async def stop_redis(pool: ChaosPool, marks: Marks) -> None:
+    """Its connections stay open and nothing answers."""
+    assert isinstance(pool.redis, Server)
+    marks.set()
+    pool.redis.signal(signal.SIGSTOP)
+    await asyncio.sleep(LONG_S)
+    pool.redis.signal(signal.SIGCONT)
+    marks.set()
     await pool.until_settled(pool.replicas)
 
 
@@ -128,6 +142,32 @@ async def restart_all(pool: ChaosPool, marks: Marks) -> None:
         await pool.until_settled(pool.replicas)
 
 
+async def restart_two(pool: ChaosPool, marks: Marks) -> None:
+    """Both at once: what one gives back must not wait for the other."""
+    owner = await pool.owner()
+    other = next(replica for replica in pool.replicas if replica is not owner)
+    marks.set()
+    for replica in (owner, other):
+        replica.signal(signal.SIGTERM)
+    for replica in (owner, other):
+        code = await replica.ended()
+        assert code == 0, f"{replica.name} ended with {code}"
+    await asyncio.gather(owner.start(), other.start())
+    await pool.until_settled(pool.replicas)
+
+
+async def restart_whole_pool(pool: ChaosPool, marks: Marks) -> None:
+    """All at once: what has begun is answered in full, the rest refused, and nobody waits for the others."""
+    for replica in pool.replicas:
+        replica.signal(signal.SIGTERM)
+    async with asyncio.timeout(PATIENCE_S):
+        codes = [await replica.ended() for replica in pool.replicas]
+    assert codes == [0] * len(codes), f"the replicas ended with {codes}"
+    await asyncio.gather(*(replica.start() for replica in pool.replicas))
+    marks.set()
+    await pool.until_settled(pool.replicas)
+
+
 def both(one: Deed, other: Deed) -> Deed:
     async def deed(pool: ChaosPool, marks: Marks) -> None:
         await asyncio.gather(one(pool, marks), other(pool, marks))
@@ -153,11 +193,14 @@ SCENARIOS = (
     Scenario("kill-replica", kill_replica, LOST),
     Scenario("stop-owner", stop_owner, frozenset({BROKEN}), stops=True),
     Scenario("kill-redis", kill_redis),
+    Scenario("stop-redis", stop_redis),
     Scenario("fail-over", fail_over, sentinel=True),
     Scenario("part-from-redis", part_from_redis),
     Scenario("part-replicas", part_replicas, frozenset({BROKEN})),
     Scenario("kill-engine", kill_engine, frozenset({BROKEN})),
     Scenario("restart-all", restart_all),
+    Scenario("restart-two", restart_two),
+    Scenario("restart-whole-pool", restart_whole_pool, refuses=True),
     Scenario("kill-redis+kill-engine", both(kill_redis, kill_engine), frozenset({BROKEN})),
     Scenario("part-from-redis+kill-another", both(part_from_redis, kill_another), LOST),
     Scenario("stop-owner+kill-engine", both(stop_owner, kill_engine), frozenset({BROKEN}), stops=True),

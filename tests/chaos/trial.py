@@ -52,7 +52,7 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
         wrong = _wrong(scenario, load.tries)
         if stale and not scenario.stops:
             wrong.append(f"{stale} requests came to an engine under an epoch that had ended")
-        if load.given_up:
+        if load.given_up and not scenario.refuses:
             wrong.append(f"{load.given_up} requests were refused at every try")
         endings = Counter(each.ending for each in load.tries)
         return Verdict(scenario.name, endings, load.given_up, max(backs), _slowest_s(load.tries), stale, wrong)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from sidecar.core.effects import Dispatch
+from sidecar.proto import peers_pb2
+from sidecar.replicas import router
 from tests.emulated import EngineProcess, running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replicas
@@ -86,3 +90,45 @@ async def test_what_waits_for_an_engine_that_is_gone_goes_to_another(adapters: P
             else:
                 assert "after the first token" in str(answer) or "tokens had been sent" in str(answer)
         assert sum(isinstance(answer, Answer) for answer in answers) >= 24
+
+
+async def test_a_pool_that_leaves_as_a_whole_waits_for_nobody(
+    adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has begun is answered; the rest is refused, for there is no owner any more."""
+    monkeypatch.setattr(router, "LEAVING_S", 0.2)
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        asks = [asyncio.create_task(served.ask(f"a{number:02}", tokens=40)) for served in pool for number in range(8)]
+        await until(lambda: any(request.first_token for request in owner.state.requests.values()))
+        await asyncio.gather(*(served.sidecar.drain() for served in pool))
+        answers = await asyncio.gather(*asks, return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        assert 0 < len(refused) < len(answers)
+        assert {each.code() for each in refused} == {grpc.StatusCode.UNAVAILABLE}
+        assert all(len(answer.tokens) == 40 for answer in answers if isinstance(answer, Answer))
+
+
+async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapters: Path, tmp_path: Path) -> None:
+    """A newer replica may have reasons that this one has never heard of."""
+
+    class Newer:
+        async def Forward(self, request: Any) -> AsyncIterator[Any]:
+            yield peers_pb2.ForwardReply(ending=peers_pb2.ForwardedEnding(reason="NEVER_HEARD_OF"))
+
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**SLOW) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        (other,) = [served for served in pool if not owned(served)]
+        other.sidecar.replica.router._peer = lambda member: Newer()
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await other.ask("a00")
+        assert "NEVER_HEARD_OF" in (failed.value.details() or "")
