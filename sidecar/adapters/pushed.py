@@ -18,7 +18,7 @@ from sidecar.adapters.origins.files import (
     INDEX_FILE_NAME,
     PROBE_FILE_NAME,
     WEIGHTS_FILE_NAME,
-    is_shard_name,
+    is_file_name,
 )
 from sidecar.adapters.origins.limits import Limits
 from sidecar.errors import Reason, Refused
@@ -42,7 +42,7 @@ def check_announced(name: str, files: Sequence[PushedFile], limits: Limits) -> N
     if len(files) > limits.shards_max + 3 or len(dict.fromkeys(names)) != len(names):
         raise wrong(name, f"it lists {len(files)} files, too many or one of them twice")
     for file in files:
-        if file.name not in (CONFIG_FILE_NAME, INDEX_FILE_NAME, PROBE_FILE_NAME) and not is_shard_name(file.name):
+        if not is_file_name(file.name):
             raise wrong(name, f"{shown(file.name)} is no file of an adapter")
         if not _SHA256.match(file.sha256):
             raise wrong(name, f"{file.name} has no sha256 of 64 lower-case hex digits")

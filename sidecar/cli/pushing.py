@@ -7,13 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sidecar.adapters.origins.files import (
-    CONFIG_FILE_NAME,
-    INDEX_FILE_NAME,
-    PROBE_FILE_NAME,
-    WEIGHTS_FILE_NAME,
-    is_shard_name,
-)
+from sidecar.adapters.origins.files import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, files_of
 from sidecar.adapters.pushed import CHUNK_BYTES_MAX
 from sidecar.cli.bars import bar
 from sidecar.cli.client import Client
@@ -34,25 +28,17 @@ def push(client: Client, folder: Path, **fields: Any) -> Any:
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that make an adapter: the config, the weights or their index and shards, and a
-    probe.jsonl if there is one.
-    """
-    index = folder / INDEX_FILE_NAME
-    if (folder / WEIGHTS_FILE_NAME).is_file():
-        weights = [folder / WEIGHTS_FILE_NAME]
-    else:
-        weights = [index, *(path for path in sorted(folder.glob("*.safetensors")) if is_shard_name(path.name))]
-    paths = [folder / CONFIG_FILE_NAME, *weights]
+    """Return the files of a folder that make an adapter. Raises CommandError for one that is missing."""
+    paths = files_of(folder)
     for path in paths:
         if not path.is_file():
-            name = WEIGHTS_FILE_NAME if path == index else path.name
+            name = WEIGHTS_FILE_NAME if path.name == INDEX_FILE_NAME else path.name
             raise CommandError(
                 f"{folder} has no {name}; give the folder of a PEFT adapter",
                 Exit.FAILED,
                 Reason.ORIGIN_UNREADABLE.value,
             )
-    probes = folder / PROBE_FILE_NAME
-    return [*paths, probes] if probes.is_file() else paths
+    return paths
 
 
 def _announced(paths: list[Path], progress: Callable[[int, int], None] | None) -> list[Any]:

@@ -49,6 +49,16 @@ class PeersStub:
                 request_serializer=sidecar_dot_proto_dot_peers__pb2.PeersWatchRequest.SerializeToString,
                 response_deserializer=sidecar_dot_proto_dot_peers__pb2.Board.FromString,
                 _registered_method=True)
+        self.Source = channel.unary_stream(
+                '/lorasidecar.v1.Peers/Source',
+                request_serializer=sidecar_dot_proto_dot_peers__pb2.SourceRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_peers__pb2.SourceChunk.FromString,
+                _registered_method=True)
+        self.Keep = channel.unary_unary(
+                '/lorasidecar.v1.Peers/Keep',
+                request_serializer=sidecar_dot_proto_dot_peers__pb2.KeepRequest.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_peers__pb2.KeepReply.FromString,
+                _registered_method=True)
 
 
 class PeersServicer:
@@ -75,6 +85,20 @@ class PeersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Source(self, request, context):
+        """Sends the files of a version, NOT_FOUND if the replica has not got them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Keep(self, request, context):
+        """Returns when the replica has the files of a version too.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeersServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -92,6 +116,16 @@ def add_PeersServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=sidecar_dot_proto_dot_peers__pb2.PeersWatchRequest.FromString,
                     response_serializer=sidecar_dot_proto_dot_peers__pb2.Board.SerializeToString,
+            ),
+            'Source': grpc.unary_stream_rpc_method_handler(
+                    servicer.Source,
+                    request_deserializer=sidecar_dot_proto_dot_peers__pb2.SourceRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_peers__pb2.SourceChunk.SerializeToString,
+            ),
+            'Keep': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keep,
+                    request_deserializer=sidecar_dot_proto_dot_peers__pb2.KeepRequest.FromString,
+                    response_serializer=sidecar_dot_proto_dot_peers__pb2.KeepReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -175,6 +209,60 @@ class Peers:
             '/lorasidecar.v1.Peers/Watch',
             sidecar_dot_proto_dot_peers__pb2.PeersWatchRequest.SerializeToString,
             sidecar_dot_proto_dot_peers__pb2.Board.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Source(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasidecar.v1.Peers/Source',
+            sidecar_dot_proto_dot_peers__pb2.SourceRequest.SerializeToString,
+            sidecar_dot_proto_dot_peers__pb2.SourceChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keep(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasidecar.v1.Peers/Keep',
+            sidecar_dot_proto_dot_peers__pb2.KeepRequest.SerializeToString,
+            sidecar_dot_proto_dot_peers__pb2.KeepReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,10 @@ class Peers:
         """Return where each of the others is reached."""
         return {member: peer.address for member, peer in self._peers.items()}
 
+    def stubs(self) -> dict[str, Any]:
+        """Return what each of the others is called by."""
+        return {member: peer.stub for member, peer in self._peers.items()}
+
     def stub(self, member: str) -> Any:
         """Return what a member is called by, None if no such member is known."""
         peer = self._peers.get(member)

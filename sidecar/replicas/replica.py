@@ -21,6 +21,7 @@ from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.arrivals import Arrivals
 from sidecar.replicas.board import SERVING, Board
+from sidecar.replicas.files import PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
 from sidecar.replicas.peers import Peers
 from sidecar.replicas.planner import Planner
@@ -60,6 +61,7 @@ class Replica:
         self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
         self.peers.gone = self.router.gone
         gateway.elsewhere = self.router
+        gateway.sources.others = PeerFiles(self.peers, gateway.sources.limits)
         self._gateway = gateway
         self._routing = routing
         self._planner: Planner | None = None

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from time import monotonic_ns
 from typing import Any
 
+import grpc
+
 from sidecar.backends.api import Reply, Ticket
 from sidecar.core.effects import Settle
-from sidecar.errors import Refused
+from sidecar.errors import Refused, SidecarError
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas import forms
+from sidecar.replicas.files import FilesHere
 from sidecar.replicas.forwarding import ended
 from sidecar.shell.gateway import Gateway
 
@@ -26,6 +29,7 @@ class PeersService(peers_pb2_grpc.PeersServicer):
         self._gateway = gateway
         self._told = told
         self._asked = asked
+        self._files = FilesHere(gateway)
 
     async def Forward(self, request: Any, context: Any) -> None:
         """Answer a request to its end; when the call is cancelled, so is the request."""
@@ -57,6 +61,16 @@ class PeersService(peers_pb2_grpc.PeersServicer):
 
     async def Ask(self, request: Any, context: Any) -> Any:
         return await self._asked(request)
+
+    async def Source(self, request: Any, context: Any) -> None:
+        await self._files.send(request.digest, context)
+
+    async def Keep(self, request: Any, context: Any) -> Any:
+        try:
+            await self._files.keep(request.digest)
+        except SidecarError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
+        return peers_pb2.KeepReply()
 
     async def Watch(self, request: Any, context: Any) -> None:
         async for board in self._told():

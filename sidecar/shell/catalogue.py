@@ -116,7 +116,10 @@ class Catalogue:
         check_name(name)
         try:
             async with self.sources.pushed(name, folder) as arrival:
-                return await self._enter(name, arrival, wanted)
+                entered = await self._enter(name, arrival, wanted)
+                if self.sources.others is not None:
+                    await self.sources.others.spread(arrival.registration.adapter.digest)
+                return entered
         finally:
             self.forget_unneeded()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.failures import Stopped
@@ -52,6 +53,16 @@ class _Download:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+class Others(Protocol):
+    """What other replicas have, and what they are to have."""
+
+    async def bring(self, digest: str, folder: Path) -> bool:
+        """Fill a folder with a version's files; False if nobody has them. Whether they are right is not looked at."""
+
+    async def spread(self, digest: str) -> None:
+        """Return when another replica has the files of a version too. Raises Refused if none takes them."""
+
+
 class Sources:
     """The sources of one process's adapters."""
 
@@ -66,6 +77,8 @@ class Sources:
         self.allow = allow
         self.spool = spool or Spool(None)
         self.limits = limits
+        self.others: Others | None = None
+        """The other replicas, if there are any."""
         self._surroundings = surroundings or surroundings_of
         self._turns = asyncio.Semaphore(downloads_max)
         self._flights = Flights()
@@ -216,16 +229,35 @@ class Sources:
         """
         if self.spool.holds(digest):
             return self.spool.folder(digest)
-        if not is_url(origin):
+        is_local = not is_url(origin)
+        if is_local and (self.others is None or await asyncio.to_thread(Path(origin).is_dir)):
             return Path(origin)
         async with self._only(digest):
             if self.spool.holds(digest):
                 return self.spool.folder(digest)
+            found = await self._from_another(digest)
+            if found is not None or is_local:
+                return found or Path(origin)
             if origin.startswith(f"{PUSHED}://"):
                 raise unreadable(digest[:12], "it was pushed and its files are gone; push it again")
             return await asyncio.wrap_future(
                 self._flights.begin(partial(self._bring_again, parse_origin(origin), digest))
             )
+
+    async def _from_another(self, digest: str) -> Path | None:
+        """Return the folder with a version's files if another replica had them."""
+        if self.others is None:
+            return None
+        folder = await asyncio.to_thread(self.spool.make_incoming)
+        try:
+            if not await self.others.bring(digest, folder):
+                return None
+            if await asyncio.to_thread(digest_of_folder, folder) != digest:
+                logger.warning("another replica sent other content than %s; it is not used", digest[:12])
+                return None
+            return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
+        finally:
+            self._remove(folder)  # what was adopted is not there any more
 
     async def mend(self, origin: str, digest: str) -> bool:
         """Drop the spool's copy of a version if it is damaged; return whether building from it may go better now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME
@@ -17,9 +18,31 @@ __all__ = [
     "INDEX_FILE_NAME",
     "PROBE_FILE_NAME",
     "WEIGHTS_FILE_NAME",
+    "files_of",
+    "is_file_name",
     "is_shard_name",
     "shard_names",
 ]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files of a folder that make an adapter, also what should be there and is not.
+
+    The config, the weights or their index and shards, and a probe.jsonl if there is one.
+    """
+    if (folder / WEIGHTS_FILE_NAME).is_file():
+        weights = [folder / WEIGHTS_FILE_NAME]
+    else:
+        shards = (path for path in sorted(folder.glob("*.safetensors")) if is_shard_name(path.name))
+        weights = [folder / INDEX_FILE_NAME, *shards]
+    paths = [folder / CONFIG_FILE_NAME, *weights]
+    probes = folder / PROBE_FILE_NAME
+    return [*paths, probes] if probes.is_file() else paths
+
+
+def is_file_name(name: str) -> bool:
+    """Whether an adapter may have a file of this name."""
+    return name in (CONFIG_FILE_NAME, INDEX_FILE_NAME, PROBE_FILE_NAME) or is_shard_name(name)
 
 
 def is_shard_name(name: str) -> bool:
