@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import grpc
@@ -13,12 +15,14 @@ import pytest
 from sidecar.core.effects import Dispatch
 from sidecar.proto import peers_pb2
 from sidecar.replicas import router
+from tests import replica_pool
 from tests.emulated import EngineProcess, running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replicas
 from tests.serving import PATIENCE_S, Answer, until, write_adapters
 
-SLOW = {"compute": "none", "shape": "tiny", "time_scale": 1.0, "seats": 1}
+DUMMY = {"compute": "none", "shape": "tiny"}
+SLOW = DUMMY | {"time_scale": 1.0, "seats": 1}
 
 
 @pytest.fixture
@@ -132,3 +136,24 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await other.ask("a00")
         assert "NEVER_HEARD_OF" in (failed.value.details() or "")
+
+
+async def test_owners_go_on_when_redis_hangs(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connections stay open and nothing comes: that is found out before a lease ends."""
+    lease_s = 2.0
+    monkeypatch.setattr(replica_pool, "LEASE_S", lease_s)
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        running_engine(**DUMMY) as two,
+        replicas(2, redis.url, [one, two], adapters) as pool,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        owns = [owned(served) for served in pool]
+        redis.signal(signal.SIGSTOP)
+        until_s = monotonic() + 2 * lease_s
+        while monotonic() < until_s:
+            for served in pool:
+                assert (await served.ask("a00")).tokens == served.expected("a00", 4)
+            await asyncio.sleep(0.01)
+        assert [owned(served) for served in pool] == owns
