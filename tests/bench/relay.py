@@ -67,8 +67,8 @@ async def _compare(
     subjects = []
     for tokens in (LONG, SHORT):
         subjects += [
-            Subject(relay, await _streams(stack, relay.data, [""], tokens)),
-            Subject(sidecar, await _streams(stack, sidecar.data, names, tokens)),
+            Subject(relay, await streams(stack, relay.data, [""], tokens)),
+            Subject(sidecar, await streams(stack, sidecar.data, names, tokens)),
             Subject(sidecar, await _generates(stack, sidecar.data, names, tokens)),
         ]
     bare, kserve, own, bare_short, kserve_short, own_short = await _interleaved(subjects)
@@ -91,7 +91,7 @@ async def _interleaved(subjects: Sequence[Subject]) -> list[float]:
     return [middle(costs) for costs in zip(*rounds[1:], strict=True)]
 
 
-async def _streams(stack: AsyncExitStack, address: str, names: list[str], tokens: int) -> Traffic:
+async def streams(stack: AsyncExitStack, address: str, names: list[str], tokens: int) -> Traffic:
     channel = await stack.enter_async_context(clients.open_channel(address))
     streams = [clients.open_stream(channel) for _ in range(STREAMS)]
     messages = [clients.named_request(names[number % len(names)], tokens, f"r{number}") for number in range(STREAMS)]
