@@ -194,8 +194,8 @@ class Sidecar:
         address = _bind(server, wanted.listener, "replicas")
         here = wanted.advertise or _reached_at(address)
         bounds = Bounds.of_lease(int(wanted.lease_s * 1e9))
-        members, limit_s = RedisMembers(self._link, bounds), bounds.every_ns / 1e9
-        leases = RedisLeases(members, self._member, here, lambda: self.registry.last_change, limit_s)
+        members = RedisMembers(self._link, bounds)
+        leases = RedisLeases(members, self._member, here, lambda: self.registry.last_change, wanted.lease_s)
         tls = None if wanted.tls is None else wanted.tls.model_dump(exclude_none=True)
         policies = plugins.policies_of(self.config.core())
         self.replica = Replica(

@@ -18,14 +18,15 @@ T = TypeVar("T")
 class RedisLeases:
     """`keeper.Leases`. `address` is where the member is reached, `applied` says which change it has read.
 
-    A Redis that has not answered after `limit_s` counts as away: an owner must have the time to ask the others.
+    A Redis that has not answered for a quarter of a lease, `ttl_s`, counts as away: an owner that is about to renew has
+    two thirds of one left, in which it finds that out, and then those that it asks do.
     """
 
     def __init__(
-        self, members: RedisMembers, member: Member, address: str, applied: Callable[[], int], limit_s: float
+        self, members: RedisMembers, member: Member, address: str, applied: Callable[[], int], ttl_s: float
     ) -> None:
         self._members = members
-        self._limit_s = limit_s
+        self._limit_s = ttl_s / 4
         self._member = member
         self._address = address
         self._applied = applied

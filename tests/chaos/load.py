@@ -26,6 +26,7 @@ RATE = 20.0
 TOKENS = 80
 TRIES = 6
 PAUSE_S, PAUSE_S_MAX = 0.1, 1.0
+LOOK_S = 0.05
 SILENT_S = 60.0
 """After so long without an ending a request is taken for lost."""
 UNREACHED = ("failed to connect", "Connection refused")
@@ -64,8 +65,11 @@ class Load:
     tries: list[Try] = field(default_factory=list)
     given_up: int = 0
     """Requests that were refused at every try."""
+    stood_still_s: float = 0.0
+    """For how long at most this process did not get to run: then the others may not have either."""
     _asks: set[asyncio.Task[None]] = field(default_factory=set)
     _source: asyncio.Task[None] | None = None
+    _watch: asyncio.Task[None] | None = None
     _channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
 
     async def __aenter__(self) -> Load:
@@ -73,10 +77,13 @@ class Load:
         for replica in self.pool.replicas:
             self._channels[replica.name] = grpc.aio.insecure_channel(replica.data, options)
         self._source = asyncio.create_task(self._come())
+        self._watch = asyncio.create_task(self._look_at_clock())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
+        if self._watch is not None:
+            self._watch.cancel()
         for channel in self._channels.values():
             await channel.close()
 
@@ -101,15 +108,23 @@ class Load:
             ask.add_done_callback(self._ended)
             await asyncio.sleep(random.expovariate(RATE))
 
+    async def _look_at_clock(self) -> None:
+        seen_s = monotonic()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            before_s, seen_s = seen_s, monotonic()
+            self.stood_still_s = max(self.stood_still_s, seen_s - before_s - LOOK_S)
+
     def _ended(self, ask: asyncio.Task[None]) -> None:
         if ask.cancelled() or ask.exception() is None:
             self._asks.discard(ask)
 
     async def _ask(self, random: Random) -> None:
         adapter, streams = random.choice(sorted(self.pool.digests)), random.random() < 0.5
-        pause_s = PAUSE_S
-        for _ in range(TRIES):
-            tried = Try(random.choice(self.pool.replicas).name, adapter, streams, monotonic())
+        pause_s, first = PAUSE_S, random.randrange(len(self.pool.replicas))
+        for number in range(TRIES):
+            replica = self.pool.replicas[(first + number) % len(self.pool.replicas)]
+            tried = Try(replica.name, adapter, streams, monotonic())
             self.tries.append(tried)
             await self._try(tried)
             if tried.ending not in (REFUSED, UNREACHABLE):

@@ -6,7 +6,6 @@ import asyncio
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from math import inf
 from time import monotonic
 
 from tests.chaos.load import BROKEN, CUT
@@ -20,13 +19,13 @@ LONG_S = 3 * LEASE_S
 
 @dataclass
 class Marks:
-    """When something was taken away, and from when on the engines of some backends were.
+    """When something was taken away, and the backends whose engines were.
 
     What such a backend served others serve, and when it is given something again is for the routing policy to say.
     """
 
     taken_s: list[float] = field(default_factory=list)
-    down_s: dict[str, float] = field(default_factory=dict)
+    down: set[str] = field(default_factory=set)
 
     def set(self) -> None:
         """Note that something was taken away, or given back in another state, right now."""
@@ -34,7 +33,7 @@ class Marks:
 
     def since_s(self, backend: str) -> list[float]:
         """Return the times from which on a backend ought to serve again."""
-        return [at_s for at_s in self.taken_s if at_s < self.down_s.get(backend, inf)]
+        return [] if backend in self.down else self.taken_s
 
 
 Deed = Callable[[ChaosPool, Marks], Awaitable[None]]
@@ -124,7 +123,7 @@ async def part_replicas(pool: ChaosPool, marks: Marks) -> None:
 
 
 async def kill_engine(pool: ChaosPool, marks: Marks) -> None:
-    marks.down_s[pool.backends[0]] = monotonic()
+    marks.down.add(pool.backends[0])
     marks.set()
     await pool.engines[0].kill()
     await asyncio.sleep(LONG_S)
