@@ -123,8 +123,9 @@ class Router:
             await self._until_answered(ticket, trip, after_s)
         except Exception as error:
             logger.exception("request %s broke on its way to another replica", ticket.request)
-            message = f"the sidecar failed: {error}"
-            ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))
+            if ticket.settled is None:
+                message = f"the sidecar failed: {error}"
+                ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         """Give a request to one owner after the other until one keeps it, or there is no more time."""
@@ -167,6 +168,8 @@ class Router:
 
     def look(self) -> None:
         """Send what waits for an engine that is down to one that serves, each request once: it may be the cause."""
+        if all(self._board.serves(backend) for backend in self._gateway.state.backends):
+            return  # as nearly always, and there may be many tickets
         for ticket in list(self._gateway.tickets.values()):
             trip: Trip | None = ticket.trip
             if trip is None or ticket.settled is not None or trip.moves + 1 >= self._gateway.state.config.visits_max:
