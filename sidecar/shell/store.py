@@ -202,15 +202,23 @@ class BlobStore:
         task.add_done_callback(lambda _: self._leaving.pop(key))
 
     async def _leave(self, blob: Blob) -> None:
-        if self._mount is not None and self._forget is not None:
-            await self._forget(blob.path.name)
+        if self._mount is not None:
+            await self._forgotten(blob.path.name)
         # In a thread: for a large one it takes time.
         await asyncio.get_running_loop().run_in_executor(self._threads, blob.release)
         self._room.give_back(blob.size_bytes)
 
+    async def _forgotten(self, name: str) -> None:
+        """Return when no engine refers to what goes; a failure of ours must not keep its bytes for ever."""
+        if self._forget is None:
+            return
+        try:
+            await self._forget(name)
+        except Exception:
+            logger.exception("an engine may still refer to %s, which goes", name)
+
     async def _unstage(self, key: str) -> None:
-        if self._forget is not None:
-            await self._forget(key)
+        await self._forgotten(key)
         self._room.give_back(await self._staged.leave(key))
 
     def lease(self, key: str) -> PackedWeights | StagedWeights:
