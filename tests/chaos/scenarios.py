@@ -49,6 +49,8 @@ class Scenario:
     stops: bool = False
     """Whether a process stands still, so that it may write past the end of its lease."""
     sentinel: bool = False
+    redis_away_s: float = 0.0
+    """For how long what is lost besides cannot change hands."""
     refuses: bool = False
     """Whether there is a time in which nobody takes requests."""
 
@@ -201,6 +203,9 @@ SCENARIOS = (
     Scenario("restart-two", restart_two),
     Scenario("restart-whole-pool", restart_whole_pool, refuses=True),
     Scenario("kill-redis+kill-engine", both(kill_redis, kill_engine), frozenset({BROKEN})),
+    Scenario("kill-redis+kill-another", both(kill_redis, kill_another), LOST, redis_away_s=LONG_S),
+    Scenario("kill-redis+part-replicas", both(kill_redis, part_replicas), frozenset({BROKEN})),
+    Scenario("fail-over+kill-replica", both(fail_over, kill_replica), LOST, sentinel=True, redis_away_s=2.0),
     Scenario("part-from-redis+kill-another", both(part_from_redis, kill_another), LOST),
     Scenario("stop-owner+kill-engine", both(stop_owner, kill_engine), frozenset({BROKEN}), stops=True),
     Scenario("part-replicas+part-from-redis", both(part_replicas, part_from_redis), frozenset({BROKEN})),

@@ -32,10 +32,7 @@ class Verdict:
     slowest_s: float
     stale: int
     wrong: list[str]
-
-    @property
-    def is_late(self) -> bool:
-        return self.back_s > BACK_S
+    is_late: bool
 
 
 async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, seed: int = 0) -> Verdict:
@@ -55,7 +52,9 @@ async def trial(pool: ChaosPool, scenario: Scenario, calm_s: float = CALM_S, see
         if load.given_up and not scenario.refuses:
             wrong.append(f"{load.given_up} requests were refused at every try")
         endings = Counter(each.ending for each in load.tries)
-        return Verdict(scenario.name, endings, load.given_up, max(backs), _slowest_s(load.tries), stale, wrong)
+        is_late = max(backs) > BACK_S + scenario.redis_away_s
+        slowest_s = _slowest_s(load.tries)
+        return Verdict(scenario.name, endings, load.given_up, max(backs), slowest_s, stale, wrong, is_late)
 
 
 async def _back_s(load: Load, backend: str, at_s: float) -> float:
