@@ -79,6 +79,8 @@ class Sidecar:
         self._streams: Lifetimes | None = None
         self._loader = LoaderProcess()
         self._reconciling: asyncio.Task[None] | None = None
+        self._unserved: set[Path] = set()
+        """Folders that are to be served and could not be registered yet."""
         data = self._data_directory()
         self._link = None if config.state.url is None else _link(config)
         self._member = _member(config.replicas)
@@ -179,8 +181,7 @@ class Sidecar:
         if not backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
         served = _served_folders(self.config.adapters.serve)
-        for path in served:
-            await self._register_served(path)
+        await asyncio.gather(*(self._register_served(path) for path in served))
         self._reconciling = asyncio.create_task(self._reconcile(served))
         await self._listen()
 
@@ -226,24 +227,35 @@ class Sidecar:
         )
 
     async def _register_served(self, path: Path) -> None:
-        """Register a PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out."""
+        """Register a PEFT subfolder of `adapters.serve` under its own name; a wrong one is told and left out.
+
+        What others keep from being written down, or have not read in time, is tried again: a replica must not need them
+        to start.
+        """
+        self._unserved.discard(path)
         try:
             allow = self.config.adapters.allow.get(path.name, ())
             await self.gateway.catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
         except Invalid as error:
             logger.error("not served: %s", error.message)
+        except Refused as refused:
+            logger.warning("%s is not registered yet: %s", path.name, refused.message)
+            self._unserved.add(path)
 
     async def _reconcile(self, served: Sequence[Path]) -> None:
-        """Set a declared name back to what the configuration says once an operator's override has run out."""
+        """Set a name to what the configuration says: one that could not be yet, or whose override has run out."""
         while True:
             await asyncio.sleep(RECONCILE_S)
             for path in served:
                 try:
-                    if await self.gateway.catalogue.hold_ended(path.name):
-                        logger.info("%s is no longer held and is as configured again", path.name)
-                        await self._register_served(path)
+                    ended = await self.gateway.catalogue.hold_ended(path.name)
                 except Refused as refused:  # for now: it is looked at again in a moment
                     logger.warning("%s is not yet as configured again: %s", path.name, refused.message)
+                    continue
+                if ended:
+                    logger.info("%s is no longer held and is as configured again", path.name)
+                if ended or path in self._unserved:
+                    await self._register_served(path)
 
     async def _listen(self) -> None:
         listeners = self.config.listeners

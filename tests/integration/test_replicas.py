@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from redis.asyncio import Redis
 
 from sidecar.core.effects import Dispatch
 from sidecar.fronts.http import why_not_ready
@@ -162,3 +163,20 @@ async def test_before_a_vllm_its_owner_loads_and_the_next_finds_it_loaded(adapte
         assert [answer.tokens for answer in after] == [answer.tokens for answer in before[::2]]
         assert [answer.tokens for answer in after] == [answer.tokens for answer in before[1::2]]
         assert len({tuple(answer.tokens) for answer in after}) == len(names)
+
+
+async def test_a_replica_starts_though_another_one_reads_nothing(adapters: Path, tmp_path: Path) -> None:
+    """A live member that stands still: what is to be served is registered when that one is no member any more."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        Redis.from_url(redis.url, decode_responses=True) as client,
+    ):
+        async with replica(0, redis.url, [one], adapters):
+            (key,) = [key async for key in client.scan_iter("*beats*")]
+        await client.zadd(key, {"frozen": 1e18})  # in the far future: it never stops to count as live
+        async with replica(1, redis.url, [one], adapters) as started:
+            assert len(started.sidecar._unserved) == 8
+            await client.zrem(key, "frozen")
+            await until(lambda: not started.sidecar._unserved)
+            assert set(started.state.names) == {f"a{number:02}" for number in range(8)}
