@@ -140,8 +140,8 @@ class Keeper:
     async def _beat(self, effect: do.SendBeat) -> None:
         try:
             answered, addresses = await self._leases.beat(effect)
-        except Refused as refused:
-            logger.info("no beat: %s", refused.message)
+        except Exception as error:
+            _told("beat", error)
             self._step(ev.BeatFailed(effect.number))
             return
         addresses.pop(effect.member.id, None)
@@ -157,8 +157,8 @@ class Keeper:
     async def _lease(self, number: int, call: Coroutine[Any, Any, ev.LeaseAnswered]) -> None:
         try:
             answered = await call
-        except Refused as refused:
-            logger.info("no lease: %s", refused.message)
+        except Exception as error:
+            _told("lease", error)
             self._step(ev.LeaseFailed(number))
         else:
             self._step(answered)
@@ -230,6 +230,14 @@ class Keeper:
         while backend != LEADER and self._in_flight(backend):
             await asyncio.sleep(IN_FLIGHT_LOOK_S)
         self._step(ev.InFlightEnded(backend))
+
+
+def _told(what: str, error: Exception) -> None:
+    """Say why Redis gave no answer. A fault of ours is one too: without any this member would wait for it for ever."""
+    if isinstance(error, Refused):
+        logger.info("no %s: %s", what, error.message)
+    else:
+        logger.error("no %s", what, exc_info=error)
 
 
 _EFFECTS: dict[type, Callable[[Keeper, Any], None]] = {

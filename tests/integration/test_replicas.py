@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -180,3 +181,25 @@ async def test_a_replica_starts_though_another_one_reads_nothing(adapters: Path,
             await client.zrem(key, "frozen")
             await until(lambda: not started.sidecar._unserved)
             assert set(started.state.names) == {f"a{number:02}" for number in range(8)}
+
+
+async def test_a_beat_that_breaks_is_one_that_failed(adapters: Path, tmp_path: Path) -> None:
+    """Whatever went wrong: a member that waits for its answer for ever would be none any more."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        replica(0, redis.url, [one], adapters) as served,
+    ):
+        leases = served.sidecar.replica.keeper._leases
+        beat, broken = leases.beat, []
+
+        async def breaks(effect: Any) -> Any:
+            if len(broken) == 3:
+                return await beat(effect)
+            broken.append(effect)
+            raise RuntimeError("the handler is closed")
+
+        leases.beat = breaks
+        await until(lambda: len(broken) == 3)
+        await until(lambda: served.sidecar.replica.keeper._ownership.know.reaches_redis and owned(served) == {"b0"})
+        assert (await served.ask("a00")).tokens == served.expected("a00", 4)

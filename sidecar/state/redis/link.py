@@ -24,8 +24,11 @@ from sidecar.state.redis.address import Place
 from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
 
-FAULTS = (RedisError, OSError, asyncio.TimeoutError)
-"""What a command may raise when Redis is not there or does not do it."""
+FAULTS = (RedisError, OSError, asyncio.TimeoutError, RuntimeError)
+"""What a command may raise when Redis is not there or does not do it.
+
+The last is uvloop's for a write to a connection that was closed this very moment, which the client passes on.
+"""
 CONNECT_S, ANSWER_S = 2.0, 3.0
 """How long a connection, and an answer, may take; a blocking read blocks for less."""
 SCANNED_A_TURN = 500
