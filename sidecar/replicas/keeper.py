@@ -140,7 +140,7 @@ class Keeper:
     async def _beat(self, effect: do.SendBeat) -> None:
         try:
             answered, addresses = await self._leases.beat(effect)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 — whatever it was, it was no answer
             _told("beat", error)
             self._step(ev.BeatFailed(effect.number))
             return
@@ -157,7 +157,7 @@ class Keeper:
     async def _lease(self, number: int, call: Coroutine[Any, Any, ev.LeaseAnswered]) -> None:
         try:
             answered = await call
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 — whatever it was, it was no answer
             _told("lease", error)
             self._step(ev.LeaseFailed(number))
         else:
