@@ -1,11 +1,11 @@
 """Who needs what in a folder that several sidecars share, so that nobody removes what another one still needs.
 
-Each process is an instance with a directory of its own under `.lora-sidecar/`:
+Beside `.lora-sidecar/lock`, held for a moment by whoever changes what is claimed, each process is an instance with a
+directory of its own there, in which are
 
-    .lora-sidecar/lock                     held for a moment by whoever changes what is claimed
-    .lora-sidecar/<instance>/owner         locked for as long as the instance lives, however it ends
-    .lora-sidecar/<instance>/claims/<key>  the instance needs what has this name
-    .lora-sidecar/<instance>/work/…        what it is making or removing
+    owner         locked for as long as the instance lives, however it ends
+    claims/<key>  the instance needs what has this name
+    work          what it is making or removing
 
 A thing goes when the last living instance has released it. An instance whose lock is free lives no more: what it has
 left goes when the next one starts, and so does everything of ours that nobody claims then.

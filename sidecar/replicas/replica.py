@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any
@@ -28,6 +29,8 @@ from sidecar.replicas.planner import Planner
 from sidecar.replicas.router import Router
 from sidecar.replicas.service import PeersService
 from sidecar.shell.gateway import Gateway
+
+logger = logging.getLogger(__name__)
 
 TELL_S = 1.0
 
@@ -120,7 +123,10 @@ class Replica:
     async def _tell_now_and_then(self) -> None:
         while True:
             self._arrivals.next_second()
-            self._make_plan()
+            try:
+                self._make_plan()
+            except Exception:  # a policy's fault: the others must still be told what is owned
+                logger.exception("no plan could be made; the last one stays")
             self._changed()
             await asyncio.sleep(TELL_S)
 
