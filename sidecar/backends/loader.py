@@ -159,7 +159,7 @@ def message_of(order: dict[str, Any]) -> bytes:
     wire.add_weights(request, order["shape"], order["dtype"], base64.b64decode(order["config"]), region, size)
     if region is not None:
         return bytes(request.SerializeToString())
-    head = request.SerializeToString() + bytes([7 << 3 | 2]) + wire.varint(size)
+    head = request.SerializeToString() + wire.content_head(size)
     with Path(order["path"]).open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as weights:
         return b"".join((head, memoryview(weights)[:size]))
 

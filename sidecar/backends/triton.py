@@ -12,6 +12,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -148,12 +149,15 @@ class TritonBackend(Endpoint):
         return "" if prompt is None else self.options.text_model if takes_text else self.options.model
 
     async def _attached(self, run: Run, weights: Weights) -> bytes:
-        """Return what names a run's weights; nothing where the server would not have them by reference after all."""
-        region = await self._transport.refer(weights)
-        if region is None:
+        """Return what names a run's weights, or holds them; nothing where a client's typed contents leave no way."""
+        region, raw = await self._transport.refer(weights), run.ticket.payload.raw
+        if region is None and not raw:
             return b""
-        raw = run.ticket.payload.raw
-        return wire.attached(weights.shape, weights.dtype, weights.config, region, weights.size_bytes, raw)
+        fragment = wire.attached(weights.shape, weights.dtype, weights.config, region, weights.size_bytes, raw)
+        if region is not None:
+            return fragment
+        content = await asyncio.to_thread(Path(weights.path).read_bytes)
+        return fragment + wire.content_head(weights.size_bytes) + content[: weights.size_bytes]
 
     # Loads.
 

@@ -192,14 +192,24 @@ def add_weights(
         weights.parameters["shared_memory_byte_size"].int64_param = size_bytes
 
 
-def attached(shape: tuple[int, int], dtype: str, config: bytes, region: str, size_bytes: int, raw: bool) -> bytes:
-    """Return what makes a client's request bring its adapter along, by reference; to be appended after the task id."""
+def attached(
+    shape: tuple[int, int], dtype: str, config: bytes, region: str | None, size_bytes: int, raw: bool
+) -> bytes:
+    """Return what makes a client's request bring its adapter along; to be appended after the task id.
+
+    Where no region is named the weights are the last content to come, and the request's own contents must be raw.
+    """
     fragment = ModelInferRequest()
     add_weights(fragment, shape, dtype, config, region, size_bytes)
     if not raw:
         del fragment.raw_input_contents[:]
         fragment.inputs[0].contents.int_contents.extend(struct.unpack(f"<{len(config) // 4}i", config))
     return bytes(fragment.SerializeToString())
+
+
+def content_head(size_bytes: int) -> bytes:
+    """Return what stands before one more raw content of so many bytes."""
+    return bytes([7 << 3 | 2]) + varint(size_bytes)
 
 
 def load_head(model: str, request_id: str, parameters: Mapping[str, str | int] | None = None) -> Any:

@@ -212,7 +212,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
             load_ns=request.load_ns,
             heals=request.heals,
             packed_key=packed.key,
-            attach=bool(packed.key) and backend.facts.attaches,
+            attach=_brings_weights(request, backend, packed),
             epoch=backend.epoch,
         )
     )
@@ -229,6 +229,19 @@ def _use(turn: Turn, backend: Backend, request: Request, packed: Packed) -> None
             Cache.HOST,
         ):  # its demand is what brought the blob in: it is counted already
             turn.state.store.used(packed.key, turn.now_ns)
+
+
+def _brings_weights(request: Request, backend: Backend, packed: Packed) -> bool:
+    """Whether a request's weights go along with it.
+
+    By reference they always do where nobody can say which cache it meets. In messages, which are large, they do once
+    it has missed more often than there are caches: Loads and requests that take turns in step could miss each other
+    for ever.
+    """
+    caches = backend.facts.caches
+    if backend.facts.attaches:
+        return bool(packed.key)
+    return caches > 1 and request.heals > caches and bool(request.pinned_key)
 
 
 def _cache(request: Request) -> Cache:

@@ -76,7 +76,7 @@ class Dispatch:
     packed_key: str = ""
     """The packed form that it runs with, "" for the base model."""
     attach: bool = False
-    """The weights go along with it, by reference."""
+    """The weights go along with it."""
     epoch: int = 0
     """Under which this replica owns the backend; 0 where there is one replica only."""
 

@@ -17,6 +17,7 @@ from sidecar.app import Sidecar
 from sidecar.backends import transport
 from sidecar.config import parse
 from sidecar.core.effects import Heal, Load
+from sidecar.core.facts import EngineFacts
 from sidecar.emulator.face import shared_memory
 from sidecar.errors import Misused
 from sidecar.proto import admin_pb2
@@ -265,6 +266,21 @@ async def test_several_caches_by_grpc_answer_after_some_misses(tmp_path: Path) -
         answers = await asyncio.gather(*(served.ask(name) for name in asked))
         for name, answer in zip(asked, answers, strict=True):
             assert answer.tokens == served.expected(name, 4)
+
+
+async def test_weights_go_along_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do after many misses: the engine is given every adapter by the requests themselves."""
+    names = write_adapters(tmp_path, 3)
+    monkeypatch.setattr(EngineFacts, "attaches", True)
+    backend = {"weights_transport": "grpc"}
+    async with (
+        running_engine(**DUMMY) as engine,
+        serving([engine], tmp_path, [tmp_path], backend=backend) as served,
+    ):
+        for name in names * 2:
+            assert (await served.ask(name)).tokens == served.expected(name, 4)
+        assert served.recorder.count(Load) == 0
+        assert served.recorder.count(Heal) == 0
 
 
 async def test_an_adapter_over_the_message_cap_goes_where_it_is_named(

@@ -119,6 +119,18 @@ def test_weights_go_along_where_nobody_can_say_which_cache_has_them() -> None:
         assert bool(dispatch.packed_key) == bool(dispatch.digest)
 
 
+def test_weights_go_along_in_a_message_when_several_caches_were_all_missed() -> None:
+    """Loads have had their chance by then: in step with others they may reach the wrong cache every time."""
+    world = World(engines=0)
+    world.add_engine("b0", replace(facts_of(), caches=3))
+    world.register("a")
+    world.engines["b0"].run_faults.extend([Fault.MISS] * 4)
+    world.send("a")
+    world.run()
+    world.assert_all_ok()
+    assert [dispatch.attach for dispatch in world.of(fx.Dispatch)] == [False] * 4 + [True]
+
+
 def test_a_store_smaller_than_what_goes_along_takes_its_time() -> None:
     """Two blobs fit: the others are brought in turn, and none goes while it is named."""
     world = World(CoreConfig(store_bytes=2 * BLOB_BYTES), engines=0)
