@@ -334,6 +334,8 @@ class Sidecar:
         """End at once: calls that are still open are cancelled."""
         if self._reconciling is not None:
             self._reconciling.cancel()
+        if self.replica is not None:
+            await self.replica.leave()
         for server in self._servers:
             await server.stop(0)
         if self._http is not None:

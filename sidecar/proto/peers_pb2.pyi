@@ -30,8 +30,26 @@ class KeepReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class ForwardRequests(_message.Message):
+    __slots__ = ("requests", "ended", "paused", "resumed")
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[ForwardRequest]
+    ended: _containers.RepeatedScalarFieldContainer[int]
+    paused: _containers.RepeatedScalarFieldContainer[int]
+    resumed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ForwardReplies(_message.Message):
+    __slots__ = ("replies",)
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[ForwardReply]
+    def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ...) -> None: ...
+
 class ForwardRequest(_message.Message):
-    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload")
+    __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
@@ -44,6 +62,7 @@ class ForwardRequest(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     member: str
     backend: str
     adapter: str
@@ -56,7 +75,8 @@ class ForwardRequest(_message.Message):
     size_bytes: int
     client_id: str
     payload: ForwardedPayload
-    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, member: _Optional[str] = ..., backend: _Optional[str] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., klass: _Optional[str] = ..., input_tokens: _Optional[int] = ..., output_tokens_max: _Optional[int] = ..., deadline_s: _Optional[float] = ..., session: _Optional[str] = ..., size_bytes: _Optional[int] = ..., client_id: _Optional[str] = ..., payload: _Optional[_Union[ForwardedPayload, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class ForwardedPayload(_message.Message):
     __slots__ = ("model", "kind", "head", "forms", "raw", "unary", "metadata", "prompt")
@@ -116,16 +136,18 @@ class ForwardedMetadata(_message.Message):
     def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class ForwardReply(_message.Message):
-    __slots__ = ("origin", "part", "last", "ending")
+    __slots__ = ("origin", "part", "last", "ending", "number")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ENDING_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     origin: ForwardedOrigin
     part: bytes
     last: bytes
     ending: ForwardedEnding
-    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, origin: _Optional[_Union[ForwardedOrigin, _Mapping]] = ..., part: _Optional[bytes] = ..., last: _Optional[bytes] = ..., ending: _Optional[_Union[ForwardedEnding, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class ForwardedOrigin(_message.Message):
     __slots__ = ("backend", "name", "ordinal", "digest", "cache", "queue_ns", "load_ns", "heals")

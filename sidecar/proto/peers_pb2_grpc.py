@@ -34,10 +34,10 @@ class PeersStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Forward = channel.unary_stream(
+        self.Forward = channel.stream_stream(
                 '/lorasidecar.v1.Peers/Forward',
-                request_serializer=sidecar_dot_proto_dot_peers__pb2.ForwardRequest.SerializeToString,
-                response_deserializer=sidecar_dot_proto_dot_peers__pb2.ForwardReply.FromString,
+                request_serializer=sidecar_dot_proto_dot_peers__pb2.ForwardRequests.SerializeToString,
+                response_deserializer=sidecar_dot_proto_dot_peers__pb2.ForwardReplies.FromString,
                 _registered_method=True)
         self.Ask = channel.unary_unary(
                 '/lorasidecar.v1.Peers/Ask',
@@ -64,8 +64,8 @@ class PeersStub:
 class PeersServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Forward(self, request, context):
-        """Answers a request in the place of the replica that received it.
+    def Forward(self, request_iterator, context):
+        """Answers requests in the place of the replica that received them: one call carries all of them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,10 +102,10 @@ class PeersServicer:
 
 def add_PeersServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Forward': grpc.unary_stream_rpc_method_handler(
+            'Forward': grpc.stream_stream_rpc_method_handler(
                     servicer.Forward,
-                    request_deserializer=sidecar_dot_proto_dot_peers__pb2.ForwardRequest.FromString,
-                    response_serializer=sidecar_dot_proto_dot_peers__pb2.ForwardReply.SerializeToString,
+                    request_deserializer=sidecar_dot_proto_dot_peers__pb2.ForwardRequests.FromString,
+                    response_serializer=sidecar_dot_proto_dot_peers__pb2.ForwardReplies.SerializeToString,
             ),
             'Ask': grpc.unary_unary_rpc_method_handler(
                     servicer.Ask,
@@ -139,7 +139,7 @@ class Peers:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Forward(request,
+    def Forward(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -149,12 +149,12 @@ class Peers:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/lorasidecar.v1.Peers/Forward',
-            sidecar_dot_proto_dot_peers__pb2.ForwardRequest.SerializeToString,
-            sidecar_dot_proto_dot_peers__pb2.ForwardReply.FromString,
+            sidecar_dot_proto_dot_peers__pb2.ForwardRequests.SerializeToString,
+            sidecar_dot_proto_dot_peers__pb2.ForwardReplies.FromString,
             options,
             channel_credentials,
             insecure,

@@ -114,11 +114,6 @@ def dispatch_of(request: int, sent: Any) -> Dispatch:
     )  # fmt: skip
 
 
-def part(reply: Reply) -> Any:
-    """Return the message that carries a part of an answer."""
-    return peers_pb2.ForwardReply(last=reply.raw) if reply.final else peers_pb2.ForwardReply(part=reply.raw)
-
-
 def reply_of(raw: bytes, final: bool, kind: str, unary: bool) -> Reply:
     """Return a part of an answer. What a stream's is made of is read when somebody asks for it."""
     message = wire.ModelInferResponse.FromString(raw) if unary and kind != VLLM else None

@@ -6,13 +6,14 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-import grpc.aio
+from google.protobuf.message import DecodeError
 
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
 from sidecar.core.turn import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
+from sidecar.replicas.line import Line
 from sidecar.shell.gateway import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING})
@@ -35,49 +36,81 @@ class Forward:
         self.backend = backend
         self.owner = owner
         self._has_begun = False
-        self._call: Any = None
-        self._why = ""
+        self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
+        self._resuming: asyncio.Task[None] | None = None
+        self._line: Line | None = None
+        self._number = 0
 
-    async def run(self, stub: Any, member: str) -> GivenBack | None:
+    async def run(self, line: Line, member: str) -> GivenBack | None:
         """Have it answered, its ending through the ticket; cancelling this cancels it there."""
-        ticket, facts = self._ticket, self._facts
-        request = forms.forwarded(member, self.backend, facts, ticket.payload, ticket.client_id)
+        ticket = self._ticket
+        request = forms.forwarded(member, self.backend, self._facts, ticket.payload, ticket.client_id)
+        self._line, self._number = line, line.open(self, request)
         try:
-            self._call = stub.Forward(request)
-            async for reply in self._call:
-                ended = await self._take(reply)
-                if ended is not None:
-                    return self._end(ended)
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            return self._broke(self._why)
-        except grpc.aio.AioRpcError as error:
-            return self._broke(error.details() or error.code().name)
-        return self._broke("it ended the answer without saying how")
+            return await self._end
+        finally:
+            line.close(self._number)
+            if self._resuming is not None:
+                self._resuming.cancel()
 
     def take_back(self, why: str) -> None:
         """Have it given back, unless its answer has begun: that may go on."""
-        if not self._has_begun and self._call is not None:
-            self._why = why
-            self._call.cancel()
+        if not self._has_begun:
+            self._ended(GivenBack(why))
 
-    async def _take(self, reply: Any) -> Any | None:
-        """Deliver a part of the answer; return the ending, if that is what came."""
+    def take(self, reply: Any) -> bool:
+        """Deliver a part of the answer; return whether it was the ending."""
+        if self._end.done():  # nobody waits for it any more, of which the owner is about to hear
+            return False
+        try:
+            return self._take(reply)
+        except (ValueError, KeyError, DecodeError) as error:  # others on the same line must not suffer from it
+            self._end.set_exception(error)
+            return False
+
+    def broke(self, why: str) -> None:
+        """The owner is gone, or cannot be reached. What has begun is never repeated."""
+        if self._end.done():
+            return
+        if not self._has_begun:
+            self._ended(GivenBack(f"replica {self.owner}: {why}"))
+            return
+        name = self._facts.adapter or "base model"
+        message = (
+            f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
+            "answer that has begun is never repeated, so send the request again if you want a new one"
+        )
+        self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self.backend))
+        self._ended(None)
+
+    def _ended(self, given: GivenBack | None) -> None:
+        if not self._end.done():
+            self._end.set_result(given)
+
+    def _take(self, reply: Any) -> bool:
         ticket = self._ticket
         if reply.HasField("origin"):
             ticket.dispatch = forms.dispatch_of(ticket.request, reply.origin)
         which = reply.WhichOneof("reply")
         if which == "ending":
-            return reply.ending
-        if not ticket.has_room:
-            await ticket.room()
+            self._ended(self._take_ending(reply.ending))
+            return True
         self._has_begun = True
         raw = reply.last if which == "last" else reply.part
         ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.kind, ticket.payload.unary))
-        return None
+        if self._resuming is None and not ticket.has_room:
+            self._resuming = asyncio.create_task(self._pause())
+        return False
 
-    def _end(self, sent: Any) -> GivenBack | None:
+    async def _pause(self) -> None:
+        """The client is slow: its answer waits where it comes from, and nobody else's does."""
+        assert self._line is not None
+        self._line.pause(self._number)
+        await self._ticket.room()
+        self._resuming = None
+        self._line.resume(self._number)
+
+    def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket
         settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
@@ -85,24 +118,6 @@ class Forward:
         ticket.rejected_with = forms.rejection_of(sent)
         ticket.settle(settled)
         return None
-
-    def _broke(self, why: str) -> GivenBack | None:
-        """The owner is gone, or cannot be reached. What has begun is never repeated."""
-        if not self._has_begun:
-            return GivenBack(f"replica {self.owner}: {why}")
-        name = self._facts.adapter or "base model"
-        message = (
-            f"{name}: the replica {self.owner} that answered for {self.backend} was lost in the middle: {why}; an "
-            "answer that has begun is never repeated, so send the request again if you want a new one"
-        )
-        self._ticket.settle(ended(self._ticket.request, self._facts, Reason.BACKEND_FAILED, message, self.backend))
-        return None
-
-
-def _is_cancelled() -> bool:
-    """Whether this task is to end, rather than only a call that it waits for."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def ended(

@@ -14,6 +14,7 @@ import grpc.aio
 
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.board import Board
+from sidecar.replicas.line import Line
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,17 @@ ASK_S = 0.5
 """How long an answer is waited for; to an owner that has to decide, none is as good as a late one."""
 
 
+LARGE_BYTES = 1 << 20
+"""A request of so many has a call of its own: nobody's answer waits until it is through."""
+
+
 @dataclass
 class _Peer:
     address: str
     channel: grpc.aio.Channel
     stub: Any
     watch: asyncio.Task[None]
+    line: Line | None = None
 
 
 class Peers:
@@ -42,6 +48,7 @@ class Peers:
         self._peers: dict[str, _Peer] = {}
         self._left: set[grpc.aio.Channel] = set()
         """Channels to former members: answers that have begun still come by them."""
+        self._lines: set[Line] = set()
         self.gone: Callable[[str], None] = lambda member: None
         """Called with each member that is one no more."""
 
@@ -69,6 +76,25 @@ class Peers:
         peer = self._peers.get(member)
         return None if peer is None else peer.stub
 
+    def line(self, member: str, size_bytes: int) -> Line | None:
+        """Return the way to a member for a request of so many bytes, None if no such member is known."""
+        peer = self._peers.get(member)
+        if peer is None:
+            return None
+        if size_bytes > LARGE_BYTES:
+            own = self._open(peer)
+            own.leave()
+            return own
+        if peer.line is None or peer.line.is_over:
+            peer.line = self._open(peer)
+        return peer.line
+
+    def _open(self, peer: _Peer) -> Line:
+        line = Line(peer.stub)
+        self._lines.add(line)
+        line.reading.add_done_callback(lambda _: self._lines.discard(line))
+        return line
+
     async def ask(self, member: str, request: Any) -> Any | None:
         """Return a member's answer, None if there is none in time."""
         stub = self.stub(member)
@@ -90,6 +116,8 @@ class Peers:
     def _forget(self, member: str) -> None:
         peer = self._peers.pop(member)
         peer.watch.cancel()
+        if peer.line is not None:
+            peer.line.leave()
         self._board.lost(member)
         self._left.add(peer.channel)
         closing = asyncio.get_running_loop().create_task(peer.channel.close(ANSWER_S))

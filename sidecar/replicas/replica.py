@@ -33,6 +33,8 @@ from sidecar.shell.gateway import Gateway
 logger = logging.getLogger(__name__)
 
 TELL_S = 1.0
+LEAVE_S = 1.0
+"""How long the others may take to hear the last of this replica."""
 
 
 class Replica:
@@ -61,7 +63,7 @@ class Replica:
         self.peers = Peers(member.id, self.board, open_channel)
         ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
         self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.tell, self._in_flight, self._changed)
-        self.router = Router(gateway, self.board, member.id, self.peers.stub, self.keeper.may_dispatch)
+        self.router = Router(gateway, self.board, member.id, self.peers.line, self.keeper.may_dispatch)
         self.peers.gone = self.router.gone
         gateway.elsewhere = self.router
         gateway.sources.others = PeerFiles(self.peers, gateway.sources.limits)
@@ -74,12 +76,14 @@ class Replica:
         gateway.observe(self._arrivals)
         gateway.observe(self)
         self._watchers: set[asyncio.Event] = set()
+        self._leaves = False
         self._telling: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve the other replicas."""
-        service = PeersService(self._gateway, self._told, self.keeper.answer)
-        peers_pb2_grpc.add_PeersServicer_to_server(service, server)
+        self._service = PeersService(self._gateway, self._told, self.keeper.answer)
+        self._server = server
+        peers_pb2_grpc.add_PeersServicer_to_server(self._service, server)
 
     def start(self) -> None:
         """Be one of the members, and own what falls to this one."""
@@ -89,6 +93,14 @@ class Replica:
     async def drain(self) -> None:
         """Give up all backends as their work ends, and leave."""
         await self.keeper.drain()
+
+    async def leave(self) -> None:
+        """Serve the other replicas no more: what was said to them reaches them first."""
+        self._leaves = True
+        for changed in self._watchers:
+            changed.set()
+        self._service.leave()
+        await self._server.stop(LEAVE_S)
 
     async def stop(self) -> None:
         if self._telling is not None:
@@ -113,7 +125,7 @@ class Replica:
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            while True:
+            while not self._leaves:
                 yield self._own_board()
                 await changed.wait()
                 changed.clear()

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 from time import monotonic
-from typing import Any
 
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import SERVING, Board
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
+from sidecar.replicas.line import Line
 from sidecar.shell.gateway import Gateway, RequestFacts
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ class Trip:
 class Router:
     """Sees to the requests of one replica among several (`shell.gateway.Elsewhere`).
 
-    `peer` returns a member's stub, None for one that is not known; `may_dispatch` says whether a backend's lease holds
-    in this very moment.
+    `line` returns the way to a member for a request of so many bytes, None for one that is not known; `may_dispatch`
+    says whether a backend's lease holds in this very moment.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Router:
         gateway: Gateway,
         board: Board,
         member: str,
-        peer: Callable[[str], Any],
+        line: Callable[[str, int], Line | None],
         may_dispatch: Callable[[str], bool],
     ) -> None:
         self.may_dispatch = may_dispatch
@@ -74,7 +74,7 @@ class Router:
         self._gateway = gateway
         self._board = board
         self._member = member
-        self._peer = peer
+        self._line = line
 
     def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Send a request where it belongs. What names nothing there is, or comes too late, our own core refuses."""
@@ -137,11 +137,11 @@ class Router:
             if backend is None or owner == self._member:
                 self._admit_again(ticket, trip, backend)
                 return
-            stub = None if owner is None else self._peer(owner)
-            if owner is not None and stub is not None:
+            line = None if owner is None else self._line(owner, trip.facts.size_bytes)
+            if owner is not None and line is not None:
                 self.forwards += 1
                 forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
-                given = await self._given_back_by(ticket, forward, stub)
+                given = await self._given_back_by(ticket, forward, line)
                 if given is None:
                     return
                 trip.why = given.why
@@ -153,10 +153,10 @@ class Router:
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
 
-    async def _given_back_by(self, ticket: Ticket, forward: Forward, stub: Any) -> GivenBack | None:
+    async def _given_back_by(self, ticket: Ticket, forward: Forward, line: Line) -> GivenBack | None:
         self._forwards[ticket] = forward
         try:
-            return await forward.run(stub, self._member)
+            return await forward.run(line, self._member)
         finally:
             del self._forwards[ticket]
 

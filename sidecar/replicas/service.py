@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from time import monotonic_ns
 from typing import Any
 
 import grpc
 
-from sidecar.backends.api import Reply, Ticket
-from sidecar.core.effects import Settle
-from sidecar.errors import Refused, SidecarError
+from sidecar.errors import SidecarError
 from sidecar.proto import peers_pb2, peers_pb2_grpc
-from sidecar.replicas import forms
+from sidecar.replicas.answering import Answers
 from sidecar.replicas.files import FilesHere
-from sidecar.replicas.forwarding import ended
 from sidecar.shell.gateway import Gateway
 
 Told = Callable[[], AsyncIterator[Any]]
@@ -30,34 +26,21 @@ class PeersService(peers_pb2_grpc.PeersServicer):
         self._told = told
         self._asked = asked
         self._files = FilesHere(gateway)
+        self._answers: set[Answers] = set()
 
-    async def Forward(self, request: Any, context: Any) -> None:
-        """Answer a request to its end; when the call is cancelled, so is the request."""
-        facts = forms.facts_of(request)
+    async def Forward(self, messages: AsyncIterator[Any], context: Any) -> None:
+        """Answer requests to their ends; when the call is cancelled, so are they."""
+        answers = Answers(self._gateway, context)
+        self._answers.add(answers)
         try:
-            ticket = self._gateway.submit_here(facts, forms.payload_of(request), request.client_id)
-        except Refused as refused:
-            told = ended(0, facts, refused.reason, refused.message, request.backend, refused.retry_after_s)
-            await context.write(peers_pb2.ForwardReply(ending=forms.ending(told, None)))
-            return
-        try:
-            await self._answer(ticket, context)
+            await answers.run(messages)
         finally:
-            self._gateway.close(ticket)
+            self._answers.discard(answers)
 
-    async def _answer(self, ticket: Ticket, context: Any) -> None:
-        has_told = False
-        while True:
-            item = await ticket.next()
-            reply = _message(item, ticket)
-            if ticket.dispatch is not None and not has_told:
-                has_told = True
-                reply.origin.CopyFrom(forms.origin(ticket.dispatch))
-            ticket.blocked_since_ns = monotonic_ns()
-            await context.write(reply)
-            ticket.blocked_since_ns = None
-            if isinstance(item, Settle):
-                return
+    def leave(self) -> None:
+        """End what is open between the others and this replica, after what was said has been sent."""
+        for answers in self._answers:
+            answers.leave()
 
     async def Ask(self, request: Any, context: Any) -> Any:
         return await self._asked(request)
@@ -75,9 +58,3 @@ class PeersService(peers_pb2_grpc.PeersServicer):
     async def Watch(self, request: Any, context: Any) -> None:
         async for board in self._told():
             await context.write(board)
-
-
-def _message(item: Reply | Settle, ticket: Ticket) -> Any:
-    if isinstance(item, Settle):
-        return peers_pb2.ForwardReply(ending=forms.ending(item, ticket.rejected_with))
-    return forms.part(item)

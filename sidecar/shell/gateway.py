@@ -175,16 +175,14 @@ class Gateway:
 
     def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
         """Take a request in. Raises Refused when the inbox is full; every other ending comes through the ticket."""
-        return self._take(facts, payload, client_id, self.admit if self.elsewhere is None else self.elsewhere.submit)
-
-    def submit_here(self, facts: RequestFacts, payload: Payload, client_id: str) -> Ticket:
-        """Take in a request that another replica has passed on; as `submit` otherwise."""
-        return self._take(facts, payload, client_id, self.admit)
-
-    def _take(
-        self, facts: RequestFacts, payload: Payload, client_id: str, see_to: Callable[[Ticket, RequestFacts], None]
-    ) -> Ticket:
         ticket = Ticket(next(self._numbers), payload, client_id)
+        return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
+
+    def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
+        """Take in a request that another replica has passed on, its ticket made by number; as `submit` otherwise."""
+        return self._take(facts, ticket_of(next(self._numbers)), self.admit)
+
+    def _take(self, facts: RequestFacts, ticket: Ticket, see_to: Callable[[Ticket, RequestFacts], None]) -> Ticket:
         self.tickets[ticket.request] = ticket
         try:
             see_to(ticket, facts)

@@ -13,8 +13,9 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Dispatch
-from sidecar.proto import peers_pb2
+from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
+from sidecar.replicas.line import Line
 from tests import replica_pool
 from tests.emulated import EngineProcess, running_engine
 from tests.redis_servers import running
@@ -121,9 +122,13 @@ async def test_a_pool_that_leaves_as_a_whole_waits_for_nobody(
 async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapters: Path, tmp_path: Path) -> None:
     """A newer replica may have reasons that this one has never heard of."""
 
-    class Newer:
-        async def Forward(self, request: Any) -> AsyncIterator[Any]:
-            yield peers_pb2.ForwardReply(ending=peers_pb2.ForwardedEnding(reason="NEVER_HEARD_OF"))
+    class Newer(peers_pb2_grpc.PeersServicer):
+        async def Forward(self, messages: Any, context: Any) -> AsyncIterator[Any]:
+            async for message in messages:
+                for request in message.requests:
+                    ending = peers_pb2.ForwardedEnding(reason="NEVER_HEARD_OF")
+                    reply = peers_pb2.ForwardReply(number=request.number, ending=ending)
+                    yield peers_pb2.ForwardReplies(replies=[reply])
 
     async with (
         running(tmp_path / "redis") as redis,
@@ -132,10 +137,19 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
         asyncio.timeout(PATIENCE_S),
     ):
         (other,) = [served for served in pool if not owned(served)]
-        other.sidecar.replica.router._peer = lambda member: Newer()
-        with pytest.raises(grpc.aio.AioRpcError) as failed:
-            await other.ask("a00")
-        assert "NEVER_HEARD_OF" in (failed.value.details() or "")
+        server = grpc.aio.server()
+        peers_pb2_grpc.add_PeersServicer_to_server(Newer(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        line = Line(peers_pb2_grpc.PeersStub(channel))
+        other.sidecar.replica.router._line = lambda member, size_bytes: line
+        for _ in range(2):  # the line lives on
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await other.ask("a00")
+            assert "NEVER_HEARD_OF" in (failed.value.details() or "")
+        await channel.close()
+        await server.stop(None)
 
 
 async def test_owners_go_on_when_redis_hangs(adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
