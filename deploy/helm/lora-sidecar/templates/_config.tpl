@@ -1,0 +1,92 @@
+{{/* Where the chart puts files: nothing else is there. */}}
+{{- define "lora-sidecar.etc" -}}/etc/lora-sidecar{{- end }}
+
+{{/* The configuration file: what the chart knows, and `config`, `backends`, `store` and `queue` as they are given. */}}
+{{- define "lora-sidecar.config" -}}
+{{- include "lora-sidecar.check" . -}}
+{{- $known := include "lora-sidecar.ownConfig" . | fromYaml -}}
+{{- $given := deepCopy .Values.config -}}
+{{- $all := mergeOverwrite $known $given (dict "backends" (include "lora-sidecar.backends" . | fromYamlArray) "store" (deepCopy .Values.store)) -}}
+{{- if .Values.queue -}}
+{{- $_ := set $all "queue" .Values.queue -}}
+{{- end -}}
+{{- toYaml $all -}}
+{{- end }}
+
+{{- define "lora-sidecar.ownConfig" -}}
+{{- $any := include "lora-sidecar.anyAddress" . -}}
+log_format: json
+listeners:
+  data:
+    address: {{ printf "%s:9000" $any | quote }}
+    {{- if include "lora-sidecar.clustered" . }}
+    max_connection_age_s: 300
+    {{- end }}
+    {{- include "lora-sidecar.tls" (list "data" .Values.tls.data.secretName .Values.tls.data.clientCa) | nindent 4 }}
+  http:
+    address: {{ printf "%s:9002" $any | quote }}
+    {{- include "lora-sidecar.tls" (list "http" .Values.tls.http.secretName false) | nindent 4 }}
+  admin:
+    address: {{ ternary (printf "%s:9001" $any) "127.0.0.1:9001" (eq (include "lora-sidecar.adminIsOpen" .) "true") | quote }}
+    {{- if .Values.admin.tokenSecret.name }}
+    token_file: {{ include "lora-sidecar.etc" . }}/admin-token/{{ .Values.admin.tokenSecret.key }}
+    {{- end }}
+    {{- include "lora-sidecar.tls" (list "admin" .Values.tls.admin.secretName .Values.tls.admin.clientCa) | nindent 4 }}
+{{- if .Values.persistence.enabled }}
+data_directory: /var/lib/lora-sidecar
+{{- end }}
+{{- with include "lora-sidecar.redisUrl" . }}
+state:
+  url: {{ . | quote }}
+  {{- if $.Values.redis.passwordSecret.name }}
+  password_file: {{ include "lora-sidecar.etc" $ }}/redis-password/{{ $.Values.redis.passwordSecret.key }}
+  {{- end }}
+  {{- with $.Values.redis.tlsSecret }}
+  tls:
+    ca: {{ include "lora-sidecar.etc" $ }}/tls-redis/ca.crt
+  {{- end }}
+{{- end }}
+{{- if include "lora-sidecar.clustered" . }}
+replicas:
+  address: {{ printf "%s:9003" $any | quote }}
+  {{- include "lora-sidecar.tls" (list "replicas" .Values.tls.replicas.secretName true) | nindent 2 }}
+{{- end }}
+{{- if include "lora-sidecar.reconciles" . }}
+kubernetes:
+  adapters:
+    config_maps: {{ eq (include "lora-sidecar.readsConfigMaps" .) "true" }}
+    custom_resources: {{ .Values.declared.customResources }}
+    label: {{ .Values.declared.label | quote }}
+{{- end }}
+{{- end }}
+
+{{/* `tls` of a listener, from its name, Secret and whether it asks its clients for certificates. */}}
+{{- define "lora-sidecar.tls" -}}
+{{- $folder := printf "/etc/lora-sidecar/tls-%s" (index . 0) -}}
+{{- if index . 1 -}}
+tls:
+  certificate: {{ $folder }}/tls.crt
+  key: {{ $folder }}/tls.key
+  {{- if index . 2 }}
+  ca: {{ $folder }}/ca.crt
+  {{- end }}
+{{- end -}}
+{{- end }}
+
+{{/* In sidecar mode the engine is in the same pod, and is named here unless the values do. */}}
+{{- define "lora-sidecar.backends" -}}
+{{- if and (eq .Values.mode "sidecar") (not .Values.backends) -}}
+{{- if eq .Values.sidecar.kind "vllm" -}}
+- url: vllm://127.0.0.1:8000
+  id: engine
+  adapters_dir: /adapters
+{{- else -}}
+- url: triton://127.0.0.1:8001
+  id: engine
+  metrics: http://127.0.0.1:8002/metrics
+  weights_transport: shared_memory
+{{- end -}}
+{{- else -}}
+{{- toYaml .Values.backends -}}
+{{- end -}}
+{{- end }}

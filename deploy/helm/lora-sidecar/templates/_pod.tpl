@@ -1,0 +1,72 @@
+{{/* What the pods of a Deployment and of a StatefulSet have alike. */}}
+{{- define "lora-sidecar.podTemplate" -}}
+metadata:
+  labels:
+    {{- include "lora-sidecar.podSelector" . | nindent 4 }}
+    lora-sidecar.io/workload: {{ ternary "stateful" "stateless" (eq (include "lora-sidecar.stateful" .) "true") }}
+    {{- with .Values.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    checksum/config: {{ include "lora-sidecar.config" . | sha256sum }}
+    {{- with .Values.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  serviceAccountName: {{ include "lora-sidecar.serviceAccountName" . }}
+  automountServiceAccountToken: {{ eq (include "lora-sidecar.asksKubernetes" .) "true" }}
+  {{- /* Else a Service called lora-sidecar would set LORA_SIDECAR_PORT, which is read as configuration. */}}
+  enableServiceLinks: false
+  terminationGracePeriodSeconds: {{ add (int .Values.preStopSeconds) (include "lora-sidecar.drainSeconds" . | int) 20 }}
+  securityContext:
+    runAsNonRoot: true
+    runAsUser: {{ .Values.podSecurity.user }}
+    runAsGroup: {{ .Values.podSecurity.group }}
+    fsGroup: {{ .Values.podSecurity.group }}
+    fsGroupChangePolicy: OnRootMismatch
+    seccompProfile:
+      type: RuntimeDefault
+  {{- include "lora-sidecar.scheduling" . | nindent 2 }}
+  containers:
+    - {{ include "lora-sidecar.container" . | nindent 6 | trim }}
+      lifecycle:
+        preStop:
+          exec:
+            {{- /* Whoever balances the load hears of the end of a pod when the pod does: take requests for a while yet. */}}
+            command: [sleep, {{ .Values.preStopSeconds | quote }}]
+  volumes:
+    {{- include "lora-sidecar.volumes" . | nindent 4 }}
+{{- end }}
+
+{{- define "lora-sidecar.scheduling" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with include "lora-sidecar.priorityClassName" . }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.spread.topologyKeys }}
+topologySpreadConstraints:
+  {{- range . }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: {{ $.Values.spread.whenUnsatisfiable }}
+    labelSelector:
+      matchLabels:
+        {{- include "lora-sidecar.podSelector" $ | nindent 8 }}
+  {{- end }}
+{{- end }}
+{{- end }}

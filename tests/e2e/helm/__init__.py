@@ -1,0 +1,1 @@
+"""The chart, by the programs that will read it: both Helms, validators, linters, promtool, `config check`."""

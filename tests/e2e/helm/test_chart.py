@@ -1,0 +1,70 @@
+"""Both Helms take the chart, and make the same of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.helm.installed import CHART, HELMS, HelmInstalled
+from tests.e2e.helm.matrix import cases
+from tests.e2e.helm.rendering import EXAMPLES, NAMESPACE, RELEASE, Object, Renderer, kind_and_name
+
+PARTS = {
+    "one-triton": {"StatefulSet", "Service", "ConfigMap", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"},
+    "four-tritons": {"Deployment", "ServiceMonitor", "PrometheusRule"},
+    "high-availability": {"StatefulSet", "HorizontalPodAutoscaler", "PriorityClass", "PrometheusRule"},
+    "discovered": {"Role", "RoleBinding", "ScaledObject", "Deployment"},
+    "sidecar-triton": {"Deployment", "Service", "ConfigMap", "NetworkPolicy"},
+}
+
+
+@pytest.mark.parametrize("values", [None, *EXAMPLES], ids=lambda path: path.stem if path else "defaults")
+def test_lint(helm: Renderer, values: Path | None) -> None:
+    """No Helm has anything to say against the chart, with its defaults and with each example."""
+    options = ["--values", str(values)] if values else []
+    done = helm.tools.run(helm.program, "lint", "--strict", "--namespace", NAMESPACE, str(CHART), *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_helms_agree(tools: HelmInstalled, rendered: dict[str, list[Object]], tmp_path: Path) -> None:
+    """Helm 3 and Helm 4 make the same objects of every example and every case of the matrix."""
+    assert Renderer(tools, HELMS[0], tmp_path).everything() == rendered
+
+
+def test_parts(rendered: dict[str, list[Object]]) -> None:
+    """Examples have the objects that they are there to show."""
+    for name, wanted in PARTS.items():
+        assert wanted <= {found["kind"] for found in rendered[name]}, name
+
+
+def test_names_and_namespaces(rendered: dict[str, list[Object]]) -> None:
+    """No object is twice in a release, and all that can be are in a namespace that is named."""
+    for name, objects in rendered.items():
+        names = [kind_and_name(found) for found in objects]
+        assert len(names) == len(set(names)), name
+        assert all(namespace for kind, namespace, _ in names if kind != "PriorityClass"), name
+
+
+def test_matrix_covers_every_pair() -> None:
+    """The matrix has every template's options, not only the examples' ones."""
+    found = cases()
+    modes = {values.get("mode", "gateway") for values in found.values()}
+    assert modes == {"gateway", "sidecar"}
+    assert any("persistence" in values and "autoscaling" in values for values in found.values())
+    assert any("persistence" in values and "autoscaling" not in values for values in found.values())
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_notes(tools: HelmInstalled, path: Path) -> None:
+    """An installation says which commands come next, of objects that it has made. Helm 3 shows it to a cluster only."""
+    command = ["install", RELEASE, str(CHART), "--namespace", NAMESPACE, "--values", str(path), "--dry-run=client"]
+    done = tools.run(HELMS[-1], *command)
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    target = next(line.split()[-1] for line in notes.splitlines() if "rollout status" in line)
+    kind, _, name = target.partition("/")
+    made = done.stdout.lower()
+    assert f"kind: {kind}" in made
+    assert f"\n  name: {name}\n" in made
+    assert notes.count("kubectl -n lora") == 3

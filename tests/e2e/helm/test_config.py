@@ -1,0 +1,101 @@
+"""The configuration that the chart renders is one that the sidecar takes, with the files that the pod has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sidecar.config import Backend, Config, load
+from tests.e2e.helm.rendering import EXAMPLES, Object, configuration, containers, pods
+
+ETC = "/etc/lora-sidecar"
+POD = {"$(POD_IP)": "10.0.0.7", "$(POD_NAME)": "pool-lora-sidecar-0"}
+OF_SECRETS = ("tls.crt", "tls.key", "ca.crt", "token", "password", "key")
+"""The keys of all Secrets that the examples and the matrix name."""
+TIMEOUT_S = 120.0
+
+
+def lay(objects: list[Object], folder: Path) -> tuple[Path, dict[str, str]]:
+    """Make the files that the pod's container has, below a folder; return the configuration and our variables."""
+    container = the_container(objects)
+    for mount in container["volumeMounts"]:
+        if mount["mountPath"].startswith(f"{ETC}/") and not mount["mountPath"].endswith("/config"):
+            place = folder / mount["mountPath"].removeprefix(f"{ETC}/")
+            place.mkdir()
+            for key in OF_SECRETS:
+                (place / key).touch()
+    file = folder / "config.yaml"
+    file.write_text(configuration(objects).replace(ETC, str(folder)))
+    variables = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    return file, {name: _in_pod(value) for name, value in variables.items() if name.startswith("LORA_SIDECAR_")}
+
+
+def the_container(objects: list[Object]) -> Object:
+    """Return the container of the sidecar, or one with nothing mounted where the engine's pod is somebody else's."""
+    ours = [each for pod in pods(objects) for each in containers(pod) if each["name"] == "lora-sidecar"]
+    assert len(ours) <= 1
+    return ours[0] if ours else {"volumeMounts": [], "env": []}
+
+
+def _in_pod(value: str) -> str:
+    for variable, stands_for in POD.items():
+        value = value.replace(variable, stands_for)
+    return value
+
+
+def needs_what_is_not_there(text: str) -> str:
+    """Say which key of a configuration this sidecar does not have yet, "" if it has all."""
+    record = yaml.safe_load(text)
+    if "kubernetes" in record and "kubernetes" not in Config.model_fields:
+        return "kubernetes"
+    found = any("discover" in backend for backend in record["backends"])
+    return "backends[].discover" if found and "discover" not in Backend.model_fields else ""
+
+
+@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
+def test_examples_are_accepted(rendered: dict[str, list[Object]], tmp_path: Path, name: str) -> None:
+    """`sidecar config check` takes the configuration of each example."""
+    missing = needs_what_is_not_there(configuration(rendered[name]))
+    if missing:
+        pytest.skip(f"this sidecar has no {missing}")
+    file, variables = lay(rendered[name], tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "sidecar", "config", "check", str(file)],
+        capture_output=True, text=True, env=os.environ | variables, timeout=TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    backends = yaml.safe_load(done.stdout)["backends"]
+    assert len(backends) == len(yaml.safe_load(configuration(rendered[name]))["backends"])
+
+
+def test_matrix_is_accepted(rendered: dict[str, list[Object]], tmp_path: Path) -> None:
+    """So is every case of the matrix that asks for nothing that is not there."""
+    read = 0
+    for name, objects in rendered.items():
+        if needs_what_is_not_there(configuration(objects)) or _is_another_charts(objects):
+            continue
+        (tmp_path / name).mkdir()
+        file, variables = lay(objects, tmp_path / name)
+        config = load(file, {key: value for key, value in variables.items() if "__" in key})
+        read += 1
+        clustered = config.replicas.address is not None
+        assert clustered == ("LORA_SIDECAR_REPLICAS__ADVERTISE" in variables), name
+        if clustered:
+            host, _, port = str(config.replicas.advertise).rpartition(":")
+            assert port == "9003", name
+            assert host in ("10.0.0.7", "[10.0.0.7]", "pool-lora-sidecar-0.pool-lora-sidecar-replicas.lora.svc"), name
+    assert read > 15
+
+
+def _is_another_charts(objects: list[Object]) -> bool:
+    return not the_container(objects)["volumeMounts"]
+
+
+def test_large_numbers(rendered: dict[str, list[Object]]) -> None:
+    """Bytes are written out: neither Helm makes 1.7e+10 of them."""
+    assert "memory_bytes: 17179869184\n" in configuration(rendered["four-tritons"])

@@ -1,0 +1,150 @@
+"""What the pods are given: time to drain, memory for the store, no rights that they do not need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.helm.rendering import Object, Renderer, configuration, containers, one, pods
+
+GIB = 1 << 30
+
+
+def workload(objects: list[Object]) -> Object:
+    """Return the workload that has a sidecar in it."""
+    found = [each for each in objects if each["kind"] in ("Deployment", "StatefulSet")]
+    return next(each for each in found if not each["metadata"]["name"].endswith("-redis"))
+
+
+def sidecar_of(pod: Object) -> Object:
+    """Return the sidecar's container."""
+    return next(each for each in containers(pod) if each["name"] == "lora-sidecar")
+
+
+def test_every_container_is_confined(rendered: dict[str, list[Object]]) -> None:
+    """No container has root, a writable root file system, capabilities or free system calls."""
+    seen = 0
+    for name, objects in rendered.items():
+        for pod in pods(objects):
+            for container in containers(pod):
+                seen += 1
+                secured = pod["spec"]["securityContext"] | container["securityContext"]
+                where = f"{name}: {container['name']}"
+                assert secured["runAsNonRoot"], where
+                assert secured["runAsUser"] > 0, where
+                assert secured["readOnlyRootFilesystem"], where
+                assert not secured["allowPrivilegeEscalation"], where
+                assert secured["capabilities"] == {"drop": ["ALL"]}, where
+                assert secured["seccompProfile"] == {"type": "RuntimeDefault"}, where
+                assert any(mount["mountPath"] == "/tmp" for mount in container.get("volumeMounts", [])) or (
+                    container["name"] == "ready"
+                ), where
+    assert seen > 50
+
+
+def test_no_service_is_read_as_configuration(rendered: dict[str, list[Object]]) -> None:
+    """A Service called lora-sidecar would set LORA_SIDECAR_PORT in every pod that takes service links."""
+    assert all(pod["spec"]["enableServiceLinks"] is False for objects in rendered.values() for pod in pods(objects))
+
+
+@pytest.mark.parametrize("drain_s", [None, 60, 900])
+def test_a_gateway_has_time_to_drain(newest: Renderer, drain_s: int | None) -> None:
+    """Kubernetes waits for longer than the balancers need to hear of it and the drain may take."""
+    config = {} if drain_s is None else {"drain_timeout_s": drain_s}
+    pod = workload(newest.objects({"config": config, "preStopSeconds": 7}))["spec"]["template"]
+    sidecar = sidecar_of(pod)
+    assert sidecar["lifecycle"]["preStop"]["exec"]["command"] == ["sleep", "7"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > 7 + (drain_s or 300)
+
+
+def test_memory_is_the_stores_and_the_process(newest: Renderer) -> None:
+    """The store's budget comes on top of what the process is given, request and limit, in any unit."""
+    values = {
+        "store": {"memory_bytes": 8 * GIB},
+        "resources": {"requests": {"cpu": 1, "memory": "1.5Gi"}, "limits": {"memory": 2_000_000_000}},
+    }
+    resources = sidecar_of(workload(newest.objects(values))["spec"]["template"])["resources"]
+    assert resources["requests"] == {"cpu": 1, "memory": str(8 * GIB + GIB * 3 // 2)}
+    assert resources["limits"] == {"memory": str(8 * GIB + 2_000_000_000)}
+
+
+def test_probes(rendered: dict[str, list[Object]]) -> None:
+    """Liveness is about the process alone, readiness about whether it can serve; they speak TLS where the listener does."""
+    schemes = set()
+    for name, objects in rendered.items():
+        for pod in pods(objects):
+            for container in containers(pod):
+                if container["name"] == "lora-sidecar":
+                    probes = {
+                        kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "liveness", "readiness")
+                    }
+                    paths = {kind: probe["path"] for kind, probe in probes.items()}
+                    assert paths == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}, name
+                    secure = "tls" in yaml.safe_load(configuration(objects))["listeners"]["http"]
+                    assert {probe.get("scheme", "HTTP") for probe in probes.values()} == {"HTTPS" if secure else "HTTP"}
+                    schemes.add(secure)
+    assert schemes == {True, False}
+
+
+def test_account_token_only_where_it_is_used(rendered: dict[str, list[Object]]) -> None:
+    """A pod has a token for the Kubernetes API only if it reads declared adapters or EndpointSlices."""
+    seen = set()
+    for name, objects in rendered.items():
+        record = yaml.safe_load(configuration(objects))
+        asks = "kubernetes" in record or "endpoint_slices" in str(record["backends"])
+        for pod in pods(objects):
+            ours = any(container["name"] == "lora-sidecar" for container in containers(pod))
+            assert pod["spec"]["automountServiceAccountToken"] == (asks and ours), name
+        seen.add(asks)
+    assert seen == {True, False}
+
+
+def test_rights(newest: Renderer) -> None:
+    """Roles have what is asked for and no more: nothing of the cluster's, and only states and events can be written."""
+    engines = {"discover": {"endpoint_slices": {"service": "t", "port": 8001}}, "id": "t", "kind": "triton"}
+    there = {"discover": {"endpoint_slices": {"service": "u", "port": 8001, "namespace": "models"}}, "id": "u"}
+    values = {"backends": [engines, {**there, "kind": "triton"}], "declared": {"customResources": True}}
+    roles = [found for found in newest.objects(values) if found["kind"] == "Role"]
+    rules = {(role["metadata"]["namespace"], role["metadata"]["name"]): role["rules"] for role in roles}
+    reading = ["get", "list", "watch"]
+    slices = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": reading}]
+    assert rules == {
+        ("lora", "pool-lora-sidecar-engines"): slices,
+        ("models", "pool-lora-sidecar-engines"): slices,
+        ("lora", "pool-lora-sidecar-adapters"): [
+            {"apiGroups": ["lora-sidecar.io"], "resources": ["loraadapters"], "verbs": reading},
+            {"apiGroups": ["lora-sidecar.io"], "resources": ["loraadapters/status"], "verbs": ["get", "patch"]},
+            {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+        ],
+    }
+    assert not [found for found in newest.objects({}) if found["kind"] in ("Role", "RoleBinding")]
+
+
+def test_declared_adapters(newest: Renderer) -> None:
+    """`adapters` becomes the ConfigMap that the gateway looks for, and the gateway is told to look."""
+    adapters = [{"name": "sql", "source": "s3://loras/sql", "tenants": ["a"], "removalGraceSeconds": 5}]
+    objects = newest.objects({"adapters": adapters, "declared": {"label": "lora-sidecar.io/adapters=true,team=x"}})
+    declared = one(objects, "ConfigMap", "-adapters")
+    assert yaml.safe_load(declared["data"]["adapters.yaml"]) == adapters
+    assert declared["metadata"]["labels"].items() >= {"lora-sidecar.io/adapters": "true", "team": "x"}.items()
+    asked: Any = yaml.safe_load(configuration(objects))["kubernetes"]["adapters"]
+    assert asked == {
+        "config_maps": True, "custom_resources": False, "label": "lora-sidecar.io/adapters=true,team=x"
+    }  # fmt: skip
+
+
+def test_a_changed_configuration_restarts_pods(newest: Renderer) -> None:
+    """It is in a checksum of the pods, and nothing else is: what is only declared is read by those that run."""
+    plain = _template(newest, {})
+    assert _template(newest, {"config": {"log_format": "text"}}) != plain
+    assert _template(newest, {"monitoring": {"rules": {"enabled": True}}, "service": {"dataPort": 80}}) == plain
+    one_adapter = {"adapters": [{"name": "a", "source": "/a"}]}
+    two_adapters = {"adapters": [{"name": "a", "source": "/a"}, {"name": "b", "source": "/b"}]}
+    assert _template(newest, one_adapter) == _template(newest, two_adapters)
+
+
+def _template(newest: Renderer, values: dict[str, Any]) -> Object:
+    template: Object = workload(newest.objects(values))["spec"]["template"]
+    return template
