@@ -4,6 +4,7 @@
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
+# make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
 # make bench   the figures of the README, side by side in one run
@@ -26,7 +27,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -115,6 +116,9 @@ fuzz: $(DEVELOPING)
 
 sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
+
+e2e-replicas: $(DEVELOPING)
+	$(BIN)/pytest tests/e2e/replicas
 
 chaos: $(DEVELOPING)
 	$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))

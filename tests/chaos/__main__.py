@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
+from tests.chaos.away import SHARE_MIN, away
 from tests.chaos.pool import chaos_pool
 from tests.chaos.scenarios import SCENARIOS, Scenario
 from tests.chaos.trial import BACK_S, CALM_S, SHOWN, Verdict, trial
@@ -37,6 +38,22 @@ async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
     return not verdict.wrong and not verdict.is_late
 
 
+async def run_away(away_s: float) -> int:
+    """Print what of the throughput is left while Redis is away; return the exit code."""
+    with tempfile.TemporaryDirectory(prefix="lora-sidecar-chaos-") as name:
+        async with chaos_pool(Path(name)) as pool:
+            told = await away(pool, Path(name), min(60.0, away_s / 2), away_s)
+    print(
+        f"answers a second: {told.with_redis:.1f} with Redis, {told.without:.1f} in {away_s:g} s without: "
+        f"{told.share:.3f} of it, goal {SHARE_MIN} or more"
+    )
+    for refusal, times in told.refusals.items():
+        print(f"  {times} times, to who registers: {refusal}")
+    for line in told.wrong[:SHOWN]:
+        print(f"  {line}")
+    return 1 if told.wrong else 0
+
+
 def _tell(verdict: Verdict) -> None:
     counts = "".join(f"{verdict.endings[column]:>10}" for column in COLUMNS)
     late = " LATE" if verdict.is_late else ""
@@ -55,7 +72,10 @@ async def main() -> int:
     parser.add_argument("--only", action="append", help=", ".join(each.name for each in SCENARIOS))
     parser.add_argument("--seconds", type=float, default=CALM_S, help="of load before and after what is done")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--away", type=float, metavar="SECONDS", help="only take Redis away for so long")
     options = parser.parse_args()
+    if options.away is not None:
+        return await run_away(options.away)
     unknown = set(options.only or ()) - {each.name for each in SCENARIOS}
     if unknown:
         parser.error(f"no scenario is called {min(unknown)}")

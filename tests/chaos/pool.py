@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -36,13 +37,16 @@ class ReplicaProcess:
     peers: Proxy
     redis: Proxy | None
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+    build: Path | None = None
+    """The folder of the code that it runs, None for this one."""
 
     async def start(self) -> None:
         """Start and return when it takes requests. Raises RuntimeError if it ends instead."""
+        environment = os.environ | ({} if self.build is None else {"PYTHONPATH": str(self.build)})
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sidecar", "serve", "--config", str(self.config), "--json",
-                stdout=asyncio.subprocess.PIPE, stderr=log,
+                stdout=asyncio.subprocess.PIPE, stderr=log, env=environment, cwd=self.build,
             )  # fmt: skip
         assert self.process.stdout is not None
         if not await self.process.stdout.readline():
@@ -117,8 +121,11 @@ class ChaosPool:
 
 
 @asynccontextmanager
-async def chaos_pool(folder: Path, sentinel: bool = False) -> AsyncIterator[ChaosPool]:
-    """Run a pool for a block; it begins when every backend has an owner that all know of."""
+async def chaos_pool(folder: Path, sentinel: bool = False, previous: Path | None = None) -> AsyncIterator[ChaosPool]:
+    """Run a pool for a block; it begins when every backend has an owner that all know of.
+
+    All replicas but the first run the code of `previous`, if that is given.
+    """
     write_adapters(folder / "adapters", ADAPTERS)
     async with AsyncExitStack() as stack:
         redis: Server | Watched
@@ -135,6 +142,7 @@ async def chaos_pool(folder: Path, sentinel: bool = False) -> AsyncIterator[Chao
         replicas = []
         for number in range(REPLICAS):
             replica = await _replica(stack, number, folder, redis, engines)
+            replica.build = previous if number else None
             replicas.append(replica)
             stack.push_async_callback(replica.kill)
         await asyncio.gather(*(replica.start() for replica in replicas))
