@@ -71,7 +71,7 @@ def test_memory_is_the_stores_and_the_process(newest: Renderer) -> None:
 
 
 def test_probes(rendered: dict[str, list[Object]]) -> None:
-    """Liveness is about the process alone, readiness about whether it can serve; they speak TLS where the listener does."""
+    """Liveness is about the process alone, readiness about whether it can serve; with TLS where it is on."""
     schemes = set()
     for name, objects in rendered.items():
         for pod in pods(objects):

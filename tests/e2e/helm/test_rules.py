@@ -1,0 +1,111 @@
+"""The alert rules: promtool takes them, each fires when it should and not else, and what they read is really there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.e2e.helm.alert_cases import CASES, Series
+from tests.e2e.helm.installed import CHART
+from tests.e2e.helm.rendering import Object, Renderer, one
+
+RULES = CHART / "files" / "rules.yaml"
+TIMEOUT_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def promtool() -> str:
+    """The program, of Debian's package prometheus: without it these tests are skipped on a laptop and fail in CI."""
+    path = shutil.which("promtool")
+    if path is None:
+        reason = "no promtool: apt-get install prometheus"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return path
+
+
+def alerts(objects: list[Object]) -> dict[str, Any]:
+    """Return a release's alerts by name."""
+    groups = one(objects, "PrometheusRule")["spec"]["groups"]
+    return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+@pytest.fixture(scope="module")
+def rules(newest: Renderer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rules as the chart renders them, as a file of Prometheus."""
+    objects = newest.objects({"monitoring": {"rules": {"enabled": True}}})
+    path = tmp_path_factory.mktemp("rules") / "rules.yaml"
+    path.write_text(yaml.safe_dump({"groups": one(objects, "PrometheusRule")["spec"]["groups"]}))
+    return path
+
+
+def test_check(promtool: str, rules: Path) -> None:
+    """Prometheus can read them, as they stand in the chart and as they are rendered."""
+    assert yaml.safe_load(rules.read_text()) == yaml.safe_load(RULES.read_text())
+    done = run(promtool, "check", "rules", "--lint=all", "--lint-fatal", str(rules))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_case(newest: Renderer) -> None:
+    """None is left untested."""
+    assert alerts(newest.objects({"monitoring": {"rules": {"enabled": True}}})).keys() == CASES.keys()
+
+
+def test_alerts_fire_and_do_not(promtool: str, rules: Path, tmp_path: Path) -> None:
+    """Each alert fires with the series that it is for, and is silent with those that are near to them."""
+    tests = []
+    for name, case in CASES.items():
+        tests += [_unit(name, case.fires, case.minutes, fires=True), _unit(name, case.quiet, case.minutes, fires=False)]
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
+    done = run(promtool, "test", "rules", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_case_can_fail(promtool: str, rules: Path, tmp_path: Path) -> None:
+    """An alert that is expected and does not fire is seen."""
+    tests = [_unit("LoraSidecarQuarantine", CASES["LoraSidecarQuarantine"].quiet, 60, fires=True)]
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
+    assert run(promtool, "test", "rules", str(file)).returncode != 0
+
+
+def _unit(name: str, series: Series, minutes: int, *, fires: bool) -> dict[str, Any]:
+    expression = f'count by (alertname) (ALERTS{{alertname="{name}",alertstate="firing"}})'
+    samples = [{"labels": f'{{alertname="{name}"}}', "value": 1}] if fires else []
+    return {
+        "interval": "1m",
+        "name": f"{name} {'fires' if fires else 'is silent'}",
+        "input_series": [{"series": each, "values": values} for each, values in series.items()],
+        "promql_expr_test": [{"expr": expression, "eval_time": f"{minutes}m", "exp_samples": samples}],
+    }
+
+
+def test_texts_name_labels_that_there_are(newest: Renderer) -> None:
+    """A summary shows only labels that the expression keeps: others would be empty."""
+    for name, alert in alerts(newest.objects({"monitoring": {"rules": {"enabled": True}}})).items():
+        kept = set(re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", alert["expr"]))))
+        shown = set(re.findall(r"\$labels\.(\w+)", " ".join(alert["annotations"].values())))
+        assert shown <= kept, name
+        assert alert["labels"]["severity"] in ("info", "warning", "critical"), name
+        assert {"summary", "action"} <= alert["annotations"].keys(), name
+
+
+def test_disabled(newest: Renderer) -> None:
+    """An alert that is not wanted is left out, and the others stay."""
+    values = {
+        "monitoring": {"rules": {"enabled": True, "disabled": ["LoraSidecarBacklog"], "labels": {"release": "p"}}}
+    }
+    objects = newest.objects(values)
+    assert alerts(objects).keys() == CASES.keys() - {"LoraSidecarBacklog"}
+    assert one(objects, "PrometheusRule")["metadata"]["labels"]["release"] == "p"
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
