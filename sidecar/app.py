@@ -221,6 +221,7 @@ class Sidecar:
             replica.keeper.changes["given_up"],
             replica.router.forwards,
             replica.router.reroutes,
+            replica.router.unowned,
             len(replica.members()),
             self.registry.lag,
             0.0 if away_since is None else time() - away_since,

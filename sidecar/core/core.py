@@ -141,7 +141,11 @@ def _load_done(turn: Turn, event: ev.LoadDone) -> None:
 
 def _client_left(turn: Turn, event: ev.ClientLeft) -> None:
     request = turn.state.requests.get(event.request)
-    if request is not None and not request.settled:
+    if request is None or request.settled:
+        return
+    if event.moved:
+        turn.cancel(request, Reason.NOT_OWNER, "another replica sees to the request")
+    else:
         turn.cancel(request, Reason.CANCELLED, "the client cancelled the request or went away")
 
 

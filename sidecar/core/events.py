@@ -32,9 +32,10 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class ClientLeft:
-    """The client cancelled, or its connection went away."""
+    """The client cancelled, or its connection went away; or the request goes on at another replica."""
 
     request: int
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,10 +50,13 @@ def ended(settle: do.Settle) -> str:
     return f"ended: {settle.outcome.value}{tokens}{because}"
 
 
+LEFT = "its client cancelled it or went away"
+
+
 def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | None:
     """Return what an event of the request's own is called, and its sentence; None for all others."""
     if isinstance(event, ev.ClientLeft) and event.request == request:
-        return "client_left", "its client cancelled it or went away"
+        return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
         return "client_stalled", "its client took no message for too long"
     if isinstance(event, ev.FirstToken) and (event.request, event.attempt) == (request, attempt):

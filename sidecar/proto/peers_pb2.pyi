@@ -31,16 +31,18 @@ class KeepReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ForwardRequests(_message.Message):
-    __slots__ = ("requests", "ended", "paused", "resumed")
+    __slots__ = ("requests", "ended", "paused", "resumed", "moved")
     REQUESTS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     PAUSED_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
     requests: _containers.RepeatedCompositeFieldContainer[ForwardRequest]
     ended: _containers.RepeatedScalarFieldContainer[int]
     paused: _containers.RepeatedScalarFieldContainer[int]
     resumed: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ...) -> None: ...
+    moved: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ..., moved: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardReplies(_message.Message):
     __slots__ = ("replies",)

@@ -145,9 +145,9 @@ class Answers:
             for request in message.requests:
                 self._begin(request)
             for number in message.ended:
-                ticket = self._tickets.pop(number, None)
-                if ticket is not None:
-                    self._gateway.close(ticket)
+                self._close(number)
+            for number in message.moved:
+                self._close(number, moved=True)
             for number in message.paused:
                 self._pause(number, True)
             for number in message.resumed:
@@ -176,6 +176,11 @@ class Answers:
     def _refuse(self, number: int, told: Settle) -> None:
         self._tickets.pop(number, None)
         self.say(number, "ending", forms.ending(told, None))
+
+    def _close(self, number: int, moved: bool = False) -> None:
+        ticket = self._tickets.pop(number, None)
+        if ticket is not None:
+            self._gateway.close(ticket, moved)
 
     def _pause(self, number: int, paused: bool) -> None:
         ticket = self._tickets.get(number)

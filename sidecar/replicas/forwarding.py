@@ -36,6 +36,7 @@ class Forward:
         self.backend = backend
         self.owner = owner
         self._has_begun = False
+        self._is_taken_back = False
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
         self._line: Line | None = None
@@ -49,13 +50,14 @@ class Forward:
         try:
             return await self._end
         finally:
-            line.close(self._number)
+            line.close(self._number, self._is_taken_back)
             if self._resuming is not None:
                 self._resuming.cancel()
 
     def take_back(self, why: str) -> None:
         """Have it given back, unless its answer has begun: that may go on."""
-        if not self._has_begun:
+        if not self._has_begun and not self._end.done():
+            self._is_taken_back = True
             self._ended(GivenBack(why))
 
     def take(self, reply: Any) -> bool:

@@ -51,10 +51,10 @@ class Line:
         self._said.set()
         return number
 
-    def close(self, number: int) -> None:
-        """Nobody waits for a request any more: it is cancelled there, unless it has ended."""
+    def close(self, number: int, moved: bool) -> None:
+        """Nobody waits for a request here any more: it is cancelled there, unless it has ended."""
         if self._requests.pop(number, None) is not None:
-            self._outbox.ended.append(number)
+            (self._outbox.moved if moved else self._outbox.ended).append(number)
             self._said.set()
         elif self._leaves:
             self._said.set()

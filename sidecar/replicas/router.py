@@ -69,6 +69,7 @@ class Router:
         self.may_dispatch = may_dispatch
         self.forwards = 0
         self.reroutes = 0
+        self.unowned = 0
         self._forwards: dict[Ticket, Forward] = {}
         self._drains_since_s = inf
         self._gateway = gateway
@@ -150,6 +151,7 @@ class Router:
                 break
             await asyncio.sleep(min(pause_s, max(0.0, trip.until_s - monotonic())))
             pause_s = min(AGAIN_S_MAX, 2 * pause_s)
+        self.unowned += 1
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
 

@@ -205,17 +205,17 @@ class Gateway:
         """Take back from this replica's core a request that waits there."""
         number = ticket.request
         self._renumber(ticket)
-        self.driver.tell(ev.ClientLeft(number))
+        self.driver.tell(ev.ClientLeft(number, moved=True))
 
     def _renumber(self, ticket: Ticket) -> None:
         del self.tickets[ticket.request]
         ticket.request = next(self._numbers)
         self.tickets[ticket.request] = ticket
 
-    def close(self, ticket: Ticket) -> None:
-        """The front is done with a ticket; if the request had not ended, its client left."""
+    def close(self, ticket: Ticket, moved: bool = False) -> None:
+        """The front is done with a ticket; if the request had not ended, its client left, or another replica has it."""
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
-            self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
+            self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request at its client's own word; the ending comes through the ticket."""

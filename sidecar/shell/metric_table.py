@@ -98,6 +98,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("ownership_changes_total", "Backends that this replica took or gave up.", "change"),
     _counter("forwards_total", "Requests passed on to the owner of their backend."),
     _counter("reroutes_total", "Of those, how many came back without a token and were sent again."),
+    _counter("unowned_total", "Requests that were refused because no replica that owns a backend for them was found."),
     _gauge("replicas", "Replicas that are alive, as far as this one knows."),
     _gauge("state_lag_changes", "Changes of names that are written down and that this replica has not read."),
     _gauge("state_away_seconds", "For how long the shared state has not answered; 0 while it does."),

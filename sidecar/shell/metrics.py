@@ -21,6 +21,7 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
 from sidecar.core.words import Cache, Outcome
+from sidecar.errors import Reason
 from sidecar.shell.journal import Journal, JournalFigures
 from sidecar.shell.label_values import LabelValues
 from sidecar.shell.loop_watch import LoopWatch
@@ -96,6 +97,7 @@ class ReplicaFigures:
     given_up: int = 0
     forwards: int = 0
     reroutes: int = 0
+    unowned: int = 0
     replicas: int = 1
     state_lag: int = 0
     state_away_s: float = 0.0
@@ -179,6 +181,7 @@ class Metrics:
             "journal_errors_total": figures.errors,
             "forwards_total": between.forwards,
             "reroutes_total": between.reroutes,
+            "unowned_total": between.unowned,
             "replicas": between.replicas,
             "state_lag_changes": between.state_lag,
             "state_away_seconds": between.state_away_s,
@@ -272,8 +275,9 @@ class Metrics:
 
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
         outcome, adapter = effect.outcome.value, self._adapter_label(effect.name)
-        self._requests.add(1, outcome)
-        self._adapter_requests.add(1, adapter, outcome)
+        if effect.reason is not Reason.NOT_OWNER:  # it has only ended here
+            self._requests.add(1, outcome)
+            self._adapter_requests.add(1, adapter, outcome)
         if effect.request != self._refused_at_the_door:
             self._queue_wait.take(effect.queue_ns, effect.klass)
         if effect.request in self._waiting:  # no token was told of, so the wait is known up to its dispatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from time import monotonic
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.core.effects import Dispatch
 from sidecar.proto import peers_pb2, peers_pb2_grpc
@@ -18,9 +20,9 @@ from sidecar.replicas import router
 from sidecar.replicas.line import Line
 from tests import replica_pool
 from tests.emulated import EngineProcess, running_engine
-from tests.redis_servers import running
+from tests.redis_servers import Proxy, running
 from tests.replica_pool import owned, replicas
-from tests.serving import PATIENCE_S, Answer, until, write_adapters
+from tests.serving import PATIENCE_S, Answer, Serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 SLOW = DUMMY | {"time_scale": 1.0, "seats": 1}
@@ -94,7 +96,73 @@ async def test_what_waits_for_an_engine_that_is_gone_goes_to_another(adapters: P
                 assert answer.tokens == pool[0].expected(name, 40)
             else:
                 assert "after the first token" in str(answer) or "tokens had been sent" in str(answer)
-        assert sum(isinstance(answer, Answer) for answer in answers) >= 24
+        full = sum(isinstance(answer, Answer) for answer in answers)
+        assert full >= 24
+        assert await counted_endings(pool) == +Counter(ok=full, failed=len(answers) - full)
+
+
+async def counted_endings(pool: list[Serving]) -> Counter[str]:
+    """Return how many requests ended how, as all replicas count: each once, however often it was passed on."""
+    counted: Counter[str] = Counter()
+    for served in pool:
+        _, text = await served.sidecar.metrics.render()
+        for family in text_string_to_metric_families(text.decode()):
+            for sample in family.samples:
+                if sample.name == "lora_sidecar_requests_total" and sample.value:
+                    counted[sample.labels["outcome"]] += int(sample.value)
+    return counted
+
+
+async def test_a_plan_that_cannot_be_made_keeps_nobody_from_being_told(adapters: Path, tmp_path: Path) -> None:
+    """A policy's fault must not let boards grow old, by which the others route."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+        asyncio.timeout(PATIENCE_S),
+    ):
+        (leader,) = [served for served in pool if served.sidecar.replica.keeper.leads_since is not None]
+        (other,) = [served for served in pool if served is not leader]
+        told = 0
+
+        def heard(board: Any, now_s: float) -> None:
+            nonlocal told
+            told += board.member == leader.sidecar.replica.member.id
+            hear(board, now_s)
+
+        def broken() -> None:
+            raise RuntimeError("no plan today")
+
+        hear = other.sidecar.replica.board.heard
+        other.sidecar.replica.board.heard = heard  # type: ignore[method-assign]
+        leader.sidecar.replica._make_plan = broken  # type: ignore[method-assign]
+        await until(lambda: told >= 3)
+
+
+async def test_a_replica_is_heard_again_after_its_listener_was_away(adapters: Path, tmp_path: Path) -> None:
+    """However long that took: the others look for it twice a second, and as soon as it is there."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+        asyncio.timeout(2 * PATIENCE_S),
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        peers, board = other.sidecar.replica.peers, other.sidecar.replica.board
+        member = owner.sidecar.replica.member.id
+        address = peers.addresses()[member]
+        proxy = Proxy(int(address.rpartition(":")[2]))
+        await proxy.mend()
+        peers.are({})
+        peers.are({member: f"127.0.0.1:{proxy.port}"})
+        await until(lambda: board.owner_of("b0") == member)
+        await proxy.cut()
+        await until(lambda: board.owner_of("b0") is None)
+        await proxy.mend()
+        await until(lambda: board.owner_of("b0") == member)
+        assert (await other.ask("a00")).tokens == other.expected("a00", 4)
+        await proxy.cut()
 
 
 async def test_a_pool_that_leaves_as_a_whole_waits_for_nobody(
