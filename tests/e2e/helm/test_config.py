@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sidecar.config import Backend, Config, load
-from tests.e2e.helm.rendering import EXAMPLES, Object, configuration, containers, pods
+from tests.cli_runs import Ended, runner
+from tests.e2e.helm.rendering import EXAMPLES, Object, Renderer, configuration, containers, pods
 
 ETC = "/etc/lora-sidecar"
 POD = {"$(POD_IP)": "10.0.0.7", "$(POD_NAME)": "pool-lora-sidecar-0"}
 OF_SECRETS = ("tls.crt", "tls.key", "ca.crt", "token", "password", "key")
 """The keys of all Secrets that the examples and the matrix name."""
-TIMEOUT_S = 120.0
 
 
 def lay(objects: list[Object], folder: Path) -> tuple[Path, dict[str, str]]:
@@ -48,6 +46,12 @@ def _in_pod(value: str) -> str:
     return value
 
 
+@pytest.fixture
+def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Run a command of ours, here."""
+    return runner(capfd)
+
+
 def needs_what_is_not_there(text: str) -> str:
     """Say which key of a configuration this sidecar does not have yet, "" if it has all."""
     record = yaml.safe_load(text)
@@ -58,18 +62,23 @@ def needs_what_is_not_there(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES])
-def test_examples_are_accepted(rendered: dict[str, list[Object]], tmp_path: Path, name: str) -> None:
+def test_examples_are_accepted(
+    rendered: dict[str, list[Object]],
+    tmp_path: Path,
+    name: str,
+    sidecar: Callable[..., Ended],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """`sidecar config check` takes the configuration of each example."""
     missing = needs_what_is_not_there(configuration(rendered[name]))
     if missing:
         pytest.skip(f"this sidecar has no {missing}")
     file, variables = lay(rendered[name], tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "sidecar", "config", "check", str(file)],
-        capture_output=True, text=True, env=os.environ | variables, timeout=TIMEOUT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    backends = yaml.safe_load(done.stdout)["backends"]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    done = sidecar("config", "check", str(file))
+    assert done.code == 0, done.err
+    backends = yaml.safe_load(done.out)["backends"]
     assert len(backends) == len(yaml.safe_load(configuration(rendered[name]))["backends"])
 
 
@@ -94,6 +103,19 @@ def test_matrix_is_accepted(rendered: dict[str, list[Object]], tmp_path: Path) -
 
 def _is_another_charts(objects: list[Object]) -> bool:
     return not the_container(objects)["volumeMounts"]
+
+
+def test_a_plan_is_a_values_file(newest: Renderer, tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
+    """What `sidecar plan --emit helm` prints can be given to Helm as it is, and is then what is served."""
+    plan = sidecar("plan", "--throughput", "500", "--adapters", "8", "--requests", "256", "--emit", "helm")
+    assert plan.code == 0, plan.err
+    values = tmp_path / "plan.yaml"
+    values.write_text(plan.out)
+    (tmp_path / "pod").mkdir()
+    file, _ = lay(newest.objects(values), tmp_path / "pod")
+    served = load(file, {})
+    assert served.store.memory_bytes == yaml.safe_load(plan.out)["store"]["memory_bytes"]
+    assert len(served.backends) == len(yaml.safe_load(plan.out)["backends"])
 
 
 def test_large_numbers(rendered: dict[str, list[Object]]) -> None:

@@ -1,0 +1,69 @@
+"""What the chart's pages say is what the chart has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+CHART = DEPLOY / "helm" / "lora-sidecar"
+ROW = re.compile(r"^\| `([\w.]+)` \| `(.*?)` \| (.*) \|$", re.MULTILINE)
+
+
+def leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value with its path; what is meant as a whole, or is empty, is one value."""
+    for key, value in values.items():
+        here = f"{path}{key}"
+        as_a_whole = path == "resources." or key == "labels" or here == "redis.bundled.resources"
+        if isinstance(value, dict) and value and not as_a_whole:
+            yield from leaves(value, f"{here}.")
+        else:
+            yield here, value
+
+
+def test_every_value_is_documented() -> None:
+    """The README's table has every value with its default, in the same order, and no other."""
+    rows = [(name, json.loads(default)) for name, default, _ in ROW.findall((CHART / "README.md").read_text())]
+    assert rows == list(leaves(yaml.safe_load((CHART / "values.yaml").read_text())))
+
+
+def test_every_value_is_in_the_schema() -> None:
+    """The schema knows every value: none is refused by default, none is let through unread."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    for path, _ in leaves(yaml.safe_load((CHART / "values.yaml").read_text())):
+        node = schema
+        for key in path.split("."):
+            node = _resolved(schema, node)
+            assert node.get("additionalProperties") is not True, path
+            node = node["properties"][key]
+
+
+def test_objects_of_the_schema_are_closed() -> None:
+    """Each object of the chart's own says which keys it may have."""
+    schema = yaml.safe_load((DEPLOY / "helm" / "values.schema.yaml").read_text())
+    for path, node in _objects(schema):
+        if "properties" in node:
+            assert node.get("additionalProperties") is False, path
+
+
+def _resolved(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    return schema["definitions"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def _objects(node: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if node.get("type") == "object":
+            yield path, node
+        for key, value in node.items():
+            yield from _objects(value, f"{path}/{key}")
+
+
+def test_every_example_is_documented() -> None:
+    """The README's table has every example, and none that there is not."""
+    listed = set(re.findall(r"`([\w-]+\.yaml)`", (CHART / "README.md").read_text().partition("## Values")[0]))
+    assert listed == {path.name for path in (CHART / "examples").iterdir()}
