@@ -130,6 +130,8 @@ lock:
 	$(PIP) uv
 	$(BIN)/uv $(COMPILE) --extra build --output-file requirements.lock
 	$(BIN)/uv $(COMPILE) --extra build --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv $(COMPILE) --extra build --extra s3 --extra gs --extra az --extra hf --constraint requirements.lock \
+	  --output-file deploy/requirements-origins.lock
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache
