@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from sidecar.cli import run
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "lora-sidecar"
@@ -67,3 +70,42 @@ def test_every_example_is_documented() -> None:
     """The README's table has every example, and none that there is not."""
     listed = set(re.findall(r"`([\w-]+\.yaml)`", (CHART / "README.md").read_text().partition("## Values")[0]))
     assert listed == {path.name for path in (CHART / "examples").iterdir()}
+
+
+def test_every_alert_has_a_runbook() -> None:
+    """Each alert has an entry of its own, in the order of the rules, and no entry is left over."""
+    groups = yaml.safe_load((CHART / "files" / "rules.yaml").read_text())["groups"]
+    alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
+    entries = re.findall(r"^### (LoraSidecar\w+)$", (DEPLOY / "README.md").read_text(), re.MULTILINE)
+    assert entries == alerts
+
+
+PAGES = [DEPLOY / "README.md", CHART / "README.md", CHART / "files" / "rules.yaml", CHART / "templates" / "NOTES.txt"]
+GROUPS = {"adapters", "backends", "replicas", "config", "policies", "state", "debug"}
+COMMAND = re.compile(r"(?:^|[`(: ])sidecar ([a-z]+)(?: ([a-z]+))?", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_commands_are_ours(page: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every command that a page names is one of the command line."""
+    text = re.sub(r"[A-Za-z-]+sidecar", "", page.read_text())
+    named = {(first, second if first in GROUPS else "") for first, second in COMMAND.findall(text)}
+    known = {command for command in named if command[0] in GROUPS | {"generate", "queue", "plan", "calibrate", "serve"}}
+    assert known
+    for command in sorted(known):
+        assert run([part for part in command if part] + ["--help"]) == 0, command
+    capfd.readouterr()
+
+
+def test_options_of_values_are_there() -> None:
+    """What the pages call a value or a key of the configuration is one."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    for page in PAGES[:2]:
+        for path in re.findall(
+            r"`((?:config|queue|store|persistence|networkPolicy|monitoring|redis)\.[\w.]+)`", page.read_text()
+        ):
+            node = schema
+            for key in path.split("."):
+                node = _resolved(schema, node)
+                assert key in node["properties"], f"{page.name}: {path}"
+                node = node["properties"][key]
