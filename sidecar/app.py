@@ -33,6 +33,7 @@ from sidecar.fronts.auth import TokenInterceptor
 from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront, server_tls
 from sidecar.fronts.http_connection import HttpLimits
+from sidecar.fronts.http_drain import HttpDrain
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
@@ -86,6 +87,9 @@ class Sidecar:
         self._member = _member(config.replicas)
         self.registry = self._registry(data)
         self.replica: Replica | None = None
+        self._drain_front: HttpDrain | None = None
+        self.drain_address = ""
+        self._draining: asyncio.Task[None] | None = None
         core = config.core()
         self._memory = shared_memory_for(config)
         self.gateway = Gateway(
@@ -289,6 +293,10 @@ class Sidecar:
         )
         await self._http.start()
         self.http_address = self._http.address
+        if listeners.drain.address is not None:
+            self._drain_front = HttpDrain(self.drain, listeners.drain.address)
+            await self._drain_front.start()
+            self.drain_address = self._drain_front.address
         for server in self._servers:
             await server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -317,7 +325,15 @@ class Sidecar:
         await self.stop()
 
     async def drain(self) -> None:
-        """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more."""
+        """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more.
+
+        Asked again, the same drain is waited for.
+        """
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def _drain(self) -> None:
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
@@ -335,6 +351,10 @@ class Sidecar:
         """End at once: calls that are still open are cancelled."""
         if self._reconciling is not None:
             self._reconciling.cancel()
+        if self._draining is not None:
+            self._draining.cancel()
+        if self._drain_front is not None:
+            await self._drain_front.stop()
         if self.replica is not None:
             await self.replica.leave()
         for server in self._servers:

@@ -51,6 +51,11 @@ class Listener(Section):
     tls: Tls | None = None
 
 
+def is_local(address: str) -> bool:
+    """Whether only this machine reaches a HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
+
+
 class AdminListener(Listener):
     """Loopback, unless it has a token file or TLS that asks its clients for certificates."""
 
@@ -59,9 +64,8 @@ class AdminListener(Listener):
 
     @model_validator(mode="after")
     def _is_protected(self) -> AdminListener:
-        host = self.address.rpartition(":")[0].strip("[]")
         mutual = self.tls is not None and self.tls.ca is not None
-        local = host in ("127.0.0.1", "localhost", "::1") or self.address.startswith("unix:")
+        local = is_local(self.address) or self.address.startswith("unix:")
         if not (local or mutual or self.token_file):
             raise ValueError(
                 f"{self.address} is reachable from other machines and unprotected; listen on 127.0.0.1, set "
@@ -87,10 +91,26 @@ class HttpListener(Listener):
     body_bytes_max: int = Field(16 << 20, ge=1024)
 
 
+class DrainListener(Section):
+    """`POST /drain`, answered when nothing runs any more: for who stops the engine beside this process. Off without
+    an address, and on loopback only.
+    """
+
+    address: str | None = None
+
+    @field_validator("address")
+    @classmethod
+    def _is_local(cls, address: str | None) -> str | None:
+        if address is not None and not is_local(address):
+            raise ValueError(f"{address} is reachable from other machines, and who drains it stops all service")
+        return address
+
+
 class Listeners(Section):
     data: DataListener = DataListener()
     admin: AdminListener = AdminListener()
     http: HttpListener = HttpListener()
+    drain: DrainListener = DrainListener()
 
 
 class Engine(Section):

@@ -1,0 +1,51 @@
+"""`POST /drain` on a loopback listener of its own: who stops the engine of this pod asks first, and waits.
+
+It is not on the http listener, where clients are, and needs no gRPC, which an engine's image may lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from sidecar.errors import Misused, Reason
+from sidecar.fronts.http_connection import HttpLimits
+from sidecar.fronts.http_listener import HttpListener
+
+CONNECTIONS_MAX = 16
+
+
+class HttpDrain:
+    """One listener. `drain` returns when nothing runs here any more; asked again it is waited for again.
+
+    `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
+    """
+
+    def __init__(self, drain: Callable[[], Awaitable[None]], address: str) -> None:
+        self.address = address
+        self._drain = drain
+        app = Starlette(routes=[Route("/drain", self._drained, methods=["POST"])])
+        self._listener = HttpListener(app, HttpLimits(CONNECTIONS_MAX))
+
+    async def start(self) -> None:
+        """Listen. Raises Misused(PORT_IN_USE) naming the address."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            taken = await self._listener.start(host.strip("[]"), int(port))
+        except (OSError, ValueError, OverflowError) as error:
+            raise Misused(
+                Reason.PORT_IN_USE,
+                f"the drain listener cannot have {self.address} ({error}): choose another with listeners.drain.address",
+            ) from error
+        self.address = f"{host}:{taken}"
+
+    async def stop(self) -> None:
+        await self._listener.stop()
+
+    async def _drained(self, request: Request) -> Response:
+        await self._drain()
+        return PlainTextResponse("drained\n", headers={"cache-control": "no-store"})
