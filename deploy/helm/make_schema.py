@@ -24,6 +24,7 @@ OF_THE_CHART = {
     "DataListener": {"address", "tls"},
     "AdminListener": {"address", "tls", "token_file"},
     "HttpListener": {"address", "tls"},
+    "Listeners": {"drain"},
     "State": {"url", "password_file", "tls"},
     "Replicas": {"address", "advertise", "name", "tls"},
 }

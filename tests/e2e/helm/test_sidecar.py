@@ -47,7 +47,7 @@ def test_start_and_stop_order(rendered: dict[str, list[Object]]) -> None:
     assert "lifecycle" not in sidecar
     (engine,) = pod["containers"]
     stop = engine["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert "http://127.0.0.1:9002/drain" in stop
+    assert "http://127.0.0.1:9004/drain" in stop
     assert pod["terminationGracePeriodSeconds"] >= 10 + 300 + 60
 
 

@@ -32,6 +32,10 @@ listeners:
     token_file: {{ include "lora-sidecar.etc" . }}/admin-token/{{ .Values.admin.tokenSecret.key }}
     {{- end }}
     {{- include "lora-sidecar.tls" (list "admin" .Values.tls.admin.secretName .Values.tls.admin.clientCa) | nindent 4 }}
+  {{- if eq .Values.mode "sidecar" }}
+  drain:
+    address: 127.0.0.1:9004
+  {{- end }}
 {{- if .Values.persistence.enabled }}
 data_directory: /var/lib/lora-sidecar
 {{- end }}

@@ -28,14 +28,13 @@ preStop:
       - -c
       - |
         sleep {{ int .Values.preStopSeconds }}
-        url={{ ternary "https" "http" (ne .Values.tls.http.secretName "") }}://127.0.0.1:9002/drain
+        url=http://127.0.0.1:9004/drain
         if command -v curl >/dev/null; then
-          exec curl -sS -k -X POST --max-time {{ add (include "lora-sidecar.drainSeconds" . | int) 5 }} "$url"
+          exec curl -sS -X POST --max-time {{ add (include "lora-sidecar.drainSeconds" . | int) 5 }} "$url"
         fi
-        exec python3 -c 'import ssl, sys, urllib.request
+        exec python3 -c 'import sys, urllib.request
         ask = urllib.request.Request(sys.argv[1], method="POST")
-        context = ssl._create_unverified_context()
-        urllib.request.urlopen(ask, timeout={{ add (include "lora-sidecar.drainSeconds" . | int) 5 }}, context=context)' "$url"
+        urllib.request.urlopen(ask, timeout={{ add (include "lora-sidecar.drainSeconds" . | int) 5 }})' "$url"
 {{- end }}
 
 {{/* The pod's terminationGracePeriodSeconds: the wait for the balancers, the drain, and the engine's own end. */}}
