@@ -14,7 +14,8 @@ TRITON = {"url": "triton://triton.models.svc:8001", "metrics": "http://triton.mo
 REDIS = {"url": "rediss://redis.infra.svc:6379/0", "tlsSecret": "redis-ca", "passwordSecret": {"name": "redis"}}
 OFF: dict[str, Any] = {}
 
-OPTIONS: dict[str, list[dict[str, Any]]] = {
+Options = dict[str, list[dict[str, Any]]]
+OPTIONS: Options = {
     "replicas": [
         OFF,
         {"replicaCount": 3, "redis": {"bundled": {"enabled": True}}},
@@ -103,18 +104,23 @@ SIDECARS: list[dict[str, Any]] = [
     {"mode": "sidecar", "sidecar": {"kind": "vllm", "engine": ENGINE}},
     {"mode": "sidecar"},
 ]
+MODES: dict[str, Options] = {
+    "gateway": OPTIONS,
+    "sidecar": {"mode": SIDECARS, **{name: choices for name, choices in OPTIONS.items() if name not in OF_GATEWAYS}},
+}
 
 
 def cases() -> dict[str, dict[str, Any]]:
     """Return values by name, gateways and sidecars."""
-    found = {f"gateway-{number}": values for number, values in enumerate(_pairwise(OPTIONS))}
-    beside = {name: choices for name, choices in OPTIONS.items() if name not in OF_GATEWAYS}
-    rows = _pairwise({"mode": SIDECARS, **beside})
-    return found | {f"sidecar-{number}": values for number, values in enumerate(rows)}
+    return {
+        f"{mode}-{number}": _merged([choices[row[name]] for name, choices in options.items()])
+        for mode, options in MODES.items()
+        for number, row in enumerate(pairwise(options))
+    }
 
 
-def _pairwise(options: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return values that cover every pair of choices: greedily, each row taking what leaves the fewest pairs."""
+def pairwise(options: Options) -> list[dict[str, int]]:
+    """Return rows of choices that cover every pair: greedily, each row taking what leaves the fewest pairs."""
     names = list(options)
     left = {
         (first, one, second, other)
@@ -131,7 +137,7 @@ def _pairwise(options: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             if name not in row:
                 row[name] = max(range(len(options[name])), key=lambda choice: (_gain(left, row, name, choice), -choice))
         left -= {(a, row[a], b, row[b]) for a, b in combinations(names, 2)}
-        rows.append(_merged([options[name][row[name]] for name in names]))
+        rows.append(row)
     return rows
 
 

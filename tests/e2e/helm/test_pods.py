@@ -115,8 +115,8 @@ def test_rights(newest: Renderer) -> None:
         ("models", "pool-lora-sidecar-engines"): slices,
         ("lora", "pool-lora-sidecar-adapters"): [
             {"apiGroups": ["lora-sidecar.io"], "resources": ["loraadapters"], "verbs": reading},
-            {"apiGroups": ["lora-sidecar.io"], "resources": ["loraadapters/status"], "verbs": ["get", "patch"]},
-            {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+            {"apiGroups": ["lora-sidecar.io"], "resources": ["loraadapters/status"], "verbs": ["patch"]},
+            {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create"]},
         ],
     }
     assert not [found for found in newest.objects({}) if found["kind"] in ("Role", "RoleBinding")]

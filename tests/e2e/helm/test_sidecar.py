@@ -97,3 +97,18 @@ def test_gateway_values_are_refused_there(helm: Renderer, other_chart: Path) -> 
     """Whoever includes the templates and leaves the mode at gateway is told."""
     with pytest.raises(Refused, match="set mode: sidecar in the chart's values"):
         helm.objects({"lora-sidecar": {"mode": "gateway"}}, chart=other_chart)
+
+
+def test_own_engines_are_scaled(newest: Renderer) -> None:
+    """KEDA scales the chart's own engines unless others are named, and an upgrade does not set their number back."""
+    values = {
+        "mode": "sidecar",
+        "engineScaling": {"enabled": True},
+        "sidecar": {"engine": {"enabled": True, "image": "e"}},
+    }
+    objects = newest.objects(values)
+    engines = one(objects, "Deployment")
+    assert one(objects, "ScaledObject")["spec"]["scaleTargetRef"]["name"] == engines["metadata"]["name"]
+    assert "replicas" not in engines["spec"]
+    values["engineScaling"] = {"enabled": True, "target": {"name": "others"}}
+    assert one(newest.objects(values), "Deployment")["spec"]["replicas"] == 1

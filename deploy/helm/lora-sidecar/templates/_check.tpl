@@ -25,7 +25,7 @@
 {{- end -}}
 {{- end -}}
 {{- with .Values.engineScaling -}}
-{{- if and .enabled (not .target.name) -}}
+{{- if and .enabled (not (include "lora-sidecar.scaledEngine" $)) -}}
 {{- fail "engineScaling.enabled needs engineScaling.target.name, the Deployment of the engines" -}}
 {{- end -}}
 {{- if and .enabled (lt (int .maxReplicas) (int .minReplicas)) -}}

@@ -53,6 +53,15 @@ redis://{{ include "lora-sidecar.fullname" . }}-redis:6379/0
 {{- if or .Values.admin.tokenSecret.name (and $tls.secretName $tls.clientCa) -}}true{{- end -}}
 {{- end }}
 
+{{/* The workload that KEDA scales: the one that is named, or the engines of this chart. */}}
+{{- define "lora-sidecar.scaledEngine" -}}
+{{- if .Values.engineScaling.target.name -}}
+{{- .Values.engineScaling.target.name -}}
+{{- else if and (eq .Values.mode "sidecar") .Values.sidecar.engine.enabled -}}
+{{- include "lora-sidecar.fullname" . }}-engine
+{{- end -}}
+{{- end }}
+
 {{/* All of an IP family's addresses. */}}
 {{- define "lora-sidecar.anyAddress" -}}
 {{- if .Values.ipv6 -}}[::]{{- else -}}0.0.0.0{{- end -}}
