@@ -275,6 +275,8 @@ class Backend(Section):
     @field_validator("url")
     @classmethod
     def _is_a_url(cls, url: str) -> str:
+        if not url:
+            return url  # as it is printed where engines are found
         scheme, separator, address = url.partition("://")
         host, _, port = address.rpartition(":")
         if not (scheme and separator and host and port.isdigit()):

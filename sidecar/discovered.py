@@ -31,6 +31,21 @@ def finder_of(discover: Discover) -> Finder:
     raise Misused(Reason.CONFIG_INVALID, "discover.endpoint_slices: this build cannot ask a Kubernetes API; use dns")
 
 
+async def found_now(entry: BackendConfig, patience_s: float = 5.0) -> list[BackendConfig]:
+    """Return an entry for each engine of a pool that is there and ready; none if none is found in time."""
+    assert entry.discover is not None
+    try:
+        async with asyncio.timeout(patience_s):
+            async for found in finder_of(entry.discover).watch():
+                ready = sorted(
+                    (each for each in found if each.ready and not each.terminating), key=lambda one: one.name
+                )
+                return [entry.at(each.name, each.address) for each in ready]
+    except TimeoutError:
+        logger.info("no engine of %s was found in %s s", entry.identity, patience_s)
+    return []
+
+
 @dataclass(frozen=True)
 class Workshop:
     """What is needed to make a backend and to have it served. `owner` is this replica's id, one of several."""
