@@ -115,6 +115,8 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
     total = len(state.backends)
     if total and not counts:
         return f'{name}: no backend that the request may go to is configured; "sidecar backends list" shows them'
+    if not total and state.config.pools:
+        return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
     if not total:
         return f"{name}: no backend is configured; start the sidecar with --backend triton://HOST:PORT"
     reasons = ", ".join(f"{count} {short}" for short, count in counts.items())

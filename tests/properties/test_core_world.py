@@ -64,7 +64,8 @@ def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
     if pick < 0.6:
         adapter = random.choice([*names, ""]) if names else ""
         deadline = random.choice([None, None, None, 15 * MS, 80 * MS, SECOND])
-        world.send(adapter, klass=random.choice(["default", "default", "short"]), deadline_ns=deadline)
+        only = random.choice([(), (), ("p",), ("p", "b0"), (backend,)]) if on["pool"] else ()
+        world.send(adapter, klass=random.choice(["default", "default", "short"]), deadline_ns=deadline, only=only)
     elif pick < 0.68 and world.dispatches:
         world.feed(ev.ClientLeft(random.randint(1, max(world.dispatches))))
     elif pick < 0.72 and on["loss"] and engine.up:
