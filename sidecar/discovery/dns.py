@@ -7,8 +7,11 @@ engine's, so IPv6 is asked for only where there is no IPv4.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import logging
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from time import monotonic
 
@@ -24,9 +27,36 @@ Resolve = Callable[[str, int, socket.AddressFamily], Awaitable[list[str]]]
 
 
 async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[str]:
-    """Return a name's addresses of one family. Raises socket.gaierror as the system's resolver does."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-    return sorted({str(address[0]) for *_, address in found})
+    """Return a name's addresses of one family. Raises socket.gaierror as the system's resolver does.
+
+    It is asked in a thread that nobody waits for at the end: a name server that is away is given up after half a minute
+    only, and a process that stops must not take so long.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[str]] = loop.create_future()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        except OSError as error:
+            told = functools.partial(_fail, answer, error)
+        else:
+            told = functools.partial(_succeed, answer, sorted({str(address[0]) for *_, address in found}))
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(told)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    return await answer
+
+
+def _succeed(answer: asyncio.Future[list[str]], addresses: list[str]) -> None:
+    if not answer.done():
+        answer.set_result(addresses)
+
+
+def _fail(answer: asyncio.Future[list[str]], error: OSError) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 class DnsFinder:

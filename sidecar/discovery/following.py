@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from sidecar.discovery.found import Finder, Found
 from sidecar.errors import SidecarError
@@ -53,17 +54,23 @@ class Follower:
         self._removing: set[str] = set()
         self._last: frozenset[Found] | None = None
         self._turn = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._follow())
+        self._spawn(self._follow())
 
     async def stop(self) -> None:
         """Follow no more; what is known stays as it is."""
-        tasks = [*self._going.values(), *([] if self._task is None else [self._task])]
+        tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _follow(self) -> None:
         while True:
@@ -92,7 +99,7 @@ class Follower:
             if name not in self._going:
                 self._engines.leave(name, True)
                 grace_s = self._grace_s if now is None else 0.0
-                self._going[name] = asyncio.create_task(self._see_off(known, grace_s))
+                self._going[name] = self._spawn(self._see_off(known, grace_s))
             return
         going = self._going.pop(name, None)
         if going is not None:
