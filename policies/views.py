@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 BASE = ""
 """The version id of the base model: it needs no adapter, no page and no load."""
@@ -275,6 +275,7 @@ class Routing(Protocol):
     """Picks one of the backends that can serve a request: filter, score in [0, 1], pick.
 
     Nothing but `pick` tells a policy of backends that come and go, or of time: `Candidates.backends` and `now_ns` do.
+    One that is gone for good is told to policies that are `HearsOfRemovals` too.
     """
 
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
@@ -285,6 +286,14 @@ class Routing(Protocol):
 
     def restore(self, state: Any) -> None:
         """Replace the state by one that `snapshot` returned."""
+
+
+@runtime_checkable
+class HearsOfRemovals(Protocol):
+    """A routing policy that keeps something of each backend, and forgets it when a backend is gone for good."""
+
+    def backend_removed(self, backend: str) -> None:
+        """Forget a backend. One that comes later by the same id is another one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import random
 from secrets import token_hex
@@ -27,6 +28,9 @@ from sidecar.backends.credentials import open_channel, read_pem
 from sidecar.backends.loads import LoaderProcess
 from sidecar.config import Backend as BackendConfig
 from sidecar.config import Config, Listener, Replicas
+from sidecar.config_discover import Discover
+from sidecar.discovered import DiscoveredPools, Workshop, finder_of
+from sidecar.discovery.found import Finder
 from sidecar.errors import Invalid, Misused, Reason, Refused
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
@@ -40,7 +44,7 @@ from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.ownership.facts import Bounds, Member
-from sidecar.pool import base_models, make_backends, shared_memory_for, stagings_of
+from sidecar.pool import base_models, make_backends, pools_of, shared_memory_for, stagings_of
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.catalogue import Wanted
@@ -67,10 +71,14 @@ RECONCILE_S = 1.0
 
 
 class Sidecar:
-    """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish."""
+    """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish.
 
-    def __init__(self, config: Config) -> None:
+    `find` returns what finds the engines of a pool.
+    """
+
+    def __init__(self, config: Config, find: Callable[[Discover], Finder] = finder_of) -> None:
         self.config = config
+        self._find = find
         self.data_address = self.admin_address = self.http_address = ""
         self._lock: IO[str] | None = None
         self._servers: list[grpc.aio.Server] = []
@@ -90,7 +98,8 @@ class Sidecar:
         self._drain_front: HttpDrain | None = None
         self.drain_address = ""
         self._draining: asyncio.Task[None] | None = None
-        core = config.core()
+        core = replace(config.core(), pools=pools_of(config.backends))
+        self._pools: DiscoveredPools | None = None
         self._memory = shared_memory_for(config)
         self.gateway = Gateway(
             core,
@@ -159,9 +168,9 @@ class Sidecar:
         return Sources(AllowList.of(origins.allow, self._roots()), Spool(data), limits, origins.downloads_max)
 
     @classmethod
-    async def start(cls, config: Config) -> Sidecar:
+    async def start(cls, config: Config, find: Callable[[Discover], Finder] = finder_of) -> Sidecar:
         """Start to serve. Raises Misused naming what is in the way; nothing is left behind then."""
-        sidecar = cls(config)
+        sidecar = cls(config, find)
         try:
             await sidecar._start()
         except BaseException:
@@ -182,7 +191,10 @@ class Sidecar:
         await self.gateway.start(backends)
         if self.replica is not None:
             self.replica.start()
-        if not backends:
+        workshop = Workshop(self.gateway, self.replica, self._loader, self._memory, self._owner)
+        self._pools = DiscoveredPools(self.config.backends, workshop, self._find, self.config.drain_timeout_s)
+        self._pools.start()
+        if not self.config.backends:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
         served = _served_folders(self.config.adapters.serve)
         await asyncio.gather(*(self._register_served(path) for path in served))
@@ -207,7 +219,7 @@ class Sidecar:
             self.gateway,
             self._member,
             here,
-            {backend.identity: "" for backend in self.config.backends},
+            {backend.identity: "" for backend in self.config.backends if backend.discover is None},
             leases,
             bounds,
             random(),
@@ -334,6 +346,8 @@ class Sidecar:
         await asyncio.shield(self._draining)
 
     async def _drain(self) -> None:
+        if self._pools is not None:
+            await self._pools.stop()
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
             async with asyncio.timeout(self.config.drain_timeout_s):
@@ -353,6 +367,8 @@ class Sidecar:
             self._reconciling.cancel()
         if self._draining is not None:
             self._draining.cancel()
+        if self._pools is not None:
+            await self._pools.stop()
         if self._drain_front is not None:
             await self._drain_front.stop()
         if self.replica is not None:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.staging import AdaptersDir
+from sidecar.config_discover import Discover, EndpointSlices, label_of
 from sidecar.config_kinds import VLLM, out_of_place
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
@@ -25,6 +26,8 @@ from sidecar.errors import Misused, Reason
 from sidecar.state.redis.address import KEY_PREFIX, Place, parse_address, without_users
 
 ENVIRONMENT_PREFIX = "LORA_SIDECAR_"
+HOST = "{host}"
+"""What stands in `metrics` for the host of an engine that was found."""
 VLLMS = "vllms"
 """The scheme of a vLLM's URL that is reached by TLS, this machine's CAs trusted unless others are named."""
 
@@ -183,9 +186,13 @@ class Backend(Section):
 
     `model` is the engine's core model, `text_model` the one before it that takes text, `models` others that clients ask
     for by name. Where a pool has several core models, a request goes to those backends that have the model it names.
+
+    `discover` in place of a url says where engines of this `kind` are found that come and go: all else here is of each
+    of them, `{host}` in `metrics` is its host, and its id begins with this one's.
     """
 
-    url: str
+    url: str = ""
+    discover: Discover | None = None
     id: str | None = None
     kind: str | None = None
     base_model: BaseModelNames | None = None
@@ -208,8 +215,21 @@ class Backend(Section):
 
     @property
     def identity(self) -> str:
-        """The id that it is known by: given, or its address."""
-        return self.id or self.address
+        """The id that it is known by: given, or its address; of a pool the name that is looked for."""
+        return self.id or (self.address if self.discover is None else label_of(self.discover.name))
+
+    def at(self, name: str, address: str) -> Backend:
+        """Return the entry of one engine of this pool. Equal names give equal ids, whichever replica found it."""
+        scheme = VLLMS if self.scheme == VLLM and self.tls is not None else self.scheme
+        host = address.rpartition(":")[0]
+        return self.model_copy(
+            update={
+                "url": f"{scheme}://{address}",
+                "discover": None,
+                "id": f"{self.identity}-{label_of(name)}",
+                "metrics": None if self.metrics is None else self.metrics.replace(HOST, host),
+            }
+        )
 
     @property
     def scheme(self) -> str:
@@ -232,6 +252,16 @@ class Backend(Section):
             raise ValueError("; ".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> Backend:
+        if bool(self.url) == (self.discover is not None):
+            raise ValueError("it needs one of url and discover")
+        if self.discover is not None and self.kind is None:
+            raise ValueError("discover needs a kind: triton or vllm")
+        if self.discover is not None and self.metrics is not None and HOST not in self.metrics:
+            raise ValueError(f"metrics: with discover it needs {HOST}, as in http://{HOST}:8002/metrics")
+        return self
+
     @field_validator("base_model", mode="before")
     @classmethod
     def _is_a_name_at_least(cls, base_model: Any) -> Any:
@@ -245,6 +275,8 @@ class Backend(Section):
     @field_validator("url")
     @classmethod
     def _is_a_url(cls, url: str) -> str:
+        if not url:
+            return url  # as it is printed where engines are found
         scheme, separator, address = url.partition("://")
         host, _, port = address.rpartition(":")
         if not (scheme and separator and host and port.isdigit()):
@@ -304,6 +336,10 @@ class RequestClass(Section):
 
 
 class Queue(Section):
+    """`joining_s_max`: how long an engine that has just come up is spared, at most, until it has the adapters that are
+    planned for it; 0 sends it its share at once.
+    """
+
     ordering: str = "soft_gated"
     routing: str = "partitioned"
     output_tokens_assumed: int = Field(1024, ge=1)
@@ -315,6 +351,7 @@ class Queue(Section):
     tenant_queued_bytes_max: int = Field(1 << 30, ge=1)
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     inbox_max: int = Field(10_000, ge=1)
+    joining_s_max: float = Field(30.0, ge=0)
     classes: dict[str, RequestClass] = {"default": RequestClass()}
 
     @field_validator("classes")
@@ -439,6 +476,10 @@ class Config(Section):
         for identity in ids:
             if ids.count(identity) > 1:
                 raise ValueError(f"two backends have the id {identity}; give one another with id")
+        for pool in (backend.identity for backend in self.backends if backend.discover is not None):
+            for identity in ids:
+                if identity.startswith(f"{pool}-"):
+                    raise ValueError(f"{identity} could be an engine of the pool {pool}; give one another id")
         return self
 
     def core(self) -> CoreConfig:
@@ -464,6 +505,7 @@ class Config(Section):
             disk_eviction=self.store.disk_eviction,
             ordering=self.queue.ordering,
             routing=self.queue.routing,
+            joining_ns_max=int(self.queue.joining_s_max * 1e9),
             prefetch=self.store.prefetch,
             prefetch_bytes_per_s=self.store.prefetch_bytes_per_s,
         )
@@ -535,7 +577,8 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, BaseModelNames,
+        Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, Discover, EndpointSlices,
+        BaseModelNames,
         SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal, State,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

@@ -12,7 +12,7 @@ from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_mo
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.checks.vllm.declared import sizes_unknown
-from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
+from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.loads import LoaderProcess
 from sidecar.backends.transport import NOT_SHARED, SharedMemory, claim_shared_memory
@@ -47,29 +47,45 @@ def shared_memory_for(config: Config) -> SharedMemory:
 def make_backends(
     configured: Sequence[BackendConfig], loader: LoaderProcess, memory: SharedMemory = NOT_SHARED, owner: str = ""
 ) -> list[tuple[Backend, EngineFacts]]:
-    """Return the backends of a configuration, each with the facts that are declared of it.
+    """Return the backends of a configuration that have an address, each with the facts that are declared of it.
 
     `owner` is this replica's id, one of several.
     """
-    made: list[tuple[Backend, EngineFacts]] = []
     facts = facts_of(configured)
     unchecked = list(_unchecked(configured))
     if unchecked:
         logger.warning("%s", sizes_unknown(unchecked))
-    for backend in configured:
-        if backend.scheme == "triton":
-            declared = facts[backend.identity]
-            if backend.weights_transport == "grpc" or memory.mount is None:
-                declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
-            options = _triton_options(backend, declared, memory, owner)
-            made.append((TritonBackend(options, loader), options.facts))
-        elif backend.scheme == VLLM:
-            vllm = _vllm_options(backend, facts[backend.identity])
-            made.append((VllmBackend(vllm), vllm.facts))
-        else:
-            kind = plugins.resolve("backend", backend.scheme)
-            made.append((kind(backend, facts[backend.identity], loader), facts[backend.identity]))
-    return made
+    return [
+        make_backend(backend, facts[backend.identity], loader, memory, owner)
+        for backend in configured
+        if backend.discover is None
+    ]
+
+
+def make_backend(
+    backend: BackendConfig,
+    declared: EngineFacts,
+    loader: LoaderProcess,
+    memory: SharedMemory = NOT_SHARED,
+    owner: str = "",
+) -> tuple[Backend, EngineFacts]:
+    """Return the backend of one entry that has an address."""
+    if backend.scheme == TRITON:
+        if backend.weights_transport == "grpc" or memory.mount is None:
+            declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
+        options = _triton_options(backend, declared, memory, owner)
+        return TritonBackend(options, loader), options.facts
+    if backend.scheme == VLLM:
+        vllm = _vllm_options(backend, declared)
+        return VllmBackend(vllm), vllm.facts
+    kind = plugins.resolve("backend", backend.scheme)
+    return kind(backend, declared, loader), declared
+
+
+def pools_of(configured: Sequence[BackendConfig]) -> dict[str, EngineFacts]:
+    """Return what is declared of the engines of each pool in which they come and go."""
+    facts = facts_of(configured)
+    return {backend.identity: facts[backend.identity] for backend in configured if backend.discover is not None}
 
 
 def stagings_of(configured: Sequence[BackendConfig]) -> list[Staging]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
+from sidecar.core import asks
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
@@ -172,15 +173,18 @@ class World:
         self._answered: set[str] = set()
         self._had_token: set[int] = set()
         self._known_down: set[str] = set()
+        self._leaving: set[str] = set()
+        self._lives = 0
         for number in range(engines):
             self.add_engine(f"b{number}", facts_of(**facts))
 
     # What a test does.
 
-    def add_engine(self, backend: str, facts: EngineFacts, up: bool = True) -> Engine:
-        engine = self.engines[backend] = Engine(backend, facts, host_pages=facts.host_pages or 4)
+    def add_engine(self, backend: str, facts: EngineFacts, up: bool = True, **added: object) -> Engine:
+        self._lives += 1000  # what an earlier engine of this id still has under way is not this one's
+        engine = self.engines[backend] = Engine(backend, facts, host_pages=facts.host_pages or 4, epoch=self._lives)
         self._known_down.add(backend)
-        self.feed(ev.BackendAdded(backend, facts))
+        self.feed(ev.BackendAdded(backend, facts, **added))  # type: ignore[arg-type]
         if up:
             self.bring_up(backend)
         return engine
@@ -206,6 +210,26 @@ class World:
                 self.feed(ev.RunFailed(request, attempt, Fault.LOST, cause, tokens))
         self._known_down.add(backend)
         self.feed(ev.BackendLost(backend, cause))
+
+    def leave(self, backend: str, leaving: bool = True) -> None:
+        """Have a backend be about to go, or stay after all."""
+        self._leaving.add(backend) if leaving else self._leaving.discard(backend)
+        self.feed(ev.BackendLeaving(backend, leaving))
+
+    def remove(self, backend: str, late: bool = False) -> None:
+        """Have a backend go for good. `late`: what it had to say still comes afterwards."""
+        engine = self.engines.pop(backend)
+        runs, loads = list(engine.runs), list(engine.loads)
+        self._known_down.add(backend)
+        self._leaving.discard(backend)
+        self.feed(ev.BackendRemoved(backend, "it is gone"))
+        if late:
+            for load in loads:
+                self.feed(ev.LoadDone(load))
+            for request, attempt in runs:
+                self.feed(ev.RunEnded(request, attempt, 10))
+            self.feed(ev.Progress(backend, {request: 3 for request, _ in runs}))
+            self.feed(ev.BackendLost(backend, "too late"))
 
     def register(self, *names: str, **options: object) -> None:
         for name in names:
@@ -254,6 +278,8 @@ class World:
             self._act(effect)
         check_books(self.core)
         self._check_limits(made)
+        if isinstance(event, ev.Received):
+            self._check_spared(event.request)
         return made
 
     def run(self, for_ns: int | None = None, steps_max: int = 200_000) -> None:
@@ -300,7 +326,8 @@ class World:
             case fx.Fetch():
                 self.after(self.fetch_ns, lambda: self._finish_fetch(effect))
             case fx.Load():
-                self.after(0, lambda: self._load_arrives(effect, self.engines[effect.backend].epoch))
+                load_epoch = self.engines[effect.backend].epoch
+                self.after(0, lambda: self._load_arrives(effect, load_epoch))
             case fx.Dispatch():
                 epoch = self.engines[effect.backend].epoch
                 self.after(0, lambda: self._run_arrives(effect, epoch))
@@ -327,8 +354,8 @@ class World:
             self.feed(ev.Fetched(effect.key))
 
     def _load_arrives(self, effect: fx.Load, epoch: int) -> None:
-        engine = self.engines[effect.backend]
-        if engine.epoch != epoch or engine.silent:
+        engine = self.engines.get(effect.backend)
+        if engine is None or engine.epoch != epoch or engine.silent:
             return
         if not engine.up:
             self.feed(ev.LoadFailed(effect.load, Fault.LOST, "connection refused"))
@@ -349,14 +376,17 @@ class World:
         self.after(engine.load_ns, lambda: self._load_ends(engine, effect, epoch))
 
     def _load_ends(self, engine: Engine, effect: fx.Load, epoch: int) -> None:
-        if engine.epoch == epoch:
+        if self._lives_on(engine, epoch):
             del engine.loads[effect.load]
             engine.end(effect.digest)
             self._answered.add(effect.digest)
             self.feed(ev.LoadDone(effect.load))
 
+    def _lives_on(self, engine: Engine, epoch: int) -> bool:
+        return self.engines.get(engine.id) is engine and engine.epoch == epoch
+
     def _crash(self, engine: Engine, epoch: int) -> None:
-        if engine.epoch == epoch and engine.up:
+        if self._lives_on(engine, epoch) and engine.up:
             self.lose(engine.id, "the engine died")
 
     def _pick_fault(self, engine: Engine, scripted: list[Fault]) -> Fault | None:
@@ -367,9 +397,10 @@ class World:
         return None
 
     def _run_arrives(self, effect: fx.Dispatch, epoch: int) -> None:
-        engine, backend = self.engines[effect.backend], self.core.state.backends[effect.backend]
-        if engine.epoch != epoch or engine.silent:
+        engine = self.engines.get(effect.backend)
+        if engine is None or engine.epoch != epoch or engine.silent:
             return
+        backend = self.core.state.backends[effect.backend]
         if not engine.up:
             self.feed(ev.RunFailed(effect.request, effect.attempt, Fault.LOST, "connection refused"))
             return
@@ -392,7 +423,7 @@ class World:
 
     def _first_token(self, engine: Engine, effect: fx.Dispatch, epoch: int) -> None:
         run = engine.runs.get((effect.request, effect.attempt))
-        if engine.epoch == epoch and run is not None:
+        if self._lives_on(engine, epoch) and run is not None:
             run.answered_tokens = 1
             if effect.request not in self.settled:
                 if engine.first_token_ns <= SECOND:  # else the engine is slower than any promise allows for
@@ -402,16 +433,16 @@ class World:
             self.feed(ev.FirstToken(effect.request, effect.attempt))
 
     def _run_ends(self, engine: Engine, effect: fx.Dispatch, epoch: int) -> None:
-        if engine.epoch == epoch:
+        if self._lives_on(engine, epoch):
             run = engine.runs.get((effect.request, effect.attempt))
             if run is not None:
                 run.answered_tokens = 10
             self._end_run(engine.id, effect.request, effect.attempt)
 
     def _end_run(self, backend: str, request: int, attempt: int) -> None:
-        engine = self.engines[backend]
-        run = engine.runs.pop((request, attempt), None)
-        if run is not None:
+        engine = self.engines.get(backend)
+        run = None if engine is None else engine.runs.pop((request, attempt), None)
+        if engine is not None and run is not None:
             engine.end(run.digest)
             self.feed(ev.RunEnded(request, attempt, run.answered_tokens))
 
@@ -437,6 +468,7 @@ class World:
                 )
             case fx.Load():
                 assert effect.backend not in self._known_down, f"a Load for {effect.backend}, which is down"
+                assert effect.backend not in self._leaving, f"a Load for {effect.backend}, which is about to go"
                 assert self._blobs.get(effect.packed.key) == "held", (
                     f"{effect.packed.key} is loaded and not in the store"
                 )
@@ -450,7 +482,21 @@ class World:
             case _:
                 pass
 
+    def _check_spared(self, request_id: int) -> None:
+        """A backend that joins is given only what no other can take."""
+        state = self.core.state
+        request = state.requests.get(request_id)
+        if request is None or request.backend not in state.joining:
+            return
+        others = [
+            place.id
+            for place in asks.places_of(state, request)
+            if place.takes_requests and asks.long_enough(place, request.view.input_tokens)
+        ]
+        assert set(others) <= set(state.joining), f"request {request_id} waits at {request.backend}, which joins"
+
     def _check_dispatch(self, effect: fx.Dispatch) -> None:
+        assert effect.backend not in self._leaving, f"request {effect.request} goes to {effect.backend}, about to go"
         assert effect.backend not in self._known_down, (
             f"request {effect.request} goes to {effect.backend}, which is down"
         )
@@ -532,6 +578,9 @@ def check_books(core: Core) -> None:
         tenants.setdefault(request.view.tenant, Queued()).count(request, 1)
     assert state.waiting == counted
     assert state.tenant_queued == tenants
+    assert state.joining.keys() <= state.backends.keys()
+    assert all(backend in state.backends for _, backend in state.prefetches.values())
+    assert all(request.backend is None or request.backend in state.backends for request in state.requests.values())
     for backend in state.backends.values():
         _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]
@@ -542,6 +591,8 @@ def check_books(core: Core) -> None:
         for digest, slot in backend.slots.items():
             assert slot.running == sum(request.version == digest for request in running)
         assert sorted(backend.queued) == sorted(i for line in backend.queued_by_version.values() for i in line)
+        if backend.leaving:
+            assert not backend.queued
         if backend.phase is Phase.DOWN:
             assert not backend.running
             assert not backend.loads

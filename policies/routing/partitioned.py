@@ -34,6 +34,8 @@ from policies.views import BASE, Candidate, Candidates, Choice, Waiting
 SECOND_NS = 1_000_000_000
 REVIEW_NS = 5 * SECOND_NS
 """How often a pool is evened out."""
+SOON_NS = SECOND_NS
+"""When a set that is new is evened out: by then what is asked for most is known to have it to choose from."""
 PERIOD_NS = 30 * SECOND_NS
 """How often the number of hosts of each version is looked at."""
 HALF_LIFE_NS = 60 * SECOND_NS
@@ -147,6 +149,8 @@ class Partitioned:
             if len(self._pools) >= POOLS_MAX:
                 del self._pools[min(self._pools, key=lambda known: (self._pools[known].review_ns, known))]
             pool = self._pools[candidates.backends] = Pool({}, 0.0, now_ns, now_ns + PERIOD_NS)
+            self._review(pool, candidates, now_ns)
+            pool.review_ns = now_ns + SOON_NS
         if now_ns >= pool.review_ns:
             self._review(pool, candidates, now_ns)
         return pool
@@ -164,6 +168,16 @@ class Partitioned:
         balancer.even_pages()
         seen = self._requests.total("", now_ns) / len(pool.shares)
         balancer.even_rates(TOLERANCE + 2 / math.sqrt(1 + seen))
+
+    def backend_removed(self, backend: str) -> None:
+        """Take a backend from the hosts of what lives elsewhere too; what lived there alone moves when it is asked for.
+
+        Else its place would be counted as a host for ever.
+        """
+        for version, home in self._placement.homes.items():
+            if backend in home.hosts and len(home.hosts) > 1:
+                self._placement.drop_host(version, backend)
+        self._pools = {backends: pool for backends, pool in self._pools.items() if backend not in backends}
 
     def snapshot(self) -> Any:
         pools = [

@@ -29,6 +29,8 @@ from sidecar.proto import admin_pb2 as pb
 app = typer.Typer(help="See backends, drain them and take them back.", no_args_is_help=True)
 
 ENGINE = "Engine"
+GOOD = ("up", "joining")
+"""States of a backend that serves, or is about to."""
 
 PACES = {
     "calibrated": "calibrated from its cost file",
@@ -47,7 +49,7 @@ def list_backends(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(list(backends))
     elif not backends:
-        print("no backend is configured")
+        print("there is no backend: none is configured, or none has been found yet")
     else:
         columns = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
         console().print(table(columns, [_row(backend) for backend in backends]))
@@ -68,7 +70,7 @@ def _row(backend: Any) -> tuple[str | Text, ...]:
 
 
 def _state(backend: Any) -> str | Text:
-    return backend.state if backend.state == "up" else bad(backend.state)
+    return backend.state if backend.state in GOOD else bad(backend.state)
 
 
 def _pages(backend: Any) -> str:
@@ -164,7 +166,7 @@ def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
         columns = ("BACKEND", "STATE", "PACE", ">WAIT", "DETAIL")
         rows = [(b.id, _state(b), PACES.get(b.pace, b.pace), duration(b.predicted_wait_s), b.detail) for b in backends]
         console().print(table(columns, rows))
-    down = [backend.id for backend in backends if backend.state != "up"]
+    down = [backend.id for backend in backends if backend.state not in GOOD]
     if down:
         raise CommandError(f"{', '.join(down)}: not up")
     return Exit.OK

@@ -18,6 +18,7 @@ from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
 from sidecar.config import Config
+from sidecar.discovery import several
 from sidecar.errors import Misused, Reason
 from sidecar.pool import facts_of
 
@@ -52,6 +53,7 @@ def check_config(
     config = resolve(file)
     plugins.policies_of(config.core())
     _check_files(config)
+    _check_addresses(config)
     notes = [*_paces(config), *_undeclared(config)]
     if connect:
         from sidecar.cli.probing import check_all
@@ -92,6 +94,14 @@ def _undeclared(config: Config) -> Iterator[str]:
         if backend.scheme == VLLM:
             for note in undeclared(facts[backend.identity], backend.adapters_dir is not None):
                 yield f"{backend.identity}: {note}"
+
+
+def _check_addresses(config: Config) -> None:
+    """Raise Misused for a backend whose one address is several engines'."""
+    places = {backend.identity: backend.address for backend in config.backends if backend.discover is None}
+    for identity, problem in several.problems(places).items():
+        number = [backend.identity for backend in config.backends].index(identity)
+        raise Misused(Reason.CONFIG_INVALID, f"backends.{number}.url: {problem}")
 
 
 def _check_files(config: Config) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.backends.checking import check, names_of
-from sidecar.backends.checks.finding import State, Target, skipped
+from sidecar.backends.checks.finding import State, Target, failed, skipped
 from sidecar.backends.dialects import TRITON, VLLM
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.findings import Lines, Report, drawn
@@ -25,6 +25,7 @@ from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
 from sidecar.config import Backend, Config, parse
 from sidecar.core.facts import Adapter
+from sidecar.discovered import found_now
 from sidecar.errors import Invalid, Misused
 from sidecar.pool import base_model_of, facts_of, usual_metrics_url
 
@@ -102,6 +103,8 @@ def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
     if not found:
         known = ", ".join(backend.identity for backend in config.backends[:SHOWN_MAX]) or "none"
         raise CommandError(f'{file} has no backend "{url}"; it has {known}', Exit.MISUSED)
+    if found[0].discover is not None:
+        raise CommandError(f'{url} is a pool; "sidecar config check --connect {file}" looks at all in it', Exit.MISUSED)
     return found[0].model_dump(mode="json", exclude_unset=True)
 
 
@@ -193,8 +196,21 @@ def check_all(config: Config, as_json: bool) -> Exit:
 
 
 async def _look_at_all(config: Config, served: tuple[Adapter, ...]) -> list[Report]:
+    pools = [entry for entry in config.backends if entry.discover is not None]
+    names = [pool.identity for pool in pools]
+    found = dict(zip(names, await asyncio.gather(*map(found_now, pools)), strict=True))
+    engines = [each for entry in config.backends for each in found.get(entry.identity, [entry])]
     with _bars() as bar:
-        return await asyncio.gather(*(_look(backend, config, served, bar(backend)) for backend in config.backends))
+        reports = await asyncio.gather(*(_look(backend, config, served, bar(backend)) for backend in engines))
+    return [*reports, *(_empty(pool) for pool in pools if not found[pool.identity])]
+
+
+def _empty(pool: Backend) -> Report:
+    """Return the report of a pool in which no engine was found."""
+    assert pool.discover is not None
+    report = Report(pool.identity, pool.discover.name)
+    report.findings.append(failed(f"no engine was found by {pool.discover.name}", "is it the name that it has there?"))
+    return report
 
 
 async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], begun: Callable[[str], None]) -> Report:

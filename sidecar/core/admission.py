@@ -217,6 +217,10 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
     servers = asks.among(asks.servers_of(state, digest), event.only)
     text = name.name if name is not None else "base model"
     if not servers:
+        if asks.are_gone(state, event.only):
+            raise Refused(Reason.NOT_OWNER, asks.gone_message(event.only), adapter=text)
+        if asks.may_come(state, digest, event.only):
+            return
         message = asks.no_backend_message(state, text, digest)
         raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
     if not any(server.owned for server in servers):

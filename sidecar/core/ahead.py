@@ -23,6 +23,12 @@ class AheadCounts:
     wasted_bytes: int = 0
     """Bytes of what went, or was given up, before anybody used it."""
 
+    def add(self, other: AheadCounts) -> None:
+        self.begun += other.begun
+        self.used += other.used
+        self.late += other.late
+        self.wasted_bytes += other.wasted_bytes
+
 
 @dataclass
 class Guess:

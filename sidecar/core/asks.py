@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from policies.views import BASE, Hold
-from sidecar.core.facts import Misfit
+from sidecar.core.facts import Misfit, misfit
 from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 from sidecar.core.words import Phase, Why
 
@@ -48,12 +48,19 @@ def places_of(state: State, request: Request) -> tuple[Backend, ...]:
 
 
 def among(servers: tuple[Backend, ...], only: tuple[str, ...]) -> tuple[Backend, ...]:
-    """Return those of some backends that a request may go to."""
-    return servers if not only else tuple(server for server in servers if server.id in only)
+    """Return those of some backends that a request may go to: `only` names backends, and pools that they are of."""
+    return servers if not only else tuple(server for server in servers if _is_among(server, only))
+
+
+def _is_among(backend: Backend, only: tuple[str, ...]) -> bool:
+    return backend.id in only or backend.group in only
 
 
 def takers_of(state: State, digest: str, input_tokens: int, only: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`."""
+    """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`.
+
+    One that joins is among them only if there is no other.
+    """
     takers = state.takers.get(digest)
     if takers is None:
         up = [backend for backend in servers_of(state, digest) if backend.takes_requests]
@@ -61,10 +68,33 @@ def takers_of(state: State, digest: str, input_tokens: int, only: tuple[str, ...
         takers = state.takers[digest] = (tuple(backend.id for backend in up), longest)
     ids, longest = takers
     if only:
-        ids = tuple(backend for backend in ids if backend in only)
-    if input_tokens <= longest:
+        ids = tuple(backend for backend in ids if _is_among(state.backends[backend], only))
+    if input_tokens > longest:
+        ids = tuple(backend for backend in ids if long_enough(state.backends[backend], input_tokens))
+    if not state.joining:
         return ids
-    return tuple(backend for backend in ids if long_enough(state.backends[backend], input_tokens))
+    return tuple(backend for backend in ids if backend not in state.joining) or ids
+
+
+def are_gone(state: State, only: tuple[str, ...]) -> bool:
+    """Whether all the backends that a request is held to are not there, or not any more; a pool stays."""
+    known = any(_is_among(backend, only) for backend in state.backends.values())
+    return bool(only) and not known and not any(name in state.config.pools for name in only)
+
+
+def gone_message(only: tuple[str, ...]) -> str:
+    return f"{', '.join(only)}: not known here, or not any more; send the request again"
+
+
+def may_come(state: State, digest: str, only: tuple[str, ...]) -> bool:
+    """Whether a backend that can serve a version may still be found: in a pool that is empty at the moment."""
+    filled = {backend.pool for backend in state.backends.values()}
+    return any(
+        pool not in filled
+        and (not only or pool in only)
+        and (digest == BASE or misfit(state.versions[digest].adapter, facts) is None)
+        for pool, facts in state.config.pools.items()
+    )
 
 
 def long_enough(backend: Backend, input_tokens: int) -> bool:
@@ -85,6 +115,8 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
     total = len(state.backends)
     if total and not counts:
         return f'{name}: no backend that the request may go to is configured; "sidecar backends list" shows them'
+    if not total and state.config.pools:
+        return f"{name}: no engine has been found yet, and none of {', '.join(state.config.pools)} could serve it"
     if not total:
         return f"{name}: no backend is configured; start the sidecar with --backend triton://HOST:PORT"
     reasons = ", ".join(f"{count} {short}" for short, count in counts.items())

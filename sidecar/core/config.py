@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sidecar.core.facts import EngineFacts
+
 SECOND_NS = 1_000_000_000
 
 
@@ -46,6 +48,10 @@ class CoreConfig:
     seats_default: int = 64
     retry_ns: int = 50_000_000
     retry_ns_max: int = 2 * SECOND_NS
+    joining_ns_max: int = 30 * SECOND_NS
+    """How long a backend that has just come up is spared for its adapters' sake, at most; 0 is not at all."""
+    pools: dict[str, EngineFacts] = field(default_factory=dict)
+    """The pools whose backends come and go, by id, and what is declared of the engines in them."""
     base_requests: bool = True
     classes: dict[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
     eviction: str = "rate_per_byte"

@@ -12,7 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from policies.views import BASE, Eviction, Ordering, Prefetch, Routing
-from sidecar.core import admission, disk, dispatching, fetching, healing, operators, owning, prefetching, promising
+from sidecar.core import (
+    admission,
+    coming,
+    disk,
+    dispatching,
+    fetching,
+    healing,
+    joining,
+    operators,
+    owning,
+    prefetching,
+    promising,
+)
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
@@ -52,19 +64,20 @@ class Core:
         """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
         turn = Turn(self.state, now_ns)
         if isinstance(event, ev.BackendAdded):
-            self._backend_added(event)
-        else:
+            self._backend_added(turn, event)
+        elif not (isinstance(event, OF_A_BACKEND) and event.backend not in self.state.backends):
             HANDLERS[type(event)](turn, event)
+            if isinstance(event, ev.BackendUp):
+                joining.begin(turn, self.state.backends[event.backend], self.policies.routing)
         _end_what_is_due(turn)
         self._schedule(turn)
         self._set_wake(turn)
         return turn.effects
 
-    def _backend_added(self, event: ev.BackendAdded) -> None:
-        self.state.backends[event.backend] = Backend(
-            event.backend, event.facts, self.policies.ordering(), owned=event.owned
-        )
-        self.state.forget_servers()
+    def _backend_added(self, turn: Turn, event: ev.BackendAdded) -> None:
+        ordering = self.policies.ordering()
+        backend = Backend(event.backend, event.facts, ordering, owned=event.owned, pool=event.pool, fresh=event.fresh)
+        coming.added(turn, backend)
 
     def _schedule(self, turn: Turn) -> None:
         """Let fetches and dispatches move until nothing does: each can make room for the other."""
@@ -80,6 +93,7 @@ class Core:
                     prefetching.take_stock(turn, backend)
                     dispatching.pump(turn, backend)
                     prefetching.load_ahead(turn, backend)
+                joining.review(turn, backend)
 
     def _set_wake(self, turn: Turn) -> None:
         timers = self.state.timers
@@ -257,6 +271,9 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.ReleaseAsked: operators.release_asked,
     ev.DrainSet: operators.drain_set,
     ev.ShutdownBegun: _shutdown_begun,
+    ev.BackendLeaving: coming.leaving,
+    ev.BackendRemoved: coming.removed,
+    ev.BackendPlanned: joining.planned,
     ev.BackendTaken: owning.taken,
     ev.BackendGivenUp: owning.given_up,
     ev.BackendUp: _backend_up,
@@ -275,3 +292,8 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.Progress: _progress,
     ev.Tick: _tick,
 }
+OF_A_BACKEND = (
+    ev.DrainSet, ev.BackendLeaving, ev.BackendRemoved, ev.BackendPlanned, ev.BackendTaken, ev.BackendGivenUp,
+    ev.BackendUp, ev.BackendMeasured, ev.BackendLost, ev.Progress,
+)  # fmt: skip
+"""What says nothing of a backend that is gone: it may come late."""

@@ -121,11 +121,44 @@ class ShutdownBegun:
 
 @dataclass(frozen=True, slots=True)
 class BackendAdded:
-    """A backend is configured; it is down until `BackendUp`, and another replica's if it is not `owned`."""
+    """A backend is there; it is down until `BackendUp`, and another replica's if it is not `owned`.
+
+    `pool` is the pool that it was found in, "" for one that is configured by its address. `fresh`: it came while this
+    process ran.
+    """
 
     backend: str
     facts: EngineFacts
     owned: bool = True
+    pool: str = ""
+    fresh: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackendLeaving:
+    """A backend is about to go: nothing new is sent there. Or it stays after all."""
+
+    backend: str
+    leaving: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BackendRemoved:
+    """A backend is gone for good. One that comes later by the same id is another one."""
+
+    backend: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class BackendPlanned:
+    """What a backend that joins is to be given: the versions that it loads before it is one among the others.
+
+    For several replicas: their leader plans. One that is alone plans for itself.
+    """
+
+    backend: str
+    versions: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +293,8 @@ class Tick:
 
 Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | EvictAsked
-    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendTaken | BackendGivenUp
-    | BackendUp | BackendMeasured | BackendLost
+    | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendLeaving | BackendRemoved
+    | BackendPlanned | BackendTaken | BackendGivenUp | BackendUp | BackendMeasured | BackendLost
     | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
     | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

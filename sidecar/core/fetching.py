@@ -139,6 +139,7 @@ def fetch_failed(turn: Turn, event: FetchFailed) -> None:
     state.guesses.failed(event.key, turn.now_ns)
     state.fetched_for.pop(event.key, None)
     turn.hungry = True
+    turn.dirty.update(dict.fromkeys(state.joining))  # one may have waited for it
     if disk.is_reading(turn, event.key):
         disk.end_read(turn, event.key, good=False)
         turn.hunger(event.key)  # from its origin this time

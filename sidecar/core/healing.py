@@ -366,20 +366,26 @@ _LOADS = {
 def backend_lost(turn: Turn, event: BackendLost) -> None:
     """A backend is gone with all it held: its runs, its loads, its caches."""
     backend = turn.state.backends[event.backend]
-    if backend.phase is Phase.DOWN:
-        return
+    if backend.phase is not Phase.DOWN:
+        lose(turn, backend, event.cause)
+
+
+def lose(turn: Turn, backend: Backend, cause: str) -> None:
+    """Take a backend that was up for gone."""
     backend.phase = Phase.DOWN
+    backend.fresh = True
+    turn.state.joining.pop(backend.id, None)
     turn.state.forget_servers()
     turn.void_promises(backend, "backend lost")
     turn.heal(backend, Fault.LOST.value, BASE)
-    _lose_loads(turn, backend, event.cause)
+    _lose_loads(turn, backend, cause)
     runs = [turn.state.requests[request_id] for request_id in list(backend.running)]
     for request in runs:
         turn.end_run(request, request.tokens)
     reset_beliefs(backend)
     turn.reroute_queue(backend)
     for request in runs:
-        _lose_run(turn, request, backend, event.cause)
+        _lose_run(turn, request, backend, cause)
 
 
 def _lose_loads(turn: Turn, backend: Backend, cause: str) -> None:
@@ -388,7 +394,8 @@ def _lose_loads(turn: Turn, backend: Backend, cause: str) -> None:
         end_load(turn, load)
     for load in loads:
         version = turn.state.versions[load.digest]
-        suspect(turn, load.digest, version, backend, cause)
+        if not backend.leaving:  # else it was going anyway
+            suspect(turn, load.digest, version, backend, cause)
         turn.forget_version_if_unused(load.digest)
 
 

@@ -86,7 +86,7 @@ def _hold(turn: Turn, digest: str) -> None:
     """Keep a version's blobs in the tiers where its names want them; fetch a pinned one that is not there."""
     _mark_held(turn.state, digest)
     if turn.state.memory_holds(digest):
-        _want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
+        want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
 
 
 def _let_go_unless_held(state: State, digest: str) -> None:
@@ -101,7 +101,8 @@ def _mark_held(state: State, digest: str) -> None:
                 entry.held_by_operator = held
 
 
-def _want(turn: Turn, digest: str, backends: list[Backend]) -> None:
+def want(turn: Turn, digest: str, backends: list[Backend]) -> None:
+    """Have a version in the store in the layouts of some backends; that takes nothing from anyone who waits."""
     for backend in backends:
         key = turn.state.packed_for(digest, backend).key
         if key not in turn.state.store.entries:
@@ -113,7 +114,7 @@ def want_all_pinned(turn: Turn, backend: Backend) -> None:
     """Have what is pinned in the store in the layout of a backend that has just come up, or become ours."""
     for name in turn.state.names.values():
         if name.pinned and asks.cannot_serve(turn.state, backend, name.digest) is None:
-            _want(turn, name.digest, [backend])
+            want(turn, name.digest, [backend])
 
 
 def evict_asked(turn: Turn, event: EvictAsked) -> None:
@@ -162,13 +163,15 @@ def prefetch_asked(turn: Turn, event: PrefetchAsked) -> None:
     servers = {backend.id: backend for backend in asks.servers_of(state, digest)}
     for backend_id in event.backends or tuple(servers):
         backend = servers.get(backend_id)
-        if backend is None:
+        if backend_id not in state.backends or (backend is not None and backend.leaving):
+            lines.append((backend_id, "it is about to go, or gone"))
+        elif backend is None:
             unfit = asks.cannot_serve(state, state.backends[backend_id], digest)
             lines.append((backend_id, f"cannot serve it: {unfit.sentence if unfit else ''}"))
         elif asks.resident(backend, digest):
             lines.append((backend_id, "resident already"))
         else:
-            _want(turn, digest, [backend])
+            want(turn, digest, [backend])
             if event.backends:
                 backend.warmups[digest] = None
                 turn.dirty[backend_id] = None

@@ -114,6 +114,13 @@ def _held_at_once(state: State, packed: Packed) -> int:
     return state.store.budget_bytes // packed.size_bytes // len(state.backends)
 
 
+def store_holds_slots(state: State, backend: Backend) -> bool:
+    """Whether the host store's share of a backend is enough for all the slots that its requests were promised."""
+    versions = dict.fromkeys((*backend.queued_by_version, *(state.requests[each].version for each in backend.running)))
+    packed = [state.packed_for(version, backend) for version in versions]
+    return all(_held_at_once(state, each) >= slots_of(backend, each.pages) for each in packed)
+
+
 def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
     """Whether a version need not be fetched while a request for it waits: queued ones are not pinned."""
     return version == BASE or (state.store.has(state.packed_for(version, backend).key) and not state.store.evictions)

@@ -204,7 +204,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
     return BackendView(
         id=backend.id,
         kind=facts.kind,
-        state=_standing(backend),
+        state=_standing(state, backend),
         base_model=facts.base_models[0] if facts.base_models else "",
         dtype=facts.dtype or "",
         rank_max=facts.rank_max or 0,
@@ -223,7 +223,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
         resident=tuple(_called(names, digest) for digest in backend.shadow.host.held),
         pace=_pace_word(backend),
         predicted_wait_ns=promising.wait_ns(state, backend),
-        notes=tuple(_notes(backend, now_ns)),
+        notes=tuple(_notes(state, backend, now_ns)),
     )
 
 
@@ -233,10 +233,14 @@ def _pace_word(backend: Backend) -> str:
     return "learned" if promising.pace_is_known(backend) else "guess"
 
 
-def _standing(backend: Backend) -> str:
+def _standing(state: State, backend: Backend) -> str:
     if backend.phase is Phase.DOWN:
         return "down"
-    return "draining" if backend.draining else "up"
+    if backend.leaving:
+        return "leaving"
+    if backend.draining:
+        return "draining"
+    return "joining" if backend.id in state.joining else "up"
 
 
 def _open_view(backend: Backend, digest: str, names: dict[str, str], now_ns: int) -> OpenView:
@@ -253,9 +257,17 @@ def _called(names: dict[str, str], digest: str) -> str:
     return names.get(digest, digest[:12]) if digest else "base model"
 
 
-def _notes(backend: Backend, now_ns: int) -> Iterator[str]:
+def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
     if backend.draining:
         yield f"draining: {len(backend.running)} still running"
+    if backend.leaving:
+        yield f"about to go: {len(backend.running)} still running"
+    joining = state.joining.get(backend.id)
+    if joining is not None:
+        left = (
+            f"{len(joining.planned)} adapters more are loaded" if joining.is_planned else "something is planned for it"
+        )
+        yield f"spared until {left}"
     if now_ns < backend.quiet_until_ns:
         yield f"its queue was full: nothing is sent for {seconds(backend.quiet_until_ns - now_ns)}"
     if now_ns < backend.full_until_ns:

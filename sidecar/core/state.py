@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from policies.lines import Line
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
-from sidecar.core.ahead import Guesses, LoadsAhead
+from sidecar.core.ahead import AheadCounts, Guesses, LoadsAhead
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.lateness import Lateness
@@ -194,6 +194,18 @@ class SlotEstimate:
 
 
 @dataclass
+class Joining:
+    """A backend that has just come up and is spared while it loads what is planned for it, until a time.
+
+    `planned` is what has yet to come, once that `is_planned`.
+    """
+
+    until_ns: int
+    is_planned: bool = False
+    planned: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass
 class Backend:
     """One engine endpoint: its facts, its queue and what is believed of its caches."""
 
@@ -206,6 +218,12 @@ class Backend:
     """Its queue is this replica's."""
     epoch: int = 0
     """Under which it owns it; 0 where there is one replica only."""
+    pool: str = ""
+    """The pool that it was found in, "" for one that is configured by its address."""
+    leaving: bool = False
+    """It is about to go: it takes nothing new."""
+    fresh: bool = False
+    """Its engine came, or comes, while this process runs: when it is up it has nothing of what others have."""
     running: dict[int, None] = field(default_factory=dict)
     kv_reserved: int = 0
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
@@ -270,7 +288,12 @@ class Backend:
 
     @property
     def takes_requests(self) -> bool:
-        return self.phase is Phase.UP and not self.draining and self.owned
+        return self.phase is Phase.UP and not self.draining and not self.leaving and self.owned
+
+    @property
+    def group(self) -> str:
+        """What a request is held to that may go to any like this one: its pool, or itself."""
+        return self.pool or self.id
 
     def slot_busy(self, version: str, slot: Slot) -> bool:
         """Whether a slot is needed: an idle one is closed when another version waits."""
@@ -337,6 +360,10 @@ class State:
     load_count: int = 0
     suspects: dict[str, None] = field(default_factory=dict)
     """The versions whose `suspect` is set."""
+    joining: dict[str, Joining] = field(default_factory=dict)
+    """The backends that have just come up, as long as they are spared for it."""
+    ahead_of_removed: AheadCounts = field(default_factory=AheadCounts)
+    """What was loaded ahead of its turn into engines that are gone."""
     draining: bool = False
     waiting: Queued = field(default_factory=Queued)
     tenant_queued: dict[str, Queued] = field(default_factory=dict)

@@ -219,6 +219,11 @@ class Turn:
         if places:
             self.drop(request, Reason.NOT_OWNER, asks.not_owner_message(places))
             return
+        if asks.are_gone(self.state, request.only):
+            self.drop(request, Reason.NOT_OWNER, asks.gone_message(request.only))
+            return
+        if asks.may_come(self.state, request.version, request.only):
+            return
         self.drop(
             request,
             Reason.NO_BACKEND,
@@ -288,6 +293,8 @@ class Turn:
         if request.version != BASE:
             slot = backend.slots[request.version]
             slot.running -= 1
+            if slot.stale and not slot.running:
+                backend.close_slot(request.version)  # nothing of it is there any more, and others may wait for the slot
             backend.recount(request.version)
             backend.shadow.ended(request.version)
             self.unpin(request.pinned_key)

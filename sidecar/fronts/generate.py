@@ -100,7 +100,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
     def _kind_of(self, ticket: Ticket) -> str:
         assert ticket.dispatch is not None
-        return str(self._gateway.state.backends[ticket.dispatch.backend].facts.kind)
+        return self._gateway.kind_of(ticket.dispatch.backend)
 
     def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
         dispatch = ticket.dispatch

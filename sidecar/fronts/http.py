@@ -41,6 +41,8 @@ def why_not_ready(gateway: Gateway) -> str:
     state = gateway.state
     if state.draining:
         return "the sidecar is shutting down"
+    if not state.backends and state.config.pools:
+        return f"no engine has been found yet in {', '.join(state.config.pools)}"
     if not state.backends:
         return "no backend is configured; start the sidecar with --backend triton://HOST:PORT"
     if gateway.takes_requests:
@@ -51,6 +53,8 @@ def why_not_ready(gateway: Gateway) -> str:
 def _why_not(gateway: Gateway, backend: Backend) -> str:
     if backend.draining:
         return f"{backend.id} is draining"
+    if backend.leaving:
+        return f"{backend.id} is about to go"
     if not backend.owned:
         return f"{backend.id} is served by no replica yet"
     return f"{backend.id} is down ({_detail(gateway, backend.id)})"

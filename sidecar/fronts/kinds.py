@@ -6,7 +6,7 @@ pool may have both.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from sidecar.backends.api import Payload
@@ -18,10 +18,33 @@ from sidecar.errors import Reason, Refused
 
 def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
     """Return the backends of some kinds, () for any where there are no others; None where there are others only."""
-    fitting = tuple(backend.id for backend in state.backends.values() if backend.facts.kind in kinds)
-    if len(fitting) == len(state.backends):
+    return places(state, lambda facts: facts.kind in kinds)
+
+
+def places(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...] | None:
+    """Return the backends whose engines fit, () for any where all do; None where none does.
+
+    Backends that were found are named by their pool if all in it fit, so that one that comes later is meant too. What a
+    pool is declared to have counts where it is empty at the moment.
+    """
+    engines = [(backend.group, backend.id, fits(backend.facts)) for backend in state.backends.values()]
+    filled = {group for group, _, _ in engines}
+    engines += [(pool, pool, fits(facts)) for pool, facts in state.config.pools.items() if pool not in filled]
+    unfit = {group for group, _, fit in engines if not fit}
+    if not unfit:
         return ()
-    return fitting or None
+    found = dict.fromkeys(identity if group in unfit else group for group, identity, fit in engines if fit)
+    return tuple(found) or None
+
+
+def named(state: State, backends: Collection[str]) -> tuple[str, ...]:
+    """Return backends as a request is held to them, () for any if all are meant: a pool where all in it are."""
+    filled = {backend.pool for backend in state.backends.values()}
+    if len(backends) == len(state.backends) and filled.issuperset(state.config.pools):
+        return ()
+    left_out = {backend.group for backend in state.backends.values() if backend.id not in backends}
+    groups = {identity: state.backends[identity].group for identity in backends}
+    return tuple(dict.fromkeys(one if group in left_out else group for one, group in groups.items()))
 
 
 def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
@@ -30,18 +53,33 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
     Where all backends are of one kind it goes there whatever it looks like: what is wrong with it is the engine's to
     say, an unknown model's name too. Raises Refused(INVALID_REQUEST) where nobody speaks KServe.
     """
-    backends = [backend for backend in state.backends.values() if backend.facts.kind in KSERVE_KINDS]
-    if state.backends and not backends:
+    engines = _engines(state)
+    kserve = [facts for facts in engines if facts.kind in KSERVE_KINDS]
+    if engines and not kserve:
         raise Refused(
             Reason.INVALID_REQUEST,
             "no backend speaks KServe: these are vLLM; use the OpenAI API on the http listener, or Gateway.Generate",
         )
-    having = [backend for backend in backends if not backend.facts.models or payload.model in backend.facts.models]
-    kinds = {backend.facts.kind for backend in having or backends}
+    having = [facts for facts in kserve if _has_model(facts, payload.model)]
+    kinds = {facts.kind for facts in having or kserve}
     if len(kinds) == 1:
         payload = replace(payload, kind=kinds.pop())
-    fitting = tuple(backend.id for backend in having or backends if backend.facts.kind in payload.kinds)
-    return payload, () if len(fitting) == len(state.backends) else fitting
+
+    def fits(facts: EngineFacts) -> bool:
+        return facts.kind in payload.kinds and (not having or _has_model(facts, payload.model))
+
+    return payload, places(state, fits) or ()
+
+
+def _has_model(facts: EngineFacts, model: str) -> bool:
+    return not facts.models or model in facts.models
+
+
+def _engines(state: State) -> list[EngineFacts]:
+    """Return what is known of all engines, and what is declared of those that have not been found yet."""
+    filled = {backend.pool for backend in state.backends.values()}
+    declared = [facts for pool, facts in state.config.pools.items() if pool not in filled]
+    return [*(backend.facts for backend in state.backends.values()), *declared]
 
 
 def base_names(facts: EngineFacts) -> tuple[str, ...]:

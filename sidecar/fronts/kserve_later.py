@@ -36,14 +36,14 @@ class Later:
                 self._tasks[backend] = asyncio.create_task(self._catch_up(backend))
 
     async def _catch_up(self, backend: str) -> None:
-        missed = self._missed[backend]
-        while missed:
+        missed, endpoint = self._missed[backend], self._gateway.backends.get(backend)
+        while missed and endpoint is not None and self._gateway.backends.get(backend) is endpoint:
             if self._gateway.state.backends[backend].phase is not Phase.UP:
                 await asyncio.sleep(LOOK_S)
                 continue
             verb, request = missed.popleft()
             try:
-                await self._gateway.backends[backend].call(verb, request)
+                await endpoint.call(verb, request)
             except grpc.RpcError as error:
                 logger.warning("%s was down and did not take %s later: %s", backend, verb, error)
         del self._missed[backend], self._tasks[backend]

@@ -72,9 +72,9 @@ def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda 
     async def handle(request: Any, context: Any) -> Any:
         poor: Any = None
         errors: list[grpc.aio.AioRpcError] = []
-        for backend in up(gateway):
+        for endpoint in [gateway.backends[backend] for backend in up(gateway)]:
             try:
-                reply = await gateway.backends[backend].call(verb, request)
+                reply = await endpoint.call(verb, request)
             except grpc.aio.AioRpcError as error:
                 errors.append(error)
                 continue

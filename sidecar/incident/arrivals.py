@@ -13,11 +13,20 @@ from typing import Any, NamedTuple
 
 from sidecar.core import codec
 from sidecar.core.config import CoreConfig
-from sidecar.core.events import AdapterRegistered, BackendAdded, BackendMeasured, BackendUp, OtherVersion
+from sidecar.core.events import (
+    AdapterRegistered,
+    BackendAdded,
+    BackendMeasured,
+    BackendRemoved,
+    BackendUp,
+    OtherVersion,
+)
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import Name, State
 from sidecar.incident.archive import opened
 from sidecar.replay import SegmentFile, segments_of
+
+SETTING_EVENTS = ("AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeasured", "BackendRemoved")
 
 
 class Arrival(NamedTuple):
@@ -104,7 +113,7 @@ def setting_of(path: Path) -> Setting:
         setting = Setting(state.config)
         setting.backends = {backend.id: backend.facts for backend in state.backends.values()}
         setting.adapters = {name.name: _registration(state, name) for name in state.names.values()}
-        for line in lines_of(segments, ("AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeasured")):
+        for line in lines_of(segments, SETTING_EVENTS):
             _take_in(setting, codec.decode(line.event))
     return setting
 
@@ -114,7 +123,9 @@ def _take_in(setting: Setting, event: Any) -> None:
         setting.adapters[event.name] = event
     elif isinstance(event, BackendAdded | BackendUp):
         setting.backends[event.backend] = event.facts
-    elif isinstance(event, BackendMeasured):
+    elif isinstance(event, BackendRemoved):
+        setting.backends.pop(event.backend, None)
+    elif isinstance(event, BackendMeasured) and event.backend in setting.backends:
         facts = setting.backends[event.backend]
         measured = replace(facts, seats=event.seats or facts.seats, kv_tokens=event.kv_tokens or facts.kv_tokens)
         setting.backends[event.backend] = measured

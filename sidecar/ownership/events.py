@@ -88,6 +88,21 @@ class InFlightEnded:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendFound:
+    """There is a backend more. Other members may know it already, or not yet. `home` is as for `Ownership`."""
+
+    backend: str
+    home: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendGone:
+    """There is a backend less, as far as this member knows."""
+
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
 class DrainBegun:
     """Give up everything, one after another, and leave."""
 
@@ -98,6 +113,6 @@ class Tick:
 
 
 Event = (
-    BeatAnswered | BeatFailed | LeaseAnswered | LeaseFailed | AskAnswered | AskReceived | InFlightEnded | DrainBegun
-    | Tick
+    BeatAnswered | BeatFailed | LeaseAnswered | LeaseFailed | AskAnswered | AskReceived | InFlightEnded | BackendFound
+    | BackendGone | DrainBegun | Tick
 )  # fmt: skip

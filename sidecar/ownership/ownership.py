@@ -12,6 +12,7 @@ from sidecar.ownership import events as ev
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Owned, Slot
 from sidecar.ownership.turn import NEVER_NS, Knowledge, Turn, leases_of
+from sidecar.ownership.words import Why
 
 
 class Ownership:
@@ -27,11 +28,13 @@ class Ownership:
 
     def may_dispatch(self, backend: str, now_ns: int) -> int | None:
         """Return the epoch under which a request may go to a backend now, None if it may not."""
-        state = self.know.slots[backend].state
+        slot = self.know.slots.get(backend)
+        state = None if slot is None else slot.state
         return state.hold.epoch if isinstance(state, Owned) and now_ns < state.hold.valid_ns else None
 
     def is_handing_over(self, backend: str) -> bool:
-        return isinstance(self.know.slots[backend].state, HandingOver)
+        slot = self.know.slots.get(backend)
+        return slot is not None and isinstance(slot.state, HandingOver)
 
     def step(self, event: ev.Event, now_ns: int) -> list[do.Effect]:
         """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
@@ -162,7 +165,32 @@ def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:
 
 
 def _in_flight_ended(turn: Turn, event: ev.InFlightEnded) -> None:
-    moving.in_flight_ended(turn, turn.know.slots[event.backend])
+    slot = turn.know.slots.get(event.backend)
+    if slot is not None:
+        moving.in_flight_ended(turn, slot)
+
+
+def _backend_found(turn: Turn, event: ev.BackendFound) -> None:
+    know = turn.know
+    if event.backend not in know.slots:
+        know.slots = dict(sorted({**know.slots, event.backend: Slot(event.backend, event.home)}.items()))
+        turn.look_at(turn.now)
+
+
+def _backend_gone(turn: Turn, event: ev.BackendGone) -> None:
+    """Give back what this member has of it: others may still know it. The newest epoch of it stays known."""
+    know = turn.know
+    slot = know.slots.pop(event.backend, None)
+    if slot is None:
+        return
+    if isinstance(slot.state, Owned):
+        turn.emit(do.Disown(slot.backend, Why.GONE))
+    if isinstance(slot.state, Acquiring | Owned | HandingOver):
+        turn.give_back(slot)
+    know.calls = {number: each for number, each in know.calls.items() if each is not slot}
+    if know.move is not None and know.move.backend == event.backend:
+        know.move = None
+    turn.look_at(turn.now)
 
 
 def _drain_begun(turn: Turn, _: ev.DrainBegun) -> None:
@@ -183,6 +211,8 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.AskAnswered: _ask_answered,
     ev.AskReceived: answering.received,
     ev.InFlightEnded: _in_flight_ended,
+    ev.BackendFound: _backend_found,
+    ev.BackendGone: _backend_gone,
     ev.DrainBegun: _drain_begun,
     ev.Tick: _tick,
 }

@@ -20,3 +20,4 @@ class Why(Enum):
     TAKEN = "another member holds the lease"
     MOVED = "another member is preferred"
     DRAINING = "this member drains"
+    GONE = "it is gone"

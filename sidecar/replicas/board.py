@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.routing.rendezvous import Rankings
 
-SERVING = "serving"
+SERVING, JOINING, DRAINING, DOWN = "serving", "joining", "draining", "down"
 STALE_S = 5.0
 """An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
 
@@ -88,19 +88,30 @@ class Board:
         known = self.standings.get(backend)
         return known is not None and known.state == SERVING
 
+    def is_up(self, backend: str) -> bool:
+        """Whether a backend's owner says that it can be sent a request, be it that another should be."""
+        known = self.standings.get(backend)
+        return known is not None and known.state in (SERVING, JOINING)
+
+    def drains(self, backend: str) -> bool:
+        """Whether a backend's owner says that it is on its way out."""
+        known = self.standings.get(backend)
+        return known is not None and known.state == DRAINING
+
     def pick(self, version: str, backends: Sequence[str], now_s: float) -> str:
         """Return the backend that a request goes to, one of those that can serve it.
 
         The plan's, and of several the one with the least backlog. What is not planned goes where it is resident, else
         by rendezvous hashing, so that all replicas send it to the same place; that may be one without an owner, which
-        will have one soon.
+        will have one soon. One that joins is picked only if none serves.
         """
-        among = [host for host in self.plan.get(version, ()) if host in backends and self.serves(host)]
+        up = [one for one in backends if self.serves(one)] or [one for one in backends if self.is_up(one)]
+        among = [host for host in self.plan.get(version, ()) if host in up]
         if not among:
             ranked = self._rankings.of(version, tuple(backends))
-            serving = [one for one in ranked if self.serves(one)]
-            resident = [one for one in serving if version in self.standings[one].resident]
-            return next(iter((*resident, *serving, *ranked)))
+            able = [one for one in ranked if one in up]
+            resident = [one for one in able if version in self.standings[one].resident]
+            return next(iter((*resident, *able, *ranked)))
         return min(among, key=lambda host: (self._backlog_s(host, now_s), host))
 
     def _backlog_s(self, backend: str, now_s: float) -> float:

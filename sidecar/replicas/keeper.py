@@ -103,6 +103,14 @@ class Keeper:
             agreed=told.agreed, holds=told.holds, reaches_redis=told.reaches_redis, epoch=told.epoch
         )
 
+    def found(self, backend: str) -> None:
+        """There is a backend more, which the core knows already."""
+        self._step(ev.BackendFound(backend))
+
+    def gone(self, backend: str) -> None:
+        """There is a backend less, which the core has forgotten."""
+        self._step(ev.BackendGone(backend))
+
     async def drain(self) -> None:
         """Give up everything, one backend after the other as its work ends, and leave."""
         self._step(ev.DrainBegun())

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from policies.views import BASE, Candidate, Routing, Waiting
+from policies.views import BASE, Candidate, HearsOfRemovals, Routing, Waiting
 from sidecar.core import asks
 from sidecar.core.state import State
-from sidecar.replicas.board import SERVING, Standing
+from sidecar.replicas.board import JOINING, SERVING, Standing
 
 WINDOW_S = 10
 """Of how many seconds owners tell the requests."""
@@ -42,11 +42,16 @@ class Planner:
                 hosts[version] = self._hosts(version, arrived[version], standings, now_ns)
         return {version: found for version, found in hosts.items() if found}
 
+    def gone(self, backend: str) -> None:
+        """Plan without a backend that is gone for good."""
+        if isinstance(self._routing, HearsOfRemovals):
+            self._routing.backend_removed(backend)
+
     def _hosts(self, version: str, arrived: int, standings: Mapping[str, Standing], now_ns: int) -> tuple[str, ...]:
         serving = tuple(
             backend.id
             for backend in asks.servers_of(self._state, version)
-            if backend.id in standings and standings[backend.id].state == SERVING
+            if backend.id in standings and standings[backend.id].state in (SERVING, JOINING)
         )
         if not serving:
             return ()

@@ -13,7 +13,7 @@ import grpc.aio
 from policies.views import BASE, Routing
 from sidecar.core import asks, promising
 from sidecar.core.effects import Effect
-from sidecar.core.events import BackendLost, BackendUp, Event
+from sidecar.core.events import BackendLeaving, BackendLost, BackendRemoved, BackendUp, Event
 from sidecar.core.offers import candidate
 from sidecar.core.state import Backend, State
 from sidecar.core.words import Phase
@@ -21,9 +21,10 @@ from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.arrivals import Arrivals
-from sidecar.replicas.board import SERVING, Board
+from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, Board
 from sidecar.replicas.files import PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
+from sidecar.replicas.newcomers import Newcomers
 from sidecar.replicas.peers import Peers
 from sidecar.replicas.planner import Planner
 from sidecar.replicas.router import Router
@@ -73,6 +74,9 @@ class Replica:
         self._plan: Any = None
         self._plans = 0
         self._arrivals = Arrivals(gateway.state)
+        self._newcomers = Newcomers(gateway.state, self.board)
+        self._joined = 0
+        """How many backends joined when the others were told last."""
         gateway.observe(self._arrivals)
         gateway.observe(self)
         self._watchers: set[asyncio.Event] = set()
@@ -89,6 +93,16 @@ class Replica:
         """Be one of the members, and own what falls to this one."""
         self._telling = asyncio.create_task(self._tell_now_and_then())
         self.keeper.start()
+
+    def found(self, backend: str) -> None:
+        """Own a backend that has been found, if it falls to this replica. The core must know it."""
+        self.keeper.found(backend)
+
+    def gone(self, backend: str) -> None:
+        """Have nothing to do any more with a backend that the core has forgotten."""
+        if self._planner is not None:
+            self._planner.gone(backend)
+        self.keeper.gone(backend)
 
     async def drain(self) -> None:
         """Give up all backends as their work ends, and leave."""
@@ -114,8 +128,10 @@ class Replica:
         return sorted(known.values(), key=lambda member: (member.name, member.id))
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        """Tell the others at once of an engine that has gone or come (`shell.driver.Observer`)."""
-        if isinstance(event, BackendLost | BackendUp):
+        """Tell the others at once of an engine that has gone, come or joined (`shell.driver.Observer`)."""
+        joining = self._gateway.state.joining
+        if isinstance(event, BackendLost | BackendUp | BackendLeaving | BackendRemoved) or len(joining) != self._joined:
+            self._joined = len(joining)
             asyncio.get_running_loop().call_soon(self._changed)
 
     # What the others are told.
@@ -140,6 +156,8 @@ class Replica:
             except Exception:  # a policy's fault: the others must still be told what is owned
                 logger.exception("no plan could be made; the last one stays")
             self._changed()
+            for planned in self._newcomers.look():
+                self._gateway.driver.post(planned)
             await asyncio.sleep(TELL_S)
 
     def _changed(self) -> None:
@@ -179,7 +197,8 @@ class Replica:
         )
 
     def _in_flight(self, backend: str) -> int:
-        return self._gateway.state.backends[backend].in_flight
+        known = self._gateway.state.backends.get(backend)
+        return 0 if known is None else known.in_flight
 
 
 def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
@@ -189,7 +208,7 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
     return peers_pb2.BoardBackend(
         backend=backend.id,
         epoch=backend.epoch,
-        state=_state_of(backend),
+        state=_state_of(state, backend),
         running=seen.running,
         queued=seen.queued,
         backlog_s=promising.wait_ns(state, backend) / 1e9,
@@ -202,7 +221,9 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
     )
 
 
-def _state_of(backend: Backend) -> str:
+def _state_of(state: State, backend: Backend) -> str:
     if backend.phase is not Phase.UP:
-        return "down"
-    return "draining" if backend.draining else SERVING
+        return DRAINING if backend.leaving else DOWN
+    if backend.draining or backend.leaving:
+        return DRAINING
+    return JOINING if backend.id in state.joining else SERVING

@@ -12,7 +12,7 @@ from time import monotonic
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
 from sidecar.errors import Reason, Refused
-from sidecar.replicas.board import SERVING, Board
+from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.replicas.line import Line
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -87,6 +87,7 @@ class Router:
         trip = Trip(facts, now_s, now_s + patience_s)
         backend = None if self._gateway.state.draining else self._pick(facts)
         if backend is None:
+            ticket.trip = trip  # a backend that is found later may be another replica's
             self._gateway.admit(ticket, facts)
         elif self._board.owner_of(backend) == self._member:
             ticket.trip = trip
@@ -98,7 +99,7 @@ class Router:
 
     @property
     def takes_requests(self) -> bool:
-        return any(known.state == SERVING for known in self._board.standings.values())
+        return any(known.state in (SERVING, JOINING) for known in self._board.standings.values())
 
     def given_back(self, ticket: Ticket) -> bool:
         if ticket.trip is None:
@@ -169,27 +170,33 @@ class Router:
                 forward.take_back("it is no member any more")
 
     def look(self) -> None:
-        """Send what waits for an engine that is down to one that serves, each request once: it may be the cause."""
-        if all(self._board.serves(backend) for backend in self._gateway.state.backends):
+        """Send what waits for an engine that is down to one that serves, each request once: it may be the cause.
+
+        An engine that is about to go is nobody's fault.
+        """
+        if all(self._board.is_up(backend) for backend in self._gateway.state.backends):
             return  # as nearly always, and there may be many tickets
         for ticket in list(self._gateway.tickets.values()):
             trip: Trip | None = ticket.trip
-            if trip is None or ticket.settled is not None or trip.moves + 1 >= self._gateway.state.config.visits_max:
+            if trip is None or ticket.settled is not None:
                 continue
             forward = self._forwards.get(ticket)
-            if forward is not None and self._has_better(trip, forward.backend):
-                trip.moves += 1
+            if forward is not None and self._may_move(trip, forward.backend):
                 forward.take_back(f"{forward.backend} is down")
-            elif ticket.request in self._gateway.state.unrouted and self._has_better(trip, trip.backend):
-                trip.moves += 1
+            elif ticket.request in self._gateway.state.unrouted and self._may_move(trip, trip.backend):
                 self._gateway.withdraw(ticket)
                 self._carry(ticket, trip)
 
-    def _has_better(self, trip: Trip, backend: str) -> bool:
-        if self._board.serves(backend):
+    def _may_move(self, trip: Trip, backend: str) -> bool:
+        """Whether a request is to be taken back from a backend; counted if it may be why that is down."""
+        is_fault = bool(backend) and not self._board.drains(backend)
+        if self._board.is_up(backend) or (is_fault and trip.moves + 1 >= self._gateway.state.config.visits_max):
             return False
         other = self._pick(trip.facts)
-        return other is not None and self._board.serves(other)
+        if other is None or not self._board.is_up(other):
+            return False
+        trip.moves += is_fault
+        return True
 
     def _is_over(self, trip: Trip) -> bool:
         """Whether no owner is looked for any more."""

@@ -39,6 +39,8 @@ from sidecar.state.registry import Registry
 logger = logging.getLogger(__name__)
 
 STALL_CHECK_S = 1.0
+REMOVED_KEPT_MAX = 1024
+"""Backends that are gone of which it is still known what they were: an answer of theirs may still be on its way."""
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
 
 
@@ -109,8 +111,11 @@ class Gateway:
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.backends: dict[str, Backend] = {}
+        self._stopping: set[Backend] = set()
         self.elsewhere: Elsewhere | None = None
         """The other replicas, if there are any."""
+        self._kinds: dict[str, tuple[str, bool]] = {}
+        """Of backends that are gone: the kind of engine, and whether it answered token by token."""
         self._disk = disk
         self.store = BlobStore(
             self.driver.post,
@@ -151,11 +156,68 @@ class Gateway:
             for key, size_bytes in await asyncio.to_thread(self._disk.scan):
                 self.driver.step(ev.DiskHolds(key, version_of_key(key), size_bytes))
         for backend, facts in backends:
-            self.backends[backend.id] = backend
-            self.driver.step(ev.BackendAdded(backend.id, facts, owned=self.elsewhere is None))
+            self._add(backend, facts)
         for backend, _ in backends:
-            await backend.start(self.driver.post)
+            await backend.start(self._ear_for(backend))
         self._sweeper = asyncio.create_task(self._sweep())
+
+    # Backends that come and go.
+
+    async def add_backend(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = True) -> None:
+        """Take in a backend, and begin to reach it. No other is called by its id; `fresh`: its engine is new."""
+        self._add(backend, facts, pool, fresh)
+        await backend.start(self._ear_for(backend))
+
+    def _add(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = False) -> None:
+        assert backend.id not in self.backends, f"{backend.id} is there already"
+        self.backends[backend.id] = backend
+        self.driver.step(ev.BackendAdded(backend.id, facts, self.elsewhere is None, pool, fresh))
+
+    def set_leaving(self, backend: str, leaving: bool) -> None:
+        """Send nothing new to a backend that is about to go, or take it back."""
+        self.driver.step(ev.BackendLeaving(backend, leaving))
+
+    async def remove_backend(self, backend_id: str, cause: str) -> None:
+        """Forget a backend that is gone. What still runs there is cut off; what has no token yet is sent elsewhere."""
+        backend = self.backends[backend_id]
+        self.set_leaving(backend_id, True)
+        self._kinds[backend_id] = self._kind_now(backend_id)
+        if len(self._kinds) > REMOVED_KEPT_MAX:
+            del self._kinds[next(iter(self._kinds))]
+        self._stopping.add(backend)
+        try:
+            await backend.stop()  # first: none of its runs may deliver anything once the core has sent it elsewhere
+        finally:
+            self._stopping.discard(backend)
+            self.driver.tell(ev.BackendRemoved(backend_id, cause))
+            del self.backends[backend_id]
+
+    def _ear_for(self, backend: Backend) -> Callable[[ev.Event], None]:
+        """Return what a backend posts by for as long as it is one of ours.
+
+        Runs that are cut off end in ways that look like others: of them only that a token came counts.
+        """
+
+        def post(event: ev.Event) -> None:
+            is_ours = self.backends.get(backend.id) is backend
+            if is_ours and (backend not in self._stopping or isinstance(event, ev.FirstToken)):
+                self.driver.post(event)
+
+        return post
+
+    def kind_of(self, backend: str) -> str:
+        """Return the kind of engine that an answer came from, which may be gone meanwhile."""
+        return self._kind(backend)[0]
+
+    def streams(self, backend: str) -> bool:
+        """Whether such an engine answers token by token."""
+        return self._kind(backend)[1]
+
+    def _kind(self, backend: str) -> tuple[str, bool]:
+        return self._kind_now(backend) if backend in self.backends else self._kinds[backend]
+
+    def _kind_now(self, backend: str) -> tuple[str, bool]:
+        return self.state.backends[backend].facts.kind, self.backends[backend].streams
 
     async def drain(self) -> None:
         """Admit nothing new and wait until all that is here has ended."""

@@ -206,6 +206,14 @@ class Metrics:
             note = _EFFECTS.get(type(effect))
             if note is not None:
                 note(self, effect, now_ns)
+        if isinstance(event, ev.BackendRemoved):  # last: the step itself may have counted something of it
+            self._backend_removed(event.backend)
+
+    def _backend_removed(self, backend: str) -> None:
+        """End what is counted by a backend that is gone: names of pods are never used again."""
+        self._loads = {load: held for load, held in self._loads.items() if held[0] != backend}
+        self._load_results.end(backend)
+        self._heals.end(backend)
 
     def _received(self, event: ev.Received, now_ns: int) -> None:
         request = self._core.state.requests.get(event.request)

@@ -48,7 +48,11 @@ def _tiers(state: State, value_of: Callable[[StoreIndex], float]) -> Samples:
 def _ahead(value_of: Callable[[AheadCounts], float]) -> Callable[[State], Samples]:
     return lambda state: [
         (("store",), value_of(state.guesses.counts)),
-        (("engine",), sum(value_of(backend.ahead.counts) for backend in state.backends.values())),
+        (
+            ("engine",),
+            value_of(state.ahead_of_removed)
+            + sum(value_of(backend.ahead.counts) for backend in state.backends.values()),
+        ),
     ]
 
 
@@ -93,7 +97,8 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "running_requests": _each_backend(lambda backend: len(backend.running)),
     "seats": lambda state: _each_backend(lambda backend: backend.seats(state.config))(state),
     "backend_up": _each_backend(lambda backend: backend.phase is Phase.UP),
-    "backend_draining": _each_backend(lambda backend: backend.draining),
+    "backend_draining": _each_backend(lambda backend: backend.draining or backend.leaving),
+    "backend_joining": lambda state: _each_backend(lambda backend: backend.id in state.joining)(state),
     "backend_owned": _each_backend(lambda backend: backend.owned),
     "backend_epoch": _each_backend(lambda backend: backend.epoch),
     "draining": lambda state: _one(state.draining),

@@ -130,6 +130,8 @@ class Verification:
         skipped: list[tuple[str, str]] = []
         prompts_of: dict[str, tuple[Prompt, ...]] = {}
         for backend in self._order.backends or tuple(self._gateway.state.backends):
+            if backend not in self._gateway.state.backends and not self._order.backends:
+                continue  # it has gone meanwhile
             why = self._unable(backend, key)
             fitting: tuple[Prompt, ...] = ()
             if not why:
@@ -177,22 +179,25 @@ class Verification:
         if base.error and not self._is_up(backend):
             return Asked(backend, prompt, base, Reply(error=base.error), tokens)
         # Instances behind one address take turns, so one after the other is asked.
-        times = min(self._gateway.state.backends[backend].facts.caches, INSTANCES_MAX)
+        known = self._gateway.state.backends.get(backend)
+        times = 1 if known is None else min(known.facts.caches, INSTANCES_MAX)
         first, *again = [await self._ask(as_adapter) for _ in range(times)]
         return Asked(backend, prompt, base, first, tokens, tuple(again))
 
     def _is_up(self, backend: str) -> bool:
-        return self._gateway.state.backends[backend].phase is Phase.UP
+        known = self._gateway.state.backends.get(backend)
+        return known is not None and known.phase is Phase.UP
 
     @property
     def _asks_base(self) -> bool:
         return self._gateway.state.config.base_requests
 
     async def _evidence(self, plan: Plan, source: _Source) -> Evidence:
+        state = self._gateway.state
         evidence = Evidence(
             version=plan.version,
             asked=self._asked,
-            facts={backend: self._gateway.state.backends[backend].facts for backend in plan.backends},
+            facts={each: state.backends[each].facts for each in plan.backends if each in state.backends},
             probes=source.trouble,
             probes_wrong=source.wrong,
             no_base="" if self._asks_base else NO_BASE,

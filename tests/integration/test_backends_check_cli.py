@@ -89,3 +89,26 @@ async def sidecar(*arguments: str) -> tuple[int, str, str]:
     )
     out, err = await process.communicate()
     return process.returncode or 0, out.decode(), err.decode()
+
+
+async def test_config_check_connects_to_the_engines_of_a_pool(tmp_path: Path) -> None:
+    """Each that is found is looked at by itself; a pool without any is told."""
+    async with engine_and_target(tmp_path) as (engine, target):
+        port = engine.grpc_address.rpartition(":")[2]
+        file = tmp_path / "pool.yaml"
+        entry = (
+            "- {id: %s, kind: triton, discover: {dns: '%s'}, "
+            f"metrics: '{str(target.metrics_url).replace('127.0.0.1', '{host}')}', "
+            f"engine: {{config: {tmp_path / 'engine.json'}}}}}\n"
+        )
+        file.write_text("backends:\n" + entry % ("gpu", f"localhost:{port}"))
+        code, out, _ = await sidecar("config", "check", str(file), "--connect", "--json")
+        (report,) = json.loads(out)["backends"]
+        assert (code, report["backend"], report["url"]) == (0, "gpu-127.0.0.1", f"triton://{engine.grpc_address}")
+        code, _, err = await sidecar("backends", "check", "gpu", "--config", str(file))
+        assert code == 2
+        assert "gpu is a pool" in err
+        file.write_text("backends:\n" + entry % ("none", f"no-such-host.invalid:{port}"))
+        code, out, _ = await sidecar("config", "check", str(file), "--connect")
+        assert code == 1
+        assert "no engine was found by no-such-host.invalid" in out

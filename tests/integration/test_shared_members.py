@@ -24,6 +24,8 @@ MS = 1_000_000
 SHORT = Bounds(ttl_ns=60 * MS, margin_ns=MS, ask_ns=30 * MS, attempt_ns=40 * MS)
 MEMBERS = tuple(Member(f"id-{name}", name, weight) for name, weight in (("a", 1.0), ("b", 0.5), ("c", 2.0)))
 BACKENDS = ("gpu-0", "gpu-1")
+KEPT_NS = 100 * MS
+"""For how long a lease that was given back is known."""
 
 
 @pytest.fixture(params=("redis-server", "valkey-server"))
@@ -38,7 +40,8 @@ class Pair:
 
     members: RedisMembers
     random: Random
-    model: Model = field(default_factory=lambda: Model(SHORT, "", Data()))
+    model: Model = field(default_factory=lambda: Model(SHORT, "", Data(), KEPT_NS))
+    forgotten: int = 0
     number: int = 0
     now_ns: int = 0
     granted: int = 0
@@ -61,8 +64,9 @@ class Pair:
     async def beat(self) -> None:
         call = do.SendBeat(self.next(), self.random.choice(MEMBERS))
         beat = await self.members.beat(call, '{"address": "x:1"}', self.number)
-        real = beat.answered
+        real, known = beat.answered, len(self.model.data.leases)
         assert real == self.model.beat(call.number, call.member, self.at(real.generation, real.redis_ns))
+        self.forgotten += known - len(self.model.data.leases)
         assert {standing.info for standing in beat.standings} == {'{"address": "x:1"}'}
 
     async def acquire(self) -> None:
@@ -109,7 +113,7 @@ class Pair:
 async def test_redis_answers_as_the_model_does(server: Server, seed: int) -> None:
     """Beats, leases, releases and departures, with a restart that keeps the data and one that loses it."""
     link = link_to(server.url)
-    pair = Pair(RedisMembers(link, SHORT), Random(seed))
+    pair = Pair(RedisMembers(link, SHORT, KEPT_NS / 1e9), Random(seed))
     steps = [pair.beat] * 3 + [pair.acquire] * 6 + [pair.renew] * 4 + [pair.release] * 2 + [pair.leave, pair.wait]
     for restart in ("none", "kept", "lost"):
         if restart == "kept":
@@ -126,6 +130,7 @@ async def test_redis_answers_as_the_model_does(server: Server, seed: int) -> Non
             await pair.random.choice(steps)()
     assert pair.granted > 20
     assert pair.refused > 20
+    assert pair.forgotten
     await link.close()
 
 

@@ -26,6 +26,8 @@ def build(random: Random, seed: int) -> World:
         queued_max=random.choice([30, 50_000]),
         retry_ns=5 * MS,
         retry_ns_max=100 * MS,
+        joining_ns_max=random.choice([0, 30 * MS, 30 * SECOND]),
+        pools={"p": facts_of()},
         classes={
             "default": ClassLimit(patience_ns=random.choice([SECOND // 5, SECOND, 20 * SECOND])),
             "short": ClassLimit(200 * MS),
@@ -50,14 +52,20 @@ def build(random: Random, seed: int) -> World:
 
 def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
     """Do one thing that clients, operators or misfortune do."""
-    pick = random.random()
     names = sorted(world.core.state.names)
+    if on["pool"] and random.random() < 0.1:
+        pool_act(world, random, owned=random.random() < 0.5 or not on["owners"])
+    if not world.engines:
+        world.send(random.choice([*names, ""]))
+        return
+    pick = random.random()
     backend = random.choice(sorted(world.engines))
     engine = world.engines[backend]
     if pick < 0.6:
         adapter = random.choice([*names, ""]) if names else ""
         deadline = random.choice([None, None, None, 15 * MS, 80 * MS, SECOND])
-        world.send(adapter, klass=random.choice(["default", "default", "short"]), deadline_ns=deadline)
+        only = random.choice([(), (), ("p",), ("p", "b0"), (backend,)]) if on["pool"] else ()
+        world.send(adapter, klass=random.choice(["default", "default", "short"]), deadline_ns=deadline, only=only)
     elif pick < 0.68 and world.dispatches:
         world.feed(ev.ClientLeft(random.randint(1, max(world.dispatches))))
     elif pick < 0.72 and on["loss"] and engine.up:
@@ -77,6 +85,23 @@ def one_act(world: World, random: Random, on: dict[str, bool]) -> None:
         world.feed(ev.Tick())
 
 
+def pool_act(world: World, random: Random, owned: bool) -> None:
+    """Have a backend come, go, stay after all, or be told what is planned for it."""
+    backend = f"b{random.randrange(5)}"
+    pick = random.random()
+    if backend not in world.engines:
+        facts = facts_of(random.choice([2, 4, None]), random.choice([None, 1, 3]), random.randint(1, 8))
+        fresh = random.random() < 0.8
+        world.add_engine(backend, facts, up=random.random() < 0.7, owned=owned, pool="p", fresh=fresh)
+    elif pick < 0.4:
+        world.leave(backend, random.random() < 0.7)
+    elif pick < 0.8:
+        world.remove(backend, late=random.random() < 0.5)
+    else:
+        versions = sorted(world.core.state.versions)
+        world.feed(ev.BackendPlanned(backend, tuple(random.sample(versions, random.randint(0, len(versions))))))
+
+
 def operator_act(world: World, random: Random, name: str, backend: str) -> None:
     pick = random.randrange(6)
     if pick == 0:
@@ -93,7 +118,7 @@ def operator_act(world: World, random: Random, name: str, backend: str) -> None:
         world.register_as(name, adapter_of(name + random.choice(["", "x"])))
 
 
-KINDS = ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch", "owners")
+KINDS = ("loss", "lies", "drain", "operators", "faults", "crashers", "tick", "fetch", "owners", "pool")
 MILD = ("lies", "tick")
 """Faults that no client should ever notice."""
 
@@ -125,12 +150,15 @@ def run_world(seed: int, kinds: tuple[str, ...] = KINDS, honest_sizes: bool = Fa
 def make_peace(world: World) -> None:
     """Stop every fault: what is left must be served or refused, and end."""
     world.unfetchable.clear()
+    if not any(backend.pool for backend in world.core.state.backends.values()) and "b9" not in world.engines:
+        world.add_engine("b9", facts_of(), pool="p", fresh=True)
     for backend, engine in world.engines.items():
         engine.fault_rate, engine.queue_max, engine.crash_on_load = 0.0, None, set()
         engine.host_pages = max(engine.host_pages, engine.facts.host_pages or 4)
         if not engine.up:
             world.bring_up(backend)
         world.feed(ev.DrainSet(backend, False))
+        world.leave(backend, False)
         world.feed(ev.BackendTaken(backend, 100))
     for name in sorted(world.core.state.names):
         world.pin(name, False)
@@ -148,6 +176,7 @@ def test_safe_under_faults_and_live_after(seed: int) -> None:
     assert not world.unsettled(), f"seed {seed}: never ended: {world.unsettled()[:10]}"
     assert not stuck(world), f"seed {seed}: stuck until they expired: {stuck(world)[:10]}"
     assert world.voided == world.core.state.voided, f"seed {seed}: promises became void and nobody was told"
+    assert not world.core.state.joining, f"seed {seed}: a backend joins for ever"
     assert_idle(world.core)
 
 

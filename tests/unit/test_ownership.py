@@ -12,6 +12,7 @@ from sidecar.ownership import events as ev
 from sidecar.ownership.facts import SECOND_NS, Bounds, Lease, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.preference import order
+from sidecar.ownership.slots import HandingOver
 from sidecar.ownership.words import Purpose, Why
 
 BOUNDS = Bounds()
@@ -331,3 +332,60 @@ def test_bounds_of_a_lease(lease_s: int) -> None:
     assert bounds.attempt_ns == int(BOUNDS.attempt_ns * share)
     assert bounds.ttl_ns < bounds.grace_ns <= 1.1 * bounds.ttl_ns
     assert bounds.alone_ns == BOUNDS.alone_ns
+
+
+def test_a_backend_that_is_found_while_it_runs_is_taken_like_the_others() -> None:
+    """At once: Redis is looked at for it."""
+    house = _owner()
+    looked = house.all(SECOND_NS, ev.BackendFound("new"))
+    assert _of(do.SendBeat, looked)
+    free = Lease("new", OTHER.id, OTHER.name, 3, 0, BOUNDS.grace_ns, (), released=True)
+    (call,) = _of(do.SendAcquire, house.all(SECOND_NS, house.looked(leases=(_lease(ME, TTL_NS, (ME,)), free))))
+    assert call.backend == "new"
+    assert house.step(SECOND_NS, ev.LeaseAnswered(call.number, True, 4, ME.id, GENERATION, 0), do.Own).epoch == 4
+    assert house.ownership.may_dispatch("new", SECOND_NS) == 4
+    assert house.may_dispatch(SECOND_NS) == 8
+
+
+def test_a_backend_that_is_gone_is_given_back_at_once() -> None:
+    """Others may know it still: they need not wait for the lease to end. What comes late says nothing any more."""
+    house = _owner()
+    effects = house.all(SECOND_NS, ev.BackendGone("engine"))
+    assert _of(do.Disown, effects) == [do.Disown("engine", Why.GONE)]
+    assert [release.backend for release in _of(do.SendRelease, effects)] == ["engine"]
+    assert house.may_dispatch(SECOND_NS) is None
+    assert not house.ownership.is_handing_over("engine")
+    assert not house.all(SECOND_NS, ev.InFlightEnded("engine"))
+    assert not _of(do.SendAcquire, house.all(SECOND_NS, house.looked(leases=(_lease(ME, 0, (), released=True),))))
+
+
+def test_a_lease_that_is_being_acquired_is_given_back_too() -> None:
+    """The answer, however it ends, is nobody's."""
+    house = House()
+    call = house.step(0, house.looked(leases=(_lease(ME, 0, (ME,)),)), do.SendAcquire)
+    assert house.step(0, ev.BackendGone("engine"), do.SendRelease).token == call.token
+    assert not _of(do.Own, house.all(0, house.granted(call, 8)))
+    assert house.may_dispatch(0) is None
+
+
+def test_what_is_handed_over_and_gone_keeps_no_other_move_waiting() -> None:
+    """One at a time, and it is none any more."""
+    house = _owner((ME, OTHER))
+    house.all(SECOND_NS, ev.BackendFound("other"))
+    heavy = Member(OTHER.id, OTHER.name, weight=1e12)
+    house.all(SECOND_NS, house.looked((ME, heavy), (_lease(ME, TTL_NS, (ME,), 8),)))
+    answer = house.step(SECOND_NS, ev.AskReceived(1, OTHER.id, "engine", Purpose.MOVE, 8), do.Answer)
+    assert answer.agreed
+    assert house.ownership.is_handing_over("engine")
+    house.step(SECOND_NS, ev.BackendGone("engine"), do.SendRelease)
+    assert not any(isinstance(slot.state, HandingOver) for slot in house.ownership.know.slots.values())
+
+
+def test_one_that_does_not_know_a_backend_stands_in_nobodys_way() -> None:
+    """It pledges it and gives its word like any other, and agrees to no move of it."""
+    house = _owner((ME, OTHER))
+    house.all(SECOND_NS, ev.BackendGone("engine"))
+    over = house.step(SECOND_NS, ev.AskReceived(1, OTHER.id, "engine", Purpose.TAKE_OVER, 8), do.Answer)
+    assert (over.agreed, over.holds, over.epoch) == (True, False, 8)
+    moved = house.step(SECOND_NS, ev.AskReceived(2, OTHER.id, "engine", Purpose.MOVE, 8), do.Answer)
+    assert (moved.agreed, moved.holds) == (False, False)

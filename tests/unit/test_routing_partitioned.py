@@ -275,3 +275,34 @@ def test_a_prompt_too_long_for_its_host_is_served_elsewhere() -> None:
     assert stand_in != host
     assert policy.pick(request("sql"), without, 2).backend == stand_in
     assert policy.moves == 1
+
+
+def test_a_backend_that_is_gone_for_good_is_no_host_any_more() -> None:
+    """Where it was one of several, at once; what lived there alone moves when it is asked for."""
+    policy, host = settled("sql")
+    home = homes(policy)["sql"]
+    other = next(backend for backend in BACKENDS if backend != host)
+    policy._placement.add_host("sql", other)
+    policy.backend_removed(host)
+    assert home.hosts == [other]
+    assert policy._placement.pages == {other: 1}
+    policy.backend_removed(other)
+    assert home.hosts == [other]  # a version lives somewhere as long as it is known
+    left = Listed([candidate(backend) for backend in BACKENDS if backend not in (host, other)])
+    assert policy.pick(request("sql"), left, 0).backend not in (host, other)
+    assert set(policy._placement.pages) <= set(left.backends)
+
+
+def test_a_backend_that_comes_is_given_its_share_soon() -> None:
+    """A second after it is seen first: what is asked for until then is known to have it to choose from."""
+    policy = Partitioned()
+    before = Listed([candidate(backend) for backend in BACKENDS[:3]])
+    for number in range(48 * 20):  # enough to tell an imbalance from chance
+        policy.pick(request(f"v{number % 48}"), before, number)
+    moved = []
+    for now_ns in (SECOND, 2 * SECOND, 2 * SECOND + 1):
+        moved.append(policy.moves)
+        for number in range(48):
+            policy.pick(request(f"v{number}"), offered(), now_ns)
+    assert moved[1] == 0
+    assert policy.moves > 0

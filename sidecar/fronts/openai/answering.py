@@ -146,11 +146,11 @@ class Answering:
     def _new_answer(self) -> _Answer:
         dispatch = self._ticket.dispatch
         assert dispatch is not None
-        kind = self._gateway.state.backends[dispatch.backend].facts.kind
+        kind = self._gateway.kind_of(dispatch.backend)
         if kind == VLLM:
             return AsItIs()
         assert self._place.text is not None, "a request without a text for an engine that takes nothing else"
-        counts = self._gateway.backends[dispatch.backend].streams
+        counts = self._gateway.streams(dispatch.backend)
         return TextAnswer(self._asked, self._place.text, counts, repeats=kind == TRITON_LLMAPI)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:

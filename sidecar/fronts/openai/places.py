@@ -16,7 +16,7 @@ from sidecar.core import asks
 from sidecar.core.admission import BASE_NAMES, unknown_adapter
 from sidecar.core.state import Backend, State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kinds import base_names
+from sidecar.fronts.kinds import base_names, named
 from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
@@ -37,7 +37,10 @@ class Place:
 
 
 class Places:
-    """Finds places. `templates` are by backend; `may_stream(kind)` says whether engines of a kind stream at all."""
+    """Finds places.
+
+    `templates` are by backend, or by its pool; `may_stream(kind)` says whether engines of a kind stream at all.
+    """
 
     def __init__(self, state: State, templates: Mapping[str, ChatTemplate], may_stream: Callable[[str], bool]) -> None:
         self._state = state
@@ -83,8 +86,16 @@ class Places:
         payload = Payload(
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
-        everywhere = len(fitting) == len(self._state.backends) or not fitting
-        return Place(adapter, payload, () if everywhere else tuple(fitting), text)
+        return Place(adapter, payload, named(self._state, fitting) if fitting else self._pools(), text)
+
+    def _pools(self) -> tuple[str, ...]:
+        """Return where a request waits that no engine can take yet: it is written for vLLM. Raises Refused."""
+        pools = self._state.config.pools
+        others = [pool for pool, facts in pools.items() if facts.kind != VLLM]
+        if others:
+            message = f"no engine has been found yet in {', '.join(others)}"
+            raise Refused(Reason.NO_BACKEND, message, retry_after_s=1.0)
+        return tuple(pools)
 
     def _servers(self, model: str) -> tuple[str, tuple[Backend, ...]]:
         """Return the core's name for a model and the backends that can serve it, up or down."""
@@ -113,11 +124,11 @@ class Places:
         """Return the request as text and the backends whose models are asked in these very words."""
         template = None
         if asked.is_chat:
-            with_template = [backend for backend in takers if backend.id in self._templates]
+            with_template = [backend for backend in takers if backend.group in self._templates]
             if not with_template:
                 raise _no_template(takers[0].id)
-            template = self._templates[with_template[0].id]
-            takers = [backend for backend in with_template if self._templates[backend.id] == template]
+            template = self._templates[with_template[0].group]
+            takers = [backend for backend in with_template if self._templates[backend.group] == template]
         if texts is None:
             return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
         text = texts[self._text_templates(asked.is_chat).index(template)]

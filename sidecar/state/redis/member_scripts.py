@@ -66,6 +66,7 @@ BEAT = Script(
     _COMMON
     + """
 local member, told, applied, ttl, grace = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5])
+local kept = tonumber(ARGV[6])
 redis.call('HSET', MEMBERS, member, told)
 redis.call('HSET', APPLIED, member, applied)
 redis.call('ZADD', BEATS, digits(now), member)
@@ -76,7 +77,10 @@ for _, name in ipairs(redis.call('ZRANGE', BEATS, 0, -1)) do
 end
 local held = redis.call('HGETALL', LEASES)
 for index = 1, #held, 2 do
-  if is_current(cjson.decode(held[index + 1])) then
+  local record = cjson.decode(held[index + 1])
+  if record.released and now - tonumber(record.renewed) > kept then
+    redis.call('HDEL', LEASES, held[index])
+  elseif is_current(record) then
     leases[#leases + 1] = {held[index], held[index + 1]}
   end
 end
@@ -84,7 +88,10 @@ local state = redis.call('HMGET', META, 'revision', 'incarnation')
 return {generation, digits(now), digits(born + grace - now), members, leases, state[1] or '0', state[2] or ''}
 """,
 )
-"""Say that a member lives, what it is and what it has read.
+"""Say that a member lives, what it is and what it has read; forget leases that were given back long ago.
+
+Backends come and go, and names of pods are never used again. An epoch that is forgotten was of this clock's
+milliseconds, and so will be the next one of that backend.
 
 Return [generation, now, when backends without a lease may be had, live members, leases of this generation, the last
 change of the registry, its incarnation or ""]. A member is [id, what it told, what it has read].

@@ -44,10 +44,14 @@ class Beat:
 
 
 class RedisMembers:
-    """Members and leases in a Redis. All methods raise Refused(STATE_UNAVAILABLE) while it is away."""
+    """Members and leases in a Redis. All methods raise Refused(STATE_UNAVAILABLE) while it is away.
 
-    def __init__(self, link: Link, bounds: Bounds | None = None) -> None:
+    A lease that was given back is forgotten `released_kept_s` after it was renewed last.
+    """
+
+    def __init__(self, link: Link, bounds: Bounds | None = None, released_kept_s: float = 3600.0) -> None:
         self._link = link
+        self._kept_us = int(released_kept_s * 1e6)
         self._bounds = bounds or Bounds()
         self._ttl_us, self._grace_us = self._bounds.ttl_ns // 1000, self._bounds.grace_ns // 1000
 
@@ -56,7 +60,7 @@ class RedisMembers:
         member = call.member
         told = json.dumps([member.name, member.weight, member.draining, info])
         generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
-            BEAT, member.id, told, applied, self._ttl_us, self._grace_us
+            BEAT, member.id, told, applied, self._ttl_us, self._grace_us, self._kept_us
         )
         standings = tuple(sorted((_standing(*found) for found in members), key=lambda found: found.member.id))
         answered = BeatAnswered(

@@ -54,18 +54,22 @@ class Checks:
                 self._is_alone(backend)
 
     def _goes_on_in_time(self, process: Process, backend: str) -> None:
-        hold_, bounds = process.ownership.know.slots[backend].hold, self.world.scenario.bounds
+        hold_, bounds = process.hold_of(backend), self.world.scenario.bounds
         alone_ns = 0 if hold_ is None else process.local_ns - hold_.granted_ns
         hold(alone_ns < bounds.alone_ns, f"{process.member.id} has had {backend} for {alone_ns} ns without Redis")
 
     def _is_done_with(self, process: Process, backend: str) -> None:
         """Check that what is handed over is kept until nothing is in flight, or the lease ends."""
-        key, hold_ = (process.member.id, backend), process.ownership.know.slots[backend].hold
+        key, hold_ = (process.member.id, backend), process.hold_of(backend)
         if process.ownership.is_handing_over(backend) and hold_ is not None:
             self._moving[key] = hold_.valid_ns
         elif process.local_ns < self._moving.pop(key, 0):
             in_flight = process.in_flight[backend]
             hold(not in_flight, f"{process.member.id} gave {backend} back with {in_flight} requests in flight")
+
+    def forgets(self, process: Process, backend: str) -> None:
+        """Take in that a member takes a backend for gone: what is in flight there is no reason to keep it."""
+        self._moving.pop((process.member.id, backend), None)
 
     def _is_alone(self, backend: str) -> None:
         owners = {each.member.id: each.owns(backend) for each in self._owners(backend)}
@@ -102,7 +106,7 @@ class Checks:
         if not is_open or now_ns < since_ns + bounds.grace_ns or not asked.isdisjoint(call.agreed):
             return False
         for other in others:
-            kept = other.ownership.know.slots[call.backend].hold
+            kept = other.hold_of(call.backend)
             assert kept is not None, f"{other.member.id} owns {call.backend} without a lease"
             witnesses = {each for named in kept.witnesses.values() for each in named}
             is_on_pledges = other.local_ns >= kept.granted_ns + bounds.usable_ns(bounds.ttl_ns)
@@ -115,7 +119,7 @@ class Checks:
         newest, owner = self.newest.get(backend, (0, ""))
         world = self.world
         world.counts["dispatched"] += 1
-        state = process.ownership.know.slots[backend].hold
+        state = process.hold_of(backend)
         if state is not None and process.local_ns > state.granted_ns + world.scenario.bounds.ttl_ns:
             world.counts["dispatched on pledges"] += 1
         if strays:

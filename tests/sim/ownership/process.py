@@ -10,6 +10,7 @@ from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import SECOND_NS, Member
 from sidecar.ownership.ownership import Ownership
+from sidecar.ownership.slots import Hold
 from sidecar.ownership.words import Why
 from tests.sim.ownership.scenario import MILLISECOND_NS
 
@@ -29,6 +30,8 @@ class Process:
         self.in_flight: Counter[str] = Counter()
         self.ending: dict[str, None] = {}
         """Backends that were disowned and whose work in flight has to end."""
+        self.unseen: set[str] = set()
+        """Backends that it takes for gone."""
         self._backlog: list[Callable[[], None]] = []
         self._wakes = 0
         self.give(ev.Tick())
@@ -51,6 +54,23 @@ class Process:
     def give(self, event: ev.Event) -> None:
         self.do(lambda: self._step(event))
 
+    def sees(self, backend: str, sees: bool) -> None:
+        """Let a backend be there for this process, or be gone."""
+        self.unseen.discard(backend) if sees else self.unseen.add(backend)
+        self.do(lambda: self._look_for(backend))
+
+    def _look_for(self, backend: str) -> None:
+        """Tell of what is so now: a process that was stopped does not see what was so meanwhile."""
+        if backend in self.unseen:
+            self._step(ev.BackendGone(backend))
+        else:
+            self._step(ev.BackendFound(backend, self.world.scenario.backends[backend]))
+
+    def hold_of(self, backend: str) -> Hold | None:
+        """Return its lease of a backend, None if it has none."""
+        slot = self.ownership.know.slots.get(backend)
+        return None if slot is None else slot.hold
+
     def resume(self) -> None:
         """Let it go on: with its clock first, or with what has come in first."""
         self.paused = False
@@ -62,6 +82,8 @@ class Process:
 
     def _step(self, event: ev.Event) -> None:
         now_ns = self.local_ns
+        if isinstance(event, ev.BackendGone):
+            self.world.checks.forgets(self, event.backend)
         effects = self.ownership.step(event, now_ns)
         self.world.trace(self, event, effects)
         for effect in effects:

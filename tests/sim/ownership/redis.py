@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
-from sidecar.ownership.facts import Bounds, Lease, Member
+from sidecar.ownership.facts import SECOND_NS, Bounds, Lease, Member
 
 MILLISECOND_NS = 1_000_000
 
 
 @dataclass
 class Record:
-    """A lease, held, ended or released. It is never deleted, for its epoch."""
+    """A lease, held, ended or released. Only one that was released long ago is deleted."""
 
     holder: str
     holder_name: str
@@ -48,8 +48,9 @@ class Data:
 class Redis:
     """One process. `now_ns` of each call is the time of its host."""
 
-    def __init__(self, bounds: Bounds, process: str, data: Data) -> None:
+    def __init__(self, bounds: Bounds, process: str, data: Data, released_kept_ns: int = 3600 * SECOND_NS) -> None:
         self.bounds = bounds
+        self._kept_ns = released_kept_ns
         self.process = process
         self.data = data
 
@@ -58,6 +59,11 @@ class Redis:
         data = self.data
         data.members[member.id] = (member, now_ns + self.bounds.ttl_ns)
         data.members = {id_: entry for id_, entry in data.members.items() if now_ns < entry[1]}
+        data.leases = {
+            backend: record
+            for backend, record in data.leases.items()
+            if not (record.released and now_ns - record.renewed_ns > self._kept_ns)
+        }
         members = tuple(entry[0] for _, entry in sorted(data.members.items()))
         leases = tuple(
             self._lease(backend, record, now_ns)

@@ -7,6 +7,8 @@ from random import Random
 
 from sidecar.ownership.facts import SECOND_NS, Bounds
 
+SIGHTINGS = "sightings"
+"""Members take backends for gone, and find them again."""
 KINDS = (
     "loss",
     "delay",
@@ -22,6 +24,7 @@ KINDS = (
     "islands",
     "joins",
     "drains",
+    SIGHTINGS,
 )
 MILLISECOND_NS = 1_000_000
 
@@ -63,7 +66,9 @@ def draw(seed: int) -> Scenario:
     has_homes = random.random() < 0.2
     backends = {f"engine-{index}": random.choice(members) if has_homes else "" for index in range(random.randint(1, 6))}
     share = random.choice((0.25, 0.5, 0.75))
-    kinds = tuple(kind for kind in KINDS if random.random() < share)
+    kinds = tuple(kind for kind in KINDS if kind != SIGHTINGS and random.random() < share)
+    if Random(f"{SIGHTINGS} {seed}").random() < 0.4:  # apart, so that all other worlds stay what they were before it
+        kinds += (SIGHTINGS,)
     return Scenario(
         seed,
         bounds,

@@ -89,7 +89,8 @@ def _goes_on_for_ever(go_on: Callable[[Turn, Hold], None]) -> Callable[[Turn, Ho
 
 def _asks_only_itself(_: Any) -> Callable[[Ownership, str, int], int | None]:
     def deaf(ownership: Ownership, backend: str, now_ns: int) -> int | None:
-        hold = ownership.know.slots[backend].hold
+        slot = ownership.know.slots.get(backend)
+        hold = None if slot is None else slot.hold
         return None if hold is None or ownership.is_handing_over(backend) else hold.epoch
 
     return deaf

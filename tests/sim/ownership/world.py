@@ -81,6 +81,8 @@ class World:
         for each in self.living():
             if each.paused:
                 each.resume()
+            for backend in sorted(each.unseen):
+                each.sees(backend, True)
         if not [each for each in self.living() if not each.draining]:
             self.start(self._fresh_name())
 
@@ -147,6 +149,14 @@ class World:
             process.draining = True
             self.note(f"drains: {process.member.id}")
             process.give(ev.DrainBegun())
+
+    def lose_sight(self) -> None:
+        """Have a member take a backend for gone, and find it again later."""
+        process, backend = self._any(), self.random.choice(sorted(self.scenario.backends))
+        if process is not None and backend not in process.unseen:
+            self.note(f"lost sight: {process.member.id} of {backend}")
+            process.sees(backend, False)
+            self.net.after(self._span_ns(), lambda: process.sees(backend, True))
 
     def redis_down(self) -> None:
         if self.redis.up:
@@ -223,4 +233,5 @@ MISFORTUNES: dict[str, Callable[[World], None]] = {
     "islands": World.cut_island,
     "joins": World.join,
     "drains": World.drain,
+    "sightings": World.lose_sight,
 }

@@ -1,0 +1,66 @@
+"""Where a pool's engines are found, in place of one engine's address."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+_NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._-]")
+
+
+class EndpointSlices(BaseModel):
+    """The endpoints of a Kubernetes Service, read from its EndpointSlices: `port` is a port's name or number.
+
+    `namespace` is by default the one that this process runs in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    service: str
+    port: str | int
+    namespace: str | None = None
+
+
+class Discover(BaseModel):
+    """One way to find engines that come and go.
+
+    `dns` is HOST:PORT, the host a name with an address for each engine, as a headless Service has: it is asked every
+    `every_s`. An answer without any address must come for `empty_s` on end before it is believed.
+
+    An engine that is found no more takes nothing new; after `grace_s` it is forgotten as soon as nothing runs there.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dns: str | None = None
+    endpoint_slices: EndpointSlices | None = None
+    every_s: float = Field(5.0, gt=0)
+    empty_s: float = Field(30.0, ge=0)
+    grace_s: float = Field(10.0, ge=0)
+
+    @field_validator("dns")
+    @classmethod
+    def _is_a_place(cls, dns: str | None) -> str | None:
+        host, _, port = (dns or "").rpartition(":")
+        if dns is not None and not (host and port.isdigit()):
+            raise ValueError("it must be HOST:PORT, as in triton.my-namespace.svc:8001")
+        return dns
+
+    @model_validator(mode="after")
+    def _is_one_way(self) -> Discover:
+        if (self.dns is None) == (self.endpoint_slices is None):
+            raise ValueError("it needs one of dns and endpoint_slices")
+        return self
+
+    @property
+    def name(self) -> str:
+        """Return what it looks for: the host, or the Service."""
+        if self.endpoint_slices is not None:
+            return self.endpoint_slices.service
+        return (self.dns or "").rpartition(":")[0]
+
+
+def label_of(name: str) -> str:
+    """Return a found engine's name as a part of its backend's id: for metrics, file names and shells."""
+    return _NOT_IN_IDS.sub("-", name)

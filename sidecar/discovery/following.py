@@ -1,0 +1,131 @@
+"""Keeps the backends of one pool as its engines are found.
+
+    found, ready                →  added
+    not ready, or terminating   →  takes nothing new; what runs there goes on
+    found no more               →  the same, and after a grace it is removed as soon as nothing runs there
+    found at another address    →  another engine: the old one is removed first
+
+One that is found again before it was removed stays what it was: a name server may have left it out for a moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from time import monotonic
+from typing import Any, Protocol
+
+from sidecar.discovery.found import Finder, Found
+from sidecar.errors import SidecarError
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.05
+AGAIN_S = 5.0
+
+
+class Engines(Protocol):
+    """What is done with the engines of a pool, by their names."""
+
+    async def add(self, found: Found, fresh: bool) -> None:
+        """Take in an engine. `fresh`: it has come while this process ran. Raises SidecarError."""
+
+    def leave(self, name: str, leaving: bool) -> None:
+        """Send nothing new to an engine, or take it back."""
+
+    def is_done(self, name: str) -> bool:
+        """Whether nothing runs at an engine any more."""
+
+    async def remove(self, name: str, cause: str) -> None:
+        """Forget an engine; what still runs there is lost."""
+
+
+class Follower:
+    """Follows one finder. What runs at an engine that is gone is waited for `drain_s` at most, then cut off."""
+
+    def __init__(self, finder: Finder, engines: Engines, grace_s: float, drain_s: float) -> None:
+        self._finder = finder
+        self._engines = engines
+        self._grace_s = grace_s
+        self._drain_s = drain_s
+        self._known: dict[str, Found] = {}
+        self._going: dict[str, asyncio.Task[None]] = {}
+        self._removing: set[str] = set()
+        self._last: frozenset[Found] | None = None
+        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._spawn(self._follow())
+
+    async def stop(self) -> None:
+        """Follow no more; what is known stays as it is."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async for found in self._finder.watch():
+                    await self.see(found)
+            except Exception:
+                logger.exception("engines cannot be looked for; that is tried again in %s s", AGAIN_S)
+            await asyncio.sleep(AGAIN_S)
+
+    async def see(self, found: frozenset[Found]) -> None:
+        """Take in what is there now."""
+        async with self._turn:
+            fresh, self._last = self._last is not None, found
+            there = {each.name: each for each in sorted(found, key=lambda each: each.name)}
+            for name, known in list(self._known.items()):
+                if name not in self._removing:
+                    self._look_at(known, there.get(name))
+            for each in there.values():
+                if each.name not in self._known and each.ready and not each.terminating:
+                    await self._add(each, fresh)
+
+    def _look_at(self, known: Found, now: Found | None) -> None:
+        name = known.name
+        if now is None or now.address != known.address:
+            if name not in self._going:
+                self._engines.leave(name, True)
+                grace_s = self._grace_s if now is None else 0.0
+                self._going[name] = self._spawn(self._see_off(known, grace_s))
+            return
+        going = self._going.pop(name, None)
+        if going is not None:
+            going.cancel()
+        self._engines.leave(name, now.terminating or not now.ready)
+
+    async def _add(self, found: Found, fresh: bool) -> None:
+        try:
+            await self._engines.add(found, fresh)
+        except SidecarError as error:
+            logger.error("the engine %s at %s is left out: %s", found.name, found.address, error.message)
+        else:
+            self._known[found.name] = found
+
+    async def _see_off(self, gone: Found, grace_s: float) -> None:
+        """Remove an engine once it has nothing left to do, and look again at what is there: it may be back."""
+        name = gone.name
+        await asyncio.sleep(grace_s)
+        until_s = monotonic() + self._drain_s
+        while not self._engines.is_done(name) and monotonic() < until_s:
+            await asyncio.sleep(LOOK_S)
+        self._removing.add(name)
+        try:
+            await self._engines.remove(name, f"{gone.address} is found no more")
+        finally:
+            self._removing.discard(name)
+            del self._known[name], self._going[name]
+        assert self._last is not None
+        await self.see(self._last)
