@@ -15,7 +15,7 @@ from sidecar.core.words import Phase
 from sidecar.discovery.dns import DnsFinder
 from sidecar.discovery.following import Follower
 from sidecar.discovery.found import Finder, Found
-from sidecar.errors import Misused, Reason
+from sidecar.kubernetes.endpoint_slices import EndpointSlices
 from sidecar.pool import make_backend
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
@@ -28,7 +28,9 @@ def finder_of(discover: Discover) -> Finder:
     if discover.dns is not None:
         host, _, port = discover.dns.rpartition(":")
         return DnsFinder(host.strip("[]"), int(port), discover.every_s, discover.empty_s)
-    raise Misused(Reason.CONFIG_INVALID, "discover.endpoint_slices: this build cannot ask a Kubernetes API; use dns")
+    slices = discover.endpoint_slices
+    assert slices is not None
+    return EndpointSlices.in_cluster(slices.service, slices.port, slices.namespace)
 
 
 async def found_now(entry: BackendConfig, patience_s: float = 5.0) -> list[BackendConfig]:
