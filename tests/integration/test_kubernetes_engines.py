@@ -36,7 +36,7 @@ async def in_front(config: dict[str, Any]) -> AsyncIterator[Serving]:
 
 
 async def test_pods_come_are_terminated_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is a backend called after its pod. One that terminates takes nothing new, and is forgotten when it is gone."""
+    """Each is a backend called after its pod. One that terminates takes nothing new, and is forgotten once gone."""
     write_adapters(tmp_path / "adapters", 2)
     pool = Pool(Names())
     async with cluster() as home:
