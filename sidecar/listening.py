@@ -1,0 +1,165 @@
+"""The listeners of one process: for clients, operators, HTTP and other replicas, and for who drains it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sidecar.backends.credentials import read_pem
+from sidecar.config import Backend as BackendConfig
+from sidecar.config import Config, Listener
+from sidecar.errors import Misused, Reason
+from sidecar.fronts.admin import add_admin
+from sidecar.fronts.auth import TokenInterceptor
+from sidecar.fronts.generate import GatewayService
+from sidecar.fronts.http import HttpFront, server_tls
+from sidecar.fronts.http_connection import HttpLimits
+from sidecar.fronts.http_drain import HttpDrain
+from sidecar.fronts.kserve import add_kserve
+from sidecar.fronts.kserve_admin import add_kserve_admin
+from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
+from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
+from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.replicas.replica import Replica
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import Metrics
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+)
+
+
+class Listening:
+    """What a gateway is reached by. Addresses are HOST:PORT, and known once it is `open`."""
+
+    def __init__(
+        self, config: Config, gateway: Gateway, metrics: Metrics, drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        self.data = self.admin = self.http = self.drain = ""
+        self.streams: Lifetimes | None = None
+        """Of clients' KServe streams."""
+        self._config = config
+        self._gateway = gateway
+        self._metrics = metrics
+        self._drain = drain
+        self._servers: list[grpc.aio.Server] = []
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._http: HttpFront | None = None
+        self._drain_front: HttpDrain | None = None
+
+    def server(self, listener: Listener, name: str) -> tuple[grpc.aio.Server, str]:
+        """Return one more server, which starts with the others, and its address. Raises Misused(PORT_IN_USE)."""
+        server = self._server()
+        return server, _bind(server, listener, name)
+
+    async def open(self, replica: Replica | None) -> None:
+        """Listen. Raises Misused naming the listener that cannot be had."""
+        self._open_data()
+        self._open_admin(replica)
+        await self._open_http()
+        for server in self._servers:
+            await server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def refuse(self) -> None:
+        """Say to who asks that this process serves no more."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def close(self) -> None:
+        """Listen no more: calls that are still open are cancelled."""
+        if self._drain_front is not None:
+            await self._drain_front.stop()
+        for server in self._servers:
+            await server.stop(0)
+        if self._http is not None:
+            await self._http.stop()
+
+    def _open_data(self) -> None:
+        config, wanted = self._config, self._config.listeners.data
+        data = self._server([], connection_age_options(wanted.max_connection_age_s))
+        service = GatewayService(self._gateway, config.tenant_from, config.hide_backend)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
+        self.streams = add_kserve(data, self._gateway, config).lifetimes
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
+        self.data = _bind(data, wanted, "data")
+
+    def _open_admin(self, replica: Replica | None) -> None:
+        wanted = self._config.listeners.admin
+        admin = self._server([TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else [])
+        add_admin(admin, self._gateway, replica)
+        add_kserve_admin(admin, self._gateway)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
+        names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
+        self.admin = _bind(admin, wanted, "admin")
+
+    async def _open_http(self) -> None:
+        http, drain = self._config.listeners.http, self._config.listeners.drain
+        tls = None if http.tls is None else server_tls(http.tls.certificate, http.tls.key, http.tls.ca, http.address)
+        self._http = HttpFront(
+            self._gateway,
+            self._metrics,
+            http.address,
+            self.data,
+            OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends)),
+            HttpLimits(http.connections_max),
+            tls,
+        )
+        await self._http.start()
+        self.http = self._http.address
+        if drain.address is not None:
+            self._drain_front = HttpDrain(self._drain, drain.address)
+            await self._drain_front.start()
+            self.drain = self._drain_front.address
+
+    def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=list(interceptors), options=(*SERVER_OPTIONS, *options))
+        self._servers.append(server)
+        return server
+
+
+def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:
+    """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
+    return {
+        backend.identity: read_chat_template(Path(backend.base_model.chat_template).expanduser())
+        for backend in configured
+        if backend.base_model is not None and backend.base_model.chat_template is not None
+    }
+
+
+def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:
+    """Open a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
+    try:
+        if listener.tls is None:
+            port = server.add_insecure_port(listener.address)
+        else:
+            port = server.add_secure_port(listener.address, _server_credentials(listener))
+    except RuntimeError as error:
+        raise Misused(
+            Reason.PORT_IN_USE,
+            f"the {name} listener cannot have {listener.address}: another process has the port, or the address is "
+            f"not this machine's; choose another with listeners.{name}.address",
+        ) from error
+    host = listener.address.rpartition(":")[0]
+    return listener.address if listener.address.startswith("unix:") else f"{host}:{port}"
+
+
+def _server_credentials(listener: Listener) -> grpc.ServerCredentials:
+    tls = listener.tls
+    assert tls is not None
+    key, certificate = read_pem(tls.key), read_pem(tls.certificate)
+    if key is None or certificate is None:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {listener.address} needs certificate and key")
+    ca = read_pem(tls.ca)
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=ca is not None)

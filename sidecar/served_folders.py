@@ -1,0 +1,78 @@
+"""The folder of adapters that the configuration names: each subfolder is served under its own name."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from sidecar.config import Adapters
+from sidecar.errors import Invalid, Misused, Reason, Refused
+from sidecar.shell.catalogue import Catalogue, Wanted
+
+logger = logging.getLogger(__name__)
+
+AGAIN_S = 1.0
+
+
+class ServedFolders:
+    """Registers them, and sees to it that their names stay as they are configured."""
+
+    def __init__(self, wanted: Adapters, catalogue: Catalogue) -> None:
+        self._folder = wanted.serve
+        self._allow = wanted.allow
+        self._catalogue = catalogue
+        self._paths: list[Path] = []
+        self.left: set[Path] = set()
+        """Folders that could not be registered yet."""
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Register all; those that cannot be yet are tried again. Raises Misused when there is no such folder."""
+        self._paths = _adapters_in(self._folder)
+        await asyncio.gather(*(self._register(path) for path in self._paths))
+        self._task = asyncio.create_task(self._reconcile())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _register(self, path: Path) -> None:
+        """Register one under its own name; a wrong one is told and left out.
+
+        What others keep from being written down, or have not read in time, is tried again: a replica must not need them
+        to start.
+        """
+        self.left.discard(path)
+        try:
+            allow = self._allow.get(path.name, ())
+            await self._catalogue.register(path.name, str(path), Wanted(allow, managed_by="config"))
+        except Invalid as error:
+            logger.error("not served: %s", error.message)
+        except Refused as refused:
+            logger.warning("%s is not registered yet: %s", path.name, refused.message)
+            self.left.add(path)
+
+    async def _reconcile(self) -> None:
+        """Set a name to what the configuration says: one that could not be yet, or whose override has run out."""
+        while True:
+            await asyncio.sleep(AGAIN_S)
+            for path in self._paths:
+                try:
+                    ended = await self._catalogue.hold_ended(path.name)
+                except Refused as refused:  # for now: it is looked at again in a moment
+                    logger.warning("%s is not yet as configured again: %s", path.name, refused.message)
+                    continue
+                if ended:
+                    logger.info("%s is no longer held and is as configured again", path.name)
+                if ended or path in self.left:
+                    await self._register(path)
+
+
+def _adapters_in(serve: str | None) -> list[Path]:
+    if serve is None:
+        return []
+    folder = Path(serve).expanduser()
+    if not folder.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: {folder} is not a folder")
+    return [path for path in sorted(folder.iterdir()) if (path / "adapter_config.json").is_file()]
