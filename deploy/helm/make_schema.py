@@ -43,9 +43,6 @@ def schema() -> dict[str, Any]:
         for key in keys & whole["definitions"][name]["properties"].keys():
             del whole["definitions"][name]["properties"][key]
     backend = whole["definitions"]["Backend"]["properties"]
-    if "discover" not in backend:
-        backend["discover"] = {"$ref": "#/definitions/Discover"}
-        del whole["definitions"]["Backend"]["required"]
     for key in SHORT_FORMS:
         backend[key] = {"anyOf": [{"type": "string", "minLength": 1}, backend[key]]}
     return _reachable(whole)

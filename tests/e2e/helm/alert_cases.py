@@ -106,6 +106,10 @@ CASES: dict[str, Case] = {
     "LoraSidecarEngineMisses": Case(_misses("0+5x60"), _misses("0+1x60")),
     "LoraSidecarAdaptersThrash": _share("dispatches_total", {"cache": "host"}, {"cache": "resident"}, 400, 200),
     "LoraSidecarStoreTooSmall": Case(_store("0+10x60"), _store("5x60")),
+    "LoraSidecarDeclaredFails": _gauge("declared_adapters", "1+0", "0+0", phase="Failed"),
+    "LoraSidecarDeclaredHeld": Case(
+        {_series("declared_held"): "1x900"}, {_series("declared_held"): "1x300 0x600"}, 900
+    ),
     "LoraSidecarStateAway": _gauge("state_away_seconds", "40+60", "0+0"),
     "LoraSidecarStateLag": _gauge("state_lag_changes", "2+0", "0+0"),
     "LoraSidecarEngineWithoutOwner": Case(_owned(0, 0), _owned(0, 1)),
