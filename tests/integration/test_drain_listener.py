@@ -25,7 +25,7 @@ async def test_it_is_answered_when_all_has_ended(tmp_path: Path) -> None:
     async with (
         running_engine(compute="none", shape="tiny", time_scale=1.0) as engine,
         serving([engine], tmp_path, listeners=LISTENERS) as served,
-        httpx.AsyncClient(base_url=f"http://{served.sidecar.drain_address}", timeout=PATIENCE_S) as http,
+        httpx.AsyncClient(base_url=f"http://{served.sidecar.listening.drain}", timeout=PATIENCE_S) as http,
     ):
         assert (await http.get("/drain")).status_code == 405
         asks = [asyncio.create_task(served.ask(f"a{number % 2:02}", tokens=60)) for number in range(8)]

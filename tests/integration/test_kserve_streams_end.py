@@ -136,7 +136,7 @@ async def test_a_drain_closes_idle_streams(tmp_path: Path) -> None:
 
 
 def count_open(served: Serving) -> int:
-    streams = served.sidecar._streams
+    streams = served.sidecar.listening.streams
     assert streams is not None
     return len(streams)
 

@@ -177,9 +177,9 @@ async def test_a_replica_starts_though_another_one_reads_nothing(adapters: Path,
             (key,) = [key async for key in client.scan_iter("*beats*")]
         await client.zadd(key, {"frozen": 1e18})  # in the far future: it never stops to count as live
         async with replica(1, redis.url, [one], adapters) as started:
-            assert len(started.sidecar._unserved) == 8
+            assert len(started.sidecar.served.left) == 8
             await client.zrem(key, "frozen")
-            await until(lambda: not started.sidecar._unserved)
+            await until(lambda: not started.sidecar.served.left)
             assert set(started.state.names) == {f"a{number:02}" for number in range(8)}
 
 
