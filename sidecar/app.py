@@ -213,12 +213,17 @@ class Sidecar:
         return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
 
     async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once."""
+        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once.
+
+        Or until somebody has had all finish by the drain listener.
+        """
         signals: asyncio.Queue[None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
-        await signals.get()
+        if not await self._is_told_to_stop(signals):
+            await self.stop()
+            return
         logger.warning(
             "draining: nothing new is admitted, %s requests finish within %.0f s; signal again to stop now",
             len(self.gateway.state.requests),
@@ -229,6 +234,14 @@ class Sidecar:
         for task in pending:
             task.cancel()
         await self.stop()
+
+    async def _is_told_to_stop(self, signals: asyncio.Queue[None]) -> bool:
+        """Wait for the first signal, or for a drain that is over; return whether it was a signal."""
+        signal_, drained = asyncio.create_task(signals.get()), asyncio.create_task(self.listening.drained.wait())
+        await asyncio.wait((signal_, drained), return_when=asyncio.FIRST_COMPLETED)
+        for task in (signal_, drained):
+            task.cancel()
+        return signal_.done()
 
     async def drain(self) -> None:
         """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Listening:
         self.data = self.admin = self.http = self.drain = ""
         self.streams: Lifetimes | None = None
         """Of clients' KServe streams."""
+        self.drained = asyncio.Event()
+        """Set once somebody who asked by the drain listener has been told that nothing runs any more."""
         self._config = config
         self._gateway = gateway
         self._metrics = metrics
@@ -119,7 +122,7 @@ class Listening:
         await self._http.start()
         self.http = self._http.address
         if drain.address is not None:
-            self._drain_front = HttpDrain(self._drain, drain.address)
+            self._drain_front = HttpDrain(self._drain, self.drained.set, drain.address)
             await self._drain_front.start()
             self.drain = self._drain_front.address
 

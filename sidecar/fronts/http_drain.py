@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -22,12 +23,16 @@ CONNECTIONS_MAX = 16
 class HttpDrain:
     """One listener. `drain` returns when nothing runs here any more; asked again it is waited for again.
 
+    `answered` is called once somebody has been told: the process is to end then. Kubernetes asks also before it
+    restarts an engine alone, and what came up again with the engine would find a sidecar that takes nothing.
+
     `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
     """
 
-    def __init__(self, drain: Callable[[], Awaitable[None]], address: str) -> None:
+    def __init__(self, drain: Callable[[], Awaitable[None]], answered: Callable[[], None], address: str) -> None:
         self.address = address
         self._drain = drain
+        self._answered = answered
         app = Starlette(routes=[Route("/drain", self._drained, methods=["POST"])])
         self._listener = HttpListener(app, HttpLimits(CONNECTIONS_MAX))
 
@@ -48,4 +53,8 @@ class HttpDrain:
 
     async def _drained(self, request: Request) -> Response:
         await self._drain()
-        return PlainTextResponse("drained\n", headers={"cache-control": "no-store"})
+        told = BackgroundTask(self._end)
+        return PlainTextResponse("drained\n", headers={"cache-control": "no-store"}, background=told)
+
+    async def _end(self) -> None:
+        self._answered()

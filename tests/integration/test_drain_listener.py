@@ -9,6 +9,7 @@ import grpc
 import httpx
 import pytest
 
+from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.core.effects import Dispatch
 from sidecar.errors import Misused
@@ -48,3 +49,20 @@ async def test_it_is_answered_when_all_has_ended(tmp_path: Path) -> None:
 def test_only_this_machine_may_reach_it() -> None:
     with pytest.raises(Misused, match="reachable from other machines"):
         parse({"listeners": {"drain": {"address": "0.0.0.0:9004"}}}, "the test")
+
+
+async def test_the_process_ends_once_it_has_said_so(tmp_path: Path) -> None:
+    """An engine that is restarted alone must not come back to a sidecar that takes nothing."""
+    write_adapters(tmp_path / "adapters", 1)
+    async with running_engine(compute="none", shape="tiny") as engine:
+        config = {
+            "backends": [{"url": f"triton://{engine.grpc_address}", "id": "trt-0"}],
+            "listeners": LISTENERS,
+            "adapters": {"serve": str(tmp_path / "adapters")},
+        }
+        sidecar = await Sidecar.start(parse(config, "the test"))
+        running = asyncio.create_task(sidecar.run_until_signalled())
+        async with httpx.AsyncClient(base_url=f"http://{sidecar.listening.drain}", timeout=PATIENCE_S) as http:
+            assert (await http.post("/drain")).text == "drained\n"
+        async with asyncio.timeout(PATIENCE_S):
+            await running
