@@ -1,8 +1,9 @@
 """Rendezvous hashing: every version ranks the backends, and no two parties need to talk to agree on the order.
 
-Thaler and Ravishankar, "Using name-based mappings to increase hit rates" (1998); the weighted form `-w / ln u` is
-Schindelhauer and Schomaker's (2005). A backend that leaves moves only the versions that ranked it first, and one that
-comes back takes exactly those back.
+Highest random weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM Transactions
+on Networking 6(1), 1998. The weighted form `-w / ln u` is the logarithmic method of Schindelhauer and Schomaker,
+"Weighted distributed hash tables", SPAA 2005: the shares are exactly those of the weights. A backend that leaves moves
+only the versions that ranked it first, and one that comes back takes exactly those back.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from hashlib import blake2b
 
 KEPT_MAX = 8192
 """Rankings that are remembered; past that all are forgotten and worked out anew."""
+HASH_BITS = 52
+"""One less than a float holds: the middle of each interval is exact, and never 0 or 1."""
 
 
 def score(version: str, backend: str, weight: float = 1.0) -> float:
-    """Return how much a version likes a backend: the larger, the more; proportional in `weight` over many versions."""
+    """Return how much a version likes a backend: the larger, the more; proportional in `weight` over many versions.
+
+    The same for any two names of which one chooses the other.
+    """
     digest = blake2b(f"{len(version)}:{version}:{backend}".encode(), digest_size=8).digest()
-    uniform = ((int.from_bytes(digest, "big") >> 11) + 0.5) / (1 << 53)
+    uniform = ((int.from_bytes(digest, "big") >> (64 - HASH_BITS)) + 0.5) / 2**HASH_BITS
     return -weight / math.log(uniform)
 
 

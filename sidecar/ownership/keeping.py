@@ -1,4 +1,7 @@
-"""A lease is kept: renewed, claimed anew from a Redis that forgot it, and without Redis by the pledges of all."""
+"""A lease is kept: renewed, claimed anew from a Redis that forgot it, and without Redis by the pledges of all.
+
+Until a newer epoch of its backend is seen, wherever it is heard of: then another owns it, and this one stops at once.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,9 @@ def keep(turn: Turn, slot: Slot, hold: Hold) -> None:
     if turn.now >= hold.valid_ns:
         turn.lose(slot, Why.LEASE_ENDED)
         return
+    if isinstance(slot.state, Owned) and _is_anothers(turn, slot, hold):
+        turn.lose(slot, Why.TAKEN)
+        return
     if hold.call is None and turn.now >= hold.renew_ns:
         renewal = SendRenew(turn.number(), slot.backend, hold.token, turn.witnesses())
         turn.know.calls[renewal.number] = slot
@@ -22,7 +28,15 @@ def keep(turn: Turn, slot: Slot, hold: Hold) -> None:
     if isinstance(slot.state, Owned) and hold.ask_ns is not None and turn.now >= hold.ask_ns:
         hold.ask_ns = turn.now + turn.know.bounds.retry_ns
         hold.round = turn.ask(slot.backend, Purpose.GO_ON, _witnesses_of(hold), hold.epoch)
-        go_on(turn, hold)
+        go_on(turn, slot, hold)
+
+
+def _is_anothers(turn: Turn, slot: Slot, hold: Hold) -> bool:
+    """Whether a newer epoch is known that is not this lease's own for certain.
+
+    What Redis granted to a claim may be heard of before its answer comes; nothing is dispatched meanwhile.
+    """
+    return turn.know.is_overtaken(slot.backend, hold.epoch) and not hold.claimed
 
 
 def _called(turn: Turn, hold: Hold, call: SendRenew | SendAcquire) -> None:
@@ -37,11 +51,11 @@ def _witnesses_of(hold: Hold) -> set[str]:
     return {each for witnesses in hold.witnesses.values() for each in witnesses}
 
 
-def go_on(turn: Turn, hold: Hold) -> None:
-    """Prolong a lease by the pledges of all witnesses, if they are complete."""
+def go_on(turn: Turn, slot: Slot, hold: Hold) -> None:
+    """Prolong a lease by the pledges of all witnesses, if they are complete and nobody knows of a newer one."""
     bounds = turn.know.bounds
     assert hold.round is not None
-    if hold.round.refused:
+    if hold.round.refused or turn.know.is_overtaken(slot.backend, hold.epoch):
         hold.round = None
         return
     if hold.round.missing:
@@ -70,12 +84,13 @@ def answered(turn: Turn, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> Non
             hold.epoch = event.epoch
             if isinstance(slot.state, Owned):
                 turn.emit(Own(slot.backend, event.epoch))
-    elif event.holder:
+    elif event.holder or (isinstance(slot.state, Owned) and _is_anothers(turn, slot, hold)):
         turn.lose(slot, Why.TAKEN)
     else:
         ground = turn.ground(event.generation, event.redis_ns)
         claim = turn.acquire(slot, hold.token, ground, (turn.know.member.id,), holds=True)
         _called(turn, hold, claim)
+        hold.claimed = True
         hold.renew_ns = turn.now + bounds.retry_ns
 
 
@@ -86,6 +101,7 @@ def _renewed(turn: Turn, hold: Hold, call: Call) -> None:
     hold.renew_ns = call.sent_ns + turn.know.every_ns
     hold.witnesses = {number: each for number, each in hold.witnesses.items() if number >= call.number}
     hold.ask_ns = None
+    hold.claimed = False
 
 
 def failed(turn: Turn, hold: Hold) -> None:

@@ -27,10 +27,15 @@ class Ownership:
         self.know = Knowledge(bounds, member, slots, int(bounds.every_ns * (1 - jitter / 10)))
 
     def may_dispatch(self, backend: str, now_ns: int) -> int | None:
-        """Return the epoch under which a request may go to a backend now, None if it may not."""
+        """Return the epoch under which a request may go to a backend now, None if it may not.
+
+        Never one that is older than the newest that this member has seen.
+        """
         slot = self.know.slots.get(backend)
         state = None if slot is None else slot.state
-        return state.hold.epoch if isinstance(state, Owned) and now_ns < state.hold.valid_ns else None
+        if not isinstance(state, Owned) or now_ns >= state.hold.valid_ns:
+            return None
+        return None if self.know.is_overtaken(backend, state.hold.epoch) else state.hold.epoch
 
     def is_handing_over(self, backend: str) -> bool:
         slot = self.know.slots.get(backend)
@@ -55,6 +60,7 @@ def _end_what_is_over(turn: Turn) -> None:
         if slot.hold is not None and turn.now >= slot.hold.valid_ns:
             keeping.keep(turn, slot, slot.hold)
     know.pledges = {backend: each for backend, each in know.pledges.items() if turn.now < each.until_ns}
+    know.heard = {said: until_ns for said, until_ns in know.heard.items() if turn.now < until_ns}
 
 
 def _do_what_is_due(turn: Turn) -> None:
@@ -161,7 +167,9 @@ def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:
         round_.refused |= not event.agreed
         round_.holder |= event.holds
         if isinstance(state, Owned):
-            keeping.go_on(turn, state.hold)
+            keeping.go_on(turn, slot, state.hold)
+        else:
+            turn.believe(slot.backend, event.member, event.agreed)
 
 
 def _in_flight_ended(turn: Turn, event: ev.InFlightEnded) -> None:

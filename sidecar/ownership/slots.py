@@ -84,6 +84,8 @@ class Hold:
     valid_ns: int
     renew_ns: int
     witnesses: dict[int, tuple[str, ...]]
+    claimed: bool = False
+    """Redis may have granted a newer epoch to this very lease: a claim has been sent, and no grant has come since."""
     call: Call | None = None
     round: Round | None = None
     ask_ns: int | None = None

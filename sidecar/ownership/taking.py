@@ -1,6 +1,7 @@
 """A backend that nobody owns is acquired: at once on a released lease or as a witness, else with the word of one.
 
-Where no witness answers it is acquired after `grace_ns`, unless somebody that answers has pledged it to its owner.
+Where no witness answers it is acquired after `grace_ns`, unless somebody has answered for the length of a lease to hold
+it, or to have pledged it to its owner.
 """
 
 from __future__ import annotations
@@ -80,15 +81,16 @@ def _acquire(turn: Turn, slot: Slot, free: Free, ground: Ground, agreed: tuple[s
 def go_ahead(turn: Turn, slot: Slot) -> None:
     """Acquire what was asked about, once all have answered or had the time to.
 
-    Silence keeps nobody from it. A pledge to its owner does, unless a witness answers to have given none: it needs all.
+    Silence keeps nobody from it, unless it follows upon a word. A pledge to its owner does, unless a witness answers to
+    have given none: it needs all.
     """
     state, bounds = slot.state, turn.know.bounds
     assert isinstance(state, Asking)
     if state.round.missing and turn.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
         return
     agreed = (*state.vouched, *state.round.agreed)
-    goes_on = state.round.holder or (state.round.refused and set(state.witnesses).isdisjoint(agreed))
-    if goes_on or turn.know.member.draining or turn.pledged_to(slot.backend):
+    is_taken = turn.is_believed_taken(slot.backend) and set(state.witnesses).isdisjoint(agreed)
+    if state.round.holder or is_taken or turn.know.member.draining or turn.pledged_to(slot.backend):
         slot.become(state.free)
         turn.look_at(turn.now + bounds.retry_ns)
         return
@@ -102,7 +104,7 @@ def answered(turn: Turn, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) 
     if not event.granted:
         slot.become(state.free)
         turn.look_at(turn.now + bounds.retry_ns)
-    elif turn.now >= valid_ns:
+    elif turn.now >= valid_ns or turn.know.is_overtaken(slot.backend, event.epoch):
         give_up(turn, slot)
     else:
         renew_ns = state.sent_ns + turn.know.every_ns

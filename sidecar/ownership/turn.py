@@ -34,6 +34,8 @@ class Knowledge:
     epochs: dict[str, int] = field(default_factory=dict)
     """The newest epoch seen, by backend."""
     pledges: dict[str, Pledge] = field(default_factory=dict)
+    heard: dict[tuple[str, str], int] = field(default_factory=dict)
+    """By backend and member: until when one is believed that said to hold it, or to have pledged it to another."""
     calls: dict[int, Slot] = field(default_factory=dict)
     """Acquisitions and renewals that await an answer."""
     move: Move | None = None
@@ -41,6 +43,10 @@ class Knowledge:
     """The backend that a move was last asked for."""
     numbers: int = 0
     wake_ns: int = NEVER_NS
+
+    def is_overtaken(self, backend: str, epoch: int) -> bool:
+        """Whether a newer epoch of a backend has been seen than one that was granted."""
+        return self.epochs.get(backend, 0) > epoch
 
 
 @dataclass
@@ -71,6 +77,15 @@ class Turn:
     def pledge(self, backend: str, to: str) -> None:
         assert self.pledged_to(backend) in ("", to), f"{backend} is pledged to another"
         self.know.pledges[backend] = Pledge(to, self.now + self.know.bounds.passed_ns(self.know.bounds.ttl_ns))
+
+    def believe(self, backend: str, member: str, is_free: bool) -> None:
+        """Remember for the length of a lease that a member said a backend is not free, unless it says that it is."""
+        self.know.heard.pop((backend, member), None)
+        if not is_free:
+            self.know.heard[backend, member] = self.now + self.know.bounds.passed_ns(self.know.bounds.ttl_ns)
+
+    def is_believed_taken(self, backend: str) -> bool:
+        return any(each == backend and self.now < until_ns for (each, _), until_ns in self.know.heard.items())
 
     def ask(self, backend: str, purpose: Purpose, whom: Iterable[str], epoch: int) -> Round:
         missing = {self.number(): each for each in sorted(set(whom)) if each != self.know.member.id}

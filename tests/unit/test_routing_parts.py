@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 
+from policies.routing import rendezvous
 from policies.routing.balancing import Balancer
 from policies.routing.host_counts import HostCounter
 from policies.routing.placement import Home, Placement
@@ -55,6 +59,13 @@ def test_weights_share_out_in_proportion() -> None:
 def test_names_that_run_together_differ() -> None:
     """Version and backend are told apart, whatever characters they hold."""
     assert score("a:b", "c") != score("a", "b:c")
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
+def test_the_ends_of_the_hash_have_scores(byte: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least hash and the greatest are worth something finite: no logarithm of 0 or 1."""
+    monkeypatch.setattr(rendezvous, "blake2b", lambda data, digest_size: SimpleNamespace(digest=lambda: 8 * byte))
+    assert 0 < score("sql", "b0") < math.inf
 
 
 def test_rankings_are_remembered_per_set_and_bounded() -> None:

@@ -1,7 +1,9 @@
 """What must hold, seen from outside: by who may dispatch, and by what the engines were sent.
 
-One thing is counted instead, the known hole: a *stray* goes on on pledges while Redis grants its backend, `grace_ns`
-later, to a member that none of its witnesses answered. All else is checked, and that strays end, too.
+Two things are counted apart. *Late*: a write whose process was stopped after the check. *The known hole*: Redis grants
+a backend, `grace_ns` after the last renewal, to a member that none of its owner's witnesses answered, while that owner,
+a *stray* from then on, goes on by their pledges. A stray is one under the epoch that it had at that moment: under any
+other, and for any other two who own one backend, nothing is excused. That strays end is checked, too.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sidecar.ownership import effects as do
+from sidecar.ownership import events as ev
 from sidecar.ownership.preference import order
+from sidecar.ownership.words import Purpose
 from tests.sim.ownership.redis import Record
 from tests.sim.ownership.scenario import MILLISECOND_NS
 
@@ -17,7 +21,9 @@ if TYPE_CHECKING:
     from tests.sim.ownership.process import Process
     from tests.sim.ownership.world import World
 
-STRAYS = "strays: went on unheard of by a newcomer"
+HOLE = "known hole, granted beside a stray"
+HOLE_WRITES = "known hole, sent under an older epoch"
+LATE_WRITES = "dispatched late, after a stop"
 STOPPED_NS = 5 * MILLISECOND_NS
 """Longer from the check to the write only if the process was stopped in between."""
 
@@ -38,8 +44,10 @@ class Checks:
         self.world = world
         self.newest: dict[str, tuple[int, str]] = {}
         """By backend: the newest epoch that its engine was sent, and by whom."""
-        self.strays: dict[str, set[str]] = {}
-        """By backend: who may dispatch to it besides its owner, because of the known hole."""
+        self.strays: dict[str, dict[str, int]] = {}
+        """By backend: who may dispatch to it besides its owner, because of the known hole, and under which epoch."""
+        self._pledged: dict[tuple[str, str, str], int] = {}
+        """By who agreed, with whom, and by backend: until when by its clock it keeps off."""
         self._moving: dict[tuple[str, str], int] = {}
         """By member and backend: until when the lease of what is handed over lasts."""
 
@@ -49,9 +57,16 @@ class Checks:
         hold(len(moving) <= 1, f"{process.member.id} hands over {moving} at once")
         for backend in self.world.scenario.backends:
             self._is_done_with(process, backend)
-            if process.owns(backend) is not None:
+            epoch = process.owns(backend)
+            if epoch is not None:
                 self._goes_on_in_time(process, backend)
+                self._is_unaware(process, backend, epoch)
                 self._is_alone(backend)
+
+    def _is_unaware(self, process: Process, backend: str, epoch: int) -> None:
+        """Check that nobody goes on under an epoch that it knows to be over: a stray ends where it hears of another."""
+        seen = process.ownership.know.epochs.get(backend, 0)
+        hold(seen <= epoch, f"{process.member.id} goes on with {backend} under {epoch} and has seen {seen}")
 
     def _goes_on_in_time(self, process: Process, backend: str) -> None:
         hold_, bounds = process.hold_of(backend), self.world.scenario.bounds
@@ -65,7 +80,10 @@ class Checks:
             self._moving[key] = hold_.valid_ns
         elif process.local_ns < self._moving.pop(key, 0):
             in_flight = process.in_flight[backend]
-            hold(not in_flight, f"{process.member.id} gave {backend} back with {in_flight} requests in flight")
+            strayed = process.member.id in self.strays.get(backend, {})
+            hold(
+                not in_flight or strayed, f"{process.member.id} gave {backend} back with {in_flight} requests in flight"
+            )
 
     def forgets(self, process: Process, backend: str) -> None:
         """Take in that a member takes a backend for gone: what is in flight there is no reason to keep it."""
@@ -81,21 +99,34 @@ class Checks:
 
     def strays_of(self, backend: str) -> set[str]:
         """Return who strays still, and forget who does no longer."""
-        strays = self.strays.pop(backend, set()) & {each.member.id for each in self._owners(backend)}
-        if strays:
-            self.strays[backend] = strays
-        return strays
+        strays = self.strays.pop(backend, {})
+        left = {
+            member: epoch for member, epoch in strays.items() if self.world.processes[member].holds(backend) == epoch
+        }
+        if left:
+            self.strays[backend] = left
+        return set(left)
 
     def granted(self, process: Process, call: do.SendAcquire, before: Record | None, now_ns: int) -> None:
-        """Look at a lease that Redis has just granted in place of `before`: whether somebody strays from now on."""
-        others = [each for each in self._owners(call.backend) if each is not process]
-        has_strays = bool(self.strays_of(call.backend))
-        if others and (has_strays or self._is_the_hole(others, call, before, now_ns)):
-            self.strays[call.backend] = {each.member.id for each in others}
-            self.world.counts[STRAYS] += not has_strays
+        """Look at a lease that Redis has just granted in place of `before`: who strays from now on.
 
-    def _is_the_hole(self, others: list[Process], call: do.SendAcquire, before: Record | None, now_ns: int) -> bool:
-        """Whether nobody vouched, Redis waited for long enough, and all others go on on pledges of members unheard."""
+        A stray that claims its own, from a Redis that knows of nobody, makes a stray of whom it strayed from: neither
+        has heard of the other. It is one itself until it hears that it has a newer epoch.
+        """
+        strays = self.strays_of(call.backend)
+        for other in self.world.living():
+            epoch = other.holds(call.backend)
+            if other is process or epoch is None or other.member.id in strays:
+                continue
+            is_hole = process.member.id in strays or self._is_the_hole(other, call, before, now_ns)
+            hold(
+                is_hole, f"{call.backend} is granted to {process.member.id}, and {other.member.id} has it under {epoch}"
+            )
+            self.strays.setdefault(call.backend, {})[other.member.id] = epoch
+            self.world.note(f"{HOLE}: {call.backend} to {process.member.id} while {other.member.id} has {epoch}")
+
+    def _is_the_hole(self, other: Process, call: do.SendAcquire, before: Record | None, now_ns: int) -> bool:
+        """Whether nobody vouched, Redis waited for long enough, and `other` goes on by pledges of members unheard."""
         bounds, data = self.world.scenario.bounds, self.world.redis.scripts.data
         if before is None or before.generation != data.generation:
             since_ns, asked = data.born_ns, set[str]()
@@ -105,35 +136,40 @@ class Checks:
             is_open = not before.released
         if not is_open or now_ns < since_ns + bounds.grace_ns or not asked.isdisjoint(call.agreed):
             return False
-        for other in others:
-            kept = other.hold_of(call.backend)
-            assert kept is not None, f"{other.member.id} owns {call.backend} without a lease"
-            witnesses = {each for named in kept.witnesses.values() for each in named}
-            is_on_pledges = other.local_ns >= kept.granted_ns + bounds.usable_ns(bounds.ttl_ns)
-            if not is_on_pledges or not witnesses.isdisjoint(call.agreed):
-                return False
-        return True
+        kept = other.hold_of(call.backend)
+        assert kept is not None, f"{other.member.id} holds {call.backend} without a lease"
+        is_on_pledges = other.local_ns >= kept.granted_ns + bounds.usable_ns(bounds.ttl_ns)
+        return is_on_pledges and not any(self._is_pledged(each, other, call.backend) for each in call.agreed)
 
-    def written(self, process: Process, backend: str, epoch: int, checked_ns: int, strays: bool) -> None:
-        """Check the epoch of a request that reaches an engine, sent by who owned the backend or strayed."""
+    def _is_pledged(self, member: str, to: Process, backend: str) -> bool:
+        until_ns = self._pledged.get((member, to.member.id, backend), 0)
+        return self.world.processes[member].local_ns < until_ns
+
+    def answered(self, process: Process, event: ev.AskReceived, agreed: bool) -> None:
+        """Note what a member pledges when it agrees that another goes on."""
+        if agreed and event.purpose is Purpose.GO_ON:
+            bounds = self.world.scenario.bounds
+            until_ns = process.local_ns + bounds.passed_ns(bounds.ttl_ns)
+            self._pledged[process.member.id, event.member, event.backend] = until_ns
+
+    def written(self, process: Process, backend: str, epoch: int, checked_ns: int, strayed: bool) -> None:
+        """Check the epoch of a request that reaches an engine; `strayed` is whether its sender did at the check."""
         newest, owner = self.newest.get(backend, (0, ""))
         world = self.world
         world.counts["dispatched"] += 1
         state = process.hold_of(backend)
         if state is not None and process.local_ns > state.granted_ns + world.scenario.bounds.ttl_ns:
             world.counts["dispatched on pledges"] += 1
-        if strays:
-            world.counts["dispatched by a stray"] += 1
-            return
-        if epoch < newest:
-            late_ns = world.net.now_ns - checked_ns
-            world.counts["dispatched late, after a stop"] += 1
-            hold(late_ns > STOPPED_NS, f"{backend} was sent epoch {epoch} of {process.member.id} after {newest}")
-            return
-        hold(
-            epoch > newest or owner == process.member.id, f"{backend}: epoch {epoch} of {process.member.id} and {owner}"
-        )
-        self.newest[backend] = (epoch, process.member.id)
+        if epoch >= newest:
+            is_alone = epoch > newest or owner == process.member.id
+            hold(is_alone, f"{backend}: epoch {epoch} of {process.member.id} and {owner}")
+            self.newest[backend] = (epoch, process.member.id)
+        elif world.net.now_ns - checked_ns > STOPPED_NS:
+            world.counts[LATE_WRITES] += 1
+        elif strayed or process.member.id in self.strays_of(backend):
+            world.counts[HOLE_WRITES] += 1
+        else:
+            raise Violation(f"{backend} was sent epoch {epoch} of {process.member.id} after {newest}")
 
     def owner(self, backend: str) -> str:
         """Return the name of the member that has a backend, even if it hands it over; "" if none."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 
-from tests.sim.ownership.checks import STRAYS
+from tests.sim.ownership.checks import HOLE, HOLE_WRITES, LATE_WRITES
 from tests.sim.ownership.trial import SeedFailed, Verdict, run_seed
 
 PROGRAM = "python -m tests.sim ownership"
@@ -55,7 +55,14 @@ def _summary(held: Sequence[Verdict], failed: Sequence[int], seconds: float) -> 
     counts = sum((each.counts for each in held), Counter[str]())
     print(f"{len(held):,} seeds held and {len(failed)} failed in {seconds:.0f} s")
     print(f"slowest owner in peace: {max((each.slowest for each in held), default=0.0):.2f} of its bound")
-    print(f"worlds with the known hole in them: {sum(bool(each.counts[STRAYS]) for each in held)}")
+    with_hole = [each for each in held if each.counts[HOLE]]
+    print(
+        f"requests under an older epoch than engines had been sent: {counts[LATE_WRITES]} of processes stopped after "
+        f"the check, {counts[HOLE_WRITES]} in {len(with_hole)} worlds with the known hole; any other fails its seed"
+    )
+    print("of these worlds, grants beside a stray, and writes under an older epoch:")
+    for each in with_hole:
+        print(f"  seed {each.seed}: {each.counts[HOLE]}, {each.counts[HOLE_WRITES]}")
     print(", ".join(f"{name} {count:,}" for name, count in sorted(counts.items())))
     if failed:
         print("failed", " ".join(str(seed) for seed in failed))

@@ -44,6 +44,11 @@ class Process:
     def owns(self, backend: str) -> int | None:
         return self.ownership.may_dispatch(backend, self.local_ns) if self.alive else None
 
+    def holds(self, backend: str) -> int | None:
+        """Return the epoch of a lease that is not over by this member's clock, though it may be handed over."""
+        lease = self.hold_of(backend) if self.alive else None
+        return lease.epoch if lease is not None and self.local_ns < lease.valid_ns else None
+
     def do(self, act: Callable[[], None]) -> None:
         """Do something in this process: now, or once it is no longer paused."""
         if self.alive and self.paused:
@@ -86,6 +91,9 @@ class Process:
             self.world.checks.forgets(self, event.backend)
         effects = self.ownership.step(event, now_ns)
         self.world.trace(self, event, effects)
+        if isinstance(event, ev.AskReceived):
+            agreed = any(isinstance(effect, do.Answer) and effect.agreed for effect in effects)
+            self.world.checks.answered(self, event, agreed)
         for effect in effects:
             EFFECTS[type(effect)](self, effect)
         self.world.checks.stepped(self)
@@ -184,10 +192,10 @@ class Process:
 
     def _write(self, backend: str, epoch: int) -> None:
         """Write a request a moment after the check; the process may be stopped in between."""
-        checked_ns, strays = self.net.now_ns, self.member.id in self.world.checks.strays_of(backend)
+        checked_ns, strayed = self.net.now_ns, self.member.id in self.world.checks.strays_of(backend)
 
         def write() -> None:
-            self.world.checks.written(self, backend, epoch, checked_ns, strays)
+            self.world.checks.written(self, backend, epoch, checked_ns, strayed)
             longest_ns = self.world.scenario.bounds.ttl_ns // 4
             self.net.after(self.world.random.randint(MILLISECOND_NS, longest_ns), lambda: self.do(ended))
 

@@ -1,4 +1,4 @@
-"""A world of members drawn from a seed; each kind of fault is absent from about half of the worlds."""
+"""A world of members drawn from a seed: half of them with a few kinds of faults that meet, half with any."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ KINDS = (
     "drains",
     SIGHTINGS,
 )
+STORIES = (
+    ("drift", "members cut from redis"),
+    ("drift", "members cut from redis", "pauses"),
+    ("members cut from redis", "members cut from each other"),
+    ("members cut from redis", "redis failed over"),
+    ("islands", "joins"),
+    ("islands", "redis emptied"),
+    ("redis down", "kills"),
+    ("joins", "drains", "kills"),
+    ("loss", "delay", "duplication", "redis failed over"),
+)
+"""Faults that only together show what a rule is for; where everything happens at once, that seldom comes about."""
+OTHERS_SHARE = 0.1
+"""Of the other kinds so many are in a story, too."""
 MILLISECOND_NS = 1_000_000
 
 
@@ -65,8 +79,11 @@ def draw(seed: int) -> Scenario:
     members = tuple(f"replica-{index}" for index in range(random.randint(2, 5)))
     has_homes = random.random() < 0.2
     backends = {f"engine-{index}": random.choice(members) if has_homes else "" for index in range(random.randint(1, 6))}
-    share = random.choice((0.25, 0.5, 0.75))
-    kinds = tuple(kind for kind in KINDS if kind != SIGHTINGS and random.random() < share)
+    if random.random() < 0.5:
+        story, share = random.choice(STORIES), OTHERS_SHARE
+    else:
+        story, share = (), random.choice((0.25, 0.5, 0.75))
+    kinds = tuple(kind for kind in KINDS if kind != SIGHTINGS and (random.random() < share or kind in story))
     if Random(f"{SIGHTINGS} {seed}").random() < 0.4:  # apart, so that all other worlds stay what they were before it
         kinds += (SIGHTINGS,)
     return Scenario(

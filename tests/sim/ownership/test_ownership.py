@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,28 +17,34 @@ from sidecar.ownership import effects as do
 from sidecar.ownership import keeping
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.ownership import Ownership
-from sidecar.ownership.slots import Hold
-from sidecar.ownership.turn import Turn
+from sidecar.ownership.slots import Hold, Slot
+from sidecar.ownership.turn import Knowledge, Turn
 from tests.sim.ownership import redis
-from tests.sim.ownership.checks import STRAYS
+from tests.sim.ownership.checks import HOLE, LATE_WRITES
 from tests.sim.ownership.redis import Record, Redis
 from tests.sim.ownership.scenario import KINDS, draw
-from tests.sim.ownership.trial import SeedFailed, run_seed
+from tests.sim.ownership.trial import SeedFailed, Verdict, run_seed
 
-SEEDS = range(60)
-MUTANT_SEEDS = range(120)
-"""Up to the first that fails."""
+SEEDS = range(120)
+MUTANT_SEEDS = range(300)
+"""Up to the first that fails, each up to its peace."""
+GoOn = Callable[[Turn, Slot, Hold], None]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_owner_under_faults_and_an_owner_in_peace(seed: int) -> None:
     """No two members may dispatch at one time, and once the faults stop each backend goes to whom it belongs."""
-    run_seed(seed)
+    _run(seed)
+
+
+@cache
+def _run(seed: int) -> Verdict:
+    return run_seed(seed)
 
 
 def test_same_steps_from_the_same_seed() -> None:
     """A failing seed runs alone to the same failure, whatever the order of a hash."""
-    told = [f"{seed} {run_seed(seed).digest}" for seed in range(3)]
+    told = [f"{seed} {_run(seed).digest}" for seed in range(3)]
     program = "from tests.sim.ownership.trial import run_seed\nfor seed in range(3): print(seed, run_seed(seed).digest)"
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
@@ -49,12 +56,12 @@ def test_every_kind_of_fault_is_drawn_and_missing() -> None:
     """Among the seeds each kind of fault is there in some worlds and absent from others."""
     drawn = [draw(seed) for seed in SEEDS]
     for kind in KINDS:
-        assert 10 < sum(scenario.has(kind) for scenario in drawn) < 50, kind
+        assert 20 < sum(scenario.has(kind) for scenario in drawn) < 100, kind
 
 
 def test_worlds_have_in_them_what_is_checked() -> None:
     """Moves, drains, lost leases, dispatches without Redis, writes of a stopped process, and seldom the known hole."""
-    worlds = [run_seed(seed).counts for seed in SEEDS]
+    worlds = [_run(seed).counts for seed in SEEDS]
     counts = sum(worlds, Counter[str]())
     for what in (
         "disowned, MOVED",
@@ -62,26 +69,26 @@ def test_worlds_have_in_them_what_is_checked() -> None:
         "disowned, LEASE_ENDED",
         "left",
         "dispatched on pledges",
-        "dispatched late, after a stop",
-        STRAYS,
+        LATE_WRITES,
+        HOLE,
     ):
         assert counts[what], what
-    assert sum(bool(each[STRAYS]) for each in worlds) < len(SEEDS) / 6
+    assert sum(bool(each[HOLE]) for each in worlds) < len(SEEDS) / 6
 
 
-def _first_answer_counts_for_all(go_on: Callable[[Turn, Hold], None]) -> Callable[[Turn, Hold], None]:
-    def hasty(turn: Turn, hold: Hold) -> None:
+def _first_answer_counts_for_all(go_on: GoOn) -> GoOn:
+    def hasty(turn: Turn, slot: Slot, hold: Hold) -> None:
         if hold.round is not None and hold.round.agreed:
             hold.round.missing.clear()
-        go_on(turn, hold)
+        go_on(turn, slot, hold)
 
     return hasty
 
 
-def _goes_on_for_ever(go_on: Callable[[Turn, Hold], None]) -> Callable[[Turn, Hold], None]:
-    def endless(turn: Turn, hold: Hold) -> None:
+def _goes_on_for_ever(go_on: GoOn) -> GoOn:
+    def endless(turn: Turn, slot: Slot, hold: Hold) -> None:
         granted_ns, hold.granted_ns = hold.granted_ns, turn.now
-        go_on(turn, hold)
+        go_on(turn, slot, hold)
         hold.granted_ns = granted_ns
 
     return endless
@@ -127,6 +134,11 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "the end of a lease is an event": (Ownership, "may_dispatch", _asks_only_itself),
     "one witness is enough to go on": (keeping, "go_on", _first_answer_counts_for_all),
     "owners go on for ever": (keeping, "go_on", _goes_on_for_ever),
+    "owners go on though they hear of a newer one": (
+        Knowledge,
+        "is_overtaken",
+        lambda _: lambda know, backend, epoch: False,
+    ),
     "many moves at once": (Turn, "is_handing_over", lambda _: property(lambda turn: False)),
     "Redis takes silence for consent": (Redis, "_grants", _silence_agrees),
     "Redis does not notice its failover": (Redis, "_settle", _one_generation),
@@ -139,7 +151,7 @@ def _fails() -> str:
     """Return what the first failing seed says."""
     for seed in MUTANT_SEEDS:
         try:
-            run_seed(seed)
+            run_seed(seed, peace=False)
         except SeedFailed as failure:
             return str(failure)
     return ""

@@ -6,7 +6,7 @@ import pytest
 
 from sidecar.ownership import events as ev
 from sidecar.ownership.turn import Turn
-from tests.sim.ownership.checks import STRAYS, Violation
+from tests.sim.ownership.checks import HOLE, Violation
 from tests.sim.ownership.plot import (
     BACKENDS,
     GRACE_S,
@@ -14,11 +14,13 @@ from tests.sim.ownership.plot import (
     SERVED_S,
     all_owned,
     cut,
+    epochs_of,
     leases_lost,
     named,
     owners_of,
     quiet_world,
     run,
+    stay,
     until,
 )
 from tests.sim.ownership.process import Process
@@ -51,7 +53,7 @@ def test_a_pledge_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Turn, "pledge", lambda turn, backend, to: None)
     world = quiet_world(members=2)
     _let_one_back(world)
-    with pytest.raises(Violation, match="may be dispatched to by"):
+    with pytest.raises(Violation, match="is granted to replica"):
         run(world, LEASE_S)
 
 
@@ -94,13 +96,55 @@ def test_the_known_hole() -> None:
     run(world, 0.6 * LEASE_S)
     assert not any(new.owns(backend) for backend in BACKENDS)
     until(world, lambda: all(new.owns(backend) for backend in BACKENDS), SERVED_S)
-    assert world.counts[STRAYS] == len(BACKENDS)
+    assert world.counts[HOLE] == len(BACKENDS)
     assert all(any(each.owns(backend) for each in old) for backend in BACKENDS)
     run(world, 11 * LEASE_S)
     assert not world.checks.strays
     assert world.counts["disowned, TAKEN"]
     run(world, 8 * LEASE_S)
     assert owners_of(world) == {backend: world.checks.preferred(backend) for backend in BACKENDS}
+
+
+def test_who_hears_of_a_newer_epoch_from_redis_gives_up() -> None:
+    """Redis restarted: it knows of no holder, but of the newer epoch. The old owner claims nothing."""
+    world, old, new = _join_apart(10 * LEASE_S)
+    until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 2 * LEASE_S)
+    newest = epochs_of(world)
+    world.redis.up = False
+    world.start_redis(world.redis.scripts.data, 0)
+    cut(world, [new], "redis", seconds=LEASE_S / 2)
+    cut(world, old, "redis", seconds=0)
+    until(world, lambda: not any(each.owns(backend) for each in old for backend in BACKENDS), LEASE_S / 3 + 1)
+    assert all(new.owns(backend) == newest[backend] for backend in BACKENDS)
+    assert world.counts["disowned, TAKEN"] == len(BACKENDS)
+    stay(world, dict.fromkeys(BACKENDS, new.member.name), LEASE_S)
+
+
+def test_a_witness_that_has_seen_a_newer_epoch_stops_an_owner() -> None:
+    """One witness reaches Redis again: its refusal names the newer epoch, and the owner does not wait for its end."""
+    world, old, new = _join_apart(10 * LEASE_S)
+    until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 2 * LEASE_S)
+    witness, owner = sorted(old, key=lambda each: sum(each.owns(backend) is not None for backend in BACKENDS))
+    assert any(owner.owns(backend) for backend in BACKENDS)
+    cut(world, [witness], "redis", seconds=0)
+    until(world, lambda: not any(owner.owns(backend) for backend in BACKENDS), LEASE_S * 2 / 3)
+    assert not world.counts["disowned, LEASE_ENDED"]
+
+
+def test_a_word_is_believed_for_a_lease() -> None:
+    """Nobody takes for silence what follows upon "I own it": only when it has lasted for a lease, which is the hole."""
+    world = quiet_world(members=1)
+    (owner,) = world.living()
+    cut(world, [owner], "redis", seconds=60 * LEASE_S)
+    world.start("replica-9")
+    new = named(world, "replica-9")
+    run(world, 2 * LEASE_S)
+    assert set(owners_of(world).values()) == {owner.member.name}
+    cut(world, [new], owner.member.id, seconds=60 * LEASE_S)
+    run(world, LEASE_S - 1)
+    assert not any(new.owns(backend) for backend in BACKENDS)
+    until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 3)
+    assert world.counts[HOLE] == len(BACKENDS)
 
 
 def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
@@ -118,7 +162,7 @@ def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
     run(world, GRACE_S + LEASE_S / 2)
     assert owner.owns("engine-0")
     until(world, lambda: any(each.owns("engine-0") for each in (new, witness)), LEASE_S)
-    assert not world.counts[STRAYS]
+    assert not world.counts[HOLE]
 
 
 def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:

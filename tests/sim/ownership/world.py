@@ -190,8 +190,16 @@ class World:
             self.history.append((self.net.now_ns, "", f"{self.redis.scripts.process} starts", ""))
 
     def cut_redis(self) -> None:
-        """One or some members do not reach Redis, or hear nothing from it."""
-        self._cut([(each, "redis") for each in self._some()])
+        """Some members do not reach Redis, or hear nothing from it; often an owner, for longer than its lease."""
+        owners = [each for each in self.living() if any(each.owns(backend) for backend in self.scenario.backends)]
+        if not owners or self.random.random() < 0.3:
+            self._cut([(each, "redis") for each in self._some()])
+            return
+        owner = self.random.choice(owners).member.id
+        others = [each.member.id for each in self.living() if each.member.id != owner]
+        some = self.random.sample(others, self.random.randint(0, max(0, len(others) - 1)))
+        ttl_ns = self.scenario.bounds.ttl_ns
+        self._cut([(each, "redis") for each in (owner, *some)], ttl_ns, 3 * ttl_ns)
 
     def cut_members(self) -> None:
         """Some members and the others do not reach each other, or only one way."""
@@ -200,12 +208,14 @@ class World:
         self._cut([(one, other) for one in some for other in others])
 
     def cut_island(self) -> None:
-        """Some members reach each other and nothing else; Redis and the others may be joined by somebody new."""
-        island = self._some()
+        """Some members, or all, reach each other and nothing else; Redis and the others may be joined by a newcomer."""
+        island = [each.member.id for each in self.living()] if self.random.random() < 0.5 else self._some()
         if self.random.random() < 0.7:
             self.join()
         others = [each.member.id for each in self.living() if each.member.id not in island]
-        self._cut([(one, other) for one in island for other in [*others, "redis"]], 2 * self.scenario.bounds.alone_ns)
+        self._cut(
+            [(one, other) for one in island for other in [*others, "redis"]], 1, 2 * self.scenario.bounds.alone_ns
+        )
 
     def _some(self) -> list[str]:
         """Return one member, all, or some of them."""
@@ -213,8 +223,9 @@ class World:
         self.random.shuffle(living)
         return living[: self.random.choice((1, len(living), self.random.randint(0, len(living))))]
 
-    def _cut(self, pairs: list[tuple[str, str]], longest_ns: int = 0) -> None:
-        span_ns, kind = self.random.randint(0, longest_ns) or self._span_ns(), self.random.random()
+    def _cut(self, pairs: list[tuple[str, str]], least_ns: int = 0, most_ns: int = 0) -> None:
+        span_ns = self.random.randint(least_ns, most_ns) if most_ns else self._span_ns()
+        kind = self.random.random()
         ways = [(one, other) for one, other in pairs if kind < 0.85]
         ways += [(other, one) for one, other in pairs if kind > 0.15]
         self.note(f"cut: {ways}")
