@@ -32,10 +32,18 @@ def _go_on(turn: Turn, event: AskReceived) -> bool:
     if turn.know.reaches_redis:
         turn.look_at(turn.now)
         return False
-    if not _is_free_for(turn, event) or turn.know.epochs.get(event.backend, 0) > event.epoch:
+    if not _is_free_for(turn, event) or turn.is_over(event.backend, event.epoch):
         return False
     turn.pledge(event.backend, event.member)
     return True
 
 
-ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _is_free_for, Purpose.MOVE: moving.asked}
+def _take_over(turn: Turn, event: AskReceived) -> bool:
+    """Agree that another follows on a lease that has ended: nobody goes on with it here, or by a pledge of here."""
+    if not _is_free_for(turn, event):
+        return False
+    turn.agree_to_follower(event.backend, event.epoch)
+    return True
+
+
+ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: moving.asked}

@@ -6,8 +6,8 @@ Until a newer epoch of its backend is seen, wherever it is heard of: then anothe
 from __future__ import annotations
 
 from sidecar.ownership import events as ev
-from sidecar.ownership.effects import Own, SendAcquire, SendRenew
-from sidecar.ownership.slots import Call, HandingOver, Hold, Owned, Slot
+from sidecar.ownership.effects import Disown, Own, SendAcquire, SendRenew
+from sidecar.ownership.slots import Call, HandingOver, Hold, Lapsed, Owned, Slot
 from sidecar.ownership.turn import Turn
 from sidecar.ownership.words import Purpose, Why
 
@@ -15,7 +15,10 @@ from sidecar.ownership.words import Purpose, Why
 def keep(turn: Turn, slot: Slot, hold: Hold) -> None:
     """Do what is due for a lease: let it end, renew it, ask the witnesses."""
     if turn.now >= hold.valid_ns:
-        turn.lose(slot, Why.LEASE_ENDED)
+        if isinstance(slot.state, Owned) and hold.ask_ns is not None:
+            _lapse(turn, slot, hold)
+        else:
+            turn.lose(slot, Why.LEASE_ENDED)
         return
     if isinstance(slot.state, Owned) and _is_anothers(turn, slot, hold):
         turn.lose(slot, Why.TAKEN)
@@ -26,9 +29,35 @@ def keep(turn: Turn, slot: Slot, hold: Hold) -> None:
         _called(turn, hold, renewal)
         turn.emit(renewal)
     if isinstance(slot.state, Owned) and hold.ask_ns is not None and turn.now >= hold.ask_ns:
-        hold.ask_ns = turn.now + turn.know.bounds.retry_ns
-        hold.round = turn.ask(slot.backend, Purpose.GO_ON, _witnesses_of(hold), hold.epoch)
-        go_on(turn, slot, hold)
+        _ask(turn, slot, hold)
+
+
+def _ask(turn: Turn, slot: Slot, hold: Hold) -> None:
+    hold.ask_ns = turn.now + turn.know.bounds.retry_ns
+    hold.round = turn.ask(slot.backend, Purpose.GO_ON, _witnesses_of(hold), hold.epoch)
+    go_on(turn, slot, hold)
+
+
+def _lapse(turn: Turn, slot: Slot, hold: Hold) -> None:
+    """Stop, and go on asking: a witness that stood still for a moment must not cost the backend until Redis is back."""
+    if hold.call is not None:
+        turn.know.calls.pop(hold.call.number, None)
+        hold.call = None
+    hold.round = None
+    hold.ask_ns = turn.now
+    slot.become(Lapsed(hold))
+    turn.emit(Disown(slot.backend, Why.LEASE_ENDED))
+
+
+def look_after(turn: Turn, slot: Slot, hold: Hold) -> None:
+    """Ask the witnesses of a lapsed lease again; leave it when Redis answers, another follows or time is up."""
+    bounds, know = turn.know.bounds, turn.know
+    too_late = turn.now >= hold.granted_ns + bounds.usable_ns(bounds.alone_ns)
+    if know.reaches_redis or know.member.draining or too_late or turn.is_over(slot.backend, hold.epoch):
+        turn.give_back(slot)
+        turn.look_at(turn.now)
+    elif hold.ask_ns is not None and turn.now >= hold.ask_ns:
+        _ask(turn, slot, hold)
 
 
 def _is_anothers(turn: Turn, slot: Slot, hold: Hold) -> bool:
@@ -55,7 +84,7 @@ def go_on(turn: Turn, slot: Slot, hold: Hold) -> None:
     """Prolong a lease by the pledges of all witnesses, if they are complete and nobody knows of a newer one."""
     bounds = turn.know.bounds
     assert hold.round is not None
-    if hold.round.refused or turn.know.is_overtaken(slot.backend, hold.epoch):
+    if hold.round.refused or turn.is_over(slot.backend, hold.epoch):
         hold.round = None
         return
     if hold.round.missing:
@@ -66,6 +95,10 @@ def go_on(turn: Turn, slot: Slot, hold: Hold) -> None:
     if hold.ask_ns is not None:
         hold.ask_ns = hold.round.sent_ns + turn.know.every_ns
     hold.round = None
+    if isinstance(slot.state, Lapsed) and turn.now < hold.valid_ns:
+        hold.renew_ns = turn.now
+        slot.become(Owned(hold))
+        turn.emit(Own(slot.backend, hold.epoch))
 
 
 def answered(turn: Turn, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> None:

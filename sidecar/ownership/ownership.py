@@ -10,7 +10,7 @@ from sidecar.ownership import answering, keeping, moving, taking
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import Bounds, Member
-from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Owned, Slot
+from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Lapsed, Owned, Slot
 from sidecar.ownership.turn import NEVER_NS, Knowledge, Turn, leases_of
 from sidecar.ownership.words import Why
 
@@ -68,6 +68,8 @@ def _do_what_is_due(turn: Turn) -> None:
     for slot in know.slots.values():
         if isinstance(slot.state, Asking):
             taking.go_ahead(turn, slot)
+        elif isinstance(slot.state, Lapsed):
+            keeping.look_after(turn, slot, slot.state.hold)
         elif slot.hold is not None:
             keeping.keep(turn, slot, slot.hold)
     if know.move is not None and turn.now >= know.move.again_ns:
@@ -88,6 +90,8 @@ def _set_wake(turn: Turn) -> None:
         state = slot.state
         if isinstance(state, Asking):
             dues.append(state.round.sent_ns + know.bounds.ask_ns)
+        elif isinstance(state, Lapsed):
+            dues.append(turn.now if state.hold.ask_ns is None else state.hold.ask_ns)
         elif isinstance(state, Owned | HandingOver):
             hold = state.hold
             dues.append(hold.valid_ns)
@@ -156,8 +160,8 @@ def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:
         moving.answered(turn, know.move, event)
         return
     for slot in know.slots.values():
-        state = slot.state
-        round_ = state.round if isinstance(state, Asking) else state.hold.round if isinstance(state, Owned) else None
+        state, hold = slot.state, slot.asking_hold
+        round_ = state.round if isinstance(state, Asking) else None if hold is None else hold.round
         if round_ is None or event.number not in round_.missing:
             continue
         turn.saw(slot.backend, event.epoch)
@@ -166,8 +170,8 @@ def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:
             round_.agreed.append(event.member)
         round_.refused |= not event.agreed
         round_.holder |= event.holds
-        if isinstance(state, Owned):
-            keeping.go_on(turn, slot, state.hold)
+        if hold is not None:
+            keeping.go_on(turn, slot, hold)
         else:
             turn.believe(slot.backend, event.member, event.agreed)
 
@@ -193,7 +197,7 @@ def _backend_gone(turn: Turn, event: ev.BackendGone) -> None:
         return
     if isinstance(slot.state, Owned):
         turn.emit(do.Disown(slot.backend, Why.GONE))
-    if isinstance(slot.state, Acquiring | Owned | HandingOver):
+    if isinstance(slot.state, Acquiring | Owned | Lapsed | HandingOver):
         turn.give_back(slot)
     know.calls = {number: each for number, each in know.calls.items() if each is not slot}
     if know.move is not None and know.move.backend == event.backend:

@@ -1,7 +1,8 @@
 """Where this member stands with one backend: a state for each phase, with what exists only in it.
 
 FREE ─→ ASKING ─→ ACQUIRING ─→ OWNED ─→ HANDING_OVER ─→ FREE
-  └────────────────↗   every state may fall back to FREE
+  └────────────────↗            ↓ ↑
+                               LAPSED        every state may fall back to FREE
 """
 
 from __future__ import annotations
@@ -98,6 +99,16 @@ class Owned:
 
 
 @dataclass
+class Lapsed:
+    """A lease that ended while Redis was away, a witness not having pledged in time.
+
+    It is owned again, under its epoch, if all witnesses pledge it and none has agreed before that another takes over.
+    """
+
+    hold: Hold
+
+
+@dataclass
 class HandingOver:
     """Nothing is dispatched any more. Once nothing is in flight either it is given back, to a Redis that knows of it.
 
@@ -108,13 +119,14 @@ class HandingOver:
     is_idle: bool = False
 
 
-State = Free | Asking | Acquiring | Owned | HandingOver
+State = Free | Asking | Acquiring | Owned | Lapsed | HandingOver
 
 MAY_FOLLOW: dict[type, tuple[type, ...]] = {
     Free: (Asking, Acquiring),
     Asking: (Acquiring, Free),
     Acquiring: (Owned, Free),
-    Owned: (HandingOver, Free),
+    Owned: (HandingOver, Lapsed, Free),
+    Lapsed: (Owned, Free),
     HandingOver: (Free,),
 }
 
@@ -130,6 +142,11 @@ class Slot:
     def become(self, state: State) -> None:
         assert type(state) in MAY_FOLLOW[type(self.state)], f"{self.backend}: {self.state} → {state}"
         self.state = state
+
+    @property
+    def asking_hold(self) -> Hold | None:
+        """The lease whose witnesses may be asked to go on."""
+        return self.state.hold if isinstance(self.state, Owned | Lapsed) else None
 
     @property
     def hold(self) -> Hold | None:

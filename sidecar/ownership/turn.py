@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from sidecar.ownership import effects as do
 from sidecar.ownership.events import BeatAnswered
 from sidecar.ownership.facts import Bounds, Lease, Member
-from sidecar.ownership.slots import Acquiring, Free, Ground, HandingOver, Move, Owned, Pledge, Round, Slot
+from sidecar.ownership.slots import Acquiring, Free, Ground, HandingOver, Lapsed, Move, Owned, Pledge, Round, Slot
 from sidecar.ownership.words import Purpose, Why
 
 NEVER_NS = 1 << 62
@@ -33,6 +33,8 @@ class Knowledge:
     """Who lived when Redis last answered a beat."""
     epochs: dict[str, int] = field(default_factory=dict)
     """The newest epoch seen, by backend."""
+    over: dict[str, int] = field(default_factory=dict)
+    """By backend the epoch that is over for good, and all before it: this member has agreed to a follower."""
     pledges: dict[str, Pledge] = field(default_factory=dict)
     heard: dict[tuple[str, str], int] = field(default_factory=dict)
     """By backend and member: until when one is believed that said to hold it, or to have pledged it to another."""
@@ -68,6 +70,13 @@ class Turn:
 
     def saw(self, backend: str, epoch: int) -> None:
         self.know.epochs[backend] = max(epoch, self.know.epochs.get(backend, 0))
+
+    def agree_to_follower(self, backend: str, epoch: int) -> None:
+        """Remember that others may own a backend under epochs that nobody here hears of."""
+        self.know.over[backend] = max(epoch, self.know.epochs.get(backend, 0), self.know.over.get(backend, 0))
+
+    def is_over(self, backend: str, epoch: int) -> bool:
+        return self.know.is_overtaken(backend, epoch) or self.know.over.get(backend, 0) >= epoch
 
     def pledged_to(self, backend: str) -> str:
         """Return whom a backend is pledged to, "" if to nobody."""
@@ -135,7 +144,7 @@ class Turn:
         if isinstance(state, Acquiring):
             token, number = state.call.token, state.call.number
         else:
-            assert isinstance(state, Owned | HandingOver), f"{slot.backend}: nothing was granted"
+            assert isinstance(state, Owned | Lapsed | HandingOver), f"{slot.backend}: nothing was granted"
             token, number = state.hold.token, state.hold.call.number if state.hold.call is not None else 0
         self.know.calls.pop(number, None)
         self.emit(do.SendRelease(slot.backend, token))

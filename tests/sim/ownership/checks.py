@@ -101,7 +101,7 @@ class Checks:
         """Return who strays still, and forget who does no longer."""
         strays = self.strays.pop(backend, {})
         left = {
-            member: epoch for member, epoch in strays.items() if self.world.processes[member].holds(backend) == epoch
+            member: epoch for member, epoch in strays.items() if self.world.processes[member].keeps(backend) == epoch
         }
         if left:
             self.strays[backend] = left
@@ -115,15 +115,16 @@ class Checks:
         """
         strays = self.strays_of(call.backend)
         for other in self.world.living():
-            epoch = other.holds(call.backend)
+            epoch = other.keeps(call.backend)
             if other is process or epoch is None or other.member.id in strays:
                 continue
-            is_hole = process.member.id in strays or self._is_the_hole(other, call, before, now_ns)
-            hold(
-                is_hole, f"{call.backend} is granted to {process.member.id}, and {other.member.id} has it under {epoch}"
-            )
-            self.strays.setdefault(call.backend, {})[other.member.id] = epoch
-            self.world.note(f"{HOLE}: {call.backend} to {process.member.id} while {other.member.id} has {epoch}")
+            if process.member.id in strays or self._is_the_hole(other, call, before, now_ns):
+                self.strays.setdefault(call.backend, {})[other.member.id] = epoch
+                self.world.note(f"{HOLE}: {call.backend} to {process.member.id} while {other.member.id} has {epoch}")
+            elif other.holds(call.backend) is not None:
+                raise Violation(
+                    f"{call.backend} is granted to {process.member.id}; {other.member.id} has it under {epoch}"
+                )
 
     def _is_the_hole(self, other: Process, call: do.SendAcquire, before: Record | None, now_ns: int) -> bool:
         """Whether nobody vouched, Redis waited for long enough, and `other` goes on by pledges of members unheard."""
@@ -138,6 +139,9 @@ class Checks:
             return False
         kept = other.hold_of(call.backend)
         assert kept is not None, f"{other.member.id} holds {call.backend} without a lease"
+        witnesses = {each for named in kept.witnesses.values() for each in named}
+        if other.holds(call.backend) is None and not witnesses.isdisjoint(call.agreed):
+            return False  # it has lapsed, and for good: who agreed to another never pledges it again
         is_on_pledges = other.local_ns >= kept.granted_ns + bounds.usable_ns(bounds.ttl_ns)
         return is_on_pledges and not any(self._is_pledged(each, other, call.backend) for each in call.agreed)
 

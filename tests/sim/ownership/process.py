@@ -10,7 +10,7 @@ from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
 from sidecar.ownership.facts import SECOND_NS, Member
 from sidecar.ownership.ownership import Ownership
-from sidecar.ownership.slots import Hold
+from sidecar.ownership.slots import Hold, Lapsed
 from sidecar.ownership.words import Why
 from tests.sim.ownership.scenario import MILLISECOND_NS
 
@@ -49,6 +49,11 @@ class Process:
         lease = self.hold_of(backend) if self.alive else None
         return lease.epoch if lease is not None and self.local_ns < lease.valid_ns else None
 
+    def keeps(self, backend: str) -> int | None:
+        """Return the epoch of a lease that is not over, or may be again by pledges alone."""
+        slot = self.ownership.know.slots.get(backend) if self.alive else None
+        return slot.state.hold.epoch if slot is not None and isinstance(slot.state, Lapsed) else self.holds(backend)
+
     def do(self, act: Callable[[], None]) -> None:
         """Do something in this process: now, or once it is no longer paused."""
         if self.alive and self.paused:
@@ -72,9 +77,9 @@ class Process:
             self._step(ev.BackendFound(backend, self.world.scenario.backends[backend]))
 
     def hold_of(self, backend: str) -> Hold | None:
-        """Return its lease of a backend, None if it has none."""
+        """Return its lease of a backend, though it may be over and wait for pledges; None if it has none."""
         slot = self.ownership.know.slots.get(backend)
-        return None if slot is None else slot.hold
+        return None if slot is None else slot.hold or slot.asking_hold
 
     def resume(self) -> None:
         """Let it go on: with its clock first, or with what has come in first."""

@@ -44,6 +44,21 @@ def test_without_redis_all_go_on(away_s: float) -> None:
     assert all(after > epochs[backend] for backend, after in epochs_of(world).items())
 
 
+def test_a_witness_that_stood_still_costs_no_more_than_that() -> None:
+    """Without Redis nobody can take over what lapsed: when all witnesses answer again it goes on under its epoch."""
+    world = quiet_world()
+    owners, epochs = owners_of(world), epochs_of(world)
+    world.redis.up = False
+    stay(world, owners, 2 * LEASE_S)
+    still = named(world, owners["engine-0"])
+    still.paused = True
+    until(world, lambda: not all_owned(world), 2 * LEASE_S)
+    still.resume()
+    until(world, lambda: owners_of(world) == owners, 2)
+    assert epochs_of(world) == epochs
+    stay(world, owners, 10 * LEASE_S)
+
+
 def test_nobody_goes_on_for_ever() -> None:
     """After `alone_ns` without Redis an owner stops; when Redis is back, each backend is owned again in time."""
     bounds = Bounds(alone_ns=6 * BOUNDS.ttl_ns)
