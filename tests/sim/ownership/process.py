@@ -29,6 +29,8 @@ class Process:
         self.in_flight: Counter[str] = Counter()
         self.ending: dict[str, None] = {}
         """Backends that were disowned and whose work in flight has to end."""
+        self._addresses: set[str] = set()
+        """Whom Redis named as living when it answered last: others it cannot ask, but it can be asked by them."""
         self._backlog: list[Callable[[], None]] = []
         self._wakes = 0
         self.give(ev.Tick())
@@ -67,6 +69,8 @@ class Process:
 
     def _step(self, event: ev.Event) -> None:
         now_ns = self.local_ns
+        if isinstance(event, ev.BeatAnswered):
+            self._addresses = {member.id for member in event.members}
         effects = self.ownership.step(event, now_ns)
         self.world.trace(self, event, effects)
         if isinstance(event, ev.AskReceived):
@@ -132,6 +136,8 @@ class Process:
         self.world.counts["left"] += 1
 
     def ask(self, effect: do.SendAsk) -> None:
+        if effect.to not in self._addresses:
+            return
         event = ev.AskReceived(effect.number, self.member.id, effect.backend, effect.purpose, effect.epoch)
         to = self.world.processes[effect.to]
         self.net.send(self.member.id, to.member.id, lambda: to.give(event))
