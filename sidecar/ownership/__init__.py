@@ -18,12 +18,12 @@ Redis may go away, forget, or come back older than it was. Four rules keep a bac
 
 An owner goes on for `alone_ns`, a day, so that a Redis that is away costs nothing; a taker waits for `grace_ns`, little
 more than a lease, so that a first install and a fleet that died are served soon. **The price is one known hole**: while
-old members go on on pledges and none of them reaches Redis, a replica that joins through that Redis, and that reaches
-none of them, owns what they own too. No rule closes it and keeps both promises. To the newcomer a fleet that it cannot
-reach is as one that died, to the fleet a Redis that it cannot reach is as one that is away; only a wait as long as an
-owner goes on would tell. The hole ends with the first epoch that is heard across: when an old owner reaches Redis, or
-asks a witness that does or that has seen the newer one, and after `alone_ns` at the latest. Ownership is for
-efficiency: two queues feed one engine meanwhile, and a client still gets the tokens of one run.
+old members go on on pledges, a replica that joins through a Redis that none of them has reached for a lease owns what
+they own too. It cannot ask them: Redis names only members that live. Nor would asking close it. To a newcomer that does
+not reach them a fleet that goes on is as one that died, to that fleet a Redis that it does not reach is as one that is
+away; only a wait as long as an owner goes on would tell them apart. The hole ends with the first newer epoch that is
+heard of: when an old owner reaches Redis, or asks a witness that does or that has seen it, and after `alone_ns` at the
+latest. Ownership is for efficiency: two queues feed one engine meanwhile, and a client gets the tokens of one run.
 
 The scripts that these rules need of Redis are spelled out, runnable, in `tests/sim/ownership/redis.py`.
 """

@@ -160,6 +160,38 @@ def test_who_finds_another_holder_stops() -> None:
     assert house.step(BOUNDS.every_ns, taken, do.Disown) == do.Disown("engine", Why.TAKEN)
 
 
+def test_who_hears_of_a_newer_epoch_stops() -> None:
+    """From Redis, which may have forgotten its holder, or from a member that refuses, or that asks for itself."""
+    ways = {
+        "Redis": lambda house: ev.LeaseAnswered(house.renewal.number, False, 9, "", "newer", 0),
+        "who asks": lambda house: ev.AskReceived(1, OTHER.id, "engine", Purpose.TAKE_OVER, 9),
+    }
+    for way, hear in ways.items():
+        house = _owner()
+        house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+        effects = house.all(BOUNDS.every_ns, hear(house))
+        assert _of(do.Disown, effects) == [do.Disown("engine", Why.TAKEN)], way
+        assert not _of(do.SendAcquire, effects), way
+        assert house.may_dispatch(house.now_ns) is None, way
+    house = _owner((ME, OTHER))
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    ask = house.step(house.now_ns, ev.LeaseFailed(renewal.number), do.SendAsk)
+    refusal = ev.AskAnswered(ask.number, OTHER.id, False, False, True, 9)
+    assert house.step(house.now_ns, refusal, do.Disown) == do.Disown("engine", Why.TAKEN)
+
+
+def test_what_may_be_the_own_claim_is_waited_for() -> None:
+    """A newer epoch may be the answer to a claim that is under way: nothing is given up, nor dispatched meanwhile."""
+    house = _owner()
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    claim = house.step(house.now_ns, ev.LeaseAnswered(renewal.number, False, 0, "", "newer", 0), do.SendAcquire)
+    effects = house.all(house.now_ns, ev.AskReceived(1, OTHER.id, "engine", Purpose.TAKE_OVER, 9))
+    assert not _of(do.Disown, effects)
+    assert house.may_dispatch(house.now_ns) is None
+    house.step(house.now_ns, house.granted(claim, 9), do.Own)
+    assert house.may_dispatch(house.now_ns) == 9
+
+
 def _asked(house: House, who: Member, purpose: Purpose, epoch: int = 7) -> do.Answer:
     return house.step(house.now_ns, ev.AskReceived(1, who.id, "engine", purpose, epoch), do.Answer)
 
@@ -240,6 +272,34 @@ def test_a_holder_that_answers_is_left_alone() -> None:
     (ask,) = _of(do.SendAsk, house.all(0, house.looked((ME,), (_lease(OTHER, 0, (OTHER,)),))))
     effects = house.all(1, ev.AskAnswered(ask.number, OTHER.id, False, True, False, 7))
     assert not _of(do.SendAcquire, effects)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_word_is_believed_for_a_lease(holds: bool) -> None:
+    """Silence that follows upon "I own it" or "I pledged it" is no consent, for as long as a lease may last."""
+    house, ended, said_ns = House(), (_lease(OTHER, 0, (OTHER,)),), 1
+
+    def ask(now_ns: int) -> do.SendAsk:
+        if now_ns:
+            house.step(now_ns, ev.Tick(), do.SendBeat)
+        return house.step(now_ns, house.looked((ME, OTHER), ended), do.SendAsk)
+
+    house.all(said_ns, ev.AskAnswered(ask(0).number, OTHER.id, False, holds, False, 7))
+    for now_ns in (BOUNDS.retry_ns + said_ns, BOUNDS.passed_ns(TTL_NS) - BOUNDS.ask_ns):
+        ask(now_ns)
+        assert not _of(do.SendAcquire, house.all(now_ns + BOUNDS.ask_ns, ev.Tick()))
+    ask(BOUNDS.passed_ns(TTL_NS) + BOUNDS.retry_ns)
+    house.step(house.now_ns + BOUNDS.ask_ns, ev.Tick(), do.SendAcquire)
+
+
+def test_a_word_to_be_free_is_believed_at_once() -> None:
+    """Who said to own it, and now says that it does not, is not waited for."""
+    house, ended = House(), (_lease(OTHER, 0, (OTHER,)),)
+    first = house.step(0, house.looked((ME, OTHER), ended), do.SendAsk)
+    house.all(1, ev.AskAnswered(first.number, OTHER.id, False, True, False, 7))
+    house.step(1 + BOUNDS.retry_ns, ev.Tick(), do.SendBeat)
+    again = house.step(house.now_ns, house.looked((ME, OTHER), ended), do.SendAsk)
+    house.step(house.now_ns, ev.AskAnswered(again.number, OTHER.id, True, False, False, 7), do.SendAcquire)
 
 
 def test_a_pledge_to_the_owner_is_heard_unless_a_witness_gave_none() -> None:

@@ -32,6 +32,8 @@ class Process:
         """Backends that were disowned and whose work in flight has to end."""
         self.unseen: set[str] = set()
         """Backends that it takes for gone."""
+        self._addresses: set[str] = set()
+        """Whom Redis named as living when it answered last: others it cannot ask, but it can be asked by them."""
         self._backlog: list[Callable[[], None]] = []
         self._wakes = 0
         self.give(ev.Tick())
@@ -94,6 +96,8 @@ class Process:
         now_ns = self.local_ns
         if isinstance(event, ev.BackendGone):
             self.world.checks.forgets(self, event.backend)
+        if isinstance(event, ev.BeatAnswered):
+            self._addresses = {member.id for member in event.members}
         effects = self.ownership.step(event, now_ns)
         self.world.trace(self, event, effects)
         if isinstance(event, ev.AskReceived):
@@ -159,6 +163,8 @@ class Process:
         self.world.counts["left"] += 1
 
     def ask(self, effect: do.SendAsk) -> None:
+        if effect.to not in self._addresses:
+            return
         event = ev.AskReceived(effect.number, self.member.id, effect.backend, effect.purpose, effect.epoch)
         to = self.world.processes[effect.to]
         self.net.send(self.member.id, to.member.id, lambda: to.give(event))

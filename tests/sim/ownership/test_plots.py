@@ -131,22 +131,6 @@ def test_a_witness_that_has_seen_a_newer_epoch_stops_an_owner() -> None:
     assert not world.counts["disowned, LEASE_ENDED"]
 
 
-def test_a_word_is_believed_for_a_lease() -> None:
-    """Nobody takes for silence what follows upon "I own it": only when it has lasted for a lease, which is the hole."""
-    world = quiet_world(members=1)
-    (owner,) = world.living()
-    cut(world, [owner], "redis", seconds=60 * LEASE_S)
-    world.start("replica-9")
-    new = named(world, "replica-9")
-    run(world, 2 * LEASE_S)
-    assert set(owners_of(world).values()) == {owner.member.name}
-    cut(world, [new], owner.member.id, seconds=60 * LEASE_S)
-    run(world, LEASE_S - 1)
-    assert not any(new.owns(backend) for backend in BACKENDS)
-    until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 3)
-    assert world.counts[HOLE] == len(BACKENDS)
-
-
 def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
     """Redis forgot all: an old member that reaches it knows who goes on, and by its pledge the newcomer waits."""
     world = quiet_world(members=2)
