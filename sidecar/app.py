@@ -39,9 +39,11 @@ from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.kubernetes.places import Seen, seen_here
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.pool import base_models, make_backends, shared_memory_for, stagings_of
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.replicas.board import SERVING
 from sidecar.replicas.replica import Replica
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway
@@ -52,6 +54,7 @@ from sidecar.shell.sources import Sources
 from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
 
 if TYPE_CHECKING:
+    from sidecar.kubernetes.declared import DeclaredAdapters
     from sidecar.state.redis.link import Link
 
 logger = logging.getLogger(__name__)
@@ -90,6 +93,7 @@ class Sidecar:
         self._drain_front: HttpDrain | None = None
         self.drain_address = ""
         self._draining: asyncio.Task[None] | None = None
+        self._declared: DeclaredAdapters | None = None
         core = config.core()
         self._memory = shared_memory_for(config)
         self.gateway = Gateway(
@@ -179,6 +183,9 @@ class Sidecar:
             self._tell_of_another_registry()
         if self.config.replicas.address is not None:
             self._join(self.config.replicas)
+        adapters = self.config.kubernetes.adapters
+        if adapters.config_maps or adapters.custom_resources:
+            self._follow_cluster()
         await self.gateway.start(backends)
         if self.replica is not None:
             self.replica.start()
@@ -188,6 +195,8 @@ class Sidecar:
         await asyncio.gather(*(self._register_served(path) for path in served))
         self._reconciling = asyncio.create_task(self._reconcile(served))
         await self._listen()
+        if self._declared is not None:
+            self._declared.start()
 
     def _join(self, wanted: Replicas) -> None:
         """Listen to the other replicas, and be one of them."""
@@ -216,6 +225,32 @@ class Sidecar:
         )
         self.replica.add_to(server)
         self.metrics.replica = self._replica_figures
+
+    def _follow_cluster(self) -> None:
+        """Have adapters that are declared in the cluster registered. Raises Misused when there is no cluster."""
+        from sidecar.kubernetes.access import find_access
+        from sidecar.kubernetes.declared import DeclaredAdapters
+
+        wanted, replica = self.config.kubernetes, self.replica
+        access = find_access()
+        self._declared = declared = DeclaredAdapters(
+            access,
+            self.gateway,
+            self._seen,
+            lambda: replica is None or replica.keeper.leads_since is not None,
+            self._member.name,
+            wanted.namespace or access.namespace,
+            wanted.adapters.label if wanted.adapters.config_maps else None,
+            wanted.adapters.custom_resources,
+        )
+        self.metrics.declared = lambda: declared.phases
+
+    def _seen(self) -> dict[str, Seen]:
+        """Return all backends as their owners tell of them."""
+        if self.replica is None:
+            return seen_here(self.gateway.state)
+        standings = self.replica.board.standings
+        return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
 
     def _replica_figures(self) -> ReplicaFigures:
         replica, away_since = self.replica, self.registry.away_since
@@ -361,6 +396,8 @@ class Sidecar:
             await server.stop(0)
         if self._http is not None:
             await self._http.stop()
+        if self._declared is not None:
+            await self._declared.stop()
         if self.replica is not None:
             await self.replica.stop()
         await self.registry.close()  # before the gateway, which takes no change any more once it has stopped

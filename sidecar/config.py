@@ -397,6 +397,21 @@ class Replicas(Section):
         return Listener(address=self.address, tls=self.tls)
 
 
+class ClusterAdapters(Section):
+    """What declares adapters: ConfigMaps that have `label`, of the form key=value, and LoraAdapters."""
+
+    config_maps: bool = False
+    custom_resources: bool = False
+    label: str = Field("lora-sidecar.io/adapters=true", pattern=r"^([\w.-]+/)?[\w.-]+=[\w.-]*$")
+
+
+class Kubernetes(Section):
+    """The cluster that this process belongs to, as a pod or by KUBECONFIG. `namespace` is its own if none is named."""
+
+    namespace: str = Field("", pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$")
+    adapters: ClusterAdapters = ClusterAdapters()
+
+
 class Config(Section):
     """The whole configuration; the defaults serve one engine on this machine."""
 
@@ -409,6 +424,7 @@ class Config(Section):
     journal: Journal = Journal()
     state: State = State()
     replicas: Replicas = Replicas()
+    kubernetes: Kubernetes = Kubernetes()
     data_directory: str | None = None
     base_requests: Literal["allow", "refuse"] = "allow"
     tenant_from: Literal["metadata", "certificate", "none"] = "metadata"
@@ -537,5 +553,6 @@ def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
         Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, BaseModelNames,
         SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal, State,
+        Replicas, Kubernetes, ClusterAdapters,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

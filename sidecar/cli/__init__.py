@@ -25,6 +25,7 @@ from sidecar.cli import (
     serving,
     simulating,
     state,
+    versions,
 )
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
 from sidecar.emulator.command import emulate
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; what is expected to go wrong is told in one line."""
     as_json = "--json" in arguments
     try:
-        code = get_command(app).main(list(arguments), prog_name="sidecar", standalone_mode=False)
+        code = get_command(app).main(versions.with_times(arguments), prog_name="sidecar", standalone_mode=False)
         sys.stdout.flush()
         return int(code or Exit.OK)
     except CommandError as error:

@@ -14,6 +14,7 @@ from sidecar.cli.client import Client, admin_command
 from sidecar.cli.pushing import push
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
+from sidecar.shell.managing import in_words
 
 app = typer.Typer(help="Register adapters, see where they are, move and forget them.", no_args_is_help=True)
 
@@ -116,6 +117,7 @@ def _notes(adapter: Any) -> str | Text:
     notes = [
         "pinned" if adapter.pinned else "",
         f"for {', '.join(adapter.allow)}" if adapter.allow else "",
+        f"held for {duration(adapter.held_s)}" if adapter.held_s else "",
         f"{adapter.requests} in work" if adapter.requests else "",
         f"unfit for {unfit} of {len(adapter.backends)} backends" if unfit else "",
     ]
@@ -143,7 +145,7 @@ def _shown(adapter: Any) -> list[Any]:
             ("shape", f"rank {adapter.rank}, {adapter.dtype}, {', '.join(adapter.modules)}"),
             ("pinned", "yes" if adapter.pinned else "no"),
             ("allowed", ", ".join(adapter.allow) or "all tenants"),
-            ("managed by", adapter.managed_by + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")),
+            ("managed by", _manager(adapter)),
             ("requests", f"{adapter.requests} waiting or running"),
         )
     )
@@ -163,6 +165,10 @@ def _shown(adapter: Any) -> list[Any]:
         *titled("host store", store),
         *titled("backends", backends),
     ]
+
+
+def _manager(adapter: Any) -> str:
+    return in_words(adapter.managed_by) + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")
 
 
 def _belief(place: Any) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -18,8 +19,21 @@ _DURATION = re.compile(r"(\d+)([smhd])\Z")
 
 Hold = Annotated[
     str,
-    typer.Option(help="Let the change stand for so long (30m, 2h) though another manages the name.", metavar="TIME"),
+    typer.Option(
+        help="Let the change stand for so long (30m, 2h) though another manages the name; alone, at the end: 1h.",
+        metavar="[TIME]",
+    ),
 ]
+HOLD, HOLD_DEFAULT = "--hold", "1h"
+
+
+def with_times(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which a --hold that no time follows has one."""
+    following = [*arguments[1:], "-"]
+    return [
+        f"{HOLD}={HOLD_DEFAULT}" if word == HOLD and after.startswith("-") else word
+        for word, after in zip(arguments, following, strict=False)
+    ]
 
 
 def seconds_of(hold: str) -> int:

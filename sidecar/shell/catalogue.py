@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import time
 from typing import NamedTuple, TypeVar
@@ -20,6 +20,8 @@ from sidecar.core.admission import unknown_adapter
 from sidecar.core.state import State, Version
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.fit import check_fit
+from sidecar.shell.managing import Wanted as Wanted
+from sidecar.shell.managing import check_pin, check_unregister, taken_over
 from sidecar.shell.sources import Arrival, Sources
 from sidecar.state import records
 from sidecar.state.records import Record
@@ -30,20 +32,6 @@ ATTEMPTS_MAX = 8
 """Times that a change is worked out anew because somebody else changed the same name in between."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a registration asks for beside the content. `hold_s` lets a change of a name that another manages stand."""
-
-    allow: tuple[str, ...] = ()
-    pin: bool = False
-    labels: tuple[tuple[str, str], ...] = ()
-    stage: bool = False
-    managed_by: str = "cli"
-    hold_s: float = 0.0
-    base: str = ""
-    """The base model's name, where the one that the adapter was trained under is not the engine's."""
 
 
 class Entered(NamedTuple):
@@ -70,6 +58,8 @@ class Catalogue:
         self._state = state
         self._step = step
         self._bases = bases
+        self.reconciled = ""
+        """What the owners begin with whose declarations are looked after (`managing.CLUSTER`); "" if none are."""
         self._forgotten_until: dict[str, float] = {}
 
     def announce(self) -> None:
@@ -128,13 +118,19 @@ class Catalogue:
         adapter = arrival.registration.adapter
         if wanted.base:
             adapter = replace(adapter, base_model=wanted.base)
+        _check_content(name, adapter.digest, wanted.digest)
         check_fit(name, adapter, self._state(), self._bases)
 
         def grown(before: Record | None) -> Record:
-            mine = None if before is None else self._taken_over(before, wanted)
+            if wanted.confirm is not None:
+                wanted.confirm()
+            mine = None if before is None else taken_over(before, wanted, time())
             record, _ = records.added(
                 mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
             )
+            if wanted.declared is not None:
+                said = replace(wanted.declared, digest=adapter.digest)
+                return records.as_declared(record, said, wanted.managed_by, wanted.allow, wanted.pin)
             return replace(
                 record,
                 allow=wanted.allow or record.allow,
@@ -168,7 +164,7 @@ class Catalogue:
         """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
 
         def promoted(record: Record) -> Record:
-            mine = self._taken_over(record, Wanted(hold_s=hold_s))
+            mine = taken_over(record, Wanted(hold_s=hold_s), time())
             return records.promoted(mine, self._ordinal(mine, selector), percent)
 
         return await self._change(name, promoted)
@@ -176,8 +172,12 @@ class Catalogue:
     async def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
         """Undo the last promotion: the one that was the last when this was asked, so it is tried once only."""
         return await self._change(
-            name, lambda record: records.rolled_back(self._taken_over(record, Wanted(hold_s=hold_s))), attempts_max=1
+            name, lambda record: records.rolled_back(taken_over(record, Wanted(hold_s=hold_s), time())), attempts_max=1
         )
+
+    async def change_declared(self, name: str, owner: str, changed: Callable[[Record], Record]) -> Record:
+        """Change a name at the word of its owner, or of one in the same cluster. Raises Invalid while it is held."""
+        return await self._change(name, lambda record: changed(taken_over(record, Wanted(managed_by=owner), time())))
 
     async def refresh(self, name: str, selector: str = "") -> Record:
         """Have every engine take a fresh copy of a version, the current one by default."""
@@ -187,14 +187,20 @@ class Catalogue:
         )
 
     async def set_pin(self, name: str, pinned: bool) -> Record:
-        return await self._change(name, lambda record: replace(record, pinned=pinned))
+        def pinned_or_not(record: Record) -> Record:
+            check_pin(record)
+            return replace(record, pinned=pinned)
 
-    async def unregister(self, name: str, hold_s: float = 0.0) -> None:
+        return await self._change(name, pinned_or_not)
+
+    async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> None:
         """Forget a name, so that nothing new comes for it, and wait until what is here for it has ended."""
+        wanted = Wanted(hold_s=hold_s, managed_by=managed_by)
 
         async def forget() -> Record:
             record = self.known(name)
-            held = self._taken_over(record, Wanted(hold_s=hold_s))
+            check_unregister(record, wanted, self.reconciled)
+            held = taken_over(record, wanted, time())
             await self.registry.delete(name, record)
             return held
 
@@ -260,26 +266,15 @@ class Catalogue:
             Reason.INVALID_NAME, f'{record.name} has no version "{selector[:80]}"; it has {has}', adapter=record.name
         )
 
-    def _taken_over(self, record: Record, wanted: Wanted) -> Record:
-        """Return the record as the asker may change it: who declares a name has the say, unless it is held."""
-        if wanted.managed_by == record.managed_by:
-            if wanted.managed_by == "config" and time() < record.held_until:
-                raise Invalid(
-                    Reason.MANAGED_ELSEWHERE,
-                    f"{record.name} is held by an operator and stays as it is for another "
-                    f"{record.held_until - time():.0f} s",
-                    adapter=record.name,
-                )
-            return record
-        if wanted.hold_s > 0:
-            return replace(record, held_until=time() + wanted.hold_s)
-        if record.managed_by in ("cli", "push"):
-            return replace(record, managed_by=wanted.managed_by)
+
+def _check_content(name: str, digest: str, wanted: str) -> None:
+    """Raise Invalid(ADAPTER_MISMATCH) if an adapter is not what whoever names its digest takes it for."""
+    if wanted and digest != wanted:
         raise Invalid(
-            Reason.MANAGED_ELSEWHERE,
-            f"{record.name} is managed by {record.managed_by} and would be set back; change it there, or override it "
-            "for a while with --hold DURATION",
-            adapter=record.name,
+            Reason.ADAPTER_MISMATCH,
+            f"{name}: the source holds the content {digest} and {wanted} is declared; name what it holds, or a source "
+            "that holds what is declared",
+            adapter=name,
         )
 
 

@@ -81,6 +81,9 @@ METRICS: tuple[Metric, ...] = (
     _counter("prefetches_used_total", "Of these, how many a request used.", "to"),
     _counter("prefetches_late_total", "Of those used, for how many a request waited all the same.", "to"),
     _counter("prefetch_wasted_bytes_total", "Bytes of prefetches that nobody used.", "to"),
+    # Adapters that a cluster declares, as the replica that leads tells of them.
+    _gauge("declared_adapters", "Adapters that the cluster declares, by phase; 0 where this does not lead.", "phase"),
+    _gauge("declared_held", "Of these, how many an operator holds at another version for now."),
     # Backends.
     _histogram("load_seconds", "Time to bring an adapter in, by phase: fetch, pack or load.", "phase"),
     _counter("loads_total", "Loads that ended, by result: ok or failed.", "backend", "result"),

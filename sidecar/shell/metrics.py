@@ -7,7 +7,7 @@ state when `/metrics` is asked; the text is made in a thread, since thousands of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER
 from sidecar.shell.metric_table import METRICS as METRICS
 from sidecar.shell.state_gauges import families_of, family
 
+DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
 TENANT_LABELS_MAX = 50
 LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -118,6 +119,8 @@ class Metrics:
         """What the journal's figures are read from; set by whoever starts one."""
         self.replica: Callable[[], ReplicaFigures] = ReplicaFigures
         """Where those of several replicas are read; set by whoever starts one."""
+        self.declared: Callable[[], Mapping[str, int]] = dict
+        """Where the declared adapters of each phase are counted; set by whoever follows a cluster."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -188,7 +191,12 @@ class Metrics:
         }
         changes = [(("taken",), between.taken), (("given_up",), between.given_up)]
         found = [family(short, [((), value)]) for short, value in counted.items()]
-        return [*families_of(self._core.state), family("ownership_changes_total", changes), *found]
+        return [
+            *families_of(self._core.state),
+            family("ownership_changes_total", changes),
+            *_declared_families(self.declared()),
+            *found,
+        ]
 
     # What happens.
 
@@ -296,6 +304,14 @@ class Metrics:
         if not name:
             return BASE_MODEL
         return self._adapters.label(name) if name in self._core.state.names else OTHER
+
+
+def _declared_families(phases: Mapping[str, int]) -> list[Family]:
+    """Return the figures of declared adapters; a phase that none is in is told of, too."""
+    return [
+        family("declared_adapters", [((phase,), phases.get(phase, 0)) for phase in DECLARED_PHASES]),
+        family("declared_held", [((), phases.get("Held", 0))]),
+    ]
 
 
 _EVENTS: dict[type, Callable[[Metrics, Any, int], None]] = {

@@ -30,11 +30,29 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Declared:
+    """What an object of a cluster said of a name when that was last done.
+
+    `said` is a hash of the source and of what else may bring new content, `digest` the content that it brought.
+    `prefetch` are patterns of the backends that are to have it loaded, none if empty, and None if it is brought when it
+    is asked for. A name answers for `grace_s` after its object has gone, which was at `gone_at` (Unix seconds), 0 while
+    it is there.
+    """
+
+    said: str
+    digest: str = ""
+    prefetch: tuple[str, ...] | None = None
+    grace_s: float = 0.0
+    gone_at: float = 0.0
+
+
+@dataclass(frozen=True)
 class Record:
     """A registered name.
 
     `current` and `previous` are ordinals; `canary` is (ordinal, percent). `managed_by` says who declares it: "cli",
-    "config", "push"; until `held_until` (Unix seconds) what another one changed stands all the same.
+    "config", "push", or an object of a cluster, of which `declared` says more; until `held_until` (Unix seconds) what
+    another one changed stands all the same.
     """
 
     name: str
@@ -46,6 +64,7 @@ class Record:
     pinned: bool = False
     managed_by: str = "cli"
     held_until: float = 0.0
+    declared: Declared | None = None
 
     @property
     def version(self) -> Version:
@@ -154,6 +173,26 @@ def rolled_back(record: Record) -> Record:
             adapter=record.name,
         )
     return replace(record, current=record.previous, previous=record.current)
+
+
+def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str, ...], pinned: bool) -> Record:
+    """Return a name as an owner's declaration says, which has brought a version of it; no override stands any more.
+
+    Raises Refused(UNKNOWN_ADAPTER) if that version is forgotten.
+    """
+    version = record.with_content(declared.digest)
+    if version is None:
+        raise Refused(
+            Reason.UNKNOWN_ADAPTER, f"{record.name} has no version {declared.digest[:12]} any more", adapter=record.name
+        )
+    return replace(
+        promoted(record, version.ordinal),
+        allow=allow or None,
+        pinned=pinned,
+        managed_by=owner,
+        held_until=0.0,
+        declared=declared,
+    )
 
 
 def refreshed(record: Record, ordinal: int) -> Record:

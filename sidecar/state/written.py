@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 from sidecar.core.facts import Adapter, Row
-from sidecar.state.records import Record, Version
+from sidecar.state.records import Declared, Record, Version
 
 
 def to_json(record: Record) -> str:
-    return json.dumps(
-        {
-            "versions": [_version_to_json(version) for version in record.versions],
-            "current": record.current,
-            "previous": record.previous,
-            "canary": record.canary,
-            "allow": record.allow,
-            "pinned": record.pinned,
-            "managed_by": record.managed_by,
-            "held_until": record.held_until,
-        }
-    )
+    fields = {
+        "versions": [_version_to_json(version) for version in record.versions],
+        "current": record.current,
+        "previous": record.previous,
+        "canary": record.canary,
+        "allow": record.allow,
+        "pinned": record.pinned,
+        "managed_by": record.managed_by,
+        "held_until": record.held_until,
+    }
+    if record.declared is not None:
+        fields["declared"] = asdict(record.declared)
+    return json.dumps(fields)
 
 
 def _version_to_json(version: Version) -> dict[str, Any]:
@@ -52,7 +54,16 @@ def from_json(name: str, text: str) -> Record:
         pinned=fields["pinned"],
         managed_by=fields["managed_by"],
         held_until=fields["held_until"],
+        declared=_declared_from_json(fields.get("declared")),
     )
+
+
+def _declared_from_json(fields: dict[str, Any] | None) -> Declared | None:
+    """Return what is written of a declaration. Nothing is of names without one, nor before there were any."""
+    if fields is None:
+        return None
+    prefetch = fields["prefetch"]
+    return Declared(**fields | {"prefetch": None if prefetch is None else tuple(prefetch)})
 
 
 def _version_from_json(fields: dict[str, Any]) -> Version:

@@ -1,0 +1,59 @@
+"""How a Kubernetes API server fails to give what it was asked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+
+from sidecar.errors import SidecarError
+
+TEXT_LENGTH_MAX = 300
+CONFLICT, GONE, FORBIDDEN, NOT_FOUND = 409, 410, 403, 404
+
+
+class ApiError(Exception):
+    """It answered with an error, or did not answer (`code` 0). `retry_after_s` is what it asked for."""
+
+    def __init__(self, code: int, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+def refusal(what: str, answer: httpx.Response) -> ApiError:
+    """Return what an answer with a status of 400 or more means; its body must have been read."""
+    words = _words(answer.content)
+    advice = ""
+    if answer.status_code == FORBIDDEN:
+        advice = "; give the service account a Role that allows it"
+    elif answer.status_code == NOT_FOUND:
+        advice = "; if it is a custom resource, its definition (CRD) is not installed"
+    after = answer.headers.get("retry-after", "")
+    return ApiError(
+        answer.status_code,
+        f"{what}: the API server says {answer.status_code} {words}{advice}"[:TEXT_LENGTH_MAX],
+        float(after) if after.isdigit() else 0.0,
+    )
+
+
+def from_status(what: str, status: dict[str, Any]) -> ApiError:
+    """Return what an ERROR event of a watch means; its object is a Status."""
+    code = status.get("code")
+    return ApiError(code if isinstance(code, int) else 0, f"{what}: {status.get('message', '')}"[:TEXT_LENGTH_MAX])
+
+
+def unanswered(what: str, error: Exception) -> ApiError:
+    """Return that nothing came, or that what came was cut off or is not to be understood."""
+    told = error.message if isinstance(error, SidecarError) else str(error) or type(error).__name__
+    return ApiError(0, f"{what}: no answer from the API server: {told}"[:TEXT_LENGTH_MAX])
+
+
+def _words(body: bytes) -> str:
+    try:
+        message = json.loads(body).get("message", "")
+    except (ValueError, AttributeError):
+        message = body.decode(errors="replace")
+    return str(message)[:TEXT_LENGTH_MAX]

@@ -1,0 +1,77 @@
+"""Loads what is declared with `prefetch` ahead of the first request: each replica on the backends that it owns."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+
+from sidecar.core import asks
+from sidecar.core.state import Backend
+from sidecar.errors import SidecarError
+from sidecar.kubernetes.places import matches
+from sidecar.shell.gateway import Gateway
+from sidecar.state.records import Record
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 2.0
+ASK_AGAIN_S = 60.0
+"""When a version that was asked for and has not come is asked for again: its load failed, or it was crowded out."""
+
+
+class Prefetching:
+    """One process's. A version is brought once to each backend, and again when that has restarted."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._asked: dict[tuple[str, str], float] = {}
+        """When (monotonic seconds) a version was asked for on a backend; infinite once it was there."""
+
+    async def run(self) -> None:
+        """Look now and then, for ever."""
+        while True:
+            known = self._gateway.state.versions
+            self._asked = {key: at for key, at in self._asked.items() if key[0] in known}
+            for record in self._gateway.catalogue.registry.all():
+                if record.declared is not None and record.declared.prefetch is not None:
+                    await self._see_to(record, record.declared.prefetch)
+            await asyncio.sleep(LOOK_S)
+
+    async def _see_to(self, record: Record, patterns: tuple[str, ...]) -> None:
+        state = self._gateway.state
+        name = state.names.get(record.name)
+        if name is None:
+            return
+        backends = [backend for backend in asks.servers_of(state, name.digest) if backend.owned]
+        missing = [backend for backend in backends if self._lacks(name.digest, backend, patterns)]
+        if not missing:
+            return
+        for backend in missing:
+            self._asked[name.digest, backend.id] = monotonic()
+        # Without backends that are named it is brought into the host store, in the layout of each.
+        to = tuple(backend.id for backend in missing) if patterns else ()
+        logger.info("%s is brought ahead%s", record.name, f" to {', '.join(to)}" if to else "")
+        try:
+            await self._gateway.prefetch(record.name, to)
+        except SidecarError as error:
+            logger.info("%s is not brought ahead: %s", record.name, error.message)
+
+    def _lacks(self, version: str, backend: Backend, patterns: tuple[str, ...]) -> bool:
+        """Whether a version is to be asked for on a backend now."""
+        key = version, backend.id
+        if not backend.takes_requests:
+            self._asked.pop(key, None)
+            return False
+        if patterns and not matches(backend.id, patterns):
+            return False
+        if self._is_there(version, backend, patterns):
+            self._asked[key] = float("inf")
+        asked_s = self._asked.get(key)
+        return asked_s is None or monotonic() - asked_s > ASK_AGAIN_S
+
+    def _is_there(self, version: str, backend: Backend, patterns: tuple[str, ...]) -> bool:
+        if patterns:
+            return asks.resident(backend, version)
+        state = self._gateway.state
+        return state.store.has(state.packed_for(version, backend).key)

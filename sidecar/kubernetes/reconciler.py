@@ -1,0 +1,240 @@
+"""Brings the registry to what the cluster declares, for as long as this process leads.
+
+Level-triggered: each pass compares all that is declared with all that is registered, whatever has happened before, and
+begins a step for each name where they differ. It touches no name that its namespace's declarations do not own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from time import monotonic, time
+
+from sidecar.core.state import State
+from sidecar.errors import Dropped, Reason
+from sidecar.kubernetes.choosing import Desired
+from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to_do, to_do_without
+from sidecar.kubernetes.declarations import Declaration, Said, Source
+from sidecar.kubernetes.places import NOWHERE, View, places_of
+from sidecar.kubernetes.reporting import Reporter
+from sidecar.kubernetes.standings import Phase, Standing, loser, standing_of
+from sidecar.kubernetes.work import Work
+from sidecar.shell.catalogue import Catalogue
+from sidecar.shell.managing import CLUSTER, Wanted
+from sidecar.state.records import Record
+
+LOOK_S = 5.0
+"""How often all is looked at although nothing is known to have changed: where adapters are does not tell of itself."""
+GATHER_S = 0.1
+"""How long changes are gathered before a pass, which costs some 20 µs a name."""
+LEAD_S = 0.5
+NAMES_A_TURN = 50
+"""Names looked at before the event loop gets to do something else."""
+
+
+@dataclass
+class Cluster:
+    """What is known of the cluster: what it declares, None until all of it has been read; statuses by owner."""
+
+    desired: Desired | None = None
+    said: dict[str, Said] = field(default_factory=dict)
+
+
+class Reconciler:
+    """One process's. `leads` says whether it is the one; `view` what is known of the backends."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        state: Callable[[], State],
+        view: View,
+        namespace: str,
+        leads: Callable[[], bool],
+        reporter: Reporter,
+    ) -> None:
+        self._catalogue = catalogue
+        self._state = state
+        self._view = view
+        self._owned = f"{CLUSTER}{namespace}/"
+        self._leads = leads
+        self._reporter = reporter
+        self._cluster = Cluster()
+        self._works: dict[str, Work] = {}
+        self._wake = asyncio.Event()
+        self.phases: Counter[str] = Counter()
+        """How many declarations are in each phase; none while another process leads."""
+
+    def take(self, cluster: Cluster) -> None:
+        """Take in what is declared now."""
+        self._cluster = cluster
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Reconcile, for ever."""
+        unsubscribe = self._catalogue.registry.subscribe(lambda change: self._wake.set())
+        try:
+            while True:
+                while not self._may_look():
+                    await asyncio.sleep(LEAD_S)
+                while self._may_look():
+                    self._wake.clear()
+                    await self._until(await self._pass())
+                await self._rest()
+        finally:
+            unsubscribe()
+            await self._rest()
+
+    def _may_look(self) -> bool:
+        return self._cluster.desired is not None and self._leads()
+
+    async def _rest(self) -> None:
+        """Another leads: leave what is under way."""
+        self._reporter.forget()
+        self.phases.clear()
+        works = list(self._works.values())
+        self._works.clear()
+        await asyncio.gather(*(work.stop() for work in works))
+
+    async def _until(self, seconds: float) -> None:
+        """Wait for a change, or for so long; look now and then whether this process leads still."""
+        until = monotonic() + seconds
+        while not self._wake.is_set() and self._leads() and (left := until - monotonic()) > 0:
+            try:
+                async with asyncio.timeout(min(left, LEAD_S)):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+        await asyncio.sleep(GATHER_S)
+
+    async def _pass(self) -> float:
+        """Look at every name; return in how many seconds to do so again."""
+        desired, phases = self._cluster.desired, Counter[str]()
+        assert desired is not None
+        next_s = LOOK_S
+        names = self._names(desired)
+        for number, name in enumerate(names, 1):
+            standing, again_s = self._look(name, desired)
+            next_s = min(next_s, again_s)
+            phases[standing.phase.value] += 1
+            if number % NAMES_A_TURN == 0:
+                await asyncio.sleep(0)
+        for declaration, winner in desired.losers:
+            standing = loser(declaration, winner)
+            self._report(declaration, standing)
+            phases[standing.phase.value] += 1
+        self._report_unread(desired.unread.values())
+        phases[Phase.FAILED.value] += len(desired.unread)
+        for name in [name for name in self._works if name not in names]:
+            if not self._works[name].is_running:
+                del self._works[name]
+        self.phases = phases
+        return next_s
+
+    def _names(self, desired: Desired) -> list[str]:
+        """Return all names that are declared, or were."""
+        managed = (record.name for record in self._catalogue.registry.all() if self._is_owned(record))
+        return sorted({*desired.chosen, *managed})
+
+    def _is_owned(self, record: Record) -> bool:
+        return record.managed_by.startswith(self._owned)
+
+    def _look(self, name: str, desired: Desired) -> tuple[Standing, float]:
+        """Begin what there is to do about a name; return how it stands, and in how many seconds to look again."""
+        record, now = self._catalogue.registry.get(name), time()
+        declaration = desired.chosen.get(name)
+        work = self._works.setdefault(name, Work(name, self._wake.set))
+        work.about(_wish(declaration))
+        if declaration is None:
+            standing = self._look_without(name, record, work, desired, now)
+        else:
+            do = to_do(declaration, record, now)
+            if do is Do.NOTHING:
+                work.rest()
+            else:
+                work.begin(lambda: self._step(do, declaration))
+            here = NOWHERE if record is None else places_of(self._state(), self._view(), record)
+            standing = standing_of(declaration, record, work.attempt, here, now)
+            self._report(declaration, standing)
+        retry_s = work.due_s - monotonic() if work.due_s and not work.is_running else LOOK_S
+        return standing, max(0.0, min(next_look(record, now) - now, retry_s))
+
+    def _look_without(self, name: str, record: Record | None, work: Work, desired: Desired, now: float) -> Standing:
+        """Look at a name whose declaration has gone."""
+        if record is None:
+            return Standing(Phase.REMOVING, "Removed", f"{name} is forgotten")
+        if record.managed_by in desired.unread:
+            problem = desired.unread[record.managed_by].problem
+            return Standing(Phase.FAILED, "InvalidDeclaration", f"{name} stays as it is: {problem}")
+        do = to_do_without(record, desired, now)
+        if do is not Do.NOTHING:
+            work.begin(lambda: self._remove(do, record))
+        return Standing(Phase.REMOVING, "Removing", f"{name} is declared no more")
+
+    # Steps.
+
+    async def _step(self, do: Do, declaration: Declaration) -> None:
+        """Take one step towards a declaration."""
+        name, owner = declaration.name, declaration.source.owner
+        if do is Do.SET:
+            await self._catalogue.change_declared(name, owner, lambda record: set_back(declaration, record))
+            return
+        wanted = Wanted(
+            allow=declaration.tenants,
+            pin=declaration.pinned,
+            managed_by=owner,
+            digest=declaration.digest,
+            take_over=declaration.take_over,
+            declared=declaration.declared,
+            confirm=lambda: self._confirm(declaration),
+        )
+        await self._catalogue.register(name, declaration.origin, wanted)
+
+    def _confirm(self, declaration: Declaration) -> None:
+        """Raise Dropped if a declaration counts no more: it took a while to read its source."""
+        desired = self._cluster.desired
+        now = None if desired is None else desired.chosen.get(declaration.name)
+        if not self._leads() or _wish(now) != _wish(declaration):
+            raise Dropped(Reason.CANCELLED, f"{declaration.name} is not declared so any more")
+
+    async def _remove(self, do: Do, record: Record) -> None:
+        """Take one step towards forgetting a name."""
+        name, owner = record.name, record.managed_by
+        if do is Do.MARK:
+            marked = await self._catalogue.change_declared(name, owner, lambda found: marked_gone(found, time()))
+            grace_s = 0.0 if marked.declared is None else marked.declared.grace_s
+            self._say_removal(record, f"its declaration has gone; {name} is refused in {grace_s:.0f} s")
+            return
+        await self._catalogue.unregister(name, managed_by=owner)
+        self._say_removal(record, f"{name} is forgotten", "Removed")
+        self._reporter.gone(owner, name)
+
+    # What is told.
+
+    def _report(self, declaration: Declaration, standing: Standing) -> None:
+        said = self._cluster.said.get(declaration.source.owner)
+        self._reporter.tell(declaration.source, declaration.name, standing, {} if said is None else said.status)
+
+    def _report_unread(self, unread: Iterable[Said]) -> None:
+        for said in unread:
+            standing = Standing(Phase.FAILED, "InvalidDeclaration", f"{said.problem}; what it declared before stays")
+            self._reporter.tell(said.source, "", standing, {})
+
+    def _say_removal(self, record: Record, message: str, reason: str = "Removing") -> None:
+        namespace, kind, name = record.managed_by.removeprefix(CLUSTER).split("/", 2)
+        self._reporter.say(Source(kind, namespace, name), record.name, Standing(Phase.REMOVING, reason, message))
+
+
+def _wish(declaration: Declaration | None) -> tuple[object, ...] | None:
+    """Return what makes a declaration another one: not that its object has a new status."""
+    if declaration is None:
+        return None
+    return (
+        declaration.source.uid,
+        declaration.declared,
+        declaration.tenants,
+        declaration.pinned,
+        declaration.take_over,
+        declaration.problem,
+    )

@@ -1,0 +1,152 @@
+"""How a declared adapter stands, in the words that its status, events, log and metrics share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any
+
+from sidecar.errors import SidecarError
+from sidecar.kubernetes.deciding import Do, belongs_elsewhere, is_held, to_do
+from sidecar.kubernetes.declarations import Declaration
+from sidecar.kubernetes.places import NOWHERE, Places
+from sidecar.state.records import Record
+
+MESSAGE_LENGTH_MAX = 1000
+RESIDENT_SHOWN_MAX = 64
+
+
+class Phase(Enum):
+    """One word for a declaration; `Removing` is a name whose declaration has gone."""
+
+    PENDING = "Pending"
+    LOADING = "Loading"
+    READY = "Ready"
+    HELD = "Held"
+    FAILED = "Failed"
+    REMOVING = "Removing"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one declaration stands. `reason` is a word for machines, in CamelCase."""
+
+    phase: Phase
+    reason: str
+    message: str
+    version: str = ""
+    digest: str = ""
+    places: Places = NOWHERE
+    accepted: bool = True
+
+    @property
+    def turn(self) -> tuple[str, str, str]:
+        """What makes another standing a transition worth telling."""
+        return self.phase.value, self.reason, self.version
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How the work on a name goes: whether it is under way, and what the last one failed with."""
+
+    running: bool = False
+    error: SidecarError | None = None
+
+
+def standing_of(
+    declaration: Declaration, record: Record | None, attempt: Attempt, places: Places, now: float
+) -> Standing:
+    """Return how the chosen declaration of a name stands."""
+    if declaration.problem:
+        return Standing(Phase.FAILED, "InvalidDeclaration", declaration.problem, accepted=False)
+    elsewhere = belongs_elsewhere(declaration, record, now)
+    if elsewhere:
+        return Standing(Phase.FAILED, "NameTaken", elsewhere, accepted=False)
+    if record is None or record.declared is None:
+        return _first(attempt)
+    version, digest = f"v{record.current}", record.adapter.digest
+    if is_held(record, now):
+        return Standing(Phase.HELD, "Held", _held(record), version, digest, places)
+    if attempt.error is not None:
+        message = f"{attempt.error.message}; {record.name} still answers with {version}"
+        return Standing(Phase.FAILED, in_camel_case(attempt.error.reason.value), message, version, digest, places)
+    if to_do(declaration, record, now) is not Do.NOTHING:
+        message = f"{record.name} answers with {version} until what is declared is there"
+        return Standing(Phase.LOADING, "Fetching", message, version, digest, places)
+    if record.declared.prefetch and len(places.ready) < len(places.wanted):
+        message = f"{record.name} stands for {version} and is being loaded ahead"
+        return Standing(Phase.LOADING, "Prefetching", message, version, digest, places)
+    return Standing(Phase.READY, "Registered", f"{record.name} stands for {version}", version, digest, places)
+
+
+def loser(declaration: Declaration, winner: Declaration) -> Standing:
+    """Return how a declaration stands whose name another one has."""
+    source = winner.source
+    return Standing(
+        Phase.FAILED,
+        "DeclaredTwice",
+        f"{declaration.name} is declared by the {source.kind} {source.name} too, which is older and has it; give this "
+        "one another name, or delete one of both",
+        accepted=False,
+    )
+
+
+def _first(attempt: Attempt) -> Standing:
+    if attempt.error is not None:
+        return Standing(Phase.FAILED, in_camel_case(attempt.error.reason.value), attempt.error.message)
+    if attempt.running:
+        return Standing(Phase.LOADING, "Fetching", "its source is being read and checked")
+    return Standing(Phase.PENDING, "Waiting", "its source will be read in a moment")
+
+
+def _held(record: Record) -> str:
+    until = datetime.fromtimestamp(record.held_until, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return f"an operator holds {record.name} at v{record.current} until {until}; then it is as declared again"
+
+
+def in_camel_case(reason: str) -> str:
+    return "".join(word.capitalize() for word in reason.split("_"))
+
+
+def status_of(standing: Standing, generation: int, before: dict[str, Any], now: float) -> dict[str, Any]:
+    """Return the status of a LoraAdapter. `before` is what it says already; times stay where nothing has turned."""
+    places = standing.places
+    is_ready = standing.phase is Phase.READY
+    is_held = standing.phase is Phase.HELD
+    accepted = ("Accepted", "") if standing.accepted else (standing.reason, standing.message)
+    conditions = [
+        ("Accepted", standing.accepted, *accepted),
+        ("Ready", is_ready, standing.reason, standing.message),
+        ("Held", is_held, *(("Held", standing.message) if is_held else ("NotHeld", ""))),
+    ]
+    known = {condition.get("type"): condition for condition in before.get("conditions") or ()}
+    return {
+        "observedGeneration": generation,
+        "phase": standing.phase.value,
+        "version": standing.version,
+        "digest": standing.digest,
+        "desired": len(places.wanted),
+        "ready": len(places.ready),
+        "residentOn": list(places.resident[:RESIDENT_SHOWN_MAX]),
+        "message": standing.message[:MESSAGE_LENGTH_MAX],
+        "conditions": [
+            _condition(kind, holds, reason, message, generation, known.get(kind) or {}, now)
+            for kind, holds, reason, message in conditions
+        ],
+    }
+
+
+def _condition(
+    kind: str, holds: bool, reason: str, message: str, generation: int, before: dict[str, Any], now: float
+) -> dict[str, Any]:
+    status = "True" if holds else "False"
+    turned = before.get("lastTransitionTime") if before.get("status") == status else None
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message[:MESSAGE_LENGTH_MAX],
+        "observedGeneration": generation,
+        "lastTransitionTime": turned or datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }

@@ -1,0 +1,104 @@
+"""Who has the say over a name: whoever declares it, and for a while an operator who overrides that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sidecar.errors import Invalid, Reason
+from sidecar.state.records import Declared, Record
+
+CONFIG = "config"
+BY_HAND = ("cli", "push")
+CLUSTER = "k8s:"
+"""What the owner of a name that is declared in a Kubernetes cluster begins with: `k8s:NAMESPACE/KIND/NAME`."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a registration asks for beside the content. `hold_s` lets a change of a name that another manages stand."""
+
+    allow: tuple[str, ...] = ()
+    pin: bool = False
+    labels: tuple[tuple[str, str], ...] = ()
+    stage: bool = False
+    managed_by: str = "cli"
+    hold_s: float = 0.0
+    base: str = ""
+    """The base model's name, where the one that the adapter was trained under is not the engine's."""
+    digest: str = ""
+    """The content that it must be; any if none is named."""
+    take_over: bool = False
+    """Whether a declaration may have a name that was registered by hand."""
+    declared: Declared | None = None
+    """What its declaration says. It then says all: who may use the name, and whether it is pinned."""
+    confirm: Callable[[], None] | None = None
+    """Called right before anything is written down; raises what speaks against it by then."""
+
+
+def cluster_owner(namespace: str, kind: str, name: str) -> str:
+    """Return what an object of a Kubernetes cluster is called as the owner of a name."""
+    return f"{CLUSTER}{namespace}/{kind}/{name}"
+
+
+def in_words(owner: str) -> str:
+    """Return an owner as a person would say it."""
+    if not owner.startswith(CLUSTER):
+        return owner
+    namespace, kind, name = owner.removeprefix(CLUSTER).split("/", 2)
+    return f"the {kind} {name} in Kubernetes' namespace {namespace}"
+
+
+def taken_over(record: Record, wanted: Wanted, now: float) -> Record:
+    """Return the record as the asker may change it. Raises Invalid(MANAGED_ELSEWHERE) with who has the say."""
+    if wanted.managed_by == record.managed_by:
+        if wanted.managed_by not in BY_HAND and now < record.held_until:
+            raise _elsewhere(
+                record,
+                f"is held by an operator and stays as it is for another {record.held_until - now:.0f} s",
+            )
+        return record
+    if wanted.hold_s > 0:
+        return replace(record, held_until=now + wanted.hold_s)
+    if record.managed_by in BY_HAND:
+        if not wanted.managed_by.startswith(CLUSTER) or wanted.take_over:
+            return replace(record, managed_by=wanted.managed_by)
+        raise _elsewhere(
+            record,
+            "was registered by hand and is left as it is; unregister it with sidecar adapters unregister "
+            f'{record.name}, or let the declaration have it with the annotation lora-sidecar.io/take-over: "true"',
+        )
+    if _same_namespace(record.managed_by, wanted.managed_by) and now >= record.held_until:
+        return replace(record, managed_by=wanted.managed_by)
+    way_out = "change it there, or override it for a while with --hold DURATION"
+    if wanted.managed_by.startswith(CLUSTER):
+        way_out = "take it out there, or give this declaration another name"
+    raise _elsewhere(record, f"is managed by {in_words(record.managed_by)} and would be set back; {way_out}")
+
+
+def check_unregister(record: Record, wanted: Wanted, reconciled: str) -> None:
+    """Raise Invalid(MANAGED_ELSEWHERE) if a name would be declared again at once.
+
+    `reconciled` is what the owners begin with whose declarations are looked after, "" if none are.
+    """
+    if wanted.managed_by != record.managed_by and reconciled and record.managed_by.startswith(reconciled):
+        raise _elsewhere(
+            record,
+            f"is declared by {in_words(record.managed_by)} and would be registered again; delete it there, and the "
+            "name goes with it",
+        )
+
+
+def check_pin(record: Record) -> None:
+    """Raise Invalid(MANAGED_ELSEWHERE) if a declaration says whether a name is pinned."""
+    if record.managed_by.startswith(CLUSTER):
+        raise _elsewhere(record, f"is declared by {in_words(record.managed_by)}; set pinned there")
+
+
+def _same_namespace(one: str, other: str) -> bool:
+    """Whether both are owners in one namespace: which of them has a name is decided by who reads all of it."""
+    return one.startswith(CLUSTER) and other.startswith(f"{one.partition('/')[0]}/")
+
+
+def _elsewhere(record: Record, why: str) -> Invalid:
+    return Invalid(Reason.MANAGED_ELSEWHERE, f"{record.name} {why}", adapter=record.name)
