@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class FakeServer:
     page_max: int = 1000
     token: str = ""
     """The bearer token that is wanted, if any."""
+    tls: ssl.SSLContext | None = None
     asked: list[Asked] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     _server: asyncio.Server | None = None
@@ -76,7 +78,7 @@ class FakeServer:
 
     async def start(self) -> None:
         host, _, port = self.address.rpartition(":")
-        self._server = await asyncio.start_server(self._serve, host or "127.0.0.1", int(port or 0))
+        self._server = await asyncio.start_server(self._serve, host or "127.0.0.1", int(port or 0), ssl=self.tls)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
