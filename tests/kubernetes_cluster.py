@@ -89,7 +89,7 @@ class Cluster:
         }
         return await self.create("endpointslices", made | fields)
 
-    async def declare(self, name: str, source: Path | str, **spec: Any) -> Object:
+    async def declare(self, name: str, source: Path | str, /, **spec: Any) -> Object:
         """Create a LoraAdapter."""
         made = {
             "apiVersion": "lora-sidecar.io/v1alpha1",

@@ -19,7 +19,7 @@ from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to
 from sidecar.kubernetes.declarations import Declaration, Said, Source
 from sidecar.kubernetes.places import NOWHERE, View, places_of
 from sidecar.kubernetes.reporting import Reporter
-from sidecar.kubernetes.standings import Phase, Standing, loser, standing_of
+from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
 from sidecar.kubernetes.work import Work
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.managing import CLUSTER, Wanted
@@ -166,7 +166,7 @@ class Reconciler:
             return Standing(Phase.REMOVING, "Removed", f"{name} is forgotten")
         if record.managed_by in desired.unread:
             problem = desired.unread[record.managed_by].problem
-            return Standing(Phase.FAILED, "InvalidDeclaration", f"{name} stays as it is: {problem}")
+            return Standing(Phase.FAILED, INVALID_DECLARATION, f"{name} stays as it is: {problem}")
         do = to_do_without(record, desired, now)
         if do is not Do.NOTHING:
             work.begin(lambda: self._remove(do, record))
@@ -218,7 +218,7 @@ class Reconciler:
 
     def _report_unread(self, unread: Iterable[Said]) -> None:
         for said in unread:
-            standing = Standing(Phase.FAILED, "InvalidDeclaration", f"{said.problem}; what it declared before stays")
+            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; what it declared before stays")
             self._reporter.tell(said.source, "", standing, {})
 
     def _say_removal(self, record: Record, message: str, reason: str = "Removing") -> None:

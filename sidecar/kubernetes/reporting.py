@@ -17,7 +17,7 @@ from sidecar.kubernetes.api import FIELD_MANAGER, Api, Collection
 from sidecar.kubernetes.declarations import GROUP, KIND, VERSION, Source, loras_in
 from sidecar.kubernetes.failures import CONFLICT, NOT_FOUND, ApiError
 from sidecar.kubernetes.pauses import Pauses
-from sidecar.kubernetes.standings import Phase, Standing, status_of
+from sidecar.kubernetes.standings import Phase, Standing, status_of, turn_of
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _turn_in(status: Status) -> tuple[str, str, str] | None:
     if not status.get("phase"):
         return None
     reasons = {condition.get("type"): condition.get("reason") for condition in status.get("conditions") or ()}
-    return str(status["phase"]), str(reasons.get("Ready")), str(status.get("version", ""))
+    return turn_of(status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", ""))
 
 
 def _event(source: Source, standing: Standing, instance: str) -> dict[str, Any]:

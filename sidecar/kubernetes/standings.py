@@ -15,6 +15,7 @@ from sidecar.state.records import Record
 
 MESSAGE_LENGTH_MAX = 1000
 RESIDENT_SHOWN_MAX = 64
+INVALID_DECLARATION = "InvalidDeclaration"
 
 
 class Phase(Enum):
@@ -26,6 +27,11 @@ class Phase(Enum):
     HELD = "Held"
     FAILED = "Failed"
     REMOVING = "Removing"
+
+
+def turn_of(phase: str, reason: str, version: str, message: str) -> tuple[str, str, str]:
+    """Return what makes another standing a transition. What is wrong with a declaration differs by its message only."""
+    return phase, reason, message if reason == INVALID_DECLARATION else version
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Standing:
     @property
     def turn(self) -> tuple[str, str, str]:
         """What makes another standing a transition worth telling."""
-        return self.phase.value, self.reason, self.version
+        return turn_of(self.phase.value, self.reason, self.version, self.message)
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def standing_of(
 ) -> Standing:
     """Return how the chosen declaration of a name stands."""
     if declaration.problem:
-        return Standing(Phase.FAILED, "InvalidDeclaration", declaration.problem, accepted=False)
+        return Standing(Phase.FAILED, INVALID_DECLARATION, declaration.problem, accepted=False)
     elsewhere = belongs_elsewhere(declaration, record, now)
     if elsewhere:
         return Standing(Phase.FAILED, "NameTaken", elsewhere, accepted=False)
