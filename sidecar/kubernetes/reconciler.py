@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic, time
 
@@ -124,8 +124,10 @@ class Reconciler:
             standing = loser(declaration, winner)
             self._report(declaration, standing)
             phases[standing.phase.value] += 1
-        self._report_unread(desired.unread.values())
-        phases[Phase.FAILED.value] += len(desired.unread)
+        for said in desired.unread.values():
+            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; what it declared before stays")
+            self._reporter.tell(said.source, "", standing, {})
+            phases[standing.phase.value] += 1
         for name in [name for name in self._works if name not in names]:
             if not self._works[name].is_running:
                 del self._works[name]
@@ -215,11 +217,6 @@ class Reconciler:
     def _report(self, declaration: Declaration, standing: Standing) -> None:
         said = self._cluster.said.get(declaration.source.owner)
         self._reporter.tell(declaration.source, declaration.name, standing, {} if said is None else said.status)
-
-    def _report_unread(self, unread: Iterable[Said]) -> None:
-        for said in unread:
-            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; what it declared before stays")
-            self._reporter.tell(said.source, "", standing, {})
 
     def _say_removal(self, record: Record, message: str, reason: str = "Removing") -> None:
         namespace, kind, name = record.managed_by.removeprefix(CLUSTER).split("/", 2)
