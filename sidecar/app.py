@@ -194,9 +194,10 @@ class Sidecar:
         served = _served_folders(self.config.adapters.serve)
         await asyncio.gather(*(self._register_served(path) for path in served))
         self._reconciling = asyncio.create_task(self._reconcile(served))
-        await self._listen()
         if self._declared is not None:
             self._declared.start()
+            await self._declared.first_look()
+        await self._listen()
 
     def _join(self, wanted: Replicas) -> None:
         """Listen to the other replicas, and be one of them."""

@@ -398,11 +398,11 @@ class Replicas(Section):
 
 
 class ClusterAdapters(Section):
-    """What declares adapters: ConfigMaps that have `label`, of the form key=value, and LoraAdapters."""
+    """What declares adapters: ConfigMaps that have `label`, of the form key=value,key=value, and LoraAdapters."""
 
     config_maps: bool = False
     custom_resources: bool = False
-    label: str = Field("lora-sidecar.io/adapters=true", pattern=r"^([\w.-]+/)?[\w.-]+=[\w.-]*$")
+    label: str = Field("lora-sidecar.io/adapters=true", pattern=r"^([\w./-]+=[\w.-]*)(,[\w./-]+=[\w.-]*)*$")
 
 
 class Kubernetes(Section):

@@ -21,6 +21,14 @@ class Desired:
     unread: dict[str, Said] = field(default_factory=dict)
 
 
+@dataclass
+class Cluster:
+    """What is known of a cluster: what it declares, None until all of it has been read, and each object by owner."""
+
+    desired: Desired | None = None
+    said: dict[str, Said] = field(default_factory=dict)
+
+
 def desired(all_said: Iterable[Said]) -> Desired:
     """Choose who declares each name: the oldest object that does."""
     found: dict[str, Declaration] = {}

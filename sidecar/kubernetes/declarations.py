@@ -36,7 +36,7 @@ def loras_in(namespace: str) -> Collection:
 
 
 def config_maps_in(namespace: str, label: str) -> Collection:
-    """Return the ConfigMaps of a namespace that have a label, of the form `key=value`."""
+    """Return the ConfigMaps of a namespace that have labels, of the form `key=value,key=value`."""
     return Collection("", "v1", "configmaps", namespace, label)
 
 
@@ -85,6 +85,20 @@ class Declaration:
         """Return what the registry writes down of it, without the content that it comes to."""
         said = json.dumps([self.origin, self.digest, self.rev]).encode()
         return Declared(hashlib.sha256(said).hexdigest()[:16], "", self.prefetch, self.grace_s)
+
+
+def wish_of(declaration: Declaration | None) -> tuple[object, ...] | None:
+    """Return what makes a declaration another one: not that its object has a new status."""
+    if declaration is None:
+        return None
+    return (
+        declaration.source.uid,
+        declaration.declared,
+        declaration.tenants,
+        declaration.pinned,
+        declaration.take_over,
+        declaration.problem,
+    )
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 from sidecar.kubernetes.access import Access
 from sidecar.kubernetes.api import Api, Collection, Object
-from sidecar.kubernetes.choosing import desired
+from sidecar.kubernetes.choosing import Cluster, desired
 from sidecar.kubernetes.declarations import Said, config_maps_in, loras_in, of_config_map, of_lora
 from sidecar.kubernetes.mirror import Mirror
 from sidecar.kubernetes.places import View
 from sidecar.kubernetes.prefetching import Prefetching
-from sidecar.kubernetes.reconciler import Cluster, Reconciler
+from sidecar.kubernetes.reconciler import Reconciler
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.managing import CLUSTER
@@ -24,6 +24,7 @@ from sidecar.shell.managing import CLUSTER
 logger = logging.getLogger(__name__)
 
 RESTART_S = 5.0
+FIRST_LOOK_S = 30.0
 
 Read = Callable[[Object], Said]
 
@@ -49,6 +50,7 @@ class DeclaredAdapters:
         self._reporter = Reporter(self._api, namespace, instance)
         self._reconciler = Reconciler(gateway.catalogue, lambda: gateway.state, view, namespace, leads, self._reporter)
         self._prefetching = Prefetching(gateway)
+        self._leads = leads
         self._sources: list[tuple[Collection, Read]] = []
         if custom_resources:
             self._sources.append((loras_in(namespace), of_lora))
@@ -72,6 +74,19 @@ class DeclaredAdapters:
             *(partial(self._follow, collection, read) for collection, read in self._sources),
         ]
         self._tasks = [asyncio.create_task(_kept_up(part)) for part in parts]
+
+    async def first_look(self) -> None:
+        """Return when what is declared is registered, or had its turn: clients that know a name find it from the start.
+
+        It is not waited for when names are there from before, nor where another process may be the one to do it.
+        """
+        if self._reconciler.has_names or not self._leads():
+            return
+        try:
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await self._reconciler.settled.wait()
+        except TimeoutError:
+            logger.warning("not all that the cluster declares is registered after %.0f s; serving begins", FIRST_LOOK_S)
 
     async def stop(self) -> None:
         for task in self._tasks:

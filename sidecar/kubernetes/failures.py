@@ -23,6 +23,11 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
 
+def is_final(error: ApiError) -> bool:
+    """Whether the server will not take the same later either; what it does not allow (401, 403) it may come to."""
+    return 400 <= error.code < 500 and error.code not in (401, FORBIDDEN, CONFLICT, 429)
+
+
 def refusal(what: str, answer: httpx.Response) -> ApiError:
     """Return what an answer with a status of 400 or more means; its body must have been read."""
     words = _words(answer.content)

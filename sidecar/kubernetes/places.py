@@ -54,11 +54,11 @@ def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Places:
     servers = [backend.id for backend in asks.servers_of(state, name.digest) if backend.id in seen]
     resident = tuple(sorted(backend for backend in servers if name.digest in seen[backend].resident))
     patterns = record.declared.prefetch if record.declared is not None else None
-    wanted = tuple(sorted(backend for backend in servers if not patterns or matches(backend, patterns)))
-    ready = tuple(one for one in wanted if seen[one].serves and (not patterns or one in resident))
+    wanted = tuple(sorted(backend for backend in servers if matches(backend, patterns or ())))
+    ready = tuple(one for one in wanted if seen[one].serves and (patterns is None or one in resident))
     return Places(wanted, ready, resident)
 
 
 def matches(backend: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a backend is one of those that are named, by id or by a pattern such as `triton-*`."""
-    return any(fnmatchcase(backend, pattern) for pattern in patterns)
+    """Whether a backend is one of those that are named, by id or by a pattern such as `triton-*`; all are, by none."""
+    return not patterns or any(fnmatchcase(backend, pattern) for pattern in patterns)

@@ -49,13 +49,12 @@ class Prefetching:
             return
         for backend in missing:
             self._asked[name.digest, backend.id] = monotonic()
-        # Without backends that are named it is brought into the host store, in the layout of each.
-        to = tuple(backend.id for backend in missing) if patterns else ()
-        logger.info("%s is brought ahead%s", record.name, f" to {', '.join(to)}" if to else "")
+        to = tuple(backend.id for backend in missing)
+        logger.info("%s is loaded ahead on %s", record.name, ", ".join(to))
         try:
             await self._gateway.prefetch(record.name, to)
         except SidecarError as error:
-            logger.info("%s is not brought ahead: %s", record.name, error.message)
+            logger.info("%s is not loaded ahead: %s", record.name, error.message)
 
     def _lacks(self, version: str, backend: Backend, patterns: tuple[str, ...]) -> bool:
         """Whether a version is to be asked for on a backend now."""
@@ -63,15 +62,9 @@ class Prefetching:
         if not backend.takes_requests:
             self._asked.pop(key, None)
             return False
-        if patterns and not matches(backend.id, patterns):
+        if not matches(backend.id, patterns):
             return False
-        if self._is_there(version, backend, patterns):
+        if asks.resident(backend, version):
             self._asked[key] = float("inf")
         asked_s = self._asked.get(key)
         return asked_s is None or monotonic() - asked_s > ASK_AGAIN_S
-
-    def _is_there(self, version: str, backend: Backend, patterns: tuple[str, ...]) -> bool:
-        if patterns:
-            return asks.resident(backend, version)
-        state = self._gateway.state
-        return state.store.has(state.packed_for(version, backend).key)

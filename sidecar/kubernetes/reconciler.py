@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from time import monotonic, time
 
+from sidecar.adapters.origins.origin import is_url
 from sidecar.core.state import State
 from sidecar.errors import Dropped, Reason
-from sidecar.kubernetes.choosing import Desired
+from sidecar.kubernetes.choosing import Cluster, Desired
 from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to_do, to_do_without
-from sidecar.kubernetes.declarations import Declaration, Said, Source
+from sidecar.kubernetes.declarations import Declaration, Source, wish_of
 from sidecar.kubernetes.places import NOWHERE, View, places_of
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
@@ -30,16 +31,10 @@ LOOK_S = 5.0
 GATHER_S = 0.1
 """How long changes are gathered before a pass, which costs some 20 µs a name."""
 LEAD_S = 0.5
+READ_AT_ONCE_MAX = 4
+"""Adapters on disk that are read at once: every byte of each is, in threads that others need, too."""
 NAMES_A_TURN = 50
 """Names looked at before the event loop gets to do something else."""
-
-
-@dataclass
-class Cluster:
-    """What is known of the cluster: what it declares, None until all of it has been read; statuses by owner."""
-
-    desired: Desired | None = None
-    said: dict[str, Said] = field(default_factory=dict)
 
 
 class Reconciler:
@@ -62,9 +57,18 @@ class Reconciler:
         self._reporter = reporter
         self._cluster = Cluster()
         self._works: dict[str, Work] = {}
+        self._loaded: dict[str, str] = {}
+        self._reading = asyncio.Semaphore(READ_AT_ONCE_MAX)
+        self.settled = asyncio.Event()
+        """Set once there was nothing to do, or nothing that did not have to wait."""
         self._wake = asyncio.Event()
         self.phases: Counter[str] = Counter()
         """How many declarations are in each phase; none while another process leads."""
+
+    @property
+    def has_names(self) -> bool:
+        """Whether names are registered that the namespace declares, or has declared."""
+        return any(self._is_owned(record) for record in self._catalogue.registry.all())
 
     def take(self, cluster: Cluster) -> None:
         """Take in what is declared now."""
@@ -95,6 +99,7 @@ class Reconciler:
         self.phases.clear()
         works = list(self._works.values())
         self._works.clear()
+        self._loaded.clear()
         await asyncio.gather(*(work.stop() for work in works))
 
     async def _until(self, seconds: float) -> None:
@@ -131,7 +136,10 @@ class Reconciler:
         for name in [name for name in self._works if name not in names]:
             if not self._works[name].is_running:
                 del self._works[name]
+                self._loaded.pop(name, None)
         self.phases = phases
+        if not any(work.is_running for work in self._works.values()):
+            self.settled.set()
         return next_s
 
     def _names(self, desired: Desired) -> list[str]:
@@ -147,7 +155,7 @@ class Reconciler:
         record, now = self._catalogue.registry.get(name), time()
         declaration = desired.chosen.get(name)
         work = self._works.setdefault(name, Work(name, self._wake.set))
-        work.about(_wish(declaration))
+        work.about(wish_of(declaration))
         if declaration is None:
             standing = self._look_without(name, record, work, desired, now)
         else:
@@ -157,10 +165,19 @@ class Reconciler:
             else:
                 work.begin(lambda: self._step(do, declaration))
             here = NOWHERE if record is None else places_of(self._state(), self._view(), record)
-            standing = standing_of(declaration, record, work.attempt, here, now)
+            standing = standing_of(declaration, record, work.attempt, here, now, self._loaded_of(declaration))
+            if standing.phase is Phase.READY:
+                self._loaded[name] = standing.digest
             self._report(declaration, standing)
         retry_s = work.due_s - monotonic() if work.due_s and not work.is_running else LOOK_S
         return standing, max(0.0, min(next_look(record, now) - now, retry_s))
+
+    def _loaded_of(self, declaration: Declaration) -> str:
+        """Return the content that was Ready last, by this process or by the one that led before."""
+        said = self._cluster.said.get(declaration.source.owner)
+        if declaration.name in self._loaded or said is None or said.status.get("phase") != Phase.READY.value:
+            return self._loaded.get(declaration.name, "")
+        return str(said.status.get("digest", ""))
 
     def _look_without(self, name: str, record: Record | None, work: Work, desired: Desired, now: float) -> Standing:
         """Look at a name whose declaration has gone."""
@@ -191,13 +208,16 @@ class Reconciler:
             declared=declaration.declared,
             confirm=lambda: self._confirm(declaration),
         )
-        await self._catalogue.register(name, declaration.origin, wanted)
+        async with (
+            nullcontext() if is_url(declaration.origin) else self._reading
+        ):  # downloads have a bound of their own
+            await self._catalogue.register(name, declaration.origin, wanted)
 
     def _confirm(self, declaration: Declaration) -> None:
         """Raise Dropped if a declaration counts no more: it took a while to read its source."""
         desired = self._cluster.desired
         now = None if desired is None else desired.chosen.get(declaration.name)
-        if not self._leads() or _wish(now) != _wish(declaration):
+        if not self._leads() or wish_of(now) != wish_of(declaration):
             raise Dropped(Reason.CANCELLED, f"{declaration.name} is not declared so any more")
 
     async def _remove(self, do: Do, record: Record) -> None:
@@ -221,17 +241,3 @@ class Reconciler:
     def _say_removal(self, record: Record, message: str, reason: str = "Removing") -> None:
         namespace, kind, name = record.managed_by.removeprefix(CLUSTER).split("/", 2)
         self._reporter.say(Source(kind, namespace, name), record.name, Standing(Phase.REMOVING, reason, message))
-
-
-def _wish(declaration: Declaration | None) -> tuple[object, ...] | None:
-    """Return what makes a declaration another one: not that its object has a new status."""
-    if declaration is None:
-        return None
-    return (
-        declaration.source.uid,
-        declaration.declared,
-        declaration.tenants,
-        declaration.pinned,
-        declaration.take_over,
-        declaration.problem,
-    )

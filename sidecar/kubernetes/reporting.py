@@ -15,7 +15,7 @@ from typing import Any
 
 from sidecar.kubernetes.api import FIELD_MANAGER, Api, Collection
 from sidecar.kubernetes.declarations import GROUP, KIND, VERSION, Source, loras_in
-from sidecar.kubernetes.failures import CONFLICT, NOT_FOUND, ApiError
+from sidecar.kubernetes.failures import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, is_final
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.standings import Phase, Standing, status_of, turn_of
 
@@ -42,6 +42,7 @@ class _Written:
     status: Status
     wanted: Standing | None = None
     wrote_s: float = field(default_factory=lambda: -COUNTS_EVERY_S)
+    refused: Standing | None = None
 
 
 class Reporter:
@@ -82,9 +83,9 @@ class Reporter:
     def say(self, source: Source, name: str, standing: Standing) -> None:
         """Write a log line and an event about a declaration."""
         level = logging.WARNING if standing.phase is Phase.FAILED else logging.INFO
-        logger.log(level, "%s (%s %s): %s: %s", name, source.kind, source.name, standing.reason, standing.message)
+        logger.log(level, "%s %s: %s: %s", source.kind, source.name, standing.reason, _note(source, name, standing))
         try:
-            self._events.put_nowait(_event(source, standing, self._instance))
+            self._events.put_nowait(_event(source, _note(source, name, standing), standing, self._instance))
         except asyncio.QueueFull:
             logger.warning("too many events wait for the API server; this one is not written")
 
@@ -118,7 +119,7 @@ class Reporter:
                 except ApiError as error:
                     if not pauses.failures:
                         logger.warning("an event is not written: %s", error.message)
-                    if 400 <= error.code < 500 and error.code != 429:  # it will not be taken later either
+                    if is_final(error) or error.code == FORBIDDEN:
                         pauses.next_s()
                         break
                     await asyncio.sleep(pauses.next_s(error.retry_after_s))
@@ -133,11 +134,11 @@ class Reporter:
             ]
             try:
                 for known in due:
-                    await self._write(known)
+                    await self._write_or_refuse(known)
                 pauses.end()
             except ApiError as error:
                 if not pauses.failures:
-                    logger.warning("a status is not written: %s", error.message)
+                    logger.warning("a status is not written yet: %s", error.message)
                 await asyncio.sleep(pauses.next_s(error.retry_after_s))
                 continue
             try:
@@ -145,6 +146,16 @@ class Reporter:
                     await self._changed.wait()
             except TimeoutError:  # counts that have changed meanwhile are due now and then
                 pass
+
+    async def _write_or_refuse(self, known: _Written) -> None:
+        """Write one status; one that is refused for what it says is left until there is another to write."""
+        try:
+            await self._write(known)
+        except ApiError as error:
+            if not is_final(error):
+                raise
+            logger.warning("a status is not written: %s", error.message)
+            known.refused = known.wanted
 
     async def _write(self, known: _Written) -> None:
         """Write one status, over again if the object has changed meanwhile and declares what it did."""
@@ -182,6 +193,8 @@ class Reporter:
 
 def _differ(standing: Standing, known: _Written, now_s: float, now: float) -> bool:
     """Whether a status is to be written: at once if something has turned, now and then if only counts have."""
+    if standing == known.refused:
+        return False
     wanted = status_of(standing, known.source.generation, known.status, now)
     if wanted == {key: known.status.get(key) for key in wanted}:
         return False
@@ -205,7 +218,13 @@ def _turn_in(status: Status) -> tuple[str, str, str] | None:
     return turn_of(status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", ""))
 
 
-def _event(source: Source, standing: Standing, instance: str) -> dict[str, Any]:
+def _note(source: Source, name: str, standing: Standing) -> str:
+    """Return a message that says which adapter is meant: a ConfigMap declares several."""
+    is_named = not name or source.name == name or standing.message.startswith(name)
+    return standing.message if is_named else f"{name}: {standing.message}"
+
+
+def _event(source: Source, note: str, standing: Standing, instance: str) -> dict[str, Any]:
     is_lora = source.kind == KIND
     return {
         "apiVersion": "events.k8s.io/v1",
@@ -217,7 +236,7 @@ def _event(source: Source, standing: Standing, instance: str) -> dict[str, Any]:
         "action": standing.phase.value,
         "reason": standing.reason,
         "type": "Warning" if standing.phase is Phase.FAILED else "Normal",
-        "note": standing.message[:NOTE_LENGTH_MAX],
+        "note": note[:NOTE_LENGTH_MAX],
         "regarding": {
             "apiVersion": f"{GROUP}/{VERSION}" if is_lora else "v1",
             "kind": source.kind,

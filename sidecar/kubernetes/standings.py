@@ -61,9 +61,17 @@ class Attempt:
 
 
 def standing_of(
-    declaration: Declaration, record: Record | None, attempt: Attempt, places: Places, now: float
+    declaration: Declaration,
+    record: Record | None,
+    attempt: Attempt,
+    places: Places,
+    now: float,
+    loaded: str = "",
 ) -> Standing:
-    """Return how the chosen declaration of a name stands."""
+    """Return how the chosen declaration of a name stands.
+
+    `loaded` is the content that was Ready before: what has been loaded ahead once may be evicted for others later.
+    """
     if declaration.problem:
         return Standing(Phase.FAILED, INVALID_DECLARATION, declaration.problem, accepted=False)
     elsewhere = belongs_elsewhere(declaration, record, now)
@@ -80,10 +88,14 @@ def standing_of(
     if to_do(declaration, record, now) is not Do.NOTHING:
         message = f"{record.name} answers with {version} until what is declared is there"
         return Standing(Phase.LOADING, "Fetching", message, version, digest, places)
-    if record.declared.prefetch and len(places.ready) < len(places.wanted):
-        message = f"{record.name} stands for {version} and is being loaded ahead"
-        return Standing(Phase.LOADING, "Prefetching", message, version, digest, places)
-    return Standing(Phase.READY, "Registered", f"{record.name} stands for {version}", version, digest, places)
+    message = f"{record.name} stands for {version}"
+    if record.declared.prefetch is not None:
+        if not places.wanted:
+            message += "; no backend that could serve it is one of those that it is to be loaded on"
+        elif loaded != digest and len(places.ready) < len(places.wanted):
+            message += " and is being loaded ahead"
+            return Standing(Phase.LOADING, "Prefetching", message, version, digest, places)
+    return Standing(Phase.READY, "Registered", message, version, digest, places)
 
 
 def loser(declaration: Declaration, winner: Declaration) -> Standing:

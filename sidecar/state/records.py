@@ -34,9 +34,8 @@ class Declared:
     """What an object of a cluster said of a name when that was last done.
 
     `said` is a hash of the source and of what else may bring new content, `digest` the content that it brought.
-    `prefetch` are patterns of the backends that are to have it loaded, none if empty, and None if it is brought when it
-    is asked for. A name answers for `grace_s` after its object has gone, which was at `gone_at` (Unix seconds), 0 while
-    it is there.
+    `prefetch` are the backends that are to have it loaded, by id or pattern, all if empty; None: when it is asked for.
+    A name answers for `grace_s` after its object has gone, which was at `gone_at` (Unix seconds), 0 while it is there.
     """
 
     said: str
