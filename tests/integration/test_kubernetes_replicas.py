@@ -28,6 +28,8 @@ from tests.sidecar_process import SERVE, SidecarProcess
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 LORAS = "loraadapters"
+LEASE_S = 3.0
+"""Long enough that a busy machine does not change the leader by itself."""
 BOTH = {"config_maps": True, "custom_resources": True}
 
 
@@ -54,16 +56,25 @@ async def pool_of(
         pool, stacks = [], []
         for number in range(count):
             own = await stack.enter_async_context(AsyncExitStack())
-            made = replica(number, redis.url, [one, two], folder, kubernetes=wanted)
+            lasting = {"address": "127.0.0.1:0", "name": f"r{number}", "lease_s": LEASE_S}
+            made = replica(number, redis.url, [one, two], folder, kubernetes=wanted, replicas=lasting)
             pool.append(await own.enter_async_context(made))
             stacks.append(own)
         await until(lambda: settled(pool))
-        await until(lambda: leader_of(pool) is not None)
+        await the_leader(pool)
         yield home, pool, stacks, folder
 
 
 def leader_of(pool: list[Serving]) -> Serving | None:
     return next((served for served in pool if served.sidecar.replica.keeper.leads_since is not None), None)
+
+
+async def the_leader(pool: list[Serving]) -> Serving:
+    """Wait until one leads."""
+    await until(lambda: leader_of(pool) is not None)
+    leader = leader_of(pool)
+    assert leader is not None
+    return leader
 
 
 async def reaches(home: Cluster, name: str, phase: str, **fields: Any) -> dict[str, Any]:
@@ -98,8 +109,8 @@ async def test_one_reconciles_and_all_answer(kind: str, tmp_path: Path, monkeypa
             status = await reaches(home, "a0", "Ready", version=f"v{seed - 8}")
             await all_answer(pool, "a0", status["digest"])
         assert registry.last_change == before + 3 + 4
-        leads = [served for served in pool if served.sidecar._declared.phases]
-        assert leads == [leader_of(pool)]
+        leader = await the_leader(pool)
+        assert [served for served in pool if served.sidecar._declared.phases] == [leader]
         async with asyncio.timeout(60):
             while await home.reasons() != ["Registered"] * 7:
                 await asyncio.sleep(0.02)
@@ -122,13 +133,10 @@ async def test_a_hold_and_a_grace_outlive_their_leader(
         await reaches(home, "sql", "Held", version="v1")
         await home.delete(LORAS, "gone")
         await until(lambda: pool[0].sidecar.registry.get("gone").declared.gone_at > 0)
-        leader = leader_of(pool)
-        assert leader is not None
+        leader = await the_leader(pool)
         left = [served for served in pool if served is not leader]
         await stacks[pool.index(leader)].aclose()
-        await until(lambda: leader_of(left) is not None)
-        next_leader = leader_of(left)
-        assert next_leader is not None
+        next_leader = await the_leader(left)
         await until(lambda: next_leader.sidecar._declared.phases == {"Held": 1, "Removing": 1})
         await until(lambda: settled(left))
         await all_answer(left, "sql", first["digest"])
@@ -148,8 +156,7 @@ async def test_a_leader_that_is_lost_in_the_middle_is_followed(
     async with pool_of(2, kind, tmp_path, monkeypatch) as (home, pool, stacks, folder):
         for seed in range(8):
             await home.declare(f"a{seed}", write_adapter(folder / f"a{seed}", seed=seed))
-        leader = leader_of(pool)
-        assert leader is not None
+        leader = await the_leader(pool)
         await until(lambda: len(leader.sidecar.registry.all()) > 2)
         (left,) = [served for served in pool if served is not leader]
         await stacks[pool.index(leader)].aclose()
