@@ -149,14 +149,14 @@ class Keeper:
         self._step(answered)
 
     def _send_acquire(self, effect: do.SendAcquire) -> None:
-        self._later(self._lease(effect.number, self._leases.acquire(effect)))
+        self._later(self._lease(effect.number, lambda: self._leases.acquire(effect)))
 
     def _send_renew(self, effect: do.SendRenew) -> None:
-        self._later(self._lease(effect.number, self._leases.renew(effect)))
+        self._later(self._lease(effect.number, lambda: self._leases.renew(effect)))
 
-    async def _lease(self, number: int, call: Coroutine[Any, Any, ev.LeaseAnswered]) -> None:
+    async def _lease(self, number: int, call: Callable[[], Coroutine[Any, Any, ev.LeaseAnswered]]) -> None:
         try:
-            answered = await call
+            answered = await call()
         except Exception as error:  # noqa: BLE001 — whatever it was, it was no answer
             _told("lease", error)
             self._step(ev.LeaseFailed(number))
@@ -164,18 +164,18 @@ class Keeper:
             self._step(answered)
 
     def _send_release(self, effect: do.SendRelease) -> None:
-        self._later(self._unanswered(self._leases.release(effect)))
+        self._later(self._unanswered(lambda: self._leases.release(effect)))
 
     def _send_leave(self, effect: do.SendLeave) -> None:
         self._later(self._leave(effect))
 
     async def _leave(self, effect: do.SendLeave) -> None:
-        await self._unanswered(self._leases.leave(effect))
+        await self._unanswered(lambda: self._leases.leave(effect))
         self._left.set()
 
-    async def _unanswered(self, call: Coroutine[Any, Any, None]) -> None:
+    async def _unanswered(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
-            await call
+            await call()
         except Refused as refused:
             logger.info("not told to Redis, where it ends by itself: %s", refused.message)
 
