@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 
 from sidecar.discovery.found import Found
+from sidecar.kubernetes.access import Access, find_access
 from sidecar.kubernetes.api import Api, Collection, Object
 from sidecar.kubernetes.mirror import Mirror
 
@@ -23,23 +24,33 @@ class EndpointSlices:
     `port` is what the Service calls it ("" where it has one without a name), or its number in the pods.
     """
 
-    def __init__(self, api: Api, namespace: str, service: str, port: str | int) -> None:
-        self._api = api
+    def __init__(self, access: Access, namespace: str, service: str, port: str | int) -> None:
+        self._access = access
         self._service = service
         self._port = port
         self._collection = slices_of(namespace, service)
         self._told = ""
 
+    @classmethod
+    def in_cluster(cls, service: str, port: str | int, namespace: str | None = None) -> EndpointSlices:
+        """Return those of the cluster that this process belongs to. Raises Misused if there is none."""
+        access = find_access()
+        return cls(access, namespace or access.namespace, service, port)
+
     async def watch(self) -> AsyncGenerator[frozenset[Found], None]:
         """Yield the whole set, at first and whenever it has changed, for ever."""
         known: frozenset[Found] | None = None
-        async with aclosing(Mirror(self._api, self._collection).watch()) as all_slices:
-            async for slices in all_slices:
-                found = found_in(slices.values(), self._port)
-                self._tell(slices, found)
-                if found != known:
-                    known = found
-                    yield found
+        api = Api(self._access)
+        try:
+            async with aclosing(Mirror(api, self._collection).watch()) as all_slices:
+                async for slices in all_slices:
+                    found = found_in(slices.values(), self._port)
+                    self._tell(slices, found)
+                    if found != known:
+                        known = found
+                        yield found
+        finally:
+            await api.close()
 
     def _tell(self, slices: dict[str, Object], found: frozenset[Found]) -> None:
         """Say once what may be wrong with a Service that has no engine."""

@@ -1,29 +1,25 @@
-"""Whether a backend's address stands for several engines: a Service with more than one endpoint.
+"""Whether a backend's address is a Service with several endpoints behind one address of its own, which DNS hides.
 
-Each request, and each load, would go to one of them by chance, and what is resident where could not be known.
+Each request and each load would go to one of them by chance, and what is resident where could not be known.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
-import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
+from sidecar.errors import Misused
+from sidecar.kubernetes.access import find_access
 from sidecar.kubernetes.api import Api, Object
 from sidecar.kubernetes.endpoint_slices import found_in, slices_of
 from sidecar.kubernetes.failures import ApiError
 
+PATIENCE_S = 5.0
+"""How long the cluster is asked for in all; one that does not say is not waited for."""
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _SERVICE = re.compile(rf"({_LABEL})(?:\.({_LABEL})(?:\.svc(?:\.[a-z0-9.-]+)?)?)?\.?\Z")
-
-Resolve = Callable[[str], Iterable[str]]
-"""From a host to its IP addresses. Raises OSError when it has none."""
-
-
-def resolve(host: str) -> set[str]:
-    """Return the addresses of a host, as this machine's resolver knows them. Raises OSError."""
-    return {str(found[4][0]) for found in socket.getaddrinfo(host, None, proto=socket.IPPROTO_TCP)}
 
 
 def service_of(host: str, namespace: str) -> tuple[str, str] | None:
@@ -37,25 +33,32 @@ def service_of(host: str, namespace: str) -> tuple[str, str] | None:
     return found[1], found[3] or namespace
 
 
-def problem_by_dns(host: str, port: int, resolve: Resolve = resolve) -> str | None:
-    """Say what is wrong with a backend at a host that has several addresses, and what to write instead.
+def problems(places: Mapping[str, str]) -> dict[str, str]:
+    """Say what is wrong with places, HOST:PORT by a key of the caller's, that are several engines, and the way out.
 
-    That is a headless Service with several endpoints. None for every other host, and for one that is not known here:
-    the engines' network may not be this machine's. A machine that has an address of each family is one.
+    Nothing is wrong with any where this process belongs to no cluster, or may not look at its Services.
     """
-    if _is_address(host) or host == "localhost":
-        return None
+
+    async def ask() -> dict[str, str]:
+        api = Api(access)
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                found = {key: await problem_of(api, *_host_and_port(place)) for key, place in places.items()}
+        except TimeoutError:
+            return {}
+        finally:
+            await api.close()
+        return {key: problem for key, problem in found.items() if problem is not None}
+
     try:
-        addresses = [ipaddress.ip_address(address) for address in resolve(host)]
-    except OSError:
-        return None
-    by_family = [sorted(str(each) for each in addresses if each.version == version) for version in (4, 6)]
-    several = next((family for family in by_family if len(family) > 1), [])
-    return _problem(host, several, f'discover: {{dns: "{host}:{port}"}}')
+        access = find_access()
+    except Misused:
+        return {}
+    return asyncio.run(ask())
 
 
-async def problem_by_api(api: Api, host: str, port: int) -> str | None:
-    """Say the same of a Service that has several endpoints behind one address of its own, which DNS does not show.
+async def problem_of(api: Api, host: str, port: int) -> str | None:
+    """Say what is wrong with a backend at a Service that has several endpoints, and what to write instead.
 
     `port` is the Service's. None for every other host, and when the cluster does not say.
     """
@@ -71,21 +74,24 @@ async def problem_by_api(api: Api, host: str, port: int) -> str | None:
     target = _target(about, port)
     found = [] if target is None else found_in(slices, target)
     called = target or next((each.address.rpartition(":")[2] for each in found), "")
-    return _problem(
-        host,
-        sorted(engine.address for engine in found if not engine.terminating),
-        f"discover: {{endpoint_slices: {{service: {name}, namespace: {namespace}, port: {called}}}}}",
-    )
+    engines = sorted(engine.address for engine in found if not engine.terminating)
+    instead = f"discover: {{endpoint_slices: {{service: {name}, namespace: {namespace}, port: {called}}}}}"
+    return _problem(host, engines, instead)
 
 
 def _problem(host: str, engines: Sequence[str], instead: str) -> str | None:
     if len(engines) < 2:
         return None
-    shown = ", ".join(engines[:3]) + (f" and {len(engines) - 3} more" if len(engines) > 3 else "")
+    shown = ", ".join(engines[:3]) + (", …" if len(engines) > 3 else "")
     return (
-        f"{host} stands for {len(engines)} engines ({shown}), and each request would go to any of them; name one, or "
-        f"let all be found with {instead}"
+        f"{host} is a Service with {len(engines)} endpoints ({shown}), so each request and each load would reach "
+        f"another engine; write {instead} and kind in place of url"
     )
+
+
+def _host_and_port(place: str) -> tuple[str, int]:
+    host, _, port = place.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _target(service: Object, port: int) -> str | None:

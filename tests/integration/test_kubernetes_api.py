@@ -22,9 +22,9 @@ from sidecar.kubernetes.endpoint_slices import EndpointSlices
 from sidecar.kubernetes.failures import ApiError
 from sidecar.kubernetes.mirror import Mirror
 from sidecar.kubernetes.pauses import Pauses
-from sidecar.kubernetes.services import problem_by_api
+from sidecar.kubernetes.services import problem_of, problems
 from tests.authority import NEEDS_OPENSSL, Authority
-from tests.kubernetes_api import Fault, fake_server
+from tests.kubernetes_api import Fault, fake_server, write_kubeconfig
 from tests.kubernetes_cluster import Cluster, cluster, needs_faults, on_clusters
 from tests.serving import until
 
@@ -252,11 +252,10 @@ async def test_a_slow_server_is_given_up_and_asked_again(kind: str, monkeypatch:
 @asynccontextmanager
 async def finding(home: Cluster, service: str, port: str | int) -> AsyncIterator[list[frozenset[Found]]]:
     """Follow a Service's engines; what is given grows with each set that was found."""
-    api = Api(home.access)
     sets: list[frozenset[Found]] = []
 
     async def follow() -> None:
-        async with aclosing(EndpointSlices(api, home.namespace, service, port).watch()) as found:
+        async with aclosing(EndpointSlices(home.access, home.namespace, service, port).watch()) as found:
             async for each in found:
                 sets.append(each)  # noqa: PERF401 — it never ends
 
@@ -266,7 +265,6 @@ async def finding(home: Cluster, service: str, port: str | int) -> AsyncIterator
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        await api.close()
 
 
 @on_clusters
@@ -327,16 +325,39 @@ async def test_a_service_of_several_engines_is_no_backend(kind: str) -> None:
         await home.add_slice("t-1", "triton", ["10.1.0.1"])
         api = Api(home.access)
         try:
-            assert await problem_by_api(api, "triton", 80) is None
+            assert await problem_of(api, "triton", 80) is None
             await home.add_slice("t-2", "triton", ["10.1.0.2"])
-            problem = await problem_by_api(api, f"triton.{home.namespace}.svc", 80)
+            problem = await problem_of(api, f"triton.{home.namespace}.svc", 80)
             assert problem is not None
-            assert "10.1.0.1:8001, 10.1.0.2:8001" in problem
-            assert "service: triton" in problem
-            assert "port: grpc" in problem
-            assert await problem_by_api(api, "nothing", 80) is None
+            assert "2 endpoints (10.1.0.1:8001, 10.1.0.2:8001)" in problem
+            assert f"{{service: triton, namespace: {home.namespace}, port: grpc}}" in problem
+            for host, port in (("nothing", 80), ("triton", 81), ("10.1.0.1", 80)):
+                assert await problem_of(api, host, port) is None
         finally:
             await api.close()
+
+
+@needs_faults
+async def test_a_configuration_is_checked_against_the_cluster(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each place that is several engines is told of; one that may not be looked at, and no cluster, are no problem."""
+    async with cluster(kind) as home:
+        spec = {"ports": [{"port": 8001}]}
+        for name in ("one", "two"):
+            await home.create("services", {"kind": "Service", "metadata": {"name": name}, "spec": spec})
+        await home.add_slice("one-1", "one", ["10.1.0.1"], ports=[{"port": 8001}])
+        await home.add_slice("two-1", "two", ["10.1.0.2", "10.1.0.3"], ports=[{"port": 8001}])
+        places = {"0": "one:8001", "1": "two.ml:8001", "2": "gpu-1.example.com:8001"}
+        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "config", home.fake.address)))
+        found = await asyncio.to_thread(problems, places)
+        assert set(found) == {"1"}
+        assert "port: 8001" in found["1"]
+        home.fake.faults.append(Fault("get", "services", status=403, times=9))
+        assert await asyncio.to_thread(problems, places) == {}
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert await asyncio.to_thread(problems, places) == {}
 
 
 # As whom it is asked.

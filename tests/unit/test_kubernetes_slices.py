@@ -1,4 +1,4 @@
-"""What EndpointSlices say of a Service's engines, and which backends' addresses stand for several of them."""
+"""What EndpointSlices say of a Service's engines, and which hosts may be Services."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from sidecar.discovery.found import Found
 from sidecar.kubernetes.endpoint_slices import found_in
-from sidecar.kubernetes.services import problem_by_dns, service_of
+from sidecar.kubernetes.services import service_of
 
 
 def part(*endpoints: Any, family: str = "IPv4", ports: Any = None) -> dict[str, Any]:
@@ -106,27 +106,3 @@ def test_names_instead_of_addresses_are_not_read() -> None:
 def test_hosts_that_may_be_services(host: str, service: tuple[str, str] | None) -> None:
     """By the forms that a cluster's DNS has."""
     assert service_of(host, "own") == service
-
-
-def test_a_host_of_several_addresses_is_several_engines() -> None:
-    """The problem names them and what to write instead."""
-    problem = problem_by_dns("triton.ml.svc", 8001, lambda host: ["10.0.0.1", "10.0.0.2", "fd00::1"])
-    assert problem is not None
-    assert "2 engines (10.0.0.1, 10.0.0.2)" in problem
-    assert 'discover: {dns: "triton.ml.svc:8001"}' in problem
-
-
-@pytest.mark.parametrize("addresses", [["10.0.0.1"], ["10.0.0.1", "fd00::1"], ["127.0.0.1", "::1"], []])
-def test_a_machine_with_both_families_is_one(addresses: list[str]) -> None:
-    """So is one that has a single address, or none that is known here."""
-    assert problem_by_dns("gpu-1", 8001, lambda host: addresses) is None
-
-
-def test_a_host_that_is_not_known_here_is_no_problem() -> None:
-    """The configuration may be checked on a machine that is not in the cluster."""
-
-    def unknown(host: str) -> list[str]:
-        raise OSError("no such host")
-
-    assert problem_by_dns("triton.ml.svc", 8001, unknown) is None
-    assert problem_by_dns("10.0.0.1", 8001, unknown) is None
