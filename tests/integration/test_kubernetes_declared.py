@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -429,6 +433,91 @@ async def test_nothing_is_written_when_nothing_has_changed(
         assert here.home.fake.count("patch") == patches
         assert here.served.sidecar.registry.last_change == version
         assert await here.home.reasons() == ["Registered"]
+
+
+@needs_faults
+async def test_names_are_there_when_serving_begins(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that keeps nothing on disk has them before it is ready: clients are not refused after a restart.
+
+    What cannot be had, and a server that is away, delay it for a moment only.
+    """
+    write_adapter(tmp_path / "loras" / "sql", seed=1)
+    async with cluster(kind) as home, running_engine(**DUMMY) as engine:
+        monkeypatch.setenv("KUBECONFIG", str(write_kubeconfig(tmp_path / "kubeconfig", home.fake.address)))
+        await home.declare("sql", tmp_path / "loras" / "sql")
+        await home.declare("absent", tmp_path / "loras" / "absent")
+        options = {"roots": [tmp_path / "loras"], "kubernetes": {"adapters": BOTH}}
+        async with serving([engine], **options) as served:
+            assert set(served.state.names) == {"sql"}
+        await home.fake.stop()
+        monkeypatch.setattr("sidecar.kubernetes.declared.FIRST_LOOK_S", 0.2)
+        async with serving([engine], **options) as served:
+            assert not served.state.names
+        await home.fake.start()
+
+
+@needs_faults
+async def test_a_status_that_is_refused_holds_up_no_other(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when an older CRD does not know a word of it (422): it is told once, the others are written."""
+    async with house(kind, tmp_path, monkeypatch) as here:
+        here.home.fake.faults.append(Fault("patch", LORAS, status=422, message="phase: Unsupported value"))
+        await here.home.declare("a", here.write("a", 1))
+        await until(lambda: "Unsupported value" in caplog.text)
+        await here.home.declare("b", here.folder / "a")
+        await here.reaches("b", "Ready")
+        await here.reaches("a", "Ready")  # another standing than the one that was refused
+
+
+@needs_faults
+async def test_without_the_right_to_write_all_is_served(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Status and events are refused (403): what is declared is registered all the same, and the log says what lacks."""
+    async with house(kind, tmp_path, monkeypatch) as here:
+        denied = "patch is forbidden"
+        here.home.fake.faults += [Fault("patch", LORAS, status=403, message=denied, times=1000)]
+        here.home.fake.faults += [Fault("create", "events", status=403, message="create is forbidden", times=1000)]
+        await here.home.declare("sql", here.write("sql", 1))
+        await until(lambda: "sql" in here.served.state.names)
+        await here.answers("sql")
+        await until(lambda: denied in caplog.text and "create is forbidden" in caplog.text)
+        assert "give the service account a Role" in caplog.text
+
+
+async def command(served: Serving, *arguments: str) -> tuple[int, str, str]:
+    """Run `sidecar adapters …` against the served sidecar."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "sidecar", "adapters", *arguments, stdout=PIPE, stderr=PIPE,
+        env=os.environ | {"LORA_SIDECAR_ADMIN": served.sidecar.admin_address},
+    )  # fmt: skip
+    out, error = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), error.decode()
+
+
+@on_clusters
+async def test_the_command_line_says_who_has_the_say(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who manages a name, that it is held and for how long; a hold without a time is an hour."""
+    async with house(kind, tmp_path, monkeypatch) as here:
+        await here.home.declare("sql", here.write("v1", 1))
+        await here.reaches("sql", "Ready")
+        await here.home.patch(LORAS, "sql", {"spec": {"source": str(here.write("v2", 2))}})
+        await here.reaches("sql", "Ready", version="v2")
+        code, _, error = await command(here.served, "rollback", "sql")
+        assert code == 1
+        assert "managed by the LoraAdapter sql in Kubernetes' namespace" in error
+        assert "--hold" in error
+        code, out, _ = await command(here.served, "rollback", "sql", "--hold")
+        assert (code, out) == (0, "sql stands for v1\n")
+        code, out, _ = await command(here.served, "show", "sql")
+        assert "the LoraAdapter sql in Kubernetes' namespace" in out
+        assert re.search(r"held for (59|60) min", out)
+        code, out, _ = await command(here.served, "list")
+        assert "held for" in out
 
 
 async def test_without_a_cluster_it_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

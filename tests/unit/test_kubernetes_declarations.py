@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
 from sidecar.cli.versions import with_times
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.kubernetes.choosing import Desired, desired
 from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to_do, to_do_without
-from sidecar.kubernetes.declarations import Declaration, Said, Source, of_config_map, of_lora
+from sidecar.kubernetes.declarations import (
+    GRACE_S,
+    VERSION,
+    Declaration,
+    Said,
+    Source,
+    _Spec,
+    of_config_map,
+    of_lora,
+)
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.places import NOWHERE, Places
-from sidecar.kubernetes.standings import Attempt, Phase, Standing, standing_of, status_of
+from sidecar.kubernetes.standings import Attempt, Phase, Standing, loser, standing_of, status_of
 from sidecar.shell.managing import Wanted, in_words, taken_over
+from sidecar.shell.metrics import DECLARED_PHASES
 from sidecar.state import records
 from sidecar.state.records import Record
 from sidecar.state.written import from_json, to_json
+from tests.kubernetes_cluster import CRDS
 from tests.registries import adapter, record
 
 NOW = 1_800_000_000.0
@@ -306,6 +319,62 @@ def test_a_status_keeps_the_time_of_what_has_not_turned() -> None:
     assert times["Accepted"] == times["Held"] == "2027-01-15T08:00:00Z"
     assert times["Ready"] == "2027-01-15T08:01:00Z"
     assert status_of(stands(registered()), 2, later, NOW + 120) == later
+
+
+def allowed(schema: dict[str, Any], found: Any, at: str = "status") -> None:
+    """Check an object against a structural schema, as far as the product's CRD uses it."""
+    kinds = {"object": dict, "array": list, "string": str, "integer": int}
+    assert isinstance(found, kinds[schema["type"]]), at
+    assert found in schema.get("enum", [found]), at
+    assert re.search(schema.get("pattern", ""), found if isinstance(found, str) else ""), at
+    if schema["type"] == "array":
+        for each in found:
+            allowed(schema["items"], each, f"{at}[]")
+    if schema["type"] == "object":
+        assert not set(schema.get("required", ())) - set(found), at
+        for key, value in found.items():
+            assert key in schema["properties"], f"{at}.{key}"
+            allowed(schema["properties"][key], value, f"{at}.{key}")
+
+
+def crd() -> dict[str, Any]:
+    """Return the schema of LoraAdapter's version."""
+    (version,) = yaml.safe_load((CRDS / "loraadapters.yaml").read_text())["spec"]["versions"]
+    assert version["name"] == VERSION
+    schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]["properties"]
+    return schema
+
+
+def test_the_definition_takes_every_status() -> None:
+    """Each phase, with all that may be in it: else the API server drops it in silence, or refuses it."""
+    schema = crd()["status"]
+    places = Places(("a", "b"), ("a",), ("a",))
+    taken = replace(registered(), managed_by="config")
+    standings = [
+        stands(None),
+        stands(None, Attempt(running=True)),
+        stands(None, problem="wrong"),
+        stands(None, Attempt(error=Refused(Reason.ADAPTER_UNAVAILABLE, "away"))),
+        stands(taken),
+        stands(registered(), places=places),
+        stands(replace(registered(), held_until=NOW + 9), places=places),
+        loser(DECLARED, DECLARED),
+    ]
+    assert {standing.phase for standing in standings} == set(Phase) - {Phase.REMOVING}
+    for standing in standings:
+        status = status_of(standing, 1, {}, NOW)
+        allowed(schema, status)
+        assert set(status) == set(schema["properties"])
+
+
+def test_the_definition_has_the_keys_that_are_read() -> None:
+    """No more and no fewer: what one side does not know is lost."""
+    spec = crd()["spec"]["properties"]
+    assert set(spec) == {field.alias for field in _Spec.model_fields.values()}
+    assert set(spec["prefetch"]["properties"]) == {"backends"}
+    assert spec["removal"]["properties"]["graceSeconds"]["default"] == GRACE_S
+    assert {phase.value for phase in Phase} == set(crd()["status"]["properties"]["phase"]["enum"])
+    assert tuple(DECLARED_PHASES) == tuple(phase.value for phase in Phase)
 
 
 def test_pauses_grow_and_end() -> None:
