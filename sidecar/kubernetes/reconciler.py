@@ -29,11 +29,11 @@ from sidecar.state.records import Record
 LOOK_S = 5.0
 """How often all is looked at although nothing is known to have changed: where adapters are does not tell of itself."""
 GATHER_S = 0.1
-"""How long changes are gathered before a pass, which costs some 20 µs a name."""
+"""How long changes are gathered before a pass, which costs some 50 µs a name."""
 LEAD_S = 0.5
 READ_AT_ONCE_MAX = 4
 """Adapters on disk that are read at once: every byte of each is, in threads that others need, too."""
-NAMES_A_TURN = 50
+NAMES_A_TURN = 20
 """Names looked at before the event loop gets to do something else."""
 
 
