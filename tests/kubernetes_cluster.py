@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -68,9 +69,7 @@ class Cluster:
 
     async def _ask(self, method: str, path: str, body: Object | None = None) -> Object:
         kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        token = self.access.token()
-        headers = {"content-type": kind} | ({"authorization": f"Bearer {token}"} if token else {})
-        answer = await self.client.request(method, path, json=body, headers=headers)
+        answer = await self.client.request(method, path, json=body, headers={"content-type": kind})
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
         found: Object = answer.json()
         return found
@@ -111,6 +110,13 @@ class Cluster:
         """Return the reasons of all events, in the order in which they came."""
         return [event["reason"] for event in sorted(await self.list("events"), key=lambda event: event["eventTime"])]
 
+    async def tells(self, *reasons: str) -> None:
+        """Wait until there is an event for each of these reasons; fails when there are others by then."""
+        async with asyncio.timeout(60):
+            while len(found := await self.reasons()) < len(reasons):
+                await asyncio.sleep(0.02)
+        assert sorted(found) == sorted(reasons)
+
 
 @asynccontextmanager
 async def cluster(kind: str = "fake", **fields: Any) -> AsyncIterator[Cluster]:
@@ -123,6 +129,7 @@ async def cluster(kind: str = "fake", **fields: Any) -> AsyncIterator[Cluster]:
     access = replace(access, namespace=f"lora-sidecar-test-{token_hex(4)}")
     async with _client(access) as client:
         made = Cluster(access, client)
+        await _define(client)
         await made._ask("POST", "/api/v1/namespaces", {"metadata": {"name": made.namespace}})
         try:
             yield made
@@ -130,8 +137,21 @@ async def cluster(kind: str = "fake", **fields: Any) -> AsyncIterator[Cluster]:
             await made._ask("DELETE", f"/api/v1/namespaces/{made.namespace}")
 
 
+async def _define(client: httpx.AsyncClient) -> None:
+    """Install LoraAdapter's definition, unless it is there, and wait until its objects are served."""
+    definition = yaml.safe_load((CRDS / "loraadapters.yaml").read_text())
+    answer = await client.post("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", json=definition)
+    assert answer.status_code in (201, 409), answer.text
+    async with asyncio.timeout(60):
+        while not (await client.get(loras_in("default").path)).is_success:
+            await asyncio.sleep(0.2)
+
+
 def _client(access: Access) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=access.url, verify=access.tls or True, trust_env=False, timeout=30.0)
+    token = access.token()
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    tls = access.tls or True
+    return httpx.AsyncClient(base_url=access.url, headers=headers, verify=tls, trust_env=False, timeout=30.0)
 
 
 needs_faults = pytest.mark.parametrize("kind", ["fake"])

@@ -182,7 +182,8 @@ def of_config_map(found: Object) -> Said:
     try:
         entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        return Said(source, problem=f"{ADAPTERS_KEY} is not YAML: {error}"[:PROBLEM_LENGTH_MAX])
+        words = " ".join(str(error).split())
+        return Said(source, problem=f"{ADAPTERS_KEY} is not YAML: {words}"[:PROBLEM_LENGTH_MAX])
     if entries is None:
         return Said(source)
     if not isinstance(entries, list):

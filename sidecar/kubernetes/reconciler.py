@@ -7,33 +7,33 @@ begins a step for each name where they differ. It touches no name that its names
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from time import monotonic, time
 
-from sidecar.adapters.origins.origin import is_url
 from sidecar.core.state import State
-from sidecar.errors import Dropped, Reason
+from sidecar.errors import Refused
 from sidecar.kubernetes.choosing import Cluster, Desired
-from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to_do, to_do_without
-from sidecar.kubernetes.declarations import Declaration, Source, wish_of
+from sidecar.kubernetes.deciding import Do, is_held, next_look, to_do, to_do_without
+from sidecar.kubernetes.declarations import Declaration, wish_of
 from sidecar.kubernetes.places import NOWHERE, View, places_of
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
+from sidecar.kubernetes.steps import Steps
 from sidecar.kubernetes.work import Work
 from sidecar.shell.catalogue import Catalogue
-from sidecar.shell.managing import CLUSTER, Wanted
+from sidecar.shell.managing import CLUSTER
 from sidecar.state.records import Record
+
+logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0
 """How often all is looked at although nothing is known to have changed: where adapters are does not tell of itself."""
 GATHER_S = 0.1
-"""How long changes are gathered before a pass, which costs some 20 µs a name."""
+"""How long changes are gathered before a pass, which costs some 50 µs a name."""
 LEAD_S = 0.5
-READ_AT_ONCE_MAX = 4
-"""Adapters on disk that are read at once: every byte of each is, in threads that others need, too."""
-NAMES_A_TURN = 50
+NAMES_A_TURN = 20
 """Names looked at before the event loop gets to do something else."""
 
 
@@ -58,7 +58,7 @@ class Reconciler:
         self._cluster = Cluster()
         self._works: dict[str, Work] = {}
         self._loaded: dict[str, str] = {}
-        self._reading = asyncio.Semaphore(READ_AT_ONCE_MAX)
+        self._steps = Steps(catalogue, self._may_change, reporter)
         self.settled = asyncio.Event()
         """Set once there was nothing to do, or nothing that did not have to wait."""
         self._wake = asyncio.Event()
@@ -82,6 +82,7 @@ class Reconciler:
             while True:
                 while not self._may_look():
                     await asyncio.sleep(LEAD_S)
+                await self._let_all_know()
                 while self._may_look():
                     self._wake.clear()
                     await self._until(await self._pass())
@@ -92,6 +93,16 @@ class Reconciler:
 
     def _may_look(self) -> bool:
         return self._cluster.desired is not None and self._leads()
+
+    async def _let_all_know(self) -> None:
+        """Wait until every replica has what the one that led before wrote down: it may not have come to that itself."""
+        while self._may_look():
+            try:
+                await self._catalogue.registry.acknowledged(self._catalogue.registry.last_change)
+                return
+            except Refused as refused:
+                logger.info("what is declared is not looked at yet: %s", refused.message)
+                await asyncio.sleep(LEAD_S)
 
     async def _rest(self) -> None:
         """Another leads: leave what is under way."""
@@ -160,10 +171,12 @@ class Reconciler:
             standing = self._look_without(name, record, work, desired, now)
         else:
             do = to_do(declaration, record, now)
+            if do is Do.NOTHING and work.is_unknown_to_others and not is_held(record, now):
+                do = Do.SET
             if do is Do.NOTHING:
                 work.rest()
             else:
-                work.begin(lambda: self._step(do, declaration))
+                work.begin(lambda: self._steps.towards(do, declaration))
             here = NOWHERE if record is None else places_of(self._state(), self._view(), record)
             standing = standing_of(declaration, record, work.attempt, here, now, self._loaded_of(declaration))
             if standing.phase is Phase.READY:
@@ -171,6 +184,11 @@ class Reconciler:
             self._report(declaration, standing)
         retry_s = work.due_s - monotonic() if work.due_s and not work.is_running else LOOK_S
         return standing, max(0.0, min(next_look(record, now) - now, retry_s))
+
+    def _may_change(self, name: str, declaration: Declaration | None) -> bool:
+        """Whether this process leads still, and a name is declared so, or not at all: a step may take a while."""
+        desired = self._cluster.desired
+        return self._leads() and desired is not None and wish_of(desired.chosen.get(name)) == wish_of(declaration)
 
     def _loaded_of(self, declaration: Declaration) -> str:
         """Return the content that was Ready last, by this process or by the one that led before."""
@@ -188,56 +206,9 @@ class Reconciler:
             return Standing(Phase.FAILED, INVALID_DECLARATION, f"{name} stays as it is: {problem}")
         do = to_do_without(record, desired, now)
         if do is not Do.NOTHING:
-            work.begin(lambda: self._remove(do, record))
+            work.begin(lambda: self._steps.away(do, record))
         return Standing(Phase.REMOVING, "Removing", f"{name} is declared no more")
-
-    # Steps.
-
-    async def _step(self, do: Do, declaration: Declaration) -> None:
-        """Take one step towards a declaration."""
-        name, owner = declaration.name, declaration.source.owner
-        if do is Do.SET:
-            await self._catalogue.change_declared(name, owner, lambda record: set_back(declaration, record))
-            return
-        wanted = Wanted(
-            allow=declaration.tenants,
-            pin=declaration.pinned,
-            managed_by=owner,
-            digest=declaration.digest,
-            take_over=declaration.take_over,
-            declared=declaration.declared,
-            confirm=lambda: self._confirm(declaration),
-        )
-        async with (
-            nullcontext() if is_url(declaration.origin) else self._reading
-        ):  # downloads have a bound of their own
-            await self._catalogue.register(name, declaration.origin, wanted)
-
-    def _confirm(self, declaration: Declaration) -> None:
-        """Raise Dropped if a declaration counts no more: it took a while to read its source."""
-        desired = self._cluster.desired
-        now = None if desired is None else desired.chosen.get(declaration.name)
-        if not self._leads() or wish_of(now) != wish_of(declaration):
-            raise Dropped(Reason.CANCELLED, f"{declaration.name} is not declared so any more")
-
-    async def _remove(self, do: Do, record: Record) -> None:
-        """Take one step towards forgetting a name."""
-        name, owner = record.name, record.managed_by
-        if do is Do.MARK:
-            marked = await self._catalogue.change_declared(name, owner, lambda found: marked_gone(found, time()))
-            grace_s = 0.0 if marked.declared is None else marked.declared.grace_s
-            self._say_removal(record, f"its declaration has gone; {name} is refused in {grace_s:.0f} s")
-            return
-        await self._catalogue.unregister(name, managed_by=owner)
-        self._say_removal(record, f"{name} is forgotten", "Removed")
-        self._reporter.gone(owner, name)
-
-    # What is told.
 
     def _report(self, declaration: Declaration, standing: Standing) -> None:
         said = self._cluster.said.get(declaration.source.owner)
         self._reporter.tell(declaration.source, declaration.name, standing, {} if said is None else said.status)
-
-    def _say_removal(self, record: Record, message: str, reason: str = "Removing") -> None:
-        namespace, kind, name = record.managed_by.removeprefix(CLUSTER).split("/", 2)
-        self._reporter.say(Source(kind, namespace, name), record.name, Standing(Phase.REMOVING, reason, message))

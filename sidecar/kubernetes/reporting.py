@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from enum import Enum
 from time import monotonic, time
 from typing import Any
 
-from sidecar.kubernetes.api import FIELD_MANAGER, Api, Collection
-from sidecar.kubernetes.declarations import GROUP, KIND, VERSION, Source, loras_in
+from sidecar.kubernetes.api import Api, Collection
+from sidecar.kubernetes.declarations import KIND, Source, loras_in
+from sidecar.kubernetes.events import event_of, note_of
 from sidecar.kubernetes.failures import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, is_final
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.standings import Phase, Standing, status_of, turn_of
@@ -26,12 +27,19 @@ COUNTS_EVERY_S = 10.0
 EVENTS_MAX = 1000
 """Events that may wait to be written; past that they are dropped, and the log has them."""
 CONFLICTS_MAX = 3
-NOTE_LENGTH_MAX = 1000
 WORTH_AN_EVENT = (Phase.READY, Phase.HELD, Phase.FAILED, Phase.REMOVING)
 COUNTED = ("desired", "ready", "residentOn", "message")
 """The fields of a status that may change without anything having turned."""
 
 Status = dict[str, Any]
+
+
+class Change(Enum):
+    """How a status differs from what is there: in nothing, in counts and places, or in something that has turned."""
+
+    NONE = "none"
+    COUNTS = "counts"
+    TURN = "turn"
 
 
 @dataclass
@@ -55,12 +63,15 @@ class Reporter:
         self._turns: dict[str, tuple[str, str, str]] = {}
         self._written: dict[str, _Written] = {}
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue(EVENTS_MAX)
+        self._due: dict[str, None] = {}
+        """LoraAdapters whose status may have to be written."""
         self._changed = asyncio.Event()
 
     def forget(self) -> None:
         """Write no status any more that was told of, and forget them: another process may say other things now."""
         self._turns.clear()
         self._written.clear()
+        self._due.clear()
 
     def tell(self, source: Source, name: str, standing: Standing, status: Status) -> None:
         """Take in how a name stands. `status` is what its LoraAdapter says already, as far as is known."""
@@ -71,8 +82,9 @@ class Reporter:
         if known is None or known.source.resource_version != source.resource_version:
             wrote_s = -COUNTS_EVERY_S if known is None else known.wrote_s
             known = self._written[source.name] = _Written(source, status, wrote_s=wrote_s)
-        known.wanted = standing
-        if _differ(standing, known, monotonic(), time()):
+        if known.wanted != standing:
+            known.wanted = standing
+            self._due[source.name] = None
             self._changed.set()
 
     def gone(self, owner: str, name: str) -> None:
@@ -83,9 +95,9 @@ class Reporter:
     def say(self, source: Source, name: str, standing: Standing) -> None:
         """Write a log line and an event about a declaration."""
         level = logging.WARNING if standing.phase is Phase.FAILED else logging.INFO
-        logger.log(level, "%s %s: %s: %s", source.kind, source.name, standing.reason, _note(source, name, standing))
+        logger.log(level, "%s %s: %s: %s", source.kind, source.name, standing.reason, note_of(source, name, standing))
         try:
-            self._events.put_nowait(_event(source, _note(source, name, standing), standing, self._instance))
+            self._events.put_nowait(event_of(source, note_of(source, name, standing), standing, self._instance))
         except asyncio.QueueFull:
             logger.warning("too many events wait for the API server; this one is not written")
 
@@ -128,13 +140,9 @@ class Reporter:
         pauses = Pauses()
         while True:
             self._changed.clear()
-            now_s, now = monotonic(), time()
-            due = [
-                known for known in self._written.values() if known.wanted and _differ(known.wanted, known, now_s, now)
-            ]
             try:
-                for known in due:
-                    await self._write_or_refuse(known)
+                for name in list(self._due):
+                    await self._see_to(name)
                 pauses.end()
             except ApiError as error:
                 if not pauses.failures:
@@ -142,10 +150,25 @@ class Reporter:
                 await asyncio.sleep(pauses.next_s(error.retry_after_s))
                 continue
             try:
-                async with asyncio.timeout(COUNTS_EVERY_S / 2):
+                async with asyncio.timeout(COUNTS_EVERY_S / 5 if self._due else None):
                     await self._changed.wait()
-            except TimeoutError:  # counts that have changed meanwhile are due now and then
-                pass
+            except TimeoutError:  # counts that have changed may be due now
+                continue
+
+    async def _see_to(self, name: str) -> None:
+        """Write a LoraAdapter's status if it is to be, and is due."""
+        known = self._written.get(name)
+        change = Change.NONE if known is None else _change(known, time())
+        if known is not None and change is Change.COUNTS and monotonic() - known.wrote_s < COUNTS_EVERY_S:
+            return
+        self._due.pop(name, None)  # before it is written: meanwhile another standing may be told of
+        await asyncio.sleep(0)
+        if known is not None and change is not Change.NONE:
+            try:
+                await self._write_or_refuse(known)
+            except ApiError:
+                self._due[name] = None
+                raise
 
     async def _write_or_refuse(self, known: _Written) -> None:
         """Write one status; one that is refused for what it says is left until there is another to write."""
@@ -191,15 +214,15 @@ class Reporter:
             raise
 
 
-def _differ(standing: Standing, known: _Written, now_s: float, now: float) -> bool:
-    """Whether a status is to be written: at once if something has turned, now and then if only counts have."""
-    if standing == known.refused:
-        return False
-    wanted = status_of(standing, known.source.generation, known.status, now)
-    if wanted == {key: known.status.get(key) for key in wanted}:
-        return False
-    turned = _without_counts(wanted) != _without_counts({key: known.status.get(key) for key in wanted})
-    return turned or now_s - known.wrote_s >= COUNTS_EVERY_S
+def _change(known: _Written, now: float) -> Change:
+    """Return how what a status is to say differs from what it says."""
+    if known.wanted is None or known.wanted == known.refused:
+        return Change.NONE
+    wanted = status_of(known.wanted, known.source.generation, known.status, now)
+    before = {key: known.status.get(key) for key in wanted}
+    if wanted == before:
+        return Change.NONE
+    return Change.COUNTS if _without_counts(wanted) == _without_counts(before) else Change.TURN
 
 
 def _without_counts(status: Status) -> Status:
@@ -216,32 +239,3 @@ def _turn_in(status: Status) -> tuple[str, str, str] | None:
         return None
     reasons = {condition.get("type"): condition.get("reason") for condition in status.get("conditions") or ()}
     return turn_of(status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", ""))
-
-
-def _note(source: Source, name: str, standing: Standing) -> str:
-    """Return a message that says which adapter is meant: a ConfigMap declares several."""
-    is_named = not name or source.name == name or standing.message.startswith(name)
-    return standing.message if is_named else f"{name}: {standing.message}"
-
-
-def _event(source: Source, note: str, standing: Standing, instance: str) -> dict[str, Any]:
-    is_lora = source.kind == KIND
-    return {
-        "apiVersion": "events.k8s.io/v1",
-        "kind": "Event",
-        "metadata": {"generateName": f"{source.name[:200]}.", "namespace": source.namespace},
-        "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingController": f"{GROUP}/{FIELD_MANAGER}",
-        "reportingInstance": instance[:128],
-        "action": standing.phase.value,
-        "reason": standing.reason,
-        "type": "Warning" if standing.phase is Phase.FAILED else "Normal",
-        "note": note[:NOTE_LENGTH_MAX],
-        "regarding": {
-            "apiVersion": f"{GROUP}/{VERSION}" if is_lora else "v1",
-            "kind": source.kind,
-            "namespace": source.namespace,
-            "name": source.name,
-            "uid": source.uid,
-        },
-    }

@@ -38,6 +38,11 @@ class Work:
     def is_running(self) -> bool:
         return self._task is not None and not self._task.done()
 
+    @property
+    def is_unknown_to_others(self) -> bool:
+        """Whether the last step may have been written down without every replica knowing of it."""
+        return self._error is not None and self._error.reason is Reason.STATE_UNAVAILABLE
+
     def about(self, wish: Hashable) -> None:
         """Say what is wished for now: when that is another than before, a step towards that one is given up."""
         if wish == self._about:
