@@ -65,6 +65,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("predicted_wait_seconds", "How long a request that comes now would wait, as far as is known.", "backend"),
     _counter("dispatches_total", "Dispatches, by where the adapter came from.", "cache"),
     _gauge("queued_requests", 'Requests that wait, by backend; backend "" is none at the moment.', "backend"),
+    _gauge(
+        "waiting_requests", "Requests that wait, by why: the first of an adapter at a backend tells for all.", "why"
+    ),
     _gauge("queued_tokens", "Prompt tokens and largest answers of the requests that wait."),
     # Adapters and the host store.
     _gauge("adapters_registered", "Names that are registered."),
