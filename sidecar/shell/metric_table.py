@@ -110,6 +110,10 @@ METRICS: tuple[Metric, ...] = (
     _gauge("state_lag_changes", "Changes of names that are written down and that this replica has not read."),
     _gauge("state_away_seconds", "For how long the shared state has not answered; 0 while it does."),
     # The process.
+    _gauge(
+        "open_calls",
+        "Requests that are open here: clients', whoever answers them, and those that other replicas pass on.",
+    ),
     _counter("steps_total", "Events that the core has taken."),
     _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),
     _gauge("draining", "Whether the sidecar admits nothing new."),

@@ -7,7 +7,7 @@ state when `/metrics` is asked; the text is made in a thread, since thousands of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -87,6 +87,10 @@ class Watched(Protocol):
     @property
     def core(self) -> Core: ...
 
+    @property
+    def tickets(self) -> Sized:
+        """The requests that are open."""
+
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
         """Have this called with the key and report of every packing."""
 
@@ -117,6 +121,7 @@ class Metrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
         self._core = gateway.core
+        self._gateway = gateway
         self._clock = clock
         gateway.on_packed(self.packed)
         self.journal: Journal | None = None
@@ -181,6 +186,7 @@ class Metrics:
         between = self.replica()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
+            "open_calls": len(self._gateway.tickets),
             "steps_total": self._steps,
             "event_loop_stall_seconds": self._watch.take_longest_s(),
             "journal_bytes_total": figures.written_bytes,

@@ -29,6 +29,7 @@ class Measured(World):
     def __init__(self, *, adapter_labels_max: int = 200, **options: object) -> None:
         self.metrics: Metrics | None = None
         self.pack: Callable[[str, PackReport], None] = lambda key, report: None
+        self.tickets: dict[int, object] = {}
         super().__init__(**options)  # type: ignore[arg-type]
         self.metrics = Metrics(self, adapter_labels_max, lambda: self.now_ns)
 
