@@ -1,7 +1,8 @@
 """The one configuration file: YAML, unknown keys refused, each key overridable from the environment.
 
 `LORA_SIDECAR_STORE__MEMORY_BYTES=1073741824` sets `store.memory_bytes`; two underscores step into a section.
-Command-line options win over the environment, which wins over the file.
+Command-line options win over the environment, which wins over the file. What Kubernetes tells of a Service that is
+called lora-sidecar sets nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.config_discover import Discover, EndpointSlices, label_of
+from sidecar.config_environment import set_in
 from sidecar.config_kinds import VLLM, out_of_place
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
 from sidecar.state.redis.address import KEY_PREFIX, Place, parse_address, without_users
 
-ENVIRONMENT_PREFIX = "LORA_SIDECAR_"
 HOST = "{host}"
 """What stands in `metrics` for the host of an engine that was found."""
 VLLMS = "vllms"
@@ -543,9 +544,8 @@ def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> 
 def load(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:
     """Read the file and the environment. Raises Misused naming the key, the value and what is expected."""
     record = _read(path) if path is not None else {}
-    for name, text in sorted((os.environ if environment is None else environment).items()):
-        if name.startswith(ENVIRONMENT_PREFIX):
-            _set(record, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), yaml.safe_load(text))
+    for key, value in set_in(os.environ if environment is None else environment):
+        _set(record, key, value)
     return parse(record, str(path or "the environment"))
 
 

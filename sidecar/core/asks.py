@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from policies.views import BASE, Hold
@@ -267,16 +267,19 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
         return Why.KV_FULL
     if backend.lone_load is not None and request.losses:
         return Why.APART
-    if backend.facts.base_apart and any(other in backend.running for other in others_of(state, backend, request)):
+    if backend.facts.base_apart and _others_among(state, backend.running, request):
         return Why.APART  # whose turn it is when they have ended is for the policy to say, as ever
     return None
 
 
 def others_of(state: State, backend: Backend, request: Request) -> set[int]:
     """Return what waits or runs at a backend and is of the other side: adapters for a base request, and vice versa."""
+    return _others_among(state, (*backend.queued, *backend.running), request)
+
+
+def _others_among(state: State, requests: Iterable[int], request: Request) -> set[int]:
     is_base = request.version == BASE
-    both = (*backend.queued, *backend.running)
-    return {other for other in both if (state.requests[other].version == BASE) is not is_base}
+    return {other for other in requests if (state.requests[other].version == BASE) is not is_base}
 
 
 def why_waiting(state: State, request: Request, now_ns: int) -> Why:

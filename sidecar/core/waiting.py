@@ -91,6 +91,20 @@ def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", 
     )
 
 
+def reasons(state: State, now_ns: int) -> dict[Why, int]:
+    """Count all that wait by why they do; each reason is there, nobody's as 0.
+
+    At each backend the first request of a version speaks for all of that version, so that this takes as long as there
+    are versions that wait, however many requests do: mostly it is the version that waits, or all wait behind the first.
+    """
+    counts = dict.fromkeys(Why, 0)
+    counts[Why.BACKEND_DOWN] = len(state.unrouted)
+    for backend in state.backends.values():
+        for line in backend.queued_by_version.values():
+            counts[asks.why_waiting(state, state.requests[line.first()], now_ns)] += len(line)
+    return counts
+
+
 def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
     """Return how many wait and how many run; a walk over all requests only for one adapter's."""
     if adapter:

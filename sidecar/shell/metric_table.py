@@ -65,6 +65,9 @@ METRICS: tuple[Metric, ...] = (
     _gauge("predicted_wait_seconds", "How long a request that comes now would wait, as far as is known.", "backend"),
     _counter("dispatches_total", "Dispatches, by where the adapter came from.", "cache"),
     _gauge("queued_requests", 'Requests that wait, by backend; backend "" is none at the moment.', "backend"),
+    _gauge(
+        "waiting_requests", "Requests that wait, by why: the first of an adapter at a backend tells for all.", "why"
+    ),
     _gauge("queued_tokens", "Prompt tokens and largest answers of the requests that wait."),
     # Adapters and the host store.
     _gauge("adapters_registered", "Names that are registered."),
@@ -107,6 +110,10 @@ METRICS: tuple[Metric, ...] = (
     _gauge("state_lag_changes", "Changes of names that are written down and that this replica has not read."),
     _gauge("state_away_seconds", "For how long the shared state has not answered; 0 while it does."),
     # The process.
+    _gauge(
+        "open_calls",
+        "Requests that are open here: clients', whoever answers them, and those that other replicas pass on.",
+    ),
     _counter("steps_total", "Events that the core has taken."),
     _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),
     _gauge("draining", "Whether the sidecar admits nothing new."),

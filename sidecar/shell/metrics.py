@@ -7,8 +7,9 @@ state when `/metrics` is asked; the text is made in a thread, since thousands of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from time import monotonic_ns
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -86,6 +87,10 @@ class Watched(Protocol):
     @property
     def core(self) -> Core: ...
 
+    @property
+    def tickets(self) -> Sized:
+        """The requests that are open."""
+
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
         """Have this called with the key and report of every packing."""
 
@@ -108,12 +113,16 @@ class Metrics:
     """An observer of the core with a registry of its own; `METRICS` is what it shows, no more and no less.
 
     `adapter_labels_max` bounds the adapters that get series of their own. An adapter's series end when its name is
-    unregistered.
+    unregistered. `clock` tells the core's time, in nanoseconds.
     """
 
-    def __init__(self, gateway: Watched, adapter_labels_max: int = 200) -> None:
+    def __init__(
+        self, gateway: Watched, adapter_labels_max: int = 200, clock: Callable[[], int] = monotonic_ns
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # it would double every counter
         self._core = gateway.core
+        self._gateway = gateway
+        self._clock = clock
         gateway.on_packed(self.packed)
         self.journal: Journal | None = None
         """What the journal's figures are read from; set by whoever starts one."""
@@ -177,6 +186,7 @@ class Metrics:
         between = self.replica()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
+            "open_calls": len(self._gateway.tickets),
             "steps_total": self._steps,
             "event_loop_stall_seconds": self._watch.take_longest_s(),
             "journal_bytes_total": figures.written_bytes,
@@ -192,7 +202,7 @@ class Metrics:
         changes = [(("taken",), between.taken), (("given_up",), between.given_up)]
         found = [family(short, [((), value)]) for short, value in counted.items()]
         return [
-            *families_of(self._core.state),
+            *families_of(self._core.state, self._clock()),
             family("ownership_changes_total", changes),
             *_declared_families(self.declared()),
             *found,

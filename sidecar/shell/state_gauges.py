@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
-from sidecar.core import promising
+from sidecar.core import promising, waiting
 from sidecar.core.ahead import AheadCounts
 from sidecar.core.state import Backend, State
 from sidecar.core.store import StoreIndex
@@ -18,9 +18,13 @@ from sidecar.shell.segments import product_version
 Samples = Iterable[tuple[tuple[str, ...], float]]
 
 
-def families_of(state: State) -> list[Family]:
+def families_of(state: State, now_ns: int) -> list[Family]:
     """Return the families that the state alone decides. Call it between steps."""
-    return [family(short, read(state)) for short, read in READERS.items()]
+    reasons = waiting.reasons(state, now_ns).items()
+    return [
+        family("waiting_requests", [((why.value,), count) for why, count in reasons]),
+        *(family(short, read(state)) for short, read in READERS.items()),
+    ]
 
 
 def family(short: str, samples: Samples) -> Family:

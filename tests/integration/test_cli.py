@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def test_every_command_explains_itself(path: tuple[str, ...], sidecar: Callable[
     ended = sidecar(*path, "--help")
     assert ended.code == 0
     assert f"Usage: sidecar {' '.join(path)}".rstrip() in ended.out
+
+
+def test_the_version_is_the_package_s(sidecar: Callable[..., Ended]) -> None:
+    """It is printed whatever follows, and nothing is done."""
+    for arguments in (["--version"], ["--version", "serve"]):
+        ended = sidecar(*arguments)
+        assert (ended.code, ended.out, ended.err) == (0, f"lora-sidecar {version('lora-sidecar')}\n", "")
 
 
 def test_the_commands_are_those_that_are_promised() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from sidecar.core.effects import Dispatch
@@ -16,7 +17,7 @@ from sidecar.proto import admin_pb2
 from tests.emulated import running_engine
 from tests.redis_servers import running
 from tests.replica_pool import owned, replica, replicas, settled
-from tests.serving import until, write_adapters
+from tests.serving import Serving, until, write_adapters
 from tests.vllm_emulated import running_vllm
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -95,6 +96,32 @@ async def test_a_client_that_leaves_is_cancelled_at_the_owner(adapters: Path, tm
         asked.cancel()
         await asyncio.gather(asked, return_exceptions=True)
         await until(lambda: not owner.state.requests)
+
+
+async def test_a_request_is_open_where_it_came_and_where_it_is_answered(adapters: Path, tmp_path: Path) -> None:
+    """A replica that only passes a request on carries its stream all the same, and its metrics say so."""
+    async with (
+        running(tmp_path / "redis") as redis,
+        running_engine(**DUMMY, time_scale=1.0) as one,
+        replicas(2, redis.url, [one], adapters) as pool,
+    ):
+        (owner,) = [served for served in pool if owned(served)]
+        (other,) = [served for served in pool if served is not owner]
+        asked = [asyncio.create_task(served.ask("a00", tokens=500)) for served in (other, other, owner)]
+        await until(lambda: owner.recorder.count(Dispatch) == 3)
+        assert [await open_calls(other), await open_calls(owner)] == [2, 3]
+        for each in asked:
+            each.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await until(lambda: not owner.sidecar.gateway.tickets and not other.sidecar.gateway.tickets)
+        assert [await open_calls(other), await open_calls(owner)] == [0, 0]
+
+
+async def open_calls(served: Serving) -> float:
+    """Return what a replica's metrics say."""
+    _, text = await served.sidecar.metrics.render()
+    found = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    return float(found["lora_sidecar_open_calls"].samples[0].value)
 
 
 async def test_what_an_owner_refuses_is_refused_in_its_words(adapters: Path, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from random import Random
 
 import pytest
 
+from sidecar.core import asks, waiting
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.words import Outcome
+from sidecar.core.words import Outcome, Why
 from sidecar.errors import Reason
 from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, two_pages, with_facts
 
@@ -140,11 +141,24 @@ def run_world(seed: int, kinds: tuple[str, ...] = KINDS, honest_sizes: bool = Fa
     for _ in range(random.randint(20, 150)):
         one_act(world, random, on)
         world.run(random.choice([0, 0, 1, 5, 20]) * MS)
+        check_reasons(world)
     make_peace(world)
     world.run(SECOND)
     make_peace(world)  # an engine may have died of a Load that was under way
     world.run()
     return world
+
+
+def check_reasons(world: World) -> None:
+    """Each that waits is counted once, under what keeps the first of its version at its backend."""
+    state, firsts, expected = world.core.state, {}, dict.fromkeys(Why, 0)
+    for number in sorted(state.requests):
+        request = state.requests[number]
+        if not request.running:
+            first = firsts.setdefault((request.backend, request.version), request)
+            expected[asks.why_waiting(state, first, world.now_ns)] += 1
+    assert waiting.reasons(state, world.now_ns) == expected
+    assert sum(expected.values()) == state.queued
 
 
 def make_peace(world: World) -> None:

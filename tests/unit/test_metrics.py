@@ -13,6 +13,7 @@ from sidecar.adapters.packed import PackReport
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.pace import Pace
+from sidecar.core.words import Why
 from sidecar.shell.label_values import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
 from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
@@ -28,8 +29,9 @@ class Measured(World):
     def __init__(self, *, adapter_labels_max: int = 200, **options: object) -> None:
         self.metrics: Metrics | None = None
         self.pack: Callable[[str, PackReport], None] = lambda key, report: None
+        self.tickets: dict[int, object] = {}
         super().__init__(**options)  # type: ignore[arg-type]
-        self.metrics = Metrics(self, adapter_labels_max)
+        self.metrics = Metrics(self, adapter_labels_max, lambda: self.now_ns)
 
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
         self.pack = callback
@@ -269,6 +271,33 @@ async def test_standing_is_read_from_the_state() -> None:
     assert samples["lora_sidecar_store_bytes"] == {("memory",): 3 * BLOB_BYTES, ("disk",): 0}
     assert samples["lora_sidecar_store_budget_bytes"] == {("memory",): 64 * BLOB_BYTES, ("disk",): 0}
     assert samples["lora_sidecar_adapters_registered"] == {(): 3}
+
+
+async def test_who_waits_by_why() -> None:
+    """All that wait are counted, by the reasons that `sidecar queue` gives; a reason that nobody has is 0."""
+    world = Measured(engines=1, seats=1)
+    world.register("sql")
+    for name in ("", "", "", "sql"):
+        world.send(name)
+    counts = (await scrape(world))["lora_sidecar_waiting_requests"]
+    assert counts == {(why.value,): 0 for why in Why} | {("seats full",): 2, ("fetching",): 1}
+    world.lose("b0")
+    counts = (await scrape(world))["lora_sidecar_waiting_requests"]
+    assert {why: count for why, count in counts.items() if count} == {("backend down",): 4}
+
+
+async def test_a_reason_that_passes_by_itself_is_told_as_long_as_it_lasts() -> None:
+    """A pause after a refusal ends by the clock: no step says so, and the count follows it."""
+    world = Measured(engines=1, seats=1)
+    world.send()
+    world.send()
+    backend = world.core.state.backends["b0"]
+    backend.quiet_until_ns = world.now_ns + SECOND
+    seen = []
+    for _ in range(2):
+        seen.append((await scrape(world))["lora_sidecar_waiting_requests"][("backing off",)])
+        world.now_ns += SECOND
+    assert seen == [1, 0]
 
 
 async def test_heals_and_quarantines_are_counted() -> None:

@@ -11,7 +11,7 @@ from sidecar.core import queries, waiting
 from sidecar.core.codec import encode
 from sidecar.core.config import CoreConfig
 from sidecar.core.words import Why
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
+from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
 def view(world: World, **options: object) -> waiting.QueueView:
@@ -142,6 +142,18 @@ def test_without_a_backend_that_is_up() -> None:
     world.add_engine("b0", facts_of(), up=False)
     world.send()
     assert view(world).verdict.endswith("because no backend that could serve is up")
+
+
+def test_all_that_wait_are_counted_by_the_first_of_each_version() -> None:
+    """However long the queue; a filter or a cap has no part in it."""
+    world = World(CoreConfig(ordering="fifo"), engines=0)
+    world.add_engine("b0", with_facts(facts_of(), kv_tokens=30))
+    for tokens in (10, 10, 1):
+        world.send(input_tokens=tokens, output_tokens=tokens)
+    assert dict(view(world).why) == {Why.KV_FULL: 1, Why.GATED: 1}
+    counts = waiting.reasons(world.core.state, world.now_ns)
+    assert {why: count for why, count in counts.items() if count} == {Why.KV_FULL: 2}
+    assert counts.keys() == set(Why)
 
 
 @pytest.mark.parametrize("why", list(Why))
@@ -282,6 +294,7 @@ def test_looking_changes_nothing() -> None:
     world.send("sql")
     before = copy.deepcopy(encode(world.core.state))
     view(world)
+    waiting.reasons(world.core.state, world.now_ns)
     assert list(queries.adapter_views(world.core.state, world.now_ns))
     queries.backend_views(world.core.state, world.now_ns)
     assert encode(world.core.state) == before

@@ -45,7 +45,7 @@ def test_every_container_is_confined(rendered: dict[str, list[Object]]) -> None:
 
 
 def test_no_service_is_read_as_configuration(rendered: dict[str, list[Object]]) -> None:
-    """A Service called lora-sidecar would set LORA_SIDECAR_PORT in every pod that takes service links."""
+    """A Service called lora-sidecar-x would set LORA_SIDECAR_X_PORT in every pod that takes service links."""
     assert all(pod["spec"]["enableServiceLinks"] is False for objects in rendered.values() for pod in pods(objects))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.e2e.helm.alert_cases import CASES, Series
+from tests.e2e.helm.alert_cases import CASES, OTHER, POD, Series
 from tests.e2e.helm.installed import CHART
 from tests.e2e.helm.rendering import Object, Renderer, one
 
@@ -64,6 +64,24 @@ def test_alerts_fire_and_do_not(promtool: str, rules: Path, tmp_path: Path) -> N
         tests += [_unit(name, case.fires, case.minutes, fires=True), _unit(name, case.quiet, case.minutes, fires=False)]
     file = tmp_path / "tests.yaml"
     file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": tests}))
+    done = run(promtool, "test", "rules", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_open_requests_are_recorded_by_pod(promtool: str, rules: Path, tmp_path: Path) -> None:
+    """What the HPA reads: every open call of a gateway counts, also where no engine's queue is its own."""
+    series = {f"lora_sidecar_open_calls{{{POD}}}": "30x5", f"lora_sidecar_open_calls{{{OTHER}}}": "4x5"}
+    series |= {f'lora_sidecar_queued_requests{{{POD},backend="gpu-0"}}': "7x5"}
+    samples = [
+        {"labels": f"lora_sidecar_open_requests{{{pod}}}", "value": value} for pod, value in ((POD, 30), (OTHER, 4))
+    ]
+    unit = {
+        "interval": "1m",
+        "input_series": [{"series": each, "values": values} for each, values in series.items()],
+        "promql_expr_test": [{"expr": "lora_sidecar_open_requests", "eval_time": "5m", "exp_samples": samples}],
+    }
+    file = tmp_path / "tests.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(rules)], "evaluation_interval": "1m", "tests": [unit]}))
     done = run(promtool, "test", "rules", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
 
