@@ -54,7 +54,10 @@ class Process:
     def keeps(self, backend: str) -> int | None:
         """Return the epoch of a lease that is not over, or may be again by pledges alone."""
         slot = self.ownership.know.slots.get(backend) if self.alive else None
-        return slot.state.hold.epoch if slot is not None and isinstance(slot.state, Lapsed) else self.holds(backend)
+        kept = None if slot is None else slot.asking_hold
+        if kept is not None and (isinstance(slot.state, Lapsed) or kept.ask_ns is not None):
+            return kept.epoch
+        return self.holds(backend)
 
     def do(self, act: Callable[[], None]) -> None:
         """Do something in this process: now, or once it is no longer paused."""
