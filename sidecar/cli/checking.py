@@ -97,11 +97,16 @@ def _undeclared(config: Config) -> Iterator[str]:
 
 
 def _check_addresses(config: Config) -> None:
-    """Raise Misused for a backend whose one address is several engines'."""
-    places = {backend.identity: backend.address for backend in config.backends if backend.discover is None}
-    for identity, problem in several.problems(places).items():
-        number = [backend.identity for backend in config.backends].index(identity)
-        raise Misused(Reason.CONFIG_INVALID, f"backends.{number}.url: {problem}")
+    """Raise Misused for a backend whose one address is several engines', by DNS or else by the cluster."""
+    from sidecar.kubernetes import services
+
+    places = {
+        f"backends.{number}.url": backend.address
+        for number, backend in enumerate(config.backends)
+        if backend.discover is None
+    }
+    for key, problem in (several.problems(places) or services.problems(places)).items():
+        raise Misused(Reason.CONFIG_INVALID, f"{key}: {problem}")
 
 
 def _check_files(config: Config) -> None:

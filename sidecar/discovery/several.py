@@ -1,6 +1,7 @@
-"""Whether an address that stands for one engine is several: a headless Service, or another name with many addresses.
+"""Whether an address that stands for one engine is several by DNS: a headless Service, or another name with many.
 
-Each request and each load would go to one of them by chance, and what is resident where could not be known.
+Each request and each load would go to one of them by chance, and what is resident where could not be known. Where a
+Service has one address for several engines only the cluster can tell: `kubernetes.services`.
 """
 
 from __future__ import annotations
@@ -61,9 +62,14 @@ def problems(places: Mapping[str, str], ask: Resolve = resolve, patience_s: floa
     for key, host in hosts.items():
         found = several(known.get(host, ()))
         if found:
-            shown = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
-            wrong[key] = (
-                f"{host} has {len(found)} addresses ({shown}), so each request and each load would reach another "
-                f'engine; write discover: {{dns: "{places[key]}"}} and kind in place of url'
-            )
+            wrong[key] = problem(f"{host} has {len(found)} addresses", found, f'{{dns: "{places[key]}"}}')
     return wrong
+
+
+def problem(what: str, engines: Sequence[str], discover: str) -> str:
+    """Say what is wrong with one address of these engines, and how they are found instead."""
+    shown = ", ".join(engines[:3]) + (", …" if len(engines) > 3 else "")
+    return (
+        f"{what} ({shown}), so each request and each load would reach another engine; "
+        f"write discover: {discover} and kind in place of url"
+    )

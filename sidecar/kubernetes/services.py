@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
+from sidecar.discovery import several
 from sidecar.errors import Misused
 from sidecar.kubernetes.access import find_access
 from sidecar.kubernetes.api import Api, Object
@@ -75,18 +76,10 @@ async def problem_of(api: Api, host: str, port: int) -> str | None:
     found = [] if target is None else found_in(slices, target)
     called = target or next((each.address.rpartition(":")[2] for each in found), "")
     engines = sorted(engine.address for engine in found if not engine.terminating)
-    instead = f"discover: {{endpoint_slices: {{service: {name}, namespace: {namespace}, port: {called}}}}}"
-    return _problem(host, engines, instead)
-
-
-def _problem(host: str, engines: Sequence[str], instead: str) -> str | None:
     if len(engines) < 2:
         return None
-    shown = ", ".join(engines[:3]) + (", …" if len(engines) > 3 else "")
-    return (
-        f"{host} is a Service with {len(engines)} endpoints ({shown}), so each request and each load would reach "
-        f"another engine; write {instead} and kind in place of url"
-    )
+    instead = f"{{endpoint_slices: {{service: {name}, namespace: {namespace}, port: {called}}}}}"
+    return several.problem(f"{host} is a Service with {len(engines)} endpoints", engines, instead)
 
 
 def _host_and_port(place: str) -> tuple[str, int]:
