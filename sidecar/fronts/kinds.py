@@ -28,8 +28,7 @@ def places(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...]
     pool is declared to have counts where it is empty at the moment.
     """
     engines = [(backend.group, backend.id, fits(backend.facts)) for backend in state.backends.values()]
-    filled = {group for group, _, _ in engines}
-    engines += [(pool, pool, fits(facts)) for pool, facts in state.config.pools.items() if pool not in filled]
+    engines += [(pool, pool, fits(facts)) for pool, facts in empty_pools(state)]
     unfit = {group for group, _, fit in engines if not fit}
     if not unfit:
         return ()
@@ -38,13 +37,22 @@ def places(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...]
 
 
 def named(state: State, backends: Collection[str]) -> tuple[str, ...]:
-    """Return backends as a request is held to them, () for any if all are meant: a pool where all in it are."""
-    filled = {backend.pool for backend in state.backends.values()}
-    if len(backends) == len(state.backends) and filled.issuperset(state.config.pools):
+    """Return backends as a request is held to them, () for any if all are meant: a pool where all in it are.
+
+    A pool that is empty at the moment is one of `backends` itself.
+    """
+    groups = {backend.id: backend.group for backend in state.backends.values()}
+    groups |= {pool: pool for pool, _ in empty_pools(state)}
+    left_out = {group for identity, group in groups.items() if identity not in backends}
+    if not left_out:
         return ()
-    left_out = {backend.group for backend in state.backends.values() if backend.id not in backends}
-    groups = {identity: state.backends[identity].group for identity in backends}
-    return tuple(dict.fromkeys(one if group in left_out else group for one, group in groups.items()))
+    return tuple(dict.fromkeys(one if groups[one] in left_out else groups[one] for one in backends))
+
+
+def empty_pools(state: State) -> list[tuple[str, EngineFacts]]:
+    """Return the pools in which there is no engine at the moment, with what is declared of those that will come."""
+    filled = {backend.pool for backend in state.backends.values()}
+    return [(pool, facts) for pool, facts in state.config.pools.items() if pool not in filled]
 
 
 def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
@@ -77,9 +85,7 @@ def _has_model(facts: EngineFacts, model: str) -> bool:
 
 def _engines(state: State) -> list[EngineFacts]:
     """Return what is known of all engines, and what is declared of those that have not been found yet."""
-    filled = {backend.pool for backend in state.backends.values()}
-    declared = [facts for pool, facts in state.config.pools.items() if pool not in filled]
-    return [*(backend.facts for backend in state.backends.values()), *declared]
+    return [*(backend.facts for backend in state.backends.values()), *(facts for _, facts in empty_pools(state))]
 
 
 def base_names(facts: EngineFacts) -> tuple[str, ...]:

@@ -213,6 +213,10 @@ class Gateway:
         """Whether such an engine answers token by token."""
         return self._kind(backend)[1]
 
+    def streamed(self, kind: str) -> bool:
+        """Whether the last engine of a kind that is gone answered token by token; taken to be where none was there."""
+        return next((streams for other, streams in reversed(self._kinds.values()) if other == kind), True)
+
     def _kind(self, backend: str) -> tuple[str, bool]:
         return self._kind_now(backend) if backend in self.backends else self._kinds[backend]
 

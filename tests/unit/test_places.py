@@ -11,8 +11,9 @@ from sidecar.backends import wire
 from sidecar.backends.api import Payload
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.config import parse
+from sidecar.core.config import CoreConfig
 from sidecar.errors import Refused
-from sidecar.fronts.kinds import as_it_is
+from sidecar.fronts.kinds import as_it_is, named
 from sidecar.pool import facts_of
 from tests.corekit import World
 from tests.corekit import facts_of as engine_of
@@ -49,6 +50,25 @@ def test_models_and_kinds_together() -> None:
     assert as_it_is(state, payload("other")) == (payload("other", TRITON_LLMAPI), ("b2",))
     assert as_it_is(state, payload("core")) == (payload("core"), ("b0",))
     assert as_it_is(state, payload("core", TRITON_LLMAPI)) == (payload("core", TRITON_LLMAPI), ("b1",))
+
+
+@pytest.mark.parametrize(
+    ("meant", "only"),
+    [
+        (("b0", "b1", "p", "q"), ()),
+        (("b0", "b1"), ("b0", "b1")),
+        (("b0", "b1", "p"), ("b0", "b1", "p")),
+        (("b0", "q-0", "q-1", "p"), ("b0", "q", "p")),
+        (("q-1", "p"), ("q-1", "p")),
+    ],
+)
+def test_pools_are_meant_as_they_are_declared(meant: tuple[str, ...], only: tuple[str, ...]) -> None:
+    """An empty one by its name, a filled one by its name where all in it are meant, else by its engines."""
+    world = World(CoreConfig(pools={"p": engine_of(), "q": engine_of()}), engines=2)
+    if any(one.startswith("q-") for one in meant):
+        world.add_engine("q-0", engine_of(), pool="q")
+        world.add_engine("q-1", engine_of(), pool="q")
+    assert named(world.core.state, meant) == only
 
 
 def test_a_pool_that_speaks_no_kserve_says_so() -> None:

@@ -16,9 +16,11 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.backends.api import Ticket
+from sidecar.backends.dialects import KSERVE_KINDS
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.http_connection import CROWDED, PEER
+from sidecar.fronts.kinds import empty_pools
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, send_failure
 from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Asked, Caller, Unfit, read_asked, read_caller
@@ -117,11 +119,14 @@ class OpenAiFront:
     def _may_stream(self, kind: str) -> bool:
         """Whether an engine streams: it is asked to for every answer, as only then its tokens can be counted."""
         state = self._gateway.state
-        return any(
+        known = [
             backend.streams
             for name, backend in self._gateway.backends.items()
             if state.backends[name].facts.kind == kind
-        )
+        ]
+        if known or not any(facts.kind in KSERVE_KINDS for _, facts in empty_pools(state)):
+            return any(known)
+        return self._gateway.streamed(kind)
 
     async def _show_models(self, scope: Scope, path: str, send: Send) -> None:
         try:

@@ -1,7 +1,8 @@
 """Which engines may answer a request, and the request in the words of each kind of them.
 
 An engine with this API of its own is asked as the client asked. One that takes text only can answer what can be said to
-it, and a chat where its model's template is configured. In a pool of both a request goes to all that can answer it.
+it, and a chat where its model's template is configured. In a pool of both a request goes to all that can answer it. An
+engine that is yet to be found, in a pool that is empty, counts as what its pool is declared to have.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from sidecar.backends.api import Form, HttpForm, Payload, Prompt
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.core import asks
 from sidecar.core.admission import BASE_NAMES, unknown_adapter
-from sidecar.core.state import Backend, State
+from sidecar.core.facts import EngineFacts
+from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kinds import base_names, named
+from sidecar.fronts.kinds import base_names, empty_pools, named
 from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
@@ -34,6 +36,15 @@ class Place:
     payload: Payload
     only: tuple[str, ...]
     text: TextForms | WrittenForms | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A backend, or a pool that is empty at the moment; `group` is what its template is configured by."""
+
+    id: str
+    group: str
+    facts: EngineFacts
 
 
 class Places:
@@ -80,31 +91,20 @@ class Places:
                 why_not = refused
         if servers and not fitting:
             raise why_not or Refused(Reason.INVALID_REQUEST, _other_kinds(kinds))
-        if not forms:
-            raise Refused(Reason.NO_BACKEND, f'no backend serves "{asked.model}" at the moment', retry_after_s=1.0)
         kind = next(iter(forms))
         payload = Payload(
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
-        return Place(adapter, payload, named(self._state, fitting) if fitting else self._pools(), text)
+        return Place(adapter, payload, named(self._state, fitting) if fitting else (), text)
 
-    def _pools(self) -> tuple[str, ...]:
-        """Return where a request waits that no engine can take yet: it is written for vLLM. Raises Refused."""
-        pools = self._state.config.pools
-        others = [pool for pool, facts in pools.items() if facts.kind != VLLM]
-        if others:
-            message = f"no engine has been found yet in {', '.join(others)}"
-            raise Refused(Reason.NO_BACKEND, message, retry_after_s=1.0)
-        return tuple(pools)
-
-    def _servers(self, model: str) -> tuple[str, tuple[Backend, ...]]:
-        """Return the core's name for a model and the backends that can serve it, up or down."""
+    def _servers(self, model: str) -> tuple[str, tuple[Engine, ...]]:
+        """Return the core's name for a model and the engines that can serve it, up or down, or yet to be found."""
         state = self._state
         name = state.names.get(model.partition("@")[0])
         if name is not None:
-            return model, asks.servers_of(state, name.digest)
-        serving = asks.servers_of(state, BASE)
-        named = tuple(backend for backend in serving if model in base_names(backend.facts))
+            return model, self._serving(name.digest)
+        serving = self._serving(BASE)
+        named = tuple(engine for engine in serving if model in base_names(engine.facts))
         if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
             if not state.config.base_requests:
                 raise Unfit(
@@ -115,13 +115,23 @@ class Places:
             return "", named or serving
         raise unknown_adapter(state, model)
 
+    def _serving(self, version: str) -> tuple[Engine, ...]:
+        there = [Engine(backend.id, backend.group, backend.facts) for backend in asks.servers_of(self._state, version)]
+        pools = [Engine(pool, pool, facts) for pool, facts in empty_pools(self._state)]
+        return (*there, *(pool for pool in pools if asks.may_come(self._state, version, (pool.id,))))
+
     def _base_models(self) -> Iterator[tuple[str, ...]]:
-        return (base_names(backend.facts) for backend in self._state.backends.values())
+        return map(base_names, self._declared())
+
+    def _declared(self) -> Iterator[EngineFacts]:
+        """Yield what is known of each engine that is there, and what each pool is declared to have."""
+        yield from (backend.facts for backend in self._state.backends.values())
+        yield from self._state.config.pools.values()
 
     def _as_text(
-        self, asked: Asked, takers: list[Backend], texts: Sequence[WrittenForms | Refusal] | None
-    ) -> tuple[TextForms | WrittenForms, list[Backend]]:
-        """Return the request as text and the backends whose models are asked in these very words."""
+        self, asked: Asked, takers: list[Engine], texts: Sequence[WrittenForms | Refusal] | None
+    ) -> tuple[TextForms | WrittenForms, list[Engine]]:
+        """Return the request as text and the engines whose models are asked in these very words."""
         template = None
         if asked.is_chat:
             with_template = [backend for backend in takers if backend.group in self._templates]
@@ -144,7 +154,7 @@ class Places:
                 if template not in distinct:
                     distinct.append(template)
             return distinct
-        return [None] if any(backend.facts.kind != VLLM for backend in self._state.backends.values()) else []
+        return [None] if any(facts.kind != VLLM for facts in self._declared()) else []
 
     def _text_forms(self, text: TextForms | WrittenForms) -> dict[str, Form]:
         """Write it for both of TensorRT-LLM's models: which of them a server has may not be known yet."""
