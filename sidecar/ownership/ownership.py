@@ -116,6 +116,8 @@ def _beat_answered(turn: Turn, event: ev.BeatAnswered) -> None:
     leases = leases_of(event)
     for lease in event.leases:
         turn.saw(lease.backend, lease.epoch)
+        if lease.left_ns >= know.bounds.attempt_ns:  # so nobody follows on what this member agreed to before
+            know.over.pop(lease.backend, None)
     if know.member.draining:
         return
     for slot in know.slots.values():

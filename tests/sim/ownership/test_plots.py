@@ -149,25 +149,6 @@ def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
     assert not world.counts[HOLE]
 
 
-def test_who_agreed_to_a_follower_pledges_to_its_owner_no_more() -> None:
-    """Without Redis an owner lapses that its witness does not hear, and the witness agrees that another follows."""
-    world = quiet_world(members=2)
-    owner = named(world, owners_of(world)["engine-0"])
-    (witness,) = [each for each in world.living() if each is not owner]
-    cut(world, [owner, witness], "redis", seconds=60 * LEASE_S)
-    run(world, 2 * LEASE_S)
-    assert owner.owns("engine-0")
-    cut(world, [owner], witness.member.id, seconds=4 * LEASE_S)
-    world.start("replica-9")
-    new = named(world, "replica-9")
-    cut(world, [owner], new.member.id, seconds=60 * LEASE_S)
-    until(world, lambda: new.owns("engine-0") is not None, 4 * LEASE_S)
-    for _ in range(6):
-        run(world, LEASE_S)
-        assert owner.owns("engine-0") is None
-        assert new.owns("engine-0")
-
-
 def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
     """One witness's pledge is enough, for the owner would have needed it too."""
     world = quiet_world(members=2)
