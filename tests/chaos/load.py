@@ -24,7 +24,7 @@ from tests.chaos.pool import ChaosPool
 RATE = 20.0
 """Requests a second, whatever becomes of those before."""
 TOKENS = 80
-TRIES = 6
+TRIES = 12
 PAUSE_S, PAUSE_S_MAX = 0.1, 1.0
 LOOK_S = 0.05
 SILENT_S = 60.0
