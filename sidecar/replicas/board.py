@@ -12,6 +12,9 @@ SERVING, JOINING, DRAINING, DOWN = "serving", "joining", "draining", "down"
 STALE_S = 5.0
 """An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
 
+BETWEEN_S = 10.0
+"""For so long a backend that has lost its owner is planned for as it stood: it will have another in a moment."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -60,6 +63,8 @@ class Board:
     """The epoch of its leader and its number."""
     leader: str = ""
     """Whose plan it is."""
+    former: dict[str, Standing] = field(default_factory=dict)
+    """How backends stood under owners that have them no more."""
     _rankings: Rankings = field(default_factory=Rankings)
 
     def heard(self, told: Any, now_s: float) -> None:
@@ -77,7 +82,13 @@ class Board:
 
     def lost(self, member: str) -> None:
         """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""
+        self.former |= {backend: known for backend, known in self.standings.items() if known.owner == member}
         self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
+
+    def to_plan_by(self, now_s: float) -> dict[str, Standing]:
+        """Return the standings, and those of backends between two owners as they were: their adapters stay there."""
+        self.former = {backend: known for backend, known in self.former.items() if now_s - known.heard_s < BETWEEN_S}
+        return {**self.former, **self.standings}
 
     def owner_of(self, backend: str) -> str | None:
         known = self.standings.get(backend)

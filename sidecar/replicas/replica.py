@@ -189,7 +189,7 @@ class Replica:
         if self._planner is None:
             self._planner = Planner(self._gateway.state, self._routing())
         self._plans += 1
-        hosts = self._planner.plan(self.board.standings, monotonic_ns())
+        hosts = self._planner.plan(self.board.to_plan_by(monotonic()), monotonic_ns())
         self._plan = peers_pb2.BoardPlan(
             epoch=epoch,
             number=self._plans,
