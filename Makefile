@@ -53,7 +53,7 @@ lint: $(DEVELOPING)
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton
