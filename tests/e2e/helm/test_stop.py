@@ -52,7 +52,7 @@ async def test_engine_first_sidecar_last(newest: Renderer, tmp_path: Path, path:
         running = [asyncio.create_task(pod.ask("sql", tokens=TOKENS)) for _ in range(REQUESTS)]
         while len(pod.state.requests) < REQUESTS:
             await asyncio.sleep(0.01)
-        here = script.replace(drain, pod.sidecar.drain_address)
+        here = script.replace(drain, pod.sidecar.listening.drain)
         stopping = await asyncio.create_subprocess_exec(shell, *options, here, env={"PATH": path})
         async with asyncio.timeout(PATIENCE_S):
             assert await stopping.wait() == 0
