@@ -93,16 +93,7 @@ class HttpFront:
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
-        host, _, port = self.address.rpartition(":")
-        try:
-            taken = await self._listener.start(host.strip("[]"), int(port))
-        except (OSError, ValueError, OverflowError) as error:
-            raise Misused(
-                Reason.PORT_IN_USE,
-                f"the http listener cannot have {self.address} ({error}): another process has the port, or the "
-                "address is not this machine's; choose another with listeners.http.address",
-            ) from error
-        self.address = f"{host}:{taken}"
+        self.address = await self._listener.open(self.address, "http")
         self._metrics.start()
         self._listens = True
 

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from sidecar.errors import Misused, Reason
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_listener import HttpListener
 
@@ -38,15 +37,7 @@ class HttpDrain:
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
-        host, _, port = self.address.rpartition(":")
-        try:
-            taken = await self._listener.start(host.strip("[]"), int(port))
-        except (OSError, ValueError, OverflowError) as error:
-            raise Misused(
-                Reason.PORT_IN_USE,
-                f"the drain listener cannot have {self.address} ({error}): choose another with listeners.drain.address",
-            ) from error
-        self.address = f"{host}:{taken}"
+        self.address = await self._listener.open(self.address, "drain")
 
     async def stop(self) -> None:
         await self._listener.stop()

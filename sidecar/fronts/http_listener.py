@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from sidecar.errors import Misused, Reason
 from sidecar.fronts.http_connection import Connection, HttpLimits
 
 KEEP_ALIVE_S = 75
@@ -42,6 +43,22 @@ class HttpListener:
             )
         )
         self._task: asyncio.Task[None] | None = None
+
+    async def open(self, address: str, name: str) -> str:
+        """Listen at HOST:PORT and return it, with the port that was taken for 0.
+
+        Raises Misused(PORT_IN_USE) with the address and the setting of the listener of that name.
+        """
+        host, _, port = address.rpartition(":")
+        try:
+            taken = await self.start(host.strip("[]"), int(port))
+        except (OSError, ValueError, OverflowError) as error:
+            raise Misused(
+                Reason.PORT_IN_USE,
+                f"the {name} listener cannot have {address} ({error}): another process has the port, or the address "
+                f"is not this machine's; choose another with listeners.{name}.address",
+            ) from error
+        return f"{host}:{taken}"
 
     async def start(self, host: str, port: int) -> int:
         """Listen and return the port. Raises OSError when the address cannot be had."""
