@@ -37,6 +37,7 @@ class Forward:
         self.owner = owner
         self._has_begun = False
         self._is_taken_back = False
+        self._has_origin = False
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
         self._line: Line | None = None
@@ -91,7 +92,8 @@ class Forward:
 
     def _take(self, reply: Any) -> bool:
         ticket = self._ticket
-        if reply.HasField("origin"):
+        if not self._has_origin and reply.HasField("origin"):
+            self._has_origin = True
             ticket.dispatch = forms.dispatch_of(ticket.request, reply.origin)
         which = reply.WhichOneof("reply")
         if which == "ending":
