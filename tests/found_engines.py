@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import grpc.aio
 from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.config_discover import Discover
+from sidecar.discovered import finder_of
 from sidecar.discovery.dns import DnsFinder
+from sidecar.discovery.found import Finder
 from tests.emulated import start_engine
 from tests.serving import Recorder, Serving, until
 
@@ -100,9 +102,9 @@ async def pool_of(count: int, **options: Any) -> AsyncIterator[Pool]:
 
 
 @asynccontextmanager
-async def served(pool: Pool, config: dict[str, Any], names: Names | None = None) -> AsyncIterator[Serving]:
-    """Run a sidecar for the length of a block, which ends as if it were killed; `names` are by default the pool's."""
-    sidecar = await Sidecar.start(parse(config, "the test"), (names or pool.names).finder)
+async def in_front(config: dict[str, Any], find: Callable[[Discover], Finder] = finder_of) -> AsyncIterator[Serving]:
+    """Run a sidecar for the length of a block, which ends as if it were killed."""
+    sidecar = await Sidecar.start(parse(config, "the test"), find)
     recorder = Recorder()
     sidecar.gateway.observe(recorder)
     try:
@@ -113,6 +115,13 @@ async def served(pool: Pool, config: dict[str, Any], names: Names | None = None)
             yield Serving(sidecar, recorder, data, admin)
     finally:
         await sidecar.stop()
+
+
+@asynccontextmanager
+async def served(pool: Pool, config: dict[str, Any], names: Names | None = None) -> AsyncIterator[Serving]:
+    """Run a sidecar that asks these names, by default the pool's."""
+    async with in_front(config, (names or pool.names).finder) as serving:
+        yield serving
 
 
 def up(serving: Serving) -> set[str]:

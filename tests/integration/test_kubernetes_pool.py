@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
-import grpc.aio
 import pytest
 
 from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.errors import Misused
-from tests.found_engines import FREE, Names, Pool
+from tests.found_engines import FREE, Names, Pool, in_front
 from tests.kubernetes_api import write_kubeconfig
 from tests.kubernetes_cluster import cluster
-from tests.serving import Recorder, Serving, until, write_adapters
+from tests.serving import until, write_adapters
 
 SERVICE = "triton"
-
-
-@asynccontextmanager
-async def in_front(config: dict[str, Any]) -> AsyncIterator[Serving]:
-    """Run a sidecar that finds its engines by itself for the length of a block."""
-    sidecar, recorder = await Sidecar.start(parse(config, "the test")), Recorder()
-    try:
-        async with (
-            grpc.aio.insecure_channel(sidecar.data_address) as data,
-            grpc.aio.insecure_channel(sidecar.admin_address) as admin,
-        ):
-            yield Serving(sidecar, recorder, data, admin)
-    finally:
-        await sidecar.stop()
 
 
 async def test_pods_come_are_terminated_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
