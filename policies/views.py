@@ -51,6 +51,8 @@ class Waiting:
     output_tokens_max: int
     weight: float = 1.0
     """The tenant's share of the service, relative to others'."""
+    sequences: int = 1
+    """The seats that it takes while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ class Candidate:
     held: int
     """Versions believed to be in the engine's cache."""
     running: int
-    """Requests and loads at the engine."""
+    """Sequences and loads at the engine."""
     queued: int
     """Requests that wait here for this engine."""
     seats: int

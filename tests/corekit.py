@@ -249,17 +249,17 @@ class World:
     def send(
         self, adapter: str = "", *, tenant: str = "", klass: str = "default", deadline_ns: int | None = None,
         input_tokens: int = 10, output_tokens: int = 10, size_bytes: int = 0, only: tuple[str, ...] = (),
+        sequences: int = 1,
     ) -> int:  # fmt: skip
         """Send one request now and return its id. `deadline_ns` counts from now."""
         self._requests += 1
         deadline = None if deadline_ns is None else self.now_ns + deadline_ns
         if deadline is None and klass == "default":
             self.patient[self._requests] = None
-        self.feed(
-            ev.Received(
-                self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only
-            )
-        )
+        received = ev.Received(
+            self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only, sequences
+        )  # fmt: skip
+        self.feed(received)
         return self._requests
 
     def ask(self, make: Callable[[int], ev.Event]) -> fx.Answer:
@@ -552,7 +552,11 @@ class World:
     def _check_backend(self, backend_id: str) -> None:
         state = self.core.state
         backend = state.backends[backend_id]
-        assert backend.in_flight <= backend.seats(self.config), f"{backend_id}: over its seats"
+        sequences = [state.requests[request].view.sequences for request in backend.running]
+        taken = sum(sequences) + sum(load.backend == backend_id for load in state.loads.values())
+        assert taken <= backend.seats(self.config) or (len(sequences) == 1 and taken == sequences[0]), (
+            f"{backend_id}: over its seats"
+        )
         host = backend.facts.host_pages
         if host is not None:
             versions = {state.requests[r].version for r in backend.running} | {
@@ -584,6 +588,7 @@ def check_books(core: Core) -> None:
     for backend in state.backends.values():
         _check_outstanding(core, backend)
         running = [state.requests[request] for request in backend.running]
+        assert backend.sequences == sum(request.view.sequences for request in running)
         assert backend.kv_reserved == sum(request.kv_tokens(backend) for request in running)
         busy = {version: slot.pages for version, slot in backend.slots.items() if backend.slot_busy(version, slot)}
         assert (sorted(backend.busy), backend.busy_pages) == (sorted(busy), sum(busy.values()))

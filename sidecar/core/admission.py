@@ -55,7 +55,8 @@ def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
     """
     name, ordinal = _resolve(state, event)
     digest = name.versions[ordinal] if name is not None else BASE
-    return digest, asks.among(asks.servers_of(state, digest), event.only)
+    servers = asks.among(asks.servers_of(state, digest), event.only)
+    return digest, tuple(each for each in servers if each.can_seat(event.sequences, state.config)) or servers
 
 
 def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
@@ -72,6 +73,7 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         input_tokens=event.input_tokens,
         output_tokens_max=event.output_tokens_max or turn.state.config.output_tokens_assumed,
         weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
+        sequences=event.sequences,
     )
     return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only)
 
@@ -230,6 +232,13 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
         raise Refused(
             Reason.INVALID_REQUEST,
             f"the prompt has {event.input_tokens} tokens and the engine takes at most {longest}; shorten it",
+        )
+    if not any(backend.can_seat(event.sequences, state.config) for backend in servers):
+        most = max(backend.seats_at_best(state.config) for backend in servers)
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"the request makes the engine run {event.sequences} sequences at once and it has seats for {most}; ask "
+            "for fewer answers in one request, or raise engine.seats if the engine has more",
         )
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from policies.views import BASE, Hold
+from policies.views import BASE, Hold, Waiting
 from sidecar.core.facts import Misfit, misfit
 from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 from sidecar.core.words import Phase, Why
@@ -44,7 +44,8 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
 
 def places_of(state: State, request: Request) -> tuple[Backend, ...]:
     """Return the backends that can serve a request and that it may go to, up or down."""
-    return among(servers_of(state, request.version), request.only)
+    servers = among(servers_of(state, request.version), request.only)
+    return tuple(server for server in servers if server.can_seat(request.view.sequences, state.config))
 
 
 def among(servers: tuple[Backend, ...], only: tuple[str, ...]) -> tuple[Backend, ...]:
@@ -56,10 +57,10 @@ def _is_among(backend: Backend, only: tuple[str, ...]) -> bool:
     return backend.id in only or backend.group in only
 
 
-def takers_of(state: State, digest: str, input_tokens: int, only: tuple[str, ...] = ()) -> tuple[str, ...]:
+def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`.
 
-    One that joins is among them only if there is no other.
+    They have seats for as many sequences, too. One that joins is among them only if there is no other.
     """
     takers = state.takers.get(digest)
     if takers is None:
@@ -69,8 +70,10 @@ def takers_of(state: State, digest: str, input_tokens: int, only: tuple[str, ...
     ids, longest = takers
     if only:
         ids = tuple(backend for backend in ids if _is_among(state.backends[backend], only))
-    if input_tokens > longest:
-        ids = tuple(backend for backend in ids if long_enough(state.backends[backend], input_tokens))
+    if request.input_tokens > longest:
+        ids = tuple(backend for backend in ids if long_enough(state.backends[backend], request.input_tokens))
+    if request.sequences > 1:
+        ids = tuple(backend for backend in ids if state.backends[backend].can_seat(request.sequences, state.config))
     if not state.joining:
         return ids
     return tuple(backend for backend in ids if backend not in state.joining) or ids
@@ -260,7 +263,7 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
             return Why.LOADING
         if backend.facts.attaches and (why := _why_not_here(state, state.packed_for(request.version, backend).key)):
             return why
-    if backend.in_flight >= backend.seats(state.config):
+    if not _finds_seats(state, backend, request):
         return Why.SEATS_FULL
     free = backend.kv_free
     if free is not None and backend.running and request.kv_tokens(backend) > free:
@@ -270,6 +273,12 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
     if backend.facts.base_apart and _others_among(state, backend.running, request):
         return Why.APART  # whose turn it is when they have ended is for the policy to say, as ever
     return None
+
+
+def _finds_seats(state: State, backend: Backend, request: Request) -> bool:
+    """Whether all sequences of a request find seats. One that fits no more, as seats went, may still run alone."""
+    seats, in_flight = backend.seats(state.config), backend.in_flight
+    return in_flight + request.view.sequences <= seats or (in_flight == 0 and seats > 0)
 
 
 def others_of(state: State, backend: Backend, request: Request) -> set[int]:

@@ -188,6 +188,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
         backend.yielded.resume(turn.now_ns)
         backend.steps.resume(turn.now_ns)
     backend.running[request.id] = None
+    backend.more_sequences += request.view.sequences - 1
     backend.kv_reserved += request.kv_tokens(backend)
     request.running = True
     request.attempt += 1

@@ -28,6 +28,8 @@ class Received:
     size_bytes: int = 0
     only: tuple[str, ...] = ()
     """The backends that it may go to; any if none is named."""
+    sequences: int = 1
+    """How many sequences it makes its engine run, a seat each; `output_tokens_max` is of all of them together."""
 
 
 @dataclass(frozen=True, slots=True)

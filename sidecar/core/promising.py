@@ -162,7 +162,7 @@ def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool
     if pace is not None:
         expected_ns = slowest_token_ns(pace, demand, seats, backend.facts.kv_tokens)
     else:
-        expected_ns = usual_token_ns(Pace(), demand, len(backend.running), backend.kv_reserved)
+        expected_ns = usual_token_ns(Pace(), demand, backend.sequences, backend.kv_reserved)
     backend.steps.generated(steps * expected_ns, now_ns)
     if not backend.steps.known:
         return False

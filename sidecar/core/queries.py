@@ -208,7 +208,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
         base_model=facts.base_models[0] if facts.base_models else "",
         dtype=facts.dtype or "",
         rank_max=facts.rank_max or 0,
-        running=len(backend.running),
+        running=backend.sequences,
         queued=len(backend.queued),
         seats=backend.seats(state.config),
         host_pages=facts.host_pages_total or 0,

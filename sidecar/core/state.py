@@ -134,7 +134,7 @@ class Request:
     def kv_tokens(self, backend: Backend) -> int:
         """KV tokens that it may take at an engine, which cuts a longer answer at its longest sequence."""
         longest = backend.facts.sequence_tokens_max
-        return self.footprint if longest is None else min(self.footprint, longest)
+        return self.footprint if longest is None else min(self.footprint, longest * self.view.sequences)
 
 
 @dataclass
@@ -225,6 +225,8 @@ class Backend:
     fresh: bool = False
     """Its engine came, or comes, while this process runs: when it is up it has nothing of what others have."""
     running: dict[int, None] = field(default_factory=dict)
+    more_sequences: int = 0
+    """What these make the engine run beyond one sequence each."""
     kv_reserved: int = 0
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
     """KV tokens in use beyond what was sent from here, as last measured: a gauge lags behind what has just ended."""
@@ -269,11 +271,19 @@ class Backend:
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
-        """Requests that may be in flight: the engine's batch and a little more, or less once its queue was full."""
+        """Sequences that may be in flight: the engine's batch and a little more, or less once its queue was full."""
+        allowed = self.seats_at_best(config)
+        return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
+
+    def seats_at_best(self, config: CoreConfig) -> int:
+        """Return the same for an engine whose queue was never full."""
         declared = self.facts.seats or config.seats_default
         slack = int(declared * config.seat_slack)
-        allowed = declared + (slack if self.facts.queue_max is None else min(slack, self.facts.queue_max))
-        return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
+        return declared + (slack if self.facts.queue_max is None else min(slack, self.facts.queue_max))
+
+    def can_seat(self, sequences: int, config: CoreConfig) -> bool:
+        """Whether a request of so many sequences ever fits."""
+        return sequences == 1 or sequences <= self.seats_at_best(config)
 
     @property
     def kv_free(self) -> int | None:
@@ -283,8 +293,13 @@ class Backend:
         return self.facts.kv_tokens - self.kv_reserved - min(self.kv_of_others, default=0)
 
     @property
+    def sequences(self) -> int:
+        """What runs."""
+        return len(self.running) + self.more_sequences
+
+    @property
     def in_flight(self) -> int:
-        return len(self.running) + len(self.loads)
+        return self.sequences + len(self.loads)
 
     @property
     def takes_requests(self) -> bool:

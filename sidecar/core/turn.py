@@ -62,7 +62,7 @@ class Turn:
 
     def pick_backend(self, request: Request) -> Backend | None:
         """Ask the routing policy; None while no backend that can serve the request is up."""
-        takers = asks.takers_of(self.state, request.version, request.view.input_tokens, request.only)
+        takers = asks.takers_of(self.state, request.version, request.view, request.only)
         if len(takers) > 1 and request.losses:
             takers = tuple(taker for taker in takers if taker not in request.losses) or takers
         if not takers:
@@ -286,6 +286,7 @@ class Turn:
         assert request.backend is not None
         backend = self.state.backends[request.backend]
         del backend.running[request.id]
+        backend.more_sequences -= request.view.sequences - 1
         backend.kv_reserved -= request.kv_tokens(backend)
         self.no_longer_outstanding(request, backend)
         request.running = False

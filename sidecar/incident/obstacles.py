@@ -112,8 +112,8 @@ def _holder(state: State, backend: Backend, version: str) -> str:
 def _seats_full(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     counts: dict[str, int] = {}
     for running in backend.running:
-        name = state.requests[running].view.name or "base model"
-        counts[name] = counts.get(name, 0) + 1
+        view = state.requests[running].view
+        counts[view.name or "base model"] = counts.get(view.name or "base model", 0) + view.sequences
     takers = [f"{name} {count}" for name, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
     takers += [f"loads {len(backend.loads)}"] if backend.loads else []
     return f"{backend.in_flight} of {backend.seats(state.config)} seats are taken: {listed(takers)}"

@@ -32,6 +32,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, 
         deadline_s=facts.deadline_s,
         session=facts.session,
         size_bytes=facts.size_bytes,
+        sequences=facts.sequences,
         client_id=client_id,
         payload=peers_pb2.ForwardedPayload(
             model=payload.model,
@@ -58,6 +59,7 @@ def facts_of(request: Any) -> RequestFacts:
         request.session,
         request.size_bytes,
         (request.backend,),
+        max(1, request.sequences),  # an older replica does not say
     )
 
 

@@ -59,12 +59,14 @@ class RequestFacts:
     """The length of the client's message."""
     only: tuple[str, ...] = ()
     """The backends that it may go to; any if none is named."""
+    sequences: int = 1
+    """How many sequences it makes its engine run."""
 
     def received(self, request: int, deadline_ns: int | None) -> ev.Received:
         """Return what the core is told of it."""
         return ev.Received(
             request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
-            self.session, self.size_bytes, self.only,
+            self.session, self.size_bytes, self.only, self.sequences,
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.state import SlotEstimate
 from sidecar.core.words import Why
+from sidecar.errors import Reason
 from tests.corekit import MS, SECOND, World, facts_of, two_pages, with_facts
 
 
@@ -28,6 +29,53 @@ def test_in_flight_is_seats_and_a_little_slack() -> None:
     for _ in range(100):
         world.send()
     assert most_in_flight(world) == 22
+
+
+def test_a_request_takes_a_seat_for_each_of_its_sequences() -> None:
+    """Of 8 seats a request of 5 sequences leaves 3, and is sent once 5 are free: those behind it wait with it."""
+    world = World(seats=8)
+    first, few, many, last = world.send(sequences=5), world.send(sequences=3), world.send(sequences=8), world.send()
+    assert list(world.dispatches) == [first, few]
+    assert asks.why_waiting(world.core.state, world.core.state.requests[many], world.now_ns) is Why.SEATS_FULL
+    world.run()
+    assert list(world.dispatches) == [first, few, many, last]
+    world.assert_all_ok()
+
+
+def test_a_large_request_is_not_passed_by_small_ones_for_ever() -> None:
+    """While small requests keep coming, one that needs all seats goes before those that came after it."""
+    world = World(seats=4)
+    early = [world.send() for _ in range(4)]
+    large = world.send(sequences=4)
+    late = [world.send() for _ in range(40)]
+    world.run()
+    order = list(world.dispatches)
+    assert order[:5] == [*early, large]
+    assert sorted(order[5:]) == late
+
+
+def test_more_sequences_than_any_engine_has_seats_for_are_refused() -> None:
+    """What never fits is refused with both numbers; what fits one engine of two goes there."""
+    world = World(engines=0)
+    world.add_engine("small", facts_of(seats=2))
+    world.add_engine("large", facts_of(seats=8))
+    too_many, fits = world.send(sequences=9), world.send(sequences=8)
+    world.run()
+    refused = world.settled[too_many]
+    assert refused.reason is Reason.INVALID_REQUEST
+    assert "9 sequences at once and it has seats for 8" in refused.message
+    assert [sent.backend for sent in world.dispatches[fits]] == ["large"]
+
+
+def test_a_request_that_fits_no_more_runs_alone() -> None:
+    """Seats that went while it waited keep nobody waiting for ever."""
+    world = World(seats=8)
+    running, large = world.send(), world.send(sequences=8)
+    world.feed(ev.BackendMeasured("b0", 3, None))
+    small = world.send()
+    world.run()
+    assert list(world.dispatches) == [running, large, small]
+    world.assert_all_ok()
 
 
 def test_measured_seats_replace_the_declared() -> None:
