@@ -37,7 +37,7 @@ def inspect(
         layers = [row.layer for row in adapter.rows]
         return {
             "adapter": source.name,
-            "base_model": source.base_model,
+            "base_model": source.base_model or None,
             "digest": source.digest,
             "dtype": adapter.dtype,
             "source_bytes": source.size_bytes,

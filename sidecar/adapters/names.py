@@ -11,6 +11,7 @@ import re
 from sidecar.errors import Invalid, Reason
 
 NAME_LENGTH_MAX = 128
+BASE_NAME_LENGTH_MAX = 1024
 SHOWN_LENGTH_MAX = 80
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]*\Z")
@@ -42,6 +43,11 @@ def check_name(name: str) -> str:
     if name.isdigit():
         raise _invalid(name, "a name of digits only reads as a task id; add a letter")
     return name
+
+
+def is_base_name(text: str) -> bool:
+    """Whether a text can be a base model's name: a hub's, a folder's, or any other that fits on a line."""
+    return bool(text.strip()) and len(text) <= BASE_NAME_LENGTH_MAX and text.isprintable()
 
 
 def _invalid(name: str, why: str) -> Invalid:

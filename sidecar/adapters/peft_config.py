@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.adapters.names import shown
+from sidecar.adapters.names import is_base_name, shown
 from sidecar.adapters.patterns import Pattern
 from sidecar.adapters.refusal import malformed, unsupported
 from sidecar.adapters.strict_json import parse_object
@@ -77,6 +77,7 @@ class PeftConfig:
     """What of adapter_config.json decides the adapter's effect."""
 
     base_model: str
+    """"" where the config names none, as PEFT saves it for a model that was made in memory."""
     rank: int
     alpha: float
     use_rslora: bool
@@ -185,8 +186,10 @@ def _check_initialisation(initialisation: Any, adapter: str) -> None:
 
 
 def _base_model(fields: Mapping[str, Any], adapter: str) -> str:
-    name = _required(fields, "base_model_name_or_path", adapter)
-    if not isinstance(name, str) or not name.strip() or len(name) > 1024 or not name.isprintable():
+    name = fields.get("base_model_name_or_path")
+    if name is None or name == "":
+        return ""
+    if not isinstance(name, str) or not is_base_name(name):
         raise malformed(adapter, f"{FILE_NAME}: base_model_name_or_path is {_value(name)}; name the base model")
     return name
 

@@ -49,7 +49,8 @@ def rows_of(target: Target, layout: Layout, adapter: str) -> list[PackedRow]:
         return [PackedRow(target, target.module, target.module_id, rank, ((0, whole),))]
     parts = _parts(target, layout, adapter)
     assert layout.fused is not None
-    if target.module not in layout.fused:
+    whole_as = layout.whole(target.module)
+    if whole_as is None:
         return [
             PackedRow(target, name, number, rank, tuple(ranges))
             for (name, number), ranges in zip(FUSED[target.module], parts, strict=True)
@@ -57,7 +58,7 @@ def rows_of(target: Target, layout: Layout, adapter: str) -> list[PackedRow]:
     ordered = parts[::-1] if target.module == "mlp_gate_up" else parts
     _check_cut(target, parts, layout, adapter)
     interleaved = [piece for number in range(layout.tp) for part in ordered for piece in _cut(part, number, layout.tp)]
-    return [PackedRow(target, target.module, target.module_id, rank, tuple(_joined(interleaved)))]
+    return [PackedRow(target, *whole_as, rank, tuple(_joined(interleaved)))]
 
 
 def _parts(target: Target, layout: Layout, adapter: str) -> list[list[Range]]:

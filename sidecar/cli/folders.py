@@ -53,7 +53,7 @@ def _shown(found: dict[str, Any]) -> list[Any]:
         (
             ("adapter", found["adapter"]),
             ("digest", found["digest"]),
-            ("base model", found["base_model"]),
+            ("base model", found["base_model"] or "not named; register it with --base NAME"),
             ("files", f"{found['dtype']}, {size(found['source_bytes'])}"),
             ("rows", f"{found['rows']} on layers {first} to {last}, rank at most {found['max_rank']}"),
         )

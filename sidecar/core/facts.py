@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from policies.views import BASE
 from sidecar.core.layout import DTYPE_BYTES as DTYPE_BYTES
-from sidecar.core.layout import FILES_LABEL, FUSED, Heads, packed_rows, packed_size_bytes
+from sidecar.core.layout import FILES_LABEL, FUSED, WHOLE_MLP, Heads, fused_of, packed_rows, packed_size_bytes
 from sidecar.core.layout import Layout as Layout
 from sidecar.core.layout import Row as Row
 from sidecar.core.pace import Pace
@@ -69,7 +69,7 @@ class EngineFacts:
     def layout(self) -> Layout:
         if self.kind in FILE_KINDS:
             return Layout(self.dtype or "float16", files=True)
-        fused = None if self.modules is None else tuple(name for name in FUSED if name in self.modules)
+        fused = None if self.modules is None else fused_of(self.modules)
         known = self.heads and self.kv_heads and self.head_size
         heads = Heads(self.heads or 0, self.kv_heads or 0, self.head_size or 0) if known else None
         return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads)
@@ -247,6 +247,12 @@ def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 def _wrong_base(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     if not facts.base_models or adapter.base_model in facts.base_models:
         return None
+    if not adapter.base_model:
+        return Misfit(
+            "no base named",
+            f'its files name no base model and the engine serves "{facts.base_models[0]}"; if it was trained on that, '
+            "register it with --base and this name",
+        )
     return Misfit(
         "other base",
         f'it was trained on "{adapter.base_model}" and the engine serves "{facts.base_models[0]}"; '
@@ -305,21 +311,34 @@ def _wrong_heads(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 def _wrong_modules(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     if facts.modules is None:
         return None
-    for row in packed_rows(adapter.rows, facts.layout):
-        dims = facts.modules.get(row.module)
-        if dims is None:
-            return Misfit(
-                f"no module {row.module}",
-                f'it adapts "{row.module}", which the engine was built without; '
-                "build the engine with it in --lora_target_modules",
-            )
-        if dims != (row.in_dim, row.out_dim):
-            return Misfit(
-                f"other dims of {row.module}",
-                f'its "{row.module}" is {row.in_dim} → {row.out_dim} and the engine\'s is {dims[0]} → {dims[1]}; '
-                "it was trained on a model of another shape",
-            )
+    layout = facts.layout
+    for whole in adapter.rows:
+        for row in packed_rows((whole,), layout):
+            if found := _wrong_module(whole, row, facts.modules.get(row.module)):
+                return found
     return None
+
+
+def _wrong_module(whole: Row, row: Row, dims: tuple[int, int] | None) -> Misfit | None:
+    if dims is None:
+        return Misfit(
+            f"no module {row.module}",
+            f'it adapts "{row.module}", which the engine was built without; '
+            "build the engine with it in --lora_target_modules",
+        )
+    if dims == (row.in_dim, row.out_dim) or _is_whole_mlp(whole, row, dims):
+        return None
+    return Misfit(
+        f"other dims of {row.module}",
+        f'its "{row.module}" is {row.in_dim} → {row.out_dim} and the engine\'s is {dims[0]} → {dims[1]}; '
+        "it was trained on a model of another shape",
+    )
+
+
+def _is_whole_mlp(whole: Row, row: Row, dims: tuple[int, int]) -> bool:
+    """Whether a row is gate and up in one, as the engine has them, whose config.json has the size of one of them."""
+    has_both = whole.module == "mlp_gate_up" and row.module == WHOLE_MLP and row.out_dim == whole.out_dim
+    return has_both and dims == (row.in_dim, row.out_dim // 2)
 
 
 def _wrong_layers(adapter: Adapter, facts: EngineFacts) -> Misfit | None:

@@ -7,7 +7,7 @@ therefore be sent as the engine has it: in parts, or whole with the parts interl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -36,6 +36,13 @@ FUSED: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType(
     }
 )
 """The fused modules, and the separate ones (with their ids) that an engine may have in their place."""
+WHOLE_MLP = "mlp_h_to_4h"
+"""What an engine that has gate and up in one calls them where it does not say mlp_gate_up.
+
+Phi-3's MLP is one matrix in TensorRT-LLM too, and its lora_target_modules call it so, with no mlp_gate beside it
+(`models/phi3/model.py`; `hf_lora_convert.py` writes its rows so).
+"""
+_IDS = {"attn_qkv": 0, "mlp_gate_up": 18, WHOLE_MLP: 5}
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,9 @@ class Layout:
     """How packed rows must look for an engine: target dtype, what ranks are padded to, tensor-parallel size.
 
     Separate projections are sent whole whatever `tp` is: the engine cuts them. It cuts fused ones blindly too, so the
-    parts of one are interleaved per rank, or sent apart if the engine has them apart: `fused` names the fused modules
-    that it has (None: not known), `heads` says where q, k and v begin. `files`: nothing is packed, the engine reads the
-    adapter's PEFT files itself. Raises ValueError for values that no engine has.
+    parts of one are interleaved per rank, or sent apart if the engine has them apart: `fused` is what it calls those
+    that it has (`fused_of`; None: not known), `heads` says where q, k and v begin. `files`: nothing is packed, the
+    engine reads the adapter's PEFT files itself. Raises ValueError for values that no engine has.
     """
 
     dtype: str
@@ -91,15 +98,28 @@ class Layout:
 
     def for_modules(self, modules: Iterable[str]) -> Layout:
         """Return what of the layout decides these modules' bytes: adapters without fused ones have one form for all."""
-        fused = [name for name in FUSED if name in frozenset(modules)]
+        adapted = frozenset(modules)
+        fused = [name for name in FUSED if name in adapted]
         if self.files or not fused:
             return replace(self, fused=None, heads=None)
-        whole = None if self.fused is None else tuple(name for name in fused if name in self.fused)
+        whole = None if self.fused is None else tuple(found[0] for name in fused if (found := self.whole(name)))
         return replace(self, fused=whole, heads=self.heads if "attn_qkv" in fused else None)
+
+    def whole(self, module: str) -> tuple[str, int] | None:
+        """Return the name and id of a fused module where the engine has it whole, None where it has its parts."""
+        names = (module, WHOLE_MLP) if module == "mlp_gate_up" else (module,)
+        return next(((name, _IDS[name]) for name in names if name in (self.fused or ())), None)
 
     def padded(self, rank: int) -> int:
         """Return the rank as it is sent: the next multiple of `rank_multiple`."""
         return -(-rank // self.rank_multiple) * self.rank_multiple
+
+
+def fused_of(modules: Container[str]) -> tuple[str, ...]:
+    """Return the names by which an engine of these modules has fused ones whole."""
+    names = tuple(name for name in FUSED if name in modules)
+    has_it_alone = WHOLE_MLP in modules and "mlp_gate" not in modules and "mlp_gate_up" not in modules
+    return (*names, WHOLE_MLP) if has_it_alone else names
 
 
 def packed_rows(rows: tuple[Row, ...], layout: Layout) -> tuple[Row, ...]:
@@ -109,8 +129,10 @@ def packed_rows(rows: tuple[Row, ...], layout: Layout) -> tuple[Row, ...]:
 
 def _parts(row: Row, layout: Layout) -> tuple[Row, ...]:
     dims = part_dims(row.module, row.out_dim, layout)
-    if dims is None or layout.fused is None or row.module in layout.fused:
+    if dims is None or layout.fused is None:
         return (row,)
+    if whole := layout.whole(row.module):
+        return (replace(row, module=whole[0], module_id=whole[1]),)
     names = FUSED[row.module]
     return tuple(replace(row, module=n, module_id=i, out_dim=dim) for (n, i), dim in zip(names, dims, strict=True))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sidecar.core import asks, promising
 from sidecar.core.facts import task_id_of
+from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
 from sidecar.core.waiting import seconds
@@ -15,13 +16,24 @@ from sidecar.core.words import Phase
 
 def caveats(state: State, version: str) -> tuple[str, ...]:
     """Say what keeps backends that can serve a version from doing so well, a sentence each."""
-    return tuple(
+    servers = asks.servers_of(state, version)
+    is_fused = "mlp_gate_up" in state.versions[version].adapter.modules
+    several = tuple(
         f"{backend.id} has {backend.facts.caches} adapter caches behind one address, so a request may meet one without "
         "the adapter and wait while it is loaded once more; set the model's instance_group count to 1, or share "
         "/dev/shm with the engine"
-        for backend in asks.servers_of(state, version)
+        for backend in servers
         if backend.facts.caches > 1 and not backend.facts.attaches
     )
+    # `layers/mlp.py`: a gated MLP adds what mlp_h_to_4h and mlp_gate give together, and nothing where one is missing.
+    passed_over = tuple(
+        f"{backend.id} was built with mlp_h_to_4h and without mlp_gate, so the fused gate_up_proj is sent as NVIDIA's "
+        "converter writes it; newer TensorRT-LLM passes over such rows in silence, so see whether it changes answers "
+        "(sidecar adapters verify), or build the engine with both modules"
+        for backend in servers
+        if is_fused and WHOLE_MLP in (backend.facts.layout.fused or ())
+    )
+    return several + passed_over
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from time import time
 from typing import NamedTuple, TypeVar
 
 from sidecar.adapters.base_model import BaseModel
-from sidecar.adapters.names import check_name
+from sidecar.adapters.names import check_name, is_base_name, shown
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.state import State, Version
@@ -116,8 +116,7 @@ class Catalogue:
     async def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> Entered:
         """Write an arrived adapter down under a name."""
         adapter = arrival.registration.adapter
-        if wanted.base:
-            adapter = replace(adapter, base_model=wanted.base)
+        adapter = replace(adapter, base_model=_base_name(name, wanted.base or adapter.base_model))
         _check_content(name, adapter.digest, wanted.digest)
         check_fit(name, adapter, self._state(), self._bases)
 
@@ -265,6 +264,26 @@ class Catalogue:
         raise Invalid(
             Reason.INVALID_NAME, f'{record.name} has no version "{selector[:80]}"; it has {has}', adapter=record.name
         )
+
+
+def _base_name(name: str, base_model: str) -> str:
+    """Return the base model's name. Raises Invalid(ADAPTER_MISMATCH) where nobody gives one, or it is none.
+
+    Without it nobody could tell which engines an adapter is for, and those that say nothing of theirs would serve it.
+    """
+    if is_base_name(base_model):
+        return base_model
+    wrong = (
+        f"{shown(base_model)} is no base model's name"
+        if base_model
+        else "its adapter_config.json names no base model (PEFT saves it so for a model that was made in memory)"
+    )
+    raise Invalid(
+        Reason.ADAPTER_MISMATCH,
+        f"{name}: {wrong}; register it with --base and the name of the base model that it was trained on, or put that "
+        "into base_model_name_or_path",
+        adapter=name,
+    )
 
 
 def _check_content(name: str, digest: str, wanted: str) -> None:

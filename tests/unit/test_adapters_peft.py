@@ -151,7 +151,6 @@ def test_a_setting_we_cannot_honour_is_refused_by_name(tmp_path: Path, config: A
         ({"r": ...}, "the field r is missing; save the adapter with save_pretrained"),
         ({"lora_alpha": ...}, "the field lora_alpha is missing"),
         ({"peft_type": ...}, "the field peft_type is missing"),
-        ({"base_model_name_or_path": None}, "the field base_model_name_or_path is missing"),
         ({"base_model_name_or_path": " "}, "base_model_name_or_path is ' '; name the base model"),
         ({"base_model_name_or_path": "a\ud800"}, "name the base model"),
         ({"r": 0}, "r is '0'; it is a whole number from 1"),

@@ -37,6 +37,8 @@ class Case:
     renamed: tuple[str, str] | None = None
     shifts: tuple[int, int] = field(default=(0, 0))
     """Powers of two on A and on B, for values that leave float16's range."""
+    named: bool = True
+    """Whether the config is given a name of the base model; PEFT has none for a model made in memory."""
 
 
 def _plain(*modules: str, **config: Any) -> dict[str, Any]:
@@ -66,6 +68,7 @@ CASES: dict[str, Case] = {
     "llama-large-a": Case("llama", _plain("q_proj", "v_proj"), torch.bfloat16, shifts=(90, -88)),
     "llama-large-b": Case("llama", _plain("q_proj", "v_proj"), torch.bfloat16, shifts=(-60, 66)),
     "llama-compiled": Case("llama", _plain("q_proj"), renamed=("base_model.model.", "base_model.model._orig_mod.")),
+    "llama-unnamed": Case("llama", _plain("q_proj"), named=False),
     "llama-old-names": Case("llama", _plain("q_proj"), renamed=(".weight", ".default.weight")),
     "qwen2-all-linear": Case("qwen2", _plain(*ALL_LINEAR)),
     "gemma-attention": Case("gemma", _plain(*ATTENTION)),
@@ -145,10 +148,11 @@ def shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def tidy(folder: Path, config: dict[str, Any], case: Case) -> None:
-    """Name the base model, and write its config.json without what depends on the libraries' versions."""
+    """Name the base model, if it is to have one, and write its config.json without what depends on versions."""
     path = folder / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["base_model_name_or_path"] = f"tiny-{case.model}"
+    if case.named:
+        fields["base_model_name_or_path"] = f"tiny-{case.model}"
     for key in ("target_modules", "exclude_modules"):
         if isinstance(fields.get(key), list):
             fields[key] = sorted(fields[key])
