@@ -257,7 +257,8 @@ class World:
         if deadline is None and klass == "default":
             self.patient[self._requests] = None
         received = ev.Received(
-            self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only, sequences
+            self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only,
+            sequences,
         )  # fmt: skip
         self.feed(received)
         return self._requests
