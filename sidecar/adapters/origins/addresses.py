@@ -4,6 +4,8 @@ A registration is a request that makes this process open connections. Without th
 ask a cloud's metadata service or a neighbour that trusts this network. A name is resolved once and the
 connection goes to the very address that was checked, so a name that resolves differently a moment later
 changes nothing.
+
+The blocks are IANA's, written down here: `ipaddress.is_global` knows other ones in each release of Python.
 """
 
 from __future__ import annotations
@@ -12,12 +14,45 @@ import ipaddress
 import socket
 from collections.abc import Callable
 
-IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], list[str]]
 """Called with host and port, returns addresses in the order to try them. Raises OSError."""
 
-_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+_TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
 """IPv4 behind a NAT64 gateway; the last 32 bits are the address that is really reached."""
+_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""All that IANA has given out for use in the internet. What lies outside is loopback, local, reserved or IPv4's."""
+_NOT_PUBLIC_6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        (
+            "2001::/23",  # protocols' own: Teredo, anycast to the nearest gateway, ORCHID, benchmarks
+            "2001:db8::/32",  # documentation
+            "2002::/16",  # 6to4: stands for any IPv4 address, and for a network behind it
+            "3fff::/20",  # documentation
+        ),
+    )
+)
+_NOT_PUBLIC_4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8",  # this network
+            "10.0.0.0/8",  # private
+            "100.64.0.0/10",  # carriers' NAT; some clouds' metadata
+            "127.0.0.0/8",  # loopback
+            "169.254.0.0/16",  # link-local; most clouds' metadata
+            "172.16.0.0/12",  # private
+            "192.0.0.0/24",  # protocols' own, among them anycast to the nearest NAT
+            "192.0.2.0/24",  # documentation
+            "192.88.99.0/24",  # 6to4 relays
+            "192.168.0.0/16",  # private
+            "198.18.0.0/15",  # benchmarks
+            "198.51.100.0/24",  # documentation
+            "203.0.113.0/24",  # documentation
+            "224.0.0.0/3",  # multicast, reserved, broadcast
+        ),
+    )
+)
 
 
 def resolve(host: str, port: int) -> list[str]:
@@ -27,21 +62,17 @@ def resolve(host: str, port: int) -> list[str]:
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the internet at large: not loopback, private, link-local or reserved."""
+    """Whether an address is one of the internet at large: not loopback, private, link-local or reserved.
+
+    False for what is no address, for one with a zone (it is of a link), and for IPv6 forms of IPv4 other than NAT64's:
+    there is the IPv4 address itself to ask.
+    """
     try:
-        address = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(text) if "%" not in text else None
     except ValueError:
         return False
-    return all(one.is_global and not one.is_multicast for one in (address, *_carried(address)))
-
-
-def _carried(address: IpAddress) -> list[IpAddress]:
-    """Return the IPv4 addresses that an IPv6 one stands for."""
-    if not isinstance(address, ipaddress.IPv6Address):
-        return []
-    carried: list[IpAddress] = [one for one in (address.ipv4_mapped, address.sixtofour) if one is not None]
-    if address.teredo is not None:
-        carried += address.teredo
-    if address in _TRANSLATED:
-        carried.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return carried
+    if isinstance(address, ipaddress.IPv6Address) and address in _TRANSLATED:
+        address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if isinstance(address, ipaddress.IPv4Address):
+        return not any(address in block for block in _NOT_PUBLIC_4)
+    return address is not None and address in _UNICAST and not any(address in block for block in _NOT_PUBLIC_6)
