@@ -25,6 +25,7 @@ from sidecar.fronts.kserve_live import Live, LiveRequests, stop_answer, stopped_
 from sidecar.fronts.kserve_regions import check_tensors
 from sidecar.fronts.kserve_request import Asked
 from sidecar.fronts.kserve_stream import ClientLeft, InferStream, StreamBroken
+from sidecar.fronts.kserve_structure import Structure, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
 from sidecar.shell.gateway import Gateway
@@ -45,7 +46,7 @@ class KServe:
     async def infer(self, raw: bytes, context: Any) -> bytes:
         """`ModelInfer`: the engine's own response, or its own error."""
         try:
-            asked = self.read(kserve_request.parse(raw), raw, context, callers.metadata_of(context), unary=True)
+            asked = self.read(structure_of(raw), context, callers.metadata_of(context), unary=True)
             if asked.stop:
                 self.stop(asked, context.peer(), context)
                 return bytes(stop_answer(asked).SerializeToString())
@@ -73,10 +74,10 @@ class KServe:
 
     # What unary calls and streams share. `stream` is what a request came by.
 
-    def read(self, message: Any, raw: bytes, context: Any, metadata: Mapping[str, str], unary: bool) -> Asked:
+    def read(self, structure: Structure, context: Any, metadata: Mapping[str, str], unary: bool) -> Asked:
         """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
-        check_tensors((*message.inputs, *message.outputs))
-        asked = kserve_request.read(message, raw, unary, metadata, self._rules)
+        check_tensors((*structure.message.inputs, *structure.message.outputs))
+        asked = kserve_request.read(structure, unary, metadata, self._rules)
         facts = asked.facts
         tokens = facts.input_tokens
         payload, only = as_it_is(self.gateway.state, asked.payload)

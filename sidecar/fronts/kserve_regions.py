@@ -17,12 +17,12 @@ from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_later import Later
 from sidecar.fronts.kserve_parameters import clipped
+from sidecar.fronts.kserve_tensors import REGION
 from sidecar.fronts.kserve_verbs import Verb, abort_with_first, ask_all, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort
 from sidecar.shell.gateway import Gateway
 
 STATUS, REGISTER, UNREGISTER = (f"SystemSharedMemory{verb}" for verb in ("Status", "Register", "Unregister"))
-REGION = "shared_memory_region"
 NO_CUDA = (
     "CUDA shared memory is not served: engines with LoRA refuse inputs in the GPU's memory; register system shared "
     "memory instead, or send the tensors in the request"

@@ -10,19 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from sidecar.backends.api import Payload
 from sidecar.backends.dialects import TRITON, TRITON_LLMAPI
-from sidecar.backends.wire import EMPTY_FINAL, ModelInferRequest
+from sidecar.backends.wire import EMPTY_FINAL
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_parameters import own_parameters, seconds_until
-from sidecar.fronts.kserve_tensors import Tensors
+from sidecar.fronts.kserve_structure import Structure
+from sidecar.fronts.kserve_tensors import CORE_LORA_TENSORS, LLMAPI_LORA_TENSORS, LORA_TENSORS, Tensors, check_word
 from sidecar.shell.gateway import RequestFacts
 
-CORE_LORA_TENSORS = ("lora_task_id", "lora_weights", "lora_config")
-LLMAPI_LORA_TENSORS = ("lora_id", "lora_name", "lora_path", "lora_ckpt_source")
-LORA_TENSORS = (*CORE_LORA_TENSORS, *LLMAPI_LORA_TENSORS)
 IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
 """Ids from here on are ours: hashes of 63 bits. A client could otherwise put its weights under an id of ours."""
@@ -56,22 +52,14 @@ class Asked:
     payload: Payload
 
 
-def parse(raw: bytes) -> Any:
-    """Return the message. Raises Refused(INVALID_REQUEST) when it is none."""
-    try:
-        return ModelInferRequest.FromString(raw)
-    except DecodeError as error:
-        raise Refused(
-            Reason.INVALID_REQUEST,
-            f"the request is not a ModelInferRequest: malformed protobuf ({len(raw)} bytes); build it with the "
-            "messages of KServe v2's inference.proto",
-        ) from error
-
-
-def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rules: Rules) -> Asked:
-    """Read a request that came as `raw`. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules) -> Asked:
+    """Read a request. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    message = structure.message
+    check_word("model_name", message.model_name)
+    if message.model_version:
+        check_word("model_version", message.model_version)
     own = own_parameters(message.parameters, metadata)
-    tensors = Tensors(message)
+    tensors = Tensors(structure)
     adapter = _adapter(message, tensors, own.get("lora_name"), rules)
     dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
     facts = RequestFacts(
@@ -81,7 +69,7 @@ def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rul
         input_tokens=tensors.input_tokens(),
         output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0),
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
-        size_bytes=len(raw),
+        size_bytes=structure.size_bytes,
     )
     parameters = message.parameters
     return Asked(
@@ -95,7 +83,7 @@ def read(message: Any, raw: bytes, unary: bool, metadata: Mapping[str, str], rul
         facts=facts,
         payload=Payload(
             model=message.model_name,
-            head=tensors.without(LORA_TENSORS) if dropped else raw,
+            head=tensors.without(LORA_TENSORS) if dropped else structure.to_bytes(),
             raw=not tensors.typed,
             unary=unary,
             kind=_kind(tensors),
@@ -120,8 +108,11 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
         return name
     if not own_tensors:
         return ""
-    if len(set(own_tensors)) < len(own_tensors):
-        raise Refused(Reason.INVALID_REQUEST, "the request has a lora_* tensor twice; send each once")
+    if any(name in CORE_LORA_TENSORS for name in own_tensors) and any(
+        name in LLMAPI_LORA_TENSORS for name in own_tensors
+    ):
+        names = " and ".join(own_tensors)
+        raise Refused(Reason.INVALID_REQUEST, f"the request has {names}, which are of different models; send one's")
     ids = tensors.integers(*IDS)
     task_id = ids[0] if len(ids) == 1 else None
     if task_id is not None and task_id in rules.legacy_task_ids:

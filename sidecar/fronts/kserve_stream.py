@@ -12,9 +12,10 @@ import grpc.aio
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.errors import Reason, SidecarError
-from sidecar.fronts import callers, kserve_request, relay
+from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve_lifetime import Lifetime
 from sidecar.fronts.kserve_live import Live, stop_answer, stopped_answer, words_for_client
+from sidecar.fronts.kserve_structure import structure_of
 from sidecar.fronts.status import Metadata, status_of_error
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ class InferStream:
     async def _answer_one(self, raw: bytes) -> None:
         client_id = ""
         try:
-            message = kserve_request.parse(raw)
-            client_id = message.id
-            asked = self._front.read(message, raw, self._context, self._metadata, unary=False)
+            structure = structure_of(raw)
+            client_id = structure.message.id
+            asked = self._front.read(structure, self._context, self._metadata, unary=False)
             if asked.stop:
                 self._front.stop(asked, self._peer, self)
                 await self._write(_final(stop_answer(asked)))

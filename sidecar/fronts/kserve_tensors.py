@@ -6,6 +6,10 @@ import struct
 from collections.abc import Container
 from typing import Any
 
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.kserve_parameters import clipped
+from sidecar.fronts.kserve_structure import Structure
+
 CONTENTS = {
     "BOOL": "bool_contents",
     "INT8": "int_contents",
@@ -19,33 +23,60 @@ CONTENTS = {
     "BYTES": "bytes_contents",
 }
 """Where the typed elements of a tensor are. The engine reads no other field, so neither do we."""
+REGION = "shared_memory_region"
 SHARED_BYTES = "shared_memory_byte_size"
 INTEGERS_MAX = 256
 """Elements that are looked at: one for each row of a batch."""
+NAME_CHARACTERS_MAX = 256
+DIMENSIONS_MAX = 32
+PARAMETERS_MAX = 32
+CORE_LORA_TENSORS = ("lora_task_id", "lora_weights", "lora_config")
+LLMAPI_LORA_TENSORS = ("lora_id", "lora_name", "lora_path", "lora_ckpt_source")
+LORA_TENSORS = (*CORE_LORA_TENSORS, *LLMAPI_LORA_TENSORS)
 
 
 class Tensors:
-    """The inputs of one `ModelInferRequest`.
+    """The inputs of one `ModelInferRequest`, each with its content or without one that can be seen.
 
-    `typed` says that some travel in `contents`: an input that is added must then, too. Where there are raw contents
-    they count, one for each tensor that is not in shared memory.
+    `typed` says that they travel in `contents`: an input that is added must then, too. Raises Refused(INVALID_REQUEST)
+    for inputs that an engine could put together with their contents, or read their names, in another way than we do.
     """
 
-    def __init__(self, message: Any) -> None:
-        self._message = message
+    def __init__(self, structure: Structure) -> None:
+        self._structure = structure
+        self._message = structure.message
         self._places: dict[str, int] = {}
-        self._raw: dict[str, bytes] = {}
+        self._raw: dict[str, memoryview] = {}
         self.typed = False
-        place = 0
-        contents = message.raw_input_contents
-        for index, tensor in enumerate(message.inputs):
-            self._places.setdefault(tensor.name, index)
+        contents, place = structure.contents, 0
+        for index, tensor in enumerate(self._message.inputs):
+            in_region = check_tensor(tensor)
+            name = tensor.name
+            if name in self._places:
+                raise _wrong(f"the request has the input {clipped(name)} twice; send each once")
+            self._places[name] = index
+            check_word("the datatype of a tensor", tensor.datatype)
+            if (dimensions := len(tensor.shape)) > DIMENSIONS_MAX:
+                raise _wrong(
+                    f"the tensor {clipped(name)} has {dimensions} dimensions; at most {DIMENSIONS_MAX} are taken"
+                )
             if tensor.HasField("contents"):
+                if in_region:
+                    raise _wrong(f"the tensor {clipped(name)} has contents and a {REGION}; send it in one of the two")
                 self.typed = True
-            elif "shared_memory_region" not in tensor.parameters:
+            elif not in_region:
                 if place < len(contents):
-                    self._raw.setdefault(tensor.name, contents[place])
+                    self._raw[name] = contents[place]
                 place += 1
+        for output in self._message.outputs:
+            check_tensor(output)
+        if self.typed and contents:
+            raise _wrong("the request has typed contents beside raw_input_contents; send all inputs in one of the two")
+        if place != len(contents):
+            raise _wrong(
+                f"the request has {len(contents)} raw_input_contents and {place} inputs that need one, which those "
+                "without typed contents or a shared-memory region do; send one for each, in the order of the inputs"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -71,7 +102,7 @@ class Tensors:
         """Return the first element of a BOOL tensor, False if there is none."""
         raw = self._raw.get(name)
         if raw is not None:
-            return raw[:1] not in (b"", b"\0")
+            return bytes(raw[:1]) not in (b"", b"\0")
         return name in self._places and any(self._typed(name)[:1])
 
     def input_tokens(self) -> int:
@@ -96,21 +127,43 @@ class Tensors:
 
     def without(self, names: Container[str]) -> bytes:
         """Return the request without some inputs. Raw contents go with the tensors they belong to."""
-        place = 0
-        message = self._message
-        unwanted: list[tuple[int, int | None]] = []
-        for index, tensor in enumerate(message.inputs):
-            takes_place = "shared_memory_region" not in tensor.parameters and not tensor.HasField("contents")
-            if tensor.name in names:
-                unwanted.append((index, place if takes_place and place < len(message.raw_input_contents) else None))
-            place += takes_place
-        for index, raw_place in reversed(unwanted):
-            del message.inputs[index]
-            if raw_place is not None:
-                del message.raw_input_contents[raw_place]
-        return bytes(message.SerializeToString())
+        with_content = list(self._raw)
+        return self._structure.without(
+            [index for name, index in self._places.items() if name in names],
+            [place for place, name in enumerate(with_content) if name in names],
+        )
 
     def _typed(self, name: str) -> Any:
         tensor = self._message.inputs[self._places[name]]
         field = CONTENTS.get(tensor.datatype)
         return () if field is None else getattr(tensor.contents, field)
+
+
+def check_tensor(tensor: Any) -> bool:
+    """Check what inputs and outputs have in common, and return whether it lies in a region.
+
+    Raises Refused(INVALID_REQUEST) for what can be read in two ways. Triton's C interface ends a name at a NUL, and
+    what looks like a tensor of ours and is not was meant to be one.
+    """
+    name = tensor.name
+    check_word("the name of a tensor", name)
+    if name not in LORA_TENSORS and name.strip().lower().startswith("lora"):
+        raise _wrong(f"the tensor {clipped(name)} is none of {', '.join(LORA_TENSORS)}; name adapters with lora_name")
+    if not tensor.parameters:
+        return False
+    parameters = tensor.parameters
+    if len(parameters) > PARAMETERS_MAX:
+        raise _wrong(f"the tensor {clipped(name)} has {len(parameters)} parameters; at most {PARAMETERS_MAX} are taken")
+    if REGION in parameters and not parameters[REGION].string_param:
+        raise _wrong(f"the tensor {clipped(name)} has a {REGION} that is no name; set its string_param")
+    return REGION in parameters
+
+
+def check_word(what: str, word: str) -> None:
+    """Raise Refused(INVALID_REQUEST) for what an engine could read as another word, or as none."""
+    if not word or len(word) > NAME_CHARACTERS_MAX or not word.isprintable():
+        raise _wrong(f'{what} is "{clipped(word)}"; it must be 1 to {NAME_CHARACTERS_MAX} printable characters')
+
+
+def _wrong(message: str) -> Refused:
+    return Refused(Reason.INVALID_REQUEST, message)

@@ -9,6 +9,7 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends.wire import output_tokens
+from sidecar.fronts.kserve_structure import structure_of
 from sidecar.fronts.kserve_tensors import Tensors
 
 
@@ -57,7 +58,7 @@ def test_a_text_in_shared_memory_counts_by_its_size(size: int, tokens: int) -> N
     held = request.inputs.add(name="text_input", datatype="BYTES", shape=(1, 1))
     held.parameters["shared_memory_region"].string_param = "prompt"
     held.parameters["shared_memory_byte_size"].int64_param = size
-    assert Tensors(request).input_tokens() == tokens
+    assert Tensors(structure_of(request.SerializeToString())).input_tokens() == tokens
 
 
 def test_token_ids_in_shared_memory_count_by_their_shape() -> None:
@@ -65,4 +66,4 @@ def test_token_ids_in_shared_memory_count_by_their_shape() -> None:
     request = service_pb2.ModelInferRequest()
     held = request.inputs.add(name="input_ids", datatype="INT32", shape=(1, 7))
     held.parameters["shared_memory_region"].string_param = "prompt"
-    assert Tensors(request).input_tokens() == 7
+    assert Tensors(structure_of(request.SerializeToString())).input_tokens() == 7
