@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from sidecar.adapters.names import shown
 from sidecar.adapters.origins.download import check_room
@@ -79,7 +79,8 @@ class Receiver:
         self._folder = folder
         self._number = 0
         self._offset = 0
-        self._file: IO[bytes] | None = None
+        self._file: FileIO | None = None
+        """Unbuffered: what a full disk did not take would fail once more when the file is closed."""
         self._sha256 = hashlib.sha256()
         check_room(folder, sum(file.size_bytes for file in files), name)
 
@@ -99,10 +100,10 @@ class Receiver:
             raise wrong(self._name, f"more of {announced.name} is sent than the {announced.size_bytes} bytes announced")
         try:
             if self._file is None:
-                self._file = (self._folder / announced.name).open("xb")
-            self._file.write(data)
+                self._file = (self._folder / announced.name).open("xb", buffering=0)
+            _write_all(self._file, data)
         except OSError as error:
-            raise no_room(f"{self._name}: {announced.name}", error) from error
+            raise no_room(f"{self._name}: {announced.name}", self._folder, error) from error
         self._sha256.update(data)
         self._offset += len(data)
 
@@ -134,8 +135,13 @@ class Receiver:
             if self._file is None:
                 (self._folder / announced.name).touch()
                 return
-            self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise no_room(f"{self._name}: {announced.name}", error) from error
+            raise no_room(f"{self._name}: {announced.name}", self._folder, error) from error
         self.close()
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]

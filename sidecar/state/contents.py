@@ -11,6 +11,7 @@ from typing import IO, Protocol
 from sidecar.errors import Misused, Reason
 from sidecar.state.records import Record
 from sidecar.state.registry import SCHEMA, Change, lock_data_directory
+from sidecar.state.sqlite_faults import in_words
 from sidecar.state.written import from_json, to_json
 
 Told = Callable[[int, int], None]
@@ -89,6 +90,11 @@ class SqliteFile:
         return Contents(tuple(records), tuple(changes), changes[-1].number if changes else 0)
 
     async def write(self, contents: Contents, told: Told) -> None:
+        with in_words(self.path):
+            self._replace(contents)
+        told(contents.size, contents.size)
+
+    def _replace(self, contents: Contents) -> None:
         database = sqlite3.connect(self.path, isolation_level=None)
         try:
             database.execute("PRAGMA journal_mode=WAL")
@@ -112,7 +118,6 @@ class SqliteFile:
                 database.execute("INSERT INTO sqlite_sequence VALUES ('changes', ?)", (contents.last_change,))
         finally:
             database.close()
-        told(contents.size, contents.size)
 
 
 async def move(source: Place, target: Place, *, force: bool, dry_run: bool, told: Told) -> Contents:

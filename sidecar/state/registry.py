@@ -13,12 +13,14 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.records import Record
+from sidecar.state.sqlite_faults import in_words
 from sidecar.state.written import from_json, to_json
 
 SCHEMA = """
@@ -106,13 +108,27 @@ class SqliteRegistry:
     """A registry in one SQLite file; records are also held in memory, so that looking one up costs nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        """Open or create the file; None keeps the registry in memory only."""
-        self._database = sqlite3.connect(path or ":memory:", isolation_level=None)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.executescript(SCHEMA)
-        rows = self._database.execute("SELECT name, record FROM adapters ORDER BY name")
+        """Open or create the file; None keeps the registry in memory only.
+
+        Raises Refused(STATE_UNAVAILABLE) for a file that cannot be used, here and wherever it is read or written.
+        """
+        self._path = path
+        with in_words(path):
+            # No waiting for locks: the event loop would stand still, and nobody else has business with the file.
+            self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
+            try:
+                rows = self._opened()
+            except sqlite3.Error:
+                self._database.close()
+                raise
         self._records = {name: from_json(name, text) for name, text in rows}
         self._subscribers = Subscribers()
+
+    def _opened(self) -> list[tuple[str, str]]:
+        """Make what is missing of the tables, and return the rows of names."""
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.executescript(SCHEMA)
+        return self._database.execute("SELECT name, record FROM adapters ORDER BY name").fetchall()
 
     async def start(self) -> None:
         """Everything was read when the file was opened."""
@@ -149,7 +165,7 @@ class SqliteRegistry:
 
     def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> int:
         """Write a record and its change in one transaction; return the change's number."""
-        with self._database:
+        with in_words(self._path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(statement, values)
             cursor = self._database.execute("INSERT INTO changes (name, record) VALUES (?, ?)", (name, text))
@@ -162,19 +178,21 @@ class SqliteRegistry:
 
     @property
     def last_change(self) -> int:
-        (number,) = self._database.execute("SELECT coalesce(max(number), 0) FROM changes").fetchone()
+        with in_words(self._path):
+            (number,) = self._database.execute("SELECT coalesce(max(number), 0) FROM changes").fetchone()
         return int(number)
 
     lag = 0
     away_since = None
 
     async def changes_after(self, number: int) -> list[Change]:
-        (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
-        if number + 1 < first or number > self.last_change:
-            raise token_too_old(number, first, self.last_change)
-        rows = self._database.execute(
-            "SELECT number, name, record FROM changes WHERE number > ? ORDER BY number", (number,)
-        )
+        with in_words(self._path):
+            (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
+            if number + 1 < first or number > self.last_change:
+                raise token_too_old(number, first, self.last_change)
+            rows = self._database.execute(
+                "SELECT number, name, record FROM changes WHERE number > ? ORDER BY number", (number,)
+            ).fetchall()
         return [Change(at, name, None if text is None else from_json(name, text)) for at, name, text in rows]
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
@@ -219,7 +237,7 @@ def lock_data_directory(directory: Path) -> IO[str]:
             f"the data directory {directory} is in use by process {holder}; stop that one, or give this one "
             "another with --data",
         ) from error
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    with suppress(OSError):  # a full disk: the lock holds without the number, which is for people
+        file.truncate(0)
+        os.write(file.fileno(), str(os.getpid()).encode())
     return file

@@ -390,7 +390,7 @@ def test_a_disk_that_takes_no_more(server: FaultyServer, tmp_path: Path, monkeyp
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     command = [sys.executable, "-c", FULL, server.url("sql"), str(tmp_path / "to")]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    assert said.startswith(f"Refused no room on disk for {WEIGHTS}")
+    assert said.startswith(f"Refused no room for {WEIGHTS}")
     assert sorted(folder_files(tmp_path / "to")) == [CONFIG]
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 2000}))
     assert "2000 are free" in refused(server, tmp_path / "again").message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sidecar.adapters.origins.origin import Origin, without_secrets
 from sidecar.errors import Invalid, Reason, Refused
 
@@ -48,10 +50,10 @@ def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
     )
 
 
-def no_room(what: str, error: OSError) -> Refused:
-    """The disk will not take it: it is full, or may not be written to."""
+def no_room(what: str, folder: Path, error: OSError) -> Refused:
+    """The disk of a folder will not take it: it is full, or may not be written to."""
     return Refused(
         Reason.ADAPTER_UNAVAILABLE,
-        f"no room on disk for {what} ({error.strerror or error}); free some, or give this process a data directory "
-        "that it can write to",
+        f"no room for {what} on the disk of {folder} ({error.strerror or error}); free some, or give this process a "
+        "data directory that it can write to",
     )
