@@ -61,9 +61,12 @@ def is_local(address: str) -> bool:
 
 
 class AdminListener(Listener):
-    """Loopback, unless it has a token file or TLS that asks its clients for certificates."""
+    """Loopback, unless it has a token file or TLS that asks its clients for certificates. `message_bytes_max` bounds
+    one message; an adapter is pushed in messages of at most 1 MiB.
+    """
 
     address: str = "127.0.0.1:9001"
+    message_bytes_max: int = Field(4 << 20, ge=2 << 20, lt=1 << 31)
     token_file: str | None = None
 
     @model_validator(mode="after")
@@ -81,9 +84,11 @@ class AdminListener(Listener):
 class DataListener(Listener):
     """`max_connection_age_s`, give or take a tenth: from then on a connection takes no new calls, and a stream is
     closed when nothing is in flight on it. So clients come back to a load balancer, and find replicas that are new.
+    `message_bytes_max` bounds one message, of which weights that clients send themselves are a part.
     """
 
     address: str = "0.0.0.0:9000"
+    message_bytes_max: int = Field(64 << 20, ge=4096, lt=1 << 31)
     max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 
 

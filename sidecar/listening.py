@@ -18,6 +18,7 @@ from sidecar.config import Config, Listener
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
+from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront, server_tls
 from sidecar.fronts.http_connection import HttpLimits
@@ -90,7 +91,8 @@ class Listening:
 
     def _open_data(self) -> None:
         config, wanted = self._config, self._config.listeners.data
-        data = self._server([], connection_age_options(wanted.max_connection_age_s))
+        bound = _message_bound(wanted.message_bytes_max)
+        data = self._server([CheckedMessages()], (bound, *connection_age_options(wanted.max_connection_age_s)))
         service = GatewayService(self._gateway, config.tenant_from, config.hide_backend)
         gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
         self.streams = add_kserve(data, self._gateway, config).lifetimes
@@ -99,7 +101,8 @@ class Listening:
 
     def _open_admin(self, replica: Replica | None) -> None:
         wanted = self._config.listeners.admin
-        admin = self._server([TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else [])
+        tokens = [TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else []
+        admin = self._server([*tokens, CheckedMessages()], [_message_bound(wanted.message_bytes_max)])
         add_admin(admin, self._gateway, replica)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
@@ -127,7 +130,8 @@ class Listening:
             self.drain = self._drain_front.address
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=list(interceptors), options=(*SERVER_OPTIONS, *options))
+        # Of an option that is given twice gRPC takes the first.
+        server = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
         self._servers.append(server)
         return server
 
@@ -139,6 +143,10 @@ def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplat
         for backend in configured
         if backend.base_model is not None and backend.base_model.chat_template is not None
     }
+
+
+def _message_bound(bytes_max: int) -> tuple[str, int]:
+    return ("grpc.max_receive_message_length", bytes_max)
 
 
 def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:

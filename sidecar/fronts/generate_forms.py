@@ -23,6 +23,8 @@ from sidecar.errors import Reason, Refused
 MAX_TOKENS_DEFAULT = 128
 INT32_MAX = 2**31 - 1
 """Of the engine's tensors."""
+TOKEN_IDS_MAX = 1 << 20
+STOP_WORDS_MAX = 256
 COMPLETIONS = "/v1/completions"
 _SAMPLING = (
     ("temperature", "FP32", "<f"),
@@ -88,6 +90,12 @@ def _check(request: Any) -> None:
     for field in ("temperature", "top_p", "repetition_penalty"):
         if not math.isfinite(getattr(request, field)):
             raise Refused(Reason.INVALID_REQUEST, f"{field} is {getattr(request, field)}; it must be a number")
+    for field, count, count_max in (
+        ("token ids", len(request.tokens.ids), TOKEN_IDS_MAX),
+        ("stop_words", len(request.stop_words), STOP_WORDS_MAX),
+    ):
+        if count > count_max:
+            raise Refused(Reason.INVALID_REQUEST, f"the request has {count} {field}; at most {count_max} are taken")
     prompt = request.WhichOneof("prompt")
     if prompt is None or (prompt == "tokens" and not request.tokens.ids):
         raise Refused(Reason.INVALID_REQUEST, "the request has no prompt; set text or tokens")

@@ -16,6 +16,8 @@ from sidecar.errors import Reason, Refused
 
 FIELDS_MAX = 50_000
 """Of one message, at all depths; the packed elements of one field count once."""
+PARSED_BYTES_MAX = 8 << 20
+"""Of a message that is parsed as a whole: its texts and numbers become Python's, and hold everybody up meanwhile."""
 UNCOUNTED_BYTES = 16_384
 """So small a message has too few fields to hold anybody up."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
@@ -25,6 +27,9 @@ _VARINT_BYTES_MAX = 10
 
 def parsed(raw: bytes, kind: Any) -> Any:
     """Return the message of a class of protobuf's. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    if len(raw) > PARSED_BYTES_MAX:
+        what = f"a {kind.DESCRIPTOR.name} has {len(raw)} bytes; at most {PARSED_BYTES_MAX} are taken"
+        raise Refused(Reason.INVALID_REQUEST, what)
     if len(raw) > UNCOUNTED_BYTES:
         check_fields(raw, kind.DESCRIPTOR)
     message = decoded(raw, kind)

@@ -39,7 +39,7 @@ async def refused(served: Serving, metadata: Any = None, **fields: Any) -> tuple
         ({"tokens": TOKENS, "stop_words": ["a"]}, "INVALID_ARGUMENT", "stop_words need a text prompt"),
         ({"tokens": TOKENS, "max_tokens": 2**32 - 1}, "INVALID_ARGUMENT", "max_tokens is 4294967295; at most"),
         ({"text": "x", "top_k": 2**31}, "INVALID_ARGUMENT", "top_k is 2147483648; at most"),
-        ({"tokens": TOKENS, "adapter": "x" * 10_000_000}, "NOT_FOUND", 'unknown adapter "xxx'),
+        ({"tokens": TOKENS, "adapter": "x" * 1_000_000}, "NOT_FOUND", 'unknown adapter "xxx'),
         ({"tokens": TOKENS, "adapter": "字" * 1_000_000}, "NOT_FOUND", 'unknown adapter "字字'),
         ({"tokens": TOKENS, "adapter": "a00@v7"}, "NOT_FOUND", "a00"),
         ({"tokens": TOKENS, "class": "golden"}, "INVALID_ARGUMENT", 'unknown class "golden"'),

@@ -1,0 +1,89 @@
+"""Messages parsed here and not by gRPC: counted before, refused with their fault's name, and without a traceback.
+
+gRPC would parse what comes whatever it costs, and log a traceback of its own for each that is none.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf import descriptor_pool, message_factory
+
+from sidecar.errors import Refused
+from sidecar.fronts.message_fields import parsed
+from sidecar.fronts.status import abort
+
+Handler = Any
+"""gRPC's own type is generic for type checkers only."""
+
+
+class CheckedMessages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Puts the check before every method whose messages gRPC would parse; the others take bytes and check them."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[str, Handler] = {}
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Handler]], details: Any) -> Handler:
+        """Return what handles a method, None for one that is not served."""
+        handler = await continuation(details)
+        if handler is None or handler.request_deserializer is None:
+            return handler
+        checked = self._handlers.get(details.method)
+        if checked is None:
+            checked = self._handlers[details.method] = _checked(handler, _request_of(details.method))
+        return checked
+
+
+def _request_of(method: str) -> Any:
+    """Return the class of a method's request."""
+    _, service, name = method.split("/")
+    described: Any = descriptor_pool.Default().FindServiceByName(service)
+    return message_factory.GetMessageClass(described.methods_by_name[name].input_type)
+
+
+def _checked(handler: Handler, kind: Any) -> Handler:
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+    read = _each if handler.request_streaming else _one
+    return make(_reading(method, read, kind), response_serializer=handler.response_serializer)
+
+
+def _reading(method: Callable[..., Any], read: Callable[..., Any], kind: Any) -> Callable[..., Any]:
+    """Return a method of the same form as gRPC knows them, a coroutine or a generator, that takes bytes."""
+    if inspect.isasyncgenfunction(method):
+
+        async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:
+            request = await read(raw, kind, context)
+            async for response in method(request, context):
+                yield response
+
+        return generate
+
+    async def handle(raw: Any, context: Any) -> Any:
+        return await method(await read(raw, kind, context), context)
+
+    return handle
+
+
+async def _one(raw: bytes, kind: Any, context: Any) -> Any:
+    try:
+        return parsed(raw, kind)
+    except Refused as refused:
+        await abort(context, refused)
+
+
+async def _each(requests: AsyncIterator[bytes], kind: Any, context: Any) -> AsyncIterator[Any]:
+    async def each() -> AsyncIterator[Any]:
+        async for raw in requests:
+            yield await _one(raw, kind, context)
+
+    return each()
