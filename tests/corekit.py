@@ -249,7 +249,7 @@ class World:
     def send(
         self, adapter: str = "", *, tenant: str = "", klass: str = "default", deadline_ns: int | None = None,
         input_tokens: int = 10, output_tokens: int = 10, size_bytes: int = 0, only: tuple[str, ...] = (),
-        sequences: int = 1,
+        sequences: int = 1, client_id: str = "",
     ) -> int:  # fmt: skip
         """Send one request now and return its id. `deadline_ns` counts from now."""
         self._requests += 1
@@ -258,7 +258,7 @@ class World:
             self.patient[self._requests] = None
         received = ev.Received(
             self._requests, adapter, tenant, klass, input_tokens, output_tokens, deadline, "", size_bytes, only,
-            sequences,
+            sequences, client_id,
         )  # fmt: skip
         self.feed(received)
         return self._requests

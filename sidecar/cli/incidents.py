@@ -141,7 +141,9 @@ def replay(
     explain: Annotated[
         str | None,
         typer.Option(
-            metavar="REQUEST", help="Tell what this request waited for, moment by moment.", show_default=False
+            metavar="ID",
+            help="Tell what this request waited for, moment by moment: its id, or its number.",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -158,12 +160,10 @@ def replay(
 
 def _explain(path: Path, request: str, as_json: bool) -> int:
     from sidecar.incident.explain import explain
-    from sidecar.incident.finding import request_number
     from sidecar.incident.wording import lines_of, record_of
 
-    number = request_number(request)
     with bar(f"replaying {path}") as progress:
-        timeline = explain(path, number, progress)
+        timeline = explain(path, request, progress)
     if as_json:
         print_json(record_of(timeline))
     else:

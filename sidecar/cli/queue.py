@@ -64,7 +64,7 @@ def shown(view: Any) -> RenderableType:
     """Return the queue as people see it: verdict, requests, and how many more there are."""
     parts: list[RenderableType] = [Text(view.verdict, style="bold")]
     if view.requests:
-        columns = (">WAITED", ">BOUND", ">EXPIRES", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST")
+        columns = (">WAITED", ">BOUND", ">EXPIRES", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST", "ID")
         parts += ["", table(columns, [_row(request) for request in view.requests])]
     more = view.waiting - len(view.requests)
     if more > 0:
@@ -83,6 +83,7 @@ def _row(request: Any) -> tuple[str, ...]:
         request.backend or "-",
         request.why,
         str(request.request),
+        request.request_id or "-",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from policies.views import BASE, Waiting
 from sidecar.core import asks, promising
@@ -75,7 +76,7 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
         sequences=event.sequences,
     )
-    return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only)
+    return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only, event.client_id)
 
 
 def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
@@ -91,7 +92,8 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     text, _, selector = event.adapter.partition("@")
     name = state.names.get(text)
     if name is None:
-        raise unknown_adapter(state, text)
+        raise unknown_adapter(state, text, event.tenant)
+    _allowed(event, name)  # first: what versions there are is told to those only who may use one
     if not selector:
         return name, _share(name, event)
     ordinal = _selected(state, name, selector)
@@ -126,19 +128,35 @@ def _share(name: Name, event: Received) -> int:
     return ordinal if place < percent else name.ordinal
 
 
-def unknown_adapter(state: State, text: str) -> Refused:
-    """Return the error for a name that nobody registered, with the nearest ones that somebody did."""
-    return Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text), adapter=text[:80])
+def unknown_adapter(state: State, text: str, tenant: str | None = None) -> Refused:
+    """Return the error for a name that is not there for a tenant, with the nearest ones that are; None is an operator.
+
+    A tenant is told the same of a name that nobody registered and of one that it may not use.
+    """
+    return Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text, tenant), adapter=text[:80])
 
 
-def _unknown(state: State, text: str) -> str:
+def _unknown(state: State, text: str, tenant: str | None) -> str:
     shown = text if len(text) <= 80 else f"{text[:77]}..."
-    near = asks.nearest(text, state.names)
+    usable = [name for name, known in state.names.items() if tenant is None or known.is_for(tenant)]
+    near = asks.nearest(text, usable)
     if near:
         return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
-    if not state.names:
-        return f'unknown adapter "{shown}": none is registered; register one with "sidecar adapters register"'
-    return f'unknown adapter "{shown}"; "sidecar adapters list" shows the {len(state.names)} that are registered'
+    if not usable:
+        whose = "" if tenant is None else f' for tenant "{tenant}"'
+        return f'unknown adapter "{shown}": none is registered{whose}; register one with "sidecar adapters register"'
+    return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'
+
+
+def as_told(state: State, settle: Settle) -> Settle:
+    """Return an ending as its client is told it: a name that it may not use is one that is not there.
+
+    Operators see the reason: it is in the log, the metrics and the journal.
+    """
+    if settle.reason is not Reason.NOT_ALLOWED:
+        return settle
+    refused = unknown_adapter(state, settle.name, settle.tenant)
+    return replace(settle, reason=refused.reason, message=refused.message, name=refused.details["adapter"])
 
 
 def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns: int) -> ClassLimit:
@@ -147,7 +165,7 @@ def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns
     if state.draining:
         raise Refused(Reason.DRAINING, "the sidecar is shutting down; send the request to another replica")
     if name is not None:
-        _allowed(state, event, name, digest)
+        _not_quarantined(state, name, digest)
     limit = config.classes.get(event.klass)
     if limit is None:
         raise Refused(
@@ -203,13 +221,16 @@ def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) 
         )
 
 
-def _allowed(state: State, event: Received, name: Name, digest: str) -> None:
-    if name.allow is not None and event.tenant not in name.allow:
+def _allowed(event: Received, name: Name) -> None:
+    if not name.is_for(event.tenant):
         raise Refused(
             Reason.NOT_ALLOWED,
             f'tenant "{event.tenant}" may not use adapter "{name.name}"; its allow list decides',
             adapter=name.name,
         )
+
+
+def _not_quarantined(state: State, name: Name, digest: str) -> None:
     version = state.versions[digest]
     if version.quarantined:
         raise Refused(Reason.QUARANTINED, quarantine_message(name.name, version), adapter=name.name)

@@ -30,6 +30,8 @@ class Received:
     """The backends that it may go to; any if none is named."""
     sequences: int = 1
     """How many sequences it makes its engine run, a seat each; `output_tokens_max` is of all of them together."""
+    client_id: str = ""
+    """What its client calls it. Nothing is decided by it, and others may have the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,10 @@ class Name:
     kept: tuple[str, ...] = ()
     canary: tuple[int, int] | None = None
 
+    def is_for(self, tenant: str) -> bool:
+        """Whether a tenant may use the name."""
+        return self.allow is None or tenant in self.allow
+
     def holds(self, version: str) -> bool:
         """Whether a name keeps a version in the store whatever the policies say."""
         return version in self.kept or self.pins(version)
@@ -82,6 +86,8 @@ class Request:
     size_bytes: int = 0
     only: tuple[str, ...] = ()
     """The backends that it may go to; any if none is named."""
+    client_id: str = ""
+    """What its client calls it."""
     expected_tokens: int = 0
     """What it is still expected to generate."""
     promise: Promise | None = None

@@ -45,6 +45,7 @@ class WaitingView:
     """
 
     request: int
+    client_id: str
     adapter: str
     tenant: str
     klass: str
@@ -129,6 +130,7 @@ def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
     view = request.view
     return WaitingView(
         request=request.id,
+        client_id=request.client_id,
         adapter=view.name,
         tenant=view.tenant,
         klass=view.klass,

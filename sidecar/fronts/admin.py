@@ -138,6 +138,7 @@ def queue_message(view: waiting.QueueView) -> Any:
         fields = {"class": item.klass}  # a keyword of Python's
         message.requests.add(
             request=item.request,
+            request_id=item.client_id,
             adapter=item.adapter,
             tenant=item.tenant,
             backend=item.backend,

@@ -1,11 +1,17 @@
-"""Who calls: the tenant of a gRPC call, and how long the caller means to wait."""
+"""Who calls: the tenant of a gRPC call, how long the caller means to wait, and the id that it knows its request by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from secrets import token_hex
 from typing import Any
 
+from sidecar.identities import REQUEST_ID, checked, is_fit
+
 TENANT_KEY = "lora-tenant"
+
+REQUEST_ID_KEY = "x-request-id"
+"""Of gRPC metadata and HTTP headers, as proxies and clients everywhere write it."""
 
 
 def metadata_of(context: Any) -> dict[str, str]:
@@ -25,6 +31,25 @@ def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked
         identities = context.peer_identities() or ()
         return next((name.decode(errors="replace") for name in identities), "")
     return asked or metadata.get(TENANT_KEY, "")
+
+
+def made_id() -> str:
+    """Return an id for a request whose client gave none. It tells nothing of other requests, as a number would."""
+    return token_hex(16)
+
+
+def request_id_of(asked: str, metadata: Mapping[str, str]) -> str:
+    """Return the id of a request: its own word, else the call's metadata's, which a proxy may have set, else a new one.
+
+    Raises Refused(INVALID_REQUEST) for one that is not as it may be.
+    """
+    return checked(REQUEST_ID, asked or metadata.get(REQUEST_ID_KEY, "")) or made_id()
+
+
+def id_of_call(context: Any) -> str:
+    """Return the id for an error of a call whose request says none, or is not read: its metadata's, or a new one."""
+    said = metadata_of(context).get(REQUEST_ID_KEY, "")
+    return said if said and is_fit(REQUEST_ID, said) else made_id()
 
 
 def remaining_s(context: Any) -> float | None:

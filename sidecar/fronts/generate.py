@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from sidecar.backends.dialects import TRITON_LLMAPI
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
+from sidecar.fronts.generate_callers import said_by
 from sidecar.fronts.generate_forms import MAX_TOKENS_DEFAULT, payload_of, why_not
 from sidecar.fronts.generate_replies import TextSoFar, response_of
 from sidecar.fronts.kinds import backends_of
@@ -18,6 +20,7 @@ from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.request_log import log_refused
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
@@ -29,35 +32,39 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         self._hide_backend = hide_backend
 
     async def Generate(self, request: Any, context: Any) -> None:  # noqa: N802 — gRPC's name
+        request_id = ""
         try:
-            ticket = self._submit(request, context)
+            metadata = callers.metadata_of(context)
+            request_id = callers.request_id_of(request.request_id, metadata)
+            ticket = self._submit(request, context, metadata, request_id)
         except SidecarError as error:
-            await abort(context, error)
+            request_id = request_id or callers.id_of_call(context)
+            log_refused(request_id, error)
+            await abort(context, error, request_id)
         try:
             ending = await self._answer(request, ticket, context)
         finally:
             self._gateway.close(ticket)
         if ending is not None and ending.reason is not None:
-            await context.abort(*status_of_ending(ending, _code_of(ending, ticket), self._hide_backend))
+            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._hide_backend))
 
-    def _submit(self, request: Any, context: Any) -> Ticket:
+    def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
+        said = said_by(request, metadata)
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
-        deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
-        metadata = callers.metadata_of(context)
         facts = RequestFacts(
-            adapter=request.adapter,
-            tenant=callers.tenant_of(context, self._tenant_from, metadata, request.tenant),
-            klass=getattr(request, "class") or "default",
+            adapter=said.adapter,
+            tenant=callers.tenant_of(context, self._tenant_from, metadata, said.tenant),
+            klass=said.klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
-            deadline_s=callers.earliest(deadline_s, callers.remaining_s(context)),
-            session=request.session,
+            deadline_s=callers.earliest(said.deadline_s, callers.remaining_s(context)),
+            session=said.session,
             size_bytes=request.ByteSize(),
             only=self._places(request, payload.kinds),
         )
-        return self._gateway.submit(facts, payload, request.request_id)
+        return self._gateway.submit(facts, payload, request_id)
 
     def _places(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
         """Return the backends that a request can go to, none for any. Raises Refused(INVALID_REQUEST)."""
@@ -114,7 +121,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
         origin.heals = dispatch.heals
         origin.output_tokens = tokens
         origin.input_tokens = len(request.tokens.ids) or len(request.text.encode())
-        origin.request_id = request.request_id or str(ticket.request)
+        origin.request_id = ticket.client_id
 
 
 def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:

@@ -29,6 +29,7 @@ from sidecar.fronts.kserve_structure import Structure, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.request_log import log_refused
 
 
 class KServe:
@@ -45,14 +46,19 @@ class KServe:
 
     async def infer(self, raw: bytes, context: Any) -> bytes:
         """`ModelInfer`: the engine's own response, or its own error."""
+        request_id = ""
         try:
-            asked = self.read(structure_of(raw), context, callers.metadata_of(context), unary=True)
+            structure, metadata = structure_of(raw), callers.metadata_of(context)
+            request_id = callers.request_id_of(structure.message.id, metadata)
+            asked = self.read(structure, context, metadata, request_id, unary=True)
             if asked.stop:
                 self.stop(asked, context.peer(), context)
                 return bytes(stop_answer(asked).SerializeToString())
             live = self.submit(asked, context.peer(), context)
         except SidecarError as error:
-            await abort(context, error)
+            request_id = request_id or callers.id_of_call(context)
+            log_refused(request_id, error)
+            await abort(context, error, request_id)
         try:
             return await self._answer(live, context)
         finally:
@@ -74,10 +80,12 @@ class KServe:
 
     # What unary calls and streams share. `stream` is what a request came by.
 
-    def read(self, structure: Structure, context: Any, metadata: Mapping[str, str], unary: bool) -> Asked:
+    def read(
+        self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
+    ) -> Asked:
         """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
         check_tensors((*structure.message.inputs, *structure.message.outputs))
-        asked = kserve_request.read(structure, unary, metadata, self._rules)
+        asked = kserve_request.read(structure, unary, metadata, self._rules, request_id)
         facts = asked.facts
         tokens = facts.input_tokens
         payload, only = as_it_is(self.gateway.state, asked.payload)
@@ -91,7 +99,7 @@ class KServe:
         return replace(asked, facts=facts, payload=payload)
 
     def submit(self, asked: Asked, peer: str, stream: object) -> Live:
-        ticket = self.gateway.submit(asked.facts, asked.payload, asked.client_id)
+        ticket = self.gateway.submit(asked.facts, asked.payload, asked.request_id)
         live = Live(asked, ticket, peer, stream)
         self.live.add(live)
         return live
@@ -112,14 +120,15 @@ class KServe:
             self.gateway.cancel(live.ticket)
 
     def origin(self, ticket: Ticket) -> dict[str, str | int | float]:
-        return relay.origin_parameters(ticket, self.hide_backend)
+        """Return the parameters that say where an answer came from, and the id that its request is found by."""
+        return {**relay.origin_parameters(ticket, self.hide_backend), "lora_request_id": ticket.client_id}
 
     def status_of(self, live: Live, ending: Settle) -> tuple[grpc.StatusCode, str, Metadata]:
         """Return the status of a bad ending; an engine's own rejection keeps the engine's own code and words."""
         rejected = ending.reason is Reason.BACKEND_REJECTED
         code = live.ticket.rejected_with if rejected else None
         message = words_for_client(live, ending)
-        return status_of_ending(replace(ending, message=message), code=code, hide_backend=self.hide_backend)
+        return status_of_ending(replace(ending, message=message), live.ticket.client_id, code, self.hide_backend)
 
     async def stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """`ModelStreamInfer`: any number of requests at once on one stream, each answered as it goes."""

@@ -15,11 +15,12 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.callers import id_of_call
 from sidecar.fronts.kserve_later import Later
-from sidecar.fronts.kserve_parameters import clipped
 from sidecar.fronts.kserve_tensors import REGION
 from sidecar.fronts.kserve_verbs import Verb, abort_with_first, ask_all, errors_of, tell_all, to_all, to_one
-from sidecar.fronts.status import abort
+from sidecar.fronts.status import abort, id_metadata
+from sidecar.identities import clipped
 from sidecar.shell.gateway import Gateway
 
 STATUS, REGISTER, UNREGISTER = (f"SystemSharedMemory{verb}" for verb in ("Status", "Register", "Unregister"))
@@ -106,7 +107,7 @@ async def _no_cuda_status(request: Any, context: Any) -> Any:
     """Nothing is registered: that is true, and programs that only look go on."""
     if request.name:
         message = f"Unable to find cuda shared memory region: '{clipped(request.name)}'; {NO_CUDA}"
-        await context.abort(grpc.StatusCode.NOT_FOUND, message)
+        await context.abort(grpc.StatusCode.NOT_FOUND, message, id_metadata(id_of_call(context)))
     return service_pb2.CudaSharedMemoryStatusResponse()
 
 

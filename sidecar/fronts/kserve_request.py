@@ -17,6 +17,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve_parameters import own_parameters, seconds_until
 from sidecar.fronts.kserve_structure import Structure
 from sidecar.fronts.kserve_tensors import CORE_LORA_TENSORS, LLMAPI_LORA_TENSORS, LORA_TENSORS, Tensors, check_word
+from sidecar.identities import session_of
 from sidecar.shell.gateway import RequestFacts
 
 IDS = ("lora_task_id", "lora_id")
@@ -35,13 +36,15 @@ class Rules:
 
 @dataclass(frozen=True)
 class Asked:
-    """A parsed request: `stop` cancels an earlier one of the same id instead of running.
+    """A parsed request. `client_id` is the message's own, `request_id` what is told where it has none.
 
+    `stop` cancels an earlier one of the same id instead of running.
     `is_text` says that the prompt is text, so that `facts.input_tokens` counts its bytes; `outputs` are the names of
     the requested ones, none for all.
     """
 
     client_id: str
+    request_id: str
     model: str
     version: str
     stop: bool
@@ -52,7 +55,7 @@ class Asked:
     payload: Payload
 
 
-def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules) -> Asked:
+def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str) -> Asked:
     """Read a request. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
     message = structure.message
     check_word("model_name", message.model_name)
@@ -69,11 +72,13 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
         input_tokens=tensors.input_tokens(),
         output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0),
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
+        session=session_of(own.get("lora_session", "")),
         size_bytes=structure.size_bytes,
     )
     parameters = message.parameters
     return Asked(
         client_id=message.id,
+        request_id=request_id,
         model=message.model_name,
         version=message.model_version or "1",
         stop=tensors.flag("stop"),

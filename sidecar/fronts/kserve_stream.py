@@ -17,6 +17,7 @@ from sidecar.fronts.kserve_lifetime import Lifetime
 from sidecar.fronts.kserve_live import Live, stop_answer, stopped_answer, words_for_client
 from sidecar.fronts.kserve_structure import structure_of
 from sidecar.fronts.status import Metadata, status_of_error
+from sidecar.shell.request_log import log_refused
 
 if TYPE_CHECKING:
     from sidecar.fronts.kserve_infer import KServe
@@ -63,7 +64,7 @@ class InferStream:
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
         if (why := self._lifetime.cut) is not None:
-            raise StreamBroken(status_of_error(why))
+            raise StreamBroken(status_of_error(why, callers.id_of_call(self._context)))
         if self._ended is not None:
             self._context.set_trailing_metadata(relay.origin_metadata(self._ended, self._front.hide_backend))
 
@@ -79,11 +80,12 @@ class InferStream:
             await self._answer_one(raw)
 
     async def _answer_one(self, raw: bytes) -> None:
-        client_id = ""
+        client_id = request_id = ""
         try:
             structure = structure_of(raw)
+            request_id = callers.request_id_of(structure.message.id, self._metadata)
             client_id = structure.message.id
-            asked = self._front.read(structure, self._context, self._metadata, unary=False)
+            asked = self._front.read(structure, self._context, self._metadata, request_id, unary=False)
             if asked.stop:
                 self._front.stop(asked, self._peer, self)
                 await self._write(_final(stop_answer(asked)))
@@ -91,7 +93,10 @@ class InferStream:
             self._lifetime.check()
             live = self._front.submit(asked, self._peer, self)
         except SidecarError as error:
-            await self._write_error(client_id, error.reason, status_of_error(error), error.message)
+            request_id = request_id or callers.id_of_call(self._context)
+            log_refused(request_id, error)
+            status = status_of_error(error, request_id)
+            await self._write_error(client_id, request_id, error.reason, status, error.message)
             return
         try:
             await self._relay(live)
@@ -110,7 +115,8 @@ class InferStream:
             await self._write(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         elif ending.reason is not None:
             words = words_for_client(live, ending)
-            await self._write_error(live.asked.client_id, ending.reason, self._front.status_of(live, ending), words)
+            status = self._front.status_of(live, ending)
+            await self._write_error(live.asked.client_id, live.asked.request_id, ending.reason, status, words)
 
     def _passing_on(self, live: Live) -> Callable[[Reply], Awaitable[None]]:
         """Return what writes each reply. The first tells the origin, too: an engine may end without data."""
@@ -131,13 +137,19 @@ class InferStream:
         return pass_on
 
     async def _write_error(
-        self, client_id: str, reason: Reason, status: tuple[grpc.StatusCode, str, Metadata], message: str
+        self,
+        client_id: str,
+        request_id: str,
+        reason: Reason,
+        status: tuple[grpc.StatusCode, str, Metadata],
+        message: str,
     ) -> None:
         if self._grpc_errors:
             raise StreamBroken(status)
         response = wire.ModelStreamInferResponse(error_message=f"[{reason.value}] {message}")
         response.infer_response.id = client_id
         response.infer_response.parameters[wire.FINAL].bool_param = True
+        response.infer_response.parameters["lora_request_id"].string_param = request_id
         await self._write(response.SerializeToString())
 
 

@@ -13,8 +13,9 @@ from tritonclient.grpc import service_pb2
 from sidecar.backends.dialects import KSERVE_KINDS
 from sidecar.core.words import Phase
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.callers import id_of_call
 from sidecar.fronts.kserve_later import Later
-from sidecar.fronts.status import abort, status_of
+from sidecar.fronts.status import abort, id_metadata, status_of
 from sidecar.shell.gateway import Gateway
 
 SERVICE = "inference.GRPCInferenceService"
@@ -58,7 +59,8 @@ def refusing(why: str) -> Verb:
     """Return a handler that refuses with UNIMPLEMENTED, whatever is asked."""
 
     async def handle(request: Any, context: Any) -> Any:
-        await context.abort(*status_of(Reason.INVALID_REQUEST, why, {}, None, grpc.StatusCode.UNIMPLEMENTED))
+        code = grpc.StatusCode.UNIMPLEMENTED
+        await context.abort(*status_of(Reason.INVALID_REQUEST, why, {}, None, code, id_of_call(context)))
 
     return handle
 
@@ -161,5 +163,5 @@ async def abort_with_first(context: Any, verb: str, errors: Sequence[grpc.aio.Ai
 
 async def _abort_with(context: Any, error: grpc.aio.AioRpcError) -> NoReturn:
     """End a call with an engine's own error."""
-    await context.abort(error.code(), error.details() or "")
+    await context.abort(error.code(), error.details() or "", id_metadata(id_of_call(context)))
     raise AssertionError("abort does not return")

@@ -11,6 +11,7 @@ from typing import TypeVar
 from sidecar.backends.api import Reply, Ticket
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason
+from sidecar.fronts.status import id_metadata
 
 Written = TypeVar("Written")
 
@@ -38,10 +39,11 @@ def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int
 
 
 def origin_metadata(ticket: Ticket, hide_backend: bool) -> tuple[tuple[str, str], ...]:
-    """Return the same as trailing metadata, `lora-version` and so on."""
-    return tuple(
+    """Return the same as trailing metadata, `lora-version` and so on, and the request's id."""
+    origin = tuple(
         (name.replace("_", "-"), str(value)) for name, value in origin_parameters(ticket, hide_backend).items()
     )
+    return (*origin, *id_metadata(ticket.client_id))
 
 
 def version_label(dispatch: Dispatch) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NoReturn
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, SidecarError
+from sidecar.fronts.callers import REQUEST_ID_KEY, id_of_call
 
 DOMAIN = "lora-sidecar"
 PUSHBACK = "grpc-retry-pushback-ms"
@@ -28,8 +30,10 @@ def status_of(
     details: dict[str, str],
     retry_after_ms: int | None,
     code: grpc.StatusCode | None = None,
+    request_id: str = "",
 ) -> tuple[grpc.StatusCode, str, Metadata]:
     """Return the code, the message and the trailing metadata for an ending; `code` is the reason's own if not given."""
+    details = details | {"request_id": request_id}
     code = code or grpc.StatusCode[reason.row.code]
     message = _short(message)
     status = status_pb2.Status(code=code.value[0], message=message)
@@ -37,7 +41,7 @@ def status_of(
         reason=reason.value, domain=DOMAIN, metadata={key: value for key, value in details.items() if value}
     )
     _pack(status, info)
-    metadata: list[tuple[str, str | bytes]] = []
+    metadata: list[tuple[str, str | bytes]] = [*id_metadata(request_id)]
     if retry_after_ms is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromMilliseconds(retry_after_ms)
@@ -45,6 +49,12 @@ def status_of(
         metadata.append((PUSHBACK, str(retry_after_ms)))
     metadata.append((DETAILS, status.SerializeToString()))
     return code, message, tuple(metadata)
+
+
+def id_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
+    """Return a request's id as trailing metadata, which is ASCII: what is not is percent-encoded, as in messages."""
+    said = request_id if request_id.isascii() else quote(request_id)
+    return ((REQUEST_ID_KEY, said),) if said else ()
 
 
 def _short(message: str) -> str:
@@ -65,15 +75,15 @@ def _pack(status: Any, detail: Any) -> None:
     status.details.append(packed)
 
 
-def status_of_error(error: SidecarError) -> tuple[grpc.StatusCode, str, Metadata]:
+def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.StatusCode, str, Metadata]:
     retry_ms = None if error.retry_after_s is None else int(error.retry_after_s * 1000)
     if retry_ms is None and error.reason.row.retryable:
         retry_ms = 1000
-    return status_of(error.reason, error.message, error.details, retry_ms)
+    return status_of(error.reason, error.message, error.details, retry_ms, request_id=request_id)
 
 
 def status_of_ending(
-    settle: Settle, code: grpc.StatusCode | None = None, hide_backend: bool = False
+    settle: Settle, request_id: str, code: grpc.StatusCode | None = None, hide_backend: bool = False
 ) -> tuple[grpc.StatusCode, str, Metadata]:
     """Return the status of a request that was not answered in full; `code` is an engine's own for its own error."""
     assert settle.reason is not None
@@ -81,12 +91,12 @@ def status_of_ending(
     if retry_ms is None and settle.reason.row.retryable:
         retry_ms = 1000
     details = {"adapter": settle.name, "version": settle.version, "backend": "" if hide_backend else settle.backend}
-    return status_of(settle.reason, settle.message, details, retry_ms, code)
+    return status_of(settle.reason, settle.message, details, retry_ms, code, request_id)
 
 
-async def abort(context: Any, error: SidecarError) -> NoReturn:
-    """End a call with an error."""
-    code, message, metadata = status_of_error(error)
+async def abort(context: Any, error: SidecarError, request_id: str = "") -> NoReturn:
+    """End a call with an error, and with the id that its client finds it by: the call's own where none is given."""
+    code, message, metadata = status_of_error(error, request_id or id_of_call(context))
     await context.abort(code, message, metadata)
     raise AssertionError("abort does not return")
 

@@ -22,14 +22,16 @@ Progress = Callable[[int, int], None]
 """Told how many of the segments' bytes have been replayed, and of how many."""
 
 
-def explain(path: Path, request: int, progress: Progress | None = None) -> Timeline:
+def explain(path: Path, request: int | str, progress: Progress | None = None) -> Timeline:
     """Return the timeline of a request from a segment, a journal, a data directory or an incident.
+
+    `request` is its number or its client's id.
 
     Raises Misused where `path` is none of them, and for a request that it does not tell of.
     """
     with opened(path) as journal:
-        place = place_of(path, segments_of(journal), request)
-        telling = _Telling(request)
+        place = place_of(path, segments_of(journal), str(request))
+        telling = _Telling(place.request)
         sizes_bytes = [segment.stat().st_size for segment in place.segments]
         for number, segment in enumerate(place.segments):
             if progress is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sidecar.errors import Misused, Reason
+from sidecar.identities import clipped
 from sidecar.incident.arrivals import Line, first_step_of, header_of, lines_of
 from sidecar.replay import SegmentFile
 
@@ -18,8 +19,9 @@ _NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """The segments that tell of a request, oldest first, and whether it had arrived before the first of them."""
+    """A request by its number, the segments that tell of it, oldest first, and whether it came before the first."""
 
+    request: int
     segments: list[Path]
     arrived_before: bool
     note: str = ""
@@ -52,30 +54,66 @@ def began_of(header: dict[str, Any]) -> datetime | None:
     return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
 
 
-def request_number(text: str) -> int:
-    """Return the number of a request as the log, the queue command and an engine's log write it: 17, or 17.2.
+def place_of(path: Path, segments: list[Path], asked: str) -> Place:
+    """Return where a request is: by its number, as the log writes it (17) or an engine's log (17.2), or by its id.
 
-    Raises Misused for anything else: ids that clients make up never enter the journal.
+    A number is looked for in the latest life of the process that had it. Ids are their clients', and several requests
+    may have the same: it is the last of them then, and the note names the others. Raises Misused for what is not there.
     """
-    number = _NUMBER.fullmatch(text)
+    called = [line for line in lines_of(segments, ("Received",)) if line.event.get("client_id") == asked]
+    number = _NUMBER.fullmatch(asked)
     if number is not None:
-        return int(number[1])
+        try:
+            return _with_note(_by_number(path, segments, int(number[1])), _also_called(asked, called))
+        except Misused:
+            if not called:
+                raise
+    if called:
+        last = called[-1]
+        note = _called_alike(asked, called)
+        return Place(last.event["request"], segments[segments.index(last.segment) :], False, note)
+    for index in reversed(_boundaries(segments)):
+        held = SegmentFile(segments[index]).core.state.requests.values()
+        if request := max((request.id for request in held if request.client_id == asked), default=0):
+            return Place(request, segments[index:], True)
     raise Misused(
         Reason.NOT_A_JOURNAL,
-        f'"{text[:80]}" is no request of a journal: ids of clients are never journaled; give the number that the log '
-        'writes as request=…, that "sidecar queue" shows, and that the answer carries when its client gave no id',
+        f'{path} tells of no request with the id "{clipped(asked)}": it is older or younger than what is kept, was '
+        "refused before it was queued, or its ids were redacted; the number that the log writes as request=… and that "
+        '"sidecar queue" shows is taken too',
     )
 
 
-def place_of(path: Path, segments: list[Path], request: int) -> Place:
-    """Return where a request is, in the process's latest life that had it. Raises Misused naming others near it."""
+def _with_note(place: Place, note: str) -> Place:
+    return replace(place, note="; ".join(filter(None, (place.note, note))))
+
+
+def _called_alike(asked: str, called: list[Line]) -> str:
+    if len(called) == 1:
+        return ""
+    return (
+        f'{len(called)} requests have the id "{clipped(asked)}", the last ones {_some(called)}: the last is explained, '
+        "give the number of another"
+    )
+
+
+def _also_called(asked: str, called: list[Line]) -> str:
+    others = [line for line in called if str(line.event["request"]) != asked]
+    return f"clients have given {asked} as an id, too, the last ones for {_some(others)}" if others else ""
+
+
+def _some(lines: list[Line]) -> str:
+    return ", ".join(map(_shown, lines[-NEAR_MAX:]))
+
+
+def _by_number(path: Path, segments: list[Path], request: int) -> Place:
     own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
     if own:
         last = own[-1]
-        return Place(segments[segments.index(last.segment) :], False, _elsewhere(own))
+        return Place(request, segments[segments.index(last.segment) :], False, _elsewhere(own))
     for index in reversed(_boundaries(segments)):
         if request in SegmentFile(segments[index]).core.state.requests:
-            return Place(segments[index:], True)
+            return Place(request, segments[index:], True)
     raise Misused(Reason.NOT_A_JOURNAL, _unknown(path, segments, request))
 
 

@@ -112,6 +112,7 @@ class Story:
     def _arrives(self, event: ev.Received, now_ns: int, state: State, request: Request | None) -> None:
         line = self.timeline
         line.adapter, line.tenant, line.klass = event.adapter, event.tenant, event.klass
+        line.client_id = event.client_id
         line.input_tokens, line.output_tokens_max = event.input_tokens, event.output_tokens_max
         line.arrived_ns, line.deadline_ns = now_ns, event.deadline_ns
         self.known = True
@@ -122,7 +123,7 @@ class Story:
     def _know(self, request: Request) -> None:
         line, view = self.timeline, request.view
         line.version, line.ordinal = view.version, request.ordinal
-        line.tenant, line.klass = view.tenant, view.klass
+        line.tenant, line.klass, line.client_id = view.tenant, view.klass, request.client_id
         line.input_tokens, line.output_tokens_max = view.input_tokens, view.output_tokens_max
         line.arrived_ns, line.deadline_ns = view.arrived_ns, request.deadline_ns
         line.bound_ns = request.expires_ns - view.arrived_ns

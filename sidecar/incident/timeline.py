@@ -108,6 +108,7 @@ class Timeline:
     """What the journal tells of one request."""
 
     request: int
+    client_id: str = ""
     adapter: str = ""
     version: str = ""
     ordinal: int = 0

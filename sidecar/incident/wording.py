@@ -59,8 +59,10 @@ def _entry_record(entry: Entry, arrived_ns: int) -> dict[str, Any]:
 
 def _head(timeline: Timeline) -> Iterator[str]:
     version = f"@v{timeline.ordinal}" if timeline.ordinal else ""
+    called = f" (id {timeline.client_id})" if timeline.client_id else ""
     parts = [
-        f"request {timeline.request}: {timeline.adapter or 'base model'}{'' if '@' in timeline.adapter else version}",
+        f"request {timeline.request}{called}: {timeline.adapter or 'base model'}"
+        f"{'' if '@' in timeline.adapter else version}",
         f'tenant "{timeline.tenant}"',
         f"class {timeline.klass}",
         f"{timeline.input_tokens} tokens in, at most {timeline.output_tokens_max} out",

@@ -564,7 +564,7 @@ class WhyCount(_message.Message):
     def __init__(self, why: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
 
 class WaitingRequest(_message.Message):
-    __slots__ = ("request", "adapter", "tenant", "backend", "waited_s", "bound_s", "why", "expires_s", "voided")
+    __slots__ = ("request", "adapter", "tenant", "backend", "waited_s", "bound_s", "why", "expires_s", "voided", "request_id")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
@@ -575,6 +575,7 @@ class WaitingRequest(_message.Message):
     WHY_FIELD_NUMBER: _ClassVar[int]
     EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
     VOIDED_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request: int
     adapter: str
     tenant: str
@@ -584,4 +585,5 @@ class WaitingRequest(_message.Message):
     why: str
     expires_s: float
     voided: str
-    def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., expires_s: _Optional[float] = ..., voided: _Optional[str] = ..., **kwargs) -> None: ...
+    request_id: str
+    def __init__(self, request: _Optional[int] = ..., adapter: _Optional[str] = ..., tenant: _Optional[str] = ..., backend: _Optional[str] = ..., waited_s: _Optional[float] = ..., bound_s: _Optional[float] = ..., why: _Optional[str] = ..., expires_s: _Optional[float] = ..., voided: _Optional[str] = ..., request_id: _Optional[str] = ..., **kwargs) -> None: ...

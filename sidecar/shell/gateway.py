@@ -15,6 +15,7 @@ from pathlib import Path
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from sidecar import identities
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -22,6 +23,7 @@ from sidecar.adapters.packed import PackReport
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Payload, Ticket
+from sidecar.core import admission
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
@@ -30,6 +32,7 @@ from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
 from sidecar.core.words import Fault
 from sidecar.errors import Misused, Reason, Refused
+from sidecar.identities import checked
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.sources import Sources
@@ -62,11 +65,18 @@ class RequestFacts:
     sequences: int = 1
     """How many sequences it makes its engine run."""
 
-    def received(self, request: int, deadline_ns: int | None) -> ev.Received:
+    def check(self) -> None:
+        """Raise Refused(INVALID_REQUEST) for what is not as it may be, whatever front it came by."""
+        checked(identities.ADAPTER, self.adapter)
+        checked(identities.TENANT, self.tenant)
+        checked(identities.CLASS, self.klass)
+        checked(identities.SESSION, self.session)
+
+    def received(self, request: int, deadline_ns: int | None, client_id: str = "") -> ev.Received:
         """Return what the core is told of it."""
         return ev.Received(
             request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
-            self.session, self.size_bytes, self.only, self.sequences,
+            self.session, self.size_bytes, self.only, self.sequences, client_id,
         )  # fmt: skip
 
 
@@ -242,7 +252,11 @@ class Gateway:
     # Requests.
 
     def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
-        """Take a request in. Raises Refused when the inbox is full; every other ending comes through the ticket."""
+        """Take a request in, under the id that its client knows it by.
+
+        Raises Refused when the inbox is full, and for names that are not as they may be; every other ending comes
+        through the ticket.
+        """
         ticket = Ticket(next(self._numbers), payload, client_id)
         return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
 
@@ -251,6 +265,8 @@ class Gateway:
         return self._take(facts, ticket_of(next(self._numbers)), self.admit)
 
     def _take(self, facts: RequestFacts, ticket: Ticket, see_to: Callable[[Ticket, RequestFacts], None]) -> Ticket:
+        facts.check()
+        checked(identities.REQUEST_ID, ticket.client_id)
         self.tickets[ticket.request] = ticket
         try:
             see_to(ticket, facts)
@@ -262,7 +278,7 @@ class Gateway:
     def admit(self, ticket: Ticket, facts: RequestFacts) -> None:
         """Let this replica's core have a request. Raises Refused when the inbox is full."""
         deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
-        self.driver.post(facts.received(ticket.request, deadline_ns))
+        self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id))
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
         """As `admit`, for a request that was given back: the core knows it by another number from now on."""
@@ -357,7 +373,7 @@ class Gateway:
         if ticket is None:
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
-            ticket.settle(effect)
+            ticket.settle(admission.as_told(self.state, effect))
 
     def _answer(self, effect: do.Answer) -> None:
         future = self._asks.pop(effect.ask, None)

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidecar.core.effects import Dispatch, Effect, Heal, Quarantine, Settle
-from sidecar.core.events import BackendLost, BackendUp, Event
+from sidecar.core.events import BackendLost, BackendUp, Event, Received
+from sidecar.errors import SidecarError
 from sidecar.shell.logs import Fields
 
 requests = logging.getLogger("sidecar.requests")
 logger = logging.getLogger(__name__)
-
-SHOWN_LENGTH_MAX = 80
-"""Names and tenants are the client's words."""
 
 
 class RequestLog:
@@ -25,9 +23,12 @@ class RequestLog:
 
     def __init__(self) -> None:
         self._dispatched: dict[int, Dispatch] = {}
+        self._client_ids: dict[int, str] = {}
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        if isinstance(event, BackendUp):
+        if isinstance(event, Received):
+            self._client_ids[event.request] = event.client_id
+        elif isinstance(event, BackendUp):
             logger.info("backend %s is up", event.backend)
         elif isinstance(event, BackendLost) and any(isinstance(effect, Heal) for effect in effects):
             logger.warning("backend %s is lost: %s", event.backend, event.cause)
@@ -41,20 +42,30 @@ class RequestLog:
 
     def _log_ending(self, settle: Settle) -> None:
         dispatch = self._dispatched.pop(settle.request, None)
+        client_id = self._client_ids.pop(settle.request, "")
         if requests.isEnabledFor(logging.INFO):
-            requests.info(ending_fields(settle, dispatch))
+            requests.info(ending_fields(settle, dispatch, client_id))
 
 
-def ending_fields(settle: Settle, dispatch: Dispatch | None) -> Fields:
+def log_refused(client_id: str, error: SidecarError) -> None:
+    """Log the ending of a request that a front has refused: the core never hears of it, so it has no number."""
+    if requests.isEnabledFor(logging.INFO):
+        requests.info(
+            Fields("request ended", id=client_id, outcome="refused", reason=error.reason.value, error=error.message)
+        )
+
+
+def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str) -> Fields:
     """Return a request's line. `dispatch` is its last one, None when it was never sent to an engine."""
     values: dict[str, Any] = {
         "request": settle.request,
+        "id": client_id,
         "outcome": settle.outcome.value,
         "reason": settle.reason.value if settle.reason is not None else "",
-        "adapter": settle.name[:SHOWN_LENGTH_MAX],
+        "adapter": settle.name,
         "version": version_shown(settle, dispatch),
         "backend": dispatch.backend if dispatch is not None else "",
-        "tenant": settle.tenant[:SHOWN_LENGTH_MAX],
+        "tenant": settle.tenant,
         "class": settle.klass,
         "cache": dispatch.cache.value if dispatch is not None else "",
         "queue_ms": round(settle.queue_ns / 1e6, 3),

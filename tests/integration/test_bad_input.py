@@ -127,7 +127,7 @@ async def test_names_paths_and_prompts(tmp_path: Path) -> None:
             assert words in (caught.value.details() or "")
             assert len(caught.value.details() or "") < 2000
         for adapter, fields, words in (
-            ("x" * 1_000_000, {}, "unknown adapter"),
+            ("x" * 1_000_000, {}, "has 1000000 characters"),
             ("a00", {"prompt": 65}, "the prompt has 65 tokens and the engine takes at most 64"),
             ("a00", {"class": "gold"}, 'unknown class "gold"; the configuration has default'),
             ("a00@v2", {}, 'has no version "v2"; it has v1'),

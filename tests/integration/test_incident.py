@@ -48,10 +48,10 @@ async def test_an_incident_of_a_running_sidecar(tmp_path: Path) -> None:
     assert held["readiness.txt"] == b"ok\n"
     assert [item["what"] for item in manifest["missing"]] == ["config"]
     assert (await command("replay", str(out)))["same"] is True
-    origins = {int(answer.origins[0].request_id): answer.origins[0] for answer in answers}
+    origins = {answer.origins[0].request_id: answer.origins[0] for answer in answers}
     for request in sorted(origins, key=lambda request: -origins[request].queue_ms)[:3]:
-        told = await command("replay", str(out), "--explain", str(request))
-        assert told["outcome"] == "ok"
+        told = await command("replay", str(out), "--explain", request)
+        assert (told["outcome"], told["client_id"]) == ("ok", request)
         assert round(told["waited_ns"] / 1e6, 3) == round(origins[request].queue_ms, 3)
         assert sum(told["reasons_ns"].values()) == told["waited_ns"] > 0
         assert told["output_tokens"] == 4

@@ -218,11 +218,11 @@ async def test_errors_are_for_machines_too(tmp_path: Path) -> None:
         serving([engine], tmp_path) as served,
         channel_to(served.sidecar.data_address) as stub,
     ):
-        error = await status_of(stub.ModelInfer(core_request(lora_name="a0l")))
+        error = await status_of(stub.ModelInfer(core_request(lora_name="a0l"), metadata=(("x-request-id", "r1"),)))
         info, retry = details_of(error)
         assert error.code() is grpc.StatusCode.NOT_FOUND
         assert (info.reason, info.domain, dict(info.metadata)) == (
-            "UNKNOWN_ADAPTER", "lora-sidecar", {"adapter": "a0l"},
+            "UNKNOWN_ADAPTER", "lora-sidecar", {"adapter": "a0l", "request_id": "r1"},
         )  # fmt: skip
         assert retry is None
         assert "grpc-retry-pushback-ms" not in trailing_of(error)

@@ -97,7 +97,8 @@ async def test_the_name_may_come_as_metadata(tmp_path: Path) -> None:
         ({"note": "x" * 1_000_000, "more": "y" * 1_000_000}, "has 1000004 characters; at most 65536"),
         ({"x" * 100_000: 1}, "has 100000 characters; at most 65536"),
         ({"lora_name": "a00@v9"}, "a00"),
-        ({"lora_name": "ünï\ncode"}, "unknown adapter"),
+        ({"lora_name": "ünïcode"}, "unknown adapter"),
+        ({"lora_name": "ünï\ncode"}, 'the parameter "lora_name" has U+000A at 3'),
     ],
 )
 async def test_bad_parameters_each_have_their_own_message(

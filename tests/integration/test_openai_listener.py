@@ -220,7 +220,7 @@ async def test_tls_and_the_tenant_of_a_certificate(tmp_path: Path) -> None:
             assert (await client.post(COMPLETIONS, json=body, headers={"x-lora-tenant": "red"})).status_code == 200
         async with client_with(red, red_key, address) as client:
             refused = await client.post(COMPLETIONS, json=body, headers={"x-lora-tenant": "blue"})
-            assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+            assert (refused.status_code, refused.json()["error"]["type"]) == (404, "invalid_request_error")
         context = ssl.create_default_context(cafile=str(authority.ca))
         async with httpx.AsyncClient(verify=context, trust_env=False) as client:
             with pytest.raises(httpx.HTTPError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from sidecar.core import asks
+from sidecar.core import admission, asks
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
@@ -94,6 +96,35 @@ def test_allow_list_decides_by_tenant() -> None:
     allowed = world.send("sql", tenant="red")
     world.run()
     assert world.settled[allowed].outcome is Outcome.OK
+
+
+def test_versions_are_told_to_those_only_who_may_use_the_name() -> None:
+    """Whatever a tenant that is not on the list writes behind the name, it hears nothing of versions."""
+    world = World()
+    world.register("sql", allow=("red",))
+    for selector in ("v1", "v9", world.digest("sql")[:12], "ffffffffffff", "x"):
+        end = refusal(world, f"sql@{selector}", tenant="blue")
+        assert end.reason is Reason.NOT_ALLOWED
+        assert "v1" not in end.message
+        assert world.digest("sql")[:12] not in end.message
+    assert "it has v1" in refusal(world, "sql@v9", tenant="red").message
+
+
+def test_a_forbidden_name_is_told_as_one_that_is_not_there() -> None:
+    """The same reason and words as after the name has gone, with the nearest of those that are the tenant's."""
+    world = World()
+    world.register("sql-secret", allow=("red",))
+    world.register("sql-other", allow=("red", "green"))
+    for tenant, near in (("blue", "none is registered"), ("green", "did you mean sql-other?")):
+        forbidden = refusal(world, "sql-secret@v1", tenant=tenant)
+        told = admission.as_told(world.core.state, forbidden)
+        assert forbidden.reason is Reason.NOT_ALLOWED
+        assert near in told.message
+        world.feed(ev.AdapterUnregistered("sql-secret"))
+        gone = refusal(world, "sql-secret@v1", tenant=tenant)
+        world.register("sql-secret", allow=("red",))
+        assert replace(told, request=gone.request) == gone
+        assert told.reason is Reason.UNKNOWN_ADAPTER
 
 
 def stuck(**limits: object) -> World:

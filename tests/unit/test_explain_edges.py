@@ -12,12 +12,13 @@ import pytest
 from sidecar.errors import Misused, Reason
 from sidecar.incident import waits
 from sidecar.incident.explain import explain
-from sidecar.incident.finding import request_number
 from sidecar.incident.timeline import NOT_JOURNALED, Moment, Period, Timeline, folded
 from sidecar.incident.waits import Waits
 from sidecar.incident.wording import PERIODS_SHOWN_MAX, lines_of
+from sidecar.replay import SegmentFile
 from sidecar.shell.segments import segment_paths
 from tests.corekit import MS, World
+from tests.identities import REAL
 from tests.journals import write_journal
 from tests.unit.test_explain import SMALL, assert_covers, busy_world, explained, told
 
@@ -206,18 +207,86 @@ def test_a_journal_without_requests(tmp_path: Path) -> None:
         explain(tmp_path, 1)
 
 
-@pytest.mark.parametrize(("text", "number"), [("17", 17), ("17.2", 17)])
-def test_the_forms_of_a_number(text: str, number: int) -> None:
+def called(world: World, *ids: str) -> list[int]:
+    """Send requests that their clients call so; return their numbers."""
+    return [world.send(client_id=client_id) for client_id in ids]
+
+
+@pytest.mark.parametrize("text", ["2", "2.1"])
+def test_the_forms_of_a_number(text: str, tmp_path: Path) -> None:
     """A request is named as the log does, or as the engine's log does with its attempt."""
-    assert request_number(text) == number
+    world = World()
+    called(world, "a", "b", "c")
+    world.run()
+    write_journal(world, tmp_path)
+    timeline = explain(tmp_path, text)
+    assert (timeline.request, timeline.client_id, timeline.notes) == (2, "b", [])
+    assert "request 2 (id b): " in next(iter(lines_of(timeline)))
 
 
-@pytest.mark.parametrize("text", ["", "my-id", "-3", "1.x", "٣", "17."])
-def test_a_clients_own_id_is_none_of_ours(text: str) -> None:
-    """Ids that clients make up are not journaled, and the error says what to give instead."""
-    with pytest.raises(Misused, match="ids of clients are never journaled") as caught:
-        request_number(text)
-    assert caught.value.reason is Reason.NOT_A_JOURNAL
+@pytest.mark.parametrize("text", [*REAL, "17.", "-3", "1.x", "٣"])
+def test_a_request_is_found_by_its_clients_id(text: str, tmp_path: Path) -> None:
+    """Whatever that looks like."""
+    world = World()
+    _, mine, _ = called(world, "another", text, "a third")
+    world.run()
+    write_journal(world, tmp_path)
+    timeline = explain(tmp_path, text)
+    assert (timeline.request, timeline.client_id, timeline.outcome) == (mine, text, "ok")
+    assert timeline.notes == []
+
+
+def test_of_requests_with_one_id_the_last_is_explained(tmp_path: Path) -> None:
+    """And the note has the numbers of the others, by each of which it is found."""
+    world = World()
+    first, _, last = called(world, "mine", "yours", "mine")
+    world.run()
+    write_journal(world, tmp_path)
+    timeline = explain(tmp_path, "mine")
+    (note,) = timeline.notes
+    assert timeline.request == last
+    assert f'2 requests have the id "mine", the last ones {first} (base model' in note
+    assert explain(tmp_path, first).request == first
+
+
+def test_a_number_is_a_number_also_where_clients_count(tmp_path: Path) -> None:
+    """A client's id that looks like a number of ours is told of; one that no request of ours has is found."""
+    world = World()
+    called(world, "2", "other", "40")
+    world.run()
+    write_journal(world, tmp_path)
+    timeline = explain(tmp_path, "2")
+    (note,) = timeline.notes
+    assert (timeline.request, timeline.client_id) == (2, "other")
+    assert "clients have given 2 as an id, too, the last ones for 1 (base model" in note
+    assert explain(tmp_path, "40").request == 3
+
+
+def test_an_id_is_found_that_came_before_what_is_kept(tmp_path: Path) -> None:
+    """From the state that a segment begins with."""
+    world = World(seats=1)
+    called(world, *(f"id-{number}" for number in range(12)))
+    world.run()
+    write_journal(world, tmp_path, segment_bytes=2_000)
+    *_, kept = segment_paths(tmp_path)
+    state = SegmentFile(kept).core.state
+    waiting = next(iter(state.requests.values()))
+    for path in segment_paths(tmp_path)[:-1]:
+        path.unlink()
+    timeline = explain(tmp_path, waiting.client_id)
+    assert (timeline.request, timeline.client_id) == (waiting.id, waiting.client_id)
+
+
+def test_an_id_that_is_not_there(tmp_path: Path) -> None:
+    """The error says what to give instead."""
+    world = World()
+    called(world, "mine")
+    world.run()
+    write_journal(world, tmp_path)
+    for text in ("", "yours"):
+        with pytest.raises(Misused, match=f'tells of no request with the id "{text}"') as caught:
+            explain(tmp_path, text)
+        assert caught.value.reason is Reason.NOT_A_JOURNAL
 
 
 def test_a_promise_and_its_end_are_told(tmp_path: Path) -> None:

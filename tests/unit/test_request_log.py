@@ -32,6 +32,7 @@ def logged(world: World) -> None:
     for (now_ns, event), effects in zip(world.events, world.by_step, strict=True):
         log.observed(event, effects, now_ns)
     assert not log._dispatched
+    assert not log._client_ids
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -131,14 +132,13 @@ def test_a_backend_that_stays_lost_is_told_once(caplog: pytest.LogCaptureFixture
 
 
 def test_a_client_cannot_write_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
-    """Line breaks and length in what a client sends are quoted and cut in the text form."""
+    """Line breaks in what a client sends are quoted in the text form."""
     caplog.set_level(logging.INFO)
     world = World()
-    world.send("x\nrequest ended request=9 outcome=ok", tenant="t" * 10_000)
+    world.send("x\nrequest ended request=9 outcome=ok", tenant="t\n\x1b[2J")
     logged(world)
     text = caplog.records[-1].getMessage()
-    assert "\n" not in text
-    assert len(text) < 1000
+    assert text.isprintable()
 
 
 def written(form: Any, *messages: Any) -> str:

@@ -83,7 +83,7 @@ async def send_failure(send: Send, failed: Failure, request_id: str = "", origin
 
 
 def request_id_header(request_id: str) -> Headers:
-    return ((b"x-request-id", request_id.encode("latin-1", "replace")),) if request_id else ()
+    return ((b"x-request-id", request_id.encode()),) if request_id else ()
 
 
 class Answering:
@@ -95,7 +95,7 @@ class Answering:
         self._place = place
         self._ticket = ticket
         self._hide_backend = hide_backend
-        self._request_id = ticket.client_id or str(ticket.request)
+        self._request_id = ticket.client_id
         self._answer: _Answer | None = None
         self._has_begun = False
 

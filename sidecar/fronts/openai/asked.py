@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar import identities
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kserve_parameters import CHARACTERS_MAX, clipped, seconds_until
+from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
+from sidecar.fronts.kserve_parameters import seconds_until
 from sidecar.fronts.openai.body import Body
+from sidecar.identities import checked, clipped, is_fit, session_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
 """OpenAI's own for completions; a chat is as long as the engine allows."""
-HEADERS = ("x-lora-tenant", "x-lora-class", "x-lora-deadline-ms", "x-lora-session")
+HEADERS = {
+    "x-lora-tenant": identities.TENANT,
+    "x-lora-class": identities.CLASS,
+    "x-lora-deadline-ms": identities.DEADLINE,
+    "x-lora-session": identities.SESSION,
+}
+"""What each may look like."""
+REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
 LENGTHS = ("max_completion_tokens", "max_tokens")
-REQUEST_ID_CHARACTERS_MAX = 128
 
 
 class Unfit(Refused):
@@ -36,7 +44,6 @@ class Caller:
     klass: str
     session: str
     deadline_s: float | None
-    request_id: str
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,8 @@ def read_asked(path: str, body: Body) -> Asked:
         answers=prompts * each,
         prompt_tokens=tokens,
         prompt_bytes=size_bytes,
-        session=_session(values.get("user")),
+        session=session_of(user) if isinstance(user := values.get("user"), str) else "",
     )
-
-
-def _session(user: Any) -> str:
-    return hashlib.sha256(user.encode(errors="replace")).hexdigest()[:16] if isinstance(user, str) and user else ""
 
 
 def _flag(values: dict[str, Any], name: str) -> bool:
@@ -133,26 +136,36 @@ def _prompts(body: Body) -> tuple[int, int, int]:
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
     """Read our headers; of one that is given twice the last. Raises Refused(INVALID_REQUEST) for one misspelt."""
     own: dict[str, str] = {}
-    request_id = ""
     for raw_name, raw in headers:
         if raw_name[:6] == b"x-lora":
             name = raw_name.decode("latin-1")
             if name not in HEADERS:
                 raise _unknown(name)
-            own[name] = _bounded(name, raw.decode(errors="replace"))
-        elif raw_name == b"x-request-id":
-            request_id = clipped(raw.decode(errors="replace")[:REQUEST_ID_CHARACTERS_MAX])
-    tenant, klass, deadline, session = HEADERS[0], HEADERS[1], own.get(HEADERS[2]), own.get(HEADERS[3], "")
-    return Caller(own.get(tenant, ""), own.get(klass) or "default", session, seconds_until(deadline), request_id)
+            own[name] = checked(HEADERS[name], raw.decode(errors="replace"), f"the header {name}")
+    return Caller(
+        tenant=own.get("x-lora-tenant", ""),
+        klass=own.get("x-lora-class") or "default",
+        session=session_of(own.get("x-lora-session", "")),
+        deadline_s=seconds_until(own.get("x-lora-deadline-ms")),
+    )
+
+
+def check_request_id(headers: Iterable[tuple[bytes, bytes]]) -> None:
+    """Raise Refused(INVALID_REQUEST) for a request id that is not as it may be."""
+    checked(identities.REQUEST_ID, _said_id(headers), f"the header {REQUEST_ID_KEY}")
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id by which a client finds its request: its own, if it may be one, else a new one."""
+    said = _said_id(headers)
+    return said if said and is_fit(identities.REQUEST_ID, said) else made_id()
+
+
+def _said_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    return dict(headers).get(REQUEST_ID_HEADER, b"").decode(errors="replace")
 
 
 def _unknown(name: str) -> Refused:
     near = difflib.get_close_matches(name[:80], HEADERS, n=1, cutoff=0.85)
     hint = f'did you mean "{near[0]}"?' if near else f'there are {", ".join(HEADERS)}; an adapter is named by "model"'
     return Refused(Reason.INVALID_REQUEST, f'unknown header "{clipped(name)}"; {hint}')
-
-
-def _bounded(name: str, text: str) -> str:
-    if len(text) > CHARACTERS_MAX:
-        raise Refused(Reason.INVALID_REQUEST, f"the header {name} has {len(text)} characters; it is a word")
-    return text

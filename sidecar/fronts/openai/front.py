@@ -23,7 +23,17 @@ from sidecar.fronts.http_connection import CROWDED, PEER
 from sidecar.fronts.kinds import empty_pools
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, send_failure
-from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Asked, Caller, Unfit, read_asked, read_caller
+from sidecar.fronts.openai.asked import (
+    CHAT,
+    COMPLETIONS,
+    Asked,
+    Caller,
+    Unfit,
+    check_request_id,
+    read_asked,
+    read_caller,
+    request_id_of,
+)
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
@@ -31,6 +41,7 @@ from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
 from sidecar.fronts.openai.models import Models
 from sidecar.fronts.openai.places import Place, Places
 from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.request_log import log_refused
 
 MODELS = "/v1/models"
 CLOSE = (b"connection", b"close")
@@ -50,35 +61,38 @@ class OpenAiFront:
         self.large_bodies = LargeBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = request_id_of(scope["headers"])
         path = scope["path"].rstrip("/")
         known = MODELS if path.startswith(f"{MODELS}/") else path
         if known not in METHODS:
             message = f"{scope['method']} {path[:80]} is not served; there are {', '.join(METHODS)}"
-            await send_failure(send, failure(404, message, "not_found"))
+            await send_failure(send, failure(404, message, "not_found"), request_id)
         elif scope["method"] not in METHODS[known]:
             allow = ", ".join(METHODS[known])
             failed = failure(405, f"{known} takes {allow}", "method_not_allowed")
-            await send_failure(send, replace(failed, headers=(*failed.headers, (b"allow", allow.encode()))))
+            failed = replace(failed, headers=(*failed.headers, (b"allow", allow.encode())))
+            await send_failure(send, failed, request_id)
         elif known == MODELS:
-            await self._show_models(scope, path, send)
+            await self._show_models(scope, path, send, request_id)
         elif scope["state"].get(CROWDED):
             message = "the http listener has as many connections as it takes; try again, or raise connections_max"
             full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
-            await send_failure(send, replace(full, headers=(*full.headers, CLOSE)))
+            await send_failure(send, replace(full, headers=(*full.headers, CLOSE)), request_id)
         else:
-            await self._answer(scope, path, receive, send)
+            await self._answer(scope, path, receive, send, request_id)
 
-    async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send) -> None:
-        request_id = ""
+    async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send, request_id: str) -> None:
         try:
+            check_request_id(scope["headers"])
             caller = read_caller(scope["headers"])
-            request_id = caller.request_id
+            tenant = self._tenant(scope, caller.tenant)
             pieces, size_bytes = await body_of(receive, scope["headers"], self._body_bytes_max)
-            asked, place = await self._read(path, pieces, size_bytes)
-            ticket = self._submit(asked, caller, place, self._tenant(scope, caller.tenant), size_bytes)
+            asked, place = await self._read(path, pieces, size_bytes, tenant)
+            ticket = self._submit(asked, caller, place, tenant, size_bytes, request_id)
         except ClientLeft:
             return
         except SidecarError as error:
+            log_refused(request_id, error)
             await send_failure(send, _failure_of(error), request_id)
             return
         try:
@@ -86,14 +100,16 @@ class OpenAiFront:
         finally:
             self._gateway.close(ticket)
 
-    async def _read(self, path: str, pieces: list[bytes], size_bytes: int) -> tuple[Asked, Place]:
+    async def _read(self, path: str, pieces: list[bytes], size_bytes: int, tenant: str) -> tuple[Asked, Place]:
         if size_bytes <= LARGE_BYTES:
             asked = read_asked(path, read_body(b"".join(pieces)))
-            return asked, self._places.place(asked)
+            return asked, self._places.place(asked, tenant)
         found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes))
-        return found.asked, self._places.place(found.asked, found.texts)
+        return found.asked, self._places.place(found.asked, tenant, found.texts)
 
-    def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int) -> Ticket:
+    def _submit(
+        self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int, request_id: str
+    ) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
@@ -108,7 +124,7 @@ class OpenAiFront:
             size_bytes=size_bytes,
             only=place.only,
         )
-        return self._gateway.submit(facts, place.payload, caller.request_id)
+        return self._gateway.submit(facts, place.payload, request_id)
 
     def _tenant(self, scope: Scope, claimed: str) -> str:
         """Return the tenant as the configuration says: where certificates decide, a client's own word does not."""
@@ -128,11 +144,11 @@ class OpenAiFront:
             return any(known)
         return self._gateway.streamed(kind)
 
-    async def _show_models(self, scope: Scope, path: str, send: Send) -> None:
+    async def _show_models(self, scope: Scope, path: str, send: Send, request_id: str) -> None:
         try:
             tenant = self._tenant(scope, read_caller(scope["headers"]).tenant)
         except Refused as refused:
-            await send_failure(send, failure_of_error(refused))
+            await send_failure(send, failure_of_error(refused), request_id)
             return
         found: dict[str, Any] | None
         if path == MODELS:
@@ -143,9 +159,9 @@ class OpenAiFront:
             found = self._models.one(model, tenant)
             if found is None:
                 error = Refused(Reason.UNKNOWN_ADAPTER, f'the model "{model[:80]}" does not exist')
-                await send_failure(send, failure_of_error(error))
+                await send_failure(send, failure_of_error(error), request_id)
                 return
-        await send_failure(send, Failure(200, json.dumps(found).encode()))
+        await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
 
 
 def _failure_of(error: SidecarError) -> Failure:

@@ -66,12 +66,12 @@ class Places:
         streams = self._may_stream(TRITON), self._may_stream(TRITON_LLMAPI)
         return Order(path, size_bytes, templates, self._state.config.output_tokens_assumed, streams)
 
-    def place(self, asked: Asked, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
-        """Return where a request goes; `texts` is what was written to an order of ours.
+    def place(self, asked: Asked, tenant: str, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
+        """Return where a tenant's request goes; `texts` is what was written to an order of ours.
 
         Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
         """
-        adapter, servers = self._servers(asked.model)
+        adapter, servers = self._servers(asked.model, tenant)
         kinds = {backend.facts.kind for backend in servers}
         forms: dict[str, Form] = {}
         fitting: list[str] = []
@@ -97,12 +97,13 @@ class Places:
         )
         return Place(adapter, payload, named(self._state, fitting) if fitting else (), text)
 
-    def _servers(self, model: str) -> tuple[str, tuple[Engine, ...]]:
+    def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, up or down, or yet to be found."""
         state = self._state
-        name = state.names.get(model.partition("@")[0])
-        if name is not None:
-            return model, self._serving(name.digest)
+        text = model.partition("@")[0]
+        name = state.names.get(text)
+        if name is not None:  # what its engines could not answer is told to those only who may use it
+            return model, self._serving(name.digest) if name.is_for(tenant) else ()
         serving = self._serving(BASE)
         named = tuple(engine for engine in serving if model in base_names(engine.facts))
         if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
@@ -113,7 +114,7 @@ class Places:
                     'name an adapter in "model"',
                 )
             return "", named or serving
-        raise unknown_adapter(state, model)
+        raise unknown_adapter(state, text, tenant)
 
     def _serving(self, version: str) -> tuple[Engine, ...]:
         there = [Engine(backend.id, backend.group, backend.facts) for backend in asks.servers_of(self._state, version)]
