@@ -40,14 +40,14 @@ DEADLINE = Shape("the deadline", 64, 64)
 
 def checked(shape: Shape, text: str, called: str = "") -> str:
     """Return a word that is as it may be, or empty. Raises Refused(INVALID_REQUEST); `called` is the client's word."""
-    problem = _problem(shape, text)
+    problem = problem_of(shape, text)
     if problem:
         raise Refused(Reason.INVALID_REQUEST, f"{called or shape.noun} {problem}")
     return text
 
 
 def is_fit(shape: Shape, text: str) -> bool:
-    return not _problem(shape, text)
+    return not problem_of(shape, text)
 
 
 def session_of(text: str) -> str:
@@ -61,7 +61,8 @@ def clipped(text: str) -> str:
     return printable if len(text) <= SHOWN_CHARACTERS_MAX else f"{printable}…"
 
 
-def _problem(shape: Shape, text: str) -> str:
+def problem_of(shape: Shape, text: str) -> str:
+    """Say what a word is that it may not be; "" when it is fit."""
     if len(text) > shape.characters_max:
         return f'has {len(text)} characters ("{clipped(text)}"); at most {shape.characters_max} are taken'
     if not text.isprintable():  # line breaks, escapes and marks that turn the text around, lone surrogates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,6 +64,9 @@ def capture(
         Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
+    redact_ids: Annotated[
+        bool, typer.Option("--redact-ids", help="Cut out the ids by which clients know their requests.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.
@@ -74,7 +78,7 @@ def capture(
     out = out or Path(f"incident-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.tgz")
     files = (("ca", ca), ("certificate", certificate), ("key", key))
     tls = {name: str(path) for name, path in files if path is not None}
-    wanted = _wanted(_duration(last), config, data, http, tls)
+    wanted = replace(_wanted(_duration(last), config, data, http, tls), redact_ids=redact_ids)
     with bar(f"writing {out}") as progress:
         manifest = write(wanted, out, progress)
     if as_json:

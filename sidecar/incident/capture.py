@@ -47,6 +47,8 @@ class Wanted:
     http: parts.HttpListener | None = None
     why_not: tuple[tuple[str, str], ...] = ()
     """What the caller could not find, and why."""
+    redact_ids: bool = False
+    """Whether the ids by which clients know their requests are cut out of the journal."""
 
 
 def capture(wanted: Wanted, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def capture(wanted: Wanted, out: Path, progress: Progress | None = None) -> dict
 
 
 def _journal(wanted: Wanted, missing: Missing) -> list[Segment]:
-    return [] if wanted.data is None else parts.journal_of(wanted.data, wanted.last, missing)
+    segments = [] if wanted.data is None else parts.journal_of(wanted.data, wanted.last, missing)
+    return parts.without_ids(segments) if wanted.redact_ids else segments
 
 
 def _gathered(wanted: Wanted, missing: Missing) -> tuple[list[Part], list[str]]:
@@ -100,7 +103,7 @@ def _manifest(
         "versions": parts.versions(),
         "journal": [_segment_record(segment) for segment in segments],
         "files": [{"file": part.name, "bytes": len(part.content), "about": part.about} for part in gathered],
-        "redacted": cut,
+        "redacted": [*cut, *(["journal: client_id"] if wanted.redact_ids else [])],
         "missing": missing.found,
     }
 

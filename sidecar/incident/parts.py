@@ -13,11 +13,12 @@ import re
 import ssl
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import httpx
@@ -27,7 +28,7 @@ from sidecar.backends.credentials import tls_context
 from sidecar.config import Backend, Config
 from sidecar.incident.arrivals import header_in
 from sidecar.incident.finding import began_of
-from sidecar.incident.redaction import redacted, redacted_text
+from sidecar.incident.redaction import ids_redactor, redacted, redacted_text
 from sidecar.shell.segments import product_version, segment_paths
 
 ANSWER_TIMEOUT_S = 5.0
@@ -100,6 +101,27 @@ def _held(path: Path, missing: Missing) -> Segment | None:
     header = header_in(file.readline())
     file.seek(0)
     return Segment(path.name, file, status.st_size, header, datetime.fromtimestamp(status.st_mtime, UTC))
+
+
+def without_ids(segments: list[Segment]) -> list[Segment]:
+    """Copy segments without the ids that clients made up; those that are given are closed."""
+    redact = ids_redactor()
+    copies = []
+    for segment in segments:
+        copy = TemporaryFile()  # noqa: SIM115 — the caller closes it, as it would the segment's own
+        with segment.file as file:
+            copy.writelines(redact(_lines_of(file, segment.size_bytes)))
+        size_bytes = copy.tell()
+        copy.seek(0)
+        copies.append(replace(segment, file=copy, size_bytes=size_bytes))
+    return copies
+
+
+def _lines_of(file: IO[bytes], size_bytes: int) -> Iterator[bytes]:
+    """Yield the lines of a file up to a size; the last one may be cut off there."""
+    while size_bytes and (line := file.readline(size_bytes)):
+        size_bytes -= len(line)
+        yield line
 
 
 # The configuration and the engines.

@@ -95,6 +95,7 @@ class Catalogue:
         the path or the files, Refused for what may be right later; nothing is left behind then.
         """
         check_name(name)
+        wanted.check(name)
         try:
             async with self.sources.arrival(name, path) as arrival:
                 return await self._enter(name, arrival, wanted)
@@ -104,6 +105,7 @@ class Catalogue:
     async def push(self, name: str, folder: Path, wanted: Wanted) -> Entered:
         """Let a name stand for what a client put into an incoming folder of the spool; as `register` otherwise."""
         check_name(name)
+        wanted.check(name)
         try:
             async with self.sources.pushed(name, folder) as arrival:
                 entered = await self._enter(name, arrival, wanted)

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sidecar.errors import Invalid, Reason
+from sidecar.identities import TENANT, problem_of
 from sidecar.state.records import Declared, Record
 
 CONFIG = "config"
 BY_HAND = ("cli", "push")
+LABELS_CHARACTERS_MAX = 64 << 10
+"""Of all of a version's labels: they are in the record that every replica holds."""
 CLUSTER = "k8s:"
 """What the owner of a name that is declared in a Kubernetes cluster begins with: `k8s:NAMESPACE/KIND/NAME`."""
 
@@ -34,6 +37,19 @@ class Wanted:
     """What its declaration says. It then says all: who may use the name, and whether it is pinned."""
     confirm: Callable[[], None] | None = None
     """Called right before anything is written down; raises what speaks against it by then."""
+
+    def check(self, name: str) -> None:
+        """Raise Invalid(INVALID_NAME) for a tenant that no request can be of, and for labels without end."""
+        for tenant in self.allow:
+            if problem := problem_of(TENANT, tenant):
+                raise Invalid(Reason.INVALID_NAME, f"{name}: the tenant on its allow list {problem}", adapter=name)
+        size = sum(len(key) + len(value) for key, value in self.labels)
+        if size > LABELS_CHARACTERS_MAX:
+            raise Invalid(
+                Reason.INVALID_NAME,
+                f"{name}: its labels have {size} characters; at most {LABELS_CHARACTERS_MAX} are kept",
+                adapter=name,
+            )
 
 
 def cluster_owner(namespace: str, kind: str, name: str) -> str:

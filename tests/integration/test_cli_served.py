@@ -161,11 +161,11 @@ async def test_the_sidecars_errors(served: Served, tmp_path: Path) -> None:
 async def test_backends_and_queue_for_people(served: Served, tmp_path: Path) -> None:
     """With two seats taken `queue` begins with the verdict and `backends show` says what is pinned by what."""
     await served.register("slow", tmp_path)
-    tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD) for _ in range(3)]
+    tickets = [served.gateway.submit(RequestFacts("slow", tenant="acme"), PAYLOAD, "mine") for _ in range(3)]
     await served.gateway.backends["trt-0"].running_are(2)  # type: ignore[attr-defined]
     lines = (await served.cli("queue")).out.splitlines()
     assert re.match(r"1 waiting for .* \(bound \d+ s, expires 600 s\) because all seats are taken on trt-0", lines[0])
-    assert re.search(r"\d+ \w+ +10 min +slow +acme +default +trt-0 +seats full +\d+ *$", lines[-1])
+    assert re.search(r"\d+ \w+ +10 min +slow +acme +default +trt-0 +seats full +\d+ +mine *$", lines[-1])
     assert re.search(r"^trt-1 +down +0/2 ", (await served.cli("backends", "list")).out, re.M)
     shown = (await served.cli("backends", "show", "trt-0")).out
     assert "2 of 2 taken, 1 queued" in shown

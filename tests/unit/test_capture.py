@@ -14,12 +14,15 @@ import yaml
 
 from sidecar import replay
 from sidecar.config import Config, parse
+from sidecar.core.events import Received
 from sidecar.errors import Misused
 from sidecar.incident import capture, parts
 from sidecar.incident.capture import Wanted
 from sidecar.incident.redaction import CUT, is_secret, redacted, redacted_text
 from sidecar.shell.segments import segment_paths
 from tests.cli_runs import Ended, runner
+from tests.corekit import World
+from tests.identities import REAL
 from tests.journals import write_journal
 from tests.unit.test_explain import busy_world
 
@@ -74,6 +77,36 @@ def test_the_manifest_tells_what_it_is_of(data: Path, tmp_path: Path) -> None:
         f"journal/{path.name}" for path in segment_paths(data / "journal")
     ]
     assert datetime.fromisoformat(manifest["covers"]["from"]) <= datetime.fromisoformat(manifest["covers"]["to"])
+
+
+def test_clients_ids_are_cut_out_on_demand(tmp_path: Path) -> None:
+    """From arrivals and from the states that segments begin with; decisions replay, and equal ids stay equal."""
+    world = World(seats=1)
+    ids = [*REAL, 'a"client_id":"b', "twice", "twice"]
+    for client_id in ids:
+        world.send(tenant="kept", client_id=client_id)
+    world.run()
+    directory = tmp_path / "data" / "journal"
+    write_journal(world, directory, segment_bytes=8_192)
+    assert len(segment_paths(directory)) > 1
+    with segment_paths(directory)[-1].open("ab") as last:
+        last.write(b'{"at":1,"event":{"!":"Received","client_id":"cut o')
+    out = tmp_path / "incident.tgz"
+    manifest = capture.capture(Wanted(HOUR, tmp_path / "data", redact_ids=True), out)
+    assert "journal: client_id" in manifest["redacted"]
+    text = b"".join(members_of(out).values())
+    for client_id in (*(one for one in ids if one != "42"), "cut o"):  # there are other numbers of two digits
+        assert json.dumps(client_id)[1:-1].encode() not in text
+    steps, plain = list(replay.replay(out)), list(replay.replay(directory))
+    assert all(step.same for step in steps)
+    assert [step.line() for step in steps] == [step.line() for step in plain]
+    called = [step.event.client_id for step in steps if isinstance(step.event, Received)]
+    assert len({*called}) == len({*ids})
+    assert called[-1] == called[-2]
+    assert all(one.startswith("redacted-") for one in called)
+    again = tmp_path / "again.tgz"
+    capture.capture(Wanted(HOUR, tmp_path / "data", redact_ids=True), again)
+    assert not {step.event.client_id for step in replay.replay(again) if isinstance(step.event, Received)} & {*called}
 
 
 def set_times(data: Path, ended: datetime, each: timedelta) -> None:

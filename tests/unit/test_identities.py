@@ -1,0 +1,53 @@
+"""What names, tenants and ids may look like, whatever front they come by."""
+
+from __future__ import annotations
+
+import pytest
+
+from sidecar import identities
+from sidecar.errors import Reason, Refused
+from sidecar.identities import Shape, checked, session_of
+from tests.identities import HOSTILE, REAL
+
+SHAPES = (identities.ADAPTER, identities.TENANT, identities.CLASS, identities.SESSION, identities.REQUEST_ID)
+
+
+@pytest.mark.parametrize("word", REAL)
+def test_real_identities_pass_as_they_are(word: str) -> None:
+    assert checked(identities.TENANT, word) == word
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_hostile_ones_are_refused_in_one_short_line(word: str) -> None:
+    with pytest.raises(Refused, match=r"^the tenant ") as caught:
+        checked(identities.TENANT, word)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.noun)
+def test_each_is_taken_up_to_its_bound(shape: Shape) -> None:
+    """In characters, and in bytes where those are more."""
+    assert checked(shape, "x" * shape.characters_max)
+    with pytest.raises(Refused, match=f"has {shape.characters_max + 1} characters .*; at most {shape.characters_max} "):
+        checked(shape, "x" * (shape.characters_max + 1))
+    wide = "🦙" * (shape.bytes_max // 4)
+    assert checked(shape, wide)
+    with pytest.raises(Refused):
+        checked(shape, wide + "🦙")
+
+
+def test_a_huge_one_is_not_shown() -> None:
+    with pytest.raises(Refused) as caught:
+        checked(identities.TENANT, "\x1b" * 20_000_000, 'the field "tenant"')
+    assert caught.value.message.startswith('the field "tenant" has 20000000 characters')
+    assert len(caught.value.message) < 300
+
+
+def test_a_session_is_known_by_a_digest_only() -> None:
+    """The same for the same session, and nothing of it in there."""
+    assert session_of("") == ""
+    assert session_of("jane@example.com") == session_of("jane@example.com") != session_of("joe@example.com")
+    assert "jane" not in session_of("jane@example.com")
+    assert session_of("\ud800")
