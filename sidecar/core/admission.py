@@ -151,7 +151,7 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
 def as_told(state: State, settle: Settle) -> Settle:
     """Return an ending as its client is told it: a name that it may not use is one that is not there.
 
-    Operators see the reason: it is in the log, the metrics and the journal.
+    Operators see the reason: it is in the log.
     """
     if settle.reason is not Reason.NOT_ALLOWED:
         return settle

@@ -7,8 +7,8 @@ from collections.abc import Container
 from typing import Any
 
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kserve_parameters import clipped
 from sidecar.fronts.kserve_structure import Structure
+from sidecar.identities import clipped
 
 CONTENTS = {
     "BOOL": "bool_contents",

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from sidecar.core.effects import Dispatch
+from sidecar.core.events import Received
 from sidecar.fronts.http import why_not_ready
 from sidecar.proto import admin_pb2
 from tests.emulated import running_engine
@@ -39,8 +40,10 @@ async def test_any_replica_answers_for_any_adapter(adapters: Path, tmp_path: Pat
     ):
         assert set().union(*map(owned, pool)) == {"b0", "b1"}
         names = sorted(pool[0].state.names)
-        answers = await asyncio.gather(*(served.ask(name) for name in names for served in pool))
+        ids = [f"{name}|{number}" for name in names for number in range(len(pool))]
+        answers = await asyncio.gather(*(pool[int(each[-1])].ask(each[:-2], request_id=each) for each in ids))
         asked = [name for name in names for _ in pool]
+        assert [answer.origins[0].request_id for answer in answers] == ids
         assert [answer.tokens for answer in answers] == [pool[0].expected(name, 4) for name in asked]
         for served in pool:
             sent = served.recorder.of(Dispatch)
@@ -49,6 +52,8 @@ async def test_any_replica_answers_for_any_adapter(adapters: Path, tmp_path: Pat
         dispatched = sum(served.recorder.count(Dispatch) for served in pool)
         assert dispatched == len(answers)
         assert sum(served.sidecar.replica.router.forwards for served in pool) > 0
+        events = [event for served in pool for event in served.recorder.events]
+        assert {event.client_id for event in events if isinstance(event, Received)} == {*ids}
 
 
 async def test_an_owner_that_is_gone_is_followed_by_another(adapters: Path, tmp_path: Path) -> None:
