@@ -77,6 +77,7 @@ class Sidecar:
             stagings=stagings_of(config.backends),
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
+        self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
         self.gateway.observe(self.metrics, at_the_door=True)
         self.gateway.observe(RequestLog(), at_the_door=True)
         if data is not None and config.journal.enabled:

@@ -7,6 +7,7 @@ atomically: what was received before keeps its version, what comes after the cal
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ from sidecar.state.registry import Change, Registry
 DRAIN_POLL_S = 0.02
 ATTEMPTS_MAX = 8
 """Times that a change is worked out anew because somebody else changed the same name in between."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -61,20 +64,52 @@ class Catalogue:
         self.reconciled = ""
         """What the owners begin with whose declarations are looked after (`managing.CLUSTER`); "" if none are."""
         self._forgotten_until: dict[str, float] = {}
+        self._harmful: dict[str, Record] = {}
+        """Records that the core was not told of, because it would fail on them."""
 
-    def announce(self) -> None:
-        """Tell the core of every name that is written down, and from then on of every change."""
+    def announce(self, tried: Callable[[ev.Event], None] = lambda event: None) -> None:
+        """Tell the core of every name that is written down, and from then on of every change.
+
+        A record that cannot be read, or whose event makes `tried` raise, is left out and logged: one bad row must not
+        keep all other adapters from being served, start after start.
+        """
+        for name, why in sorted(self.registry.set_aside.items()):
+            self._tell_of_set_aside(name, why)
         for record in self.registry.all():
-            self._step(record.event())
+            try:
+                event = record.event()
+                tried(event)
+            except Exception as error:  # whatever it is, it would come again at each start
+                logger.exception("a core fails on what is written down of %s", shown(record.name))
+                self._harmful[record.name] = record
+                self._tell_of_set_aside(record.name, f"{type(error).__name__}: {error}")
+            else:
+                self._step(event)
         self.registry.subscribe(self._take)
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Names that are written down and are not served, because their records cannot be read or make a core fail."""
+        return sorted({*self.registry.set_aside, *self._harmful})
+
+    def _tell_of_set_aside(self, name: str, why: str) -> None:
+        logger.error(
+            "%s is set aside and not served: what is written down of it cannot be used (%s); register it again, which "
+            "replaces it, or run the release that wrote it",
+            shown(name),
+            why,
+        )
 
     def _take(self, change: Change) -> None:
         """Take a change, made here or by another replica; have the sources looked at that its name needs no more."""
+        self._harmful.pop(change.name, None)
         known = self._state().names.get(change.name)
         before = (
             [self._state().versions[version].adapter.digest for version in known.versions.values()] if known else []
         )
         record = change.record
+        if record is None and known is None:
+            return  # the core was never told of it
         self._step(ev.AdapterUnregistered(change.name) if record is None else record.event())
         kept = {version.adapter.digest for version in record.versions} if record is not None else set()
         for digest in before:
@@ -84,7 +119,7 @@ class Catalogue:
     def known(self, name: str) -> Record:
         """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
         record = self.registry.get(name)
-        if record is None:
+        if record is None or name in self._harmful:
             raise unknown_adapter(self._state(), name)
         return record
 
@@ -246,7 +281,7 @@ class Catalogue:
 
         async def write() -> tuple[Record, bool]:
             before = self.registry.get(name)
-            record = changed(before)
+            record = changed(None if name in self._harmful else before)
             if record == before:
                 await self.registry.acknowledged(self.registry.last_change)
                 return record, True

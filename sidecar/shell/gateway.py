@@ -37,6 +37,7 @@ from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
+from sidecar.shell.trial import Trial
 from sidecar.state.registry import Registry
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ class Gateway:
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
         """Tell the core what there is, and begin to reach the backends."""
         await self.store.open()
-        self.catalogue.announce()
+        engines = [(backend.id, facts) for backend, facts in backends]
+        self.catalogue.announce(Trial(self.core.state.config, self.core.policies, engines))
         if self._disk is not None:
             for key, size_bytes in await asyncio.to_thread(self._disk.scan):
                 self.driver.step(ev.DiskHolds(key, version_of_key(key), size_bytes))

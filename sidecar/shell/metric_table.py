@@ -71,6 +71,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("queued_tokens", "Prompt tokens and largest answers of the requests that wait."),
     # Adapters and the host store.
     _gauge("adapters_registered", "Names that are registered."),
+    _gauge("adapters_set_aside", "Names that are not served because what is written down of them cannot be used."),
     _gauge("adapters_quarantined", "Versions that are refused until a person releases them."),
     _counter("quarantines_total", "Versions that were quarantined."),
     _gauge("store_bytes", "Bytes that the host store holds or has reserved for fetches.", "tier"),

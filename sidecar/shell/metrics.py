@@ -130,6 +130,8 @@ class Metrics:
         """Where those of several replicas are read; set by whoever starts one."""
         self.declared: Callable[[], Mapping[str, int]] = dict
         """Where the declared adapters of each phase are counted; set by whoever follows a cluster."""
+        self.set_aside: Callable[[], int] = int
+        """Where the names that are set aside are counted; set by whoever has a registry."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -196,6 +198,7 @@ class Metrics:
             "reroutes_total": between.reroutes,
             "unowned_total": between.unowned,
             "replicas": between.replicas,
+            "adapters_set_aside": self.set_aside(),
             "state_lag_changes": between.state_lag,
             "state_away_seconds": between.state_away_s,
         }

@@ -10,9 +10,9 @@ from typing import IO, Protocol
 
 from sidecar.errors import Misused, Reason
 from sidecar.state.records import Record
-from sidecar.state.registry import SCHEMA, Change, lock_data_directory
+from sidecar.state.registry import SCHEMA, Change, lock_data_directory, read_or_forget
 from sidecar.state.sqlite_faults import in_words
-from sidecar.state.written import from_json, to_json
+from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 Told = Callable[[int, int], None]
 """Called with how many entries are done, of how many."""
@@ -83,11 +83,17 @@ class SqliteFile:
             raise Misused(Reason.CONFIG_INVALID, f"{self.path} is not a registry: {error}") from error
         finally:
             database.close()
-        changes = [Change(number, name, None if text is None else from_json(name, text)) for number, name, text in log]
+        changes = [Change(number, name, read_or_forget(name, text)) for number, name, text in log]
         written = {change.name: change.number for change in changes}
         before_log = max(1, changes[0].number - 1) if changes else 1
-        records = [(written.get(name, before_log), from_json(name, text)) for name, text in rows]
+        records = [(written.get(name, before_log), self._record(name, text)) for name, text in rows]
         return Contents(tuple(records), tuple(changes), changes[-1].number if changes else 0)
+
+    def _record(self, name: str, text: str) -> Record:
+        try:
+            return from_json(name, text)
+        except UnreadableRecord as error:
+            raise unreadable(name, str(self), str(error)) from error
 
     async def write(self, contents: Contents, told: Told) -> None:
         with in_words(self.path):
@@ -118,6 +124,15 @@ class SqliteFile:
                 database.execute("INSERT INTO sqlite_sequence VALUES ('changes', ?)", (contents.last_change,))
         finally:
             database.close()
+
+
+def unreadable(name: str, where: str, why: str) -> Misused:
+    """A name would be lost on the way."""
+    return Misused(
+        Reason.STATE_INCOMPATIBLE,
+        f"what {where} has of {name} cannot be read ({why}); register it anew there first, or let the release that "
+        "wrote it move the registry",
+    )
 
 
 async def move(source: Place, target: Place, *, force: bool, dry_run: bool, told: Told) -> Contents:

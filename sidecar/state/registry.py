@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import IO, Protocol
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.records import Record
 from sidecar.state.sqlite_faults import in_words
-from sidecar.state.written import from_json, to_json
+from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS adapters (name TEXT PRIMARY KEY, record TEXT NOT NULL) STRICT;
@@ -73,6 +73,10 @@ class Registry(Protocol):
         """Return what changed since, up to `last_change`. Raises Refused(TOKEN_TOO_OLD) when that is not known."""
 
     @property
+    def set_aside(self) -> Mapping[str, str]:
+        """Names whose records cannot be read, and why: `get` does not know them. Writing such a name replaces it."""
+
+    @property
     def last_change(self) -> int: ...
 
     @property
@@ -121,7 +125,13 @@ class SqliteRegistry:
             except sqlite3.Error:
                 self._database.close()
                 raise
-        self._records = {name: from_json(name, text) for name, text in rows}
+        self._records: dict[str, Record] = {}
+        self.set_aside: dict[str, str] = {}
+        for name, text in rows:
+            try:
+                self._records[name] = from_json(name, text)
+            except UnreadableRecord as error:
+                self.set_aside[name] = str(error)
         self._subscribers = Subscribers()
 
     def _opened(self) -> list[tuple[str, str]]:
@@ -149,6 +159,7 @@ class SqliteRegistry:
             text,
         )
         self._records[record.name] = record
+        self.set_aside.pop(record.name, None)
         self._subscribers.tell(Change(number, record.name, record))
         return number
 
@@ -193,13 +204,21 @@ class SqliteRegistry:
             rows = self._database.execute(
                 "SELECT number, name, record FROM changes WHERE number > ? ORDER BY number", (number,)
             ).fetchall()
-        return [Change(at, name, None if text is None else from_json(name, text)) for at, name, text in rows]
+        return [Change(at, name, read_or_forget(name, text)) for at, name, text in rows]
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
         return self._subscribers.add(tell)
 
     async def close(self) -> None:
         self._database.close()
+
+
+def read_or_forget(name: str, text: str | None) -> Record | None:
+    """Return what a change wrote; one that cannot be read any more is as good as forgotten."""
+    try:
+        return None if text is None else from_json(name, text)
+    except UnreadableRecord:
+        return None
 
 
 def changed_meanwhile(name: str) -> Refused:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
+from sidecar.adapters.names import shown
 from sidecar.core.facts import Adapter, Row
+from sidecar.errors import SidecarError
 from sidecar.state.records import Declared, Record, Version
+
+LAYERS_MAX = 10_000
+"""As many as the names of tensors can number."""
+WHY_LENGTH_MAX = 300
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 
 def to_json(record: Record) -> str:
@@ -42,8 +52,21 @@ def _version_to_json(version: Version) -> dict[str, Any]:
     }
 
 
+class UnreadableRecord(ValueError):
+    """What is written down is damaged, or of a release that writes more than this one reads."""
+
+
 def from_json(name: str, text: str) -> Record:
-    fields = json.loads(text)
+    """Return a record that was written down. Raises UnreadableRecord with what is wrong with it."""
+    try:
+        record = _record(name, json.loads(text))
+        check_sound(record)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, SidecarError) as error:
+        raise UnreadableRecord(f"{type(error).__name__}: {error}"[:WHY_LENGTH_MAX]) from error
+    return record
+
+
+def _record(name: str, fields: dict[str, Any]) -> Record:
     return Record(
         name=name,
         versions=tuple(_version_from_json(version) for version in fields["versions"]),
@@ -90,8 +113,52 @@ def _written(rows: tuple[Row, ...]) -> list[list[Any]] | dict[str, Any]:
     return [[row.module, row.module_id, row.layer, row.rank, row.in_dim, row.out_dim] for row in rows]
 
 
+def check_sound(record: Record) -> None:
+    """Raise ValueError, TypeError or Refused unless a record's parts are of their kinds and fit together."""
+    numbers = [version.ordinal for version in record.versions]
+    if len(frozenset(numbers)) != len(numbers):
+        raise ValueError(f"its versions are numbered {numbers}")
+    for ordinal in (record.current, record.previous, *(record.canary or ())[:1]):
+        if ordinal is not None:
+            record.of(ordinal)
+    if record.canary is not None and not 0 < record.canary[1] <= 100:
+        raise ValueError(f"its canary has {record.canary[1]} percent")
+    for value, kind in (
+        (record.name, str), (record.pinned, bool), (record.managed_by, str), (record.held_until, (int, float)),
+        *((name, str) for name in record.allow or ()),
+        *((part, kind) for version in record.versions for part, kind in _parts_of(version)),
+    ):  # fmt: skip
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{shown(repr(value)[:200])} is no {kind}")
+        if isinstance(value, str):
+            value.encode()  # half a character in one record would fail the answer that lists them all
+
+
+def _parts_of(version: Version) -> Iterator[tuple[Any, Any]]:
+    adapter = version.adapter
+    if not _DIGEST.match(adapter.digest) or min(version.ordinal, version.generation + 1) < 1:
+        raise ValueError(f"its version {version.ordinal} has no digest or no number")
+    yield from ((text, str) for text in (adapter.base_model, adapter.dtype, version.origin))
+    yield from ((text, str) for pair in version.labels for text in pair)
+    yield from ((number, int) for number in (version.ordinal, version.generation))
+    yield version.registered_at, (int, float)
+    _check_rows(adapter.rows)
+
+
+@lru_cache(maxsize=1024)
+def _check_rows(rows: tuple[Row, ...]) -> None:
+    for row in rows:
+        numbers = (row.module_id, row.layer, row.rank, row.in_dim, row.out_dim)
+        if not isinstance(row.module, str) or not all(type(number) is int for number in numbers):
+            raise TypeError(f"{row} is no row")
+        if min(row.module_id, row.layer) < 0 or min(row.rank, row.in_dim, row.out_dim) < 1:
+            raise ValueError(f"{row} is no row")
+
+
 def _read(written: list[list[Any]] | dict[str, Any]) -> tuple[Row, ...]:
     if isinstance(written, dict):
+        if not 0 <= written["layers"] <= LAYERS_MAX:
+            raise ValueError(f"it has {written['layers']} layers")
         return _alike(written["layers"], tuple(map(tuple, written["each"])))
     return tuple(Row(*row) for row in written)
 

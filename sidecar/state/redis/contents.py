@@ -8,7 +8,7 @@ from time import time
 from typing import TypeVar
 
 from sidecar.errors import Misused, Reason
-from sidecar.state.contents import Contents, Told
+from sidecar.state.contents import Contents, Told, unreadable
 from sidecar.state.records import Record
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
@@ -60,6 +60,8 @@ class RedisPlace:
         async for values in self._link.entries():
             for name, value in values.items():
                 entry = entry_of(name, value)
+                if entry.unread:
+                    raise unreadable(name, str(self), entry.why)
                 if entry.record is not None:
                     records[name] = (entry.head.revision, entry.record)
         changes: list[Change] = []

@@ -24,6 +24,8 @@ class Copy:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._buried: dict[str, None] = {}
+        self.set_aside: dict[str, str] = {}
+        """Names whose records cannot be read, and why."""
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -42,8 +44,8 @@ class Copy:
         return entry.head if entry is not None else NOTHING
 
     def live_revision(self, name: str) -> int:
-        """Return the revision of a name's record, 0 where it has none."""
-        return self.head(name).revision if self.get(name) is not None else 0
+        """Return the revision of a name's record, readable or not, 0 where it has none."""
+        return self.head(name).revision if self.get(name) is not None or name in self.set_aside else 0
 
     def take(self, name: str, entry: Entry) -> Change | None:
         """Take an entry if it is newer; return the change to tell of, None where nothing changed."""
@@ -52,16 +54,20 @@ class Copy:
         had = self.get(name)
         self._entries[name] = entry
         self._buried.pop(name, None)
-        if entry.record is None:
+        self.set_aside.pop(name, None)
+        if entry.unread:
+            self.set_aside[name] = entry.why
+        elif entry.record is None:
             self._bury(name, entry.head)
-            if had is None:
-                return None
+        if entry.record is None and had is None:
+            return None
         return Change(entry.head.number, name, entry.record)
 
     def drop(self, name: str, number: int) -> Change | None:
         """Forget a name that is not written down any more, not even as a forgotten one."""
         had = self._entries.pop(name).record
         self._buried.pop(name, None)
+        self.set_aside.pop(name, None)
         return Change(number, name, None) if had is not None else None
 
     def newer_than(self, stored: dict[str, Head]) -> Iterator[tuple[str, Entry]]:

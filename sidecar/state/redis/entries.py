@@ -13,7 +13,7 @@ import re
 from typing import NamedTuple
 
 from sidecar.state.records import Record
-from sidecar.state.written import from_json, to_json
+from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 _HEAD = re.compile(r"(\d+):(\w+):(\d+):(\d+):")
 
@@ -28,10 +28,15 @@ class Head(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A name's record and how new it is; `record` is None for a name that was forgotten."""
+    """A name's record and how new it is; `record` is None for a name that was forgotten.
+
+    A record that cannot be read is None too: `unread` is its text, which is kept as it is, and `why` what is wrong.
+    """
 
     head: Head
     record: Record | None
+    unread: str = ""
+    why: str = ""
 
 
 NOTHING = Head(0, "", 0, 0)
@@ -43,20 +48,26 @@ def newer(one: Head, other: Head) -> bool:
 
 
 def head_of(value: str) -> Head:
+    """Return how new a value is, NOTHING for a damaged one."""
     match = _HEAD.match(value)
-    assert match is not None, "an entry without a head: the schema's number is wrong"
+    if match is None:
+        return NOTHING
     revision, token, number, time_ms = match.groups()
     return Head(int(revision), token, int(number), int(time_ms))
 
 
 def entry_of(name: str, value: str) -> Entry:
     match = _HEAD.match(value)
-    assert match is not None, "an entry without a head: the schema's number is wrong"
+    if match is None:
+        return Entry(NOTHING, None, value, "it does not begin with its number")
     text = value[match.end() :]
-    return Entry(head_of(value), from_json(name, text) if text else None)
+    try:
+        return Entry(head_of(value), from_json(name, text) if text else None)
+    except UnreadableRecord as error:
+        return Entry(head_of(value), None, text, str(error))
 
 
 def value_of(entry: Entry) -> str:
     head = entry.head
-    text = to_json(entry.record) if entry.record is not None else ""
+    text = to_json(entry.record) if entry.record is not None else entry.unread
     return f"{head.revision}:{head.token}:{head.number}:{head.time_ms}:{text}"

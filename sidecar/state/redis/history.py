@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from sidecar.errors import Misused, Reason
 from sidecar.state.redis.copy import TOMBSTONES_MAX, TOMBSTONES_MS, Copy
-from sidecar.state.redis.entries import Entry, Head, entry_of, head_of, newer, value_of
+from sidecar.state.redis.entries import NOTHING, Entry, Head, entry_of, head_of, newer, value_of
 from sidecar.state.redis.link import Link
 from sidecar.state.redis.scripts import LOOK, RESTORE
 from sidecar.state.registry import CHANGES_MAX, Change
@@ -100,6 +100,8 @@ async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, 
             if name in stored and not newer(head, stored[name]):
                 continue
             stored[name] = head
+            if head == NOTHING and copy.get(name) is None:
+                copy.set_aside[name] = entry_of(name, value).why
             if newer(head, copy.head(name)):
                 found[name] = entry_of(name, value)
                 read += 1

@@ -181,7 +181,11 @@ def _clients(place: Place, credentials: PasswordFile) -> list[Any]:
     """Return the client that commands go to, and after it those that only say where that is."""
     address = place.address
     host, port = address.hosts[0]
-    options: dict[str, Any] = _transport(place) | {"decode_responses": True, "protocol": 2}
+    options: dict[str, Any] = _transport(place) | {
+        "decode_responses": True,
+        "encoding_errors": "surrogateescape",  # a damaged value must not keep all others from being read
+        "protocol": 2,
+    }
     if place.password_file is not None or address.user:
         options["credential_provider"] = credentials
     if address.kind == "cluster":

@@ -7,7 +7,7 @@ read its own change and every other live member has too. While Redis is away rea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from secrets import token_hex
 from time import gmtime, monotonic, strftime
 from typing import Any
@@ -58,6 +58,10 @@ class RedisRegistry:
 
     def get(self, name: str) -> Record | None:
         return self._feed.copy.get(name)
+
+    @property
+    def set_aside(self) -> Mapping[str, str]:
+        return self._feed.copy.set_aside
 
     @property
     def last_change(self) -> int:

@@ -85,6 +85,7 @@ end
 
 local function head(value)
   local revision, token, number, time, from = string.match(value, '^(%d+):(%w+):(%d+):(%d+):()')
+  if not revision then return 0, '', 0, 0, '' end
   return tonumber(revision), token, tonumber(number), tonumber(time), string.sub(value, from)
 end
 
