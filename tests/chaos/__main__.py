@@ -13,6 +13,8 @@ from pathlib import Path
 
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
+from grpc.aio import AioRpcError
+
 from tests.chaos.away import SHARE_MIN, away
 from tests.chaos.pool import chaos_pool
 from tests.chaos.scenarios import SCENARIOS, Scenario
@@ -27,7 +29,7 @@ async def run(scenario: Scenario, calm_s: float, seed: int) -> bool:
     try:
         async with chaos_pool(folder, scenario.sentinel) as pool:
             verdict = await trial(pool, scenario, calm_s, seed)
-    except (AssertionError, TimeoutError):
+    except (AssertionError, TimeoutError, RuntimeError, OSError, AioRpcError):
         print(f"{scenario.name:<32}{traceback.format_exc()}  its processes' logs: {folder}", flush=True)
         return False
     _tell(verdict)

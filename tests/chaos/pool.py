@@ -101,17 +101,22 @@ class ChaosPool:
 
     async def owner(self) -> ReplicaProcess:
         """Return the replica that owns the first backend."""
-        await self.until_settled(self.replicas)
-        return self.named((await self.replicas[0].owns())["b0"])
+        return self.named((await self.until_settled(self.replicas))["b0"])
 
-    async def until_settled(self, replicas: list[ReplicaProcess]) -> None:
-        """Wait until each backend has an owner and these replicas agree on it."""
+    async def until_settled(self, replicas: list[ReplicaProcess]) -> dict[str, str]:
+        """Wait until each backend has an owner and these replicas agree on it; return the owners' names.
+
+        What another deed does to a replica meanwhile, so that it does not answer, is waited out.
+        """
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 told = await asyncio.gather(*(replica.owns() for replica in replicas), return_exceptions=True)
                 first = told[0]
                 if isinstance(first, dict) and set(first) == set(self.backends) and all(each == first for each in told):
-                    return
+                    return first
+                for each in told:
+                    if isinstance(each, BaseException) and not isinstance(each, grpc.aio.AioRpcError):
+                        raise each
                 await asyncio.sleep(0.05)
 
     async def read_digests(self) -> None:

@@ -43,6 +43,10 @@ class Server(ABC):
     """How many ports it listens on."""
     NOISE: ClassVar[re.Pattern[str]]
     """What is in the lines of the log that say nothing."""
+    CRASH: ClassVar[re.Pattern[str]] = re.compile(r"(?!)")
+    """What a start fails with that is the server's own fault and goes well when it is tried again."""
+    crashes: ClassVar[list[str]] = []
+    """Of all servers' starts that were tried again for that, what was said; for the summary."""
     GUARD: ClassVar[ModuleType]
     """Its `leftovers(pid, mark)` are what the server leaves; run as a script it guards the server."""
 
@@ -75,7 +79,10 @@ class Server(ABC):
         return "\n".join([line for line in text.splitlines() if not self.NOISE.search(line)][-lines:])
 
     async def start(self) -> None:
-        """Start and return when it is ready. Raises StartFailed with the end of the log."""
+        """Start and return when it is ready. Raises StartFailed with the end of the log.
+
+        A start that crashes as this server is known to is tried again, a few times, and counted.
+        """
         assert not self.is_running, "it runs already"
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self._ports is None
@@ -84,6 +91,9 @@ class Server(ABC):
             try:
                 await self._start_once()
             except StartFailed as failed:
+                if left and (crash := self.CRASH.search(str(failed))):
+                    self.crashes.append(f"{self.NAME}: {crash.group(0).splitlines()[-1]}")
+                    continue
                 if not (first and left and "already in use" in str(failed)):
                     raise
                 self._ports = None

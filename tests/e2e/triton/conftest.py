@@ -8,7 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from tests.e2e.installed import needed
+from tests.e2e.server import Server
 from tests.e2e.triton.installed import TritonInstalled
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which starts of the server were tried again: more of them than before would be news."""
+    if Server.crashes:
+        terminalreporter.section("starts of the server that crashed and were tried again")
+        for number, crash in enumerate(Server.crashes, 1):
+            terminalreporter.line(f"{number}. {crash}")
 
 
 @pytest.fixture(autouse=True, scope="session")
