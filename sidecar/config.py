@@ -25,6 +25,7 @@ from sidecar.config_kinds import VLLM, out_of_place
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
+from sidecar.identities import CLASS, TENANT, check_words
 from sidecar.state.redis.address import KEY_PREFIX, Place, parse_address, without_users
 
 HOST = "{host}"
@@ -359,6 +360,18 @@ class Queue(Section):
     inbox_max: int = Field(10_000, ge=1)
     joining_s_max: float = Field(30.0, ge=0)
     classes: dict[str, RequestClass] = {"default": RequestClass()}
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _are_tenants(cls, weights: dict[str, float]) -> dict[str, float]:
+        check_words(TENANT, weights)
+        return weights
+
+    @field_validator("classes")
+    @classmethod
+    def _are_classes(cls, classes: dict[str, RequestClass]) -> dict[str, RequestClass]:
+        check_words(CLASS, classes)
+        return classes
 
     @field_validator("classes")
     @classmethod

@@ -9,6 +9,7 @@ these is refused; nothing is ever cut.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -48,6 +49,13 @@ def checked(shape: Shape, text: str, called: str = "") -> str:
 
 def is_fit(shape: Shape, text: str) -> bool:
     return not problem_of(shape, text)
+
+
+def check_words(shape: Shape, words: Iterable[str]) -> None:
+    """Raise ValueError for a word of a configuration or a declaration that no request could say."""
+    for word in words:
+        if problem := problem_of(shape, word):
+            raise ValueError(f"{shape.noun} {problem}")
 
 
 def session_of(text: str) -> str:

@@ -158,10 +158,10 @@ class Endpoint(ABC):
             return  # the loss that the core is about to hear of ends this run too
         run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
         self._quiet_ends()
-        task = self._spawn(self._run(run, weights))
+        task = self._spawn(self._run(run, ticket.client_id, weights))
         task.add_done_callback(lambda _: _release(weights))
 
-    async def _run(self, run: Running, weights: Weights | None) -> None:
+    async def _run(self, run: Running, client_id: str, weights: Weights | None) -> None:
         key = (run.effect.request, run.effect.attempt)
         try:
             await self._go(run, weights)
@@ -170,7 +170,7 @@ class Endpoint(ABC):
                 raise
             self._post(RunEnded(*key, run.tokens))
         except Exception as error:
-            logger.exception("run %s.%s on %s broke", *key, self.id)
+            logger.exception("run %s.%s (id %s) on %s broke", *key, client_id, self.id)
             self._post(RunFailed(*key, Fault.REJECTED, f"the sidecar failed: {error}", run.tokens))
         finally:
             self._runs.pop(key, None)

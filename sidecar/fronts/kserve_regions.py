@@ -20,10 +20,12 @@ from sidecar.fronts.kserve_later import Later
 from sidecar.fronts.kserve_tensors import REGION
 from sidecar.fronts.kserve_verbs import Verb, abort_with_first, ask_all, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort, id_metadata
-from sidecar.identities import clipped
+from sidecar.identities import Shape, clipped, problem_of
 from sidecar.shell.gateway import Gateway
 
 STATUS, REGISTER, UNREGISTER = (f"SystemSharedMemory{verb}" for verb in ("Status", "Register", "Unregister"))
+REGION_WORD = Shape("the region", 255, 255)
+"""Its name and its key, which is a file's: they are kept for as long as the server may forget the region."""
 NO_CUDA = (
     "CUDA shared memory is not served: engines with LoRA refuse inputs in the GPU's memory; register system shared "
     "memory instead, or send the tensors in the request"
@@ -69,6 +71,9 @@ def _guarded(tell: Verb) -> Verb:
     """Return a handler for names and keys that are not the sidecar's."""
 
     async def handle(request: Any, context: Any) -> Any:
+        for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
+            if problem := problem_of(REGION_WORD, word):
+                await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
         for what in (request.name, getattr(request, "key", "").lstrip("/")):
             if what.startswith(PREFIX):
                 await abort(context, _ours("the region is", what))

@@ -15,6 +15,7 @@ from pydantic.alias_generators import to_camel
 
 from sidecar.adapters.names import check_name
 from sidecar.errors import Invalid
+from sidecar.identities import TENANT, check_words
 from sidecar.kubernetes.api import Collection, Object
 from sidecar.shell.managing import cluster_owner
 from sidecar.state.records import Declared
@@ -132,6 +133,12 @@ class _Entry(_Part):
     tenants: tuple[str, ...] = ()
     pinned: bool = False
     rev: str = ""
+
+    @field_validator("tenants")
+    @classmethod
+    def _are_tenants(cls, tenants: tuple[str, ...]) -> tuple[str, ...]:
+        check_words(TENANT, tenants)
+        return tenants
 
     @field_validator("digest")
     @classmethod

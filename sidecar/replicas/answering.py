@@ -11,6 +11,7 @@ from typing import Any
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
+from sidecar.identities import REQUEST_ID, is_fit
 from sidecar.proto import peers_pb2
 from sidecar.replicas import forms
 from sidecar.replicas.forwarding import ended
@@ -164,7 +165,8 @@ class Answers:
             told = ended(0, facts, refused.reason, refused.message, request.backend, refused.retry_after_s)
             self._refuse(request.number, told)
         except Exception as error:  # what one request says, others on the same line must not suffer from
-            logger.exception("a request that another replica passed on cannot be read")
+            called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
+            logger.exception("a request (id %s) that another replica passed on cannot be read", called)
             message = f"the sidecar failed: {error}"
             self._refuse(request.number, ended(0, facts, Reason.BACKEND_FAILED, message, request.backend))
 

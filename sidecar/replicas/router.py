@@ -124,7 +124,8 @@ class Router:
         try:
             await self._until_answered(ticket, trip, after_s)
         except Exception as error:
-            logger.exception("request %s broke on its way to another replica", ticket.request)
+            broken = "request %s (id %s) broke on its way to another replica"
+            logger.exception(broken, ticket.request, ticket.client_id)
             if ticket.settled is None:
                 message = f"the sidecar failed: {error}"
                 ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))

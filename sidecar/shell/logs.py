@@ -54,6 +54,9 @@ def _one_line(text: str) -> str:
 class TextFormatter(logging.Formatter):
     """Lines for people: one a record, and a traceback below it where there is one."""
 
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(_one_line, super().format(record).split("\n")))  # the line breaks are a traceback's
+
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 — logging's name
         record.message = _one_line(record.message)
         return super().formatMessage(record)

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tritonclient.grpc import service_pb2
 
 from sidecar.backends.api import Ticket
 from sidecar.core.events import Received
@@ -115,6 +116,19 @@ async def test_kserve_with_a_parameter_of_a_megabyte(served: Serving, name: str)
     assert f'[INVALID_REQUEST] the parameter "{name}" has 1000000 characters' in answer.error_message
     assert len(answer.error_message) < 300
     assert arrived(served) == before
+
+
+async def test_kserve_with_a_region_of_a_megabyte(served: Serving) -> None:
+    """Its name and key are kept for as long as the server may forget the region."""
+    async with channel_to(served.sidecar.data_address) as stub:
+        for request in (
+            service_pb2.SystemSharedMemoryRegisterRequest(name=LONG, key="/k", byte_size=1),
+            service_pb2.SystemSharedMemoryRegisterRequest(name="r", key=LONG, byte_size=1),
+            service_pb2.SystemSharedMemoryRegisterRequest(name="two\nlines", key="/k", byte_size=1),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match=r"the region's (name|key) has") as caught:
+                await stub.SystemSharedMemoryRegister(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_kserve_with_an_id_of_a_megabyte(served: Serving) -> None:

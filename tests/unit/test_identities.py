@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sidecar import identities
-from sidecar.errors import Reason, Refused
+from sidecar.config import parse
+from sidecar.errors import Misused, Reason, Refused
 from sidecar.identities import Shape, checked, session_of
 from tests.identities import HOSTILE, REAL
 
@@ -36,6 +37,15 @@ def test_each_is_taken_up_to_its_bound(shape: Shape) -> None:
     assert checked(shape, wide)
     with pytest.raises(Refused):
         checked(shape, wide + "🦙")
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_nobody_configures_whom_no_request_can_be_of(word: str) -> None:
+    """A weight or a class for it would be for nobody."""
+    for queue in ({"tenant_weights": {word: 2}}, {"classes": {word: {}}}):
+        with pytest.raises(Misused, match=r"the tenant|the class") as caught:
+            parse({"queue": queue}, "the test")
+        assert caught.value.reason is Reason.CONFIG_INVALID
 
 
 def test_a_huge_one_is_not_shown() -> None:

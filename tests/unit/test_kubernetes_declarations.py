@@ -61,6 +61,7 @@ def test_a_lora_says_all_that_it_may() -> None:
         ({"name": "../up"}, "adapter name"),
         ({"removal": {"graceSeconds": -1}}, "removal.graceSeconds"),
         ({"tenants": "acme"}, "tenants"),
+        ({"tenants": ["two\nlines"]}, "the tenant has U+000A"),
     ],
 )
 def test_a_lora_that_is_wrong_keeps_its_name(spec: dict[str, Any], said: str) -> None:

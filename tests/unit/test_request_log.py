@@ -157,6 +157,22 @@ def test_text_lines() -> None:
     assert line.endswith('Z INFO sidecar.test: request ended request=7 tenant="a b" queue_ms=0.0\n')
 
 
+def test_nothing_that_is_logged_begins_a_line_or_moves_a_cursor() -> None:
+    """In a message of any logger, and in a traceback below it, whose own lines stay."""
+    assert written("text", "lost: a\nb\x1b[2J\u202e").endswith("lost: a\\nb\\x1b[2J\\u202e\n")
+    stream = io.StringIO()
+    writer = configure_logging("text", "info", stream)
+    try:
+        raise ValueError("two\x1b[2J")
+    except ValueError:
+        logging.getLogger("sidecar.test").exception("broke")
+    writer.stop()
+    first, *below = stream.getvalue().splitlines()
+    assert first.endswith("broke")
+    assert below[0] == "Traceback (most recent call last):"
+    assert below[-1] == "ValueError: two\\x1b[2J"
+
+
 def test_json_lines() -> None:
     """The JSON form is one object a line, values as members of their own type."""
     lines = written("json", Fields("request ended", request=7, queue_ms=0.5), "plain").splitlines()
