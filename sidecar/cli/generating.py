@@ -48,6 +48,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A word to stop at.", rich_help_panel=SAMPLING)] = None,
     tenant: Annotated[str, typer.Option(help="On whose behalf.", rich_help_panel=CALLER, show_default=False)] = "",
     klass: Annotated[str, typer.Option("--class", help="Request class.", rich_help_panel=CALLER)] = "default",
+    request_id: Annotated[
+        str,
+        typer.Option(
+            help="What logs are to call it; made up if not given.", rich_help_panel=CALLER, show_default=False
+        ),
+    ] = "",
     deadline_ms: Annotated[
         int, typer.Option(min=0, help="Of no use after so long; 0: never.", rich_help_panel=CALLER)
     ] = 0,
@@ -65,6 +71,7 @@ def generate(
     fields["class"] = klass
     if compare is not None:  # there is no adapter argument then: the first word is the prompt
         fields |= {"max_tokens": max_tokens, "stop_words": stop, "tenant": tenant, "deadline_ms": deadline_ms}
+        fields["request_id"] = request_id
         comparing.compare(client, compare.split(","), comparing.read_prompts(adapter, prompts), fields, as_json)
         return
     if adapter is None:
@@ -76,6 +83,7 @@ def generate(
         stop_words=stop,
         tenant=tenant,
         deadline_ms=deadline_ms,
+        request_id=request_id,
         **_prompt(prompt, tokens),
         **fields,
     )

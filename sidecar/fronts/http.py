@@ -15,13 +15,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from sidecar.core.state import Backend
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_listener import HttpListener
 from sidecar.fronts.http_rest import is_rest, rest_answer
+from sidecar.fronts.openai.asked import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
@@ -114,10 +115,12 @@ class HttpFront:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
+        if self._api is not None and path.startswith(f"{API}/"):
+            await self._api(scope, receive, send)
+            return
+        send = _with_id(scope, send)
         if is_rest(path):
             await self._answer_rest(scope)(scope, receive, send)
-        elif self._api is not None and path.startswith(f"{API}/"):
-            await self._api(scope, receive, send)
         elif await _is_too_long(receive):
             await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
         else:
@@ -149,6 +152,18 @@ class HttpFront:
     async def _show_ready(self, request: Request) -> Response:
         why = why_not_ready(self._gateway)
         return _text(503, why) if why else _text(200, "ok")
+
+
+def _with_id(scope: Scope, send: Send) -> Send:
+    """Return what sends an answer, and with one that is an error the id that the client finds it by."""
+
+    async def tell(message: Message) -> None:
+        if message.get("status", 200) >= 400:
+            header = (REQUEST_ID_HEADER, request_id_of(scope["headers"]).encode())
+            message = {**message, "headers": [*message["headers"], header]}
+        await send(message)
+
+    return tell
 
 
 async def _is_too_long(receive: Receive) -> bool:

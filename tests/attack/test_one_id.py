@@ -182,6 +182,9 @@ async def test_openai_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
             ("GET", "/v1/models/nobody", None, False),
             ("GET", COMPLETIONS, None, False),
             ("POST", "/v1/embeddings", {}, False),
+            ("GET", "/nothing", None, False),
+            ("POST", "/metrics", None, False),
+            ("POST", "/v2/models/ensemble/infer", {}, False),
         ):
             for headers in ({"x-request-id": "mine"}, {}):
                 response = await client.request(method, path, json=content, headers=headers)

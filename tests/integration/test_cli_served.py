@@ -186,7 +186,8 @@ async def test_generate(served: Served, tmp_path: Path) -> None:
     assert re.fullmatch(
         r"sql@v1 from trt-0: adapter fetched and loaded \(load .* ms\), queued .* ms, 2 tokens, 0 heals\n", ended.err
     )
-    answer = (await served.cli("generate", "sql", "hello", "--json")).json()
+    answer = (await served.cli("generate", "sql", "hello", "--request-id", "mine", "--json")).json()
+    assert answer["origin"]["request_id"] == "mine"
     assert answer["text"] == "I am sql — ja"
     assert (answer["origin"]["cache"], answer["origin"]["backend"]) == ("resident", "trt-0")
 
@@ -194,7 +195,8 @@ async def test_generate(served: Served, tmp_path: Path) -> None:
 async def test_generate_when_it_cannot(served: Served, tmp_path: Path) -> None:
     """An unknown adapter, a passed deadline and a missing prompt have their own endings."""
     await served.register("slow", tmp_path)
-    assert (await served.cli("generate", "slaw", "hi", "--json")).error()["reason"] == "UNKNOWN_ADAPTER"
+    unknown = (await served.cli("generate", "slaw", "hi", "--request-id", "mine", "--json")).error()
+    assert (unknown["reason"], unknown["request_id"]) == ("UNKNOWN_ADAPTER", "mine")
     late = await served.cli("generate", "slow", "hi", "--deadline-ms", "100", "--json")
     assert late.code == 1
     # Whether it was still being packed for, or running already, is a matter of how busy the machine is.
