@@ -46,10 +46,10 @@ def request_id_of(asked: str, metadata: Mapping[str, str]) -> str:
     return checked(REQUEST_ID, asked or metadata.get(REQUEST_ID_KEY, "")) or made_id()
 
 
-def id_of_call(context: Any) -> str:
-    """Return the id for an error of a call whose request says none, or is not read: its metadata's, or a new one."""
-    said = metadata_of(context).get(REQUEST_ID_KEY, "")
-    return said if said and is_fit(REQUEST_ID, said) else made_id()
+def id_of_call(context: Any, asked: str = "") -> str:
+    """Return the id for an error of a call whose request is not read: what it says, its metadata's, or a new one."""
+    words = (asked, metadata_of(context).get(REQUEST_ID_KEY, ""))
+    return next((said for said in words if said and is_fit(REQUEST_ID, said)), "") or made_id()
 
 
 def remaining_s(context: Any) -> float | None:

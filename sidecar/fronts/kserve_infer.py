@@ -25,7 +25,7 @@ from sidecar.fronts.kserve_live import Live, LiveRequests, stop_answer, stopped_
 from sidecar.fronts.kserve_regions import check_tensors
 from sidecar.fronts.kserve_request import Asked
 from sidecar.fronts.kserve_stream import ClientLeft, InferStream, StreamBroken
-from sidecar.fronts.kserve_structure import Structure, structure_of
+from sidecar.fronts.kserve_structure import Structure, id_in, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
 from sidecar.shell.gateway import Gateway
@@ -56,7 +56,7 @@ class KServe:
                 return bytes(stop_answer(asked).SerializeToString())
             live = self.submit(asked, context.peer(), context)
         except SidecarError as error:
-            request_id = request_id or callers.id_of_call(context)
+            request_id = request_id or callers.id_of_call(context, id_in(raw))
             log_refused(request_id, error)
             await abort(context, error, request_id)
         try:

@@ -15,7 +15,7 @@ from sidecar.errors import Reason, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve_lifetime import Lifetime
 from sidecar.fronts.kserve_live import Live, stop_answer, stopped_answer, words_for_client
-from sidecar.fronts.kserve_structure import structure_of
+from sidecar.fronts.kserve_structure import id_in, structure_of
 from sidecar.fronts.status import Metadata, status_of_error
 from sidecar.shell.request_log import log_refused
 
@@ -93,7 +93,10 @@ class InferStream:
             self._lifetime.check()
             live = self._front.submit(asked, self._peer, self)
         except SidecarError as error:
-            request_id = request_id or callers.id_of_call(self._context)
+            if not request_id:
+                own = id_in(raw)
+                request_id = callers.id_of_call(self._context, own)
+                client_id = own if own == request_id else ""
             log_refused(request_id, error)
             status = status_of_error(error, request_id)
             await self._write_error(client_id, request_id, error.reason, status, error.message)

@@ -19,12 +19,16 @@ STRUCTURE_BYTES_MAX = 8 << 20
 REPEATED_MAX = 256
 """Inputs, outputs, parameters and contents, each: TensorRT-LLM's models have about 60 inputs."""
 
+FIELDS_BEFORE_ID = 2
+"""The model's name and version."""
+
 _DESCRIPTOR = ModelInferRequest.DESCRIPTOR
 _COUNTS_MAX = {
     field.number << 3 | 2: REPEATED_MAX if field.is_repeated else 1 for field in ModelInferRequest.DESCRIPTOR.fields
 }
 """By tag: all fields have a length, and a tag of one byte."""
 _NAMES = {field.number << 3 | 2: field.name for field in ModelInferRequest.DESCRIPTOR.fields}
+_ID = _DESCRIPTOR.fields_by_name["id"].number << 3 | 2
 _CONTENT = _DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2
 _PARAMETER = _DESCRIPTOR.fields_by_name["parameters"].number << 3 | 2
 
@@ -81,6 +85,23 @@ def structure_of(raw: bytes) -> Structure:
         raise Refused(Reason.INVALID_REQUEST, "the request has a parameter twice; send each once")
     is_ours = len(parts) == 1 and ours == written and raw.startswith(ours)
     return Structure(message, contents, len(raw), raw if is_ours else None)
+
+
+def id_in(raw: bytes) -> str:
+    """Return the id of a message that is refused for its structure, "" where it is not among its first fields.
+
+    Every encoder writes it third, and nothing of the message may be read that costs anything.
+    """
+    at = 0
+    try:
+        for _ in range(FIELDS_BEFORE_ID + 1):
+            tag, (size, begin) = raw[at], _size(raw, at + 1)
+            at = begin + size
+            if tag == _ID:
+                return raw[begin:at].decode() if at <= len(raw) else ""
+    except (IndexError, UnicodeDecodeError, Refused):
+        pass
+    return ""
 
 
 def _split(raw: bytes) -> tuple[list[memoryview], list[memoryview], int]:

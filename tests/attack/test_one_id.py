@@ -17,6 +17,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tritonclient.grpc import service_pb2
 
 from sidecar.incident.explain import explain
 from sidecar.proto import admin_pb2, gateway_pb2
@@ -158,6 +159,40 @@ async def test_a_stream_tells_it_of_each_request(served: Serving, caplog: pytest
     assert sorted(told) == sorted(logged(caplog))
     assert told.count("same") == 2
     assert all(told)
+
+
+async def test_a_request_that_is_not_read_is_refused_under_its_id(served: Serving) -> None:
+    """One with an input twice, with an unknown field, or that ends in the middle; where there is an id to be seen."""
+    whole = core_request(request_id="mine", lora_name="a00")
+    twice = core_request(request_id="mine", lora_name="a00")
+    twice.inputs.append(twice.inputs[0])
+    twice.raw_input_contents.append(twice.raw_input_contents[0])
+    raw = whole.SerializeToString()
+    async with grpc.aio.insecure_channel(served.sidecar.data_address) as channel:
+        method = "/inference.GRPCInferenceService/Model"
+        infer: Any = channel.unary_unary(f"{method}Infer")
+        stream: Any = channel.stream_stream(f"{method}StreamInfer")
+        for bad, own in (
+            (twice.SerializeToString(), "mine"),
+            (raw + b"\xf8\x01\x01", "mine"),
+            (raw[:-3], "mine"),
+            (raw.replace(b"mine", b"m\nne")[:-3], None),
+            (raw.replace(b"mine", b"m\xffne")[:-3], None),
+            (raw[:9], None),
+            (b"\x1a", None),
+            (b"\x1a\xff\xff\xff\xff\x7f", None),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await infer(bad)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            told = info_of(caught.value).metadata["request_id"]
+            assert told == own if own else len(told) == 32
+            call = stream(iter([bad]))
+            answer = service_pb2.ModelStreamInferResponse.FromString(await call.read())
+            assert answer.infer_response.id == (own or "")
+            told = parameters_of(answer.infer_response)["lora_request_id"]
+            assert told == own if own else len(told) == 32
+            call.cancel()
 
 
 async def test_a_triton_client_may_name_it_as_it_likes(served: Serving) -> None:
