@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sidecar.shell.metric_table import OTHER
 
 
 class LabelValues:
-    """Gives the first `count_max` values a label of their own, and `_other` to the rest."""
+    """Gives the first `count_max` values a label of their own, and `_other` to the rest.
 
-    def __init__(self, count_max: int) -> None:
-        self._count_max = count_max
-        self._values: dict[str, None] = {}
+    `known` values have one from the start, beside those: whoever comes first cannot take their place.
+    """
+
+    def __init__(self, count_max: int, known: Iterable[str] = ()) -> None:
+        self._values: dict[str, None] = dict.fromkeys(known)
+        self._count_max = count_max + len(self._values)
 
     def __contains__(self, value: str) -> bool:
         return value in self._values

@@ -32,6 +32,7 @@ from sidecar.shell.state_gauges import families_of, family
 
 DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
 TENANT_LABELS_MAX = 50
+"""Beside those that `queue.tenant_weights` names."""
 LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
@@ -138,7 +139,7 @@ class Metrics:
         self._watch = LoopWatch()
         self._asking = asyncio.Lock()
         self._adapters = LabelValues(adapter_labels_max)
-        self._tenants = LabelValues(TENANT_LABELS_MAX)
+        self._tenants = LabelValues(TENANT_LABELS_MAX, self._core.state.config.tenant_weights)
         self._steps = 0
         self._refused_at_the_door = 0
         self._dispatched: dict[int, None] = {}

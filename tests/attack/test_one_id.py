@@ -24,7 +24,7 @@ from sidecar.proto import admin_pb2, gateway_pb2
 from tests.emulated import channel_to, core_request, running_engine
 from tests.identities import REAL
 from tests.kserve_clients import aio_client, ask, core_inputs, parameters_of
-from tests.serving import Serving, serving, write_adapters
+from tests.serving import Serving, serving, until, write_adapters
 
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])
 COMPLETIONS = "/v1/completions"
@@ -44,8 +44,9 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         yield started
 
 
-def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return the ids in the lines of requests since the last look."""
+async def logged(served: Serving, caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the ids in the lines of requests since the last look, all of which have ended."""
+    await until(lambda: not served.state.requests)
     ids = [record.msg.values["id"] for record in caplog.records if record.name == "sidecar.requests"]  # type: ignore[attr-defined]
     caplog.clear()
     return ids
@@ -77,7 +78,7 @@ async def test_generate_tells_it(served: Serving, caplog: pytest.LogCaptureFixtu
     ):
         origin, trailing = await generate(served, metadata, request_id=field)
         assert origin.request_id == trailing["x-request-id"] == (expected or origin.request_id)
-        assert logged(caplog) == [origin.request_id]
+        assert await logged(served, caplog) == [origin.request_id]
     again, _ = await generate(served, {})
     assert len(origin.request_id) == 32
     assert again.request_id != origin.request_id
@@ -112,7 +113,7 @@ async def test_generates_errors_have_it(
         told = info_of(caught.value).metadata["request_id"]
         assert told == dict(caught.value.trailing_metadata() or ())["x-request-id"] == (request_id or told)
         assert told
-        assert logged(caplog) == [told]
+        assert await logged(served, caplog) == [told]
 
 
 async def test_an_id_that_may_not_be_is_answered_under_another(
@@ -124,7 +125,7 @@ async def test_an_id_that_may_not_be_is_answered_under_another(
         await generate(served, {}, request_id="two\nlines")
     told = info_of(caught.value).metadata["request_id"]
     assert len(told) == 32
-    assert logged(caplog) == [told]
+    assert await logged(served, caplog) == [told]
 
 
 async def test_kserve_tells_it(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,12 +138,12 @@ async def test_kserve_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
             told = parameters_of(response)["lora_request_id"]
             assert (response.id, told) == (own, expected or told)
             assert dict(await call.trailing_metadata())["x-request-id"] == told
-            assert logged(caplog) == [told]
+            assert await logged(served, caplog) == [told]
         for request in (core_request(request_id="mine", lora_name="nobody"), core_request(request_id="mine", lora="x")):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.ModelInfer(request)
             assert info_of(caught.value).metadata["request_id"] == "mine"
-            assert logged(caplog) == ["mine"]
+            assert await logged(served, caplog) == ["mine"]
 
 
 async def test_a_stream_tells_it_of_each_request(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +157,7 @@ async def test_a_stream_tells_it_of_each_request(served: Serving, caplog: pytest
         ]
         answers = [answer async for answer in stub.ModelStreamInfer(iter(requests))]
     told = [parameters_of(answer.infer_response)["lora_request_id"] for answer in answers]
-    assert sorted(told) == sorted(logged(caplog))
+    assert sorted(told) == sorted(await logged(served, caplog))
     assert told.count("same") == 2
     assert all(told)
 
@@ -225,7 +226,7 @@ async def test_openai_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
                 response = await client.request(method, path, json=content, headers=headers)
                 told = response.headers["x-request-id"]
                 assert told == headers.get("x-request-id", told)
-                assert logged(caplog) == ([told] if is_logged else [])
+                assert await logged(served, caplog) == ([told] if is_logged else [])
 
 
 async def test_operators_errors_have_it_too(served: Serving) -> None:

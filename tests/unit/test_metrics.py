@@ -338,6 +338,19 @@ async def test_adapters_past_the_limit_are_other() -> None:
     }  # fmt: skip
 
 
+async def test_invented_tenants_do_not_take_the_label_of_one_that_is_configured() -> None:
+    """Who comes first is whoever a client says it is."""
+    world = Measured(config=CoreConfig(tenant_weights={"acme": 2.0}))
+    for number in range(TENANT_LABELS_MAX + 9):
+        world.send("", tenant=f"t{number}")
+        world.run()
+    world.send("", tenant="acme")
+    world.run()
+    samples = await scrape(world)
+    assert samples["lora_sidecar_tokens_total"][("_base", "acme", "output")] == 10
+    assert len({tenant for _, tenant, _ in samples["lora_sidecar_tokens_total"]}) == TENANT_LABELS_MAX + 2
+
+
 async def test_tenants_past_the_limit_are_other() -> None:
     """Clients cannot make series without end by inventing tenants."""
     world = Measured()
