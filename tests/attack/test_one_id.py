@@ -229,6 +229,17 @@ async def test_openai_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
                 assert await logged(served, caplog) == ([told] if is_logged else [])
 
 
+async def test_openai_gives_back_the_bytes_of_an_id(served: Serving) -> None:
+    """Also of one that is not ASCII: HTTP carries UTF-8, and whoever looks for it has these bytes."""
+    body = {"model": "a00", "prompt": "x", "max_tokens": 1}
+    async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as client:
+        for word in REAL:
+            if len(word) <= 128:
+                response = await client.post(COMPLETIONS, json=body, headers={"x-request-id": word.encode()})
+                assert response.status_code == 200
+                assert dict(response.headers.raw)[b"x-request-id"] == word.encode()
+
+
 async def test_operators_errors_have_it_too(served: Serving) -> None:
     for metadata in ((("x-request-id", "mine"),), ()):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
