@@ -82,7 +82,7 @@ class Credit:
     def _opening(self, room: Room) -> Decision | None:
         if room.pages_free is not None and room.pages_free <= 0:
             return None
-        blocked = [version for _, version, _ in self._queues.heads if version not in room.open and version != BASE]
+        blocked = [version for _, version in self._queues.heads if version not in room.open and version != BASE]
         for version in dict.fromkeys([*self._creditors(room), *blocked]):
             if room.can_open(version):
                 self._credit.pop(version, None)
@@ -91,7 +91,7 @@ class Credit:
 
     def _sending(self, room: Room) -> Decision | None:
         passed: list[str] = []
-        for head, version, _ in self._queues.heads:
+        for head, version in self._queues.heads:
             if version in self._ending:
                 continue
             if version != BASE and version not in room.open:

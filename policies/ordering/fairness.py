@@ -5,7 +5,8 @@ over the tenant's weight; the counter of a tenant that begins to wait is lifted 
 idling earns nothing. Output is charged in advance, as much as the client allows, and corrected at the end.
 
 Here a tenant may wait without being short of its share: for a slot for its adapter. So what it is owed is never more
-than what it has waiting, and the rest is written off: a tenant that asks for little holds nobody back, now or later.
+than what it has waiting: others are held back for no more than that, and the rest is written off when the tenant is
+next sent or asks for more. A tenant that asks for little holds nobody back, now or later.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from policies.ordering.owed import Owed
 from policies.views import Waiting
 
 INPUT_COST, OUTPUT_COST = 1, 2
 MEAN_SHARE = 0.01
 TENANTS_KEPT = 1000
-"""Counters of tenants with nothing outstanding are forgotten beyond so many."""
+"""Counters of tenants that wait for nothing are kept up to so many; then the less served half is forgotten."""
 
 
 @dataclass(slots=True)
@@ -40,70 +42,73 @@ class Waits:
 class TokenCounters:
     """The counters of one backend. `slack_requests` is how far ahead a tenant may be, in requests of the usual cost."""
 
-    def __init__(self, slack_requests: int) -> None:
+    def __init__(self, slack_requests: int, tenants_kept: int = TENANTS_KEPT) -> None:
         self._slack_requests = slack_requests
+        self._tenants_kept = tenants_kept
         self._served: dict[str, float] = {}
+        """The counters of all that wait, and of some that do not."""
         self._waiting: dict[str, Waits] = {}
         self._usual_cost = 0.0
+        self._owed = Owed()
+        self._changed: dict[str, None] = {}
+        """Tenants that `_owed` has yet to be told of: of several changes in a row only the last counts."""
 
     def queued(self, request: Waiting) -> None:
-        tenant = request.tenant
-        if tenant not in self._waiting:
-            least = self.least()
-            self._served[tenant] = max(self._served.get(tenant, 0.0), least or 0.0)
-            self._forget_idle()
-        cost = _cost(request)
-        self._waiting.setdefault(tenant, Waits()).add(cost)
+        tenant, cost = request.tenant, cost_of(request)
+        if tenant in self._waiting:
+            self._write_off(tenant)
+        else:
+            least = self._tell_owed().least if self._waiting else 0.0
+            self._served[tenant] = max(self._served.get(tenant, 0.0), least)
+            self._waiting[tenant] = Waits()
+        self._waiting[tenant].add(cost)
+        self._changed[tenant] = None
         self._usual_cost += (MEAN_SHARE if self._usual_cost else 1.0) * (cost - self._usual_cost)
+        self._forget_idle()
 
     def left(self, request: Waiting) -> None:
         waits = self._waiting[request.tenant]
-        waits.remove(_cost(request))
+        waits.remove(cost_of(request))
         if not waits.requests:
             del self._waiting[request.tenant]
+        self._changed[request.tenant] = None
 
     def sent(self, request: Waiting) -> None:
-        """Charge a request that is dispatched."""
-        self._served[request.tenant] = self._served.get(request.tenant, 0.0) + _cost(request)
+        """Charge a request that is dispatched; it still counts as waiting."""
+        self._write_off(request.tenant)
+        self._served[request.tenant] += cost_of(request)
+        self._changed[request.tenant] = None
 
     def ended(self, request: Waiting, output_tokens: int) -> None:
         """Give back what was charged for output that did not come."""
-        if request.tenant in self._served:
+        tenant = request.tenant
+        if tenant in self._served:
             unused = OUTPUT_COST * (request.output_tokens_max - output_tokens)
-            self._served[request.tenant] -= unused / request.weight
+            self._served[tenant] -= unused / request.weight
+            if tenant in self._waiting:
+                self._changed[tenant] = None
 
-    def least(self) -> float | None:
-        """Return the least counter of those that wait, as it is once what nobody is owed has been written off."""
-        if not self._waiting:
-            return None
-        most = max(self._served[tenant] for tenant in self._waiting)
-        return min(max(self._served[tenant], most - waits.cost) for tenant, waits in self._waiting.items())
-
-    def write_off(self) -> None:
-        """Lift the counters of those that wait for less than they are behind."""
-        if len(self._waiting) > 1:
-            most = max(self._served[tenant] for tenant in self._waiting)
-            for tenant, waits in self._waiting.items():
-                self._served[tenant] = max(self._served[tenant], most - waits.cost)
-
-    def served_most(self) -> float | None:
-        """Return the counter up to which tenants may be served; None while only one waits and all may."""
-        if len(self._waiting) < 2:
-            return None
-        least = self.least()
-        assert least is not None
-        return least + self._slack_requests * self._usual_cost
+    @property
+    def several(self) -> bool:
+        """Whether more than one tenant waits."""
+        return len(self._waiting) > 1
 
     def served(self, tenant: str) -> float:
         """Return the counter of a tenant that waits."""
         return self._served[tenant]
+
+    def served_most(self) -> float | None:
+        """Return the counter up to which tenants may be served; None while all may."""
+        if not self.several:
+            return None
+        return self._tell_owed().least + self._slack_requests * self._usual_cost
 
     def may_go(self, tenant: str, served_most: float | None) -> bool:
         return served_most is None or self._served[tenant] <= served_most
 
     def some_are_ahead(self, served_most: float | None) -> bool:
         """Whether a waiting tenant is held back."""
-        return served_most is not None and any(self._served[tenant] > served_most for tenant in self._waiting)
+        return served_most is not None and self._tell_owed().most > served_most
 
     def snapshot(self) -> Any:
         waiting = [[tenant, waits.requests, waits.cost] for tenant, waits in self._waiting.items()]
@@ -114,12 +119,33 @@ class TokenCounters:
         self._usual_cost, served, waiting = state
         self._served = dict(served)
         self._waiting = {tenant: Waits(requests, cost) for tenant, requests, cost in waiting}
+        self._owed, self._changed = Owed(), dict.fromkeys(self._waiting)
+
+    def _write_off(self, tenant: str) -> None:
+        """Lift the counter of a tenant that waits for less than it is behind."""
+        if self.several:
+            most = self._tell_owed().most
+            self._served[tenant] = max(self._served[tenant], most - self._waiting[tenant].cost)
+
+    def _tell_owed(self) -> Owed:
+        for tenant in self._changed:
+            waits = self._waiting.get(tenant)
+            if waits is None:
+                self._owed.discard(tenant)
+            else:
+                self._owed.put(tenant, self._served[tenant], waits.cost)
+        self._changed.clear()
+        return self._owed
 
     def _forget_idle(self) -> None:
-        if len(self._served) > TENANTS_KEPT + 2 * len(self._waiting):
-            least = self.least() or 0.0
-            self._served = {t: s for t, s in self._served.items() if t in self._waiting or s > least}
+        """Forget the less served half of too many idle tenants: being lifted when they come back changes least."""
+        if len(self._served) - len(self._waiting) <= self._tenants_kept:
+            return
+        idle = sorted((served, tenant) for tenant, served in self._served.items() if tenant not in self._waiting)
+        for _, tenant in idle[: len(idle) - self._tenants_kept // 2]:
+            del self._served[tenant]
 
 
-def _cost(request: Waiting) -> float:
+def cost_of(request: Waiting) -> float:
+    """Return what a request is charged when it is sent."""
     return (INPUT_COST * request.input_tokens + OUTPUT_COST * request.output_tokens_max) / request.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,8 +11,8 @@ from policies.lines import Line
 from policies.views import Waiting
 
 FIELDS = tuple(each.name for each in fields(Waiting))
-Head = tuple[int, str, str]
-"""The oldest request of a version and tenant: (id, version, tenant)."""
+Head = tuple[int, str]
+"""The oldest request of a version: (id, version)."""
 
 
 @dataclass(slots=True)
@@ -20,15 +21,14 @@ class Version:
 
     lines: dict[str, Line] = field(default_factory=dict)
     """One a tenant."""
+    heads: Line = field(default_factory=Line)
+    """The first of each line."""
     count: int = 0
     arrived_sum_ns: int = 0
 
     def head(self) -> int:
         """Return the oldest request; there is one."""
-        if len(self.lines) == 1:
-            (line,) = self.lines.values()
-            return line.first()
-        return min(line.first() for line in self.lines.values())
+        return self.heads.first()
 
     def ages_s(self, now_ns: int) -> float:
         """Return the sum of the ages of all that waits."""
@@ -36,7 +36,7 @@ class Version:
 
 
 class Queues:
-    """Every waiting request, and the head of each (version, tenant) in order of arrival."""
+    """Every waiting request, and the oldest of each version in order of arrival."""
 
     def __init__(self) -> None:
         self.requests: dict[int, Waiting] = {}
@@ -58,10 +58,7 @@ class Queues:
             line = version.lines[request.tenant] = Line()
         before = line.head()
         line.add(request.id)
-        if before is None or request.id < before:
-            if before is not None:
-                self._forget_head(before, request)
-            insort(self.heads, (request.id, request.version, request.tenant))
+        self._note_head(request.version, version, before, line.head())
 
     def remove(self, request_id: int) -> Waiting:
         request = self.requests.pop(request_id)
@@ -69,18 +66,23 @@ class Queues:
         version.count -= 1
         version.arrived_sum_ns -= request.arrived_ns
         line = version.lines[request.tenant]
-        was_head = line.head() == request_id
+        before = line.head()
         line.discard(request_id)
-        if was_head:
-            self._forget_head(request_id, request)
-            after = line.head()
-            if after is not None:
-                insort(self.heads, (after, request.version, request.tenant))
+        self._note_head(request.version, version, before, line.head())
         if not line:
             del version.lines[request.tenant]
             if not version.count:
                 del self.versions[request.version]
         return request
+
+    def is_head(self, request: Waiting) -> bool:
+        """Whether a request that waits is the oldest of its version and tenant."""
+        return self.versions[request.version].lines[request.tenant].head() == request.id
+
+    def lines_of(self, version: str) -> Mapping[str, Line]:
+        """Return what waits of a version, a line a tenant; empty when nothing does."""
+        waiting = self.versions.get(version)
+        return {} if waiting is None else waiting.lines
 
     def snapshot(self) -> Any:
         return [self.newest, [[getattr(request, name) for name in FIELDS] for request in self.requests.values()]]
@@ -94,5 +96,17 @@ class Queues:
         queues.newest = newest
         return queues
 
-    def _forget_head(self, head: int, request: Waiting) -> None:
-        del self.heads[bisect_left(self.heads, (head, request.version, request.tenant))]
+    def _note_head(self, name: str, version: Version, before: int | None, after: int | None) -> None:
+        """Take in the oldest request of a tenant's line, before and after a change."""
+        if before == after:
+            return
+        oldest = version.heads.head()
+        if before is not None:
+            version.heads.discard(before)
+        if after is not None:
+            version.heads.add(after)
+        if version.heads.head() != oldest:
+            if oldest is not None:
+                del self.heads[bisect_left(self.heads, (oldest, name))]
+            if version.heads:
+                insort(self.heads, (version.head(), name))

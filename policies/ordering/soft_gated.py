@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from policies.ordering.fairness import TokenCounters
+from policies.ordering.least_served import LeastServed
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
 from policies.ordering.turns import Turns
@@ -70,6 +71,7 @@ class SoftGated:
         self._queues = Queues()
         self._overdue = Overdue(self._queues)
         self._tenants = TokenCounters(SLACK_REQUESTS)
+        self._least_served = LeastServed(self._queues, self._tenants)
         self._turns = Turns()
         self._gates: dict[str, int] = {}
         """For each gated version the newest request that may still go in this turn."""
@@ -88,18 +90,26 @@ class SoftGated:
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
         self._queues.add(request)
         self._tenants.queued(request)
+        if self._queues.is_head(request):
+            self._least_served.note(request.tenant, (request.version,))
         self._turns.came(request.version, now_ns)
         self._overdue.queued(request, promise)
 
     def left(self, request_id: int, now_ns: int) -> None:
         request = self._queues.requests[request_id]
-        was_head = self._queues.versions[request.version].head() == request_id
+        was_oldest = self._queues.versions[request.version].head() == request_id
+        was_head = self._queues.is_head(request)
         self._queues.remove(request_id)
         self._tenants.left(request)
-        self._overdue.left(request, was_head)
+        if request.tenant not in self._queues.lines_of(request.version):
+            self._least_served.left(request.tenant, request.version)
+        elif was_head:
+            self._least_served.note(request.tenant, (request.version,))
+        self._overdue.left(request, was_oldest)
 
     def ended(self, request: Waiting, output_tokens: int, now_ns: int) -> None:
         self._tenants.ended(request, output_tokens)
+        self._least_served.note(request.tenant)
         self._turns.ended(request, output_tokens, now_ns)
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
@@ -115,7 +125,6 @@ class SoftGated:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
-        self._tenants.write_off()
         rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most())
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
@@ -146,6 +155,7 @@ class SoftGated:
         self._overdue = Overdue(self._queues)
         self._overdue.restore(state["overdue"])
         self._tenants.restore(state["tenants"])
+        self._least_served = LeastServed(self._queues, self._tenants)
         self._turns = Turns.restored(state["turns"])
         self._gates = dict(state["gates"])
 
@@ -230,31 +240,35 @@ class SoftGated:
         return (1, -(version.ages_s(now_ns) + version.count))
 
     def _next(self, room: Room, rule: Rule) -> int | None:
-        """Return the request that goes next, seats and KV room aside: the oldest's, but of its tenant served least."""
-        open_versions = room.open
-        for head, version, tenant in self._queues.heads:
-            if version != BASE and (version not in open_versions or open_versions[version].loading):
-                continue
-            if self._may_go(head, version, tenant, rule):
-                return head if rule.urgent != NOBODY else self._of_least_served(version)
-        return None
+        """Return the request that goes next, seats and KV room aside.
 
-    def _of_least_served(self, version: str) -> int:
-        """Return the oldest request of the tenant that was served least of those that may have one of a version."""
-        lines, gate = self._queues.versions[version].lines, self._gates.get(version, NO_GATE)
-        if len(lines) == 1:
-            return self._queues.versions[version].head()
-        heads = [(self._tenants.served(tenant), line.first()) for tenant, line in lines.items()]
-        return min((served, head) for served, head in heads if head <= gate)[1]
+        Of the version with the oldest one that is open, that of the tenant that was served least; while somebody is
+        urgent, the oldest.
+        """
+        for head, version in self._queues.heads:
+            if head > rule.urgent:
+                return None
+            if version != BASE and (version not in room.open or room.open[version].loading):
+                continue
+            found = self._first_of(version, rule)
+            if found is not None:
+                return found
+        return None
 
     def _has_next(self, version: str, rule: Rule) -> bool:
         """Whether a request of a version may go in this turn, or could if it had one."""
-        waiting = self._queues.versions.get(version)
-        if waiting is None:
-            return False
-        return any(self._may_go(line.first(), version, tenant, rule) for tenant, line in waiting.lines.items())
+        return version in self._queues.versions and self._first_of(version, rule) is not None
 
-    def _may_go(self, head: int, version: str, tenant: str, rule: Rule) -> bool:
-        if head > rule.urgent or head > self._gates.get(version, NO_GATE):
-            return False
-        return rule.urgent != NOBODY or self._tenants.may_go(tenant, rule.served_most)
+    def _first_of(self, version: str, rule: Rule) -> int | None:
+        """Return the request of a waiting version that may go first; None while none may."""
+        gate = min(rule.urgent, self._gates.get(version, NO_GATE))
+        head = self._queues.versions[version].head()
+        if head > gate:
+            return None
+        if rule.urgent != NOBODY:
+            return head
+        found = self._least_served.first(version, gate)
+        if found is None:
+            return None
+        served, request = found
+        return request if rule.served_most is None or served <= rule.served_most else None

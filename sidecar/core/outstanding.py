@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from sidecar.core.pace import Demand
 
+WEIGHT_UNITS = 1_000_000
+
 
 @dataclass
 class Outstanding:
@@ -21,8 +23,13 @@ class Outstanding:
     """Expected tokens and requests of each tenant that has any: a request counts one on top of its tokens."""
     weights: dict[str, float] = field(default_factory=dict)
     """Of the same tenants."""
+    weight_units: int = field(init=False, metadata={"derived": True})
+    """The sum of them in units of 1/WEIGHT_UNITS: whole, so that it is the same however it came about."""
     lengths: dict[int, int] = field(default_factory=dict)
     """How many requests may generate up to so many tokens, rounded up to three significant bits."""
+
+    def __post_init__(self) -> None:
+        self.weight_units = sum(map(_units, self.weights.values()))
 
     def add(self, tenant: str, weight: float, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
         """Count a request that begins to wait."""
@@ -31,8 +38,10 @@ class Outstanding:
         self.expected_tokens += expected_tokens
         self.queued_tokens += expected_tokens
         self.footprint_tokens += input_tokens + tokens_max
+        if tenant not in self.tenants:
+            self.weights[tenant] = weight
+            self.weight_units += _units(weight)
         self.tenants[tenant] = self.tenants.get(tenant, 0) + expected_tokens + 1
-        self.weights[tenant] = weight
         length = rounded_up(tokens_max)
         self.lengths[length] = self.lengths.get(length, 0) + 1
 
@@ -64,14 +73,19 @@ class Outstanding:
 
     def share_of(self, tenant: str) -> float:
         """Return a tenant's share of the engine among those that have something outstanding."""
-        return self.weights[tenant] / sum(self.weights.values())
+        return _units(self.weights[tenant]) / self.weight_units
 
     def _take_from_tenant(self, tenant: str, tokens: int) -> None:
         left = self.tenants[tenant] - tokens
         if left:
             self.tenants[tenant] = left
         else:
-            del self.tenants[tenant], self.weights[tenant]
+            del self.tenants[tenant]
+            self.weight_units -= _units(self.weights.pop(tenant))
+
+
+def _units(weight: float) -> int:
+    return max(1, round(weight * WEIGHT_UNITS))
 
 
 def rounded_up(tokens: int) -> int:

@@ -1,0 +1,109 @@
+"""The waiting tenants of a backend by how far they are behind, so that asking for the least served costs O(√n).
+
+A tenant with counter `s` and `c` waiting is owed at most `c`: where the most served one has `most`, it counts as
+max(s, most - c). Sorted by s + c, all below `most` count as most - c and all others as s, so the least of all is found
+from two extremes of each block of the sorted list. A heap cannot do it: with `most` every one of the first kind moves.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+
+BLOCK_MAX = 64
+"""Tenants of one block; a fuller one is split."""
+Entry = tuple[float, str, float, float]
+"""(counter + what waits, tenant, counter, what waits)."""
+
+
+class Owed:
+    """What waiting tenants have been served and have waiting."""
+
+    def __init__(self, block_max: int = BLOCK_MAX) -> None:
+        self._block_max = block_max
+        self._entries: dict[str, Entry] = {}
+        self._blocks: list[list[Entry]] = []
+        self._firsts: list[Entry] = []
+        """The first entry of each block; those below are as long."""
+        self._served_least: list[float] = []
+        self._served_most: list[float] = []
+        self._waiting_most: list[float] = []
+        self._most: float | None = None
+        """The largest counter, None while it has to be looked for."""
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, tenant: str, served: float, waiting: float) -> None:
+        """Add a tenant, or change what is known of it."""
+        self.discard(tenant)
+        entry = self._entries[tenant] = (served + waiting, tenant, served, waiting)
+        if not self._blocks:
+            self._blocks.append([])
+            self._firsts.append(entry)
+            self._served_least.append(served)
+            self._served_most.append(served)
+            self._waiting_most.append(waiting)
+        at = max(0, bisect_right(self._firsts, entry) - 1)
+        block = self._blocks[at]
+        insort(block, entry)
+        self._firsts[at] = block[0]
+        self._served_least[at] = min(self._served_least[at], served)
+        self._served_most[at] = max(self._served_most[at], served)
+        self._waiting_most[at] = max(self._waiting_most[at], waiting)
+        if self._most is not None:
+            self._most = max(self._most, served)
+        if len(block) > self._block_max:
+            self._split(at)
+
+    def discard(self, tenant: str) -> None:
+        """Forget a tenant that waits no more, or was not there."""
+        entry = self._entries.pop(tenant, None)
+        if entry is None:
+            return
+        at = bisect_right(self._firsts, entry) - 1
+        block = self._blocks[at]
+        del block[bisect_left(block, entry)]
+        if entry[2] == self._most:
+            self._most = None
+        if not block:
+            del self._blocks[at], self._firsts[at]
+            del self._served_least[at], self._served_most[at], self._waiting_most[at]
+            return
+        self._firsts[at] = block[0]
+        _, _, served, waiting = entry
+        if served in (self._served_least[at], self._served_most[at]) or waiting == self._waiting_most[at]:
+            self._sum_up(at)
+
+    @property
+    def most(self) -> float:
+        """The largest counter; there is a tenant."""
+        if self._most is None:
+            self._most = max(self._served_most)
+        return self._most
+
+    @property
+    def least(self) -> float:
+        """The least counter once nobody is owed more than it has waiting; there is a tenant."""
+        most = self.most
+        at = bisect_left(self._firsts, (most,))  # blocks from here on count by their counters
+        found = min(self._served_least[at:], default=most)
+        if not at:
+            return found
+        for sum_, _, served, waiting in self._blocks[at - 1]:
+            found = min(found, served if sum_ >= most else most - waiting)
+        return min(found, most - max(self._waiting_most[: at - 1], default=0.0))
+
+    def _split(self, at: int) -> None:
+        block = self._blocks[at]
+        half = len(block) // 2
+        self._blocks[at : at + 1] = [block[:half], block[half:]]
+        self._firsts.insert(at + 1, block[half])
+        for summary in (self._served_least, self._served_most, self._waiting_most):
+            summary.insert(at + 1, 0.0)
+        self._sum_up(at)
+        self._sum_up(at + 1)
+
+    def _sum_up(self, at: int) -> None:
+        served = [entry[2] for entry in self._blocks[at]]
+        self._served_least[at], self._served_most[at] = min(served), max(served)
+        self._waiting_most[at] = max([entry[3] for entry in self._blocks[at]])
