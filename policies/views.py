@@ -65,6 +65,10 @@ class Backlog:
     """To serve what is outstanding of its tenant at the tenant's share of the engine."""
     queue_ns: int
     """To serve what waits before it, as expected."""
+    tenant_queue_ns: int
+    """To serve what else is outstanding of its tenant at the tenant's share of the engine."""
+    token_ns: float
+    """What a token of anybody's answer takes of the engine, as expected."""
     run_ns: int
     """A long run, as they have been of late; 0 while none was seen."""
     turn_ns: int

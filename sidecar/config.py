@@ -350,6 +350,7 @@ class Queue(Section):
     ordering: str = "soft_gated"
     routing: str = "partitioned"
     output_tokens_assumed: int = Field(1024, ge=1)
+    sequence_tokens_assumed: int = Field(131_072, ge=1)
     queued_max: int = Field(50_000, ge=1)
     queued_tokens_max: int = Field(1 << 31, ge=1)
     queued_bytes_max: int = Field(1 << 30, ge=1)
@@ -524,6 +525,7 @@ class Config(Section):
             disk_bytes=self.store.disk_bytes if self.data_directory is not None else 0,
             fetches_max=self.store.fetches_max,
             output_tokens_assumed=self.queue.output_tokens_assumed,
+            sequence_tokens_assumed=self.queue.sequence_tokens_assumed,
             queued_max=self.queue.queued_max,
             queued_tokens_max=self.queue.queued_tokens_max,
             queued_bytes_max=self.queue.queued_bytes_max,

@@ -89,6 +89,11 @@ class TokenCounters:
                 self._changed[tenant] = None
 
     @property
+    def slack_tokens(self) -> float:
+        """How far ahead a tenant may be, in output tokens."""
+        return self._slack_requests * self._usual_cost / OUTPUT_COST
+
+    @property
     def several(self) -> bool:
         """Whether more than one tenant waits."""
         return len(self._waiting) > 1

@@ -10,9 +10,11 @@ turn, and when the last of it has ended the slot is free. Two things set gates.
 
 * A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came), or a third
   of what its class may wait if that is less: longer than that it would not wait even if everything were served in
-  turn. For each overdue version without a slot one open version is gated, the one whose runs end first. Without
-  overdue versions open slots stay open, so nothing is lost to gates where the wait is natural. Gates on a snapshot are
-  stable whenever the load is below capacity; slots closed by age alone serve about one request a visit in overload.
+  turn. Of what other tenants have outstanding no more counts than they are served meanwhile: at their shares, and as
+  far as they may be ahead. For each overdue version without a slot one open version is gated, the one whose runs end
+  first. Without overdue versions open slots stay open, so nothing is lost to gates where the wait is natural. Gates on
+  a snapshot are stable whenever the load is below capacity; slots closed by age alone serve about one request a visit
+  in overload.
 * Seats are free and nothing may be sent. Then a version is gated of which far fewer newcomers are expected during a run
   than wait for the deepest version without a slot, unless that is a single one, or its slot stays taken for long anyway
   (`turns.py`).
@@ -77,12 +79,14 @@ class SoftGated:
         """For each gated version the newest request that may still go in this turn."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
-        drain_ns = round(DRAIN_FACTOR * max(backlog.drain_ns, backlog.tenant_drain_ns))
-        latest_ns = max(backlog.drain_ns, round(LIMIT_SHARE * backlog.limit_ns))
-        overdue_ns = min(max(backlog.patience_ns, drain_ns), latest_ns) + backlog.fetch_ns
+        ahead_ns = round(self._tenants.slack_tokens * backlog.token_ns)
+        drain_ns = min(backlog.drain_ns, backlog.tenant_drain_ns + ahead_ns)
+        latest_ns = max(drain_ns, round(LIMIT_SHARE * backlog.limit_ns))
+        twice_ns = DRAIN_FACTOR * max(drain_ns, backlog.tenant_drain_ns)
+        overdue_ns = min(max(backlog.patience_ns, twice_ns), latest_ns) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
-        expected_ns = round(QUEUE_MARGIN * backlog.queue_ns)
+        expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + ahead_ns))
         if not backlog.open or request.version in self._gates:
             expected_ns = max(expected_ns, overdue_ns - backlog.fetch_ns + rounds * backlog.run_ns)
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)

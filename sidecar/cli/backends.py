@@ -164,7 +164,7 @@ def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
         print_json(list(backends))
     else:
         columns = ("BACKEND", "STATE", "PACE", ">WAIT", "DETAIL")
-        rows = [(b.id, _state(b), PACES.get(b.pace, b.pace), duration(b.predicted_wait_s), b.detail) for b in backends]
+        rows = [(b.id, _state(b), PACES.get(b.pace, b.pace), _predicted(b), b.detail) for b in backends]
         console().print(table(columns, rows))
     down = [backend.id for backend in backends if backend.state not in GOOD]
     if down:
@@ -244,8 +244,12 @@ def _engine(backend: Any) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _predicted(backend: Any) -> str:
+    return duration(backend.predicted_wait_s) if backend.HasField("predicted_wait_s") else "?"
+
+
 def _wait(backend: Any) -> str:
-    if backend.pace == "guess":
+    if not backend.HasField("predicted_wait_s"):
         return "wait nobody knows how long"
     return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 

@@ -129,6 +129,8 @@ class _Bench:
             drain_ns=10**8,
             tenant_drain_ns=10**8,
             queue_ns=10**8,
+            tenant_queue_ns=10**8,
+            token_ns=10.0**5,
             run_ns=10**7,
             turn_ns=10**7,
             open=request.version in self.open,

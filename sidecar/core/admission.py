@@ -26,6 +26,7 @@ def received(turn: Turn, event: Received) -> None:
     try:
         name, ordinal = _resolve(state, event)
         digest = name.versions[ordinal] if name is not None else BASE
+        event = _counted(state, event, digest)
         limit = _admit(state, event, name, digest, turn.now_ns)
         _find_server(state, event, name, digest)
     except Refused as refused:
@@ -60,6 +61,19 @@ def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
     return digest, tuple(each for each in servers if each.can_seat(event.sequences, state.config)) or servers
 
 
+def _counted(state: State, event: Received, digest: str) -> Received:
+    """Return the request as it counts here: it cannot take more of an engine than the engine can give.
+
+    Its bytes say what the client asked, and the engine refuses or cuts that by itself. Were it counted as it is asked,
+    one client could lengthen everybody's promises at will.
+    """
+    config = state.config
+    servers = asks.among(asks.servers_of(state, digest), event.only)
+    longest = [backend.facts.sequence_tokens_max or config.sequence_tokens_assumed for backend in servers]
+    most = max(1, max(longest, default=config.sequence_tokens_assumed) - event.input_tokens) * event.sequences
+    return replace(event, output_tokens_max=min(event.output_tokens_max or config.output_tokens_assumed, most))
+
+
 def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
     expires_ns = turn.now_ns + limit.queue_wait_ns_max
     if event.deadline_ns is not None:
@@ -72,7 +86,7 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         klass=event.klass,
         arrived_ns=turn.now_ns,
         input_tokens=event.input_tokens,
-        output_tokens_max=event.output_tokens_max or turn.state.config.output_tokens_assumed,
+        output_tokens_max=event.output_tokens_max,
         weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
         sequences=event.sequences,
     )

@@ -34,6 +34,8 @@ class CoreConfig:
     fetches_max: int = 4
     output_tokens_assumed: int = 1024
     """What a request may generate that does not say."""
+    sequence_tokens_assumed: int = 131_072
+    """The longest prompt and answer of an engine that does not say; a request counts as no longer than that."""
     queued_max: int = 50_000
     queued_tokens_max: int = 1 << 31
     queued_bytes_max: int = 1 << 30

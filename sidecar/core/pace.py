@@ -17,6 +17,8 @@ YIELD_HALF_LIFE_NS = 120_000_000_000
 YIELD_LEAST_NS = 20_000_000_000
 YIELD_LONG_NS = 100_000_000_000
 """Of a hopelessly slow engine, less work than the least is seen for ever: after so long that says enough."""
+YIELD_BUSY_NS, YIELD_SEEN = 15_000_000_000, 50
+"""So does half the time of a busy one, if it is made of many observations: whatever is expected of the engine."""
 YIELD_FACTOR_MAX = 8.0
 
 
@@ -88,6 +90,8 @@ class Yield:
     busy_ns: float = 0.0
     expected_ns: float = 0.0
     at_ns: int = 0
+    seen: int = 0
+    """Observations so far, as far as it matters."""
 
     def resume(self, now_ns: int) -> None:
         """The engine was idle until now."""
@@ -99,12 +103,15 @@ class Yield:
         kept = 0.5 ** (took_ns / YIELD_HALF_LIFE_NS)
         self.busy_ns = self.busy_ns * kept + took_ns
         self.expected_ns = self.expected_ns * kept + expected_ns
+        self.seen = min(self.seen + 1, YIELD_SEEN)
         self.at_ns = now_ns
 
     @property
     def known(self) -> bool:
-        """Whether enough was seen: much work, or next to none in all that time."""
-        return self.expected_ns >= YIELD_LEAST_NS or self.busy_ns >= YIELD_LONG_NS
+        """Whether enough was seen: much work, much of the time, or next to none in all that time."""
+        if self.expected_ns >= YIELD_LEAST_NS or self.busy_ns >= YIELD_LONG_NS:
+            return True
+        return self.seen >= YIELD_SEEN and self.busy_ns >= YIELD_BUSY_NS
 
     @property
     def factor(self) -> float:

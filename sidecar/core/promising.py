@@ -35,8 +35,13 @@ def _versions(backend: Backend) -> int:
 
 
 def pace_is_known(backend: Backend) -> bool:
-    """Whether an engine's pace is more than a guess."""
+    """Whether the time of an engine's steps is more than a guess."""
     return backend.facts.pace is not None or backend.steps.known
+
+
+def wait_is_known(backend: Backend) -> bool:
+    """Whether it is more than a guess how fast an engine serves: what its runs took says so without any step."""
+    return pace_is_known(backend) or backend.yielded.known
 
 
 def reading_ns(backend: Backend, request: Request) -> int:
@@ -82,10 +87,13 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
     slots = max(1, min(slots_of(backend, packed.pages), _held_at_once(state, packed)))
     each_ns, slowest_ns = _token_times(state, backend, demand, slots)
     tenant, limit = request.view.tenant, state.config.classes[request.view.klass]
+    of_tenant, share = outstanding.tenants[tenant], outstanding.share_of(tenant)
     return Backlog(
         drain_ns=round(outstanding.expected_tokens * each_ns),
-        tenant_drain_ns=round(outstanding.tenants[tenant] * each_ns / outstanding.share_of(tenant)),
+        tenant_drain_ns=round(of_tenant * each_ns / share),
         queue_ns=round((outstanding.queued_tokens - request.expected_tokens) * each_ns),
+        tenant_queue_ns=round(max(0, of_tenant - request.expected_tokens - 1) * each_ns / share),
+        token_ns=each_ns,
         run_ns=round(backend.runs.long_ns),
         turn_ns=round(outstanding.longest_tokens * slowest_ns),
         open=is_open or _finds_a_slot(backend, packed, blocked),
@@ -126,9 +134,16 @@ def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
     return version == BASE or (state.store.has(state.packed_for(version, backend).key) and not state.store.evictions)
 
 
-def wait_ns(state: State, backend: Backend) -> int:
-    """Return how long it takes to serve what waits at a backend, as expected; 0 while its pace is a guess."""
-    if not backend.outstanding.queued_tokens or not pace_is_known(backend):
+def wait_ns(state: State, backend: Backend) -> int | None:
+    """Return how long one that comes now waits at a backend, as expected; None where that would be a guess."""
+    if wait_is_known(backend):
+        return serving_ns(state, backend)
+    return 0 if not backend.queued and backend.in_flight < backend.seats(state.config) else None
+
+
+def serving_ns(state: State, backend: Backend) -> int:
+    """Return how long it takes to serve what waits at a backend, by its pace, known or guessed."""
+    if not backend.outstanding.queued_tokens:
         return 0
     demand = backend.outstanding.demand(max(1, _versions(backend)))
     each_ns, _ = _token_times(state, backend, demand, slots_of(backend, 1))

@@ -191,7 +191,7 @@ class BackendView:
     heals: tuple[HealView, ...]
     resident: tuple[str, ...]
     pace: str
-    predicted_wait_ns: int
+    predicted_wait_ns: int | None
     notes: tuple[str, ...]
 
 
@@ -242,7 +242,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
 def _pace_word(backend: Backend) -> str:
     if backend.facts.pace is not None:
         return "calibrated"
-    return "learned" if promising.pace_is_known(backend) else "guess"
+    return "learned" if promising.wait_is_known(backend) else "guess"
 
 
 def _standing(state: State, backend: Backend) -> str:

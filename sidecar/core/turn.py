@@ -46,7 +46,7 @@ class Turn:
             self.void_promises(backend, "kept apart")
         elif promising.bounds_hold(self.state, backend, request.version):
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
-        if not promising.pace_is_known(backend):
+        if not promising.wait_is_known(backend):
             return 0  # nobody is refused on a guess
         return backlog.queue_ns if request.promise is None else request.promise.expected_ns
 

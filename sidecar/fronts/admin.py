@@ -110,7 +110,7 @@ def backend_message(view: queries.BackendView) -> Any:
         resident=view.resident,
         detail="; ".join(view.notes),
         pace=view.pace,
-        predicted_wait_s=view.predicted_wait_ns / 1e9,
+        predicted_wait_s=None if view.predicted_wait_ns is None else view.predicted_wait_ns / 1e9,
     )
 
 

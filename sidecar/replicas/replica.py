@@ -211,7 +211,7 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
         state=_state_of(state, backend),
         running=seen.running,
         queued=seen.queued,
-        backlog_s=promising.wait_ns(state, backend) / 1e9,
+        backlog_s=promising.serving_ns(state, backend) / 1e9,
         resident=list(backend.shadow.host.held),
         arrived=arrived,
         seats=seen.seats,

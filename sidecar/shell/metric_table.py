@@ -62,7 +62,11 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("wait_bounds_voided_total", "Promises that became void, by what they rested on and is gone.", "reason"),
     _counter("wait_bounds_exceeded_total", "Waits that were longer than a promise that was not void: a bug of ours."),
-    _gauge("predicted_wait_seconds", "How long a request that comes now would wait, as far as is known.", "backend"),
+    _gauge(
+        "predicted_wait_seconds",
+        "How long a request that comes now would wait; no sample while nobody knows.",
+        "backend",
+    ),
     _counter("dispatches_total", "Dispatches, by where the adapter came from.", "cache"),
     _gauge("queued_requests", 'Requests that wait, by backend; backend "" is none at the moment.', "backend"),
     _gauge(

@@ -70,7 +70,11 @@ def _voided(state: State) -> Samples:
 
 
 def _predicted_waits(state: State) -> Samples:
-    return _each_backend(lambda backend: promising.wait_ns(state, backend) / 1e9)(state)
+    """Yield what is known: an engine whose pace is a guess has no sample, for 0 would say that nobody waits."""
+    for backend in state.backends.values():
+        wait_ns = promising.wait_ns(state, backend)
+        if wait_ns is not None:
+            yield (backend.id,), wait_ns / 1e9
 
 
 def _resident(state: State) -> Iterator[tuple[tuple[str, ...], float]]:

@@ -204,7 +204,7 @@ async def test_a_request_without_a_promise_has_no_bound() -> None:
 
 
 async def test_the_predicted_wait_of_each_backend() -> None:
-    """0 while the pace is a guess, and what waits, by its tokens, where it is calibrated."""
+    """Nothing while the pace is a guess and somebody waits, and what waits, by its tokens, where it is calibrated."""
     world = Measured(engines=0)
     world.add_engine("b0", facts_of(seats=1))
     pace = Pace(fixed_ns=10e6, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
@@ -214,6 +214,11 @@ async def test_the_predicted_wait_of_each_backend() -> None:
         world.send(output_tokens=100)
     waits = (await scrape(world))["lora_sidecar_predicted_wait_seconds"]
     assert waits == {("b0",): 0, ("b1",): pytest.approx(3.0)}
+    world.feed(ev.DrainSet("b0", False))
+    world.feed(ev.DrainSet("b1", True))
+    for _ in range(4):
+        world.send(output_tokens=100)
+    assert ("b0",) not in (await scrape(world))["lora_sidecar_predicted_wait_seconds"]
 
 
 async def test_loads_by_phase() -> None:
