@@ -12,6 +12,7 @@
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
 # make chaos   replicas, Redis and engines as processes that are killed, stopped and cut off under load; ONLY=name for one
+# make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make fuzz    100,000 damaged adapters
 # make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
@@ -21,6 +22,7 @@
 
 PYTHON ?= python3
 WORKERS ?= auto
+MINUTES ?= 10
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
@@ -28,7 +30,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -126,6 +128,9 @@ e2e-replicas: $(DEVELOPING)
 
 chaos: $(DEVELOPING)
 	$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
+
+soak: $(DEVELOPING)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) --seed $(or $(SEED),0)
 
 proto: $(DEVELOPING)
 	proto/generate.sh

@@ -24,6 +24,7 @@ from sidecar.adapters.refusal import malformed, unreadable, unsupported
 from sidecar.adapters.shards import INDEX_BYTES_MAX, Tensors, open_sharded, open_single
 from sidecar.adapters.targets import Target as Target
 from sidecar.adapters.targets import targets_of
+from sidecar.adapters.tensors import open_regular
 
 WEIGHTS_FILE_NAME = "adapter_model.safetensors"
 INDEX_FILE_NAME = f"{WEIGHTS_FILE_NAME}.index.json"
@@ -112,7 +113,7 @@ def _read_config(directory: Path, adapter: str) -> bytes:
 
 def _read_bounded(path: Path, limit: int, adapter: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, adapter), "rb") as file:
             # What is asked for is reserved, however little there is.
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:

@@ -82,7 +82,7 @@ class TensorFile:
     def __init__(self, path: Path, adapter: str) -> None:
         self.path = path
         self.adapter = adapter
-        self._descriptor = _open_regular(path, adapter)
+        self._descriptor = open_regular(path, adapter)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         self._identity = self._stamp()
         try:
@@ -163,7 +163,8 @@ class TensorFile:
         return malformed(self.adapter, f"{self.path.name}: {why}")
 
 
-def _open_regular(path: Path, adapter: str) -> int:
+def open_regular(path: Path, adapter: str) -> int:
+    """Open a file to read, whatever has taken its place since it was looked at. Raises Invalid for what is none."""
     try:
         # Without O_NONBLOCK a FIFO in the file's place would hang the open.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)

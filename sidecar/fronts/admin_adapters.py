@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from time import monotonic_ns, time
 from typing import Any
 
@@ -12,6 +13,7 @@ from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.admin_verify import Verifier
 from sidecar.fronts.push import Pushes
 from sidecar.fronts.status import abort, answers_errors
+from sidecar.identities import clipped
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
@@ -20,6 +22,7 @@ from sidecar.state.registry import Change
 
 LISTED_A_TURN = 50
 """Adapters put into a list before the event loop gets to do something else."""
+_TOKEN = re.compile(r"[0-9]{1,18}\Z")
 WATCHED_MAX = 1000
 """Changes that a watcher may be behind; past that its call ends and it resumes from its token."""
 
@@ -147,8 +150,8 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         registry = self._catalogue.registry
         if not token:
             return [Change(registry.last_change, record.name, record) for record in registry.all()]
-        if not token.isdigit():
-            raise Refused(Reason.INVALID_REQUEST, f'"{token[:80]}" is not a token that Watch gave')
+        if not _TOKEN.match(token):
+            raise Refused(Reason.INVALID_REQUEST, f'"{clipped(token)}" is not a token that Watch gave')
         return await registry.changes_after(int(token))
 
     def _change_message(self, change: Change) -> Any:

@@ -43,6 +43,8 @@ class Pushes:
         start = await self._start(requests)
         files = [PushedFile(file.name, file.size_bytes, file.sha256) for file in start.files]
         check_name(start.name)
+        wanted = _wanted(start)
+        wanted.check(start.name)
         sources = self._gateway.sources
         check_announced(start.name, files, sources.limits)
         with sources.incoming() as folder:
@@ -51,7 +53,7 @@ class Pushes:
                 await self._take_all(start.name, requests, receiver)
             finally:
                 receiver.close()
-            return await self._gateway.catalogue.push(start.name, folder, _wanted(start))
+            return await self._gateway.catalogue.push(start.name, folder, wanted)
 
     async def _start(self, requests: AsyncIterator[Any]) -> Any:
         first = await self._next(requests, "")

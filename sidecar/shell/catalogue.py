@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,8 @@ from sidecar.state.registry import Change, Registry
 DRAIN_POLL_S = 0.02
 ATTEMPTS_MAX = 8
 """Times that a change is worked out anew because somebody else changed the same name in between."""
+
+_ORDINAL = re.compile(r"v[0-9]{1,9}\Z")
 
 logger = logging.getLogger(__name__)
 
@@ -292,14 +295,14 @@ class Catalogue:
 
     def _ordinal(self, record: Record, selector: str) -> int:
         """Return the ordinal that "v8" or the start of a digest selects."""
-        if selector.startswith("v") and selector[1:].isdigit():
+        if _ORDINAL.match(selector):
             return record.of(int(selector[1:])).ordinal
         for version in reversed(record.versions):
             if len(selector) >= 8 and version.adapter.digest.startswith(selector):
                 return version.ordinal
         has = ", ".join(f"v{version.ordinal} ({version.adapter.digest[:12]})" for version in record.versions)
         raise Invalid(
-            Reason.INVALID_NAME, f'{record.name} has no version "{selector[:80]}"; it has {has}', adapter=record.name
+            Reason.INVALID_NAME, f"{record.name} has no version {shown(selector)}; it has {has}", adapter=record.name
         )
 
 

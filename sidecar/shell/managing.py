@@ -11,6 +11,8 @@ from sidecar.state.records import Declared, Record
 
 CONFIG = "config"
 BY_HAND = ("cli", "push")
+ALLOWED_MAX = 10_000
+"""Tenants of an allow list, which is in that record too."""
 LABELS_CHARACTERS_MAX = 64 << 10
 """Of all of a version's labels: they are in the record that every replica holds."""
 CLUSTER = "k8s:"
@@ -39,7 +41,13 @@ class Wanted:
     """Called right before anything is written down; raises what speaks against it by then."""
 
     def check(self, name: str) -> None:
-        """Raise Invalid(INVALID_NAME) for a tenant that no request can be of, and for labels without end."""
+        """Raise Invalid(INVALID_NAME) for a tenant that no request can be of, or tenants and labels without end."""
+        if len(self.allow) > ALLOWED_MAX:
+            raise Invalid(
+                Reason.INVALID_NAME,
+                f"{name}: its allow list has {len(self.allow)} tenants; at most {ALLOWED_MAX} are kept",
+                adapter=name,
+            )
         for tenant in self.allow:
             if problem := problem_of(TENANT, tenant):
                 raise Invalid(Reason.INVALID_NAME, f"{name}: the tenant on its allow list {problem}", adapter=name)

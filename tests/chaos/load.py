@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from time import monotonic
@@ -48,6 +48,10 @@ class Try:
     adapter: str
     streams: bool
     begun_s: float
+    digest: str = ""
+    tenant: str = ""
+    silence_s: float = 0.0
+    """For how long its client reads nothing after the first message."""
     tokens: int = 0
     ending: str = ""
     ended_s: float = 0.0
@@ -103,10 +107,16 @@ class Load:
     async def _come(self) -> None:
         random = Random(self.seed)
         while True:
-            ask = asyncio.create_task(self._ask(Random(random.random())))
-            self._asks.add(ask)
-            ask.add_done_callback(self._ended)
+            one = Random(random.random())
+            adapter = one.choice(sorted(self.pool.digests))
+            self.begin(self.ask(one, adapter, self.pool.digests[adapter]))
             await asyncio.sleep(random.expovariate(RATE))
+
+    def begin(self, asking: Coroutine[Any, Any, None]) -> None:
+        """Let something be asked beside all else; `stop` waits for it."""
+        ask = asyncio.create_task(asking)
+        self._asks.add(ask)
+        ask.add_done_callback(self._ended)
 
     async def _look_at_clock(self) -> None:
         seen_s = monotonic()
@@ -119,12 +129,13 @@ class Load:
         if ask.cancelled() or ask.exception() is None:
             self._asks.discard(ask)
 
-    async def _ask(self, random: Random) -> None:
-        adapter, streams = random.choice(sorted(self.pool.digests)), random.random() < 0.5
+    async def ask(self, random: Random, adapter: str, digest: str, tenant: str = "", silence_s: float = 0.0) -> None:
+        """Ask one replica after the other until it has run, or there is no point any more."""
+        streams = silence_s > 0 or random.random() < 0.5
         pause_s, first = PAUSE_S, random.randrange(len(self.pool.replicas))
         for number in range(TRIES):
             replica = self.pool.replicas[(first + number) % len(self.pool.replicas)]
-            tried = Try(replica.name, adapter, streams, monotonic())
+            tried = Try(replica.name, adapter, streams, monotonic(), digest, tenant, silence_s)
             self.tries.append(tried)
             await self._try(tried)
             if tried.ending not in (REFUSED, UNREACHABLE):
@@ -139,12 +150,15 @@ class Load:
             tokens=gateway_pb2.TokenIds(ids=[BOS, 1, 2, 3]),
             max_tokens=TOKENS,
             stream=tried.streams,
+            tenant=tried.tenant,
         )
         got: list[int] = []
         origins: list[Any] = []
         stub = gateway_pb2_grpc.GatewayStub(self._channels[tried.replica])
         try:
             async for message in stub.Generate(request, timeout=SILENT_S):
+                if tried.silence_s and not got:
+                    await asyncio.sleep(tried.silence_s)
                 got += message.token_ids
                 if message.HasField("origin"):
                     origins.append(message.origin)
@@ -154,7 +168,7 @@ class Load:
             tried.ending = FULL if len(origins) == 1 and len(got) == TOKENS else DOUBLED
             tried.backend = origins[0].backend if origins else ""
         tried.tokens, tried.ended_s = len(got), monotonic()
-        expected = tokens_of(self.pool.digests[tried.adapter], TOKENS)
+        expected = tokens_of(tried.digest, TOKENS)
         if len(origins) > 1 or len(got) > TOKENS:
             tried.ending = DOUBLED
         elif got != expected[: len(got)]:

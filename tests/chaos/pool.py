@@ -126,7 +126,9 @@ class ChaosPool:
 
 
 @asynccontextmanager
-async def chaos_pool(folder: Path, sentinel: bool = False, previous: Path | None = None) -> AsyncIterator[ChaosPool]:
+async def chaos_pool(
+    folder: Path, sentinel: bool = False, previous: Path | None = None, engine_count: int = ENGINES
+) -> AsyncIterator[ChaosPool]:
     """Run a pool for a block; it begins when every backend has an owner that all know of.
 
     All replicas but the first run the code of `previous`, if that is given.
@@ -139,7 +141,7 @@ async def chaos_pool(folder: Path, sentinel: bool = False, previous: Path | None
         else:
             redis = await stack.enter_async_context(running(folder / "redis"))
         engines, logs = [], []
-        for number in range(ENGINES):
+        for number in range(engine_count):
             log = EngineLog(folder / f"engine-{number}.jsonl")
             engine = EngineProcess(*ENGINE, "--served-log", str(log.path), time_scale=1.0)
             engines.append(await stack.enter_async_context(engine))
@@ -176,7 +178,7 @@ async def _replica(
             for at, engine in enumerate(engines)
         ],
         "listeners": {"data": {"address": data}, "admin": {"address": admin}, "http": {"address": "127.0.0.1:0"}},
-        "adapters": {"serve": str(folder / "adapters")},
+        "adapters": {"serve": str(folder / "adapters"), "roots": [str(folder)]},
         "state": {"url": redis.url if way is None else way.url},
         "replicas": {
             "address": listens, "advertise": f"127.0.0.1:{peers.port}", "name": f"r{number}", "lease_s": LEASE_S

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sidecar.adapters.names import shown
 from sidecar.adapters.origins.origin import Origin, is_url, parse_prefix
 from sidecar.errors import Invalid, Misused, Reason
 
@@ -29,14 +30,21 @@ class AllowList:
         return cls(tuple(folder.expanduser().resolve() for folder in folders), prefixes)
 
     def check_path(self, name: str, path: str) -> Path:
-        """Return a local path as it really is. Raises Invalid(ORIGIN_NOT_ALLOWED) outside the roots."""
-        resolved = Path(path).expanduser().resolve()
+        """Return a local path as it really is. Raises Invalid for one outside the roots, or that is no path."""
+        try:
+            resolved = Path(path).expanduser().resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, no such user, a zero byte
+            raise Invalid(
+                Reason.ORIGIN_UNREADABLE,
+                f"{name}: {shown(path, 200)} is no path of this machine: {error}",
+                adapter=name,
+            ) from error
         if not any(resolved.is_relative_to(root) for root in self.roots):
             roots = ", ".join(str(root) for root in self.roots) or "none are configured"
             raise Invalid(
                 Reason.ORIGIN_NOT_ALLOWED,
-                f"{name}: {path} is outside the allowed roots ({roots}); move it there or add its folder to "
-                "adapters.roots",
+                f"{name}: {shown(path, 200)} is outside the allowed roots ({roots}); move it there or add its folder "
+                "to adapters.roots",
                 adapter=name,
             )
         return resolved
