@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -27,6 +27,7 @@ from sidecar.pool import base_models, make_backends, pools_of, shared_memory_for
 from sidecar.replicas.board import SERVING
 from sidecar.replicas.replica import Replica
 from sidecar.served_folders import ServedFolders
+from sidecar.shell.crash import Crash, Raised
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
@@ -40,15 +41,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TELL_S = 0.5
+"""How long a listener's calls may take to end after a crash: their endings are on the way."""
+
 
 class Sidecar:
     """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish.
 
-    `find` returns what finds the engines of a pool.
+    `find` returns what finds the engines of a pool. `crash` is where it happens that nothing can go on.
     """
 
-    def __init__(self, config: Config, find: Callable[[Discover], Finder] = finder_of) -> None:
+    def __init__(
+        self, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+    ) -> None:
         self.config = config
+        self.crash = crash or Crash()
+        self._crashed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
         self._find = find
         self._lock: IO[str] | None = None
         self._journal: Journal | None = None
@@ -75,6 +84,7 @@ class Sidecar:
             disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
             mount=self._memory.mount,
             stagings=stagings_of(config.backends),
+            crash=self.crash,
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
@@ -85,6 +95,8 @@ class Sidecar:
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
             self.gateway.observe(self._journal)
             self.metrics.journal = self._journal
+            self.crash.then(self._journal.ended)
+        self.crash.then(self._on_crash)
         self.listening = Listening(config, self.gateway, self.metrics, self.drain)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 
@@ -145,13 +157,15 @@ class Sidecar:
         return Sources(AllowList.of(origins.allow, self._roots()), Spool(data), limits, origins.downloads_max)
 
     @classmethod
-    async def start(cls, config: Config, find: Callable[[Discover], Finder] = finder_of) -> Sidecar:
+    async def start(
+        cls, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+    ) -> Sidecar:
         """Start to serve. Raises Misused naming what is in the way; nothing is left behind then."""
-        sidecar = cls(config, find)
+        sidecar = cls(config, find, crash)
         try:
             await sidecar._start()
         except BaseException:
-            await sidecar.stop()
+            await sidecar._stop_after_all()
             raise
         return sidecar
 
@@ -216,14 +230,23 @@ class Sidecar:
     async def run_until_signalled(self) -> None:
         """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once.
 
-        Or until somebody has had all finish by the drain listener.
+        Or until somebody has had all finish by the drain listener. Raises Failed(SIDECAR_FAILED) when the process has
+        to end because its state can be trusted no more; no signal holds that up.
         """
         signals: asyncio.Queue[None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
+        told, crashed = asyncio.create_task(self._until_told(signals)), asyncio.create_task(self._crashed.wait())
+        await asyncio.wait((told, crashed), return_when=asyncio.FIRST_COMPLETED)
+        for task in (told, crashed):
+            task.cancel()
+        await self._stop_after_all()
+        if self.crash.raised is not None:
+            raise self.crash.error()
+
+    async def _until_told(self, signals: asyncio.Queue[None]) -> None:
         if not await self._is_told_to_stop(signals):
-            await self.stop()
             return
         logger.warning(
             "draining: nothing new is admitted, %s requests finish within %.0f s; signal again to stop now",
@@ -234,7 +257,6 @@ class Sidecar:
         _, pending = await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
         for task in pending:
             task.cancel()
-        await self.stop()
 
     async def _is_told_to_stop(self, signals: asyncio.Queue[None]) -> bool:
         """Wait for the first signal, or for a drain that is over; return whether it was a signal."""
@@ -269,8 +291,33 @@ class Sidecar:
             seconds = self.config.drain_timeout_s
             logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", seconds)
 
+    # A crash.
+
+    def _on_crash(self, raised: Raised) -> None:
+        """Begin to end: nothing is taken any more by now."""
+        self._crashed.set()
+        self._ending = asyncio.create_task(self._end_open(raised))
+
+    async def _end_open(self, raised: Raised) -> None:
+        """Say so, stop what runs at engines, and only then let others have them; then tell who waits here."""
+        await _tried(self.listening.refuse())
+        await _tried(self.gateway.abandon())
+        if self.replica is not None:
+            await _tried(self.replica.give_up())
+        self.gateway.end_open(raised)
+        await self.gateway.told()
+
+    async def _stop_after_all(self) -> None:
+        """Stop; after a crash as far as that can be done."""
+        if self.crash.raised is None:
+            await self.stop()
+        else:
+            await _tried(self.stop())
+
     async def stop(self) -> None:
         """End at once: calls that are still open are cancelled."""
+        if self._ending is not None:
+            await _tried(self._ending)
         self.served.stop()
         if self._draining is not None:
             self._draining.cancel()
@@ -278,7 +325,7 @@ class Sidecar:
             await self._pools.stop()
         if self.replica is not None:
             await self.replica.leave()
-        await self.listening.close()
+        await self.listening.close(0 if self.crash.raised is None else TELL_S)
         if self._declared is not None:
             await self._declared.stop()
         if self.replica is not None:
@@ -292,3 +339,11 @@ class Sidecar:
             self._journal.stop()
         if self._lock is not None:
             self._lock.close()
+
+
+async def _tried(work: Awaitable[None]) -> None:
+    """Do a part of an ending. What comes behind it must be done whatever becomes of it."""
+    try:
+        await work
+    except Exception:
+        logger.exception("a part of the ending failed")

@@ -492,6 +492,8 @@ class Config(Section):
     drain_timeout_s: float = Field(300.0, gt=0)
     adapter_labels_max: int = Field(200, ge=0)
     log_format: Literal["text", "json"] = "text"
+    raise_on: str = ""
+    """A fault on purpose, for tests and for who wants to see a crash; see `core.injected`."""
 
     @model_validator(mode="after")
     def _certificates_are_asked_for(self) -> Config:
@@ -545,6 +547,7 @@ class Config(Section):
             joining_ns_max=int(self.queue.joining_s_max * 1e9),
             prefetch=self.store.prefetch,
             prefetch_bytes_per_s=self.store.prefetch_bytes_per_s,
+            raise_on=self.raise_on,
         )
 
 

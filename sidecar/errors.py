@@ -17,6 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+CRASHED_EXIT = 70
+"""The exit code of a process that ends because its own state can be trusted no more (sysexits' EX_SOFTWARE)."""
+
 
 class Family(Enum):
     """Who is to blame and whether the request may have run."""
@@ -54,6 +57,7 @@ class Reason(Enum):
     TOKEN_TOO_OLD = "TOKEN_TOO_OLD"
     CHANGED_MEANWHILE = "CHANGED_MEANWHILE"
     STATE_UNAVAILABLE = "STATE_UNAVAILABLE"
+    CRASHED = "CRASHED"
     # Dropped: left the queue without being dispatched.
     EXPIRED = "EXPIRED"
     CANCELLED = "CANCELLED"
@@ -62,6 +66,8 @@ class Reason(Enum):
     BACKEND_REJECTED = "BACKEND_REJECTED"
     CLIENT_STALLED = "CLIENT_STALLED"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    SIDECAR_FAILED = "SIDECAR_FAILED"
+    POISONOUS = "POISONOUS"
     # Invalid: the adapter itself.
     ADAPTER_MALFORMED = "ADAPTER_MALFORMED"
     ADAPTER_UNSUPPORTED = "ADAPTER_UNSUPPORTED"
@@ -102,12 +108,15 @@ TABLE: dict[Reason, Row] = {
     Reason.TOKEN_TOO_OLD: Row(Family.REFUSED, "OUT_OF_RANGE"),
     Reason.CHANGED_MEANWHILE: Row(Family.REFUSED, "ABORTED", retryable=True),
     Reason.STATE_UNAVAILABLE: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
+    Reason.CRASHED: Row(Family.REFUSED, "UNAVAILABLE", retryable=True),
     Reason.EXPIRED: Row(Family.DROPPED, "DEADLINE_EXCEEDED"),
     Reason.CANCELLED: Row(Family.DROPPED, "CANCELLED"),
     Reason.BACKEND_FAILED: Row(Family.FAILED, "UNAVAILABLE"),
     Reason.BACKEND_REJECTED: Row(Family.FAILED, "INTERNAL"),
     Reason.CLIENT_STALLED: Row(Family.FAILED, "CANCELLED"),
     Reason.DEADLINE_EXCEEDED: Row(Family.FAILED, "DEADLINE_EXCEEDED"),
+    Reason.SIDECAR_FAILED: Row(Family.FAILED, "INTERNAL"),
+    Reason.POISONOUS: Row(Family.FAILED, "INTERNAL"),
     Reason.ADAPTER_MALFORMED: Row(Family.INVALID, "INVALID_ARGUMENT"),
     Reason.ADAPTER_UNSUPPORTED: Row(Family.INVALID, "FAILED_PRECONDITION"),
     Reason.ADAPTER_MISMATCH: Row(Family.INVALID, "FAILED_PRECONDITION"),

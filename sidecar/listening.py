@@ -80,12 +80,12 @@ class Listening:
         """Say to who asks that this process serves no more."""
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
-    async def close(self) -> None:
-        """Listen no more: calls that are still open are cancelled."""
+    async def close(self, grace_s: float = 0) -> None:
+        """Listen no more: calls that are still open after `grace_s` are cancelled."""
         if self._drain_front is not None:
             await self._drain_front.stop()
         for server in self._servers:
-            await server.stop(0)
+            await server.stop(grace_s)
         if self._http is not None:
             await self._http.stop()
 

@@ -111,6 +111,7 @@ class Ticket:
         "_reader",
         "_room",
         "blocked_since_ns",
+        "came",
         "client_id",
         "dispatch",
         "payload",
@@ -128,6 +129,8 @@ class Ticket:
         self.dispatch: Dispatch | None = None
         self.settled: Settle | None = None
         self.replies: deque[Reply] = deque()
+        self.came: Reply | None = None
+        """What has come of the answer last."""
         self.blocked_since_ns: int | None = None
         """Since when the front has been waiting for its client to take a message."""
         self.rejected_with: Any = None
@@ -139,6 +142,7 @@ class Ticket:
 
     def deliver(self, reply: Reply) -> None:
         """Hand a reply to the front."""
+        self.came = reply
         self.replies.append(reply)
         if self._reader is not None:
             self._wake()

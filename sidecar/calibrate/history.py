@@ -196,6 +196,8 @@ def _read(segment: SegmentFile, history: History) -> int:
                 f"{segment.path} cannot be read: step {step.step} does not give the effects that were recorded (by "
                 f"version {segment.version}); `sidecar replay {segment.path}` says more",
             )
+        if step.failure:
+            break
         history.take(step.at_ns, step.event, step.effects)
         next_step = step.step + 1
     return next_step

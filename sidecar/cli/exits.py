@@ -7,7 +7,7 @@ import sys
 from enum import IntEnum
 from typing import Any
 
-from sidecar.errors import Reason, SidecarError
+from sidecar.errors import CRASHED_EXIT, Reason, SidecarError
 
 
 class Exit(IntEnum):
@@ -18,18 +18,20 @@ class Exit(IntEnum):
     MISUSED = 2
     DATA_DIRECTORY_IN_USE = 3
     UNREACHABLE = 4
+    CRASHED = CRASHED_EXIT
     INTERRUPTED = 130
 
 
 EXPLAINED = (
     "Exit codes: 0 done · 1 failed · 2 wrong usage or configuration · 3 the data directory is in use by another "
-    "process · 4 no sidecar answers · 130 interrupted"
+    "process · 4 no sidecar answers · 70 the sidecar's own state could be trusted no more · 130 interrupted"
 )
 
 _EXITS = {
     Reason.DATA_DIRECTORY_IN_USE: Exit.DATA_DIRECTORY_IN_USE,
     Reason.CONFIG_INVALID: Exit.MISUSED,
     Reason.PORT_IN_USE: Exit.MISUSED,
+    Reason.SIDECAR_FAILED: Exit.CRASHED,
 }
 
 

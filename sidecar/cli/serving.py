@@ -7,6 +7,8 @@ import gc
 import json
 import logging
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +16,14 @@ import typer
 import yaml
 
 from sidecar.cli.client import CLIENT_VARIABLES
+from sidecar.cli.exits import Exit
 from sidecar.cli.show import count
 from sidecar.config import Config, load, parse
 from sidecar.errors import Misused, Reason
 
 LISTENERS = "Listeners"
+CRASH_S = 6.0
+"""How long a process that has crashed may take to end: then it is ended, whatever holds it up."""
 
 
 def serve(
@@ -63,7 +68,8 @@ def serve(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line, and errors, as JSON.")] = False,
 ) -> None:
-    """Serve adapters in front of engines until SIGTERM; then finish what is in flight and leave.
+    """Serve adapters in front of engines until SIGTERM; then finish what is in flight and leave. Exit 70 says that the
+    sidecar failed and must be started anew.
 
     Options win over the environment (LORA_SIDECAR_STORE__MEMORY_BYTES), which wins over the file.
     """
@@ -134,17 +140,28 @@ def _settings(settings: list[str]) -> dict[str, Any]:
 
 async def _serve(config: Config, as_json: bool) -> None:
     from sidecar.app import Sidecar
+    from sidecar.shell.crash import Crash
     from sidecar.shell.logs import configure_logging
 
+    crash, crashed = Crash(), threading.Event()
+    crash.then(lambda _: crashed.set())
+    threading.Thread(target=_end_for_certain, args=(crashed,), name="end for certain", daemon=True).start()
     logs = configure_logging(config.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every scrape of an engine's metrics
     try:
-        sidecar = await Sidecar.start(config)
+        sidecar = await Sidecar.start(config, crash=crash)
         _spare_collections()
         print(_ready(sidecar, config, as_json), flush=True)
         await sidecar.run_until_signalled()
     finally:
         logs.stop()
+
+
+def _end_for_certain(crashed: threading.Event) -> None:
+    """End the process some time after a crash: neither a task that hangs nor another thread keeps it."""
+    crashed.wait()
+    time.sleep(CRASH_S)
+    os._exit(Exit.CRASHED)
 
 
 def _spare_collections() -> None:

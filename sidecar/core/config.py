@@ -63,3 +63,5 @@ class CoreConfig:
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
     """What may be fetched though nobody waits for it."""
+    raise_on: str = ""
+    """What is to raise (`core.injected`): a fault on purpose."""

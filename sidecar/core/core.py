@@ -19,6 +19,7 @@ from sidecar.core import (
     dispatching,
     fetching,
     healing,
+    injected,
     joining,
     operators,
     owning,
@@ -69,6 +70,8 @@ class Core:
             HANDLERS[type(event)](turn, event)
             if isinstance(event, ev.BackendUp):
                 joining.begin(turn, self.state.backends[event.backend], self.policies.routing)
+        if self.state.config.raise_on:
+            injected.look(self.state.config.raise_on, event, self.state)  # here: the state is half changed
         _end_what_is_due(turn)
         self._schedule(turn)
         self._set_wake(turn)

@@ -40,6 +40,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 def why_not_ready(gateway: Gateway) -> str:
     """Say why nothing can be served now; "" when something can."""
     state = gateway.state
+    if gateway.crash.raised is not None:
+        return "the sidecar has failed and ends; its log says why"
     if state.draining:
         return "the sidecar is shutting down"
     if not state.backends and state.config.pools:

@@ -86,6 +86,8 @@ class _Telling:
     def _check(self, segment: SegmentFile, step: Replayed) -> None:
         """Note the first step that this version takes otherwise than the one that wrote the journal."""
         self._last_step = step.step
+        if step.failure and step.same:
+            self.notes.append(f"the sidecar ended here: the core raised {step.failure} at step {step.step}")
         if self._differs or step.same:
             return
         self._differs = True

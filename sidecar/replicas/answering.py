@@ -40,6 +40,7 @@ class PassedOn(Ticket):
     def deliver(self, reply: Reply) -> None:
         if self.settled is not None:
             return
+        self.came = reply
         sent = self.line.say(self.number, "last" if reply.final else "part", reply.raw)
         if not self._has_told:
             self._tell(sent)
@@ -91,6 +92,7 @@ class Answers:
     async def run(self, messages: AsyncIterator[Any]) -> None:
         """Answer until the other replica says that there is nothing more, or this one leaves."""
         reading = asyncio.create_task(self._read(messages))
+        await self._context.send_initial_metadata(())  # so the other one knows that it is here what it sends
         try:
             while not self._is_over:
                 await self._said.wait()

@@ -65,11 +65,14 @@ class Board:
     """Whose plan it is."""
     former: dict[str, Standing] = field(default_factory=dict)
     """How backends stood under owners that have them no more."""
+    told_s: dict[str, float] = field(default_factory=dict)
+    """When each member that can be reached told something last."""
     _rankings: Rankings = field(default_factory=Rankings)
 
     def heard(self, told: Any, now_s: float) -> None:
         """Take in all that a member has to tell. The newest epoch says who owns a backend."""
         self.lost(told.member)
+        self.told_s[told.member] = now_s
         for each in told.backends:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
@@ -82,6 +85,7 @@ class Board:
 
     def lost(self, member: str) -> None:
         """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""
+        self.told_s.pop(member, None)
         self.former |= {backend: known for backend, known in self.standings.items() if known.owner == member}
         self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -16,8 +17,17 @@ from sidecar.replicas import forms
 from sidecar.replicas.line import Line
 from sidecar.shell.gateway import RequestFacts
 
-AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING})
+AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
 """An owner gives a request back with these: it may be sent to the next one."""
+
+
+class Owner(Enum):
+    """What is known of an owner by which a request was given back."""
+
+    SOUND = "sound"
+    SILENT = "silent"
+    """Its line broke: it may have ended, or the network."""
+    ENDED = "ended"
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class GivenBack:
     """A request that no owner has answered a token of: it is to be sent to the next one."""
 
     why: str
+    owner: Owner = Owner.SOUND
 
 
 class Forward:
@@ -55,11 +66,11 @@ class Forward:
             if self._resuming is not None:
                 self._resuming.cancel()
 
-    def take_back(self, why: str) -> None:
+    def take_back(self, why: str, owner: Owner = Owner.SOUND) -> None:
         """Have it given back, unless its answer has begun: that may go on."""
         if not self._has_begun and not self._end.done():
             self._is_taken_back = True
-            self._ended(GivenBack(why))
+            self._ended(GivenBack(why, owner))
 
     def take(self, reply: Any) -> bool:
         """Deliver a part of the answer; return whether it was the ending."""
@@ -71,12 +82,12 @@ class Forward:
             self._end.set_exception(error)
             return False
 
-    def broke(self, why: str) -> None:
+    def broke(self, why: str, was_there: bool) -> None:
         """The owner is gone, or cannot be reached. What has begun is never repeated."""
         if self._end.done():
             return
         if not self._has_begun:
-            self._ended(GivenBack(f"replica {self.owner}: {why}"))
+            self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if was_there else Owner.SOUND))
             return
         name = self._facts.adapter or "base model"
         message = (
@@ -118,7 +129,7 @@ class Forward:
         ticket = self._ticket
         settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
-            return GivenBack(settled.message)
+            return GivenBack(settled.message, Owner.ENDED if settled.reason is Reason.CRASHED else Owner.SOUND)
         ticket.rejected_with = forms.rejection_of(sent)
         ticket.settle(settled)
         return None

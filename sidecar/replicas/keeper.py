@@ -9,10 +9,12 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from time import monotonic_ns
 from typing import Any, Protocol
 
 from sidecar.core import events as core_events
+from sidecar.core import injected
 from sidecar.errors import Refused
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
@@ -21,10 +23,12 @@ from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.words import Purpose, Why
 from sidecar.proto import peers_pb2
 from sidecar.replicas.peers import Peers
+from sidecar.shell.crash import Crash, Raised
 
 logger = logging.getLogger(__name__)
 
 IN_FLIGHT_LOOK_S = 0.05
+GIVE_UP_S = 1.0
 WITH_WORK = (Why.MOVED, Why.DRAINING)
 """Why a backend is given up that is held until what runs there has ended."""
 
@@ -50,7 +54,7 @@ class Keeper:
     """What one replica owns.
 
     `tell` gives the core an event, `in_flight` says what it has at a backend's engine, `changed` is called when there
-    is something new to tell the others.
+    is something new to tell the others. What a step of ownership raises is a `crash`.
     """
 
     def __init__(
@@ -61,7 +65,11 @@ class Keeper:
         tell: Callable[[core_events.Event], None],
         in_flight: Callable[[str], int],
         changed: Callable[[], None],
+        crash: Crash,
+        raise_on: str = "",
     ) -> None:
+        self._crash = crash
+        self._raise_on = raise_on
         self.leads_since: int | None = None
         """The epoch under which this replica leads, None while another one does."""
         self.changes = {"taken": 0, "given_up": 0}
@@ -90,12 +98,14 @@ class Keeper:
         return self._ownership.may_dispatch(backend, monotonic_ns()) is not None
 
     async def answer(self, request: Any) -> Any:
-        """Answer what another member asks about a backend."""
+        """Answer what another member asks about a backend. Raises Failed when nobody can say any more."""
         number = next(self._numbers)
         future: asyncio.Future[do.Answer] = asyncio.get_running_loop().create_future()
         self._asked[number] = future
         try:
             self._step(ev.AskReceived(number, request.member, request.backend, Purpose[request.purpose], request.epoch))
+            if self._crash.raised is not None:
+                raise self._crash.error()
             told = await future
         finally:
             del self._asked[number]
@@ -119,15 +129,36 @@ class Keeper:
     async def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def give_up(self) -> None:
+        """Give all leases back at once, within `GIVE_UP_S`, without asking ownership, which may be what has broken.
+
+        Nothing runs at the engines any more by now. What Redis does not hear of ends by itself.
+        """
+        await self.stop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(GIVE_UP_S):
+                await self._unanswered(lambda: self._leases.leave(do.SendLeave(self._ownership.know.member.id)))
 
     # Steps.
 
     def _step(self, event: ev.Event) -> None:
-        for effect in self._ownership.step(event, monotonic_ns()):
-            _EFFECTS[type(effect)](self, effect)
+        if self._crash.raised is not None:
+            return
+        now_ns = monotonic_ns()
+        try:
+            effects = self._ownership.step(event, now_ns)
+            injected.look(self._raise_on, event)
+            for effect in effects:
+                _EFFECTS[type(effect)](self, effect)
+        except BaseException as error:
+            self._crash.happen(Raised(error, now_ns, ownership=type(event).__name__))
+            if not isinstance(error, Exception):
+                raise
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

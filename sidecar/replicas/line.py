@@ -21,8 +21,8 @@ class Waits(Protocol):
     def take(self, reply: Any) -> bool:
         """Take a part of the answer; return whether it was the ending."""
 
-    def broke(self, why: str) -> None:
-        """Be told that no more will come."""
+    def broke(self, why: str, was_there: bool) -> None:
+        """Be told that no more will come; `was_there` says whether the other replica may have had it."""
 
 
 class Line:
@@ -85,8 +85,10 @@ class Line:
             await self._call.done_writing()
 
     async def _read(self) -> None:
-        why = "it ended the call"
+        why, was_there = "it ended the call", False
         try:
+            await self._call.initial_metadata()
+            was_there = True
             async for message in self._call:
                 for reply in message.replies:
                     self._take(reply)
@@ -97,7 +99,7 @@ class Line:
             self._writing.cancel()
             left, self._requests = self._requests, {}
             for waits in left.values():
-                waits.broke(why)
+                waits.broke(why, was_there)
 
     def _take(self, reply: Any) -> None:
         waits = self._requests.get(reply.number)

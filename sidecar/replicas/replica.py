@@ -63,8 +63,24 @@ class Replica:
         self.board = Board()
         self.peers = Peers(member.id, self.board, open_channel)
         ownership = Ownership(member, {**backends, LEADER: ""}, bounds, jitter)
-        self.keeper = Keeper(ownership, leases, self.peers, gateway.driver.tell, self._in_flight, self._changed)
-        self.router = Router(gateway, self.board, member.id, self.peers.line, self.keeper.may_dispatch)
+        self.keeper = Keeper(
+            ownership,
+            leases,
+            self.peers,
+            gateway.driver.tell,
+            self._in_flight,
+            self._changed,
+            gateway.crash,
+            gateway.state.config.raise_on,
+        )
+        self.router = Router(
+            gateway,
+            self.board,
+            member.id,
+            self.peers.line,
+            self.keeper.may_dispatch,
+            lambda other: self.peers.stub(other) is not None,
+        )
         self.peers.gone = self.router.gone
         gateway.elsewhere = self.router
         gateway.sources.others = PeerFiles(self.peers, gateway.sources.limits)
@@ -107,6 +123,12 @@ class Replica:
     async def drain(self) -> None:
         """Give up all backends as their work ends, and leave."""
         await self.keeper.drain()
+
+    async def give_up(self) -> None:
+        """Give up all backends at once, after a crash: whatever runs there has been cancelled."""
+        if self._telling is not None:
+            self._telling.cancel()
+        await self.keeper.give_up()
 
     async def leave(self) -> None:
         """Serve the other replicas no more: what was said to them reaches them first."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from time import monotonic
 
@@ -13,8 +13,10 @@ from sidecar.backends.api import Ticket
 from sidecar.core import admission
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
-from sidecar.replicas.forwarding import Forward, GivenBack, ended
+from sidecar.replicas.forwarding import Forward, GivenBack, Owner, ended
 from sidecar.replicas.line import Line
+from sidecar.replicas.suspicion import Suspicion, Verdict
+from sidecar.shell.crash import poisonous
 from sidecar.shell.gateway import Gateway, RequestFacts
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Trip:
     """The one that it waits for in our own core."""
     moves: int = 0
     """How often it was taken back from an engine that was down."""
+    suspicion: Suspicion = field(default_factory=Suspicion)
 
     def facts_now(self, backend: str, now_s: float) -> RequestFacts:
         """Return the request as it is to be submitted now: for one backend, with what is left of its time."""
@@ -55,7 +58,7 @@ class Router:
     """Sees to the requests of one replica among several (`shell.gateway.Elsewhere`).
 
     `line` returns the way to a member for a request of so many bytes, None for one that is not known; `may_dispatch`
-    says whether a backend's lease holds in this very moment.
+    says whether a backend's lease holds in this very moment, `is_member` whether a replica is one still.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Router:
         member: str,
         line: Callable[[str, int], Line | None],
         may_dispatch: Callable[[str], bool],
+        is_member: Callable[[str], bool],
     ) -> None:
         self.may_dispatch = may_dispatch
+        self._is_member = is_member
         self.forwards = 0
         self.reroutes = 0
         self.unowned = 0
@@ -117,6 +122,16 @@ class Router:
             ticket.settle(ended(ticket.request, trip.facts, reason, MESSAGES[reason]))
         return True
 
+    def ended_with(self, ticket: Ticket) -> Sequence[str]:
+        trip: Trip | None = ticket.trip
+        return () if trip is None else (*trip.suspicion.ended, *trip.suspicion.silent)
+
+    def abandon(self) -> None:
+        for ticket in list(self._gateway.tickets.values()):
+            trip: Trip | None = ticket.trip
+            if trip is not None and trip.task is not None:
+                trip.task.cancel()
+
     def _carry(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
         trip.task = asyncio.create_task(self._see_to(ticket, trip, after_s))
 
@@ -135,8 +150,13 @@ class Router:
         pause_s = AGAIN_S
         await asyncio.sleep(after_s)
         while True:
+            verdict = trip.suspicion.verdict(self._board, self._is_member)
+            if verdict is Verdict.POISONOUS:
+                message = poisonous(ticket, trip.suspicion.ended)
+                ticket.settle(ended(ticket.request, trip.facts, Reason.POISONOUS, message))
+                return
             backend = self._pick(trip.facts)
-            owner = None if backend is None else self._board.owner_of(backend)
+            owner = None if backend is None or verdict is Verdict.WAIT else self._board.owner_of(backend)
             if backend is None or owner == self._member:
                 self._admit_again(ticket, trip, backend)
                 return
@@ -148,6 +168,7 @@ class Router:
                 if given is None:
                     return
                 trip.why = given.why
+                trip.suspicion.given_back(owner, given, monotonic())
                 self.reroutes += 1
             if self._is_over(trip):
                 break
@@ -168,7 +189,7 @@ class Router:
         """Take back from a former member what it has not begun to answer."""
         for forward in self._forwards.values():
             if forward.owner == member:
-                forward.take_back("it is no member any more")
+                forward.take_back("it is no member any more", Owner.ENDED)
 
     def look(self) -> None:
         """Send what waits for an engine that is down to one that serves, each request once: it may be the cause.

@@ -43,7 +43,10 @@ class PeersService(peers_pb2_grpc.PeersServicer):
             answers.leave()
 
     async def Ask(self, request: Any, context: Any) -> Any:
-        return await self._asked(request)
+        try:
+            return await self._asked(request)
+        except SidecarError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
 
     async def Source(self, request: Any, context: Any) -> None:
         await self._files.send(request.digest, context)

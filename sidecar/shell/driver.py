@@ -1,5 +1,7 @@
 """The one task that owns the core: take an event, step, tell the observers, run the effects.
 
+A step or an effect that raises is the last: the core is then half changed, and takes no event any more (`shell.crash`).
+
 Two lanes lead in. What engines and the store report is bounded by what is in flight, is never refused, and goes
 first; what clients ask is bounded here and refused at the door, so a flood of arrivals never delays an ending by more
 than one event.
@@ -18,6 +20,7 @@ from sidecar.core.effects import Effect, Settle, WakeAt
 from sidecar.core.events import ClientLeft, ClientStalled, Event, Received, Tick
 from sidecar.core.words import Outcome
 from sidecar.errors import Reason, Refused
+from sidecar.shell.crash import Crash, Raised
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ class Observer(Protocol):
 
 
 class Driver:
-    """Feeds the core. `run_effect` carries out one effect; it must not block and must not raise."""
+    """Feeds the core. `run_effect` carries out one effect; it must not block, and what it raises is a crash."""
 
     def __init__(
         self,
@@ -42,7 +45,10 @@ class Driver:
         run_effect: Callable[[Effect], None],
         observers: Sequence[Observer] = (),
         inbox_max: int = 10_000,
+        crash: Crash | None = None,
     ) -> None:
+        self.crash = crash or Crash()
+        self.crash.then(lambda _: self.stop())
         self.core = core
         self.clock_ns = clock_ns
         self._run_effect = run_effect
@@ -63,7 +69,11 @@ class Driver:
             self._at_the_door.append(observer)
 
     def post(self, event: Event) -> None:
-        """Queue an event. Raises Refused(QUEUE_FULL) for a request that finds the inbox full."""
+        """Queue an event. Raises Refused for a request that finds the inbox full or the core broken."""
+        if self.crash.raised is not None:
+            if isinstance(event, Received):
+                raise self.crash.refused()
+            return
         if isinstance(event, CLIENT_EVENTS):
             if len(self._client) >= self._inbox_max and isinstance(event, Received):
                 raise self._refuse(event)
@@ -93,30 +103,51 @@ class Driver:
             if self._stopped:
                 return
             if self._engine:
-                self.step(self._engine.popleft())
+                self._take(self._engine.popleft())
             elif self._client:
-                self.step(self._client.popleft())
+                self._take(self._client.popleft())
             else:
                 return
         self._scheduled = True
         asyncio.get_running_loop().call_soon(self._turn)
 
     def tell(self, event: Event) -> None:
-        """Take an event now, and before it all that engines have reported: who has a token must be known by then."""
+        """Take an event now, and before it all that engines have reported: who has a token must be known by then.
+
+        Raises as `step`.
+        """
         while self._engine:
             self.step(self._engine.popleft())
         self.step(event)
 
     def step(self, event: Event) -> None:
-        """Take one event now."""
+        """Take one event now. Raises Failed(SIDECAR_FAILED) when the core is broken, or breaks over it."""
+        if not self._take(event):
+            raise self.crash.error()
+
+    def _take(self, event: Event) -> bool:
+        """Take one event; return whether the core is sound."""
+        if self.crash.raised is not None:
+            return False
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
-        effects = self.core.step(event, now_ns)
-        self._show(self._observers, event, effects, now_ns)
-        for effect in effects:
-            if isinstance(effect, WakeAt):
-                self._wake_at(effect.at_ns, now_ns)
-            else:
-                self._run_effect(effect)
+        effect: Effect | None = None
+        try:
+            effects = self.core.step(event, now_ns)
+            self._show(self._observers, event, effects, now_ns)
+            for effect in effects:
+                if isinstance(effect, WakeAt):
+                    self._wake_at(effect.at_ns, now_ns)
+                else:
+                    self._run_effect(effect)
+        except BaseException as error:
+            self.crash.happen(Raised(error, now_ns, event, effect))
+            if not isinstance(error, Exception):  # somebody wants the process to end, too
+                raise
+        return self.crash.raised is None
+
+    def say(self, endings: Sequence[Settle]) -> None:
+        """Show endings that are not the core's to whoever is shown what comes no further than the door."""
+        self._show(self._at_the_door, Tick(), endings, self._last_ns)
 
     def _show(self, observers: Sequence[Observer], event: Event, effects: Sequence[Effect], now_ns: int) -> None:
         for observer in observers:

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
@@ -23,7 +24,7 @@ from sidecar.adapters.packed import PackReport
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Payload, Ticket
-from sidecar.core import admission
+from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
@@ -34,6 +35,7 @@ from sidecar.core.words import Fault
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.identities import checked
 from sidecar.shell.catalogue import Catalogue
+from sidecar.shell.crash import Crash, Raised, last_ending
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
@@ -43,6 +45,8 @@ from sidecar.state.registry import Registry
 logger = logging.getLogger(__name__)
 
 STALL_CHECK_S = 1.0
+ABANDON_S = TOLD_S = 1.0
+"""A process that has crashed gives its engines and its clients so long; all in all it has `cli.serving.CRASH_S`."""
 REMOVED_KEPT_MAX = 1024
 """Backends that are gone of which it is still known what they were: an answer of theirs may still be on its way."""
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
@@ -101,6 +105,12 @@ class Elsewhere(Protocol):
     def end(self, ticket: Ticket, reason: Reason) -> bool:
         """End a request that is elsewhere, its ending through the ticket; False if it is here."""
 
+    def ended_with(self, ticket: Ticket) -> Sequence[str]:
+        """Return the replicas that ended while they had a request."""
+
+    def abandon(self) -> None:
+        """Let go of all requests that are elsewhere; each has its ending."""
+
 
 class Gateway:
     """One sidecar process without its listeners."""
@@ -118,9 +128,11 @@ class Gateway:
         bases: Mapping[str, BaseModel] | None = None,
         mount: Mount | None = None,
         stagings: Sequence[Staging] = (),
+        crash: Crash | None = None,
     ) -> None:
+        self.crash = crash or Crash()
         self.core = Core(config, policies)
-        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max)
+        self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
         self.backends: dict[str, Backend] = {}
@@ -154,6 +166,8 @@ class Gateway:
     @property
     def takes_requests(self) -> bool:
         """Whether some backend could be sent a request now, here or by another replica."""
+        if self.crash.raised is not None:
+            return False
         if self.elsewhere is not None and self.elsewhere.takes_requests:
             return True
         return any(backend.takes_requests for backend in self.state.backends.values())
@@ -240,16 +254,49 @@ class Gateway:
     async def drain(self) -> None:
         """Admit nothing new and wait until all that is here has ended."""
         self.driver.post(ev.ShutdownBegun())
-        while not self.state.draining or self.state.requests or self.tickets:
+        while self.crash.raised is None and (not self.state.draining or self.state.requests or self.tickets):
             await asyncio.sleep(0.02)
 
     async def stop(self) -> None:
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+        await self._stop_backends()
         self.driver.stop()
         self.sources.close()
         self.store.close()
+
+    async def _stop_backends(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+
+    # A process that has crashed.
+
+    async def abandon(self) -> None:
+        """Cancel all that engines run, within `ABANDON_S`: nothing comes of it any more."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABANDON_S):
+                await self._stop_backends()
+
+    def end_open(self, raised: Raised) -> None:
+        """End what is open, each request by what is known of it, and every operator's question."""
+        endings = []
+        for ticket in list(self.tickets.values()):
+            if ticket.settled is None:
+                owners = () if self.elsewhere is None else self.elsewhere.ended_with(ticket)
+                endings.append(last_ending(ticket, raised, self.state, owners))
+                ticket.settle(endings[-1])
+        for future in self._asks.values():
+            if not future.done():
+                future.set_exception(self.crash.error())
+        if self.elsewhere is not None:
+            self.elsewhere.abandon()
+        self.driver.say(endings)
+
+    async def told(self) -> None:
+        """Return when all clients have been told of their endings, `TOLD_S` from now at the latest."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(TOLD_S):
+                while self.tickets:
+                    await asyncio.sleep(0.01)
 
     # Requests.
 
@@ -267,6 +314,8 @@ class Gateway:
         return self._take(facts, ticket_of(next(self._numbers)), self.admit)
 
     def _take(self, facts: RequestFacts, ticket: Ticket, see_to: Callable[[Ticket, RequestFacts], None]) -> Ticket:
+        if self.crash.raised is not None:
+            raise self.crash.refused()
         facts.check()
         checked(identities.REQUEST_ID, ticket.client_id)
         self.tickets[ticket.request] = ticket
@@ -325,6 +374,8 @@ class Gateway:
     # Effects.
 
     def _run(self, effect: do.Effect) -> None:
+        if self.state.config.raise_on:
+            injected.look(self.state.config.raise_on, effect, self.state)
         _EFFECTS[type(effect)](self, effect)
 
     def _fetch(self, effect: do.Fetch) -> None:
@@ -399,6 +450,8 @@ class Gateway:
 
     async def _ask(self, event: Callable[[int], ev.Event]) -> do.Answer:
         ask = next(self._numbers)
+        if self.crash.raised is not None:
+            raise self.crash.error()
         future: asyncio.Future[do.Answer] = asyncio.get_running_loop().create_future()
         self._asks[ask] = future
         self.driver.post(event(ask))

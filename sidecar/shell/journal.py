@@ -3,22 +3,30 @@
 Ids, names, lengths and times only; no prompt, token or weight ever enters the core, so none can be written here. A
 step costs the event loop one short encoding; files are a thread's business. When that thread cannot keep up or the
 disk fails, steps are left out and a new segment is begun with a fresh state: there is never a hole inside a segment,
-and the event loop never waits. A crash loses what was queued for the thread, about a tenth of a second.
+and the event loop never waits. A kill loses what was queued for the thread, about a tenth of a second.
+
+When the core raises, the last record is what it raised and on what: a replay raises the same. Nothing is written
+behind that, and no segment is begun from a state that may be half changed.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sidecar.core import codec
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
-from sidecar.shell.segments import Opening, SegmentWriter, effects_digest
+from sidecar.shell.crash import Raised
+from sidecar.shell.segments import Opening, SegmentWriter, effects_digest, words_of
 from sidecar.shell.snapshot import snapshot_of
+
+logger = logging.getLogger(__name__)
 
 QUEUED_BYTES_MAX = 32 << 20
 RETRY_NS = 10_000_000_000
@@ -85,13 +93,36 @@ class Journal:
         if not self._recording:
             self._resume(now_ns)
             return
-        line = _step_line(event, effects, now_ns)
-        if not self._writer.append(line):
+        try:
+            line = _step_line(event, effects, now_ns)
+        except Exception:  # a step that has no written form is left out as one that finds no room is: said, not hidden
+            logger.exception("step %d (%s) cannot be journaled", self._steps, type(event).__name__)
+            line = None
+        if line is None or not self._writer.append(line):
             self._interrupt(now_ns)
             return
         self._steps_bytes += len(line)
         if self._is_full():
             self._begin()
+
+    def ended(self, raised: Raised) -> None:
+        """Write down what raised, and end: the state is not one to begin a segment with.
+
+        `step` is the one that raised, whose effect did, or behind which ownership did.
+        """
+        step, part = self._steps, "ownership"
+        what: Any = raised.ownership
+        if raised.effect is not None:
+            part, what = "effect", raised.effect
+        elif raised.event is not None:
+            step, part, what = self._steps + 1, "event", raised.event
+        record = {"raised": words_of(raised.error), "step": step, "at": raised.at_ns}
+        try:
+            line = _line(record | {part: codec.encode(what)})
+        except Exception:  # what has no written form may be what it raised on
+            logger.exception("what the sidecar ends of cannot be journaled in full")
+            line = _line(record | {part: None})
+        self._writer.end(line)
 
     def _is_full(self) -> bool:
         header_bytes = self._writer.header_bytes
@@ -115,5 +146,8 @@ class Journal:
 
 
 def _step_line(event: Event, effects: Sequence[Effect], now_ns: int) -> bytes:
-    record = {"at": now_ns, "event": codec.encode(event), "effects": effects_digest(effects)}
+    return _line({"at": now_ns, "event": codec.encode(event), "effects": effects_digest(effects)})
+
+
+def _line(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import threading
 import time
 from collections import deque
@@ -33,6 +35,8 @@ PREFIX, SUFFIX, UNFINISHED = "segment-", ".jsonl", ".unfinished"
 FLUSH_S = 0.1
 WAKE_LINES = 256
 PIECE_BYTES = 1 << 16
+WORDS_MAX = 500
+_ADDRESS = re.compile("0x[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class Opening:
 
     state: State
     first_step: int
+
+
+@dataclass(frozen=True)
+class Last:
+    """A line with which the journal ends."""
+
+    line: bytes
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,11 @@ def product_version() -> str:
 def effects_digest(effects: Iterable[Any]) -> str:
     """Return the digest that a step's line carries of the step's effects."""
     return blake2b(codec.dumps(list(effects)).encode(), digest_size=8).hexdigest()
+
+
+def words_of(error: BaseException) -> str:
+    """Return an exception in the words that a journal has of it: short, and the same whenever it is raised again."""
+    return _ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")[:WORDS_MAX]
 
 
 def segment_paths(directory: Path) -> list[Path]:
@@ -118,13 +134,14 @@ class SegmentWriter:
         self._directory = directory
         self._segments_max = segments_max
         self._queued_bytes_max = queued_bytes_max
-        self._queue: deque[bytes | Opening | Barrier] = deque()
+        self._queue: deque[bytes | Opening | Last | Barrier] = deque()
         self._appended_bytes = 0
         self._taken_bytes = 0
         self._lines = 0
         self._wake = threading.Event()
         self._stopping = False
         self._file: BufferedWriter | None = None
+        self._path: Path | None = None
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self.failed = False
@@ -165,6 +182,11 @@ class SegmentWriter:
             self._wake.set()
         return True
 
+    def end(self, line: bytes) -> None:
+        """Queue the very last line: it is written behind whatever of the last segment could be written."""
+        self._queue.append(Last(line))
+        self._wake.set()
+
     def flush(self) -> None:
         """Wait until all that was queued is in the file. Blocks: for the end of the process and for tests."""
         barrier = Barrier(threading.Event())
@@ -193,6 +215,8 @@ class SegmentWriter:
             lines = []
             if isinstance(item, Opening):
                 self._open(item)
+            elif isinstance(item, Last):
+                self._write_last(item.line)
             else:
                 item.reached.set()
         self._write(lines)
@@ -203,6 +227,14 @@ class SegmentWriter:
         try:
             self._put(self._file, b"".join(lines))
             self._file.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _write_last(self, line: bytes) -> None:
+        try:
+            if self._file is None and self._path is not None:
+                self._file = _reopened(self._path)
+            self._write([line])
         except OSError as error:
             self._fail(error)
 
@@ -235,6 +267,7 @@ class SegmentWriter:
             file.flush()
             self.header_bytes = self.written_bytes - before
             begun.rename(path)
+            self._path = path
             for old in segment_paths(self._directory)[: -self._segments_max]:
                 old.unlink()
         except BaseException:
@@ -263,3 +296,9 @@ class SegmentWriter:
             file.close()
         except OSError as error:
             logger.debug("closing a segment failed: %s", error)
+
+
+def _reopened(path: Path) -> BufferedWriter:
+    """Return a segment to write on behind its last whole line."""
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return path.open("ab")

@@ -21,7 +21,7 @@ class Trial:
         self._config = config
         self._policies = policies
         self._engines = tuple(engines)
-        self._core = self._fresh()
+        self._core: Core | None = None
 
     def _fresh(self) -> Core:
         core = Core(self._config, self._policies)
@@ -31,8 +31,6 @@ class Trial:
 
     def __call__(self, event: ev.Event) -> None:
         """Take an event. Raises what the real core would."""
-        try:
-            self._core.step(event, 0)
-        except Exception:
-            self._core = self._fresh()
-            raise
+        core, self._core = self._core or self._fresh(), None
+        core.step(event, 0)
+        self._core = core

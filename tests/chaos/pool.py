@@ -18,10 +18,13 @@ import grpc.aio
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.chaos.engine_log import EngineLog
 from tests.emulated import EngineProcess
+from tests.peft_files import write_adapter
 from tests.redis_servers import Proxy, Server, Watched, cuttable, free_port, running, watched
 from tests.serving import PATIENCE_S, write_adapters
 
 LEASE_S = 1.0
+POISON = "poison"
+"""An adapter: the core of whatever replica takes in a request for it raises."""
 REPLICAS, ENGINES, ADAPTERS = 3, 2, 8
 ENGINE = ("--compute", "none", "--shape", "tiny", "--seats", "32")
 
@@ -42,7 +45,8 @@ class ReplicaProcess:
 
     async def start(self) -> None:
         """Start and return when it takes requests. Raises RuntimeError if it ends instead."""
-        environment = os.environ | ({} if self.build is None else {"PYTHONPATH": str(self.build)})
+        fault = {"LORA_SIDECAR_RAISE_ON": f"Received:{POISON}"}
+        environment = os.environ | (fault if self.build is None else {"PYTHONPATH": str(self.build)})
         with self.log.open("ab") as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sidecar", "serve", "--config", str(self.config), "--json",
@@ -55,6 +59,10 @@ class ReplicaProcess:
     @property
     def log(self) -> Path:
         return self.config.with_suffix(".log")
+
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.returncode is None
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -122,7 +130,7 @@ class ChaosPool:
     async def read_digests(self) -> None:
         async with grpc.aio.insecure_channel(self.replicas[0].admin) as channel:
             listed = await admin_pb2_grpc.AdaptersStub(channel).List(admin_pb2.ListAdaptersRequest())
-        self.digests = {adapter.name: adapter.digest for adapter in listed.adapters}
+        self.digests = {adapter.name: adapter.digest for adapter in listed.adapters if adapter.name != POISON}
 
 
 @asynccontextmanager
@@ -134,6 +142,7 @@ async def chaos_pool(
     All replicas but the first run the code of `previous`, if that is given.
     """
     write_adapters(folder / "adapters", ADAPTERS)
+    write_adapter(folder / "adapters" / POISON, seed=ADAPTERS)
     async with AsyncExitStack() as stack:
         redis: Server | Watched
         if sentinel:

@@ -8,8 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
+import grpc
+import grpc.aio
+
+from sidecar.errors import CRASHED_EXIT
+from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.chaos.load import BROKEN, CUT
-from tests.chaos.pool import LEASE_S, ChaosPool, ReplicaProcess
+from tests.chaos.pool import LEASE_S, POISON, ChaosPool, ReplicaProcess
 from tests.redis_servers import Server, Watched
 from tests.serving import PATIENCE_S
 
@@ -62,6 +67,38 @@ async def kill_replica(pool: ChaosPool, marks: Marks) -> None:
     await asyncio.sleep(LONG_S)
     await owner.start()
     await pool.until_settled(pool.replicas)
+
+
+async def poison(pool: ChaosPool, marks: Marks) -> None:
+    """Send a request that ends whatever core takes it in to a replica that passes it on."""
+    owner = await pool.owner()
+    asked = next(replica for replica in pool.replicas if replica is not owner)
+    told = await _asked_for_poison(asked)
+    marks.set()
+    assert told.code() is grpc.StatusCode.INTERNAL, f"{asked.name} told its client {told.code()}: {told.details()}"
+    exits = await _exits(pool)
+    assert len(exits) <= 2, f"one request ended {exits}"
+    assert set(exits.values()) == {CRASHED_EXIT}, exits
+    for name in exits:
+        await pool.named(name).start()
+    await pool.until_settled(pool.replicas)
+
+
+async def _asked_for_poison(replica: ReplicaProcess) -> grpc.aio.AioRpcError:
+    request = gateway_pb2.GenerateRequest(adapter=POISON, tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=4)
+    async with grpc.aio.insecure_channel(replica.data) as channel:
+        try:
+            await anext(aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(request, timeout=PATIENCE_S)))
+        except grpc.aio.AioRpcError as error:
+            return error
+    raise AssertionError(f"{replica.name} answered what its core raises on")
+
+
+async def _exits(pool: ChaosPool) -> dict[str, int]:
+    """Return the exit codes of the replicas that have ended, after as long as a second one may take to."""
+    await asyncio.sleep(LONG_S)
+    ended = [replica for replica in pool.replicas if not replica.runs]
+    return {replica.name: await replica.ended() for replica in ended}
 
 
 async def stop_owner(pool: ChaosPool, marks: Marks) -> None:
@@ -192,6 +229,7 @@ LOST = frozenset({BROKEN, CUT})
 
 SCENARIOS = (
     Scenario("kill-replica", kill_replica, LOST),
+    Scenario("poison", poison, frozenset({BROKEN})),
     Scenario("stop-owner", stop_owner, frozenset({BROKEN}), stops=True),
     Scenario("kill-redis", kill_redis),
     Scenario("stop-redis", stop_redis),

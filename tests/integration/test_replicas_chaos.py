@@ -11,7 +11,7 @@ from tests.chaos.pool import chaos_pool
 from tests.chaos.scenarios import SCENARIOS
 from tests.chaos.trial import trial
 
-SHORT = ("kill-replica", "stop-owner", "kill-redis", "part-replicas", "kill-engine", "restart-all")
+SHORT = ("kill-replica", "poison", "stop-owner", "kill-redis", "part-replicas", "kill-engine", "restart-all")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect, Settle
 from sidecar.core.events import Event, FirstToken, Received, RunEnded, Tick
-from sidecar.errors import Reason, Refused
+from sidecar.errors import Failed, Reason, Refused
 from sidecar.plugins import policies_of
 from sidecar.shell.driver import Driver
 
@@ -103,3 +103,67 @@ async def test_a_tick_comes_when_the_core_asked_for_one() -> None:
         while not order.events:
             await asyncio.sleep(0.001)
     assert order.events == [Tick()]
+
+
+class Fails:
+    """Carries out effects until one is to fail."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def run(self, effect: Effect) -> None:
+        raise self.error
+
+
+async def test_a_core_that_has_raised_takes_no_event_any_more() -> None:
+    """What was posted before is dropped, what comes is refused, and who waits for its own event hears of it."""
+    order, raised = Order(), []
+    driver = driver_of([], observers=[order])
+    driver.crash.then(raised.append)
+    driver.post(received(1))
+    driver.post(object())  # type: ignore[arg-type]  # nobody handles it, so that the core raises
+    await asyncio.sleep(0)
+    assert order.events == []  # the engines' lane goes first: nothing of a client's was taken behind it
+    assert [type(each.error) for each in raised] == [KeyError]
+    assert driver.core.state.requests == {}
+    with pytest.raises(Refused) as refused:
+        driver.post(received(2))
+    assert refused.value.reason is Reason.DRAINING
+    driver.post(RunEnded(7, 1, 3))
+    for take in (driver.step, driver.tell):
+        with pytest.raises(Failed) as failed:
+            take(Tick())
+        assert failed.value.reason is Reason.SIDECAR_FAILED
+    await asyncio.sleep(0)
+    assert order.events == []
+    assert len(raised) == 1
+
+
+async def test_the_caller_of_a_step_that_raises_is_told_what_it_was() -> None:
+    """An operator whose call breaks the core gets a clear error."""
+    driver = driver_of([])
+    with pytest.raises(Failed, match="the core on object raised KeyError") as failed:
+        driver.step(object())  # type: ignore[arg-type]
+    assert failed.value.reason.row.code == "INTERNAL"
+
+
+async def test_an_effect_that_raises_is_a_crash(caplog: pytest.LogCaptureFixture) -> None:
+    """The effects behind it are not carried out; the request that it was for is known."""
+    config = CoreConfig()
+    runs = Fails(RuntimeError("no such ticket"))
+    driver = Driver(Core(config, policies_of(config)), lambda: 0, runs.run)
+    driver.post(received(3))
+    await asyncio.sleep(0)
+    assert driver.crash.raised is not None
+    assert isinstance(driver.crash.raised.effect, Settle)
+    assert driver.crash.raised.request == 3
+    assert "carrying out Settle raised RuntimeError: no such ticket" in caplog.text
+
+
+def test_who_interrupts_a_step_ends_it_too() -> None:
+    """Ctrl-C in the middle of a step leaves a core that is half changed, and goes on to whoever waits for it."""
+    config = CoreConfig()
+    driver = Driver(Core(config, policies_of(config)), lambda: 0, Fails(KeyboardInterrupt()).run)
+    with pytest.raises(KeyboardInterrupt):
+        driver.step(received(1))
+    assert driver.crash.raised is not None

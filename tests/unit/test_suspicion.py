@@ -1,0 +1,71 @@
+"""A request that two replicas ended with is given to no third; a broken line alone judges nobody."""
+
+from __future__ import annotations
+
+from sidecar.proto import peers_pb2
+from sidecar.replicas.board import Board
+from sidecar.replicas.forwarding import GivenBack, Owner
+from sidecar.replicas.suspicion import Suspicion, Verdict
+
+
+class Pool:
+    """What one replica knows of the others."""
+
+    def __init__(self) -> None:
+        self.board = Board()
+        self.members = {"a", "b", "c"}
+        self.suspicion = Suspicion()
+
+    def given_back(self, owner: str, how: Owner, at_s: float) -> Verdict:
+        self.suspicion.given_back(owner, GivenBack("", how), at_s)
+        return self.verdict
+
+    def tells(self, member: str, at_s: float) -> None:
+        self.board.heard(peers_pb2.Board(member=member), at_s)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.suspicion.verdict(self.board, self.members.__contains__)
+
+
+def test_two_that_said_that_they_end_are_enough() -> None:
+    """The first is followed by another try, the second by none."""
+    pool = Pool()
+    assert pool.given_back("a", Owner.ENDED, 1.0) is Verdict.GO
+    assert pool.given_back("b", Owner.ENDED, 2.0) is Verdict.POISONOUS
+    assert pool.suspicion.ended == ["a", "b"]
+
+
+def test_who_goes_silent_has_ended_once_it_is_no_member_any_more() -> None:
+    """Until that is known the request waits: a third replica must not be the one to find out."""
+    pool = Pool()
+    assert pool.given_back("a", Owner.SILENT, 1.0) is Verdict.GO
+    assert pool.given_back("b", Owner.SILENT, 2.0) is Verdict.WAIT
+    pool.members -= {"a"}
+    assert pool.verdict is Verdict.WAIT
+    pool.members -= {"b"}
+    assert pool.verdict is Verdict.POISONOUS
+
+
+def test_who_is_heard_of_again_has_not_ended() -> None:
+    """The network was cut, as often as it likes; what it told before that says nothing."""
+    pool = Pool()
+    pool.tells("a", 0.5)
+    pool.tells("b", 1.5)
+    pool.given_back("a", Owner.SILENT, 1.0)
+    assert pool.given_back("b", Owner.SILENT, 2.0) is Verdict.WAIT
+    pool.board.lost("b")
+    assert pool.verdict is Verdict.WAIT
+    pool.tells("a", 3.0)
+    assert pool.verdict is Verdict.GO
+    pool.tells("b", 3.0)
+    assert pool.given_back("a", Owner.SILENT, 4.0) is Verdict.GO
+
+
+def test_who_gives_a_request_back_in_order_is_not_suspected() -> None:
+    """Drains, moves and engines that are down may follow on each other."""
+    pool = Pool()
+    for owner in ("a", "b", "c"):
+        assert pool.given_back(owner, Owner.SOUND, 1.0) is Verdict.GO
+    pool.members.clear()
+    assert pool.verdict is Verdict.GO
