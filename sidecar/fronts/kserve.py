@@ -36,7 +36,7 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
         "ModelReady": to_one(gateway, "ModelReady", lambda reply: bool(reply.ready)),
         "ModelStatistics": to_sum(gateway, "ModelStatistics", summed),
         **{verb: to_one(gateway, verb) for verb in PASSED_ON},
-        **region_verbs(gateway, Later(gateway)),
+        **region_verbs(gateway, Later(gateway), front.regions),
     }
     inference: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "ModelInfer": grpc.unary_unary_rpc_method_handler(front.infer),

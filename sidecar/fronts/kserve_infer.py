@@ -22,7 +22,7 @@ from sidecar.fronts import callers, kserve_request, relay
 from sidecar.fronts.kinds import as_it_is
 from sidecar.fronts.kserve_lifetime import Lifetimes
 from sidecar.fronts.kserve_live import Live, LiveRequests, stop_answer, stopped_answer, words_for_client
-from sidecar.fronts.kserve_regions import check_tensors
+from sidecar.fronts.kserve_owners import RegionOwners
 from sidecar.fronts.kserve_request import Asked
 from sidecar.fronts.kserve_stream import ClientLeft, InferStream, StreamBroken
 from sidecar.fronts.kserve_structure import Structure, id_in, structure_of
@@ -41,6 +41,7 @@ class KServe:
         self.live = LiveRequests()
         self.lifetimes = Lifetimes(config.listeners.data.max_connection_age_s)
         gateway.observe(self.lifetimes)
+        self.regions = RegionOwners(config.tenant_from)
         self._tenant_from = config.tenant_from
         self._rules = kserve_request.Rules(config.legacy_task_ids, config.allow_client_lora)
 
@@ -84,7 +85,7 @@ class KServe:
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
     ) -> Asked:
         """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
-        check_tensors((*structure.message.inputs, *structure.message.outputs))
+        self.regions.check((*structure.message.inputs, *structure.message.outputs), context)
         asked = kserve_request.read(structure, unary, metadata, self._rules, request_id)
         facts = asked.facts
         tokens = facts.input_tokens

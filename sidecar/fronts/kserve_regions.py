@@ -1,13 +1,12 @@
 """Shared memory of clients' own: registered with every backend, and kept apart from where the sidecar has its blobs.
 
-To a client it is as if there were no regions but clients'. The sidecar's own are neither shown nor unregistered with
-"all", and no request may read or write them.
+To a client it is as if there were no regions but its own (`kserve_owners`). The sidecar's are neither shown nor
+unregistered, and no request may read or write them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -17,8 +16,8 @@ from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
 from sidecar.fronts.kserve_later import Later
-from sidecar.fronts.kserve_tensors import REGION
-from sidecar.fronts.kserve_verbs import Verb, abort_with_first, ask_all, errors_of, tell_all, to_all, to_one
+from sidecar.fronts.kserve_owners import RegionOwners, ours
+from sidecar.fronts.kserve_verbs import Verb, abort_with_first, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort, id_metadata
 from sidecar.identities import Shape, clipped, problem_of
 from sidecar.shell.gateway import Gateway
@@ -32,69 +31,85 @@ NO_CUDA = (
 )
 
 
-def check_tensors(tensors: Iterable[Any]) -> None:
-    """Raise Refused(INVALID_REQUEST) for an input or an output that lies in a region of the sidecar's own."""
-    for tensor in tensors:
-        if REGION in tensor.parameters and tensor.parameters[REGION].string_param.startswith(PREFIX):
-            raise _ours(f"the tensor {clipped(tensor.name)} lies in", tensor.parameters[REGION].string_param)
-
-
-def _ours(what: str, region: str) -> Refused:
-    return Refused(
-        Reason.INVALID_REQUEST,
-        f'{what} "{clipped(region)}", and names that begin with {PREFIX} are the sidecar\'s own; choose another',
-    )
-
-
-def region_verbs(gateway: Gateway, later: Later) -> dict[str, Verb]:
+def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[str, Verb]:
     """Return the handlers of the verbs of system shared memory, and of CUDA's where they have something to answer."""
     return {
-        STATUS: _status(to_one(gateway, STATUS)),
-        REGISTER: _guarded(to_all(gateway, REGISTER, later)),
-        UNREGISTER: _unregister(gateway, later),
+        STATUS: _status(to_one(gateway, STATUS), owners),
+        REGISTER: _register(to_all(gateway, REGISTER, later), owners),
+        UNREGISTER: _unregister(gateway, later, owners),
         "CudaSharedMemoryStatus": _no_cuda_status,
         "CudaSharedMemoryUnregister": _no_cuda_unregister,
     }
 
 
-def _status(ask: Verb) -> Verb:
+def _status(ask: Verb, owners: RegionOwners) -> Verb:
     async def handle(request: Any, context: Any) -> Any:
+        caller = owners.caller(context)
+        if request.name.startswith(PREFIX) or owners.is_anothers(request.name, caller):
+            await _not_found(context, f"Unable to find system shared memory region: '{clipped(request.name)}'")
         reply = await ask(request, context)
-        for name in [name for name in reply.regions if name.startswith(PREFIX)]:
+        shown = {request.name} if request.name else set(owners.of_connection(caller))
+        for name in [name for name in reply.regions if name not in shown]:
             del reply.regions[name]
         return reply
 
     return handle
 
 
-def _guarded(tell: Verb) -> Verb:
-    """Return a handler for names and keys that are not the sidecar's."""
+def _register(tell: Verb, owners: RegionOwners) -> Verb:
+    """Return a handler for names and keys that are neither the sidecar's nor, as names, another client's."""
 
     async def handle(request: Any, context: Any) -> Any:
-        for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
-            if problem := problem_of(REGION_WORD, word):
-                await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
-        for what in (request.name, getattr(request, "key", "").lstrip("/")):
-            if what.startswith(PREFIX):
-                await abort(context, _ours("the region is", what))
-        return await tell(request, context)
+        await _check(request, context)
+        caller, name = owners.caller(context), request.name
+        if owners.is_anothers(name, caller):
+            taken = f"shared memory region '{clipped(name)}' already in manager"
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, taken, id_metadata(id_of_call(context)))
+        had = owners.owner(name)
+        try:
+            owners.register(name, caller)
+        except Refused as refused:
+            await abort(context, refused)
+        try:
+            return await tell(request, context)
+        except BaseException:
+            owners.restore(name, had)
+            raise
 
     return handle
 
 
-def _unregister(gateway: Gateway, later: Later) -> Verb:
-    tell_one = _guarded(to_all(gateway, UNREGISTER, later))
+async def _check(request: Any, context: Any) -> None:
+    """End a call whose region has a name or a key that is none, or the sidecar's own."""
+    for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
+        if problem := problem_of(REGION_WORD, word):
+            await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
+    for what in (request.name, getattr(request, "key", "").lstrip("/")):
+        if what.startswith(PREFIX):
+            await abort(context, ours("the region is", what))
+
+
+def _unregister(gateway: Gateway, later: Later, owners: RegionOwners) -> Verb:
+    tell_one = to_all(gateway, UNREGISTER, later)
 
     async def handle(request: Any, context: Any) -> Any:
+        caller = owners.caller(context)
         if request.name:
-            return await tell_one(request, context)
-        shown = await ask_all(gateway, STATUS, service_pb2.SystemSharedMemoryStatusRequest())
-        errors = errors_of(shown)
-        if len(errors) == len(shown):
-            await abort_with_first(context, UNREGISTER, errors)
-        for name in _clients_regions(shown.values()):
+            await _check(request, context)
+            if owners.is_anothers(request.name, caller):  # as one that is not there is no error in Triton
+                return service_pb2.SystemSharedMemoryUnregisterResponse()
+            reply = await tell_one(request, context)
+            owners.forget(request.name)
+            return reply
+        errors: list[grpc.aio.AioRpcError] = []
+        for name in owners.of_connection(caller):
             one = service_pb2.SystemSharedMemoryUnregisterRequest(name=name)
-            errors += errors_of(await tell_all(gateway, UNREGISTER, one, later))
+            failed = errors_of(replies := await tell_all(gateway, UNREGISTER, one, later))
+            errors += failed
+            if not replies:
+                await abort_with_first(context, UNREGISTER, errors)
+            if not failed:
+                owners.forget(name)
         if errors:
             await abort_with_first(context, UNREGISTER, errors)
         return service_pb2.SystemSharedMemoryUnregisterResponse()
@@ -102,17 +117,16 @@ def _unregister(gateway: Gateway, later: Later) -> Verb:
     return handle
 
 
-def _clients_regions(replies: Iterable[Any]) -> list[str]:
-    """Return the names in several servers' lists, each once, without the sidecar's own."""
-    lists = (reply.regions for reply in replies if not isinstance(reply, grpc.aio.AioRpcError))
-    return [name for name in dict.fromkeys(name for names in lists for name in names) if not name.startswith(PREFIX)]
+async def _not_found(context: Any, message: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.NOT_FOUND, message, id_metadata(id_of_call(context)))
+    raise AssertionError("abort does not return")
 
 
 async def _no_cuda_status(request: Any, context: Any) -> Any:
     """Nothing is registered: that is true, and programs that only look go on."""
     if request.name:
         message = f"Unable to find cuda shared memory region: '{clipped(request.name)}'; {NO_CUDA}"
-        await context.abort(grpc.StatusCode.NOT_FOUND, message, id_metadata(id_of_call(context)))
+        await _not_found(context, message)
     return service_pb2.CudaSharedMemoryStatusResponse()
 
 
