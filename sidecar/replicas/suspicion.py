@@ -34,8 +34,11 @@ class Suspicion:
     ended: list[str] = field(default_factory=list)
 
     def given_back(self, owner: str, given: GivenBack, now_s: float) -> None:
-        """Note how an owner has given it back."""
+        """Note how an owner has given it back. One that is known to have ended may be asked again before all know."""
+        if owner in self.ended:
+            return
         if given.owner is Owner.ENDED:
+            self.silent.pop(owner, None)
             self.ended.append(owner)
         elif given.owner is Owner.SILENT:
             self.silent[owner] = now_s

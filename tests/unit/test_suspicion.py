@@ -36,6 +36,18 @@ def test_two_that_said_that_they_end_are_enough() -> None:
     assert pool.suspicion.ended == ["a", "b"]
 
 
+def test_one_that_ended_counts_once() -> None:
+    """Until all know that it has ended it may be sent the request again, and its line breaks."""
+    pool = Pool()
+    pool.given_back("a", Owner.SILENT, 1.0)
+    pool.given_back("a", Owner.ENDED, 2.0)
+    pool.given_back("a", Owner.ENDED, 3.0)
+    assert pool.given_back("a", Owner.SILENT, 4.0) is Verdict.GO
+    pool.members -= {"a"}
+    assert pool.verdict is Verdict.GO
+    assert pool.suspicion.ended == ["a"]
+
+
 def test_who_goes_silent_has_ended_once_it_is_no_member_any_more() -> None:
     """Until that is known the request waits: a third replica must not be the one to find out."""
     pool = Pool()
