@@ -103,7 +103,10 @@ class Sources:
         """
         if not is_url(path):
             directory = self.allow.check_path(name, path)
-            yield Arrival(await asyncio.to_thread(read_registration, name, directory), str(directory))
+            registration = await asyncio.to_thread(read_registration, name, directory)
+            if self.allow.check_path(name, path) != directory:  # a link has taken its place, or a part of its path's
+                raise unreadable(name, f"{path} was replaced while it was read; register it again")
+            yield Arrival(registration, str(directory))
             return
         with _named(name):
             origin = parse_origin(path)

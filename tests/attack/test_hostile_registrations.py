@@ -141,3 +141,27 @@ async def test_a_config_that_becomes_a_pipe_between_look_and_open(
         words = await refused(served.adapters.Register(pb.RegisterRequest(name="sql", path=str(folder)), timeout=20))
         assert "not a regular file" in words
         assert swapped
+
+
+async def test_a_folder_that_is_replaced_by_a_link_out_of_the_roots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the check of its place and the reading: what lies outside is not registered."""
+    roots, outside = tmp_path / "roots", write_adapter(tmp_path / "outside", seed=2)
+    folder = write_adapter(roots / "sql", seed=1)
+    stat, swapped = os.stat, []
+
+    def replaced(path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = stat(path, *args, **kwargs)
+        if str(path) == str(folder / "adapter_model.safetensors") and not swapped:
+            swapped.append(path)
+            folder.rename(roots / "old")
+            folder.symlink_to(outside)
+        return found
+
+    async with running_engine(**DUMMY) as engine, serving([engine], roots=[roots]) as served:
+        monkeypatch.setattr(os, "stat", replaced)
+        words = await refused(served.adapters.Register(pb.RegisterRequest(name="sql", path=str(folder)), timeout=20))
+        assert "outside" in words
+        assert swapped
+        assert not served.state.names
