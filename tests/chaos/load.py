@@ -66,6 +66,8 @@ class Load:
 
     pool: ChaosPool
     seed: int
+    rate: float = RATE
+    silent_s: float = SILENT_S
     tries: list[Try] = field(default_factory=list)
     given_up: int = 0
     """Requests that were refused at every try."""
@@ -110,7 +112,7 @@ class Load:
             one = Random(random.random())
             adapter = one.choice(sorted(self.pool.digests))
             self.begin(self.ask(one, adapter, self.pool.digests[adapter]))
-            await asyncio.sleep(random.expovariate(RATE))
+            await asyncio.sleep(random.expovariate(self.rate))
 
     def begin(self, asking: Coroutine[Any, Any, None]) -> None:
         """Let something be asked beside all else; `stop` waits for it."""
@@ -156,7 +158,7 @@ class Load:
         origins: list[Any] = []
         stub = gateway_pb2_grpc.GatewayStub(self._channels[tried.replica])
         try:
-            async for message in stub.Generate(request, timeout=SILENT_S):
+            async for message in stub.Generate(request, timeout=self.silent_s):
                 if tried.silence_s and not got:
                     await asyncio.sleep(tried.silence_s)
                 got += message.token_ids

@@ -20,7 +20,7 @@ from time import monotonic
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # else every noise and each process that ends is told of
 
-from tests.chaos.load import BROKEN, CUT, FULL, REFUSED, SILENT_S, UNREACHABLE, Load, Try
+from tests.chaos.load import BROKEN, CUT, FULL, REFUSED, UNREACHABLE, Load, Try
 from tests.chaos.pool import ChaosPool, chaos_pool
 from tests.soak.crowd import Crowd
 from tests.soak.deeds import DEEDS
@@ -31,8 +31,13 @@ ALLOWED = (FULL, REFUSED, UNREACHABLE, BROKEN, CUT)
 """Endings that a killed process may give its clients; whatever else there is is wrong or lost."""
 PAUSE_S = (3.0, 12.0)
 """Between two deeds; one in three is two at once."""
-SLOPE_MIB_MAX, FILES_SLOPE_MAX = 1.0, 1.0
-"""What may be added in a minute, after the warm-up."""
+SLOPE_MIB_MAX = 1.0
+"""What may be added to a process's memory in a minute, after the warm-up."""
+FILES_MAX = 10
+"""How many more files may be open at the end than after the warm-up: connections come and go."""
+RATE, LOST_S = 6.0, 300.0
+"""Requests a second beside all else; after so long without an ending one is taken for lost. A burst behind a killed
+engine waits for long on two cores, and a wait is not a loss."""
 WARM_SHARE = 0.2
 LOOKS_MIN = 120
 """A life with fewer looks after the warm-up says nothing of growth."""
@@ -45,7 +50,7 @@ async def soak(minutes: float, seed: int, folder: Path) -> bool:
     async with chaos_pool(folder, engine_count=ENGINES) as pool:
         watch = Watch(pool.replicas)
         watching = asyncio.create_task(watch.run())
-        async with Load(pool, seed) as load:
+        async with Load(pool, seed, RATE, LOST_S) as load:
             crowd = Crowd(load, folder / "visitors", seed)
             coming = asyncio.create_task(crowd.run())
             await _disturb(pool, load, crowd, done, minutes, Random(seed))
@@ -110,13 +115,14 @@ def _flat(watch: Watch, minutes: float) -> bool:
 
 def _told(life: Life, rows: list[tuple[float, int, int]]) -> bool:
     memory = slope_a_minute([(t, bytes_ / MIB) for t, bytes_, _ in rows])
-    files = slope_a_minute([(t, count) for t, _, count in rows])
+    tenth = max(1, len(rows) // 10)
+    first, last = (sum(count for _, _, count in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     print(
         f"{life.replica} (process {life.pid}, {rows[-1][0] / 60:.1f} min): memory {rows[0][1] / MIB:.1f} → "
-        f"{rows[-1][1] / MIB:.1f} MiB, {memory:+.2f} MiB a minute; files {rows[0][2]} → {rows[-1][2]}, {files:+.2f} a "
-        f"minute; goals {SLOPE_MIB_MAX:g} and {FILES_SLOPE_MAX:g} or less"
+        f"{rows[-1][1] / MIB:.1f} MiB, {memory:+.2f} MiB a minute, goal {SLOPE_MIB_MAX:g} or less; "
+        f"open files {first:.0f} → {last:.0f}, goal {FILES_MAX} more or less"
     )
-    return memory <= SLOPE_MIB_MAX and files <= FILES_SLOPE_MAX
+    return memory <= SLOPE_MIB_MAX and last <= first + FILES_MAX
 
 
 async def main() -> int:
@@ -125,7 +131,7 @@ async def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="lora-sidecar-soak-"))
-    print(f"{options.minutes:g} minutes, seed {options.seed}; a request is lost after {SILENT_S:g} s", flush=True)
+    print(f"{options.minutes:g} minutes, seed {options.seed}; a request is lost after {LOST_S:g} s", flush=True)
     if await soak(options.minutes, options.seed, folder):
         shutil.rmtree(folder)
         return 0

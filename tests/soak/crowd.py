@@ -19,7 +19,7 @@ from tests.chaos.load import Load
 from tests.peft_files import write_adapter
 
 PAUSE_S = 0.3
-BURST = 200
+BURST = 100
 SILENCE_S_MAX = 15.0
 ASKS_A_VISIT = 6
 CHANGE_S = 30.0
@@ -83,7 +83,7 @@ class Crowd:
             adapter = self._random.choice(sorted(self._load.pool.digests))
             digest = self._load.pool.digests[adapter]
             self._load.begin(self._load.ask(self._own(), adapter, digest, f"tenant-{next(self._numbers)}"))
-            await asyncio.sleep(self._random.expovariate(4.0))
+            await asyncio.sleep(self._random.expovariate(2.0))
 
     async def _slow_readers(self) -> None:
         while True:
@@ -91,11 +91,11 @@ class Crowd:
             silence_s = self._random.uniform(1.0, SILENCE_S_MAX)
             digest = self._load.pool.digests[adapter]
             self._load.begin(self._load.ask(self._own(), adapter, digest, "slow", silence_s))
-            await asyncio.sleep(self._random.expovariate(1.0))
+            await asyncio.sleep(self._random.expovariate(0.5))
 
     async def _bursts(self) -> None:
         while True:
-            await asyncio.sleep(self._random.uniform(8.0, 16.0))
+            await asyncio.sleep(self._random.uniform(15.0, 30.0))
             adapter = self._random.choice(sorted(self._load.pool.digests))
             for _ in range(BURST):
                 digest = self._load.pool.digests[adapter]
