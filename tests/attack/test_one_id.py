@@ -116,6 +116,16 @@ async def test_generates_errors_have_it(
         assert await logged(served, caplog) == [told]
 
 
+async def test_the_longest_words_leave_an_error_its_status(served: Serving) -> None:
+    """Everything at its bound and nothing of it ASCII: the headers that carry the status are not too large."""
+    words = {"request_id": "🦙" * 128, "adapter": "🦙" * 64, "tenant": "🦙" * 128, "class": "🦙" * 32}
+    for fields in (words, words | {"adapter": "a00"}, words | {"max_tokens": 2**32 - 1}):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await generate(served, {}, **fields)
+        assert caught.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT)
+        assert info_of(caught.value).metadata["request_id"] == "🦙" * 128
+
+
 async def test_an_id_that_may_not_be_is_answered_under_another(
     served: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
