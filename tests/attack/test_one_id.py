@@ -242,7 +242,8 @@ async def test_openai_tells_it(served: Serving, caplog: pytest.LogCaptureFixture
 async def test_openai_gives_back_the_bytes_of_an_id(served: Serving) -> None:
     """Also of one that is not ASCII: HTTP carries UTF-8, and whoever looks for it has these bytes."""
     body = {"model": "a00", "prompt": "x", "max_tokens": 1}
-    async with httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", trust_env=False) as client:
+    url = f"http://{served.sidecar.http_address}"
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
         for word in REAL:
             if len(word) <= 128:
                 response = await client.post(COMPLETIONS, json=body, headers={"x-request-id": word.encode()})
