@@ -135,6 +135,8 @@ class House:
         """Say how what the engine was asked differs from what the client was told, since the last time."""
         runs, sent = self._runs(), self._sent[:]
         self._sent.clear()
+        for kept in (self.served.recorder.events, self.served.recorder.effects):
+            kept.clear()
         named = set().union(*(ids_named(message) for message in sent))
         said = [] if told.version is None else [self.ids.get(told.version.partition("@")[0], -1)]
         found = []
