@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ _RUN = re.compile(r"\d+\.\d+")
 _VERSION = "lora_version"
 
 
+Ended = Callable[[], list[Any]]
+
+
 @dataclass(frozen=True)
 class Told:
     """What a client was told: the version that answered, "" for the base model, None where it was an error."""
@@ -48,10 +51,10 @@ class Told:
 class House:
     """The guest's ways in. Requests go one after another, so that what the engine logs meanwhile is theirs."""
 
-    def __init__(self, served: Serving, engine: Any, http: httpx.AsyncClient, sent: list[bytes]) -> None:
+    def __init__(self, served: Serving, ended: Ended, http: httpx.AsyncClient, sent: list[bytes]) -> None:
         self.served = served
         self.ids: dict[str, int | None] = {"": None}
-        self._engine = engine
+        self._ended = ended
         self._http = http
         self._sent = sent
         self._metadata = (("lora-tenant", GUEST),)
@@ -150,29 +153,42 @@ class House:
 
     def _runs(self) -> list[Any]:
         """Return the clients' requests that ended in the engine since the last time."""
-        log = self._engine._log.last
-        new = [run for run in log if _RUN.fullmatch(run.request_id)]
-        log.clear()
-        return new
+        return [run for run in self._ended() if _RUN.fullmatch(run.request_id)]
 
 
 @asynccontextmanager
-async def house(folder: Path, protocol: str, sent: list[bytes]) -> AsyncIterator[House]:
-    """Run one; `sent` are the messages that sidecars send (`tapped`)."""
+async def emulated_house(folder: Path, protocol: str, sent: list[bytes]) -> AsyncIterator[House]:
+    """Run one before an emulated engine; `sent` are the messages that sidecars send (`tapped`)."""
+    backend = {"adapters_dir": str(folder / "shared")} if protocol == "llmapi" else {}
+    async with running_engine(compute="none", decoupled=False, protocol=protocol) as engine:
+
+        def ended() -> list[Any]:
+            log = engine._log.last
+            new = list(log)
+            log.clear()
+            return new
+
+        async with house(folder, engine, ended, sent, backend) as made:
+            yield made
+
+
+@asynccontextmanager
+async def house(
+    folder: Path, engine: Any, ended: Ended, sent: list[bytes], backend: dict[str, Any]
+) -> AsyncIterator[House]:
+    """Run one before an engine, of which `ended` returns the requests that have ended since the last time."""
     for seed, name in enumerate(ADAPTERS):
         write_adapter(folder / "roots" / name, seed=seed)
-    backend = {"adapters_dir": str(folder / "shared")} if protocol == "llmapi" else {}
-    rules: dict[str, Any] = {"tenant_from": "metadata", "legacy_task_ids": {7: "sql"}}
+    rules: dict[str, Any] = {"tenant_from": "metadata", "legacy_task_ids": {7: "sql"}, "backend": backend}
     async with (
-        running_engine(compute="none", decoupled=False, protocol=protocol) as engine,
-        serving([engine], roots=[folder / "roots"], backend=backend, **rules) as served,
+        serving([engine], roots=[folder / "roots"], **rules) as served,
         httpx.AsyncClient(base_url=f"http://{served.sidecar.http_address}", timeout=PATIENCE_S) as http,
     ):
         for name in ADAPTERS:
             allow = [COOK] if name == "chef" else []
             path = str(folder / "roots" / name)
             await served.adapters.Register(admin_pb2.RegisterRequest(name=name, path=path, allow=allow, hold_s=3600))
-        made = House(served, engine, http, sent)
+        made = House(served, ended, http, sent)
         await made.learn(lambda name: _honest(served, name))
         yield made
 
