@@ -38,6 +38,19 @@ class Line:
         assert head is not None, "an empty line has no first"
         return head
 
+    def first_few(self, count: int) -> Iterator[int]:
+        """Yield the smallest ids, at most `count` of them; what a look costs does not grow with the line."""
+        heap = self._heap
+        frontier = [(heap[0], 0)] if heap else []
+        looked_at = 0
+        while frontier and looked_at < count:
+            request_id, at = heapq.heappop(frontier)
+            for child in range(2 * at + 1, min(2 * at + 3, len(heap))):
+                heapq.heappush(frontier, (heap[child], child))
+            if request_id in self._members:
+                looked_at += 1
+                yield request_id
+
     def __len__(self) -> int:
         return len(self._members)
 

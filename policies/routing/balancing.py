@@ -3,6 +3,9 @@
 Packing anew (by rate, the largest first) would move half of the small ones each time; so the placement that is there is
 mended instead: from the fullest backend to the emptiest, the one move or exchange that leaves both nearest to even.
 A move costs a load on the new host, so there is a budget, and nothing moves for an imbalance that chance explains.
+What has no slot where it lives while there is one elsewhere moves at once, whatever the budget: a backend that comes
+back has its versions again before it is one among the others. By and by, a sixteenth of them at a look, it had 0.95 of
+the pool's throughput back a minute later, of ten seeds in the middle; at once, 0.97.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ GAIN_MIN = 0.02
 
 @dataclass
 class Balancer:
-    """One look at a pool. `rate_of` is the token rate of a version; `budget` is the number of moves left.
+    """One look at a pool. `rate_of` is the token rate of a version; `budget` is the number of moves left for rates.
 
-    Without a budget given, a sixteenth of the versions may move: a backend that comes back fills up by and by.
+    Without a budget given, a sixteenth of the versions may move.
     """
 
     placement: Placement
@@ -51,7 +54,7 @@ class Balancer:
 
     def even_pages(self) -> None:
         """Move versions off backends that hold more than their room, back to where they rank higher if they can."""
-        while self.budget > 0:
+        while True:
             room = self._room()
             crowded = min(self.shares, key=lambda one: (room[one], one))
             if room[crowded] >= 0:

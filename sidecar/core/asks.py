@@ -263,6 +263,17 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
             return Why.LOADING
         if backend.facts.attaches and (why := _why_not_here(state, state.packed_for(request.version, backend).key)):
             return why
+    return _why_no_room(state, backend, request)
+
+
+def why_not_take_over(state: State, backend: Backend, request: Request, now_ns: int) -> Why | None:
+    """Say what keeps a request that waits elsewhere from being dispatched here now, its version opened, or None."""
+    why = why_not_send(state, backend, request, now_ns)
+    return _why_no_room(state, backend, request) if why is Why.NEXT else why
+
+
+def _why_no_room(state: State, backend: Backend, request: Request) -> Why | None:
+    """Say what keeps a request from being dispatched whose version is open, or None."""
     if not _finds_seats(state, backend, request):
         return Why.SEATS_FULL
     free = backend.kv_free

@@ -25,6 +25,7 @@ from sidecar.core import (
     owning,
     prefetching,
     promising,
+    stealing,
 )
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
@@ -83,6 +84,12 @@ class Core:
         coming.added(turn, backend)
 
     def _schedule(self, turn: Turn) -> None:
+        """Let fetches and dispatches move until nothing does, then let idling engines take over from busy ones."""
+        self._move_all(turn)
+        while stealing.steal(turn):
+            self._move_all(turn)
+
+    def _move_all(self, turn: Turn) -> None:
         """Let fetches and dispatches move until nothing does: each can make room for the other."""
         while turn.hungry or turn.dirty:
             if turn.hungry:

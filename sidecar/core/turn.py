@@ -26,6 +26,8 @@ class Turn:
     dirty: dict[str, None] = field(default_factory=dict)
     hungry: bool = False
     """Something was fetched, freed or asked for: look at the fetches again."""
+    moved: dict[int, None] = field(default_factory=dict)
+    """Requests that an idling backend has taken over: whatever its policy makes of them, not twice in a step."""
 
     def emit(self, effect: Effect) -> None:
         self.effects.append(effect)
@@ -59,6 +61,13 @@ class Turn:
         """Put a request that was queued or ran before into the queue of a backend, or aside while none can serve it."""
         self.void_promise(request, "moved")
         self.place(request, self.pick_backend(request))
+
+    def move(self, request: Request, backend: Backend) -> None:
+        """Queue a waiting request at a backend that can send it at once: sooner than it was promised where it was."""
+        self.moved[request.id] = None
+        self.arrived_for(request)
+        self.dequeue(request)
+        self.enqueue(request, backend)
 
     def pick_backend(self, request: Request) -> Backend | None:
         """Ask the routing policy; None while no backend that can serve the request is up."""

@@ -15,6 +15,7 @@ from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Promise, Waiting
 from sidecar.core import effects as do
 from sidecar.core import events as ev
+from sidecar.core import stealing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend
 from sidecar.core.turn import Turn
@@ -136,6 +137,11 @@ def _never_reroutes(_: Any) -> Callable[..., None]:
     return lambda turn: None
 
 
+def _never_steals(_: Any) -> Callable[..., bool]:
+    """A core that leaves requests where they were routed, whoever idles."""
+    return lambda turn: False
+
+
 MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "settled twice": (Turn, "settle", _settled_twice),
     "a quarter of the bound": (SoftGated, "promise", _half_a_bound),
@@ -145,6 +151,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "no timers": (Core, "step", _drops_waking),
     "twice the seats": (Backend, "seats", _twice_the_seats),
     "requests are lost": (Turn, "drop", _forgets_a_request),
+    "an engine idles beside a backlog": (stealing, "steal", _never_steals),
     "what was set aside stays there": (Turn, "route_the_unrouted", _never_reroutes),
 }
 

@@ -171,11 +171,14 @@ def test_crowded_backends_shed_what_ranks_higher_elsewhere() -> None:
     assert len(first) >= 4
 
 
-def test_moves_end_with_the_budget() -> None:
-    """Of six moves that are due three are made."""
+def test_moves_for_rates_end_with_the_budget() -> None:
+    """Of six moves that would even out the rates three are made; for want of slots all are, at once."""
     placement = placed({f"v{number}": "b0" for number in range(8)})
-    balancer(placement, {}, pages=2, budget=3).even_pages()
+    balancer(placement, {}, pages=8, budget=3).even_rates(0.0)
     assert placement.moves == 3
+    crowded = placed({f"v{number}": "b0" for number in range(8)})
+    balancer(crowded, {}, pages=2, budget=3).even_pages()
+    assert crowded.moves == 6
 
 
 def test_large_versions_take_the_room_of_their_pages() -> None:

@@ -18,6 +18,7 @@ from sidecar.core.core import Core
 from sidecar.core.words import Outcome
 from sidecar.errors import Reason
 from sidecar.sim.faults.flights import Flights, Tier
+from sidecar.sim.faults.idling import Idling
 from sidecar.sim.faults.scenario import Scenario
 from sidecar.sim.faults.violation import hold
 from sidecar.sim.setup import SECOND_NS
@@ -60,6 +61,8 @@ class Client:
     in_peace: bool
     attempt: int = 0
     backend: str = ""
+    queued_at: str = ""
+    """Where it was promised what it was; another backend may have taken it over."""
     first_token_ns: int = 0
     bound_ns: int | None = None
     settled: do.Settle | None = None
@@ -100,6 +103,7 @@ class Checks:
         self._flights = Flights(config.seat_slack)
         self._memory = Tier("host store", config.store_bytes)
         self._disk = Tier("disk", config.disk_bytes)
+        self._idling = Idling()
         self._now_ns = 0
         self._troubles: dict[str, list[tuple[int, int]]] = {name: [] for name in self.scenario.setup.backends}
         self._events: dict[type, Callable[[Any], None]] = {
@@ -149,6 +153,7 @@ class Checks:
             self._events.get(type(event), _ignored)(event)
         for effect in effects:
             self._effects.get(type(effect), _ignored)(effect)
+        self._idling.stepped(core, now_ns)
         if self.steps % BOOKS_EVERY == 0:
             self.books(core)
 
@@ -182,6 +187,7 @@ class Checks:
         self.moved_ns = self._now_ns
         admitted = core.state.requests.get(event.request)
         if admitted is not None and admitted.promise is not None:
+            client.queued_at = admitted.backend or ""
             client.bound_ns = admitted.promise.bound_ns
 
     def _first_token(self, event: ev.FirstToken) -> None:
@@ -272,7 +278,11 @@ class Checks:
     def _was_in_trouble(self, backend: str, client: Client) -> bool:
         """Whether a backend was slow, or dead and not yet known to be, while a client waited for it."""
         until_ns = client.first_token_ns or self._now_ns
-        return any(begin_ns < until_ns and client.arrived_ns < end_ns for begin_ns, end_ns in self._troubles[backend])
+        return any(
+            begin_ns < until_ns and client.arrived_ns < end_ns
+            for place in dict.fromkeys((client.queued_at, backend))
+            for begin_ns, end_ns in self._troubles.get(place, ())
+        )
 
     def _check_ending(self, client: Client, effect: do.Settle) -> None:
         reason = effect.reason

@@ -1,0 +1,153 @@
+"""Work stealing: an engine that has nobody to serve takes over who waits elsewhere and could be served at once.
+
+A request is routed once, when it comes. What is true then is not for long: a backend is drained and comes back, is
+lost, joins, or its queue simply ends before another's. So whenever a step has decided all that the queues allow, a
+backend with a seat to spare and nobody waiting takes requests over, one by one, of those that their own backend cannot
+serve now. It takes only what it can send in the same step: its engine has the adapter, a slot and KV room. So nothing
+is taken from its own, the promise that the request was given still holds, and no request goes to and fro.
+
+Which one: of the first of each version that waits, the one of the tenant that has least under way here, for its
+weight; then the oldest. Each queue stays as fair as its policy makes it, and what is taken is beyond what it can serve.
+
+An engine that runs nothing at all also loads, one at a time, what most requests elsewhere wait for: a waiting request
+is only ever moved to where its adapter is. A load is the whole price, and only an idle engine pays it. Loading into
+free slots of engines that work was tried and left: the adapters of a pool then live everywhere, and push each other
+out of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from policies.views import BASE
+from sidecar.core import asks, dispatching
+from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.turn import Turn
+
+HEADS_LOOKED_AT = 4
+"""Of each version the oldest so many requests are considered: some may be held to other backends."""
+VERSIONS_LOOKED_AT = 256
+"""Of each queue, for one that is worth a load."""
+PATIENCE_NS = 1_000_000_000
+"""So long a request has waited that an idle engine loads for, or a Load has taken whose requests are taken over: most
+are over before that."""
+
+
+def steal(turn: Turn) -> bool:
+    """Have one idling backend take over one request, or begin to load for some; say whether one did."""
+    state = turn.state
+    if state.queued == len(state.unrouted):
+        return False
+    crowded = [backend for backend in state.backends.values() if backend.queued]
+    for backend in state.backends.values():
+        if _has_to_spare(state, backend):
+            others = [other for other in crowded if other is not backend]
+            if _take_over(turn, backend, others) or _load_for(turn, backend, others):
+                return True
+    return False
+
+
+def _has_to_spare(state: State, backend: Backend) -> bool:
+    """Whether a backend has a seat that none of its own can use."""
+    if not backend.takes_requests or backend.in_flight >= backend.seats(state.config) or backend.id in state.joining:
+        return False
+    return not backend.in_flight or not any(asks.ready(state, backend, each) for each in backend.queued_by_version)
+
+
+def _take_over(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
+    """Move the request that comes first to a backend that can send it at once."""
+    state, tenants = turn.state, backend.outstanding.tenants
+    best, best_rank = None, (0.0, 0)
+    for other in others:
+        for version in _resident_here(backend, other):
+            request = _first_that_may_come(state, backend, other, version)
+            if request is None or request.id in turn.moved or _has_its_load_under_way(turn, other, version):
+                continue
+            if asks.why_not_take_over(state, backend, request, turn.now_ns) is not None:
+                continue
+            rank = tenants.get(request.view.tenant, 0) / request.view.weight, request.id
+            if best is None or rank < best_rank:
+                best, best_rank = request, rank
+    if best is None:
+        return False
+    turn.move(best, backend)
+    return True
+
+
+def _resident_here(backend: Backend, other: Backend) -> Iterator[str]:
+    """Yield the versions that wait at another backend and can be sent to this one by id alone."""
+    held, waiting = backend.shadow.host.held, other.queued_by_version
+    if backend.facts.attaches:
+        yield from waiting
+        return
+    if BASE in waiting:
+        yield BASE
+    few, many = (held, waiting) if len(held) < len(waiting) else (waiting, held)
+    yield from (version for version in few if version in many)
+
+
+def _first_that_may_come(state: State, backend: Backend, other: Backend, version: str) -> Request | None:
+    """Return the oldest request for a version at another backend that may go to this one."""
+    if asks.cannot_serve(state, backend, version) is not None:
+        return None
+    for request_id in other.queued_by_version[version].first_few(HEADS_LOOKED_AT):
+        request = state.requests[request_id]
+        if request.only and not asks.among((backend,), request.only):
+            continue
+        if backend.id in request.losses or not backend.can_seat(request.view.sequences, state.config):
+            continue
+        if asks.long_enough(backend, request.view.input_tokens):
+            return request
+    return None
+
+
+def _has_its_load_under_way(turn: Turn, other: Backend, version: str) -> bool:
+    """Whether a backend has just begun to load a version for those who wait there: a moment, and paid for."""
+    slot = other.slots.get(version)
+    if slot is None or slot.load is None:
+        return False
+    due_ns = turn.state.loads[slot.load].begun_ns + PATIENCE_NS
+    if due_ns > turn.now_ns:
+        _look_again(turn, due_ns)
+    return due_ns > turn.now_ns
+
+
+def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
+    """Have an engine that runs nothing load what most requests elsewhere wait for, once they have for a while."""
+    if backend.in_flight or backend.facts.attaches:
+        return False
+    best, best_rank, due_ns = None, (0, 0), NEVER_NS
+    for other in others:
+        for version in islice(other.queued_by_version, VERSIONS_LOOKED_AT):
+            if asks.resident(backend, version) or not asks.ready(turn.state, backend, version):
+                continue
+            request = _first_that_may_come(turn.state, backend, other, version)
+            if request is None or not _may_be_loaded(turn, backend, version):
+                continue
+            rank = -len(other.queued_by_version[version]), request.id
+            if request.view.arrived_ns + PATIENCE_NS > turn.now_ns:
+                due_ns = min(due_ns, request.view.arrived_ns + PATIENCE_NS)
+            elif best is None or rank < best_rank:
+                best, best_rank = version, rank
+    if best is not None:
+        dispatching.open_version(turn, backend, best)
+        return True
+    if due_ns < NEVER_NS:
+        _look_again(turn, due_ns)
+    return False
+
+
+def _look_again(turn: Turn, due_ns: int) -> None:
+    """Have the core woken at a time, unless it will be before."""
+    if not turn.now_ns < turn.state.steal_ns <= due_ns:
+        turn.state.steal_ns = due_ns
+        turn.state.set_timer(due_ns)
+
+
+def _may_be_loaded(turn: Turn, backend: Backend, digest: str) -> bool:
+    """Whether a version may be loaded now. One that is being loaded anywhere, or may have killed an engine, is not."""
+    version = turn.state.versions[digest]
+    if version.loads or version.suspect:
+        return False
+    return asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None
