@@ -10,9 +10,8 @@ Which one: of the first of each version that waits, the one of the tenant that h
 weight; then the oldest. Each queue stays as fair as its policy makes it, and what is taken is beyond what it can serve.
 
 An engine that runs nothing at all also loads, one at a time, what most requests elsewhere wait for: a waiting request
-is only ever moved to where its adapter is. A load is the whole price, and only an idle engine pays it. Loading into
-free slots of engines that work was tried and left: the adapters of a pool then live everywhere, and push each other
-out of the caches.
+is only ever moved to where its adapter is. A load is the whole price, and only
+an idle engine pays it.
 """
 
 from __future__ import annotations
