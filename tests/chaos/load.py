@@ -114,11 +114,12 @@ class Load:
             self.begin(self.ask(one, adapter, self.pool.digests[adapter]))
             await asyncio.sleep(random.expovariate(self.rate))
 
-    def begin(self, asking: Coroutine[Any, Any, None]) -> None:
-        """Let something be asked beside all else; `stop` waits for it."""
+    def begin(self, asking: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Let something be asked beside all else; `stop` waits for it, whoever else does."""
         ask = asyncio.create_task(asking)
         self._asks.add(ask)
         ask.add_done_callback(self._ended)
+        return ask
 
     async def _look_at_clock(self) -> None:
         seen_s = monotonic()

@@ -53,8 +53,8 @@ class Crowd:
             await asyncio.to_thread(write_adapter, folder, seed=10_000 + number)
             request = admin_pb2.RegisterRequest(name=name, path=str(folder))
             digest = (await self._changed(lambda stub, r=request: stub.Register(r, timeout=CHANGE_S))).adapter.digest
-            asks = (self._load.ask(self._own(), name, digest, f"guest-{number}") for _ in range(ASKS_A_VISIT))
-            await asyncio.gather(*asks)
+            asks = [self._load.ask(self._own(), name, digest, f"guest-{number}") for _ in range(ASKS_A_VISIT)]
+            await asyncio.wait([self._load.begin(ask) for ask in asks])
             gone = admin_pb2.UnregisterRequest(name=name)
             await self._changed(lambda stub, r=gone: stub.Unregister(r, timeout=CHANGE_S))
             await asyncio.to_thread(shutil.rmtree, folder)
