@@ -15,6 +15,7 @@ from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
+from sidecar.backends.buffers import AnswerBuffers
 from sidecar.backends.loads import LoaderProcess
 from sidecar.config import Config
 from sidecar.config_discover import Discover
@@ -85,6 +86,7 @@ class Sidecar:
             mount=self._memory.mount,
             stagings=stagings_of(config.backends),
             crash=self.crash,
+            answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.buffers import ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX
 from sidecar.config_discover import Discover, EndpointSlices, label_of
 from sidecar.config_environment import set_in
 from sidecar.config_kinds import VLLM, out_of_place
@@ -94,11 +95,14 @@ class DataListener(Listener):
 
 
 class HttpListener(Listener):
-    """Health, metrics and the OpenAI API. `body_bytes_max` bounds one request of that API."""
+    """Health, metrics and the OpenAI API. `body_bytes_max` bounds one request of that API, `prompts_max` how many
+    prompts a completion may ask for at once.
+    """
 
     address: str = "0.0.0.0:9002"
     connections_max: int = Field(4096, ge=1)
     body_bytes_max: int = Field(16 << 20, ge=1024)
+    prompts_max: int = Field(1024, ge=1)
 
 
 class DrainListener(Section):
@@ -344,7 +348,8 @@ class RequestClass(Section):
 
 class Queue(Section):
     """`joining_s_max`: how long an engine that has just come up is spared, at most, until it has the adapters that are
-    planned for it; 0 sends it its share at once.
+    planned for it; 0 sends it its share at once. `answer_bytes_max` of an answer, and `answers_bytes_max` of all of
+    them, may wait for clients that are slower than their engine; what does not fit keeps its seat at the engine.
     """
 
     ordering: str = "soft_gated"
@@ -359,6 +364,8 @@ class Queue(Section):
     tenant_queued_bytes_max: int = Field(1 << 30, ge=1)
     tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     inbox_max: int = Field(10_000, ge=1)
+    answer_bytes_max: int = Field(ANSWER_BYTES_MAX, ge=1)
+    answers_bytes_max: int = Field(ANSWERS_BYTES_MAX, ge=1)
     joining_s_max: float = Field(30.0, ge=0)
     classes: dict[str, RequestClass] = {"default": RequestClass()}
 

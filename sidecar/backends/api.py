@@ -11,15 +11,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from time import monotonic_ns
 from typing import Any, Protocol
 
 from sidecar.backends import wire
+from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
 from sidecar.backends.dialects import TRITON
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import Event
 
-UNDELIVERED_MAX = 256
-"""Messages that may wait in a ticket for their client; past that the backend is not read from."""
+WRITE_BYTES = 64 << 10
+"""Of an answer that a front writes at once; what it has taken counts as waiting until it comes for more."""
 
 
 class Prompt(Enum):
@@ -105,11 +107,19 @@ class Reply:
 
 
 class Ticket:
-    """One request between its front, the shell and its backend. All three live on one event loop."""
+    """One request between its front, the shell and its backend. All three live on one event loop.
+
+    The engine's answer is taken at the engine's pace and waits here for its client, as far as `buffers` allow.
+    """
 
     __slots__ = (
+        "_buffers",
+        "_held_bytes",
+        "_is_dropped",
         "_reader",
         "_room",
+        "_taken_bytes",
+        "behind_since_ns",
         "blocked_since_ns",
         "came",
         "client_id",
@@ -119,18 +129,22 @@ class Ticket:
         "replies",
         "request",
         "settled",
+        "settled_ns",
         "trip",
     )
 
-    def __init__(self, request: int, payload: Payload, client_id: str = "") -> None:
+    def __init__(self, request: int, payload: Payload, client_id: str, buffers: AnswerBuffers) -> None:
         self.request = request
         self.payload = payload
         self.client_id = client_id
         self.dispatch: Dispatch | None = None
         self.settled: Settle | None = None
+        self.settled_ns = 0
         self.replies: deque[Reply] = deque()
         self.came: Reply | None = None
         """What has come of the answer last."""
+        self.behind_since_ns: int | None = None
+        """Since when the engine is not read from, because of what waits for the client."""
         self.blocked_since_ns: int | None = None
         """Since when the front has been waiting for its client to take a message."""
         self.rejected_with: Any = None
@@ -139,42 +153,80 @@ class Ticket:
         """What the router between replicas has to remember of it."""
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
+        self._buffers = buffers
+        self._held_bytes = self._taken_bytes = 0
+        self._is_dropped = False
 
     def deliver(self, reply: Reply) -> None:
-        """Hand a reply to the front."""
+        """Hand a reply to the front; of one whose client has left nothing is kept."""
+        if self._is_dropped:
+            return
         self.came = reply
         self.replies.append(reply)
+        self._count(len(reply.raw) + REPLY_BYTES)
         if self._reader is not None:
             self._wake()
 
     def settle(self, effect: Settle) -> None:
         self.settled = effect
+        self.settled_ns = monotonic_ns()
         self._wake()
         self._open_room()
 
     @property
     def has_room(self) -> bool:
-        return len(self.replies) < UNDELIVERED_MAX
+        """Whether more of the answer may be taken. One reply may always wait, so that no answer ever stands still."""
+        return not self._held_bytes or self._held_bytes < self._buffers.allowance()
 
     async def room(self) -> None:
-        """Wait until the client has taken enough for another reply."""
-        while not self.has_room and self.settled is None:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
+        """Wait until another reply may be taken."""
+        self.behind_since_ns = monotonic_ns()
+        try:
+            while not self.has_room and self.settled is None:
+                self._room = asyncio.get_running_loop().create_future()
+                await self._room
+        finally:
+            self.behind_since_ns = None
+
+    def look(self) -> None:
+        """Take more of the answer if half of what is allowed is free again, of its own bytes or of all."""
+        if self._room is not None and 2 * self._held_bytes <= self._buffers.allowance():
+            self._open_room()
 
     async def next(self) -> Reply | Settle:
-        """Return the next reply; the ending once all replies are taken."""
+        """Return the next reply; the ending once all replies are taken. What was taken before has been written."""
+        self._count(-self._taken_bytes)
+        self._taken_bytes = 0
+        self.look()
         while True:
             if self.replies:
-                reply = self.replies.popleft()
-                if self._room is not None and len(self.replies) < UNDELIVERED_MAX // 2:
-                    self._open_room()
-                return reply
+                return self._take()
             if self.settled is not None:
                 self._open_room()
                 return self.settled
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
+
+    def another(self) -> Reply | None:
+        """Return a reply that has come already and is to be written along with the last; None to write first."""
+        return self._take() if self.replies and self._taken_bytes < WRITE_BYTES else None
+
+    def drop(self) -> None:
+        """Free what waits: nobody takes it any more."""
+        self._is_dropped = True
+        self.replies.clear()
+        self._count(-self._held_bytes)
+        self._taken_bytes = 0
+        self._open_room()
+
+    def _take(self) -> Reply:
+        reply = self.replies.popleft()
+        self._taken_bytes += len(reply.raw) + REPLY_BYTES
+        return reply
+
+    def _count(self, size_bytes: int) -> None:
+        self._held_bytes += size_bytes
+        self._buffers.held_bytes += size_bytes
 
     def _wake(self) -> None:
         reader, self._reader = self._reader, None

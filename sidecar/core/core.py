@@ -173,10 +173,13 @@ def _client_left(turn: Turn, event: ev.ClientLeft) -> None:
         turn.cancel(request, Reason.CANCELLED, "the client cancelled the request or went away")
 
 
+STALLED = "for longer than client_stall_s more of the answer waited for the client than is kept; read it as it comes"
+
+
 def _client_stalled(turn: Turn, event: ev.ClientStalled) -> None:
     request = turn.state.requests.get(event.request)
     if request is not None and not request.settled:
-        turn.cancel(request, Reason.CLIENT_STALLED, "the client took no message for longer than client_stall_s")
+        turn.cancel(request, Reason.CLIENT_STALLED, STALLED)
 
 
 def _first_token(turn: Turn, event: ev.FirstToken) -> None:

@@ -44,7 +44,7 @@ class ClientLeft:
 
 @dataclass(frozen=True, slots=True)
 class ClientStalled:
-    """The client took no message for too long."""
+    """The client was too far behind for too long: more of its answer waited than is kept."""
 
     request: int
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from time import monotonic_ns
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sidecar.backends.api import Reply, Ticket
 from sidecar.core.effects import Dispatch, Settle
@@ -38,6 +38,16 @@ def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int
     return parameters
 
 
+def origin_of_all(tickets: Sequence[Ticket], hide_backend: bool) -> dict[str, str | int | float]:
+    """Return the same of an answer made of several: every name there is, and of each number the largest."""
+    found: dict[str, list[Any]] = {}
+    for ticket in tickets:
+        for name, value in origin_parameters(ticket, hide_backend).items():
+            if value not in found.setdefault(name, []):
+                found[name].append(value)
+    return {name: ", ".join(all_) if isinstance(all_[0], str) else max(all_) for name, all_ in found.items()}
+
+
 def origin_metadata(ticket: Ticket, hide_backend: bool) -> tuple[tuple[str, str], ...]:
     """Return the same as trailing metadata, `lora-version` and so on, and the request's id."""
     origin = tuple(
@@ -56,7 +66,7 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
     While a write waits for the client the ticket says since when: a client that takes nothing is cancelled in the end,
     and then the write is broken off. gRPC keeps it, so of that call only the status can follow.
     """
-    watch = Watch(ticket)
+    watch = Watch([ticket])
     try:
         while True:
             item = await ticket.next()
@@ -76,11 +86,11 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
 
 
 class Watch:
-    """Breaks off a write that waits for its client although the request has ended."""
+    """Breaks off a write that waits for its client although all that it is about has ended."""
 
-    def __init__(self, ticket: Ticket) -> None:
+    def __init__(self, tickets: Sequence[Ticket]) -> None:
         self.fired = False
-        self._ticket = ticket
+        self._tickets = tickets
         self._task = asyncio.current_task()
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(LOOK_S, self._look)
@@ -91,15 +101,22 @@ class Watch:
             self._task.uncancel()
 
     def _look(self) -> None:
-        if self._is_over():
+        if all(map(_is_over, self._tickets)) or any(map(_has_stalled, self._tickets)):
             self.fired = True
             assert self._task is not None
             self._task.cancel()
         else:
             self._timer = self._loop.call_later(LOOK_S, self._look)
 
-    def _is_over(self) -> bool:
-        ending, since_ns = self._ticket.settled, self._ticket.blocked_since_ns
-        if ending is None or since_ns is None:
-            return False
-        return ending.reason is Reason.CLIENT_STALLED or monotonic_ns() - since_ns > AFTER_END_S * 1e9
+
+def _has_stalled(ticket: Ticket) -> bool:
+    is_writing = ticket.blocked_since_ns is not None
+    return is_writing and ticket.settled is not None and ticket.settled.reason is Reason.CLIENT_STALLED
+
+
+def _is_over(ticket: Ticket) -> bool:
+    """Whether an answer has waited in full for as long as it may."""
+    since_ns = ticket.blocked_since_ns
+    if ticket.settled is None or since_ns is None:
+        return False
+    return monotonic_ns() - max(since_ns, ticket.settled_ns) > AFTER_END_S * 1e9

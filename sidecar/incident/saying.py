@@ -58,7 +58,7 @@ def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | 
     if isinstance(event, ev.ClientLeft) and event.request == request:
         return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
-        return "client_stalled", "its client took no message for too long"
+        return "client_stalled", "its client was too far behind for too long"
     if isinstance(event, ev.FirstToken) and (event.request, event.attempt) == (request, attempt):
         return "first_token", "first token"
     if isinstance(event, ev.RunFailed) and (event.request, event.attempt) == (request, attempt):

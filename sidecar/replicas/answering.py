@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from time import monotonic_ns
 from typing import Any
 
 from sidecar.backends.api import Payload, Reply, Ticket
+from sidecar.backends.buffers import AnswerBuffers
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.identities import REQUEST_ID, is_fit
@@ -31,7 +31,7 @@ class PassedOn(Ticket):
     __slots__ = ("_has_told", "line", "number", "paused")
 
     def __init__(self, request: int, payload: Payload, client_id: str, line: Answers, number: int) -> None:
-        super().__init__(request, payload, client_id)
+        super().__init__(request, payload, client_id, AnswerBuffers())  # what waits, waits where the client is
         self.line = line
         self.number = number
         self.paused = False
@@ -55,13 +55,6 @@ class PassedOn(Ticket):
     @property
     def has_room(self) -> bool:
         return not self.paused and self.line.has_room
-
-    async def room(self) -> None:
-        self.blocked_since_ns = monotonic_ns()
-        try:
-            await super().room()
-        finally:
-            self.blocked_since_ns = None
 
     def look(self) -> None:
         """Go on if there is room again."""

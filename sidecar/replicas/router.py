@@ -11,6 +11,7 @@ from time import monotonic
 
 from sidecar.backends.api import Ticket
 from sidecar.core import admission
+from sidecar.core.core import STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
 from sidecar.replicas.forwarding import Forward, GivenBack, Owner, ended
@@ -27,7 +28,7 @@ LEAVING_S = 5.0
 """How long a replica that drains looks for an owner: if all of them leave there will be none."""
 MESSAGES = {
     Reason.CANCELLED: "the client cancelled the request or went away",
-    Reason.CLIENT_STALLED: "the client took no message for longer than client_stall_s",
+    Reason.CLIENT_STALLED: STALLED,
 }
 
 

@@ -24,6 +24,7 @@ from sidecar.adapters.packed import PackReport
 from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Payload, Ticket
+from sidecar.backends.buffers import AnswerBuffers
 from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
@@ -129,6 +130,7 @@ class Gateway:
         mount: Mount | None = None,
         stagings: Sequence[Staging] = (),
         crash: Crash | None = None,
+        answers: AnswerBuffers | None = None,
     ) -> None:
         self.crash = crash or Crash()
         self.core = Core(config, policies)
@@ -152,6 +154,7 @@ class Gateway:
             config.store_bytes,
             stagings,
         )
+        self.answers = answers or AnswerBuffers()
         self.tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[do.Answer]] = {}
@@ -306,7 +309,7 @@ class Gateway:
         Raises Refused when the inbox is full, and for names that are not as they may be; every other ending comes
         through the ticket.
         """
-        ticket = Ticket(next(self._numbers), payload, client_id)
+        ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
 
     def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
@@ -349,6 +352,7 @@ class Gateway:
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
         """The front is done with a ticket; if the request had not ended, its client left, or another replica has it."""
+        ticket.drop()
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
             self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
 
@@ -361,15 +365,19 @@ class Gateway:
             self.driver.post(event)
 
     async def _sweep(self) -> None:
-        """Cancel requests whose clients have taken nothing for too long; drop sources that nobody needs any more."""
+        """Cancel requests whose clients are too far behind for too long; drop sources that nobody needs any more."""
         while True:
             await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
             self.catalogue.forget_unneeded()
             now_ns = monotonic_ns()
             for ticket in list(self.tickets.values()):
-                since_ns = ticket.blocked_since_ns
-                if since_ns is not None and now_ns - since_ns > self._client_stall_ns and ticket.settled is None:
+                since_ns = ticket.behind_since_ns
+                if since_ns is None or ticket.settled is not None:
+                    continue
+                if now_ns - since_ns > self._client_stall_ns:
                     self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
+                else:
+                    ticket.look()  # others may have left it room
 
     # Effects.
 

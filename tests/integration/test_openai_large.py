@@ -49,9 +49,9 @@ async def test_only_large_bodies_are_read_elsewhere(tmp_path: Path) -> None:
 
 async def test_admission_counts_what_a_large_body_asks(tmp_path: Path) -> None:
     """As it does of a small one."""
-    engine = ScriptedVllm(seats=1)
+    engine = ScriptedVllm(seats=2)
     async with house(tmp_path, [engine]) as served:
-        running = ask(served)
+        running = ask(served, {"n": 2})
         await engine.running_are(1)
         waiting = ask(served, {"prompt": [7] * LARGE_BYTES, "max_tokens": 10, "n": 2})
         await until(lambda: served.gateway.state.waiting.requests == 1)

@@ -292,18 +292,18 @@ async def test_a_users_requests_are_one_session(tmp_path: Path) -> None:
 
 async def test_admission_counts_what_is_asked(tmp_path: Path) -> None:
     """Token ids by number, text by bytes, answers by how many there are to be."""
-    engine = ScriptedVllm(seats=1)
+    engine = ScriptedVllm(seats=2)
     async with house(tmp_path, [engine]) as served:
-        running = ask(served)
+        running = ask(served, {"n": 2})
         await engine.running_are(1)
-        for body, tokens in (
-            ({"prompt": [1, 2, 3], "max_tokens": 10}, 13),
-            ({"prompt": "née", "max_tokens": 10, "n": 2}, 24),
-            ({"prompt": ["ab", "cd"], "max_tokens": 5}, 14),
-            ({"prompt": [[1], [2, 3]]} | {"max_tokens": None}, 35),
+        for body, tokens, requests in (
+            ({"prompt": [1, 2, 3], "max_tokens": 10}, 13, 1),
+            ({"prompt": "née", "max_tokens": 10, "n": 2}, 24, 1),
+            ({"prompt": ["ab", "cd"], "max_tokens": 5}, 14, 2),
+            ({"prompt": [[1], [2, 3]]} | {"max_tokens": None}, 35, 2),
         ):
             waiting = ask(served, body)
-            await until(lambda: served.gateway.state.waiting.requests == 1)
+            await until(lambda count=requests: served.gateway.state.waiting.requests == count)
             assert served.gateway.state.waiting.tokens == tokens, body
             waiting.cancel()
             await until(lambda: served.gateway.state.waiting.requests == 0)

@@ -31,8 +31,9 @@ def test_only_the_name_changes(
     raw = json.dumps(dict(pairs), ensure_ascii=ascii_only, indent=2 if spaced else None).encode("utf-8", "replace")
     body = read_body(raw)
     assert body.values["model"] == model
-    assert body.before + json.dumps(model, ensure_ascii=ascii_only).encode() + body.after == raw
-    renamed = json.loads(body.before + json.dumps(other).encode() + body.after)
+    before, after = body.around()
+    assert before + json.dumps(model, ensure_ascii=ascii_only).encode() + after == raw
+    renamed = json.loads(before + json.dumps(other).encode() + after)
     assert renamed == json.loads(raw) | {"model": other}
 
 
@@ -49,12 +50,13 @@ def test_only_the_name_changes(
 )
 def test_where_the_name_stands(raw: str, before: str, model: str) -> None:
     body = read_body(raw.encode())
-    assert (body.before.decode(), body.values["model"]) == (before, model)
+    assert (body.around()[0].decode(), body.values["model"]) == (before, model)
 
 
 def test_a_member_that_comes_twice() -> None:
-    """The last counts, as it does for engines; of `model` there must be one."""
-    assert read_body(b'{"n":1,"model":"a","n":2}').values == {"n": 2, "model": "a"}
+    """Which of them counts is for each parser to say, so there may be none."""
+    with pytest.raises(Refused, match='has "n" twice'):
+        read_body(b'{"n":1,"model":"a","n":2}')
     with pytest.raises(Refused, match='has "model" twice'):
         read_body(b'{"model":"a","\\u006dodel":"b"}')
 
@@ -98,3 +100,17 @@ def test_it_takes_what_the_standard_decoder_takes(raw: bytes) -> None:
     except Refused:
         return
     assert json.loads(raw) == body.values
+
+
+@given(st.lists(st.text() | st.lists(st.integers(0, 99)), min_size=2, max_size=6), NAMES, st.booleans(), st.booleans())
+def test_a_list_of_prompts_is_taken_apart(prompts: list[Any], model: str, first: bool, ascii_only: bool) -> None:
+    """Each prompt gets the body for itself, in which nothing else changes; where it stands is found in any spelling."""
+    pairs: list[tuple[str, Any]] = [("prompt", prompts), ("é", "ü"), ("model", model)]
+    raw = json.dumps(dict(pairs if first else pairs[::-1]), ensure_ascii=ascii_only, indent=1).encode(
+        "utf-8", "replace"
+    )
+    body = read_body(raw)
+    for prompt, span in zip(prompts, body.prompts(), strict=True):
+        before, after = body.around(span)
+        part = json.loads(before + b'"x"' + after)
+        assert part == json.loads(raw) | {"model": "x", "prompt": json.loads(json.dumps([prompt]))}

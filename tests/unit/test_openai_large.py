@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, read_asked
+from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, parts_of, read_asked
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
@@ -26,13 +26,19 @@ from tests.serving import until
 NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (5 << 20) + b"[]]}"
 """16 MiB that take the better part of a second to be read, during which nothing else of a process runs."""
 USER = {"role": "user", "content": "hi"}
-ORDER = Order(COMPLETIONS, 0, (None,), 77, (True, False))
+ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, (True, False))
 
 
-async def read(bodies: LargeBodies, raw: bytes, order: Order = ORDER) -> Found:
+async def read_all(bodies: LargeBodies, raw: bytes, order: Order = ORDER) -> tuple[Found, ...]:
     """Read a body that comes in three pieces."""
     pieces = (raw[:5], raw[5:9], raw[9:])
     return await bodies.read(pieces, replace(order, size_bytes=len(raw)))
+
+
+async def read(bodies: LargeBodies, raw: bytes, order: Order = ORDER) -> Found:
+    """Read the body of one request."""
+    (found,) = await read_all(bodies, raw, order)
+    return found
 
 
 def template(source: str) -> ChatTemplate:
@@ -59,7 +65,7 @@ async def test_the_event_loop_goes_on_meanwhile() -> None:
     [
         (COMPLETIONS, {"prompt": "é" * 20, "user": "me", "stream": True, "stream_options": {"include_usage": True}}),
         (COMPLETIONS, {"prompt": [1, 2, 3], "max_tokens": 9, "n": 3}),
-        (COMPLETIONS, {"prompt": ["a", "b"]}),
+        (COMPLETIONS, {"prompt": ["a"]}),
         (CHAT, {"messages": [USER], "max_completion_tokens": 4}),
     ],
 )
@@ -68,9 +74,23 @@ async def test_what_is_asked_is_what_is_read_here(path: str, body: dict[str, Any
     raw = json.dumps({**body, "model": "sql@v1", "last": 1}, ensure_ascii=False).encode()
     found = (await read(LargeBodies(), raw, replace(ORDER, path=path))).asked
     here = read_asked(path, read_body(raw))
-    assert (found.body.before, found.body.after) == (here.body.before, here.body.after)
+    assert found.around == here.around
     assert (found.model, found.body.values) == ("sql@v1", {"model": "sql@v1"})
     assert replace(found, body=here.body) == here
+
+
+async def test_a_list_of_prompts_is_taken_apart_there() -> None:
+    """Each request with its prompt, its lengths and its text; a longer list is refused in the same words."""
+    raw = json.dumps({"model": "sql", "prompt": ["é", "bb"], "temperature": 0}).encode()
+    found = await read_all(LargeBodies(), raw)
+    here = parts_of(read_asked(COMPLETIONS, read_body(raw)), 8, 1 << 20)
+    assert [each.asked.around for each in found] == [each.around for each in here]
+    assert [replace(each.asked, body=here[0].body) for each in found] == list(here)
+    assert [each.asked.prompt_bytes for each in found] == [2, 2]
+    assert [each.texts for each in found] == [(text_forms(each, None, 77).written(True, False),) for each in here]
+    many = json.dumps({"model": "sql", "prompt": ["a"] * 9}).encode()
+    with pytest.raises(Unfit, match="the list has 9 prompts; at most 8"):
+        await read_all(LargeBodies(), many)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from time import monotonic_ns
 from typing import Protocol
 
@@ -20,7 +20,8 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.openai.asked import Asked
-from sidecar.fronts.openai.errors import Failure, failure_of_ending
+from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
+from sidecar.fronts.openai.merged import Merged
 from sidecar.fronts.openai.places import Place
 from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
 from sidecar.shell.gateway import Gateway
@@ -41,6 +42,15 @@ class ClientLeft(Exception):
 
 class TooLong(Refused):
     """A body that is longer than is taken."""
+
+
+class _Ended(Exception):
+    """A request has ended before its answer was complete."""
+
+    def __init__(self, ending: Settle, ticket: Ticket) -> None:
+        super().__init__(ending.message)
+        self.ending = ending
+        self.ticket = ticket
 
 
 class _Answer(Protocol):
@@ -87,24 +97,27 @@ def request_id_header(request_id: str) -> Headers:
 
 
 class Answering:
-    """Relays one ticket's replies."""
+    """Relays the replies of one ticket; of several, where a list of prompts was asked, put together as one answer."""
 
-    def __init__(self, gateway: Gateway, asked: Asked, place: Place, ticket: Ticket, hide_backend: bool) -> None:
+    def __init__(
+        self, gateway: Gateway, asked: Asked, place: Place, tickets: Sequence[Ticket], hide_backend: bool
+    ) -> None:
         self._gateway = gateway
         self._asked = asked
         self._place = place
-        self._ticket = ticket
+        self._tickets = tickets
         self._hide_backend = hide_backend
-        self._request_id = ticket.client_id
-        self._answer: _Answer | None = None
+        self._request_id = tickets[0].client_id
         self._has_begun = False
 
     async def serve(self, receive: Receive, send: Send) -> None:
         """Answer to the end, or until the client leaves: then what is queued or runs is cancelled."""
         leaving = asyncio.create_task(self._cancel_when_left(receive))
-        watch = relay.Watch(self._ticket)
+        watch = relay.Watch(self._tickets)
         try:
             await self._relay(send)
+        except _Ended as ended:
+            await self._end_early(send, ended.ending, ended.ticket)
         except asyncio.CancelledError:
             if not watch.fired:
                 raise
@@ -118,33 +131,59 @@ class Answering:
     async def _cancel_when_left(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._gateway.cancel(self._ticket)
+        for ticket in reversed(self._tickets):  # what waits first: else it is sent to the seats that become free
+            self._gateway.cancel(ticket)
 
     async def _relay(self, send: Send) -> None:
-        while True:
-            item = await self._ticket.next()
-            if isinstance(item, Settle):
-                await self._end_early(send, item)
-                return
-            body, ended = await self._taken(item)
+        if len(self._tickets) > 1:
+            await self._relay_all(send)
+            return
+        async for body, ended in self._pieces(self._tickets[0]):
             if body or self._asked.streams:
                 await self._write(send, body, ended)
-            if ended:
-                return
 
-    async def _taken(self, reply: Reply) -> tuple[bytes, bool]:
-        """Return what there is to write, and whether that is all: what came during a write goes together."""
-        if self._answer is None:
-            self._answer = self._new_answer()
-        pieces = [self._answer.take(reply)]
-        while self._ticket.replies and not self._answer.ended:
-            item = await self._ticket.next()
-            assert isinstance(item, Reply)
-            pieces.append(self._answer.take(item))
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces), self._answer.ended
+    async def _relay_all(self, send: Send) -> None:
+        """Relay the answers to several prompts. What one ends with before its time ends all: it is one request."""
+        merged, writing = Merged(self._asked.answers), asyncio.Lock()
 
-    def _new_answer(self) -> _Answer:
-        dispatch = self._ticket.dispatch
+        async def relay_one(part: int, ticket: Ticket) -> bytes:
+            answer = b""
+            async for body, _ in self._pieces(ticket):
+                if not self._asked.streams:
+                    answer = body
+                elif events := merged.events(part, body):
+                    async with writing:
+                        await self._write(send, events, False)
+            return answer
+
+        relays = [asyncio.create_task(relay_one(part, ticket)) for part, ticket in enumerate(self._tickets)]
+        try:
+            answers = await asyncio.gather(*relays)
+        finally:
+            for one in relays:
+                one.cancel()
+            await asyncio.gather(*relays, return_exceptions=True)
+        await self._write(send, merged.end() if self._asked.streams else merged.whole(answers), True)
+
+    async def _pieces(self, ticket: Ticket) -> AsyncIterator[tuple[bytes, bool]]:
+        """Yield what there is to write, and whether that is all: what came during a write goes together.
+
+        Raises _Ended where that is not all of an answer.
+        """
+        answer: _Answer | None = None
+        while answer is None or not answer.ended:
+            item = await ticket.next()
+            if isinstance(item, Settle):
+                raise _Ended(item, ticket)
+            if answer is None:
+                answer = self._new_answer(ticket)
+            pieces = [answer.take(item)]
+            while not answer.ended and (more := ticket.another()) is not None:
+                pieces.append(answer.take(more))
+            yield pieces[0] if len(pieces) == 1 else b"".join(pieces), answer.ended
+
+    def _new_answer(self, ticket: Ticket) -> _Answer:
+        dispatch = ticket.dispatch
         assert dispatch is not None
         kind = self._gateway.kind_of(dispatch.backend)
         if kind == VLLM:
@@ -154,7 +193,7 @@ class Answering:
         return TextAnswer(self._asked, self._place.text, counts, repeats=kind == TRITON_LLMAPI)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
-        self._ticket.blocked_since_ns = monotonic_ns()
+        self._blocked(monotonic_ns())
         if not self._has_begun:
             self._has_begun = True
             length = (b"content-length", str(len(body)).encode())
@@ -163,20 +202,26 @@ class Answering:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
         if body or ended:
             await send({"type": "http.response.body", "body": body, "more_body": not ended})
-        self._ticket.blocked_since_ns = None
+        self._blocked(None)
 
-    async def _end_early(self, send: Send, ending: Settle) -> None:
+    def _blocked(self, since_ns: int | None) -> None:
+        for ticket in self._tickets:
+            ticket.blocked_since_ns = since_ns
+
+    async def _end_early(self, send: Send, ending: Settle, ticket: Ticket) -> None:
         """Say why there is no answer, or no more of it."""
         if ending.reason is None:
             await self._write(send, b"", True)
             return
-        failed = failure_of_ending(ending, self._ticket)
+        failed = failure_of_ending(ending, ticket)
         if not self._has_begun:
+            if any(other.dispatch is not None for other in self._tickets if other is not ticket):
+                failed = not_again(failed)
             await send_failure(send, failed, self._request_id, self._origin())
         else:
             await self._write(send, b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n", True)
 
     def _origin(self) -> Headers:
-        for name, value in relay.origin_parameters(self._ticket, self._hide_backend).items():
+        for name, value in relay.origin_of_all(self._tickets, self._hide_backend).items():
             if value != "":
                 yield b"x-" + name.replace("_", "-").encode(), str(value).encode("latin-1", "replace")

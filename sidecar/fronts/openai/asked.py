@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sidecar import identities
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
 from sidecar.fronts.kserve_parameters import seconds_until
-from sidecar.fronts.openai.body import Body
+from sidecar.fronts.openai.body import Body, Span
 from sidecar.identities import checked, clipped, is_fit, session_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -26,6 +26,8 @@ HEADERS = {
 """What each may look like."""
 REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
 LENGTHS = ("max_completion_tokens", "max_tokens")
+COUNT_MAX = 1 << 31
+"""Tokens or answers: more than an engine's 32 bits can say."""
 
 
 class Unfit(Refused):
@@ -50,7 +52,9 @@ class Caller:
 class Asked:
     """A request as admission sees it. `max_tokens` is None where the client leaves it to the engine.
 
-    `prompt_tokens` counts token ids; `prompt_bytes` bounds what text may be. `answers` is how many were asked for.
+    `prompt_tokens` counts token ids; `prompt_bytes` bounds what text may be. `answers` is how many were asked for,
+    which the engine generates side by side. `part` is where the one prompt stands that it is about, where a body has
+    several.
     """
 
     path: str
@@ -63,6 +67,21 @@ class Asked:
     prompt_bytes: int
     session: str
     """What stands for the end user, where the client names one: who that is is no business of journals and logs."""
+    part: Span | None = None
+
+    @property
+    def around(self) -> tuple[bytes, bytes]:
+        """The body's bytes up to and behind the name of the model."""
+        return self.body.around(self.part)
+
+    @property
+    def size_bytes(self) -> int:
+        """The length of what goes to an engine, the name aside."""
+        whole = len(self.body.raw)
+        if self.part is None:
+            return whole
+        (first, last), (begin, end) = self.body.prompt, self.part
+        return whole - (last - first) + (end - begin)
 
     @property
     def model(self) -> str:
@@ -96,6 +115,40 @@ def read_asked(path: str, body: Body) -> Asked:
     )
 
 
+def parts_of(asked: Asked, prompts_max: int, bytes_max: int) -> tuple[Asked, ...]:
+    """Return the requests that a body asks for: one for each prompt of a list, so that each finds a seat by itself.
+
+    Raises Unfit for more prompts than are taken, and where these requests would have more bytes in all.
+    """
+    values, body = asked.body.values, asked.body
+    prompts: Any = values.get("prompt")
+    if asked.is_chat or values.get("prompt_embeds") is not None or not _are_several(prompts):
+        return (asked,)
+    if len(prompts) > prompts_max:
+        raise Unfit(
+            "prompt",
+            f"the list has {len(prompts)} prompts; at most {prompts_max} are taken in one request: send the rest in "
+            "others, or raise listeners.http.prompts_max",
+        )
+    rest_bytes = len(body.raw) - (body.prompt[1] - body.prompt[0])
+    if rest_bytes * len(prompts) > bytes_max:
+        raise Unfit(
+            "prompt",
+            f"each of the {len(prompts)} prompts takes the other {rest_bytes} bytes of the body along, together more "
+            f"than {bytes_max}; send fewer prompts in one request, or raise listeners.http.body_bytes_max",
+        )
+    each = asked.answers // len(prompts)
+    return tuple(
+        replace(asked, part=span, answers=each, prompt_tokens=_tokens_in([prompt]), prompt_bytes=_bytes_in([prompt]))
+        for prompt, span in zip(prompts, body.prompts(), strict=True)
+    )
+
+
+def _are_several(prompt: Any) -> bool:
+    """Whether it is a list of several prompts, and not one of token ids; a list of one is as good as that one."""
+    return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
+
+
 def _flag(values: dict[str, Any], name: str) -> bool:
     """A text that looks like a flag would be one to some engines and not to others, so none is taken."""
     value = values.get(name)
@@ -105,10 +158,13 @@ def _flag(values: dict[str, Any], name: str) -> bool:
 
 
 def _count(values: dict[str, Any], name: str) -> int | None:
+    """Return a count, of which more than any engine gives is as good as that: it is reckoned with and written down."""
     value = values.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise Unfit(name, f'"{name}" must be a whole number, and not below 0')
-    return value
+    return min(value, COUNT_MAX)
 
 
 def _chat_bytes(body: Body) -> int:
@@ -119,18 +175,35 @@ def _chat_bytes(body: Body) -> int:
 
 def _prompts(body: Body) -> tuple[int, int, int]:
     """Return token ids and bytes of all prompts, and how many prompts there are."""
-    prompt = body.values.get("prompt")
-    if prompt is None and "prompt_embeds" in body.values:
-        return 0, body.sizes["prompt_embeds"], 1
+    prompt, embeds = body.values.get("prompt"), body.values.get("prompt_embeds")
+    if embeds is None:
+        return _given(prompt)
+    tokens, size_bytes, count = (0, 0, 0) if prompt is None else _given(prompt)
+    more = len(embeds) if isinstance(embeds, list) else 1
+    return tokens, size_bytes + body.sizes["prompt_embeds"], count + more
+
+
+def _given(prompt: Any) -> tuple[int, int, int]:
     if isinstance(prompt, str):
-        return 0, len(prompt.encode(errors="replace")), 1
+        return 0, _bytes_in([prompt]), 1
     if isinstance(prompt, list) and prompt:
         if isinstance(prompt[0], int):
             return len(prompt), 0, 1
-        if all(isinstance(one, str | list) for one in prompt):
-            tokens = sum(len(one) for one in prompt if isinstance(one, list))
-            return tokens, sum(len(one.encode(errors="replace")) for one in prompt if isinstance(one, str)), len(prompt)
-    raise Unfit("prompt", '"prompt" must be a text, a list of token ids, or a list of those')
+        if all(isinstance(one, str) for one in prompt) or all(_is_token_ids(one) for one in prompt):
+            return _tokens_in(prompt), _bytes_in(prompt), len(prompt)
+    raise Unfit("prompt", '"prompt" must be a text, a list of token ids, or a list of either')
+
+
+def _is_token_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(isinstance(token, int | float) for token in prompt)
+
+
+def _tokens_in(prompts: Sequence[Any]) -> int:
+    return sum(len(one) for one in prompts if isinstance(one, list))
+
+
+def _bytes_in(prompts: Sequence[Any]) -> int:
+    return sum(len(one.encode(errors="replace")) for one in prompts if isinstance(one, str))
 
 
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:

@@ -2,7 +2,11 @@
 
 The body goes on to an engine as bytes, with another name in that one place: nothing is written anew, so nothing that an
 engine understands and we do not can change on the way. The values are read by the standard library's own scanner, one
-top-level member at a time, which is what gives the places.
+top-level member at a time, which is what gives the places. A list of prompts is several requests: each has the body
+with one of them in the list's place.
+
+Parsers differ in which of two members of one name counts, so there must be none: else an engine could be asked for
+another adapter, or for more answers, than was looked at here.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from typing import Any
 
 from sidecar.errors import Reason, Refused
 
-MODEL = "model"
+MODEL, PROMPT = "model", "prompt"
+MEMBERS_MAX = 1000
+"""Top-level members of a body. An engine knows some eighty; a million would keep the event loop for seconds."""
 MODEL_CHARACTERS_MAX = 4096
 """As of every name that other fronts take."""
 BOM = b"\xef\xbb\xbf"
@@ -33,25 +39,52 @@ _scan = _decoder.scan_once
 _scan_string = _decoder.parse_string
 
 
+Span = tuple[int, int]
+"""Begin and end."""
+
+
 @dataclass(frozen=True)
 class Body:
-    """`values` are the top-level members, the last of each name, as engines read them.
+    """`values` are the top-level members; `sizes` are how many characters the value of each has in the text.
 
-    `before` and `after` are the bytes up to and behind the JSON string of `model`; `sizes` are how many characters the
-    value of each member has in the text.
+    `model` and `prompt` are where their values stand in the bytes; (0, 0) for a prompt that is not there.
     """
 
     values: dict[str, Any]
     sizes: dict[str, int]
-    before: bytes
-    after: bytes
+    raw: bytes
+    model: Span
+    prompt: Span = (0, 0)
+
+    def around(self, only_prompt: Span | None = None) -> tuple[bytes, bytes]:
+        """Return the bytes up to and behind the JSON string of `model`; of a list of prompts only one is left."""
+        raw, (begin, end), (first, last) = self.raw, self.model, self.prompt
+        if only_prompt is None:
+            return raw[:begin], raw[end:]
+        only = b"[%b]" % raw[slice(*only_prompt)]
+        if first > begin:
+            return raw[:begin], raw[end:first] + only + raw[last:]
+        return raw[:first] + only + raw[last:begin], raw[end:]
+
+    def prompts(self) -> list[Span]:
+        """Return where each prompt of a list of prompts stands in the bytes."""
+        text = self.raw[slice(*self.prompt)].decode()
+        spans: list[Span] = []
+        at = 0
+        while text[at] != "]":
+            begin = _after_space(text, at + 1)
+            _, end = _scan(text, begin)
+            spans.append((begin, end))
+            at = _after_space(text, end)
+        offset = self.prompt[0]
+        return [(begin + offset, end + offset) for begin, end in _in_bytes(text, spans)]
 
 
 def read_body(raw: bytes) -> Body:
     """Read a body. Raises Refused(INVALID_REQUEST) with what is wrong and where, a missing `model` included."""
     text = _text(raw)
     try:
-        return _read(text)
+        return _read(raw, text)
     except JSONDecodeError as error:
         raise _refused(text, error.msg, error.pos) from error
     except StopIteration as stop:
@@ -82,10 +115,9 @@ def _refused(text: str, what: str, position: int) -> Refused:
     )
 
 
-def _read(text: str) -> Body:
+def _read(raw: bytes, text: str) -> Body:
     values: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
-    span: tuple[int, int] | None = None
+    spans: dict[str, Span] = {}
     at = _expect(text, _after_space(text, 0), "{", "the body must be an object")
     at = _after_space(text, at)
     if text[at : at + 1] == "}":
@@ -96,11 +128,11 @@ def _read(text: str) -> Body:
             name, at = _scan_string(text, at + 1, True)
             at = _after_space(text, _expect(text, _after_space(text, at), ":", "a colon is missing"))
             value, end = _scan(text, at)
-            if name == MODEL:
-                if span is not None:
-                    raise Refused(Reason.INVALID_REQUEST, 'the body has "model" twice; name one adapter')
-                span = at, end
-            values[name], sizes[name] = value, end - at
+            if name in spans:
+                raise Refused(Reason.INVALID_REQUEST, f'the body has "{name[:80]}" twice; say it once')
+            if len(spans) == MEMBERS_MAX:
+                raise Refused(Reason.INVALID_REQUEST, f"the body has more than {MEMBERS_MAX} members; none needs them")
+            values[name], spans[name] = value, (at, end)
             at = _after_space(text, end)
             if text[at : at + 1] == "}":
                 at += 1
@@ -111,11 +143,24 @@ def _read(text: str) -> Body:
     model = values.get(MODEL)
     if isinstance(model, str) and len(model) > MODEL_CHARACTERS_MAX:
         raise Refused(Reason.INVALID_REQUEST, f'"model" has {len(model)} characters; it is a name')
-    if span is None or not _is_a_name(model):
+    if not _is_a_name(model):
         raise Refused(
             Reason.INVALID_REQUEST, "the body must have \"model\", a string: an adapter's name, or the base model's"
         )
-    return Body(values, sizes, text[: span[0]].encode(), text[span[1] :].encode())
+    sizes = {name: end - begin for name, (begin, end) in spans.items()}
+    return Body(values, sizes, raw, *_in_bytes(text, [spans[MODEL], spans.get(PROMPT, (0, 0))]))
+
+
+def _in_bytes(text: str, spans: list[Span]) -> list[Span]:
+    """Return places in a text as places in its UTF-8."""
+    if text.isascii():
+        return spans
+    found: dict[int, int] = {}
+    last = count = 0
+    for place in sorted({place for span in spans for place in span}):
+        count += len(text[last:place].encode())
+        found[place], last = count, place
+    return [(found[begin], found[end]) for begin, end in spans]
 
 
 def _is_a_name(value: Any) -> bool:

@@ -7,7 +7,7 @@ every error says whether it should be retried in the header that they heed.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -57,6 +57,12 @@ def failure(
         headers.append((b"retry-after", str(-(-retry_ms // 1000)).encode()))
         headers.append((b"retry-after-ms", str(retry_ms).encode()))
     return Failure(status, json.dumps({"error": error}).encode(), tuple(headers))
+
+
+def not_again(failed: Failure) -> Failure:
+    """Return an error of a request part of which may have run: its client is not to send it again by itself."""
+    headers = [pair for pair in failed.headers if pair[0] != b"x-should-retry"]
+    return replace(failed, headers=(*headers, (b"x-should-retry", b"false")))
 
 
 def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:

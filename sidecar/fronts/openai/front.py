@@ -8,6 +8,7 @@ that these clients send is for other servers and is looked at nowhere.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,10 +27,12 @@ from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body
 from sidecar.fronts.openai.asked import (
     CHAT,
     COMPLETIONS,
+    COUNT_MAX,
     Asked,
     Caller,
     Unfit,
     check_request_id,
+    parts_of,
     read_asked,
     read_caller,
     request_id_of,
@@ -56,6 +59,7 @@ class OpenAiFront:
         self._tenant_from = config.tenant_from
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
+        self._prompts_max = config.listeners.http.prompts_max
         self._places = Places(gateway.state, templates, self._may_stream)
         self._models = Models(gateway)
         self.large_bodies = LargeBodies()
@@ -82,34 +86,40 @@ class OpenAiFront:
             await self._answer(scope, path, receive, send, request_id)
 
     async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send, request_id: str) -> None:
+        tickets: list[Ticket] = []
         try:
-            check_request_id(scope["headers"])
-            caller = read_caller(scope["headers"])
-            tenant = self._tenant(scope, caller.tenant)
-            pieces, size_bytes = await body_of(receive, scope["headers"], self._body_bytes_max)
-            asked, place = await self._read(path, pieces, size_bytes, tenant)
-            ticket = self._submit(asked, caller, place, tenant, size_bytes, request_id)
-        except ClientLeft:
-            return
-        except SidecarError as error:
-            log_refused(request_id, error)
-            await send_failure(send, _failure_of(error), request_id)
-            return
-        try:
-            await Answering(self._gateway, asked, place, ticket, self._hide_backend).serve(receive, send)
+            try:
+                check_request_id(scope["headers"])
+                caller = read_caller(scope["headers"])
+                tenant = self._tenant(scope, caller.tenant)
+                pieces, size_bytes = await body_of(receive, scope["headers"], self._body_bytes_max)
+                requests = await self._read(path, pieces, size_bytes, tenant)
+                if len(requests) > 1:
+                    caller = _of_one_session(caller, requests[0][0])
+                for asked, place in requests:
+                    tickets.append(self._submit(asked, caller, place, tenant, request_id))
+            except ClientLeft:
+                return
+            except SidecarError as error:
+                log_refused(request_id, error)
+                await send_failure(send, _failure_of(error), request_id)
+                return
+            asked, place = requests[0]
+            await Answering(self._gateway, asked, place, tickets, self._hide_backend).serve(receive, send)
         finally:
-            self._gateway.close(ticket)
+            for ticket in reversed(tickets):  # as in the answering
+                self._gateway.close(ticket)
 
-    async def _read(self, path: str, pieces: list[bytes], size_bytes: int, tenant: str) -> tuple[Asked, Place]:
+    async def _read(self, path: str, pieces: list[bytes], size_bytes: int, tenant: str) -> list[tuple[Asked, Place]]:
+        """Return what a body asks for: one request, or one for each prompt of a list."""
+        bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
-            asked = read_asked(path, read_body(b"".join(pieces)))
-            return asked, self._places.place(asked, tenant)
-        found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes))
-        return found.asked, self._places.place(found.asked, tenant, found.texts)
+            parts = parts_of(read_asked(path, read_body(b"".join(pieces))), *bounds)
+            return [(asked, self._places.place(asked, tenant)) for asked in parts]
+        found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes, *bounds))
+        return [(each.asked, self._places.place(each.asked, tenant, each.texts)) for each in found]
 
-    def _submit(
-        self, asked: Asked, caller: Caller, place: Place, tenant: str, size_bytes: int, request_id: str
-    ) -> Ticket:
+    def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, request_id: str) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
@@ -118,11 +128,12 @@ class OpenAiFront:
             tenant=tenant,
             klass=caller.klass,
             input_tokens=asked.prompt_tokens + text_tokens,
-            output_tokens_max=each * asked.answers,
+            output_tokens_max=min(COUNT_MAX, each * asked.answers),
             deadline_s=caller.deadline_s,
             session=caller.session or asked.session,
-            size_bytes=size_bytes,
+            size_bytes=asked.size_bytes,
             only=place.only,
+            sequences=min(COUNT_MAX, asked.answers),
         )
         return self._gateway.submit(facts, place.payload, request_id)
 
@@ -162,6 +173,11 @@ class OpenAiFront:
                 await send_failure(send, failure_of_error(error), request_id)
                 return
         await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
+
+
+def _of_one_session(caller: Caller, asked: Asked) -> Caller:
+    """Return who asks for a list of prompts: a version that is tried out answers all of it, or nothing."""
+    return replace(caller, session=caller.session or asked.session or secrets.token_hex(8))
 
 
 def _failure_of(error: SidecarError) -> Failure:

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai.asked import Asked, Unfit
-from sidecar.fronts.openai.body import Body
 
 if TYPE_CHECKING:  # the child begins with this module, and seldom needs what these import
     from sidecar.fronts.openai.chat_templates import ChatTemplate
@@ -50,7 +49,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Order:
-    """A body of `size_bytes` to be read, which follows.
+    """A body of `size_bytes` to be read, which follows, and how many prompts and bytes it may be split into.
 
     `templates` are those to write it as text with, None among them for a prompt that needs none; `streams` says of the
     ensemble and of the LLM-API model whether they are asked to stream.
@@ -58,6 +57,8 @@ class Order:
 
     path: str
     size_bytes: int
+    prompts_max: int
+    bytes_max: int
     templates: tuple[Template | None, ...]
     tokens_assumed: int
     streams: tuple[bool, bool]
@@ -79,14 +80,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Found:
-    """What a body asks; of its `body` there are the name and how many bytes stand before and behind it.
+    """One of the requests that a body asks for; `texts` are by the order's templates.
 
-    `texts` are by the order's templates.
+    Of its `body` there are the name and the places when it comes from the other process, which leaves the bytes here.
     """
 
     asked: Asked
-    before_bytes: int
-    after_bytes: int
     texts: tuple[WrittenForms | Refusal, ...]
 
 
@@ -102,19 +101,19 @@ class LargeBodies:
         """The child's process id, None before there is one."""
         return None if self._child is None else self._child.process.pid
 
-    async def read(self, pieces: Sequence[bytes], order: Order) -> Found:
-        """Read a body that came in pieces. Raises Refused(INVALID_REQUEST) as reading it here would."""
+    async def read(self, pieces: Sequence[bytes], order: Order) -> tuple[Found, ...]:
+        """Return what a body asks for that came in pieces. Raises Refused(INVALID_REQUEST) as reading it here would."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, pieces, order)
 
-    def _read(self, pieces: Sequence[bytes], order: Order) -> Found:
+    def _read(self, pieces: Sequence[bytes], order: Order) -> tuple[Found, ...]:
         raw = b"".join(pieces)
         found = self._told(order, raw)
         if isinstance(found, Refusal):
             raise found.error
-        body = Body(found.asked.body.values, {}, raw[: found.before_bytes], raw[len(raw) - found.after_bytes :])
-        return replace(found, asked=replace(found.asked, body=body))
+        body = replace(found[0].asked.body, raw=raw)
+        return tuple(replace(each, asked=replace(each.asked, body=body)) for each in found)
 
-    def _told(self, order: Order, raw: bytes) -> Found | Refusal:
+    def _told(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
         why = ""
         for _ in range(TRIES):
             try:
@@ -140,7 +139,7 @@ class _Child:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._end: Any = weakref.finalize(self, _end, self.process)
 
-    def ask(self, order: Order, raw: bytes) -> Found | Refusal:
+    def ask(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
         """Have a body read. Raises OSError or EOFError when the process ends meanwhile."""
         orders, answers = self.process.stdin, self.process.stdout
         assert orders is not None
@@ -148,7 +147,7 @@ class _Child:
         pickle.dump(order, orders)
         orders.write(raw)
         orders.flush()
-        answer: Found | Refusal = pickle.load(answers)
+        answer: tuple[Found, ...] | Refusal = pickle.load(answers)
         return answer
 
     def ended(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from sidecar.errors import Refused
-from sidecar.fronts.openai.asked import Asked, Unfit, read_asked
+from sidecar.fronts.openai.asked import Asked, Unfit, parts_of, read_asked
 from sidecar.fronts.openai.body import MODEL, Body, read_body
 from sidecar.fronts.openai.large import Found, Order, Refusal, Template
 
@@ -37,16 +37,18 @@ def serve(orders: BinaryIO, answers: BinaryIO) -> None:
             return
 
 
-def found(order: Order, raw: bytes) -> Found | Refusal:
+def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     """Read a body."""
     try:
-        asked = read_asked(order.path, read_body(raw))
+        parts = parts_of(read_asked(order.path, read_body(raw)), order.prompts_max, order.bytes_max)
     except Refused as refused:
         return _refusal(refused)
-    body = asked.body
-    texts = tuple(_text(asked, template, order) for template in order.templates)
-    bare = Body({MODEL: body.values[MODEL]}, {}, b"", b"")
-    return Found(replace(asked, body=bare), len(body.before), len(body.after), texts)
+    body = parts[0].body
+    bare = Body({MODEL: body.values[MODEL]}, {}, b"", body.model, body.prompt)
+    return tuple(
+        Found(replace(asked, body=bare), tuple(_text(asked, template, order) for template in order.templates))
+        for asked in parts
+    )
 
 
 def _text(asked: Asked, template: Template | None, order: Order) -> WrittenForms | Refusal:

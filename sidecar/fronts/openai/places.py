@@ -58,13 +58,15 @@ class Places:
         self._templates = templates
         self._may_stream = may_stream
 
-    def order(self, path: str, size_bytes: int) -> Order:
+    def order(self, path: str, size_bytes: int, prompts_max: int, bytes_max: int) -> Order:
         """Return what is to be read of a large body, its text in every way that an engine may be asked by included."""
         templates = tuple(
             None if template is None else Template.of(template) for template in self._text_templates(path == CHAT)
         )
         streams = self._may_stream(TRITON), self._may_stream(TRITON_LLMAPI)
-        return Order(path, size_bytes, templates, self._state.config.output_tokens_assumed, streams)
+        return Order(
+            path, size_bytes, prompts_max, bytes_max, templates, self._state.config.output_tokens_assumed, streams
+        )
 
     def place(self, asked: Asked, tenant: str, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
         """Return where a tenant's request goes; `texts` is what was written to an order of ours.
@@ -77,7 +79,7 @@ class Places:
         fitting: list[str] = []
         why_not: Refused | None = None
         if VLLM in kinds or not servers:
-            forms[VLLM] = HttpForm(asked.path, asked.body.before, asked.body.after, asked.model, asked.streams)
+            forms[VLLM] = HttpForm(asked.path, *asked.around, asked.model, asked.streams)
             fitting += [backend.id for backend in servers if backend.facts.kind == VLLM]
         text = None
         takers = [backend for backend in servers if backend.facts.kind in (TRITON, TRITON_LLMAPI)]

@@ -5,6 +5,7 @@ What they have no word for is refused with the member's name: an answer without 
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import struct
@@ -109,7 +110,7 @@ def text_forms(asked: Asked, template: ChatTemplate | None, tokens_assumed: int)
     _check_members(values)
     max_tokens = tokens_assumed if asked.max_tokens is None else asked.max_tokens
     if not 0 < max_tokens <= INT32_MAX:
-        raise Unfit("max_tokens", f"max_tokens is {max_tokens}; {WHERE} take 1 to {INT32_MAX}")
+        raise Unfit("max_tokens", f"max_tokens must be 1 to {INT32_MAX} for {WHERE}")
     stop = _stop_words(values)
     request = gateway_pb2.GenerateRequest(text=_text(asked, template), max_tokens=max_tokens, stop_words=stop)
     _add_sampling(request, values)
@@ -149,11 +150,11 @@ def _text(asked: Asked, template: ChatTemplate | None) -> str:
         options = {**(more or {}), "add_generation_prompt": values.get("add_generation_prompt") is not False}
         text = template.render(plain_messages(values["messages"]), options)
     else:
-        prompt = values.get("prompt")
+        prompt = values.get("prompt") if asked.part is None else json.loads(asked.body.raw[slice(*asked.part)])
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
             prompt = prompt[0]
         if not isinstance(prompt, str):
-            raise Unfit("prompt", f"{WHERE} take one text at a time, and no token ids; send the prompt as one string")
+            raise Unfit("prompt", f"{WHERE} take texts and no token ids; send the prompt as a string")
         text = prompt
     if not text:
         raise Unfit("messages" if asked.is_chat else "prompt", "the prompt is empty")
