@@ -23,6 +23,7 @@ from sidecar.shell.gateway import RequestFacts
 IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
 """Ids from here on are ours: hashes of 63 bits. A client could otherwise put its weights under an id of ours."""
+BEAMS, RETURNED = ("beam_width",), ("num_return_sequences", "sampling_param_n", "sampling_param_best_of")
 OUTPUT_LENGTHS = ("request_output_len", "max_tokens", "sampling_param_max_tokens")
 
 
@@ -65,12 +66,15 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
     tensors = Tensors(structure)
     adapter = _adapter(message, tensors, own.get("lora_name"), rules)
     dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
+    rows, beams, returned = tensors.rows(), _most(tensors, BEAMS), _most(tensors, RETURNED)
+    sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share its seat
     facts = RequestFacts(
         adapter=adapter,
         tenant=own.get("lora_tenant", ""),
         klass=own.get("lora_class") or "default",
         input_tokens=tensors.input_tokens(),
-        output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0),
+        output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0) * sequences * beams,
+        sequences=sequences,
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
         session=session_of(own.get("lora_session", "")),
         size_bytes=structure.size_bytes,
@@ -94,6 +98,11 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
             kind=_kind(tensors),
         ),
     )
+
+
+def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
+    """Return the largest count of any row; 1 where none is said."""
+    return max(1, *tensors.integers(*names), 1)
 
 
 def _kind(tensors: Tensors) -> str:

@@ -25,6 +25,7 @@ CONTENTS = {
 """Where the typed elements of a tensor are. The engine reads no other field, so neither do we."""
 REGION = "shared_memory_region"
 SHARED_BYTES = "shared_memory_byte_size"
+PROMPTS = ("input_ids", "text_input")
 INTEGERS_MAX = 256
 """Elements that are looked at: one for each row of a batch."""
 NAME_CHARACTERS_MAX = 256
@@ -117,6 +118,14 @@ class Tensors:
             return min(struct.unpack_from("<I", raw)[0], len(raw)) if len(raw) >= 4 else 0
         texts = self._typed("text_input") if "text_input" in self._places else ()
         return len(texts[0]) if texts else max(0, self._shared_bytes("text_input") - 4)
+
+    def rows(self) -> int:
+        """Return how many prompts there are: the batch dimension of the prompt."""
+        name = next((name for name in PROMPTS if name in self._places), None)
+        if name is None:
+            return 1
+        shape = self._message.inputs[self._places[name]].shape
+        return max(1, int(shape[0])) if len(shape) > 1 else 1
 
     def _shared_bytes(self, name: str) -> int:
         """Return the size of a tensor in shared memory, 0 if it is not there: its content cannot be seen."""

@@ -53,9 +53,16 @@ REMOVED_KEPT_MAX = 1024
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
 
 
+COUNT_MAX = 1 << 31
+"""Tokens or sequences of a request: more than an engine's 32 bits can say. A client may write any number."""
+
+
 @dataclass(frozen=True)
 class RequestFacts:
-    """What the core must know of a request; `deadline_s` is counted from now."""
+    """What the core must know of a request; `deadline_s` is counted from now.
+
+    A count above COUNT_MAX is as good as that: it is added up, sent to other replicas and written to the journal.
+    """
 
     adapter: str
     tenant: str = ""
@@ -70,6 +77,10 @@ class RequestFacts:
     """The backends that it may go to; any if none is named."""
     sequences: int = 1
     """How many sequences it makes its engine run."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens_max", "sequences"):
+            object.__setattr__(self, name, min(getattr(self, name), COUNT_MAX))
 
     def check(self) -> None:
         """Raise Refused(INVALID_REQUEST) for what is not as it may be, whatever front it came by."""

@@ -26,8 +26,6 @@ HEADERS = {
 """What each may look like."""
 REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
 LENGTHS = ("max_completion_tokens", "max_tokens")
-COUNT_MAX = 1 << 31
-"""Tokens or answers: more than an engine's 32 bits can say."""
 
 
 class Unfit(Refused):
@@ -158,13 +156,12 @@ def _flag(values: dict[str, Any], name: str) -> bool:
 
 
 def _count(values: dict[str, Any], name: str) -> int | None:
-    """Return a count, of which more than any engine gives is as good as that: it is reckoned with and written down."""
     value = values.get(name)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise Unfit(name, f'"{name}" must be a whole number, and not below 0')
-    return min(value, COUNT_MAX)
+    return value
 
 
 def _chat_bytes(body: Body) -> int:

@@ -27,7 +27,6 @@ from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body
 from sidecar.fronts.openai.asked import (
     CHAT,
     COMPLETIONS,
-    COUNT_MAX,
     Asked,
     Caller,
     Unfit,
@@ -128,12 +127,12 @@ class OpenAiFront:
             tenant=tenant,
             klass=caller.klass,
             input_tokens=asked.prompt_tokens + text_tokens,
-            output_tokens_max=min(COUNT_MAX, each * asked.answers),
+            output_tokens_max=each * asked.answers,
             deadline_s=caller.deadline_s,
             session=caller.session or asked.session,
             size_bytes=asked.size_bytes,
             only=place.only,
-            sequences=min(COUNT_MAX, asked.answers),
+            sequences=asked.answers,
         )
         return self._gateway.submit(facts, place.payload, request_id)
 
