@@ -53,8 +53,8 @@ REMOVED_KEPT_MAX = 1024
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
 
 
-COUNT_MAX = 1 << 31
-"""Tokens or sequences of a request: more than an engine's 32 bits can say. A client may write any number."""
+COUNT_MAX = 1 << 28
+"""Tokens or sequences of a request: more than any engine gives. A client may write any number."""
 
 
 @dataclass(frozen=True)

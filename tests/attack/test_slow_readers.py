@@ -11,11 +11,9 @@ import pytest
 
 from sidecar.core.effects import Settle
 from tests.emulated import running_engine
-from tests.integration.test_vllm import fronted
 from tests.kserve_clients import DUMMY
 from tests.serving import Serving, serving, until, write_adapters
 from tests.slow_readers import FRONTS, unread
-from tests.vllm_emulated import running_vllm
 
 SEATS, TOKENS = 4, 2000
 MANY = 3 * SEATS
@@ -24,21 +22,9 @@ PATIENT: dict[str, Any] = {"client_stall_s": 3600.0}
 
 
 @asynccontextmanager
-async def served_by(front: str, tmp_path: Path, **record: Any) -> AsyncIterator[Serving]:
-    """Serve an engine of four seats: a vLLM for the OpenAI API, else a Triton."""
+async def served_by(tmp_path: Path, **record: Any) -> AsyncIterator[Serving]:
+    """Serve an engine of four seats."""
     write_adapters(tmp_path / "adapters", 1)
-    (tmp_path / "shared").mkdir()
-    if front == "OpenAI":
-        backend = {"engine": {"device_pages": 2, "host_pages": 4, "seats": SEATS}}
-        async with (
-            running_vllm(compute="none", max_loras=2, max_cpu_loras=4, seats=SEATS, max_seq_tokens=2 * TOKENS) as (
-                vllm,
-                _,
-            ),
-            fronted([vllm], tmp_path, backend=backend, **record) as served,
-        ):
-            yield served
-        return
     async with (
         running_engine(**DUMMY, max_seq_tokens=2 * TOKENS) as engine,
         serving([engine], tmp_path / "adapters", backend={"engine": {"seats": SEATS}}, **record) as served,
@@ -49,7 +35,10 @@ async def served_by(front: str, tmp_path: Path, **record: Any) -> AsyncIterator[
 @pytest.mark.parametrize("front", FRONTS)
 async def test_others_are_answered_while_nobody_reads(tmp_path: Path, front: str) -> None:
     """Three times as many unread answers as seats: all seats are free for somebody else, though no client leaves."""
-    async with served_by(front, tmp_path, **PATIENT) as served, unread(front, served.sidecar, MANY, TOKENS, "a00"):
+    async with (
+        served_by(tmp_path, **PATIENT) as served,
+        unread(front, served.sidecar.data_address, MANY, TOKENS, "a00"),
+    ):
         gateway = served.sidecar.gateway
         await until(lambda: len(gateway.tickets) == MANY)
         assert len((await served.ask("a00", 3)).tokens) == 3
@@ -66,7 +55,7 @@ async def test_others_are_answered_while_nobody_reads(tmp_path: Path, front: str
 async def test_an_answer_longer_than_its_buffer_is_cancelled_in_the_end(tmp_path: Path, front: str) -> None:
     """It holds its seat until then; what waited for its client is freed with it."""
     record = {"client_stall_s": 0.3, "queue": {"answer_bytes_max": 20_000}}
-    async with served_by(front, tmp_path, **record) as served, unread(front, served.sidecar, 1, TOKENS, "a00"):
+    async with served_by(tmp_path, **record) as served, unread(front, served.sidecar.data_address, 1, TOKENS, "a00"):
         gateway = served.sidecar.gateway
         await until(lambda: served.recorder.count(Settle) == 1)
         (ending,) = served.recorder.of(Settle)
@@ -80,7 +69,10 @@ async def test_an_answer_longer_than_its_buffer_is_cancelled_in_the_end(tmp_path
 async def test_all_answers_together_are_bounded(tmp_path: Path, front: str) -> None:
     """Where little is kept for all, one that reads is answered in full beside those that do not."""
     record = PATIENT | {"queue": {"answers_bytes_max": 60_000}}
-    async with served_by(front, tmp_path, **record) as served, unread(front, served.sidecar, SEATS - 1, TOKENS, "a00"):
+    async with (
+        served_by(tmp_path, **record) as served,
+        unread(front, served.sidecar.data_address, SEATS - 1, TOKENS, "a00"),
+    ):
         gateway = served.sidecar.gateway
         await until(lambda: sum(ticket.behind_since_ns is not None for ticket in gateway.tickets.values()) == SEATS - 1)
         assert len((await served.ask("a00", 500)).tokens) == 500

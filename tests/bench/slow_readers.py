@@ -1,0 +1,88 @@
+"""What others feel of sixty clients that never read what they asked for, beside sixty that read it promptly."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import grpc.aio
+
+from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from tests.bench.figures import Figure, middle, percentile
+from tests.bench.large import SMALL
+from tests.bench.processes import SidecarProcess, backend_of
+from tests.emulated import EngineProcess
+from tests.slow_readers import FRONTS, unread
+
+SEATS, CLIENTS, TOKENS = 64, 60, 2000
+ASKED, SIDE_BY_SIDE, SHORT, ROUNDS = 100, 8, 8, 3
+GOAL = 1.2
+
+
+async def bench(folder: Path) -> list[Figure]:
+    SMALL.write(folder / "served" / "small", 0)
+    options = ("--compute", "none", "--seats", str(SEATS), "--max-seq-tokens", str(2 * TOKENS))
+    async with AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(EngineProcess(*options, time_scale=1.0))
+        backends = [backend_of(engine, engine={"seats": SEATS})]
+        adapters = {"serve": str(folder / "served")}
+        sidecar = await stack.enter_async_context(SidecarProcess(folder, backends, adapters=adapters))
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(sidecar.data))
+        gateway: Any = gateway_pb2_grpc.GatewayStub(channel)
+        p99: dict[str, list[float]] = {"read": []} | {front: [] for front in FRONTS}
+        for _ in range(ROUNDS):
+            for kind, found in p99.items():
+                crowd = reading(gateway) if kind == "read" else unread(kind, sidecar.data, CLIENTS, TOKENS, "small")
+                found.append(await p99_beside(crowd, gateway))
+    promptly = f"{CLIENTS} that read"
+    return [
+        Figure(
+            f"slow readers: p99 beside {CLIENTS}, {kind}",
+            middle(p99[kind]),
+            "ms",
+            middle(p99["read"]),
+            promptly,
+            "ratio",
+            GOAL,
+        )
+        for kind in FRONTS
+    ]
+
+
+async def p99_beside(crowd: AbstractAsyncContextManager[None], gateway: Any) -> float:
+    async with crowd:
+        times_ms: list[float] = []
+
+        async def keep_asking() -> None:
+            for _ in range(ASKED // SIDE_BY_SIDE):
+                began = perf_counter()
+                await answer(gateway, SHORT)
+                times_ms.append((perf_counter() - began) * 1e3)
+
+        await asyncio.gather(*(keep_asking() for _ in range(SIDE_BY_SIDE)))
+    return percentile(times_ms, 0.99)
+
+
+async def answer(gateway: Any, tokens: int) -> None:
+    ids = gateway_pb2.TokenIds(ids=[1, 2, 3])
+    async for _ in gateway.Generate(gateway_pb2.GenerateRequest(adapter="small", tokens=ids, max_tokens=tokens)):
+        pass
+
+
+@asynccontextmanager
+async def reading(gateway: Any) -> AsyncIterator[None]:
+    """Have the same answers asked for by clients that read."""
+    tasks = [asyncio.create_task(answer(gateway, TOKENS)) for _ in range(CLIENTS)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
+                await task
