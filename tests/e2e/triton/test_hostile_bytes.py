@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,21 +28,14 @@ FRAGMENT = tensor("lora_task_id", "UINT64", 1, 1) + field(RAW, uint64(OURS))
 
 @asynccontextmanager
 async def real_house(folder: Path, sent: list[bytes]) -> AsyncIterator[tuple[TritonServer, House]]:
-    async with (
-        servers(folder, decoupled=False, texts=True) as (server,),
-        house(folder / "house", server, _ended(server), sent, {}) as made,
-    ):
-        yield server, made
+    async with servers(folder, decoupled=False, texts=True) as (server,):
+        with server.served_path.open() as log:
 
+            def ended() -> list[Any]:
+                return [SimpleNamespace(**json.loads(line)) for line in log]
 
-def _ended(server: TritonServer) -> Callable[[], list[Any]]:
-    """Return what takes the requests that a server's engine has logged since the last time."""
-    log = server.served_path.open()
-
-    def ended() -> list[Any]:
-        return [SimpleNamespace(**json.loads(line)) for line in log]
-
-    return ended
+            async with house(folder / "house", server, ended, sent, {}) as made:
+                yield server, made
 
 
 @repeated_if_triton_aborts
