@@ -92,9 +92,11 @@ class Tensors:
         if name is None:
             return ()
         raw = self._raw.get(name)
+        datatype = self._message.inputs[self._places[name]].datatype
+        if datatype == "BYTES":
+            return ()
         if raw is None:
             return tuple(int(value) for value in self._typed(name)[:INTEGERS_MAX])
-        datatype = self._message.inputs[self._places[name]].datatype
         size, signed = 8 if datatype.endswith("64") else 4, datatype[:1] != "U"
         starts = range(0, min(len(raw) - len(raw) % size, size * INTEGERS_MAX), size)
         return tuple(int.from_bytes(raw[at : at + size], "little", signed=signed) for at in starts)

@@ -61,6 +61,18 @@ async def test_millions_of_fields_are_refused_unparsed(served: Serving, what: st
     assert "no engine takes so many" in (error.details() or "")
 
 
+@pytest.mark.asyncio(loop_scope="module")
+async def test_text_where_a_number_is_asked_for_is_the_engines_to_refuse(
+    served: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A length that is typed text ended its call with an exception of ours."""
+    words = field(pw.CONTENTS, field(pw.BYTES_CONTENTS, "hello"))
+    method: Any = served.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+    (answer,) = [one async for one in method(iter([CORE + tensor("request_output_len", "BYTES", 1, 1, more=words)]))]
+    assert b"BACKEND_REJECTED" in answer
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 @pytest.mark.parametrize("what", ["inputs", "dimensions"])
 def test_what_a_refusal_costs_does_not_grow_with_the_message(what: str) -> None:
     """Sixteen times the fields cost no more than four times the time, where all have to be looked at sixteen times."""

@@ -114,6 +114,8 @@ class Inference:
         return self._became(query, wanted, generations)
 
     def _became(self, query: Query, wanted: Wanted, generations: Sequence[Generation]) -> Asked:
+        if not generations:
+            raise BackendError("the batch has no rows")
         progress: asyncio.Queue[Progress] = asyncio.Queue()
         works = [
             Work(
