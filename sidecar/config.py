@@ -62,7 +62,18 @@ def is_local(address: str) -> bool:
     return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
 
 
-class AdminListener(Listener):
+class GrpcListener(Listener):
+    """How much of it one client can take. A connection that asks for nothing is closed after `idle_s`, one that does
+    not come to HTTP/2 after `handshake_s`; past `connections_max` new ones are closed at once.
+    """
+
+    connections_max: int = Field(4096, ge=1)
+    calls_per_connection_max: int = Field(1024, ge=1)
+    handshake_s: float = Field(10.0, gt=0, le=2_000_000)
+    idle_s: float = Field(60.0, gt=0, le=2_000_000)
+
+
+class AdminListener(GrpcListener):
     """Loopback, unless it has a token file or TLS that asks its clients for certificates. `message_bytes_max` bounds
     one message; an adapter is pushed in messages of at most 1 MiB.
     """
@@ -83,7 +94,7 @@ class AdminListener(Listener):
         return self
 
 
-class DataListener(Listener):
+class DataListener(GrpcListener):
     """`max_connection_age_s`, give or take a tenth: from then on a connection takes no new calls, and a stream is
     closed when nothing is in flight on it. So clients come back to a load balancer, and find replicas that are new.
     `message_bytes_max` bounds one message, of which weights that clients send themselves are a part.
@@ -121,6 +132,12 @@ class DrainListener(Section):
 
 
 class Listeners(Section):
+    """`arriving_bytes_max` bounds what is on its way in over all of them: messages and bodies that have not come in
+    full. One that has not after `arrival_s` is given up.
+    """
+
+    arriving_bytes_max: int = Field(256 << 20, ge=1 << 20)
+    arrival_s: float = Field(30.0, gt=0)
     data: DataListener = DataListener()
     admin: AdminListener = AdminListener()
     http: HttpListener = HttpListener()
@@ -623,9 +640,8 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, AdminListener, DataListener, HttpListener, Tls, Backend, Discover, EndpointSlices,
-        BaseModelNames,
-        SharedFolder, Engine, Adapters, Origins, Store, Queue, RequestClass, Journal, State,
-        Replicas, Kubernetes, ClusterAdapters,
+        Config, Listeners, Listener, GrpcListener, AdminListener, DataListener, HttpListener, Tls,
+        Backend, Discover, EndpointSlices, BaseModelNames, SharedFolder, Engine, Adapters, Origins, Store, Queue,
+        RequestClass, Journal, State, Replicas, Kubernetes, ClusterAdapters,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

@@ -14,15 +14,17 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.backends.credentials import read_pem
 from sidecar.config import Backend as BackendConfig
-from sidecar.config import Config, Listener
+from sidecar.config import Config, GrpcListener, Listener
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
+from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls
 from sidecar.fronts.checked_messages import CheckedMessages
 from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront, server_tls
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_drain import HttpDrain
+from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
 from sidecar.fronts.kserve_lifetime import Lifetimes, connection_age_options
@@ -39,6 +41,7 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    *PENDING_OPTIONS,
 )
 
 
@@ -58,6 +61,8 @@ class Listening:
         self._metrics = metrics
         self._drain = drain
         self._servers: list[grpc.aio.Server] = []
+        limits = config.listeners
+        self.intake = Intake(IntakeLimits(limits.arriving_bytes_max, limits.arrival_s, limits.data.message_bytes_max))
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._http: HttpFront | None = None
         self._drain_front: HttpDrain | None = None
@@ -91,24 +96,26 @@ class Listening:
 
     def _open_data(self) -> None:
         config, wanted = self._config, self._config.listeners.data
-        bound = _message_bound(wanted.message_bytes_max)
-        data = self._server([CheckedMessages()], (bound, *connection_age_options(wanted.max_connection_age_s)))
+        calls = self._calls(wanted)
+        options = (*_bounds(wanted, wanted.message_bytes_max), *connection_age_options(wanted.max_connection_age_s))
+        data = self._server([calls, CheckedMessages()], options)
         service = GatewayService(self._gateway, config.tenant_from, config.hide_backend)
         gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
         self.streams = add_kserve(data, self._gateway, config).lifetimes
         health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
-        self.data = _bind(data, wanted, "data")
+        self.data = _bind(data, wanted, "data", calls)
 
     def _open_admin(self, replica: Replica | None) -> None:
         wanted = self._config.listeners.admin
+        calls = self._calls(wanted)
         tokens = [TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else []
-        admin = self._server([*tokens, CheckedMessages()], [_message_bound(wanted.message_bytes_max)])
+        admin = self._server([calls, *tokens, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
         add_admin(admin, self._gateway, replica)
         add_kserve_admin(admin, self._gateway)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
         names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
-        self.admin = _bind(admin, wanted, "admin")
+        self.admin = _bind(admin, wanted, "admin", calls)
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
@@ -129,6 +136,9 @@ class Listening:
             await self._drain_front.start()
             self.drain = self._drain_front.address
 
+    def _calls(self, listener: GrpcListener) -> BoundedCalls:
+        return BoundedCalls(self.intake, listener.calls_per_connection_max)
+
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
         # Of an option that is given twice gRPC takes the first.
         server = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
@@ -145,11 +155,17 @@ def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplat
     }
 
 
-def _message_bound(bytes_max: int) -> tuple[str, int]:
-    return ("grpc.max_receive_message_length", bytes_max)
+def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options for the bounds of a listener's connections."""
+    return (
+        ("grpc.max_receive_message_length", message_bytes_max),
+        ("grpc.max_allowed_incoming_connections", listener.connections_max),
+        ("grpc.server_handshake_timeout_ms", max(1, round(listener.handshake_s * 1000))),
+        ("grpc.max_connection_idle_ms", max(1, round(listener.idle_s * 1000))),
+    )
 
 
-def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:
+def _bind(server: grpc.aio.Server, listener: Listener, name: str, calls: BoundedCalls | None = None) -> str:
     """Open a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
     try:
         if listener.tls is None:
@@ -162,6 +178,8 @@ def _bind(server: grpc.aio.Server, listener: Listener, name: str) -> str:
             f"the {name} listener cannot have {listener.address}: another process has the port, or the address is "
             f"not this machine's; choose another with listeners.{name}.address",
         ) from error
+    if calls is not None:
+        calls.port = port
     host = listener.address.rpartition(":")[0]
     return listener.address if listener.address.startswith("unix:") else f"{host}:{port}"
 

@@ -380,15 +380,18 @@ class Gateway:
         while True:
             await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
             self.catalogue.forget_unneeded()
-            now_ns = monotonic_ns()
-            for ticket in list(self.tickets.values()):
-                since_ns = ticket.behind_since_ns
-                if since_ns is None or ticket.settled is not None:
-                    continue
-                if now_ns - since_ns > self._client_stall_ns:
-                    self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
-                else:
-                    ticket.look()  # others may have left it room
+            self._cancel_stalled()
+
+    def _cancel_stalled(self) -> None:  # apart from the loop, whose frame would keep the last ticket and its message
+        now_ns = monotonic_ns()
+        for ticket in list(self.tickets.values()):
+            since_ns = ticket.behind_since_ns
+            if since_ns is None or ticket.settled is not None:
+                continue
+            if now_ns - since_ns > self._client_stall_ns:
+                self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
+            else:
+                ticket.look()  # others may have left it room
 
     # Effects.
 

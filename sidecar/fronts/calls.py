@@ -1,0 +1,132 @@
+"""How a gRPC listener takes calls: so many a connection, and each message inside the budget of what is on its way.
+
+gRPC's own handlers of unary calls are called when the message has come, and nobody hears of those whose messages do
+not. Here each call is one whose client may send several messages, which on the wire is the same: its handler runs with
+the headers, reads by itself, and can refuse before there is anything to read. A refusal here is that of the client who
+floods; what gRPC would refuse, it ends with CANCELLED, and whosever call is next.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.intake import RETRY_S, Call, Intake, Source
+from sidecar.fronts.received import wire_of
+from sidecar.fronts.status import abort
+
+END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+"""What is read where there are no more messages."""
+PENDING_CALLS_MAX = 1_000_000
+"""Calls that have come and are not begun, of a whole listener: gRPC ends innocent ones past its own limit."""
+PENDING_OPTIONS = (
+    ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+    ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
+)
+
+
+class _TurnedAway(Exception):
+    """A call that ends here: what is inside says why."""
+
+    def __init__(self, why: Refused) -> None:
+        super().__init__(why.message)
+        self.why = why
+
+
+class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """The bounds of one listener, before what parses its messages. `port` is its own, once it is bound."""
+
+    def __init__(self, intake: Intake, calls_max: int) -> None:
+        self.port = 0
+        self.refused = 0
+        """Calls that were turned away because their connection had too many."""
+        self._intake = intake
+        self._calls_max = calls_max
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        handler = await continuation(details)
+        assert handler is None or handler.request_deserializer is None
+        return None if handler is None else self._bounded(handler)
+
+    def _bounded(self, handler: Any) -> Any:
+        kind = "stream" if handler.request_streaming else "unary"
+        method = getattr(handler, f"{kind}_{'stream' if handler.response_streaming else 'unary'}")
+
+        async def serve(requests: Any, context: Any) -> Any:
+            try:
+                return await self._served(handler, method, context)
+            except grpc.aio.AbortError as error:
+                # The call keeps this exception, whose traceback's frames keep the call: a ring that holds the message
+                # until the garbage collector comes by, which counts objects and not their bytes.
+                error.__context__ = error.__cause__ = None
+                raise error.with_traceback(None) from None
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(serve, None, handler.response_serializer)
+
+    async def _served(self, handler: Any, method: Any, context: Any) -> Any:
+        with self._intake.call(wire_of(context.peer(), self.port)) as call:
+            try:
+                self._check(call.source)
+                incoming = _Incoming(self._intake, call, context)
+                request = incoming.messages() if handler.request_streaming else await incoming.one()
+                return await _answered(method, request, context)
+            except _TurnedAway as turned_away:
+                await abort(context, turned_away.why)
+
+    def _check(self, source: Source) -> None:
+        if source.calls <= self._calls_max:
+            return
+        self.refused += 1
+        raise _TurnedAway(
+            Refused(
+                Reason.QUEUE_FULL,
+                f"{self._calls_max} calls are open on this connection; wait for some of them, or raise "
+                "calls_per_connection_max of the listener",
+                retry_after_s=RETRY_S,
+            )
+        )
+
+
+class _Incoming:
+    """The messages of one call."""
+
+    def __init__(self, intake: Intake, call: Call, context: Any) -> None:
+        self._intake = intake
+        self._call = call
+        self._context = context
+
+    async def one(self) -> Any:
+        """Return the message of a call that has one."""
+        message = await self._next(self._intake.one)
+        if message is END:
+            raise _TurnedAway(Refused(Reason.INVALID_REQUEST, "the call ended without a message; send one"))
+        return message
+
+    async def messages(self) -> AsyncIterator[Any]:
+        while (message := await self._next(self._intake.next_of)) is not END:
+            yield message
+
+    async def _next(self, arrived: Callable[[Call, Callable[[], Awaitable[Any]]], Awaitable[Any]]) -> Any:
+        try:
+            raw = await arrived(self._call, self._context.read)
+        except Refused as refused:
+            raise _TurnedAway(refused) from refused
+        if raw is not END:
+            self._call.source.hand_over(len(raw))
+        return raw
+
+
+async def _answered(method: Any, request: Any, context: Any) -> Any:
+    """Call a handler of one of the two kinds that there are; one that yields has its messages written."""
+    if not inspect.isasyncgenfunction(method):
+        return await method(request, context)
+    async for message in method(request, context):
+        await context.write(message)
+    return None

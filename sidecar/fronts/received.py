@@ -1,0 +1,89 @@
+"""How many bytes the kernel has received on each of this process's TCP connections, by the peer's address.
+
+gRPC hands over whole messages only, and nothing in Python says how much of one has come. The kernel counts (`TCP_INFO`,
+Linux since 4.1), and gRPC's sockets are among this process's own descriptors. They are only looked at, never copied: a
+duplicate would keep a connection in gRPC's epoll set after gRPC has closed it.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote
+
+DESCRIPTORS = Path("/proc/self/fd")
+BYTES_RECEIVED_AT = 128
+"""Where `tcpi_bytes_received`, 64 bits, stands in the kernel's `struct tcp_info`."""
+TCP_INFO_BYTES = 256
+
+
+class Wire(NamedTuple):
+    """One TCP connection: who is at its other end, and the port of ours that it came to."""
+
+    host: str
+    port: int
+    to: int
+
+
+def wire_of(peer: str, to: int) -> Wire | None:
+    """Return the connection of gRPC's name for a peer, as in ipv4:10.0.0.1:5555; None if it is not by TCP."""
+    family, _, place = unquote(peer).partition(":")
+    if family not in ("ipv4", "ipv6"):
+        return None
+    host, _, port = place.rpartition(":")
+    return Wire(_plain(host.strip("[]").partition("%")[0]), int(port), to)
+
+
+class Received:
+    """Looks connections up. `find` reads the descriptors anew; what it found is checked each time it is used."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Wire, int] = {}
+
+    def find(self) -> None:
+        """Look for connections that have come since. Takes some microseconds a descriptor."""
+        self._descriptors = {}
+        try:
+            descriptors = [int(entry.name) for entry in DESCRIPTORS.iterdir()]
+        except OSError:
+            return  # a system without: nothing is known then
+        for descriptor in descriptors:
+            found = _look(descriptor)
+            if found is not None:
+                self._descriptors[found[0]] = descriptor
+
+    def bytes_of(self, wire: Wire) -> int | None:
+        """Return what a connection has received since it began; None if it is unknown, or gone."""
+        descriptor = self._descriptors.get(wire)
+        if descriptor is None:
+            return None
+        found = _look(descriptor)
+        if found is None or found[0] != wire:  # closed, and perhaps another's already
+            del self._descriptors[wire]
+            return None
+        return found[1]
+
+
+def _look(descriptor: int) -> tuple[Wire, int] | None:
+    """Return a connection and its bytes; None for a descriptor that is no connection by TCP, or closed meanwhile."""
+    try:
+        looked_at = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, 0, fileno=descriptor)
+    except OSError:
+        return None
+    try:
+        peer, here = looked_at.getpeername(), looked_at.getsockname()
+        info = looked_at.getsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_INFO", 11), TCP_INFO_BYTES)
+    except OSError:
+        return None
+    finally:
+        looked_at.detach()
+    if not isinstance(peer, tuple) or len(info) < BYTES_RECEIVED_AT + 8:
+        return None
+    return Wire(_plain(peer[0]), peer[1], here[1]), int(struct.unpack_from("=Q", info, BYTES_RECEIVED_AT)[0])
+
+
+def _plain(host: str) -> str:
+    """Return an IPv4 address that is written as an IPv6 one as what it is."""
+    return host.removeprefix("::ffff:") if "." in host else host

@@ -1,0 +1,125 @@
+"""HTTP/2 as a hostile client speaks it to a gRPC listener: half messages, resets, connections that say nothing.
+
+The frames are made by `h2`, which knows nothing of gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import ConnectionTerminated, DataReceived, ResponseReceived, StreamEnded, StreamReset, TrailersReceived
+
+GENERATE = "/lorasidecar.v1.Gateway/Generate"
+INFER = "/inference.GRPCInferenceService/ModelInfer"
+STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+FRAME_BYTES = 16384
+
+
+class RawConnection:
+    """One connection. `ended` has the headers and trailers of each call that is over, by its stream's number."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.ended: dict[int, dict[str, str]] = {}
+        self._seen: dict[int, dict[str, str]] = {}
+        self._reader = reader
+        self._writer = writer
+        self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
+        self._h2.initiate_connection()
+        self._moved = asyncio.Event()
+        self.closed = asyncio.Event()
+        """Set when the server has closed the connection."""
+        self._flush()
+        self._reading = asyncio.create_task(self._read())
+
+    def begin(self, path: str, *metadata: tuple[str, str]) -> int:
+        """Send a call's headers and return its stream's number."""
+        stream = self._h2.get_next_available_stream_id()
+        head = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "here")]
+        self._h2.send_headers(stream, [*head, ("te", "trailers"), ("content-type", "application/grpc"), *metadata])
+        self._flush()
+        return stream
+
+    async def send(self, stream: int, said_bytes: int, sent_bytes: int) -> None:
+        """Send the length of a message and some of its bytes, zeros; return when they are sent or the call is over."""
+        left = bytearray(struct.pack(">BI", 0, said_bytes) + bytes(sent_bytes))
+        while left and stream not in self.ended and not self.closed.is_set():
+            size = min(self._h2.local_flow_control_window(stream), len(left), FRAME_BYTES)
+            if size == 0:
+                self._moved.clear()
+                await self._moved.wait()
+                continue
+            self._h2.send_data(stream, bytes(left[:size]))
+            del left[:size]
+            self._flush()
+            await self._writer.drain()
+
+    async def send_whole(self, stream: int, message: bytes) -> None:
+        self._h2.send_data(stream, struct.pack(">BI", 0, len(message)) + message, end_stream=True)
+        self._flush()
+        await self._writer.drain()
+
+    def reset(self, stream: int) -> None:
+        self._h2.reset_stream(stream, ErrorCodes.CANCEL)
+        self._flush()
+
+    async def is_over(self, stream: int) -> dict[str, str]:
+        """Wait for a call's end and return its headers and trailers."""
+        while stream not in self.ended and not self.closed.is_set():
+            self._moved.clear()
+            await self._moved.wait()
+        return self.ended.get(stream, {})
+
+    async def settled(self) -> None:
+        """Wait until the server has taken all that was sent: it answers a ping."""
+        self._h2.ping(b"are here")
+        self._flush()
+        await self._writer.drain()
+
+    async def close(self) -> None:
+        self._writer.transport.abort()
+        await asyncio.wait([self._reading])
+
+    def _flush(self) -> None:
+        self._writer.write(self._h2.data_to_send())
+
+    async def _read(self) -> None:
+        try:
+            while data := await self._reader.read(1 << 16):
+                for event in self._h2.receive_data(data):
+                    self._take(event)
+                self._flush()
+                self._moved.set()
+        except (OSError, ConnectionError):
+            pass
+        self.closed.set()
+        self._moved.set()
+
+    def _take(self, event: Any) -> None:
+        if isinstance(event, (ResponseReceived, TrailersReceived)):
+            self._seen.setdefault(event.stream_id, {}).update(event.headers)
+        elif isinstance(event, DataReceived):
+            self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, StreamEnded):
+            self.ended[event.stream_id] = self._seen.pop(event.stream_id, {})
+        elif isinstance(event, StreamReset):
+            self.ended.setdefault(event.stream_id, {"reset": str(event.error_code)})
+        elif isinstance(event, ConnectionTerminated):
+            self.closed.set()
+
+
+@asynccontextmanager
+async def raw_connection(address: str) -> AsyncIterator[RawConnection]:
+    """Connect to HOST:PORT, without TLS."""
+    host, _, port = address.rpartition(":")
+    connection = RawConnection(*await asyncio.open_connection(host, int(port)))
+    try:
+        yield connection
+    finally:
+        await connection.close()
