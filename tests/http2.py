@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from h2.config import H2Configuration
@@ -76,11 +76,11 @@ class RawConnection:
             await self._moved.wait()
         return self.ended.get(stream, {})
 
-    async def settled(self) -> None:
-        """Wait until the server has taken all that was sent: it answers a ping."""
-        self._h2.ping(b"are here")
-        self._flush()
-        await self._writer.drain()
+    async def drained(self) -> None:
+        """Wait until what was written is on its way, and let others run."""
+        with suppress(ConnectionError):
+            await self._writer.drain()
+        await asyncio.sleep(0)
 
     async def close(self) -> None:
         self._writer.transport.abort()

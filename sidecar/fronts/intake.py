@@ -2,9 +2,9 @@
 
 How much of a message has come gRPC does not say, but the kernel does, by connection (`Received`): what it has received
 less what it has handed over. That is looked at every `LOOK_S`. A message whose call has just begun is taken for as
-large as messages may be, so only as many are read at a time as fit the budget so; the others wait, each
-connection in its turn. What has been looked at counts as what is here and what comes in a second as fast as it came:
-who sends a byte a second keeps nobody from sending.
+large as messages may be, or as its connection's last one suggests. Only as many are read at a time as fit the budget
+so; the others wait, each connection in its turn. What has been looked at counts as what is here and what comes in a
+second as fast as it came: who sends a byte a second keeps nobody from sending.
 
 Streams' messages are read at once, since nobody knows when the next one comes. So between two looks streams can bring
 more than the budget has, as much as the network carries meanwhile.
@@ -39,8 +39,11 @@ AHEAD_S, RATE_HALVES_S = 1.0, 0.1
 """A connection counts with what it brings in that time, as fast as it was of late: it may only be interrupted."""
 HALF_BYTES = 1 << 20
 """What a connection must hold to have begun a message for certain: less may be what was wrongly counted."""
-LARGE_BYTES, LINGER_S = 1 << 20, 1.0
-"""A message from that size on is charged twice, as it came and parsed, until its call is over, or for so long."""
+LARGE_BYTES, LINGER_S, LINGER_LOOKS = 8 << 20, 1.0, 5
+"""A message from that size on is charged twice, as it came and parsed, until its call is over; at most for so long, and
+so many looks: the event loop may have been busy with it."""
+SMALL_BYTES = 1 << 20
+"""What a connection's next message is taken for, at least."""
 CALL_BYTES, FRAMING = 64, 1.003
 """What a call costs on the wire besides its message, and what framing and TLS add: short of the truth for all but the
 smallest messages, or a long-lived connection would seem to hold ever more."""
@@ -57,8 +60,8 @@ class IntakeLimits:
 
     @property
     def read_bytes_max(self) -> int:
-        """What may be read at a time: the rest is for the two copies that handing over makes of one."""
-        return max(self.bytes_max - 2 * self.message_bytes, 0)
+        """What may be read at a time: the rest is for the copies that handing over, parsing and writing make of one."""
+        return max(self.bytes_max - 3 * self.message_bytes, 0)
 
 
 class Arrival:
@@ -78,7 +81,9 @@ class Arrival:
 class Source:
     """A connection that messages come by, with its open calls. `arriving` are oldest first."""
 
-    def __init__(self, wire: Wire | None = None) -> None:
+    def __init__(self, expected_bytes: int, wire: Wire | None = None) -> None:
+        self.expected_bytes = expected_bytes
+        """What its next message is taken for: as large as one may be from who has sent none, else by its last."""
         self.wire = wire
         self.calls = 0
         self.arriving: dict[Arrival, None] = {}
@@ -98,6 +103,7 @@ class Source:
 
     def hand_over(self, size_bytes: int) -> None:
         """Note that a message has come in full."""
+        self.expected_bytes = max(2 * size_bytes, SMALL_BYTES)
         cost = CALL_BYTES + int(size_bytes * FRAMING)
         if self.base is None:
             self._handed_over += cost
@@ -144,10 +150,15 @@ class Intake:
         self._received = received or Received()
         self._sources: dict[Wire, Source] = {}
         self._bodies: dict[Source, None] = {}
-        self._new: dict[Arrival, float] = {}
-        """Those that may not have been seen yet, and since when they are read."""
+        self._new: dict[Arrival, tuple[float, int]] = {}
+        """Those that may not have been seen yet, since when they are read, and the bytes that they are taken for."""
+        self._expected = 0
+        """The sum of these bytes."""
         self._charged = 0
         """What all connections are charged with."""
+        self._lingering: deque[tuple[float, int, Call, int]] = deque()
+        """Large messages that have come: until when and which look they are charged, and with what."""
+        self._looks = 0
         self._waiting: dict[Source, deque[Arrival]] = {}
         self._looking: asyncio.TimerHandle | None = None
 
@@ -159,10 +170,10 @@ class Intake:
     @contextmanager
     def call(self, wire: Wire | None) -> Iterator[Call]:
         """Go round one call on a connection. One that is no TCP has only this."""
-        source = Source() if wire is None else self._sources.get(wire)
+        source = Source(self.limits.message_bytes) if wire is None else self._sources.get(wire)
         if source is None:
             assert wire is not None
-            source = self._sources[wire] = Source(wire)
+            source = self._sources[wire] = Source(self.limits.message_bytes, wire)
             self._look_soon()
         source.calls += 1
         call = Call(source)
@@ -184,7 +195,7 @@ class Intake:
                 with self._arriving(call.source, arrival):
                     return self._linger(call, await read())
             finally:
-                self._new.pop(arrival, None)
+                self._is_known(arrival)
                 self._admit()
 
     async def next_of(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
@@ -196,7 +207,7 @@ class Intake:
     @asynccontextmanager
     async def body(self) -> AsyncIterator[Callable[[int], None]]:
         """Go round the arrival of one body, whose bytes are counted by what is given. Raises Refused as `one`."""
-        source = Source()
+        source = Source(0)
         self._bodies[source] = None
 
         def count(size_bytes: int) -> None:
@@ -243,7 +254,8 @@ class Intake:
         if size_bytes >= LARGE_BYTES:
             call.lingering += 2 * size_bytes
             self._charged += 2 * size_bytes
-            asyncio.get_running_loop().call_later(LINGER_S, self._release, call, 2 * size_bytes)
+            self._lingering.append((monotonic() + LINGER_S, self._looks + LINGER_LOOKS, call, 2 * size_bytes))
+            self._look_soon()
             _trim()
         return message
 
@@ -257,8 +269,8 @@ class Intake:
 
     async def _turn(self, source: Source, arrival: Arrival) -> None:
         """Wait until one more may be read; connections take turns."""
-        if not self._waiting and self._fits():
-            self._new[arrival] = monotonic()
+        if source not in self._waiting and self._fits(source):
+            self._read(source, arrival)
             return
         arrival.turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(arrival)
@@ -273,22 +285,30 @@ class Intake:
                     del self._waiting[source]
 
     def _admit(self) -> None:
-        """Let those read whose turn it is."""
-        while self._waiting and self._fits():
-            source, line = next(iter(self._waiting.items()))
-            del self._waiting[source]
+        """Let those read whose turn it is and who fit."""
+        for source in list(self._waiting):
+            if not self._fits(source):
+                continue
+            line = self._waiting.pop(source)
             arrival = line.popleft()
             if line:
                 self._waiting[source] = line
             assert arrival.turn is not None
             if not arrival.turn.done():  # else its client has left, or it came too late
-                self._new[arrival] = monotonic()
+                self._read(source, arrival)
                 arrival.turn.set_result(None)
 
-    def _fits(self) -> bool:
-        """Whether one more may be read, as large as it may be. One may when there is nothing else."""
-        charged = self._charged + len(self._new) * self.limits.message_bytes
-        return charged == 0 or charged + self.limits.message_bytes <= self.limits.read_bytes_max
+    def _read(self, source: Source, arrival: Arrival) -> None:
+        self._new[arrival] = monotonic(), source.expected_bytes
+        self._expected += source.expected_bytes
+
+    def _is_known(self, arrival: Arrival) -> None:
+        self._expected -= self._new.pop(arrival, (0.0, 0))[1]
+
+    def _fits(self, source: Source) -> bool:
+        """Whether one more may be read of a connection. One may when there is nothing else."""
+        charged = self._charged + self._expected
+        return charged == 0 or charged + source.expected_bytes <= self.limits.read_bytes_max
 
     def _busy(self) -> list[Source]:
         return [source for source in (*self._sources.values(), *self._bodies) if source.arriving]
@@ -312,12 +332,15 @@ class Intake:
         for source in self._sources.values():
             if source.arriving:
                 self._settle(source)
-        for arrival in [arrival for arrival, since_s in self._new.items() if began_s - since_s >= NEW_S]:
-            del self._new[arrival]
+        for arrival in [arrival for arrival, (since_s, _) in self._new.items() if began_s - since_s >= NEW_S]:
+            self._is_known(arrival)
+        self._looks += 1
+        while self._lingering and self._lingering[0][0] <= began_s and self._lingering[0][1] <= self._looks:
+            self._release(*self._lingering.popleft()[2:])
         self._close_half()
         self._make_room()
         self._admit()
-        if self._waiting or any(source.arriving for source in self._sources.values()):
+        if self._waiting or self._lingering or any(source.arriving for source in self._sources.values()):
             self._look_soon(max(LOOK_S, (monotonic() - began_s) / LOOKING_MAX))
 
     def _find(self) -> None:
@@ -345,7 +368,7 @@ class Intake:
         while excess > 0:
             worst = max(sources, key=lambda source: (source.is_silent(now_s), source.held))
             excess -= self._close_oldest(worst)
-        while self._waiting and not self._fits():
+        while self._waiting and not self._fits(next(iter(self._waiting))):
             silent = [source for source in sources if source.is_silent(now_s)]
             if not silent:
                 break  # what goes on will have come before long

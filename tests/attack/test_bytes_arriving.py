@@ -24,6 +24,8 @@ BUDGET = 256 * MIB
 """The default of listeners.arriving_bytes_max."""
 OVER = 200 * MIB
 """What all else of the process may have beside it."""
+OVER_WHOLE = 400 * MIB
+"""The same where large messages come in full: each is copied, parsed and written anew."""
 LARGE = 60_000_000
 PATIENCE_S = 60.0
 
@@ -87,7 +89,7 @@ async def test_eight_large_messages_at_once_for_an_adapter_that_does_not_exist(s
         grpc.StatusCode.INVALID_ARGUMENT,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     }
-    assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER
+    assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER_WHOLE
 
 
 @pytest.mark.parametrize("path", [INFER, STREAM, GENERATE])
