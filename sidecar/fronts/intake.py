@@ -61,7 +61,7 @@ class IntakeLimits:
     @property
     def read_bytes_max(self) -> int:
         """What may be read at a time: the rest is for the copies that handing over, parsing and writing make of one."""
-        return max(self.bytes_max - 3 * self.message_bytes, 0)
+        return max(self.bytes_max - 2 * self.message_bytes, 0)
 
 
 class Arrival:
@@ -124,10 +124,11 @@ class Source:
         elapsed_s = max(now_s - before_s, 1e-3)
         rate = max(self.held - before_bytes, 0) / elapsed_s
         self._rate = max(rate, self._rate * 0.5 ** (elapsed_s / RATE_HALVES_S))
-        self.charge = min(self.held + int(self._rate * AHEAD_S), len(self.arriving) * message_bytes)
+        charge = min(self.held + int(self._rate * AHEAD_S), len(self.arriving) * message_bytes)
+        self.charge = charge if charge > HALF_BYTES else 0
 
     def is_silent(self, now_s: float, silent_s: float = SILENT_S) -> bool:
-        return self.held > 0 and now_s - self.heard_s >= silent_s
+        return self.held > HALF_BYTES and now_s - self.heard_s >= silent_s
 
 
 class Call:
@@ -355,7 +356,7 @@ class Intake:
         """Close on messages that have begun and do not go on: streams' have no other end."""
         now_s = monotonic()
         for source in self._sources.values():
-            if source.held > HALF_BYTES and source.is_silent(now_s, self.limits.arrival_s):
+            if source.is_silent(now_s, self.limits.arrival_s):
                 for arrival in list(source.arriving):
                     arrival.close(self._too_late())
                 source.arriving.clear()

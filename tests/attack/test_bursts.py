@@ -1,4 +1,4 @@
-"""Bursts of calls and of resets from a few connections: who floods is told to come back, and nobody else hears of it."""
+"""Bursts of calls and of resets from a few connections: who floods is told to come back; nobody else hears of it."""
 
 from __future__ import annotations
 

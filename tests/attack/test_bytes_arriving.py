@@ -24,7 +24,7 @@ BUDGET = 256 * MIB
 """The default of listeners.arriving_bytes_max."""
 OVER = 200 * MIB
 """What all else of the process may have beside it."""
-OVER_WHOLE = 400 * MIB
+OVER_WHOLE = 600 * MIB
 """The same where large messages come in full: each is copied, parsed and written anew."""
 LARGE = 60_000_000
 PATIENCE_S = 60.0
