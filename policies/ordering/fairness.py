@@ -64,13 +64,13 @@ class TokenCounters:
         self._waiting[tenant].add(cost)
         self._changed[tenant] = None
         self._usual_cost += (MEAN_SHARE if self._usual_cost else 1.0) * (cost - self._usual_cost)
-        self._forget_idle()
 
     def left(self, request: Waiting) -> None:
         waits = self._waiting[request.tenant]
         waits.remove(cost_of(request))
         if not waits.requests:
             del self._waiting[request.tenant]
+            self._forget_idle()
         self._changed[request.tenant] = None
 
     def sent(self, request: Waiting) -> None:
