@@ -5,6 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 
+STALE_MAX = 16
+
+
+def is_mostly_stale(held: int, live: int) -> bool:
+    """Whether a heap with lazy deletion is to be made anew: at least half of it, and a few, are stale."""
+    return held > 2 * live + STALE_MAX
+
 
 class Line:
     """A heap with lazy deletion. A healed request comes back under its old, small id and so goes to the front."""
@@ -23,7 +30,7 @@ class Line:
     def discard(self, request_id: int) -> None:
         """Forget an id. Stale heap entries go when they reach the top, or when they are the majority."""
         self._members.pop(request_id, None)
-        if len(self._heap) > 2 * len(self._members) + 16:
+        if is_mostly_stale(len(self._heap), len(self._members)):
             self._heap = sorted(self._members)
 
     def head(self) -> int | None:

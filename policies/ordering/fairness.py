@@ -42,9 +42,8 @@ class Waits:
 class TokenCounters:
     """The counters of one backend. `slack_requests` is how far ahead a tenant may be, in requests of the usual cost."""
 
-    def __init__(self, slack_requests: int, tenants_kept: int = TENANTS_KEPT) -> None:
+    def __init__(self, slack_requests: int) -> None:
         self._slack_requests = slack_requests
-        self._tenants_kept = tenants_kept
         self._served: dict[str, float] = {}
         """The counters of all that wait, and of some that do not."""
         self._waiting: dict[str, Waits] = {}
@@ -144,10 +143,10 @@ class TokenCounters:
 
     def _forget_idle(self) -> None:
         """Forget the less served half of too many idle tenants: being lifted when they come back changes least."""
-        if len(self._served) - len(self._waiting) <= self._tenants_kept:
+        if len(self._served) - len(self._waiting) <= TENANTS_KEPT:
             return
         idle = sorted((served, tenant) for tenant, served in self._served.items() if tenant not in self._waiting)
-        for _, tenant in idle[: len(idle) - self._tenants_kept // 2]:
+        for _, tenant in idle[: len(idle) - TENANTS_KEPT // 2]:
             del self._served[tenant]
 
 

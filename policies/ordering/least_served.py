@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
+from policies.lines import is_mostly_stale
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.queues import Queues
 
@@ -87,7 +88,7 @@ class LeastServed:
 
     def _compact(self, version: str) -> None:
         """Begin a heap anew when stale entries are its majority."""
-        if len(self._heaps[version]) > 2 * len(self._queues.versions[version].lines) + 16:
+        if is_mostly_stale(len(self._heaps[version]), len(self._queues.versions[version].lines)):
             self._rebuild(version)
 
     def _rebuild(self, version: str) -> None:

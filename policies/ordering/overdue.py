@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
+from policies.lines import is_mostly_stale
 from policies.ordering.queues import Queues
 from policies.views import Promise, Waiting
 
@@ -98,5 +99,5 @@ class Overdue:
     def _push(self, heap: list[tuple[int, int]], at_ns: int, request_id: int) -> None:
         """Add to a heap. What has left stays in it until its time comes, or until it is the majority."""
         heapq.heappush(heap, (at_ns, request_id))
-        if len(heap) > 2 * len(self._times) + 16:
+        if is_mostly_stale(len(heap), len(self._times)):
             heap[:] = sorted({entry: None for entry in heap if entry[1] in self._times})

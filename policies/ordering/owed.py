@@ -18,8 +18,7 @@ Entry = tuple[float, str, float, float]
 class Owed:
     """What waiting tenants have been served and have waiting."""
 
-    def __init__(self, block_max: int = BLOCK_MAX) -> None:
-        self._block_max = block_max
+    def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._blocks: list[list[Entry]] = []
         self._firsts: list[Entry] = []
@@ -52,7 +51,7 @@ class Owed:
         self._waiting_most[at] = max(self._waiting_most[at], waiting)
         if self._most is not None:
             self._most = max(self._most, served)
-        if len(block) > self._block_max:
+        if len(block) > BLOCK_MAX:
             self._split(at)
 
     def discard(self, tenant: str) -> None:

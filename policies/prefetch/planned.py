@@ -8,9 +8,9 @@ room that is too small for it is of use to another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
+from policies.at_most import at_most
 from policies.views import Spare
 
 LOOKED_AT_MAX = 8
@@ -24,7 +24,7 @@ class Planned:
         pass
 
     def advise(self, spare: Spare, now_ns: int) -> Sequence[str]:
-        coming = islice(spare.coming(), LOOKED_AT_MAX)
+        coming = at_most(LOOKED_AT_MAX, spare.coming())
         return [one.version for one in coming if spare.can_bring(one.version)]
 
     def snapshot(self) -> Any:

@@ -107,7 +107,7 @@ class Partitioned:
 
     def _settle(self, version: str, candidates: Candidates, pool: Pool) -> Home:
         if len(self._placement.homes) >= VERSIONS_MAX:
-            self._forget_the_oldest(VERSIONS_MAX // 4)
+            self._forget_the_oldest(max(1, VERSIONS_MAX // 4))
         pages = max(1, candidates[candidates.backends[0]].pages)
         host = self._host_for(version, pages, candidates, pool)
         home = Home([host], pages, candidates.rank, candidates.backends)

@@ -37,6 +37,9 @@ from sidecar.core.turn import Turn
 from sidecar.core.words import Phase
 from sidecar.errors import Reason
 
+TIMERS_STALE_MAX = 64
+"""Timers of requests that have ended are kept up to so many, and four for each that has not."""
+
 
 @dataclass(frozen=True)
 class Policies:
@@ -107,7 +110,7 @@ class Core:
 
     def _set_wake(self, turn: Turn) -> None:
         timers = self.state.timers
-        if len(timers) > 4 * len(self.state.requests) + 64:
+        if len(timers) > 4 * len(self.state.requests) + TIMERS_STALE_MAX:
             timers[:] = [timer for timer in timers if not timer[1] or timer[1] in self.state.requests]
             heapq.heapify(timers)
         while timers and timers[0][1] and timers[0][1] not in self.state.requests:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 
+from policies.at_most import at_most
 from policies.views import BASE, Routing, Waiting
 from sidecar.core import asks, operators
 from sidecar.core.events import BackendPlanned
@@ -54,7 +55,7 @@ def _planned(state: State, backend: Backend, make_routing: Callable[[], Routing]
         return ()
     policy = make_routing()
     policy.restore(json.loads(json.dumps(state.routing.snapshot())))
-    offers = [_offer(state, version) for version in versions[:LOOKED_AT_MAX]]
+    offers = [_offer(state, version) for version in at_most(LOOKED_AT_MAX, versions)]
     tokens, planned = state.config.output_tokens_assumed, dict[str, None]()
     for after_ns in ASKED_AFTER_NS:
         at_ns = now_ns + after_ns

@@ -14,8 +14,8 @@ under way are given up: what they take is freed as soon as they arrive.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
+from policies.at_most import at_most
 from policies.views import BASE, Sized
 from sidecar.core import asks, dispatching, fetching
 from sidecar.core.ahead import SECOND_NS
@@ -138,7 +138,7 @@ class _EngineRoom:
     def coming(self) -> Iterator[Sized]:
         """A version stands in the order in which it began to wait; until it is opened that is its queue position."""
         state, backend = self._state, self._backend
-        for version in islice(backend.queued_by_version, LOOKED_AT_MAX):
+        for version in at_most(LOOKED_AT_MAX, backend.queued_by_version):
             if version == BASE or version in backend.slots or asks.resident(backend, version):
                 continue
             packed = state.packed_for(version, backend)

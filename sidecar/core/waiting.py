@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
+from policies.at_most import at_most
 from sidecar.core import asks
 from sidecar.core.state import Request, State
 from sidecar.core.words import Why
@@ -77,7 +77,7 @@ def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", 
     waiting, running = _counts(state, adapter, backend)
     oldest = [
         _waiting_view(state, request, now_ns)
-        for request in islice(_matching(state, adapter, backend, running=False), EXAMINED_MAX)
+        for request in at_most(EXAMINED_MAX, _matching(state, adapter, backend, running=False))
     ]
     why: dict[Why, int] = {}
     for view in oldest:

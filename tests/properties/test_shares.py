@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -23,6 +24,14 @@ def least_of_all(rows: dict[str, tuple[float, float]]) -> float:
     return min(max(served, most - waiting) for served, waiting in rows.values())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_blocks() -> Iterator[None]:
+    """Have many blocks of few tenants."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owed, "BLOCK_MAX", 2)
+        yield
+
+
 counters = st.integers(0, 60).map(float)
 changes = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), counters, counters, st.booleans()), max_size=60)
 
@@ -30,7 +39,7 @@ changes = st.lists(st.tuples(st.sampled_from("abcdefghijkl"), counters, counters
 @given(changes)
 def test_the_least_and_the_most_of_all(changes: list[tuple[str, float, float, bool]]) -> None:
     """After any changes both are what a look at every tenant says, with blocks of two."""
-    held, rows = owed.Owed(block_max=2), {}
+    held, rows = owed.Owed(), {}
     for tenant, served, waiting, leaves in changes:
         if leaves:
             held.discard(tenant)
@@ -47,8 +56,8 @@ def test_the_least_and_the_most_of_all(changes: list[tuple[str, float, float, bo
 class Plain:
     """The same counters without any structure: every question is answered by a look at all."""
 
-    def __init__(self, kept: int) -> None:
-        self.counters = TokenCounters(4, kept)
+    def __init__(self) -> None:
+        self.counters = TokenCounters(4)
         self.queues = Queues()
         self.first = LeastServed(self.queues, self.counters)
         self.running: list[Waiting] = []
@@ -92,10 +101,11 @@ class Plain:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whoever_was_served_least_is_found(seed: int) -> None:
+def test_whoever_was_served_least_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random arrivals, departures, endings and gates of many tenants, a few of which ask for far more."""
     random = Random(seed)
-    plain = Plain(kept=random.choice((0, 3, 1000)))
+    plain = Plain()
+    monkeypatch.setattr(fairness, "TENANTS_KEPT", random.choice((0, 3, 1000)))
     tenants = random.randint(1, 30)
     for number in range(1, 250):
         deed = random.random()
@@ -117,9 +127,10 @@ def test_whoever_was_served_least_is_found(seed: int) -> None:
         plain.check(random.choice((NO_GATE, random.randint(0, number))))
 
 
-def test_a_tenant_that_has_just_come_is_never_forgotten() -> None:
+def test_a_tenant_that_has_just_come_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is kept of idle tenants, one that waits has a counter."""
-    counters = TokenCounters(4, tenants_kept=2)
+    monkeypatch.setattr(fairness, "TENANTS_KEPT", 2)
+    counters = TokenCounters(4)
     for number in range(20):
         request = Waiting(number, "v", "v", f"t{number}", "default", 0, 8, 8)
         counters.queued(request)

@@ -12,6 +12,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from time import perf_counter
 
+from sidecar.sim.faults.bounds import NAMES
 from sidecar.sim.faults.trial import SeedFailed, Verdict
 from tests.sim.ownership import command as ownership
 from tests.sim.seeds import run
@@ -101,8 +102,19 @@ def _summary(verdicts: list[Verdict], failures: list[tuple[int, str]], seconds: 
         f"bound; void: {', '.join(f'{name} {count:,}' for name, count in voided.most_common()) or 'none'}; exceeded "
         f"for a fault that had not been noticed yet: {sum(each.unnoticed for each in verdicts):,}"
     )
+    _bounds(verdicts)
     if failures:
         print("failed            ", " ".join(str(seed) for seed, _ in failures))
+
+
+def _bounds(verdicts: list[Verdict]) -> None:
+    """Tell how often each bound was reached in the worlds where all are small; one that never was is not tried."""
+    reached: Counter[str] = Counter(dict.fromkeys(NAMES, 0))
+    for verdict in verdicts:
+        reached.update(verdict.reached)
+    print("bounds reached    " + "\n                  ".join(f"{name} {count:,}" for name, count in reached.items()))
+    never = [name for name, count in reached.items() if not count]
+    print(f"never reached     {', '.join(never) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,25 @@ Make = Callable[[str, int], Adapter]
 KEPT_VERSIONS = 3
 
 
+IDENTITIES = (
+    "{}",
+    "spiffe://cluster.local/ns/team-{}/sa/inference-client",
+    "auth0|6123f5d9c0ffee{}",
+    "CN=team {},OU=Research,O=Example Inc.,C=DE",
+    "https://login.example.com/realms/main/users/{}?x=%20#me",
+    "projekt-{}@größe.example",
+    "山田{}",
+    'a "{}" {{b}}\\c',
+)
+"""What tenants are called where certificates, tokens and people say who they are."""
+
+
+def identity(tenant: str) -> str:
+    """Return a tenant of a load, `t0` and so on, as a real one is called; `t0` itself is what weights are given to."""
+    number = tenant.removeprefix("t")
+    return IDENTITIES[int(number) % len(IDENTITIES)].format(tenant) if number.isdecimal() else tenant
+
+
 @dataclass
 class Named:
     """A name and its versions by ordinal; `ordinal` is the one that it stands for."""

@@ -12,7 +12,7 @@ from sidecar.emulator.messages import Event, Request
 from sidecar.errors import Reason
 from sidecar.sim.faults.checks import Checks
 from sidecar.sim.faults.engines import FaultyWorld
-from sidecar.sim.faults.names import Names, ranks_of
+from sidecar.sim.faults.names import Names, identity, ranks_of
 from sidecar.sim.faults.scenario import Scenario
 from sidecar.sim.product import DISK_NS, Product
 from sidecar.sim.setup import SECOND_NS, adapter_named
@@ -60,7 +60,7 @@ class FaultyProduct(Product):
         self._arrivals[request_id] = replace(arrival, klass=klass)
         tokens = arrival.input_tokens, arrival.output_tokens_max
         self._may_leave(request_id)
-        self.feed(ev.Received(request_id, adapter, arrival.tenant, klass, *tokens, deadline_ns))
+        self.feed(ev.Received(request_id, adapter, identity(arrival.tenant), klass, *tokens, deadline_ns))
 
     def observe(self, backend: str, event: Event) -> None:
         """Pass on what somebody still listens for."""

@@ -22,6 +22,8 @@ from sidecar.sim.setup import COST_ENGINE, SECOND_NS, EngineSetup, Setup, Sideca
 from sidecar.sim.workloads import WORKLOADS, LoadParameters, source
 
 T = TypeVar("T")
+CROWDED_EVERY, CROWD_TENANTS, CROWD_ADAPTERS = 50, 2_000, 1_000
+"""One world in so many has thousands of tenants and adapters."""
 KINDS: dict[str, str] = {
     "loss": "backends are lost, with what they ran, and come back",
     "slow": "all steps of a backend take 2 to 20 times as long for a while",
@@ -36,6 +38,7 @@ KINDS: dict[str, str] = {
     "bursts": "many requests of one adapter come at once",
     "operators": "adapters are evicted, pinned, prefetched, replaced, refreshed, promoted, unregistered",
     "drain": "backends are drained and undrained",
+    "limits": "all that is remembered or looked at is bounded by 2 or 3 (bounds.py)",
 }
 """Every kind of fault there is."""
 PATIENCE_NS = 3600 * SECOND_NS
@@ -119,7 +122,7 @@ def draw(seed: int) -> Scenario:
     load, peace_s = _load(random, seed), random.uniform(15, 90)
     engine = _engine(random, flavour, load[1])
     engines = random.randint(1, 4)
-    parameters, in_flight = _paced(random, load[1], peace_s)
+    parameters, in_flight = _paced(random, load[1] if seed % CROWDED_EVERY else _crowded(load[1]), peace_s)
     sidecar = _sidecar(random, engine, parameters, kinds, engines)
     return Scenario(
         seed=seed,
@@ -155,6 +158,18 @@ def _load(random: Random, seed: int) -> tuple[str, LoadParameters]:
         ranks=_one(random, [(16,), (8, 16)]),
     )
     return name, parameters
+
+
+def _crowded(parameters: LoadParameters) -> LoadParameters:
+    """Return a load of which most requests are their tenant's and their adapter's only one."""
+    return replace(
+        parameters,
+        adapters=CROWD_ADAPTERS,
+        requests=CROWD_TENANTS,
+        output_tokens=4,
+        output_tokens_max=None,
+        tenant_shares=(1.0,) * CROWD_TENANTS,
+    )
 
 
 def _paced(random: Random, parameters: LoadParameters, peace_s: float) -> tuple[LoadParameters, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from sidecar.core.core import Core
+from sidecar.sim.faults.bounds import Bounds
 from sidecar.sim.faults.checks import Checks
 from sidecar.sim.faults.engines import FaultyWorld
 from sidecar.sim.faults.misfortune import Misfortune
@@ -14,7 +15,7 @@ from sidecar.sim.faults.scenario import Scenario, draw
 from sidecar.sim.faults.violation import hold
 from sidecar.sim.records import Recorder
 from sidecar.sim.setup import SECOND_NS
-from sidecar.sim.workloads import workload
+from sidecar.sim.workloads import source, workload
 
 Books = Callable[[Core], None]
 SHOWN = 40
@@ -38,6 +39,8 @@ class Verdict:
     faults: int
     steps: int
     virtual_s: float
+    reached: dict[str, int] = field(default_factory=dict)
+    """How often each bound was, where they are small."""
 
 
 class SeedFailed(Exception):
@@ -50,9 +53,18 @@ def run_seed(seed: int, books: Books = lambda _: None, idle: Books = lambda _: N
     `books` is asked now and then, and `idle` at the end, whether the core's own counts agree. Raises SeedFailed.
     """
     scenario = draw(seed)
+    bounds = Bounds(source(seed, "bounds"), scenario.has("limits"))
+    with bounds.set():
+        verdict = _run(scenario, bounds, books, idle)
+    return replace(verdict, reached=bounds.reached)
+
+
+def _run(scenario: Scenario, bounds: Bounds, books: Books, idle: Books) -> Verdict:
     checks, recorder = Checks(scenario, books), Recorder()
     world = FaultyWorld(scenario, workload(scenario.load, scenario.parameters), recorder)
     product = FaultyProduct(scenario, world, checks)
+    load = scenario.parameters
+    product.core.state.config = bounds.of(product.core.state.config, load.input_tokens + load.output_tokens)
     misfortune = Misfortune(scenario, world, product, checks)
     try:
         misfortune.begin()
@@ -63,7 +75,7 @@ def run_seed(seed: int, books: Books = lambda _: None, idle: Books = lambda _: N
     except Exception as error:
         raise SeedFailed(_report(scenario, world, checks, misfortune, error)) from error
     return Verdict(
-        seed=seed,
+        seed=scenario.seed,
         digest=checks.digest,
         requests=len(checks.clients),
         reasons=checks.reasons,
