@@ -393,6 +393,8 @@ class State:
     timers: list[tuple[int, int]] = field(default_factory=list)
     """A heap of (time, request); request 0 only wakes the scheduler."""
     wake_ns: int = NEVER_NS
+    steal_from: int = 0
+    """Where the next look for a version worth a load begins, among all that wait."""
     steal_ns: int = 0
     """When idling engines look again for what is worth a load; past when none is to."""
     wanted: dict[str, Line] = field(default_factory=dict)

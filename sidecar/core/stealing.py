@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
+from policies.at_most import at_most
 from policies.views import BASE
 from sidecar.core import asks, dispatching
 from sidecar.core.state import NEVER_NS, Backend, Request, State
@@ -27,7 +28,8 @@ from sidecar.core.turn import Turn
 HEADS_LOOKED_AT = 4
 """Of each version the oldest so many requests are considered: some may be held to other backends."""
 VERSIONS_LOOKED_AT = 256
-"""Of each queue, for one that is worth a load."""
+"""So many at once, for one that is worth a load; others at the next look."""
+NEXT_LOOK_NS = 50_000_000
 PATIENCE_NS = 1_000_000_000
 """So long a request has waited that an idle engine loads for, or a Load has taken whose requests are taken over: most
 are over before that."""
@@ -117,24 +119,34 @@ def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
     if backend.in_flight or backend.facts.attaches:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
-    for other in others:
-        for version in islice(other.queued_by_version, VERSIONS_LOOKED_AT):
-            if asks.resident(backend, version) or not asks.ready(turn.state, backend, version):
-                continue
-            request = _first_that_may_come(turn.state, backend, other, version)
-            if request is None or not _may_be_loaded(turn, backend, version):
-                continue
-            rank = -len(other.queued_by_version[version]), request.id
-            if request.view.arrived_ns + PATIENCE_NS > turn.now_ns:
-                due_ns = min(due_ns, request.view.arrived_ns + PATIENCE_NS)
-            elif best is None or rank < best_rank:
-                best, best_rank = version, rank
+    for other, version in _some_that_wait(turn, others):
+        if asks.resident(backend, version) or not asks.ready(turn.state, backend, version):
+            continue
+        request = _first_that_may_come(turn.state, backend, other, version)
+        if request is None or not _may_be_loaded(turn, backend, version):
+            continue
+        rank = -len(other.queued_by_version[version]), request.id
+        if request.view.arrived_ns + PATIENCE_NS > turn.now_ns:
+            due_ns = min(due_ns, request.view.arrived_ns + PATIENCE_NS)
+        elif best is None or rank < best_rank:
+            best, best_rank = version, rank
     if best is not None:
         dispatching.open_version(turn, backend, best)
         return True
     if due_ns < NEVER_NS:
         _look_again(turn, due_ns)
     return False
+
+
+def _some_that_wait(turn: Turn, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
+    """Yield so many versions that wait elsewhere; where there are more, the next look goes on behind them, and soon."""
+    state, first = turn.state, turn.state.steal_from
+    pairs = ((other, version) for other in others for version in other.queued_by_version)
+    yield from at_most(VERSIONS_LOOKED_AT, islice(pairs, first, None))
+    is_more = next(pairs, None) is not None
+    state.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
+    if is_more or first:
+        _look_again(turn, turn.now_ns + NEXT_LOOK_NS)
 
 
 def _look_again(turn: Turn, due_ns: int) -> None:

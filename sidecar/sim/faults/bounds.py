@@ -17,7 +17,7 @@ from policies import lines
 from policies.ordering import credit, fairness, owed, turns
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
-from sidecar.core import core, joining, prefetching, waiting
+from sidecar.core import core, joining, prefetching, stealing, waiting
 from sidecar.core.config import CoreConfig
 
 SMALLEST, LARGEST = 2, 3
@@ -89,6 +89,8 @@ CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (joining, "LOOKED_AT_MAX"),
     (prefetching, "LOADS_UNUSED_MAX"),
     (prefetching, "LOOKED_AT_MAX"),
+    (stealing, "HEADS_LOOKED_AT"),
+    (stealing, "VERSIONS_LOOKED_AT"),
     (waiting, "EXAMINED_MAX"),
 )
 """Each is read from its module whenever it is needed, so that setting it there sets it."""

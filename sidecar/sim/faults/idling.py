@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from policies.views import BASE
+from sidecar.core import stealing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend, Request, State
 from sidecar.core.words import Phase
@@ -47,7 +48,12 @@ class Idling:
 
 
 def _idles(state: State, backend: Backend, now_ns: int) -> bool:
-    """Whether an engine that may be sent to has nothing to do. One that joins is spared on purpose."""
+    """Whether an engine that may be sent to has nothing to do. One that joins is spared on purpose.
+
+    So is one whose own oldest request is not ready, where the order is strictly that of arrival: it lets nobody pass.
+    """
+    if backend.queued and state.config.ordering == "fifo":
+        return False
     away = backend.draining or backend.leaving or not backend.owned or backend.id in state.joining
     busy = backend.running or backend.loads
     return backend.phase is Phase.UP and not away and not busy and now_ns >= backend.quiet_until_ns
@@ -57,6 +63,10 @@ def _could_serve(state: State, backend: Backend, request: Request, now_ns: int) 
     """Whether a request that waits elsewhere could run here: its adapter is here, or its weights are at hand."""
     if request.running or request.settled or request.backend == backend.id or backend.id in request.losses:
         return False
+    if request.backend is not None:
+        line = state.backends[request.backend].queued_by_version[request.version]
+        if request.id not in line.first_few(int(stealing.HEADS_LOOKED_AT)):
+            return False  # it is seen once it is among the first
     if request.only and backend.id not in request.only and (backend.pool or backend.id) not in request.only:
         return False
     if request.version == BASE or request.version in backend.shadow.host.held:
