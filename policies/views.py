@@ -79,6 +79,8 @@ class Backlog:
     """Versions that wait without a slot."""
     slots: int
     """Versions that may be open at once."""
+    seats: int
+    """Requests that may run at once."""
     patience_ns: int
     """How long a request of its class may wait before others are held back for it, however short the queue."""
     limit_ns: int
@@ -131,6 +133,10 @@ class Room(Protocol):
 
     @property
     def backend(self) -> str: ...
+
+    @property
+    def seats(self) -> int:
+        """Requests that may run at once."""
 
     @property
     def seats_free(self) -> int: ...

@@ -40,10 +40,9 @@ class Waits:
 
 
 class TokenCounters:
-    """The counters of one backend. `slack_requests` is how far ahead a tenant may be, in requests of the usual cost."""
+    """The counters of one backend. How far ahead a tenant may be is said in requests of the usual cost."""
 
-    def __init__(self, slack_requests: int) -> None:
-        self._slack_requests = slack_requests
+    def __init__(self) -> None:
         self._served: dict[str, float] = {}
         """The counters of all that wait, and of some that do not."""
         self._waiting: dict[str, Waits] = {}
@@ -88,9 +87,9 @@ class TokenCounters:
                 self._changed[tenant] = None
 
     @property
-    def slack_tokens(self) -> float:
-        """How far ahead a tenant may be, in output tokens."""
-        return self._slack_requests * self._usual_cost / OUTPUT_COST
+    def usual_tokens(self) -> float:
+        """The usual cost of a request, in output tokens."""
+        return self._usual_cost / OUTPUT_COST
 
     @property
     def several(self) -> bool:
@@ -101,11 +100,11 @@ class TokenCounters:
         """Return the counter of a tenant that waits."""
         return self._served[tenant]
 
-    def served_most(self) -> float | None:
+    def served_most(self, slack_requests: int) -> float | None:
         """Return the counter up to which tenants may be served; None while all may."""
         if not self.several:
             return None
-        return self._tell_owed().least + self._slack_requests * self._usual_cost
+        return self._tell_owed().least + slack_requests * self._usual_cost
 
     def may_go(self, tenant: str, served_most: float | None) -> bool:
         return served_most is None or self._served[tenant] <= served_most

@@ -54,7 +54,7 @@ FEW = 0.5
 LONE = 1
 """Nor does one end for a single request: more may yet come for both."""
 SLACK_REQUESTS = 32
-"""A tenant may be ahead of the least served one by so many requests of the usual size."""
+"""A tenant may be ahead of the least served one by so many requests of the usual size, or what runs at once if less."""
 NO_GATE = NOBODY
 
 
@@ -72,21 +72,23 @@ class SoftGated:
     def __init__(self) -> None:
         self._queues = Queues()
         self._overdue = Overdue(self._queues)
-        self._tenants = TokenCounters(SLACK_REQUESTS)
+        self._tenants = TokenCounters()
         self._least_served = LeastServed(self._queues, self._tenants)
         self._turns = Turns()
         self._gates: dict[str, int] = {}
         """For each gated version the newest request that may still go in this turn."""
+        self._slack = SLACK_REQUESTS
+        """As of the last decision."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
-        ahead_ns = round(self._tenants.slack_tokens * backlog.token_ns)
+        ahead_ns = round(_slack(backlog.seats) * self._tenants.usual_tokens * backlog.token_ns)
         drain_ns = min(backlog.drain_ns, backlog.tenant_drain_ns + ahead_ns)
         latest_ns = max(drain_ns, round(LIMIT_SHARE * backlog.limit_ns))
         twice_ns = DRAIN_FACTOR * max(drain_ns, backlog.tenant_drain_ns)
         overdue_ns = min(max(backlog.patience_ns, twice_ns), latest_ns) + backlog.fetch_ns
         rounds = -(-backlog.blocked // backlog.slots)
         urgent_ns = overdue_ns + rounds * backlog.turn_ns
-        expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + ahead_ns))
+        expected_ns = round(QUEUE_MARGIN * min(backlog.queue_ns, backlog.tenant_queue_ns + backlog.run_ns))
         if not backlog.open or request.version in self._gates:
             expected_ns = max(expected_ns, overdue_ns - backlog.fetch_ns + rounds * backlog.run_ns)
         return Promise(expected_ns, urgent_ns + 2 * backlog.turn_ns, overdue_ns, urgent_ns)
@@ -123,13 +125,15 @@ class SoftGated:
         request = self._queues.requests[request_id]
         if request_id > self._gates.get(request.version, NO_GATE):
             return Hold.TURN
-        return None if self._tenants.may_go(request.tenant, self._tenants.served_most()) else Hold.SHARE
+        served_most = self._tenants.served_most(self._slack)
+        return None if self._tenants.may_go(request.tenant, served_most) else Hold.SHARE
 
     def choose(self, room: Room, now_ns: int) -> Decision | None:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
-        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most())
+        self._slack = _slack(room.seats)
+        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most(self._slack))
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
         decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
@@ -246,18 +250,23 @@ class SoftGated:
     def _next(self, room: Room, rule: Rule) -> int | None:
         """Return the request that goes next, seats and KV room aside.
 
-        Of the version with the oldest one that is open, that of the tenant that was served least; while somebody is
-        urgent, the oldest.
+        Of the version with the oldest one that is open, that of the tenant that was served least. While somebody is
+        urgent, itself if its version is open; else the oldest, and none that is younger than it.
         """
+        if rule.urgent != NOBODY and self._is_sendable(self._queues.requests[rule.urgent].version, room):
+            return rule.urgent
         for head, version in self._queues.heads:
             if head > rule.urgent:
                 return None
-            if version != BASE and (version not in room.open or room.open[version].loading):
+            if not self._is_sendable(version, room):
                 continue
             found = self._first_of(version, rule)
             if found is not None:
                 return found
         return None
+
+    def _is_sendable(self, version: str, room: Room) -> bool:
+        return version == BASE or (version in room.open and not room.open[version].loading)
 
     def _has_next(self, version: str, rule: Rule) -> bool:
         """Whether a request of a version may go in this turn, or could if it had one."""
@@ -276,3 +285,7 @@ class SoftGated:
             return None
         served, request = found
         return request if rule.served_most is None or served <= rule.served_most else None
+
+
+def _slack(seats: int) -> int:
+    return min(SLACK_REQUESTS, seats)

@@ -59,6 +59,10 @@ class _Room:
     backend: str = "b0"
 
     @property
+    def seats(self) -> int:
+        return self.bench.seats
+
+    @property
     def seats_free(self) -> int:
         return self.bench.seats - len(self.bench.running)
 
@@ -136,6 +140,7 @@ class _Bench:
             open=request.version in self.open,
             blocked=len(self.waiting),
             slots=self.pages,
+            seats=self.seats,
             patience_ns=10**7,
             limit_ns=10**10,
             fetch_ns=0,

@@ -99,6 +99,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
         open=is_open or _finds_a_slot(backend, packed, blocked),
         blocked=max(blocked, 0),
         slots=slots,
+        seats=backend.seats(state.config),
         patience_ns=limit.patience_ns,
         limit_ns=limit.queue_wait_ns_max,
         fetch_ns=0 if _is_here_to_stay(state, backend, request.version) else FETCH_ALLOWANCE_NS,

@@ -26,8 +26,12 @@ class LiveRoom:
         return self._backend.id
 
     @property
+    def seats(self) -> int:
+        return self._backend.seats(self._state.config)
+
+    @property
     def seats_free(self) -> int:
-        return self._backend.seats(self._state.config) - self._backend.in_flight
+        return self.seats - self._backend.in_flight
 
     @property
     def pages_free(self) -> int | None:

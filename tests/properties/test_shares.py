@@ -57,7 +57,7 @@ class Plain:
     """The same counters without any structure: every question is answered by a look at all."""
 
     def __init__(self) -> None:
-        self.counters = TokenCounters(4)
+        self.counters = TokenCounters()
         self.queues = Queues()
         self.first = LeastServed(self.queues, self.counters)
         self.running: list[Waiting] = []
@@ -86,7 +86,7 @@ class Plain:
         for each in waiting:
             costs[each.tenant] = costs.get(each.tenant, 0.0) + fairness.cost_of(each)
         rows = {tenant: (self.counters.served(tenant), cost) for tenant, cost in costs.items()}
-        most = self.counters.served_most()
+        most = self.counters.served_most(4)
         slack = 4 * self.counters._usual_cost
         assert (most is None) == (len(rows) == 1)
         assert most is None or most == pytest.approx(least_of_all(rows) + slack)
@@ -130,7 +130,7 @@ def test_whoever_was_served_least_is_found(seed: int, monkeypatch: pytest.Monkey
 def test_a_tenant_that_has_just_come_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is kept of idle tenants, one that waits has a counter."""
     monkeypatch.setattr(fairness, "TENANTS_KEPT", 2)
-    counters = TokenCounters(4)
+    counters = TokenCounters()
     for number in range(20):
         request = Waiting(number, "v", "v", f"t{number}", "default", 0, 8, 8)
         counters.queued(request)

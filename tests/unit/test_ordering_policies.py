@@ -29,6 +29,7 @@ BACKLOG = Backlog(
     open=False,
     blocked=5,
     slots=2,
+    seats=100,
     patience_ns=20 * SECOND_NS,
     limit_ns=600 * SECOND_NS,
     fetch_ns=0,
@@ -50,6 +51,7 @@ class Room:
     """So many slots and seats; what the policy decides is done at once."""
 
     slots: int = 1
+    seats: int = 100
     seats_free: int = 100
     open: dict[str, Slot] = field(default_factory=dict)
     unready: tuple[str, ...] = ()
@@ -215,35 +217,35 @@ def of_tenant(number: int, tenant: str, weight: float = 1.0) -> Waiting:
 
 def test_a_tenant_is_ahead_by_the_slack_at_most() -> None:
     """Two requests of slack: the third sent while another waits for as many is one too many."""
-    counters = TokenCounters(slack_requests=2)
+    counters = TokenCounters()
     for number in range(10):
         counters.queued(of_tenant(number, "flood"))
         counters.queued(of_tenant(100 + number, "other"))
     for sent in range(3):
-        assert counters.may_go("flood", counters.served_most())
+        assert counters.may_go("flood", counters.served_most(2))
         counters.sent(of_tenant(sent, "flood"))
-    assert not counters.may_go("flood", counters.served_most())
-    assert counters.may_go("other", counters.served_most())
+    assert not counters.may_go("flood", counters.served_most(2))
+    assert counters.may_go("other", counters.served_most(2))
 
 
 def test_nobody_is_owed_more_than_what_waits() -> None:
     """One that has a single request waiting was behind by far: the rest is written off, and not owed later either."""
-    counters = TokenCounters(slack_requests=2)
+    counters = TokenCounters()
     counters.queued(of_tenant(1, "flood"))
     counters.queued(of_tenant(2, "light"))
     for number in range(10, 20):
         counters.queued(of_tenant(number, "flood"))
         counters.sent(of_tenant(number, "flood"))
-    assert counters.may_go("flood", counters.served_most())
+    assert counters.may_go("flood", counters.served_most(2))
     for number in range(30, 40):
         counters.queued(of_tenant(number, "light"))
     assert counters.served("flood") - counters.served("light") == 300
-    assert counters.may_go("flood", counters.served_most())
+    assert counters.may_go("flood", counters.served_most(2))
 
 
 def test_weights_output_that_did_not_come_and_idling() -> None:
     """A weight of 2 halves a charge, what was not generated is given back, and who comes back has saved nothing up."""
-    counters = TokenCounters(slack_requests=2)
+    counters = TokenCounters()
     heavy = of_tenant(1, "heavy", weight=2.0)
     counters.queued(heavy)
     counters.sent(heavy)
