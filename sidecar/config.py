@@ -74,13 +74,15 @@ class GrpcListener(Listener):
 
 
 class AdminListener(GrpcListener):
-    """Loopback, unless it has a token file or TLS that asks its clients for certificates. `message_bytes_max` bounds
-    one message; an adapter is pushed in messages of at most 1 MiB.
+    """Loopback, unless it has TLS and a token file, or TLS that asks its clients for certificates. `allow_cleartext`
+    lets tokens come without TLS, for a network that encrypts by itself. `message_bytes_max` bounds one message; an
+    adapter is pushed in messages of at most 1 MiB.
     """
 
     address: str = "127.0.0.1:9001"
     message_bytes_max: int = Field(4 << 20, ge=2 << 20, lt=1 << 31)
     token_file: str | None = None
+    allow_cleartext: bool = False
 
     @model_validator(mode="after")
     def _is_protected(self) -> AdminListener:
@@ -89,7 +91,12 @@ class AdminListener(GrpcListener):
         if not (local or mutual or self.token_file):
             raise ValueError(
                 f"{self.address} is reachable from other machines and unprotected; listen on 127.0.0.1, set "
-                "token_file, or set tls with a client ca"
+                "token_file and tls, or set tls with a client ca"
+            )
+        if not (local or self.tls is not None or self.allow_cleartext):
+            raise ValueError(
+                f"{self.address} is reachable from other machines, and tokens would come in clear text; listen on "
+                "127.0.0.1, set tls, or allow_cleartext: true where the network encrypts, as a mesh does"
             )
         return self
 
@@ -106,14 +113,26 @@ class DataListener(GrpcListener):
 
 
 class HttpListener(Listener):
-    """Health, metrics and the OpenAI API. `body_bytes_max` bounds one request of that API, `prompts_max` how many
-    prompts a completion may ask for at once.
+    """The OpenAI API. `body_bytes_max` bounds one request of it, `prompts_max` how many prompts a completion may ask
+    for at once. With `probes` health and metrics are here as well, which is so for one more release.
     """
 
     address: str = "0.0.0.0:9002"
     connections_max: int = Field(4096, ge=1)
     body_bytes_max: int = Field(16 << 20, ge=1024)
     prompts_max: int = Field(1024, ge=1)
+    probes: bool = True
+
+
+class ProbesListener(Section):
+    """Liveness, readiness and metrics, which name adapters and tenants: where clients are not. Off without an address.
+
+    It takes few connections, each for one answer.
+    """
+
+    address: str | None = None
+    tls: Tls | None = None
+    connections_max: int = Field(32, ge=1)
 
 
 class DrainListener(Section):
@@ -141,6 +160,7 @@ class Listeners(Section):
     data: DataListener = DataListener()
     admin: AdminListener = AdminListener()
     http: HttpListener = HttpListener()
+    probes: ProbesListener = ProbesListener()
     drain: DrainListener = DrainListener()
 
 
@@ -640,8 +660,8 @@ def _problems(error: ValidationError) -> str:
 
 def _all_keys() -> list[str]:
     sections: tuple[type[BaseModel], ...] = (
-        Config, Listeners, Listener, GrpcListener, AdminListener, DataListener, HttpListener, Tls,
-        Backend, Discover, EndpointSlices, BaseModelNames, SharedFolder, Engine, Adapters, Origins, Store, Queue,
+        Config, Listeners, Listener, GrpcListener, AdminListener, DataListener, HttpListener, ProbesListener,
+        Tls, Backend, Discover, EndpointSlices, BaseModelNames, SharedFolder, Engine, Adapters, Origins, Store, Queue,
         RequestClass, Journal, State, Replicas, Kubernetes, ClusterAdapters,
     )  # fmt: skip
     return sorted({name for section in sections for name in section.model_fields})

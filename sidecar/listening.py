@@ -1,8 +1,9 @@
-"""The listeners of one process: for clients, operators, HTTP and other replicas, and for who drains it."""
+"""The listeners of one process: for clients, operators, HTTP, probes and other replicas, and for who drains it."""
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from grpc_reflection.v1alpha import reflection
 
 from sidecar.backends.credentials import read_pem
 from sidecar.config import Backend as BackendConfig
-from sidecar.config import Config, GrpcListener, Listener
+from sidecar.config import Config, GrpcListener, Listener, Tls
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin import add_admin
 from sidecar.fronts.auth import TokenInterceptor
@@ -24,6 +25,7 @@ from sidecar.fronts.generate import GatewayService
 from sidecar.fronts.http import HttpFront, server_tls
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_drain import HttpDrain
+from sidecar.fronts.http_probes import HttpProbes, Probes
 from sidecar.fronts.intake import Intake, IntakeLimits
 from sidecar.fronts.kserve import add_kserve
 from sidecar.fronts.kserve_admin import add_kserve_admin
@@ -51,7 +53,7 @@ class Listening:
     def __init__(
         self, config: Config, gateway: Gateway, metrics: Metrics, drain: Callable[[], Awaitable[None]]
     ) -> None:
-        self.data = self.admin = self.http = self.drain = ""
+        self.data = self.admin = self.http = self.probes = self.drain = ""
         self.streams: Lifetimes | None = None
         """Of clients' KServe streams."""
         self.drained = asyncio.Event()
@@ -65,6 +67,7 @@ class Listening:
         self.intake = Intake(IntakeLimits(limits.arriving_bytes_max, limits.arrival_s, limits.data.message_bytes_max))
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._http: HttpFront | None = None
+        self._probes: HttpProbes | None = None
         self._drain_front: HttpDrain | None = None
 
     def server(self, listener: Listener, name: str) -> tuple[grpc.aio.Server, str]:
@@ -77,6 +80,7 @@ class Listening:
         self._open_data()
         self._open_admin(replica)
         await self._open_http()
+        await self._open_probes()
         for server in self._servers:
             await server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
@@ -91,8 +95,9 @@ class Listening:
             await self._drain_front.stop()
         for server in self._servers:
             await server.stop(grace_s)
-        if self._http is not None:
-            await self._http.stop()
+        for http in (self._http, self._probes):
+            if http is not None:
+                await http.stop()
 
     def _open_data(self) -> None:
         config, wanted = self._config, self._config.listeners.data
@@ -119,7 +124,6 @@ class Listening:
 
     async def _open_http(self) -> None:
         http, drain = self._config.listeners.http, self._config.listeners.drain
-        tls = None if http.tls is None else server_tls(http.tls.certificate, http.tls.key, http.tls.ca, http.address)
         self._http = HttpFront(
             self._gateway,
             self._metrics,
@@ -127,7 +131,8 @@ class Listening:
             self.data,
             OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends)),
             HttpLimits(http.connections_max),
-            tls,
+            _http_tls(http.tls, http.address),
+            http.probes,
         )
         await self._http.start()
         self.http = self._http.address
@@ -135,6 +140,14 @@ class Listening:
             self._drain_front = HttpDrain(self._drain, self.drained.set, drain.address)
             await self._drain_front.start()
             self.drain = self._drain_front.address
+
+    async def _open_probes(self) -> None:
+        wanted = self._config.listeners.probes
+        if wanted.address is not None:
+            probes, tls = Probes(self._gateway, self._metrics), _http_tls(wanted.tls, wanted.address)
+            self._probes = HttpProbes(probes, wanted.address, wanted.connections_max, tls)
+            await self._probes.start()
+            self.probes = self._probes.address
 
     def _calls(self, listener: GrpcListener) -> BoundedCalls:
         return BoundedCalls(self.intake, listener.calls_per_connection_max)
@@ -153,6 +166,10 @@ def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplat
         for backend in configured
         if backend.base_model is not None and backend.base_model.chat_template is not None
     }
+
+
+def _http_tls(tls: Tls | None, address: str) -> ssl.SSLContext | None:
+    return None if tls is None else server_tls(tls.certificate, tls.key, tls.ca, address)
 
 
 def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, int], ...]:

@@ -27,6 +27,7 @@ from sidecar.state.registry import SqliteRegistry
 from tests.peft_files import write_adapter
 from tests.scripted_backend import ScriptedBackend
 
+JSON = {"content-type": "application/json"}
 DONE = b"data: [DONE]\n\n"
 
 
@@ -105,7 +106,7 @@ async def house(folder: Path, backends: Sequence[ScriptedBackend], **record: Any
     await gateway.start([(backend, backend.facts) for backend in backends])
     front = HttpFront(gateway, Metrics(gateway), "127.0.0.1:0", "127.0.0.1:1", OpenAiFront(gateway, config, {}))
     await front.start()
-    client = httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False, timeout=60)
+    client = httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False, timeout=60, headers=JSON)
     try:
         yield House(gateway, front, client, folder)
     finally:

@@ -22,8 +22,9 @@ SCHEMA = HERE / "lora-sidecar" / "values.schema.json"
 OF_THE_CHART = {
     "Config": {"backends", "store", "queue", "data_directory", "kubernetes"},
     "DataListener": {"address", "tls"},
-    "AdminListener": {"address", "tls", "token_file"},
+    "AdminListener": {"address", "tls", "token_file", "allow_cleartext"},
     "HttpListener": {"address", "tls"},
+    "ProbesListener": {"address", "tls"},
     "Listeners": {"drain"},
     "State": {"url", "password_file", "tls"},
     "Replicas": {"address", "advertise", "name", "tls"},

@@ -15,6 +15,7 @@ from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
     CA_VARIABLE,
+    CLEARTEXT_VARIABLE,
     PANEL,
     TOKEN_FILE_VARIABLE,
     Client,
@@ -136,6 +137,15 @@ def check(
         Path | None,
         typer.Option(envvar=TOKEN_FILE_VARIABLE, help="File with the listener's token.", rich_help_panel=PANEL),
     ] = None,
+    allow_cleartext: Annotated[
+        bool,
+        typer.Option(
+            "--allow-cleartext",
+            envvar=CLEARTEXT_VARIABLE,
+            help="Send the token without TLS to another machine.",
+            rich_help_panel=PANEL,
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Look at a live engine, check by check, and say what to change; exit 1 when something fails.
@@ -147,7 +157,8 @@ def check(
     if url is None:
         variable = os.environ.get(CA_VARIABLE)
         its_ca = ca or (Path(variable) if variable else None)
-        with connected(Endpoint(admin, "admin", "--admin", token_file, its_ca, certificate, key)) as client:
+        endpoint = Endpoint(admin, "admin", "--admin", token_file, its_ca, certificate, key, allow_cleartext)
+        with connected(endpoint) as client:
             return _seen_by_a_sidecar(client, as_json)
     from sidecar.cli.probing import Wanted, check_url
 

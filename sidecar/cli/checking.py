@@ -127,6 +127,8 @@ def _files(config: Config) -> list[tuple[str, str]]:
         ("state.tls", config.state.tls),
         ("listeners.data.tls", listeners.data.tls),
         ("listeners.admin.tls", listeners.admin.tls),
+        ("listeners.http.tls", listeners.http.tls),
+        ("listeners.probes.tls", listeners.probes.tls),
     ]
     for number, backend in enumerate(config.backends):
         named.append((f"backends.{number}.engine.config", backend.engine.config))

@@ -22,7 +22,8 @@ SERVER_DEFAULT, SERVER_VARIABLE = "127.0.0.1:9000", "LORA_SIDECAR_SERVER"
 ADMIN_DEFAULT, ADMIN_VARIABLE = "127.0.0.1:9001", "LORA_SIDECAR_ADMIN"
 TOKEN_FILE_VARIABLE = "LORA_SIDECAR_TOKEN_FILE"
 CA_VARIABLE = "LORA_SIDECAR_CA"
-CLIENT_VARIABLES = (SERVER_VARIABLE, ADMIN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE)
+CLEARTEXT_VARIABLE = "LORA_SIDECAR_ALLOW_CLEARTEXT"
+CLIENT_VARIABLES = (SERVER_VARIABLE, ADMIN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE, CLEARTEXT_VARIABLE)
 """Variables of client commands; they are no keys of the server's configuration."""
 ANSWER_TIMEOUT_S = 30.0
 PANEL = "Connection"
@@ -41,6 +42,11 @@ class Endpoint:
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+    allow_cleartext: bool = False
+
+    @property
+    def speaks_tls(self) -> bool:
+        return self.ca is not None or self.certificate is not None
 
 
 class Client:
@@ -67,7 +73,7 @@ class Client:
 
 def _channel(endpoint: Endpoint) -> grpc.Channel:
     options = (("grpc.max_receive_message_length", -1), ("grpc.enable_retries", 0))
-    if endpoint.ca is None and endpoint.certificate is None:
+    if not endpoint.speaks_tls:
         return grpc.insecure_channel(endpoint.address, options)
     credentials = grpc.ssl_channel_credentials(_read(endpoint.ca), _read(endpoint.key), _read(endpoint.certificate))
     return grpc.secure_channel(endpoint.address, credentials, options)
@@ -80,7 +86,19 @@ def _metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
     lines = token.decode(errors="replace").split()
     if not lines:
         raise CommandError(f"{endpoint.token_file}: the token file is empty", Exit.MISUSED, Reason.CONFIG_INVALID.value)
+    if not (endpoint.speaks_tls or endpoint.allow_cleartext or _is_local(endpoint.address)):
+        raise CommandError(
+            f"the token in {endpoint.token_file} would go to {endpoint.address} in clear text; name the CA that signed "
+            "the listener with --ca, which turns TLS on, or say --allow-cleartext where the network encrypts",
+            Exit.MISUSED,
+        )
     return (("authorization", f"Bearer {lines[0]}"),)
+
+
+def _is_local(address: str) -> bool:
+    from sidecar.config import is_local
+
+    return is_local(address) or address.startswith("unix:")
 
 
 def _read(path: Path | None) -> bytes | None:
@@ -147,7 +165,9 @@ def _details(error: Any) -> tuple[Any, int | None]:
 
 def admin_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
     """Make a function a command that talks to the admin listener; its first parameter is the `Client`."""
-    return _command(app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES))
+    return _command(
+        app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES, _CLEARTEXT)
+    )
 
 
 def data_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
@@ -162,7 +182,7 @@ def _command(
     option: str,
     default: str,
     variable: str,
-    files: tuple[inspect.Parameter, ...],
+    more: tuple[inspect.Parameter, ...],
 ) -> Callable[[Command], Command]:
     address = inspect.Parameter(
         "address",
@@ -176,12 +196,12 @@ def _command(
 
     def register(body: Command) -> Command:
         def command(**values: Any) -> int | None:
-            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *files)}
+            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *more)}
             with connected(Endpoint(listener=listener, option=option, **connection)) as client:
                 return body(client, **values)
 
         own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-        parameters = [*own, address, *files]
+        parameters = [*own, address, *more]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__ = body.__doc__
@@ -203,4 +223,18 @@ _TLS_FILES = (
     _file_option("ca", "--ca", "PEM file of the CA that signed the listener; turns TLS on.", CA_VARIABLE),
     _file_option("certificate", "--cert", "PEM file of our own certificate."),
     _file_option("key", "--key", "PEM file of our own key."),
+)
+_CLEARTEXT = inspect.Parameter(
+    "allow_cleartext",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--allow-cleartext",
+            envvar=CLEARTEXT_VARIABLE,
+            help="Send the token without TLS to another machine.",
+            rich_help_panel=PANEL,
+        ),
+    ],
 )

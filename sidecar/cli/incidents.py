@@ -49,13 +49,13 @@ def capture(
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(help="Address of its http listener, for the metrics.", show_default="the configuration's"),
+        typer.Option(help="Address of its listener with the metrics.", show_default="the configuration's"),
     ] = None,
     ca: Annotated[
         Path | None,
         typer.Option(
             envvar=CA_VARIABLE,
-            help="PEM file of the CA that signed the http listener, if it speaks TLS.",
+            help="PEM file of the CA that signed this listener, if it speaks TLS.",
             rich_help_panel=PANEL,
             show_default="this machine's CAs",
         ),
@@ -108,10 +108,11 @@ def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | N
         why_not += (("journal", "no data directory is known, and without one there is no journal; see --data-dir"),)
     if data is not None and not data.is_dir():
         raise Misused(Reason.CONFIG_INVALID, f"there is no data directory {data}; name the sidecar's with --data-dir")
-    listener = (config or Config()).listeners.http
+    listeners = (config or Config()).listeners
+    listener = listeners.http if listeners.probes.address is None else listeners.probes
     speaks_tls = bool(tls) if config is None else listener.tls is not None
     asks_back = listener.tls is not None and listener.tls.ca is not None
-    address = HttpListener(http_address(http or listener.address), tls if speaks_tls else None, asks_back)
+    address = HttpListener(http_address(http or listener.address or ""), tls if speaks_tls else None, asks_back)
     return Wanted(last, data, config, address, why_not)
 
 

@@ -58,7 +58,11 @@ def serve(
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(help="Address for health and metrics.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9002"),
+        typer.Option(help="Address for the OpenAI API.", rich_help_panel=LISTENERS, show_default="0.0.0.0:9002"),
+    ] = None,
+    probes: Annotated[
+        str | None,
+        typer.Option(help="Address for health and metrics.", rich_help_panel=LISTENERS, show_default="off"),
     ] = None,
     admin_token_file: Annotated[
         str | None,
@@ -80,6 +84,7 @@ def serve(
         "listeners.data.address": listen,
         "listeners.admin.address": admin,
         "listeners.http.address": http,
+        "listeners.probes.address": probes,
         "listeners.admin.token_file": admin_token_file,
     }
     given = {key: value for key, value in options.items() if value is not None}
@@ -179,12 +184,15 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
         "admin": sidecar.admin_address,
         "http": sidecar.http_address,
     }
+    if sidecar.listening.probes:
+        addresses["probes"] = sidecar.listening.probes
     backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
         return json.dumps({**addresses, "backends": backends, "adapters": adapters})
+    metrics = addresses.get("probes", addresses["http"])
     return (
-        f"ready: requests on {addresses['data']}, admin on {addresses['admin']}, metrics on "
-        f"http://{addresses['http']}/metrics; {count(backends, 'backend')}, {count(adapters, 'adapter')}"
+        f"ready: requests on {addresses['data']}, admin on {addresses['admin']}, metrics on http://{metrics}/metrics; "
+        f"{count(backends, 'backend')}, {count(adapters, 'adapter')}"
     )
 
 

@@ -1,7 +1,5 @@
-"""The http listener: `/metrics`, `/livez` and `/readyz` for those who run the process, and the OpenAI API below `/v1`.
-
-KServe's REST paths are answered, too: with where gRPC is (`http_rest`). All of it runs on the event loop that serves
-requests, so an answer of `/livez` is the proof that the loop makes progress.
+"""The http listener: the OpenAI API below `/v1`, KServe's REST paths, which are told where gRPC is (`http_rest`), and
+for one more release what is on the listener for probes.
 """
 
 from __future__ import annotations
@@ -11,16 +9,13 @@ import ssl
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from sidecar.core.state import Backend
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_listener import HttpListener
+from sidecar.fronts.http_probes import NO_STORE, PATHS, Probes
 from sidecar.fronts.http_rest import is_rest, rest_answer
 from sidecar.fronts.openai.asked import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
@@ -31,47 +26,16 @@ logger = logging.getLogger(__name__)
 BODY_BYTES_MAX = 64 << 10
 """Of requests that need none. The OpenAI API has a bound of its own."""
 API = "/v1"
-NO_STORE = {"cache-control": "no-store"}
 CLOSE = {"connection": "close"}
 """For an answer to a body that is not read to its end."""
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-
-def why_not_ready(gateway: Gateway) -> str:
-    """Say why nothing can be served now; "" when something can."""
-    state = gateway.state
-    if gateway.crash.raised is not None:
-        return "the sidecar has failed and ends; its log says why"
-    if state.draining:
-        return "the sidecar is shutting down"
-    if not state.backends and state.config.pools:
-        return f"no engine has been found yet in {', '.join(state.config.pools)}"
-    if not state.backends:
-        return "no backend is configured; start the sidecar with --backend triton://HOST:PORT"
-    if gateway.takes_requests:
-        return ""
-    return "no backend takes requests: " + "; ".join(_why_not(gateway, backend) for backend in state.backends.values())
-
-
-def _why_not(gateway: Gateway, backend: Backend) -> str:
-    if backend.draining:
-        return f"{backend.id} is draining"
-    if backend.leaving:
-        return f"{backend.id} is about to go"
-    if not backend.owned:
-        return f"{backend.id} is served by no replica yet"
-    return f"{backend.id} is down ({_detail(gateway, backend.id)})"
-
-
-def _detail(gateway: Gateway, backend: str) -> str:
-    known = gateway.backends.get(backend)
-    return known.detail() if known is not None else "not started"
 
 
 class HttpFront:
     """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
 
     `grpc_address` is the data listener's, for those who look for inference here; `api` is the application below `/v1`.
+    With `probes` the paths of the listener for probes are here as well.
     """
 
     def __init__(
@@ -83,16 +47,16 @@ class HttpFront:
         api: Application | None = None,
         limits: HttpLimits | None = None,
         tls: ssl.SSLContext | None = None,
+        probes: bool = True,
     ) -> None:
-        self._gateway = gateway
         self._metrics = metrics
         self.address = address
         self._grpc_address = grpc_address
         self._api = api
         self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
         self._listens = False
-        self._routes = {"/metrics": self._show_metrics, "/livez": self._show_live, "/readyz": self._show_ready}
-        self._router = Router([Route(path, endpoint, methods=["GET"]) for path, endpoint in self._routes.items()])
+        self._probes = Probes(gateway, metrics) if probes else None
+        self._has_told = False
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
@@ -125,17 +89,27 @@ class HttpFront:
             await self._answer_rest(scope)(scope, receive, send)
         elif await _is_too_long(receive):
             await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
+        elif path not in PATHS or self._probes is None:
+            await self._nothing_here()(scope, receive, send)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
         else:
-            try:
-                await self._router({**scope, "app": self}, receive, send)
-            except HTTPException as error:
-                await self._refusal(path, error)(scope, receive, send)
+            self._tell_of_the_other_listener(path)
+            await self._probes(scope, receive, send)
 
-    def _refusal(self, path: str, error: HTTPException) -> Response:
-        if error.status_code == 405:
-            return _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})
+    def _tell_of_the_other_listener(self, path: str) -> None:
+        if not self._has_told:
+            logger.warning(
+                "%s was asked of the http listener, where clients are; it goes from there in the next release: set "
+                "listeners.probes.address and ask there, then listeners.http.probes: false",
+                path,
+            )
+            self._has_told = True
+
+    def _nothing_here(self) -> Response:
         api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
-        return _text(404, f"nothing is here; there are {', '.join([*self._routes, *api])}")
+        there = [*(PATHS if self._probes is not None else ()), *api]
+        return _text(404, f"nothing is here; there are {', '.join(there)}")
 
     def _answer_rest(self, scope: Scope) -> Response:
         rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
@@ -143,17 +117,6 @@ class HttpFront:
         if scope["method"] not in ("GET", "HEAD"):
             headers |= CLOSE
         return Response(rest.body, rest.status, headers, media_type="application/json")
-
-    async def _show_metrics(self, request: Request) -> Response:
-        content_type, body = await self._metrics.render(request.headers.get("accept", ""))
-        return Response(body, headers=NO_STORE | {"content-type": content_type})
-
-    async def _show_live(self, request: Request) -> Response:
-        return _text(200, "ok")
-
-    async def _show_ready(self, request: Request) -> Response:
-        why = why_not_ready(self._gateway)
-        return _text(503, why) if why else _text(200, "ok")
 
 
 def _with_id(scope: Scope, send: Send) -> Send:

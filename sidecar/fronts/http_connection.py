@@ -30,11 +30,15 @@ _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """How many connections a listener has, and what it takes from each."""
+    """How many connections a listener has, and what it takes from each.
+
+    One more than all ends itself, or with `newest_first` the one that has asked nothing for longest.
+    """
 
     connections: int = CONNECTIONS_MAX
     head_bytes: int = HEAD_BYTES_MAX
     silence_s: float = SILENCE_S_MAX
+    newest_first: bool = False
 
 
 class _Refused(Exception):
@@ -63,11 +67,17 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         count = len(self.connections)
         self.app_state[CROWDED] = count > self.limits.connections
-        if count > self.limits.connections + SPARE_CONNECTIONS:
-            transport.abort()
-            return
         self._heard_s = monotonic()
+        if count > self.limits.connections + SPARE_CONNECTIONS:
+            if not self.limits.newest_first:
+                transport.abort()
+                return
+            self._longest_silent().transport.abort()
         self._watch = self.loop.call_later(self.limits.silence_s, self._look)
+
+    def _longest_silent(self) -> Connection:
+        open_: list[Any] = [each for each in self.connections if not each.transport.is_closing()]
+        return min(open_, key=lambda each: (each._whole, each._heard_s))  # type: ignore[no-any-return]
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watch is not None:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from sidecar.fronts.content_type import why_not_json
 from sidecar.fronts.http_connection import HttpLimits
 from sidecar.fronts.http_listener import HttpListener
 
@@ -43,6 +44,9 @@ class HttpDrain:
         await self._listener.stop()
 
     async def _drained(self, request: Request) -> Response:
+        has_body = request.headers.get("content-length", "0") != "0" or "transfer-encoding" in request.headers
+        if has_body and (why := why_not_json(request.scope["headers"])):
+            return PlainTextResponse(f"{why}, or no body\n", 415, {"cache-control": "no-store", "connection": "close"})
         await self._drain()
         told = BackgroundTask(self._end)
         return PlainTextResponse("drained\n", headers={"cache-control": "no-store"}, background=told)

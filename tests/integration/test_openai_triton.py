@@ -14,6 +14,7 @@ import pytest
 
 from sidecar.core.events import FirstToken
 from tests.emulated import EngineProcess, read_served, running_engine
+from tests.openai_house import JSON
 from tests.peft_files import BASE_MODEL
 from tests.serving import Serving, serving, until, write_adapters
 
@@ -34,7 +35,7 @@ def text_of(served: Serving, name: str, tokens: int) -> str:
 @asynccontextmanager
 async def client_of(served: Serving) -> AsyncIterator[httpx.AsyncClient]:
     url = f"http://{served.sidecar.http_address}"
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=60, headers=JSON) as client:
         yield client
 
 
@@ -166,7 +167,6 @@ async def test_a_chat_without_a_template(tmp_path: Path) -> None:
         ({"logit_bias": {"1": 2}}, "logit_bias"),
         ({"guided_json": {}}, "guided_json"),
         ({"prompt": [1, 2, 3]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": "hot"}, "temperature"),

@@ -20,6 +20,7 @@ from sidecar.backends.api import Ticket
 from sidecar.backends.dialects import KSERVE_KINDS
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.content_type import why_not_json
 from sidecar.fronts.http_connection import CROWDED, PEER
 from sidecar.fronts.kinds import empty_pools
 from sidecar.fronts.lengths import text_tokens_max
@@ -81,6 +82,9 @@ class OpenAiFront:
             message = "the http listener has as many connections as it takes; try again, or raise connections_max"
             full = failure(503, message, "too_many_connections", retry_ms=1000, retry=True)
             await send_failure(send, replace(full, headers=(*full.headers, CLOSE)), request_id)
+        elif why := why_not_json(scope["headers"]):
+            failed = failure(415, why, "unsupported_media_type")
+            await send_failure(send, replace(failed, headers=(*failed.headers, CLOSE)), request_id)
         else:
             await self._answer(scope, path, receive, send, request_id)
 

@@ -35,7 +35,8 @@ OPTIONS: Options = {
     "http": [OFF, {"tls": {"http": {"secretName": "http-tls"}}}],
     "admin": [
         OFF,
-        {"admin": {"tokenSecret": {"name": "token"}}},
+        {"admin": {"tokenSecret": {"name": "token"}}, "tls": {"admin": {"secretName": "admin-tls"}}},
+        {"admin": {"tokenSecret": {"name": "token"}, "allowCleartext": True}},
         {"tls": {"admin": {"secretName": "admin-tls", "clientCa": True}}},
     ],
     "declared": [

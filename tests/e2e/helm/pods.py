@@ -16,7 +16,7 @@ import httpx
 from tests.e2e.helm.rendering import Object
 from tests.redis_servers import free_port
 
-DATA, HTTP, REPLICAS = 0, 2, 3
+DATA, PROBES = 0, 5
 """The last digits of the listeners' ports, 9000 and on."""
 
 
@@ -56,7 +56,7 @@ class Pod:
         )
         probe = self._container["readinessProbe"]["httpGet"]
         async with httpx.AsyncClient() as client:
-            while not await _is_ready(client, f"http://{self.at(HTTP)}{probe['path']}"):
+            while not await _is_ready(client, f"http://{self.at(PROBES)}{probe['path']}"):
                 assert self.process.returncode is None, "it ended by itself"
                 await asyncio.sleep(0.05)
 

@@ -82,7 +82,11 @@ def test_probes(rendered: dict[str, list[Object]]) -> None:
                     }
                     paths = {kind: probe["path"] for kind, probe in probes.items()}
                     assert paths == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}, name
-                    secure = "tls" in yaml.safe_load(configuration(objects))["listeners"]["http"]
+                    listener = yaml.safe_load(configuration(objects))["listeners"]["probes"]
+                    named = {port["name"]: port["containerPort"] for port in container["ports"]}
+                    assert {named[probe["port"]] for probe in probes.values()} == {9005}, name
+                    assert listener["address"].endswith(":9005"), name
+                    secure = "tls" in listener
                     assert {probe.get("scheme", "HTTP") for probe in probes.values()} == {"HTTPS" if secure else "HTTP"}
                     schemes.add(secure)
     assert schemes == {True, False}

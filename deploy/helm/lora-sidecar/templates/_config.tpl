@@ -26,10 +26,16 @@ listeners:
   http:
     address: {{ printf "%s:9002" $any | quote }}
     {{- include "lora-sidecar.tls" (list "http" .Values.tls.http.secretName false) | nindent 4 }}
+  probes:
+    address: {{ printf "%s:9005" $any | quote }}
+    {{- include "lora-sidecar.tls" (list "http" .Values.tls.http.secretName false) | nindent 4 }}
   admin:
     address: {{ ternary (printf "%s:9001" $any) "127.0.0.1:9001" (eq (include "lora-sidecar.adminIsOpen" .) "true") | quote }}
     {{- if .Values.admin.tokenSecret.name }}
     token_file: {{ include "lora-sidecar.etc" . }}/admin-token/{{ .Values.admin.tokenSecret.key }}
+    {{- end }}
+    {{- if .Values.admin.allowCleartext }}
+    allow_cleartext: true
     {{- end }}
     {{- include "lora-sidecar.tls" (list "admin" .Values.tls.admin.secretName .Values.tls.admin.clientCa) | nindent 4 }}
   {{- if eq .Values.mode "sidecar" }}
@@ -42,7 +48,7 @@ data_directory: /var/lib/lora-sidecar
 {{- with include "lora-sidecar.redisUrl" . }}
 state:
   url: {{ . | quote }}
-  {{- if $.Values.redis.passwordSecret.name }}
+  {{- if include "lora-sidecar.redisSecret" $ }}
   password_file: {{ include "lora-sidecar.etc" $ }}/redis-password/{{ $.Values.redis.passwordSecret.key }}
   {{- end }}
   {{- with $.Values.redis.tlsSecret }}

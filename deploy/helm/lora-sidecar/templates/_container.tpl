@@ -13,6 +13,7 @@ envFrom:
 ports:
   - {name: grpc-data, containerPort: 9000}
   - {name: http, containerPort: 9002}
+  - {name: probes, containerPort: 9005}
   {{- if include "lora-sidecar.adminIsOpen" . }}
   - {name: grpc-admin, containerPort: 9001}
   {{- end }}
@@ -54,7 +55,7 @@ volumeMounts:
 {{- $context := index . 0 -}}
 httpGet:
   path: {{ index . 1 }}
-  port: http
+  port: probes
   {{- if $context.Values.tls.http.secretName }}
   scheme: HTTPS
   {{- end }}
@@ -98,7 +99,7 @@ secrets:
 {{- with .Values.redis.tlsSecret }}
   - {name: tls-redis, secret: {{ . }}}
 {{- end }}
-{{- with .Values.redis.passwordSecret.name }}
+{{- with include "lora-sidecar.redisSecret" . }}
   - {name: redis-password, secret: {{ . }}}
 {{- end }}
 {{- with .Values.admin.tokenSecret.name }}

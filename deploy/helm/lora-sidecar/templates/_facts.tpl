@@ -41,9 +41,19 @@
 
 {{- define "lora-sidecar.redisUrl" -}}
 {{- if .Values.redis.bundled.enabled -}}
-redis://{{ include "lora-sidecar.fullname" . }}-redis:6379/0
+{{- /* With a user: a Redis that lets everybody in takes a password only along with one. */ -}}
+redis://default@{{ include "lora-sidecar.fullname" . }}-redis:6379/0
 {{- else -}}
 {{- .Values.redis.url -}}
+{{- end -}}
+{{- end }}
+
+{{/* The Secret with the password of the Redis: the one that is named, or the bundled one's own. */}}
+{{- define "lora-sidecar.redisSecret" -}}
+{{- if .Values.redis.passwordSecret.name -}}
+{{- .Values.redis.passwordSecret.name -}}
+{{- else if .Values.redis.bundled.enabled -}}
+{{- include "lora-sidecar.fullname" . }}-redis
 {{- end -}}
 {{- end }}
 
