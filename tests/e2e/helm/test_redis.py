@@ -59,7 +59,7 @@ def test_redis_and_replicas_have_the_same(newest: Renderer) -> None:
         state = yaml.safe_load(configuration(objects))["state"]
         assert state["password_file"] == f"/etc/lora-sidecar/redis-password/{key}"
         assert (
-            f"/etc/redis-password/{key} "
+            f"/etc/redis-password/{key})"
             in one(objects, "Deployment", "-redis")["spec"]["template"]["spec"]["containers"][0]["args"][0]
         )
     assert not [found for found in objects if found["kind"] == "Secret"]

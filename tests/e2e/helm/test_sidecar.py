@@ -83,7 +83,7 @@ def test_another_charts_pod(helm: Renderer, other_chart: Path) -> None:
     volumes = {volume["name"] for volume in pod["volumes"]}
     mounted = {mount["name"] for each in (*pod["initContainers"], *pod["containers"]) for mount in each["volumeMounts"]}
     assert mounted <= volumes
-    service = one(objects, "Service")
+    service = one(objects, "Service", "lora-sidecar")
     assert service["spec"]["selector"].items() <= workload["metadata"]["labels"].items()
     config = next(volume for volume in pod["volumes"] if volume["name"] == "lora-sidecar-config")
     assert config["configMap"]["name"] == one(objects, "ConfigMap")["metadata"]["name"]
