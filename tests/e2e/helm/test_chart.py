@@ -29,8 +29,15 @@ def test_lint(helm: Renderer, values: Path | None) -> None:
 
 
 def test_helms_agree(tools: HelmInstalled, rendered: dict[str, list[Object]], tmp_path: Path) -> None:
-    """Helm 3 and Helm 4 make the same objects of every example and every case of the matrix."""
-    assert Renderer(tools, HELMS[0], tmp_path).everything() == rendered
+    """Helm 3 and Helm 4 make the same objects of every example and every case of the matrix, but for passwords."""
+    other = Renderer(tools, HELMS[0], tmp_path).everything()
+    assert {name: _without_passwords(objects) for name, objects in other.items()} == {
+        name: _without_passwords(objects) for name, objects in rendered.items()
+    }
+
+
+def _without_passwords(objects: list[Object]) -> list[Object]:
+    return [found | {"data": sorted(found["data"])} if found["kind"] == "Secret" else found for found in objects]
 
 
 def test_parts(rendered: dict[str, list[Object]]) -> None:
