@@ -157,6 +157,10 @@ class Ticket:
         self._held_bytes = self._taken_bytes = 0
         self._is_dropped = False
 
+    def dispatched(self, effect: Dispatch) -> None:
+        """Be told that an engine is given the request now."""
+        self.dispatch = effect
+
     def deliver(self, reply: Reply) -> None:
         """Hand a reply to the front; of one whose client has left nothing is kept."""
         if self._is_dropped:

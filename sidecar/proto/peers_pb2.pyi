@@ -45,10 +45,12 @@ class ForwardRequests(_message.Message):
     def __init__(self, requests: _Optional[_Iterable[_Union[ForwardRequest, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ..., paused: _Optional[_Iterable[int]] = ..., resumed: _Optional[_Iterable[int]] = ..., moved: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardReplies(_message.Message):
-    __slots__ = ("replies",)
+    __slots__ = ("replies", "dispatched")
     REPLIES_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHED_FIELD_NUMBER: _ClassVar[int]
     replies: _containers.RepeatedCompositeFieldContainer[ForwardReply]
-    def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ...) -> None: ...
+    dispatched: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, replies: _Optional[_Iterable[_Union[ForwardReply, _Mapping]]] = ..., dispatched: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ForwardRequest(_message.Message):
     __slots__ = ("member", "backend", "adapter", "tenant", "klass", "input_tokens", "output_tokens_max", "deadline_s", "session", "size_bytes", "client_id", "payload", "number", "sequences")
@@ -174,7 +176,7 @@ class ForwardedOrigin(_message.Message):
     def __init__(self, backend: _Optional[str] = ..., name: _Optional[str] = ..., ordinal: _Optional[int] = ..., digest: _Optional[str] = ..., cache: _Optional[str] = ..., queue_ns: _Optional[int] = ..., load_ns: _Optional[int] = ..., heals: _Optional[int] = ...) -> None: ...
 
 class ForwardedEnding(_message.Message):
-    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body")
+    __slots__ = ("reason", "message", "retry_after_ns", "name", "version", "output_tokens", "grpc_code", "http_status", "http_body", "is_bystander")
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_NS_FIELD_NUMBER: _ClassVar[int]
@@ -184,6 +186,7 @@ class ForwardedEnding(_message.Message):
     GRPC_CODE_FIELD_NUMBER: _ClassVar[int]
     HTTP_STATUS_FIELD_NUMBER: _ClassVar[int]
     HTTP_BODY_FIELD_NUMBER: _ClassVar[int]
+    IS_BYSTANDER_FIELD_NUMBER: _ClassVar[int]
     reason: str
     message: str
     retry_after_ns: int
@@ -193,7 +196,8 @@ class ForwardedEnding(_message.Message):
     grpc_code: int
     http_status: int
     http_body: bytes
-    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ...) -> None: ...
+    is_bystander: bool
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ..., retry_after_ns: _Optional[int] = ..., name: _Optional[str] = ..., version: _Optional[str] = ..., output_tokens: _Optional[int] = ..., grpc_code: _Optional[int] = ..., http_status: _Optional[int] = ..., http_body: _Optional[bytes] = ..., is_bystander: _Optional[bool] = ...) -> None: ...
 
 class AskRequest(_message.Message):
     __slots__ = ("member", "backend", "purpose", "epoch")

@@ -9,7 +9,7 @@ from typing import Any
 
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.buffers import AnswerBuffers
-from sidecar.core.effects import Settle
+from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason, Refused
 from sidecar.identities import REQUEST_ID, is_fit
 from sidecar.proto import peers_pb2
@@ -37,6 +37,10 @@ class PassedOn(Ticket):
         self.paused = False
         self._has_told = False
 
+    def dispatched(self, effect: Dispatch) -> None:
+        super().dispatched(effect)
+        self.line.say_dispatched(self.number)
+
     def deliver(self, reply: Reply) -> None:
         if self.settled is not None:
             return
@@ -47,7 +51,8 @@ class PassedOn(Ticket):
 
     def settle(self, effect: Settle) -> None:
         super().settle(effect)
-        sent = self.line.say(self.number, "ending", forms.ending(effect, self.rejected_with))
+        told = forms.ending(effect, self.rejected_with, self.line.is_bystander(effect))
+        sent = self.line.say(self.number, "ending", told)
         if not self._has_told:
             self._tell(sent)
         self.line.ended(self)
@@ -104,7 +109,11 @@ class Answers:
 
     @property
     def _is_over(self) -> bool:
-        return not self._outbox.replies and (self._leaves or (self._is_last and not self._tickets))
+        return not self._has_more and (self._leaves or (self._is_last and not self._tickets))
+
+    @property
+    def _has_more(self) -> bool:
+        return bool(self._outbox.replies or self._outbox.dispatched)
 
     @property
     def has_room(self) -> bool:
@@ -117,16 +126,26 @@ class Answers:
         self._said.set()
         return self._outbox.replies.add(number=number, **{what: content})
 
+    def say_dispatched(self, number: int) -> None:
+        """Have it said that an engine is given a request."""
+        self._outbox.dispatched.append(number)
+        self._said.set()
+
+    def is_bystander(self, effect: Settle) -> bool:
+        """Whether a request ends because of another one, on which this process has failed."""
+        raised = self._gateway.crash.raised
+        return effect.reason is Reason.CRASHED and raised is not None and raised.request is not None
+
     def ended(self, ticket: PassedOn) -> None:
         """A request has ended and said so."""
         if self._tickets.pop(ticket.number, None) is not None:
             self._over.append(ticket)
 
     async def _write(self) -> None:
-        replies, self._outbox = self._outbox, peers_pb2.ForwardReplies()
+        has_more, replies, self._outbox = self._has_more, self._outbox, peers_pb2.ForwardReplies()
         over, self._over = self._over, []
         size_bytes = self._unsent_bytes
-        if replies.replies:
+        if has_more:
             await self._context.write(replies)
         for ticket in over:
             self._gateway.close(ticket)

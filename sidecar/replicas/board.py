@@ -12,6 +12,8 @@ SERVING, JOINING, DRAINING, DOWN = "serving", "joining", "draining", "down"
 STALE_S = 5.0
 """An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
 
+TOLD_KEPT_MAX = 1000
+"""Of so many members, former ones among them, it is known when they told something last."""
 BETWEEN_S = 10.0
 """For so long a backend that has lost its owner is planned for as it stood: it will have another in a moment."""
 
@@ -66,13 +68,16 @@ class Board:
     former: dict[str, Standing] = field(default_factory=dict)
     """How backends stood under owners that have them no more."""
     told_s: dict[str, float] = field(default_factory=dict)
-    """When each member that can be reached told something last."""
+    """When each member told something last, the one that told last at the end; those that are lost stay."""
     _rankings: Rankings = field(default_factory=Rankings)
 
     def heard(self, told: Any, now_s: float) -> None:
         """Take in all that a member has to tell. The newest epoch says who owns a backend."""
         self.lost(told.member)
+        self.told_s.pop(told.member, None)
         self.told_s[told.member] = now_s
+        if len(self.told_s) > TOLD_KEPT_MAX:
+            del self.told_s[next(iter(self.told_s))]
         for each in told.backends:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
@@ -85,7 +90,6 @@ class Board:
 
     def lost(self, member: str) -> None:
         """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""
-        self.told_s.pop(member, None)
         self.former |= {backend: known for backend, known in self.standings.items() if known.owner == member}
         self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
 

@@ -122,8 +122,11 @@ def reply_of(raw: bytes, final: bool, kind: str, unary: bool) -> Reply:
     return Reply(raw, message, final)
 
 
-def ending(settled: Settle, rejection: Any) -> Any:
-    """Return how a request ended, with the engine's own refusal (`Ticket.rejected_with`) if that was it."""
+def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
+    """Return how a request ended, with the engine's own refusal (`Ticket.rejected_with`) if that was it.
+
+    `is_bystander`: this replica ends, on another request.
+    """
     sent = peers_pb2.ForwardedEnding(
         reason="" if settled.reason is None else settled.reason.value,
         message=settled.message,
@@ -131,6 +134,7 @@ def ending(settled: Settle, rejection: Any) -> Any:
         name=settled.name,
         version=settled.version,
         output_tokens=settled.output_tokens,
+        is_bystander=is_bystander,
     )
     if isinstance(rejection, HttpRejection):
         sent.http_status, sent.http_body = rejection.status, rejection.body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from enum import Enum
+from time import monotonic
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -21,13 +22,24 @@ AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
 """An owner gives a request back with these: it may be sent to the next one."""
 
 
+SUSPECT_S = 5.0
+"""An owner that breaks off may have ended of a request that came to it, or went to its engine, so short a time before.
+
+Who has waited there for longer has had nothing done to it that could end a process. Else whoever kills two owners, one
+after the other, would make poison of all that waits for long.
+"""
+
+
 class Owner(Enum):
     """What is known of an owner by which a request was given back."""
 
     SOUND = "sound"
     SILENT = "silent"
-    """Its line broke: it may have ended, or the network."""
-    ENDED = "ended"
+    """It broke off soon after it was given something to do: it may have ended of it, or the network has."""
+    FAILED = "failed"
+    """It said that it ends and cannot say on which request."""
+    FAILED_ON_ANOTHER = "failed on another"
+    """It said that it ends, on another request."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +65,14 @@ class Forward:
         self._resuming: asyncio.Task[None] | None = None
         self._line: Line | None = None
         self._number = 0
+        self._busy_s = monotonic()
+        """When the owner had something to do with it last."""
 
     async def run(self, line: Line, member: str) -> GivenBack | None:
         """Have it answered, its ending through the ticket; cancelling this cancels it there."""
         ticket = self._ticket
         request = forms.forwarded(member, self.backend, self._facts, ticket.payload, ticket.client_id)
-        self._line, self._number = line, line.open(self, request)
+        self._line, self._number, self._busy_s = line, line.open(self, request), monotonic()
         try:
             return await self._end
         finally:
@@ -66,11 +80,14 @@ class Forward:
             if self._resuming is not None:
                 self._resuming.cancel()
 
-    def take_back(self, why: str, owner: Owner = Owner.SOUND) -> None:
+    def take_back(self, why: str) -> None:
         """Have it given back, unless its answer has begun: that may go on."""
         if not self._has_begun and not self._end.done():
             self._is_taken_back = True
-            self._ended(GivenBack(why, owner))
+            self._ended(GivenBack(why))
+
+    def dispatched(self) -> None:
+        self._busy_s = monotonic()
 
     def take(self, reply: Any) -> bool:
         """Deliver a part of the answer; return whether it was the ending."""
@@ -82,12 +99,13 @@ class Forward:
             self._end.set_exception(error)
             return False
 
-    def broke(self, why: str, was_there: bool) -> None:
+    def broke(self, why: str, broke_off: bool) -> None:
         """The owner is gone, or cannot be reached. What has begun is never repeated."""
         if self._end.done():
             return
         if not self._has_begun:
-            self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if was_there else Owner.SOUND))
+            is_suspect = broke_off and monotonic() - self._busy_s < SUSPECT_S
+            self._ended(GivenBack(f"replica {self.owner}: {why}", Owner.SILENT if is_suspect else Owner.SOUND))
             return
         name = self._facts.adapter or "base model"
         message = (
@@ -129,10 +147,16 @@ class Forward:
         ticket = self._ticket
         settled = forms.settle_of(ticket.request, self._facts, self.backend, sent)
         if settled.reason in AGAIN and not self._has_begun:
-            return GivenBack(settled.message, Owner.ENDED if settled.reason is Reason.CRASHED else Owner.SOUND)
+            return GivenBack(settled.message, _owner_that(settled.reason, sent.is_bystander))
         ticket.rejected_with = forms.rejection_of(sent)
         ticket.settle(settled)
         return None
+
+
+def _owner_that(reason: Reason | None, is_bystander: bool) -> Owner:
+    if reason is not Reason.CRASHED:
+        return Owner.SOUND
+    return Owner.FAILED_ON_ANOTHER if is_bystander else Owner.FAILED
 
 
 def ended(

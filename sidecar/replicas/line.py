@@ -21,8 +21,14 @@ class Waits(Protocol):
     def take(self, reply: Any) -> bool:
         """Take a part of the answer; return whether it was the ending."""
 
-    def broke(self, why: str, was_there: bool) -> None:
-        """Be told that no more will come; `was_there` says whether the other replica may have had it."""
+    def dispatched(self) -> None:
+        """Be told that an engine is given it."""
+
+    def broke(self, why: str, broke_off: bool) -> None:
+        """Be told that no more will come.
+
+        `broke_off` says whether the other replica may have ended with it: the connection to it was there and is not.
+        """
 
 
 class Line:
@@ -85,21 +91,25 @@ class Line:
             await self._call.done_writing()
 
     async def _read(self) -> None:
-        why, was_there = "it ended the call", False
+        why, was_there, broke_off = "it ended the call", False, False
         try:
             await self._call.initial_metadata()
             was_there = True
             async for message in self._call:
+                for number in message.dispatched:
+                    if (waits := self._requests.get(number)) is not None:
+                        waits.dispatched()
                 for reply in message.replies:
                     self._take(reply)
         except grpc.aio.AioRpcError as error:
             why = error.details() or error.code().name
+            broke_off = was_there and error.code() is grpc.StatusCode.UNAVAILABLE
         finally:
             self.is_over = True
             self._writing.cancel()
             left, self._requests = self._requests, {}
-            for waits in left.values():
-                waits.broke(why, was_there)
+            for each in left.values():
+                each.broke(why, broke_off)
 
     def _take(self, reply: Any) -> None:
         waits = self._requests.get(reply.number)

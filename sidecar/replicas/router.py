@@ -14,7 +14,7 @@ from sidecar.core import admission
 from sidecar.core.core import STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
-from sidecar.replicas.forwarding import Forward, GivenBack, Owner, ended
+from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.replicas.line import Line
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
@@ -125,7 +125,7 @@ class Router:
 
     def ended_with(self, ticket: Ticket) -> Sequence[str]:
         trip: Trip | None = ticket.trip
-        return () if trip is None else (*trip.suspicion.ended, *trip.suspicion.silent)
+        return () if trip is None else trip.suspicion.suspected_of
 
     def abandon(self) -> None:
         for ticket in list(self._gateway.tickets.values()):
@@ -153,8 +153,11 @@ class Router:
         while True:
             verdict = trip.suspicion.verdict(self._board, self._is_member)
             if verdict is Verdict.POISONOUS:
-                message = poisonous(ticket, trip.suspicion.ended)
+                message = poisonous(ticket, trip.suspicion.suspected_of)
                 ticket.settle(ended(ticket.request, trip.facts, Reason.POISONOUS, message))
+                return
+            if verdict is Verdict.ENOUGH:
+                ticket.settle(ended(ticket.request, trip.facts, Reason.CRASHED, trip.why))
                 return
             backend = self._pick(trip.facts)
             owner = None if backend is None or verdict is Verdict.WAIT else self._board.owner_of(backend)
@@ -190,7 +193,7 @@ class Router:
         """Take back from a former member what it has not begun to answer."""
         for forward in self._forwards.values():
             if forward.owner == member:
-                forward.take_back("it is no member any more", Owner.ENDED)
+                forward.take_back("it is no member any more")
 
     def look(self) -> None:
         """Send what waits for an engine that is down to one that serves, each request once: it may be the cause.

@@ -1,7 +1,9 @@
-"""Which replicas ended while they had a request: one that was with two of them is given to no third.
+"""Whether a request may be what replicas end of: one that may have ended two of them is given to no third.
 
-It may be why they ended. One that is only cut off has not ended, so nobody is judged by a broken line alone: whoever
-is no member any more has ended, whoever tells something again has not.
+A replica whose core raises says on which request, so that all others are innocent. Of one that is killed nobody knows
+why, and at first not even that it is: only what it had just been given something to do with is suspected
+(`forwarding.SUSPECT_S`), and it has ended if its connection broke off, it is no member any more and has told nothing
+since. One that is cut off tells something again, or is a member still; one that drains says so.
 """
 
 from __future__ import annotations
@@ -24,33 +26,46 @@ class Verdict(Enum):
     GO = "it may be sent to an owner"
     WAIT = "it is not known yet whether its owners have ended"
     POISONOUS = "it may be what they ended of"
+    ENOUGH = "it was with so many that failed on others that its client is to decide"
 
 
 @dataclass
 class Suspicion:
-    """Of one request: the owners that went silent with it, and since when; those that are known to have ended."""
+    """Of one request: the owners that may have ended of it, in order, and those that failed on others.
+
+    `silent` are those that broke off and when, `failed` those that said so.
+    """
 
     silent: dict[str, float] = field(default_factory=dict)
-    ended: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    failed_on_others: set[str] = field(default_factory=set)
 
     def given_back(self, owner: str, given: GivenBack, now_s: float) -> None:
-        """Note how an owner has given it back. One that is known to have ended may be asked again before all know."""
-        if owner in self.ended:
-            return
-        if given.owner is Owner.ENDED:
+        """Note how an owner has given it back. One that has failed may be asked again before all know, and counts once.
+
+        One that is heard of again later, and breaks off again, is suspected anew.
+        """
+        if given.owner is Owner.FAILED_ON_ANOTHER:
+            self.failed_on_others.add(owner)
+        if owner in self.failed or owner in self.failed_on_others:
             self.silent.pop(owner, None)
-            self.ended.append(owner)
+        elif given.owner is Owner.FAILED:
+            self.silent.pop(owner, None)
+            self.failed.append(owner)
         elif given.owner is Owner.SILENT:
             self.silent[owner] = now_s
 
+    @property
+    def suspected_of(self) -> tuple[str, ...]:
+        """The owners that it may have ended."""
+        return (*self.failed, *self.silent)
+
     def verdict(self, board: Board, is_member: Callable[[str], bool]) -> Verdict:
-        """Say what is known by now."""
+        """Say what is known by now. A member that is missing for a while only, as when Redis loses all, comes back."""
         for owner, since_s in list(self.silent.items()):
-            if not is_member(owner):
-                self.ended.append(owner)
+            if board.told_s.get(owner, -inf) > since_s:
                 del self.silent[owner]
-            elif board.told_s.get(owner, -inf) > since_s:
-                del self.silent[owner]
-        if len(self.ended) >= OWNERS_ENDED_MAX:
-            return Verdict.POISONOUS
-        return Verdict.WAIT if len(self.ended) + len(self.silent) >= OWNERS_ENDED_MAX else Verdict.GO
+        if len(self.suspected_of) >= OWNERS_ENDED_MAX:
+            there = sum(is_member(owner) for owner in self.silent)
+            return Verdict.POISONOUS if len(self.suspected_of) - there >= OWNERS_ENDED_MAX else Verdict.WAIT
+        return Verdict.ENOUGH if len(self.failed_on_others) >= OWNERS_ENDED_MAX else Verdict.GO

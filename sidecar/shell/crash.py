@@ -88,8 +88,8 @@ class Crash:
 def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[str]) -> Settle:
     """Return how a request ends that is open when the process does.
 
-    `owners` are the replicas that ended before while they had it. The request that it happened with is not to be sent
-    again, nor is one that was with two replicas when they ended: it might be what ends them.
+    `owners` are the replicas that may have ended of it before. The request that it happened with is not to be sent
+    again. Where nobody can say with which one it happened, nor is one that was with two replicas when they ended.
     """
     reason, message = _why(ticket, raised, owners)
     known = state.requests.get(ticket.request)
@@ -124,7 +124,7 @@ def _why(ticket: Ticket, raised: Raised, owners: Sequence[str]) -> tuple[Reason 
             "the sidecar failed in the middle of the answer, on something else; an answer that has begun is never "
             "repeated, so send the request again if you want a new one"
         )
-    if owners:
+    if owners and raised.request is None:
         return Reason.POISONOUS, poisonous(ticket, (*owners, "this one"))
     return Reason.CRASHED, "the sidecar failed before anything of the answer had come; send the request again"
 

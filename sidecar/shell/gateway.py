@@ -433,7 +433,7 @@ class Gateway:
         if ticket is None:  # the client left in this very moment; the core hears of it next
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
             return
-        ticket.dispatch = effect
+        ticket.dispatched(effect)
         weights = self.store.lease(effect.packed_key) if effect.attach else None
         self.backends[effect.backend].run(effect, ticket, weights)
 
