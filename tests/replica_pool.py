@@ -14,6 +14,8 @@ from sidecar.config import parse
 from tests.serving import Recorder, Serving, place_of, until
 
 LEASE_S = 1.0
+CALM_S = 3.0
+"""A lease for tests in which none is to end, however seldom they get to run; a pool takes that long to begin."""
 FREE = {"address": "127.0.0.1:0"}
 
 
@@ -23,15 +25,15 @@ async def replica(
 ) -> AsyncIterator[Serving]:
     """Run one replica for a block. It owns nothing yet when that begins, and ends as if it were killed.
 
-    `record` is configuration, and its `backend` (a dict) goes into every backend's entry.
+    `record` is configuration, but for `lease_s`; its `backend` (a dict) goes into every backend's entry.
     """
-    backend = record.pop("backend", {})
+    lease_s, backend = record.pop("lease_s", LEASE_S), record.pop("backend", {})
     config = {
         "backends": [place_of(engine, at) | {"id": f"b{at}"} | backend for at, engine in enumerate(engines)],
         "listeners": {"data": FREE, "admin": FREE, "http": FREE},
         "adapters": {"serve": str(adapters), "roots": [str(adapters)]},
         "state": {"url": url},
-        "replicas": {"address": "127.0.0.1:0", "name": f"r{number}", "lease_s": LEASE_S},
+        "replicas": {"address": "127.0.0.1:0", "name": f"r{number}", "lease_s": lease_s},
     }
     sidecar = await Sidecar.start(parse(config | record, "the test"))
     recorder = Recorder()

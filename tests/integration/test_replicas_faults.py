@@ -21,7 +21,7 @@ from sidecar.replicas.line import Line
 from tests import replica_pool
 from tests.emulated import EngineProcess, running_engine
 from tests.redis_servers import Proxy, running
-from tests.replica_pool import owned, replicas
+from tests.replica_pool import CALM_S, owned, replicas
 from tests.serving import PATIENCE_S, Answer, Serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
@@ -40,8 +40,8 @@ async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again
     """Its beats may have failed to reach Redis for a while: an answer that comes is an answer."""
     async with (
         running(tmp_path / "redis") as redis,
-        running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        running_engine(**SLOW | {"time_scale": 20.0}) as one,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
@@ -60,7 +60,7 @@ async def test_a_replica_that_drains_takes_no_request_for_another_either(adapter
     async with (
         running(tmp_path / "redis") as redis,
         running_engine(**SLOW) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, lease_s=CALM_S) as pool,
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
