@@ -92,6 +92,9 @@ class Engine:
     fault_rate: float = 0.0
     silent: bool = False
     """Takes everything and answers nothing."""
+    frozen: bool = False
+    """Says nothing until it is no more (`World.thaw`); takes everything meanwhile."""
+    unsaid: list[Callable[[], None]] = field(default_factory=list)
     misses: int = 0
     evicted: int = 0
 
@@ -216,6 +219,14 @@ class World:
         self._leaving.add(backend) if leaving else self._leaving.discard(backend)
         self.feed(ev.BackendLeaving(backend, leaving))
 
+    def thaw(self, backend: str) -> None:
+        """Have a frozen engine go on where it was."""
+        engine = self.engines[backend]
+        engine.frozen = False
+        unsaid, engine.unsaid = engine.unsaid, []
+        for say in unsaid:
+            say()
+
     def remove(self, backend: str, late: bool = False) -> None:
         """Have a backend go for good. `late`: what it had to say still comes afterwards."""
         engine = self.engines.pop(backend)
@@ -334,6 +345,8 @@ class World:
                 self.after(0, lambda: self._run_arrives(effect, epoch))
             case fx.CancelRun():
                 self.after(1 * MS, lambda: self._end_run(effect.backend, effect.request, effect.attempt))
+            case fx.Probe():
+                self.after(1 * MS, lambda: self._probed(effect.backend))
             case fx.WakeAt():
                 self._wake = effect.at_ns
                 self.after(max(0, effect.at_ns - self.now_ns), lambda: self._tick(effect.at_ns))
@@ -344,6 +357,11 @@ class World:
         if self._wake == at_ns:
             self._wake = None
             self.feed(ev.Tick())
+
+    def _probed(self, backend: str) -> None:
+        if backend in self.engines and backend not in self._known_down:
+            alive = not self.engines[backend].frozen
+            self.feed(ev.BackendProbed(backend, alive, "" if alive else "it made no step"))
 
     def _finish_fetch(self, effect: fx.Fetch) -> None:
         failure = self.unfetchable.get(effect.digest)
@@ -377,6 +395,9 @@ class World:
         self.after(engine.load_ns, lambda: self._load_ends(engine, effect, epoch))
 
     def _load_ends(self, engine: Engine, effect: fx.Load, epoch: int) -> None:
+        if engine.frozen:
+            engine.unsaid.append(lambda: self._load_ends(engine, effect, epoch))
+            return
         if self._lives_on(engine, epoch):
             del engine.loads[effect.load]
             engine.end(effect.digest)
@@ -423,6 +444,9 @@ class World:
         self.after(engine.run_ns + jitter, lambda: self._run_ends(engine, effect, epoch))
 
     def _first_token(self, engine: Engine, effect: fx.Dispatch, epoch: int) -> None:
+        if engine.frozen:
+            engine.unsaid.append(lambda: self._first_token(engine, effect, epoch))
+            return
         run = engine.runs.get((effect.request, effect.attempt))
         if self._lives_on(engine, epoch) and run is not None:
             run.answered_tokens = 1
@@ -434,6 +458,9 @@ class World:
             self.feed(ev.FirstToken(effect.request, effect.attempt))
 
     def _run_ends(self, engine: Engine, effect: fx.Dispatch, epoch: int) -> None:
+        if engine.frozen:
+            engine.unsaid.append(lambda: self._run_ends(engine, effect, epoch))
+            return
         if self._lives_on(engine, epoch):
             run = engine.runs.get((effect.request, effect.attempt))
             if run is not None:

@@ -106,6 +106,11 @@ class EngineProcess:
         """Ask the process to end and return its exit status."""
         return await self._end(signal.SIGTERM)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, such as SIGSTOP, which freezes it."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     async def wait(self) -> int:
         """Wait until the process ends by itself and return its exit status."""
         assert self._process is not None

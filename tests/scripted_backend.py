@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sidecar.backends.api import Payload, Ticket, Weights
 from sidecar.core.effects import Dispatch, Load
-from sidecar.core.events import BackendUp, Event, LoadDone, RunEnded
+from sidecar.core.events import BackendProbed, BackendUp, Event, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
 from tests.peft_files import BASE_MODEL
 
@@ -59,6 +59,9 @@ class ScriptedBackend:
 
     def register_regions(self) -> None:
         """There are none."""
+
+    def probe(self, within_s: float) -> None:
+        self._post(BackendProbed(self.id, True))
 
     def detail(self) -> str:
         return "scripted"

@@ -298,6 +298,9 @@ class Backend(Protocol):
     def register_regions(self) -> None:
         """Register shared-memory regions anew, the clients' and ours; runs that follow wait for it."""
 
+    def probe(self, within_s: float) -> None:
+        """Find out within a time whether the engine lives; posts BackendProbed, unless it is lost meanwhile."""
+
     async def forget(self, region: str) -> None:
         """Return when the engine no longer refers to a region of the store, or is gone."""
 

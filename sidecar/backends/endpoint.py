@@ -11,6 +11,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from time import monotonic
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -21,6 +22,7 @@ from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import (
     BackendLost,
     BackendMeasured,
+    BackendProbed,
     BackendUp,
     Event,
     LoadDone,
@@ -38,6 +40,8 @@ T = TypeVar("T")
 
 PROGRESS_S = 0.1
 REACH_S = 0.2
+STEPS_AGAIN_S = 0.1
+"""Between two looks at the steps of an engine that may be stalled."""
 
 
 class Running(Protocol):
@@ -75,6 +79,7 @@ class Endpoint(ABC):
         self._progress: dict[int, int] = {}
         self._measured: BackendMeasured | None = None
         self._checking: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
 
     # What a kind says.
 
@@ -89,6 +94,14 @@ class Endpoint(ABC):
     @abstractmethod
     async def _hangs(self) -> bool:
         """Whether an engine with something in flight has been silent for so long that it must be taken for hung."""
+
+    @abstractmethod
+    async def _steps(self) -> int | None:
+        """Return how many steps the engine has made so far, None where it does not say. Raises WIRE_ERRORS."""
+
+    @abstractmethod
+    async def _answers(self, within_s: float) -> bool:
+        """Whether the engine answers when it is asked for a token of its own."""
 
     @abstractmethod
     async def _look_after(self, text: str) -> None:
@@ -213,6 +226,41 @@ class Endpoint(ABC):
             self._post(LoadDone(effect.load))
         elif not await self._explained(result):
             self._post(LoadFailed(effect.load, result.fault, result.error))
+
+    def probe(self, within_s: float) -> None:
+        if self._up and (self._probing is None or self._probing.done()):
+            self._probing = self._spawn(self._probe(within_s))
+
+    async def _probe(self, within_s: float) -> None:
+        """Look for a sign of life: a step while something is in flight, if steps are counted, else a token of ours."""
+        begun_s, by_steps = monotonic(), self.pulse.is_counted and self._waits_for_engine
+        alive = False
+        with suppress(TimeoutError, Misused, *self.WIRE_ERRORS):
+            async with asyncio.timeout(within_s):
+                alive = await (self._makes_a_step() if by_steps else self._says_something(within_s))
+        if not self._up:
+            return
+        now_s = monotonic()
+        if alive or self.pulse.silent_s(now_s) < now_s - begun_s:
+            self._post(BackendProbed(self.id, True))
+            return
+        text = f"it {'made no step' if by_steps else 'answered no token'} within {within_s:.1f} s of a probe"
+        logger.warning("%s seems to be stalled: %s; %s runs are in flight", self.id, text, len(self._runs))
+        self._post(BackendProbed(self.id, False, text))
+
+    async def _makes_a_step(self) -> bool:
+        before = None
+        while True:
+            steps = await self._steps()
+            if before is not None and steps is not None and steps != before:
+                return True
+            before = steps if before is None else before
+            await asyncio.sleep(STEPS_AGAIN_S)
+
+    async def _says_something(self, within_s: float) -> bool:
+        """A token of ours may wait behind answers that come all at once: where there are only such, silence is none."""
+        held = [run for run in self._runs.values() if not run.waits_for_client]
+        return bool(held and not any(run.tokens for run in held)) or await self._answers(within_s)
 
     async def _explained(self, result: LoadResult) -> bool:
         """Whether a load failed because the engine is gone, or is another than it was: that ends all its loads."""

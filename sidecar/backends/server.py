@@ -156,7 +156,7 @@ class Server:
         """
         if not self.pulse.is_still(monotonic()):
             return False
-        if not self.pulse.is_counted and await self.answers():
+        if not self.pulse.is_counted and await self.answers(self._sought.progress_timeout_s):
             self.pulse.heard(monotonic())
             return False
         return True
@@ -165,10 +165,15 @@ class Server:
         """Trust it again only when it has answered a token: it was lost."""
         self._distrusted = True
 
-    async def answers(self) -> bool:
+    async def steps(self) -> int | None:
+        """Return how many steps the engine has made, None where its metrics do not say or cannot be had."""
+        gauges = None if self._scraper is None else await self._scraper.scrape()
+        return None if gauges is None else gauges.iterations
+
+    async def answers(self, within_s: float) -> bool:
         """Whether the engine answers when it is asked for a token."""
         try:
-            await self._probe.answer_once(self.dialect, self.decoupled, self._sought.progress_timeout_s)
+            await self._probe.answer_once(self.dialect, self.decoupled, within_s)
         except Misused as said:
             return classify(said.message) is not Fault.LOST  # any other error is an answer
         except grpc.RpcError:

@@ -242,6 +242,12 @@ class TritonBackend(Endpoint):
     async def _hangs(self) -> bool:
         return await self._server.hangs()
 
+    async def _steps(self) -> int | None:
+        return await self._server.steps()
+
+    async def _answers(self, within_s: float) -> bool:
+        return await self._server.answers(within_s)
+
     def _measures(self) -> BackendMeasured | None:
         return self._server.measured()
 
@@ -252,7 +258,7 @@ class TritonBackend(Endpoint):
             if await self._server.changed():
                 self._close(CHANGED)
                 return
-            is_there = faults.classify(text) is not Fault.LOST or await self._server.answers()
+            is_there = faults.classify(text) is not Fault.LOST or await self._answers(self.options.progress_timeout_s)
         except Misused as unready:
             self._close(unready.message)
             return

@@ -157,14 +157,17 @@ class VllmBackend(Endpoint):
     async def _hangs(self) -> bool:
         if not self.pulse.is_still(monotonic()):
             return False
-        if not self.pulse.is_counted and await self._answers():
+        if not self.pulse.is_counted and await self._answers(self._patience_s):
             self.pulse.heard(monotonic())
             return False
         return True
 
-    async def _answers(self) -> bool:
+    async def _steps(self) -> int | None:
+        return (await self._api.measures()).steps
+
+    async def _answers(self, within_s: float) -> bool:
         try:
-            await self._api.answer_once(self._base, self._patience_s)
+            await self._api.answer_once(self._base, within_s)
         except httpx.HTTPError:
             return False
         return True

@@ -60,7 +60,8 @@ def _is_among(backend: Backend, only: tuple[str, ...]) -> bool:
 def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`.
 
-    They have seats for as many sequences, too. One that joins is among them only if there is no other.
+    They have seats for as many sequences, too. One that joins is among them only if there is no other, and one that is
+    suspected to be stalled only if there is none at all.
     """
     takers = state.takers.get(digest)
     if takers is None:
@@ -74,9 +75,22 @@ def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...]
         ids = tuple(backend for backend in ids if long_enough(state.backends[backend], request.input_tokens))
     if request.sequences > 1:
         ids = tuple(backend for backend in ids if state.backends[backend].can_seat(request.sequences, state.config))
+    if not ids:
+        return _stalled(state, digest, request, only)
     if not state.joining:
         return ids
     return tuple(backend for backend in ids if backend not in state.joining) or ids
+
+
+def _stalled(state: State, digest: str, request: Waiting, only: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those that would take a request if they were not suspected: it waits there rather than nowhere."""
+    return tuple(
+        backend.id
+        for backend in among(servers_of(state, digest), only)
+        if backend.serves
+        and long_enough(backend, request.input_tokens)
+        and backend.can_seat(request.sequences, state.config)
+    )
 
 
 def are_gone(state: State, only: tuple[str, ...]) -> bool:
@@ -320,6 +334,8 @@ _HOLDS = {Hold.TURN: Why.GATED, Hold.SHARE: Why.TENANT_CAP}
 def _blocked(backend: Backend, now_ns: int) -> Why | None:
     if backend.phase is Phase.DOWN:
         return Why.BACKEND_DOWN
+    if backend.silence.suspected:
+        return Why.STALLED
     return Why.BACKING_OFF if now_ns < backend.quiet_until_ns else None
 
 

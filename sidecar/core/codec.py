@@ -28,6 +28,7 @@ from sidecar.core import (
     outstanding,
     pace,
     shadow,
+    silence,
     state,
     store,
     words,
@@ -35,7 +36,8 @@ from sidecar.core import (
 from sidecar.core.core import Core, Policies
 
 MODULES = (
-    views, ahead, config, effects, events, facts, lateness, layout, outstanding, pace, shadow, state, store, words,
+    views, ahead, config, effects, events, facts, lateness, layout, outstanding, pace, shadow, silence, state,
+    store, words,
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from sidecar.core import (
     owning,
     prefetching,
     promising,
+    stalls,
     stealing,
 )
 from sidecar.core import events as ev
@@ -77,6 +78,7 @@ class Core:
         if self.state.config.raise_on:
             injected.look(self.state.config.raise_on, event, self.state)  # here: the state is half changed
         _end_what_is_due(turn)
+        stalls.look(turn)
         self._schedule(turn)
         self._set_wake(turn)
         return turn.effects
@@ -115,7 +117,7 @@ class Core:
             heapq.heapify(timers)
         while timers and timers[0][1] and timers[0][1] not in self.state.requests:
             heapq.heappop(timers)
-        wake_ns = timers[0][0] if timers else NEVER_NS
+        wake_ns = min(timers[0][0] if timers else NEVER_NS, self.state.listen_ns)
         if wake_ns != self.state.wake_ns:
             self.state.wake_ns = wake_ns
             if wake_ns != NEVER_NS:
@@ -188,9 +190,11 @@ def _client_stalled(turn: Turn, event: ev.ClientStalled) -> None:
 def _first_token(turn: Turn, event: ev.FirstToken) -> None:
     request = turn.state.requests.get(event.request)
     if request is not None and request.attempt == event.attempt and request.running:
+        assert request.backend is not None
         request.first_token = True
         request.tokens = max(1, request.tokens)
-        if request.losses and request.backend is not None:
+        stalls.heard(turn, turn.state.backends[request.backend])
+        if request.losses:
             turn.dirty[request.backend] = None  # a suspect's Load may have waited for this token
 
 
@@ -202,9 +206,10 @@ def _run_ended(turn: Turn, event: ev.RunEnded) -> None:
     if not request.settled:
         _learn(turn, request)
     backend = turn.end_run(request, event.output_tokens)
-    healing.run_completed(backend, backend.facts.seats or turn.state.config.seats_default)
-    if not request.settled:
+    if not request.settled:  # else it may be the sidecar alone that ended it
+        stalls.heard(turn, backend)
         turn.settle(request, None)
+    healing.run_completed(backend, backend.facts.seats or turn.state.config.seats_default)
     turn.release(request)
 
 
@@ -227,6 +232,7 @@ def _progress(turn: Turn, event: ev.Progress) -> None:
         came = min(tokens, request.expected_tokens)
         request.expected_tokens -= came
         backend.outstanding.generated(request.view.tenant, came)
+    stalls.progressed(turn, backend, event)
     if running and _has_slowed(turn, backend, running):
         turn.void_promises(backend, "backend slowed")
     backend.ordering.progressed(running, turn.now_ns)
@@ -294,6 +300,7 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
     ev.BackendGivenUp: owning.given_up,
     ev.BackendUp: _backend_up,
     ev.BackendMeasured: _backend_measured,
+    ev.BackendProbed: stalls.probed,
     ev.BackendLost: healing.backend_lost,
     ev.Fetched: fetching.fetched,
     ev.FetchFailed: fetching.fetch_failed,
@@ -310,6 +317,6 @@ HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
 }
 OF_A_BACKEND = (
     ev.DrainSet, ev.BackendLeaving, ev.BackendRemoved, ev.BackendPlanned, ev.BackendTaken, ev.BackendGivenUp,
-    ev.BackendUp, ev.BackendMeasured, ev.BackendLost, ev.Progress,
+    ev.BackendUp, ev.BackendMeasured, ev.BackendProbed, ev.BackendLost, ev.Progress,
 )  # fmt: skip
 """What says nothing of a backend that is gone: it may come late."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import asks, promising, suspects
+from sidecar.core import asks, promising, stalls, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import LoadDone
 from sidecar.core.facts import Packed
@@ -118,6 +118,7 @@ def load_done(turn: Turn, event: LoadDone) -> None:
     if load is None:
         return
     backend = end_load(turn, load)
+    stalls.heard(turn, backend)
     turn.state.versions[load.digest].answered = True
     suspects.clear(turn.state, load.digest)
     backend.full_until_ns = backend.full_backoff_ns = 0
@@ -187,6 +188,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     if not backend.running:
         backend.yielded.resume(turn.now_ns)
         backend.steps.resume(turn.now_ns)
+    stalls.began(turn, backend)
     backend.running[request.id] = None
     backend.more_sequences += request.view.sequences - 1
     backend.kv_reserved += request.kv_tokens(backend)
@@ -195,6 +197,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     request.tokens = 0
     request.first_token = request.progressing = False
     request.dispatched_ns = turn.now_ns
+    stalls.watch(turn, backend)
     packed = state.packed_for(request.version, backend)
     if request.version != BASE:
         _use(turn, backend, request, packed)

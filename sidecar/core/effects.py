@@ -98,6 +98,14 @@ class RegisterRegions:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Find out within a time whether an engine that is silent lives; answered by BackendProbed, unless it is lost."""
+
+    backend: str
+    within_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settle:
     """End a request, exactly once. `reason` is None when it was answered in full."""
 
@@ -153,6 +161,6 @@ class WakeAt:
 
 
 Effect = (
-    Fetch | Drop | Spill | DropDisk | Load | Dispatch | CancelRun | RegisterRegions | Settle | Heal | Quarantine
-    | Answer | WakeAt
+    Fetch | Drop | Spill | DropDisk | Load | Dispatch | CancelRun | RegisterRegions | Probe | Settle | Heal
+    | Quarantine | Answer | WakeAt
 )  # fmt: skip

@@ -200,6 +200,15 @@ class BackendMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class BackendProbed:
+    """A probe has found that a silent engine is alive, or has got no sign of life; `text` says of what."""
+
+    backend: str
+    alive: bool
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class BackendLost:
     backend: str
     cause: str
@@ -298,7 +307,7 @@ class Tick:
 Event = (
     Received | ClientLeft | ClientStalled | AdapterRegistered | AdapterUnregistered | EvictAsked
     | PrefetchAsked | ReleaseAsked | DrainSet | ShutdownBegun | BackendAdded | BackendLeaving | BackendRemoved
-    | BackendPlanned | BackendTaken | BackendGivenUp | BackendUp | BackendMeasured | BackendLost
+    | BackendPlanned | BackendTaken | BackendGivenUp | BackendUp | BackendMeasured | BackendProbed | BackendLost
     | Fetched | FetchFailed | Spilled | SpillFailed | DiskHolds
     | LoadDone | LoadFailed | FirstToken | RunEnded | RunFailed | Progress | Tick
 )  # fmt: skip

@@ -22,6 +22,7 @@ from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.shadow import Belief
+from sidecar.core.silence import Silence
 from sidecar.core.state import Backend, LoadRun, Request, Version
 from sidecar.core.suspects import suspect
 from sidecar.core.turn import Turn
@@ -419,6 +420,7 @@ def reset_beliefs(backend: Backend) -> None:
     backend.shadow.clear()
     for version in list(backend.slots):
         backend.close_slot(version)
+    backend.silence = Silence()
     backend.lone_load = None
     backend.pages_learned = None
     backend.kv_of_others.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sidecar.core import healing, operators
 from sidecar.core.events import BackendGivenUp, BackendTaken
+from sidecar.core.silence import Silence
 from sidecar.core.turn import Turn
 from sidecar.core.words import Phase
 from sidecar.errors import Reason
@@ -19,6 +20,7 @@ def taken(turn: Turn, event: BackendTaken) -> None:
     was_owned, backend.owned, backend.epoch = backend.owned, True, event.epoch
     if was_owned:
         return
+    backend.silence = Silence()
     turn.state.forget_servers()
     healing.forget_idle(turn, backend)
     turn.route_the_unrouted()

@@ -53,6 +53,14 @@ def reading_ns(backend: Backend, request: Request) -> int:
     return 0 if pace is None else round(pace.prompt_token_ns * request.view.input_tokens)
 
 
+def step_ns(state: State, backend: Backend) -> float:
+    """Return how long a step of an engine takes at most, with what is outstanding there."""
+    if not backend.outstanding.requests:
+        return pace_of(backend).fixed_ns * backend.slowness
+    seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
+    return slowest_token_ns(pace_of(backend), backend.outstanding.demand(1), seats, kv_tokens) * backend.slowness
+
+
 def slots_of(backend: Backend, pages: int) -> int:
     """Return how many versions of so many pages may be open at once."""
     limit = asks.page_limit(backend)
@@ -137,6 +145,8 @@ def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
 
 def wait_ns(state: State, backend: Backend) -> int | None:
     """Return how long one that comes now waits at a backend, as expected; None where that would be a guess."""
+    if backend.silence.suspected:
+        return None
     if wait_is_known(backend):
         return serving_ns(state, backend)
     return 0 if not backend.queued and backend.in_flight < backend.seats(state.config) else None

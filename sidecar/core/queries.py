@@ -11,7 +11,7 @@ from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
 from sidecar.core.waiting import seconds
-from sidecar.core.words import Phase
+from sidecar.core.words import Phase, Why
 
 
 def caveats(state: State, version: str) -> tuple[str, ...]:
@@ -252,6 +252,8 @@ def _standing(state: State, backend: Backend) -> str:
         return "leaving"
     if backend.draining:
         return "draining"
+    if backend.silence.suspected:
+        return Why.STALLED.value
     return "joining" if backend.id in state.joining else "up"
 
 
@@ -274,6 +276,9 @@ def _notes(state: State, backend: Backend, now_ns: int) -> Iterator[str]:
         yield f"draining: {len(backend.running)} still running"
     if backend.leaving:
         yield f"about to go: {len(backend.running)} still running"
+    if backend.silence.suspected:
+        found = f"; {backend.silence.found}" if backend.silence.found else ""
+        yield f"nothing came for {seconds(now_ns - backend.silence.since_ns)}, so nothing new is sent{found}"
     joining = state.joining.get(backend.id)
     if joining is not None:
         left = (

@@ -15,6 +15,7 @@ from sidecar.core.lateness import Lateness
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
 from sidecar.core.shadow import EngineShadow
+from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
 from sidecar.core.words import Cache, Phase
 
@@ -248,6 +249,7 @@ class Backend:
     yielded: Yield = field(default_factory=Yield)
     """How far its throughput is from what was expected of it."""
     runs: Runs = field(default_factory=Runs)
+    silence: Silence = field(default_factory=Silence)
     slots: dict[str, Slot] = field(default_factory=dict)
     busy: dict[str, None] = field(default_factory=dict)
     """The open versions whose slots are needed."""
@@ -308,8 +310,14 @@ class Backend:
         return self.sequences + len(self.loads)
 
     @property
-    def takes_requests(self) -> bool:
+    def serves(self) -> bool:
+        """Whether requests may wait here: the engine is up, as far as is known."""
         return self.phase is Phase.UP and not self.draining and not self.leaving and self.owned
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether requests are sent here now."""
+        return self.serves and not self.silence.suspected
 
     @property
     def group(self) -> str:
@@ -395,6 +403,8 @@ class State:
     wake_ns: int = NEVER_NS
     steal_from: int = 0
     """Where the next look for a version worth a load begins, among all that wait."""
+    listen_ns: int = NEVER_NS
+    """When engines that may be silent for too long are looked at next."""
     steal_ns: int = 0
     """When idling engines look again for what is worth a load; past when none is to."""
     wanted: dict[str, Line] = field(default_factory=dict)
@@ -454,7 +464,7 @@ class State:
             self.forget_servers_of(digest)
 
     def forget_servers(self) -> None:
-        """A backend came, went, drains or has other facts."""
+        """A backend came, went, drains, is suspected or has other facts."""
         self.servers.clear()
         self.takers.clear()
 

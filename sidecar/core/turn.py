@@ -46,9 +46,9 @@ class Turn:
         request.queued_clock = self.state.lateness.clock(self.now_ns)
         if backend.facts.base_apart and asks.others_of(self.state, backend, request):
             self.void_promises(backend, "kept apart")
-        elif promising.bounds_hold(self.state, backend, request.version):
+        elif not backend.silence.suspected and promising.bounds_hold(self.state, backend, request.version):
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
-        if not promising.wait_is_known(backend):
+        if backend.silence.suspected or not promising.wait_is_known(backend):
             return 0  # nobody is refused on a guess
         return backlog.queue_ns if request.promise is None else request.promise.expected_ns
 

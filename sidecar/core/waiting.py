@@ -20,6 +20,7 @@ PLACES_NAMED_MAX = 2
 
 _BECAUSE = {
     Why.BACKEND_DOWN: "no backend that could serve is up",
+    Why.STALLED: "nothing comes from {places}",
     Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
     Why.FETCHING: "weights are being fetched",
     Why.STORE_FULL: "the host store has no room for more weights",
@@ -83,7 +84,7 @@ def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", 
     for view in oldest:
         why[view.why] = why.get(view.why, 0) + 1
     return QueueView(
-        verdict=_verdict(oldest, waiting, running),
+        verdict=_verdict(oldest, waiting, running, _silent_ns(state, now_ns)),
         waiting=waiting,
         running=running,
         requests=tuple(oldest[:limit]),
@@ -143,7 +144,12 @@ def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
     )
 
 
-def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
+def _silent_ns(state: State, now_ns: int) -> int:
+    """Return for how long nothing has come from the backend that is suspected longest, 0 if none is."""
+    return max((now_ns - b.silence.since_ns for b in state.backends.values() if b.silence.suspected), default=0)
+
+
+def _verdict(oldest: list[WaitingView], waiting: int, running: int, silent_ns: int) -> str:
     if not oldest:
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
@@ -153,6 +159,8 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int) -> str:
         places.setdefault(view.why, []).append(view.backend)
     why, where = min(places.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
     because = _because(why, list(dict.fromkeys(where)))
+    if why is Why.STALLED:
+        because += f" for {seconds(silent_ns)}"
     count = len(where)
     if waiting == 1:
         return f"1 waiting for {since} because {because}"

@@ -9,6 +9,7 @@ class Why(Enum):
     """Why a queued request is not running. The queue command, the log and the metrics all read this."""
 
     BACKEND_DOWN = "backend down"
+    STALLED = "stalled?"
     BACKING_OFF = "backing off"
     FETCHING = "fetching"
     STORE_FULL = "host store full"

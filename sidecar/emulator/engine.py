@@ -122,6 +122,14 @@ class Engine:
         self._planner.fault = text
         self._is_settled = False
 
+    def freeze(self, now_ns: int, for_ns: int) -> None:
+        """Let so much time pass without the engine, as when its process is stopped: a fault, to test clients with."""
+        self._catch_up(now_ns)
+        if self._running is not None:
+            self._ends_ns += for_ns
+        else:
+            self._clock_ns = max(self._clock_ns, now_ns) + for_ns
+
     def lose_idle_adapters(self) -> None:
         """Evict from the host cache every adapter that no request holds: a fault, to test clients with."""
         self._planner.lose_idle_adapters()

@@ -56,6 +56,11 @@ def _down(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     return f"{backend.id} is down"
 
 
+def _stalled(state: State, backend: Backend, request: Request, now_ns: int) -> str:
+    found = f" ({backend.silence.found})" if backend.silence.found else ""
+    return f"nothing came from {backend.id} for {seconds(now_ns - backend.silence.since_ns)}{found}"
+
+
 def _backing_off(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     pause = seconds(backend.quiet_until_ns - now_ns)
     return f"{backend.id} refused work or broke a wire, so for {pause} nothing is sent there"
@@ -159,6 +164,7 @@ def _next(state: State, backend: Backend, request: Request, now_ns: int) -> str:
 
 _SENTENCES: dict[Why, Callable[[State, Backend, Request, int], str]] = {
     Why.BACKEND_DOWN: _down,
+    Why.STALLED: _stalled,
     Why.BACKING_OFF: _backing_off,
     Why.FETCHING: _fetching,
     Why.STORE_FULL: _store_full,

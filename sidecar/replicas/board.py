@@ -8,7 +8,7 @@ from typing import Any
 
 from policies.routing.rendezvous import Rankings
 
-SERVING, JOINING, DRAINING, DOWN = "serving", "joining", "draining", "down"
+SERVING, JOINING, STALLED, DRAINING, DOWN = "serving", "joining", "stalled", "draining", "down"
 STALE_S = 5.0
 """An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
 
@@ -110,7 +110,7 @@ class Board:
     def is_up(self, backend: str) -> bool:
         """Whether a backend's owner says that it can be sent a request, be it that another should be."""
         known = self.standings.get(backend)
-        return known is not None and known.state in (SERVING, JOINING)
+        return known is not None and known.state in (SERVING, JOINING, STALLED)
 
     def drains(self, backend: str) -> bool:
         """Whether a backend's owner says that it is on its way out."""
@@ -122,7 +122,7 @@ class Board:
 
         The plan's, and of several the one with the least backlog. What is not planned goes where it is resident, else
         by rendezvous hashing, so that all replicas send it to the same place; that may be one without an owner, which
-        will have one soon. One that joins is picked only if none serves.
+        will have one soon. One that joins, or is suspected to be stalled, is picked only if none serves.
         """
         up = [one for one in backends if self.serves(one)] or [one for one in backends if self.is_up(one)]
         among = [host for host in self.plan.get(version, ()) if host in up]

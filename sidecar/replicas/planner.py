@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from policies.views import BASE, Candidate, HearsOfRemovals, Routing, Waiting
 from sidecar.core import asks
 from sidecar.core.state import State
-from sidecar.replicas.board import JOINING, SERVING, Standing
+from sidecar.replicas.board import JOINING, SERVING, STALLED, Standing
 
 WINDOW_S = 10
 """Of how many seconds owners tell the requests."""
@@ -51,7 +51,7 @@ class Planner:
         serving = tuple(
             backend.id
             for backend in asks.servers_of(self._state, version)
-            if backend.id in standings and standings[backend.id].state in (SERVING, JOINING)
+            if backend.id in standings and standings[backend.id].state in (SERVING, JOINING, STALLED)
         )
         if not serving:
             return ()

@@ -21,7 +21,7 @@ from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.arrivals import Arrivals
-from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, Board
+from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, STALLED, Board
 from sidecar.replicas.files import PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
 from sidecar.replicas.newcomers import Newcomers
@@ -91,7 +91,7 @@ class Replica:
         self._plans = 0
         self._arrivals = Arrivals(gateway.state)
         self._newcomers = Newcomers(gateway.state, self.board)
-        self._joined = 0
+        self._spared = (0, 0)
         """How many backends joined when the others were told last."""
         gateway.observe(self._arrivals)
         gateway.observe(self)
@@ -150,10 +150,11 @@ class Replica:
         return sorted(known.values(), key=lambda member: (member.name, member.id))
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        """Tell the others at once of an engine that has gone, come or joined (`shell.driver.Observer`)."""
-        joining = self._gateway.state.joining
-        if isinstance(event, BackendLost | BackendUp | BackendLeaving | BackendRemoved) or len(joining) != self._joined:
-            self._joined = len(joining)
+        """Tell the others at once of an engine that has gone, come, joined or stalled (`shell.driver.Observer`)."""
+        state = self._gateway.state
+        spared = len(state.joining), sum(backend.silence.suspected for backend in state.backends.values())
+        if isinstance(event, BackendLost | BackendUp | BackendLeaving | BackendRemoved) or spared != self._spared:
+            self._spared = spared
             asyncio.get_running_loop().call_soon(self._changed)
 
     # What the others are told.
@@ -248,4 +249,6 @@ def _state_of(state: State, backend: Backend) -> str:
         return DRAINING if backend.leaving else DOWN
     if backend.draining or backend.leaving:
         return DRAINING
+    if backend.silence.suspected:
+        return STALLED
     return JOINING if backend.id in state.joining else SERVING

@@ -443,6 +443,9 @@ class Gateway:
     def _register_regions(self, effect: do.RegisterRegions) -> None:
         self.backends[effect.backend].register_regions()
 
+    def _probe(self, effect: do.Probe) -> None:
+        self.backends[effect.backend].probe(effect.within_ns / 1e9)
+
     def _settle(self, effect: do.Settle) -> None:
         ticket = self.tickets.get(effect.request)
         if ticket is None:
@@ -504,6 +507,7 @@ _EFFECTS: dict[type, Callable[[Gateway, Any], None]] = {
     do.Dispatch: Gateway._dispatch,
     do.CancelRun: Gateway._cancel_run,
     do.RegisterRegions: Gateway._register_regions,
+    do.Probe: Gateway._probe,
     do.Settle: Gateway._settle,
     do.Answer: Gateway._answer,
     do.Heal: Gateway._note,

@@ -103,6 +103,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("seats", "Requests and Loads that may be in flight.", "backend"),
     _gauge("backend_up", "Whether a backend answers.", "backend"),
     _gauge("backend_draining", "Whether a backend takes nothing new.", "backend"),
+    _gauge("backend_stalled", "Whether a backend is sent nothing new because nothing comes from it.", "backend"),
     _gauge("backend_joining", "Whether a backend that has just come up is spared until it is warm.", "backend"),
     # Replicas. One that is alone owns every backend, under epoch 0.
     _gauge("backend_owned", "Whether this replica has a backend's queue.", "backend"),

@@ -106,6 +106,7 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "seats": lambda state: _each_backend(lambda backend: backend.seats(state.config))(state),
     "backend_up": _each_backend(lambda backend: backend.phase is Phase.UP),
     "backend_draining": _each_backend(lambda backend: backend.draining or backend.leaving),
+    "backend_stalled": _each_backend(lambda backend: backend.silence.suspected),
     "backend_joining": lambda state: _each_backend(lambda backend: backend.id in state.joining)(state),
     "backend_owned": _each_backend(lambda backend: backend.owned),
     "backend_epoch": _each_backend(lambda backend: backend.epoch),

@@ -24,6 +24,7 @@ LOADS_FROM = 1 << 40
 """Engine ids from here on are Loads; below are requests. An id at an engine is (request, attempt) in one number."""
 ATTEMPTS = 64
 PROGRESS_NS = 1_000_000_000
+PROBE_NS = 100_000_000
 DISK_NS = 20_000_000
 """How long the disk tier takes to write or to read an adapter."""
 
@@ -55,6 +56,7 @@ class Product:
             do.Load: self._load,
             do.Dispatch: self._dispatch,
             do.CancelRun: self._cancel,
+            do.Probe: self._probe,
             do.Settle: self._settle,
             do.WakeAt: self._wake,
         }
@@ -198,6 +200,10 @@ class Product:
 
     def _cancel_at(self, backend: str, engine_id: int) -> None:
         self.world.engines[backend].cancel(engine_id, self.world.now_ns)
+
+    def _probe(self, effect: do.Probe) -> None:
+        """An engine that steps, however slowly, says so."""
+        self.world.after(PROBE_NS, lambda: self.feed(ev.BackendProbed(effect.backend, True)))
 
     def _settle(self, effect: do.Settle) -> None:
         del self._arrivals[effect.request]

@@ -68,6 +68,9 @@ class Engine:
     def register_regions(self) -> None:
         pass
 
+    def probe(self, within_s: float) -> None:
+        pass
+
     def detail(self) -> str:
         return "connection refused"
 

@@ -15,7 +15,7 @@ from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Promise, Waiting
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core import stealing
+from sidecar.core import stalls, stealing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend
 from sidecar.core.turn import Turn
@@ -142,6 +142,11 @@ def _never_steals(_: Any) -> Callable[..., bool]:
     return lambda turn: False
 
 
+def _never_suspects(_: Any) -> Callable[..., None]:
+    """A core that believes an engine until somebody says that it is lost."""
+    return lambda turn, backend: None
+
+
 MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "settled twice": (Turn, "settle", _settled_twice),
     "a quarter of the bound": (SoftGated, "promise", _half_a_bound),
@@ -152,6 +157,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "twice the seats": (Backend, "seats", _twice_the_seats),
     "requests are lost": (Turn, "drop", _forgets_a_request),
     "an engine idles beside a backlog": (stealing, "steal", _never_steals),
+    "a stalled engine is believed": (stalls, "_judge", _never_suspects),
     "what was set aside stays there": (Turn, "route_the_unrouted", _never_reroutes),
 }
 

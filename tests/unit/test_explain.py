@@ -12,6 +12,7 @@ from policies.ordering.skip import Skip
 from policies.views import Decision, Hold, Room
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.pace import Pace
 from sidecar.core.words import Fault, Why
 from sidecar.incident import story
 from sidecar.incident.explain import explain
@@ -72,7 +73,7 @@ def test_every_wait_is_covered_to_the_nanosecond(tmp_path: Path, seed: int) -> N
     each reason lasts as long as one gets by asking the core about every request after every step.
     """
     world = busy_world(seed, fault_rate=0.1)
-    write_journal(world, tmp_path, segment_bytes=16_384)
+    write_journal(world, tmp_path, segment_bytes=8_192)
     assert len(segment_paths(tmp_path)) > 2
     expected = waits_of(world, world.events)
     for request in range(1, 61, 4):
@@ -203,8 +204,23 @@ def _gated() -> tuple[World, int]:
     return world, request
 
 
+def _stalled() -> tuple[World, int]:
+    """The engine's pace is known, its only run says nothing after a token, and it comes back later."""
+    pace = Pace(prompt_token_ns=0.0)
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    engine = world.add_engine("b0", with_facts(facts_of(), pace=pace))
+    engine.run_ns = 5 * SECOND
+    world.send()
+    world.run(SECOND)
+    engine.frozen = True
+    world.run(2 * SECOND)
+    world.after(4 * SECOND, lambda: world.thaw("b0"))
+    return world, world.send()
+
+
 SCENES: dict[Why, Callable[[], tuple[World, int]]] = {
     Why.BACKEND_DOWN: _down,
+    Why.STALLED: _stalled,
     Why.BACKING_OFF: _backing_off,
     Why.FETCHING: _loading,
     Why.STORE_FULL: _store_full,

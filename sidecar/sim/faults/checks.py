@@ -20,6 +20,7 @@ from sidecar.errors import Reason
 from sidecar.sim.faults.flights import Flights, Tier
 from sidecar.sim.faults.idling import Idling
 from sidecar.sim.faults.scenario import Scenario
+from sidecar.sim.faults.stalls import Stalls
 from sidecar.sim.faults.violation import hold
 from sidecar.sim.setup import SECOND_NS
 
@@ -29,19 +30,20 @@ LONG_AGO_NS = 120 * SECOND_NS
 """Longer than any run takes: when nothing has moved for so long in peace, nothing will."""
 
 VOIDED_BY: dict[str, tuple[str, ...]] = {
-    "backend lost": ("loss", "small"),
-    "moved": ("loss", "drain", "operators", "small"),
-    "no backend": ("loss", "drain", "operators", "small"),
-    "run again": ("loss", "step", "lies", "small", "queue"),
+    "backend lost": ("loss", "small", "stalls"),
+    "backend stalled": ("loss", "small", "stalls"),
+    "moved": ("loss", "drain", "operators", "small", "stalls"),
+    "no backend": ("loss", "drain", "operators", "small", "stalls"),
+    "run again": ("loss", "step", "lies", "small", "queue", "stalls"),
     "adapter late": ("fetch", "operators", "store"),
     "engine queue full": ("queue",),
-    "backend slowed": ("slow",),
+    "backend slowed": ("slow", "stalls"),
 }
 """Why a promise may become void, and the kinds of fault that are a cause of it."""
 ENDED_BY: dict[Reason, tuple[str, ...]] = {
-    Reason.BACKEND_FAILED: ("loss", "step", "lies", "small"),
+    Reason.BACKEND_FAILED: ("loss", "step", "lies", "small", "stalls"),
     Reason.ADAPTER_UNAVAILABLE: ("fetch",),
-    Reason.QUARANTINED: ("loss", "step"),
+    Reason.QUARANTINED: ("loss", "step", "stalls"),
     Reason.NO_BACKEND: ("drain",),
     Reason.UNKNOWN_ADAPTER: ("operators",),
     Reason.CANCELLED: ("clients",),
@@ -104,6 +106,7 @@ class Checks:
         self._memory = Tier("host store", config.store_bytes)
         self._disk = Tier("disk", config.disk_bytes)
         self._idling = Idling()
+        self.stalls = Stalls()
         self._now_ns = 0
         self._troubles: dict[str, list[tuple[int, int]]] = {name: [] for name in self.scenario.setup.backends}
         self._events: dict[type, Callable[[Any], None]] = {
@@ -154,6 +157,7 @@ class Checks:
         for effect in effects:
             self._effects.get(type(effect), _ignored)(effect)
         self._idling.stepped(core, now_ns)
+        self.stalls.stepped(core, event, effects, now_ns)
         if self.steps % BOOKS_EVERY == 0:
             self.books(core)
 

@@ -53,6 +53,12 @@ class FaultyWorld(World):
         assert event is None, f"{backend} was not run up to now: {event}"
         self._costs[backend].factor = factor
 
+    def freeze(self, backend: str, for_ns: int) -> None:
+        """Have an engine make no step for so long, and then go on where it was."""
+        event = self.engines[backend].run(self.now_ns)
+        assert event is None, f"{backend} was not run up to now: {event}"
+        self.engines[backend].freeze(self.now_ns, for_ns)
+
     def queue_without_limit(self, backend: str) -> None:
         """Have an engine take whatever comes."""
         engine = self.engines[backend]

@@ -54,7 +54,7 @@ def _idles(state: State, backend: Backend, now_ns: int) -> bool:
     """
     if backend.queued and state.config.ordering == "fifo":
         return False
-    away = backend.draining or backend.leaving or not backend.owned or backend.id in state.joining
+    away = not backend.takes_requests or backend.id in state.joining
     busy = backend.running or backend.loads
     return backend.phase is Phase.UP and not away and not busy and now_ns >= backend.quiet_until_ns
 

@@ -13,6 +13,9 @@ from sidecar.sim.setup import SECOND_NS
 from sidecar.sim.workloads import Arrival, source
 
 UNTOLD_S, DOWN_S, SLOW_S = 10.0, 20.0, 40.0
+STALL_S, BACK_S = (3.0, 40.0), 5.0
+GIVEN_UP_S = 30.0
+"""`progress_timeout_s`: what says nothing for so long is lost."""
 SLOWER = (2.0, 20.0)
 BURST = (10, 60)
 SETTLES_NS = 45 * SECOND_NS
@@ -41,6 +44,7 @@ class Misfortune:
             "bursts": self._burst,
             "operators": self._operate,
             "drain": self._drain,
+            "stalls": self._stall,
         }
         self._acts = [act for kind, act in acts.items() if scenario.has(kind)]
 
@@ -85,6 +89,25 @@ class Misfortune:
         self._checks.trouble(backend, round(for_s * SECOND_NS))
         self._world.after(round(for_s * SECOND_NS), lambda: self._world.pace(backend, 1.0))
         return f"{backend} takes {factor:.1f} times as long for {for_s:.1f} s"
+
+    def _stall(self, backend: str) -> str:
+        stalls, for_s = self._checks.stalls, self._random.uniform(*STALL_S)
+        back_s = self._random.uniform(0.1, BACK_S)
+        if not stalls.begin(backend, self._world.now_ns, round(for_s * SECOND_NS)):
+            return ""
+        engine = self._world.engines[backend]
+        self._world.freeze(backend, round(for_s * SECOND_NS))
+        self._checks.trouble(backend, round(min(for_s, GIVEN_UP_S) * SECOND_NS))
+
+        def give_up() -> None:
+            if self._world.engines[backend] is engine and backend in self._product.up:
+                self._product.lose(backend, "it answered nothing", 0, round(back_s * SECOND_NS), False, False)
+
+        if for_s > GIVEN_UP_S:
+            self._world.after(round(GIVEN_UP_S * SECOND_NS), give_up)
+        return f"{backend} makes no step for {min(for_s, GIVEN_UP_S):.1f} s" + (
+            f" and is given up, back after {back_s:.1f} s" if for_s > GIVEN_UP_S else ""
+        )
 
     def _lie(self, backend: str) -> str:
         self._world.engines[backend].lose_idle_adapters()

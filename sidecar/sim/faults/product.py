@@ -14,7 +14,7 @@ from sidecar.sim.faults.checks import Checks
 from sidecar.sim.faults.engines import FaultyWorld
 from sidecar.sim.faults.names import Names, identity, ranks_of
 from sidecar.sim.faults.scenario import Scenario
-from sidecar.sim.product import DISK_NS, Product
+from sidecar.sim.product import DISK_NS, PROBE_NS, Product
 from sidecar.sim.setup import SECOND_NS, adapter_named
 from sidecar.sim.workloads import Arrival, source
 
@@ -106,18 +106,34 @@ class FaultyProduct(Product):
             for engine_id in runs:
                 self.world.engines[backend].cancel(engine_id, self.world.now_ns)
         else:
-            self.faulty.restart(backend)
+            self._start_anew(backend)
         if wires:
             for engine_id in runs:
                 self._failed(engine_id, Fault.LOST, cause, False)
         self.world.after(untold_ns, lambda: self.feed(ev.BackendLost(backend, cause)))
         self.world.after(untold_ns + down_ns, lambda: self._return(backend))
 
+    def _start_anew(self, backend: str) -> None:
+        self.faulty.restart(backend)
+        self.checks.stalls.end(backend)
+
     def _return(self, backend: str) -> None:
         self._up[backend] = True
         if self.peaceful:
-            self.faulty.restart(backend)
+            self._start_anew(backend)
         self.feed(ev.BackendUp(backend, self.world.setup.engine.facts()))
+
+    def _probe(self, effect: do.Probe) -> None:
+        """An engine that stands still is found so when the time for a probe is over."""
+        backend, stalls = effect.backend, self.checks.stalls
+        stalled = self._up[backend] and stalls.stands_still(backend, self.world.now_ns)
+        delay_ns = effect.within_ns if stalled else PROBE_NS
+        self.world.after(delay_ns, lambda: self._probed(backend))
+
+    def _probed(self, backend: str) -> None:
+        if not self.checks.knows_down(backend):
+            alive = self._up[backend] and not self.checks.stalls.stands_still(backend, self.world.now_ns)
+            self.feed(ev.BackendProbed(backend, alive))
 
     def _may_leave(self, request_id: int) -> None:
         if self.peaceful or not self.scenario.has("clients"):

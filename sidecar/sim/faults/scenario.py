@@ -39,6 +39,7 @@ KINDS: dict[str, str] = {
     "operators": "adapters are evicted, pinned, prefetched, replaced, refreshed, promoted, unregistered",
     "drain": "backends are drained and undrained",
     "limits": "all that is remembered or looked at is bounded by 2 or 3 (bounds.py)",
+    "stalls": "an engine makes no step for 3 to 40 s, after 30 of which it is taken for lost",
 }
 """Every kind of fault there is."""
 PATIENCE_NS = 3600 * SECOND_NS

@@ -1,0 +1,158 @@
+"""An engine that has something in flight and says nothing is suspected long before it is given up as lost.
+
+While it is suspected nothing new is sent to it and a probe asks whether it lives. A sign of life gives it back at
+once, with its slots and all that is believed of it. If the probe says nothing either, what waits there goes to others
+that can serve it, and what runs there stays: only the backend's own `progress_timeout_s` ends that.
+
+It is judged by steps, so one whose pace is a guess is not judged at all. Prompts are read in silence: the time for
+those that have had no token yet is allowed for. Where that time is a guess, only runs that have had a token count. Nor
+do answers say much that come all at once: each probe that the engine answers doubles how long it may be silent.
+"""
+
+from __future__ import annotations
+
+from sidecar.core import asks, promising
+from sidecar.core.effects import Probe
+from sidecar.core.events import BackendProbed, Progress
+from sidecar.core.state import NEVER_NS, Backend, State
+from sidecar.core.turn import Turn
+from sidecar.core.words import Phase
+
+STEPS = 5
+LEAST_NS = 2_000_000_000
+"""So many steps, and at least so long, an engine may be silent."""
+EXCUSES_MAX = 4
+"""After so many doublings it may be silent for longer than `progress_timeout_s` usually is."""
+ASKED_AGAIN_NS = 5_000_000_000
+"""A suspected one is asked so often: nothing may be in flight any more whose progress would tell."""
+REASON = "backend stalled"
+
+
+def began(turn: Turn, backend: Backend) -> None:
+    """Something is about to be sent: from now on silence counts, unless it does already."""
+    if not backend.running or not backend.silence.due_ns:
+        backend.silence.since_ns = turn.now_ns
+
+
+def heard(turn: Turn, backend: Backend) -> None:
+    """An engine gave a sign of life."""
+    backend.silence.excused = 0
+    _believe(turn, backend)
+
+
+def progressed(turn: Turn, backend: Backend, event: Progress) -> None:
+    """Tokens came; or nothing can be heard, since clients keep all that runs from being read."""
+    if any(event.tokens.values()):
+        heard(turn, backend)
+    elif all(request in event.tokens for request in backend.running if _speaks(turn.state, backend, request)):
+        backend.silence.since_ns = turn.now_ns
+
+
+def probed(turn: Turn, event: BackendProbed) -> None:
+    """A probe has said whether a suspected engine lives."""
+    backend = turn.state.backends[event.backend]
+    silence = backend.silence
+    if not silence.suspected:
+        return
+    if event.alive:
+        silence.excused += 1
+        _believe(turn, backend)
+    elif not silence.found:
+        silence.found = event.text
+        turn.void_promises(backend, REASON)
+        _move_queue(turn, backend)
+
+
+def watch(turn: Turn, backend: Backend) -> None:
+    """Have an engine looked at in time, if it is not already."""
+    if backend.running and not backend.silence.due_ns and promising.pace_is_known(backend):
+        _look_in_time(turn, backend, backend.silence.since_ns + _patience_ns(turn.state, backend))
+
+
+def _look_in_time(turn: Turn, backend: Backend, due_ns: int) -> None:
+    """Look when it is due, or before: once a prompt has been read, or a token has come, it may be due earlier."""
+    _look_at(turn.state, backend, min(due_ns, turn.now_ns + _steps_ns(turn.state, backend)))
+
+
+def _look_at(state: State, backend: Backend, due_ns: int) -> None:
+    backend.silence.due_ns = due_ns
+    state.listen_ns = min(state.listen_ns, due_ns)
+
+
+def look(turn: Turn) -> None:
+    """Look at the engines whose time has come."""
+    state = turn.state
+    if turn.now_ns < state.listen_ns:
+        return
+    state.listen_ns = NEVER_NS
+    for backend in state.backends.values():
+        due_ns = backend.silence.due_ns
+        if due_ns and due_ns <= turn.now_ns:
+            backend.silence.due_ns = 0
+            if backend.phase is Phase.UP and backend.owned:
+                _judge(turn, backend)
+        elif due_ns:
+            _look_at(state, backend, due_ns)
+
+
+def _judge(turn: Turn, backend: Backend) -> None:
+    """Suspect an engine that has been silent for too long; ask a suspected one again."""
+    state, silence = turn.state, backend.silence
+    if silence.suspected:
+        _ask(turn, backend)
+        return
+    if not promising.pace_is_known(backend) or silence.excused > EXCUSES_MAX:
+        return
+    if not any(_speaks(state, backend, request) for request in backend.running):
+        return
+    due_ns = silence.since_ns + _patience_ns(state, backend)
+    if turn.now_ns < due_ns:
+        _look_in_time(turn, backend, due_ns)
+        return
+    silence.suspected = True
+    state.forget_servers()
+    _ask(turn, backend)
+
+
+def _ask(turn: Turn, backend: Backend) -> None:
+    within_ns = _steps_ns(turn.state, backend)
+    turn.emit(Probe(backend.id, within_ns))
+    _look_at(turn.state, backend, turn.now_ns + within_ns + ASKED_AGAIN_NS)
+
+
+def _believe(turn: Turn, backend: Backend) -> None:
+    """Count silence from now on, and take back an engine that was suspected."""
+    silence = backend.silence
+    silence.since_ns = turn.now_ns
+    if silence.suspected:
+        silence.suspected, silence.found, silence.due_ns = False, "", 0
+        turn.state.forget_servers()
+        turn.dirty[backend.id] = None
+    watch(turn, backend)
+
+
+def _speaks(state: State, backend: Backend, request_id: int) -> bool:
+    """Whether something is to be heard of a run by now, apart from the time that its prompt takes."""
+    request = state.requests[request_id]
+    return not request.settled and (request.first_token or backend.facts.pace is not None)
+
+
+def _patience_ns(state: State, backend: Backend) -> int:
+    """Return how long an engine may be silent now."""
+    unread = (state.requests[request] for request in backend.running if not state.requests[request].first_token)
+    prompts_ns = promising.pace_of(backend).prompt_token_ns * sum(request.view.input_tokens for request in unread)
+    return (_steps_ns(state, backend) << backend.silence.excused) + round(prompts_ns)
+
+
+def _steps_ns(state: State, backend: Backend) -> int:
+    return max(round(STEPS * promising.step_ns(state, backend)), LEAST_NS)
+
+
+def _move_queue(turn: Turn, backend: Backend) -> None:
+    """Move what waits at a backend to others that can serve it; what none can stays."""
+    for request_id in list(backend.queued):
+        request = turn.state.requests[request_id]
+        takers = asks.takers_of(turn.state, request.version, request.view, request.only)
+        if takers and backend.id not in takers:
+            turn.dequeue(request)
+            turn.route(request)

@@ -1,0 +1,57 @@
+"""An engine that stands still is sent nothing new long before it is lost, and loses nothing when it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.core.events import BackendLost, BackendProbed
+from tests.emulated import EngineProcess
+from tests.faults import assert_nothing_left, assert_right, attempt
+from tests.integration.test_faults_lost import SLOW, events
+from tests.serving import serving, until, write_adapters
+
+COST = "llama-3.1-8b/a100_sxm/trtllm"
+TOKENS = 200
+
+
+@pytest.mark.parametrize("record", [{}, {"metrics": None}], ids=["by its steps", "by a token"])
+async def test_an_engine_that_is_frozen_and_thawed(tmp_path: Path, record: dict[str, Any]) -> None:
+    """While it is only suspected, whoever comes is answered by the other engine; then it serves again."""
+    write_adapters(tmp_path, 1)
+    backend = {"engine": {"cost": COST}} | record
+    async with (
+        EngineProcess(*SLOW, time_scale=1.0) as first,
+        EngineProcess(*SLOW, time_scale=1.0) as second,
+        serving([first, second], tmp_path, backend=backend) as served,
+    ):
+        state = served.state
+        begun = asyncio.create_task(attempt(served, "a00", TOKENS))
+        await until(lambda: any(request.first_token for request in state.requests.values()))
+        (request,) = state.requests.values()
+        frozen = request.backend or ""
+        engine, other = (first, "trt-1") if frozen == "trt-0" else (second, "trt-0")
+        engine.signal(signal.SIGSTOP)
+        await until(lambda: not state.backends[frozen].takes_requests)
+        for _ in range(3):
+            tried = await attempt(served, "a00")
+            assert_right(served, tried)
+            assert tried.origins[0].backend == other
+        await until(
+            lambda: BackendProbed(frozen, False, state.backends[frozen].silence.found) in served.recorder.events
+        )
+        assert not begun.done()
+        assert not state.backends[frozen].takes_requests
+        engine.signal(signal.SIGCONT)
+        await until(lambda: state.backends[frozen].takes_requests)
+        served.sidecar.gateway.set_drain(other, True)
+        again = await attempt(served, "a00")
+        assert_right(served, again)
+        assert again.origins[0].backend == frozen
+        assert_right(served, await begun, TOKENS)
+        assert not events(served, BackendLost)
+        await assert_nothing_left(served)

@@ -1,0 +1,203 @@
+"""An engine that says nothing while something is in flight is sent nothing new, long before it is given up as lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies.views import BASE
+from sidecar.core import asks, stalls
+from sidecar.core import effects as fx
+from sidecar.core import events as ev
+from sidecar.core.config import CoreConfig
+from sidecar.core.pace import Pace
+from sidecar.core.queries import backend_view
+from sidecar.core.waiting import queue_view
+from sidecar.core.words import Why
+from tests.corekit import MS, SECOND, World, facts_of, with_facts
+
+PACE = Pace(fixed_ns=20 * MS, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=1.0 * MS)
+SEATS = 4
+
+
+def house(*, pace: Pace | None = PACE, engines: int = 2) -> World:
+    """Return engines with long runs that have tokens, all of one adapter that each of them has."""
+    world = World(CoreConfig(seat_slack=0.0), engines=0)
+    for number in range(engines):
+        engine = world.add_engine(f"b{number}", with_facts(facts_of(seats=SEATS), pace=pace))
+        engine.run_ns = 20 * SECOND
+    world.register("a")
+    world.ask(lambda ask: ev.PrefetchAsked(ask, "a", tuple(world.engines)))
+    world.run()
+    return world
+
+
+def reporting(world: World, for_ns: int) -> None:
+    """Let time pass in which the engines that are not frozen report tokens, as backends do."""
+    until_ns = world.now_ns + for_ns
+    while world.now_ns < until_ns:
+        world.run(100 * MS)
+        for backend in world.core.state.backends.values():
+            tokens = {request: 5 for request in backend.running if world.core.state.requests[request].first_token}
+            if tokens and not world.engines[backend.id].frozen:
+                world.feed(ev.Progress(backend.id, tokens))
+
+
+def one_frozen(world: World) -> int:
+    """Freeze the engine that a first request runs on, once that has had a token; return the request."""
+    request = world.send("a", output_tokens=1000)
+    reporting(world, SECOND)
+    freeze(world, request)
+    return request
+
+
+def freeze(world: World, request: int) -> str:
+    backend = world.dispatches[request][-1].backend
+    world.engines[backend].frozen = True
+    return backend
+
+
+def sent_to(world: World, backend: str) -> int:
+    return sum(effect.backend == backend for effect in world.of(fx.Dispatch))
+
+
+def test_nothing_new_goes_to_a_silent_engine() -> None:
+    """From two seconds of silence on all goes to the other one; what ran there goes on when it says something again."""
+    world = house()
+    first = one_frozen(world)
+    frozen = world.dispatches[first][-1].backend
+    reporting(world, 2 * SECOND + 200 * MS)
+    assert [probe.backend for probe in world.of(fx.Probe)] == [frozen]
+    before = sent_to(world, frozen)
+    later = [world.send("a") for _ in range(SEATS)]
+    reporting(world, SECOND)
+    assert sent_to(world, frozen) == before
+    assert {world.dispatches[request][0].backend for request in later} == {"b0", "b1"} - {frozen}
+    assert not world.of(fx.Settle)
+    world.thaw(frozen)
+    world.run()
+    world.assert_all_ok()
+    assert len(world.dispatches[first]) == 1
+
+
+def test_it_is_shown_with_the_age_of_its_last_token() -> None:
+    """In the list of backends, and as the reason why what waits there does."""
+    world = house(engines=1)
+    one_frozen(world)
+    reporting(world, 5 * SECOND)
+    waits = world.send("a")
+    state = world.core.state
+    assert waits not in world.dispatches
+    assert asks.why_waiting(state, state.requests[waits], world.now_ns) is Why.STALLED
+    view = backend_view(state, "b0", world.now_ns)
+    assert view.state == "stalled?"
+    assert view.predicted_wait_ns is None
+    assert view.notes == ("nothing came for 5 s, so nothing new is sent; it made no step",)
+    assert "because nothing comes from b0 for 5 s" in queue_view(state, world.now_ns).verdict
+    world.thaw("b0")
+    world.feed(ev.Progress("b0", {1: 1}))
+    assert backend_view(state, "b0", world.now_ns).state == "up"
+    world.run()
+    world.assert_all_ok()
+
+
+def test_a_suspicion_that_proves_wrong_gives_the_backend_back_at_once() -> None:
+    """A probe that is answered is as good as a token, and its slots and beliefs are kept; the next takes longer."""
+    world = house(engines=1)
+    request = world.send("a", output_tokens=1000)
+    reporting(world, SECOND)
+    backend = world.core.state.backends["b0"]
+    world.run(2 * SECOND)
+    assert backend.silence.suspected or not backend.silence.due_ns > world.now_ns
+    world.run(SECOND)
+    assert len(world.of(fx.Probe)) == 1
+    assert backend.takes_requests
+    assert list(backend.slots) == [world.digest("a")]
+    assert asks.resident(backend, world.digest("a"))
+    loads = len(world.of(fx.Load))
+    other = world.send("a")
+    assert world.dispatches[other]
+    assert len(world.of(fx.Load)) == loads
+    world.run(10 * SECOND)
+    assert 2 <= len(world.of(fx.Probe)) <= 3, "each that is answered doubles how long it may be silent"
+    assert len(world.dispatches[request]) == 1
+
+
+def test_what_waits_at_it_goes_to_others() -> None:
+    """Once a probe has found the same: also what the other engine has to load."""
+    world = house()
+    world.register("b")
+    world.feed(ev.DrainSet("b1", True))
+    many = [world.send("a", output_tokens=1000) for _ in range(SEATS)]
+    waiting = [world.send("b") for _ in range(3)]
+    world.feed(ev.DrainSet("b1", False))
+    keep = [world.send(BASE, only=("b1",), output_tokens=1000)]
+    reporting(world, SECOND)
+    state = world.core.state
+    world.engines["b0"].frozen = True
+    reporting(world, 4 * SECOND)
+    assert not state.backends["b0"].queued
+    assert {world.dispatches[request][-1].backend for request in waiting} == {"b1"}
+    assert all(len(world.dispatches[request]) == 1 for request in (*many, *keep))
+    world.thaw("b0")
+    world.run()
+    world.assert_all_ok()
+
+
+def test_an_engine_whose_pace_is_a_guess_is_not_judged() -> None:
+    """Nobody knows what a step of it takes."""
+    world = house(pace=None, engines=1)
+    one_frozen(world)
+    reporting(world, 60 * SECOND)
+    assert not world.of(fx.Probe)
+
+
+@pytest.mark.parametrize(("input_tokens", "probes"), [(10, 1), (20_000, 0)])
+def test_a_prompt_that_is_being_read_is_no_stall(input_tokens: int, probes: int) -> None:
+    """An engine needs 20 s for a prompt of 20,000 tokens: until then it may be silent."""
+    world = house(engines=1)
+    world.engines["b0"].first_token_ns = 15 * SECOND
+    world.send("a", input_tokens=input_tokens)
+    world.run(3 * SECOND)
+    assert len(world.of(fx.Probe)) == probes
+
+
+def test_what_clients_keep_from_being_read_is_no_silence() -> None:
+    """The only run's client takes nothing: that says nothing of the engine."""
+    world = house(engines=1)
+    request = world.send("a", output_tokens=1000)
+    world.run(SECOND)
+    for _ in range(100):
+        world.run(100 * MS)
+        world.feed(ev.Progress("b0", {request: 0}))
+    assert not world.of(fx.Probe)
+
+
+def test_an_engine_with_nothing_in_flight_any_more_is_asked_again() -> None:
+    """Its clients left: nothing of theirs tells that it lives, so a probe does."""
+    world = house(engines=1)
+    request = one_frozen(world)
+    reporting(world, 3 * SECOND)
+    backend = world.core.state.backends["b0"]
+    assert backend.silence.suspected
+    world.feed(ev.ClientLeft(request))
+    world.run(SECOND)
+    assert not backend.running
+    assert backend.silence.suspected
+    world.thaw("b0")
+    world.run(stalls.LEAST_NS + stalls.ASKED_AGAIN_NS)
+    assert backend.takes_requests
+
+
+def test_a_lost_engine_is_suspected_no_more() -> None:
+    """The last word is said: what had no token goes elsewhere as ever."""
+    world = house()
+    first = one_frozen(world)
+    frozen = world.dispatches[first][-1].backend
+    reporting(world, 5 * SECOND)
+    world.lose(frozen, "it answered nothing for 30 s")
+    assert not world.core.state.backends[frozen].silence.suspected
+    world.bring_up(frozen)
+    world.engines[frozen].frozen = False
+    assert world.core.state.backends[frozen].takes_requests
+    world.run()
+    assert world.outcomes() == {"failed": 1}
