@@ -149,10 +149,13 @@ async def test_a_record_that_makes_the_core_fail_is_set_aside(
 
 async def test_bad_values_of_a_redis_are_set_aside(tmp_path: Path) -> None:
     """Found at start and as they come: the feed goes on, nothing is lost by reading, registering anew mends."""
-    async with running(tmp_path / "server", "redis-server") as server, shared_registry(server.url) as first:
+    async with (
+        running(tmp_path / "server", "redis-server") as server,
+        shared_registry(server.url) as first,
+        Redis.from_url(server.url) as client,
+    ):
         for number, name in enumerate(["sound", *(f"bad-{number}" for number in range(len(BAD) + 3))]):
             await first.put(record(name, number + 1), None)
-        client = Redis.from_url(server.url)
         (key,) = [key for key in await client.keys("*") if key.endswith(b"adapters")]
         damages: list[Callable[[bytes], bytes]] = [
             lambda value: b"",
@@ -178,7 +181,6 @@ async def test_bad_values_of_a_redis_are_set_aside(tmp_path: Path) -> None:
         after = await client.hgetall(key)
         kept = [f"bad-{n}".encode() for n in range(len(damages)) if n not in (0, 1, 2, 5)]
         assert {name: after[name] for name in kept} == {name: before[name] for name in kept}
-        await client.aclose()
 
 
 def _in_value(damage: Callable[[str], str]) -> Callable[[bytes], bytes]:
@@ -191,9 +193,12 @@ def _in_value(damage: Callable[[str], str]) -> Callable[[bytes], bytes]:
 
 async def test_a_record_of_a_release_to_come_is_put_back_as_it_is(tmp_path: Path) -> None:
     """A replica that cannot read it still holds it when Redis loses its data."""
-    async with running(tmp_path / "server", "redis-server") as server, shared_registry(server.url) as registry:
+    async with (
+        running(tmp_path / "server", "redis-server") as server,
+        shared_registry(server.url) as registry,
+        Redis.from_url(server.url) as client,
+    ):
         await registry.put(record("sql"), None)
-        client = Redis.from_url(server.url)
         (key,) = [key for key in await client.keys("*") if key.endswith(b"adapters")]
         future = to_json(record("sql")).replace('"versions"', '"lineage"')
         value = (await client.hget(key, "sql")).decode()  # type: ignore[union-attr]
@@ -207,7 +212,6 @@ async def test_a_record_of_a_release_to_come_is_put_back_as_it_is(tmp_path: Path
                 await until(lambda: True)
             restored = (await client.hget(key, "sql")).decode()  # type: ignore[union-attr]
             assert restored.endswith(future)
-        await client.aclose()
 
 
 def test_the_memory_registry_has_none(tmp_path: Path) -> None:
