@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,11 @@ from sidecar.cli.show import count
 from sidecar.config import Config, load, parse
 from sidecar.errors import Misused, Reason
 
+logger = logging.getLogger(__name__)
+
 LISTENERS = "Listeners"
+FILES_BESIDE = 1024
+"""For engines, the registry, adapters that are read, and connections beyond a listener's limit, which are closed."""
 CRASH_S = 6.0
 """How long a process that has crashed may take to end: then it is ended, whatever holds it up."""
 
@@ -153,6 +158,7 @@ async def _serve(config: Config, as_json: bool) -> None:
     threading.Thread(target=_end_for_certain, args=(crashed,), name="end for certain", daemon=True).start()
     logs = configure_logging(config.log_format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every scrape of an engine's metrics
+    open_files_for(config)
     try:
         sidecar = await Sidecar.start(config, crash=crash)
         _spare_collections()
@@ -160,6 +166,26 @@ async def _serve(config: Config, as_json: bool) -> None:
         await sidecar.run_until_signalled()
     finally:
         logs.stop()
+
+
+def open_files_for(config: Config) -> None:
+    """Let the process open a file for each connection that its listeners may take, as far as the hard limit goes: a
+    process without a file left accepts nobody on any listener, the one for probes included.
+    """
+    listeners = config.listeners
+    taken = (each.connections_max for each in (listeners.data, listeners.admin, listeners.http, listeners.probes))
+    wanted = sum(taken) + FILES_BESIDE
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        logger.warning(
+            "the process may open %d files and its listeners take connections for %d: raise the hard limit (ulimit "
+            "-Hn, LimitNOFILE), or lower listeners.*.connections_max",
+            hard,
+            wanted,
+        )
+        wanted = hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _end_for_certain(crashed: threading.Event) -> None:

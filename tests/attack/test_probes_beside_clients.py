@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ import httpx
 import pytest
 
 from sidecar.app import Sidecar
+from sidecar.cli.serving import open_files_for
 from sidecar.config import parse
 from sidecar.errors import Misused
 from sidecar.fronts.http_connection import SPARE_CONNECTIONS
@@ -140,3 +143,36 @@ async def test_an_incident_finds_them(tmp_path: Path) -> None:
         out = tmp_path / "incident.tgz"
         manifest = await command("debug", "capture", "--config", str(tmp_path / "config.yaml"), "-o", str(out))
     assert {"metrics.txt", "readiness.txt"} <= {each["file"] for each in manifest["files"]}
+
+
+async def test_more_connections_than_a_shell_lets_a_process_open(tmp_path: Path) -> None:
+    """A soft limit of 128 files, as systems set it low, is no limit for liveness: the process raises it by itself."""
+    free = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0", "--probes", "127.0.0.1:0")
+    serve = (sys.executable, "-m", "sidecar", "serve", "--json", *free)
+    process = await asyncio.create_subprocess_exec(
+        "sh", "-c", 'ulimit -Sn 128; exec "$@"', "sh", *serve,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        ready = json.loads(await process.stdout.readline())
+        async with AsyncExitStack() as stack:
+            await drip(stack, ready["http"], 300)
+            assert (await get(ready["probes"], "/livez")).status_code == 200
+    finally:
+        process.kill()
+        await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+def test_too_few_files_for_the_connections(caplog: pytest.LogCaptureFixture) -> None:
+    """Where the hard limit is below what the listeners may take, the log says which numbers."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        open_files_for(parse({"listeners": {"http": {"connections_max": hard}}}, "the test"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    [record] = caplog.records
+    assert f"may open {hard} files" in record.getMessage()
+    assert "connections_max" in record.getMessage()
