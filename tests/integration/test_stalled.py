@@ -9,14 +9,23 @@ from typing import Any
 
 import pytest
 
+from sidecar.core import stalls
 from sidecar.core.events import BackendLost, BackendProbed
 from tests.emulated import EngineProcess
 from tests.faults import assert_nothing_left, assert_right, attempt
 from tests.integration.test_faults_lost import SLOW, events
+from tests.integration.test_vllm import ENGINE, answer_of, fronted
 from tests.serving import serving, until, write_adapters
+from tests.vllm_emulated import VllmProcess
 
 COST = "llama-3.1-8b/a100_sxm/trtllm"
-TOKENS = 200
+TOKENS = 100
+
+
+@pytest.fixture(autouse=True)
+def _sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here rests on how long the least silence is."""
+    monkeypatch.setattr(stalls, "LEAST_NS", 1_000_000_000)
 
 
 @pytest.mark.parametrize("record", [{}, {"metrics": None}], ids=["by its steps", "by a token"])
@@ -55,3 +64,24 @@ async def test_an_engine_that_is_frozen_and_thawed(tmp_path: Path, record: dict[
         assert_right(served, await begun, TOKENS)
         assert not events(served, BackendLost)
         await assert_nothing_left(served)
+
+
+async def test_a_vllm_that_is_frozen_and_thawed(tmp_path: Path) -> None:
+    """Where there is no other, whoever comes waits for it, and is answered once it goes on."""
+    (name,) = write_adapters(tmp_path / "adapters", 1)
+    backend = {"engine": ENGINE | {"cost": "llama-3.1-8b/a100_sxm/vllm"}}
+    async with (
+        VllmProcess("--compute", "none", time_scale=1.0) as engine,
+        fronted([engine], tmp_path, backend=backend) as served,
+    ):
+        state = served.state.backends["vllm-0"]
+        begun = asyncio.create_task(served.ask(name, TOKENS))
+        await until(lambda: any(request.first_token for request in served.state.requests.values()))
+        engine.send_signal(signal.SIGSTOP)
+        await until(lambda: bool(state.silence.found))
+        later = asyncio.create_task(served.ask(name))
+        await until(lambda: len(state.queued) == 1)
+        engine.send_signal(signal.SIGCONT)
+        assert (await begun).tokens == answer_of(served, tmp_path, name, TOKENS)
+        assert (await later).tokens == answer_of(served, tmp_path, name)
+        assert not events(served, BackendLost)
