@@ -129,7 +129,7 @@ class Listening:
             self._metrics,
             http.address,
             self.data,
-            OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends)),
+            OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends), self.intake),
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,

@@ -18,6 +18,7 @@ from sidecar.core.effects import Dispatch
 from sidecar.core.events import FirstToken, RunEnded, RunFailed
 from sidecar.core.words import Fault
 from sidecar.fronts.http import HttpFront
+from sidecar.fronts.intake import Intake
 from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.plugins import policies_of
 from sidecar.shell.catalogue import Wanted
@@ -104,7 +105,9 @@ async def house(folder: Path, backends: Sequence[ScriptedBackend], **record: Any
         stagings=[Staging(folder / "staged")],
     )
     await gateway.start([(backend, backend.facts) for backend in backends])
-    front = HttpFront(gateway, Metrics(gateway), "127.0.0.1:0", "127.0.0.1:1", OpenAiFront(gateway, config, {}))
+    front = HttpFront(
+        gateway, Metrics(gateway), "127.0.0.1:0", "127.0.0.1:1", OpenAiFront(gateway, config, {}, Intake())
+    )
     await front.start()
     client = httpx.AsyncClient(base_url=f"http://{front.address}", trust_env=False, timeout=60, headers=JSON)
     try:

@@ -16,7 +16,8 @@ import grpc
 import grpc.aio
 
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.intake import RETRY_S, Call, Intake, Source
+from sidecar.fronts.arriving import Call, Source
+from sidecar.fronts.intake import RETRY_S, Intake
 from sidecar.fronts.received import wire_of
 from sidecar.fronts.status import abort
 
@@ -43,15 +44,20 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def __init__(self, intake: Intake, calls_max: int) -> None:
         self.port = 0
-        self.refused = 0
-        """Calls that were turned away because their connection had too many."""
         self._intake = intake
         self._calls_max = calls_max
+        self._handlers: dict[Any, Any] = {}
+        """What handles a method, and the same within the bounds. By method it would grow with what clients think of."""
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
-        assert handler is None or handler.request_deserializer is None
-        return None if handler is None else self._bounded(handler)
+        if handler is None:
+            return None
+        assert handler.request_deserializer is None
+        bounded = self._handlers.get(handler)
+        if bounded is None:
+            bounded = self._handlers[handler] = self._bounded(handler)
+        return bounded
 
     def _bounded(self, handler: Any) -> Any:
         kind = "stream" if handler.request_streaming else "unary"
@@ -83,7 +89,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _check(self, source: Source) -> None:
         if source.calls <= self._calls_max:
             return
-        self.refused += 1
+        self._intake.refused["calls"] += 1
         raise _TurnedAway(
             Refused(
                 Reason.QUEUE_FULL,
@@ -101,6 +107,7 @@ class _Incoming:
         self._intake = intake
         self._call = call
         self._context = context
+        self._beside_bytes = sum(len(key) + len(value) for key, value in context.invocation_metadata())
 
     async def one(self) -> Any:
         """Return the message of a call that has one."""
@@ -119,7 +126,8 @@ class _Incoming:
         except Refused as refused:
             raise _TurnedAway(refused) from refused
         if raw is not END:
-            self._call.source.hand_over(len(raw))
+            self._call.source.hand_over(len(raw), self._beside_bytes)
+            self._beside_bytes = 0
         return raw
 
 

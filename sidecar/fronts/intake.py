@@ -1,10 +1,11 @@
 """What is on its way in: messages that have not come in full, over all listeners, inside one budget of bytes.
 
-How much of a message has come gRPC does not say, but the kernel does, by connection (`Received`): what it has received
-less what it has handed over. That is looked at every `LOOK_S`. A message whose call has just begun is taken for as
-large as messages may be, or as its connection's last one suggests. Only as many are read at a time as fit the budget
-so; the others wait, each connection in its turn. What has been looked at counts as what is here and what comes in a
-second as fast as it came: who sends a byte a second keeps nobody from sending.
+How much of a message has come gRPC does not say, but the kernel does, by connection (`arriving`, `received`). That is
+looked at every `LOOK_S`. A message whose call has just begun is taken for as large as messages may be, or as its
+connection's last one suggests. Only as many are read at a time as fit the budget so; the others wait, each connection
+in its turn. What has been looked at counts as what is here and what comes in a second as fast as it came, and a call
+of which little comes although it waits for its turn is a small one: who sends headers, or a byte a second, keeps nobody
+from sending.
 
 Streams' messages are read at once, since nobody knows when the next one comes. So between two looks streams can bring
 more than the budget has, as much as the network carries meanwhile.
@@ -26,27 +27,19 @@ from time import monotonic
 from typing import Any
 
 from sidecar.errors import Reason, Refused
+from sidecar.fronts.arriving import SMALL_BYTES, Arrival, Call, Source
 from sidecar.fronts.received import Received, Wire
 
 LOOK_S = 0.02
-LOOKING_MAX = 0.05
+LOOKING_MAX = 0.02
 """The share of the time that may go into looking: with many connections the looks are further apart."""
-SILENT_S, PROGRESS_BYTES = 1.0, 64 << 10
-"""A connection is silent that has not brought as many bytes for as long."""
 NEW_S = 0.1
 """For how long a message that is read counts as large as it may be: its client may be slow to begin."""
-AHEAD_S, RATE_HALVES_S = 1.0, 0.1
-"""A connection counts with what it brings in that time, as fast as it was of late: it may only be interrupted."""
-HALF_BYTES = 1 << 20
-"""What a connection must hold to have begun a message for certain: less may be what was wrongly counted."""
+LITTLE_BYTES = 32 << 10
+"""Half of what gRPC takes of a message before it is read: a large one that waits has brought more."""
 LARGE_BYTES, LINGER_S, LINGER_LOOKS = 8 << 20, 1.0, 5
 """A message from that size on is charged twice, as it came and parsed, until its call is over; at most for so long, and
 so many looks: the event loop may have been busy with it."""
-SMALL_BYTES = 1 << 20
-"""What a connection's next message is taken for, at least."""
-CALL_BYTES, FRAMING = 64, 1.003
-"""What a call costs on the wire besides its message, and what framing and TLS add: short of the truth for all but the
-smallest messages, or a long-lived connection would seem to hold ever more."""
 RETRY_S = 1.0
 
 
@@ -61,82 +54,7 @@ class IntakeLimits:
     @property
     def read_bytes_max(self) -> int:
         """What may be read at a time: the rest is for the copies that handing over, parsing and writing make of one."""
-        return max(self.bytes_max - 2 * self.message_bytes, 0)
-
-
-class Arrival:
-    """One message on its way."""
-
-    def __init__(self, timeout: asyncio.Timeout) -> None:
-        self.closed: Refused | None = None
-        self.turn: asyncio.Future[None] | None = None
-        self._timeout = timeout
-
-    def close(self, why: Refused) -> None:
-        """Break off the wait for it."""
-        self.closed = why
-        self._timeout.reschedule(asyncio.get_running_loop().time())
-
-
-class Source:
-    """A connection that messages come by, with its open calls. `arriving` are oldest first."""
-
-    def __init__(self, expected_bytes: int, wire: Wire | None = None) -> None:
-        self.expected_bytes = expected_bytes
-        """What its next message is taken for: as large as one may be from who has sent none, else by its last."""
-        self.wire = wire
-        self.calls = 0
-        self.arriving: dict[Arrival, None] = {}
-        self.held = 0
-        """Bytes that are here, of messages that are not."""
-        self.charge = 0
-        """The same, with what may come until the next look."""
-        self.heard_s = 0.0
-        self.base: int | None = None
-        """Of the kernel's count: what had been received when nothing was under way, and what was handed over since."""
-        self._handed_over = 0
-        """The same, until the kernel has been asked for the first time."""
-        self._mark = 0
-        self._looked_s = 0.0
-        self._rate = 0.0
-        """Bytes a second, of late."""
-
-    def hand_over(self, size_bytes: int) -> None:
-        """Note that a message has come in full."""
-        self.expected_bytes = max(2 * size_bytes, SMALL_BYTES)
-        cost = CALL_BYTES + int(size_bytes * FRAMING)
-        if self.base is None:
-            self._handed_over += cost
-        else:
-            self.base += cost
-
-    def settle(self, received: int | None, now_s: float, message_bytes: int) -> None:
-        """Take what the kernel says has been received since the connection began; None when it knows nothing."""
-        before_bytes, before_s, self._looked_s = self.held, self._looked_s, now_s
-        if received is None:
-            self.held = self.charge = 0
-            return
-        if received - self._mark >= PROGRESS_BYTES:
-            self._mark, self.heard_s = received, now_s
-        base = self._handed_over if self.base is None else self.base
-        self.base = min(base, received) if self.arriving else received
-        self.held = received - self.base
-        elapsed_s = max(now_s - before_s, 1e-3)
-        rate = max(self.held - before_bytes, 0) / elapsed_s
-        self._rate = max(rate, self._rate * 0.5 ** (elapsed_s / RATE_HALVES_S))
-        charge = min(self.held + int(self._rate * AHEAD_S), len(self.arriving) * message_bytes)
-        self.charge = charge if charge > HALF_BYTES else 0
-
-    def is_silent(self, now_s: float, silent_s: float = SILENT_S) -> bool:
-        return self.held > HALF_BYTES and now_s - self.heard_s >= silent_s
-
-
-class Call:
-    """One call, with the bytes of its message that are charged still although it has come."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.lingering = 0
+        return max(self.bytes_max - 2 * self.message_bytes, self.bytes_max // 4)
 
 
 class Intake:
@@ -144,13 +62,12 @@ class Intake:
 
     def __init__(self, limits: IntakeLimits | None = None, received: Received | None = None) -> None:
         self.limits = limits or IntakeLimits()
-        self.closed = 0
-        """Messages that were given up because the budget was short."""
-        self.late = 0
-        """Messages that took too long."""
+        self.refused = {"budget": 0, "late": 0, "calls": 0}
+        """Messages that were given up because the budget was short or they took too long; calls too many."""
         self._received = received or Received()
         self._sources: dict[Wire, Source] = {}
-        self._bodies: dict[Source, None] = {}
+        self._moving: dict[Source, None] = {}
+        """Those with messages under way, and those that had some at the last look."""
         self._new: dict[Arrival, tuple[float, int]] = {}
         """Those that may not have been seen yet, since when they are read, and the bytes that they are taken for."""
         self._expected = 0
@@ -166,7 +83,7 @@ class Intake:
     @property
     def held_bytes(self) -> int:
         """What was under way at the last look."""
-        return sum(source.held for source in self._busy())
+        return sum(source.held for source in self._moving)
 
     @contextmanager
     def call(self, wire: Wire | None) -> Iterator[Call]:
@@ -175,14 +92,14 @@ class Intake:
         if source is None:
             assert wire is not None
             source = self._sources[wire] = Source(self.limits.message_bytes, wire)
-            self._look_soon()
         source.calls += 1
         call = Call(source)
         try:
             yield call
         finally:
             source.calls -= 1
-            self._release(call, call.lingering)
+            if call.lingering:
+                self._release(call, call.lingering)
 
     async def one(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
         """Return what `read` does, the one message of a call, after its turn has come.
@@ -191,13 +108,9 @@ class Intake:
         with its size.
         """
         async with self._timed(self.limits.arrival_s) as arrival:
-            try:
+            with self._arriving(call.source, arrival):
                 await self._turn(call.source, arrival)
-                with self._arriving(call.source, arrival):
-                    return self._linger(call, await read())
-            finally:
-                self._is_known(arrival)
-                self._admit()
+                return self._linger(call, await read())
 
     async def next_of(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
         """Return what `read` does, the next of a stream's messages, as `one` but without end and turn."""
@@ -206,24 +119,28 @@ class Intake:
                 return self._linger(call, await read())
 
     @asynccontextmanager
-    async def body(self) -> AsyncIterator[Callable[[int], None]]:
-        """Go round the arrival of one body, whose bytes are counted by what is given. Raises Refused as `one`."""
-        source = Source(0)
-        self._bodies[source] = None
+    async def body(self, size_bytes: int) -> AsyncIterator[BodyArrival]:
+        """Go round the arrival of a body of about that size, and what must be done before it can be let go.
 
-        def count(size_bytes: int) -> None:
-            source.held += size_bytes
-            source.charge += size_bytes
-            source.heard_s = monotonic()
-            self._charged += size_bytes
-            self._make_room()
+        It waits for its turn before, and raises Refused as `one` does.
+        """
+        async with self._timed(self.limits.arrival_s) as arrival:
+            body = BodyArrival(self, Source(size_bytes), arrival)
+            try:
+                with self._arriving(body.source, arrival):
+                    await self._turn(body.source, arrival)
+                    yield body
+            finally:
+                self.charge(body.source, -body.source.charge)
+                self._admit()
 
-        try:
-            async with self._timed(self.limits.arrival_s) as arrival:
-                with self._arriving(source, arrival):
-                    yield count
-        finally:
-            del self._bodies[source]
+    def charge(self, source: Source, size_bytes: int) -> None:
+        """Count what has come by one that is no TCP connection."""
+        source.held += size_bytes
+        source.charge += size_bytes
+        source.heard_s = monotonic()
+        self._charged += size_bytes
+        self._make_room()
 
     @asynccontextmanager
     async def _timed(self, arrival_s: float | None) -> AsyncIterator[Arrival]:
@@ -238,16 +155,17 @@ class Intake:
 
     @contextmanager
     def _arriving(self, source: Source, arrival: Arrival) -> Iterator[None]:
-        if not source.arriving:
-            source.heard_s = monotonic()
-        source.arriving[arrival] = None
+        source.begin(arrival)
+        self._moving[source] = None
         self._look_soon()
         try:
             yield
         finally:
+            self._is_known(arrival)
             source.arriving.pop(arrival, None)
-            if not source.arriving:
+            if source.charge and not source.arriving:
                 self._settle(source)
+            self._admit()
 
     def _linger(self, call: Call, message: Any) -> Any:
         """Go on charging a large message for a while: it is copied, parsed, perhaps refused, which is no instant."""
@@ -275,10 +193,11 @@ class Intake:
             return
         arrival.turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(arrival)
-        self._look_soon()
+        source.waiting += 1
         try:
             await arrival.turn
         finally:
+            source.waiting -= 1
             line = self._waiting.get(source)
             if line is not None and arrival in line:
                 line.remove(arrival)
@@ -300,7 +219,8 @@ class Intake:
                 arrival.turn.set_result(None)
 
     def _read(self, source: Source, arrival: Arrival) -> None:
-        self._new[arrival] = monotonic(), source.expected_bytes
+        source.heard_s = monotonic()
+        self._new[arrival] = source.heard_s, source.expected_bytes
         self._expected += source.expected_bytes
 
     def _is_known(self, arrival: Arrival) -> None:
@@ -311,15 +231,12 @@ class Intake:
         charged = self._charged + self._expected
         return charged == 0 or charged + source.expected_bytes <= self.limits.read_bytes_max
 
-    def _busy(self) -> list[Source]:
-        return [source for source in (*self._sources.values(), *self._bodies) if source.arriving]
-
     def _settle(self, source: Source) -> None:
         """Look at one connection."""
-        before = source.charge
-        received = None if source.wire is None else self._received.bytes_of(source.wire)
-        source.settle(received, monotonic(), self.limits.message_bytes)
-        self._charged += source.charge - before
+        if source.wire is not None:
+            before = source.charge
+            source.settle(self._received.bytes_of(source.wire), monotonic(), self.limits.message_bytes)
+            self._charged += source.charge - before
 
     def _look_soon(self, after_s: float = LOOK_S) -> None:
         if self._looking is None:
@@ -328,34 +245,37 @@ class Intake:
     def _look(self) -> None:
         self._looking = None
         began_s = monotonic()
-        if any(source.base is None for source in self._sources.values()):
+        if any(source.base is None for source in self._moving):
             self._find()
-        for source in self._sources.values():
-            if source.arriving:
-                self._settle(source)
+        for source in list(self._moving):
+            self._settle(source)
+            if not source.arriving:
+                del self._moving[source]
         for arrival in [arrival for arrival, (since_s, _) in self._new.items() if began_s - since_s >= NEW_S]:
             self._is_known(arrival)
+        for source, line in self._waiting.items():
+            if source.wire is not None and source.held <= LITTLE_BYTES and began_s - line[0].since_s >= LOOK_S:
+                source.expected_bytes = min(source.expected_bytes, SMALL_BYTES)
         self._looks += 1
         while self._lingering and self._lingering[0][0] <= began_s and self._lingering[0][1] <= self._looks:
             self._release(*self._lingering.popleft()[2:])
         self._close_half()
         self._make_room()
         self._admit()
-        if self._waiting or self._lingering or any(source.arriving for source in self._sources.values()):
+        if self._moving or self._lingering:
             self._look_soon(max(LOOK_S, (monotonic() - began_s) / LOOKING_MAX))
 
     def _find(self) -> None:
         """Find the connections that are new, and forget those that have gone."""
         self._received.find()
         for wire, source in list(self._sources.items()):
-            self._settle(source)
             if not source.calls and self._received.bytes_of(wire) is None:
                 del self._sources[wire]
 
     def _close_half(self) -> None:
         """Close on messages that have begun and do not go on: streams' have no other end."""
         now_s = monotonic()
-        for source in self._sources.values():
+        for source in self._moving:
             if source.is_silent(now_s, self.limits.arrival_s):
                 for arrival in list(source.arriving):
                     arrival.close(self._too_late())
@@ -364,7 +284,7 @@ class Intake:
 
     def _make_room(self) -> None:
         """Close on messages until what is here fits the budget; on silent ones until those that wait fit, too."""
-        sources, now_s = self._busy(), monotonic()
+        sources, now_s = [source for source in self._moving if source.arriving], monotonic()
         excess = sum(source.held for source in sources) - self.limits.bytes_max
         while excess > 0:
             worst = max(sources, key=lambda source: (source.is_silent(now_s), source.held))
@@ -380,7 +300,7 @@ class Intake:
         held, charge = source.held, source.charge
         arrival = next(iter(source.arriving))
         del source.arriving[arrival]
-        self.closed += 1
+        self.refused["budget"] += 1
         arrival.close(
             Refused(
                 Reason.QUEUE_FULL,
@@ -389,22 +309,38 @@ class Intake:
                 retry_after_s=RETRY_S,
             )
         )
-        if source.arriving:
-            most = len(source.arriving) * self.limits.message_bytes
-            source.held, source.charge = min(held, most), min(charge, most)
-            self._charged += source.charge - charge
-        else:
+        most = len(source.arriving) * self.limits.message_bytes
+        source.held, source.charge = min(held, most), min(charge, most)
+        self._charged += source.charge - charge
+        if not source.arriving:
             self._settle(source)
         return held - source.held
 
     def _too_late(self) -> Refused:
-        self.late += 1
+        self.refused["late"] += 1
         return Refused(
             Reason.QUEUE_FULL,
             f"the message had not come in full {self.limits.arrival_s:g} s after its headers (listeners.arrival_s); "
             "send it again, by a faster way or in smaller parts",
             retry_after_s=RETRY_S,
         )
+
+
+class BodyArrival:
+    """A body on its way, whose bytes are counted as they come, and charged until it can be let go."""
+
+    def __init__(self, intake: Intake, source: Source, arrival: Arrival) -> None:
+        self.source = source
+        self._intake = intake
+        self._arrival = arrival
+
+    def count(self, size_bytes: int) -> None:
+        self._intake.charge(self.source, size_bytes)
+
+    def has_come(self) -> None:
+        """Note that nobody waits for it any more."""
+        self.source.arriving.pop(self._arrival, None)
+        self._arrival.timeout.reschedule(None)
 
 
 def _trim() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -27,6 +28,7 @@ class Wire(NamedTuple):
     to: int
 
 
+@lru_cache(8192)
 def wire_of(peer: str, to: int) -> Wire | None:
     """Return the connection of gRPC's name for a peer, as in ipv4:10.0.0.1:5555; None if it is not by TCP."""
     family, _, place = unquote(peer).partition(":")

@@ -19,6 +19,7 @@ from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
+from sidecar.fronts.intake import BodyArrival
 from sidecar.fronts.openai.asked import Asked
 from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
 from sidecar.fronts.openai.merged import Merged
@@ -61,27 +62,41 @@ class _Answer(Protocol):
     def take(self, reply: Reply) -> bytes: ...
 
 
-async def body_of(receive: Receive, headers: Headers, size_bytes_max: int) -> tuple[list[bytes], int]:
+def said_size(headers: Headers, size_bytes_max: int) -> int:
+    """Return how many bytes a body will have, as its head says; the most that it may have where that says nothing.
+
+    Raises TooLong.
+    """
+    said = next((value for name, value in headers if name == b"content-length"), b"")
+    if not said.isdigit():
+        return size_bytes_max
+    _check_size(int(said), size_bytes_max)
+    return int(said)
+
+
+async def body_of(receive: Receive, size_bytes_max: int, arrival: BodyArrival) -> tuple[list[bytes], int]:
     """Return a request's body in the pieces that it came in, and its bytes in all. Raises TooLong, ClientLeft."""
-    said = next((value for name, value in headers if name == b"content-length"), b"0")
     pieces: list[bytes] = []
-    size_bytes = int(said) if said.isdigit() else 0
-    if size_bytes <= size_bytes_max:
-        size_bytes = 0
-        while size_bytes <= size_bytes_max:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeft
-            pieces.append(message["body"])
-            size_bytes += len(message["body"])
-            if not message["more_body"]:
-                break
+    size_bytes, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        pieces.append(message["body"])
+        size_bytes += len(message["body"])
+        _check_size(size_bytes, size_bytes_max)
+        arrival.count(len(message["body"]))
+        more = message["more_body"]
+    arrival.has_come()
+    return pieces, size_bytes
+
+
+def _check_size(size_bytes: int, size_bytes_max: int) -> None:
     if size_bytes > size_bytes_max:
         raise TooLong(
             Reason.INVALID_REQUEST,
             f"the body is longer than {size_bytes_max} bytes; send less, or raise listeners.http.body_bytes_max",
         )
-    return pieces, size_bytes
 
 
 async def send_failure(send: Send, failed: Failure, request_id: str = "", origin: Headers = ()) -> None:

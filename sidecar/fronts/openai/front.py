@@ -22,9 +22,10 @@ from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.content_type import why_not_json
 from sidecar.fronts.http_connection import CROWDED, PEER
+from sidecar.fronts.intake import Intake
 from sidecar.fronts.kinds import empty_pools
 from sidecar.fronts.lengths import text_tokens_max
-from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, send_failure
+from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, said_size, send_failure
 from sidecar.fronts.openai.asked import (
     CHAT,
     COMPLETIONS,
@@ -54,8 +55,9 @@ METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
 class OpenAiFront:
     """An ASGI application over the process's gateway. `templates` are chat templates by backend."""
 
-    def __init__(self, gateway: Gateway, config: Config, templates: Mapping[str, ChatTemplate]) -> None:
+    def __init__(self, gateway: Gateway, config: Config, templates: Mapping[str, ChatTemplate], intake: Intake) -> None:
         self._gateway = gateway
+        self._intake = intake
         self._tenant_from = config.tenant_from
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
@@ -95,8 +97,10 @@ class OpenAiFront:
                 check_request_id(scope["headers"])
                 caller = read_caller(scope["headers"])
                 tenant = self._tenant(scope, caller.tenant)
-                pieces, size_bytes = await body_of(receive, scope["headers"], self._body_bytes_max)
-                requests = await self._read(path, pieces, size_bytes, tenant)
+                said_bytes = said_size(scope["headers"], self._body_bytes_max)
+                async with self._intake.body(said_bytes) as arrival:
+                    pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
+                    requests = await self._read(path, pieces, size_bytes, tenant)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
                 for asked, place in requests:

@@ -1,0 +1,120 @@
+"""As many connections as a listener takes, by clients that ask for nothing: who is connected, and who comes new."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import httpx
+import pytest
+import pytest_asyncio
+
+from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from tests.emulated import EngineProcess
+from tests.http2 import INFER, raw_connection
+from tests.peft_files import write_adapter
+from tests.sidecar_process import SidecarProcess, sidecar_process
+
+CONNECTIONS, PATIENCE_S = 20, 30.0
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+LISTENERS = {
+    "arrival_s": 0.5,
+    "data": {"connections_max": CONNECTIONS, "handshake_s": 0.5, "idle_s": 1.0},
+}
+REQUEST = gateway_pb2.GenerateRequest(adapter="sql", tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=4)
+
+
+@pytest_asyncio.fixture
+async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
+    write_adapter(tmp_path / "sql")
+    async with (
+        EngineProcess("--compute", "none", "--shape", "tiny") as engine,
+        sidecar_process(engine, tmp_path, LISTENERS) as process,
+    ):
+        yield process
+
+
+async def say_nothing(sidecar: SidecarProcess) -> None:
+    await send(sidecar, b"")
+
+
+async def say_one_byte(sidecar: SidecarProcess) -> None:
+    await send(sidecar, PREFACE[:1])
+
+
+async def drip(sidecar: SidecarProcess) -> None:
+    await send(sidecar, *[PREFACE[at : at + 1] for at in range(len(PREFACE))])
+
+
+async def send(sidecar: SidecarProcess, *pieces: bytes) -> None:
+    """Connect, send pieces one by one, and wait until the server closes."""
+    host, _, port = sidecar.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        with suppress(OSError):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await reader.read()
+            while await reader.read(4096):
+                pass
+    finally:
+        writer.transport.abort()
+
+
+async def ask_nothing(sidecar: SidecarProcess) -> None:
+    async with raw_connection(sidecar.address) as connection:
+        await connection.closed.wait()
+
+
+async def begin_a_call(sidecar: SidecarProcess) -> None:
+    async with raw_connection(sidecar.address) as connection:
+        connection.begin(INFER)
+        await connection.closed.wait()
+
+
+@pytest.mark.parametrize("client", [say_nothing, say_one_byte, drip, ask_nothing, begin_a_call])
+async def test_as_many_connections_as_the_limit(
+    sidecar: SidecarProcess, client: Callable[[SidecarProcess], Awaitable[None]]
+) -> None:
+    expected = await sidecar.ask("sql")
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    async with (
+        grpc.aio.insecure_channel(sidecar.address, options=options) as connected,
+        httpx.AsyncClient(base_url=f"http://{sidecar.http}") as probe,
+    ):
+        stub = gateway_pb2_grpc.GatewayStub(connected)
+
+        async def ask() -> list[int]:
+            return [token async for answer in stub.Generate(REQUEST) for token in answer.token_ids]
+
+        assert await ask() == expected
+        hostile = [asyncio.create_task(client(sidecar)) for _ in range(2 * CONNECTIONS)]
+        await asyncio.wait(hostile, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+        assert any(task.done() for task in hostile)  # there are as many as it takes: one more is closed
+        newcomer = asyncio.create_task(waits_until_it_is_in(sidecar))
+        try:
+            while not newcomer.done():
+                assert await ask() == expected
+                assert (await probe.get("/livez")).text == "ok\n"
+            assert await newcomer == expected
+            closed, _ = await asyncio.wait(hostile, timeout=PATIENCE_S)
+            assert closed == set(hostile)
+        finally:
+            for task in (newcomer, *hostile):
+                task.cancel()
+            await asyncio.wait([newcomer, *hostile])
+
+
+async def waits_until_it_is_in(sidecar: SidecarProcess) -> list[int]:
+    """Ask over a new connection, as a client that tries again when it is turned away."""
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 200)]
+    async with grpc.aio.insecure_channel(sidecar.address, options=options) as channel:
+        answers = gateway_pb2_grpc.GatewayStub(channel).Generate(REQUEST, wait_for_ready=True)
+        return [token async for answer in answers for token in answer.token_ids]
