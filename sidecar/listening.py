@@ -35,7 +35,7 @@ from sidecar.fronts.openai.front import OpenAiFront
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.metrics import Metrics
+from sidecar.shell.metrics import ArrivalFigures, Metrics
 
 SERVER_OPTIONS = (
     ("grpc.max_send_message_length", -1),
@@ -65,6 +65,7 @@ class Listening:
         self._servers: list[grpc.aio.Server] = []
         limits = config.listeners
         self.intake = Intake(IntakeLimits(limits.arriving_bytes_max, limits.arrival_s, limits.data.message_bytes_max))
+        metrics.arrivals = lambda: ArrivalFigures(self.intake.held_bytes, self.intake.refused)
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._http: HttpFront | None = None
         self._probes: HttpProbes | None = None

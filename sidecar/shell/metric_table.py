@@ -120,6 +120,12 @@ METRICS: tuple[Metric, ...] = (
         "open_calls",
         "Requests that are open here: clients', whoever answers them, and those that other replicas pass on.",
     ),
+    _gauge("arriving_bytes", "Bytes that are here of messages that have not come in full, as far as is known."),
+    _counter(
+        "arrivals_refused_total",
+        "Messages and calls turned away on their way in: budget (was short), late, calls (too many of a connection).",
+        "why",
+    ),
     _counter("steps_total", "Events that the core has taken."),
     _gauge("event_loop_stall_seconds", "Longest stall of the event loop since the last scrape."),
     _gauge("draining", "Whether the sidecar admits nothing new."),

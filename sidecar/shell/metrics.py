@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic_ns
 from typing import Any, Protocol
 
@@ -97,6 +97,14 @@ class Watched(Protocol):
 
 
 @dataclass(frozen=True)
+class ArrivalFigures:
+    """What is on its way in, and what was turned away of it since the start, by why."""
+
+    held_bytes: int = 0
+    refused: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("budget", "late", "calls"), 0))
+
+
+@dataclass(frozen=True)
 class ReplicaFigures:
     """What is counted between replicas; as it stands where there is one only."""
 
@@ -129,6 +137,8 @@ class Metrics:
         """What the journal's figures are read from; set by whoever starts one."""
         self.replica: Callable[[], ReplicaFigures] = ReplicaFigures
         """Where those of several replicas are read; set by whoever starts one."""
+        self.arrivals: Callable[[], ArrivalFigures] = ArrivalFigures
+        """Where what is on its way in is counted; set by whoever listens."""
         self.declared: Callable[[], Mapping[str, int]] = dict
         """Where the declared adapters of each phase are counted; set by whoever follows a cluster."""
         self.set_aside: Callable[[], int] = int
@@ -186,10 +196,11 @@ class Metrics:
             return content_type, await asyncio.to_thread(encode, self.registry)
 
     def _families(self) -> list[Family]:
-        between = self.replica()
+        between, arrivals = self.replica(), self.arrivals()
         figures = self.journal.figures if self.journal is not None else JournalFigures(0, 0, 0, 0)
         counted = {
             "open_calls": len(self._gateway.tickets),
+            "arriving_bytes": arrivals.held_bytes,
             "steps_total": self._steps,
             "event_loop_stall_seconds": self._watch.take_longest_s(),
             "journal_bytes_total": figures.written_bytes,
@@ -208,6 +219,7 @@ class Metrics:
         return [
             *families_of(self._core.state, self._clock()),
             family("ownership_changes_total", changes),
+            family("arrivals_refused_total", [((why,), count) for why, count in arrivals.refused.items()]),
             *_declared_families(self.declared()),
             *found,
         ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 import grpc
 import grpc.aio
+import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -22,12 +22,16 @@ from tests.sidecar_process import SidecarProcess, sidecar_process
 LIVE = "/inference.GRPCInferenceService/ServerLive"
 
 
-@pytest_asyncio.fixture
-async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
-    write_adapter(tmp_path / "sql")
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sidecar(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SidecarProcess]:
+    adapters = tmp_path_factory.mktemp("adapters")
+    write_adapter(adapters / "sql")
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, tmp_path, {"data": {"calls_per_connection_max": 500}}) as process,
+        sidecar_process(engine, adapters, {"data": {"calls_per_connection_max": 500}}) as process,
     ):
         yield process
 

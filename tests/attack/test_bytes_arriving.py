@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import grpc
 import grpc.aio
+import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
@@ -36,6 +38,18 @@ async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
         sidecar_process(engine, tmp_path, data_bytes_max=1 << 30) as process,
+    ):
+        yield process
+
+
+@pytest_asyncio.fixture
+async def impatient(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
+    """A sidecar with little room, that waits two seconds for a message."""
+    write_adapter(tmp_path / "sql")
+    listeners = {"arrival_s": 2.0, "arriving_bytes_max": 32 * MIB, "http": {"body_bytes_max": 16 * MIB}}
+    async with (
+        EngineProcess("--compute", "none", "--shape", "tiny") as engine,
+        sidecar_process(engine, tmp_path, listeners) as process,
     ):
         yield process
 
@@ -102,3 +116,33 @@ async def test_ten_half_messages(sidecar: SidecarProcess, path: str) -> None:
     assert {ending["grpc-status"] for ending in refused} == {str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])}
     assert all("grpc-status-details-bin" in ending for ending in refused)
     assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER
+
+
+async def test_headers_alone_keep_nobody_out(impatient: SidecarProcess) -> None:
+    """Calls by connections of which nothing is known, each of which might have the largest of messages."""
+    async with AsyncExitStack() as stack:
+        hostile = [await stack.enter_async_context(raw_connection(impatient.address)) for _ in range(200)]
+        calls = [connection.begin(INFER) for connection in hostile]
+        async with another_client(impatient):
+            ended = [await one.is_over(call) for one, call in zip(hostile, calls, strict=True)]
+    assert {ending["grpc-status"] for ending in ended} == {str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])}
+
+
+async def test_half_bodies(impatient: SidecarProcess) -> None:
+    async def half() -> bytes:
+        host, _, port = impatient.http.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n" % (8 * MIB))
+            writer.write(b"content-type: application/json\r\n\r\n" + bytes(4 * MIB))
+            return await reader.readline()
+        finally:
+            writer.transport.abort()
+
+    async with another_client(impatient):
+        answers = await asyncio.gather(*(half() for _ in range(10)))
+    assert set(answers) == {b"HTTP/1.1 429 Too Many Requests\r\n"}
+    async with httpx.AsyncClient() as client:
+        figures = (await client.get(f"http://{impatient.http}/metrics")).text
+    counts = re.findall(r"^lora_sidecar_arrivals_refused_total\{why=\"(?:budget|late)\"\} (\S+)$", figures, re.M)
+    assert sum(map(float, counts)) == 10

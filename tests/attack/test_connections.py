@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -28,12 +27,16 @@ LISTENERS = {
 REQUEST = gateway_pb2.GenerateRequest(adapter="sql", tokens=gateway_pb2.TokenIds(ids=[1, 2]), max_tokens=4)
 
 
-@pytest_asyncio.fixture
-async def sidecar(tmp_path: Path) -> AsyncIterator[SidecarProcess]:
-    write_adapter(tmp_path / "sql")
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def sidecar(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SidecarProcess]:
+    adapters = tmp_path_factory.mktemp("adapters")
+    write_adapter(adapters / "sql")
     async with (
         EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, tmp_path, LISTENERS) as process,
+        sidecar_process(engine, adapters, LISTENERS) as process,
     ):
         yield process
 
