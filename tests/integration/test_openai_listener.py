@@ -155,7 +155,8 @@ async def test_a_client_that_takes_nothing(tmp_path: Path) -> None:
         host, _, port = served.front.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         body = json.dumps(BODY | {"stream": True}).encode()
-        writer.write(HEAD.replace(b" / ", b" /v1/completions ") + b"content-length: %d\r\n\r\n" % len(body) + body)
+        head = HEAD.replace(b" / ", b" /v1/completions ") + b"content-type: application/json\r\n"
+        writer.write(head + b"content-length: %d\r\n\r\n" % len(body) + body)
         await engine.running_are(1)
         large = event("x" * 100_000)
         while engine.running:
