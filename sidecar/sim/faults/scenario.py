@@ -22,7 +22,7 @@ from sidecar.sim.setup import COST_ENGINE, SECOND_NS, EngineSetup, Setup, Sideca
 from sidecar.sim.workloads import WORKLOADS, LoadParameters, source
 
 T = TypeVar("T")
-CROWDED_EVERY, CROWD_TENANTS, CROWD_ADAPTERS = 50, 2_000, 1_000
+CROWDED_EVERY, CROWD_TENANTS, CROWD_ADAPTERS = 100, 2_000, 1_000
 """One world in so many has thousands of tenants and adapters."""
 KINDS: dict[str, str] = {
     "loss": "backends are lost, with what they ran, and come back",
