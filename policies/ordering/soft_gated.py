@@ -140,6 +140,14 @@ class SoftGated:
         if decision is not None:
             return decision
         head = self._next(room, rule)
+        if head is None and room.seats_free >= room.seats:
+            # Nothing runs, so nothing will free what those wait for that the others are held back for: their weights
+            # are on their way, or the host store is full of what the others want. Holding back could last for ever.
+            rule = Rule(rule.urgent, None)
+            decision = self._opening(room, rule, first, now_ns)
+            if decision is not None:
+                return decision
+            head = self._next(room, rule)
         if head is None:
             return self._closing(room, rule) if self._end_turns(room, now_ns) else None
         if not room.can_send(head):
