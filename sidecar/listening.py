@@ -43,6 +43,8 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # No compression: 64 KB would become 64 MB before anything of ours has a say.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     *PENDING_OPTIONS,
 )
 

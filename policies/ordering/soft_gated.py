@@ -133,21 +133,16 @@ class SoftGated:
             return None
         self._overdue.pass_time(now_ns)
         self._slack = _slack(room.seats)
-        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), self._tenants.served_most(self._slack))
+        # While nothing runs nobody is held back for others: nothing would free what these wait for (their weights are
+        # on their way, or the host store is full of what those who are held back want), so it could last for ever.
+        served_most = self._tenants.served_most(self._slack) if room.seats_free < room.seats else None
+        rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), served_most)
         first = self._waiting_for_a_slot(room, rule)
         self._gate_for(len(first), room)
         decision = self._closing(room, rule) or self._opening(room, rule, first, now_ns)
         if decision is not None:
             return decision
         head = self._next(room, rule)
-        if head is None and room.seats_free >= room.seats:
-            # Nothing runs, so nothing will free what those wait for that the others are held back for: their weights
-            # are on their way, or the host store is full of what the others want. Holding back could last for ever.
-            rule = Rule(rule.urgent, None)
-            decision = self._opening(room, rule, first, now_ns)
-            if decision is not None:
-                return decision
-            head = self._next(room, rule)
         if head is None:
             return self._closing(room, rule) if self._end_turns(room, now_ns) else None
         if not room.can_send(head):

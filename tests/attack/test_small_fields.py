@@ -156,3 +156,13 @@ async def test_a_message_has_a_bound_of_its_own_on_each_listener(tmp_path: Path)
         assert (await house.ask("a00", 2)).tokens == house.expected("a00", 2)
         pushed = await status_of(house.admin_channel.unary_unary("/lorasidecar.v1.Adapters/Get")(bytes(5 << 20)))
         assert pushed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("verb", [INFER, GENERATE])
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_message_that_inflates_is_not_taken(served: Serving, verb: str) -> None:
+    """A thousandth of its size on the wire: no listener decompresses, and says so; plain calls go on."""
+    error = await status_of(served.channel.unary_unary(verb)(bytes(32 << 20), compression=grpc.Compression.Gzip))
+    assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+    error = await status_of(served.channel.unary_unary(INFER)(b"\x00"))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT

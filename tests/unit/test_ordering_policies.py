@@ -228,6 +228,25 @@ def test_a_tenant_is_ahead_by_the_slack_at_most() -> None:
     assert counters.may_go("other", counters.served_most(2))
 
 
+def test_an_idle_engine_holds_nobody_back() -> None:
+    """Who is behind waits for weights that do not come: who is ahead is served all the same, one at a time."""
+    policy, room = SoftGated(), Room(slots=1, seats=2, seats_free=2, unready=("far",))
+    number = 0
+    for _ in range(40):
+        number += 1
+        policy.queued(Waiting(number, "far", "far", "behind", "default", 0, 100, 100), None, 0)
+    for _ in range(40):
+        number += 1
+        VERSIONS[number] = "near"
+        policy.queued(Waiting(number, "near", "near", "ahead", "default", 0, 100, 100), None, 0)
+    served = 0
+    while sent := [each.request for each in room.obey(policy, 0) if isinstance(each, Send)]:
+        for request in sent:
+            served += 1
+            end(policy, room, Waiting(request, "near", "near", "ahead", "default", 0, 100, 100), 1)
+    assert served == 40
+
+
 def test_nobody_is_owed_more_than_what_waits() -> None:
     """One that has a single request waiting was behind by far: the rest is written off, and not owed later either."""
     counters = TokenCounters()
