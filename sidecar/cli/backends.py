@@ -30,6 +30,7 @@ from sidecar.proto import admin_pb2 as pb
 app = typer.Typer(help="See backends, drain them and take them back.", no_args_is_help=True)
 
 ENGINE = "Engine"
+COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
 GOOD = ("up", "joining")
 """States of a backend that serves, or is about to."""
 
@@ -52,8 +53,7 @@ def list_backends(client: Client, as_json: AsJson = False) -> None:
     elif not backends:
         print("there is no backend: none is configured, or none has been found yet")
     else:
-        columns = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
-        console().print(table(columns, [_row(backend) for backend in backends]))
+        console().print(table(COLUMNS, [_row(backend) for backend in backends]), crop=False)
 
 
 def _row(backend: Any) -> tuple[str | Text, ...]:

@@ -134,12 +134,7 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
     where = f"the {endpoint.listener} listener of a sidecar at {endpoint.address}"
     if code is grpc.StatusCode.UNAVAILABLE:
         cause = said.rpartition(": ")[2]
-        return CommandError(
-            f'cannot reach {where} ({cause}); start one with "sidecar serve" or name its address with '
-            f"{endpoint.option}",
-            Exit.UNREACHABLE,
-            code=code.name,
-        )
+        return CommandError(f"cannot reach {where} {_why_unreached(cause, endpoint)}", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CommandError(f"{where} took longer than it may to answer", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -149,6 +144,18 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
             code=code.name,
         )
     return CommandError(said or code.name, Exit.FAILED, code=code.name)
+
+
+def _why_unreached(cause: str, endpoint: Endpoint) -> str:
+    """Say what gRPC's words mean where they mean TLS, and the way out."""
+    host = endpoint.address.rpartition(":")[0]
+    if not endpoint.speaks_tls and (cause == "Socket closed" or "reset by peer" in cause):
+        return f"({cause}): it may speak TLS; give the CA that signed it with --ca"
+    if endpoint.speaks_tls and ("Hostname Verification" in cause or "Peer name" in cause):
+        return f"by TLS: its certificate does not name {host}; give {endpoint.option} a name that it has"
+    if endpoint.speaks_tls and cause == "OK":  # gRPC's whole answer to a handshake that failed
+        return "by TLS: the CA of --ca did not sign its certificate, or it does not speak TLS, or asks for --cert"
+    return f'({cause}); start one with "sidecar serve" or name its address with {endpoint.option}'
 
 
 def _details(error: Any) -> tuple[Any, int | None]:

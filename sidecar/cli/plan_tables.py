@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from sidecar.cli.show import count, duration, size, table
 
@@ -64,7 +64,7 @@ def sidecar_lines(told: Record) -> Iterator[tuple[str, str]]:
     yield "patience_s", f"{limits['patience_s']:g}"
 
 
-def curve(told: Record) -> Table:
+def curve(told: Record) -> RenderableType:
     """Return throughput and waits by slots, the plan marked."""
     rows = [
         [

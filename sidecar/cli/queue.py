@@ -50,7 +50,7 @@ def _print(view: Any, as_json: bool, indent: int | None = 2) -> None:
     if as_json:
         print_json(view, indent)
     else:
-        console().print(shown(view))
+        console().print(shown(view), crop=False)
 
 
 def _watch(look: Any, interval_s: float) -> None:

@@ -215,9 +215,10 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
     backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
         return json.dumps({**addresses, "backends": backends, "adapters": adapters})
-    metrics = addresses.get("probes", addresses["http"])
+    probes = f", probes and metrics on {addresses['probes']}" if "probes" in addresses else ""
     return (
-        f"ready: requests on {addresses['data']}, admin on {addresses['admin']}, metrics on http://{metrics}/metrics; "
+        f"ready: gRPC on {addresses['data']}, OpenAI's API on {addresses['http']}/v1, "
+        f"admin on {addresses['admin']}{probes}; "
         f"{count(backends, 'backend')}, {count(adapters, 'adapter')}"
     )
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from google.protobuf.message import Message
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +21,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 WIDTH_UNBOUNDED = 10_000
 """Into a pipe or a file nothing is wrapped: whoever reads it there cuts columns, not lines."""
 
-NAME_WIDTH_KEPT = 40
+GAP = 2
+"""Blanks between two columns."""
+
+FOLDED_WIDTH_MIN = 30
+"""Below which a column is not folded but stands below its row."""
 
 
 def console() -> Console:
@@ -51,20 +57,86 @@ def print_json(value: Any, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=False), flush=True)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> Table:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
     """Return a table without lines; a column whose name begins with ">" is set to the right.
 
-    Where the terminal is too narrow cells are folded, the first column's, which names the row, last.
+    Where the terminal is too narrow the last column is folded, and where that leaves it too little, the columns that do
+    not fit stand below their row. No other cell is broken, so that ids and names can be copied.
     """
-    name_width = min(NAME_WIDTH_KEPT, max((len(row[0]) for row in rows), default=0))
-    made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        justify: Literal["right", "left"] = "right" if column.startswith(">") else "left"
-        width = None if index else name_width
-        made.add_column(column.removeprefix(">"), justify=justify, overflow="fold", min_width=width)
-    for row in rows:
-        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return made
+    return _Table(columns, [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows])
+
+
+class _Table:
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+        self._names = [column.removeprefix(">") for column in columns]
+        self._justify: list[Literal["right", "left"]] = [
+            "right" if column.startswith(">") else "left" for column in columns
+        ]
+        self._rows = rows
+        self._widths = [
+            max(cell_len(name), *(row[index].cell_len for row in rows), 0) for index, name in enumerate(self._names)
+        ]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        last = len(self._names) - 1
+        words = (cell_len(word) for row in self._rows for word in row[last].plain.split())
+        needed = min(self._widths[last], max(FOLDED_WIDTH_MIN, *words, 0))
+        if self._width(last) + GAP + needed <= options.max_width:
+            yield self._grid()
+            return
+        kept = last
+        while kept > 1 and self._width(kept) > options.max_width:
+            kept -= 1
+        yield self._line([Text(name, style="bold") for name in self._names[:kept]])
+        for row in self._rows:
+            yield self._line(row[:kept])
+            yield from self._below(row, kept, options.max_width - GAP)
+
+    def _below(self, row: Sequence[Text], kept: int, width: int) -> Iterator[RenderableType]:
+        """Yield the cells that do not fit beside the others, named, as many on a line as it holds."""
+        line = Text()
+        for name, cell in zip(self._names[kept:], row[kept:], strict=True):
+            if cell.plain in ("", "-"):
+                continue
+            part = Text.assemble((f"{name} ", "bold"), cell)
+            if line and line.cell_len + GAP + part.cell_len > width:
+                yield _indented(line, width)
+                line = Text()
+            line = Text.assemble(line, " " * GAP, part) if line else part
+        if line:
+            yield _indented(line, width)
+
+    def _width(self, count: int) -> int:
+        """Return what so many columns take."""
+        return sum(self._widths[:count]) + GAP * max(count - 1, 0)
+
+    def _grid(self) -> Table:
+        made = Table(box=None, header_style="bold", pad_edge=False, padding=(0, GAP, 0, 0))
+        last = len(self._names) - 1
+        for index, (name, justify) in enumerate(zip(self._names, self._justify, strict=True)):
+            made.add_column(name, justify=justify, overflow="fold", no_wrap=index < last)
+        for row in self._rows:
+            made.add_row(*row)
+        return made
+
+    def _line(self, cells: Sequence[Text]) -> Text:
+        """Return the first cells of a row, or of the head, one below the other."""
+        line = Text(no_wrap=True, overflow="ignore")
+        for index, cell in enumerate(cells):
+            room = " " * (self._widths[index] - cell.cell_len)
+            line.append_text(Text(room) + cell if self._justify[index] == "right" else cell + Text(room))
+            line.append(" " * GAP)
+        line.rstrip()
+        return line
+
+
+def _indented(line: Text, width: int) -> RenderableType:
+    """Return a line a little to the right; a longer one is folded between words, one word never."""
+    if line.cell_len > width and line.plain.count(" ") == 1:
+        line.no_wrap, line.overflow = True, "ignore"
+        return line
+    line.overflow = "fold"
+    return Padding(line, (0, 0, 0, GAP), expand=False)
 
 
 def facts(pairs: Iterable[tuple[str, str | Text]]) -> Table:

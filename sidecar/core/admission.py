@@ -157,8 +157,10 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
     if near:
         return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
     if not usable:
-        whose = "" if tenant is None else f' for tenant "{tenant}"'
-        return f'unknown adapter "{shown}": none is registered{whose}; register one with "sidecar adapters register"'
+        whose = f' for tenant "{tenant}"' if tenant else ""
+        return f'unknown adapter "{shown}": none is registered{whose}; operators do so with "sidecar adapters register"'
+    if tenant is not None:
+        return f'unknown adapter "{shown}"; GET /v1/models of the http listener lists those that you may use'
     return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'
 
 
@@ -196,20 +198,26 @@ def _has_room(state: State, event: Received) -> None:
     """Hold the queue's bounds by count, tokens and bytes: in all, and for each tenant."""
     config, tenant = state.config, state.tenant_queued.get(event.tenant, Queued())
     tokens = event.input_tokens + event.output_tokens_max
-    all_of, of_tenant = "wait", f'of tenant "{event.tenant}" wait'
+    of_tenant = f' of tenant "{event.tenant}"'
     bounds = (
-        (state.waiting.requests, 1, config.queued_max, "requests", all_of),
-        (state.waiting.tokens, tokens, config.queued_tokens_max, "tokens", all_of),
-        (state.waiting.size_bytes, event.size_bytes, config.queued_bytes_max, "bytes", all_of),
-        (tenant.requests, 1, config.tenant_queued_max, "requests", of_tenant),
-        (tenant.tokens, tokens, config.tenant_queued_tokens_max, "tokens", of_tenant),
-        (tenant.size_bytes, event.size_bytes, config.tenant_queued_bytes_max, "bytes", of_tenant),
+        ("queued_max", state.waiting.requests, 1, config.queued_max, "requests"),
+        ("queued_tokens_max", state.waiting.tokens, tokens, config.queued_tokens_max, "tokens"),
+        ("queued_bytes_max", state.waiting.size_bytes, event.size_bytes, config.queued_bytes_max, "bytes"),
+        ("tenant_queued_max", tenant.requests, 1, config.tenant_queued_max, f"requests{of_tenant}"),
+        ("tenant_queued_tokens_max", tenant.tokens, tokens, config.tenant_queued_tokens_max, f"tokens{of_tenant}"),
+        (
+            "tenant_queued_bytes_max",
+            tenant.size_bytes,
+            event.size_bytes,
+            config.tenant_queued_bytes_max,
+            f"bytes{of_tenant}",
+        ),
     )
-    for held, more, limit, unit, whose in bounds:
+    for key, held, more, limit, what in bounds:
         if held + more > limit:
             raise Refused(
                 Reason.QUEUE_FULL,
-                f"the queue is full: {held} {unit} {whose} (limit {limit}); try again later or raise queue limits",
+                f"the queue is full: {held} {what} wait (limit {limit}); try again later, or raise queue.{key}",
                 retry_after_s=RETRY_AFTER_NS / 1e9,
             )
 

@@ -42,12 +42,14 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._tokens = [token.encode() for token in read_tokens(path)]
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        if self._admits(details.invocation_metadata or ()):
+        given = next((value for key, value in details.invocation_metadata or () if key == "authorization"), "")
+        if self._admits(given):
             return await continuation(details)
-        return grpc.stream_stream_rpc_method_handler(_turn_away)  # a stream: it waits for no message
+        return grpc.stream_stream_rpc_method_handler(
+            _refuse_wrong if given else _refuse_none
+        )  # it waits for no message
 
-    def _admits(self, metadata: Any) -> bool:
-        given = next((value for key, value in metadata if key == "authorization"), "")
+    def _admits(self, given: Any) -> bool:
         if not isinstance(given, str) or not given.startswith(SCHEME):
             return False
         presented = given.removeprefix(SCHEME).strip().encode()
@@ -55,12 +57,14 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return any(matches)
 
 
-async def _turn_away(requests: Any, context: Any) -> None:
-    await abort(
-        context,
-        Misused(
-            Reason.UNAUTHENTICATED,
-            'this listener wants the token of its token file, as metadata "authorization: Bearer <token>" '
-            "(the option --token-file of the command line sends it)",
-        ),
-    )
+async def _refuse_none(requests: Any, context: Any) -> None:
+    await _turn_away(context, "this listener wants a token of its token file,")
+
+
+async def _refuse_wrong(requests: Any, context: Any) -> None:
+    await _turn_away(context, "the token sent is not one of this listener's token file; it wants one of them,")
+
+
+async def _turn_away(context: Any, why: str) -> None:
+    way = 'as metadata "authorization: Bearer <token>" (the option --token-file of the command line sends it)'
+    await abort(context, Misused(Reason.UNAUTHENTICATED, f"{why} {way}"))

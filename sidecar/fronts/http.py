@@ -89,8 +89,10 @@ class HttpFront:
             await self._answer_rest(scope)(scope, receive, send)
         elif await _is_too_long(receive):
             await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
-        elif path not in PATHS or self._probes is None:
+        elif path not in PATHS:
             await self._nothing_here()(scope, receive, send)
+        elif self._probes is None:
+            await _text(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
         elif scope["method"] not in ("GET", "HEAD"):
             await _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
         else:

@@ -42,6 +42,19 @@ async def test_a_loader_that_is_killed_mid_load(tmp_path: Path) -> None:
         await assert_nothing_left(served)
 
 
+async def test_a_signal_to_the_whole_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """SIGTERM to all processes, as from systemd, is for the sidecar, which drains: loads go on meanwhile."""
+    write_adapters(tmp_path, 2)
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
+        assert_right(served, await attempt(served, "a00"))
+        first = loader_of(served)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(first, number)
+        assert_right(served, await attempt(served, "a01"))
+        assert loader_of(served) == first
+    assert "the loader process ended" not in caplog.text
+
+
 async def test_loaders_that_are_killed_again_and_again(tmp_path: Path) -> None:
     """When two die under a load the core hears of it, and loads again a little later; still nobody is to blame."""
     write_adapters(tmp_path, 1)

@@ -9,6 +9,7 @@ import pytest
 from sidecar.core import admission, asks
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
+from sidecar.core.admission import unknown_adapter
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.words import Outcome
 from sidecar.errors import Reason
@@ -34,10 +35,11 @@ def test_unknown_adapter_names_the_nearest() -> None:
 
 
 def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
-    """A name like no other is refused with the command that lists them."""
+    """A name like no other is refused with what lists them: to clients the API, to operators the command."""
     world = World()
     world.register("sql")
-    assert "sidecar adapters list" in refusal(world, "zzzzzz").message
+    assert "GET /v1/models" in refusal(world, "zzzzzz").message
+    assert "sidecar adapters list" in unknown_adapter(world.core.state, "zzzzzz").message
 
 
 @pytest.mark.parametrize("typo", ["customer-01234-asistant", "custommer-01234-assistant", "customer-1234-assistant"])

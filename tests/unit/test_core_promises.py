@@ -349,6 +349,7 @@ def test_the_queue_is_bounded(limits: dict[str, int], words: str) -> None:
     refused = world.settled[send("red")]
     assert (refused.reason, refused.outcome) == (Reason.QUEUE_FULL, Outcome.REFUSED)
     assert words in refused.message
+    assert refused.message.endswith(f"raise queue.{next(iter(limits))}")
     assert refused.retry_after_ns
     is_of_tenant = next(iter(limits)).startswith("tenant")
     assert (send("blue") not in world.settled) == is_of_tenant

@@ -73,5 +73,6 @@ def _refusal(refused: Refused) -> Refusal:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the parent: it drains first
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group, as from a terminal or systemd: for the parent,
+        signal.signal(number, signal.SIG_IGN)  # which drains first; this process ends when the parent closes its pipe
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,56 @@
+"""Tables on narrow terminals: nothing is lost, and what one copies, ids and names, is in one piece."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from sidecar.cli import backends, queue
+from sidecar.cli.show import table
+from sidecar.proto import admin_pb2
+
+ID = "6e0c8c5e-4a0d-4c53-a1ff-6a1b6c8f2d11"
+LONG_ID = "customer-0123456789/" * 6 + "end"
+DETAIL = "reached, serves at most 4 adapters at once, because its host cache holds no more; see its log"
+
+
+def printed(shown: RenderableType, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, markup=False, highlight=False, emoji=False).print(shown, crop=False)
+    return out.getvalue()
+
+
+def waiting(request_id: str) -> Any:
+    made = admin_pb2.QueueResponse(verdict="one waits", waiting=1)
+    request = made.requests.add(
+        waited_s=1.5,
+        bound_s=20,
+        expires_s=598,
+        adapter="customer-support-german",
+        tenant="acme",
+        backend="127.0.0.1:8001",
+    )
+    setattr(request, "class", "interactive")
+    request.why, request.request, request.request_id = "all slots are busy", 12, request_id
+    return made
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+@pytest.mark.parametrize("request_id", [ID, LONG_ID])
+def test_the_queue(request_id: str, width: int) -> None:
+    """A request's id can be pasted after --explain, and no header is broken."""
+    text = printed(queue.shown(waiting(request_id)), width)
+    for whole in (request_id, "EXPIRES", "customer-support-german", "127.0.0.1:8001", "all slots are busy"):
+        assert whole in text
+    assert all(len(line) <= width for line in text.splitlines() if LONG_ID not in line)
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_backends(width: int) -> None:
+    backend = admin_pb2.Backend(id="127.0.0.1:8001", state="up", seats=8, page_limit=4, detail=DETAIL)
+    text = printed(table(backends.COLUMNS, [backends._row(backend)]), width)
+    assert "127.0.0.1:8001" in text
+    assert "".join(DETAIL.split()) in "".join(text.split())
