@@ -38,7 +38,7 @@ class RawConnection:
         self._flush()
         self._reading = asyncio.create_task(self._read())
 
-    def begin(self, path: str, *metadata: tuple[str, str]) -> int:
+    def begin(self, path: str, *metadata: tuple[str | bytes, str | bytes]) -> int:
         """Send a call's headers and return its stream's number."""
         stream = self._h2.get_next_available_stream_id()
         head = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "here")]

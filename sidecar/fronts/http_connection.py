@@ -13,7 +13,7 @@ from http import HTTPStatus
 from time import monotonic
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 CONNECTIONS_MAX = 4096
 SPARE_CONNECTIONS = 64
@@ -61,6 +61,8 @@ class Connection(HttpToolsProtocol):
         self._heard_s = 0.0
         self._refusal: HTTPStatus | None = None
         self._watch: asyncio.TimerHandle | None = None
+        self._answered: RequestResponseCycle | None = None
+        """The request whose answer is being made. `cycle` is the one read last, which may wait behind it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.app_state = {**self.app_state, PEER: _peer_name(transport)}
@@ -82,7 +84,14 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._watch is not None:
             self._watch.cancel()
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _look(self) -> None:
         """Close on a client that has begun a request, or nothing at all, and says no more."""
@@ -115,7 +124,9 @@ class Connection(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        super().on_header(name, value)
+        """Keep a header. What comes behind the body is none: who wrote the head, as an ingress, has not seen it."""
+        if self._in_head:
+            super().on_header(name, value)
         self._count(len(name) + len(value) + 4)
 
     def _count(self, size_bytes: int) -> None:

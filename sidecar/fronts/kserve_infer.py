@@ -138,6 +138,10 @@ class KServe:
             await InferStream(self, context, lifetime).serve(requests)
         except StreamBroken as broken:
             await context.abort(*broken.status)
+        except Refused as refused:  # by the stream's own metadata: it holds for every request
+            request_id = callers.id_of_call(context)
+            log_refused(request_id, refused)
+            await abort(context, refused, request_id)
         except ClientLeft:
             return  # the call is over already; returning ends its handler
         finally:

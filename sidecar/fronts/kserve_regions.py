@@ -16,7 +16,7 @@ from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
 from sidecar.fronts.kserve_later import Later
-from sidecar.fronts.kserve_owners import RegionOwners, ours
+from sidecar.fronts.kserve_owners import Caller, RegionOwners, ours
 from sidecar.fronts.kserve_verbs import Verb, abort_with_first, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort, id_metadata
 from sidecar.identities import Shape, clipped, problem_of
@@ -44,7 +44,7 @@ def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[s
 
 def _status(ask: Verb, owners: RegionOwners) -> Verb:
     async def handle(request: Any, context: Any) -> Any:
-        caller = owners.caller(context)
+        caller = await _caller(owners, context)
         if request.name.startswith(PREFIX) or owners.is_anothers(request.name, caller):
             await _not_found(context, f"Unable to find system shared memory region: '{clipped(request.name)}'")
         reply = await ask(request, context)
@@ -61,7 +61,7 @@ def _register(tell: Verb, owners: RegionOwners) -> Verb:
 
     async def handle(request: Any, context: Any) -> Any:
         await _check(request, context)
-        caller, name = owners.caller(context), request.name
+        caller, name = await _caller(owners, context), request.name
         if owners.is_anothers(name, caller):
             taken = f"shared memory region '{clipped(name)}' already in manager"
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, taken, id_metadata(id_of_call(context)))
@@ -79,12 +79,24 @@ def _register(tell: Verb, owners: RegionOwners) -> Verb:
     return handle
 
 
+async def _caller(owners: RegionOwners, context: Any) -> Caller:
+    """Return who calls, or end a call whose metadata does not say it."""
+    try:
+        return owners.caller(context)
+    except Refused as refused:
+        await abort(context, refused)
+
+
 async def _check(request: Any, context: Any) -> None:
     """End a call whose region has a name or a key that is none, or the sidecar's own."""
     for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
         if problem := problem_of(REGION_WORD, word):
             await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
-    for what in (request.name, getattr(request, "key", "").lstrip("/")):
+    key = getattr(request, "key", "").removeprefix("/")
+    if "/" in key or key in (".", ".."):  # another path to a file that has a name of its own
+        problem = f'the region\'s key is "{clipped(request.key)}"; name a file in shared memory, without folders'
+        await abort(context, Refused(Reason.INVALID_REQUEST, problem))
+    for what in (request.name, key):
         if what.startswith(PREFIX):
             await abort(context, ours("the region is", what))
 
@@ -93,7 +105,7 @@ def _unregister(gateway: Gateway, later: Later, owners: RegionOwners) -> Verb:
     tell_one = to_all(gateway, UNREGISTER, later)
 
     async def handle(request: Any, context: Any) -> Any:
-        caller = owners.caller(context)
+        caller = await _caller(owners, context)
         if request.name:
             await _check(request, context)
             if owners.is_anothers(request.name, caller):  # as one that is not there is no error in Triton

@@ -39,7 +39,10 @@ class ClientLeft(Exception):
 
 
 class InferStream:
-    """One `ModelStreamInfer` call. An error is a message, and the stream stays open for the others."""
+    """One `ModelStreamInfer` call. An error is a message, and the stream stays open for the others.
+
+    Raises Refused(INVALID_REQUEST) for metadata that is not as it may be.
+    """
 
     def __init__(self, front: KServe, context: Any, lifetime: Lifetime) -> None:
         self._front = front

@@ -18,6 +18,9 @@ from logging.handlers import QueueHandler, QueueListener
 from typing import Any, Literal, TextIO
 
 QUEUED_MAX = 10_000
+NOT_UTF8_EVERY_S = 60.0
+GRPC_METADATA = "grpc._cython.cygrpc"
+"""The logger of the part of gRPC that decodes metadata."""
 _PLAIN = re.compile(r"[\w.@:/+-]+\Z")
 
 
@@ -109,11 +112,38 @@ def _left_out(count: int) -> logging.LogRecord:
     return logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
 
 
+class NotUtf8(logging.Filter):
+    """Lets gRPC say once in a while that a client's metadata is not UTF-8, with how much of it there was.
+
+    By itself it writes a traceback for each such value, thousands a request, before any handler sees the call.
+    """
+
+    def __init__(self, every_s: float = NOT_UTF8_EVERY_S) -> None:
+        super().__init__()
+        self._every_s = every_s
+        self._last_s: float | None = None
+        self._count = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not str(record.msg).startswith("Invalid encoding"):
+            return True
+        self._count += 1
+        if self._last_s is not None and 0 <= record.created - self._last_s < self._every_s:
+            return False
+        record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        record.msg = "clients sent metadata that is not UTF-8: %d values since the last such line"
+        record.args = (self._count,)
+        record.exc_info = record.exc_text = None
+        self._last_s, self._count = record.created, 0
+        return True
+
+
 class LogWriter:
     """The thread behind the root logger. `stop` writes what is queued."""
 
-    def __init__(self, handler: QueuedHandler, listener: QueueListener) -> None:
+    def __init__(self, handler: QueuedHandler, listener: QueueListener, not_utf8: NotUtf8) -> None:
         self._handler = handler
+        self._not_utf8 = not_utf8
         self._listener: QueueListener | None = listener
 
     def start(self) -> None:
@@ -125,6 +155,7 @@ class LogWriter:
         if listener is None:
             return
         logging.getLogger().removeHandler(self._handler)
+        logging.getLogger(GRPC_METADATA).removeFilter(self._not_utf8)
         listener.stop()
         atexit.unregister(self.stop)
 
@@ -138,7 +169,9 @@ def configure_logging(
     written.setFormatter(JsonFormatter() if log_format == "json" else text)
     records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUED_MAX)
     handler = QueuedHandler(records)
-    writer = LogWriter(handler, QueueListener(records, written))
+    not_utf8 = NotUtf8()
+    logging.getLogger(GRPC_METADATA).addFilter(not_utf8)
+    writer = LogWriter(handler, QueueListener(records, written), not_utf8)
     root = logging.getLogger()
     root.setLevel(level.upper())
     root.addHandler(handler)

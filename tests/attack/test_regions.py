@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
+from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Refused
 from sidecar.fronts.kserve_owners import Caller, RegionOwners
 from tests.emulated import running_engine
@@ -97,3 +100,17 @@ def test_a_clients_regions_are_bounded() -> None:
     owners.register("d", Caller("blue", "ipv4:127.0.0.1:3"))
     with pytest.raises(Refused, match="2 regions"):
         owners.register("e", blue)
+
+
+@pytest.mark.parametrize("key", ["/{}", "//{}", "./{}", "/./{}", "/../shm/{}", ".", "/.."])
+async def test_the_stores_own_memory_by_another_path(tmp_path: Path, key: str) -> None:
+    """An engine opens a key as a file's path, so the store's has as many names as one writes."""
+    store = SharedMemory(f"{PREFIX}{secrets.token_hex(6)}", create=True, size=PROMPT.nbytes)
+    try:
+        async with two_clients(tmp_path) as (_, engine, one, _):
+            with pytest.raises(InferenceServerException, match=r"the region('s key)? is"):
+                await one.register_system_shared_memory("mine", key.format(store.name), PROMPT.nbytes)
+            assert "mine" not in await regions_at(engine.grpc_address)
+    finally:
+        store.close()
+        store.unlink()

@@ -197,6 +197,8 @@ async def test_a_token_is_asked_for(tmp_path: Path) -> None:
             code, reason, message = await failure(admin.adapters.List(request, metadata=header))
             assert (code, reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
             assert "Bearer" in message
+        twice = (("authorization", "Bearer old"), ("authorization", "Bearer new"))
+        assert (await failure(admin.adapters.List(request, metadata=twice)))[0] == grpc.StatusCode.UNAUTHENTICATED
         for token in ("old", "new"):
             await admin.adapters.List(request, metadata=(("authorization", f"Bearer {token}"),))
 

@@ -25,6 +25,8 @@ HEADERS = {
 }
 """What each may look like."""
 REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
+ONCE = frozenset((*(name.encode() for name in HEADERS), REQUEST_ID_HEADER, b"authorization"))
+"""Headers that say who asks. Of two a proxy may read the one and we the other."""
 LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
@@ -204,9 +206,14 @@ def _bytes_in(prompts: Sequence[Any]) -> int:
 
 
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
-    """Read our headers; of one that is given twice the last. Raises Refused(INVALID_REQUEST) for one misspelt."""
+    """Read our headers. Raises Refused(INVALID_REQUEST) for one that is misspelt or given twice."""
     own: dict[str, str] = {}
+    once: set[bytes] = set()
     for raw_name, raw in headers:
+        if raw_name in once:
+            raise Refused(Reason.INVALID_REQUEST, f"the header {raw_name.decode()} is given twice; send it once")
+        if raw_name in ONCE:
+            once.add(raw_name)
         if raw_name[:6] == b"x-lora":
             name = raw_name.decode("latin-1")
             if name not in HEADERS:
@@ -232,7 +239,9 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
 
 
 def _said_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    return dict(headers).get(REQUEST_ID_HEADER, b"").decode(errors="replace")
+    """Return the request's own id, "" where it has none or several, which `read_caller` refuses."""
+    given = [value for name, value in headers if name == REQUEST_ID_HEADER]
+    return given[0].decode(errors="replace") if len(given) == 1 else ""
 
 
 def _unknown(name: str) -> Refused:
