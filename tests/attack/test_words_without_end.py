@@ -161,9 +161,9 @@ async def test_another_replica_passes_on_what_is_too_long(served: Serving) -> No
     before, gateway = arrived(served), served.sidecar.gateway
     for facts in (RequestFacts("a00", tenant=LONG), RequestFacts(LONG), RequestFacts("a00", session=LONG)):
         with pytest.raises(Refused, match="has 1000000 characters"):
-            gateway.submit_here(facts, lambda number: Ticket(number, PAYLOAD))
+            gateway.submit_here(facts, lambda number: Ticket(number, PAYLOAD, "", gateway.answers))
     with pytest.raises(Refused, match="the request id has 1000000 characters"):
-        gateway.submit_here(RequestFacts("a00"), lambda number: Ticket(number, PAYLOAD, LONG))
+        gateway.submit_here(RequestFacts("a00"), lambda number: Ticket(number, PAYLOAD, LONG, gateway.answers))
     assert not gateway.tickets
     assert arrived(served) == before
 
