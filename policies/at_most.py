@@ -9,8 +9,12 @@ T = TypeVar("T")
 
 
 def at_most(most: int, items: Iterable[T]) -> Iterator[T]:
-    """Yield the first items, so many at most."""
-    for count, item in enumerate(items):
-        if count >= most:
+    """Yield the first items, so many at most, and take no more from an iterator than that."""
+    count, rest = 0, iter(items)
+    while count < most:
+        try:
+            item = next(rest)
+        except StopIteration:
             return
         yield item
+        count += 1
