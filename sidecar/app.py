@@ -321,13 +321,15 @@ class Sidecar:
         if self._ending is not None:
             await _tried(self._ending)
         self.served.stop()
+        is_drained = self._draining is not None and self._draining.done() and not self._draining.cancelled()
         if self._draining is not None:
             self._draining.cancel()
         if self._pools is not None:
             await self._pools.stop()
         if self.replica is not None:
             await self.replica.leave()
-        await self.listening.close(0 if self.crash.raised is None else TELL_S)
+        # Whoever asks in the last moment of a drain is still told that it is over.
+        await self.listening.close(TELL_S if is_drained or self.crash.raised is not None else 0)
         if self._declared is not None:
             await self._declared.stop()
         if self.replica is not None:

@@ -96,8 +96,7 @@ class Listening:
         """Listen no more: calls that are still open after `grace_s` are cancelled."""
         if self._drain_front is not None:
             await self._drain_front.stop()
-        for server in self._servers:
-            await server.stop(grace_s)
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
         for http in (self._http, self._probes):
             if http is not None:
                 await http.stop()

@@ -179,11 +179,11 @@ async def process_of(engine: Any, folder: Path, home: Cluster, kubeconfig: Path)
     }
     environment = os.environ | ({"KUBECONFIG": str(kubeconfig)} if home.server is not None else {})
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SERVE, json.dumps(config), stdout=asyncio.subprocess.PIPE, env=environment
+        sys.executable, "-c", SERVE, json.dumps(config), "0", stdout=asyncio.subprocess.PIPE, env=environment
     )
     assert process.stdout is not None
     try:
-        yield SidecarProcess(process, (await process.stdout.readline()).decode().strip())
+        yield SidecarProcess(process, *(await process.stdout.readline()).decode().split())
     finally:
         if process.returncode is None:
             process.kill()

@@ -23,6 +23,8 @@ from tests.serving import PATIENCE_S, Serving, until, write_adapters
 ENGINE = {"compute": "none", "shape": "tiny", "seats": 64, "kv_blocks": 1 << 16}
 LONG = 6000
 """Tokens whose messages fit in no window of a connection."""
+ROOM_BYTES = 4096
+"""What an answer may have waiting for its client, before the owner is told to wait."""
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ async def owner_and_other(folder: Path, adapters: Path) -> AsyncIterator[tuple[S
     async with (
         running(folder / "redis") as redis,
         running_engine(**ENGINE) as one,
-        replicas(2, redis.url, [one], adapters) as pool,
+        replicas(2, redis.url, [one], adapters, queue={"answer_bytes_max": ROOM_BYTES}) as pool,
         asyncio.timeout(2 * PATIENCE_S),
     ):
         (owner,) = [served for served in pool if owned(served)]
