@@ -76,14 +76,18 @@ class Credit:
                 self._ending[least] = creditor
 
     def _creditors(self, room: Room) -> list[str]:
+        """Return the versions that go first. A slot is not freed for one whose weights are still on their way:
+        another would take it at once, it would be freed again, and so on without end.
+        """
         over = [v for v, credit in self._credit.items() if credit > CREDIT_MAX and v not in room.open and v != BASE]
+        over = [version for version in over if room.is_ready(version)]
         return sorted(over, key=lambda version: (-self._credit[version], version))
 
     def _opening(self, room: Room) -> Decision | None:
         if room.pages_free is not None and room.pages_free <= 0:
             return None
         blocked = [version for _, version in self._queues.heads if version not in room.open and version != BASE]
-        for version in dict.fromkeys([*self._creditors(room), *blocked]):
+        for version in self._creditors(room) or dict.fromkeys(blocked):
             if room.can_open(version):
                 self._credit.pop(version, None)
                 return Open(version)
