@@ -58,7 +58,11 @@ def unpack(path: Path, folder: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> lis
     """Write an archive's journal segments into a folder and return them, in the archive's order. Raises Misused."""
     try:
         with gzip.open(path) as compressed:
-            return list(_segments(path, compressed, folder, bytes_max))
+            segments = list(_segments(path, compressed, folder, bytes_max))
+            # The checksum stands behind the padding, which a tar's reader need not read.
+            if len(compressed.read(tarfile.RECORDSIZE + 1)) > tarfile.RECORDSIZE:
+                raise _bad(path, "something follows its end; have it sent again, or capture it again")
+            return segments
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
         raise _bad(path, f"it is damaged ({error}); have it sent again, or capture it again") from error
 
