@@ -40,10 +40,9 @@ def steal(turn: Turn) -> bool:
     state = turn.state
     if state.queued == len(state.unrouted):
         return False
-    crowded = [backend for backend in state.backends.values() if backend.queued]
     for backend in state.backends.values():
         if _has_to_spare(state, backend):
-            others = [other for other in crowded if other is not backend]
+            others = [other for other in state.backends.values() if other.queued and other is not backend]
             if _take_over(turn, backend, others) or _load_for(turn, backend, others):
                 return True
     return False
@@ -51,7 +50,7 @@ def steal(turn: Turn) -> bool:
 
 def _has_to_spare(state: State, backend: Backend) -> bool:
     """Whether a backend has a seat that none of its own can use."""
-    if not backend.takes_requests or backend.in_flight >= backend.seats(state.config) or backend.id in state.joining:
+    if backend.in_flight >= backend.seats(state.config) or not backend.takes_requests or backend.id in state.joining:
         return False
     return not backend.in_flight or not any(asks.ready(state, backend, each) for each in backend.queued_by_version)
 
