@@ -90,6 +90,9 @@ class Core:
 
     def _schedule(self, turn: Turn) -> None:
         """Let fetches and dispatches move until nothing does, then let idling engines take over from busy ones."""
+        if not (turn.hungry or turn.dirty or self.state.pool_changed):
+            return  # no queue, seat, slot or backend has changed, so nobody has become idle or crowded
+        self.state.pool_changed = False
         self._move_all(turn)
         while stealing.steal(turn):
             self._move_all(turn)

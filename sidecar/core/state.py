@@ -419,6 +419,8 @@ class State:
     """Packed keys an operator wants here: key → (digest, backend whose layout it is)."""
     packed: dict[tuple[str, str], Packed] = field(default_factory=dict, metadata={"derived": True})
     fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
+    pool_changed: bool = field(default=False, metadata={"derived": True})
+    """Something of that has happened in this step."""
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
     """The backends that can serve each version."""
     takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
@@ -465,6 +467,7 @@ class State:
 
     def forget_servers(self) -> None:
         """A backend came, went, drains, is suspected or has other facts."""
+        self.pool_changed = True
         self.servers.clear()
         self.takers.clear()
 
