@@ -15,6 +15,8 @@ from typing import Any
 import grpc.aio
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
+from tests.emulated import EngineProcess
+from tests.peft_files import write_adapter
 
 SERVE = """
 import asyncio, json, resource, sys
@@ -87,3 +89,14 @@ async def sidecar_process(
             process.kill()
         await process.wait()
         process._transport.close()  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def attacked(folder: Path, listeners: Mapping[str, Any]) -> AsyncIterator[SidecarProcess]:
+    """Run a sidecar with the adapter `sql` in front of an engine in a process of its own, too."""
+    write_adapter(folder / "sql")
+    async with (
+        EngineProcess("--compute", "none", "--shape", "tiny") as engine,
+        sidecar_process(engine, folder, listeners) as process,
+    ):
+        yield process

@@ -15,9 +15,9 @@ from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
     CA_VARIABLE,
-    CLEARTEXT_VARIABLE,
     PANEL,
     TOKEN_FILE_VARIABLE,
+    AllowCleartext,
     Client,
     Endpoint,
     admin_command,
@@ -137,15 +137,7 @@ def check(
         Path | None,
         typer.Option(envvar=TOKEN_FILE_VARIABLE, help="File with the listener's token.", rich_help_panel=PANEL),
     ] = None,
-    allow_cleartext: Annotated[
-        bool,
-        typer.Option(
-            "--allow-cleartext",
-            envvar=CLEARTEXT_VARIABLE,
-            help="Send the token without TLS to another machine.",
-            rich_help_panel=PANEL,
-        ),
-    ] = False,
+    allow_cleartext: AllowCleartext = False,
     as_json: AsJson = False,
 ) -> int:
     """Look at a live engine, check by check, and say what to change; exit 1 when something fails.

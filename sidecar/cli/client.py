@@ -231,17 +231,18 @@ _TLS_FILES = (
     _file_option("certificate", "--cert", "PEM file of our own certificate."),
     _file_option("key", "--key", "PEM file of our own key."),
 )
+AllowCleartext = Annotated[
+    bool,
+    typer.Option(
+        "--allow-cleartext",
+        envvar=CLEARTEXT_VARIABLE,
+        help="Send the token without TLS to another machine.",
+        rich_help_panel=PANEL,
+    ),
+]
 _CLEARTEXT = inspect.Parameter(
     "allow_cleartext",
     inspect.Parameter.KEYWORD_ONLY,
     default=False,
-    annotation=Annotated[
-        bool,
-        typer.Option(
-            "--allow-cleartext",
-            envvar=CLEARTEXT_VARIABLE,
-            help="Send the token without TLS to another machine.",
-            rich_help_panel=PANEL,
-        ),
-    ],
+    annotation=AllowCleartext,
 )

@@ -71,7 +71,8 @@ def _counted(state: State, event: Received, digest: str) -> Received:
     servers = asks.among(asks.servers_of(state, digest), event.only)
     longest = [backend.facts.sequence_tokens_max or config.sequence_tokens_assumed for backend in servers]
     most = max(1, max(longest, default=config.sequence_tokens_assumed) - event.input_tokens) * event.sequences
-    return replace(event, output_tokens_max=min(event.output_tokens_max or config.output_tokens_assumed, most))
+    tokens = min(event.output_tokens_max or config.output_tokens_assumed, most)
+    return event if tokens == event.output_tokens_max else replace(event, output_tokens_max=tokens)
 
 
 def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:

@@ -14,10 +14,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import EngineProcess
 from tests.http2 import GENERATE, raw_connection
-from tests.peft_files import write_adapter
-from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.sidecar_process import SidecarProcess, attacked
 
 LIVE = "/inference.GRPCInferenceService/ServerLive"
 
@@ -27,12 +25,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sidecar(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SidecarProcess]:
-    adapters = tmp_path_factory.mktemp("adapters")
-    write_adapter(adapters / "sql")
-    async with (
-        EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, adapters, {"data": {"calls_per_connection_max": 500}}) as process,
-    ):
+    async with attacked(tmp_path_factory.mktemp("adapters"), {"data": {"calls_per_connection_max": 500}}) as process:
         yield process
 
 

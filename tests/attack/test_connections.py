@@ -13,10 +13,8 @@ import pytest
 import pytest_asyncio
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import EngineProcess
 from tests.http2 import INFER, raw_connection
-from tests.peft_files import write_adapter
-from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.sidecar_process import SidecarProcess, attacked
 
 CONNECTIONS, PATIENCE_S = 20, 30.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -32,12 +30,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sidecar(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SidecarProcess]:
-    adapters = tmp_path_factory.mktemp("adapters")
-    write_adapter(adapters / "sql")
-    async with (
-        EngineProcess("--compute", "none", "--shape", "tiny") as engine,
-        sidecar_process(engine, adapters, LISTENERS) as process,
-    ):
+    async with attacked(tmp_path_factory.mktemp("adapters"), LISTENERS) as process:
         yield process
 
 
