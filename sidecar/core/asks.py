@@ -239,13 +239,26 @@ def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) 
         return Why.SEATS_FULL
     if now_ns < backend.full_until_ns:
         return Why.HOST_CACHE_FULL
-    if not version.answered and any(place != backend.id for place in version.loads):
+    if on_probation_elsewhere(state, backend, version):
         return Why.PROBATION
     if backend.lone_load is not None:
         return Why.APART
     if version.suspect:
         return Why.APART if backend.loads or _shelters_the_lost(state, backend) else None
     return Why.APART if _suspect_is_next(state, backend) else None
+
+
+def loaded_elsewhere(state: State, backend: Backend, version: Version) -> bool:
+    """Whether a Load under way elsewhere is worth waiting for. One at an engine that stalls is not; two are: then the
+    version may be what the engines stall on.
+    """
+    places = [state.backends[place] for place in version.loads if place != backend.id]
+    return len(places) > 1 or any(not place.silence.found for place in places)
+
+
+def on_probation_elsewhere(state: State, backend: Backend, version: Version) -> bool:
+    """Whether a version is being loaded for the first time elsewhere, so that it may not be here yet."""
+    return not version.answered and loaded_elsewhere(state, backend, version)
 
 
 def _suspect_is_next(state: State, backend: Backend) -> bool:

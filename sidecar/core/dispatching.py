@@ -97,8 +97,10 @@ def _load(turn: Turn, backend: Backend, digest: str) -> int:
     load = LoadRun(state.load_count, backend.id, digest, packed.key, turn.now_ns)
     pinned = state.store.pin(packed.key)
     assert pinned, f"{packed.key} is not in the store"
+    stalls.began(turn, backend)
     state.loads[load.id] = load
     backend.loads[load.id] = None
+    stalls.watch(turn, backend)
     version = state.versions[digest]
     version.loads[backend.id] = load.id
     if version.suspect:

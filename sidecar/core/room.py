@@ -39,7 +39,11 @@ class LiveRoom:
 
     def is_ready(self, version: str) -> bool:
         state, backend = self._state, self._backend
-        if version == BASE or asks.ready(state, backend, version):
+        if version == BASE or asks.resident(backend, version):
+            return True
+        if asks.on_probation_elsewhere(state, backend, state.versions[version]):
+            return False
+        if asks.ready(state, backend, version):
             return True
         return not asks.awaits_fetch(state, state.packed_for(version, backend).key)
 

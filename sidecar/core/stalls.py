@@ -7,6 +7,10 @@ that can serve it, and what runs there stays: only the backend's own `progress_t
 It is judged by steps, so one whose pace is a guess is not judged at all. Prompts are read in silence: the time for
 those that have had no token yet is allowed for. Where that time is a guess, only runs that have had a token count. Nor
 do answers say much that come all at once: each probe that the engine answers doubles how long it may be silent.
+A Load is owed its end within ten seconds of silence, by every engine: how long one takes is not known.
+
+Where the first Load of a version is in flight at an engine that turns out to stall, another engine may try, too, and
+what was promised to those who wait for the version is void.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from sidecar.core.words import Phase
 STEPS = 5
 LEAST_NS = 2_000_000_000
 """So many steps, and at least so long, an engine may be silent."""
+LOAD_NS = 10_000_000_000
+"""So long an engine may be silent that has nothing but Loads to tell of."""
 EXCUSES_MAX = 4
 """After so many doublings it may be silent for longer than `progress_timeout_s` usually is."""
 ASKED_AGAIN_NS = 5_000_000_000
@@ -29,8 +35,8 @@ REASON = "backend stalled"
 
 
 def began(turn: Turn, backend: Backend) -> None:
-    """Something is about to be sent: from now on silence counts, unless it does already."""
-    if not backend.running or not backend.silence.due_ns:
+    """Something is about to be sent or loaded: from now on silence counts, unless it does already."""
+    if not (backend.running or backend.loads) or not backend.silence.due_ns:
         backend.silence.since_ns = turn.now_ns
 
 
@@ -61,12 +67,15 @@ def probed(turn: Turn, event: BackendProbed) -> None:
         silence.found = event.text
         turn.void_promises(backend, REASON)
         _move_queue(turn, backend)
+        _let_others_load(turn, backend)
 
 
 def watch(turn: Turn, backend: Backend) -> None:
     """Have an engine looked at in time, if it is not already."""
-    if backend.running and not backend.silence.due_ns and promising.pace_is_known(backend):
-        _look_in_time(turn, backend, backend.silence.since_ns + _patience_ns(turn.state, backend))
+    if backend.silence.due_ns:
+        return
+    if backend.loads or (backend.running and promising.pace_is_known(backend)):
+        _look_in_time(turn, backend, _due_ns(turn.state, backend))
 
 
 def _look_in_time(turn: Turn, backend: Backend, due_ns: int) -> None:
@@ -101,11 +110,9 @@ def _judge(turn: Turn, backend: Backend) -> None:
     if silence.suspected:
         _ask(turn, backend)
         return
-    if not promising.pace_is_known(backend) or silence.excused > EXCUSES_MAX:
+    if silence.excused > EXCUSES_MAX or not (backend.loads or _has_to_speak(state, backend)):
         return
-    if not any(_speaks(state, backend, request) for request in backend.running):
-        return
-    due_ns = silence.since_ns + _patience_ns(state, backend)
+    due_ns = _due_ns(state, backend)
     if turn.now_ns < due_ns:
         _look_in_time(turn, backend, due_ns)
         return
@@ -131,14 +138,28 @@ def _believe(turn: Turn, backend: Backend) -> None:
     watch(turn, backend)
 
 
+def _has_to_speak(state: State, backend: Backend) -> bool:
+    """Whether something is to be heard of what runs."""
+    return promising.pace_is_known(backend) and any(_speaks(state, backend, request) for request in backend.running)
+
+
 def _speaks(state: State, backend: Backend, request_id: int) -> bool:
     """Whether something is to be heard of a run by now, apart from the time that its prompt takes."""
     request = state.requests[request_id]
     return not request.settled and (request.first_token or backend.facts.pace is not None)
 
 
+def _due_ns(state: State, backend: Backend) -> int:
+    """Return until when an engine may be silent; it runs or loads something."""
+    silence = backend.silence
+    if _has_to_speak(state, backend) or not backend.loads:
+        return silence.since_ns + _patience_ns(state, backend)
+    begun_ns = state.loads[next(iter(backend.loads))].begun_ns
+    return max(silence.since_ns, begun_ns) + (LOAD_NS << silence.excused)
+
+
 def _patience_ns(state: State, backend: Backend) -> int:
-    """Return how long an engine may be silent now."""
+    """Return how long an engine may be silent that runs something."""
     unread = (state.requests[request] for request in backend.running if not state.requests[request].first_token)
     prompts_ns = promising.pace_of(backend).prompt_token_ns * sum(request.view.input_tokens for request in unread)
     return (_steps_ns(state, backend) << backend.silence.excused) + round(prompts_ns)
@@ -156,3 +177,16 @@ def _move_queue(turn: Turn, backend: Backend) -> None:
         if takers and backend.id not in takers:
             turn.dequeue(request)
             turn.route(request)
+
+
+def _let_others_load(turn: Turn, backend: Backend) -> None:
+    """Take in that a version's first Load may last for as long as its engine stalls: others need not wait for it."""
+    state = turn.state
+    unproven = {digest for load in backend.loads if not state.versions[digest := state.loads[load].digest].answered}
+    if not unproven:
+        return
+    for request in state.requests.values():
+        if request.version in unproven and not request.running:
+            turn.void_promise(request, REASON)
+    turn.dirty.update(dict.fromkeys(state.backends))
+    state.pool_changed = True

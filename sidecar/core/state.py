@@ -276,6 +276,8 @@ class Backend:
     warmups: dict[str, None] = field(default_factory=dict)
     """Versions an operator wants loaded here."""
     ahead: LoadsAhead = field(default_factory=LoadsAhead)
+    steal_from: int = 0
+    """Where the next look for a version worth a load begins, among all that wait elsewhere."""
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
@@ -401,8 +403,6 @@ class State:
     timers: list[tuple[int, int]] = field(default_factory=list)
     """A heap of (time, request); request 0 only wakes the scheduler."""
     wake_ns: int = NEVER_NS
-    steal_from: int = 0
-    """Where the next look for a version worth a load begins, among all that wait."""
     listen_ns: int = NEVER_NS
     """When engines that may be silent for too long are looked at next."""
     steal_ns: int = 0

@@ -40,8 +40,12 @@ def steal(turn: Turn) -> bool:
     state = turn.state
     if state.queued == len(state.unrouted):
         return False
+    if turn.taken_over is not None:
+        last, request = turn.taken_over
+        if request in last.queued:
+            turn.stuck[last.id] = None
     for backend in state.backends.values():
-        if _has_to_spare(state, backend):
+        if backend.id not in turn.stuck and _has_to_spare(state, backend):
             others = [other for other in state.backends.values() if other.queued and other is not backend]
             if _take_over(turn, backend, others) or _load_for(turn, backend, others):
                 return True
@@ -62,7 +66,7 @@ def _take_over(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
     for other in others:
         for version in _resident_here(backend, other):
             request = _first_that_may_come(state, backend, other, version)
-            if request is None or request.id in turn.moved or _has_its_load_under_way(turn, other, version):
+            if request is None or _has_its_load_under_way(turn, other, version):
                 continue
             if asks.why_not_take_over(state, backend, request, turn.now_ns) is not None:
                 continue
@@ -118,7 +122,7 @@ def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
     if backend.in_flight or backend.facts.attaches:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
-    for other, version in _some_that_wait(turn, others):
+    for other, version in _some_that_wait(turn, backend, others):
         if asks.resident(backend, version) or not asks.ready(turn.state, backend, version):
             continue
         request = _first_that_may_come(turn.state, backend, other, version)
@@ -137,13 +141,13 @@ def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
     return False
 
 
-def _some_that_wait(turn: Turn, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
+def _some_that_wait(turn: Turn, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
     """Yield so many versions that wait elsewhere; where there are more, the next look goes on behind them, and soon."""
-    state, first = turn.state, turn.state.steal_from
+    first = backend.steal_from
     pairs = ((other, version) for other in others for version in other.queued_by_version)
     yield from at_most(VERSIONS_LOOKED_AT, islice(pairs, first, None))
     is_more = next(pairs, None) is not None
-    state.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
+    backend.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
     if is_more or first:
         _look_again(turn, turn.now_ns + NEXT_LOOK_NS)
 
@@ -158,6 +162,6 @@ def _look_again(turn: Turn, due_ns: int) -> None:
 def _may_be_loaded(turn: Turn, backend: Backend, digest: str) -> bool:
     """Whether a version may be loaded now. One that is being loaded anywhere, or may have killed an engine, is not."""
     version = turn.state.versions[digest]
-    if version.loads or version.suspect:
+    if version.suspect or asks.loaded_elsewhere(turn.state, backend, version):
         return False
     return asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None

@@ -26,8 +26,10 @@ class Turn:
     dirty: dict[str, None] = field(default_factory=dict)
     hungry: bool = False
     """Something was fetched, freed or asked for: look at the fetches again."""
-    moved: dict[int, None] = field(default_factory=dict)
-    """Requests that an idling backend has taken over: whatever its policy makes of them, not twice in a step."""
+    taken_over: tuple[Backend, int] | None = None
+    """Who has taken over which request last."""
+    stuck: dict[str, None] = field(default_factory=dict)
+    """Backends that could not send what they took over, for their policy lets nobody pass."""
 
     def emit(self, effect: Effect) -> None:
         self.effects.append(effect)
@@ -64,7 +66,7 @@ class Turn:
 
     def move(self, request: Request, backend: Backend) -> None:
         """Queue a waiting request at a backend that can send it at once: sooner than it was promised where it was."""
-        self.moved[request.id] = None
+        self.taken_over = backend, request.id
         self.arrived_for(request)
         self.dequeue(request)
         self.enqueue(request, backend)

@@ -188,6 +188,56 @@ def test_an_engine_with_nothing_in_flight_any_more_is_asked_again() -> None:
     assert backend.takes_requests
 
 
+def loading_at_frozen(*engines: str) -> tuple[World, list[int]]:
+    """Three engines, some of which stall, and three requests for an adapter that is loaded for the first time."""
+    world = house(engines=3)
+    world.register("new")
+    for engine in engines:
+        world.engines[engine].frozen = True
+    return world, [world.send("new", only=(f"b{number}",)) for number in range(3)]
+
+
+def test_an_engine_that_stalls_in_a_first_load_keeps_nobody_else_waiting() -> None:
+    """It has nothing else to tell of, so it is asked after ten seconds; another one then loads, and all may."""
+    world, (held, *others) = loading_at_frozen("b0")
+    reporting(world, stalls.LOAD_NS - SECOND)
+    assert [load.backend for load in world.of(fx.Load)[-1:]] == ["b0"]
+    assert not any(world.dispatches.get(request) for request in (held, *others))
+    reporting(world, 4 * SECOND)
+    assert all(world.dispatches[request] for request in others)
+    assert {world.core.state.requests[request].voided for request in (held,)} == {stalls.REASON}
+    world.thaw("b0")
+    world.run()
+    world.assert_all_ok()
+
+
+def test_a_version_that_two_engines_stall_on_is_tried_at_no_third() -> None:
+    """It may be what they stall on."""
+    world, requests = loading_at_frozen("b0", "b1")
+    reporting(world, 60 * SECOND)
+    places = [load.backend for load in world.of(fx.Load) if load.digest == world.digest("new")]
+    assert places == ["b0", "b1"]
+    for engine in places:
+        world.thaw(engine)
+    world.run()
+    world.assert_all_ok()
+    assert all(world.dispatches[request] for request in requests)
+
+
+def test_a_long_first_load_of_an_engine_that_lives_is_waited_for() -> None:
+    """Its probes are answered: no other engine tries meanwhile."""
+    world = house(engines=2)
+    world.register("new")
+    world.engines["b0"].load_ns = 25 * SECOND
+    world.send("new", only=("b0",))
+    later = world.send("new", only=("b1",))
+    reporting(world, 24 * SECOND)
+    assert world.of(fx.Probe)
+    assert later not in world.dispatches
+    world.run()
+    world.assert_all_ok()
+
+
 def test_a_lost_engine_is_suspected_no_more() -> None:
     """The last word is said: what had no token goes elsewhere as ever."""
     world = house()

@@ -223,7 +223,8 @@ class Checks:
 
     def _load(self, effect: do.Load) -> None:
         hold(self._memory.holds(effect.packed.key), f"{effect.packed.key} is loaded and is not in the store")
-        self._flights.load(effect)
+        stalled = [name for name in self._flights.places if self.stalls.stands_still(name, self._now_ns)]
+        self._flights.load(effect, stalled)
 
     def _dispatch(self, effect: do.Dispatch) -> None:
         client, request = self.clients[effect.request], effect.request
@@ -271,7 +272,7 @@ class Checks:
             return
         waited_ns = (client.first_token_ns or self._now_ns) - client.arrived_ns
         self.bounded += 1
-        if waited_ns > effect.bound_ns and self._was_in_trouble(effect.backend, client):
+        if waited_ns > effect.bound_ns and self._was_in_trouble(effect, client):
             self.unnoticed[effect.request] = None
             return
         self.nearest_to_bound = max(self.nearest_to_bound, waited_ns / effect.bound_ns)
@@ -279,12 +280,12 @@ class Checks:
         had = "for its first token" if client.first_token_ns else "for no token"
         hold(waited_ns <= effect.bound_ns, f"{waited} {had}; its bound is {effect.bound_ns / SECOND_NS:.3f} s")
 
-    def _was_in_trouble(self, backend: str, client: Client) -> bool:
+    def _was_in_trouble(self, effect: do.Settle, client: Client) -> bool:
         """Whether a backend was slow, or dead and not yet known to be, while a client waited for it."""
         until_ns = client.first_token_ns or self._now_ns
         return any(
             begin_ns < until_ns and client.arrived_ns < end_ns
-            for place in dict.fromkeys((client.queued_at, backend))
+            for place in {client.queued_at, effect.backend, *self._flights.first_loads_at(effect.version)}
             for begin_ns, end_ns in self._troubles.get(place, ())
         )
 

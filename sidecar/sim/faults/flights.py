@@ -5,6 +5,7 @@ Written apart from the core's own books: a budget that both keep wrong in the sa
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from sidecar.core import effects as do
@@ -54,6 +55,7 @@ class Flights:
         """Task ids that have been loaded anywhere: they are off probation."""
         self._at: dict[int, str] = {}
         """Where each Load in flight is."""
+        self._first_loads: dict[str, list[str]] = {}
 
     def added(self, backend: str, facts: EngineFacts) -> None:
         seats = facts.seats or 0
@@ -66,16 +68,24 @@ class Flights:
         place.clear()
         place.down = True
 
-    def load(self, effect: do.Load) -> None:
+    def load(self, effect: do.Load, stalled: Collection[str]) -> None:
+        """Check a Load: of a version that has not answered there is one at a time, beside one that a stall holds up."""
         backend, place, task = effect.backend, self.places[effect.backend], effect.packed.task_id
         hold(not place.down, f"a Load goes to {backend}, which is down")
         hold(task not in place.loads.values(), f"{effect.digest} is loaded twice at once on {backend}")
-        elsewhere = any(task in other.loads.values() for other in self.places.values())
-        hold(task in self._answered or not elsewhere, f"{effect.digest} is on probation and loads twice")
+        if task not in self._answered:
+            elsewhere = [name for name, other in self.places.items() if task in other.loads.values()]
+            alone = not elsewhere or (len(elsewhere) == 1 and elsewhere[0] in stalled)
+            hold(alone, f"{effect.digest} is on probation and loads twice")
+            self._first_loads.setdefault(effect.digest, []).append(backend)
         place.loads[effect.load] = task
         place.pages[task] = effect.packed.pages
         self._at[effect.load] = backend
         place.check(backend)
+
+    def first_loads_at(self, digest: str) -> list[str]:
+        """Return where a version was loaded before it had answered: who wants it waits for that, wherever it is."""
+        return self._first_loads.get(digest, [])
 
     def load_ended(self, load: int, good: bool) -> None:
         backend = self._at.pop(load, None)

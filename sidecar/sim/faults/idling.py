@@ -72,7 +72,9 @@ def _could_serve(state: State, backend: Backend, request: Request, now_ns: int) 
     if request.version == BASE or request.version in backend.shadow.host.held:
         return True
     version = state.versions[request.version]
-    if version.loads or version.suspect or backend.id in version.refused_by or now_ns < backend.full_until_ns:
-        return False  # it comes already, or is not to be brought here
+    if len(version.loads) > 1 or any(not state.backends[place].silence.found for place in version.loads):
+        return False  # it comes already
+    if version.suspect or backend.id in version.refused_by or now_ns < backend.full_until_ns:
+        return False
     entry = state.store.entries.get(state.packed_for(request.version, backend).key)
     return entry is not None and entry.ready
