@@ -4,6 +4,7 @@
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
+# make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 2 minutes
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
@@ -30,7 +31,7 @@ DEVELOPING := .venv/developing
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -122,6 +123,9 @@ fuzz-wire: $(DEVELOPING)
 
 sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
+
+e2e-attack: $(DEVELOPING)
+	$(BIN)/pytest tests/e2e/attack -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 e2e-replicas: $(DEVELOPING)
 	$(BIN)/pytest tests/e2e/replicas

@@ -23,5 +23,6 @@ def test_every_promise_has_its_tests() -> None:
                 assert (ROOT / proof).is_file(), proof
                 named.add(proof)
     of_adapters = {"tests/attack/test_fused_mlp_names.py", "tests/attack/test_unnamed_base_model.py"}
-    attacks = {str(path.relative_to(ROOT)) for path in (ROOT / "tests/attack").glob("test_*.py")}
+    folders = (ROOT / "tests/attack", ROOT / "tests/e2e/attack")
+    attacks = {str(path.relative_to(ROOT)) for folder in folders for path in folder.glob("test_*.py")}
     assert attacks - named == of_adapters

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
+from sidecar.core import stealing
 from sidecar.sim.options import Options
 from sidecar.sim.results import Result
 from tests.bench.scheduling.claims import Claim, Reading
@@ -51,7 +53,10 @@ def routed(name: str, requests: int, seed: int) -> list[Reading]:
     ]
     if name == "round robin":
         return readings
-    peers = {route: results(Options(route=route, order=OURS, seeds=(seed,), **options))[OURS] for route in PEERS}
+    with patch.object(
+        stealing, "steal", lambda turn: False
+    ):  # no peer has an idle engine take over who waits elsewhere
+        peers = {route: results(Options(route=route, order=OURS, seeds=(seed,), **options))[OURS] for route in PEERS}
     return [*readings, *_beside(name, peers, ours)]
 
 
