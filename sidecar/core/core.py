@@ -106,6 +106,7 @@ class Core:
                 prefetching.speculate(turn)
             for backend_id in list(turn.dirty):
                 del turn.dirty[backend_id]
+                self.state.full.pop(backend_id, None)
                 backend = self.state.backends[backend_id]
                 if backend.phase is Phase.UP and backend.owned:
                     prefetching.take_stock(turn, backend)

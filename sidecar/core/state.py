@@ -421,6 +421,8 @@ class State:
     fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
     pool_changed: bool = field(default=False, metadata={"derived": True})
     """Something of that has happened in this step."""
+    full: dict[str, None] = field(default_factory=dict, metadata={"derived": True})
+    """Backends that had no seat to spare when they were last looked at; nothing of theirs has ended since."""
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
     """The backends that can serve each version."""
     takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
@@ -468,6 +470,7 @@ class State:
     def forget_servers(self) -> None:
         """A backend came, went, drains, is suspected or has other facts."""
         self.pool_changed = True
+        self.full.clear()
         self.servers.clear()
         self.takers.clear()
 

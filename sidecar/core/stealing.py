@@ -45,7 +45,7 @@ def steal(turn: Turn) -> bool:
         if request in last.queued:
             turn.stuck[last.id] = None
     for backend in state.backends.values():
-        if backend.id not in turn.stuck and _has_to_spare(state, backend):
+        if backend.id not in state.full and backend.id not in turn.stuck and _has_to_spare(state, backend):
             others = [other for other in state.backends.values() if other.queued and other is not backend]
             if _take_over(turn, backend, others) or _load_for(turn, backend, others):
                 return True
@@ -54,7 +54,10 @@ def steal(turn: Turn) -> bool:
 
 def _has_to_spare(state: State, backend: Backend) -> bool:
     """Whether a backend has a seat that none of its own can use."""
-    if backend.in_flight >= backend.seats(state.config) or not backend.takes_requests or backend.id in state.joining:
+    if backend.in_flight >= backend.seats(state.config):
+        state.full[backend.id] = None
+        return False
+    if not backend.takes_requests or backend.id in state.joining:
         return False
     return not backend.in_flight or not any(asks.ready(state, backend, each) for each in backend.queued_by_version)
 
