@@ -25,13 +25,14 @@ from sidecar.emulator.face.server import MESSAGE_BYTES_MAX
 from sidecar.emulator.rounding import narrow
 from sidecar.emulator.shape import SHAPES, module_dims
 from sidecar.emulator.tokens import ByteTokenizer
+from tests.ports import free_port
 
 CORE, ENSEMBLE = "tensorrt_llm", "ensemble"
 
 
 async def start_engine(**options: Any) -> Server:
     """Start an emulated server in this event loop; the caller stops it."""
-    return await serve(Options(**({"time_scale": 0.0, "metrics_port": None} | options)))
+    return await serve(Options(**({"time_scale": 0.0, "metrics_port": None, "grpc_port": free_port()} | options)))
 
 
 @asynccontextmanager
@@ -72,7 +73,7 @@ class EngineProcess:
     def __init__(self, *arguments: str, time_scale: float = 0.0, grpc_port: int = 0) -> None:
         self._arguments = (*arguments, "--time-scale", str(time_scale))
         self._process: asyncio.subprocess.Process | None = None
-        self._ports: tuple[int, int] = (grpc_port, 0)
+        self._ports: tuple[int, int] = (grpc_port or free_port(), free_port())
 
     @property
     def grpc_address(self) -> str:

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import shutil
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from tests.ports import free_port
+
 PATIENCE_S = 30.0
-BUS_OFFSET = 10_000
-"""A cluster's nodes talk to each other on their port plus this."""
 QUIET = ("--save", "", "--appendonly", "no")
 
 
@@ -42,16 +41,6 @@ def program(name: str) -> str:
 def missing(reason: str) -> None:
     """Skip the test for what a laptop may lack and CI may not."""
     pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on, low enough for a cluster's second one."""
-    while True:
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = int(one.getsockname()[1])
-        if port + BUS_OFFSET < 65536:
-            return port
 
 
 @dataclass

@@ -138,7 +138,7 @@ class PeftCache:
         None, and nothing is done, when pages might have to come from tasks of the last batch: then a task
         that stays can lose its place to one with a lower id, and `ensure_batch` has to tell.
         """
-        if sum(self.pages_of(task_id) for task_id in entering) > self.device.pages_claimable:
+        if sum(map(self._pages_on_device, entering)) > self.device.pages_claimable:
             return None
         ensured = self.ensure_batch(entering, now_ns, reset=False)
         for task_id in leaving:
@@ -191,6 +191,11 @@ class PeftCache:
 
     def _loaded_at(self, task_id: int) -> int:
         return next((ready_ns for ready_ns, _, loading in self._loads if loading == task_id), 0)
+
+    def _pages_on_device(self, task_id: int) -> int:
+        """Return the pages that an adapter takes there: one that is there stays as it is, whatever the host has now."""
+        entry = self.device.entry(task_id)
+        return self.pages_of(task_id) if entry is None else len(entry.page_ids)
 
     def _copy(self, task_id: int) -> tuple[int, ...]:
         entry = self.host.entry(task_id)

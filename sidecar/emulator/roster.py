@@ -16,6 +16,7 @@ from heapq import heappop, heappush
 from sidecar.emulator.batch import Batch
 from sidecar.emulator.intake import ForwardError, Intake, ending_of
 from sidecar.emulator.messages import Ending, StepBatch, StepCost
+from sidecar.emulator.peft import EnsureError
 from sidecar.emulator.scheduler import Active, arrival_order, blocks_to_completion
 from sidecar.emulator.spec import EngineSpec
 from sidecar.emulator.tally import Tally
@@ -54,7 +55,7 @@ class Roster(Intake):
                 try:
                     self._check_step(context)
                     return self._batch(decoding, contexts_tokens, now_ns)
-                except ForwardError as error:
+                except (EnsureError, ForwardError) as error:
                     is_changed |= self._fail_all(str(error), now_ns)
             if not is_changed:
                 return None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +53,6 @@ def ports_of(pid: int) -> set[int]:
             if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in held:
                 ports.add(int(fields[1].rpartition(":")[2], 16))
     return ports
-
-
-def free_ports(count: int) -> tuple[int, ...]:
-    """Return ports that nobody listens on now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return tuple(one.getsockname()[1] for one in sockets)
 
 
 def _pids() -> list[int]:

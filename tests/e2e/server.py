@@ -21,7 +21,8 @@ import httpx
 
 from tests.e2e.guard import RELEASED, remove
 from tests.e2e.installed import ROOT
-from tests.e2e.processes import Process, free_ports, group_of, ports_of, signal_group
+from tests.e2e.processes import Process, group_of, ports_of, signal_group
+from tests.ports import free_port
 
 STOP_S = 60.0
 _TAIL_LINES = 40
@@ -87,7 +88,7 @@ class Server(ABC):
         self.folder.mkdir(parents=True, exist_ok=True)
         first = self._ports is None
         for left in reversed(range(_TRIES)):
-            self._ports = self._ports or free_ports(self.PORTS)
+            self._ports = self._ports or tuple(free_port() for _ in range(self.PORTS))
             try:
                 await self._start_once()
             except StartFailed as failed:

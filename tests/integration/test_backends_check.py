@@ -16,7 +16,8 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.words import Fault
 from sidecar.emulator.face import shared_memory
 from tests.emulated import channel_to
-from tests.looking import engine_and_target, free_port, http_server, look, regions_of, worse
+from tests.looking import engine_and_target, http_server, look, regions_of, worse
+from tests.ports import free_port
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from sidecar.backends.checks.finding import Target
-from tests.looking import engine_and_target, free_port
+from tests.looking import engine_and_target
+from tests.ports import free_port
 from tests.serving import write_adapters
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from sidecar.backends.checks.finding import State, Target
 from tests.authority import NEEDS_OPENSSL, Authority
-from tests.looking import OF_TRITON, engine_and_target, free_port, http_server, look, worse
+from tests.looking import OF_TRITON, engine_and_target, http_server, look, worse
+from tests.ports import free_port
 
 
 async def test_an_unknown_model(tmp_path: Path) -> None:

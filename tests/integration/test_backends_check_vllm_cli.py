@@ -13,7 +13,8 @@ from pathlib import Path
 from sidecar.app import Sidecar
 from sidecar.config import parse
 from tests.integration.test_backends_check_cli import sidecar
-from tests.looking import EmulatedVllm, free_port, vllm_and_target
+from tests.looking import EmulatedVllm, vllm_and_target
+from tests.ports import free_port
 from tests.serving import PATIENCE_S, until, write_adapters
 from tests.vllm_emulated import BASE, Client, VllmProcess
 

@@ -13,7 +13,8 @@ from sidecar.backends.checks.finding import State, Target
 from sidecar.core.facts import EngineFacts
 from tests.authority import NEEDS_OPENSSL, Authority
 from tests.emulated import running_engine
-from tests.looking import DUMMY, free_port, http_server, look, look_at_vllm, vllm_and_target, worse
+from tests.looking import DUMMY, http_server, look, look_at_vllm, vllm_and_target, worse
+from tests.ports import free_port
 from tests.vllm_emulated import Client, VllmProcess
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.emulator.engine import Engine, Output, Request
@@ -163,8 +163,27 @@ class Clock:
             self.outputs.append(Output(self.at_ns, failures=failures))
 
 
+SENT_AGAIN = [
+    Arrival(gap_ns, 1, 1, task_id, True, rank, 0.5, None, None)
+    for gap_ns, task_id, rank in ((0, None, 8), (5000, 1, 32), (0, 2, 8), (0, 1, 8), (20000, None, 8))
+]
+"""Adapter 1 with smaller weights while the device has the larger ones, which stay."""
+
+
 @thorough
 @given(spec=specs, script=scripts, tail_ns=st.integers(0, 500_000))
+@example(
+    spec=tiny_spec(
+        scheduler="guaranteed_no_evict",
+        kv_blocks=6,
+        max_batch_size=2,
+        max_tokens_per_step=64,
+        lora_host_pages=2,
+        lora_device_pages=2,
+    ),
+    script=SENT_AGAIN,
+    tail_ns=0,
+)
 def test_jumping_equals_stepping(spec: EngineSpec, script: list[Arrival], tail_ns: int):
     """The same tokens, endings and failures at the same times as single steps that plan every iteration anew."""
     assert advanced(Engine(spec, FlatCost()), script, tail_ns) == stepped(spec, script, tail_ns)

@@ -20,7 +20,8 @@ from sidecar.fronts.status import DETAILS
 from sidecar.ownership.preference import order
 from sidecar.replicas import forwarding
 from tests.emulated import running_engine
-from tests.redis_servers import Proxy, cuttable, free_port, running
+from tests.ports import free_port
+from tests.redis_servers import Proxy, cuttable, running
 from tests.replica_pool import LEASE_S, owned, replica, replicas, settled
 from tests.serving import Answer, Serving, serving, until, write_adapters
 

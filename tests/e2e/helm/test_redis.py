@@ -18,7 +18,8 @@ from sidecar.state.redis.address import parse_address
 from sidecar.state.redis.link import PasswordFile
 from tests.e2e.helm.api import api_server
 from tests.e2e.helm.rendering import NAMESPACE, RELEASE, Object, Renderer, configuration, containers, one
-from tests.redis_servers import PATIENCE_S, free_port, program
+from tests.ports import free_port
+from tests.redis_servers import PATIENCE_S, program
 
 BUNDLED: dict[str, Any] = {"replicaCount": 2, "redis": {"bundled": {"enabled": True}}}
 NAME = f"{RELEASE}-lora-sidecar-redis"

@@ -1,0 +1,21 @@
+"""Ports for servers of tests."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+PORTS = range(20_000, 32_000)
+"""Below those that the kernel gives to clients: a server that starts again on its port finds it free."""
+
+
+def free_port() -> int:
+    """Return a port where nobody listens."""
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
