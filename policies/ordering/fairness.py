@@ -100,6 +100,10 @@ class TokenCounters:
         """Return the counter of a tenant that waits."""
         return self._served[tenant]
 
+    def some_are_behind(self, tenant: str) -> bool:
+        """Whether a waiting tenant has been served less than this one."""
+        return self.several and self._tell_owed().served_least < self._served[tenant]
+
     def served_most(self, slack_requests: int) -> float | None:
         """Return the counter up to which tenants may be served; None while all may."""
         if not self.several:

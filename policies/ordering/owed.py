@@ -81,6 +81,11 @@ class Owed:
         return self._most
 
     @property
+    def served_least(self) -> float:
+        """The smallest counter; there is a tenant."""
+        return min(self._served_least)
+
+    @property
     def least(self) -> float:
         """The least counter once nobody is owed more than it has waiting; there is a tenant."""
         most = self.most

@@ -2,8 +2,8 @@
 
 Which version opens, when a slot is free: of those that are overdue the one with the oldest head; then the same of those
 that are half-way there; then the one whose queued requests have the largest sum of ages, plus their number. Which
-request goes: the oldest of the open versions, among the tenants that have not been served much more than the least
-served one that waits (`fairness.py`).
+request goes: of the open versions that of the tenant that was served least, the oldest where that is one tenant's; and
+none of a tenant that was served much more than the least served one that waits (`fairness.py`).
 
 A *gate* ends a version's turn: what waits at that moment still goes, what comes later waits for the version's next
 turn, and when the last of it has ended the slot is free. Two things set gates.
@@ -253,8 +253,10 @@ class SoftGated:
     def _next(self, room: Room, rule: Rule) -> int | None:
         """Return the request that goes next, seats and KV room aside.
 
-        Of the version with the oldest one that is open, that of the tenant that was served least. While somebody is
-        urgent, itself if its version is open; else the oldest, and none that is younger than it.
+        Of the version with the oldest one that is open, that of the tenant that was served least; or that of a tenant
+        that was served still less, of any open version, if it can be sent: what a version costs is its slot, and that
+        is paid. While somebody is urgent, itself if its version is open; else the oldest, and none that is younger
+        than it.
         """
         if rule.urgent != NOBODY and self._is_sendable(self._queues.requests[rule.urgent].version, room):
             return rule.urgent
@@ -265,8 +267,21 @@ class SoftGated:
                 continue
             found = self._first_of(version, rule)
             if found is not None:
-                return found
+                return found if rule.urgent != NOBODY else self._of_least_served(found, room)
         return None
+
+    def _of_least_served(self, found: int, room: Room) -> int:
+        tenant = self._queues.requests[found].tenant
+        if not self._tenants.some_are_behind(tenant):
+            return found
+        best = self._tenants.served(tenant), found
+        for version in (BASE, *room.open):
+            if version not in self._queues.versions or not self._is_sendable(version, room):
+                continue
+            other = self._least_served.first(version, self._gates.get(version, NO_GATE))
+            if other is not None and other < best and room.can_send(other[1]):
+                best = other
+        return best[1]
 
     def _is_sendable(self, version: str, room: Room) -> bool:
         return version == BASE or (version in room.open and not room.open[version].loading)

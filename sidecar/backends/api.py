@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
@@ -80,6 +80,10 @@ class Payload:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of model that it can go to."""
         return (self.kind, *self.forms)
+
+    def spent(self) -> Payload:
+        """Return what is left to know of a request that is sent no more: everything but its bytes."""
+        return replace(self, head=b"", forms=dict.fromkeys(self.forms, b""))
 
     def head_for(self, kind: str) -> Form:
         """Return the request as an engine of one of its kinds takes it."""
@@ -174,6 +178,7 @@ class Ticket:
     def settle(self, effect: Settle) -> None:
         self.settled = effect
         self.settled_ns = monotonic_ns()
+        self.payload = self.payload.spent()  # the answer, or a refusal, may wait for its client for long
         self._wake()
         self._open_room()
 

@@ -169,8 +169,8 @@ class Endpoint(ABC):
         if not self._takes:
             _release(weights)
             return  # the loss that the core is about to hear of ends this run too
-        run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
         self._quiet_ends()
+        run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
         task = self._spawn(self._run(run, ticket.client_id, weights))
         task.add_done_callback(lambda _: _release(weights))
 

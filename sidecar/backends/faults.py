@@ -5,11 +5,18 @@ traceback, in an older assertion's file and stack. So they are matched by substr
 failed step quotes the cause, which may be the text of something harmless. A path that is gone is a miss as well: the
 adapter's files are to be brought there again. A model that is unloaded, and one whose process has died, are lost: their
 server stays ready and says so of each request.
+
+What the client wrote itself does not count: see `quoting.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from sidecar.core.words import Fault
+
+Wrote = Callable[[str], bool]
+"""Whether a client wrote a text, ASCII without quotes and backslashes, somewhere in its request."""
 
 _TEXTS: tuple[tuple[str, Fault], ...] = (
     ("Encountered an error in forwardAsync function", Fault.WHOLE_ENGINE),
@@ -24,15 +31,24 @@ _TEXTS: tuple[tuple[str, Fault], ...] = (
 )
 
 
-def classify(text: str) -> Fault:
-    """Return the fault that an engine's words stand for; REJECTED for words that are not known."""
+def nobody_wrote(part: str) -> bool:
+    """Stand for a request without a client's words."""
+    return False
+
+
+def classify(text: str, wrote: Wrote = nobody_wrote) -> Fault:
+    """Return the fault that an engine's words stand for; REJECTED for words that are not known, or are its client's."""
+
+    def says(part: str) -> bool:
+        return part in text and not wrote(part)
+
     for part, fault in _TEXTS:
-        if part in text:
+        if says(part):
             return fault
-    if "Failed to load LoRA adapter" in text and "No such file or directory" in text:
+    if says("Failed to load LoRA adapter") and says("No such file or directory"):
         return Fault.MISS
-    if "Stub process" in text and "is not healthy" in text:
+    if says("Stub process") and says("is not healthy"):
         return Fault.LOST
-    if "Error storing task=" in text and "Assertion failed" in text:
+    if says("Error storing task=") and says("Assertion failed"):
         return Fault.PAGE_CLAIM
     return Fault.REJECTED

@@ -17,6 +17,7 @@ import grpc.aio
 from sidecar.backends import faults, wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.backends.dialects import Dialect
+from sidecar.backends.quoting import wrote_in
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
 from sidecar.core.words import Fault
@@ -82,6 +83,8 @@ class Run:
     ) -> None:
         self.effect = effect
         self.ticket = ticket
+        self._payload = ticket.payload
+        """The ticket's own is gone once the request is settled."""
         self.tokens = 0
         self.cancelled = False
         self.waits_for_client = False
@@ -101,15 +104,14 @@ class Run:
         self._wire_id = wire.id_field(self.engine_id)
 
     def message(self, stream: bool) -> bytes:
-        payload = self.ticket.payload
-        fragment = self._dialect.fragment(self.engine_id, self.effect, payload.raw, stream)
-        head = payload.head_for(self._dialect.kind)
+        fragment = self._dialect.fragment(self.engine_id, self.effect, self._payload.raw, stream)
+        head = self._payload.head_for(self._dialect.kind)
         assert isinstance(head, bytes), "a request in HTTP's form for a gRPC server"
         return head + self._model + fragment + self.owner + self.attached
 
     def refused(self) -> bool:
         """Whether the request was written for another kind of model, as may be where this one was not known yet."""
-        kinds = self.ticket.payload.kinds
+        kinds = self._payload.kinds
         if self._dialect.kind in kinds:
             return False
         text = f"the request is for a model of kind {' or '.join(kinds)} and this one is {self._dialect.kind}"
@@ -181,7 +183,7 @@ class Run:
             return False  # the stream's earlier request had more to say than its end
         if message.error_message:
             self._heard(self.effect.request, 0)
-            fault = faults.classify(message.error_message)
+            fault = self._fault(message.error_message)
             if self._doubts_engine(fault):
                 raise EngineGone(message.error_message)
             self._failed(fault, message.error_message)
@@ -235,12 +237,16 @@ class Run:
             await self._stream_closed(self._call)
 
     async def _ended_with(self, code: grpc.StatusCode | None, text: str) -> None:
-        fault = faults.classify(text)
-        if fault is Fault.REJECTED and code is not None and wire.is_lost(code, text):
-            fault = Fault.LOST
+        fault = self._fault(text, code)
         if self._doubts_engine(fault) and await self._broken(text, self.tokens > 0):
             return  # the loss of the backend ends this run too
         self._failed(fault, text, code)
+
+    def _fault(self, text: str, code: grpc.StatusCode | None = None) -> Fault:
+        wrote = wrote_in(self._payload.head_for(self._dialect.kind))
+        fault = faults.classify(text, wrote)
+        is_lost = fault is Fault.REJECTED and code is not None and wire.is_lost(code, text, wrote)
+        return Fault.LOST if is_lost else fault
 
     def _doubts_engine(self, fault: Fault) -> bool:
         """Whether an error may mean another engine: one that was put in its place has no adapters yet, or refuses the

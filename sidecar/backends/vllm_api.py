@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.backends.faults import Wrote, nobody_wrote
 from sidecar.core.words import Fault
 from sidecar.errors import Misused, Reason
 
@@ -158,9 +159,12 @@ def message_of(body: bytes) -> str:
         return body[:500].decode(errors="replace")
 
 
-def fault_of(status: int, text: str) -> Fault:
-    """Return what an error of a generating request means. A 5xx says nothing of the engine's health by itself."""
-    if DEAD in text or status == httpx.codes.SERVICE_UNAVAILABLE:
+def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
+    """Return what an error of a generating request means. A 5xx says nothing of the engine's health by itself, a 4xx
+    nothing at all.
+    """
+    is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and DEAD in text and not wrote(DEAD)
+    if is_dead or status == httpx.codes.SERVICE_UNAVAILABLE:
         return Fault.LOST
     if status == httpx.codes.NOT_FOUND and NO_SUCH_MODEL.search(text):
         return Fault.MISS

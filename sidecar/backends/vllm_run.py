@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
+from sidecar.backends.quoting import wrote_in
 from sidecar.backends.vllm_api import epoch_header, fault_of, message_of
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
@@ -89,7 +90,7 @@ class VllmRun:
         async for event in _split(reply.aiter_raw()):
             if event.startswith(ERROR):
                 text = message_of(event.removeprefix(b"data: "))
-                await self._failed(fault_of(httpx.codes.INTERNAL_SERVER_ERROR, text), text)
+                await self._failed(self._fault(httpx.codes.INTERNAL_SERVER_ERROR, text), text)
                 return
             final = event.startswith(DONE)
             self._take(event, final)
@@ -142,7 +143,10 @@ class VllmRun:
         self._heard(self.effect.request, 0)
         text = message_of(body)
         self.ticket.rejected_with = HttpRejection(status, body.replace(self._name.encode(), self._form.model.encode()))
-        await self._failed(fault_of(status, text), text)
+        await self._failed(self._fault(status, text), text)
+
+    def _fault(self, status: int, text: str) -> Fault:
+        return fault_of(status, text, wrote_in(self._form))
 
     async def _wire_broke(self, text: str) -> None:
         await self._failed(Fault.LOST, text)

@@ -16,6 +16,8 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
+from sidecar.backends.faults import Wrote, nobody_wrote
+
 ModelInferRequest = service_pb2.ModelInferRequest
 ModelInferResponse = service_pb2.ModelInferResponse
 ModelStreamInferResponse = service_pb2.ModelStreamInferResponse
@@ -127,9 +129,11 @@ def varint(value: int) -> bytes:
     return bytes(out)
 
 
-def is_lost(code: grpc.StatusCode, text: str) -> bool:
+def is_lost(code: grpc.StatusCode, text: str, wrote: Wrote = nobody_wrote) -> bool:
     """Whether a call was ended by its wire rather than by the server's word."""
-    return code in _WIRE_CODES or (code is grpc.StatusCode.INTERNAL and any(part in text for part in _WIRE_TEXTS))
+    if code is grpc.StatusCode.INTERNAL:
+        return any(part in text and not wrote(part) for part in _WIRE_TEXTS)
+    return code in _WIRE_CODES
 
 
 def is_final(parameters: Any) -> bool:

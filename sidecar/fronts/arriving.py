@@ -36,6 +36,8 @@ class Arrival:
     since_s: float = field(default_factory=monotonic)
     closed: Refused | None = None
     turn: asyncio.Future[None] | None = None
+    large_body_bytes: int = 0
+    """What it was let in as, of the large bodies."""
 
     def close(self, why: Refused) -> None:
         """Break off the wait for it."""
@@ -52,6 +54,8 @@ class Source:
     def __init__(self, expected_bytes: int, wire: Wire | None = None) -> None:
         self.expected_bytes = expected_bytes
         """What its next message is taken for: as large as one may be from who has sent none, else by its last."""
+        self.large_body_bytes = 0
+        """Where it stands for a large HTTP body, the size of that."""
         self.wire = wire
         self.calls = 0
         self.arriving: dict[Arrival, None] = {}

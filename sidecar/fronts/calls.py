@@ -117,8 +117,11 @@ class _Incoming:
         return message
 
     async def messages(self) -> AsyncIterator[Any]:
-        while (message := await self._next(self._intake.next_of)) is not END:
-            yield message
+        while True:
+            held = [await self._next(self._intake.next_of)]
+            if held[0] is END:
+                return
+            yield held.pop()  # this frame must not keep it, for the next one may not be asked for
 
     async def _next(self, arrived: Callable[[Call, Callable[[], Awaitable[Any]]], Awaitable[Any]]) -> Any:
         try:

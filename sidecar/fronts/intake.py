@@ -37,6 +37,8 @@ NEW_S = 0.1
 """For how long a message that is read counts as large as it may be: its client may be slow to begin."""
 LITTLE_BYTES = 32 << 10
 """Half of what gRPC takes of a message before it is read: a large one that waits has brought more."""
+LARGE_BODY_BYTES = 1 << 20
+"""HTTP bodies above are held until the one process that reads such has done so: they get half of the budget."""
 LARGE_BYTES, LINGER_S, LINGER_LOOKS = 8 << 20, 1.0, 5
 """A message from that size on is charged twice, as it came and parsed, until its call is over; at most for so long, and
 so many looks: the event loop may have been busy with it."""
@@ -74,6 +76,8 @@ class Intake:
         """The sum of these bytes."""
         self._charged = 0
         """What all connections are charged with."""
+        self._large_bodies_bytes = 0
+        """What the large bodies that are here, or may come now, are taken for."""
         self._lingering: deque[tuple[float, int, Call, int]] = deque()
         """Large messages that have come: until when and which look they are charged, and with what."""
         self._looks = 0
@@ -125,12 +129,15 @@ class Intake:
         It waits for its turn before, and raises Refused as `one` does.
         """
         async with self._timed(self.limits.arrival_s) as arrival:
-            body = BodyArrival(self, Source(size_bytes), arrival)
+            source = Source(size_bytes)
+            source.large_body_bytes = size_bytes if size_bytes > LARGE_BODY_BYTES else 0
+            body = BodyArrival(self, source, arrival)
             try:
                 with self._arriving(body.source, arrival):
                     await self._turn(body.source, arrival)
                     yield body
             finally:
+                self._large_bodies_bytes -= arrival.large_body_bytes
                 self.charge(body.source, -body.source.charge)
                 self._admit()
 
@@ -222,12 +229,17 @@ class Intake:
         source.heard_s = monotonic()
         self._new[arrival] = source.heard_s, source.expected_bytes
         self._expected += source.expected_bytes
+        arrival.large_body_bytes = source.large_body_bytes
+        self._large_bodies_bytes += arrival.large_body_bytes
 
     def _is_known(self, arrival: Arrival) -> None:
         self._expected -= self._new.pop(arrival, (0.0, 0))[1]
 
     def _fits(self, source: Source) -> bool:
         """Whether one more may be read of a connection. One may when there is nothing else."""
+        bodies_bytes = self._large_bodies_bytes if source.large_body_bytes else 0
+        if bodies_bytes and bodies_bytes + source.large_body_bytes > self.limits.read_bytes_max // 2:
+            return False
         charged = self._charged + self._expected
         return charged == 0 or charged + source.expected_bytes <= self.limits.read_bytes_max
 

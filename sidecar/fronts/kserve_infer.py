@@ -6,7 +6,8 @@ response is the engine's own with the client's id appended, and on the first and
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from sidecar.fronts.kserve_lifetime import Lifetimes
 from sidecar.fronts.kserve_live import Live, LiveRequests, stop_answer, stopped_answer, words_for_client
 from sidecar.fronts.kserve_owners import RegionOwners
 from sidecar.fronts.kserve_request import Asked
-from sidecar.fronts.kserve_stream import ClientLeft, InferStream, StreamBroken
+from sidecar.fronts.kserve_stream import ClientLeft, InferStream, OpenInStreams, StreamBroken
 from sidecar.fronts.kserve_structure import Structure, id_in, structure_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import Metadata, abort, status_of_ending
@@ -38,7 +39,10 @@ class KServe:
     def __init__(self, gateway: Gateway, config: Config) -> None:
         self.gateway = gateway
         self.hide_backend = config.hide_backend
+        self.client_stall_s = config.client_stall_s
         self.live = LiveRequests()
+        self._calls_max = config.listeners.data.calls_per_connection_max
+        self._connections: dict[str, OpenInStreams] = {}
         self.lifetimes = Lifetimes(config.listeners.data.max_connection_age_s)
         gateway.observe(self.lifetimes)
         self.regions = RegionOwners(config.tenant_from)
@@ -101,7 +105,7 @@ class KServe:
 
     def submit(self, asked: Asked, peer: str, stream: object) -> Live:
         ticket = self.gateway.submit(asked.facts, asked.payload, asked.request_id)
-        live = Live(asked, ticket, peer, stream)
+        live = Live(replace(asked, payload=asked.payload.spent()), ticket, peer, stream)
         self.live.add(live)
         return live
 
@@ -130,6 +134,18 @@ class KServe:
         code = live.ticket.rejected_with if rejected else None
         message = words_for_client(live, ending)
         return status_of_ending(replace(ending, message=message), live.ticket.client_id, code, self.hide_backend)
+
+    @contextmanager
+    def in_streams(self, peer: str) -> Iterator[OpenInStreams]:
+        """Return what counts the requests of a connection's streams, for one of these."""
+        connection = self._connections.setdefault(peer, OpenInStreams(self._calls_max))
+        connection.streams += 1
+        try:
+            yield connection
+        finally:
+            connection.streams -= 1
+            if not connection.streams:
+                del self._connections[peer]
 
     async def stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
         """`ModelStreamInfer`: any number of requests at once on one stream, each answered as it goes."""

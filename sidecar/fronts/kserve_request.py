@@ -73,7 +73,9 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
         tenant=own.get("lora_tenant", ""),
         klass=own.get("lora_class") or "default",
         input_tokens=tensors.input_tokens(),
-        output_tokens_max=max(0, *tensors.integers(*OUTPUT_LENGTHS), 0) * sequences * beams,
+        output_tokens_max=max(0, *(length for name in OUTPUT_LENGTHS for length in tensors.integers(name)), 0)
+        * sequences
+        * beams,
         sequences=sequences,
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
         session=session_of(own.get("lora_session", "")),
@@ -101,8 +103,14 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
 
 
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
-    """Return the largest count of any row; 1 where none is said."""
-    return max(1, *tensors.integers(*names), 1)
+    """Return the largest count of any row and name; 1 where none is said."""
+    for name in names:
+        if tensors.in_region(name):
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"{name} says how many seats the request takes and is in a shared-memory region; send it in place",
+            )
+    return max(1, *(count for name in names for count in tensors.integers(name)), 1)
 
 
 def _kind(tensors: Tensors) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -11,7 +12,7 @@ import grpc.aio
 
 from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
-from sidecar.errors import Reason, SidecarError
+from sidecar.errors import Failed, Reason, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve_lifetime import Lifetime
 from sidecar.fronts.kserve_live import Live, stop_answer, stopped_answer, words_for_client
@@ -34,6 +35,45 @@ class StreamBroken(Exception):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A message of ours, with the status that an error has as the end of a call."""
+
+    raw: bytes
+    status: tuple[grpc.StatusCode, str, Metadata] | None = None
+
+
+class OpenInStreams:
+    """How many requests all streams of one connection have open. While there are `most`, no stream reads another.
+
+    So many requests on a stream hold no more than as many calls could, and the end of a stream, which cancels all of
+    them in one go, keeps nobody waiting for long.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.streams = 0
+        self._most = most
+        self._open = 0
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+
+    def begin(self, task: asyncio.Task[None]) -> None:
+        """Count what a task answers, until that has ended."""
+        self._open += 1
+        if self._open >= self._most:
+            self._has_room.clear()
+        task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._open -= 1
+        if self._open < self._most:
+            self._has_room.set()
+
+    async def room(self) -> None:
+        """Wait until another one may be read. A message that has been read is begun with in any case: it is large."""
+        await self._has_room.wait()
+
+
 class ClientLeft(Exception):
     """Nothing more can be written."""
 
@@ -52,6 +92,7 @@ class InferStream:
         self._metadata = callers.metadata_of(context)
         self._grpc_errors = self._metadata.get(GRPC_ERRORS, "").lower() == "true"
         self._writing = asyncio.Lock()
+        self._is_stuck = False
         self._ended: Ticket | None = None
 
     async def serve(self, requests: AsyncIterator[bytes]) -> None:
@@ -61,9 +102,12 @@ class InferStream:
         request that ended last: most streams have one.
         """
         try:
-            async with asyncio.TaskGroup() as group, self._lifetime.reading():
-                async for raw in requests:
-                    group.create_task(self._answer(raw))
+            with self._front.in_streams(self._peer) as connection:
+                async with asyncio.TaskGroup() as group, self._lifetime.reading():
+                    async for raw in requests:
+                        connection.begin(group.create_task(self._answer(raw)))
+                        del raw
+                        await connection.room()
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
         if (why := self._lifetime.cut) is not None:
@@ -73,16 +117,26 @@ class InferStream:
 
     async def _write(self, raw: bytes) -> None:
         async with self._writing:  # gRPC takes one message of a call at a time
-            try:
-                await self._context.write(raw)
-            except (grpc.aio.InternalError, grpc.aio.UsageError) as error:
-                raise ClientLeft from error
+            await self._written(raw)
+
+    async def _written(self, raw: bytes) -> None:
+        if self._is_stuck:  # gRPC keeps a write that was given up: of the call only the status can follow
+            raise ClientLeft
+        try:
+            await self._context.write(raw)
+        except (grpc.aio.InternalError, grpc.aio.UsageError) as error:
+            raise ClientLeft from error
 
     async def _answer(self, raw: bytes) -> None:
         with self._lifetime.answering():
-            await self._answer_one(raw)
+            asked = self._submitted(raw)
+            del raw  # while the answer, or a refusal, waits for its client
+            said = await self._relay(asked) if isinstance(asked, Live) else asked
+            if said is not None:
+                await self._say(said)
 
-    async def _answer_one(self, raw: bytes) -> None:
+    def _submitted(self, raw: bytes) -> Live | _Said:
+        """Submit a request; return what is said of one that is none, or that is not taken."""
         client_id = request_id = ""
         try:
             structure = structure_of(raw)
@@ -91,10 +145,9 @@ class InferStream:
             asked = self._front.read(structure, self._context, self._metadata, request_id, unary=False)
             if asked.stop:
                 self._front.stop(asked, self._peer, self)
-                await self._write(_final(stop_answer(asked)))
-                return
+                return _Said(_final(stop_answer(asked)))
             self._lifetime.check()
-            live = self._front.submit(asked, self._peer, self)
+            return self._front.submit(asked, self._peer, self)
         except SidecarError as error:
             if not request_id:
                 own = id_in(raw)
@@ -102,27 +155,29 @@ class InferStream:
                 client_id = own if own == request_id else ""
             log_refused(request_id, error)
             status = status_of_error(error, request_id)
-            await self._write_error(client_id, request_id, error.reason, status, error.message)
-            return
+            return self._refusal(client_id, request_id, error.reason, status, error.message)
+
+    async def _relay(self, live: Live) -> _Said | None:
+        """Pass an answer on; return what is said of one that ends without."""
         try:
-            await self._relay(live)
+            return await self._relayed(live)
         finally:
             self._front.close(live)
 
-    async def _relay(self, live: Live) -> None:
+    async def _relayed(self, live: Live) -> _Said | None:
         ending = await relay.relay(live.ticket, self._passing_on(live))
         self._ended = live.ticket
         if ending is None:
-            return
+            return None
         if ending.reason is Reason.CLIENT_STALLED:
             raise StreamBroken(self._front.status_of(live, ending))
         if live.stopped:
             origin = wire.response_fragment(live.asked.client_id, self._front.origin(live.ticket))
-            await self._write(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
-        elif ending.reason is not None:
-            words = words_for_client(live, ending)
-            status = self._front.status_of(live, ending)
-            await self._write_error(live.asked.client_id, live.asked.request_id, ending.reason, status, words)
+            return _Said(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
+        if ending.reason is None:
+            return None
+        words, status = words_for_client(live, ending), self._front.status_of(live, ending)
+        return self._refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, words)
 
     def _passing_on(self, live: Live) -> Callable[[Reply], Awaitable[None]]:
         """Return what writes each reply. The first tells the origin, too: an engine may end without data."""
@@ -142,21 +197,32 @@ class InferStream:
 
         return pass_on
 
-    async def _write_error(
+    async def _say(self, said: _Said) -> None:
+        """Write what is no answer. Who does not take even that is not waited for: nothing else would end the wait."""
+        if said.status is not None and self._grpc_errors:
+            raise StreamBroken(said.status)
+        async with self._writing:
+            try:
+                async with asyncio.timeout(self._front.client_stall_s):
+                    await self._written(said.raw)
+            except TimeoutError:
+                self._is_stuck = True
+                stalled = Failed(Reason.CLIENT_STALLED, f"for {self._front.client_stall_s:g} s nothing was read")
+                raise StreamBroken(status_of_error(stalled, callers.id_of_call(self._context))) from None
+
+    def _refusal(
         self,
         client_id: str,
         request_id: str,
         reason: Reason,
         status: tuple[grpc.StatusCode, str, Metadata],
         message: str,
-    ) -> None:
-        if self._grpc_errors:
-            raise StreamBroken(status)
+    ) -> _Said:
         response = wire.ModelStreamInferResponse(error_message=f"[{reason.value}] {message}")
         response.infer_response.id = client_id
         response.infer_response.parameters[wire.FINAL].bool_param = True
         response.infer_response.parameters["lora_request_id"].string_param = request_id
-        await self._write(response.SerializeToString())
+        return _Said(response.SerializeToString(), status)
 
 
 async def _nothing() -> None:

@@ -82,6 +82,10 @@ class Tensors:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    def in_region(self, name: str) -> bool:
+        """Whether a tensor is here and its content cannot be seen."""
+        return name in self._places and REGION in self._message.inputs[self._places[name]].parameters
+
     def rank(self, name: str) -> int | None:
         """Return how many dimensions a tensor has, None if it is not here."""
         return len(self._message.inputs[self._places[name]].shape) if name in self._places else None

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2
 
 from sidecar.core import codec
 from sidecar.core.events import Received
 from sidecar.errors import Refused
+from sidecar.fronts.kserve_request import Rules, read
+from sidecar.fronts.kserve_structure import structure_of
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.large import LARGE_BYTES
 from sidecar.shell.gateway import COUNT_MAX
@@ -77,6 +80,31 @@ async def test_tensors_beyond_number_are_bounded(tmp_path: Path) -> None:
             served.recorder.events.clear()
             call.cancel()
             assert (received.output_tokens_max, received.sequences) == (tokens, sequences), name
+
+
+@pytest.mark.parametrize("name", ["num_return_sequences", "beam_width", "sampling_param_best_of"])
+async def test_a_count_that_cannot_be_seen_is_refused(tmp_path: Path, name: str) -> None:
+    """The engine would read it from a region, and run as many answers beside the seats of others."""
+    write_adapters(tmp_path, 1)
+    async with running_engine(**DUMMY) as engine, serving([engine], tmp_path) as served:
+        request = core_request(streaming=True)
+        hidden = request.inputs.add(name=name, datatype="INT32", shape=[1, 1])
+        hidden.parameters["shared_memory_region"].string_param = "mine"
+        hidden.parameters["shared_memory_byte_size"].int64_param = 4
+        call = served.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")()
+        await call.write(request.SerializeToString())
+        answer = service_pb2.ModelStreamInferResponse.FromString(await call.read())
+        assert answer.error_message.startswith(f"[INVALID_REQUEST] {name} ")
+        call.cancel()
+
+
+def test_the_largest_of_several_counts_is_taken() -> None:
+    """The LLM-API model runs `best_of` sequences to return `n`."""
+    request = core_request(streaming=True)
+    for name, value in (("sampling_param_n", 1), ("sampling_param_best_of", 16)):
+        add_tensor(request, name, "INT32", np.array([value], np.int32))
+    asked = read(structure_of(request.SerializeToString()), False, {}, Rules({}, False), "id")
+    assert asked.facts.sequences == 16
 
 
 def all_received(served: Serving) -> list[Received]:

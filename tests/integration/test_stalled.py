@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.faults import assert_nothing_left, assert_right, attempt
 from tests.integration.test_faults_lost import SLOW, events
 from tests.integration.test_vllm import ENGINE, answer_of, fronted
 from tests.serving import serving, until, write_adapters
-from tests.vllm_emulated import VllmProcess
+from tests.vllm_emulated import VllmProcess, running_vllm
 
 COST = "llama-3.1-8b/a100_sxm/trtllm"
 TOKENS = 100
@@ -84,4 +85,20 @@ async def test_a_vllm_that_is_frozen_and_thawed(tmp_path: Path) -> None:
         engine.send_signal(signal.SIGCONT)
         assert (await begun).tokens == answer_of(served, tmp_path, name, TOKENS)
         assert (await later).tokens == answer_of(served, tmp_path, name)
+        assert not events(served, BackendLost)
+
+
+async def test_the_first_request_after_a_long_pause_finds_an_engine_that_is_trusted(tmp_path: Path) -> None:
+    """Its silence counts from the request on: a first token that is later than the next look makes no loss."""
+    write_adapters(tmp_path / "adapters", 1)
+    (tmp_path / "shared").mkdir()
+    async with (
+        running_vllm(compute="none", max_loras=2, max_cpu_loras=4, time_scale=100.0) as (engine, _),
+        fronted([engine], tmp_path) as served,
+    ):
+        backend: Any = served.sidecar.gateway.backends["vllm-0"]
+        assert len((await served.ask("", 1)).tokens) == 1
+        await asyncio.sleep(2 * backend._look_s)  # so that the last look has seen the last step
+        backend.pulse._heard_at_s = backend.pulse._moved_at_s = monotonic() - 1000
+        assert len((await served.ask("", 1)).tokens) == 1
         assert not events(served, BackendLost)

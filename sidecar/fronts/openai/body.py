@@ -22,6 +22,8 @@ from sidecar.errors import Reason, Refused
 MODEL, PROMPT = "model", "prompt"
 MEMBERS_MAX = 1000
 """Top-level members of a body. An engine knows some eighty; a million would keep the event loop for seconds."""
+VALUES_MAX = 1_250_000
+"""Of a body, as its commas and opening brackets say: more token ids than any engine takes."""
 MODEL_CHARACTERS_MAX = 4096
 """As of every name that other fronts take."""
 BOM = b"\xef\xbb\xbf"
@@ -82,6 +84,7 @@ class Body:
 
 def read_body(raw: bytes) -> Body:
     """Read a body. Raises Refused(INVALID_REQUEST) with what is wrong and where, a missing `model` included."""
+    _check_values(raw)
     text = _text(raw)
     try:
         return _read(raw, text)
@@ -93,6 +96,16 @@ def read_body(raw: bytes) -> Body:
         raise Refused(Reason.INVALID_REQUEST, "the body is nested too deeply to be read") from error
     except ValueError as error:
         raise Refused(Reason.INVALID_REQUEST, f"the body is not JSON: {error}") from error
+
+
+def _check_values(raw: bytes) -> None:
+    """Refuse a body that takes much longer to read than to send: one reader is there for all."""
+    if len(raw) <= VALUES_MAX:
+        return
+    values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if values > VALUES_MAX:
+        message = f"the body has {values} commas and opening brackets and may have {VALUES_MAX}; send fewer values"
+        raise Refused(Reason.INVALID_REQUEST, message)
 
 
 def _text(raw: bytes) -> str:

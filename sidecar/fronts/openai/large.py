@@ -1,10 +1,10 @@
 """Requests with large bodies, read in a process of their own, one after the other.
 
-The standard library's scanner keeps the interpreter to itself for as long as it reads, so that a thread does not help:
-16 MiB of token ids stop the event loop for 0.18 s, of empty lists for 0.86 s, in a thread as without one. What is read
-must not come back either, as letting go of millions of values takes as long. So the reading process gives back what
-admission looks at, where the name stands, and the request in the words of engines that take text only; the body itself
-is kept as it came. A small body is read where it arrives, in less time than passing it on would take.
+The standard library's scanner keeps the interpreter to itself for as long as it reads, so that a thread does not
+help: a million token ids stop the event loop for 0.18 s, half a million objects for 0.3 s, in a thread as without one.
+What is read must not come back either, as letting go of so many values takes as long. So the reading process gives back
+what admission looks at, where the name stands, and the request in the words of engines that take text only; the body
+itself is kept as it came. A small body is read where it arrives, in less time than passing it on would take.
 """
 
 from __future__ import annotations

@@ -101,6 +101,26 @@ async def test_eight_large_messages_at_once_for_an_adapter_that_does_not_exist(s
     assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER
 
 
+async def test_large_messages_whose_refusals_are_not_read(sidecar: SidecarProcess) -> None:
+    """Small ones have filled the client's window, so no refusal goes out any more: none keeps its message."""
+    options = [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.http2.lookahead_bytes", 4096),
+        ("grpc.http2.bdp_probe", 0),
+    ]
+    small = core_request("hell", lora_name="nobody" + "x" * 100).SerializeToString()
+    message = core_request("hell", lora_name="nobody" + "x" * 100)
+    add_tensor(message, "picture", "UINT8", np.zeros((1, LARGE), np.uint8))
+    large = message.SerializeToString()
+    async with another_client(sidecar), grpc.aio.insecure_channel(sidecar.address, options=options) as channel:
+        call = channel.stream_stream(STREAM)()
+        for raw in (*[small] * 900, *[large] * 10):
+            await call.write(raw)
+        call.cancel()
+    assert sidecar.memory_bytes("VmHWM") <= BUDGET + OVER
+
+
 @pytest.mark.parametrize("path", [INFER, STREAM, GENERATE])
 async def test_ten_half_messages(sidecar: SidecarProcess, path: str) -> None:
     async with another_client(sidecar) as answers, AsyncExitStack() as stack:
