@@ -111,6 +111,12 @@ def all_received(served: Serving) -> list[Received]:
     return [event for event in served.recorder.events if isinstance(event, Received)]
 
 
+async def test_blocks_of_others_caches_are_not_asked_for(tmp_path: Path) -> None:
+    async with house(tmp_path, [ScriptedVllm()]) as served:
+        response = await ask(served, {"kv_transfer_params": {"remote_host": "10.0.0.1", "remote_block_ids": [1]}})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "kv_transfer_params")
+
+
 TWICE = [
     b'{"model":"base","prompt":"x","model":"a00"}',
     b'{"model":"base","prompt":"x","\\u006dodel":"a00"}',

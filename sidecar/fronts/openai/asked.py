@@ -27,6 +27,8 @@ HEADERS = {
 REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
 ONCE = frozenset((*(name.encode() for name in HEADERS), REQUEST_ID_HEADER, b"authorization"))
 """Headers that say who asks. Of two a proxy may read the one and we the other."""
+KV_TRANSFER = "kv_transfer_params"
+"""A router's word to engines that hand prompts to each other: from a client it would be a look into others' prompts."""
 LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
@@ -95,6 +97,9 @@ class Asked:
 def read_asked(path: str, body: Body) -> Asked:
     """Look at a body. Raises Refused(INVALID_REQUEST) where what we must know is not as it must be."""
     values = body.values
+    if values.get(KV_TRANSFER) is not None:
+        message = f'"{KV_TRANSFER}" says which blocks of a KV cache an engine reads and from whom; leave it out'
+        raise Unfit(KV_TRANSFER, message)
     tokens, size_bytes, prompts = (0, _chat_bytes(body), 1) if path == CHAT else _prompts(body)
     streams = _flag(values, "stream")
     options = values.get("stream_options")
