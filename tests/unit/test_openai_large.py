@@ -17,13 +17,13 @@ import pytest
 
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, parts_of, read_asked
-from sidecar.fronts.openai.body import read_body
+from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
 from sidecar.fronts.openai.text_forms import text_forms
 from tests.serving import until
 
-NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (5 << 20) + b"[]]}"
+NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (VALUES_MAX // 2 - 8) + b"[]]}"
 """16 MiB that take the better part of a second to be read, during which nothing else of a process runs."""
 USER = {"role": "user", "content": "hi"}
 ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, (True, False))
