@@ -4,7 +4,7 @@
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
 # make e2e-vllm  the tests that need a real vLLM, which .venv-vllm holds; no GPU; about 10 minutes
-# make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 2 minutes
+# make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
