@@ -7,11 +7,10 @@ request prove nothing of the engine when its error has them, too.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from sidecar.backends.api import Form
 from sidecar.backends.faults import Wrote
-
-_ASCII_ESCAPE = re.compile(rb"\\u00([0-7][0-9a-fA-F])")
 
 
 def wrote_in(form: Form) -> Wrote:
@@ -20,11 +19,13 @@ def wrote_in(form: Form) -> Wrote:
     def wrote(part: str) -> bool:
         if isinstance(form, bytes):
             return part.encode() in form
-        return any(part.encode() in _unescaped(json) for json in (form.before, form.after))
+        return any(_in_json(part).search(json) for json in (form.before, form.after))
 
     return wrote
 
 
-def _unescaped(json: bytes) -> bytes:
-    """Return JSON with its ASCII letters as themselves, however they were escaped."""
-    return _ASCII_ESCAPE.sub(lambda found: bytes((int(found[1], 16),)), json).replace(rb"\/", b"/")
+@lru_cache(64)
+def _in_json(part: str) -> re.Pattern[bytes]:
+    """Return what finds a text in JSON, each letter as itself or escaped: a body is large, and is not copied for it."""
+    letters = (letter.encode() for letter in part)
+    return re.compile(b"".join(b"(?:%b|(?i:\\\\u%04x))" % (re.escape(letter), letter[0]) for letter in letters))
