@@ -2,8 +2,8 @@
 
 Which version opens, when a slot is free: of those that are overdue the one with the oldest head; then the same of those
 that are half-way there; then the one whose queued requests have the largest sum of ages, plus their number. Which
-request goes: of the open versions that of the tenant that was served least, the oldest where that is one tenant's; and
-none of a tenant that was served much more than the least served one that waits (`fairness.py`).
+request goes: among the open versions, one of the tenant that was served least; of several of that tenant the oldest. A
+tenant that was served much more than the least served one that waits is held back (`fairness.py`).
 
 A *gate* ends a version's turn: what waits at that moment still goes, what comes later waits for the version's next
 turn, and when the last of it has ended the slot is free. Two things set gates.

@@ -108,7 +108,7 @@ def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
         if tensors.in_region(name):
             raise Refused(
                 Reason.INVALID_REQUEST,
-                f"{name} says how many seats the request takes and is in a shared-memory region; send it in place",
+                f"{name} says how many seats the request takes: send it in the message, not in a shared-memory region",
             )
     return max(1, *(count for name in names for count in tensors.integers(name)), 1)
 

@@ -24,7 +24,7 @@ from sidecar.fronts.openai.text_forms import text_forms
 from tests.serving import until
 
 NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (VALUES_MAX // 2 - 8) + b"[]]}"
-"""16 MiB that take the better part of a second to be read, during which nothing else of a process runs."""
+"""As many values as a body may have: a fifth of a second to be read, during which nothing else of a process runs."""
 USER = {"role": "user", "content": "hi"}
 ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, (True, False))
 
