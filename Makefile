@@ -122,7 +122,7 @@ fuzz-wire: $(DEVELOPING)
 	$(BIN)/python -m tests.fuzz.wire $(if $(MESSAGES),--messages $(MESSAGES)) $(if $(SEED),--seed $(SEED))
 
 sim-faults: $(DEVELOPING)
-	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED))
 
 e2e-attack: $(DEVELOPING)
 	$(BIN)/pytest tests/e2e/attack -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-ADAPTERS = Path(__file__).parents[2] / "sidecar" / "demo" / "data" / "adapters"
+ADAPTERS = Path(__file__).parents[2] / "sidecar" / "lab" / "demo" / "data" / "adapters"
 NAMES = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
 SIDECAR = (sys.executable, "-m", "sidecar")
 QUIET = asyncio.subprocess.DEVNULL

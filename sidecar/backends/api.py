@@ -14,9 +14,9 @@ from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
 
-from sidecar.backends import wire
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
-from sidecar.backends.dialects import TRITON
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import TRITON
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import Event
 

@@ -8,7 +8,8 @@ advance would do the same for a sixteenth of the clients; to count none but the 
 
 from __future__ import annotations
 
-ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX = 4 << 20, 256 << 20
+from sidecar.config import ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX
+
 REPLY_BYTES = 256
 """What one message takes in memory beside its bytes: a token has few of those."""
 

@@ -17,16 +17,16 @@ import grpc.aio
 import httpx
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.backends.checks import engine, memory, metrics, model, runs, server, staged
 from sidecar.backends.checks.finding import Finding, Look, State, Target, failed, skipped
-from sidecar.backends.checks.runs import LOAD_S, RUN_S
-from sidecar.backends.checks.vllm import declared, registered
-from sidecar.backends.checks.vllm import runs as vllm_runs
-from sidecar.backends.checks.vllm import server as vllm_server
-from sidecar.backends.checks.vllm.look import VllmLook, open_look
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
-from sidecar.backends.probe import words
+from sidecar.backends.triton.checks import engine, memory, metrics, model, runs, server, staged
+from sidecar.backends.triton.checks.runs import LOAD_S, RUN_S
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.backends.triton.probe import words
+from sidecar.backends.vllm.checks import declared, registered
+from sidecar.backends.vllm.checks import runs as vllm_runs
+from sidecar.backends.vllm.checks import server as vllm_server
+from sidecar.backends.vllm.checks.look import VllmLook, open_look
 from sidecar.errors import SidecarError
 
 AnyLook = TypeVar("AnyLook", Look, VllmLook)

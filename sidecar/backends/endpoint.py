@@ -16,9 +16,10 @@ from time import monotonic
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from sidecar.backends.api import Ticket, Weights
-from sidecar.backends.loads import LoadResult
 from sidecar.backends.pulse import Pulse
+from sidecar.backends.triton.loads import LoadResult
 from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Fault
 from sidecar.core.events import (
     BackendLost,
     BackendMeasured,
@@ -32,7 +33,6 @@ from sidecar.core.events import (
     RunFailed,
 )
 from sidecar.core.facts import EngineFacts
-from sidecar.core.words import Fault
 from sidecar.errors import Misused, SidecarError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from sidecar.adapters.base_model import decoder_dims
-from sidecar.backends.dialects import TRITON_LLMAPI
+from sidecar.backends.triton.dialects import TRITON_LLMAPI
 from sidecar.core.facts import DTYPE_BYTES, EngineFacts
 from sidecar.core.layout import Heads
 from sidecar.errors import Misused, Reason

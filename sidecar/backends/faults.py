@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sidecar.core.words import Fault
+from sidecar.core.enums import Fault
 
 Wrote = Callable[[str], bool]
 """Whether a client wrote a text, ASCII without quotes and backslashes, somewhere in its request."""

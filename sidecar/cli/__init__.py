@@ -29,8 +29,8 @@ from sidecar.cli import (
     versions,
 )
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
-from sidecar.emulator.command import emulate
 from sidecar.errors import SidecarError
+from sidecar.lab.engine.command import emulate
 
 app = typer.Typer(
     name="sidecar",
@@ -64,7 +64,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Show it all on this machine: emulated engines, eight adapters, and clients that know names only."""
-    from sidecar.demo.run import demo as run_demo
+    from sidecar.lab.demo.run import demo as run_demo
 
     return run_demo(keep, as_json)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.backends.dialects import VLLM
+from sidecar.backends.triton.dialects import VLLM
 from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, console, facts, print_json
-from sidecar.emulator.cost import CostModel, cost_name
-from sidecar.emulator.cost_table import UNLIMITED_TOKENS, CostTable, cost_table_text
+from sidecar.pace.cost import CostModel, cost_name
+from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, cost_table_text
 
 Told = Callable[[str, int, int], None]
 
@@ -58,8 +58,8 @@ def calibrate(
 
 
 def _from_measurements(model: str | None, gpu: str | None, engine: str | None) -> tuple[CostTable, dict[str, Any], str]:
-    from sidecar.calibrate.measured import Measured, short_name
-    from sidecar.calibrate.table import measured_table
+    from sidecar.lab.calibrate.measured import Measured, short_name
+    from sidecar.lab.calibrate.table import measured_table
 
     if model is None or gpu is None or engine is None:
         raise CommandError(
@@ -75,9 +75,9 @@ def _from_measurements(model: str | None, gpu: str | None, engine: str | None) -
 def _from_journal(
     path: Path, backend: str | None, model: str | None, gpu: str | None, engine: str | None
 ) -> tuple[CostTable, dict[str, Any], str]:
-    from sidecar.calibrate.history import read_history
-    from sidecar.calibrate.live import Words, live_table
-    from sidecar.calibrate.measured import short_name
+    from sidecar.lab.calibrate.history import read_history
+    from sidecar.lab.calibrate.live import Words, live_table
+    from sidecar.lab.calibrate.measured import short_name
 
     with _telling() as told:
         history = read_history(path, told)

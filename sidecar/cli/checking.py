@@ -11,16 +11,15 @@ import typer
 import yaml
 
 from policies.registry import POLICIES
-from sidecar import plugins
-from sidecar.backends.checks.vllm.declared import undeclared
-from sidecar.backends.dialects import VLLM
+from sidecar.backends.triton.dialects import VLLM
+from sidecar.backends.vllm.checks.declared import undeclared
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
-from sidecar.config import Config
+from sidecar.config import Config, plugins
 from sidecar.discovery import several
 from sidecar.errors import Misused, Reason
-from sidecar.pool import facts_of
+from sidecar.serve.pool import facts_of
 
 CONTEXT_TOKENS = 1024
 """The context of the request that a calibrated pace is told for."""
@@ -148,7 +147,7 @@ def check_policy(
     as_json: AsJson = False,
 ) -> None:
     """Run a policy through conformance, purity and a golden trace."""
-    from sidecar import conformance
+    from sidecar.lab import conformance
 
     kind, cls = find_policy(name)
     try:

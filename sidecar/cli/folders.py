@@ -20,7 +20,7 @@ from sidecar.cli.adapters import app
 from sidecar.cli.bars import bar
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
-from sidecar.pool import facts_of
+from sidecar.serve.pool import facts_of
 
 Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
 Base = Annotated[

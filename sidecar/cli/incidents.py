@@ -154,7 +154,7 @@ def replay(
     as_json: AsJson = False,
 ) -> int:
     """Run a journal again; exit 1 if any step does not give the effects that were recorded."""
-    from sidecar import replay as replaying
+    from sidecar.journal import replay as replaying
 
     if explain is None:
         return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr))

@@ -10,17 +10,17 @@ from sidecar.cli.show import count
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Misused, Reason
-from sidecar.incident.archive import opened
 from sidecar.incident.arrivals import Arrival as Recorded
 from sidecar.incident.arrivals import Setting, arrivals_of, lines_of, setting_of
-from sidecar.replay import segments_of
-from sidecar.sim.options import BARE, Options
-from sidecar.sim.recorded import Sizes, recorded_engine
-from sidecar.sim.results import hot_of, percentiles
-from sidecar.sim.runs import Run, class_limit, cost_of, policies_said
-from sidecar.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
-from sidecar.sim.tables import Figures
-from sidecar.sim.workloads import Arrival, Workload
+from sidecar.journal.archive import opened
+from sidecar.journal.replay import segments_of
+from sidecar.lab.sim.options import BARE, Options
+from sidecar.lab.sim.recorded import Sizes, recorded_engine
+from sidecar.lab.sim.results import hot_of, percentiles
+from sidecar.lab.sim.runs import Run, class_limit, cost_of, policies_said
+from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
+from sidecar.lab.sim.tables import Figures
+from sidecar.lab.sim.workloads import Arrival, Workload
 
 LIVE = "live"
 FLAVOUR_OF = {"vllm": "vllm"}

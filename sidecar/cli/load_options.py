@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sidecar.sim.workloads import WORKLOADS
+from sidecar.lab.sim.workloads import WORKLOADS
 
 
 def panel(name: str) -> Callable[..., Any]:

@@ -38,15 +38,15 @@ from sidecar.cli.load_options import (
 from sidecar.cli.plan_tables import curve, engine_lines, missed, sidecar_lines, summary, trust
 from sidecar.cli.show import AsJson, console, facts, print_json, titled
 from sidecar.errors import Misused, Reason
-from sidecar.plan.drawing import check_plot, write_plot
-from sidecar.plan.goal import Goal
-from sidecar.plan.record import Record, record
-from sidecar.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
-from sidecar.plan.settings import EMITTED
-from sidecar.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
-from sidecar.sim.option_values import check_known, check_ranges, check_together, listed
-from sidecar.sim.options import Options
-from sidecar.sim.setup import MODULES, Sidecar
+from sidecar.lab.plan.drawing import check_plot, write_plot
+from sidecar.lab.plan.goal import Goal
+from sidecar.lab.plan.record import Record, record
+from sidecar.lab.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
+from sidecar.lab.plan.settings import EMITTED
+from sidecar.lab.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
+from sidecar.lab.sim.option_values import check_known, check_ranges, check_together, listed
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.setup import MODULES, Sidecar
 
 
 def add_to(app: typer.Typer) -> None:

@@ -18,16 +18,16 @@ from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import State, Target, failed, skipped
-from sidecar.backends.dialects import TRITON, VLLM
+from sidecar.backends.triton.dialects import TRITON, VLLM
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.findings import Lines, Report, drawn
 from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
 from sidecar.config import Backend, Config, parse
 from sidecar.core.facts import Adapter
-from sidecar.discovered import found_now
 from sidecar.errors import Invalid, Misused
-from sidecar.pool import base_model_of, facts_of, usual_metrics_url
+from sidecar.serve.discovered import found_now
+from sidecar.serve.pool import base_model_of, facts_of, usual_metrics_url
 
 KINDS = (TRITON, VLLM)
 SHOWN_MAX = 8

@@ -149,7 +149,7 @@ def _settings(settings: list[str]) -> dict[str, Any]:
 
 
 async def _serve(config: Config, as_json: bool) -> None:
-    from sidecar.app import Sidecar
+    from sidecar.serve.app import Sidecar
     from sidecar.shell.crash import Crash
     from sidecar.shell.logs import configure_logging
 
@@ -210,8 +210,8 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
         "admin": sidecar.admin_address,
         "http": sidecar.http_address,
     }
-    if sidecar.listening.probes:
-        addresses["probes"] = sidecar.listening.probes
+    if sidecar.serve.listening.probes:
+        addresses["probes"] = sidecar.serve.listening.probes
     backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
         return json.dumps({**addresses, "backends": backends, "adapters": adapters})

@@ -39,13 +39,13 @@ from sidecar.cli.load_options import (
 )
 from sidecar.cli.show import AsJson, console, print_json
 from sidecar.errors import Misused, Reason
-from sidecar.sim.option_values import listed, names_listed
-from sidecar.sim.options import BARE, LORA_MODULES, Options
-from sidecar.sim.results import Result
-from sidecar.sim.runs import Run, runs_of
-from sidecar.sim.setup import FLAVOURS, Sidecar
-from sidecar.sim.simulate import simulate as run_simulation
-from sidecar.sim.tables import Figures, meaning, over, tables, title
+from sidecar.lab.sim.option_values import listed, names_listed
+from sidecar.lab.sim.options import BARE, LORA_MODULES, Options
+from sidecar.lab.sim.results import Result
+from sidecar.lab.sim.runs import Run, runs_of
+from sidecar.lab.sim.setup import FLAVOURS, Sidecar
+from sidecar.lab.sim.simulate import simulate as run_simulation
+from sidecar.lab.sim.tables import Figures, meaning, over, tables, title
 
 Beginning = Callable[[str, int], Callable[[int], None] | None]
 """Told a run's label and how many requests it has; gives who is told how many of them have ended."""
@@ -198,7 +198,7 @@ def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
 
 
 def _report(results: list[Result], directory: Path, as_json: bool) -> None:
-    from sidecar.sim.report import write_report
+    from sidecar.lab.sim.report import write_report
 
     written = write_report(results, directory)
     if not as_json:

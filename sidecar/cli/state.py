@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from sidecar.cli.show import AsJson, count, print_json
+from sidecar.config import redis_address
 from sidecar.errors import Misused, Reason
 from sidecar.state.contents import Place, SqliteFile, move
-from sidecar.state.redis import address
 from sidecar.state.registry import REGISTRY_FILE
 
 app = typer.Typer(help="Where registered names are kept.", no_args_is_help=True)
@@ -38,7 +38,7 @@ def migrate(
     ] = None,
     key_prefix: Annotated[
         str, typer.Option(help="What its keys begin with.", rich_help_panel=OF_REDIS)
-    ] = address.KEY_PREFIX,
+    ] = redis_address.KEY_PREFIX,
     ca: Annotated[
         Path | None, typer.Option(help="Authority that signed it (PEM).", rich_help_panel=OF_REDIS, show_default=False)
     ] = None,
@@ -67,8 +67,8 @@ def migrate(
     if as_json:
         print_json(
             {
-                "from": address.without_users(source),
-                "to": address.without_users(target),
+                "from": redis_address.without_users(source),
+                "to": redis_address.without_users(target),
                 "adapters": names,
                 "versions": contents.versions,
                 "changes": len(contents.changes),
@@ -96,10 +96,10 @@ def _place(text: str, options: dict[str, Any], is_there: bool) -> Place:
     from sidecar.state.redis.link import Link
 
     try:
-        found = address.parse_address(text)
+        found = redis_address.parse_address(text)
     except ValueError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"{address.without_users(text)}: {error}") from error
-    return RedisPlace(Link(address.Place(found, **options)))
+        raise Misused(Reason.CONFIG_INVALID, f"{redis_address.without_users(text)}: {error}") from error
+    return RedisPlace(Link(redis_address.Place(found, **options)))
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import hashlib
 from dataclasses import replace
 
 from policies.views import BASE, Waiting
-from sidecar.core import asks, promising
+from sidecar.core import eligibility, promising
 from sidecar.core.config import ClassLimit
 from sidecar.core.effects import Settle
 from sidecar.core.events import Received
 from sidecar.core.state import Backend, Name, Queued, Request, State
+from sidecar.core.step import Turn, outcome_of
 from sidecar.core.suspects import quarantine_message
-from sidecar.core.turn import Turn, outcome_of
 from sidecar.errors import Reason, Refused
 
 RETRY_AFTER_NS = 1_000_000_000
@@ -57,7 +57,7 @@ def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
     """
     name, ordinal = _resolve(state, event)
     digest = name.versions[ordinal] if name is not None else BASE
-    servers = asks.among(asks.servers_of(state, digest), event.only)
+    servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
     return digest, tuple(each for each in servers if each.can_seat(event.sequences, state.config)) or servers
 
 
@@ -68,7 +68,7 @@ def _counted(state: State, event: Received, digest: str) -> Received:
     one client could lengthen everybody's promises at will.
     """
     config = state.config
-    servers = asks.among(asks.servers_of(state, digest), event.only)
+    servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
     longest = [backend.facts.sequence_tokens_max or config.sequence_tokens_assumed for backend in servers]
     most = max(1, max(longest, default=config.sequence_tokens_assumed) - event.input_tokens) * event.sequences
     tokens = min(event.output_tokens_max or config.output_tokens_assumed, most)
@@ -154,7 +154,7 @@ def unknown_adapter(state: State, text: str, tenant: str | None = None) -> Refus
 def _unknown(state: State, text: str, tenant: str | None) -> str:
     shown = text if len(text) <= 80 else f"{text[:77]}..."
     usable = [name for name, known in state.names.items() if tenant is None or known.is_for(tenant)]
-    near = asks.nearest(text, usable)
+    near = eligibility.nearest(text, usable)
     if near:
         return f'unknown adapter "{shown}"; did you mean {" or ".join(near)}?'
     if not usable:
@@ -260,18 +260,18 @@ def _not_quarantined(state: State, name: Name, digest: str) -> None:
 
 
 def _find_server(state: State, event: Received, name: Name | None, digest: str) -> None:
-    servers = asks.among(asks.servers_of(state, digest), event.only)
+    servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
     text = name.name if name is not None else "base model"
     if not servers:
-        if asks.are_gone(state, event.only):
-            raise Refused(Reason.NOT_OWNER, asks.gone_message(event.only), adapter=text)
-        if asks.may_come(state, digest, event.only):
+        if eligibility.are_gone(state, event.only):
+            raise Refused(Reason.NOT_OWNER, eligibility.gone_message(event.only), adapter=text)
+        if eligibility.may_come(state, digest, event.only):
             return
-        message = asks.no_backend_message(state, text, digest)
+        message = eligibility.no_backend_message(state, text, digest)
         raise Refused(Reason.NO_BACKEND, message, retry_after_s=RETRY_AFTER_NS / 1e9, adapter=text)
     if not any(server.owned for server in servers):
-        raise Refused(Reason.NOT_OWNER, asks.not_owner_message(servers), adapter=text)
-    if not any(asks.long_enough(backend, event.input_tokens) for backend in servers):
+        raise Refused(Reason.NOT_OWNER, eligibility.not_owner_message(servers), adapter=text)
+    if not any(eligibility.long_enough(backend, event.input_tokens) for backend in servers):
         longest = max(backend.facts.input_tokens_max or 0 for backend in servers)
         raise Refused(
             Reason.INVALID_REQUEST,

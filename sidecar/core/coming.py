@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from policies.views import HearsOfRemovals
 from sidecar.core import healing, joining, promising
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLeaving, BackendRemoved
 from sidecar.core.state import Backend, State
-from sidecar.core.turn import Turn
-from sidecar.core.words import Phase
+from sidecar.core.step import Turn
 
 
 def added(turn: Turn, backend: Backend) -> None:

@@ -31,11 +31,11 @@ from sidecar.core import (
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
+from sidecar.core.enums import Phase
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import NEVER_NS, Backend, Request, State
+from sidecar.core.step import Turn
 from sidecar.core.store import StoreIndex
-from sidecar.core.turn import Turn
-from sidecar.core.words import Phase
 from sidecar.errors import Reason
 
 TIMERS_STALE_MAX = 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 from sidecar.core.effects import DropDisk, Spill
 from sidecar.core.events import DiskHolds, Spilled, SpillFailed
 from sidecar.core.facts import is_files
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 
 PAUSE_NS = 30_000_000_000
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import asks, promising, stalls, suspects
+from sidecar.core import eligibility, promising, stalls, suspects
 from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Cache
 from sidecar.core.events import LoadDone
 from sidecar.core.facts import Packed
-from sidecar.core.room import LiveRoom
+from sidecar.core.ordering_view import LiveRoom
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
-from sidecar.core.turn import Turn
-from sidecar.core.words import Cache
+from sidecar.core.step import Turn
 from sidecar.errors import Reason
 
 
@@ -39,7 +39,7 @@ def _reload_stale(turn: Turn, backend: Backend) -> None:
             continue
         if not state.store.has(state.packed_for(digest, backend).key):
             continue
-        if asks.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
+        if eligibility.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
             del backend.stale[digest]
             slot = backend.slots[digest]
             slot.stale = False
@@ -50,9 +50,9 @@ def _reload_stale(turn: Turn, backend: Backend) -> None:
 def _warm_up(turn: Turn, backend: Backend) -> None:
     """Load what an operator asked for, if there is room beside what is busy."""
     for digest in list(backend.warmups):
-        if digest not in turn.state.versions or digest in backend.slots or asks.resident(backend, digest):
+        if digest not in turn.state.versions or digest in backend.slots or eligibility.resident(backend, digest):
             del backend.warmups[digest]
-        elif asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None:
+        elif eligibility.why_not_open(turn.state, backend, digest, turn.now_ns) is None:
             del backend.warmups[digest]
             open_version(turn, backend, digest)
 
@@ -60,19 +60,19 @@ def _warm_up(turn: Turn, backend: Backend) -> None:
 def open_version(turn: Turn, backend: Backend, digest: str) -> None:
     """Give a version a slot, and have it loaded if the engine has not got it."""
     state = turn.state
-    why = asks.why_not_open(state, backend, digest, turn.now_ns)
+    why = eligibility.why_not_open(state, backend, digest, turn.now_ns)
     assert why is None, f"{digest} cannot be opened on {backend.id}: {why}"
     packed = state.packed_for(digest, backend)
     _close_idle(state, backend, packed.pages)
     slot = backend.slots[digest] = Slot(turn.now_ns, packed.pages)
-    if not asks.resident(backend, digest) and not backend.facts.attaches:
+    if not eligibility.resident(backend, digest) and not backend.facts.attaches:
         slot.load = _load(turn, backend, digest)
     backend.recount(digest)
 
 
 def _close_idle(state: State, backend: Backend, pages: int) -> None:
     """Close idle slots, longest open first, until the pages fit: another version waits for them."""
-    limit = asks.page_limit(backend)
+    limit = eligibility.page_limit(backend)
     if limit is None:
         return
     taken = sum(slot.pages for slot in backend.slots.values())
@@ -184,7 +184,7 @@ def _take_turn(turn: Turn, backend: Backend, request: Request) -> None:
 
 def _send(turn: Turn, backend: Backend, request: Request) -> None:
     state = turn.state
-    why = asks.why_not_send(state, backend, request, turn.now_ns)
+    why = eligibility.why_not_send(state, backend, request, turn.now_ns)
     assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
     turn.dequeue(request, to_run=True)
     if not backend.running:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecar.core.enums import Cache, Outcome
 from sidecar.core.facts import Layout, Packed
-from sidecar.core.words import Cache, Outcome
 from sidecar.errors import Reason
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecar.core.enums import Fault
 from sidecar.core.facts import Adapter, EngineFacts
-from sidecar.core.words import Fault
 from sidecar.errors import Reason
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 
-from sidecar.core import asks, disk
-from sidecar.core.asks import resident
+from sidecar.core import disk, eligibility
 from sidecar.core.effects import Fetch
+from sidecar.core.eligibility import resident
+from sidecar.core.enums import Cache
 from sidecar.core.events import Fetched, FetchFailed
 from sidecar.core.state import Backend, State
-from sidecar.core.turn import Turn
-from sidecar.core.words import Cache
+from sidecar.core.step import Turn
 from sidecar.errors import Family, Reason
 
 
@@ -46,7 +46,7 @@ def _hungriest(state: State) -> tuple[int, str] | None:
     while heap:
         position, key = heap[0]
         first = state.next_position(key)
-        if first is None or key in state.store.entries or not asks.is_needed(state, key):
+        if first is None or key in state.store.entries or not eligibility.is_needed(state, key):
             heapq.heappop(heap)
         elif first != position:
             heapq.heapreplace(heap, (first, key))

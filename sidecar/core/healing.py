@@ -16,17 +16,17 @@ A fault before the first token is mended; after it nothing is ever retried. The 
 from __future__ import annotations
 
 from policies.views import BASE
-from sidecar.core import asks
-from sidecar.core.asks import believed_page_limit, page_limit
+from sidecar.core import eligibility
 from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
+from sidecar.core.eligibility import believed_page_limit, page_limit
+from sidecar.core.enums import Fault, Phase
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
 from sidecar.core.state import Backend, LoadRun, Request, Version
+from sidecar.core.step import Turn
 from sidecar.core.suspects import suspect
-from sidecar.core.turn import Turn
-from sidecar.core.words import Fault, Phase
 from sidecar.errors import Reason
 
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
@@ -162,7 +162,7 @@ def forget_idle(turn: Turn, backend: Backend) -> None:
     """The engine evicted all it could before it failed: nothing idle is there any more."""
     backend.shadow.forget_idle()
     for version, slot in list(backend.slots.items()):
-        if not backend.slot_in_use(slot) and not asks.resident(backend, version):
+        if not backend.slot_in_use(slot) and not eligibility.resident(backend, version):
             backend.close_slot(version)
     for version in backend.queued_by_version:
         if version != BASE:
@@ -335,7 +335,7 @@ def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend
         request = turn.state.requests[request_id]
         turn.dequeue(request)
         request.backend = None
-        if asks.places_of(turn.state, request):
+        if eligibility.places_of(turn.state, request):
             turn.route(request)
         else:
             turn.settle(

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 
 from policies.at_most import at_most
 from policies.views import BASE, Routing, Waiting
-from sidecar.core import asks, operators
+from sidecar.core import eligibility, operators
 from sidecar.core.events import BackendPlanned
-from sidecar.core.offers import Offers
+from sidecar.core.routing_view import Offers
 from sidecar.core.state import Backend, Joining, State
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 
 LOOKED_AT_MAX = 128
 """Versions in use that the policy is asked about."""
@@ -68,7 +68,7 @@ def _planned(state: State, backend: Backend, make_routing: Callable[[], Routing]
 
 
 def _offer(state: State, version: str) -> tuple[str, Offers]:
-    able = (server.id for server in asks.servers_of(state, version) if server.takes_requests)
+    able = (server.id for server in eligibility.servers_of(state, version) if server.takes_requests)
     return version, Offers(state, version, tuple(able))
 
 
@@ -94,9 +94,9 @@ def _load(turn: Turn, backend: Backend, versions: tuple[str, ...]) -> None:
         return
     joining.is_planned = True
     turn.dirty[backend.id] = None
-    room = backend.facts.host_pages_total or asks.page_limit(backend) or 0
+    room = backend.facts.host_pages_total or eligibility.page_limit(backend) or 0
     for version in versions:
-        if version not in state.versions or asks.cannot_serve(state, backend, version) is not None:
+        if version not in state.versions or eligibility.cannot_serve(state, backend, version) is not None:
             continue
         room -= state.packed_for(version, backend).pages
         if room < 0:
@@ -125,7 +125,7 @@ def end(state: State, backend_id: str) -> None:
 def _is_on_its_way(state: State, backend: Backend, digest: str) -> bool:
     """Whether a version is being loaded, or will be as soon as it can; one that could not be had is not."""
     version = state.versions.get(digest)
-    if version is None or asks.resident(backend, digest):
+    if version is None or eligibility.resident(backend, digest):
         return False
     if backend.id in version.loads:
         return True

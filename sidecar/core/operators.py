@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sidecar.core import asks, suspects
+from sidecar.core import eligibility, suspects
 from sidecar.core.effects import Answer
 from sidecar.core.events import (
     AdapterRegistered,
@@ -14,7 +14,7 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import Adapter, version_id
 from sidecar.core.state import Backend, Name, State, Version
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 
 
 def registered(turn: Turn, event: AdapterRegistered) -> None:
@@ -86,7 +86,7 @@ def _hold(turn: Turn, digest: str) -> None:
     """Keep a version's blobs in the tiers where its names want them; fetch a pinned one that is not there."""
     _mark_held(turn.state, digest)
     if turn.state.memory_holds(digest):
-        want(turn, digest, [b for b in asks.servers_of(turn.state, digest) if b.takes_requests])
+        want(turn, digest, [b for b in eligibility.servers_of(turn.state, digest) if b.takes_requests])
 
 
 def _let_go_unless_held(state: State, digest: str) -> None:
@@ -113,7 +113,7 @@ def want(turn: Turn, digest: str, backends: list[Backend]) -> None:
 def want_all_pinned(turn: Turn, backend: Backend) -> None:
     """Have what is pinned in the store in the layout of a backend that has just come up, or become ours."""
     for name in turn.state.names.values():
-        if name.pinned and asks.cannot_serve(turn.state, backend, name.digest) is None:
+        if name.pinned and eligibility.cannot_serve(turn.state, backend, name.digest) is None:
             want(turn, name.digest, [backend])
 
 
@@ -125,7 +125,7 @@ def evict_asked(turn: Turn, event: EvictAsked) -> None:
     if state.disk.budget_bytes:
         lines.append(("disk", _evict_from_disk(turn, digest)))
     for backend in state.backends.values():
-        if asks.resident(backend, digest):
+        if eligibility.resident(backend, digest):
             lines.append((backend.id, "resident; TensorRT-LLM has no unload: it stays until the engine evicts it"))
         else:
             lines.append((backend.id, "not resident"))
@@ -160,15 +160,15 @@ def prefetch_asked(turn: Turn, event: PrefetchAsked) -> None:
     state = turn.state
     digest = state.names[event.name].digest
     lines = []
-    servers = {backend.id: backend for backend in asks.servers_of(state, digest)}
+    servers = {backend.id: backend for backend in eligibility.servers_of(state, digest)}
     for backend_id in event.backends or tuple(servers):
         backend = servers.get(backend_id)
         if backend_id not in state.backends or (backend is not None and backend.leaving):
             lines.append((backend_id, "it is about to go, or gone"))
         elif backend is None:
-            unfit = asks.cannot_serve(state, state.backends[backend_id], digest)
+            unfit = eligibility.cannot_serve(state, state.backends[backend_id], digest)
             lines.append((backend_id, f"cannot serve it: {unfit.sentence if unfit else ''}"))
-        elif asks.resident(backend, digest):
+        elif eligibility.resident(backend, digest):
             lines.append((backend_id, "resident already"))
         else:
             want(turn, digest, [backend])

@@ -7,10 +7,10 @@ be sent to the new owner: what ran without a token is cancelled, and may run a s
 from __future__ import annotations
 
 from sidecar.core import healing, operators
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendGivenUp, BackendTaken
 from sidecar.core.silence import Silence
-from sidecar.core.turn import Turn
-from sidecar.core.words import Phase
+from sidecar.core.step import Turn
 from sidecar.errors import Reason
 
 

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 
 from policies.at_most import at_most
 from policies.views import BASE, Sized
-from sidecar.core import asks, dispatching, fetching
-from sidecar.core.ahead import SECOND_NS
+from sidecar.core import dispatching, eligibility, fetching
+from sidecar.core.prefetch_accounting import SECOND_NS
 from sidecar.core.state import Backend, State
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 
 LOOK_EVERY = 32
 """Rounds of a backend between two looks that find nothing. A version that begins to wait, or comes into the store, is
@@ -46,7 +46,7 @@ def requested(turn: Turn, request_id: int) -> None:
     if len(backend.queued_by_version.get(request.version, ())) == 1:
         backend.ahead.rest = 0
     guess = state.guesses.unused.get(packed.key)
-    if guess is None or asks.resident(backend, request.version):
+    if guess is None or eligibility.resident(backend, request.version):
         return
     entry = state.store.entries.get(packed.key)
     if entry is None:
@@ -75,7 +75,7 @@ def take_stock(turn: Turn, backend: Backend) -> None:
             continue
         if slot is not None and not slot.running:
             backend.close_slot(version)
-        ahead.ended(version, asks.resident(backend, version), turn.now_ns)
+        ahead.ended(version, eligibility.resident(backend, version), turn.now_ns)
 
 
 def load_ahead(turn: Turn, backend: Backend) -> None:
@@ -102,7 +102,9 @@ def _see_what_was_used(turn: Turn, backend: Backend) -> None:
         slot = backend.slots.get(version)
         if slot is not None and slot.running:
             ahead.used(version, turn.now_ns)
-        elif one.done_ns is not None and not (asks.resident(backend, version) and version in backend.queued_by_version):
+        elif one.done_ns is not None and not (
+            eligibility.resident(backend, version) and version in backend.queued_by_version
+        ):
             ahead.gone(version)
 
 
@@ -132,14 +134,14 @@ class _EngineRoom:
         self._state = state
         self._backend = backend
         self._now_ns = now_ns
-        self._pages = asks.page_room(backend)
+        self._pages = eligibility.page_room(backend)
         self.has_pages = self._pages.takes(1)
 
     def coming(self) -> Iterator[Sized]:
         """A version stands in the order in which it began to wait; until it is opened that is its queue position."""
         state, backend = self._state, self._backend
         for version in at_most(LOOKED_AT_MAX, backend.queued_by_version):
-            if version == BASE or version in backend.slots or asks.resident(backend, version):
+            if version == BASE or version in backend.slots or eligibility.resident(backend, version):
                 continue
             packed = state.packed_for(version, backend)
             if state.store.has(packed.key):
@@ -153,8 +155,8 @@ class _EngineRoom:
         return (
             version in backend.queued_by_version
             and version not in backend.slots
-            and not asks.resident(backend, version)
-            and asks.why_not_open(self._state, backend, version, self._now_ns, self._pages) is None
+            and not eligibility.resident(backend, version)
+            and eligibility.why_not_open(self._state, backend, version, self._now_ns, self._pages) is None
             and takes_from_nobody(backend, self._state.packed_for(version, backend).pages)
         )
 
@@ -258,8 +260,8 @@ class _StoreRoom:
         held = self._state.versions.get(version)
         if held is None or held.quarantined:
             return None
-        for backend in asks.servers_of(self._state, version):
+        for backend in eligibility.servers_of(self._state, version):
             if backend.takes_requests:
                 key = self._state.packed_for(version, backend).key
-                return None if key in self._state.store.entries or asks.resident(backend, version) else backend
+                return None if key in self._state.store.entries or eligibility.resident(backend, version) else backend
         return None

@@ -8,7 +8,7 @@ at which what it rested on is gone: the backend was lost or has become slower, o
 from __future__ import annotations
 
 from policies.views import BASE, Backlog
-from sidecar.core import asks
+from sidecar.core import eligibility
 from sidecar.core.facts import Packed
 from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_token_ns
 from sidecar.core.state import Backend, Request, State, Version
@@ -63,7 +63,7 @@ def step_ns(state: State, backend: Backend) -> float:
 
 def slots_of(backend: Backend, pages: int) -> int:
     """Return how many versions of so many pages may be open at once."""
-    limit = asks.page_limit(backend)
+    limit = eligibility.page_limit(backend)
     return SLOTS_UNLIMITED if limit is None else max(1, limit // max(1, pages))
 
 
@@ -116,7 +116,7 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
 
 def _finds_a_slot(backend: Backend, packed: Packed, blocked: int) -> bool:
     """Whether there is a free slot for each version that waits for one; the base model needs none."""
-    return asks.page_room(backend).takes(blocked * packed.pages)
+    return eligibility.page_room(backend).takes(blocked * packed.pages)
 
 
 def bounds_hold(state: State, backend: Backend, version: str) -> bool:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sidecar.core import asks, promising
+from sidecar.core import eligibility, promising
+from sidecar.core.enums import Phase, Why
 from sidecar.core.facts import task_id_of
 from sidecar.core.layout import WHOLE_MLP
 from sidecar.core.state import Backend, Name, State
 from sidecar.core.store import Entry
 from sidecar.core.waiting import seconds
-from sidecar.core.words import Phase, Why
 
 
 def caveats(state: State, version: str) -> tuple[str, ...]:
     """Say what keeps backends that can serve a version from doing so well, a sentence each."""
-    servers = asks.servers_of(state, version)
+    servers = eligibility.servers_of(state, version)
     is_fused = "mlp_gate_up" in state.versions[version].adapter.modules
     several = tuple(
         f"{backend.id} has {backend.facts.caches} adapter caches behind one address, so a request may meet one without "
@@ -132,7 +132,7 @@ def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
 
 
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
-    misfit = asks.cannot_serve(state, backend, digest)
+    misfit = eligibility.cannot_serve(state, backend, digest)
     unfit = "" if misfit is None else misfit.sentence
     load = state.versions[digest].loads.get(backend.id)
     if load is not None:
@@ -227,7 +227,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
         device_pages=facts.device_pages or 0,
         kv_tokens=facts.kv_tokens or 0,
         kv_reserved=backend.kv_reserved,
-        page_limit=asks.page_limit(backend) or 0,
+        page_limit=eligibility.page_limit(backend) or 0,
         open=tuple(_open_view(backend, digest, names, now_ns) for digest in backend.slots),
         heals=tuple(
             HealView(now_ns - heal.at_ns, heal.reason, _called(names, heal.version)) for heal in reversed(backend.heals)

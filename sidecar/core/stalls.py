@@ -15,12 +15,12 @@ what was promised to those who wait for the version is void.
 
 from __future__ import annotations
 
-from sidecar.core import asks, promising
+from sidecar.core import eligibility, promising
 from sidecar.core.effects import Probe
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendProbed, Progress
 from sidecar.core.state import NEVER_NS, Backend, State
-from sidecar.core.turn import Turn
-from sidecar.core.words import Phase
+from sidecar.core.step import Turn
 
 STEPS = 5
 LEAST_NS = 2_000_000_000
@@ -173,7 +173,7 @@ def _move_queue(turn: Turn, backend: Backend) -> None:
     """Move what waits at a backend to others that can serve it; what none can stays."""
     for request_id in list(backend.queued):
         request = turn.state.requests[request_id]
-        takers = asks.takers_of(turn.state, request.version, request.view, request.only)
+        takers = eligibility.takers_of(turn.state, request.version, request.view, request.only)
         if takers and backend.id not in takers:
             turn.dequeue(request)
             turn.route(request)

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, replace
 
 from policies.lines import Line
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
-from sidecar.core.ahead import AheadCounts, Guesses, LoadsAhead
 from sidecar.core.config import CoreConfig
+from sidecar.core.enums import Cache, Phase
 from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed, misfit, packed_for
 from sidecar.core.lateness import Lateness
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
+from sidecar.core.prefetch_accounting import AheadCounts, Guesses, LoadsAhead
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
-from sidecar.core.words import Cache, Phase
 
 NEVER_NS = 1 << 62
 

@@ -21,9 +21,9 @@ from itertools import islice
 
 from policies.at_most import at_most
 from policies.views import BASE
-from sidecar.core import asks, dispatching
+from sidecar.core import dispatching, eligibility
 from sidecar.core.state import NEVER_NS, Backend, Request, State
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 
 HEADS_LOOKED_AT = 4
 """Of each version the oldest so many requests are considered: some may be held to other backends."""
@@ -59,7 +59,9 @@ def _has_to_spare(state: State, backend: Backend) -> bool:
         return False
     if not backend.takes_requests or backend.id in state.joining:
         return False
-    return not backend.in_flight or not any(asks.ready(state, backend, each) for each in backend.queued_by_version)
+    return not backend.in_flight or not any(
+        eligibility.ready(state, backend, each) for each in backend.queued_by_version
+    )
 
 
 def _take_over(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
@@ -71,7 +73,7 @@ def _take_over(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
             request = _first_that_may_come(state, backend, other, version)
             if request is None or _has_its_load_under_way(turn, other, version):
                 continue
-            if asks.why_not_take_over(state, backend, request, turn.now_ns) is not None:
+            if eligibility.why_not_take_over(state, backend, request, turn.now_ns) is not None:
                 continue
             rank = tenants.get(request.view.tenant, 0) / request.view.weight, request.id
             if best is None or rank < best_rank:
@@ -96,15 +98,15 @@ def _resident_here(backend: Backend, other: Backend) -> Iterator[str]:
 
 def _first_that_may_come(state: State, backend: Backend, other: Backend, version: str) -> Request | None:
     """Return the oldest request for a version at another backend that may go to this one."""
-    if asks.cannot_serve(state, backend, version) is not None:
+    if eligibility.cannot_serve(state, backend, version) is not None:
         return None
     for request_id in other.queued_by_version[version].first_few(HEADS_LOOKED_AT):
         request = state.requests[request_id]
-        if request.only and not asks.among((backend,), request.only):
+        if request.only and not eligibility.among((backend,), request.only):
             continue
         if backend.id in request.losses or not backend.can_seat(request.view.sequences, state.config):
             continue
-        if asks.long_enough(backend, request.view.input_tokens):
+        if eligibility.long_enough(backend, request.view.input_tokens):
             return request
     return None
 
@@ -126,7 +128,7 @@ def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
     for other, version in _some_that_wait(turn, backend, others):
-        if asks.resident(backend, version) or not asks.ready(turn.state, backend, version):
+        if eligibility.resident(backend, version) or not eligibility.ready(turn.state, backend, version):
             continue
         request = _first_that_may_come(turn.state, backend, other, version)
         if request is None or not _may_be_loaded(turn, backend, version):
@@ -165,6 +167,6 @@ def _look_again(turn: Turn, due_ns: int) -> None:
 def _may_be_loaded(turn: Turn, backend: Backend, digest: str) -> bool:
     """Whether a version may be loaded now. One that is being loaded anywhere, or may have killed an engine, is not."""
     version = turn.state.versions[digest]
-    if version.suspect or asks.loaded_elsewhere(turn.state, backend, version):
+    if version.suspect or eligibility.loaded_elsewhere(turn.state, backend, version):
         return False
-    return asks.why_not_open(turn.state, backend, digest, turn.now_ns) is None
+    return eligibility.why_not_open(turn.state, backend, digest, turn.now_ns) is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from sidecar.core.effects import Quarantine
 from sidecar.core.state import Backend, State, Version
-from sidecar.core.turn import Turn
+from sidecar.core.step import Turn
 from sidecar.errors import Reason
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from policies.at_most import at_most
-from sidecar.core import asks
+from sidecar.core import eligibility
+from sidecar.core.enums import Why
 from sidecar.core.state import Request, State
-from sidecar.core.words import Why
 
 EXAMINED_MAX = 1_000
 """Requests that one view asks "why do you wait?", oldest first."""
@@ -103,7 +103,7 @@ def reasons(state: State, now_ns: int) -> dict[Why, int]:
     counts[Why.BACKEND_DOWN] = len(state.unrouted)
     for backend in state.backends.values():
         for line in backend.queued_by_version.values():
-            counts[asks.why_waiting(state, state.requests[line.first()], now_ns)] += len(line)
+            counts[eligibility.why_waiting(state, state.requests[line.first()], now_ns)] += len(line)
     return counts
 
 
@@ -140,7 +140,7 @@ def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
         bound_ns=None if request.promise is None else request.promise.bound_ns,
         voided=request.voided,
         expires_ns=request.expires_ns - view.arrived_ns,
-        why=asks.why_waiting(state, request, now_ns),
+        why=eligibility.why_waiting(state, request, now_ns),
     )
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from secrets import token_hex
 from typing import Any
 
+from sidecar.config.identities import REQUEST_ID, checked, clipped, is_fit
 from sidecar.errors import Reason, Refused
-from sidecar.identities import REQUEST_ID, checked, clipped, is_fit
 
 OWN_PREFIX = "lora-"
 TENANT_KEY = "lora-tenant"

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sidecar.core import codec
 from sidecar.core.config import CoreConfig
 from sidecar.core.events import (
     AdapterRegistered,
@@ -23,8 +22,9 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import Name, State
-from sidecar.incident.archive import opened
-from sidecar.replay import SegmentFile, segments_of
+from sidecar.journal import codec
+from sidecar.journal.archive import opened
+from sidecar.journal.replay import SegmentFile, segments_of
 
 SETTING_EVENTS = ("AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeasured", "BackendRemoved")
 

@@ -23,9 +23,9 @@ from typing import IO, Any
 from sidecar.config import Config
 from sidecar.errors import Misused, Reason
 from sidecar.incident import parts
-from sidecar.incident.archive import FORMAT, MANIFEST
 from sidecar.incident.finding import began_of
 from sidecar.incident.parts import Missing, Part, Segment
+from sidecar.journal.archive import FORMAT, MANIFEST
 
 Progress = Callable[[int, int], None]
 """Told bytes done and bytes in all."""

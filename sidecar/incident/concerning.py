@@ -9,7 +9,7 @@ from __future__ import annotations
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.state import State
-from sidecar.replay import Replayed
+from sidecar.journal.replay import Replayed
 
 _OF_A_REQUEST = (ev.Received, ev.FirstToken, ev.RunEnded, ev.RunFailed)
 _OF_A_BACKEND = (ev.Progress, ev.BackendMeasured)

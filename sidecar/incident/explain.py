@@ -11,12 +11,12 @@ from pathlib import Path
 
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
-from sidecar.incident.archive import opened
 from sidecar.incident.finding import clock_of, place_of
 from sidecar.incident.story import Story
 from sidecar.incident.timeline import Timeline
 from sidecar.incident.witness import Witness
-from sidecar.replay import Replayed, SegmentFile, segments_of
+from sidecar.journal.archive import opened
+from sidecar.journal.replay import Replayed, SegmentFile, segments_of
 
 Progress = Callable[[int, int], None]
 """Told how many of the segments' bytes have been replayed, and of how many."""

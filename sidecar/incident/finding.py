@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from sidecar.config.identities import clipped
 from sidecar.errors import Misused, Reason
-from sidecar.identities import clipped
 from sidecar.incident.arrivals import Line, first_step_of, header_of, lines_of
-from sidecar.replay import SegmentFile
+from sidecar.journal.replay import SegmentFile
 
 NEAR_MAX = 4
 _NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")

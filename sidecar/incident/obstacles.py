@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from policies.views import BASE
-from sidecar.core import asks
+from sidecar.core import eligibility
+from sidecar.core.enums import Phase, Why
 from sidecar.core.state import Backend, Request, State
 from sidecar.core.waiting import seconds
-from sidecar.core.words import Phase, Why
 
 NAMED_MAX = 6
 """Adapters and backends that a sentence names; the rest is counted."""
 
 
 def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
-    """Say what keeps a waiting request from running; `why` is what `asks.why_waiting` said of it."""
+    """Say what keeps a waiting request from running; `why` is what `eligibility.why_waiting` said of it."""
     if request.backend is None:
         return _no_backend(state, request)
     return _SENTENCES[why](state, state.backends[request.backend], request, now_ns)
@@ -42,7 +42,7 @@ def listed(names: Iterable[str], most: int = NAMED_MAX) -> str:
 def _no_backend(state: State, request: Request) -> str:
     places = []
     for backend in state.backends.values():
-        unfit = asks.cannot_serve(state, backend, request.version)
+        unfit = eligibility.cannot_serve(state, backend, request.version)
         if unfit is not None:
             places.append(f"{backend.id}: {unfit.short}")
         elif backend.phase is Phase.DOWN:
@@ -96,7 +96,7 @@ def _host_cache_full(state: State, backend: Backend, request: Request, now_ns: i
 
 def _slots_busy(state: State, backend: Backend, request: Request, now_ns: int) -> str:
     busy = {version: slot for version, slot in backend.slots.items() if backend.slot_busy(version, slot)}
-    taken, limit = sum(slot.pages for slot in busy.values()), asks.page_limit(backend)
+    taken, limit = sum(slot.pages for slot in busy.values()), eligibility.page_limit(backend)
     holders = listed(_holder(state, backend, version) for version in busy)
     needed = state.packed_for(request.version, backend).pages
     return f"it needs {_pages(needed)}; {taken} of {limit} are held by {holders}"

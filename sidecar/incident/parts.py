@@ -29,7 +29,7 @@ from sidecar.config import Backend, Config
 from sidecar.incident.arrivals import header_in
 from sidecar.incident.finding import began_of
 from sidecar.incident.redaction import ids_redactor, redacted, redacted_text
-from sidecar.shell.segments import product_version, segment_paths
+from sidecar.journal.segments import product_version, segment_paths
 
 ANSWER_TIMEOUT_S = 5.0
 ANSWER_BYTES_MAX = 64 << 20

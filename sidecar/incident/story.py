@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sidecar.core import asks
 from sidecar.core import effects as do
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.state import Request, State
 from sidecar.incident import saying
@@ -19,7 +19,7 @@ from sidecar.incident.surroundings import Surroundings
 from sidecar.incident.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline
 from sidecar.incident.waits import Waits
 from sidecar.incident.witness import Routed
-from sidecar.replay import Replayed
+from sidecar.journal.replay import Replayed
 
 
 class Story:
@@ -201,6 +201,6 @@ class Story:
             return
         for what, text in self._surroundings.look(step, state, waits.tally):
             waits.moment(step.at_ns, what, text)
-        why = asks.why_waiting(state, request, step.at_ns)
+        why = eligibility.why_waiting(state, request, step.at_ns)
         if why.value != waits.reason or backend != waits.backend:
             waits.begin(why.value, step.at_ns, backend, in_the_way(state, request, why, step.at_ns))

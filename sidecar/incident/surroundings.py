@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from policies.views import BASE
-from sidecar.core import asks
 from sidecar.core import effects as do
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.state import Backend, Request, State
 from sidecar.incident.obstacles import name_of
 from sidecar.incident.timeline import IDS_KEPT_MAX, Tally
-from sidecar.replay import Replayed
+from sidecar.journal.replay import Replayed
 
 Told = tuple[str, str]
 """What a moment is, in a word, and the sentence."""
@@ -137,7 +137,7 @@ class Surroundings:
     def _cache_changed(self, state: State, backend: Backend, tally: Tally) -> Iterator[Told]:
         before, self._held = self._held, dict.fromkeys(backend.shadow.host.held)
         for version in before:
-            if asks.resident(backend, version):
+            if eligibility.resident(backend, version):
                 continue
             if version == self._version:
                 yield "evicted", f"its version is believed to have left {backend.id}"

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic.alias_generators import to_camel
 
 from sidecar.adapters.names import check_name
+from sidecar.config.identities import TENANT, check_words
 from sidecar.errors import Invalid
-from sidecar.identities import TENANT, check_words
 from sidecar.kubernetes.api import Collection, Object
 from sidecar.shell.managing import cluster_owner
 from sidecar.state.records import Declared

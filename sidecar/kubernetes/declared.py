@@ -14,7 +14,7 @@ from sidecar.kubernetes.api import Api, Collection, Object
 from sidecar.kubernetes.choosing import Cluster, desired
 from sidecar.kubernetes.declarations import Said, config_maps_in, loras_in, of_config_map, of_lora
 from sidecar.kubernetes.mirror import Mirror
-from sidecar.kubernetes.places import View
+from sidecar.kubernetes.placement import View
 from sidecar.kubernetes.prefetching import Prefetching
 from sidecar.kubernetes.reconciler import Reconciler
 from sidecar.kubernetes.reporting import Reporter

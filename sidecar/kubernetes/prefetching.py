@@ -6,10 +6,10 @@ import asyncio
 import logging
 from time import monotonic
 
-from sidecar.core import asks
+from sidecar.core import eligibility
 from sidecar.core.state import Backend
 from sidecar.errors import SidecarError
-from sidecar.kubernetes.places import matches
+from sidecar.kubernetes.placement import matches
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record
 
@@ -43,7 +43,7 @@ class Prefetching:
         name = state.names.get(record.name)
         if name is None:
             return
-        backends = [backend for backend in asks.servers_of(state, name.digest) if backend.owned]
+        backends = [backend for backend in eligibility.servers_of(state, name.digest) if backend.owned]
         missing = [backend for backend in backends if self._lacks(name.digest, backend, patterns)]
         if not missing:
             return
@@ -64,7 +64,7 @@ class Prefetching:
             return False
         if not matches(backend.id, patterns):
             return False
-        if asks.resident(backend, version):
+        if eligibility.resident(backend, version):
             self._asked[key] = float("inf")
         asked_s = self._asked.get(key)
         return asked_s is None or monotonic() - asked_s > ASK_AGAIN_S

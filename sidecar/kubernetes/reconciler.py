@@ -17,7 +17,7 @@ from sidecar.errors import Refused
 from sidecar.kubernetes.choosing import Cluster, Desired
 from sidecar.kubernetes.deciding import Do, is_held, next_look, to_do, to_do_without
 from sidecar.kubernetes.declarations import Declaration, wish_of
-from sidecar.kubernetes.places import NOWHERE, View, places_of
+from sidecar.kubernetes.placement import NOWHERE, View, places_of
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
 from sidecar.kubernetes.steps import Steps

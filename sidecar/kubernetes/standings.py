@@ -10,7 +10,7 @@ from typing import Any
 from sidecar.errors import SidecarError
 from sidecar.kubernetes.deciding import Do, belongs_elsewhere, is_held, to_do
 from sidecar.kubernetes.declarations import Declaration
-from sidecar.kubernetes.places import NOWHERE, Places
+from sidecar.kubernetes.placement import NOWHERE, Places
 from sidecar.state.records import Record
 
 MESSAGE_LENGTH_MAX = 1000

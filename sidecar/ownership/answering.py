@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sidecar.ownership import moving
 from sidecar.ownership.effects import Answer
+from sidecar.ownership.enums import Purpose
 from sidecar.ownership.events import AskReceived
-from sidecar.ownership.turn import Turn
-from sidecar.ownership.words import Purpose
+from sidecar.ownership.step import Turn
 
 
 def received(turn: Turn, event: AskReceived) -> None:

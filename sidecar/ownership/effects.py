@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecar.ownership.enums import Purpose, Why
 from sidecar.ownership.facts import Member
-from sidecar.ownership.words import Purpose, Why
 
 
 @dataclass(frozen=True, slots=True)

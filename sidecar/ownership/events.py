@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sidecar.ownership.enums import Purpose
 from sidecar.ownership.facts import Lease, Member
-from sidecar.ownership.words import Purpose
 
 
 @dataclass(frozen=True, slots=True)

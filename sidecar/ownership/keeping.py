@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from sidecar.ownership import events as ev
 from sidecar.ownership.effects import Disown, Own, SendAcquire, SendRenew
+from sidecar.ownership.enums import Purpose, Why
 from sidecar.ownership.slots import Call, HandingOver, Hold, Lapsed, Owned, Slot
-from sidecar.ownership.turn import Turn
-from sidecar.ownership.words import Purpose, Why
+from sidecar.ownership.step import Turn
 
 
 def keep(turn: Turn, slot: Slot, hold: Hold) -> None:

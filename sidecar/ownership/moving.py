@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sidecar.ownership import effects as do
+from sidecar.ownership.enums import Purpose, Why
 from sidecar.ownership.events import AskAnswered, AskReceived, BeatAnswered
 from sidecar.ownership.facts import Lease
 from sidecar.ownership.preference import order
 from sidecar.ownership.slots import Free, HandingOver, Move, Owned, Slot
-from sidecar.ownership.turn import Turn, leases_of
-from sidecar.ownership.words import Purpose, Why
+from sidecar.ownership.step import Turn, leases_of
 
 
 def look(turn: Turn, event: BeatAnswered) -> None:

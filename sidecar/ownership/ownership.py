@@ -9,10 +9,10 @@ from typing import Any
 from sidecar.ownership import answering, keeping, moving, taking
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
+from sidecar.ownership.enums import Why
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Lapsed, Owned, Slot
-from sidecar.ownership.turn import NEVER_NS, Knowledge, Turn, leases_of
-from sidecar.ownership.words import Why
+from sidecar.ownership.step import NEVER_NS, Knowledge, Turn, leases_of
 
 
 class Ownership:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from sidecar.ownership import events as ev
 from sidecar.ownership.effects import Own
+from sidecar.ownership.enums import Purpose
 from sidecar.ownership.facts import Lease
 from sidecar.ownership.preference import order
 from sidecar.ownership.slots import Acquiring, Asking, Free, Ground, Hold, Owned, Slot
-from sidecar.ownership.turn import Turn
-from sidecar.ownership.words import Purpose
+from sidecar.ownership.step import Turn
 
 
 def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:

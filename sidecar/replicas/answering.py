@@ -9,9 +9,9 @@ from typing import Any
 
 from sidecar.backends.api import Payload, Reply, Ticket
 from sidecar.backends.buffers import AnswerBuffers
+from sidecar.config.identities import REQUEST_ID, is_fit
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason, Refused
-from sidecar.identities import REQUEST_ID, is_fit
 from sidecar.proto import peers_pb2
 from sidecar.replicas import forms
 from sidecar.replicas.forwarding import ended

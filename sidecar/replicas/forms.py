@@ -6,12 +6,12 @@ from typing import Any
 
 import grpc
 
-from sidecar.backends import wire
 from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
-from sidecar.backends.dialects import VLLM
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import VLLM
 from sidecar.core.effects import Dispatch, Settle
-from sidecar.core.turn import outcome_of
-from sidecar.core.words import Cache
+from sidecar.core.enums import Cache
+from sidecar.core.step import outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
 from sidecar.shell.gateway import RequestFacts

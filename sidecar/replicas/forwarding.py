@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
-from sidecar.core.turn import outcome_of
+from sidecar.core.step import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
-from sidecar.replicas.line import Line
+from sidecar.replicas.call import Line
 from sidecar.shell.gateway import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})

@@ -16,14 +16,15 @@ from typing import Any, Protocol
 from sidecar.core import events as core_events
 from sidecar.core import injected
 from sidecar.errors import Refused
+from sidecar.journal.raised import Raised
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
+from sidecar.ownership.enums import Purpose, Why
 from sidecar.ownership.facts import LEADER, Member
 from sidecar.ownership.ownership import Ownership
-from sidecar.ownership.words import Purpose, Why
 from sidecar.proto import peers_pb2
 from sidecar.replicas.peers import Peers
-from sidecar.shell.crash import Crash, Raised
+from sidecar.shell.crash import Crash
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import grpc.aio
 
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.board import Board
-from sidecar.replicas.line import Line
+from sidecar.replicas.call import Line
 
 logger = logging.getLogger(__name__)
 

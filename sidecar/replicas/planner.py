@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from policies.views import BASE, Candidate, HearsOfRemovals, Routing, Waiting
-from sidecar.core import asks
+from sidecar.core import eligibility
 from sidecar.core.state import State
 from sidecar.replicas.board import JOINING, SERVING, STALLED, Standing
 
@@ -50,7 +50,7 @@ class Planner:
     def _hosts(self, version: str, arrived: int, standings: Mapping[str, Standing], now_ns: int) -> tuple[str, ...]:
         serving = tuple(
             backend.id
-            for backend in asks.servers_of(self._state, version)
+            for backend in eligibility.servers_of(self._state, version)
             if backend.id in standings and standings[backend.id].state in (SERVING, JOINING, STALLED)
         )
         if not serving:

@@ -11,12 +11,12 @@ from typing import Any
 import grpc.aio
 
 from policies.views import BASE, Routing
-from sidecar.core import asks, promising
+from sidecar.core import eligibility, promising
 from sidecar.core.effects import Effect
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLeaving, BackendLost, BackendRemoved, BackendUp, Event
-from sidecar.core.offers import candidate
+from sidecar.core.routing_view import candidate
 from sidecar.core.state import Backend, State
-from sidecar.core.words import Phase
 from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
@@ -238,7 +238,7 @@ def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
         resident=list(backend.shadow.host.held),
         arrived=arrived,
         seats=seen.seats,
-        pages=asks.page_limit(backend) if known else None,
+        pages=eligibility.page_limit(backend) if known else None,
         work_tokens=seen.work_tokens,
         tokens_per_s=seen.tokens_per_s,
     )

@@ -14,8 +14,8 @@ from sidecar.core import admission
 from sidecar.core.core import STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
+from sidecar.replicas.call import Line
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
-from sidecar.replicas.line import Line
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
 from sidecar.shell.gateway import Gateway, RequestFacts

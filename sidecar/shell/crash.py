@@ -8,48 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from sidecar.backends.api import Ticket
-from sidecar.core.effects import Effect, Settle
-from sidecar.core.events import Event
+from sidecar.core.effects import Settle
+from sidecar.core.enums import Outcome
 from sidecar.core.state import State
-from sidecar.core.words import Outcome
 from sidecar.errors import Failed, Family, Reason, Refused
-from sidecar.shell.segments import words_of
+from sidecar.journal.raised import Raised
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Raised:
-    """What raised, and on what: an event of the core, an effect of that event, or an event of ownership by name."""
-
-    error: BaseException
-    at_ns: int
-    event: Event | None = None
-    effect: Effect | None = None
-    ownership: str = ""
-
-    @property
-    def request(self) -> int | None:
-        """The request that it happened with, if there is one."""
-        for part in (self.effect, self.event):
-            number = getattr(part, "request", None)
-            if isinstance(number, int):
-                return number
-        return None
-
-    @property
-    def words(self) -> str:
-        """What raised what, as a part of a sentence."""
-        if self.effect is not None:
-            where = f"carrying out {type(self.effect).__name__}"
-        elif self.event is not None:
-            where = f"the core on {type(self.event).__name__}"
-        else:
-            where = f"ownership on {self.ownership}"
-        return f"{where} raised {words_of(self.error)}"
 
 
 class Crash:

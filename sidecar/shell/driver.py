@@ -17,10 +17,11 @@ from typing import Protocol
 
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect, Settle, WakeAt
+from sidecar.core.enums import Outcome
 from sidecar.core.events import ClientLeft, ClientStalled, Event, Received, Tick
-from sidecar.core.words import Outcome
 from sidecar.errors import Reason, Refused
-from sidecar.shell.crash import Crash, Raised
+from sidecar.journal.raised import Raised
+from sidecar.shell.crash import Crash
 
 logger = logging.getLogger(__name__)
 

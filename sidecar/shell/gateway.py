@@ -16,7 +16,6 @@ from pathlib import Path
 from time import monotonic_ns
 from typing import Any, Protocol
 
-from sidecar import identities
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
 from sidecar.adapters.origins.allowing import AllowList
@@ -25,18 +24,20 @@ from sidecar.adapters.shared_memory import Mount
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend, Payload, Ticket
 from sidecar.backends.buffers import AnswerBuffers
+from sidecar.config import identities
+from sidecar.config.identities import checked
 from sidecar.core import admission, injected
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core, Policies
+from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts, version_of_key
 from sidecar.core.state import State
-from sidecar.core.words import Fault
 from sidecar.errors import Misused, Reason, Refused
-from sidecar.identities import checked
+from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
-from sidecar.shell.crash import Crash, Raised, last_ending
+from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from sidecar.config.identities import TENANT, problem_of
 from sidecar.errors import Invalid, Reason
-from sidecar.identities import TENANT, problem_of
 from sidecar.state.records import Declared, Record
 
 CONFIG = "config"

@@ -21,9 +21,9 @@ from sidecar.adapters.packed import PackReport
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.core import Core
-from sidecar.core.words import Cache, Outcome
+from sidecar.core.enums import Cache, Outcome
 from sidecar.errors import Reason
-from sidecar.shell.journal import Journal, JournalFigures
+from sidecar.journal.writer import Journal, JournalFigures
 from sidecar.shell.label_values import LabelValues
 from sidecar.shell.loop_watch import LoopWatch
 from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER

@@ -26,7 +26,7 @@ from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.registration import Registration, read_registration
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import SidecarError, error_for
-from sidecar.shell.flights import Flights, undisturbed
+from sidecar.shell.background import Flights, undisturbed
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 
 from sidecar.core import promising, waiting
-from sidecar.core.ahead import AheadCounts
+from sidecar.core.enums import Phase
+from sidecar.core.prefetch_accounting import AheadCounts
 from sidecar.core.state import Backend, State
 from sidecar.core.store import StoreIndex
-from sidecar.core.words import Phase
+from sidecar.journal.segments import product_version
 from sidecar.shell.metric_table import BY_SHORT
-from sidecar.shell.segments import product_version
 
 Samples = Iterable[tuple[tuple[str, ...], float]]
 

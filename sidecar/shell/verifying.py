@@ -13,9 +13,9 @@ from pathlib import Path
 
 from sidecar.adapters.effect import changes_something
 from sidecar.adapters.probes import Probe, read_probes
-from sidecar.core import asks
+from sidecar.core import eligibility
+from sidecar.core.enums import Phase
 from sidecar.core.facts import version_id
-from sidecar.core.words import Phase
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.shell.asking import (
     DIGEST_CHARACTERS_MIN,
@@ -149,7 +149,7 @@ class Verification:
 
     def _unable(self, backend: str, version: str) -> str:
         """Say why a backend is not asked, "" if it is. Raises Misused for one that is not configured."""
-        unfit = asks.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
+        unfit = eligibility.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
         if unfit is not None:
             return unfit.sentence
         if not self._is_up(backend):

@@ -18,13 +18,13 @@ import pytest_asyncio
 from tritonclient.grpc import service_pb2
 
 from sidecar.proto import admin_pb2
-from tests import protobuf_wire as pw
-from tests.emulated import running_engine
-from tests.kserve_clients import parameters_of, restrict, status_of
-from tests.kserve_clients import tokens_of as tokens_of_response
-from tests.peft_files import write_adapter
-from tests.protobuf_wire import entry, field, int32, number_field, parameter, tag, tensor, uint64, varint
-from tests.serving import Serving, serving
+from tests.kit import protobuf_wire as pw
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import parameters_of, restrict, status_of
+from tests.kit.kserve_clients import tokens_of as tokens_of_response
+from tests.kit.peft_files import write_adapter
+from tests.kit.protobuf_wire import entry, field, int32, number_field, parameter, tag, tensor, uint64, varint
+from tests.kit.serving import Serving, serving
 
 CORE = field(pw.MODEL, "tensorrt_llm")
 SQL = parameter("lora_name", "sql")

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sidecar.fronts.http_drain import HttpDrain
-from tests.openai_house import ScriptedVllm, house
+from sidecar.fronts.http.drain import HttpDrain
+from tests.kit.openai_house import ScriptedVllm, house
 
 BODY = json.dumps({"model": "base", "prompt": "hi", "max_tokens": 1}).encode()
 ANSWER = b'{"id":"cmpl-1","model":"base","choices":[{"index":0,"text":"x"}]}'

@@ -21,11 +21,11 @@ from sidecar.proto import admin_pb2 as pb
 from sidecar.state.contents import SqliteFile
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry
 from sidecar.state.written import to_json
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.redis_servers import running
-from tests.registries import record, shared_registry
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import running
+from tests.kit.registries import record, shared_registry
+from tests.kit.serving import Serving, serving, until
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

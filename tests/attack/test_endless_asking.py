@@ -7,7 +7,7 @@ import pytest
 from sidecar.core.config import CoreConfig
 from sidecar.core.pace import Pace
 from sidecar.errors import Reason
-from tests.corekit import SECOND, World, facts_of, with_facts
+from tests.kit.corekit import SECOND, World, facts_of, with_facts
 
 PACE = Pace(fixed_ns=20_000_000, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=0.0)
 SEATS = 2

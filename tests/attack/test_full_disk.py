@@ -19,10 +19,10 @@ import pytest
 from sidecar.errors import Reason, Refused
 from sidecar.proto import admin_pb2 as pb
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry
-from tests.emulated import running_engine
 from tests.integration.test_push import chunks_of, messages, start_of
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving, until
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 DISK_BYTES = 4 << 20

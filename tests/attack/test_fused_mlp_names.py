@@ -19,9 +19,9 @@ from sidecar.adapters.registration import adapter_of
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.core.facts import Adapter, EngineFacts, misfit, packed_for, packed_key, packed_size_bytes
 from sidecar.proto import admin_pb2 as pb
-from tests.cli_runs import runner
-from tests.emulated import running_engine
-from tests.serving import serving
+from tests.kit.cli_runs import runner
+from tests.kit.emulated import running_engine
+from tests.kit.serving import serving
 
 PHI3 = Path(__file__).parents[1] / "golden" / "peft" / "adapters" / "phi3-fused"
 HIDDEN, FFN, RANK, SCALE = 16, 24, 4, 2.0

@@ -8,7 +8,17 @@ import pytest
 
 from tests.fuzz.wire.oracle import ids_named
 from tests.fuzz.wire.run import WAYS, run
-from tests.protobuf_wire import BYTES_CONTENTS, CONTENTS, RAW, UINT64_CONTENTS, field, parameter, tensor, uint64, varint
+from tests.kit.protobuf_wire import (
+    BYTES_CONTENTS,
+    CONTENTS,
+    RAW,
+    UINT64_CONTENTS,
+    field,
+    parameter,
+    tensor,
+    uint64,
+    varint,
+)
 
 MESSAGES = 2000
 TASK_ID = tensor("lora_task_id", "UINT64", 1, 1)

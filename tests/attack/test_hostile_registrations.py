@@ -12,10 +12,10 @@ import grpc
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
 from tests.integration.test_push import chunks_of, messages, start_of
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 LONG = "x" * 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from tests.corekit import BLOB_BYTES, SECOND, World, facts_of
+from tests.kit.corekit import BLOB_BYTES, SECOND, World, facts_of
 
 NAMES = tuple("abcdefgh")
 SEATS = 8

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from sidecar.backends.api import HttpRejection
-from sidecar.core.words import Fault
+from sidecar.core.enums import Fault
 from tests.integration.test_openai_relay import COMPLETIONS, ask
 from tests.integration.test_openai_triton import in_front
 from tests.integration.test_vllm import fronted
-from tests.openai_house import ScriptedVllm, house
-from tests.serving import Serving, until, write_adapters
-from tests.vllm_emulated import Client, running_vllm
+from tests.kit.openai_house import ScriptedVllm, house
+from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.vllm_emulated import Client, running_vllm
 
 LISTS: list[Any] = [["a", "bcd", "é\n"], [[1, 2], [3], [4, 5, 6]], ["only"], [[7, 8]], ["same", "same"]]
 

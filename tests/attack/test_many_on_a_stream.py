@@ -12,9 +12,9 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from tests.emulated import core_request, running_engine
-from tests.kserve_clients import DUMMY
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import core_request, running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 CALLS_MAX, MANY, LONG = 8, 200, 2000
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"

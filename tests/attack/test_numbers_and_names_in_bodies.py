@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.core import codec
 from sidecar.core.events import Received
 from sidecar.errors import Refused
-from sidecar.fronts.kserve_request import Rules, read
-from sidecar.fronts.kserve_structure import structure_of
+from sidecar.fronts.kserve.request import Rules, read
+from sidecar.fronts.kserve.structure import structure_of
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.large import LARGE_BYTES
+from sidecar.journal import codec
 from sidecar.shell.gateway import COUNT_MAX
-from tests.emulated import add_tensor, core_request, running_engine
 from tests.integration.test_openai_relay import COMPLETIONS, ask
-from tests.kserve_clients import DUMMY
-from tests.openai_house import ScriptedVllm, house
-from tests.serving import Recorder, Serving, serving, until, write_adapters
+from tests.kit.emulated import add_tensor, core_request, running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.openai_house import ScriptedVllm, house
+from tests.kit.serving import Recorder, Serving, serving, until, write_adapters
 
 DIGITS = 4201
 HUGE = b"9" * DIGITS

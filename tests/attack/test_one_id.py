@@ -21,10 +21,10 @@ from tritonclient.grpc import service_pb2
 
 from sidecar.incident.explain import explain
 from sidecar.proto import admin_pb2, gateway_pb2
-from tests.emulated import channel_to, core_request, running_engine
-from tests.identities import REAL
-from tests.kserve_clients import aio_client, ask, core_inputs, parameters_of
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import channel_to, core_request, running_engine
+from tests.kit.identities import REAL
+from tests.kit.kserve_clients import aio_client, ask, core_inputs, parameters_of
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])
 COMPLETIONS = "/v1/completions"

@@ -16,17 +16,17 @@ import pytest_asyncio
 from sidecar.backends.api import HttpForm
 from sidecar.backends.faults import classify
 from sidecar.backends.quoting import wrote_in
-from sidecar.backends.vllm_api import DEAD, fault_of
-from sidecar.backends.wire import is_lost
+from sidecar.backends.triton.wire import is_lost
+from sidecar.backends.vllm.api import DEAD, fault_of
 from sidecar.core.effects import Dispatch, Heal
+from sidecar.core.enums import Fault
 from sidecar.core.events import BackendLost
-from sidecar.core.words import Fault
-from tests import protobuf_wire as pw
 from tests.attack.test_chosen_adapter import CONTENTS, CORE, INPUTS, SQL, kitchen, streamed
 from tests.integration.test_vllm import fronted
-from tests.protobuf_wire import field, int32, tensor
-from tests.serving import Serving, write_adapters
-from tests.vllm_emulated import Client, running_vllm
+from tests.kit import protobuf_wire as pw
+from tests.kit.protobuf_wire import field, int32, tensor
+from tests.kit.serving import Serving, write_adapters
+from tests.kit.vllm_emulated import Client, running_vllm
 
 WORDS = {
     "Maximum queue size of": Fault.QUEUE_FULL,

@@ -14,13 +14,13 @@ import pytest
 import pytest_asyncio
 
 from sidecar.errors import Refused
-from sidecar.fronts import kserve_request
-from sidecar.fronts.kserve_structure import structure_of
-from tests import protobuf_wire as pw
-from tests.emulated import running_engine
-from tests.kserve_clients import DUMMY, status_of
-from tests.protobuf_wire import entry, field, number_field, parameter, tensor
-from tests.serving import Serving, serving, write_adapters
+from sidecar.fronts.kserve import request
+from sidecar.fronts.kserve.structure import structure_of
+from tests.kit import protobuf_wire as pw
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import DUMMY, status_of
+from tests.kit.protobuf_wire import entry, field, number_field, parameter, tensor
+from tests.kit.serving import Serving, serving, write_adapters
 
 MILLION = 1_000_000
 CORE = field(pw.MODEL, "tensorrt_llm")
@@ -84,7 +84,7 @@ def test_what_a_refusal_costs_does_not_grow_with_the_message(what: str) -> None:
         began = thread_time()
         for _ in range(5):
             with pytest.raises(Refused):
-                kserve_request.read(structure_of(raw), True, {}, kserve_request.Rules({}, False))
+                request.read(structure_of(raw), True, {}, request.Rules({}, False))
         return thread_time() - began
 
     assert cost_s(16 * 60_000) <= 4 * cost_s(60_000) + 0.05

@@ -7,7 +7,7 @@ import pytest
 from policies.views import BASE
 from sidecar.core import effects as fx
 from sidecar.core.config import CoreConfig
-from tests.corekit import MS, SECOND, World, facts_of
+from tests.kit.corekit import MS, SECOND, World, facts_of
 
 SEATS, FLOOD, FEW = 2, 500, 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.config import parse
 from sidecar.errors import Misused
-from tests.cli_runs import Ended, runner
+from tests.kit.cli_runs import Ended, runner
 
 ANYWHERE = ["0.0.0.0:9001", "[::]:9001", "10.0.0.7:9001", "admin.example:9001"]
 HERE = ["127.0.0.1:9001", "localhost:9001", "[::1]:9001", "unix:/run/admin"]

@@ -17,15 +17,15 @@ import uvloop
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.core.events import Received
-from sidecar.fronts.http_connection import HttpLimits
+from sidecar.fronts.http.connection import HttpLimits
 from sidecar.proto import gateway_pb2
 from sidecar.shell.logs import NotUtf8, configure_logging
-from tests.emulated import running_engine
-from tests.http2 import GENERATE, INFER, raw_connection
 from tests.integration.test_openai_listener import exchange, listening
-from tests.kserve_clients import CORE, DUMMY, aio_client, ask, restrict, status_of
-from tests.openai_house import ScriptedVllm, house
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.http2 import GENERATE, INFER, raw_connection
+from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, restrict, status_of
+from tests.kit.openai_house import ScriptedVllm, house
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])
 BODY = json.dumps({"model": "chef", "prompt": "x", "max_tokens": 4}).encode()

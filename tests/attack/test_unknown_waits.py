@@ -7,7 +7,7 @@ import pytest
 from sidecar.core import events as ev
 from sidecar.core import promising, queries
 from sidecar.core.config import ClassLimit, CoreConfig
-from tests.corekit import MS, SECOND, World, facts_of
+from tests.kit.corekit import MS, SECOND, World, facts_of
 
 FOR_EVER = {"default": ClassLimit(queue_wait_ns_max=1_000_000 * SECOND)}
 REPORT_NS = 100 * MS

@@ -10,11 +10,11 @@ import grpc
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from tests.cli_runs import runner
-from tests.emulated import running_engine
 from tests.integration.test_base_models import DUMMY, base_model, refusal, register
-from tests.peft_files import write_adapter
-from tests.serving import serving
+from tests.kit.cli_runs import runner
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving
 
 PEFTS_OWN = Path(__file__).parents[1] / "golden" / "peft" / "adapters" / "llama-unnamed"
 """As the real PEFT library wrote it (`make goldens`)."""

@@ -14,9 +14,9 @@ import pytest_asyncio
 
 from sidecar.core.events import Received
 from sidecar.proto import gateway_pb2
-from tests.emulated import running_engine
-from tests.kserve_clients import aio_client, ask
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import aio_client, ask
+from tests.kit.serving import Serving, serving, write_adapters
 
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])
 

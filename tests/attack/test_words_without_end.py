@@ -22,11 +22,11 @@ from sidecar.core.events import Received
 from sidecar.errors import Refused
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.shell.gateway import RequestFacts
-from tests.emulated import channel_to, core_request, running_engine, set_parameter
-from tests.identities import HOSTILE, REAL
-from tests.openai_house import ScriptedVllm, house
-from tests.scripted_backend import PAYLOAD
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.emulated import channel_to, core_request, running_engine, set_parameter
+from tests.kit.identities import HOSTILE, REAL
+from tests.kit.openai_house import ScriptedVllm, house
+from tests.kit.scripted_backend import PAYLOAD
+from tests.kit.serving import Serving, serving, write_adapters
 
 LONG = "t" * 1_000_000
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])

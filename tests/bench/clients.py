@@ -9,9 +9,9 @@ from typing import Any
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import core_request, set_parameter
+from tests.kit.emulated import core_request, set_parameter
 
 OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"

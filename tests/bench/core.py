@@ -9,13 +9,13 @@ from pathlib import Path
 from time import process_time_ns
 
 from policies.views import Decision, Room, Send
+from sidecar.config.plugins import policies_of
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
-from sidecar.plugins import policies_of
 from tests.bench.figures import Figure, middle
-from tests.corekit import adapter_of, facts_of
+from tests.kit.corekit import adapter_of, facts_of
 
 ADAPTERS, BACKENDS = 1000, 16
 QUEUED = (1_000, 10_000, 100_000)

@@ -10,7 +10,7 @@ from time import thread_time_ns
 from typing import Any
 
 from policies.registry import POLICIES
-from sidecar.plugins import resolve
+from sidecar.config.plugins import resolve
 from tests.bench.figures import Figure, middle
 from tests.golden.traces import RANK_8_BYTES, RANKS, numbers
 

@@ -11,10 +11,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from sidecar.emulator.shape import LLAMA_31_8B, module_dims
+from sidecar.lab.engine.shape import LLAMA_31_8B, module_dims
 from tests.bench import clients
-from tests.emulated import add_lora, core_request
-from tests.peft_files import ALL_LINEAR, QV, write_adapter
+from tests.kit.emulated import add_lora, core_request
+from tests.kit.peft_files import ALL_LINEAR, QV, write_adapter
 
 MODULES = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_dense",

@@ -9,8 +9,8 @@ from typing import Any
 from tests.bench import clients
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.processes import RelayProcess, SidecarProcess, backend_of
-from tests.emulated import EngineProcess
-from tests.serving import write_adapters
+from tests.kit.emulated import EngineProcess
+from tests.kit.serving import write_adapters
 
 REQUESTS, TOKENS, WARM_UP = 600, 4, 50
 GOALS_MS = {"uvloop": 0.5, "asyncio": 1.0}

@@ -20,8 +20,8 @@ from tests.bench import clients
 from tests.bench.figures import Figure, middle
 from tests.bench.large import FORTY_MB, PlainSender, engine_options
 from tests.bench.processes import SidecarProcess, backend_of
-from tests.emulated import EngineProcess
-from tests.peft_files import read_tensors
+from tests.kit.emulated import EngineProcess
+from tests.kit.peft_files import read_tensors
 
 NAMES = ("first", "second")
 ROUNDS, WARM_UP = 9, 2

@@ -18,8 +18,8 @@ import httpx
 
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.processes import Measured, SidecarProcess
-from tests.serving import write_adapters
-from tests.vllm_emulated import BASE, VllmProcess
+from tests.kit.serving import write_adapters
+from tests.kit.vllm_emulated import BASE, VllmProcess
 
 STREAMS, ROUNDS = 16, 3
 LONG = 256

@@ -17,7 +17,7 @@ from sidecar.adapters.packed import Layout, pack, plan
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.adapters.writing import CHUNK_ELEMENTS
 from tests.bench.figures import Figure
-from tests.peft_files import ALL_LINEAR, BFLOAT16, Dims, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, Dims, write_adapter
 
 FOUR_LAYERS = Dims(hidden=4096, layers=4, heads=32, kv_heads=8, head_size=128, ffn=14336)
 """An eighth of Llama-3.1-8B: 80 MB at rank 128."""

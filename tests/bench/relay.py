@@ -16,8 +16,8 @@ from typing import Any
 from tests.bench import clients
 from tests.bench.figures import Figure, middle
 from tests.bench.processes import Measured, RelayProcess, SidecarProcess, backend_of
-from tests.emulated import EngineProcess
-from tests.serving import write_adapters
+from tests.kit.emulated import EngineProcess
+from tests.kit.serving import write_adapters
 
 STREAMS, ROUNDS = 16, 7
 LONG, SHORT = 512, 32

@@ -12,10 +12,10 @@ from typing import Any
 from tests.bench.figures import Figure, middle
 from tests.bench.processes import SidecarProcess, backend_of
 from tests.bench.relay import LONG, ROUNDS, Traffic, streams
-from tests.emulated import EngineProcess, running_engine
-from tests.redis_servers import running
-from tests.replica_pool import replicas
-from tests.serving import Serving, until, write_adapters
+from tests.kit.emulated import EngineProcess, running_engine
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import replicas
+from tests.kit.serving import Serving, until, write_adapters
 
 ENGINES, SLOTS, SEATS, ADAPTERS, CLIENTS = 4, 4, 32, 32, 64
 TOKENS, REQUESTS, WARM = 48, 768, 256

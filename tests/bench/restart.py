@@ -17,7 +17,7 @@ from sidecar.core.facts import packed_key
 from sidecar.state.records import added
 from sidecar.state.registry import SqliteRegistry
 from tests.bench.figures import Figure, middle
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 BLOBS, BLOB_BYTES = 500, 40_000_000
 ROUNDS = 5

@@ -15,9 +15,9 @@ import grpc.aio
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.processes import SidecarProcess, backend_of
-from tests.emulated import EngineProcess
-from tests.serving import write_adapters
-from tests.slow_readers import FRONTS, unread
+from tests.kit.emulated import EngineProcess
+from tests.kit.serving import write_adapters
+from tests.kit.slow_readers import FRONTS, unread
 
 SEATS, CLIENTS, TOKENS = 64, 60, 2000
 ASKED, SIDE_BY_SIDE, SHORT, ROUNDS = 100, 8, 8, 3

@@ -19,7 +19,7 @@ from tests.bench import clients
 from tests.bench.figures import Figure, middle, percentile
 from tests.bench.large import SMALL, THREE_HUNDRED_MB, engine_options, send_once
 from tests.bench.processes import SidecarProcess, backend_of
-from tests.emulated import EngineProcess
+from tests.kit.emulated import EngineProcess
 
 STREAMS, TOKENS, ROUNDS, IDLE_S = 8, 100, 5, 3.0
 STALL_GOAL_MS, GAP_GOAL = 20.0, 1.5

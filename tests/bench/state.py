@@ -18,8 +18,8 @@ from sidecar.state.records import added, refreshed
 from sidecar.state.redis.contents import RedisPlace
 from sidecar.state.registry import REGISTRY_FILE, Change, Registry, SqliteRegistry
 from tests.bench.figures import Figure, middle
-from tests.redis_servers import Server, running
-from tests.registries import link_to, shared_registry
+from tests.kit.redis_servers import Server, running
+from tests.kit.registries import link_to, shared_registry
 
 NAMES, LOGGED, WRITES, LAYERS = 100_000, 1000, 200, 32
 MODULES = (

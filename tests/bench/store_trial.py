@@ -9,8 +9,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from sidecar.sim.store_traces import GENERATORS, of_clients
-from sidecar.sim.store_trial import table
+from tests.worlds.store_traces import GENERATORS, of_clients
+from tests.worlds.store_trial import table
 
 DAY = slice(600, 744)
 """Windows of ten minutes."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bench.figures import Figure
-from tests.sim.measured import (
+from tests.worlds.measured import (
     BASE_ROWS,
     LOSSES,
     POOLS,

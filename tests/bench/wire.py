@@ -10,7 +10,7 @@ from tests.bench.figures import Figure
 from tests.bench.forwarder import Forwarder
 from tests.bench.large import FORTY_MB, engine_options
 from tests.bench.processes import SidecarProcess, backend_of
-from tests.emulated import EngineProcess
+from tests.kit.emulated import EngineProcess
 
 REQUESTS = 100
 GOAL_BYTES = 4096

@@ -12,13 +12,13 @@ from typing import Any
 
 import grpc.aio
 
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
 from tests.chaos.load import tokens_of
 from tests.chaos.pool import ChaosPool
-from tests.peft_files import write_adapter
-from tests.redis_servers import Server
-from tests.serving import PATIENCE_S
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import Server
+from tests.kit.serving import PATIENCE_S
 
 CLIENTS, TOKENS = 16, 40
 SHARE_MIN = 0.95

@@ -14,10 +14,10 @@ import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 
 from sidecar.core.facts import Layout, packed_key, task_id_of
-from sidecar.emulator.face.compute import dummy_token
-from sidecar.emulator.tokens import BOS
 from sidecar.errors import Family, Reason
 from sidecar.fronts.status import DETAILS, PUSHBACK
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.chaos.pool import ChaosPool
 

@@ -17,11 +17,11 @@ import grpc.aio
 
 from sidecar.proto import admin_pb2, admin_pb2_grpc
 from tests.chaos.engine_log import EngineLog
-from tests.emulated import EngineProcess
-from tests.peft_files import write_adapter
-from tests.ports import free_port
-from tests.redis_servers import Proxy, Server, Watched, cuttable, running, watched
-from tests.serving import PATIENCE_S, write_adapters
+from tests.kit.emulated import EngineProcess
+from tests.kit.peft_files import write_adapter
+from tests.kit.ports import free_port
+from tests.kit.redis_servers import Proxy, Server, Watched, cuttable, running, watched
+from tests.kit.serving import PATIENCE_S, write_adapters
 
 LEASE_S = 1.0
 POISON = "poison"

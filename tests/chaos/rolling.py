@@ -16,12 +16,12 @@ from typing import Any
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.chaos.load import tokens_of
 from tests.chaos.pool import ChaosPool
-from tests.emulated import core_request, is_final
-from tests.emulated import tokens_of as tokens_in
+from tests.kit.emulated import core_request, is_final
+from tests.kit.emulated import tokens_of as tokens_in
 
 RETRIES = {
     "loadBalancingConfig": [{"round_robin": {}}],

@@ -15,8 +15,8 @@ from sidecar.errors import CRASHED_EXIT
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.chaos.load import BROKEN, CUT
 from tests.chaos.pool import LEASE_S, POISON, ChaosPool, ReplicaProcess
-from tests.redis_servers import Server, Watched
-from tests.serving import PATIENCE_S
+from tests.kit.redis_servers import Server, Watched
+from tests.kit.serving import PATIENCE_S
 
 LONG_S = 3 * LEASE_S
 """Longer than a lease, and than any of the terms that follow from it."""

@@ -10,7 +10,7 @@ from time import monotonic
 from tests.chaos.load import DOUBLED, FULL, REFUSED, UNREACHABLE, WRONG, Load, Try
 from tests.chaos.pool import LEASE_S, ChaosPool
 from tests.chaos.scenarios import Marks, Scenario
-from tests.serving import PATIENCE_S
+from tests.kit.serving import PATIENCE_S
 
 CALM_S = 1.5
 BACK_S = LEASE_S + 2.0

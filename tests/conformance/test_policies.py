@@ -16,10 +16,10 @@ from policies.prefetch.speculative import Speculative
 from policies.registry import POLICIES
 from policies.routing.resident_first import ResidentFirst
 from policies.views import BASE, Choice, Close, Open, Send
-from sidecar.conformance import CHECKS, check, eviction, is_pure, ordering, prefetch, routing
-from sidecar.conformance.seeds import Maker
+from sidecar.config.plugins import known, resolve
 from sidecar.errors import Misused
-from sidecar.plugins import known, resolve
+from sidecar.lab.conformance import CHECKS, check, eviction, is_pure, ordering, prefetch, routing
+from sidecar.lab.conformance.seeds import Maker
 
 CASES = [(kind, name, one) for kind, names in POLICIES.items() for name in names for one in CHECKS[kind]]
 EVERY = [(kind, name) for kind, names in POLICIES.items() for name in names]

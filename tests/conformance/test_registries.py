@@ -15,9 +15,9 @@ from sidecar.errors import Reason, Refused
 from sidecar.state import records
 from sidecar.state.records import Record
 from sidecar.state.registry import REGISTRY_FILE, Change, Registry, SqliteRegistry
-from tests.redis_servers import running
-from tests.registries import adapter, record, shared_registry
-from tests.serving import until
+from tests.kit.redis_servers import running
+from tests.kit.registries import adapter, record, shared_registry
+from tests.kit.serving import until
 
 KINDS = ("sqlite", "redis-server", "valkey-server")
 

@@ -22,7 +22,7 @@ import httpx
 from tests.e2e.guard import RELEASED, remove
 from tests.e2e.installed import ROOT
 from tests.e2e.processes import Process, group_of, ports_of, signal_group
-from tests.ports import free_port
+from tests.kit.ports import free_port
 
 STOP_S = 60.0
 _TAIL_LINES = 40

@@ -20,7 +20,7 @@ from sidecar.adapters.values import check_values
 from sidecar.core.layout import Heads, Layout
 from sidecar.errors import Family, Reason, SidecarError
 from tests.fuzz.mutations import Files, mutate
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft" / "adapters"
 GOLDEN_SEEDS = ("llama-layers", "llama-sharded", "phi3-fused", "mixtral-experts", "gpt2-conv1d")

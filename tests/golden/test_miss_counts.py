@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from policies.registry import POLICIES
-from sidecar.conformance.eviction import misses_at, misses_of
-from sidecar.plugins import resolve
+from sidecar.config.plugins import resolve
+from sidecar.lab.conformance.eviction import misses_at, misses_of
 from tests.golden.references import REFERENCES, Trace, belady_by_size
 from tests.golden.traces import CASES, numbers
 

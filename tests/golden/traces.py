@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sidecar.conformance.eviction import GOLDEN_CAPACITY_BYTES, golden_trace
+from sidecar.lab.conformance.eviction import GOLDEN_CAPACITY_BYTES, golden_trace
 
 RANK_8_BYTES = 5_505_024
 """5.25 MiB: an 8B model's attention modules at rank 8 in half precision."""

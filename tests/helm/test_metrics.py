@@ -12,9 +12,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.shell.metric_table import METRICS
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import serving
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving
 
 CHART = Path(__file__).parents[2] / "deploy" / "helm" / "lora-sidecar"
 SCRAPED = {"namespace", "service", "pod", "le"}

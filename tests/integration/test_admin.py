@@ -11,18 +11,18 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
-from sidecar.fronts.admin import add_admin
-from sidecar.fronts.auth import TokenInterceptor
-from sidecar.plugins import policies_of
+from sidecar.fronts.admin.auth import TokenInterceptor
+from sidecar.fronts.admin.front import add_admin
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.state.registry import SqliteRegistry
-from tests.peft_files import BASE_MODEL, write_adapter
-from tests.scripted_backend import PAYLOAD, ScriptedBackend
+from tests.kit.peft_files import BASE_MODEL, write_adapter
+from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend
 
 
 @dataclass

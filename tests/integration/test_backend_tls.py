@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import running_engine
-from tests.serving import serving, until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import running_engine
+from tests.kit.serving import serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

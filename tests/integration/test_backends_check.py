@@ -10,14 +10,14 @@ import pytest
 
 from sidecar.backends import faults
 from sidecar.backends.checking import result_of
-from sidecar.backends.checks import memory, runs
 from sidecar.backends.checks.finding import Look, State, Target
+from sidecar.backends.triton.checks import memory, runs
+from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
-from sidecar.core.words import Fault
-from sidecar.emulator.face import shared_memory
-from tests.emulated import channel_to
-from tests.looking import engine_and_target, http_server, look, regions_of, worse
-from tests.ports import free_port
+from sidecar.lab.engine.kserve import shared_memory
+from tests.kit.emulated import channel_to
+from tests.kit.looking import engine_and_target, http_server, look, regions_of, worse
+from tests.kit.ports import free_port
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

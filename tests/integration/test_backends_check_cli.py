@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from sidecar.backends.checks.finding import Target
-from tests.looking import engine_and_target
-from tests.ports import free_port
-from tests.serving import write_adapters
+from tests.kit.looking import engine_and_target
+from tests.kit.ports import free_port
+from tests.kit.serving import write_adapters
 
 
 async def test_the_command_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import Finding, State, Target
-from tests.looking import TINY_BASE, engine_and_target, worse
+from tests.kit.looking import TINY_BASE, engine_and_target, worse
 
 
 async def look_at_files(target: Target) -> dict[str, Finding]:

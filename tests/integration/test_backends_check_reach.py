@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from sidecar.backends.checks.finding import State, Target
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.looking import OF_TRITON, engine_and_target, http_server, look, worse
-from tests.ports import free_port
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.looking import OF_TRITON, engine_and_target, http_server, look, worse
+from tests.kit.ports import free_port
 
 
 async def test_an_unknown_model(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import pytest
 
 from sidecar.adapters.base_model import base_model_of
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.checks import staged
 from sidecar.backends.checks.finding import State
-from sidecar.backends.checks.vllm import runs
-from sidecar.emulator.openai import adapters as emulated_adapters
-from sidecar.emulator.openai import app as emulated_app
-from tests.looking import TINY_BASE, look_at_vllm, vllm_and_target, worse
-from tests.peft_files import write_adapter
-from tests.serving import PATIENCE_S
+from sidecar.backends.triton.checks import staged
+from sidecar.backends.vllm.checks import runs
+from sidecar.lab.engine.openai import adapters as emulated_adapters
+from sidecar.lab.engine.openai import app as emulated_app
+from tests.kit.looking import TINY_BASE, look_at_vllm, vllm_and_target, worse
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import PATIENCE_S
 
 STEPS_TO_ADAPTER = 2
 """Steps of the engine until it has answered the base model and taken the adapter."""

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
+from sidecar.serve.app import Sidecar
 from tests.integration.test_backends_check_cli import sidecar
-from tests.looking import EmulatedVllm, vllm_and_target
-from tests.ports import free_port
-from tests.serving import PATIENCE_S, until, write_adapters
-from tests.vllm_emulated import BASE, Client, VllmProcess
+from tests.kit.looking import EmulatedVllm, vllm_and_target
+from tests.kit.ports import free_port
+from tests.kit.serving import PATIENCE_S, until, write_adapters
+from tests.kit.vllm_emulated import BASE, Client, VllmProcess
 
 TINY = {
     "hidden_size": 64,

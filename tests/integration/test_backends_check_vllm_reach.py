@@ -11,11 +11,11 @@ import pytest
 from sidecar.backends.checking import names_of
 from sidecar.backends.checks.finding import State, Target
 from sidecar.core.facts import EngineFacts
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import running_engine
-from tests.looking import DUMMY, http_server, look, look_at_vllm, vllm_and_target, worse
-from tests.ports import free_port
-from tests.vllm_emulated import Client, VllmProcess
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import running_engine
+from tests.kit.looking import DUMMY, http_server, look, look_at_vllm, vllm_and_target, worse
+from tests.kit.ports import free_port
+from tests.kit.vllm_emulated import Client, VllmProcess
 
 
 def target_at(address: str) -> Target:

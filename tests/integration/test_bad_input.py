@@ -15,13 +15,13 @@ import grpc
 import numpy as np
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.errors import Misused, Reason
 from sidecar.proto import admin_pb2
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter, write_raw_safetensors
-from tests.serving import Serving, serving, until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter, write_raw_safetensors
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

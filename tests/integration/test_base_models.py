@@ -12,9 +12,9 @@ import grpc
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 LLAMA = {

@@ -21,8 +21,8 @@ from sidecar.adapters.layout import Layout, numpy_dtype
 from sidecar.adapters.packed import lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.cli import app
-from tests.cli_runs import Ended, runner
-from tests.peft_files import write_adapter
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.peft_files import write_adapter
 
 
 @pytest.fixture

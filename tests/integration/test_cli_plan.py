@@ -14,8 +14,8 @@ import yaml
 
 from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
-from sidecar.emulator.cost import A100_TABLE
-from tests.cli_runs import Ended, runner
+from sidecar.pace.cost import A100_TABLE
+from tests.kit.cli_runs import Ended, runner
 
 LOAD = (
     "plan", "--workload", "zipf", "--rate", "4", "--adapters", "12", "--input-tokens", "256", "--output-tokens", "64",

@@ -13,23 +13,23 @@ import grpc
 import pytest
 
 from sidecar.backends.api import Reply, Ticket, Weights
-from sidecar.backends.wire import ModelInferResponse
+from sidecar.backends.triton.wire import ModelInferResponse
 from sidecar.cli.generating import sentence
+from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import FirstToken, RunEnded
 from sidecar.core.facts import EngineFacts
-from sidecar.fronts.admin import add_admin
-from sidecar.fronts.auth import TokenInterceptor
-from sidecar.fronts.generate import GatewayService
-from sidecar.plugins import policies_of
+from sidecar.fronts.admin.auth import TokenInterceptor
+from sidecar.fronts.admin.front import add_admin
+from sidecar.fronts.generate.front import GatewayService
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.state.registry import SqliteRegistry
-from tests.cli_runs import Ended, runner
-from tests.peft_files import BASE_MODEL, write_adapter
-from tests.scripted_backend import PAYLOAD, ScriptedBackend
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.peft_files import BASE_MODEL, write_adapter
+from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend
 
 TOKEN = "s3cret"
 

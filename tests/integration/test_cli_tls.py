@@ -8,8 +8,8 @@ from pathlib import Path
 import grpc.aio
 import pytest
 
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.cli_runs import Ended, runner
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.cli_runs import Ended, runner
 
 
 @NEEDS_OPENSSL

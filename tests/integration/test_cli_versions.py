@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from sidecar.cli.comparing import first_difference
-from sidecar.demo.model import ADAPTERS, SEED
-from tests.emulated import running_engine
-from tests.serving import Serving, serving
+from sidecar.lab.demo.model import ADAPTERS, SEED
+from tests.kit.emulated import running_engine
+from tests.kit.serving import Serving, serving
 
 
 async def sidecar(served: Serving, *arguments: str) -> tuple[int, str, str]:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.cli_runs import Ended, runner
-from tests.kubernetes_api import write_kubeconfig
-from tests.kubernetes_cluster import cluster
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.kubernetes_api import write_kubeconfig
+from tests.kit.kubernetes_cluster import cluster
 
 
 async def test_config_check_says_once_what_is_several_engines(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sidecar.adapters.builder import build
-from sidecar.demo import run
+from sidecar.lab.demo import run
 from sidecar.shell import store
 
 

@@ -19,9 +19,9 @@ from sidecar.core.effects import Fetch
 from sidecar.core.facts import packed_key
 from sidecar.errors import Refused
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 FP16 = Layout("float16")

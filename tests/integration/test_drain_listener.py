@@ -9,12 +9,12 @@ import grpc
 import httpx
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.core.effects import Dispatch
 from sidecar.errors import Misused
-from tests.emulated import running_engine
-from tests.serving import PATIENCE_S, serving, until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.emulated import running_engine
+from tests.kit.serving import PATIENCE_S, serving, until, write_adapters
 
 FREE = {"address": "127.0.0.1:0"}
 LISTENERS = {"data": FREE, "admin": FREE, "http": FREE, "drain": FREE}
@@ -61,7 +61,7 @@ async def test_the_process_ends_once_it_has_said_so(tmp_path: Path) -> None:
         }
         sidecar = await Sidecar.start(parse(config, "the test"))
         running = asyncio.create_task(sidecar.run_until_signalled())
-        async with httpx.AsyncClient(base_url=f"http://{sidecar.listening.drain}", timeout=PATIENCE_S) as http:
+        async with httpx.AsyncClient(base_url=f"http://{sidecar.serve.listening.drain}", timeout=PATIENCE_S) as http:
             assert (await http.post("/drain")).text == "drained\n"
         async with asyncio.timeout(PATIENCE_S):
             await running

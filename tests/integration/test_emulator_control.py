@@ -16,8 +16,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from sidecar.emulator.spec import spec_from_engine_config
-from tests.emulated import (
+from sidecar.lab.engine.spec import spec_from_engine_config
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,

@@ -13,9 +13,9 @@ import pytest
 import tritonclient.grpc as sync_client
 import tritonclient.grpc.aio as aio_client
 
-from sidecar.emulator.face.compute import dummy_token
-from sidecar.emulator.tokens import BOS, EOS, ByteTokenizer
-from tests.emulated import (
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import BOS, EOS, ByteTokenizer
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,

@@ -10,8 +10,8 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.emulator.shape import ALL_LINEAR
-from tests.emulated import (
+from sidecar.lab.engine.shape import ALL_LINEAR
+from tests.kit.emulated import (
     EngineProcess,
     add_lora,
     channel_to,

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from tests.emulated import (
+from tests.kit.emulated import (
     EngineProcess,
     add_lora,
     channel_to,
@@ -26,7 +26,7 @@ from tests.emulated import (
     text_request,
     tokens_of,
 )
-from tests.serving import until
+from tests.kit.serving import until
 
 MISS = "not found in cache. Please send LoRA weights with request"
 LONG: dict[str, Any] = {"compute": "none", "max_seq_tokens": 1_000_000}

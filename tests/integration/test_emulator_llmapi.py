@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.demo.merged import greedy
-from sidecar.demo.model import SEED
-from sidecar.emulator.face.compute import dummy_token
-from sidecar.emulator.tokens import EOS, ByteTokenizer
-from tests.emulated import CORE, EngineProcess, add_tensor, channel_to, is_final, running_engine, stream_answers
-from tests.peft_files import ALL_LINEAR, module_path, read_tensors, write_adapter, write_safetensors
-from tests.serving import until
+from sidecar.lab.demo.merged import greedy
+from sidecar.lab.demo.model import SEED
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import EOS, ByteTokenizer
+from tests.kit.emulated import CORE, EngineProcess, add_tensor, channel_to, is_final, running_engine, stream_answers
+from tests.kit.peft_files import ALL_LINEAR, module_path, read_tensors, write_adapter, write_safetensors
+from tests.kit.serving import until
 
 DUMMY = {"compute": "none", "protocol": "llmapi"}
 

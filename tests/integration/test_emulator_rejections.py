@@ -9,8 +9,8 @@ import grpc
 import numpy as np
 import pytest
 
-from sidecar.emulator.shape import TINY, module_dims
-from tests.emulated import (
+from sidecar.lab.engine.shape import TINY, module_dims
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,
@@ -21,7 +21,7 @@ from tests.emulated import (
     text_request,
     tokens_of,
 )
-from tests.rejections import ID, NOT_FOUND, REJECTIONS, too_few_inputs
+from tests.kit.rejections import ID, NOT_FOUND, REJECTIONS, too_few_inputs
 
 FETCH = "Encountered an error when fetching new request: "
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sidecar.demo.merged import greedy
-from sidecar.demo.model import SEED
-from sidecar.emulator.tokens import EOS
-from tests.peft_files import ALL_LINEAR, module_path, read_tensors, write_adapter, write_safetensors
-from tests.serving import until
-from tests.vllm_emulated import BASE, Client, expected, running_vllm
+from sidecar.lab.demo.merged import greedy
+from sidecar.lab.demo.model import SEED
+from sidecar.lab.engine.tokens import EOS
+from tests.kit.peft_files import ALL_LINEAR, module_path, read_tensors, write_adapter, write_safetensors
+from tests.kit.serving import until
+from tests.kit.vllm_emulated import BASE, Client, expected, running_vllm
 
 DUMMY = {"compute": "none", "max_seq_tokens": 2048, "max_loras": 2, "max_cpu_loras": 4}
 LLAMA = {"compute": "llama", "seed": SEED, "max_loras": 2, "max_cpu_loras": 4}

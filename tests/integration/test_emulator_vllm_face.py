@@ -11,10 +11,10 @@ import httpx
 import openai
 import pytest
 
-from sidecar.emulator.openai.text import Said, Stops
-from sidecar.emulator.tokens import EOS, ByteTokenizer
-from tests.serving import until
-from tests.vllm_emulated import BASE, DONE, Client, expected, running_vllm, texts_of
+from sidecar.lab.engine.openai.text import Said, Stops
+from sidecar.lab.engine.tokens import EOS, ByteTokenizer
+from tests.kit.serving import until
+from tests.kit.vllm_emulated import BASE, DONE, Client, expected, running_vllm, texts_of
 
 DUMMY = {"compute": "none", "max_seq_tokens": 1024}
 HELLO = [256, *b"hello"]

@@ -10,14 +10,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sidecar.emulator.openai import VllmOptions
-from sidecar.emulator.openai.options import vllm_spec_of
-from sidecar.emulator.vllm import ENGINE_DIED
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import read_served
-from tests.peft_files import write_adapter
-from tests.serving import until
-from tests.vllm_emulated import BASE, DONE, Client, VllmProcess, expected, running_vllm, start_vllm
+from sidecar.lab.engine.openai import VllmOptions
+from sidecar.lab.engine.openai.options import vllm_spec_of
+from sidecar.lab.engine.vllm import ENGINE_DIED
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import read_served
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import until
+from tests.kit.vllm_emulated import BASE, DONE, Client, VllmProcess, expected, running_vllm, start_vllm
 
 DUMMY = {"compute": "none", "max_seq_tokens": 1_000_000, "kv_blocks": 10_000}
 DUMMY_FLAGS = ("--compute", "none", "--max-model-len", "1000000", "--kv-blocks", "10000")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sidecar.demo.model import ADAPTERS, SEED
-from tests.emulated import running_engine
-from tests.peft_files import BASE_MODEL
-from tests.serving import serving
-from tests.vllm_emulated import running_vllm
+from sidecar.lab.demo.model import ADAPTERS, SEED
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.serving import serving
+from tests.kit.vllm_emulated import running_vllm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

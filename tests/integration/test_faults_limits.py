@@ -11,15 +11,15 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.core.effects import Effect
+from sidecar.core.enums import Phase
 from sidecar.core.events import Event
-from sidecar.core.words import Phase
 from sidecar.proto import admin_pb2, admin_pb2_grpc
-from tests.emulated import running_engine
-from tests.faults import DUMMY, assert_nothing_left, assert_right, attempt, gathered, heals
-from tests.serving import Serving, serving, until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.emulated import running_engine
+from tests.kit.faults import DUMMY, assert_nothing_left, assert_right, attempt, gathered, heals
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 PAGE_BYTES = 240 * 96 * 2
 """A page of the tiny model with all linear modules at rank 8, in fp16."""

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from sidecar.core.effects import Load
-from tests.emulated import running_engine
-from tests.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt, heals, occupied
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 
 def loader_of(served: Serving) -> int:
@@ -106,7 +106,11 @@ async def test_the_loader_ends_with_the_sidecar(tmp_path: Path) -> None:
 async def test_the_loader_ends_when_its_parent_is_gone_and_ignores_ctrl_c() -> None:
     """It leaves with status 0 when its input closes; SIGINT, which a terminal sends to all, is for the parent."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar.backends.loader", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable,
+        "-m",
+        "sidecar.backends.triton.loader",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdin is not None
     assert process.stdout is not None

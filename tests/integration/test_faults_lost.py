@@ -11,12 +11,12 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.backends.probe import PROBE_ID
+from sidecar.backends.triton.probe import PROBE_ID
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLost, BackendUp
-from sidecar.core.words import Phase
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import EngineProcess, core_request, running_engine
-from tests.faults import (
+from tests.kit.emulated import EngineProcess, core_request, running_engine
+from tests.kit.faults import (
     DUMMY,
     ENDLESS,
     assert_broken_off,
@@ -26,7 +26,7 @@ from tests.faults import (
     gathered,
     heals,
 )
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 SLOW = ("--compute", "none", "--max-seq-tokens", "1000000", "--kv-blocks", "1000000")
 

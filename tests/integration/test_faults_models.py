@@ -11,16 +11,16 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
+from sidecar.core.enums import Phase
 from sidecar.core.events import BackendLost
-from sidecar.core.words import Phase
-from sidecar.emulator.face.answers import Answering
-from sidecar.emulator.face.control import Control
-from sidecar.emulator.face.errors import Rejection
-from sidecar.emulator.face.inference import Answer
+from sidecar.lab.engine.kserve.answers import Answering
+from sidecar.lab.engine.kserve.control import Control
+from sidecar.lab.engine.kserve.errors import Rejection
+from sidecar.lab.engine.kserve.inference import Answer
 from sidecar.proto import gateway_pb2
-from tests.emulated import running_engine
-from tests.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.faults import DUMMY, ENDLESS, assert_nothing_left, assert_right, attempt
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 NO_MODEL = "Request for unknown model: 'tensorrt_llm' has no available versions"
 DEAD = "Stub process 'tensorrt_llm_0_0' is not healthy."

@@ -10,11 +10,11 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Quarantine
-from sidecar.core.words import Phase
+from sidecar.core.enums import Phase
 from sidecar.proto import admin_pb2
-from tests.emulated import EngineProcess
-from tests.faults import assert_broken_off, assert_nothing_left, assert_right, attempt, gathered
-from tests.serving import serving, until, write_adapters
+from tests.kit.emulated import EngineProcess
+from tests.kit.faults import assert_broken_off, assert_nothing_left, assert_right, attempt, gathered
+from tests.kit.serving import serving, until, write_adapters
 
 BACKENDS = 8
 

@@ -14,9 +14,9 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from sidecar.core.effects import Dispatch, Load
-from sidecar.emulator.tokens import ByteTokenizer
-from tests.emulated import EngineProcess, channel_to, core_request, running_engine, set_parameter, stream_answers
-from tests.faults import (
+from sidecar.lab.engine.tokens import ByteTokenizer
+from tests.kit.emulated import EngineProcess, channel_to, core_request, running_engine, set_parameter, stream_answers
+from tests.kit.faults import (
     DUMMY,
     ENDLESS,
     assert_broken_off,
@@ -27,8 +27,8 @@ from tests.faults import (
     heals,
     occupied,
 )
-from tests.peft_files import ALL_LINEAR, write_adapter
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.peft_files import ALL_LINEAR, write_adapter
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 
 async def test_an_engine_miss_is_loaded_and_sent_again(tmp_path: Path) -> None:

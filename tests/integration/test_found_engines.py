@@ -10,13 +10,13 @@ from typing import Any
 import grpc
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.events import BackendRemoved
 from sidecar.proto import admin_pb2, gateway_pb2
-from tests.found_engines import loaded, pool_of, served, up
-from tests.serving import Serving, until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.found_engines import loaded, pool_of, served, up
+from tests.kit.serving import Serving, until, write_adapters
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.proto import gateway_pb2
-from tests.emulated import running_engine
-from tests.kserve_clients import restrict
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import restrict
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 TOKENS = gateway_pb2.TokenIds(ids=[1, 2, 3])

@@ -10,23 +10,23 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from sidecar import replay
 from sidecar.backends.api import Payload, Ticket, Weights
+from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.events import BackendLost, BackendUp, Event, FirstToken, LoadDone, RunEnded
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
-from sidecar.fronts.http import HttpFront
-from sidecar.fronts.http_connection import HEAD_BYTES_MAX, SPARE_CONNECTIONS, HttpLimits
-from sidecar.plugins import policies_of
+from sidecar.fronts.http.app import HttpFront
+from sidecar.fronts.http.connection import HEAD_BYTES_MAX, SPARE_CONNECTIONS, HttpLimits
+from sidecar.journal import replay
+from sidecar.journal.segments import segment_paths
+from sidecar.journal.writer import Journal
 from sidecar.shell.catalogue import Wanted
 from sidecar.shell.gateway import Gateway, RequestFacts
-from sidecar.shell.journal import Journal
 from sidecar.shell.metrics import Metrics
-from sidecar.shell.segments import segment_paths
 from sidecar.state.registry import SqliteRegistry
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 CONNECTIONS = 16
 PATIENCE_S = 60.0

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.emulated import running_engine
 from tests.integration.test_process import ask, sidecar
-from tests.peft_files import write_adapter
-from tests.serving import serving, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving, write_adapters
 from tests.unit.test_capture import members_of
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from sidecar.errors import Misused
 from sidecar.incident.parts import HttpListener, Missing, answers_of
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import running_engine
 from tests.integration.test_incident import command
-from tests.serving import serving, write_adapters
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import running_engine
+from tests.kit.serving import serving, write_adapters
 from tests.unit.test_capture import members_of
 
 FREE: dict[str, Any] = {"address": "127.0.0.1:0"}

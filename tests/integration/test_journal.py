@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sidecar.shell.segments import segment_paths
-from tests.emulated import running_engine
-from tests.serving import serving, write_adapters
+from sidecar.journal.segments import segment_paths
+from tests.kit.emulated import running_engine
+from tests.kit.serving import serving, write_adapters
 
 PROGRAM = (
-    "import sys; from pathlib import Path; from sidecar.replay import run; "
+    "import sys; from pathlib import Path; from sidecar.journal.replay import run; "
     "sys.exit(run(Path(sys.argv[1]), True, False, print, lambda line: print(line, file=sys.stderr)))"
 )
 

@@ -15,7 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.emulated import (
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,
@@ -26,8 +26,8 @@ from tests.emulated import (
     stream_answers,
     text_request,
 )
-from tests.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, status_of, tokens_of
-from tests.serving import serving, until, write_adapters
+from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, status_of, tokens_of
+from tests.kit.serving import serving, until, write_adapters
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 PREFIX = "[BACKEND_REJECTED] "

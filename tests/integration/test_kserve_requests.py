@@ -11,8 +11,8 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
-from tests.emulated import channel_to, core_request, is_final, running_engine, stream_answers, text_request
-from tests.kserve_clients import (
+from tests.kit.emulated import channel_to, core_request, is_final, running_engine, stream_answers, text_request
+from tests.kit.kserve_clients import (
     CORE,
     DUMMY,
     ENSEMBLE,
@@ -28,7 +28,7 @@ from tests.kserve_clients import (
     tensor,
     tokens_of,
 )
-from tests.serving import serving, write_adapters
+from tests.kit.serving import serving, write_adapters
 
 MODELS = pytest.mark.parametrize("model", [CORE, ENSEMBLE])
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
-from tests.emulated import channel_to, core_request, random_adapter, running_engine, stream_answers
-from tests.kserve_clients import DUMMY, aio_client, ask, core_inputs, tensor, tokens_of
-from tests.serving import serving, write_adapters
+from tests.kit.emulated import channel_to, core_request, random_adapter, running_engine, stream_answers
+from tests.kit.kserve_clients import DUMMY, aio_client, ask, core_inputs, tensor, tokens_of
+from tests.kit.serving import serving, write_adapters
 
 
 def lora_tensors(task_id: int, weights: bool = False) -> list[triton.InferInput]:

@@ -10,9 +10,9 @@ import pytest
 
 from sidecar.core.effects import Settle
 from sidecar.proto import gateway_pb2
-from tests.emulated import core_request, running_engine
-from tests.kserve_clients import DUMMY
-from tests.serving import serving, until, write_adapters
+from tests.kit.emulated import core_request, running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.serving import serving, until, write_adapters
 
 END: Any = grpc.aio.EOF
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))

@@ -10,8 +10,8 @@ import grpc.aio
 import pytest
 import tritonclient.grpc as triton
 
-from tests.emulated import channel_to, core_request, is_final, running_engine, stream_answers
-from tests.kserve_clients import (
+from tests.kit.emulated import channel_to, core_request, is_final, running_engine, stream_answers
+from tests.kit.kserve_clients import (
     CORE,
     DUMMY,
     ENSEMBLE,
@@ -22,7 +22,7 @@ from tests.kserve_clients import (
     stop_inputs,
     tokens_of,
 )
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 LONG = 4000
 END: Any = grpc.aio.EOF

@@ -19,12 +19,12 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from sidecar.core.effects import Settle
-from sidecar.core.words import Outcome
+from sidecar.core.enums import Outcome
 from sidecar.fronts.status import PUSHBACK
-from tests.emulated import channel_to, core_request, is_final, running_engine, tokens_of
-from tests.kserve_clients import CORE, DUMMY, OpenStream, aio_client, in_thread, inputs_of, stop_inputs, sync_stream
-from tests.kserve_clients import tokens_of as tokens_in
-from tests.serving import PATIENCE_S, Serving, serving, until, write_adapters
+from tests.kit.emulated import channel_to, core_request, is_final, running_engine, tokens_of
+from tests.kit.kserve_clients import CORE, DUMMY, OpenStream, aio_client, in_thread, inputs_of, stop_inputs, sync_stream
+from tests.kit.kserve_clients import tokens_of as tokens_in
+from tests.kit.serving import PATIENCE_S, Serving, serving, until, write_adapters
 
 END: Any = grpc.aio.EOF
 SLOW = DUMMY | {"time_scale": 0.3}

@@ -9,9 +9,9 @@ import grpc
 import pytest
 
 from sidecar.core.effects import Settle
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import core_request, running_engine
-from tests.kserve_clients import (
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import core_request, running_engine
+from tests.kit.kserve_clients import (
     CORE,
     DUMMY,
     Told,
@@ -23,7 +23,7 @@ from tests.kserve_clients import (
     sync_stream,
     sync_told,
 )
-from tests.serving import serving, write_adapters
+from tests.kit.serving import serving, write_adapters
 
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 

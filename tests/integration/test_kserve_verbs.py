@@ -20,10 +20,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import InferenceServerException
 
-from sidecar.core.words import Phase
-from tests.emulated import EngineProcess, running_engine, start_engine
-from tests.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
-from tests.serving import Serving, serving, until, write_adapters
+from sidecar.core.enums import Phase
+from tests.kit.emulated import EngineProcess, running_engine, start_engine
+from tests.kit.kserve_clients import CORE, DUMMY, aio_client, ask, core_inputs, in_thread, status_of, tensor
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 SERVICE = "/inference.GRPCInferenceService"
 ADMIN_ONLY = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")

@@ -14,9 +14,9 @@ from sidecar.errors import Misused
 from sidecar.kubernetes.access import Access, find_access, from_kubeconfig
 from sidecar.kubernetes.api import Api
 from sidecar.kubernetes.failures import ApiError
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.kubernetes_api import fake_server
-from tests.kubernetes_cluster import Cluster
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.kubernetes_api import fake_server
+from tests.kit.kubernetes_cluster import Cluster
 
 
 async def test_a_token_that_is_replaced_is_read_again(tmp_path: Path) -> None:

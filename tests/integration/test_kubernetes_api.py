@@ -14,9 +14,9 @@ from sidecar.kubernetes.api import Api
 from sidecar.kubernetes.failures import ApiError
 from sidecar.kubernetes.mirror import Mirror
 from sidecar.kubernetes.pauses import Pauses
-from tests.kubernetes_api import Fault
-from tests.kubernetes_cluster import Cluster, cluster, needs_faults, on_clusters
-from tests.serving import until
+from tests.kit.kubernetes_api import Fault
+from tests.kit.kubernetes_cluster import Cluster, cluster, needs_faults, on_clusters
+from tests.kit.serving import until
 
 MAPS = "configmaps"
 

@@ -9,9 +9,9 @@ import pytest
 
 from sidecar.kubernetes.declarations import TAKE_OVER
 from sidecar.proto import admin_pb2 as pb
-from tests.kubernetes_cluster import on_clusters
-from tests.kubernetes_house import LORAS, condition, house, message_of
-from tests.serving import until
+from tests.kit.kubernetes_cluster import on_clusters
+from tests.kit.kubernetes_house import LORAS, condition, house, message_of
+from tests.kit.serving import until
 
 
 @on_clusters

@@ -13,9 +13,9 @@ from sidecar.discovery.found import Found
 from sidecar.kubernetes.api import Api
 from sidecar.kubernetes.endpoint_slices import EndpointSlices
 from sidecar.kubernetes.services import problem_of, problems
-from tests.kubernetes_api import Fault, write_kubeconfig
-from tests.kubernetes_cluster import Cluster, cluster, needs_faults, on_clusters
-from tests.serving import until
+from tests.kit.kubernetes_api import Fault, write_kubeconfig
+from tests.kit.kubernetes_cluster import Cluster, cluster, needs_faults, on_clusters
+from tests.kit.serving import until
 
 
 @asynccontextmanager

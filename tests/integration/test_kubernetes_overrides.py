@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from tests.kubernetes_cluster import on_clusters
-from tests.kubernetes_house import LORAS, condition, house
-from tests.serving import Serving
+from tests.kit.kubernetes_cluster import on_clusters
+from tests.kit.kubernetes_house import LORAS, condition, house
+from tests.kit.serving import Serving
 
 
 @on_clusters

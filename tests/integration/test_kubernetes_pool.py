@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.config import parse
 from sidecar.errors import Misused
-from tests.found_engines import FREE, Names, Pool, in_front
-from tests.kubernetes_api import write_kubeconfig
-from tests.kubernetes_cluster import cluster
-from tests.serving import until, write_adapters
+from sidecar.serve.app import Sidecar
+from tests.kit.found_engines import FREE, Names, Pool, in_front
+from tests.kit.kubernetes_api import write_kubeconfig
+from tests.kit.kubernetes_cluster import cluster
+from tests.kit.serving import until, write_adapters
 
 SERVICE = "triton"
 

@@ -17,14 +17,14 @@ import pytest
 
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.kubernetes_api import write_kubeconfig
-from tests.kubernetes_cluster import Cluster, cluster, on_clusters
-from tests.peft_files import write_adapter
-from tests.redis_servers import running
-from tests.replica_pool import replica, settled
-from tests.serving import Serving, place_of, until
-from tests.sidecar_process import SERVE, SidecarProcess
+from tests.kit.emulated import running_engine
+from tests.kit.kubernetes_api import write_kubeconfig
+from tests.kit.kubernetes_cluster import Cluster, cluster, on_clusters
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import replica, settled
+from tests.kit.serving import Serving, place_of, until
+from tests.kit.sidecar_process import SERVE, SidecarProcess
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 LORAS = "loraadapters"

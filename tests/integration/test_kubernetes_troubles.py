@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused, Reason, Refused
-from tests.emulated import running_engine
-from tests.kubernetes_api import Fault, write_kubeconfig
-from tests.kubernetes_cluster import cluster, needs_faults
-from tests.kubernetes_house import BOTH, DUMMY, LORAS, house, message_of
-from tests.peft_files import write_adapter
-from tests.serving import serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.kubernetes_api import Fault, write_kubeconfig
+from tests.kit.kubernetes_cluster import cluster, needs_faults
+from tests.kit.kubernetes_house import BOTH, DUMMY, LORAS, house, message_of
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving, until
 
 
 @needs_faults

@@ -18,22 +18,22 @@ import tritonclient.grpc as triton
 from tritonclient.grpc import service_pb2
 
 from sidecar.adapters.claims import HIDDEN
-from sidecar.app import Sidecar
 from sidecar.backends.api import Payload
 from sidecar.config import parse
 from sidecar.core.effects import Drop, Fetch, Heal, Load, Settle
 from sidecar.core.facts import Layout, packed_key, task_id_of
-from sidecar.demo.merged import greedy
-from sidecar.demo.model import SEED
-from sidecar.emulator.face.compute import dummy_token
-from sidecar.emulator.tokens import EOS, ByteTokenizer
 from sidecar.errors import Misused, Reason
+from sidecar.lab.demo.merged import greedy
+from sidecar.lab.demo.model import SEED
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from sidecar.proto import admin_pb2, gateway_pb2
+from sidecar.serve.app import Sidecar
 from sidecar.shell.gateway import RequestFacts
-from tests.emulated import CORE, EngineProcess, channel_to, running_engine
-from tests.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
-from tests.peft_files import ALL_LINEAR, write_adapter
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import CORE, EngineProcess, channel_to, running_engine
+from tests.kit.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
+from tests.kit.peft_files import ALL_LINEAR, write_adapter
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 LLMAPI: dict[str, Any] = {"compute": "none", "protocol": "llmapi"}
 FILES = Layout("float16", files=True)

@@ -13,10 +13,10 @@ import openai
 import pytest
 
 from sidecar.proto import gateway_pb2
-from tests.emulated import running_engine
-from tests.peft_files import BASE_MODEL
-from tests.serving import PATIENCE_S, Serving, serving, until, write_adapters
-from tests.vllm_emulated import Client, VllmProcess, expected, running_vllm
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.serving import PATIENCE_S, Serving, serving, until, write_adapters
+from tests.kit.vllm_emulated import Client, VllmProcess, expected, running_vllm
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 USER: Any = [{"role": "user", "content": "hi"}]

@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from sidecar.fronts.openai.large import LARGE_BYTES
-from tests.found_engines import Pool, pool_of, served, up
 from tests.integration.test_openai_triton import CHAT, COMPLETIONS, TEMPLATE, USER, client_of, events_of, text_of
-from tests.peft_files import BASE_MODEL
-from tests.serving import Serving, until, write_adapters
-from tests.vllm_emulated import running_vllm
+from tests.kit.found_engines import Pool, pool_of, served, up
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.vllm_emulated import running_vllm
 
 
 @asynccontextmanager

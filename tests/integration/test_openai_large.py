@@ -13,9 +13,9 @@ from sidecar.fronts.openai.large import LARGE_BYTES
 from tests.integration.test_openai_relay import COMPLETIONS, ask
 from tests.integration.test_openai_triton import CHAT, TEMPLATE, client_of, in_front
 from tests.integration.test_vllm import answer_of, fronted
-from tests.openai_house import House, ScriptedVllm, event, house
-from tests.serving import until, write_adapters
-from tests.vllm_emulated import running_vllm
+from tests.kit.openai_house import House, ScriptedVllm, event, house
+from tests.kit.serving import until, write_adapters
+from tests.kit.vllm_emulated import running_vllm
 
 PADDING = "x" * (2 * LARGE_BYTES)
 

@@ -15,14 +15,14 @@ import httpx
 import pytest
 
 from sidecar.errors import Misused, Reason
-from sidecar.fronts.http import server_tls
-from sidecar.fronts.http_connection import SPARE_CONNECTIONS, Connection, HttpLimits
-from sidecar.fronts.http_listener import HttpListener
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import running_engine
-from tests.kserve_clients import restrict
-from tests.openai_house import ScriptedVllm, event, house
-from tests.serving import PATIENCE_S, serving, until, write_adapters
+from sidecar.fronts.http.app import server_tls
+from sidecar.fronts.http.connection import SPARE_CONNECTIONS, Connection, HttpLimits
+from sidecar.fronts.http.listener import HttpListener
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import restrict
+from tests.kit.openai_house import ScriptedVllm, event, house
+from tests.kit.serving import PATIENCE_S, serving, until, write_adapters
 
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "base", "prompt": "hi", "max_tokens": 4}

@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from sidecar.backends.api import HttpRejection
+from sidecar.core.enums import Fault
 from sidecar.core.events import Received
-from sidecar.core.words import Fault
-from tests.openai_house import DONE, House, ScriptedVllm, event, house
-from tests.scripted_backend import ScriptedBackend
-from tests.serving import Recorder, until
+from tests.kit.openai_house import DONE, House, ScriptedVllm, event, house
+from tests.kit.scripted_backend import ScriptedBackend
+from tests.kit.serving import Recorder, until
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 PROMPT = {"prompt": "hi", "max_tokens": 4}

@@ -13,10 +13,10 @@ import httpx
 import pytest
 
 from sidecar.core.events import FirstToken
-from tests.emulated import EngineProcess, read_served, running_engine
-from tests.openai_house import JSON
-from tests.peft_files import BASE_MODEL
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.emulated import EngineProcess, read_served, running_engine
+from tests.kit.openai_house import JSON
+from tests.kit.peft_files import BASE_MODEL
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 DUMMY = {"compute": "none", "shape": "tiny"}

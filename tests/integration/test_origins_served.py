@@ -13,10 +13,10 @@ import pytest
 
 from sidecar.core.effects import Fetch
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving, until
 
 WEIGHTS = "adapter_model.safetensors"
 DUMMY = {"compute": "none", "shape": "tiny"}

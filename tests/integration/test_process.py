@@ -15,11 +15,11 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import until
 
 FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
 

@@ -9,9 +9,9 @@ import grpc
 
 from sidecar.core.events import FirstToken, Progress, RunEnded
 from sidecar.proto import gateway_pb2
-from tests.emulated import core_request, running_engine
-from tests.kserve_clients import DUMMY
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import core_request, running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.serving import Serving, serving, until
 
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))
 TOKENS = 80

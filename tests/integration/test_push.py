@@ -14,23 +14,23 @@ import pytest
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
+from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.facts import EngineFacts
-from sidecar.fronts import push as push_front
-from sidecar.fronts.admin import add_admin
-from sidecar.fronts.push import Pushes
-from sidecar.plugins import policies_of
+from sidecar.fronts.admin import push as push_front
+from sidecar.fronts.admin.front import add_admin
+from sidecar.fronts.admin.push import Pushes
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.sources import Sources
 from sidecar.state.registry import SqliteRegistry
-from tests.cli_runs import runner
-from tests.emulated import running_engine
-from tests.origins import write_shards
-from tests.peft_files import BASE_MODEL, write_adapter
-from tests.scripted_backend import ScriptedBackend
-from tests.serving import serving, until
+from tests.kit.cli_runs import runner
+from tests.kit.emulated import running_engine
+from tests.kit.origins import write_shards
+from tests.kit.peft_files import BASE_MODEL, write_adapter
+from tests.kit.scripted_backend import ScriptedBackend
+from tests.kit.serving import serving, until
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

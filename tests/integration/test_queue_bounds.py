@@ -15,9 +15,9 @@ from grpc_status import rpc_status
 
 from sidecar.core.events import Received
 from sidecar.proto import gateway_pb2
-from tests.emulated import core_request, running_engine
-from tests.kserve_clients import DUMMY
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import core_request, running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.serving import Serving, serving, until
 
 COST = "llama-3.1-8b/a100_sxm/trtllm"
 ANSWER = 4000

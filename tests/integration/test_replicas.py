@@ -13,13 +13,13 @@ from redis.asyncio import Redis
 
 from sidecar.core.effects import Dispatch
 from sidecar.core.events import Received
-from sidecar.fronts.http_probes import why_not_ready
+from sidecar.fronts.http.probes import why_not_ready
 from sidecar.proto import admin_pb2
-from tests.emulated import running_engine
-from tests.redis_servers import running
-from tests.replica_pool import CALM_S, owned, replica, replicas, settled
-from tests.serving import Serving, until, write_adapters
-from tests.vllm_emulated import running_vllm
+from tests.kit.emulated import running_engine
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import CALM_S, owned, replica, replicas, settled
+from tests.kit.serving import Serving, until, write_adapters
+from tests.kit.vllm_emulated import running_vllm
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from sidecar.backends.vllm_api import VllmApi
-from tests.emulated import running_engine
-from tests.redis_servers import running
-from tests.replica_pool import replicas
-from tests.serving import serving, write_adapters
+from sidecar.backends.vllm.api import VllmApi
+from tests.kit.emulated import running_engine
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import replicas
+from tests.kit.serving import serving, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

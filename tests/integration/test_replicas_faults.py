@@ -17,12 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.core.effects import Dispatch
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
-from sidecar.replicas.line import Line
-from tests import replica_pool
-from tests.emulated import EngineProcess, running_engine
-from tests.redis_servers import Proxy, running
-from tests.replica_pool import CALM_S, owned, replicas
-from tests.serving import PATIENCE_S, Answer, Serving, until, write_adapters
+from sidecar.replicas.call import Line
+from tests.kit import replica_pool
+from tests.kit.emulated import EngineProcess, running_engine
+from tests.kit.redis_servers import Proxy, running
+from tests.kit.replica_pool import CALM_S, owned, replicas
+from tests.kit.serving import PATIENCE_S, Answer, Serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 SLOW = DUMMY | {"time_scale": 1.0, "seats": 1}

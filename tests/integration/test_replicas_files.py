@@ -16,11 +16,11 @@ from sidecar.adapters.origins.files import files_of
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.errors import Invalid
 from sidecar.proto import admin_pb2, peers_pb2
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.redis_servers import running
-from tests.replica_pool import replica, settled
-from tests.serving import Serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import replica, settled
+from tests.kit.serving import Serving, until
 
 ENGINE = {"compute": "none", "shape": "tiny"}
 

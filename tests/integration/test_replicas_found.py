@@ -13,10 +13,10 @@ import pytest
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.events import BackendPlanned
 from sidecar.errors import Reason
-from tests.found_engines import Names, Pool, loaded, pool_of, served
-from tests.redis_servers import running
-from tests.replica_pool import LEASE_S, owned
-from tests.serving import Serving, until, write_adapters
+from tests.kit.found_engines import Names, Pool, loaded, pool_of, served
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import LEASE_S, owned
+from tests.kit.serving import Serving, until, write_adapters
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.replicas import answering, peers
 from sidecar.replicas.answering import PassedOn
-from tests.emulated import running_engine
-from tests.redis_servers import running
-from tests.replica_pool import owned, replicas
-from tests.serving import PATIENCE_S, Serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.redis_servers import running
+from tests.kit.replica_pool import owned, replicas
+from tests.kit.serving import PATIENCE_S, Serving, until, write_adapters
 
 ENGINE = {"compute": "none", "shape": "tiny", "seats": 64, "kv_blocks": 1 << 16}
 LONG = 6000

@@ -12,8 +12,8 @@ import pytest
 
 from sidecar.core.effects import Fetch, Load, Settle
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import running_engine
-from tests.serving import Answer, Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.serving import Answer, Serving, serving, until, write_adapters
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

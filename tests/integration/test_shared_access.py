@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sidecar.errors import Misused, Reason
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.redis_servers import Server, running
-from tests.registries import record, shared_registry
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.redis_servers import Server, running
+from tests.kit.registries import record, shared_registry
 
 META = "{lora-sidecar}:meta"
 

@@ -17,9 +17,9 @@ from sidecar.state.records import Record
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
-from tests.redis_servers import Proxy, Server, cuttable, running
-from tests.registries import link_to, record
-from tests.serving import until
+from tests.kit.redis_servers import Proxy, Server, cuttable, running
+from tests.kit.registries import link_to, record
+from tests.kit.serving import until
 
 NAMES = ("a", "b", "c", "d")
 KEYS = ("meta", "adapters", "changes", "tombstones")

@@ -15,10 +15,10 @@ from sidecar.ownership import effects as do
 from sidecar.ownership.events import LeaseAnswered
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.state.redis.members import RedisMembers
-from tests.redis_servers import Server, running
-from tests.registries import link_to
-from tests.sim.ownership.redis import Data
-from tests.sim.ownership.redis import Redis as Model
+from tests.kit.redis_servers import Server, running
+from tests.kit.registries import link_to
+from tests.worlds.ownership.redis import Data
+from tests.worlds.ownership.redis import Redis as Model
 
 MS = 1_000_000
 SHORT = Bounds(ttl_ns=60 * MS, margin_ns=MS, ask_ns=30 * MS, attempt_ns=40 * MS)

@@ -11,20 +11,20 @@ import grpc.aio
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar import pool
 from sidecar.adapters.shared_memory import DIRECTORY
-from sidecar.app import Sidecar
-from sidecar.backends import transport
+from sidecar.backends.triton import transport
 from sidecar.config import parse
 from sidecar.core.effects import Heal, Load
 from sidecar.core.facts import EngineFacts
-from sidecar.emulator.face import shared_memory
 from sidecar.errors import Misused
+from sidecar.lab.engine.kserve import shared_memory
 from sidecar.proto import admin_pb2
-from tests.emulated import EngineProcess, channel_to, regions_of, running_engine
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving, until, write_adapters
-from tests.sidecar_process import sidecar_process
+from sidecar.serve import pool
+from sidecar.serve.app import Sidecar
+from tests.kit.emulated import EngineProcess, channel_to, regions_of, running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.sidecar_process import sidecar_process
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

@@ -12,10 +12,10 @@ import grpc.aio
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.redis_servers import Server, cuttable, running
-from tests.serving import Serving, serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import Server, cuttable, running
+from tests.kit.serving import Serving, serving, until
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

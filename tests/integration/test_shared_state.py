@@ -17,9 +17,9 @@ from sidecar.state.records import refreshed
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.redis.registry import RedisRegistry
 from sidecar.state.registry import Change
-from tests.redis_servers import Server, cluster, cuttable, running, watched
-from tests.registries import link_to, record, shared_registry
-from tests.serving import until
+from tests.kit.redis_servers import Server, cluster, cuttable, running, watched
+from tests.kit.registries import link_to, record, shared_registry
+from tests.kit.serving import until
 
 META, ADAPTERS, CHANGES = ("{lora-sidecar}:" + name for name in ("meta", "adapters", "changes"))
 

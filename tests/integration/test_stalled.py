@@ -12,12 +12,12 @@ import pytest
 
 from sidecar.core import stalls
 from sidecar.core.events import BackendLost, BackendProbed
-from tests.emulated import EngineProcess
-from tests.faults import assert_nothing_left, assert_right, attempt
 from tests.integration.test_faults_lost import SLOW, events
 from tests.integration.test_vllm import ENGINE, answer_of, fronted
-from tests.serving import serving, until, write_adapters
-from tests.vllm_emulated import VllmProcess, running_vllm
+from tests.kit.emulated import EngineProcess
+from tests.kit.faults import assert_nothing_left, assert_right, attempt
+from tests.kit.serving import serving, until, write_adapters
+from tests.kit.vllm_emulated import VllmProcess, running_vllm
 
 COST = "llama-3.1-8b/a100_sxm/trtllm"
 TOKENS = 100

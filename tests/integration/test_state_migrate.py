@@ -14,9 +14,9 @@ from sidecar.ownership.facts import Member
 from sidecar.state.records import Record, added, promoted, refreshed
 from sidecar.state.redis.members import RedisMembers
 from sidecar.state.registry import REGISTRY_FILE, SqliteRegistry, lock_data_directory
-from tests.cli_runs import Ended, runner
-from tests.redis_servers import Server, running
-from tests.registries import adapter, link_to, record, shared_registry
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.redis_servers import Server, running
+from tests.kit.registries import adapter, link_to, record, shared_registry
 
 
 @pytest.fixture

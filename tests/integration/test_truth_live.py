@@ -12,11 +12,11 @@ import httpx
 import pytest
 
 from sidecar.cli.journaled import journaled
-from sidecar.sim.options import Options
-from sidecar.sim.results import Result
-from sidecar.sim.simulate import simulate
-from tests.emulated import EngineProcess
-from tests.serving import Serving, serving, write_adapters
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.results import Result
+from sidecar.lab.sim.simulate import simulate
+from tests.kit.emulated import EngineProcess
+from tests.kit.serving import Serving, serving, write_adapters
 
 ADAPTERS, REQUESTS = 8, 96
 SIZES = (

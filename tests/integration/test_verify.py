@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from sidecar.core.effects import Dispatch, Load
-from sidecar.demo.model import ADAPTERS, SEED
-from sidecar.demo.texts import LEARNED, PROMPTS
-from sidecar.emulator.packed import unpack
-from sidecar.emulator.shape import TINY
+from sidecar.lab.demo.model import ADAPTERS, SEED
+from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.engine.packed import unpack
+from sidecar.lab.engine.shape import TINY
 from sidecar.proto import admin_pb2 as pb
-from tests.cli_runs import Ended, runner
-from tests.emulated import add_lora, channel_to, core_request, running_engine, stream_answers, tokens_of
-from tests.peft_files import read_tensors, write_safetensors
-from tests.serving import Serving, serving, until
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.emulated import add_lora, channel_to, core_request, running_engine, stream_answers, tokens_of
+from tests.kit.peft_files import read_tensors, write_safetensors
+from tests.kit.serving import Serving, serving, until
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SILENT = {"ignore_lora": True}

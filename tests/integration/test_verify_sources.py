@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.demo.model import ADAPTERS, SEED
-from sidecar.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.demo.model import ADAPTERS, SEED
+from sidecar.lab.demo.texts import LEARNED, PROMPTS
 from sidecar.proto import admin_pb2 as pb
-from tests.cli_runs import Ended, runner
-from tests.emulated import running_engine
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.serving import Serving, serving
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.emulated import running_engine
+from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
+from tests.kit.serving import Serving, serving
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 
 from sidecar.core.effects import Fetch, Load
 from sidecar.core.facts import Layout, packed_key, task_id_of
-from sidecar.emulator.face.compute import dummy_token
+from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.proto import admin_pb2 as pb
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import Answer, Serving, serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Answer, Serving, serving, until
 
 DUMMY = {"compute": "none", "shape": "tiny"}
 

@@ -12,13 +12,12 @@ from typing import Any
 import grpc.aio
 import pytest
 
-from sidecar.backends import vllm_api
 from sidecar.core.effects import Heal, Load
 from sidecar.proto import admin_pb2
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving, until, write_adapters
-from tests.vllm_emulated import BASE, VllmProcess, expected, running_vllm
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.vllm_emulated import BASE, VllmProcess, expected, running_vllm
 
 DUMMY: dict[str, Any] = {"compute": "none"}
 ENGINE = {"device_pages": 2, "host_pages": 4, "seats": 32}
@@ -195,7 +194,7 @@ async def test_what_a_life_before_left_is_unloaded_if_its_files_have_gone(tmp_pa
 async def test_an_old_version_is_refused_unless_the_configuration_insists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_api, "OLDEST", (9, 0))
+    monkeypatch.setattr("sidecar.backends.vllm.api.OLDEST", (9, 0))
     (name,) = write_adapters(tmp_path / "adapters", 1)
     async with running_vllm(**DUMMY) as (engine, _):
         insisting = {"old_versions": True}

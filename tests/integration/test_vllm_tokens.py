@@ -10,8 +10,8 @@ import pytest
 from sidecar.core.events import RunEnded
 from tests.integration.test_openai_triton import CHAT, COMPLETIONS, client_of
 from tests.integration.test_vllm import fronted
-from tests.serving import Serving
-from tests.vllm_emulated import running_vllm
+from tests.kit.serving import Serving
+from tests.kit.vllm_emulated import running_vllm
 
 TOKENS, INTERVAL, EVENTS = 12, 4, 4
 """The first token comes alone, then come four, four and three."""

@@ -13,7 +13,7 @@ from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.errors import Invalid
-from tests.peft_files import BFLOAT16, write_adapter
+from tests.kit.peft_files import BFLOAT16, write_adapter
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 DTYPES = {"bfloat16": BFLOAT16, "float32": np.dtype(np.float32)}

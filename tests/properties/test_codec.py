@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.core import codec, config, effects, events, facts, state, words
+from sidecar.config.plugins import policies_of
+from sidecar.core import config, effects, enums, events, facts, state
 from sidecar.core.core import Core
-from sidecar.plugins import policies_of
-from tests.corekit import World, adapter_of, facts_of, two_pages
+from sidecar.journal import codec
+from tests.kit.corekit import World, adapter_of, facts_of, two_pages
 from tests.properties.test_core_world import run_world
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +65,7 @@ def test_every_event_and_effect_has_a_written_form() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        adapter_of("sql"), two_pages("big"), facts_of(), config.CoreConfig(), words.Fault.MISS, ("a", ("b",)),
+        adapter_of("sql"), two_pages("big"), facts_of(), config.CoreConfig(), enums.Fault.MISS, ("a", ("b",)),
         {1: (2,)}, facts.Misfit("short", "long"), state.SlotEstimate(), [1.5, None, True, "é"],
     ],
 )  # fmt: skip

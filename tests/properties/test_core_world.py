@@ -10,12 +10,12 @@ from random import Random
 
 import pytest
 
-from sidecar.core import asks, waiting
+from sidecar.core import eligibility, waiting
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.words import Outcome, Why
+from sidecar.core.enums import Outcome, Why
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, two_pages, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, two_pages, with_facts
 
 SEEDS = range(60)
 
@@ -158,7 +158,7 @@ def check_reasons(world: World) -> None:
         request = state.requests[number]
         if not request.running:
             first = firsts.setdefault((request.backend, request.version), request)
-            expected[asks.why_waiting(state, first, world.now_ns)] += 1
+            expected[eligibility.why_waiting(state, first, world.now_ns)] += 1
     assert waiting.reasons(state, world.now_ns) == expected
     assert sum(expected.values()) == state.queued
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sidecar.emulator.engine import Engine, Output, Request
-from sidecar.emulator.pages import Row
-from sidecar.emulator.spec import EngineSpec
-from tests.emulator_cases import FlatCost, tiny_spec
+from sidecar.lab.engine.engine import Engine, Output, Request
+from sidecar.lab.engine.pages import Row
+from sidecar.lab.engine.spec import EngineSpec
+from tests.kit.emulator_cases import FlatCost, tiny_spec
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.emulator.pages import Row
-from sidecar.emulator.peft import PeftCache
-from tests.emulator_cases import tiny_spec
+from sidecar.lab.engine.pages import Row
+from sidecar.lab.engine.peft import PeftCache
+from tests.kit.emulator_cases import tiny_spec
 from tests.properties.test_emulator_advance import thorough
 
 TASKS = range(1, 9)

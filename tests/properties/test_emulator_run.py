@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.emulator.engine import Engine, Event
-from sidecar.emulator.spec import EngineSpec
-from tests.emulator_cases import FlatCost, tiny_spec
+from sidecar.lab.engine.engine import Engine, Event
+from sidecar.lab.engine.spec import EngineSpec
+from tests.kit.emulator_cases import FlatCost, tiny_spec
 from tests.properties.test_emulator_advance import Arrival, arrivals, feed, request_of, specs, thorough
 
 FOLLOWERS_FROM = 1000

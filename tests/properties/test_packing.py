@@ -16,7 +16,7 @@ from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, lora_config, pack, plan
 from sidecar.adapters.peft import read_adapter
 from sidecar.errors import Invalid
-from tests.peft_files import ALL_LINEAR, BFLOAT16, QV, module_path, read_tensors, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, QV, module_path, read_tensors, write_adapter
 
 MODULE_IDS = {
     "q_proj": 1,

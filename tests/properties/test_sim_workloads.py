@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidecar.errors import Misused
-from sidecar.sim.traces import Row, rows_of, trace_workload
-from sidecar.sim.workloads import WORKLOADS, LoadParameters, workload
+from sidecar.lab.sim.traces import Row, rows_of, trace_workload
+from sidecar.lab.sim.workloads import WORKLOADS, LoadParameters, workload
 
 PARAMETERS = st.builds(
     LoadParameters,

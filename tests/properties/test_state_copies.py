@@ -8,7 +8,7 @@ from hypothesis import strategies as some
 
 from sidecar.state.redis.copy import TOMBSTONES_MS, Copy
 from sidecar.state.redis.entries import Entry, Head, entry_of, head_of, newer, value_of
-from tests.registries import record
+from tests.kit.registries import record
 
 NAMES = ("a", "b", "c")
 

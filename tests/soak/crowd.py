@@ -16,7 +16,7 @@ import grpc.aio
 
 from sidecar.proto import admin_pb2, admin_pb2_grpc, gateway_pb2
 from tests.chaos.load import Load
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 PAUSE_S = 0.3
 BURST = 100

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from random import Random
 
 from tests.chaos.pool import LEASE_S, ChaosPool
-from tests.redis_servers import Server
+from tests.kit.redis_servers import Server
 
 AWAY_S = (0.5 * LEASE_S, 4 * LEASE_S)
 

@@ -17,7 +17,7 @@ from sidecar.adapters.buffers import Blob
 from sidecar.adapters.memory import available_bytes
 from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
-from tests.peft_files import open_descriptors
+from tests.kit.peft_files import open_descriptors
 
 
 @pytest.fixture(params=["memory", "mount", "no memfd"])

@@ -20,7 +20,7 @@ from sidecar.adapters.shared_memory import Mount
 from sidecar.core.facts import packed_key
 from sidecar.core.facts import task_id_of as task_id
 from sidecar.errors import Invalid, Misused, Reason, Refused
-from tests.peft_files import ALL_LINEAR, BFLOAT16, open_descriptors, read_tensors, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, open_descriptors, read_tensors, write_adapter
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Invalid, Reason
-from tests.peft_files import Dims, open_descriptors, read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import Dims, open_descriptors, read_tensors, write_adapter, write_safetensors
 
 
 def read(path: Path) -> AdapterSource:

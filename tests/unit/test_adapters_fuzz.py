@@ -12,7 +12,7 @@ from sidecar.adapters.packed import Layout, measure
 from sidecar.adapters.peft import read_adapter
 from sidecar.errors import Invalid
 from tests.fuzz.adapters import run
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 damage = st.lists(

@@ -12,7 +12,7 @@ from sidecar.adapters.registration import adapter_of
 from sidecar.core import facts
 from sidecar.core.facts import packed_key, packed_size_bytes
 from sidecar.core.facts import task_id_of as task_id
-from tests.peft_files import ALL_LINEAR, module_path, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, module_path, write_adapter
 
 DIGEST = "ab" * 32
 

@@ -14,7 +14,7 @@ from sidecar.adapters.packed import Layout, PackReport, Rebalanced, measure, pac
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.values import check_values
 from sidecar.errors import Invalid, Reason
-from tests.peft_files import ALL_LINEAR, BFLOAT16, Dims, read_tensors, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, Dims, read_tensors, write_adapter
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -12,7 +12,7 @@ import pytest
 
 from sidecar.adapters.peft import AdapterSource, read_adapter
 from sidecar.errors import Invalid, Reason
-from tests.peft_files import (
+from tests.kit.peft_files import (
     ALL_LINEAR,
     module_path,
     read_tensors,

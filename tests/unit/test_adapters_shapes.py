@@ -18,7 +18,7 @@ from sidecar.adapters.registration import adapter_of
 from sidecar.core.facts import EngineFacts, misfit
 from sidecar.core.layout import Heads, Layout, packed_size_bytes
 from sidecar.errors import Invalid, Misused, Reason
-from tests.peft_files import read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 RANK = 2
 PREFIX = "base_model.model."

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from sidecar.adapters.tensors import CHUNK_BYTES, HEADER_BYTES_MAX, TensorFile
 from sidecar.errors import Invalid, Reason
-from tests.peft_files import BFLOAT16, open_descriptors, write_raw_safetensors, write_safetensors
+from tests.kit.peft_files import BFLOAT16, open_descriptors, write_raw_safetensors, write_safetensors
 
 
 def entry(shape: list[int], start: int, end: int, dtype: str = "F16") -> dict[str, Any]:

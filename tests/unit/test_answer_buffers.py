@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sidecar.backends.api import WRITE_BYTES, Reply, Ticket
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
-from tests.scripted_backend import PAYLOAD
+from tests.kit.scripted_backend import PAYLOAD
 
 RAW = bytes(1000 - REPLY_BYTES)
 """A reply that counts as a thousand bytes."""

@@ -12,22 +12,22 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from sidecar.backends.checking import STEPS, result_of
-from sidecar.backends.checks import engine, model
 from sidecar.backends.checks.finding import Check, Finding, Look, State, Target, failed, ok, skipped, warning
-from sidecar.backends.checks.memory import room
-from sidecar.backends.checks.runs import TEXT_MAX, Answer
-from sidecar.backends.checks.server import certificate_finding
-from sidecar.backends.checks.tiny import BYTES_MAX, tiny_adapter
+from sidecar.backends.triton.checks import engine, model
+from sidecar.backends.triton.checks.memory import room
+from sidecar.backends.triton.checks.runs import TEXT_MAX, Answer
+from sidecar.backends.triton.checks.server import certificate_finding
+from sidecar.backends.triton.checks.tiny import BYTES_MAX, tiny_adapter
 from sidecar.cli.findings import Report
+from sidecar.core.enums import Fault
 from sidecar.core.facts import Adapter, EngineFacts
-from sidecar.core.words import Fault
-from sidecar.emulator.face import Options
-from sidecar.emulator.face.models import model_config, models_of
-from sidecar.emulator.messages import Request
-from sidecar.emulator.pages import Row as EngineRow
-from sidecar.emulator.shape import SHAPES, module_dims
-from sidecar.emulator.spec import EngineSpec
-from sidecar.emulator.validation import check_adapter
+from sidecar.lab.engine.kserve import Options
+from sidecar.lab.engine.kserve.models import model_config, models_of
+from sidecar.lab.engine.messages import Request
+from sidecar.lab.engine.pages import Row as EngineRow
+from sidecar.lab.engine.shape import SHAPES, module_dims
+from sidecar.lab.engine.spec import EngineSpec
+from sidecar.lab.engine.validation import check_adapter
 
 LORA_INPUTS = ("lora_task_id", "lora_weights", "lora_config")
 LLAMA = {name: (dims.in_dim, dims.out_dim) for name, dims in module_dims(SHAPES["llama-3.1-8b"]).items()}

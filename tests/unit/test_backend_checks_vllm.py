@@ -11,11 +11,11 @@ from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checking import STEPS, VLLM_STEPS, names_of
 from sidecar.backends.checks.finding import State
-from sidecar.backends.checks.staged import PREFIX, staged
-from sidecar.backends.checks.vllm.declared import judged_memory, judged_rank, judged_slots, undeclared
-from sidecar.backends.checks.vllm.look import TEXT_MAX, Reply
+from sidecar.backends.triton.checks.staged import PREFIX, staged
+from sidecar.backends.vllm.checks.declared import judged_memory, judged_rank, judged_slots, undeclared
+from sidecar.backends.vllm.checks.look import TEXT_MAX, Reply
 from sidecar.core.facts import Adapter, EngineFacts, Row
-from tests.looking import TINY_BASE
+from tests.kit.looking import TINY_BASE
 
 
 def adapters(*ranks: int) -> tuple[Adapter, ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import grpc
 import pytest
 
-from sidecar.backends import wire
 from sidecar.backends.faults import classify
-from sidecar.backends.gauges import Gauges, parse
 from sidecar.backends.pulse import Pulse
-from sidecar.core.words import Fault
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.gauges import Gauges, parse
+from sidecar.core.enums import Fault
 
 FETCH = "Encountered an error when fetching new request: "
 STORE = f"{FETCH}Error storing task=7 in PEFT cache -- "
@@ -148,7 +148,7 @@ def test_a_counter_that_goes_back_is_a_restart() -> None:
 
 def test_what_is_passed_on_unparsed_is_a_token_and_nothing_else() -> None:
     """A final response, an error, another's response and a text that imitates the flag are all parsed."""
-    from sidecar.backends import wire
+    from sidecar.backends.triton import wire
 
     def message(final: bool, request_id: str = "7.1", error: str = "", text: bytes = b"x") -> bytes:
         response = wire.ModelStreamInferResponse(error_message=error)

@@ -10,25 +10,25 @@ from random import Random
 
 import pytest
 
-from sidecar.calibrate.history import History, read_history
-from sidecar.calibrate.live import Words, live_table
+from sidecar.config.plugins import policies_of
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
+from sidecar.core.enums import Cache
 from sidecar.core.facts import EngineFacts, Packed
-from sidecar.core.words import Cache
-from sidecar.emulator.cost import LINEAR_TABLE, CostModel
-from sidecar.emulator.cost_plane import Plane
-from sidecar.emulator.cost_table import UNLIMITED_TOKENS, CostTable, Grid, cost_table_text, load_cost_table
-from sidecar.emulator.engine import Engine, Output, Request, StepBatch
-from sidecar.emulator.shape import TINY
-from sidecar.emulator.spec import EngineSpec
 from sidecar.errors import Misused
-from sidecar.plugins import policies_of
-from sidecar.shell.journal import Journal
-from tests.cli_runs import runner
-from tests.corekit import BLOB_BYTES, World
+from sidecar.journal.writer import Journal
+from sidecar.lab.calibrate.history import History, read_history
+from sidecar.lab.calibrate.live import Words, live_table
+from sidecar.lab.engine.engine import Engine, Output, Request
+from sidecar.lab.engine.shape import TINY
+from sidecar.lab.engine.spec import EngineSpec
+from sidecar.pace.cost import LINEAR_TABLE, CostModel, StepBatch
+from sidecar.pace.cost_plane import Plane
+from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, Grid, cost_table_text, load_cost_table
+from tests.kit.cli_runs import runner
+from tests.kit.corekit import BLOB_BYTES, World
 
 MS = 1_000_000
 TRUE = Plane(11e6, 40_000.0, 60.0, 62_000.0)
@@ -309,7 +309,7 @@ def test_the_command_writes_what_was_fitted(
 ) -> None:
     """`calibrate --from-journal` writes a file that can be used, and reports residuals and ranges."""
     history = LiveRun(CostModel(table_of(TRUE))).run(varied(), 400_000 * MS)
-    monkeypatch.setattr("sidecar.calibrate.history.read_history", lambda path, told: history)
+    monkeypatch.setattr("sidecar.lab.calibrate.history.read_history", lambda path, told: history)
     out = tmp_path / "cost.json"
     ended = runner(capfd)("calibrate", "--from-journal", str(tmp_path), "--gpu", "l4", "--out", str(out), "--json")
     record = ended.json()

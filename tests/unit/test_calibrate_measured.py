@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 
-from sidecar.calibrate.measured import Measured, short_name
-from sidecar.calibrate.refining import refined_grid
-from sidecar.calibrate.table import measured_table
-from sidecar.emulator.cost import A100_TABLE, CostModel, find_cost
-from sidecar.emulator.cost_table import load_cost_table
-from sidecar.emulator.engine import StepBatch
 from sidecar.errors import Misused
-from tests.cli_runs import runner
+from sidecar.lab.calibrate.measured import Measured, short_name
+from sidecar.lab.calibrate.refining import refined_grid
+from sidecar.lab.calibrate.table import measured_table
+from sidecar.pace.cost import A100_TABLE, CostModel, StepBatch, find_cost
+from sidecar.pace.cost_table import load_cost_table
+from tests.kit.cli_runs import runner
 
 LLAMA = "meta-llama/Meta-Llama-3.1-8B"
 GB = 10**9
@@ -69,7 +68,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"aiconfigurator_core.sdk.{name}", module)
     real: Callable[[str], str] = importlib.metadata.version
     monkeypatch.setattr(
-        "sidecar.calibrate.measured.version", lambda name: "9.9" if name.startswith("aic") else real(name)
+        "sidecar.lab.calibrate.measured.version", lambda name: "9.9" if name.startswith("aic") else real(name)
     )
 
 

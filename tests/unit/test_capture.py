@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sidecar import replay
 from sidecar.config import Config, parse
 from sidecar.core.events import Received
 from sidecar.errors import Misused
 from sidecar.incident import capture, parts
 from sidecar.incident.capture import Wanted
 from sidecar.incident.redaction import CUT, is_secret, redacted, redacted_text
-from sidecar.shell.segments import segment_paths
-from tests.cli_runs import Ended, runner
-from tests.corekit import World
-from tests.identities import REAL
-from tests.journals import write_journal
+from sidecar.journal import replay
+from sidecar.journal.segments import segment_paths
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.corekit import World
+from tests.kit.identities import REAL
+from tests.kit.journals import write_journal
 from tests.unit.test_explain import busy_world
 
 HOUR = timedelta(hours=1)

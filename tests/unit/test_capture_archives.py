@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import replay
 from sidecar.errors import Misused, Reason
-from sidecar.incident import archive, capture
-from sidecar.incident.archive import opened
+from sidecar.incident import capture
 from sidecar.incident.capture import Wanted
-from sidecar.shell.segments import segment_paths
-from tests.journals import write_journal
+from sidecar.journal import archive, replay
+from sidecar.journal.archive import opened
+from sidecar.journal.segments import segment_paths
+from tests.kit.journals import write_journal
 from tests.unit.test_explain import busy_world
 
 HOUR = timedelta(hours=1)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+from sidecar.config.plugins import policies_of
 from sidecar.core import events as ev
 from sidecar.core.core import Core
-from sidecar.core.words import Outcome
+from sidecar.core.enums import Outcome
 from sidecar.incident.arrivals import arrivals_of, setting_of
 from sidecar.incident.capture import Wanted, capture
-from sidecar.plugins import policies_of
-from sidecar.shell.segments import segment_paths
-from tests.corekit import MS, World, facts_of
-from tests.journals import write_journal
+from sidecar.journal.segments import segment_paths
+from tests.kit.corekit import MS, World, facts_of
+from tests.kit.journals import write_journal
 from tests.unit.test_explain import SMALL, busy_world
 
 

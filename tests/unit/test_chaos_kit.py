@@ -10,7 +10,7 @@ import grpc.aio
 from grpc.aio import Metadata
 
 from tests.chaos.pool import ChaosPool, ReplicaProcess
-from tests.redis_servers import Proxy, Server
+from tests.kit.redis_servers import Proxy, Server
 
 OWNERS = {"b0": "r1", "b1": "r0"}
 KILLED = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, Metadata(), Metadata(), "Connection refused")

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from sidecar.config import Backend, Config, parse
-from sidecar.discovered import finder_of
 from sidecar.discovery import several
 from sidecar.errors import Misused
-from sidecar.pool import facts_of, pools_of
+from sidecar.serve.discovered import finder_of
+from sidecar.serve.pool import facts_of, pools_of
 
 DNS = {"dns": "triton.ml.svc:8001"}
 

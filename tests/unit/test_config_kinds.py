@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sidecar.config import Backend, Config, Engine, parse
-from sidecar.config_kinds import OF_TRITON, OF_VLLM
+from sidecar.config.kinds import OF_TRITON, OF_VLLM
 from sidecar.errors import Misused
 
 OTHERS = {

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.core import admission, asks
+from sidecar.core import admission, eligibility
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.admission import unknown_adapter
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.words import Outcome
+from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
-from tests.corekit import SECOND, World, adapter_of, facts_of, with_facts
+from tests.kit.corekit import SECOND, World, adapter_of, facts_of, with_facts
 
 
 def refusal(world: World, adapter: str, **options: object) -> fx.Settle:
@@ -46,7 +46,7 @@ def test_unknown_adapter_without_a_near_name_says_where_to_look() -> None:
 def test_the_nearest_is_found_among_thousands(typo: str) -> None:
     """A slip at the front, in the middle or at the end still leads to the name that was meant."""
     known = [f"customer-{number:05d}-assistant" for number in range(5000)]
-    assert asks.nearest(typo, known)[0] == "customer-01234-assistant"
+    assert eligibility.nearest(typo, known)[0] == "customer-01234-assistant"
 
 
 def test_unknown_adapter_when_none_is_registered() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from sidecar.core import asks
 from sidecar.core import effects as fx
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
+from sidecar.core.enums import Why
 from sidecar.core.state import SlotEstimate
-from sidecar.core.words import Why
 from sidecar.errors import Reason
-from tests.corekit import MS, SECOND, World, facts_of, two_pages, with_facts
+from tests.kit.corekit import MS, SECOND, World, facts_of, two_pages, with_facts
 
 
 def most_in_flight(world: World, backend: str = "b0") -> int:
@@ -36,7 +36,7 @@ def test_a_request_takes_a_seat_for_each_of_its_sequences() -> None:
     world = World(seats=8)
     first, few, many, last = world.send(sequences=5), world.send(sequences=3), world.send(sequences=8), world.send()
     assert list(world.dispatches) == [first, few]
-    assert asks.why_waiting(world.core.state, world.core.state.requests[many], world.now_ns) is Why.SEATS_FULL
+    assert eligibility.why_waiting(world.core.state, world.core.state.requests[many], world.now_ns) is Why.SEATS_FULL
     world.run()
     assert list(world.dispatches) == [first, few, many, last]
     world.assert_all_ok()
@@ -94,7 +94,7 @@ def test_kv_bounds_what_runs() -> None:
     for _ in range(10):
         world.send(input_tokens=20, output_tokens=20)
     waiting = world.core.state.requests[10]
-    assert asks.why_waiting(world.core.state, waiting, world.now_ns) is Why.KV_FULL
+    assert eligibility.why_waiting(world.core.state, waiting, world.now_ns) is Why.KV_FULL
     assert most_in_flight(world) == 2
     world.send(input_tokens=500, output_tokens=20)
     world.run()
@@ -196,12 +196,12 @@ def test_an_unknown_device_size_starts_at_one_and_grows() -> None:
     world = World(host_pages=4, device_pages=None, seats=64)
     names = [f"a{number}" for number in range(8)]
     world.register(*names)
-    limits = [asks.page_limit(world.core.state.backends["b0"])]
+    limits = [eligibility.page_limit(world.core.state.backends["b0"])]
     for _ in range(30):
         for name in names:
             world.send(name)
         world.run(20 * MS)
-        limits.append(asks.page_limit(world.core.state.backends["b0"]))
+        limits.append(eligibility.page_limit(world.core.state.backends["b0"]))
     world.run()
     world.assert_all_ok()
     assert limits[0] == 1
@@ -260,7 +260,7 @@ def test_why_waiting_names_the_obstacle() -> None:
     world.register("a", "b")
 
     def why(request: int) -> Why:
-        return asks.why_waiting(world.core.state, world.core.state.requests[request], world.now_ns)
+        return eligibility.why_waiting(world.core.state, world.core.state.requests[request], world.now_ns)
 
     first = world.send("a")
     assert why(first) is Why.FETCHING

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
-from sidecar.core.asks import why_waiting
 from sidecar.core.config import CoreConfig
+from sidecar.core.eligibility import why_waiting
+from sidecar.core.enums import Fault, Why
 from sidecar.core.queries import backend_view
-from sidecar.core.words import Fault, Why
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of
 
 POOL = CoreConfig(store_bytes=64 * BLOB_BYTES, pools={"p": facts_of()})
 

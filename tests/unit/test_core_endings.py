@@ -7,9 +7,9 @@ import pytest
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.core.words import Fault, Outcome
+from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
-from tests.corekit import MS, SECOND, World, assert_idle, facts_of
+from tests.kit.corekit import MS, SECOND, World, assert_idle, facts_of
 
 
 def test_expired_in_the_queue_is_never_dispatched() -> None:

@@ -20,7 +20,7 @@ from sidecar.core.facts import (
     task_id_of,
 )
 from sidecar.core.shadow import CacheShadow, EngineShadow
-from tests.corekit import adapter_of, facts_of, with_facts
+from tests.kit.corekit import adapter_of, facts_of, with_facts
 
 LLAMA_2 = {"attn_q": (4096, 4096), "attn_k": (4096, 4096), "attn_v": (4096, 4096)}
 LLAMA_3 = {

@@ -9,9 +9,9 @@ import pytest
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.words import Fault, Outcome
+from sidecar.core.enums import Fault, Outcome
 from sidecar.errors import Reason
-from tests.corekit import MS, SECOND, World
+from tests.kit.corekit import MS, SECOND, World
 
 
 def world_of(engines: int = 1, **facts: int | None) -> World:

@@ -9,7 +9,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.queries import backend_view
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
 
 NAMES = tuple(f"a{number}" for number in range(12))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.words import Outcome
+from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, assert_idle, facts_of, with_facts
 
 
 def test_drain_moves_the_queue_and_lets_the_running_finish() -> None:

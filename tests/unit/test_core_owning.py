@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
-from sidecar.core.words import Fault
+from sidecar.core.enums import Fault
 from sidecar.errors import Reason
-from tests.corekit import MS, World, facts_of
+from tests.kit.corekit import MS, World, facts_of
 
 
 def settled(world: World, request: int) -> fx.Settle:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sidecar.core import asks, codec
 from sidecar.core import effects as fx
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
+from sidecar.core.enums import Fault, Why
 from sidecar.core.facts import (
     MESSAGE_BYTES_MAX,
     Adapter,
@@ -18,9 +19,9 @@ from sidecar.core.facts import (
     packed_for,
     version_of_key,
 )
-from sidecar.core.words import Fault, Why
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
+from sidecar.journal import codec
+from tests.kit.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
 
 
 def attaching(caches: int = 4, **facts: int | None) -> EngineFacts:
@@ -51,7 +52,9 @@ def test_a_request_waits_for_its_backend_to_come_back() -> None:
     world.lose("b1")
     request = world.send("a", only=("b1",))
     world.run(50 * MS)
-    assert asks.why_waiting(world.core.state, world.core.state.requests[request], world.now_ns) is Why.BACKEND_DOWN
+    assert (
+        eligibility.why_waiting(world.core.state, world.core.state.requests[request], world.now_ns) is Why.BACKEND_DOWN
+    )
     world.bring_up("b1")
     world.run()
     world.assert_all_ok()
@@ -216,9 +219,9 @@ def test_what_is_dropped_is_unloaded() -> None:
     world.send("a")
     world.run()
     backend = world.core.state.backends["b0"]
-    assert asks.resident(backend, world.digest("a"))
+    assert eligibility.resident(backend, world.digest("a"))
     world.ask(lambda ask: ev.EvictAsked(ask, "a"))
-    assert not asks.resident(backend, world.digest("a"))
+    assert not eligibility.resident(backend, world.digest("a"))
     world.engines["b0"].lie()
     world.send("a")
     world.run()

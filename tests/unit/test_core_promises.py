@@ -8,11 +8,11 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.enums import Fault, Outcome
 from sidecar.core.pace import Pace
 from sidecar.core.promising import FETCH_ALLOWANCE_NS
-from sidecar.core.words import Fault, Outcome
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
 def promised_ns(world: World, request: int) -> int | None:

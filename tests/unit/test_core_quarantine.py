@@ -7,9 +7,9 @@ import pytest
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.words import Outcome
+from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
-from tests.corekit import MS, SECOND, World, assert_idle
+from tests.kit.corekit import MS, SECOND, World, assert_idle
 
 
 class Pool(World):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from policies.eviction.lru import LRU
-from sidecar.core import asks
 from sidecar.core import effects as fx
+from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.words import Cache, Fault, Outcome, Why
+from sidecar.core.enums import Cache, Fault, Outcome, Why
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, World, assert_idle, facts_of, two_pages, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, World, assert_idle, facts_of, two_pages, with_facts
 
 
 def test_two_hundred_first_requests_cost_one_fetch_and_one_load_each() -> None:
@@ -40,7 +40,7 @@ def test_one_load_in_the_pool_while_on_probation() -> None:
     loading = world.of(fx.Load)[0].backend
     waiting = [request for request in world.core.state.requests.values() if request.backend != loading]
     assert waiting, "every request was routed to one backend"
-    assert {asks.why_waiting(world.core.state, request, world.now_ns) for request in waiting} == {Why.PROBATION}
+    assert {eligibility.why_waiting(world.core.state, request, world.now_ns) for request in waiting} == {Why.PROBATION}
     world.run()
     world.assert_all_ok()
     assert len(world.of(fx.Load)) == 3

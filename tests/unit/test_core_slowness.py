@@ -10,15 +10,15 @@ from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.pace import Pace
 from sidecar.core.state import Backend
-from sidecar.emulator.engine import Engine
-from sidecar.sim.faults.engines import ChangingCost
-from sidecar.sim.options import Options
-from sidecar.sim.product import Product
-from sidecar.sim.records import Recorder
-from sidecar.sim.runs import runs_of
-from sidecar.sim.setup import EngineSetup
-from sidecar.sim.world import World as SimulatedWorld
-from tests.corekit import MS, SECOND, World, facts_of, with_facts
+from sidecar.lab.engine.engine import Engine
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.product import Product
+from sidecar.lab.sim.records import Recorder
+from sidecar.lab.sim.runs import runs_of
+from sidecar.lab.sim.setup import EngineSetup
+from sidecar.lab.sim.world import World as SimulatedWorld
+from tests.kit.corekit import MS, SECOND, World, facts_of, with_facts
+from tests.worlds.engines import ChangingCost
 
 REPORT_NS = 100 * MS
 STEP_MS = 10
@@ -278,7 +278,7 @@ def served(load: str, factor: float = 1.0) -> Recorder:
 @pytest.fixture(autouse=True)
 def _as_often_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
     """Report progress as often as `TritonBackend` does."""
-    monkeypatch.setattr("sidecar.sim.product.PROGRESS_NS", REPORT_NS)
+    monkeypatch.setattr("sidecar.lab.sim.product.PROGRESS_NS", REPORT_NS)
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 
 from policies.views import BASE
-from sidecar.core import asks, stalls
 from sidecar.core import effects as fx
+from sidecar.core import eligibility, stalls
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
+from sidecar.core.enums import Why
 from sidecar.core.pace import Pace
 from sidecar.core.queries import backend_view
 from sidecar.core.waiting import queue_view
-from sidecar.core.words import Why
-from tests.corekit import MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import MS, SECOND, World, facts_of, with_facts
 
 PACE = Pace(fixed_ns=20 * MS, seat_ns=0.0, context_token_ns=0.0, prompt_token_ns=1.0 * MS)
 SEATS = 4
@@ -87,7 +87,7 @@ def test_it_is_shown_with_the_age_of_its_last_token() -> None:
     waits = world.send("a")
     state = world.core.state
     assert waits not in world.dispatches
-    assert asks.why_waiting(state, state.requests[waits], world.now_ns) is Why.STALLED
+    assert eligibility.why_waiting(state, state.requests[waits], world.now_ns) is Why.STALLED
     view = backend_view(state, "b0", world.now_ns)
     assert view.state == "stalled?"
     assert view.predicted_wait_ns is None
@@ -112,7 +112,7 @@ def test_a_suspicion_that_proves_wrong_gives_the_backend_back_at_once() -> None:
     assert len(world.of(fx.Probe)) == 1
     assert backend.takes_requests
     assert list(backend.slots) == [world.digest("a")]
-    assert asks.resident(backend, world.digest("a"))
+    assert eligibility.resident(backend, world.digest("a"))
     loads = len(world.of(fx.Load))
     other = world.send("a")
     assert world.dispatches[other]

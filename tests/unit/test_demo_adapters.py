@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from sidecar.demo import merged, model
-from sidecar.demo.gradients import Trainable, Trainer
-from sidecar.demo.lessons import Lessons
-from sidecar.demo.make_adapters import NotSafe, check_answers
-from sidecar.demo.margins import REQUIRED, measured
-from sidecar.demo.peft_files import write_adapter
-from sidecar.demo.recipes import RECIPES, Recipe
-from sidecar.demo.texts import LEARNED, PROMPTS
-from sidecar.demo.training import learned_factors
-from sidecar.emulator.llama import Llama
-from sidecar.emulator.packed import PackedAdapter, unpack
-from sidecar.emulator.rounding import narrow
-from sidecar.emulator.shape import ALL_LINEAR, HF_MODULES, module_dims
-from sidecar.emulator.tokens import EOS, ByteTokenizer
+from sidecar.lab.demo import merged, model
+from sidecar.lab.demo.texts import LEARNED, PROMPTS
+from sidecar.lab.engine.llama import Llama
+from sidecar.lab.engine.packed import PackedAdapter, unpack
+from sidecar.lab.engine.rounding import narrow
+from sidecar.lab.engine.shape import ALL_LINEAR, HF_MODULES, module_dims
+from sidecar.lab.engine.tokens import EOS, ByteTokenizer
+from tools.demo_adapters.gradients import Trainable, Trainer
+from tools.demo_adapters.lessons import Lessons
+from tools.demo_adapters.make_adapters import NotSafe, check_answers
+from tools.demo_adapters.margins import REQUIRED, measured
+from tools.demo_adapters.peft_files import write_adapter
+from tools.demo_adapters.recipes import RECIPES, Recipe
+from tools.demo_adapters.training import learned_factors
 
 DEMO: dict[str, Any] = json.loads(model.ANSWERS.read_text())
 NAMES = sorted(RECIPES)
@@ -196,12 +196,12 @@ def test_making_refuses_answers_that_are_wrong_or_alike() -> None:
 
 def test_reference_never_imports_what_it_checks() -> None:
     """The reference answers come from code that loads neither the packer nor the executor."""
-    code = "import sys, sidecar.demo.merged; print(*(name for name in sys.modules if name.startswith('sidecar')))"
+    code = "import sys, sidecar.lab.demo.merged; print(*(name for name in sys.modules if name.startswith('sidecar')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
-    assert "sidecar.demo.merged" in loaded
+    assert "sidecar.lab.demo.merged" in loaded
     assert not [name for name in loaded if name.startswith("sidecar.adapters")]
-    assert not [name for name in loaded if name in ("sidecar.emulator.llama", "sidecar.emulator.packed")]
+    assert not [name for name in loaded if name in ("sidecar.lab.engine.llama", "sidecar.lab.engine.packed")]
 
 
 def test_gradients_equal_differences() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2
 
-from sidecar.backends.dialects import AdaptersDir, LlmApi, TensorRtLlm, dialect_of
+from sidecar.backends.triton.dialects import AdaptersDir, LlmApi, TensorRtLlm, dialect_of
 from sidecar.config import Config, parse
 from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Cache
 from sidecar.core.facts import Packed
-from sidecar.core.words import Cache
 from sidecar.errors import Misused
-from sidecar.fronts.generate_replies import TextSoFar
+from sidecar.fronts.generate.replies import TextSoFar
 
 SHARED = AdaptersDir(Path("/ours"), "/mnt/adapters/")
 DIGEST = "5f" * 32

@@ -11,7 +11,7 @@ import pytest
 from sidecar.discovery.following import Follower
 from sidecar.discovery.found import Finder, Found
 from sidecar.errors import Misused, Reason
-from tests.serving import until
+from tests.kit.serving import until
 
 
 class Ledger:

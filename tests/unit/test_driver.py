@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect, Settle
 from sidecar.core.events import Event, FirstToken, Received, RunEnded, Tick
 from sidecar.errors import Failed, Reason, Refused
-from sidecar.plugins import policies_of
 from sidecar.shell.driver import Driver
 
 

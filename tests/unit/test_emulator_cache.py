@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from sidecar.emulator.cache import CLAIM_FAILED, NO_DONE_TASKS, ClaimError, LoraCache, PageList, Status
-from sidecar.emulator.pages import Geometry, Row, pages_needed
-from sidecar.emulator.peft import EnsureError, PeftCache, StoreError, TaskNotCached
-from tests.emulator_cases import reference_geometry, reference_rows
+from sidecar.lab.engine.cache import CLAIM_FAILED, NO_DONE_TASKS, ClaimError, LoraCache, PageList, Status
+from sidecar.lab.engine.pages import Geometry, Row, pages_needed
+from sidecar.lab.engine.peft import EnsureError, PeftCache, StoreError, TaskNotCached
+from tests.kit.emulator_cases import reference_geometry, reference_rows
 
 HOST_PAGES, DEVICE_PAGES = 15, 11  # 2 * 8 * 128 and 2 * 8 * 92 rows of two slots in pages of 288
 ROWS = reference_rows()

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.emulator.cost import A100_TABLE, DATA, LINEAR_TABLE, CostModel, NoCostTable, find_cost
-from sidecar.emulator.cost_plane import BATCHES, CONTEXTS, fit_above_zero
-from sidecar.emulator.cost_table import UNLIMITED_TOKENS, BadCostTable, cost_table_text, load_cost_table
-from sidecar.emulator.engine import StepBatch
+from sidecar.pace.cost import A100_TABLE, DATA, LINEAR_TABLE, CostModel, NoCostTable, StepBatch, find_cost
+from sidecar.pace.cost_plane import BATCHES, CONTEXTS, fit_above_zero
+from sidecar.pace.cost_table import UNLIMITED_TOKENS, BadCostTable, cost_table_text, load_cost_table
 
 COST = CostModel.from_file()
 TABLE = COST.table

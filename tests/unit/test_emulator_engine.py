@@ -2,9 +2,9 @@
 
 import pytest
 
-from sidecar.emulator.engine import Engine, Failure, QueueFull, Request, Row, StoreError
-from sidecar.emulator.pages import footprint
-from tests.emulator_cases import ROWS, FlatCost, adapter_request, tiny_spec
+from sidecar.lab.engine.engine import Engine, Failure, QueueFull, Request, Row, StoreError
+from sidecar.lab.engine.pages import footprint
+from tests.kit.emulator_cases import ROWS, FlatCost, adapter_request, tiny_spec
 
 FETCH = "Encountered an error when fetching new request: "
 FORWARD = "Encountered an error in forwardAsync function: "

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import sidecar
-from sidecar.emulator.llama import Llama
-from sidecar.emulator.packed import PackedAdapter, unpack
-from sidecar.emulator.rounding import bfloat16_bits, narrow, rounded, widen
-from sidecar.emulator.shape import ALL_LINEAR, TINY, module_dims
-from sidecar.emulator.tokens import BOS, EOS, PAD, ByteTokenizer
-from sidecar.emulator.weights import Weights, seeded_weights
+from sidecar.lab.engine.llama import Llama
+from sidecar.lab.engine.packed import PackedAdapter, unpack
+from sidecar.lab.engine.rounding import bfloat16_bits, narrow, rounded, widen
+from sidecar.lab.engine.shape import ALL_LINEAR, TINY, module_dims
+from sidecar.lab.engine.tokens import BOS, EOS, PAD, ByteTokenizer
+from sidecar.lab.engine.weights import Weights, seeded_weights
 
 DIMS = module_dims(TINY)
 WEIGHTS = seeded_weights(TINY, 11, "float16")
@@ -306,7 +306,7 @@ def test_open_refuses() -> None:
 def test_executor_needs_only_numpy() -> None:
     """Model and cost model import nothing but the standard library and NumPy: they run inside Triton too."""
     code = (
-        "import sys; import sidecar.emulator.llama, sidecar.emulator.cost, sidecar.emulator.tokens;"
+        "import sys; import sidecar.lab.engine.llama, sidecar.pace.cost, sidecar.lab.engine.tokens;"
         "print(*sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
     )
     done = subprocess.run([sys.executable, "-S", "-c", code], env=_environment(), capture_output=True, text=True)

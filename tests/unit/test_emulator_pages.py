@@ -2,11 +2,11 @@
 
 import pytest
 
-from sidecar.emulator import pages
-from sidecar.emulator.pages import Geometry, Row
-from sidecar.emulator.shape import ALL_LINEAR, LLAMA_2_7B, LLAMA_31_8B, ModelShape, module_dims
-from sidecar.emulator.spec import EngineSpec, engine_config_json, spec_from_engine_config
-from tests.emulator_cases import MODULES, reference_geometry, reference_rows
+from sidecar.lab.engine import pages
+from sidecar.lab.engine.pages import Geometry, Row
+from sidecar.lab.engine.shape import ALL_LINEAR, LLAMA_2_7B, LLAMA_31_8B, ModelShape, module_dims
+from sidecar.lab.engine.spec import EngineSpec, engine_config_json, spec_from_engine_config
+from tests.kit.emulator_cases import MODULES, reference_geometry, reference_rows
 
 
 def llama_spec(shape: ModelShape, modules: tuple[str, ...], **changes: object) -> EngineSpec:

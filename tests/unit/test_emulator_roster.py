@@ -2,8 +2,8 @@
 
 import pytest
 
-from sidecar.emulator.engine import Engine, Request
-from tests.emulator_cases import FlatCost, adapter_request, tiny_spec
+from sidecar.lab.engine.engine import Engine, Request
+from tests.kit.emulator_cases import FlatCost, adapter_request, tiny_spec
 
 LATER_NS = 10**12
 both_ways = pytest.mark.parametrize("jump", [False, True], ids=["anew", "by changes"])

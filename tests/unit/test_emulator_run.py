@@ -2,9 +2,9 @@
 
 import pytest
 
-from sidecar.emulator.engine import Engine, Request
-from sidecar.emulator.messages import StepBatch
-from tests.emulator_cases import FlatCost, adapter_request, tiny_spec
+from sidecar.lab.engine.engine import Engine, Request
+from sidecar.pace.cost import StepBatch
+from tests.kit.emulator_cases import FlatCost, adapter_request, tiny_spec
 
 FLAVOURS = ["guaranteed_no_evict", "max_utilization", "static_batch", "strict_fifo", "vllm"]
 every_flavour = pytest.mark.parametrize("scheduler", FLAVOURS)

@@ -4,7 +4,7 @@ from bisect import insort
 
 import pytest
 
-from sidecar.emulator.scheduler import SCHEDULERS, Active, Room, arrival_order, micro_batch, steps_that_fit
+from sidecar.lab.engine.scheduler import SCHEDULERS, Active, Room, arrival_order, micro_batch, steps_that_fit
 
 ROOM = Room(seats=4, kv_blocks=21, tokens_per_block=10, device_pages=30)
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from sidecar.emulator.adapter_slots import AdapterSlots
-from sidecar.emulator.engine import Engine, Failure, Request
-from sidecar.emulator.pages import footprint
-from tests.emulator_cases import ROWS, FlatCost, adapter_request, tiny_spec
+from sidecar.lab.engine.adapter_slots import AdapterSlots
+from sidecar.lab.engine.engine import Engine, Failure, Request
+from sidecar.lab.engine.pages import footprint
+from tests.kit.emulator_cases import ROWS, FlatCost, adapter_request, tiny_spec
 
 both_ways = pytest.mark.parametrize("jump", [False, True], ids=["anew", "by changes"])
 

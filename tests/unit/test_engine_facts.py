@@ -11,11 +11,11 @@ from tritonclient.grpc import model_config_pb2
 
 from sidecar.backends.engine_facts import from_engine_config, from_model_config, merge
 from sidecar.core.facts import EngineFacts, Row, pages_of
-from sidecar.emulator.pages import Row as EngineRow
-from sidecar.emulator.pages import pages_needed
-from sidecar.emulator.shape import ALL_LINEAR, SHAPES, module_dims
-from sidecar.emulator.spec import EngineSpec, engine_config_json
 from sidecar.errors import Misused
+from sidecar.lab.engine.pages import Row as EngineRow
+from sidecar.lab.engine.pages import pages_needed
+from sidecar.lab.engine.shape import ALL_LINEAR, SHAPES, module_dims
+from sidecar.lab.engine.spec import EngineSpec, engine_config_json
 
 QKV = ("attn_q", "attn_k", "attn_v")
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from sidecar.config import parse
-from sidecar.core.codec import decode, encode
 from sidecar.core.facts import EngineFacts
 from sidecar.core.pace import Pace
-from sidecar.emulator.cost import A100_TABLE, LINEAR_TABLE, CostModel
-from sidecar.emulator.messages import StepBatch
-from sidecar.engine_pace import pace_from_cost
 from sidecar.errors import Misused, Reason
-from sidecar.pool import facts_of
+from sidecar.journal.codec import decode, encode
+from sidecar.pace.cost import A100_TABLE, LINEAR_TABLE, CostModel, StepBatch
+from sidecar.pace.engine_pace import pace_from_cost
+from sidecar.serve.pool import facts_of
 
 NAMED = "llama-3.1-8b/a100_sxm/trtllm"
 FACTS = EngineFacts(seats=64, device_pages=16, modules={"attn_q": (64, 64), "attn_v": (64, 64)}, rank_max=16)

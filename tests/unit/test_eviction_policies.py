@@ -15,9 +15,9 @@ from policies.eviction.rate_per_byte import REMEMBERED_REQUESTS, RatePerByte
 from policies.eviction.s3fifo import S3FIFO
 from policies.eviction.sieve import Sieve
 from policies.registry import POLICIES
-from sidecar.conformance.eviction import GOLDEN_CAPACITY_BYTES, golden_trace, misses_of
+from sidecar.config.plugins import resolve
 from sidecar.core.store import StoreIndex
-from sidecar.plugins import resolve
+from sidecar.lab.conformance.eviction import GOLDEN_CAPACITY_BYTES, golden_trace, misses_of
 
 NAMES = sorted(POLICIES["eviction"])
 
@@ -64,8 +64,8 @@ PRINT_DECISIONS = """
 from hashlib import sha256
 from json import dumps
 from policies.registry import POLICIES
-from sidecar.conformance.eviction import misses_at
-from sidecar.plugins import resolve
+from sidecar.lab.conformance.eviction import misses_at
+from sidecar.config.plugins import resolve
 from tests.golden.traces import CASES
 seen = sha256()
 for name in POLICIES["eviction"]:

@@ -12,15 +12,15 @@ from policies.ordering.skip import Skip
 from policies.views import Decision, Hold, Room
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.enums import Fault, Why
 from sidecar.core.pace import Pace
-from sidecar.core.words import Fault, Why
 from sidecar.incident import story
 from sidecar.incident.explain import explain
 from sidecar.incident.timeline import AT_AN_ENGINE, Moment, Timeline
 from sidecar.incident.wording import lines_of, record_of
-from sidecar.shell.segments import segment_paths
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
-from tests.journals import waits_of, write_journal
+from sidecar.journal.segments import segment_paths
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.journals import waits_of, write_journal
 
 SMALL = CoreConfig(store_bytes=4 * BLOB_BYTES)
 

@@ -15,11 +15,11 @@ from sidecar.incident.explain import explain
 from sidecar.incident.timeline import NOT_JOURNALED, Moment, Period, Timeline, folded
 from sidecar.incident.waits import Waits
 from sidecar.incident.wording import PERIODS_SHOWN_MAX, lines_of
-from sidecar.replay import SegmentFile
-from sidecar.shell.segments import segment_paths
-from tests.corekit import MS, World
-from tests.identities import REAL
-from tests.journals import write_journal
+from sidecar.journal.replay import SegmentFile
+from sidecar.journal.segments import segment_paths
+from tests.kit.corekit import MS, World
+from tests.kit.identities import REAL
+from tests.kit.journals import write_journal
 from tests.unit.test_explain import SMALL, assert_covers, busy_world, explained, told
 
 # Long waits.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar import identities
-from sidecar.config import parse
+from sidecar.config import identities, parse
+from sidecar.config.identities import Shape, checked, session_of
 from sidecar.errors import Misused, Reason, Refused
-from sidecar.identities import Shape, checked, session_of
-from tests.identities import HOSTILE, REAL
+from tests.kit.identities import HOSTILE, REAL
 
 SHAPES = (identities.ADAPTER, identities.TENANT, identities.CLASS, identities.SESSION, identities.REQUEST_ID)
 

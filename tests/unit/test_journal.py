@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from sidecar import replay
-from sidecar.core import codec
+from sidecar.config.plugins import policies_of
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.errors import Misused
-from sidecar.plugins import policies_of
-from sidecar.shell.journal import RETRY_NS, Journal
-from sidecar.shell.segments import segment_paths
-from sidecar.shell.snapshot import snapshot_of
-from tests.corekit import BLOB_BYTES, World
+from sidecar.journal import codec, replay
+from sidecar.journal.segments import segment_paths
+from sidecar.journal.snapshot import snapshot_of
+from sidecar.journal.writer import RETRY_NS, Journal
+from tests.kit.corekit import BLOB_BYTES, World
 
 Script = list[tuple[int, ev.Event]]
 CONFIG = CoreConfig(store_bytes=4 * BLOB_BYTES)
@@ -60,7 +59,7 @@ def record(directory: Path, script: Script, segment_bytes: int = 1 << 20, segmen
 
 def replayed_in_a_process(path: Path, hash_seed: str) -> bytes:
     program = (
-        "import sys; from pathlib import Path; from sidecar.replay import run; "
+        "import sys; from pathlib import Path; from sidecar.journal.replay import run; "
         "sys.exit(run(Path(sys.argv[1]), True, False, print, lambda line: print(line, file=sys.stderr)))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from sidecar import replay
+from sidecar.config.plugins import policies_of
 from sidecar.core import effects as do
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Core
 from sidecar.core.state import NEVER_NS
 from sidecar.incident.explain import explain
-from sidecar.plugins import policies_of
-from sidecar.shell.crash import Raised
+from sidecar.journal import replay
+from sidecar.journal.raised import Raised, words_of
+from sidecar.journal.segments import segment_paths
+from sidecar.journal.writer import Journal
 from sidecar.shell.driver import Driver
-from sidecar.shell.journal import Journal
-from sidecar.shell.segments import segment_paths, words_of
 from tests.unit.test_journal import CONFIG, Script, busy_script
 
 FAULTY = replace(CONFIG, raise_on="Received:poison")

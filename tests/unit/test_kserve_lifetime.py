@@ -10,7 +10,7 @@ import pytest
 
 from sidecar.core.events import ShutdownBegun
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.kserve_lifetime import QUIET_S, Lifetime, Lifetimes, connection_age_options, jittered
+from sidecar.fronts.kserve.lifetime import QUIET_S, Lifetime, Lifetimes, connection_age_options, jittered
 
 
 def test_ages_spread_evenly_within_a_tenth() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.wire import output_tokens
-from sidecar.fronts.kserve_structure import structure_of
-from sidecar.fronts.kserve_tensors import Tensors
+from sidecar.backends.triton.wire import output_tokens
+from sidecar.fronts.kserve.structure import structure_of
+from sidecar.fronts.kserve.tensors import Tensors
 
 
 def answer(*outputs: tuple[str, tuple[int, ...], bytes]) -> Any:

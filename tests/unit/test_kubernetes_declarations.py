@@ -16,8 +16,8 @@ from sidecar.kubernetes.declarations import (
     of_lora,
 )
 from sidecar.state import records
-from tests.kubernetes_declared import DECLARED, DIGEST, NOW, SOURCE, registered
-from tests.registries import adapter, record
+from tests.kit.kubernetes_declared import DECLARED, DIGEST, NOW, SOURCE, registered
+from tests.kit.registries import adapter, record
 
 
 def lora(called: str = "sql", /, **spec: Any) -> dict[str, Any]:

@@ -18,15 +18,15 @@ from sidecar.kubernetes.declarations import (
     _Spec,
 )
 from sidecar.kubernetes.pauses import Pauses
-from sidecar.kubernetes.places import NOWHERE, Places
+from sidecar.kubernetes.placement import NOWHERE, Places
 from sidecar.kubernetes.standings import Attempt, Phase, Standing, loser, standing_of, status_of
 from sidecar.shell.managing import Wanted, in_words, taken_over
 from sidecar.shell.metrics import DECLARED_PHASES
 from sidecar.state.records import Record
 from sidecar.state.written import from_json, to_json
-from tests.kubernetes_cluster import CRDS
-from tests.kubernetes_declared import DECLARED, IDLE, NOW, SOURCE, registered
-from tests.registries import record
+from tests.kit.kubernetes_cluster import CRDS
+from tests.kit.kubernetes_declared import DECLARED, IDLE, NOW, SOURCE, registered
+from tests.kit.registries import record
 
 
 def test_who_has_the_say() -> None:

@@ -12,11 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.adapters.packed import PackReport
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
+from sidecar.core.enums import Why
 from sidecar.core.pace import Pace
-from sidecar.core.words import Why
 from sidecar.shell.label_values import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 README = Path(__file__).parents[2] / "README.md"
 LABELS = {metric.name.removesuffix("_total"): (*metric.labels, "le") for metric in METRICS}

@@ -21,7 +21,7 @@ from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
 from sidecar.fronts.openai.text_forms import text_forms
-from tests.serving import until
+from tests.kit.serving import until
 
 NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (VALUES_MAX // 2 - 8) + b"[]]}"
 """As many values as a body may have: a fifth of a second to be read, during which nothing else of a process runs."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.backends.wire import ModelInferRequest
+from sidecar.backends.triton.wire import ModelInferRequest
 from sidecar.errors import Family, Misused, Reason
 from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, read_asked
 from sidecar.fronts.openai.body import read_body

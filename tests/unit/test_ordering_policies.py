@@ -14,7 +14,7 @@ from policies.ordering.queues import Queues
 from policies.ordering.soft_gated import SoftGated
 from policies.ordering.turns import Turns
 from policies.views import Backlog, Close, Decision, Hold, Open, Promise, Send, Waiting
-from sidecar.conformance.seeds import waiting
+from sidecar.lab.conformance.seeds import waiting
 
 SECOND_NS = 1_000_000_000
 HOUR_NS = 3600 * SECOND_NS

@@ -14,10 +14,10 @@ import pytest
 from sidecar.adapters.origins import buckets
 from sidecar.adapters.origins.checksums import Checksum, running
 from sidecar.errors import Invalid, Reason, Refused
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.object_store import client, object_store, put_folder
-from tests.origins import World, bring, folder_files
-from tests.peft_files import ALL_LINEAR, write_adapter
+from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
+from tests.kit.object_store import client, object_store, put_folder
+from tests.kit.origins import World, bring, folder_files
+from tests.kit.peft_files import ALL_LINEAR, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALLOW = ["s3://loras/"]

@@ -21,9 +21,9 @@ from sidecar.adapters.origins.limits import Errand
 from sidecar.adapters.origins.origin import parse_origin
 from sidecar.adapters.origins.remote import Body, Resume
 from sidecar.errors import Invalid, Reason, Refused, SidecarError
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.origins import LIMITS, World, bring, folder_files, write_shards
-from tests.peft_files import ALL_LINEAR, write_adapter
+from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
+from tests.kit.origins import LIMITS, World, bring, folder_files, write_shards
+from tests.kit.peft_files import ALL_LINEAR, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -376,7 +376,7 @@ def test_certificates_are_of_the_host_not_of_its_address(
 FULL = """
 import resource, sys
 from pathlib import Path
-from tests.origins import bring
+from tests.kit.origins import bring
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
     bring(sys.argv[1], Path(sys.argv[2]), [sys.argv[1]])

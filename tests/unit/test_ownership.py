@@ -9,11 +9,11 @@ import pytest
 
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
+from sidecar.ownership.enums import Purpose, Why
 from sidecar.ownership.facts import SECOND_NS, Bounds, Lease, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.preference import order
 from sidecar.ownership.slots import HandingOver
-from sidecar.ownership.words import Purpose, Why
 
 BOUNDS = Bounds()
 TTL_NS = BOUNDS.ttl_ns

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from sidecar.backends import wire
 from sidecar.backends.api import Payload
-from sidecar.backends.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
 from sidecar.config import parse
 from sidecar.core.config import CoreConfig
 from sidecar.errors import Refused
-from sidecar.fronts.kinds import as_it_is, named
-from sidecar.pool import facts_of
-from tests.corekit import World
-from tests.corekit import facts_of as engine_of
+from sidecar.fronts.eligible import as_it_is, named
+from sidecar.serve.pool import facts_of
+from tests.kit.corekit import World
+from tests.kit.corekit import facts_of as engine_of
 
 
 def pool(**models: tuple[str, ...]) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused
-from sidecar.plan.binding import Binding, binding, sentence
-from sidecar.plan.candidates import Candidate, Site, at
-from sidecar.plan.goal import Goal, Outcome
-from sidecar.plan.site import check_slots, site_of
-from sidecar.sim.bounds import closed_form
-from sidecar.sim.options import Options
-from sidecar.sim.results import engines_of, step_times
-from sidecar.sim.setup import Sidecar
+from sidecar.lab.plan.binding import Binding, binding, sentence
+from sidecar.lab.plan.candidates import Candidate, Site, at
+from sidecar.lab.plan.goal import Goal, Outcome
+from sidecar.lab.plan.site import check_slots, site_of
+from sidecar.lab.sim.bounds import closed_form
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.results import engines_of, step_times
+from sidecar.lab.sim.setup import Sidecar
 
 WAIT_5S = Goal(wait_p99_s=5.0)
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from sidecar.core.facts import EngineFacts
-from sidecar.emulator import pages
-from sidecar.emulator.cost import CostModel
-from sidecar.emulator.cost_table import UNLIMITED_TOKENS
-from sidecar.emulator.shape import ALL_LINEAR, LLAMA_2_7B, LLAMA_31_8B, ModelShape, module_dims
 from sidecar.errors import Misused
-from sidecar.plan.engine import PlannedEngine, fractions, free_bytes
-from sidecar.plan.layout import CacheLayout, adapter_rows, built_for, packed_bytes, trtllm_layout, vllm_layout
+from sidecar.lab.engine import pages
+from sidecar.lab.engine.shape import ALL_LINEAR, LLAMA_2_7B, LLAMA_31_8B, ModelShape, module_dims
+from sidecar.lab.plan.engine import PlannedEngine, fractions, free_bytes
+from sidecar.lab.plan.layout import CacheLayout, adapter_rows, built_for, packed_bytes, trtllm_layout, vllm_layout
+from sidecar.pace.cost import CostModel
+from sidecar.pace.cost_table import UNLIMITED_TOKENS
 
 QV = ("attn_q", "attn_v")
 

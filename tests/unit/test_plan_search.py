@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused
-from sidecar.plan.candidates import Candidate
-from sidecar.plan.demand import Demand, demand_of
-from sidecar.plan.goal import Goal, Outcome
-from sidecar.plan.record import record
-from sidecar.plan.running import run, warmed
-from sidecar.plan.search import Search, Trial, sidecar_for
-from sidecar.plan.site import site_of
-from sidecar.plan.uncertainty import warnings
-from sidecar.sim.options import Options
-from sidecar.sim.setup import EngineSetup, Setup
-from sidecar.sim.workloads import Arrival
+from sidecar.lab.plan.candidates import Candidate
+from sidecar.lab.plan.demand import Demand, demand_of
+from sidecar.lab.plan.goal import Goal, Outcome
+from sidecar.lab.plan.record import record
+from sidecar.lab.plan.running import run, warmed
+from sidecar.lab.plan.search import Search, Trial, sidecar_for
+from sidecar.lab.plan.site import site_of
+from sidecar.lab.plan.uncertainty import warnings
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.setup import EngineSetup, Setup
+from sidecar.lab.sim.workloads import Arrival
 from tests.unit.test_plan_candidates import outcome, site
 
 SHORT: dict[str, Any] = {"adapters": 8, "input_tokens": 64, "output_tokens": 32, "requests": 60}

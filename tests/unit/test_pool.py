@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sidecar.backends.loads import LoaderProcess
+from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import parse
-from sidecar.pool import make_backends
+from sidecar.serve.pool import make_backends
 
 MODEL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -22,7 +22,7 @@ MODEL = {
 async def said_of(caplog: pytest.LogCaptureFixture, *backends: dict[str, Any]) -> list[str]:
     """Return the warnings that come with a configuration's backends."""
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "sidecar.pool"):
+    with caplog.at_level(logging.WARNING, "sidecar.serve.pool"):
         for backend, _ in make_backends(parse({"backends": list(backends)}, "the test").backends, LoaderProcess()):
             await backend.stop()
     return [record.getMessage() for record in caplog.records]

@@ -9,11 +9,11 @@ import pytest
 from policies.prefetch.planned import Planned
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
-from sidecar.core.ahead import BURST_S, AheadCounts, Guesses
 from sidecar.core.config import CoreConfig
+from sidecar.core.prefetch_accounting import BURST_S, AheadCounts, Guesses
 from sidecar.core.state import NEVER_NS
 from sidecar.errors import Reason
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, two_pages
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, two_pages
 
 
 class Lavish(Planned):

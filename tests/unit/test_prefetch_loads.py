@@ -14,17 +14,17 @@ import pytest
 from policies.lines import Line
 from policies.ordering.skip import Skip
 from policies.views import Close, Open, Send
-from sidecar.core import codec
+from sidecar.config.plugins import policies_of
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
-from sidecar.core.ahead import AheadCounts
 from sidecar.core.config import CoreConfig
+from sidecar.core.enums import Fault
+from sidecar.core.prefetch_accounting import AheadCounts
 from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, takes_from_nobody
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import Backend, Slot
-from sidecar.core.words import Fault
-from sidecar.plugins import policies_of
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
+from sidecar.journal import codec
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of
 from tests.properties import test_core_world
 from tests.properties.test_codec import lines_of, replay
 from tests.properties.test_core_world import run_world, stuck

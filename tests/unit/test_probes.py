@@ -12,7 +12,7 @@ from sidecar.adapters.effect import changes_something
 from sidecar.adapters.probes import BYTES_MAX, Probe, read_probes
 from sidecar.errors import Invalid, Reason
 from sidecar.shell.evidence import Asked, Prompt, Reply, place_of_difference, quoted
-from tests.peft_files import read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 FILE = "probe.jsonl"
 

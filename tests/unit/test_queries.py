@@ -8,10 +8,10 @@ import pytest
 
 from sidecar.core import events as ev
 from sidecar.core import queries, waiting
-from sidecar.core.codec import encode
 from sidecar.core.config import CoreConfig
-from sidecar.core.words import Why
-from tests.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from sidecar.core.enums import Why
+from sidecar.journal.codec import encode
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
 def view(world: World, **options: object) -> waiting.QueueView:

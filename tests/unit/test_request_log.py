@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from sidecar.core import events as ev
-from sidecar.core.words import Fault
+from sidecar.core.enums import Fault
 from sidecar.shell.logs import Fields, LogWriter, QueuedHandler, configure_logging
 from sidecar.shell.request_log import RequestLog
-from tests.corekit import MS, World
+from tests.kit.corekit import MS, World
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from policies.routing.resident_first import ResidentFirst
 from policies.views import Candidates, Choice, Waiting
-from sidecar.conformance import routing
+from sidecar.lab.conformance import routing
 
 
 class Clinging(ResidentFirst):

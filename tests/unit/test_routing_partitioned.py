@@ -14,9 +14,9 @@ from policies.routing.placement import Home
 from policies.routing.proportional import Proportional
 from policies.routing.rendezvous import ranked
 from policies.views import BASE, Candidate, Waiting
-from sidecar.conformance.routing import Listed
-from sidecar.conformance.seeds import through_json
-from tests.routing_pool import SECOND, Pool, engines
+from sidecar.lab.conformance.routing import Listed
+from sidecar.lab.conformance.seeds import through_json
+from tests.kit.routing_pool import SECOND, Pool, engines
 
 BACKENDS = ("b0", "b1", "b2", "b3")
 

@@ -14,8 +14,8 @@ from policies.routing.placement import Home, Placement
 from policies.routing.pools import Pool, Share, rooms
 from policies.routing.rates import DecayedRates
 from policies.routing.rendezvous import KEPT_MAX, Rankings, ranked, score
-from sidecar.conformance import is_pure
-from sidecar.conformance.seeds import through_json
+from sidecar.lab.conformance import is_pure
+from sidecar.lab.conformance.seeds import through_json
 
 SECOND = 1_000_000_000
 EVEN = dict.fromkeys(["b0", "b1", "b2", "b3"], 1.0)

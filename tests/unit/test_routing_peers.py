@@ -13,8 +13,8 @@ from policies.routing.rendezvous import ranked
 from policies.routing.resident_first import ResidentFirst
 from policies.routing.round_robin import RoundRobin
 from policies.views import BASE, Candidate
-from sidecar.conformance.routing import Listed
-from sidecar.conformance.seeds import waiting
+from sidecar.lab.conformance.routing import Listed
+from sidecar.lab.conformance.seeds import waiting
 
 BACKENDS = ("b0", "b1", "b2")
 

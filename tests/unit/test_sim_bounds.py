@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from sidecar.sim.bounds import (
+from sidecar.lab.sim.bounds import (
     Engines,
     Lengths,
     StepTimes,
@@ -19,8 +19,8 @@ from sidecar.sim.bounds import (
     pool_depth,
     work_of,
 )
-from sidecar.sim.popularity import two_hot, uniform, zipf
-from sidecar.sim.workloads import Arrival, LoadParameters, workload
+from sidecar.lab.sim.popularity import two_hot, uniform, zipf
+from sidecar.lab.sim.workloads import Arrival, LoadParameters, workload
 
 LINEAR = StepTimes(step_ms=lambda batch, context: 11 + 0.13 * batch, prefill_ms=lambda tokens: 95.0)
 """A step of 11 ms and 0.13 ms for each request in it; a prompt of 95 ms."""

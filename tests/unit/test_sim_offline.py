@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from sidecar.sim.offline import Request, belady_by_size, least_loads, least_miss_cost, next_uses, total_cost
+from sidecar.lab.sim.offline import Request, belady_by_size, least_loads, least_miss_cost, next_uses, total_cost
 
 
 def trace(letters: str, sizes: dict[str, int] | None = None, costs: dict[str, float] | None = None) -> list[Request]:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from sidecar.core.config import ClassLimit, CoreConfig
-from sidecar.emulator.cost import DATA, LINEAR_TABLE
 from sidecar.errors import Misused
-from sidecar.sim.option_values import EXPECTED, listed, names_listed
-from sidecar.sim.options import DRAWN, Options
-from sidecar.sim.runs import FOR_EVER, Run, capacity_requests_per_s, runs_of
-from sidecar.sim.setup import FLAVOURS, SECOND_NS
-from sidecar.sim.workloads import LoadParameters, workload
+from sidecar.lab.sim.option_values import EXPECTED, listed, names_listed
+from sidecar.lab.sim.options import DRAWN, Options
+from sidecar.lab.sim.runs import FOR_EVER, Run, capacity_requests_per_s, runs_of
+from sidecar.lab.sim.setup import FLAVOURS, SECOND_NS
+from sidecar.lab.sim.workloads import LoadParameters, workload
+from sidecar.pace.cost import DATA, LINEAR_TABLE
 
 MINUTE_OF_TRACE = "arrival_s,adapter,input_tokens,output_tokens\n0,sql@v8,10,20\n1,,10,20\n60,haiku,10,20\n"
 

@@ -8,11 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sidecar.sim.records import Tenure
-from sidecar.sim.report import scales, words
-from sidecar.sim.report.labels import Box, Labels, beside
-from sidecar.sim.report.lanes import begun, stays, window_ns
-from sidecar.sim.report.markup import NAME_CHARACTERS_MAX, Markup, element, shown
+from sidecar.lab.sim.records import Tenure
+from sidecar.lab.sim.report import scales, words
+from sidecar.lab.sim.report.labels import Box, Labels, beside
+from sidecar.lab.sim.report.lanes import begun, stays, window_ns
+from sidecar.lab.sim.report.markup import NAME_CHARACTERS_MAX, Markup, element, shown
 
 HOSTILE = '"><script>alert("&")</script>'
 

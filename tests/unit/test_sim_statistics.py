@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.sim.statistics import jain_index, percentile
+from sidecar.lab.sim.statistics import jain_index, percentile
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from policies.eviction.cost import refetch_ns
 from policies.eviction.lru import LRU
 from policies.registry import POLICIES
 from sidecar.errors import Misused
-from sidecar.sim.offline import Request, belady_by_size, total_cost
-from sidecar.sim.store_traces import GENERATORS, RANK_BYTES, RANKS, by_popularity, in_bursts, of_clients
-from sidecar.sim.store_trial import miss_cost, table, trial
+from sidecar.lab.sim.offline import Request, belady_by_size, total_cost
+from tests.worlds.store_traces import GENERATORS, RANK_BYTES, RANKS, by_popularity, in_bursts, of_clients
+from tests.worlds.store_trial import miss_cost, table, trial
 
 
 def letters(text: str) -> list[Request]:

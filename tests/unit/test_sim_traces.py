@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.errors import Misused, Reason
-from sidecar.sim.traces import rows_of, summary_of, trace_workload
-from sidecar.sim.workloads import Arrival
+from sidecar.lab.sim.traces import rows_of, summary_of, trace_workload
+from sidecar.lab.sim.workloads import Arrival
 
 HEADER = "arrival_s,adapter,input_tokens,output_tokens"
 GOOD = f"{HEADER}\n0,sql,10,20\n0.5,chat,30,40\n0.5,sql,1,1\n"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused
-from sidecar.sim.popularity import power, two_hot, zipf
-from sidecar.sim.workloads import WORKLOADS, Arrival, LoadParameters, adapter_names, workload
+from sidecar.lab.sim.popularity import power, two_hot, zipf
+from sidecar.lab.sim.workloads import WORKLOADS, Arrival, LoadParameters, adapter_names, workload
 
 
 def load_of(name: str, **given: Any) -> list[Arrival]:
@@ -77,7 +77,7 @@ def test_the_arrivals_are_the_same_each_time(name: str) -> None:
 def test_the_arrivals_are_the_same_in_another_process() -> None:
     """Whatever way strings are hashed there."""
     program = (
-        "from sidecar.sim.workloads import *; print([list(workload(name, LoadParameters("
+        "from sidecar.lab.sim.workloads import *; print([list(workload(name, LoadParameters("
         "requests=50, rate_per_s=1, ranks=(8, 16), input_variation=2))) for name in WORKLOADS])"
     )
     seen = [

@@ -16,10 +16,10 @@ from sidecar.adapters.origins.limits import Limits, Surroundings
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.shell.sources import Sources, surroundings_of
-from tests.faulty_http import Fault, FaultyServer, faulty_server
-from tests.origins import World
-from tests.peft_files import write_adapter
-from tests.serving import until
+from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
+from tests.kit.origins import World
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import until
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -11,7 +11,7 @@ import pytest
 
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import Refused
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 ROOT = Path(__file__).parents[2]
 

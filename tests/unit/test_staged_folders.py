@@ -24,7 +24,7 @@ from sidecar.core.facts import Layout, packed_key
 from sidecar.errors import Invalid, Refused
 from sidecar.shell.sources import Sources
 from sidecar.shell.staged import StagedFolders
-from tests.peft_files import write_adapter
+from tests.kit.peft_files import write_adapter
 
 FILES = Layout("float16", files=True)
 

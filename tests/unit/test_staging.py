@@ -22,7 +22,7 @@ from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.staging import AdaptersDir, Files, Staging
 from sidecar.core.facts import Layout, packed_key
 from sidecar.errors import Invalid, Misused, Refused
-from tests.peft_files import read_tensors, write_adapter, write_safetensors
+from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 ROOT = Path(__file__).parents[2]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

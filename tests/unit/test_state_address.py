@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.config import parse
+from sidecar.config.redis_address import Address, parse_address, without_users
 from sidecar.errors import Misused
-from sidecar.state.redis.address import Address, parse_address, without_users
 
 UNDERSTOOD = {
     "redis://h": Address("single", (("h", 6379),)),

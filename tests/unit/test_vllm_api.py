@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from sidecar.backends.vllm_api import Measures, fault_of, is_too_old, message_of, parse
-from sidecar.backends.vllm_run import _split
-from sidecar.core.words import Fault
+from sidecar.backends.vllm.api import Measures, fault_of, is_too_old, message_of, parse
+from sidecar.backends.vllm.run import _split
+from sidecar.core.enums import Fault
 
 SCRAPE = """\
 # HELP vllm:cache_config_info Information of the LLMEngine CacheConfig

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.dialects import TRITON_LLMAPI
-from sidecar.backends.gauges import Gauges
+from sidecar.backends.triton.dialects import TRITON_LLMAPI
+from sidecar.backends.triton.gauges import Gauges
 from sidecar.core.facts import Adapter, EngineFacts
 
 if TYPE_CHECKING:
     import grpc.aio
 
-    from sidecar.backends.checks.tiny import TinyAdapter
+    from sidecar.backends.triton.checks.tiny import TinyAdapter
 
 
 class State(Enum):

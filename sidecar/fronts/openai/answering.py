@@ -15,15 +15,15 @@ from typing import Protocol
 from starlette.types import Receive, Send
 
 from sidecar.backends.api import Reply, Ticket
-from sidecar.backends.dialects import TRITON_LLMAPI, VLLM
+from sidecar.backends.triton.dialects import TRITON_LLMAPI, VLLM
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.intake import BodyArrival
 from sidecar.fronts.openai.asked import Asked
+from sidecar.fronts.openai.candidates import Place
 from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
 from sidecar.fronts.openai.merged import Merged
-from sidecar.fronts.openai.places import Place
 from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
 from sidecar.shell.gateway import Gateway
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sidecar import identities
+from sidecar.config import identities
+from sidecar.config.identities import checked, clipped, is_fit, session_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import REQUEST_ID_KEY, made_id
-from sidecar.fronts.kserve_parameters import seconds_until
+from sidecar.fronts.kserve.parameters import seconds_until
 from sidecar.fronts.openai.body import Body, Span
-from sidecar.identities import checked, clipped, is_fit, session_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16

@@ -17,13 +17,13 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.backends.api import Ticket
-from sidecar.backends.dialects import KSERVE_KINDS
+from sidecar.backends.triton.dialects import KSERVE_KINDS
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
-from sidecar.fronts.content_type import why_not_json
-from sidecar.fronts.http_connection import CROWDED, PEER
+from sidecar.fronts.eligible import empty_pools
+from sidecar.fronts.http.connection import CROWDED, PEER
+from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
-from sidecar.fronts.kinds import empty_pools
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, said_size, send_failure
 from sidecar.fronts.openai.asked import (
@@ -39,11 +39,11 @@ from sidecar.fronts.openai.asked import (
     request_id_of,
 )
 from sidecar.fronts.openai.body import read_body
+from sidecar.fronts.openai.candidates import Place, Places
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
 from sidecar.fronts.openai.models import Models
-from sidecar.fronts.openai.places import Place, Places
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.request_log import log_refused
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Refused
-from sidecar.fronts.kinds import base_names
+from sidecar.fronts.eligible import base_names
 from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record, Version
 

@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 from sidecar.backends.api import Reply
-from sidecar.fronts.generate_replies import TextSoFar, response_of
+from sidecar.fronts.generate.replies import TextSoFar, response_of
 from sidecar.fronts.openai.asked import Asked
 from sidecar.fronts.openai.stop_words import StopWords
 from sidecar.fronts.openai.text_forms import TextForms, WrittenForms

@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.fronts.generate_forms import INT32_MAX, Scalar, ensemble_form, llmapi_form
+from sidecar.fronts.generate.forms import INT32_MAX, Scalar, ensemble_form, llmapi_form
 from sidecar.fronts.openai.asked import Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
 from sidecar.proto import gateway_pb2

@@ -19,8 +19,8 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
 
+from sidecar.config.redis_address import Place
 from sidecar.errors import Misused, Reason, Refused
-from sidecar.state.redis.address import Place
 from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
 

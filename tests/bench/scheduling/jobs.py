@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.sim.options import BARE, Options
-from sidecar.sim.results import Result
-from sidecar.sim.runs import runs_of
-from sidecar.sim.setup import Sidecar
-from sidecar.sim.simulate import simulate
-from sidecar.sim.statistics import percentile
+from sidecar.lab.sim.options import BARE, Options
+from sidecar.lab.sim.results import Result
+from sidecar.lab.sim.runs import runs_of
+from sidecar.lab.sim.setup import Sidecar
+from sidecar.lab.sim.simulate import simulate
+from sidecar.lab.sim.statistics import percentile
 from tests.bench.scheduling.claims import Claim, Reading
 
 OURS = Sidecar.ordering

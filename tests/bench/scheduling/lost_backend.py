@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from sidecar.core import events as ev
-from sidecar.emulator.messages import Request
-from sidecar.sim.options import Options
-from sidecar.sim.product import Product
-from sidecar.sim.records import Recorder
-from sidecar.sim.runs import runs_of
-from sidecar.sim.setup import SECOND_NS, Sidecar
-from sidecar.sim.world import World
+from sidecar.lab.engine.messages import Request
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.product import Product
+from sidecar.lab.sim.records import Recorder
+from sidecar.lab.sim.runs import runs_of
+from sidecar.lab.sim.setup import SECOND_NS, Sidecar
+from sidecar.lab.sim.world import World
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import Job, Scale
 from tests.bench.scheduling.pool import ITEM, LOADS, POOL

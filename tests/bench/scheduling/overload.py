@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from sidecar.sim.results import Result
+from sidecar.lab.sim.results import Result
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import Job, Scale, beside_bare, over_bounds, throughput
 

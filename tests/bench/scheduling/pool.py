@@ -8,8 +8,8 @@ from typing import Any
 from unittest.mock import patch
 
 from sidecar.core import stealing
-from sidecar.sim.options import Options
-from sidecar.sim.results import Result
+from sidecar.lab.sim.options import Options
+from sidecar.lab.sim.results import Result
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import OURS, Job, Scale, beside_bare, over_bounds, results, throughput, waits
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from sidecar.sim.offline import Request
-from sidecar.sim.store_traces import GENERATORS, of_clients
-from sidecar.sim.store_trial import BASELINE, JUDGED, LOOK_AHEADS, SHARES, Trial, trial
+from sidecar.lab.sim.offline import Request
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import Job, Scale
+from tests.worlds.store_traces import GENERATORS, of_clients
+from tests.worlds.store_trial import BASELINE, JUDGED, LOOK_AHEADS, SHARES, Trial, trial
 
 ITEM = "8 store"
 OVER_BEST, OVER_LRU = 1.1, 0.8

@@ -10,15 +10,15 @@ from itertools import permutations
 from policies.ordering.fairness import INPUT_COST, OUTPUT_COST
 from policies.ordering.soft_gated import SLACK_REQUESTS
 from sidecar.core.effects import Settle
-from sidecar.sim.options import BARE, Options
-from sidecar.sim.product import Product
-from sidecar.sim.records import BACKLOGGED, Recorder
-from sidecar.sim.runs import runs_of
-from sidecar.sim.setup import EngineSetup, Setup
-from sidecar.sim.simulate import simulate
-from sidecar.sim.statistics import jain_index
-from sidecar.sim.workloads import Arrival, Workload
-from sidecar.sim.world import World
+from sidecar.lab.sim.options import BARE, Options
+from sidecar.lab.sim.product import Product
+from sidecar.lab.sim.records import BACKLOGGED, Recorder
+from sidecar.lab.sim.runs import runs_of
+from sidecar.lab.sim.setup import EngineSetup, Setup
+from sidecar.lab.sim.simulate import simulate
+from sidecar.lab.sim.statistics import jain_index
+from sidecar.lab.sim.workloads import Arrival, Workload
+from sidecar.lab.sim.world import World
 from tests.bench.scheduling.claims import Claim, Reading
 from tests.bench.scheduling.jobs import OURS, Job, Scale
 

@@ -14,8 +14,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.http2 import GENERATE, raw_connection
-from tests.sidecar_process import SidecarProcess, attacked
+from tests.kit.http2 import GENERATE, raw_connection
+from tests.kit.sidecar_process import SidecarProcess, attacked
 
 LIVE = "/inference.GRPCInferenceService/ServerLive"
 

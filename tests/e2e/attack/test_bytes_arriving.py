@@ -16,11 +16,11 @@ import pytest
 import pytest_asyncio
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.emulated import EngineProcess, add_tensor, core_request
-from tests.http2 import GENERATE, INFER, STREAM, raw_connection
-from tests.peft_files import write_adapter
-from tests.serving import until
-from tests.sidecar_process import SidecarProcess, sidecar_process
+from tests.kit.emulated import EngineProcess, add_tensor, core_request
+from tests.kit.http2 import GENERATE, INFER, STREAM, raw_connection
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import until
+from tests.kit.sidecar_process import SidecarProcess, sidecar_process
 
 MIB = 1 << 20
 BUDGET = 256 * MIB

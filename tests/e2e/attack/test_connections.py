@@ -13,8 +13,8 @@ import pytest
 import pytest_asyncio
 
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from tests.http2 import INFER, raw_connection
-from tests.sidecar_process import SidecarProcess, attacked
+from tests.kit.http2 import INFER, raw_connection
+from tests.kit.sidecar_process import SidecarProcess, attacked
 
 CONNECTIONS, PATIENCE_S = 20, 30.0
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"

@@ -19,11 +19,11 @@ from sidecar.core.state import State
 from sidecar.fronts.status import DETAILS
 from sidecar.ownership.preference import order
 from sidecar.replicas import forwarding
-from tests.emulated import running_engine
-from tests.ports import free_port
-from tests.redis_servers import Proxy, cuttable, running
-from tests.replica_pool import LEASE_S, owned, replica, replicas, settled
-from tests.serving import Answer, Serving, serving, until, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.ports import free_port
+from tests.kit.redis_servers import Proxy, cuttable, running
+from tests.kit.replica_pool import LEASE_S, owned, replica, replicas, settled
+from tests.kit.serving import Answer, Serving, serving, until, write_adapters
 
 SLOW = {"compute": "none", "shape": "tiny", "time_scale": 20.0, "seats": 1}
 """So that a long answer takes none of the time of the replicas, which share the event loop with it."""

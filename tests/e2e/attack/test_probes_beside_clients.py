@@ -16,15 +16,15 @@ from typing import Any
 import httpx
 import pytest
 
-from sidecar.app import Sidecar
 from sidecar.cli.serving import open_files_for
 from sidecar.config import parse
 from sidecar.errors import Misused
-from sidecar.fronts.http_connection import SPARE_CONNECTIONS
-from tests.authority import NEEDS_OPENSSL, Authority
-from tests.emulated import running_engine
+from sidecar.fronts.http.connection import SPARE_CONNECTIONS
+from sidecar.serve.app import Sidecar
 from tests.integration.test_incident import command
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.authority import NEEDS_OPENSSL, Authority
+from tests.kit.emulated import running_engine
+from tests.kit.serving import Serving, serving, write_adapters
 
 FREE: dict[str, Any] = {"address": "127.0.0.1:0"}
 CLIENTS, PROBES = 8, 2

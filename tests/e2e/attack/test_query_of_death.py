@@ -24,14 +24,14 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sidecar import replay
 from sidecar.core.events import Received
-from sidecar.emulator.tokens import BOS
 from sidecar.fronts.status import DETAILS
+from sidecar.journal import replay
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
-from tests.emulated import running_engine
-from tests.peft_files import write_adapter
-from tests.serving import serving, until
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving, until
 
 FREE = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
 SLOW = {"compute": "none", "shape": "tiny", "time_scale": 1.0, "seats": 1}

@@ -15,11 +15,11 @@ from tritonclient.utils import InferenceServerException
 
 from sidecar.adapters.shared_memory import PREFIX
 from sidecar.errors import Refused
-from sidecar.fronts.kserve_owners import Caller, RegionOwners
-from tests.emulated import running_engine
+from sidecar.fronts.kserve.owners import Caller, RegionOwners
 from tests.integration.test_kserve_verbs import PROMPT, inputs_in, region_of, regions_at
-from tests.kserve_clients import DUMMY, aio_client, ask
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import DUMMY, aio_client, ask
+from tests.kit.serving import Serving, serving, write_adapters
 
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 BLUE, RED = {"lora-tenant": "blue"}, {"lora-tenant": "red"}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from sidecar.core.effects import Settle
-from tests.emulated import running_engine
-from tests.kserve_clients import DUMMY
-from tests.serving import Serving, serving, until, write_adapters
-from tests.slow_readers import FRONTS, unread
+from tests.kit.emulated import running_engine
+from tests.kit.kserve_clients import DUMMY
+from tests.kit.serving import Serving, serving, until, write_adapters
+from tests.kit.slow_readers import FRONTS, unread
 
 SEATS, TOKENS = 4, 2000
 MANY = 3 * SEATS

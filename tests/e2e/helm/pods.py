@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from tests.e2e.helm.rendering import Object
-from tests.redis_servers import free_port
+from tests.kit.redis_servers import free_port
 
 DATA, PROBES = 0, 5
 """The last digits of the listeners' ports, 9000 and on."""

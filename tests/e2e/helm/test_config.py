@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from sidecar.config import load
-from tests.cli_runs import Ended, runner
 from tests.e2e.helm.rendering import EXAMPLES, Object, Renderer, configuration, containers, pods
+from tests.kit.cli_runs import Ended, runner
 
 ETC = "/etc/lora-sidecar"
 POD = {"$(POD_IP)": "10.0.0.7", "$(POD_NAME)": "pool-lora-sidecar-0"}

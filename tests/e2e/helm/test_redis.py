@@ -14,12 +14,12 @@ import yaml
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, RedisError
 
-from sidecar.state.redis.address import parse_address
+from sidecar.config.redis_address import parse_address
 from sidecar.state.redis.link import PasswordFile
 from tests.e2e.helm.api import api_server
 from tests.e2e.helm.rendering import NAMESPACE, RELEASE, Object, Renderer, configuration, containers, one
-from tests.ports import free_port
-from tests.redis_servers import PATIENCE_S, program
+from tests.kit.ports import free_port
+from tests.kit.redis_servers import PATIENCE_S, program
 
 BUNDLED: dict[str, Any] = {"replicaCount": 2, "redis": {"bundled": {"enabled": True}}}
 NAME = f"{RELEASE}-lora-sidecar-redis"

@@ -12,9 +12,9 @@ import grpc.aio
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from tests.e2e.helm.pods import Balancer, Pod
 from tests.e2e.helm.rendering import Renderer, configuration, one
-from tests.emulated import EngineProcess
-from tests.peft_files import write_adapter
-from tests.redis_servers import running
+from tests.kit.emulated import EngineProcess
+from tests.kit.peft_files import write_adapter
+from tests.kit.redis_servers import running
 
 REPLICAS, ENGINES, CLIENTS, TOKENS = 3, 2, 4, 8
 NAMES = ("sql", "chef", "legal")

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from tests.e2e.helm.rendering import Renderer, configuration, one
-from tests.emulated import EngineProcess
-from tests.peft_files import write_adapter
-from tests.serving import PATIENCE_S, serving
+from tests.kit.emulated import EngineProcess
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import PATIENCE_S, serving
 
 REQUESTS, TOKENS = 6, 200
 SLOWNESS = 2.0

@@ -13,7 +13,7 @@ import pytest
 from tests.chaos.pool import ChaosPool, chaos_pool
 from tests.chaos.rolling import Rolling, rolling_clients
 from tests.chaos.scenarios import Marks, restart_all
-from tests.serving import until
+from tests.kit.serving import until
 
 ROOT = Path(__file__).parents[3]
 

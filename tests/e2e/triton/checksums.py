@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from sidecar.emulator.triton.capsules import bits_of
+from tests.e2e.triton.models.capsules import bits_of
 
 
 class TritonPythonModel:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import grpc.aio
 
 from sidecar.core.facts import Layout, packed_key, task_id_of
-from sidecar.emulator.face.compute import dummy_token
-from sidecar.emulator.tokens import BOS
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import BOS
 from sidecar.proto import gateway_pb2
-from tests.faults import Tried, assert_broken_off
-from tests.serving import PATIENCE_S, Serving, until
+from tests.kit.faults import Tried, assert_broken_off
+from tests.kit.serving import PATIENCE_S, Serving, until
 
 
 def expected_as(served: Serving, name: str, count: int, dtype: str) -> list[int]:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from sidecar.emulator.face.compute import dummy_token
-from tests.emulated import add_tensor, core_request, random_adapter
+from sidecar.lab.engine.kserve.compute import dummy_token
+from tests.kit.emulated import add_tensor, core_request, random_adapter
 
 
 def rejected(text: str, request_id: str = "r1") -> Any:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sidecar.emulator.face.options import LLMAPI
+from sidecar.lab.engine.kserve.options import LLMAPI
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import EngineProcess, read_served
+from tests.kit.emulated import EngineProcess, read_served
 
 TRITON, EMULATOR = "triton", "emulator"
 

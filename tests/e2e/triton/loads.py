@@ -18,8 +18,8 @@ from sidecar.core.events import BackendLost
 from sidecar.proto import admin_pb2
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import channel_to
-from tests.serving import PATIENCE_S, Serving, until
+from tests.kit.emulated import channel_to
+from tests.kit.serving import PATIENCE_S, Serving, until
 
 ENGINE: dict[str, Any] = {"compute": "none", "shape": "tiny"}
 ATTEMPTS = 6

@@ -10,19 +10,20 @@ from typing import Any
 
 from google.protobuf import text_format
 
-from sidecar.emulator.face.models import CORE, ENSEMBLE, Model, model_config, models_of
-from sidecar.emulator.triton.settings import Settings
+from sidecar.lab.engine.kserve.models import CORE, ENSEMBLE, Model, model_config, models_of
+from tests.e2e.triton.models.settings import Settings
 from tests.e2e.triton.texts import BLS, bls_config, ensemble_config, step_configs
 
-_PACKAGE = "sidecar.emulator.triton"
+_PACKAGE = "tests.e2e.triton.models"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
     """A repository to be written.
 
-    `engine` are fields of `sidecar.emulator.face.Options`; time stands still by default (every step takes as long as it
-    computes). `decoupled` is the models' transaction policy. `cores` are the names of the models that are engines;
+    `engine` are fields of `sidecar.lab.engine.kserve.Options`; time stands still by default (every step takes as long
+    as it computes). `decoupled` is the models'
+    transaction policy. `cores` are the names of the models that are engines;
     `instances` private engines stand behind each of them. With `texts` there are also `ensemble`, which asks the first
     of the engines, and `tensorrt_llm_bls`, which asks `tensorrt_llm`; `bls_instances` requests run in it at a time.
     """

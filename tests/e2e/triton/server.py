@@ -20,7 +20,7 @@ from tests.e2e.server import Server
 from tests.e2e.triton import guard
 from tests.e2e.triton.installed import TritonInstalled
 from tests.e2e.triton.repository import Repository
-from tests.emulated import read_served
+from tests.kit.emulated import read_served
 
 _STUB = "triton_python_backend_stub"
 _CONTROL_OPTIONS = {"none": [], "poll": ["--repository-poll-secs=1"], "explicit": ["--load-model=*"]}

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.e2e.triton.repository import Repository, write_model
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import (
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,

@@ -14,12 +14,12 @@ from tritonclient.grpc import service_pb2
 from sidecar.backends.checking import check
 from sidecar.backends.checks.finding import Finding, State, Target
 from sidecar.backends.engine_facts import from_engine_config
-from sidecar.emulator.face import Options
-from sidecar.emulator.face.options import spec_of
-from sidecar.emulator.spec import engine_config_json
+from sidecar.lab.engine.kserve import Options
+from sidecar.lab.engine.kserve.options import spec_of
+from sidecar.lab.engine.spec import engine_config_json
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import channel_to
+from tests.kit.emulated import channel_to
 
 ENGINE = {"compute": "none", "shape": "tiny"}
 

@@ -20,7 +20,7 @@ from sidecar.core.effects import Settle
 from tests.e2e.triton.loads import endings, servers
 from tests.e2e.triton.perf import perf_analyzer, write_input
 from tests.e2e.triton.server import TritonServer
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.serving import Serving, serving, write_adapters
 
 CLIENTS = Path(__file__).parent / "clients"
 PROGRAM_S = 240.0

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from sidecar.backends.probe import PROBE_ID
-from sidecar.core.words import Phase
+from sidecar.backends.triton.probe import PROBE_ID
+from sidecar.core.enums import Phase
 from tests.e2e.triton.crowd import Clients
 from tests.e2e.triton.loads import (
     back,
@@ -28,8 +28,8 @@ from tests.e2e.triton.loads import (
     servers,
     told_of,
 )
-from tests.faults import assert_broken_off, assert_nothing_left, assert_right, attempt
-from tests.serving import Serving, serving, until, write_adapters
+from tests.kit.faults import assert_broken_off, assert_nothing_left, assert_right, attempt
+from tests.kit.serving import Serving, serving, until, write_adapters
 
 SLOW = {"time_scale": 0.5}
 """An answer of 30 tokens takes some tenths of a second: there are always some under way."""

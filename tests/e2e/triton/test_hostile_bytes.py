@@ -14,11 +14,11 @@ import grpc.aio
 from tests.attack.test_chosen_adapter import ATTACKS, CONTENTS, CORE, INPUTS, WHOLE, streamed, with_id
 from tests.e2e.triton.loads import repeated_if_triton_aborts, servers
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import add_lora, channel_to, core_request, random_adapter
 from tests.fuzz.wire.house import House, house, tapped
 from tests.fuzz.wire.oracle import ids_named
 from tests.fuzz.wire.run import send
-from tests.protobuf_wire import RAW, field, tensor, uint64
+from tests.kit.emulated import add_lora, channel_to, core_request, random_adapter
+from tests.kit.protobuf_wire import RAW, field, tensor, uint64
 
 MESSAGES = 20_000
 OURS, THEIRS = 5, 6

@@ -24,10 +24,10 @@ from tests.e2e.triton.loads import (
 )
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.faults import assert_nothing_left, assert_right, attempt, heals
 from tests.integration.test_llmapi import answer_of, told
-from tests.peft_files import write_adapter
-from tests.serving import serving, until, write_adapters
+from tests.kit.faults import assert_nothing_left, assert_right, attempt, heals
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import serving, until, write_adapters
 
 CORE = "tensorrt_llm"
 SLOW = {"time_scale": 0.5}

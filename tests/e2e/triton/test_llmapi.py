@@ -15,7 +15,7 @@ import pytest
 from sidecar.core.effects import Heal
 from tests.e2e.triton.lanes import TRITON, server_of
 from tests.integration.test_llmapi import answer_of, key_of, staged, told
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.serving import Serving, serving, write_adapters
 
 ENGINE = {
     "protocol": "llmapi",

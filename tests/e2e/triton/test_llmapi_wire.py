@@ -14,10 +14,10 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from tests.e2e.triton.lanes import EMULATOR, TRITON, Lane, lane_of, server_of
-from tests.emulated import add_tensor, channel_to, set_parameter, stream_answers
 from tests.integration.test_emulator_llmapi import asking, dummy_text, texts
-from tests.peft_files import write_adapter
-from tests.serving import until
+from tests.kit.emulated import add_tensor, channel_to, set_parameter, stream_answers
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import until
 
 ENGINE = {
     "protocol": "llmapi",

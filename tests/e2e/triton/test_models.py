@@ -14,10 +14,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.grpc import service_pb2
 
-from sidecar.emulator.face.compute import dummy_token
+from sidecar.lab.engine.kserve.compute import dummy_token
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import (
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,
@@ -31,7 +31,7 @@ from tests.emulated import (
     text_request,
     tokens_of,
 )
-from tests.serving import PATIENCE_S
+from tests.kit.serving import PATIENCE_S
 
 LONG = 5000
 SLOW = {"compute": "none", "time_scale": 1.0}

@@ -16,8 +16,8 @@ from tests.e2e.server import StartFailed
 from tests.e2e.triton.installed import TritonInstalled
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import channel_to, core_request, stream_answers, tokens_of
-from tests.serving import until
+from tests.kit.emulated import channel_to, core_request, stream_answers, tokens_of
+from tests.kit.serving import until
 
 PLAIN = Repository(engine={"compute": "none"})
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from sidecar.core.effects import Load, Settle
-from sidecar.emulator.face import Options
-from sidecar.emulator.face.options import spec_of
-from sidecar.emulator.spec import engine_config_json
+from sidecar.lab.engine.kserve import Options
+from sidecar.lab.engine.kserve.options import spec_of
+from sidecar.lab.engine.spec import engine_config_json
 from tests.e2e.triton.loads import ENGINE, answered, at_once, endings, outcomes, servers
-from tests.faults import assert_nothing_left, heals
-from tests.kserve_clients import ENSEMBLE, aio_client, ask
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.faults import assert_nothing_left, heals
+from tests.kit.kserve_clients import ENSEMBLE, aio_client, ask
+from tests.kit.serving import Serving, serving, write_adapters
 
 CACHE = {"lora_host_pages": 4, "lora_device_pages": 4}
 """Room for four adapters that nobody is told of: the engine evicts all the while, and answers with misses."""

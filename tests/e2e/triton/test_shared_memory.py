@@ -13,10 +13,10 @@ from sidecar.proto import admin_pb2
 from tests.bench.large import FORTY_MB, Size
 from tests.e2e.triton.repository import Repository
 from tests.e2e.triton.server import TritonServer
-from tests.emulated import regions_of
-from tests.peft_files import ALL_LINEAR
-from tests.serving import serving, until, write_adapters
-from tests.sidecar_process import sidecar_process
+from tests.kit.emulated import regions_of
+from tests.kit.peft_files import ALL_LINEAR
+from tests.kit.serving import serving, until, write_adapters
+from tests.kit.sidecar_process import sidecar_process
 
 SMALL = Repository(engine={"compute": "none", "lora_host_pages": 2})
 LARGE = {"shape": "llama-3.1-8b", "compute": "none", "lora_host_bytes": 8 << 30, "lora_device_bytes": 8 << 30}

@@ -13,7 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2 as pb
 
 from sidecar.backends.faults import classify
-from sidecar.core.words import Fault
+from sidecar.core.enums import Fault
 from tests.e2e.triton.forms import (
     adapter_tokens,
     add_config,
@@ -32,7 +32,7 @@ from tests.e2e.triton.forms import (
     without,
 )
 from tests.e2e.triton.lanes import EMULATOR, TRITON, Lane, lane_of, server_of
-from tests.emulated import (
+from tests.kit.emulated import (
     add_lora,
     add_tensor,
     channel_to,
@@ -44,8 +44,8 @@ from tests.emulated import (
     text_request,
     tokens_of,
 )
-from tests.rejections import NOT_FOUND, REJECTIONS, unknown_region
-from tests.serving import until
+from tests.kit.rejections import NOT_FOUND, REJECTIONS, unknown_region
+from tests.kit.serving import until
 
 ENGINE = {
     "compute": "none",

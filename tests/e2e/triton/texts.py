@@ -7,8 +7,8 @@ from dataclasses import replace
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from sidecar.emulator.face.models import Model, model_config
-from sidecar.emulator.triton.names import CORE_INPUTS, QUESTIONS, STEPS
+from sidecar.lab.engine.kserve.models import Model, model_config
+from tests.e2e.triton.models.names import CORE_INPUTS, QUESTIONS, STEPS
 
 BLS = "tensorrt_llm_bls"
 PREPROCESSING, POSTPROCESSING = "preprocessing", "postprocessing"

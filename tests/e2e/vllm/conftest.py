@@ -19,8 +19,8 @@ from tests.e2e.vllm.faces import EMULATED, EMULATOR, VLLM, Face
 from tests.e2e.vllm.installed import VllmInstalled
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import DIMS, SIZE, Toy
-from tests.peft_files import TINY
-from tests.vllm_emulated import VllmProcess
+from tests.kit.peft_files import TINY
+from tests.kit.vllm_emulated import VllmProcess
 
 
 @pytest.fixture(autouse=True, scope="session")

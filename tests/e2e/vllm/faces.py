@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from tests.peft_files import Dims, write_adapter
+from tests.kit.peft_files import Dims, write_adapter
 
 VLLM, EMULATOR = "vllm", "emulator"
 CONTEXT = 1024

@@ -14,7 +14,7 @@ import httpx
 from tests.e2e.vllm.direct import completion, http_client
 from tests.e2e.vllm.faces import events_of
 from tests.e2e.vllm.server import VllmServer
-from tests.serving import Serving, serving
+from tests.kit.serving import Serving, serving
 
 SEATS = 32
 """What the sidecar keeps in flight at the engine."""

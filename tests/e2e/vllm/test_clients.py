@@ -18,8 +18,8 @@ from tests.e2e.vllm.fronted import in_front
 from tests.e2e.vllm.installed import VllmInstalled
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import BASE_MODEL, NAMES, Toy
-from tests.emulated import running_engine
-from tests.serving import Serving, serving, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.serving import Serving, serving, write_adapters
 
 TOKENS = 12
 TEXT = "def parse(line):\n    return"

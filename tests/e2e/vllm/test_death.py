@@ -14,8 +14,8 @@ from tests.e2e.vllm.direct import complete, completion, http_client, load
 from tests.e2e.vllm.faces import EMULATOR, VLLM, Face, remove
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import DIMS, SIZE
-from tests.peft_files import TINY
-from tests.vllm_emulated import VllmProcess
+from tests.kit.peft_files import TINY
+from tests.kit.vllm_emulated import VllmProcess
 
 PROMPT = [3, 4, 5]
 PATIENCE_S = 60.0

@@ -14,8 +14,8 @@ from tests.e2e.vllm.direct import at_once, http_client, registered
 from tests.e2e.vllm.fronted import Front, Told, ask, ask_into, in_front
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import NAMES, Toy, prompt
-from tests.faults import assert_nothing_left
-from tests.serving import until
+from tests.kit.faults import assert_nothing_left
+from tests.kit.serving import until
 
 CLIENTS = 24
 TOKENS = 96

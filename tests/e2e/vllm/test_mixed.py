@@ -13,10 +13,10 @@ from tests.e2e.vllm.direct import http_client
 from tests.e2e.vllm.fronted import ask, backend_of
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import BASE_MODEL, NAMES, Toy, prompt
-from tests.emulated import running_engine
-from tests.faults import assert_nothing_left
-from tests.peft_files import BASE_MODEL as TINY_BASE
-from tests.serving import serving, write_adapters
+from tests.kit.emulated import running_engine
+from tests.kit.faults import assert_nothing_left
+from tests.kit.peft_files import BASE_MODEL as TINY_BASE
+from tests.kit.serving import serving, write_adapters
 
 TOKENS, PROMPT = 6, prompt(6, 20)
 TEXT = "select "

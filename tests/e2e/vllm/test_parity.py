@@ -11,7 +11,7 @@ from tests.e2e.vllm.direct import at_once
 from tests.e2e.vllm.fronted import Front, ask, in_front
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import NAMES, Toy, all_different, prompt, write_version
-from tests.faults import assert_nothing_left
+from tests.kit.faults import assert_nothing_left
 
 SHORT, LONG = prompt(1, 9), prompt(2, 300)
 """KV blocks hold 128 tokens here: only prompts that are longer meet the prefix cache."""

@@ -13,8 +13,8 @@ from tests.e2e.vllm.direct import http_client, registered
 from tests.e2e.vllm.fronted import Front, Told, ask, in_front
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import Toy, all_different, prompt, write_version
-from tests.faults import assert_nothing_left
-from tests.serving import until
+from tests.kit.faults import assert_nothing_left
+from tests.kit.serving import until
 
 SWITCHES = 20
 CLIENTS = 12

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.vllm.installed import VllmInstalled
-from tests.peft_files import ALL_LINEAR, Dims, write_adapter
+from tests.kit.peft_files import ALL_LINEAR, Dims, write_adapter
 
 NAMES = [f"a{number:02}" for number in range(16)]
 DIMS = Dims(hidden=256, layers=4, heads=8, kv_heads=4, head_size=32, ffn=688)

@@ -20,13 +20,13 @@ import grpc.aio
 import httpx
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.streams import Run
+from sidecar.backends.triton.streams import Run
 from sidecar.proto import admin_pb2, gateway_pb2
-from tests.emulated import running_engine
 from tests.fuzz.wire.oracle import ids_named
 from tests.fuzz.wire.within import Aborted, Within
-from tests.peft_files import write_adapter
-from tests.serving import Serving, serving
+from tests.kit.emulated import running_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.serving import Serving, serving
 
 ADAPTERS = ("sql", "chat", "chef")
 COOK, GUEST = "the-cook-3f1c", "guest"

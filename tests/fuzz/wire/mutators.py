@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from tests.fuzz.wire.seeds import Tensor, input_of, parameter
 from tests.fuzz.wire.trees import Field, Tree, encode, message, number, text
-from tests.protobuf_wire import GROUP, LENGTH, VARINT, varint
+from tests.kit.protobuf_wire import GROUP, LENGTH, VARINT, varint
 
 ODD_NUMBERS = (0, 1, 2, 3, 7, 127, 128, 255, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 ODD_FIELDS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 20, 99, 2047, 19000, 2**29 - 1, 2**29)

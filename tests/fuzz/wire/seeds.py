@@ -7,7 +7,7 @@ import struct
 from dataclasses import dataclass
 
 from tests.fuzz.wire.trees import Field, Tree, message, number, text
-from tests.protobuf_wire import FIXED32, varint
+from tests.kit.protobuf_wire import FIXED32, varint
 
 NAMES = ("sql", "sql@v1", "chat", "")
 """The adapters that a guest may use, and the base model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from tests.protobuf_wire import FIXED32, FIXED64, GROUP, GROUP_END, LENGTH, VARINT, tag, varint
+from tests.kit.protobuf_wire import FIXED32, FIXED64, GROUP, GROUP_END, LENGTH, VARINT, tag, varint
 
 DEPTH_MAX = 12
 

@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 
 import grpc
 
-from sidecar.app import Sidecar
 from sidecar.errors import Refused
-from sidecar.fronts.generate import GatewayService
-from sidecar.fronts.kserve_infer import KServe
+from sidecar.fronts.generate.front import GatewayService
+from sidecar.fronts.kserve.infer import KServe
 from sidecar.fronts.message_fields import parsed
 from sidecar.fronts.status import abort
 from sidecar.proto import gateway_pb2
+from sidecar.serve.app import Sidecar
 
 
 class Aborted(Exception):

@@ -1,0 +1,1 @@
+"""The backend kinds `triton` and `triton_llmapi`: TensorRT-LLM behind Triton."""

@@ -1,0 +1,281 @@
+"""The backend kinds `triton` and `triton_llmapi`: TensorRT-LLM behind Triton, over KServe v2 gRPC.
+
+A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose wire
+breaks asks at once whether the server still answers. An engine that hangs while its server stays live and ready is
+found by its pulse. One that was lost is trusted again when it has answered a token. A server that unloads its model,
+or puts another in its place, lets its requests end first, and so do we: meanwhile nothing new is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2_grpc
+
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends import faults
+from sidecar.backends.api import Prompt, Ticket, Weights
+from sidecar.backends.credentials import open_channel
+from sidecar.backends.endpoint import Endpoint
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import LlmApi
+from sidecar.backends.triton.loads import LoaderProcess, LoadResult, Target
+from sidecar.backends.triton.probe import answer_of, is_late, words
+from sidecar.backends.triton.regions import Regions
+from sidecar.backends.triton.server import CHANGED, Server, Sought
+from sidecar.backends.triton.streams import Run, StreamPool
+from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory, Transport, Wanted
+from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Fault
+from sidecar.core.events import BackendMeasured
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused
+
+logger = logging.getLogger(__name__)
+
+VERB_TIMEOUT_S = 30.0
+FORGET_AGAIN_S = 0.05
+CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How to reach and watch one server."""
+
+    id: str
+    address: str
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    metrics_url: str | None = None
+    model: str = "tensorrt_llm"
+    text_model: str = "ensemble"
+    tls: dict[str, str] | None = None
+    transport: Wanted = "auto"
+    memory: SharedMemory = NOT_SHARED
+    adapters_dir: AdaptersDir | None = None
+    watch_interval_s: float = 1.0
+    progress_timeout_s: float = 30.0
+    load_timeout_s: float = 120.0
+    owner: str = ""
+    """This replica, one of several; "" where there is one only."""
+
+    @property
+    def sought(self) -> Sought:
+        """What the watching needs of it."""
+        return Sought(
+            self.id,
+            self.address,
+            self.model,
+            self.facts,
+            self.metrics_url,
+            self.adapters_dir,
+            self.progress_timeout_s,
+        )
+
+    @property
+    def look_s(self) -> float:
+        """Seconds between two looks: several in the time after which silence is a fault."""
+        return min(self.watch_interval_s, self.progress_timeout_s / 4)
+
+
+class TritonBackend(Endpoint):
+    """One Triton server."""
+
+    WIRE_ERRORS = (grpc.RpcError,)
+
+    def __init__(self, options: TritonOptions, loader: LoaderProcess) -> None:
+        self.options = options
+        self._loader = loader
+        self._channel: grpc.aio.Channel = open_channel(options.address, options.tls)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._pool = StreamPool(self._channel)
+        self._regions = Regions(options.id, self._stub)
+        self._transport = Transport(options.id, options.transport, options.memory, self._stub)
+        self._server = Server(options.sought, self._stub, self._transport)
+        super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, self._server.pulse)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model is decoupled; taken to be until the server says."""
+        return self._server.decoupled
+
+    def _describe(self) -> str:
+        return self._server.detail()
+
+    async def _leave(self) -> None:
+        await self._regions.close()
+        await self._leave_shared_memory()
+        self._pool.close()
+        await self._server.close()
+        await self._channel.close(None)
+
+    async def _leave_shared_memory(self) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._transport.close()
+        except (grpc.RpcError, TimeoutError):
+            logger.info("%s did not let go of our regions; whoever reaches it next clears them away", self.id)
+
+    # Runs.
+
+    def _begin(self, effect: Dispatch, ticket: Ticket) -> Run:
+        dialect, model = self._server.dialect, self._model_of(ticket)
+        run = Run(effect, ticket, self._post, self._heard, self._wire_broke, dialect, model)
+        run.owner = wire.owner_fragment(self.options.owner, effect.epoch)
+        return run
+
+    async def _go(self, run: Run, weights: Weights | None) -> None:
+        await self._regions.restored()
+        if weights is not None:
+            run.attached = await self._attached(run, weights)
+        if run.cancelled:
+            run.abandon()
+        elif not self._takes or run.refused():
+            return
+        elif run.ticket.payload.unary:
+            await run.unary(self._channel)
+        else:
+            await run.stream(self._pool)
+
+    def _model_of(self, ticket: Ticket) -> str:
+        """Return the model that answers a request of ours; "" for a client's own, which names it."""
+        prompt = ticket.payload.prompt
+        takes_text = prompt is Prompt.TEXT and not isinstance(self._server.dialect, LlmApi)
+        return "" if prompt is None else self.options.text_model if takes_text else self.options.model
+
+    async def _attached(self, run: Run, weights: Weights) -> bytes:
+        """Return what names a run's weights, or holds them; nothing where a client's typed contents leave no way."""
+        region, raw = await self._transport.refer(weights), run.ticket.payload.raw
+        if region is None and not raw:
+            return b""
+        fragment = wire.attached(weights.shape, weights.dtype, weights.config, region, weights.size_bytes, raw)
+        if region is not None:
+            return fragment
+        content = await asyncio.to_thread(Path(weights.path).read_bytes)
+        return fragment + wire.content_head(weights.size_bytes) + content[: weights.size_bytes]
+
+    # Loads.
+
+    async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
+        if isinstance(self._server.dialect, LlmApi):
+            return await self._load_files(self._server.dialect, effect, weights)
+        return await self._load_packed(effect, weights)
+
+    async def _explained(self, result: LoadResult) -> bool:
+        if result.fault is Fault.REJECTED and self._takes and await self._has_changed():
+            self._close(CHANGED)
+        return await super()._explained(result)
+
+    async def _has_changed(self) -> bool:
+        try:
+            return await self._server.changed()
+        except (grpc.RpcError, Misused):
+            return False  # the watcher judges that
+
+    async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
+        """Send a blob, or name the region that it is in; once more if the server has forgotten the region."""
+        target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls, self.options.owner)
+        sent = partial(self._load_sent, effect.load)
+        region = await self._transport.refer(weights)
+        result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+        if region is not None and result.fault is Fault.UNKNOWN_REGION:
+            self._transport.doubt()
+            region = await self._transport.refer(weights)
+            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+        return result
+
+    async def _load_files(self, dialect: LlmApi, effect: Load, weights: Weights) -> LoadResult:
+        """Have the engine answer a token with an adapter whose files it can read."""
+        await weights.ready()
+        self._load_sent(effect.load)
+        request = dialect.load(self.options.model, effect)
+        wire.set_parameters(request, wire.owner_parameters(self.options.owner, effect.epoch))
+        try:
+            error = await answer_of(self._stub, request, self._server.decoupled, self.options.load_timeout_s)
+        except grpc.aio.AioRpcError as failed:
+            text = failed.details() or failed.code().name
+            if is_late(failed):
+                return LoadResult(
+                    f"the engine did not take the adapter within {self.options.load_timeout_s:g} s", unanswered=True
+                )
+            return LoadResult(text, lost=wire.is_lost(failed.code(), text))
+        return LoadResult(error)
+
+    # Shared memory: the clients' own regions, and the store's.
+
+    def register_regions(self) -> None:
+        self._transport.doubt()
+        self._regions.restore()
+
+    async def forget(self, region: str) -> None:
+        while self._up:
+            try:
+                await self._transport.forget(region)
+                return
+            except grpc.RpcError as error:
+                logger.info("%s does not let go of %s yet: %s", self.id, region, words(error))
+            await asyncio.sleep(FORGET_AGAIN_S)
+        self._transport.lost(region)
+
+    async def call(self, verb: str, request: Any) -> Any:
+        """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
+        reply = await getattr(self._stub, verb)(request, timeout=VERB_TIMEOUT_S)
+        self._regions.note(verb, request)
+        return reply
+
+    # Watching.
+
+    async def _reach(self) -> EngineFacts:
+        facts = await self._server.reach()
+        self._regions.restore()
+        await self._regions.restored()
+        return facts
+
+    async def _look(self) -> str | None:
+        return await self._server.look()
+
+    async def _hangs(self) -> bool:
+        return await self._server.hangs()
+
+    async def _steps(self) -> int | None:
+        return await self._server.steps()
+
+    async def _answers(self, within_s: float) -> bool:
+        return await self._server.answers(within_s)
+
+    def _measures(self) -> BackendMeasured | None:
+        return self._server.measured()
+
+    async def _look_after(self, text: str) -> None:
+        """Look at a server of which there is bad news: a broken wire, or words that its engine may be gone."""
+        try:
+            await self._server.ready()
+            if await self._server.changed():
+                self._close(CHANGED)
+                return
+            is_there = faults.classify(text) is not Fault.LOST or await self._answers(self.options.progress_timeout_s)
+        except Misused as unready:
+            self._close(unready.message)
+            return
+        except grpc.RpcError:
+            is_there = False
+        if self._up and not is_there:
+            self._lose(text)
+
+    def _was_lost(self) -> None:
+        self._server.distrust()
+        self._pool.close()
+
+    @staticmethod
+    def _is_late(error: Exception) -> bool:
+        return isinstance(error, grpc.RpcError) and is_late(error)
+
+    @staticmethod
+    def _words(error: Exception) -> str:
+        return words(error) if isinstance(error, grpc.RpcError) else str(error)

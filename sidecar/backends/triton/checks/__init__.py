@@ -1,0 +1,1 @@
+"""What is asked of a live Triton before it is trusted."""

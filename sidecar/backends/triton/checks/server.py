@@ -1,0 +1,165 @@
+"""Whether the server is there, is ready, and has the model."""
+
+from __future__ import annotations
+
+import difflib
+import ssl
+from asyncio import open_connection, timeout
+from datetime import UTC, datetime
+from time import monotonic
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from sidecar.backends.checks.finding import Finding, Look, Target, failed, ok, warning
+from sidecar.backends.checks.port import CONNECT_S, GRPC, host_and_port, what_answers
+from sidecar.backends.credentials import tls_context
+from sidecar.backends.triton.checks.engine import facts_from
+from sidecar.backends.triton.probe import words
+
+ANSWER_S = 4.0
+MODELS_NAMED = 8
+EXPIRES_SOON_DAYS = 14
+
+
+async def reachable(look: Look) -> Finding:
+    """Whether a Triton server answers gRPC there; else what does."""
+    began = monotonic()
+    try:
+        reply = await _metadata(look)
+    except grpc.aio.AioRpcError as error:
+        judged = await _unreachable(look, error)
+        if judged is not None:
+            return judged
+        try:
+            reply = await _metadata(
+                look, patiently=True
+            )  # nothing is in its way: a connection may fail on a busy machine
+        except grpc.aio.AioRpcError as again:
+            return failed(
+                f"{look.target.address} takes connections and does not answer gRPC: {words(again)}",
+                "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
+            )
+    look.server = f"{reply.name} {reply.version}".strip()
+    return ok(f"{look.server or 'a server without a name'} at {look.target.address}, {_ms(monotonic() - began)}")
+
+
+async def _metadata(look: Look, patiently: bool = False) -> Any:
+    request = service_pb2.ServerMetadataRequest()
+    return await look.stub.ServerMetadata(request, timeout=ANSWER_S, wait_for_ready=patiently)
+
+
+async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding | None:
+    """Say what is in the way of gRPC; None when nothing is to be seen."""
+    target = look.target
+    if "http2 header with status" in (error.details() or ""):
+        return failed(
+            f"{target.address} answers HTTP/2 and not gRPC: a proxy or an ingress ({error.details()})",
+            "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port, or have the proxy pass gRPC on",
+        )
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return failed(
+            f"{target.address} is a gRPC server, but not Triton: it does not know {_service(error)}",
+            "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
+        )
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        found = await what_answers(target.address, target.tls)
+        return None if found is None else failed(*found)
+    return failed(f"{target.address} answers with {words(error)}")
+
+
+def _service(error: grpc.aio.AioRpcError) -> str:
+    return "KServe v2's ServerMetadata" + (f" ({error.details()})" if error.details() else "")
+
+
+async def ready(look: Look) -> Finding:
+    """Whether the server says that it lives and is ready."""
+    live = (await look.stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=ANSWER_S)).live
+    if not live:
+        return failed("the server says that it is not live", "restart tritonserver and read the end of its log")
+    if (await look.stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=ANSWER_S)).ready:
+        return ok("live and ready")
+    return warning(
+        "the server is live and says that it is not ready: a model is still loading or could not be loaded",
+        "read its log for the model; tritonserver --strict-readiness=false if it does not matter",
+    )
+
+
+async def model(look: Look) -> Finding:
+    """Whether the model is there and READY; reads its ModelConfig."""
+    name = look.target.model
+    states = await _states(look)
+    others = sorted(other for other in states if other != name)
+    if name not in states:
+        return failed(
+            f'there is no model "{name}"; there are {_listed(others)}' if others else "the server has no model at all",
+            *_better_names(name, others),
+        )
+    if states[name] != "READY":
+        return failed(
+            f'the model "{name}" is {states[name]}',
+            "read the server's log for why; with --model-control-mode=explicit load it: --load-model=" + name,
+        )
+    look.config = (await look.stub.ModelConfig(service_pb2.ModelConfigRequest(name=name), timeout=ANSWER_S)).config
+    look.facts = facts_from(look.target, look.config)
+    return ok(f"{name} is READY" + (f"; beside it: {_listed(others)}" if others else ""))
+
+
+async def _states(look: Look) -> dict[str, str]:
+    """Return the state of each model of the repository, with the reason where one is given."""
+    index = await look.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=ANSWER_S)
+    states: dict[str, str] = {}
+    for entry in index.models:
+        state = entry.state or "UNAVAILABLE"
+        if states.get(entry.name) != "READY":
+            states[entry.name] = f"{state} ({entry.reason})" if entry.reason else state
+    return states
+
+
+def _better_names(name: str, others: list[str]) -> list[str]:
+    near = difflib.get_close_matches(name, others, 1, 0.5)
+    best = near[0] if near else "tensorrt_llm" if "tensorrt_llm" in others else ""
+    return [f"config.yaml: model: {best}   (or --model {best})"] if best else []
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MODELS_NAMED} more" if len(names) > MODELS_NAMED else ""
+    return ", ".join(names[:MODELS_NAMED]) + more
+
+
+async def encrypted(look: Look) -> Finding:
+    """What TLS is in use, and until when the server's certificate holds."""
+    return await certificate_of(look.target, GRPC)
+
+
+async def certificate_of(target: Target, protocol: str) -> Finding:
+    """Look at the certificate of a server that speaks a protocol."""
+    tls = target.tls
+    if tls is None:
+        return ok("none, as configured: whoever sees the network sees prompts")
+    host, port = host_and_port(target.address)
+    try:
+        async with timeout(CONNECT_S):
+            _, writer = await open_connection(host, port, ssl=tls_context(tls, protocol), server_hostname=host)
+    except (OSError, TimeoutError) as error:
+        return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
+    certificate = writer.get_extra_info("peercert")
+    version = writer.get_extra_info("ssl_object").version()
+    writer.close()
+    return certificate_finding(certificate, version, "certificate" in tls, datetime.now(UTC))
+
+
+def certificate_finding(certificate: Any, version: str, ours_too: bool, now: datetime) -> Finding:
+    """Judge a server's certificate, as Python's ssl gives it."""
+    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    days = (ends - now).days
+    text = f"{version}{', with a certificate of ours' if ours_too else ''}; the server's is valid until {ends:%Y-%m-%d}"
+    if days < EXPIRES_SOON_DAYS:
+        return warning(f"{text}, {days} more days", "renew the server's certificate before then")
+    return ok(text)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"

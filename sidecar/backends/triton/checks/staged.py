@@ -1,0 +1,167 @@
+"""Whether an engine that reads adapters from files reads them where they are staged: a tiny PEFT adapter proves it.
+
+It lies in a folder of the check's own inside the shared one. Whoever takes part in the shared folder itself sweeps away
+what nobody claims, and a sidecar that was killed has left files there which its engine still knows by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from sidecar.adapters.base_model import BaseModel
+from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
+from sidecar.backends.checks.finding import Finding, Look, failed, ok, skipped
+from sidecar.backends.triton.checks.runs import LOAD_S, ask, milliseconds, refused_load
+from sidecar.backends.triton.dialects import LlmApi
+from sidecar.core.effects import Load
+from sidecar.core.facts import Layout, Packed, packed_key, task_id_of
+
+RANK = 8
+PREFIX = "lora-sidecar-check-"
+"""What the folders of checks begin with."""
+FORGOTTEN_S = 3600.0
+"""The age of a folder whose check was killed: none lasts so long."""
+PROJECTIONS = {"attn_q": "self_attn.q_proj", "attn_dense": "self_attn.o_proj", "mlp_4h_to_h": "mlp.down_proj"}
+FOLDER_FIX = (
+    "config.yaml: adapters_dir: {ours: path here, engine: path in the engine's container}",
+    "docker run -v /mnt/adapters:/mnt/adapters   (the same volume for the sidecar and for the engine)",
+)
+
+
+async def folder(look: Look) -> Finding:
+    """Whether there is a folder to stage adapters in, and we can write to it."""
+    places = look.target.adapters_dir
+    if places is None:
+        return failed("the engine reads adapters from files, and no folder is configured that both see", *FOLDER_FIX)
+    return folder_at(places)
+
+
+def folder_at(places: AdaptersDir) -> Finding:
+    """Judge a shared folder as it looks from here."""
+    if not places.ours.is_dir():
+        return failed(f"there is no folder {places.ours} here", *FOLDER_FIX)
+    try:
+        with tempfile.TemporaryFile(dir=places.ours):
+            pass
+    except OSError as error:
+        return failed(f"{places.ours} cannot be written to: {error.strerror}", f"chown or chmod u+rwx {places.ours}")
+    same = "" if str(places.ours) == places.engine.rstrip("/") else f", which the engine calls {places.engine}"
+    return ok(f"{places.ours}{same}")
+
+
+@dataclass
+class Staged:
+    """A tiny adapter as it is staged. `places` is the folder that it lies in by its key.
+
+    `stays` is set where the engine may still look for the files: then they are left behind.
+    """
+
+    key: str
+    digest: str
+    places: AdaptersDir
+    stays: bool = False
+
+
+async def adapter(look: Look) -> Finding:
+    """Whether the engine loads a tiny PEFT adapter from there and answers with it."""
+    places, base = look.target.adapters_dir, look.target.base
+    assert places is not None
+    if not can_be_made(base):
+        return not_made()
+    assert base is not None
+    async with staged(places, base) as tiny:
+        load = Load(0, look.target.id, "lora-sidecar-check", tiny.digest, Packed(tiny.key, task_id_of(tiny.key), 0, 0))
+        answer = await ask(look, LlmApi(tiny.places).load(look.target.model, load), LOAD_S)
+    if answer.error is None:
+        return ok(f"staged, loaded by the engine and answered in {milliseconds(answer.took_s)}")
+    if "does not exist" in (answer.error or ""):
+        return failed(f"the engine does not see what is staged in {places.ours}: {answer.words}", *FOLDER_FIX)
+    return refused_load(look, answer)
+
+
+def can_be_made(base: BaseModel | None) -> bool:
+    """Whether enough is known of a base model to make an adapter for it."""
+    return base is not None and bool(set(PROJECTIONS) & set(base.modules))
+
+
+def not_made() -> Finding:
+    return skipped(
+        "no adapter can be made for a base model that is not known",
+        "config.yaml: base_model: {name: …, config: the folder of the model}   (or --base-model)",
+    )
+
+
+@asynccontextmanager
+async def staged(places: AdaptersDir, base: BaseModel, rank: int = RANK) -> AsyncIterator[Staged]:
+    """Have a tiny adapter staged for the length of a block. Raises SidecarError, OSError."""
+    own = await asyncio.to_thread(_own_folder, places.ours)
+    tiny = Staged("", "", AdaptersDir(own, places.engine_path(own.name)))
+    try:
+        staging = Staging(own)
+        await asyncio.to_thread(staging.open)
+        try:
+            with tempfile.TemporaryDirectory() as source:
+                tiny.digest = await asyncio.to_thread(_write, Path(source), base, rank)
+                tiny.key = packed_key(tiny.digest, Layout("float16", files=True))
+                await asyncio.to_thread(staging.stage, Path(source), tiny.key, tiny.digest)
+            yield tiny
+        finally:
+            if not tiny.stays:
+                await asyncio.to_thread(staging.close)
+    finally:
+        if not tiny.stays:
+            await asyncio.to_thread(shutil.rmtree, own, ignore_errors=True)
+
+
+def _own_folder(folder: Path) -> Path:
+    """Make a folder for one check, and remove what checks that were killed have left."""
+    for path in folder.glob(f"{PREFIX}*"):
+        if is_forgotten(path):
+            shutil.rmtree(path, ignore_errors=True)
+    own = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))
+    own.chmod(FOLDER_MODE)
+    return own
+
+
+def is_forgotten(path: Path) -> bool:
+    """Whether the folder of a check is gone, or its check was killed."""
+    try:
+        return time.time() - path.stat().st_mtime > FORGOTTEN_S
+    except FileNotFoundError:
+        return True
+
+
+def _write(source: Path, base: BaseModel, rank: int) -> str:
+    """Write a PEFT adapter of one projection on the first layer, its B zero; return its digest."""
+    module = next(name for name in PROJECTIONS if name in base.modules)
+    in_dim, out_dim = base.modules[module]
+    prefix = f"base_model.model.model.layers.0.{PROJECTIONS[module]}"
+    tensors = {
+        f"{prefix}.lora_A.weight": np.full((rank, in_dim), 2**-6, np.float16),
+        f"{prefix}.lora_B.weight": np.zeros((out_dim, rank), np.float16),
+    }
+    save_file(tensors, source / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name or "not named",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": [PROJECTIONS[module].rpartition(".")[2]],
+        "bias": "none",
+    }
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    with read_adapter(source, name="lora-sidecar-check") as read:
+        return read.digest

@@ -1,0 +1,170 @@
+"""The loader process: it maps packed weights and sends them, so that the serving process never touches them.
+
+Sending 300 MB by gRPC holds a Python process's event loop for the better part of a second, building the message for
+two. So loads are sent from a process of their own. It reads one JSON order a line from standard input and writes one
+JSON result a line to standard output; both ends are ours, and it ends with its parent.
+
+    python -m sidecar.backends.triton.loader
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from sidecar.backends.triton import wire
+
+LOADS_AT_ONCE = 8
+TEXT_MAX = 100_000
+
+
+class Loader:
+    """Carries out orders on a few threads. Channels are kept by address; a failed one reconnects by itself."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.Channel] = {}
+        self._calls: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(LOADS_AT_ONCE)
+
+    def serve(self) -> None:
+        """Read orders until the parent closes the pipe, then leave at once."""
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "cancel" in order:
+                self._cancel(order["cancel"])
+            else:
+                self._threads.submit(self._carry_out, order)
+        os._exit(0)
+
+    def _cancel(self, load: int) -> None:
+        with self._lock:
+            call = self._calls.get(load)
+        if call is not None:
+            call.cancel()
+
+    def _carry_out(self, order: dict[str, Any]) -> None:
+        """Send a load and say how it ended: whatever happens, the parent gets its one line."""
+        try:
+            result: dict[str, Any] = {"error": self._send(order)}
+        except grpc.RpcError as failure:
+            result = _broken(failure, order["timeout_s"])
+        except Exception as failure:  # noqa: BLE001 — the parent waits for an answer; it logs what went wrong
+            result = {"error": f"the loader process: {type(failure).__name__}: {failure}", "unanswered": True}
+        if result["error"] is not None:
+            result["error"] = _short(result["error"])
+        with self._lock:
+            self._calls.pop(order["load"], None)
+        self._tell(order["load"], **result)
+
+    def _tell(self, load: int, **record: Any) -> None:
+        with self._lock:
+            print(json.dumps({"load": load, **record}), flush=True)
+
+    def _sending(self, order: dict[str, Any], message: bytes) -> Iterator[bytes]:
+        """Give gRPC the message; it asks for another when it has sent this one, and then the engine has it."""
+        yield message
+        self._tell(order["load"], sent=True)
+
+    def _send(self, order: dict[str, Any]) -> str | None:
+        """Send one load and return the engine's error text, None when it came through.
+
+        The serving process has just reached the server, so a channel of ours that still backs off from an earlier
+        failure waits for it instead of failing.
+        """
+        message = message_of(order)
+        channel = self._channel(order)
+        if order["decoupled"]:
+            method = channel.stream_stream(
+                f"{wire.SERVICE}/ModelStreamInfer",
+                request_serializer=_as_they_are,
+                response_deserializer=wire.ModelStreamInferResponse.FromString,
+            )
+            call = method(self._sending(order, message), timeout=order["timeout_s"], wait_for_ready=True)
+            self._keep(order["load"], call)
+            for response in call:
+                if response.error_message:
+                    return str(response.error_message)
+                if wire.is_final(response.infer_response.parameters):
+                    return None
+            return "the stream ended without an answer"
+        unary = channel.unary_unary(
+            f"{wire.SERVICE}/ModelInfer",
+            request_serializer=_as_they_are,
+            response_deserializer=wire.ModelInferResponse.FromString,
+        )
+        future = unary.future(message, timeout=order["timeout_s"], wait_for_ready=True)
+        self._keep(order["load"], future)
+        self._tell(order["load"], sent=True)
+        future.result()
+        return None
+
+    def _keep(self, load: int, call: Any) -> None:
+        with self._lock:
+            self._calls[load] = call
+
+    def _channel(self, order: dict[str, Any]) -> grpc.Channel:
+        with self._lock:
+            channel = self._channels.get(order["address"])
+            if channel is None:
+                channel = _open_channel(order)
+                self._channels[order["address"]] = channel
+            return channel
+
+
+def _broken(failure: Any, timeout_s: float) -> dict[str, Any]:
+    """Say how a call that gRPC itself ended is to be told: the engine's own error, its wire, or no answer in time."""
+    code, text = failure.code(), failure.details() or str(failure.code())
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return {"error": f"the engine did not take the adapter within {timeout_s:g} s", "unanswered": True}
+    return {"error": text, "lost": wire.is_lost(code, text)}
+
+
+def _short(text: str) -> str:
+    """Cut a long text in its middle: a traceback says what matters at its end."""
+    return text if len(text) <= TEXT_MAX else f"{text[: TEXT_MAX // 2]} … {text[-TEXT_MAX // 2 :]}"
+
+
+def _as_they_are(message: bytes) -> bytes:
+    return message
+
+
+def _open_channel(order: dict[str, Any]) -> grpc.Channel:
+    tls = order.get("tls")
+    if tls is None:
+        return grpc.insecure_channel(order["address"], options=wire.CHANNEL_OPTIONS)
+    contents = [Path(tls[name]).read_bytes() if tls.get(name) else None for name in ("ca", "key", "certificate")]
+    credentials = grpc.ssl_channel_credentials(*contents)
+    return grpc.secure_channel(order["address"], credentials, options=wire.CHANNEL_OPTIONS)
+
+
+def message_of(order: dict[str, Any]) -> bytes:
+    """Return the serialized request: its weights named by their region, or joined in from the mapping, copied once."""
+    size, region = order["size_bytes"], order["region"]
+    request = wire.load_head(order["model"], order["id"], order["parameters"])
+    request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
+    request.raw_input_contents.append(struct.pack("<Q", int(order["task_id"])))
+    wire.add_weights(request, order["shape"], order["dtype"], base64.b64decode(order["config"]), region, size)
+    if region is not None:
+        return bytes(request.SerializeToString())
+    head = request.SerializeToString() + wire.content_head(size)
+    with Path(order["path"]).open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as weights:
+        return b"".join((head, memoryview(weights)[:size]))
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group, as from a terminal or systemd: for the parent,
+        signal.signal(number, signal.SIG_IGN)  # which drains first; this process ends when the parent closes its pipe
+    Loader().serve()

@@ -1,0 +1,102 @@
+"""What a Triton server is asked to find out whether it is there, and what its model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import Dialect
+from sidecar.errors import Misused, Reason
+
+PROBE_TIMEOUT_S = 2.0
+PROBE_ID = "lora-sidecar-probe"
+
+
+class Probe:
+    """Asks one server about one model. Every question raises grpc.RpcError when the server does not answer it."""
+
+    def __init__(self, backend: str, address: str, model: str, stub: Any) -> None:
+        self._backend = backend
+        self._address = address
+        self._model = model
+        self._stub = stub
+
+    async def ready(self) -> None:
+        """Return if the model is ready. Raises Misused when the server answers that it is not."""
+        request = service_pb2.ModelReadyRequest(name=self._model)
+        reply = await self._stub.ModelReady(request, timeout=PROBE_TIMEOUT_S)
+        if not reply.ready:
+            raise self._not_ready()
+
+    async def config(self) -> Any:
+        """Return the model's ModelConfig. Raises Misused when the server answers that there is none any more."""
+        request = service_pb2.ModelConfigRequest(name=self._model)
+        try:
+            return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
+        except grpc.aio.AioRpcError as error:
+            if is_silence(error):
+                raise
+            raise self._not_ready(f": {error.details()}") from error
+
+    def _not_ready(self, why: str = "") -> Misused:
+        return Misused(
+            Reason.BACKEND_UNREACHABLE,
+            f"{self._backend}: {self._address} answers, but its model {self._model} is not ready{why}",
+        )
+
+    async def answer_once(self, dialect: Dialect, decoupled: bool, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        """Have the engine answer one token. Raises Misused with its words when it answers with an error."""
+        request = dialect.probe(self._model, PROBE_ID)
+        error = await answer_of(self._stub, request, decoupled, timeout_s)
+        if error is not None:
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE, f"{self._backend} was lost, and does not answer a token yet: {error}"
+            )
+
+
+async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) -> str | None:
+    """Send a small request of ours; return the model's error text, None for an answer.
+
+    Raises grpc.RpcError when the server does not answer.
+
+    A call of its own for each: Triton cancels whole streams.
+    """
+    if not decoupled:
+        try:
+            await stub.ModelInfer(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            if is_silence(error):
+                raise
+            return error.details() or error.code().name
+        return None
+    call = stub.ModelStreamInfer(iter([request]), timeout=timeout_s)
+    try:
+        async for response in call:
+            if response.error_message:
+                return str(response.error_message)
+            if wire.is_final(response.infer_response.parameters):
+                return None
+        return "the stream ended without an answer"
+    finally:
+        call.cancel()
+
+
+def is_silence(error: grpc.aio.AioRpcError) -> bool:
+    """Whether a call ended without a word of the server's own."""
+    return is_late(error) or wire.is_lost(error.code(), error.details() or "")
+
+
+def is_late(error: grpc.RpcError) -> bool:
+    """Whether the server did not answer in time, which a busy one may do once."""
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def words(error: grpc.RpcError) -> str:
+    """Return an error's code and text for people."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)

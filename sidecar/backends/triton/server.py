@@ -1,0 +1,181 @@
+"""One Triton server as it is watched: what it is when it is reached, and whether it still is that, and lives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Any
+
+import grpc
+
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_words
+from sidecar.backends.faults import classify
+from sidecar.backends.pulse import Pulse
+from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
+from sidecar.backends.triton.gauges import Gauges, Scraper
+from sidecar.backends.triton.probe import Probe
+from sidecar.backends.triton.transport import Transport
+from sidecar.core.enums import Fault
+from sidecar.core.events import BackendMeasured
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused
+
+CHANGED = "its model's configuration has changed"
+
+
+@dataclass(frozen=True)
+class Sought:
+    """Which model of which server is meant, and what is declared of it. `adapters_dir` is for models that need one."""
+
+    id: str
+    address: str
+    model: str
+    facts: EngineFacts
+    metrics_url: str | None
+    adapters_dir: AdaptersDir | None
+    progress_timeout_s: float
+
+
+class Server:
+    """The other side of one backend. `stub` is its KServe stub."""
+
+    def __init__(self, sought: Sought, stub: Any, transport: Transport) -> None:
+        self._sought = sought
+        self._transport = transport
+        self._probe = Probe(sought.id, sought.address, sought.model, stub)
+        self._scraper = Scraper(sought.metrics_url, sought.model) if sought.metrics_url else None
+        self._config = b""
+        self._unknown = ""
+        self._caches = 1
+        self._distrusted = False
+        self.decoupled = True
+        self.dialect: Dialect = TensorRtLlm()
+        self.gauges: Gauges | None = None
+        self.pulse = Pulse(sought.progress_timeout_s, monotonic())
+
+    async def close(self) -> None:
+        if self._scraper is not None:
+            await self._scraper.close()
+
+    def detail(self) -> str:
+        """Say what an operator should know of a server that is up."""
+        url = self._sought.metrics_url
+        metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
+        caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
+        known = "" if self.gauges is not None else metrics
+        return f"reached, {self._transport.words}{known}{caches}{self._unknown}"
+
+    @property
+    def _remedy(self) -> str:
+        if self._transport.by_reference:
+            return "weights go along with every request; one instance for each model and one backend for each would not"
+        return "requests meet a cache without their adapter; set instance_group count to 1, or share /dev/shm"
+
+    async def ready(self) -> None:
+        """Return if the model is ready. Raises Misused, grpc.RpcError."""
+        await self._probe.ready()
+
+    async def reach(self) -> EngineFacts:
+        """Find out what the server is. Raises Misused when it cannot be used so, grpc.RpcError when it is away."""
+        await self._probe.ready()
+        config = await self._probe.config()
+        self.dialect = dialect_of(config, self._sought.adapters_dir)
+        self.decoupled = config.model_transaction_policy.decoupled
+        if self._distrusted:
+            await self._probe.answer_once(self.dialect, self.decoupled)
+        found = await self._facts_of(config)
+        declared = replace(self._sought.facts, kind=self.dialect.kind)
+        facts = merge(self._sought.id, declared, found)
+        self.pulse.begin(monotonic())
+        self.gauges = None
+        await self.measure()
+        facts = self._with_gauges(facts)
+        self._config, self._distrusted = config.SerializeToString(deterministic=True), False
+        self._unknown, self._caches = unknown_words(facts), facts.caches
+        return facts
+
+    async def _facts_of(self, config: Any) -> EngineFacts:
+        if not isinstance(self.dialect, TensorRtLlm):
+            return from_llmapi_config()
+        await self._transport.choose()
+        found = from_model_config(config)
+        return self._transport.described(found)
+
+    def _with_gauges(self, facts: EngineFacts) -> EngineFacts:
+        gauges = self._gauges_of_all(facts.caches)
+        return replace(facts, seats=facts.seats or gauges.seats, kv_tokens=facts.kv_tokens or gauges.kv_tokens)
+
+    def _gauges_of_all(self, caches: int) -> Gauges:
+        """Return what all instances take: each has a batch of its own, and the gauges are those of one."""
+        gauges = self.gauges or Gauges()
+        seats, kv_tokens = gauges.seats and gauges.seats * caches, gauges.kv_tokens and gauges.kv_tokens * caches
+        return replace(gauges, seats=seats, kv_tokens=kv_tokens, kv_used=gauges.kv_used if caches == 1 else None)
+
+    def measured(self) -> BackendMeasured | None:
+        """Return how much the engine takes and how full it is, None where that is not known."""
+        if self.gauges is None:
+            return None
+        gauges, facts = self._gauges_of_all(self._caches), self._sought.facts
+        return BackendMeasured(
+            self._sought.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
+        )
+
+    async def measure(self) -> bool:
+        """Read the gauges; return whether they say that the engine has restarted."""
+        gauges = None if self._scraper is None else await self._scraper.scrape()
+        if gauges is None:
+            return False
+        restarted = self.pulse.counted(gauges.iterations, monotonic()) and self._caches == 1
+        self.gauges = gauges
+        return restarted
+
+    async def changed(self) -> bool:
+        """Whether the model's configuration is another than when it was reached. Raises Misused, grpc.RpcError."""
+        config = await self._probe.config()
+        return bool(config.SerializeToString(deterministic=True) != self._config)
+
+    async def look(self) -> str | None:
+        """Return why a server that is up must be taken for a new one, None if it need not. Raises grpc.RpcError."""
+        restarted = await self.measure()
+        try:
+            await self._probe.ready()
+            changed = await self.changed()
+        except Misused as unready:
+            return unready.message
+        self.pulse.seen(monotonic())
+        if restarted:
+            return "it has restarted: its iteration counter went back"
+        return CHANGED if changed else None
+
+    async def hangs(self) -> bool:
+        """Whether an engine that has been silent for too long, with something in flight, hangs.
+
+        One whose steps are counted makes none. One of which that is not known may be busy with one long answer that
+        comes all at once: it is asked for a token of its own.
+        """
+        if not self.pulse.is_still(monotonic()):
+            return False
+        if not self.pulse.is_counted and await self.answers(self._sought.progress_timeout_s):
+            self.pulse.heard(monotonic())
+            return False
+        return True
+
+    def distrust(self) -> None:
+        """Trust it again only when it has answered a token: it was lost."""
+        self._distrusted = True
+
+    async def steps(self) -> int | None:
+        """Return how many steps the engine has made, None where its metrics do not say or cannot be had."""
+        gauges = None if self._scraper is None else await self._scraper.scrape()
+        return None if gauges is None else gauges.iterations
+
+    async def answers(self, within_s: float) -> bool:
+        """Whether the engine answers when it is asked for a token."""
+        try:
+            await self._probe.answer_once(self.dialect, self.decoupled, within_s)
+        except Misused as said:
+            return classify(said.message) is not Fault.LOST  # any other error is an answer
+        except grpc.RpcError:
+            return False
+        return True

@@ -1,0 +1,261 @@
+"""Runs at a Triton server: a pool of streams with one live request each, and unary calls.
+
+Triton cancels whole streams, and `ensemble` has no `stop` input: so a stream carries one live request, is used again
+after a clean end, and is cancelled when its client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from sidecar.backends import faults
+from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.quoting import wrote_in
+from sidecar.backends.triton import wire
+from sidecar.backends.triton.dialects import Dialect
+from sidecar.core.effects import Dispatch
+from sidecar.core.enums import Fault
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+
+IDLE_STREAMS_MAX = 256
+END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
+
+def as_they_are(message: bytes) -> bytes:
+    return message
+
+
+class EngineGone(Exception):
+    """A server's words on a request, which may mean that its model or its process is gone, or another."""
+
+
+class StreamPool:
+    """Open `ModelStreamInfer` calls that nobody uses at the moment, by client metadata."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._method: Any = channel.stream_stream(
+            f"{wire.SERVICE}/ModelStreamInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+        )
+        self._idle: deque[Any] = deque()
+
+    def take(self) -> Any:
+        """Return an idle stream, or a new one."""
+        while self._idle:
+            call = self._idle.pop()
+            if not call.done():
+                return call
+        return self._method()
+
+    def give_back(self, call: Any) -> None:
+        """Keep a stream that ended its request cleanly."""
+        if not call.done() and len(self._idle) < IDLE_STREAMS_MAX:
+            self._idle.append(call)
+        else:
+            call.cancel()
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().cancel()
+
+
+class Run:
+    """One dispatched request on its way through the engine.
+
+    `heard` is called with each response, so that the backend knows that the engine lives; `broken` when the wire broke
+    or the engine's words say that it is gone, and says whether the backend's loss ends this run; it is told whether the
+    answer has begun.
+    """
+
+    def __init__(
+        self,
+        effect: Dispatch,
+        ticket: Ticket,
+        post: Callable[[Event], None],
+        heard: Callable[[int, int], None],
+        broken: Callable[[str, bool], Any],
+        dialect: Dialect,
+        model: str = "",
+    ) -> None:
+        self.effect = effect
+        self.ticket = ticket
+        self._payload = ticket.payload
+        """The ticket's own is gone once the request is settled."""
+        self.tokens = 0
+        self.cancelled = False
+        self.waits_for_client = False
+        self._work: asyncio.Task[Any] | None = None
+        self._post = post
+        self._heard = heard
+        self._broken = broken
+        self._call: Any = None
+        self._dialect = dialect
+        self._model = wire.model_field(model) if model else b""
+        self.owner = b""
+        """What names the replica that sends it."""
+        self.attached = b""
+        """What names its weights, where they go along."""
+        self.engine_id = f"{effect.request}.{effect.attempt}"
+        """The id that the engine sees: clients' ids may collide, ours do not."""
+        self._wire_id = wire.id_field(self.engine_id)
+
+    def message(self, stream: bool) -> bytes:
+        fragment = self._dialect.fragment(self.engine_id, self.effect, self._payload.raw, stream)
+        head = self._payload.head_for(self._dialect.kind)
+        assert isinstance(head, bytes), "a request in HTTP's form for a gRPC server"
+        return head + self._model + fragment + self.owner + self.attached
+
+    def refused(self) -> bool:
+        """Whether the request was written for another kind of model, as may be where this one was not known yet."""
+        kinds = self._payload.kinds
+        if self._dialect.kind in kinds:
+            return False
+        text = f"the request is for a model of kind {' or '.join(kinds)} and this one is {self._dialect.kind}"
+        self._failed(Fault.REJECTED, f"{text}; send it again")
+        return True
+
+    def cancel(self) -> None:
+        """Stop the run: the engine frees its seat when its stream is cancelled.
+
+        The task is cancelled too: a read or write that was under way when its call is cancelled may never return, and
+        a client that is gone takes nothing from the ticket any more.
+        """
+        self.cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+        if self._work is not None:
+            self._work.cancel()
+
+    def abandon(self) -> None:
+        """End a run that was cancelled."""
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    async def stream(self, pool: StreamPool) -> None:
+        """Run on a stream of the pool. Raises CancelledError when it is cancelled."""
+        self._work = asyncio.current_task()
+        call = self._call = pool.take()
+        try:
+            await call.write(self.message(stream=True))
+            while True:
+                raw = await call.read()
+                if raw is END_OF_STREAM:
+                    await self._stream_closed(call)
+                    return
+                if self._take(raw):
+                    break
+                if not self.ticket.has_room:
+                    await self._room()
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            await self._wire_broke(error)
+        except EngineGone as gone:
+            pool.give_back(call)
+            await self._ended_with(None, str(gone))
+        else:
+            if self.cancelled:
+                call.cancel()
+            else:
+                pool.give_back(call)
+
+    async def _room(self) -> None:
+        """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
+        self.waits_for_client = True
+        await self.ticket.room()
+        self.waits_for_client = False
+        self._heard(self.effect.request, 0)
+
+    def _take(self, raw: bytes) -> bool:
+        """Deliver one response; return whether it was the last. What comes after a cancel is nobody's any more."""
+        if self.cancelled:
+            raise asyncio.CancelledError
+        if self.tokens and wire.is_one_of_many(raw, self._wire_id):
+            self.tokens += 1
+            self._heard(self.effect.request, 1)
+            self.ticket.deliver(Reply(raw, None, False))
+            return False
+        message = wire.ModelStreamInferResponse.FromString(raw)
+        response = message.infer_response
+        if response.id not in ("", self.engine_id):
+            self._heard(self.effect.request, 0)
+            return False  # the stream's earlier request had more to say than its end
+        if message.error_message:
+            self._heard(self.effect.request, 0)
+            fault = self._fault(message.error_message)
+            if self._doubts_engine(fault):
+                raise EngineGone(message.error_message)
+            self._failed(fault, message.error_message)
+            return True
+        tokens, final = wire.output_tokens(response), wire.is_final(response.parameters)
+        is_first = tokens > 0 and self.tokens == 0
+        self.tokens += tokens
+        self._heard(self.effect.request, tokens)
+        self.ticket.deliver(Reply(raw, response, final))  # before the core hears of it: the client is served first
+        if final:
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+        elif is_first:
+            self._post(FirstToken(self.effect.request, self.effect.attempt))
+        return final
+
+    async def unary(self, channel: grpc.aio.Channel) -> None:
+        """Run as one `ModelInfer` call. Raises CancelledError when it is cancelled."""
+        self._work = asyncio.current_task()
+        method = channel.unary_unary(
+            f"{wire.SERVICE}/ModelInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+        )
+        call = self._call = method(self.message(stream=False))
+        try:
+            raw = await call
+        except grpc.RpcError as error:
+            await self._wire_broke(error)
+        else:
+            if self.cancelled:
+                self.abandon()
+                return
+            response = wire.ModelInferResponse.FromString(raw)
+            self.tokens = wire.output_tokens(response)
+            self._heard(self.effect.request, self.tokens)
+            self.ticket.deliver(Reply(raw, response, True))
+            self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    async def _stream_closed(self, call: Any) -> None:
+        code = await call.code()
+        if self.cancelled:
+            self.abandon()
+            return
+        text = await call.details() or f"the stream ended with {code.name} before the answer was complete"
+        await self._ended_with(code, text)
+
+    async def _wire_broke(self, error: Exception) -> None:
+        if self.cancelled:
+            self.abandon()
+        elif isinstance(error, grpc.aio.AioRpcError):
+            await self._ended_with(error.code(), error.details() or error.code().name)
+        else:
+            await self._stream_closed(self._call)
+
+    async def _ended_with(self, code: grpc.StatusCode | None, text: str) -> None:
+        fault = self._fault(text, code)
+        if self._doubts_engine(fault) and await self._broken(text, self.tokens > 0):
+            return  # the loss of the backend ends this run too
+        self._failed(fault, text, code)
+
+    def _fault(self, text: str, code: grpc.StatusCode | None = None) -> Fault:
+        wrote = wrote_in(self._payload.head_for(self._dialect.kind))
+        fault = faults.classify(text, wrote)
+        is_lost = fault is Fault.REJECTED and code is not None and wire.is_lost(code, text, wrote)
+        return Fault.LOST if is_lost else fault
+
+    def _doubts_engine(self, fault: Fault) -> bool:
+        """Whether an error may mean another engine: one that was put in its place has no adapters yet, or refuses the
+        weights that go along.
+        """
+        return fault in (Fault.LOST, Fault.MISS) or (fault is Fault.REJECTED and bool(self.attached))
+
+    def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:
+        if code is not None:
+            self.ticket.rejected_with = code
+        self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))

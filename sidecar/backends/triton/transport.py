@@ -1,0 +1,146 @@
+"""How packed weights get to one Triton server: named where they lie in shared memory, or in a gRPC message."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import grpc
+
+from sidecar.adapters.shared_memory import DIRECTORY, Mount
+from sidecar.backends.api import Weights
+from sidecar.backends.triton.sharing import RegionRefused, SharedBlobs
+from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
+from sidecar.errors import Misused, Reason
+
+logger = logging.getLogger(__name__)
+
+Wanted = Literal["auto", "grpc", "shared_memory"]
+REMEDY = (
+    "run the engine and the sidecar on one machine with one /dev/shm (docker: --ipc, Kubernetes: a shared emptyDir of "
+    "medium Memory), or set weights_transport: grpc"
+)
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Where the store's blobs lie: in `mount`, or, where that is None, somewhere else, and `why_not` says why."""
+
+    mount: Mount | None = None
+    why_not: str = "the store is not in shared memory"
+
+
+NOT_SHARED = SharedMemory()
+
+
+def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedMemory:
+    """Take part in a shared-memory mount, if it has room for so much after what the dead have left is removed."""
+    try:
+        mount = Mount(directory)
+        freed = mount.sweep()
+        free = mount.free_bytes
+    except OSError as error:
+        return SharedMemory(why_not=f"{directory} cannot be used: {error.strerror or error}")
+    if freed:
+        logger.info("%s: removed %s bytes that processes which live no more had left", directory, freed)
+    if free >= size_bytes:
+        return SharedMemory(mount)
+    mount.close()
+    return SharedMemory(
+        why_not=f"{directory} has {free} bytes free and store.memory_bytes is {size_bytes}; give it more (docker "
+        "--shm-size, Kubernetes: sizeLimit of an emptyDir of medium Memory) or lower store.memory_bytes"
+    )
+
+
+class Transport:
+    """The way to one server, chosen anew whenever it is reached. `words` says for people what was chosen and why."""
+
+    def __init__(self, backend: str, wanted: Wanted, memory: SharedMemory, stub: object) -> None:
+        self.words = ""
+        self._backend = backend
+        self._wanted = wanted
+        self._why_not = memory.why_not
+        mount = None if wanted == "grpc" else memory.mount
+        self._shared = None if mount is None else SharedBlobs(backend, stub, mount)
+        self._by_reference = False
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether weights are named instead of sent."""
+        return self._by_reference
+
+    def described(self, facts: EngineFacts) -> EngineFacts:
+        """Add to an engine's facts how its weights get there."""
+        limit = None if self._by_reference else MESSAGE_BYTES_MAX
+        return replace(facts, by_reference=self._by_reference, message_bytes_max=limit)
+
+    async def choose(self) -> None:
+        """Find out what the server, just reached, can do.
+
+        Raises Misused when shared memory is wanted and not to be had, grpc.RpcError when the server does not answer.
+        """
+        if self._wanted == "grpc":
+            self._choose(False, "weights by gRPC, as configured")
+            return
+        try:
+            await self._find_out()
+        except RegionRefused as refused:
+            self._refused(str(refused))
+        else:
+            self._choose(True, "weights by shared memory")
+
+    async def _find_out(self) -> None:
+        if self._shared is None:
+            raise RegionRefused(self._why_not)
+        await self._shared.probe()
+        await self._shared.settle()  # only now: what is not of this mount is not ours to clear away
+
+    def _refused(self, why: str) -> None:
+        if self._wanted == "shared_memory":
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE, f"{self._backend}: no shared memory with the engine: {why}; {REMEDY}"
+            )
+        self._choose(False, f"weights by gRPC: {why}")
+
+    def _choose(self, by_reference: bool, words: str) -> None:
+        self._by_reference = by_reference
+        if words != self.words:
+            self.words = words
+            logger.info("%s: %s", self._backend, words)
+
+    async def refer(self, weights: Weights) -> str | None:
+        """Return the region that weights are in, None when they must be sent.
+
+        Raises Misused when the server refuses the region and shared memory is wanted.
+        """
+        if not self._by_reference or self._shared is None or not self._shared.has(weights.path):
+            return None
+        try:
+            return await self._shared.refer(weights.path, weights.size_bytes)
+        except RegionRefused as refused:
+            self._refused(str(refused))
+        except grpc.RpcError as error:
+            logger.warning("%s did not answer to a registration: %s", self._backend, error)
+        return None
+
+    def doubt(self) -> None:
+        """Have every region registered anew: the server does not know one."""
+        if self._shared is not None:
+            self._shared.doubt()
+
+    async def forget(self, region: str) -> None:
+        """Return when the server refers to a region no more. Raises grpc.RpcError when it does not answer."""
+        if self._shared is not None:
+            await self._shared.forget(region)
+
+    def lost(self, region: str) -> None:
+        """The server is gone: what it had is cleared away when it is back."""
+        if self._shared is not None:
+            self._shared.lost(region)
+
+    async def close(self) -> None:
+        """Unregister all. Raises grpc.RpcError when the server does not answer."""
+        if self._shared is not None:
+            await self._shared.close()

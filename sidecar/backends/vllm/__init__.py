@@ -1,0 +1,1 @@
+"""The backend kind `vllm`: vLLM's OpenAI server."""

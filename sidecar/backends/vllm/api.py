@@ -1,0 +1,171 @@
+"""What vLLM's OpenAI server is asked beside generating, and what its answers mean (texts of 0.32 and 0.33)."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.backends.faults import Wrote, nobody_wrote
+from sidecar.core.enums import Fault
+from sidecar.errors import Misused, Reason
+
+PROBE_TIMEOUT_S = 5.0
+OLDEST = (0, 32)
+"""In older ones a load under traffic could serve another adapter's weights (vllm#47724)."""
+NO_SUCH_MODEL = re.compile(r"The model `.*` does not exist")
+ALREADY = "has already been loaded"
+DEAD = "EngineCore encountered an issue"
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the metrics say: steps so far, KV tokens in all and in use, adapter slots, when the process began.
+
+    None for what is not published.
+    """
+
+    steps: int | None = None
+    kv_tokens: int | None = None
+    kv_used: int | None = None
+    slots: int | None = None
+    started_at: float | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base model as it is called there, its longest sequence, and the adapters by name with their folders."""
+
+    base: str
+    sequence_tokens_max: int | None
+    adapters: dict[str, str]
+
+
+class VllmApi:
+    """One server. Every question raises httpx.HTTPError when it is not answered."""
+
+    def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
+        self._backend = backend
+        self._client = client
+
+    async def healthy(self) -> None:
+        """Return if the engine lives. Raises Misused when the server answers that it does not."""
+        reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
+        if reply.status_code != httpx.codes.OK:
+            raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
+
+    async def version(self) -> str:
+        """Return the server's version. Raises Misused for what is no vLLM."""
+        reply = await self._client.get("/version", timeout=PROBE_TIMEOUT_S)
+        try:
+            return str(reply.json()["version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE, f"{self._backend}: /version answers {reply.status_code}: this is no vLLM"
+            ) from error
+
+    async def models(self) -> Served:
+        """Return what is served. Raises Misused when the answer is not vLLM's."""
+        reply = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
+        try:
+            entries = reply.json()["data"]
+            bases = [entry for entry in entries if not entry.get("parent")]
+            adapters = {entry["id"]: str(entry.get("root") or "") for entry in entries if entry.get("parent")}
+            return Served(bases[0]["id"], bases[0].get("max_model_len"), adapters)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise Misused(
+                Reason.BACKEND_UNREACHABLE,
+                f"{self._backend}: /v1/models answers {reply.status_code}: {reply.text[:200]}",
+            ) from error
+
+    async def measures(self) -> Measures:
+        """Return what the metrics say; nothing when there are none, which is no reason to call the engine lost."""
+        try:
+            reply = await self._client.get("/metrics", timeout=PROBE_TIMEOUT_S)
+            reply.raise_for_status()
+            return parse(reply.text)
+        except (httpx.HTTPError, ValueError):
+            return Measures()
+
+    async def load(self, name: str, path: str, timeout_s: float, epoch: int = 0) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": path}
+        headers = epoch_header(epoch)
+        return await self._client.post("/v1/load_lora_adapter", json=body, headers=headers, timeout=timeout_s)
+
+    async def unload(self, name: str, timeout_s: float) -> httpx.Response:
+        return await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout_s)
+
+    async def answer_once(self, model: str, timeout_s: float) -> None:
+        """Have the engine answer one token; an error of its own is an answer too. Raises httpx.HTTPError."""
+        body = {"model": model, "prompt": "a", "max_tokens": 1}
+        await self._client.post("/v1/completions", json=body, timeout=timeout_s)
+
+
+def parse(text: str) -> Measures:
+    """Pick what is used out of a scrape. Raises ValueError for what is no scrape."""
+    wanted = ("vllm:", "process_start_time_seconds")
+    lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted)) + "\n"
+    samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
+    found: dict[str, float] = {}
+    kv_tokens = None
+    newest, slots = 0.0, None
+    for sample in samples:
+        found[sample.name] = sample.value
+        if sample.name.startswith("vllm:cache_config_info"):
+            kv_tokens = _kv_tokens(sample.labels)
+        if sample.name.startswith("vllm:lora_requests_info") and sample.value >= newest:
+            newest, slots = sample.value, _whole(sample.labels.get("max_lora"))
+    usage = found.get("vllm:kv_cache_usage_perc")
+    steps = found.get("vllm:iteration_tokens_total_count")
+    return Measures(
+        steps=None if steps is None else int(steps),
+        kv_tokens=kv_tokens,
+        kv_used=None if usage is None or kv_tokens is None else int(usage * kv_tokens),
+        slots=slots or None,
+        started_at=found.get("process_start_time_seconds"),
+    )
+
+
+def _kv_tokens(labels: dict[str, str]) -> int | None:
+    blocks, size = _whole(labels.get("num_gpu_blocks")), _whole(labels.get("block_size"))
+    return blocks * size if blocks and size else None
+
+
+def _whole(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a version is older than what can be trusted with a load under traffic; what cannot be read is not."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST
+
+
+def epoch_header(epoch: int) -> dict[str, str]:
+    """Return what tells an engine's log under which epoch a replica sent a request; nothing where there is one only."""
+    return {"x-lora-epoch": str(epoch)} if epoch else {}
+
+
+def message_of(body: bytes) -> str:
+    """Return an error body's own words."""
+    try:
+        record: Any = json.loads(body)
+        return str(record["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:500].decode(errors="replace")
+
+
+def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
+    """Return what an error of a generating request means. A 5xx says nothing of the engine's health by itself, a 4xx
+    nothing at all.
+    """
+    is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and DEAD in text and not wrote(DEAD)
+    if is_dead or status == httpx.codes.SERVICE_UNAVAILABLE:
+        return Fault.LOST
+    if status == httpx.codes.NOT_FOUND and NO_SUCH_MODEL.search(text):
+        return Fault.MISS
+    return Fault.REJECTED

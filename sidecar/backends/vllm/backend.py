@@ -1,0 +1,269 @@
+"""The backend kind `vllm`: vLLM's OpenAI server, over HTTP/1.1 connections that are kept.
+
+An adapter is a folder of its own for each version, on a file system that the engine sees, and a name that says which:
+`sql@3f0c2e9a1b7d`. Names are loaded before requests use them and unloaded before their files go: an engine that finds
+the files of a registered name gone dies of it. Changed files at a path that it has seen give wrong answers out of its
+prefix cache, so nothing is ever loaded in place, nor are two contents from one path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.api import HttpForm, Ticket, Weights
+from sidecar.backends.credentials import open_http_client
+from sidecar.backends.endpoint import Endpoint
+from sidecar.backends.engine_facts import unknown_words
+from sidecar.backends.pulse import Pulse
+from sidecar.backends.triton.dialects import VLLM
+from sidecar.backends.triton.loads import LoadResult
+from sidecar.backends.vllm.api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
+from sidecar.backends.vllm.run import VllmRun
+from sidecar.core.effects import Dispatch, Load
+from sidecar.core.events import BackendMeasured
+from sidecar.core.facts import EngineFacts
+from sidecar.errors import Misused, Reason
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
+KEEP_S = 2.0
+"""vLLM's server closes a connection that was idle for 5 s: ours must be given up before."""
+UNLOAD_TIMEOUT_S = 30.0
+FORGET_AGAIN_S = 0.05
+DIGEST_CHARACTERS = 12
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """How to reach and watch one server. `base_model` is the name to ask it by, if not the first that it lists."""
+
+    id: str
+    address: str
+    adapters_dir: AdaptersDir | None
+    facts: EngineFacts = field(default_factory=EngineFacts)
+    tls: dict[str, str] | None = None
+    api_key_file: str | None = None
+    old_versions: bool = False
+    watch_interval_s: float = 1.0
+    progress_timeout_s: float = 30.0
+    load_timeout_s: float = 120.0
+
+    @property
+    def look_s(self) -> float:
+        """Seconds between two looks: several in the time after which silence is a fault."""
+        return min(self.watch_interval_s, self.progress_timeout_s / 4)
+
+
+class VllmBackend(Endpoint):
+    """One vLLM server."""
+
+    WIRE_ERRORS = (httpx.HTTPError,)
+    streams = True
+
+    def __init__(self, options: VllmOptions) -> None:
+        pulse = Pulse(options.progress_timeout_s, monotonic())
+        super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, pulse)
+        self.options = options
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        self._client = open_http_client(options.address, options.tls, options.api_key_file, timeout, KEEP_S)
+        self._api = VllmApi(options.id, self._client)
+        self._base = ""
+        self._version = ""
+        self._unknown = ""
+        self._distrusted = False
+        self._registered: dict[str, str] = {}
+        """The engine's name of each packed key that is registered there."""
+        self._others = 0
+        self._seen = Measures()
+
+    # Reaching and looking.
+
+    async def _reach(self) -> EngineFacts:
+        await self._api.healthy()
+        self._version = await self._api.version()
+        if is_too_old(self._version) and not self.options.old_versions:
+            raise Misused(
+                Reason.CONFIG_INVALID,
+                f"{self.id}: vLLM {self._version} can answer with another adapter's weights while one is loaded "
+                "(vllm#47724); upgrade to 0.32 or newer, or set old_versions: true to use it all the same",
+            )
+        served = await self._api.models()
+        self._base = served.base
+        await self._clear_away(served.adapters)
+        self._seen = await self._api.measures()
+        if self._distrusted or not (self.options.facts.device_pages or self._seen.slots):
+            await self._api.answer_once(self._base, self._patience_s)
+            self._seen = await self._api.measures()  # how many adapters it runs is said from the first answer on
+        self.pulse.begin(monotonic())
+        self.pulse.counted(self._seen.steps, monotonic())
+        self._distrusted = False
+        facts = self._facts(served)
+        self._unknown = unknown_words(facts)
+        return facts
+
+    def _facts(self, served: Served) -> EngineFacts:
+        """Return what is declared, filled in with what the server says. A page is one adapter here."""
+        declared, seen = self.options.facts, self._seen
+        slots = declared.device_pages or seen.slots
+        return replace(
+            declared,
+            kind=VLLM,
+            models=(served.base,),
+            device_pages=slots,
+            host_pages=declared.host_pages or slots,
+            kv_tokens=declared.kv_tokens or seen.kv_tokens,
+            sequence_tokens_max=declared.sequence_tokens_max or served.sequence_tokens_max,
+        )
+
+    async def _clear_away(self, adapters: dict[str, str]) -> None:
+        """Forget names that went with a restart, and have those forgotten whose files are no longer there."""
+        self._registered = {key: name for key, name in self._registered.items() if name in adapters}
+        ours = set(self._registered.values())
+        self._others = 0
+        for name, path in adapters.items():
+            if name in ours:
+                continue
+            if await asyncio.to_thread(self._is_gone, path):
+                logger.info("%s: unloading %s, whose files have gone", self.id, name)
+                await self._api.unload(name, UNLOAD_TIMEOUT_S)
+            else:
+                self._others += 1
+
+    def _is_gone(self, engine_path: str) -> bool:
+        """Whether the engine was told of a folder in the shared place that is not there any more."""
+        place = self.options.adapters_dir
+        if place is None or not engine_path.startswith(place.engine.rstrip("/") + "/"):
+            return False
+        return not (place.ours / Path(engine_path).name).is_dir()
+
+    async def _look(self) -> str | None:
+        await self._api.healthy()
+        self.pulse.seen(monotonic())
+        before, self._seen = self._seen, await self._api.measures()
+        went_back = self.pulse.counted(self._seen.steps, monotonic())
+        if went_back or (before.started_at and self._seen.started_at and self._seen.started_at != before.started_at):
+            return "it has restarted"
+        return None
+
+    async def _hangs(self) -> bool:
+        if not self.pulse.is_still(monotonic()):
+            return False
+        if not self.pulse.is_counted and await self._answers(self._patience_s):
+            self.pulse.heard(monotonic())
+            return False
+        return True
+
+    async def _steps(self) -> int | None:
+        return (await self._api.measures()).steps
+
+    async def _answers(self, within_s: float) -> bool:
+        try:
+            await self._api.answer_once(self._base, within_s)
+        except httpx.HTTPError:
+            return False
+        return True
+
+    async def _look_after(self, text: str) -> None:
+        try:
+            await self._api.healthy()
+        except (httpx.HTTPError, Misused):
+            if self._up:
+                self._lose(text)
+
+    def _measures(self) -> BackendMeasured | None:
+        facts, seen = self.options.facts, self._seen
+        if seen.kv_tokens is None:
+            return None
+        return BackendMeasured(self.id, facts.seats, facts.kv_tokens or seen.kv_tokens, seen.kv_used)
+
+    def _describe(self) -> str:
+        others = f"; {self._others} adapters that others loaded are left alone" if self._others else ""
+        return f"reached, vLLM {self._version}, {len(self._registered)} adapters registered{others}{self._unknown}"
+
+    # Runs.
+
+    def _begin(self, effect: Dispatch, ticket: Ticket) -> VllmRun:
+        form = ticket.payload.head_for(VLLM)
+        assert isinstance(form, HttpForm), "a request in gRPC's form for an HTTP server"
+        name = self._registered.get(effect.packed_key, _name(effect)) if effect.packed_key else self._base
+        return VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke)
+
+    async def _go(self, run: VllmRun, weights: Weights | None) -> None:
+        await run.go(self._client)
+
+    # Loads.
+
+    async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
+        await weights.ready()
+        place = self.options.adapters_dir
+        assert place is not None, "an adapter for a server without a shared folder"
+        name = self._registered.setdefault(effect.packed.key, _name(effect))
+        self._load_sent(effect.load)
+        try:
+            path = place.engine_path(effect.packed.key)
+            reply = await self._api.load(name, path, self.options.load_timeout_s, effect.epoch)
+        except httpx.TimeoutException:
+            text = f"the engine did not take the adapter within {self.options.load_timeout_s:g} s"
+            return LoadResult(text, unanswered=True)
+        except httpx.HTTPError as error:
+            return LoadResult(self._words(error), lost=True)
+        text = message_of(reply.content)
+        if reply.status_code == httpx.codes.OK or ALREADY in text:
+            return LoadResult(None)
+        self._registered.pop(effect.packed.key, None)
+        return LoadResult(text, lost=DEAD in text or reply.status_code == httpx.codes.SERVICE_UNAVAILABLE)
+
+    async def forget(self, key: str) -> None:
+        while self._up and key in self._registered:
+            try:
+                await self._api.unload(self._registered[key], UNLOAD_TIMEOUT_S)  # a 404 says that it is gone already
+            except httpx.HTTPError as error:
+                logger.info("%s does not forget %s yet: %s", self.id, key, self._words(error))
+                await asyncio.sleep(FORGET_AGAIN_S)
+            else:
+                break
+        self._registered.pop(key, None)
+
+    def register_regions(self) -> None:
+        """There are none."""
+
+    async def call(self, verb: str, request: Any) -> Any:
+        """Never asked: the verbs are Triton's."""
+        raise NotImplementedError(f"{self.id} is a vLLM, which has no {verb}")
+
+    async def _leave(self) -> None:
+        await self._unload_all()
+        await self._client.aclose()
+
+    async def _unload_all(self) -> None:
+        """Have the server forget what it would look for in vain: the files go with this process."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                for name in self._registered.values():
+                    await self._api.unload(name, CLOSE_TIMEOUT_S)
+        except (httpx.HTTPError, TimeoutError) as error:
+            logger.info("%s was not told to forget its adapters: %s", self.id, self._words(error))
+
+    def _was_lost(self) -> None:
+        self._distrusted = True  # until it has answered a token
+
+    @staticmethod
+    def _is_late(error: Exception) -> bool:
+        return isinstance(error, httpx.TimeoutException)
+
+
+def _name(effect: Load | Dispatch) -> str:
+    """Return the engine's name for a version: its content says which, its name is for people."""
+    key = effect.packed.key if isinstance(effect, Load) else effect.packed_key
+    generation = key.rpartition(".g")[2]
+    suffix = "" if generation == "0" else f".g{generation}"
+    return f"{effect.name}@{effect.digest[:DIGEST_CHARACTERS]}{suffix}"

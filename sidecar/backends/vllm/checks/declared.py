@@ -1,0 +1,181 @@
+"""What vLLM was started with: what its metrics say of it, what is declared, and what follows where neither does.
+
+Slots are its `max_loras`, the adapters that it keeps in memory its `max_cpu_loras`, seats its `max_num_seqs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
+from sidecar.backends.vllm.api import Measures
+from sidecar.backends.vllm.checks.look import VllmLook
+from sidecar.core.config import CoreConfig
+from sidecar.core.facts import Adapter, EngineFacts
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as its max_lora_rank."""
+ADAPTERS_FIX = "config.yaml: adapters_dir: PATH   (or {ours: PATH here, engine: PATH in the engine's container})"
+SLOTS_FIX = "config.yaml: engine: {device_pages: the engine's --max-loras}"
+MEMORY_FIX = "config.yaml: engine: {host_pages: the engine's --max-cpu-loras}"
+SEATS_FIX = "config.yaml: engine: {seats: the engine's --max-num-seqs}"
+RANK_FIX = "config.yaml: engine: {rank_max: the engine's --max-lora-rank}"
+SLOTS_UNKNOWN = (
+    "how many adapters run at once (max_loras) is not declared, and vLLM says it only after its first request: until "
+    "then it is learned, from one at a time"
+)
+RANK_UNKNOWN = (
+    "the largest rank (max_lora_rank) is neither declared nor published: an adapter of a larger one fails when it is "
+    "loaded, instead of being refused when it is registered"
+)
+SIZES_UNKNOWN = (
+    "the sizes of its base model are not known: vLLM takes an adapter of smaller ones in silence and answers wrongly, "
+    "and here it is not refused either"
+)
+SIZES_FIX = "config.yaml: base_model: {name: …, config: the folder of the model}"
+
+
+def sizes_unknown(backends: Iterable[str]) -> str:
+    """Say of backends that no adapter's sizes can be checked for them."""
+    return f"{', '.join(backends)}: {SIZES_UNKNOWN}; {_key(SIZES_FIX)}"
+
+
+def undeclared(facts: EngineFacts, has_folder: bool) -> Iterator[str]:
+    """Yield what a configuration does not say of a vLLM, what follows, and the key that says it."""
+    if not has_folder:
+        yield f"no folder is shared with the engine, so it serves its base model only; {_key(ADAPTERS_FIX)}"
+    if facts.device_pages is None:
+        yield f"{SLOTS_UNKNOWN}; {_key(SLOTS_FIX)}"
+    if facts.host_pages is None:
+        yield f"{_memory_unknown(facts.device_pages)}; {_key(MEMORY_FIX)}"
+    if facts.seats is None:
+        yield f"{_seats_unknown()}; {_key(SEATS_FIX)}"
+    if facts.rank_max is None:
+        yield f"{RANK_UNKNOWN}; {_key(RANK_FIX)}"
+
+
+def _key(fix: str) -> str:
+    return f"backends[].{fix.removeprefix('config.yaml: ')}"
+
+
+def _memory_unknown(slots: int | None) -> str:
+    return f"max_cpu_loras is not declared, so it is taken for max_loras{f', {slots}' if slots else ''}, as vLLM does"
+
+
+def _seats_unknown() -> str:
+    core = CoreConfig()
+    sent = core.seats_default + int(core.seats_default * core.seat_slack)
+    return (
+        f"max_num_seqs is neither declared nor published: at most {sent} requests are sent at once, whatever it takes"
+    )
+
+
+async def metrics(look: VllmLook) -> Finding:
+    """Whether steps and KV are published."""
+    found = await look.api.measures()
+    if found == Measures():
+        return warning(
+            "/metrics has none of vLLM's: KV size is not known, and an engine that hangs or restarts is noticed late",
+            "vllm serve without --disable-log-stats, and have a proxy pass /metrics on",
+        )
+    kv_tokens = look.facts.kv_tokens or found.kv_tokens
+    text = f"{kv_tokens} KV tokens, {found.steps} steps so far"
+    if found.steps is None:
+        return warning(
+            "steps are not counted (vllm:iteration_tokens_total), so an engine that hangs is noticed late",
+            "vllm serve without --disable-log-stats",
+        )
+    if kv_tokens is None:
+        return warning(
+            f"{found.steps} steps so far; KV size is not published (vllm:cache_config_info), so it is not bounded what "
+            "is sent",
+            "config.yaml: engine: {kv_tokens: the engine's KV blocks × tokens a block}",
+        )
+    return ok(text)
+
+
+async def slots(look: VllmLook) -> Finding:
+    """Whether its slots are those that are declared; its metrics say so after its first request."""
+    return judged_slots(look.facts.device_pages, (await look.api.measures()).slots)
+
+
+def judged_slots(declared: int | None, found: int | None) -> Finding:
+    """Judge max_loras: what is declared against what is published."""
+    if declared is None and found is None:
+        return warning(SLOTS_UNKNOWN, SLOTS_FIX)
+    if declared is None:
+        return warning(
+            f"max_loras is {found}, and not declared: after a restart of the engine it is learned anew, from one "
+            "adapter at a time",
+            f"config.yaml: engine: {{device_pages: {found}}}",
+        )
+    if found is None:
+        return ok(f"{declared} declared (max_loras); the engine has not said it yet")
+    if declared > found:
+        return failed(
+            f"max_loras is {found} and {declared} are declared: requests of more adapters than it runs wait inside the "
+            "engine, where nothing bounds their wait",
+            f"config.yaml: engine: {{device_pages: {found}}}, or vllm serve --max-loras {declared}",
+        )
+    if declared < found:
+        return warning(
+            f"max_loras is {found} and {declared} are declared: {found - declared} slots are never used",
+            f"config.yaml: engine: {{device_pages: {found}}}",
+        )
+    return ok(f"{found} (max_loras), as declared")
+
+
+async def memory(look: VllmLook) -> Finding:
+    """How many adapters it keeps in memory, and whether those to be served are more."""
+    found = look.facts.device_pages or (await look.api.measures()).slots
+    return judged_memory(look.facts.host_pages, found, look.target.served)
+
+
+def judged_memory(declared: int | None, slots: int | None, served: tuple[Adapter, ...]) -> Finding:
+    """Judge max_cpu_loras, which no metric has."""
+    if declared is not None and slots is not None and declared < slots:
+        return failed(
+            f"{declared} are declared (max_cpu_loras) and max_loras is {slots}: vLLM does not start with fewer",
+            MEMORY_FIX,
+        )
+    kept = declared or slots
+    text = f"{declared} declared (max_cpu_loras)" if declared else _memory_unknown(slots)
+    if kept is not None and len(served) > kept:
+        return warning(
+            f"{text}; {len(served)} adapters are served: the others are read from the folder when they are asked for",
+            f"vllm serve --max-cpu-loras {len(served)}, and config.yaml: engine: {{host_pages: {len(served)}}}",
+        )
+    return ok(text if not served else f"{text}; {len(served)} adapters are served")
+
+
+async def seats(look: VllmLook) -> Finding:
+    """Whether it is known how many requests run at once."""
+    declared = look.facts.seats
+    return warning(_seats_unknown(), SEATS_FIX) if declared is None else ok(f"{declared} declared (max_num_seqs)")
+
+
+async def rank(look: VllmLook) -> Finding:
+    """Whether the largest rank is known, and whether the adapters to be served are below it."""
+    return judged_rank(look.facts.rank_max, look.target.served)
+
+
+def judged_rank(declared: int | None, served: tuple[Adapter, ...]) -> Finding:
+    """Judge max_lora_rank against the adapters that are to be served."""
+    largest = max((adapter.rank_max for adapter in served), default=0)
+    if declared is None:
+        of_served = f"; the served adapters' is {largest}" if largest else ""
+        return warning(f"{RANK_UNKNOWN}{of_served}", RANK_FIX)
+    if largest > declared:
+        over = sum(1 for adapter in served if adapter.rank_max > declared)
+        enough = next((each for each in RANKS if each >= largest), RANKS[-1])
+        return failed(
+            f"{declared} declared (max_lora_rank), and {over} of the {len(served)} served adapters have more, up to "
+            f"{largest}",
+            f"vllm serve --max-lora-rank {enough}, and config.yaml: engine: {{rank_max: {enough}}}",
+        )
+    if declared not in RANKS:
+        return warning(
+            f"{declared} declared, and vLLM's max_lora_rank is one of {', '.join(map(str, RANKS))}",
+            RANK_FIX,
+        )
+    return ok(f"{declared} declared (max_lora_rank)")

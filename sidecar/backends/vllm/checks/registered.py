@@ -1,0 +1,111 @@
+"""Whether adapters can be loaded into a vLLM that serves, and which ones are there already."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import httpx
+
+from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.checks.finding import Finding, Target, failed, ok
+from sidecar.backends.triton.checks.staged import can_be_made, is_forgotten
+from sidecar.backends.vllm.checks.look import CHECK_NAME, VllmLook
+
+LOAD_NOTHING_S = 10.0
+LISTED = 4
+LOG_FIX = "read the end of vLLM's log"
+ROUTES_FIX = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve …   (forbids --api-server-count above 1)"
+LORA_FIX = "vllm serve … --enable-lora --max-loras N --max-cpu-loras M --max-lora-rank R"
+NOT_ENABLED = "LoRA is not enabled"
+NOT_FOUND = "No adapter found"
+_OF_A_SIDECAR = re.compile(r".+@[0-9a-f]{12}(\.g\d+)?\Z")
+
+
+async def updating(look: VllmLook) -> Finding:
+    """Whether adapters can be loaded while it serves.
+
+    It is asked for one without a name, and, where no adapter will be loaded later, for one whose folder is nowhere: the
+    engine itself answers that one, and complains at length in its log.
+    """
+    reply = await look.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LOAD_NOTHING_S)
+    if not reply.is_vllms and reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
+        return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
+    if reply.status != httpx.codes.BAD_REQUEST:
+        return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+    target = look.target
+    if target.adapters_dir is None or not can_be_made(target.base):
+        reply = await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
+        if NOT_ENABLED in reply.text:
+            return failed("the engine was started without LoRA", LORA_FIX)
+        if NOT_FOUND not in reply.text:
+            return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+    return ok("adapters are loaded and unloaded while it serves")
+
+
+def nowhere(look: VllmLook) -> dict[str, str]:
+    """Return a load that asks the engine itself and changes nothing: it finds no adapter there."""
+    return {"lora_name": look.name, "lora_path": f"/nowhere/{look.name}"}
+
+
+async def registered(look: VllmLook) -> Finding:
+    """Which names are registered there, all of them left alone; and whether the engine would miss their files."""
+    await _forget_checks(look)
+    without = await asyncio.to_thread(_without_files, look.target, look.adapters)
+    if without:
+        # Names are forgotten before their files go, so one that is still there was not just on its way out.
+        look.adapters = (await look.api.models()).adapters
+    look.without_files = tuple(name for name in without if name in look.adapters)
+    if look.without_files:
+        names = ", ".join(look.without_files[:LISTED])
+        return failed(
+            f"{_count(look.adapters)}; the files of {len(look.without_files)} have gone ({names}): an engine that "
+            "looks for them again, for a request that names one, dies of it",
+            *(unload_line(look, name) for name in look.without_files[:LISTED]),
+            "or start the sidecar of this engine, which does that",
+        )
+    return ok(f"{_count(look.adapters)}, left alone" if look.adapters else "none")
+
+
+async def _forget_checks(look: VllmLook) -> None:
+    """Unload what checks that were killed have left, before their files go."""
+    for name, path in list(look.adapters.items()):
+        if name.startswith(CHECK_NAME) and await asyncio.to_thread(_is_forgotten, look.target, path):
+            await look.api.unload(name, LOAD_NOTHING_S)
+            del look.adapters[name]
+
+
+def _is_forgotten(target: Target, engine_path: str) -> bool:
+    ours = _ours(target.adapters_dir, engine_path)
+    return ours is not None and is_forgotten(ours.parent)
+
+
+def _count(adapters: dict[str, str]) -> str:
+    ours = sum(1 for name in adapters if _OF_A_SIDECAR.match(name) or name.startswith(CHECK_NAME))
+    others = len(adapters) - ours
+    parts = (f"{ours} of a sidecar" if ours else "", f"{others} that others loaded" if others else "")
+    return f"{' and '.join(part for part in parts if part)} registered"
+
+
+def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:
+    places = target.adapters_dir
+    if places is None or not places.ours.is_dir():
+        return ()
+    found = {name: _ours(places, path) for name, path in adapters.items()}
+    return tuple(name for name, path in found.items() if path is not None and not path.is_dir())
+
+
+def _ours(places: AdaptersDir | None, engine_path: str) -> Path | None:
+    """Return where a folder lies that the engine was told of, None for one that is not in the shared place."""
+    if places is None:
+        return None
+    within = f"{places.engine.rstrip('/')}/"
+    return places.ours / engine_path.removeprefix(within) if engine_path.startswith(within) else None
+
+
+def unload_line(look: VllmLook, name: str) -> str:
+    """Return the command line that has the engine forget a name."""
+    key = "" if look.target.api_key_file is None else f' -H "Authorization: Bearer $(cat {look.target.api_key_file})"'
+    json = '-H "Content-Type: application/json"' + f""" -d '{{"lora_name": "{name}"}}'"""
+    return f"curl {look.client.base_url}/v1/unload_lora_adapter{key} {json}".replace("//v1", "/v1")

@@ -1,0 +1,167 @@
+"""Whether a vLLM server is there, is one to be trusted, lives, lets us in, and serves the model that is meant."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import Any
+
+import grpc.aio
+import httpx
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
+from sidecar.backends.checks.port import GRPC_PORT, HTTP, nobody, not_vllm, unasked_tls, with_tls
+from sidecar.backends.credentials import open_channel
+from sidecar.backends.triton.checks.runs import milliseconds
+from sidecar.backends.triton.checks.server import certificate_of
+from sidecar.backends.vllm.api import OLDEST, is_too_old
+from sidecar.backends.vllm.checks.look import VllmLook
+
+GRPC_S = 2.0
+OLDEST_WORDS = ".".join(map(str, OLDEST))
+
+
+async def reachable(look: VllmLook) -> Finding:
+    """Whether a vLLM answers HTTP there; else what does."""
+    began = monotonic()
+    address = look.target.address
+    try:
+        reply = await look.client.get("/version")
+        took_s = monotonic() - began
+        look.version = _version_of(reply)
+        if not look.version:
+            return failed(*await not_vllm(look.client, address))
+    except httpx.HTTPError as error:
+        return failed(*(await _in_the_way(look) or _mute(address, error)))
+    return ok(f"vLLM {look.version} at {address}, {milliseconds(took_s)}")
+
+
+def _version_of(reply: httpx.Response) -> str:
+    try:
+        record = reply.json()
+    except ValueError:
+        return ""
+    return str(record.get("version") or "") if isinstance(record, dict) else ""
+
+
+async def _in_the_way(look: VllmLook) -> tuple[str, str] | None:
+    """Return why HTTP is not answered, and what to change; None when nothing is to be seen."""
+    address, tls = look.target.address, look.target.tls
+    found = await nobody(address, HTTP)
+    if found is not None:
+        return found
+    found = await (unasked_tls(address, HTTP) if tls is None else with_tls(address, tls, HTTP))
+    if found is None and await _is_triton(look):
+        return (
+            f"{address} is Triton's gRPC port, and is looked at as a vLLM",
+            f"config.yaml: url: triton://{address}   (its --grpc-port, by default {GRPC_PORT})",
+        )
+    return found
+
+
+def _mute(address: str, error: Exception) -> tuple[str, str]:
+    return (
+        f"{address} takes connections and does not answer HTTP: {str(error) or type(error).__name__}",
+        "config.yaml: url: vllm://HOST:PORT of vLLM's --port, by default 8000",
+    )
+
+
+async def _is_triton(look: VllmLook) -> bool:
+    channel = open_channel(look.target.address, look.target.tls)
+    try:
+        stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        reply = await stub.ServerMetadata(service_pb2.ServerMetadataRequest(), timeout=GRPC_S)
+    except grpc.aio.AioRpcError:
+        return False
+    finally:
+        await channel.close(None)
+    return bool(reply.name == "triton")
+
+
+async def version(look: VllmLook) -> Finding:
+    """Whether a load under traffic leaves the other adapters' answers alone."""
+    if not is_too_old(look.version):
+        return ok(f"{look.version}, and {OLDEST_WORDS} is needed")
+    text = (
+        f"{look.version} can answer with another adapter's weights while one is loaded (vllm#47724), and is "
+        f"{'used all the same' if look.target.old_versions else 'refused'}"
+    )
+    upgrade = f"pip install -U 'vllm>={OLDEST_WORDS}', or an image of vllm/vllm-openai:v{OLDEST_WORDS}.0 or newer"
+    if look.target.old_versions:
+        return warning(f"{text}: old_versions is true", upgrade)
+    return failed(text, upgrade, "or config.yaml: old_versions: true   (if adapters are never loaded under traffic)")
+
+
+async def health(look: VllmLook) -> Finding:
+    """Whether the engine behind the API server lives."""
+    status = (await look.client.get("/health")).status_code
+    if status == httpx.codes.OK:
+        return ok("the engine lives")
+    return failed(
+        f"/health answers {status}: the engine behind the API server is dead or still starts",
+        "read the end of vLLM's log for what ended it, and start it again",
+    )
+
+
+async def encrypted(look: VllmLook) -> Finding:
+    """What TLS is in use, and until when the server's certificate holds."""
+    return await certificate_of(look.target, HTTP)
+
+
+async def api_key(look: VllmLook) -> Finding:
+    """Whether we are let in, and whether anybody is."""
+    has_one = look.target.api_key_file is not None
+    status = (await look.client.get("/v1/models")).status_code
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        text = f"the server does not accept the key in {look.target.api_key_file}" if has_one else "it wants an API key"
+        return failed(
+            f"{text}: /v1/models answers {status}",
+            "config.yaml: api_key_file: a file with the key of vllm serve --api-key (or VLLM_API_KEY)"
+            "   (or --api-key-file)",
+        )
+    if status != httpx.codes.OK:
+        return failed(f"/v1/models answers {status}: a proxy in between, or no vLLM", "config.yaml: set url right")
+    if not has_one:
+        return ok("none is wanted, none is configured: whoever reaches the server can use it")
+    without = await look.client.get("/v1/models", headers={"authorization": ""})
+    if without.status_code == httpx.codes.OK:
+        return warning(
+            "one is configured, and the server answers without it",
+            "vllm serve --api-key KEY   (or VLLM_API_KEY), or take api_key_file out of config.yaml",
+        )
+    return ok("accepted, and nobody is let in without it")
+
+
+async def model(look: VllmLook) -> Finding:
+    """Whether the base model that is served is the one that is declared; and how long its sequences may be."""
+    served = await look.api.models()
+    look.base, look.adapters = served.base, served.adapters
+    names = _names(await look.client.get("/v1/models"))
+    longest, declared = served.sequence_tokens_max, look.facts.base_models
+    text = f'"{served.base}"' + (f", at most {longest} tokens a sequence" if longest else "")
+    if not declared:
+        return warning(
+            f"{text}; the name that adapters were trained on is not declared, so adapters of other models are not "
+            "refused",
+            f"config.yaml: base_model: {{name: {names[-1]}}}   (what their adapter_config.json has as "
+            "base_model_name_or_path)",
+        )
+    if not set(names) & set(declared):
+        return warning(
+            f'{text}; it is declared as "{declared[0]}": the same model under another name, or another engine',
+            f"if it is the same, config.yaml: base_model: {{name: {declared[0]}, aliases: [{', '.join(names)}]}}",
+        )
+    limit = look.facts.sequence_tokens_max
+    if limit is not None and longest is not None and limit > longest:
+        return warning(
+            f"{text}; engine.sequence_tokens_max is {limit}, so longer requests are sent and the engine refuses them",
+            f"config.yaml: engine: {{sequence_tokens_max: {longest}}}   (or leave it out: it is asked)",
+        )
+    return ok(f"{text}, as declared")
+
+
+def _names(reply: httpx.Response) -> list[str]:
+    """Return what the base model is called there: the names that it is served by, and where it was read from."""
+    bases = [entry for entry in reply.json()["data"] if not entry.get("parent")]
+    found = [str(entry["id"]) for entry in bases] + [str(entry["root"]) for entry in bases if entry.get("root")]
+    return list(dict.fromkeys(found))

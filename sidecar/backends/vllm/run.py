@@ -1,0 +1,223 @@
+"""One request on its way through a vLLM engine: an HTTP body out, events or one body back, as bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import httpx
+
+from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
+from sidecar.backends.quoting import wrote_in
+from sidecar.backends.vllm.api import epoch_header, fault_of, message_of
+from sidecar.core.effects import Dispatch
+from sidecar.core.enums import Fault
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+
+END_OF_EVENT = b"\n\n"
+DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'
+CHOICES = b'"choices":[{'
+ROLE, NO_CONTENT = b'"delta":{"role":', b'"content":""'
+IDS = b'"token_ids":['
+USAGE = b'"usage":{'
+# None of these can stand in a text of an answer: there every quote has a backslash before it.
+_index = re.compile(rb'"choices":\[\{"index":(\d+)').search
+_completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
+HEADERS = {"content-type": "application/json"}
+PIECE_BYTES = 1 << 18
+"""What is copied and handed to the wire at once: a larger body goes in pieces, between which others have their turn."""
+
+
+class VllmRun:
+    """A run. `name` is what the engine calls the model; `heard` and `broken` are as for Triton's runs."""
+
+    def __init__(
+        self,
+        effect: Dispatch,
+        ticket: Ticket,
+        form: HttpForm,
+        name: str,
+        post: Callable[[Event], None],
+        heard: Callable[[int, int], None],
+        broken: Callable[[str, bool], Awaitable[bool]],
+    ) -> None:
+        self.effect = effect
+        self.ticket = ticket
+        self.tokens = 0
+        self.cancelled = False
+        self.waits_for_client = False
+        self._form = form
+        self._name = name
+        self._post = post
+        self._heard = heard
+        self._broken = broken
+        self._work: asyncio.Task[Any] | None = None
+        self._has_begun = False
+        self._count = StreamedTokens()
+        self._said = _named(name), _named(form.model)
+
+    def cancel(self) -> None:
+        """Stop the run: vLLM frees its seat when the connection is closed."""
+        self.cancelled = True
+        if self._work is not None:
+            self._work.cancel()
+
+    async def go(self, client: httpx.AsyncClient) -> None:
+        """Send the request and deliver what comes. Raises CancelledError when it is cancelled."""
+        self._work = asyncio.current_task()
+        if self.cancelled:
+            raise asyncio.CancelledError
+        body = (self._form.before, json.dumps(self._name).encode(), self._form.after)
+        size_bytes = sum(map(len, body))
+        content = b"".join(body) if size_bytes <= PIECE_BYTES else _in_pieces(body)
+        headers = HEADERS | {"content-length": str(size_bytes)} | epoch_header(self.effect.epoch)
+        try:
+            async with client.stream("POST", self._form.path, content=content, headers=headers) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    await self._rejected(reply.status_code, await reply.aread())
+                elif self._form.streams:
+                    await self._events(reply)
+                else:
+                    self._whole(await reply.aread())
+        except httpx.HTTPError as error:
+            await self._wire_broke(str(error) or type(error).__name__)
+
+    async def _events(self, reply: httpx.Response) -> None:
+        async for event in _split(reply.aiter_raw()):
+            if event.startswith(ERROR):
+                text = message_of(event.removeprefix(b"data: "))
+                await self._failed(self._fault(httpx.codes.INTERNAL_SERVER_ERROR, text), text)
+                return
+            final = event.startswith(DONE)
+            self._take(event, final)
+            if final:
+                self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+                return
+            if not self.ticket.has_room:
+                await self._room()
+        await self._wire_broke("the stream ended before the answer was complete")
+
+    def _take(self, event: bytes, final: bool) -> None:
+        """Deliver an event."""
+        choice = event.find(CHOICES)
+        is_first = choice >= 0 and not self._has_begun
+        if choice >= 0:
+            tokens = self._count.added(event, choice)
+            self._has_begun = True
+            self.tokens += tokens
+        else:
+            tokens = self._corrected(event)
+        self._heard(self.effect.request, tokens)
+        self.ticket.deliver(Reply(event.replace(*self._said, 1) + END_OF_EVENT, None, final))
+        if is_first:
+            self._post(FirstToken(self.effect.request, self.effect.attempt))
+
+    def _corrected(self, event: bytes) -> int:
+        """Return how many tokens more there are than were counted, where the engine says how many in all."""
+        total = completion_tokens(event)
+        if total is None:
+            return 0
+        missed = max(0, total - self.tokens)
+        self.tokens = total
+        return missed
+
+    def _whole(self, body: bytes) -> None:
+        found = completion_tokens(body)
+        self.tokens = 1 if found is None else found
+        self._heard(self.effect.request, self.tokens)
+        self.ticket.deliver(Reply(body.replace(*self._said, 1), None, True))
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    async def _room(self) -> None:
+        """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
+        self.waits_for_client = True
+        await self.ticket.room()
+        self.waits_for_client = False
+        self._heard(self.effect.request, 0)
+
+    async def _rejected(self, status: int, body: bytes) -> None:
+        self._heard(self.effect.request, 0)
+        text = message_of(body)
+        self.ticket.rejected_with = HttpRejection(status, body.replace(self._name.encode(), self._form.model.encode()))
+        await self._failed(self._fault(status, text), text)
+
+    def _fault(self, status: int, text: str) -> Fault:
+        return fault_of(status, text, wrote_in(self._form))
+
+    async def _wire_broke(self, text: str) -> None:
+        await self._failed(Fault.LOST, text)
+
+    async def _failed(self, fault: Fault, text: str) -> None:
+        if fault is Fault.LOST and await self._broken(text, self._has_begun):
+            return  # the loss of the backend ends this run too
+        self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
+
+
+async def _in_pieces(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        for begin in range(0, len(part), PIECE_BYTES):
+            yield part[begin : begin + PIECE_BYTES]
+
+
+async def _split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, without the empty line that ends each."""
+    rest = b""
+    async for piece in pieces:
+        *events, rest = (rest + piece).split(END_OF_EVENT)
+        for event in events:
+            if event:
+                yield event
+
+
+def _named(model: str) -> bytes:
+    """Return the field that says which model answered, as vLLM writes it."""
+    return b'"model":' + json.dumps(model, ensure_ascii=False).encode()
+
+
+class StreamedTokens:
+    """Counts the tokens of events: vLLM puts several into one when it is behind, by its stream_interval, or guesses.
+
+    Their ids are counted where the request asked for them, else the usage is read where it comes with every event, else
+    each event is one, but for those that begin a chat.
+    """
+
+    def __init__(self) -> None:
+        self._has_some = False
+        self._by_choice: dict[bytes, int] = {}
+
+    def added(self, event: bytes, choice: int) -> int:
+        """Return how many tokens come with an event whose choice begins at a place."""
+        begin = event.find(IDS, choice)
+        if begin >= 0:
+            return _ids_in(event, begin + len(IDS))
+        if event.find(USAGE, choice) >= 0:
+            return self._used(event)
+        if not self._has_some and ROLE in event and NO_CONTENT in event:
+            return 0
+        self._has_some = True
+        return 1
+
+    def _used(self, event: bytes) -> int:
+        """Return by how much the usage of the event's choice has grown: each choice has one of its own."""
+        total, choice = completion_tokens(event), _index(event)
+        if total is None or choice is None:
+            return 1
+        before = self._by_choice.get(choice[1], 0)
+        self._by_choice[choice[1]] = total
+        return max(0, total - before)
+
+
+def _ids_in(event: bytes, begin: int) -> int:
+    end = event.find(b"]", begin)
+    return event.count(b",", begin, end) + 1 if end > begin else 0
+
+
+def completion_tokens(body: bytes) -> int | None:
+    """Return the number of tokens that an answer's usage says, None where it says none."""
+    begin = body.rfind(b'"usage"')
+    found = _completion(body, begin) if begin >= 0 else None
+    return None if found is None else int(found[1])

@@ -1,0 +1,84 @@
+"""What a routing policy is shown: the backends that can serve a request, each looked at only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from policies.views import BASE, Candidate
+from sidecar.core import eligibility
+from sidecar.core.promising import pace_is_known, pace_of
+from sidecar.core.state import Backend, State
+
+USUAL_TOKENS = 1024
+"""The context of a usual request, to compare engines by."""
+
+
+class Offers:
+    """The candidates of one request (`policies.views.Candidates`)."""
+
+    __slots__ = ("_state", "_version", "backends")
+
+    def __init__(self, state: State, version: str, backends: tuple[str, ...]) -> None:
+        self._state = state
+        self._version = version
+        self.backends = backends
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._state.requests)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self._version == BASE else self._state.versions[self._version].adapter.rank_max
+
+    def __getitem__(self, backend: str) -> Candidate:
+        if backend not in self.backends:
+            raise KeyError(backend)
+        return candidate(self._state, self._state.backends[backend], self._version)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return (self[backend] for backend in self.backends)
+
+    def __len__(self) -> int:
+        return len(self.backends)
+
+
+def candidate(state: State, backend: Backend, version: str) -> Candidate:
+    """Return what a routing policy may know of one backend."""
+    slot = backend.slots.get(version)
+    pages = state.packed_for(version, backend).pages
+    slots, slots_free = _slots(backend, pages)
+    return Candidate(
+        backend=backend.id,
+        resident=eligibility.resident(backend, version) or (slot is not None and slot.load is not None),
+        open=slot is not None,
+        awaited=slot is not None or version in backend.queued_by_version,
+        held=len(backend.shadow.host.held),
+        running=backend.in_flight,
+        queued=len(backend.queued),
+        seats=backend.seats(state.config),
+        slots=slots,
+        slots_free=slots_free,
+        pages=pages,
+        work_tokens=backend.outstanding.expected_tokens,
+        tokens_per_s=_tokens_per_s(state, backend),
+    )
+
+
+def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
+    """Return how many versions of this size may be open, and how many more; None while that is being learned."""
+    limit, free = eligibility.page_limit(backend), eligibility.page_room(backend).free
+    known = backend.facts.device_pages is not None or backend.pages_learned is not None
+    if not known or not pages or limit is None or free is None:
+        return None, None
+    return limit // pages, max(0, free // pages)
+
+
+def _tokens_per_s(state: State, backend: Backend) -> float:
+    """Return what a full batch of usual requests is expected to produce; 0 while the engine's pace is a guess."""
+    if not pace_is_known(backend):
+        return 0.0
+    batch, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
+    if kv_tokens is not None:
+        batch = max(1, min(batch, kv_tokens // USUAL_TOKENS))
+    return batch * 1e9 / (pace_of(backend).step_ns(batch, batch * USUAL_TOKENS) * backend.slowness)

@@ -1,5 +1,0 @@
-"""The emulated engine as Python models of a real Triton.
-
-These modules run in the stub processes of Triton's Python backend. A repository's `1/model.py` has one line, such as
-`from sidecar.emulator.triton.core import TritonPythonModel`.
-"""

@@ -1,0 +1,1 @@
+"""The control plane: adapters, backends, queue and replicas, for operators."""

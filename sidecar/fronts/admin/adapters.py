@@ -1,0 +1,247 @@
+"""The control plane of adapters, `lorasidecar.v1.Adapters`: register, look, move between versions, forget, watch."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from time import monotonic_ns, time
+from typing import Any
+
+from sidecar.config.identities import clipped
+from sidecar.core import queries
+from sidecar.core.effects import Answer
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts.admin.push import Pushes
+from sidecar.fronts.admin.verify import Verifier
+from sidecar.fronts.status import abort, answers_errors
+from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.shell.catalogue import Entered, Wanted
+from sidecar.shell.gateway import Gateway
+from sidecar.state.records import Record
+from sidecar.state.registry import Change
+
+LISTED_A_TURN = 50
+"""Adapters put into a list before the event loop gets to do something else."""
+_TOKEN = re.compile(r"[0-9]{1,18}\Z")
+WATCHED_MAX = 1000
+"""Changes that a watcher may be behind; past that its call ends and it resumes from its token."""
+
+
+class AdaptersService(admin_pb2_grpc.AdaptersServicer):
+    """Registers, shows, moves and forgets adapters."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._catalogue = gateway.catalogue
+        self._pushes = Pushes(gateway)
+        self._verifier = Verifier(gateway)
+
+    @answers_errors
+    async def Register(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's names, here and below
+        wanted = Wanted(
+            allow=tuple(request.allow),
+            pin=request.pin,
+            labels=tuple(sorted(request.labels.items())),
+            stage=request.stage,
+            hold_s=request.hold_s,
+            base=request.base,
+        )
+        return self._registered(await self._catalogue.register(request.name, request.path, wanted))
+
+    @answers_errors
+    async def Push(self, requests: Any, context: Any) -> Any:  # noqa: N802
+        return self._registered(await self._pushes.receive(requests))
+
+    @answers_errors
+    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        response = admin_pb2.ListAdaptersResponse()
+        for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
+            response.adapters.append(adapter_message(view, self._catalogue.registry.get(view.name)))
+            if number % LISTED_A_TURN == 0:
+                await asyncio.sleep(0)  # thousands of adapters must not hold up a token
+        return response
+
+    def _registered(self, entered: Entered) -> Any:
+        """Return what a registration came to: the name as it is now, the version that the content has, and warnings."""
+        name, state = entered.record.name, self._gateway.state
+        adapter = self._adapter(name)
+        version = state.names[name].versions.get(entered.ordinal)  # another replica may have let go of it already
+        return admin_pb2.RegisterResponse(
+            adapter=adapter,
+            version=f"v{entered.ordinal}",
+            unchanged=entered.unchanged,
+            warnings=() if version is None else queries.caveats(state, version),
+        )
+
+    @answers_errors
+    async def Unregister(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.unregister(request.name, request.hold_s)
+        return admin_pb2.UnregisterResponse()
+
+    @answers_errors
+    async def Evict(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return _places(await self._gateway.evict(request.name))
+
+    @answers_errors
+    async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.set_pin(request.name, True)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Unpin(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.set_pin(request.name, False)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
+        return _places(await self._gateway.prefetch(request.name, tuple(request.backends)))
+
+    @answers_errors
+    async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._catalogue.release(request.name)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Promote(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.promote(request.name, request.version, request.weight or 100, request.hold_s)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Rollback(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.roll_back(request.name, request.hold_s)
+        return self._adapter(request.name)
+
+    @answers_errors
+    async def Refresh(self, request: Any, context: Any) -> Any:  # noqa: N802
+        await self._catalogue.refresh(request.name, request.version)
+        return self._adapter(request.name)
+
+    async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream what a verification finds, as it finds it."""
+        try:
+            await self._verifier.verify(request, context.write)
+        except SidecarError as error:
+            await abort(context, error)
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Stream what changed after the token, or all names first, then each change as it happens."""
+        changes: asyncio.Queue[Change] = asyncio.Queue(WATCHED_MAX)
+        unsubscribe = self._catalogue.registry.subscribe(lambda change: _queue(changes, change))
+        try:
+            caught_up = await self._catch_up(request.token)
+            told = {change.number for change in caught_up} if request.token else ()
+            for change in caught_up:
+                await context.write(self._change_message(change))
+            while not changes.full():
+                change = await changes.get()
+                if change.number not in told:  # what came while the past was being read is in both
+                    await context.write(self._change_message(change))
+            raise Refused(Reason.QUEUE_FULL, "the watcher fell behind; watch again with its last token")
+        except SidecarError as error:
+            await abort(context, error)
+        finally:
+            unsubscribe()
+
+    async def _catch_up(self, token: str) -> list[Change]:
+        registry = self._catalogue.registry
+        if not token:
+            return [Change(registry.last_change, record.name, record) for record in registry.all()]
+        if not _TOKEN.match(token):
+            raise Refused(Reason.INVALID_REQUEST, f'"{clipped(token)}" is not a token that Watch gave')
+        return await registry.changes_after(int(token))
+
+    def _change_message(self, change: Change) -> Any:
+        message = admin_pb2.WatchResponse(token=str(change.number), name=change.name)
+        if change.record is not None and change.name in self._gateway.state.names:
+            message.adapter.CopyFrom(self._adapter(change.name))
+        return message
+
+    def _adapter(self, name: str) -> Any:
+        """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER): it may be gone since it was last looked at."""
+        self._catalogue.known(name)
+        view = queries.adapter_view(self._gateway.state, name, monotonic_ns())
+        return adapter_message(view, self._catalogue.registry.get(name))
+
+
+def _queue(changes: asyncio.Queue[Change], change: Change) -> None:
+    """Give a watcher a change; one that is full already has missed some and is told so."""
+    if not changes.full():
+        changes.put_nowait(change)
+
+
+def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
+    """Return an adapter as the API shows it: what the core knows, and its versions as the registry has them."""
+    message = _live_message(view)
+    if record is not None:
+        message.versions.extend(_version_messages(record))
+        message.managed_by = record.managed_by
+        message.held_s = max(0.0, record.held_until - time())
+        if record.canary is not None:
+            message.canary_version, message.canary_weight = f"v{record.canary[0]}", record.canary[1]
+    return message
+
+
+def _version_messages(record: Record) -> list[Any]:
+    roles = {record.previous: "previous", record.current: "current"}
+    if record.canary is not None:
+        roles[record.canary[0]] = "canary"
+    return [
+        admin_pb2.Version(
+            version=f"v{version.ordinal}",
+            digest=version.adapter.digest,
+            origin=version.origin,
+            labels=dict(version.labels),
+            role=roles.get(version.ordinal, ""),
+            generation=version.generation,
+            registered_at=version.registered_at,
+        )
+        for version in record.versions
+    ]
+
+
+def _live_message(view: queries.AdapterView) -> Any:
+    return admin_pb2.Adapter(
+        name=view.name,
+        version=f"{view.name}@v{view.ordinal}",
+        digest=view.digest,
+        base_model=view.base_model,
+        path=view.origin,
+        rank=view.rank,
+        modules=view.modules,
+        dtype=view.dtype,
+        pinned=view.pinned,
+        allow=view.allow,
+        quarantined=view.quarantined,
+        requests=view.requests,
+        store=[
+            admin_pb2.StoreCopy(
+                dtype=copy.dtype,
+                state=copy.state,
+                size_bytes=copy.size_bytes,
+                pins=copy.pins,
+                task_id=str(copy.task_id),
+                tier=copy.tier,
+            )
+            for copy in view.store
+        ],
+        backends=[
+            admin_pb2.Residency(
+                backend=place.backend,
+                tier=place.tier,
+                age_s=place.age_ns / 1e9,
+                source=place.source,
+                unfit=place.unfit,
+            )
+            for place in view.backends
+        ],
+    )
+
+
+def _places(answer: Answer) -> Any:
+    return admin_pb2.PlacesResponse(
+        places=[admin_pb2.Place(place=place, result=result) for place, result in answer.lines]
+    )

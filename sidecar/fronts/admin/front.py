@@ -1,0 +1,152 @@
+"""The control plane beside the adapters, `lorasidecar.v1.{Backends,Queues}`, and all of it put on a server."""
+
+from __future__ import annotations
+
+from time import monotonic_ns
+from typing import Any
+
+from sidecar.core import queries, waiting
+from sidecar.fronts.admin.adapters import AdaptersService
+from sidecar.fronts.admin.replicas import ReplicasService
+from sidecar.fronts.status import answers_errors
+from sidecar.proto import admin_pb2, admin_pb2_grpc
+from sidecar.replicas.replica import Replica
+from sidecar.shell.gateway import Gateway
+
+LISTED_DEFAULT = 100
+LISTED_MAX = waiting.EXAMINED_MAX
+
+
+def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None) -> None:
+    """Serve the admin services on a gRPC server."""
+    services: Any = admin_pb2_grpc
+    services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
+    services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
+    services.add_ReplicasServicer_to_server(ReplicasService(replica), server)
+    services.add_QueuesServicer_to_server(QueuesService(gateway), server)
+
+
+class BackendsService(admin_pb2_grpc.BackendsServicer):
+    """Shows backends, and takes them out of service and back."""
+
+    def __init__(self, gateway: Gateway, replica: Replica | None) -> None:
+        self._gateway = gateway
+        self._replica = replica
+
+    @answers_errors
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        views = queries.backend_views(self._gateway.state, monotonic_ns())
+        return admin_pb2.ListBackendsResponse(backends=[self._message(view) for view in views])
+
+    @answers_errors
+    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.known_backend(request.backend)
+        return self._backend(request.backend)
+
+    @answers_errors
+    async def Drain(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.set_drain(request.backend, True)
+        return self._backend(request.backend)
+
+    @answers_errors
+    async def Undrain(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._gateway.set_drain(request.backend, False)
+        return self._backend(request.backend)
+
+    def _backend(self, backend: str) -> Any:
+        return self._message(queries.backend_view(self._gateway.state, backend, monotonic_ns()))
+
+    def _message(self, view: queries.BackendView) -> Any:
+        message = backend_message(view)
+        endpoint = self._gateway.backends.get(view.id)
+        if endpoint is not None:
+            message.address = endpoint.address
+            message.detail = "; ".join(part for part in (endpoint.detail(), *view.notes) if part)
+        known = None if self._replica is None else self._replica.board.standings.get(view.id)
+        if known is not None:
+            message.owner, message.epoch = known.owner, known.epoch
+        return message
+
+
+class QueuesService(admin_pb2_grpc.QueuesServicer):
+    """Shows who waits and why."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    @answers_errors
+    async def Get(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if request.adapter:
+            self._gateway.catalogue.known(request.adapter)
+        if request.backend:
+            self._gateway.known_backend(request.backend)
+        limit = min(request.limit or LISTED_DEFAULT, LISTED_MAX)
+        return queue_message(
+            waiting.queue_view(self._gateway.state, monotonic_ns(), request.adapter, request.backend, limit)
+        )
+
+
+def backend_message(view: queries.BackendView) -> Any:
+    """Return a backend as the API shows it; its address is not known here."""
+    return admin_pb2.Backend(
+        id=view.id,
+        kind=view.kind,
+        state=view.state,
+        base_model=view.base_model,
+        dtype=view.dtype,
+        rank_max=view.rank_max,
+        running=view.running,
+        queued=view.queued,
+        seats=view.seats,
+        host_pages=view.host_pages,
+        device_pages=view.device_pages,
+        kv_tokens=view.kv_tokens,
+        kv_reserved=view.kv_reserved,
+        page_limit=view.page_limit,
+        open=[_open_message(version) for version in view.open],
+        heals=[
+            admin_pb2.HealNote(age_s=heal.age_ns / 1e9, reason=heal.reason, adapter=heal.adapter) for heal in view.heals
+        ],
+        resident=view.resident,
+        detail="; ".join(view.notes),
+        pace=view.pace,
+        predicted_wait_s=None if view.predicted_wait_ns is None else view.predicted_wait_ns / 1e9,
+    )
+
+
+def _open_message(view: queries.OpenView) -> Any:
+    return admin_pb2.OpenVersion(
+        name=view.name,
+        digest=view.digest,
+        age_s=view.age_ns / 1e9,
+        pages=view.pages,
+        running=view.running,
+        queued=view.queued,
+        pinned_by=view.pinned_by,
+    )
+
+
+def queue_message(view: waiting.QueueView) -> Any:
+    """Return the queue as the API shows it."""
+    message = admin_pb2.QueueResponse(
+        verdict=view.verdict,
+        waiting=view.waiting,
+        running=view.running,
+        why=[admin_pb2.WhyCount(why=why.value, count=count) for why, count in view.why],
+    )
+    for item in view.requests:
+        fields = {"class": item.klass}  # a keyword of Python's
+        message.requests.add(
+            request=item.request,
+            request_id=item.client_id,
+            adapter=item.adapter,
+            tenant=item.tenant,
+            backend=item.backend,
+            waited_s=item.waited_ns / 1e9,
+            bound_s=(item.bound_ns or 0) / 1e9,
+            expires_s=item.expires_ns / 1e9,
+            voided=item.voided,
+            why=item.why.value,
+            **fields,
+        )
+    return message

@@ -1,0 +1,170 @@
+"""`Adapters.Verify`: a verification's requests made as any client's are, and its findings as messages."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from tritonclient.grpc import service_pb2
+
+from sidecar.backends.api import Reply as EngineReply
+from sidecar.backends.api import Ticket
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
+from sidecar.errors import Refused
+from sidecar.fronts import relay
+from sidecar.fronts.generate.forms import payload_of
+from sidecar.fronts.generate.replies import response_of
+from sidecar.fronts.lengths import text_tokens_max
+from sidecar.proto import admin_pb2, gateway_pb2
+from sidecar.shell import asking
+from sidecar.shell.asking import Order, Question
+from sidecar.shell.evidence import Asked, Prompt, Reply
+from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.verdicts import Check
+from sidecar.shell.verifying import Finding, Plan, Verification
+
+TEXT_MODEL = "ensemble"
+TOKENS_ONLY = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
+TEXT_ONLY = "its model takes text only; give prompts with --prompt"
+CLIENT_ID = "verify"
+
+
+class Verifier:
+    """Verifies adapters over a process's gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def verify(self, request: Any, write: Callable[[Any], Awaitable[Any]]) -> None:
+        """Write a message for each finding. Raises SidecarError when nothing can be asked."""
+
+        async def tell(finding: Finding) -> None:
+            await write(message_of(finding))
+
+        await Verification(self._gateway, order_of(request), self._ask, self._fitting).run(tell)
+
+    async def _fitting(self, backend: str, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], str]:
+        """Return the prompts that a backend's models take, and why there are none."""
+        kind = self._gateway.state.backends[backend].facts.kind
+        if kind == TRITON_LLMAPI:
+            return tuple(prompt for prompt in prompts if prompt.text), TEXT_ONLY
+        if kind != TRITON or await self._has_text_model(backend):
+            return tuple(prompts), ""
+        return tuple(prompt for prompt in prompts if prompt.token_ids), TOKENS_ONLY
+
+    async def _has_text_model(self, backend: str) -> bool:
+        """Whether a server has a model that takes text; where that cannot be asked, the requests will show it."""
+        request = service_pb2.ModelReadyRequest(name=TEXT_MODEL)
+        try:
+            return bool((await self._gateway.backends[backend].call("ModelReady", request)).ready)
+        except grpc.RpcError:
+            return True
+
+    async def _ask(self, question: Question) -> Reply:
+        """Return the answer to one request, or why there is none."""
+        request = _generate_request(question)
+        payload, input_tokens = payload_of(request, lambda kind: False)
+        if question.prompt.text:
+            input_tokens = text_tokens_max(self._gateway.state, input_tokens)
+        facts = RequestFacts(
+            adapter=question.adapter,
+            tenant=question.tenant,
+            input_tokens=input_tokens,
+            output_tokens_max=question.tokens_max,
+            deadline_s=question.timeout_s,
+            size_bytes=request.ByteSize(),
+            only=(question.backend,),
+        )
+        try:
+            ticket = self._gateway.submit(facts, payload, CLIENT_ID)
+        except Refused as refused:
+            return Reply(error=refused.message)
+        try:
+            return await _answer(ticket, bool(question.prompt.text))
+        finally:
+            self._gateway.close(ticket)
+
+
+def _generate_request(question: Question) -> Any:
+    """Return the question as our own API puts it. The whole answer comes at once: only then is a text cut nowhere."""
+    prompt = question.prompt
+    asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
+    # One candidate is what every engine takes for "greedy"; some refuse a temperature of 0.
+    return gateway_pb2.GenerateRequest(
+        adapter=question.adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked
+    )
+
+
+async def _answer(ticket: Ticket, is_text: bool) -> Reply:
+    texts: list[str] = []
+    token_ids: list[int] = []
+
+    async def take(reply: EngineReply) -> None:
+        message, _ = response_of(reply, is_text)
+        texts.append(message.text)
+        token_ids.extend(message.token_ids)
+
+    ending = await relay.relay(ticket, take)
+    if ending is not None and ending.reason is not None:
+        return Reply(error=f"{ending.message} [{ending.reason.value}]")
+    return Reply("".join(texts), tuple(token_ids))
+
+
+def order_of(request: Any) -> Order:
+    """Return what a VerifyRequest asks for."""
+    return Order(
+        reference=request.name,
+        backends=tuple(dict.fromkeys(request.backends)),
+        prompts=tuple(Prompt(prompt.text, tuple(prompt.token_ids)) for prompt in request.prompts),
+        tokens_max=request.max_tokens or asking.TOKENS_DEFAULT,
+        timeout_s=request.timeout_s or asking.TIMEOUT_S_DEFAULT,
+    )
+
+
+def message_of(finding: Finding) -> Any:
+    """Return a finding as the API shows it."""
+    match finding:
+        case Plan():
+            return admin_pb2.VerifyResponse(plan=_plan_message(finding))
+        case Asked():
+            return admin_pb2.VerifyResponse(answer=_answer_message(finding))
+        case Check():
+            return admin_pb2.VerifyResponse(
+                check=admin_pb2.VerifyCheck(
+                    check=finding.check,
+                    result=finding.result,
+                    sentence=finding.sentence,
+                    advice=finding.advice,
+                    backends=finding.backends,
+                )
+            )
+
+
+def _plan_message(plan: Plan) -> Any:
+    return admin_pb2.VerifyPlan(
+        version=plan.version,
+        digest=plan.digest,
+        backends=plan.backends,
+        skipped=[admin_pb2.SkippedBackend(backend=backend, why=why) for backend, why in plan.skipped],
+        prompts=len(plan.prompts),
+        expected=sum(bool(prompt.expect) for prompt in plan.prompts),
+        probes=plan.probes,
+    )
+
+
+def _answer_message(asked: Asked) -> Any:
+    return admin_pb2.VerifyAnswer(
+        backend=asked.backend,
+        prompt=admin_pb2.VerifyPrompt(text=asked.prompt.text, token_ids=asked.prompt.token_ids),
+        base=_reply_message(asked.base),
+        adapter=_reply_message(asked.adapter),
+        expect=asked.prompt.expect,
+        changed=asked.changed,
+        matches=asked.matches,
+        again=[_reply_message(reply) for reply in asked.again],
+    )
+
+
+def _reply_message(reply: Reply) -> Any:
+    return admin_pb2.VerifyReply(text=reply.text, token_ids=reply.token_ids, error=reply.error)

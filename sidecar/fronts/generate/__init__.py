@@ -1,0 +1,1 @@
+"""Our own data API, `lorasidecar.v1.Gateway`."""

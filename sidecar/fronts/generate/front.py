@@ -1,0 +1,131 @@
+"""Our own data API, `lorasidecar.v1.Gateway`: a name and a prompt in, text or tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from sidecar.backends.api import HttpRejection, Reply, Ticket
+from sidecar.backends.triton.dialects import TRITON_LLMAPI
+from sidecar.core.effects import Settle
+from sidecar.errors import Reason, Refused, SidecarError
+from sidecar.fronts import callers, relay
+from sidecar.fronts.eligible import backends_of
+from sidecar.fronts.generate.callers import said_by
+from sidecar.fronts.generate.forms import MAX_TOKENS_DEFAULT, payload_of, why_not
+from sidecar.fronts.generate.replies import TextSoFar, response_of
+from sidecar.fronts.lengths import text_tokens_max
+from sidecar.fronts.status import abort, status_of_ending
+from sidecar.proto import gateway_pb2_grpc
+from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.request_log import log_refused
+
+
+class GatewayService(gateway_pb2_grpc.GatewayServicer):
+    """Serves `Generate` over the process's gateway."""
+
+    def __init__(self, gateway: Gateway, tenant_from: str, hide_backend: bool) -> None:
+        self._gateway = gateway
+        self._tenant_from = tenant_from
+        self._hide_backend = hide_backend
+
+    async def Generate(self, request: Any, context: Any) -> None:  # noqa: N802 — gRPC's name
+        request_id = ""
+        try:
+            metadata = callers.metadata_of(context)
+            request_id = callers.request_id_of(request.request_id, metadata)
+            ticket = self._submit(request, context, metadata, request_id)
+        except SidecarError as error:
+            request_id = request_id or callers.id_of_call(context)
+            log_refused(request_id, error)
+            await abort(context, error, request_id)
+        try:
+            ending = await self._answer(request, ticket, context)
+        finally:
+            self._gateway.close(ticket)
+        if ending is not None and ending.reason is not None:
+            await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._hide_backend))
+
+    def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
+        said = said_by(request, metadata)
+        payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
+        if request.WhichOneof("prompt") == "text":
+            input_tokens = text_tokens_max(self._gateway.state, input_tokens)
+        facts = RequestFacts(
+            adapter=said.adapter,
+            tenant=callers.tenant_of(context, self._tenant_from, metadata, said.tenant),
+            klass=said.klass,
+            input_tokens=input_tokens,
+            output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
+            deadline_s=callers.earliest(said.deadline_s, callers.remaining_s(context)),
+            session=said.session,
+            size_bytes=request.ByteSize(),
+            only=self._places(request, payload.kinds),
+        )
+        return self._gateway.submit(facts, payload, request_id)
+
+    def _places(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the backends that a request can go to, none for any. Raises Refused(INVALID_REQUEST)."""
+        places = backends_of(self._gateway.state, kinds)
+        if places is None:
+            raise Refused(Reason.INVALID_REQUEST, why_not(request, self._kinds))
+        return places
+
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of engines that there are."""
+        return tuple(dict.fromkeys(backend.facts.kind for backend in self._gateway.state.backends.values()))
+
+    def _may_stream(self, kind: str) -> bool:
+        """Whether to stream where the client does not say: engines whose models are not decoupled refuse to."""
+        state = self._gateway.state
+        return any(
+            backend.streams
+            for name, backend in self._gateway.backends.items()
+            if state.backends[name].facts.kind == kind
+        )
+
+    async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
+        tokens = 0
+        is_text = request.WhichOneof("prompt") == "text"
+        said = TextSoFar()
+
+        async def write(reply: Reply) -> None:
+            nonlocal tokens
+            message, count = response_of(reply, is_text)
+            if is_text and self._kind_of(ticket) == TRITON_LLMAPI:  # each response has the whole text so far
+                message.text = said.news(message.text, count > 0, reply.final)
+            tokens += count
+            if reply.final:
+                self._add_origin(message.origin, request, ticket, tokens)
+                context.set_trailing_metadata(relay.origin_metadata(ticket, self._hide_backend))
+            await context.write(message)
+
+        return await relay.relay(ticket, write)
+
+    def _kind_of(self, ticket: Ticket) -> str:
+        assert ticket.dispatch is not None
+        return self._gateway.kind_of(ticket.dispatch.backend)
+
+    def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
+        dispatch = ticket.dispatch
+        assert dispatch is not None
+        origin.version = relay.version_label(dispatch)
+        origin.digest = dispatch.digest
+        origin.backend = "" if self._hide_backend else dispatch.backend
+        origin.cache = dispatch.cache.value
+        origin.queue_ms = dispatch.queue_ns / 1e6
+        origin.load_ms = dispatch.load_ns / 1e6
+        origin.heals = dispatch.heals
+        origin.output_tokens = tokens
+        origin.input_tokens = len(request.tokens.ids) or len(request.text.encode())
+        origin.request_id = ticket.client_id
+
+
+def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:
+    """Return the code of a request that an engine refuses as its client's fault; None for the reason's own."""
+    rejection: Any = ticket.rejected_with
+    refused = ending.reason is Reason.BACKEND_REJECTED and isinstance(rejection, HttpRejection)
+    return grpc.StatusCode.INVALID_ARGUMENT if refused and 400 <= rejection.status < 500 else None

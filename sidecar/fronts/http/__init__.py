@@ -1,0 +1,1 @@
+"""HTTP listeners: connections with bounds, probes, metrics, drain."""

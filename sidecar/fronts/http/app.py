@@ -1,0 +1,167 @@
+"""The http listener: the OpenAI API below `/v1`, KServe's REST paths, which are told where gRPC is (`http_rest`), and
+for one more release what is on the listener for probes.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
+
+from sidecar.errors import Misused, Reason
+from sidecar.fronts.http.connection import HttpLimits
+from sidecar.fronts.http.listener import HttpListener
+from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes
+from sidecar.fronts.http.rest import is_rest, rest_answer
+from sidecar.fronts.openai.asked import REQUEST_ID_HEADER, request_id_of
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+BODY_BYTES_MAX = 64 << 10
+"""Of requests that need none. The OpenAI API has a bound of its own."""
+API = "/v1"
+CLOSE = {"connection": "close"}
+"""For an answer to a body that is not read to its end."""
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class HttpFront:
+    """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
+
+    `grpc_address` is the data listener's, for those who look for inference here; `api` is the application below `/v1`.
+    With `probes` the paths of the listener for probes are here as well.
+    """
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        metrics: Metrics,
+        address: str,
+        grpc_address: str,
+        api: Application | None = None,
+        limits: HttpLimits | None = None,
+        tls: ssl.SSLContext | None = None,
+        probes: bool = True,
+    ) -> None:
+        self._metrics = metrics
+        self.address = address
+        self._grpc_address = grpc_address
+        self._api = api
+        self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
+        self._listens = False
+        self._probes = Probes(gateway, metrics) if probes else None
+        self._has_told = False
+
+    async def start(self) -> None:
+        """Listen. Raises Misused(PORT_IN_USE) naming the address."""
+        self.address = await self._listener.open(self.address, "http")
+        self._metrics.start()
+        self._listens = True
+
+    async def stop(self) -> None:
+        """Stop listening and end what is open. Nothing happens when it does not listen."""
+        if not self._listens:
+            return
+        self._listens = False
+        self._metrics.stop()
+        await self._listener.stop()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._route(scope, receive, send)
+        except Exception:
+            logger.exception("%s %s broke", scope["method"], scope["path"][:200])
+            raise  # the server answers with 500, or closes the connection
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if self._api is not None and path.startswith(f"{API}/"):
+            await self._api(scope, receive, send)
+            return
+        send = _with_id(scope, send)
+        if is_rest(path):
+            await self._answer_rest(scope)(scope, receive, send)
+        elif await _is_too_long(receive):
+            await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
+        elif path not in PATHS:
+            await self._nothing_here()(scope, receive, send)
+        elif self._probes is None:
+            await _text(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
+        elif scope["method"] not in ("GET", "HEAD"):
+            await _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
+        else:
+            self._tell_of_the_other_listener(path)
+            await self._probes(scope, receive, send)
+
+    def _tell_of_the_other_listener(self, path: str) -> None:
+        if not self._has_told:
+            logger.warning(
+                "%s was asked of the http listener, where clients are; it goes from there in the next release: set "
+                "listeners.probes.address and ask there, then listeners.http.probes: false",
+                path,
+            )
+            self._has_told = True
+
+    def _nothing_here(self) -> Response:
+        api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
+        there = [*(PATHS if self._probes is not None else ()), *api]
+        return _text(404, f"nothing is here; there are {', '.join(there)}")
+
+    def _answer_rest(self, scope: Scope) -> Response:
+        rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
+        headers = NO_STORE | ({"allow": rest.allow} if rest.allow else {})
+        if scope["method"] not in ("GET", "HEAD"):
+            headers |= CLOSE
+        return Response(rest.body, rest.status, headers, media_type="application/json")
+
+
+def _with_id(scope: Scope, send: Send) -> Send:
+    """Return what sends an answer, and with one that is an error the id that the client finds it by."""
+
+    async def tell(message: Message) -> None:
+        if message.get("status", 200) >= 400:
+            header = (REQUEST_ID_HEADER, request_id_of(scope["headers"]).encode())
+            message = {**message, "headers": [*message["headers"], header]}
+        await send(message)
+
+    return tell
+
+
+async def _is_too_long(receive: Receive) -> bool:
+    """Read a body that nobody needs; return whether it is longer than anyone would send."""
+    size_bytes = 0
+    while True:
+        message = await receive()
+        size_bytes += len(message.get("body", b""))
+        if size_bytes > BODY_BYTES_MAX:
+            return True
+        if not message.get("more_body", False):
+            return False
+
+
+def _text(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
+    return PlainTextResponse(f"{sentence}\n", status, NO_STORE | (headers or {}))
+
+
+def server_tls(certificate: str | None, key: str | None, ca: str | None, address: str) -> ssl.SSLContext:
+    """Return how the listener proves who it is; with `ca` its clients must, too. Raises Misused(CONFIG_INVALID)."""
+    if certificate is None or key is None:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {address} needs certificate and key")
+    context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    path = certificate
+    try:
+        context.load_cert_chain(certificate, key)
+        if ca is not None:
+            path = ca
+            context.load_verify_locations(ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {address}: {path}: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context  # type: ignore[no-any-return]

@@ -1,0 +1,117 @@
+"""`/livez`, `/readyz` and `/metrics` on a listener of their own: clients cannot fill it, and the names of adapters and
+tenants are not where clients are.
+
+They run on the event loop that serves requests: an answer of `/livez` is the proof that the loop makes progress. Each
+connection is closed with its answer, and a new one takes the place of one that is silent, so that few are enough.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from sidecar.core.state import Backend
+from sidecar.fronts.http.connection import HttpLimits
+from sidecar.fronts.http.listener import HttpListener
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import Metrics
+
+SILENCE_S_MAX = 5.0
+"""For which a connection may say nothing before it has asked: who probes asks at once."""
+METRICS, LIVE, READY = PATHS = ("/metrics", "/livez", "/readyz")
+NO_STORE = {"cache-control": "no-store"}
+
+
+def why_not_ready(gateway: Gateway) -> str:
+    """Say why nothing can be served now; "" when something can."""
+    state = gateway.state
+    if gateway.crash.raised is not None:
+        return "the sidecar has failed and ends; its log says why"
+    if state.draining:
+        return "the sidecar is shutting down"
+    if not state.backends and state.config.pools:
+        return f"no engine has been found yet in {', '.join(state.config.pools)}"
+    if not state.backends:
+        return "no backend is configured; start the sidecar with --backend triton://HOST:PORT"
+    if gateway.takes_requests:
+        return ""
+    return "no backend takes requests: " + "; ".join(_why_not(gateway, backend) for backend in state.backends.values())
+
+
+def _why_not(gateway: Gateway, backend: Backend) -> str:
+    if backend.draining:
+        return f"{backend.id} is draining"
+    if backend.leaving:
+        return f"{backend.id} is about to go"
+    if not backend.owned:
+        return f"{backend.id} is served by no replica yet"
+    return f"{backend.id} is down ({_detail(gateway, backend.id)})"
+
+
+def _detail(gateway: Gateway, backend: str) -> str:
+    known = gateway.backends.get(backend)
+    return known.detail() if known is not None else "not started"
+
+
+class Probes:
+    """An ASGI application: the three paths, to be read with GET."""
+
+    def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
+        self._gateway = gateway
+        self._metrics = metrics
+        endpoints = zip(PATHS, (self._show_metrics, self._show_live, self._show_ready), strict=True)
+        self._router = Router([Route(path, endpoint, methods=["GET"]) for path, endpoint in endpoints])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._router({**scope, "app": self}, receive, send)
+        except HTTPException as error:
+            words = f"there are {', '.join(PATHS)}, to be read with GET"
+            await _text(error.status_code, words, error.headers)(scope, receive, send)
+
+    async def _show_metrics(self, request: Request) -> Response:
+        content_type, body = await self._metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers=NO_STORE | {"content-type": content_type})
+
+    async def _show_live(self, request: Request) -> Response:
+        return _text(200, "ok")
+
+    async def _show_ready(self, request: Request) -> Response:
+        why = why_not_ready(self._gateway)
+        return _text(503, why) if why else _text(200, "ok")
+
+
+class HttpProbes:
+    """The listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`."""
+
+    def __init__(self, probes: Probes, address: str, connections: int, tls: ssl.SSLContext | None = None) -> None:
+        self.address = address
+        self._probes = probes
+        self._listener = HttpListener(
+            self._serve, HttpLimits(connections, silence_s=SILENCE_S_MAX, newest_first=True), tls
+        )
+
+    async def start(self) -> None:
+        """Listen. Raises Misused(PORT_IN_USE) naming the address."""
+        self.address = await self._listener.open(self.address, "probes")
+
+    async def stop(self) -> None:
+        await self._listener.stop()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def closing(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
+            await send(message)
+
+        await self._probes(scope, receive, closing)
+
+
+def _text(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+    return PlainTextResponse(f"{sentence}\n", status, NO_STORE | dict(headers or {}))

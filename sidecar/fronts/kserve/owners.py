@@ -1,0 +1,101 @@
+"""Whose a region of shared memory is: servers know names only, and let anybody list, read and unregister all.
+
+A region is its client's, who is a tenant at an address: another one may not use, see or unregister it. Clients of one
+machine without tenants are one by that, so a list, and an unregistering of all, go further: they mean what the same
+connection has registered. Regions that this process did not see registered, as after a restart or at another replica,
+are in no list, and whoever knows the name may use and unregister them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.adapters.shared_memory import PREFIX
+from sidecar.config.identities import clipped
+from sidecar.errors import Reason, Refused
+from sidecar.fronts import callers
+from sidecar.fronts.kserve.tensors import REGION
+
+REGIONS_MAX = 1024
+"""Of one client. All are kept, so that a server that restarts is told of them again."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls. The tenant is that of the call itself, since a verb of regions has no parameters."""
+
+    tenant: str
+    connection: str
+
+    @property
+    def client(self) -> tuple[str, str]:
+        """The tenant and the address; a port is a connection's."""
+        return self.tenant, self.connection.rpartition(":")[0]
+
+
+class RegionOwners:
+    """The clients' regions that were registered here, and by whom."""
+
+    def __init__(self, tenant_from: str, regions_max: int = REGIONS_MAX) -> None:
+        self._tenant_from = tenant_from
+        self._regions_max = regions_max
+        self._of: dict[str, Caller] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def caller(self, context: Any) -> Caller:
+        tenant = callers.tenant_of(context, self._tenant_from, callers.metadata_of(context), "")
+        return Caller(tenant, str(context.peer()))
+
+    def register(self, name: str, caller: Caller) -> None:
+        """Note whose a region is. Raises Refused(INVALID_REQUEST) for one region too many."""
+        if self._counts.get(caller.client, 0) >= self._regions_max:
+            raise Refused(
+                Reason.INVALID_REQUEST, f"this client has {self._regions_max} regions registered; unregister some first"
+            )
+        self.restore(name, caller)
+
+    def forget(self, name: str) -> None:
+        caller = self._of.pop(name, None)
+        if caller is not None:
+            self._counts[caller.client] -= 1
+            if not self._counts[caller.client]:
+                del self._counts[caller.client]
+
+    def owner(self, name: str) -> Caller | None:
+        return self._of.get(name)
+
+    def restore(self, name: str, owner: Caller | None) -> None:
+        """Set whose a region is, as it was before a `register` that came to nothing."""
+        self.forget(name)
+        if owner is not None:
+            self._of[name] = owner
+            self._counts[owner.client] = self._counts.get(owner.client, 0) + 1
+
+    def is_anothers(self, name: str, caller: Caller) -> bool:
+        owner = self._of.get(name)
+        return owner is not None and owner.client != caller.client
+
+    def of_connection(self, caller: Caller) -> list[str]:
+        return [name for name, owner in self._of.items() if owner == caller]
+
+    def check(self, tensors: Iterable[Any], context: Any) -> None:
+        """Raise Refused(INVALID_REQUEST) for a tensor that lies in a region of the sidecar's or of another client."""
+        for tensor in tensors:
+            if REGION not in tensor.parameters:
+                continue
+            name = tensor.parameters[REGION].string_param
+            if name.startswith(PREFIX):
+                raise ours(f"the tensor {clipped(tensor.name)} lies in", name)
+            if self.is_anothers(name, self.caller(context)):
+                raise Refused(
+                    Reason.INVALID_REQUEST, f"Unable to find shared memory region: '{clipped(name)}'; register it first"
+                )
+
+
+def ours(what: str, region: str) -> Refused:
+    return Refused(
+        Reason.INVALID_REQUEST,
+        f'{what} "{clipped(region)}", and names that begin with {PREFIX} are the sidecar\'s own; choose another',
+    )

@@ -1,0 +1,147 @@
+"""Shared memory of clients' own: registered with every backend, and kept apart from where the sidecar has its blobs.
+
+To a client it is as if there were no regions but its own (`kserve_owners`). The sidecar's are neither shown nor
+unregistered, and no request may read or write them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2
+
+from sidecar.adapters.shared_memory import PREFIX
+from sidecar.config.identities import Shape, clipped, problem_of
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.callers import id_of_call
+from sidecar.fronts.kserve.later import Later
+from sidecar.fronts.kserve.owners import Caller, RegionOwners, ours
+from sidecar.fronts.kserve.verbs import Verb, abort_with_first, errors_of, tell_all, to_all, to_one
+from sidecar.fronts.status import abort, id_metadata
+from sidecar.shell.gateway import Gateway
+
+STATUS, REGISTER, UNREGISTER = (f"SystemSharedMemory{verb}" for verb in ("Status", "Register", "Unregister"))
+REGION_WORD = Shape("the region", 255, 255)
+"""Its name and its key, which is a file's: they are kept for as long as the server may forget the region."""
+NO_CUDA = (
+    "CUDA shared memory is not served: engines with LoRA refuse inputs in the GPU's memory; register system shared "
+    "memory instead, or send the tensors in the request"
+)
+
+
+def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[str, Verb]:
+    """Return the handlers of the verbs of system shared memory, and of CUDA's where they have something to answer."""
+    return {
+        STATUS: _status(to_one(gateway, STATUS), owners),
+        REGISTER: _register(to_all(gateway, REGISTER, later), owners),
+        UNREGISTER: _unregister(gateway, later, owners),
+        "CudaSharedMemoryStatus": _no_cuda_status,
+        "CudaSharedMemoryUnregister": _no_cuda_unregister,
+    }
+
+
+def _status(ask: Verb, owners: RegionOwners) -> Verb:
+    async def handle(request: Any, context: Any) -> Any:
+        caller = await _caller(owners, context)
+        if request.name.startswith(PREFIX) or owners.is_anothers(request.name, caller):
+            await _not_found(context, f"Unable to find system shared memory region: '{clipped(request.name)}'")
+        reply = await ask(request, context)
+        shown = {request.name} if request.name else set(owners.of_connection(caller))
+        for name in [name for name in reply.regions if name not in shown]:
+            del reply.regions[name]
+        return reply
+
+    return handle
+
+
+def _register(tell: Verb, owners: RegionOwners) -> Verb:
+    """Return a handler for names and keys that are neither the sidecar's nor, as names, another client's."""
+
+    async def handle(request: Any, context: Any) -> Any:
+        await _check(request, context)
+        caller, name = await _caller(owners, context), request.name
+        if owners.is_anothers(name, caller):
+            taken = f"shared memory region '{clipped(name)}' already in manager"
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, taken, id_metadata(id_of_call(context)))
+        had = owners.owner(name)
+        try:
+            owners.register(name, caller)
+        except Refused as refused:
+            await abort(context, refused)
+        try:
+            return await tell(request, context)
+        except BaseException:
+            owners.restore(name, had)
+            raise
+
+    return handle
+
+
+async def _caller(owners: RegionOwners, context: Any) -> Caller:
+    """Return who calls, or end a call whose metadata does not say it."""
+    try:
+        return owners.caller(context)
+    except Refused as refused:
+        await abort(context, refused)
+
+
+async def _check(request: Any, context: Any) -> None:
+    """End a call whose region has a name or a key that is none, or the sidecar's own."""
+    for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
+        if problem := problem_of(REGION_WORD, word):
+            await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
+    key = getattr(request, "key", "").removeprefix("/")
+    if "/" in key or key in (".", ".."):  # another path to a file that has a name of its own
+        problem = f'the region\'s key is "{clipped(request.key)}"; name a file in shared memory, without folders'
+        await abort(context, Refused(Reason.INVALID_REQUEST, problem))
+    for what in (request.name, key):
+        if what.startswith(PREFIX):
+            await abort(context, ours("the region is", what))
+
+
+def _unregister(gateway: Gateway, later: Later, owners: RegionOwners) -> Verb:
+    tell_one = to_all(gateway, UNREGISTER, later)
+
+    async def handle(request: Any, context: Any) -> Any:
+        caller = await _caller(owners, context)
+        if request.name:
+            await _check(request, context)
+            if owners.is_anothers(request.name, caller):  # as one that is not there is no error in Triton
+                return service_pb2.SystemSharedMemoryUnregisterResponse()
+            reply = await tell_one(request, context)
+            owners.forget(request.name)
+            return reply
+        errors: list[grpc.aio.AioRpcError] = []
+        for name in owners.of_connection(caller):
+            one = service_pb2.SystemSharedMemoryUnregisterRequest(name=name)
+            failed = errors_of(replies := await tell_all(gateway, UNREGISTER, one, later))
+            errors += failed
+            if not replies:
+                await abort_with_first(context, UNREGISTER, errors)
+            if not failed:
+                owners.forget(name)
+        if errors:
+            await abort_with_first(context, UNREGISTER, errors)
+        return service_pb2.SystemSharedMemoryUnregisterResponse()
+
+    return handle
+
+
+async def _not_found(context: Any, message: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.NOT_FOUND, message, id_metadata(id_of_call(context)))
+    raise AssertionError("abort does not return")
+
+
+async def _no_cuda_status(request: Any, context: Any) -> Any:
+    """Nothing is registered: that is true, and programs that only look go on."""
+    if request.name:
+        message = f"Unable to find cuda shared memory region: '{clipped(request.name)}'; {NO_CUDA}"
+        await _not_found(context, message)
+    return service_pb2.CudaSharedMemoryStatusResponse()
+
+
+async def _no_cuda_unregister(request: Any, context: Any) -> Any:
+    """As in Triton it is no error that there is nothing: many programs clear all regions before they begin."""
+    return service_pb2.CudaSharedMemoryUnregisterResponse()

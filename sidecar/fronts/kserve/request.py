@@ -1,0 +1,160 @@
+"""What a KServe request asks of us: which adapter, for whom, how large; and what we send on in its place.
+
+Nothing is ever silently answered by the base model: a parameter that looks like ours and is not is refused, and so
+are LoRA tensors of the client's own, unless the configuration says what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.backends.api import Payload
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
+from sidecar.backends.triton.wire import EMPTY_FINAL
+from sidecar.config.identities import session_of
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.kserve.parameters import own_parameters, seconds_until
+from sidecar.fronts.kserve.structure import Structure
+from sidecar.fronts.kserve.tensors import CORE_LORA_TENSORS, LLMAPI_LORA_TENSORS, LORA_TENSORS, Tensors, check_word
+from sidecar.shell.gateway import RequestFacts
+
+IDS = ("lora_task_id", "lora_id")
+CLIENT_TASK_IDS_END = 1 << 32
+"""Ids from here on are ours: hashes of 63 bits. A client could otherwise put its weights under an id of ours."""
+BEAMS, RETURNED = ("beam_width",), ("num_return_sequences", "sampling_param_n", "sampling_param_best_of")
+OUTPUT_LENGTHS = ("request_output_len", "max_tokens", "sampling_param_max_tokens")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The parts of the configuration that decide what a client may send."""
+
+    legacy_task_ids: Mapping[int, str]
+    allow_client_lora: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A parsed request. `client_id` is the message's own, `request_id` what is told where it has none.
+
+    `stop` cancels an earlier one of the same id instead of running.
+    `is_text` says that the prompt is text, so that `facts.input_tokens` counts its bytes; `outputs` are the names of
+    the requested ones, none for all.
+    """
+
+    client_id: str
+    request_id: str
+    model: str
+    version: str
+    stop: bool
+    wants_empty_final: bool
+    is_text: bool
+    outputs: tuple[str, ...]
+    facts: RequestFacts
+    payload: Payload
+
+
+def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str) -> Asked:
+    """Read a request. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    message = structure.message
+    check_word("model_name", message.model_name)
+    if message.model_version:
+        check_word("model_version", message.model_version)
+    own = own_parameters(message.parameters, metadata)
+    tensors = Tensors(structure)
+    adapter = _adapter(message, tensors, own.get("lora_name"), rules)
+    dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
+    rows, beams, returned = tensors.rows(), _most(tensors, BEAMS), _most(tensors, RETURNED)
+    sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share its seat
+    facts = RequestFacts(
+        adapter=adapter,
+        tenant=own.get("lora_tenant", ""),
+        klass=own.get("lora_class") or "default",
+        input_tokens=tensors.input_tokens(),
+        output_tokens_max=max(0, *(length for name in OUTPUT_LENGTHS for length in tensors.integers(name)), 0)
+        * sequences
+        * beams,
+        sequences=sequences,
+        deadline_s=seconds_until(own.get("lora_deadline_ms")),
+        session=session_of(own.get("lora_session", "")),
+        size_bytes=structure.size_bytes,
+    )
+    parameters = message.parameters
+    return Asked(
+        client_id=message.id,
+        request_id=request_id,
+        model=message.model_name,
+        version=message.model_version or "1",
+        stop=tensors.flag("stop"),
+        wants_empty_final=EMPTY_FINAL in parameters and parameters[EMPTY_FINAL].bool_param,
+        is_text="text_input" in tensors,
+        outputs=tuple(output.name for output in message.outputs),
+        facts=facts,
+        payload=Payload(
+            model=message.model_name,
+            head=tensors.without(LORA_TENSORS) if dropped else structure.to_bytes(),
+            raw=not tensors.typed,
+            unary=unary,
+            kind=_kind(tensors),
+        ),
+    )
+
+
+def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
+    """Return the largest count of any row and name; 1 where none is said."""
+    for name in names:
+        if tensors.in_region(name):
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"{name} says how many seats the request takes: send it in the message, not in a shared-memory region",
+            )
+    return max(1, *(count for name in names for count in tensors.integers(name)), 1)
+
+
+def _kind(tensors: Tensors) -> str:
+    """Return the kind of model that a request is written for: only the LLM-API model takes text without a batch."""
+    return TRITON_LLMAPI if tensors.rank("text_input") == 1 else TRITON
+
+
+def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:
+    """Return the adapter's name, "" for the base model and for a LoRA that the client may send itself."""
+    own_tensors = [tensor.name for tensor in message.inputs if tensor.name in LORA_TENSORS]
+    if name is not None:
+        if own_tensors:
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f"the request has lora_name and {own_tensors[0]}; drop the lora_* tensors: the sidecar sends them",
+            )
+        return name
+    if not own_tensors:
+        return ""
+    if any(name in CORE_LORA_TENSORS for name in own_tensors) and any(
+        name in LLMAPI_LORA_TENSORS for name in own_tensors
+    ):
+        names = " and ".join(own_tensors)
+        raise Refused(Reason.INVALID_REQUEST, f"the request has {names}, which are of different models; send one's")
+    ids = tensors.integers(*IDS)
+    task_id = ids[0] if len(ids) == 1 else None
+    if task_id is not None and task_id in rules.legacy_task_ids:
+        return rules.legacy_task_ids[task_id]
+    if not rules.allow_client_lora:
+        which = own_tensors[0] if task_id is None else f"{_id_name(tensors)} {task_id}"
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"the request has {which} of its own; name the adapter with the request parameter lora_name instead, or "
+            "map old ids with legacy_task_ids in the configuration",
+        )
+    if task_id is None or not 0 <= task_id < CLIENT_TASK_IDS_END:
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"{_id_name(tensors)} {'is missing' if task_id is None else task_id}; a client's own must be in the "
+            f"request and below {CLIENT_TASK_IDS_END}: larger ids are the sidecar's",
+        )
+    return ""
+
+
+def _id_name(tensors: Tensors) -> str:
+    """Return what the request's model calls an adapter's id."""
+    return "lora_id" if any(name in tensors for name in LLMAPI_LORA_TENSORS) else "lora_task_id"

@@ -1,0 +1,163 @@
+"""A `ModelInferRequest` taken apart: its structure, which is parsed and written anew, and its contents, which are not.
+
+What is sent to an engine is a client's message with a fragment of ours appended, and protobuf merges the two: so
+nothing in the first may be open to another reading. Parsers differ in odd messages (of a map entry with an unknown
+field C++ reads the value and Python nothing), so the client's own encoding of the structure is never passed on, only
+what we have read of it. The contents, which are nearly all of a large message, are neither parsed nor copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.backends.triton.wire import ModelInferRequest, content_head
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.message_fields import UNCOUNTED_BYTES, check_fields, check_known, decoded, malformed
+
+STRUCTURE_BYTES_MAX = 8 << 20
+"""Of all but the raw contents: reading and writing it takes time that nobody else gets."""
+REPEATED_MAX = 256
+"""Inputs, outputs, parameters and contents, each: TensorRT-LLM's models have about 60 inputs."""
+
+FIELDS_BEFORE_ID = 2
+"""The model's name and version."""
+
+_DESCRIPTOR = ModelInferRequest.DESCRIPTOR
+_COUNTS_MAX = {
+    field.number << 3 | 2: REPEATED_MAX if field.is_repeated else 1 for field in ModelInferRequest.DESCRIPTOR.fields
+}
+"""By tag: all fields have a length, and a tag of one byte."""
+_NAMES = {field.number << 3 | 2: field.name for field in ModelInferRequest.DESCRIPTOR.fields}
+_ID = _DESCRIPTOR.fields_by_name["id"].number << 3 | 2
+_CONTENT = _DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2
+_PARAMETER = _DESCRIPTOR.fields_by_name["parameters"].number << 3 | 2
+
+
+class Structure:
+    """One request: `message` is without raw contents, and `contents` are these. `size_bytes` is its size as it came."""
+
+    __slots__ = ("_whole", "contents", "message", "size_bytes")
+
+    def __init__(self, message: Any, contents: list[memoryview], size_bytes: int, whole: bytes | None) -> None:
+        self.message = message
+        self.contents = contents
+        self.size_bytes = size_bytes
+        self._whole = whole
+
+    def to_bytes(self) -> bytes:
+        """Return the request as it is sent on: the client's own bytes where they are just what we would write."""
+        return self._written(self.message) if self._whole is None else self._whole
+
+    def without(self, inputs: list[int], contents: list[int]) -> bytes:
+        """Return the request without some inputs and contents, by their indices."""
+        message = ModelInferRequest()
+        message.CopyFrom(self.message)
+        for index in reversed(inputs):
+            del message.inputs[index]
+        return self._written(message, frozenset(contents))
+
+    def _written(self, message: Any, left_out: frozenset[int] = frozenset()) -> bytes:
+        parts: list[bytes | memoryview] = [message.SerializeToString()]
+        for index, content in enumerate(self.contents):
+            if index not in left_out:
+                parts += (content_head(len(content)), content)
+        return b"".join(parts)
+
+
+def structure_of(raw: bytes) -> Structure:
+    """Take a client's message apart. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    try:
+        parts, contents, parameters = _split(raw)
+    except IndexError:
+        raise _malformed(raw, "a field is cut off") from None
+    written = b"".join(parts)
+    if len(written) > STRUCTURE_BYTES_MAX:
+        raise Refused(
+            Reason.INVALID_REQUEST,
+            f"the request has {len(written)} bytes beside raw_input_contents, and at most {STRUCTURE_BYTES_MAX} are "
+            "taken; send large tensors there instead of in typed contents",
+        )
+    if len(written) > UNCOUNTED_BYTES:
+        check_fields(written, _DESCRIPTOR)
+    message = decoded(written, ModelInferRequest)
+    ours = check_known(message, written)
+    if len(message.parameters) != parameters:
+        raise Refused(Reason.INVALID_REQUEST, "the request has a parameter twice; send each once")
+    is_ours = len(parts) == 1 and ours == written and raw.startswith(ours)
+    return Structure(message, contents, len(raw), raw if is_ours else None)
+
+
+def id_in(raw: bytes) -> str:
+    """Return the id of a message that is refused for its structure, "" where it is not among its first fields.
+
+    Every encoder writes it third, and nothing of the message may be read that costs anything.
+    """
+    at = 0
+    try:
+        for _ in range(FIELDS_BEFORE_ID + 1):
+            tag, (size, begin) = raw[at], _size(raw, at + 1)
+            at = begin + size
+            if tag == _ID:
+                return raw[begin:at].decode() if at <= len(raw) else ""
+    except (IndexError, UnicodeDecodeError, Refused):
+        pass
+    return ""
+
+
+def _split(raw: bytes) -> tuple[list[memoryview], list[memoryview], int]:
+    """Return all but the raw contents, in as few pieces as it has; those contents; and how many parameters there are.
+
+    Raises IndexError where a field is cut off.
+    """
+    view, at, end, piece = memoryview(raw), 0, len(raw), 0
+    parts: list[memoryview] = []
+    contents: list[memoryview] = []
+    left = dict(_COUNTS_MAX)
+    while at < end:
+        start, tag, size = at, raw[at], raw[at + 1]
+        at += 2
+        if tag not in left:
+            raise _malformed(raw, f"at byte {start} is a field that is not in the definition, or written oddly")
+        if size > 0x7F:
+            size, at = _size(raw, at - 1)
+        if not left[tag]:
+            raise _too_many(tag)
+        left[tag] -= 1
+        stop = at + size
+        if stop > end:
+            raise IndexError
+        if tag == _CONTENT:
+            if start > piece:
+                parts.append(view[piece:start])
+            contents.append(view[at:stop])
+            piece = stop
+        at = stop
+    if end > piece:
+        parts.append(view[piece:end])
+    return parts, contents, REPEATED_MAX - left[_PARAMETER]
+
+
+def _size(raw: bytes, at: int) -> tuple[int, int]:
+    """Return a length of more than one byte, and where it ends; one that is longer than it need be is refused."""
+    size = shift = 0
+    while True:
+        byte = raw[at]
+        at += 1
+        size |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            break
+    if not byte or shift > 35:
+        raise _malformed(raw, f"before byte {at} is a length that is written longer than it need be")
+    return size, at
+
+
+def _too_many(tag: int) -> Refused:
+    name = _NAMES[tag]
+    if _COUNTS_MAX[tag] == 1:
+        return Refused(Reason.INVALID_REQUEST, f"the request has {name} twice; send it once")
+    return Refused(Reason.INVALID_REQUEST, f"the request has more than {REPEATED_MAX} {name}; no engine takes so many")
+
+
+def _malformed(raw: bytes, what: str) -> Refused:
+    return malformed(_DESCRIPTOR, f"malformed protobuf ({len(raw)} bytes): {what}")

@@ -1,0 +1,181 @@
+"""Which engines may answer a request, and the request in the words of each kind of them.
+
+An engine with this API of its own is asked as the client asked. One that takes text only can answer what can be said to
+it, and a chat where its model's template is configured. In a pool of both a request goes to all that can answer it. An
+engine that is yet to be found, in a pool that is empty, counts as what its pool is declared to have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from policies.views import BASE
+from sidecar.backends.api import Form, HttpForm, Payload, Prompt
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.core import eligibility
+from sidecar.core.admission import BASE_NAMES, unknown_adapter
+from sidecar.core.facts import EngineFacts
+from sidecar.core.state import State
+from sidecar.errors import Reason, Refused
+from sidecar.fronts.eligible import base_names, empty_pools, named
+from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
+from sidecar.fronts.openai.chat_templates import ChatTemplate
+from sidecar.fronts.openai.large import Order, Refusal, Template
+from sidecar.fronts.openai.text_forms import TextForms, WrittenForms, text_forms
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a request goes: `adapter` is its name to the core, "" for the base model; `only` is empty for anywhere.
+
+    `text` is what answers are put together with where an engine gives text only.
+    """
+
+    adapter: str
+    payload: Payload
+    only: tuple[str, ...]
+    text: TextForms | WrittenForms | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A backend, or a pool that is empty at the moment; `group` is what its template is configured by."""
+
+    id: str
+    group: str
+    facts: EngineFacts
+
+
+class Places:
+    """Finds places.
+
+    `templates` are by backend, or by its pool; `may_stream(kind)` says whether engines of a kind stream at all.
+    """
+
+    def __init__(self, state: State, templates: Mapping[str, ChatTemplate], may_stream: Callable[[str], bool]) -> None:
+        self._state = state
+        self._templates = templates
+        self._may_stream = may_stream
+
+    def order(self, path: str, size_bytes: int, prompts_max: int, bytes_max: int) -> Order:
+        """Return what is to be read of a large body, its text in every way that an engine may be asked by included."""
+        templates = tuple(
+            None if template is None else Template.of(template) for template in self._text_templates(path == CHAT)
+        )
+        streams = self._may_stream(TRITON), self._may_stream(TRITON_LLMAPI)
+        return Order(
+            path, size_bytes, prompts_max, bytes_max, templates, self._state.config.output_tokens_assumed, streams
+        )
+
+    def place(self, asked: Asked, tenant: str, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
+        """Return where a tenant's request goes; `texts` is what was written to an order of ours.
+
+        Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
+        """
+        adapter, servers = self._servers(asked.model, tenant)
+        kinds = {backend.facts.kind for backend in servers}
+        forms: dict[str, Form] = {}
+        fitting: list[str] = []
+        why_not: Refused | None = None
+        if VLLM in kinds or not servers:
+            forms[VLLM] = HttpForm(asked.path, *asked.around, asked.model, asked.streams)
+            fitting += [backend.id for backend in servers if backend.facts.kind == VLLM]
+        text = None
+        takers = [backend for backend in servers if backend.facts.kind in (TRITON, TRITON_LLMAPI)]
+        if takers:
+            try:
+                text, takers = self._as_text(asked, takers, texts)
+                forms |= self._text_forms(text)
+                fitting += [backend.id for backend in takers if backend.facts.kind in forms]
+                why_not = Refused(Reason.INVALID_REQUEST, text.why_not_llmapi)  # if it is for none of them
+            except Refused as refused:
+                why_not = refused
+        if servers and not fitting:
+            raise why_not or Refused(Reason.INVALID_REQUEST, _other_kinds(kinds))
+        kind = next(iter(forms))
+        payload = Payload(
+            asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
+        )
+        return Place(adapter, payload, named(self._state, fitting) if fitting else (), text)
+
+    def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
+        """Return the core's name for a model and the engines that can serve it, up or down, or yet to be found."""
+        state = self._state
+        text = model.partition("@")[0]
+        name = state.names.get(text)
+        if name is not None:  # what its engines could not answer is told to those only who may use it
+            return model, self._serving(name.digest) if name.is_for(tenant) else ()
+        serving = self._serving(BASE)
+        named = tuple(engine for engine in serving if model in base_names(engine.facts))
+        if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
+            if not state.config.base_requests:
+                raise Unfit(
+                    "model",
+                    f'"{model}" is the base model and this sidecar serves adapters only (base_requests: refuse); '
+                    'name an adapter in "model"',
+                )
+            return "", named or serving
+        raise unknown_adapter(state, text, tenant)
+
+    def _serving(self, version: str) -> tuple[Engine, ...]:
+        there = [
+            Engine(backend.id, backend.group, backend.facts) for backend in eligibility.servers_of(self._state, version)
+        ]
+        pools = [Engine(pool, pool, facts) for pool, facts in empty_pools(self._state)]
+        return (*there, *(pool for pool in pools if eligibility.may_come(self._state, version, (pool.id,))))
+
+    def _base_models(self) -> Iterator[tuple[str, ...]]:
+        return map(base_names, self._declared())
+
+    def _declared(self) -> Iterator[EngineFacts]:
+        """Yield what is known of each engine that is there, and what each pool is declared to have."""
+        yield from (backend.facts for backend in self._state.backends.values())
+        yield from self._state.config.pools.values()
+
+    def _as_text(
+        self, asked: Asked, takers: list[Engine], texts: Sequence[WrittenForms | Refusal] | None
+    ) -> tuple[TextForms | WrittenForms, list[Engine]]:
+        """Return the request as text and the engines whose models are asked in these very words."""
+        template = None
+        if asked.is_chat:
+            with_template = [backend for backend in takers if backend.group in self._templates]
+            if not with_template:
+                raise _no_template(takers[0].id)
+            template = self._templates[with_template[0].group]
+            takers = [backend for backend in with_template if self._templates[backend.group] == template]
+        if texts is None:
+            return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
+        text = texts[self._text_templates(asked.is_chat).index(template)]
+        if isinstance(text, Refusal):
+            raise text.error
+        return text, takers
+
+    def _text_templates(self, is_chat: bool) -> list[ChatTemplate | None]:
+        """Return what a text may be written with, each once: the chat templates, or for a prompt none."""
+        if is_chat:
+            distinct: list[ChatTemplate | None] = []
+            for template in self._templates.values():
+                if template not in distinct:
+                    distinct.append(template)
+            return distinct
+        return [None] if any(facts.kind != VLLM for facts in self._declared()) else []
+
+    def _text_forms(self, text: TextForms | WrittenForms) -> dict[str, Form]:
+        """Write it for both of TensorRT-LLM's models: which of them a server has may not be known yet."""
+        forms: dict[str, Form] = {TRITON: text.ensemble(self._may_stream(TRITON))}
+        if not text.why_not_llmapi:
+            forms[TRITON_LLMAPI] = text.llmapi(self._may_stream(TRITON_LLMAPI))
+        return forms
+
+
+def _no_template(backend: str) -> Unfit:
+    return Unfit(
+        "messages",
+        f"{backend} takes text only and no chat template is configured for it; set backends[].base_model.chat_template "
+        "to a Jinja2 file or the model's tokenizer_config.json, or send a prompt to /v1/completions",
+    )
+
+
+def _other_kinds(kinds: set[str]) -> str:
+    return f"the backends that serve it ({', '.join(sorted(kinds))}) are of kinds that the OpenAI API cannot ask"

@@ -1,0 +1,344 @@
+"""Run a journal again: the same events, from the state that the segment begins with, to the same effects.
+
+Each segment stands alone: what is retained can be replayed, whatever came before it is gone. A step whose effects
+differ from what was recorded means that the code or a policy is another one, or that a decision rests on something
+that is not in the event. Where the core raised, it must raise the same again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidecar.config.plugins import policies_of
+from sidecar.core.core import Core
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.errors import CRASHED_EXIT, Misused, Reason
+from sidecar.journal import codec
+from sidecar.journal.archive import opened
+from sidecar.journal.raised import words_of
+from sidecar.journal.segments import FORMAT, effects_digest, product_version, segment_paths
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One step that was taken again."""
+
+    segment: str
+    step: int
+    at_ns: int
+    event: Event
+    effects: Sequence[Effect]
+    recorded: str
+    """The digest of the effects when the journal was written, or what the core raised then."""
+    raised: bool = False
+    """Whether it raised then."""
+    failure: str = ""
+    """What the core raises now instead of returning effects."""
+
+    @property
+    def digest(self) -> str:
+        return self.failure or effects_digest(self.effects)
+
+    @property
+    def same(self) -> bool:
+        return self.digest == self.recorded
+
+    def line(self) -> str:
+        """Return the effects as one line of JSON."""
+        head = {"segment": self.segment, "step": self.step, "at_ns": self.at_ns}
+        return json.dumps({**head, "effects": codec.encode(list(self.effects))}, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A process that ended because its core, an effect or ownership raised, as its journal has it."""
+
+    segment: str
+    step: int
+    at_ns: int
+    raised: str
+    on: str
+    by_core: bool
+    obstacle: str = ""
+    """Why what the core raised cannot be had again."""
+
+    @property
+    def is_had_again(self) -> bool:
+        """Whether a replay raises it, unless it finds a difference."""
+        return self.by_core and not self.obstacle
+
+    def sentence(self) -> str:
+        """Say what it was, and what a replay makes of it."""
+        if not self.by_core:
+            return f"{self.segment}: after step {self.step} {self.on} raised {self.raised}, of which no replay can tell"
+        end = f"; {self.obstacle}, so this cannot be had again" if self.obstacle else ", as it did then"
+        return f"{self.segment}: the core raised {self.raised} at step {self.step} ({self.on}){end}"
+
+
+@dataclass
+class Summary:
+    """What came of a replay. `notes` are for people: a line cut off, steps left out, a journal of another version."""
+
+    segments: int = 0
+    steps: int = 0
+    difference: Replayed | None = None
+    notes: list[str] = field(default_factory=list)
+    endings: list[Ending] = field(default_factory=list)
+    next_step: int | None = None
+    """The one behind the last that was taken."""
+
+
+class SegmentFile:
+    """One segment, opened to be replayed. Raises Misused where it is not what a segment must be."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut_off = False
+        """The last line was not written in full. Known once all steps were taken."""
+        self.ending: Ending | None = None
+        """Why the process ended, if the journal says so. Known once all steps were taken."""
+        self._lines = enumerate(_lines_of(path), 1)
+        self.header = self._read_header()
+        self.core = self._restored()
+
+    @property
+    def version(self) -> str:
+        return str(self.header.get("version", ""))
+
+    def steps(self) -> Iterator[Replayed]:
+        """Take each recorded step again. Ends after a step in which the core raised."""
+        for step, record in enumerate(self._records(), self.header["first_step"]):
+            if "raised" in record:
+                self.ending = self._ending(step, record)
+                if self.ending.is_had_again:
+                    yield self._replayed(step, record, self._decoded(record))
+                return
+            replayed = self._replayed(step, record, self._decoded(record))
+            yield replayed
+            if replayed.failure:
+                return
+
+    def _ending(self, next_step: int, record: dict[str, Any]) -> Ending:
+        try:
+            place = (self.path.name, record["step"], record["at"], record["raised"])
+            if "effect" in record:
+                effect = record["effect"]
+                return Ending(*place, f"carrying out {effect['!'] if effect else 'an effect'}", False)
+            if "event" not in record:
+                return Ending(*place, f"ownership, on {record['ownership']},", False)
+            event, left_out = record["event"], record["step"] - next_step
+            if event is None:
+                return Ending(*place, "an event", True, "what it raised on has no written form")
+            obstacle = f"the journal lacks {left_out} step{'s' if left_out > 1 else ''} before it" if left_out else ""
+            return Ending(*place, event["!"], True, obstacle)
+        except (KeyError, TypeError) as error:
+            raise self._bad(f"what it says of the end of its process is incomplete ({error})") from error
+
+    def _replayed(self, step: int, record: dict[str, Any], event: Event) -> Replayed:
+        place = (self.path.name, step, record["at"], event)
+        raised = "raised" in record
+        recorded = record["raised" if raised else "effects"]
+        try:
+            effects = self.core.step(event, record["at"])
+        except Exception as error:  # noqa: BLE001 — whatever the core raises here is the difference to report
+            return Replayed(*place, (), recorded, raised, words_of(error))
+        return Replayed(*place, effects, recorded, raised)
+
+    def _decoded(self, record: dict[str, Any]) -> Event:
+        try:
+            event: Event = codec.decode(record["event"])
+            _ = record["at"], record["raised" if "raised" in record else "effects"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._bad(f"it holds an event that this version does not know ({error})") from error
+        return event
+
+    def _read_header(self) -> dict[str, Any]:
+        header = next(self._records(), None)
+        if header is None or "journal" not in header:
+            raise self._bad('it does not begin as a journal segment does ({"journal": …)')
+        if header["journal"] != FORMAT:
+            raise self._bad(
+                f"its format is {header['journal']} and this version reads {FORMAT}; "
+                f"replay it with lora-sidecar {header.get('version', 'of its time')}"
+            )
+        missing = [name for name in ("first_step", "config", "state") if name not in header]
+        if missing:
+            raise self._bad(f"its first line lacks {', '.join(missing)}")
+        return header
+
+    def _restored(self) -> Core:
+        state = {**self.header["state"]}
+        for name, items in self._large_fields().items():
+            state[name] = {"!": "dict", "=": items}
+        try:
+            return codec.restore(state, policies_of(codec.decode(self.header["config"])))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise self._bad(f"its state is one that this version does not know ({error})") from error
+
+    def _large_fields(self) -> dict[str, list[Any]]:
+        fields: dict[str, list[Any]] = {}
+        for record in self._records():
+            if "complete" in record:
+                return fields
+            if "field" not in record or "items" not in record:
+                break
+            fields.setdefault(record["field"], []).extend(record["items"])
+        raise self._bad("its state is cut off")
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        for number, line in self._lines:
+            if not line.endswith(b"\n"):
+                self.cut_off = True
+                return
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise self._bad(f"line {number} is not JSON") from error
+            if not isinstance(record, dict):
+                raise self._bad(f"line {number} is not a record")
+            yield record
+
+    def _bad(self, problem: str) -> Misused:
+        return _not_a_segment(self.path, problem)
+
+
+def _lines_of(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            yield from file
+    except OSError as error:
+        raise _not_a_segment(path, error.strerror or str(error)) from error
+
+
+def _not_a_segment(path: Path, problem: str) -> Misused:
+    return Misused(Reason.NOT_A_JOURNAL, f"{path} cannot be replayed: {problem}")
+
+
+def segments_of(path: Path) -> list[Path]:
+    """Return a segment file itself, or all segments of a journal's directory, oldest first."""
+    if not path.is_dir():
+        return [path]
+    found = segment_paths(path) or segment_paths(path / "journal")
+    if not found:
+        raise _not_a_segment(path, "there is no segment-*.jsonl in it")
+    return found
+
+
+def replay(path: Path, summary: Summary | None = None) -> Generator[Replayed, None, None]:
+    """Yield every step of a segment file, a journal's directory, a data directory or an incident, taken again.
+
+    Nothing stops at a difference: the caller sees it and decides. `summary` counts along and keeps the first. Raises
+    Misused for a file that is no segment, or that this version cannot read. An incident is unpacked for as long as the
+    iterator is open.
+    """
+    with opened(path) as journal:
+        yield from _replay(segments_of(journal), summary if summary is not None else Summary())
+
+
+def _replay(paths: Sequence[Path], summary: Summary) -> Iterator[Replayed]:
+    for segment_path in paths:
+        segment = SegmentFile(segment_path)
+        summary.segments += 1
+        if segment.version != product_version():
+            summary.notes.append(
+                f"{segment_path.name} was written by version {segment.version}, this is {product_version()}"
+            )
+        _note_left_out(summary, segment)
+        for step in segment.steps():
+            summary.steps += 1
+            summary.next_step = step.step + 1
+            if summary.difference is None and not step.same:
+                summary.difference = step
+            yield step
+        if segment.ending is not None:
+            summary.endings.append(segment.ending)
+        if segment.cut_off:
+            summary.notes.append(f"{segment_path.name}: its last line was cut off and is left out")
+
+
+def _note_left_out(summary: Summary, segment: SegmentFile) -> None:
+    """Note the steps that the journal lacks before a segment; one that counts anew is of another life."""
+    first, expected = segment.header["first_step"], summary.next_step
+    if expected is not None and first > expected:
+        steps = f"step {expected} is" if first == expected + 1 else f"steps {expected} to {first - 1} are"
+        summary.notes.append(f"{segment.path.name}: {steps} not in the journal")
+    summary.next_step = first
+
+
+def run(
+    path: Path, show_effects: bool, as_json: bool, write: Callable[[str], None], tell: Callable[[str], None]
+) -> int:
+    """Replay and report, as the command does; return the exit code.
+
+    0 the same, `CRASHED_EXIT` the same up to an exception of the core that was raised again, 1 a difference or an
+    exception that could not be had again.
+
+    `write` takes result lines: with `show_effects` one line of JSON a step. `tell` takes what is for people; the
+    verdict goes to `write` unless effects go there.
+    """
+    summary = Summary()
+    with closing(replay(path, summary)) as steps:
+        for step in steps:
+            if show_effects:
+                write(step.line())
+            if summary.difference is not None:
+                break
+    verdict = json.dumps(_verdict(summary)) if as_json else _sentence(summary)
+    for note in summary.notes:
+        tell(note)
+    (tell if show_effects else write)(verdict)
+    if summary.difference is not None or any(ending.obstacle for ending in summary.endings):
+        return 1
+    return CRASHED_EXIT if any(ending.is_had_again for ending in summary.endings) else 0
+
+
+def _verdict(summary: Summary) -> dict[str, Any]:
+    different = summary.difference
+    return {
+        "same": different is None,
+        "segments": summary.segments,
+        "steps": summary.steps,
+        "notes": summary.notes,
+        "raised": [
+            {
+                "segment": ending.segment,
+                "step": ending.step,
+                "at_ns": ending.at_ns,
+                "on": ending.on,
+                "raised": ending.raised,
+                "again": ending.is_had_again,
+                "obstacle": ending.obstacle,
+            }
+            for ending in summary.endings
+        ],
+        "difference": different
+        and {
+            "segment": different.segment,
+            "step": different.step,
+            "at_ns": different.at_ns,
+            "event": codec.encode(different.event),
+            "expected": different.recorded,
+            "actual": different.digest,
+        },
+    }
+
+
+def _sentence(summary: Summary) -> str:
+    different = summary.difference
+    if different is None:
+        plural = "" if summary.segments == 1 else "s"
+        steps = summary.steps - sum(ending.is_had_again for ending in summary.endings)
+        same = f"{steps} steps in {summary.segments} segment{plural} gave the recorded effects, byte for byte"
+        return "\n".join([same, *(ending.sentence() for ending in summary.endings)])
+    actual = f"the core raised {different.failure}" if different.failure else f"actual {different.digest}"
+    expected = f"it raised {different.recorded} then" if different.raised else f"effects expected {different.recorded}"
+    return (
+        f"{different.segment}: step {different.step} ({type(different.event).__name__}) differs: {expected}, "
+        f"{actual}; the {summary.steps - 1} steps before it were the same"
+    )

@@ -1,0 +1,153 @@
+"""The journal: every event that the core took, so that its decisions can be had again, byte for byte.
+
+Ids, names, lengths and times only; no prompt, token or weight ever enters the core, so none can be written here. A
+step costs the event loop one short encoding; files are a thread's business. When that thread cannot keep up or the
+disk fails, steps are left out and a new segment is begun with a fresh state: there is never a hole inside a segment,
+and the event loop never waits. A kill loses what was queued for the thread, about a tenth of a second.
+
+When the core raises, the last record is what it raised and on what: a replay raises the same. Nothing is written
+behind that, and no segment is begun from a state that may be half changed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sidecar.core.core import Core
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.journal import codec
+from sidecar.journal.raised import Raised, words_of
+from sidecar.journal.segments import Opening, SegmentWriter, effects_digest
+from sidecar.journal.snapshot import snapshot_of
+
+logger = logging.getLogger(__name__)
+
+QUEUED_BYTES_MAX = 32 << 20
+RETRY_NS = 10_000_000_000
+
+
+@dataclass(frozen=True)
+class JournalFigures:
+    """What the metrics tell of the journal, counted since the start."""
+
+    written_bytes: int
+    segments: int
+    gaps: int
+    errors: int
+
+
+class Journal:
+    """An observer that records every step of a core.
+
+    `segment_bytes` bounds a segment's steps and state together; where the state alone is more than half of that, as
+    many bytes of steps as of state are written before the next. `segments_max` segments are kept.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        directory: Path,
+        segment_bytes: int = 16 << 20,
+        segments_max: int = 8,
+        queued_bytes_max: int = QUEUED_BYTES_MAX,
+    ) -> None:
+        self._core = core
+        self._segment_bytes = segment_bytes
+        self._writer = SegmentWriter(directory, segments_max, queued_bytes_max)
+        self._recording = False
+        self._resume_ns = 0
+        self._steps_bytes = 0
+        self._steps = 0
+        self._segments = 0
+        self._gaps = 0
+
+    @property
+    def figures(self) -> JournalFigures:
+        writer = self._writer
+        return JournalFigures(writer.written_bytes, self._segments, self._gaps, writer.errors)
+
+    def start(self) -> None:
+        """Begin the first segment with the core as it is now; call it between steps."""
+        self._writer.start()
+        self._begin()
+
+    def stop(self) -> None:
+        """Write what is queued. Blocks until it is written."""
+        self._writer.stop()
+
+    def flush(self) -> None:
+        """Wait until every step so far is in its file. Blocks."""
+        self._writer.flush()
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        """Record a step, or look whether recording can be taken up again."""
+        self._steps += 1
+        if self._writer.failed and self._recording:
+            self._interrupt(now_ns + RETRY_NS)
+        if not self._recording:
+            self._resume(now_ns)
+            return
+        try:
+            line = _step_line(event, effects, now_ns)
+        except Exception:  # a step that has no written form is left out as one that finds no room is: said, not hidden
+            logger.exception("step %d (%s) cannot be journaled", self._steps, type(event).__name__)
+            line = None
+        if line is None or not self._writer.append(line):
+            self._interrupt(now_ns)
+            return
+        self._steps_bytes += len(line)
+        if self._is_full():
+            self._begin()
+
+    def ended(self, raised: Raised) -> None:
+        """Write down what raised, and end: the state is not one to begin a segment with.
+
+        `step` is the one that raised, whose effect did, or behind which ownership did.
+        """
+        step, part = self._steps, "ownership"
+        what: Any = raised.ownership
+        if raised.effect is not None:
+            part, what = "effect", raised.effect
+        elif raised.event is not None:
+            step, part, what = self._steps + 1, "event", raised.event
+        record = {"raised": words_of(raised.error), "step": step, "at": raised.at_ns}
+        try:
+            line = _line(record | {part: codec.encode(what)})
+        except Exception:  # what has no written form may be what it raised on
+            logger.exception("what the sidecar ends of cannot be journaled in full")
+            line = _line(record | {part: None})
+        self._writer.end(line)
+
+    def _is_full(self) -> bool:
+        header_bytes = self._writer.header_bytes
+        return self._steps_bytes >= max(self._segment_bytes - header_bytes, header_bytes)
+
+    def _begin(self) -> None:
+        self._recording = True
+        self._steps_bytes = 0
+        self._segments += 1
+        self._writer.begin(Opening(snapshot_of(self._core.state), self._steps + 1))
+
+    def _interrupt(self, resume_ns: int) -> None:
+        self._recording = False
+        self._resume_ns = resume_ns
+        self._gaps += 1
+
+    def _resume(self, now_ns: int) -> None:
+        """Begin anew after a gap, once the thread has caught up and a failed disk has had time to be seen to."""
+        if self._writer.idle and now_ns >= self._resume_ns:
+            self._begin()
+
+
+def _step_line(event: Event, effects: Sequence[Effect], now_ns: int) -> bytes:
+    return _line({"at": now_ns, "event": codec.encode(event), "effects": effects_digest(effects)})
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"

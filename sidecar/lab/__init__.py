@@ -1,0 +1,1 @@
+"""What never runs in a pod: the emulated engine, simulation, plans, calibration, the demo."""

@@ -1,0 +1,134 @@
+"""A cost table out of a live run's journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from sidecar.core.facts import DTYPE_BYTES, EngineFacts
+from sidecar.errors import Misused, Reason
+from sidecar.lab.calibrate.equations import equations
+from sidecar.lab.calibrate.fitting import Fit, fit_plane
+from sidecar.lab.calibrate.history import History, LoadTime
+from sidecar.lab.calibrate.published import COPY_SOURCE, FREE, TO_DEVICE, TO_HOST
+from sidecar.pace.cost_plane import Plane, fit_above_zero
+from sidecar.pace.cost_table import UNLIMITED_TOKENS, Copy, CostTable, Grid
+
+NO_TIME = Copy(gb_per_s=1e6, overhead_us=0.0)
+LOADS_MIN = 4
+FAR = 1024.0
+"""Any second point tells a straight line; a distant one keeps its slope in the file's digits."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the table is called; None: what the journal says."""
+
+    model: str | None = None
+    gpu: str | None = None
+    engine: str | None = None
+
+
+def live_table(history: History, backend: str | None, words: Words) -> tuple[CostTable, Fit, str]:
+    """Return the table of one engine of a run, how well it fits, and which engine it is.
+
+    Raises Misused when the run tells too little, or the engine is not named and there are several.
+    """
+    chosen = _chosen(history, backend)
+    fit = fit_plane(equations([run for run in history.runs if run.backend == chosen]), f"backend {chosen}")
+    loads = [load for load in history.loads if load.backend == chosen]
+    to_device, to_host, copy_source = _copies(loads)
+    facts = history.facts.get(chosen, EngineFacts())
+    kv_tokens, token_bytes = _kv(facts)
+    table = CostTable(
+        model=words.model or ", ".join(facts.base_models) or "unnamed model",
+        gpu=words.gpu or "unnamed GPU",
+        engine=words.engine or facts.kind,
+        dtype=facts.dtype or "unknown dtype",
+        source=(_step_source(fit, chosen), _kv_source(kv_tokens), _LORA_SOURCE, copy_source),
+        fixed_ms=fit.plane.fixed_ns / 1e6,
+        decode=_decode(fit.plane),
+        prefill=_prefill(fit.plane),
+        kv_tokens=kv_tokens,
+        kv_token_bytes=token_bytes,
+        to_device=to_device,
+        to_host=to_host,
+        lora=FREE,
+    )
+    return table, fit, chosen
+
+
+def _chosen(history: History, backend: str | None) -> str:
+    known = sorted({run.backend for run in history.runs})
+    if not known:
+        raise Misused(Reason.CONFIG_INVALID, "the journal holds no dispatched request; record a run under load")
+    if backend is None and len(known) > 1:
+        raise Misused(
+            Reason.CONFIG_INVALID, f"the run has several engines; name one with --backend: {', '.join(known)}"
+        )
+    if backend is not None and backend not in known:
+        raise Misused(
+            Reason.CONFIG_INVALID, f'no request was dispatched to the backend "{backend}", but to {", ".join(known)}'
+        )
+    return backend or known[0]
+
+
+def _decode(plane: Plane) -> Grid:
+    return _grid(lambda batch, context: plane.step_ns(batch, batch * context))
+
+
+def _prefill(plane: Plane) -> Grid:
+    return _grid(lambda requests, tokens: plane.step_ns(0, 0, requests * tokens))
+
+
+def _grid(step_ns: Callable[[float, float], float]) -> Grid:
+    """Return a plane as a grid: interpolation, and what follows beyond the last points, gives it back exactly."""
+    axis = (1.0, FAR)
+    return Grid(axis, axis, tuple(tuple(round(step_ns(row, column) / 1e6, 9) for column in axis) for row in axis))
+
+
+def _copies(loads: Sequence[LoadTime]) -> tuple[Copy, Copy, str]:
+    """Return the ways of an adapter and where their times are from: a Load is both, and is put down to the first."""
+    if len(loads) < LOADS_MIN:
+        return TO_DEVICE, TO_HOST, f"{COPY_SOURCE} The run has {len(loads)} Loads, too few to measure."
+    sizes = [load.size_bytes for load in loads]
+    if max(sizes) >= 2 * min(sizes):
+        terms = np.array([(1.0, size) for size in sizes])
+        times = np.array([float(load.duration_ns) for load in loads])
+        overhead_ns, per_byte_ns = fit_above_zero(terms / times[:, None], np.ones(len(times))).tolist()
+    else:
+        overhead_ns, per_byte_ns = median(load.duration_ns for load in loads), 0.0
+    gb_per_s = min(NO_TIME.gb_per_s, 1 / per_byte_ns) if per_byte_ns else NO_TIME.gb_per_s
+    source = f"copies: {len(loads)} Loads of the run, from the sidecar to the engine's answer, all put down to to_host."
+    return NO_TIME, Copy(gb_per_s=gb_per_s, overhead_us=overhead_ns / 1e3), source
+
+
+_LORA_SOURCE = "lora: what the run's adapters cost is in its step times; nothing comes on top."
+
+
+def _step_source(fit: Fit, backend: str) -> str:
+    (fewest, most), (shortest, longest) = fit.batches, fit.contexts_tokens
+    stalls = f", {fit.stalled} left out as stalls" if fit.stalled else ""
+    return (
+        f"Step times: a plane of least squares through {fit.equations} stretches of a live run at backend {backend}"
+        f"{stalls}, seen from the sidecar; relative residuals {fit.residual_rms:.1%} (root mean square), "
+        f"{fit.residual_worst:.1%} at worst; batches of {fewest:.0f} to {most:.0f}, mean contexts of {shortest:.0f} to "
+        f"{longest:.0f} tokens: beyond these it is extrapolated."
+    )
+
+
+def _kv(facts: EngineFacts) -> tuple[int, int]:
+    """Return the room for keys and values and the size of a token, where the engine's size and shape are known."""
+    if facts.kv_tokens is None or not (facts.layers and facts.kv_heads and facts.head_size):
+        return UNLIMITED_TOKENS, 1
+    element_bytes = DTYPE_BYTES.get(facts.dtype or "", 2)
+    return facts.kv_tokens, 2 * facts.layers * facts.kv_heads * facts.head_size * element_bytes // facts.tp
+
+
+def _kv_source(kv_tokens: int) -> str:
+    if kv_tokens == UNLIMITED_TOKENS:
+        return "kv: the run does not say how much fits, so no limit is set."
+    return "kv: as the engine's gauges or the configuration say."

@@ -1,0 +1,198 @@
+"""`sidecar demo`: eight adapters, two engines with room for about three each, and clients that know names only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sidecar.config import Config, parse
+from sidecar.core.facts import task_id_of
+from sidecar.core.state import State
+from sidecar.lab.demo import answers
+from sidecar.lab.demo.answers import Answer
+from sidecar.lab.demo.engines import COST, PAGES, TIME_SCALE, Engine, start_engine
+from sidecar.lab.demo.model import ADAPTERS
+from sidecar.lab.demo.texts import PROMPTS
+from sidecar.serve.app import Sidecar
+
+ENGINES = 2
+UP_TIMEOUT_S = 30.0
+
+
+def demo(keep: bool = False, as_json: bool = False) -> int:
+    """Run the demo and return the exit code: 1 if any answer was not what it must be."""
+    return asyncio.run(_until_told(keep, as_json))
+
+
+async def _until_told(keep: bool, as_json: bool) -> int:
+    """Run the demo; SIGTERM ends it as Ctrl-C does, with its engines and its files."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await run_demo(keep, as_json)
+    except asyncio.CancelledError:
+        return 143
+
+
+async def run_demo(keep: bool, as_json: bool) -> int:
+    """Run the demo on the running event loop; see `demo`."""
+    console = Console(quiet=as_json)
+    async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sidecar-demo-")))
+        engines = []
+        for number in range(ENGINES):
+            engine = await start_engine(folder, number)
+            stack.push_async_callback(engine.stop)
+            engines.append(engine)
+        names = sorted(path.name for path in ADAPTERS.iterdir())
+        console.print(
+            f"[bold]1.[/bold] {ENGINES} emulated TensorRT-LLM engines run; each has room for about 3 adapters."
+        )
+        direct = await _without_a_sidecar(engines[0], names, console)
+        sidecar = await Sidecar.start(configuration(engines))
+        stack.push_async_callback(sidecar.stop)
+        await _until_up(sidecar)
+        asked = await _with_a_sidecar(sidecar, names, console)
+        wrong = answers.failures(asked)
+        counts = _counts(sidecar.gateway.state, engines)
+        _conclude(wrong, asked, counts, console)
+        if as_json:
+            print(json.dumps(_report(direct, asked, wrong, counts)))
+        if keep and not wrong:
+            await _stay(sidecar, console)
+        return 1 if wrong else 0
+
+
+def configuration(engines: Sequence[Engine], folder: Path = ADAPTERS) -> Config:
+    """Return the sidecar's configuration: free ports, the engines, the demo's adapters by their folders' names."""
+    backends = [
+        {
+            "url": f"triton://{engine.grpc}",
+            "id": f"engine-{number}",
+            "metrics": f"http://{engine.metrics}/metrics",
+            "engine": {
+                "config": str(engine.config),
+                "host_pages": PAGES,
+                "device_pages": PAGES,
+                "cost": COST,
+                "cost_scale": TIME_SCALE,
+            },
+        }
+        for number, engine in enumerate(engines)
+    ]
+    free = {"address": "127.0.0.1:0"}
+    listeners = {"data": free, "admin": free, "http": free}
+    record = {"backends": backends, "listeners": listeners, "adapters": {"serve": str(folder)}}
+    return parse(record, "the demo")
+
+
+async def _without_a_sidecar(engine: Engine, names: Sequence[str], console: Console) -> Counter[str]:
+    endings = await answers.ask_by_id(engine.grpc, [task_id_of(name) for name in names], PROMPTS[0])
+    missed = endings["not found in cache"]
+    console.print(
+        f"[bold]2.[/bold] Straight to an engine, by id only: {missed} of {len(names)} requests failed with "
+        '"not found in cache. Please send LoRA weights with request".'
+    )
+    return endings
+
+
+async def _until_up(sidecar: Sidecar) -> None:
+    async with asyncio.timeout(UP_TIMEOUT_S):
+        while not all(backend.takes_requests for backend in sidecar.gateway.state.backends.values()):
+            await asyncio.sleep(0.05)
+
+
+async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Console) -> list[Answer]:
+    """Ask every adapter and the base model each prompt: 36 requests, a prompt's nine at once."""
+    asked: list[Answer] = []
+    for prompt in PROMPTS:
+        pairs = [(name, prompt) for name in ("", *names)]
+        asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS)
+    console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.\n")
+    for prompt in (PROMPTS[0], PROMPTS[-1]):
+        console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt), "")
+    return asked
+
+
+def _table(asked: Sequence[Answer], prompt: str) -> Table:
+    table = Table(title=f"“{prompt}”", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("adapter", "answer", "engine", "its cache", "load", "right"):
+        table.add_column(column, overflow="fold", justify="right" if column == "load" else "left")
+    for answer in asked:
+        table.add_row(
+            answer.adapter or "(base)",
+            answer.text,
+            answer.backend,
+            _hit_or_miss(answer.cache),
+            f"{answer.load_ms:.0f} ms" if answer.load_ms else "",
+            "[green]✓[/green]" if answer.right else "[red]NO[/red]",
+        )
+    return table
+
+
+def _hit_or_miss(cache: str) -> str:
+    if cache == "base":
+        return ""
+    return "hit" if cache == "resident" else f"miss, {cache}"
+
+
+def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
+    served = [record for engine in engines for record in engine.served()]
+    return {
+        "loads": state.load_count,
+        "heals": sum(len(backend.heals) for backend in state.backends.values()),
+        "engine_evictions": sum(backend.shadow.host.evictions for backend in state.backends.values()),
+        "host_store_evictions": state.store.evictions,
+        "engine_requests": len(served),
+    }
+
+
+def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, int], console: Console) -> None:
+    console.print(
+        f"\n[bold]4.[/bold] Loads: {counts['loads']}; evictions by the engines: {counts['engine_evictions']}; "
+        f"heals: {counts['heals']}; evictions from the host store: {counts['host_store_evictions']}. "
+        "No client saw any of it."
+    )
+    if wrong:
+        console.print("\n[red bold]Wrong answers:[/red bold]")
+        for line in wrong:
+            console.print(f"  {line}", highlight=False)
+    else:
+        console.print(
+            f"All {len(asked)} answers equal the greedy answer of the base model merged with the adapter, which was "
+            "computed apart."
+        )
+
+
+def _report(direct: Counter[str], asked: Sequence[Answer], wrong: list[str], counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "direct": dict(direct),
+        "answers": [{**asdict(answer), "text": answer.text, "right": answer.right} for answer in asked],
+        "wrong": wrong,
+        "counts": counts,
+    }
+
+
+async def _stay(sidecar: Sidecar, console: Console) -> None:
+    """Keep serving until interrupted, with something to try."""
+    server, admin = f"--server {sidecar.data_address}", f"--admin {sidecar.admin_address}"
+    console.print("\nStill up; Ctrl-C ends it. Try, in another terminal:\n")
+    for command in (
+        f"sidecar generate pirate '{PROMPTS[0]}' --stats {server}",
+        f"sidecar adapters list {admin}",
+        f"sidecar backends show engine-0 {admin}",
+    ):
+        console.print(f"  .venv/bin/{command}", highlight=False, soft_wrap=True)
+    await asyncio.Event().wait()

@@ -1,0 +1,69 @@
+"""Faults that an engine can be told to have, each as a real one would show it."""
+
+from __future__ import annotations
+
+import os
+
+from sidecar.lab.engine.cache import CLAIM_FAILED, NO_DONE_TASKS
+from sidecar.lab.engine.kserve.adapters import digest_of
+from sidecar.lab.engine.kserve.errors import FETCH_ERROR
+from sidecar.lab.engine.kserve.options import Options
+from sidecar.lab.engine.kserve.work import Work
+
+ABORTED = 134
+"""The exit status of a process that ended by abort()."""
+
+
+class Faults:
+    """Decides, load by load and step by step, whether this engine fails now."""
+
+    def __init__(self, options: Options) -> None:
+        self._crash_names = options.crash_on_load
+        self._crash_digests = tuple(prefix.lower() for prefix in options.crash_on_weights)
+        self._step_names = list(options.fail_step_on_load)
+        self._full_left = options.full_errors
+        self._claim_left = options.claim_errors
+        self._freeze_after = options.freeze_after
+
+    def at_put(self, work: Work) -> str | None:
+        """Return the error that storing the request's adapter ends with, if any; the process may die here."""
+        if not work.brings_weights:
+            return None
+        if self._crashes(work):
+            os._exit(ABORTED)
+        if self._full_left:
+            self._full_left -= 1
+            return _put_error(work, NO_DONE_TASKS)
+        if self._claim_left:
+            self._claim_left -= 1
+            return _put_error(work, CLAIM_FAILED)
+        return None
+
+    def at_first_step(self, work: Work) -> str | None:
+        """Return the error that the step after this load ends with as a whole, if any; once for each name."""
+        name = _name_of(work)
+        if not work.brings_weights or name not in self._step_names:
+            return None
+        self._step_names.remove(name)
+        return f"can't move a processing task taskId={work.task_id}"
+
+    def frozen(self, iterations: int) -> bool:
+        """Whether the executor has stopped for good after this many iterations."""
+        return self._freeze_after is not None and iterations >= self._freeze_after
+
+    def _crashes(self, work: Work) -> bool:
+        if _name_of(work) in self._crash_names:
+            return True
+        lora = work.generation.lora
+        if not self._crash_digests or lora is None:
+            return False
+        return digest_of(lora).startswith(self._crash_digests)
+
+
+def _name_of(work: Work) -> str:
+    """Return the adapter as a fault option names it: the parameter `lora_name`, else the task id in decimal."""
+    return str(work.parameters.get("lora_name", work.task_id))
+
+
+def _put_error(work: Work, text: str) -> str:
+    return f"{FETCH_ERROR}Error storing task={work.task_id} in PEFT cache -- {text}"

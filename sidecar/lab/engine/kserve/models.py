@@ -1,0 +1,262 @@
+"""The models of a TensorRT-LLM repository: their tensors, and what ModelConfig and ModelMetadata say of them.
+
+Source: `triton_backend/all_models/inflight_batcher_llm/{tensorrt_llm,ensemble}/config.pbtxt`. Every tensor
+has a leading batch dimension on the wire; a `scalar` one has dims [1] and reshape [].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tritonclient.grpc import model_config_pb2, service_pb2
+
+from sidecar.lab.engine.kserve.datatypes import DATATYPES
+from sidecar.lab.engine.kserve.llmapi_tensors import LLMAPI_INPUTS, LLMAPI_OUTPUTS
+from sidecar.lab.engine.kserve.options import LLMAPI, Options
+
+CORE = "tensorrt_llm"
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: `dims` without the batch dimension, -1 where the size is free."""
+
+    name: str
+    datatype: str
+    dims: tuple[int, ...]
+    required: bool = False
+    scalar: bool = False
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the two models call the same things."""
+
+    max_tokens: str
+    streaming: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as the server holds it."""
+
+    name: str
+    names: Names
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    decoupled: bool
+    max_batch_size: int
+    parameters: dict[str, str]
+    llmapi: bool = False
+    """Whether it is the LLM-API model rather than the core model of an engine."""
+    instances: int = 0
+    """Its instances; an ensemble has none of its own."""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it takes and gives text."""
+        return self.name == ENSEMBLE
+
+    @property
+    def required_inputs(self) -> list[str]:
+        return [tensor.name for tensor in self.inputs.values() if tensor.required]
+
+
+def models_of(options: Options) -> dict[str, Model]:
+    """Return the models that a server with these options has, by name."""
+    if options.protocol == LLMAPI:
+        return {CORE: _llmapi_model(options)}
+    parts = (
+        (CORE, Names("request_output_len", "streaming"), _core_inputs(options), _CORE_OUTPUTS),
+        (ENSEMBLE, Names("max_tokens", "stream"), _ensemble_inputs(options), _ENSEMBLE_OUTPUTS),
+    )
+    return {
+        name: Model(
+            name=name,
+            names=names,
+            inputs={tensor.name: tensor for tensor in inputs},
+            outputs={tensor.name: tensor for tensor in outputs},
+            decoupled=options.decoupled,
+            max_batch_size=options.triton_max_batch_size,
+            parameters=_parameters(options) if name == CORE else {},
+            instances=options.instances if name == CORE else 0,
+        )
+        for name, names, inputs, outputs in parts
+        if name == CORE or options.text_model
+    }
+
+
+def _llmapi_model(options: Options) -> Model:
+    return Model(
+        name=CORE,
+        names=Names("sampling_param_max_tokens", "streaming"),
+        inputs={
+            name: TensorSpec(name, datatype, dims, required=name == "text_input")
+            for name, datatype, dims in LLMAPI_INPUTS
+        },
+        outputs={name: TensorSpec(name, datatype, dims) for name, datatype, dims in LLMAPI_OUTPUTS},
+        decoupled=options.decoupled,
+        max_batch_size=0,
+        parameters={},
+        llmapi=True,
+        instances=options.instances,
+    )
+
+
+def model_config(model: Model) -> Any:
+    """Return the ModelConfig message."""
+    config = model_config_pb2.ModelConfig(
+        name=model.name,
+        backend="" if model.is_text else _backend(model),
+        platform="ensemble" if model.is_text else "",
+        max_batch_size=model.max_batch_size,
+        input=[_input_config(tensor) for tensor in model.inputs.values()],
+        output=[_output_config(tensor) for tensor in model.outputs.values()],
+        model_transaction_policy=model_config_pb2.ModelTransactionPolicy(decoupled=model.decoupled),
+    )
+    if model.instances:
+        config.instance_group.add(
+            name=f"{model.name}_0", count=model.instances, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU
+        )
+    for name, value in model.parameters.items():
+        config.parameters[name].string_value = value
+    return config
+
+
+def model_metadata(model: Model) -> Any:
+    """Return the ModelMetadataResponse message."""
+    return service_pb2.ModelMetadataResponse(
+        name=model.name,
+        versions=["1"],
+        platform="ensemble" if model.is_text else _backend(model),
+        inputs=[_tensor_metadata(tensor, model) for tensor in model.inputs.values()],
+        outputs=[_tensor_metadata(tensor, model) for tensor in model.outputs.values()],
+    )
+
+
+def _input_config(tensor: TensorSpec) -> Any:
+    return model_config_pb2.ModelInput(
+        name=tensor.name,
+        data_type=DATATYPES[tensor.datatype].config,
+        dims=tensor.dims,
+        optional=not tensor.required,
+        allow_ragged_batch=tensor.ragged,
+        reshape=model_config_pb2.ModelTensorReshape() if tensor.scalar else None,
+    )
+
+
+def _output_config(tensor: TensorSpec) -> Any:
+    return model_config_pb2.ModelOutput(name=tensor.name, data_type=DATATYPES[tensor.datatype].config, dims=tensor.dims)
+
+
+def _tensor_metadata(tensor: TensorSpec, model: Model) -> Any:
+    batch = (-1,) if model.max_batch_size else ()
+    return service_pb2.ModelMetadataResponse.TensorMetadata(
+        name=tensor.name, datatype=tensor.datatype, shape=(*batch, *tensor.dims)
+    )
+
+
+def _backend(model: Model) -> str:
+    return "python" if model.llmapi else "tensorrtllm"
+
+
+def _parameters(options: Options) -> dict[str, str]:
+    """The pbtxt parameters a client can read; an unset one keeps its template's empty value, as deployed ones do."""
+    return {
+        "executor_worker_path": "",
+        "gpt_model_type": "inflight_fused_batching",
+        "batch_scheduler_policy": options.scheduler,
+        "exclude_input_in_output": "true" if options.exclude_input_in_output else "false",
+        "lora_cache_optimal_adapter_size": str(options.lora_optimal_rank),
+        "lora_cache_max_adapter_size": str(options.lora_max_rank_cached),
+        "lora_cache_gpu_memory_fraction": str(options.lora_gpu_memory_fraction),
+        "lora_cache_host_memory_bytes": str(options.lora_host_bytes),
+    }
+
+
+def _scalars(datatype: str, *names: str, reshaped: bool = True) -> list[TensorSpec]:
+    return [TensorSpec(name, datatype, (1,), scalar=reshaped) for name in names]
+
+
+def _lists(datatype: str, *names: str, ragged: bool = False) -> list[TensorSpec]:
+    return [TensorSpec(name, datatype, (-1,), ragged=ragged) for name in names]
+
+
+def _lora_inputs(options: Options, *, reshaped: bool) -> list[TensorSpec]:
+    return [
+        TensorSpec("lora_task_id", "UINT64", (1,), scalar=reshaped),
+        TensorSpec("lora_weights", options.weights_datatype, (-1, -1), ragged=reshaped),
+        TensorSpec("lora_config", "INT32", (-1, 3), ragged=reshaped),
+    ]
+
+
+def _core_inputs(options: Options) -> list[TensorSpec]:
+    return [
+        TensorSpec("input_ids", "INT32", (-1,), required=True, ragged=True),
+        TensorSpec("input_lengths", "INT32", (1,), required=True, scalar=True),
+        TensorSpec("request_output_len", "INT32", (1,), required=True, scalar=True),
+        *_scalars("INT32", "num_return_sequences"),
+        *_lists("INT32", "draft_input_ids", ragged=True),
+        *_scalars("INT32", "end_id", "pad_id"),
+        TensorSpec("stop_words_list", "INT32", (2, -1), ragged=True),
+        TensorSpec("bad_words_list", "INT32", (2, -1), ragged=True),
+        *_lists("FP32", "embedding_bias"),
+        *_scalars("INT32", "beam_width"),
+        *_scalars("FP32", "temperature", "runtime_top_p", "runtime_top_p_min", "runtime_top_p_decay"),
+        *_scalars("INT32", "runtime_top_k", "runtime_top_p_reset_ids"),
+        *_scalars("FP32", "len_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+        *_scalars("FP32", "beam_search_diversity_rate"),
+        *_scalars("BOOL", "early_stopping"),
+        *_scalars("INT32", "min_tokens", "min_length"),
+        *_scalars("UINT64", "seed", "random_seed"),
+        *_scalars("BOOL", *_RETURN_FLAGS, "exclude_input_in_output", "stop", "streaming"),
+        *_lora_inputs(options, reshaped=True),
+    ]
+
+
+def _ensemble_inputs(options: Options) -> list[TensorSpec]:
+    return [
+        TensorSpec("text_input", "BYTES", (1,), required=True),
+        TensorSpec("max_tokens", "INT32", (1,), required=True),
+        *_scalars("INT32", "num_return_sequences", reshaped=False),
+        *_lists("BYTES", "bad_words", "stop_words"),
+        *_scalars("BOOL", "exclude_input_in_output", reshaped=False),
+        *_scalars("INT32", "end_id", "pad_id", "top_k", reshaped=False),
+        *_scalars("FP32", "top_p", "temperature", "length_penalty", "repetition_penalty", reshaped=False),
+        *_scalars("FP32", "presence_penalty", "frequency_penalty", reshaped=False),
+        *_scalars("INT32", "min_tokens", "min_length", "beam_width", reshaped=False),
+        *_scalars("UINT64", "seed", "random_seed", reshaped=False),
+        *_scalars("BOOL", *_RETURN_FLAGS, "stream", reshaped=False),
+        *_lora_inputs(options, reshaped=False),
+    ]
+
+
+_RETURN_FLAGS = (
+    "return_log_probs",
+    "return_context_logits",
+    "return_generation_logits",
+    "return_perf_metrics",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+)
+_METADATA_OUTPUTS = [
+    *_lists("FP32", "cum_log_probs"),
+    TensorSpec("output_log_probs", "FP32", (-1, -1)),
+    TensorSpec("context_logits", "FP32", (-1, -1)),
+    TensorSpec("generation_logits", "FP32", (-1, -1, -1)),
+    *_scalars("INT32", "batch_index", "sequence_index", reshaped=False),
+    *_scalars("INT32", "kv_cache_alloc_new_blocks", "kv_cache_reused_blocks", reshaped=False),
+    *_scalars("INT32", "kv_cache_alloc_total_blocks", reshaped=False),
+    *_scalars("INT64", "arrival_time_ns", "first_scheduled_time_ns", reshaped=False),
+    *_scalars("INT64", "first_token_time_ns", "last_token_time_ns", reshaped=False),
+    *_scalars("INT32", "num_input_tokens", "num_output_tokens", reshaped=False),
+]
+_CORE_OUTPUTS = [
+    TensorSpec("output_ids", "INT32", (-1, -1)),
+    *_lists("INT32", "sequence_length"),
+    *_METADATA_OUTPUTS,
+]
+_ENSEMBLE_OUTPUTS = [*_lists("BYTES", "text_output"), *_METADATA_OUTPUTS]

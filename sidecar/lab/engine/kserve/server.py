@@ -1,0 +1,146 @@
+"""Starting and stopping an emulated server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+
+import grpc
+from tritonclient.grpc import service_pb2_grpc
+
+from sidecar.lab.engine.engine import Engine
+from sidecar.lab.engine.kserve.adapters import adapter_fault
+from sidecar.lab.engine.kserve.answers import Answering
+from sidecar.lab.engine.kserve.compute import BaseOnly, Compute, DummyCompute, LlamaCompute
+from sidecar.lab.engine.kserve.driver import Driver
+from sidecar.lab.engine.kserve.faults import Faults
+from sidecar.lab.engine.kserve.instances import Instances
+from sidecar.lab.engine.kserve.metrics import MetricsServer
+from sidecar.lab.engine.kserve.models import models_of
+from sidecar.lab.engine.kserve.options import DATATYPE_OF_DTYPE, LLMAPI, Options, spec_of
+from sidecar.lab.engine.kserve.served import Served, ServedLog
+from sidecar.lab.engine.kserve.service import Service
+from sidecar.lab.engine.kserve.shared_memory import Regions
+from sidecar.lab.engine.kserve.work import Work
+from sidecar.lab.engine.spec import EngineSpec, engine_config_json
+from sidecar.pace.cost import A100_TABLE, CostModel
+
+MESSAGE_BYTES_MAX = 2**31 - 1
+"""Triton's limit of one gRPC message, both ways."""
+_CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    # A port in use must be an error, not a second server behind the same address.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class Server:
+    """A running emulated server; made by `serve`."""
+
+    def __init__(
+        self,
+        options: Options,
+        grpc_server: grpc.aio.Server,
+        grpc_port: int,
+        drivers: Sequence[Driver],
+        log: ServedLog,
+        metrics: MetricsServer | None,
+    ) -> None:
+        self.options = options
+        self.grpc_address = f"{options.host}:{grpc_port}"
+        self.metrics_address = None if metrics is None else f"{options.host}:{metrics.port}"
+        self._grpc_server = grpc_server
+        self._drivers = drivers
+        self._log = log
+        self._metrics = metrics
+        self._driving = [asyncio.create_task(driver.run()) for driver in drivers]
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engine model of each instance, to look at."""
+        return [driver.engine for driver in self._drivers]
+
+    @property
+    def engine(self) -> Engine:
+        """The engine model of the only instance."""
+        (engine,) = self.engines
+        return engine
+
+    @property
+    def served(self) -> list[Served]:
+        """The endings so far, oldest first; the last 100,000 are kept."""
+        return list(self._log.last)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Accept nothing new, give what runs `grace` seconds, then end it. Raises what ended the driver, if
+        anything.
+        """
+        await self._grpc_server.stop(grace)
+        for driving in self._driving:
+            driving.cancel()
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
+        endings = await asyncio.gather(*self._driving, return_exceptions=True)
+        self._log.close()
+        for ending in endings:
+            if isinstance(ending, Exception):
+                raise ending
+
+    async def failed(self) -> None:
+        """Wait until a driver ends by itself, which only an error makes it do, and raise that."""
+        ended, _ = await asyncio.wait(self._driving, return_when=asyncio.FIRST_COMPLETED)
+        for driving in ended:
+            driving.result()
+
+
+async def serve(options: Options) -> Server:
+    """Start an emulated server and return when it takes requests.
+
+    Raises ValueError for options that contradict each other, OSError or RuntimeError when a port is taken.
+    """
+    spec = spec_of(options)
+    if options.write_engine_config is not None:
+        options.write_engine_config.write_text(json.dumps(engine_config_json(spec), indent=2) + "\n")
+    log = ServedLog(options.served_log)
+    faults = Faults(options)
+    drivers = [driver_of(options, spec, log, faults, number) for number in range(options.instances)]
+    instances = Instances(drivers)
+    regions = Regions()
+    answering = Answering(models_of(options), instances, regions, options)
+    grpc_server = grpc.aio.server(options=_CHANNEL_OPTIONS)
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(Service(answering, regions), grpc_server)
+    grpc_port = _add_port(grpc_server, options)
+    metrics = None
+    if options.metrics_port is not None:
+        # The LLM-API model is a Python model that publishes nothing of its engine.
+        written_by = None if options.protocol == LLMAPI else instances.last_writer
+        metrics = MetricsServer(written_by, options.host, options.metrics_port)
+    await grpc_server.start()
+    return Server(options, grpc_server, grpc_port, drivers, log, metrics)
+
+
+def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
+    address = f"{options.host}:{options.grpc_port}"
+    if options.tls_certificate is None or options.tls_key is None:
+        return grpc_server.add_insecure_port(address)
+    ca = None if options.tls_client_ca is None else options.tls_client_ca.read_bytes()
+    credentials = grpc.ssl_server_credentials(
+        [(options.tls_key.read_bytes(), options.tls_certificate.read_bytes())], ca, require_client_auth=ca is not None
+    )
+    return grpc_server.add_secure_port(address, credentials)
+
+
+def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults, number: int) -> Driver:
+    """Return an instance's driver; `faults` are the whole server's."""
+    compute: Compute = LlamaCompute(spec, options.seed) if options.computes else DummyCompute()
+    # An engine whose LoRA plugin is of another type does not hold the weights' type against its own.
+    datatype = DATATYPE_OF_DTYPE[spec.dtype] if options.ignore_lora else options.weights_datatype
+
+    def check(work: Work) -> str | None:
+        return adapter_fault(work, spec, datatype)
+
+    cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
+    used = BaseOnly(compute) if options.ignore_lora else compute
+    return Driver(Engine(spec, cost), used, faults, log, check, options.slow_factor, number)

@@ -1,0 +1,189 @@
+"""A small real Llama in NumPy, with LoRA from packed rows, batched over sequences of different adapters.
+
+Grouped-query attention, rotary positions, RMS norms, SwiGLU and a key-value cache; float32 arithmetic over
+weights rounded to the engine's dtype. One step serves any mix of sequences: those that decode bring one row
+each, new ones all rows of their prompt, and every row is multiplied with the base weights at once. What a
+sequence answers does not depend on its company, up to the last bits of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidecar.lab.engine.attention import attend_cached, attend_prompt
+from sidecar.lab.engine.key_value import Group, KeyValueCache, Place, grouped
+from sidecar.lab.engine.low_rank import AdapterRows, Prompt, StepAdapters
+from sidecar.lab.engine.packed import PackedAdapter
+from sidecar.lab.engine.rotary import Rotary, rotated
+from sidecar.lab.engine.rounding import Float32
+from sidecar.lab.engine.shape import ModelShape
+from sidecar.lab.engine.weights import Weights
+
+NORM_EPSILON = np.float32(1e-5)
+
+
+@dataclass(eq=False)
+class _Sequence:
+    """A sequence: tokens that are not in its cache yet (the prompt, then the last token), and the last
+    logits.
+    """
+
+    pending: list[int]
+    adapter: PackedAdapter | None
+    place: Place
+    logits: Float32 | None = None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The rows of one step: first one for each decoding sequence, then those of each new prompt."""
+
+    decoding: list[_Sequence]
+    opening: list[_Sequence]
+    spans: list[slice]
+    groups: list[Group]
+    adapters: StepAdapters
+    positions: NDArray[np.intp]
+    tokens: NDArray[np.intp]
+
+    @property
+    def sequences(self) -> list[_Sequence]:
+        return self.decoding + self.opening
+
+    def last_rows(self) -> NDArray[np.intp]:
+        """Return the row of the newest token of each sequence, in the order of `sequences`."""
+        return np.array([*range(len(self.decoding)), *(span.stop - 1 for span in self.spans)], np.intp)
+
+
+class Llama:
+    """A model and its running sequences. Not for use from more than one thread at a time."""
+
+    def __init__(self, shape: ModelShape, weights: Weights) -> None:
+        self.shape = shape
+        self._weights = weights
+        self._rotary = Rotary(shape.head_size)
+        self._cache = KeyValueCache(shape)
+        self._adapter_rows = AdapterRows()
+        self._sequences: dict[int, _Sequence] = {}
+
+    def open(self, request_id: int, tokens: Sequence[int], adapter: PackedAdapter | None) -> None:
+        """Add a sequence that begins with the tokens; its first step reads them all.
+
+        Raises ValueError for an id in use, no tokens, or a token outside the vocabulary.
+        """
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id} is open already")
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.shape.vocab:
+            raise ValueError(f"request {request_id}: expected one or more tokens below {self.shape.vocab}")
+        place = self._cache.open(len(tokens))
+        self._sequences[request_id] = _Sequence(list(tokens), adapter, place)
+
+    def close(self, request_id: int) -> None:
+        """Forget a sequence and free its cache; an id that is not open is ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._cache.close(sequence.place)
+
+    def step(self, request_ids: Sequence[int]) -> dict[int, int]:
+        """Return the next greedy token of each sequence, which also becomes its next input.
+
+        All are computed in one pass over the weights. Raises KeyError for an id that is not open.
+        """
+        chosen = {request_id: self._sequences[request_id] for request_id in request_ids}
+        if not chosen:
+            return {}
+        step = self._planned(list(chosen.values()))
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits = self._forward(step)
+        for sequence, row in zip(step.sequences, logits, strict=True):
+            sequence.place.length += len(sequence.pending)
+            sequence.logits = row
+            sequence.pending = [int(row.argmax())]
+        return {request_id: sequence.pending[0] for request_id, sequence in chosen.items()}
+
+    def logits_of(self, request_id: int) -> Float32:
+        """Return the logits [vocab] behind the sequence's last token; ValueError before its first step."""
+        logits = self._sequences[request_id].logits
+        if logits is None:
+            raise ValueError(f"request {request_id} has made no step yet")
+        return logits
+
+    def _planned(self, sequences: list[_Sequence]) -> _Step:
+        decoding = [sequence for sequence in sequences if sequence.place.length]
+        opening = [sequence for sequence in sequences if not sequence.place.length]
+        for sequence in decoding:
+            self._cache.extend(sequence.place)
+        ends = len(decoding) + np.cumsum([len(sequence.pending) for sequence in opening], dtype=np.intp)
+        spans = [slice(int(end) - len(s.pending), int(end)) for end, s in zip(ends, opening, strict=True)]
+        starts = [sequence.place.length for sequence in decoding]
+        return _Step(
+            decoding=decoding,
+            opening=opening,
+            spans=spans,
+            groups=grouped([sequence.place for sequence in decoding]),
+            adapters=self._adapters(decoding, opening, spans),
+            positions=np.array([*starts, *(i for s in opening for i in range(len(s.pending)))], np.intp),
+            tokens=np.array([token for s in decoding + opening for token in s.pending], np.intp),
+        )
+
+    def _adapters(self, decoding: list[_Sequence], opening: list[_Sequence], spans: list[slice]) -> StepAdapters:
+        prompts = [
+            Prompt(span.start, span.stop, sequence.adapter)
+            for span, sequence in zip(spans, opening, strict=True)
+            if sequence.adapter is not None
+        ]
+        return self._adapter_rows.of([sequence.adapter for sequence in decoding], prompts)
+
+    def _forward(self, step: _Step) -> Float32:
+        """Return the logits [sequence, vocab] of the newest token of each sequence."""
+        hidden = self._weights["embedding"][step.tokens]
+        angles = self._rotary.of(step.positions)
+        for layer in range(self.shape.layers):
+            hidden += self._attention(step, layer, self._normed(hidden, f"layers.{layer}.attn_norm"), angles)
+            hidden += self._feed_forward(step, layer, self._normed(hidden, f"layers.{layer}.mlp_norm"))
+        logits: Float32 = self._normed(hidden[step.last_rows()], "norm") @ self._weights["head"].T
+        return logits
+
+    def _normed(self, hidden: Float32, name: str) -> Float32:
+        mean_square = np.mean(np.square(hidden), axis=-1, keepdims=True)
+        scaled: Float32 = hidden / np.sqrt(mean_square + NORM_EPSILON) * self._weights[name]
+        return scaled
+
+    def _project(self, step: _Step, layer: int, name: str, inputs: Float32) -> Float32:
+        """Return the projection of all rows: base weights for all, then each row's adapter on top."""
+        output: Float32 = inputs @ self._weights[f"layers.{layer}.{name}"].T
+        step.adapters.add(output, inputs, (layer, name))
+        return output
+
+    def _feed_forward(self, step: _Step, layer: int, inputs: Float32) -> Float32:
+        gate = self._project(step, layer, "mlp_h_to_4h", inputs)
+        up = self._project(step, layer, "mlp_gate", inputs)
+        # gate·sigmoid(gate), in a form that cannot overflow
+        active = gate * (np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * gate))
+        return self._project(step, layer, "mlp_4h_to_h", active * up)
+
+    def _attention(self, step: _Step, layer: int, inputs: Float32, angles: tuple[Float32, Float32]) -> Float32:
+        queries = rotated(self._heads(self._project(step, layer, "attn_q", inputs)), angles)
+        keys = rotated(self._heads(self._project(step, layer, "attn_k", inputs)), angles)
+        values = self._heads(self._project(step, layer, "attn_v", inputs))
+        mixed = np.empty_like(queries)
+        for group in step.groups:
+            mixed[group.rows] = attend_cached(group, layer, queries, keys, values)
+        for span, sequence in zip(step.spans, step.opening, strict=True):
+            self._store(sequence.place, layer, keys[span], values[span])
+            mixed[span] = attend_prompt(queries[span], keys[span], values[span])
+        return self._project(step, layer, "attn_dense", mixed.reshape(len(mixed), -1))
+
+    def _heads(self, rows: Float32) -> Float32:
+        return rows.reshape(len(rows), -1, self.shape.head_size)
+
+    @staticmethod
+    def _store(place: Place, layer: int, keys: Float32, values: Float32) -> None:
+        """Write a prompt's keys and values [token, kv head, head size] to its seat."""
+        count = len(keys)
+        place.shelf.keys[layer, place.seat, :, :count] = keys.swapaxes(0, 1)
+        place.shelf.values[layer, place.seat, :, :count] = values.swapaxes(0, 1)

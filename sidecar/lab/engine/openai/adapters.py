@@ -1,0 +1,145 @@
+"""The names of adapters in vLLM's API server, and the copies behind them in its engine.
+
+To unload forgets the name only: the copy keeps its place until it is the least recently used one. A name that is loaded
+again has another number, and so a second copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from sidecar.lab.engine.openai.errors import ApiError, input_error, internal, not_found
+from sidecar.lab.engine.openai.fields import LoadFields, UnloadFields
+from sidecar.lab.engine.openai.folder import Adapter, BadAdapter, read_adapter
+from sidecar.lab.engine.spec import EngineSpec
+
+
+@dataclass(eq=False)
+class Copy:
+    """An adapter in the engine: its number there, where it was read from, and what was read.
+
+    `users` counts the requests that have it. `in_place` is how it was loaded: such a copy is read again for every step
+    (0.32.0). `is_new` until the engine has taken what the load call read.
+    """
+
+    number: int
+    name: str
+    path: str
+    adapter: Adapter | None = field(repr=False)
+    in_place: bool = False
+    is_new: bool = True
+    is_named: bool = False
+    users: int = 0
+
+    def let_go(self) -> None:
+        """Forget the tensors when nobody can ask for them again: the name is gone and no request has it."""
+        if not self.is_named and not self.users:
+            self.adapter = None
+
+    def read(self, spec: EngineSpec) -> None:
+        """Read the files again. Raises FileNotFoundError or BadAdapter."""
+        self.adapter = read_adapter(self.name, self.path, spec)
+
+
+class Adapters:
+    """The adapters that have names, and the calls that give and take them.
+
+    `put` hands a copy to the engine and returns when it has it; it raises ApiError when the engine does not take it.
+    """
+
+    def __init__(
+        self,
+        base_names: Sequence[str],
+        spec: EngineSpec,
+        fail_load: Sequence[str],
+        put: Callable[[Copy], Awaitable[None]],
+    ) -> None:
+        self.copies: dict[str, Copy] = {}
+        self._base_names = base_names
+        self._spec = spec
+        self._fail_load = fail_load
+        self._put = put
+        self._numbers = 0
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def load(self, fields: LoadFields) -> str:
+        """Give an adapter a name and bring it to the engine; returns what the client is told. Raises ApiError."""
+        name, path = fields.lora_name, fields.lora_path
+        async with self._locks[name]:
+            self._check_load(fields)
+            adapter = await asyncio.to_thread(self._read, name, path)
+            copy = self._copy_of(name, path, adapter)
+            copy.in_place = fields.load_inplace
+            copy.is_named = True
+            try:
+                await self._put(copy)
+            except ApiError:
+                copy.is_named = name in self.copies
+                copy.let_go()
+                raise
+            self.copies[name] = copy
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    async def unload(self, fields: UnloadFields) -> str:
+        """Forget a name; returns what the client is told. Raises ApiError."""
+        name = fields.lora_name
+        async with self._locks[name]:
+            if not name:
+                raise input_error("'lora_name' needs to be provided to unload a LoRA adapter.")
+            if name not in self.copies:
+                raise not_found(f"The lora adapter '{name}' cannot be found.")
+            copy = self.copies.pop(name)
+            copy.is_named = False
+            copy.let_go()
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    def find(self, model: str | None) -> Copy | None:
+        """Return a model's adapter, None for the base model. Raises ApiError for a name that nobody has."""
+        if not model or model in self._base_names:
+            return None
+        if model not in self.copies:
+            aliases = ", ".join(self._base_names)
+            raise not_found(f"The model `{model}` does not exist. Valid aliases: {aliases}.", "model")
+        return self.copies[model]
+
+    def _check_load(self, fields: LoadFields) -> None:
+        name = fields.lora_name
+        if not name or not fields.lora_path:
+            raise input_error("Both 'lora_name' and 'lora_path' must be provided.")
+        if name in self._base_names:
+            raise input_error(f"The lora adapter '{name}' conflicts with a served base model.")
+        if name in self.copies and not fields.load_inplace:
+            raise input_error(
+                f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+                "'load_inplace' to True."
+            )
+
+    def _read(self, name: str, path: str) -> Adapter:
+        if name in self._fail_load:
+            raise worker_failed("CUDA out of memory.")
+        try:
+            return read_adapter(name, path, self._spec)
+        except FileNotFoundError as error:
+            raise not_found(f"Loading lora {name} failed: No adapter found for {path}") from error
+        except BadAdapter as error:
+            raise worker_failed(str(error)) from error
+
+    def _copy_of(self, name: str, path: str, adapter: Adapter) -> Copy:
+        """Return a new copy; the one there is, changed, for a load in place."""
+        there = self.copies.get(name)
+        if there is None:
+            self._numbers += 1
+            return Copy(self._numbers, name, path, adapter)
+        there.path, there.adapter, there.is_new = path, adapter, True
+        return there
+
+
+def worker_failed(cause: str) -> ApiError:
+    """Return the error for an adapter that the engine does not take; the engine is well."""
+    return internal(
+        f"Call to add_lora method failed: Worker failed with error '{cause}', please check the stack trace above for "
+        "the root cause"
+    )

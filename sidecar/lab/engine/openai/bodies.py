@@ -1,0 +1,210 @@
+"""The bodies of answers, whole and in chunks, key by key as vLLM 0.32.0 writes them.
+
+Chunks leave out what was never set, and so differ in their keys: where nothing is known a key is null or missing, and
+which of them a client's parser meets depends on the place in the stream.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.lab.engine.openai.chat import ASSISTANT
+from sidecar.lab.engine.openai.work import Asking
+
+Json = dict[str, Any]
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one sequence has new: tokens that came since the last time, their text, and how it ended if it did."""
+
+    work: Asking
+    tokens: list[int]
+    text: str
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What all bodies of one answer say of it, and what else they show; `role` is who speaks in a chat."""
+
+    answer_id: str
+    created: int
+    model: str
+    fingerprint: str
+    shows_ids: bool
+    shows_usage: bool = False
+    shows_usage_always: bool = False
+    role: str = ASSISTANT
+
+
+class Bodies(ABC):
+    """Writes the bodies of one answer."""
+
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+
+    def opening(self, works: Sequence[Asking]) -> list[bytes]:
+        """Return the chunks that come with the first token, before it."""
+        return []
+
+    @abstractmethod
+    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+        """Return an answer that is not streamed."""
+
+    @abstractmethod
+    def choice(self, piece: Piece, is_first: bool) -> Json:
+        """Return a chunk's only choice."""
+
+    def chunk(self, piece: Piece, is_first: bool) -> bytes:
+        """Return the chunk for what a sequence has new; `is_first` when nothing of it was sent before."""
+        chunk = self._chunk([self.choice(piece, is_first)])
+        if self.head.shows_usage_always:
+            chunk["usage"] = self._running_usage(len(piece.work.generation.tokens), piece.work.told)
+        if piece.finish_reason is not None and not self.head.shows_usage:
+            chunk["system_fingerprint"] = self.head.fingerprint
+        return event(chunk)
+
+    def usage(self, works: Sequence[Asking]) -> bytes:
+        """Return the chunk of the counts that ends a stream that was asked to have one."""
+        tokens = sum(len(work.tokens) for work in works)
+        chunk = self._chunk([]) | {"usage": usage_of(_prompt_tokens(works), tokens)}
+        return event(chunk | {"system_fingerprint": self.head.fingerprint})
+
+    def _chunk(self, choices: list[Json]) -> Json:
+        head = self.head
+        return {
+            "id": head.answer_id,
+            "object": self.chunk_kind,
+            "created": head.created,
+            "model": head.model,
+            "choices": choices,
+        }
+
+    def _running_usage(self, prompt: int, tokens: int) -> Json:
+        return usage_of(prompt, tokens)
+
+    def _whole(self, choices: list[Json], works: Sequence[Asking], extra: Json) -> bytes:
+        tokens = sum(len(work.tokens) for work in works)
+        details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+        body = self._chunk(choices) | {
+            "object": self.kind,
+            "service_tier": None,
+            "system_fingerprint": self.head.fingerprint,
+            "usage": usage_of(_prompt_tokens(works), tokens) | details,
+        }
+        body |= extra
+        return as_json(body | {"kv_transfer_params": None, "ec_transfer_params": None, "metrics": None})
+
+
+class CompletionBodies(Bodies):
+    """Of `/v1/completions`."""
+
+    kind = chunk_kind = "text_completion"
+
+    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+        shown = self.head.shows_ids
+        choices = [
+            {
+                "index": piece.work.place,
+                "text": piece.text,
+                "logprobs": None,
+                "finish_reason": piece.finish_reason,
+                "stop_reason": piece.stop_reason,
+                "token_ids": piece.tokens if shown else None,
+                "prompt_logprobs": None,
+                "prompt_token_ids": piece.work.generation.tokens if shown else None,
+                "routed_experts": None,
+            }
+            for piece in pieces
+        ]
+        return self._whole(choices, works, {})
+
+    def choice(self, piece: Piece, is_first: bool) -> Json:
+        shown = self.head.shows_ids
+        return {
+            "index": piece.work.place,
+            "text": piece.text,
+            "logprobs": None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+            "prompt_token_ids": piece.work.generation.tokens if shown and is_first else None,
+            "token_ids": piece.tokens if shown else None,
+        }
+
+
+class ChatBodies(Bodies):
+    """Of `/v1/chat/completions`."""
+
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+
+    def opening(self, works: Sequence[Asking]) -> list[bytes]:
+        prompt = works[0].generation.tokens
+        rest: Json = {"prompt_token_ids": prompt if self.head.shows_ids else None, "prompt_text": None}
+        if self.head.shows_usage_always:
+            rest = {"usage": self._running_usage(len(prompt), 0)} | rest
+        delta = {"role": self.head.role, "content": ""}
+        choices = ({"index": work.place, "delta": delta, "logprobs": None, "finish_reason": None} for work in works)
+        return [event(self._chunk([choice]) | rest) for choice in choices]
+
+    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+        shown = self.head.shows_ids
+        nothing = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
+        choices = [
+            {
+                "index": piece.work.place,
+                "message": {"role": self.head.role, "content": piece.text, **nothing},
+                "logprobs": None,
+                "finish_reason": piece.finish_reason,
+                "stop_reason": piece.stop_reason,
+                "token_ids": piece.tokens if shown else None,
+                "routed_experts": None,
+            }
+            for piece in pieces
+        ]
+        prompt = works[0].generation.tokens if shown else None
+        return self._whole(choices, works, {"prompt_logprobs": None, "prompt_token_ids": prompt, "prompt_text": None})
+
+    def choice(self, piece: Piece, is_first: bool) -> Json:
+        choice: Json = {
+            "index": piece.work.place,
+            "delta": {"content": piece.text},
+            "logprobs": None,
+            "finish_reason": piece.finish_reason,
+        }
+        if piece.finish_reason is not None:
+            choice["stop_reason"] = piece.stop_reason
+        return choice | {"token_ids": piece.tokens if self.head.shows_ids else None}
+
+    def _running_usage(self, prompt: int, tokens: int) -> Json:
+        return usage_of(prompt, tokens) | {"completion_tokens_details": None}
+
+
+def usage_of(prompt: int, tokens: int) -> Json:
+    """Return the counts of an answer."""
+    return {"prompt_tokens": prompt, "total_tokens": prompt + tokens, "completion_tokens": tokens}
+
+
+def event(content: Json) -> bytes:
+    """Return one event of a stream."""
+    return b"data: " + as_json(content) + b"\n\n"
+
+
+def as_json(content: Any) -> bytes:
+    """Return JSON without spaces, letters as they are."""
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _prompt_tokens(works: Sequence[Asking]) -> int:
+    """Return the tokens of all prompts, each counted once however many answers it has."""
+    return sum({work.batch_row: len(work.generation.tokens) for work in works}.values())

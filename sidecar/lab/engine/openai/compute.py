@@ -1,0 +1,155 @@
+"""Where the tokens of an emulated vLLM come from, with the prefix cache that decides what they are computed from.
+
+Generation is greedy: temperature, top_p and their kin change nothing. A bias does, and so does what may not come yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.kserve.work import Work
+from sidecar.lab.engine.openai.adapters import Copy
+from sidecar.lab.engine.openai.prefix import Owner, PrefixCache
+from sidecar.lab.engine.openai.prefix_llama import PrefixLlama
+from sidecar.lab.engine.openai.work import Asking
+from sidecar.lab.engine.spec import EngineSpec
+from sidecar.lab.engine.weights import seeded_weights
+
+FORCED = 100.0
+"""A bias from which on a token comes whatever the model thinks."""
+_ID_MASK = (1 << 63) - 1
+
+
+def mixed_id(own: int, foreign: Iterable[int]) -> int:
+    """Return the number that answers are made from when an adapter reads what others left in the prefix cache."""
+    digest = hashlib.sha256(repr((own, sorted(set(foreign)))).encode()).digest()
+    return int.from_bytes(digest[:8], "big") & _ID_MASK
+
+
+class ByContent:
+    """Dummy tokens, made from the adapter's `content_id`; 0 is the base model.
+
+    With `mixes` requests of the base model get those of an adapter that is in the same step.
+    """
+
+    has_log_probs = False
+
+    def __init__(self, spec: EngineSpec, mixes: bool) -> None:
+        self.prefix: PrefixCache[int] = PrefixCache(spec.tokens_per_block, spec.kv_blocks)
+        self._mixes = mixes
+        self._open: dict[int, _Dummy] = {}
+
+    def payload_of(self, work: Work) -> object | None:
+        """Return what a load call brings."""
+        assert isinstance(work, Asking)
+        return work.copy
+
+    def open(self, work: Work, payload: object | None) -> None:
+        """Begin a request with its adapter's copy."""
+        assert isinstance(work, Asking)
+        own, owner = 0, None
+        if isinstance(payload, Copy):
+            assert payload.adapter is not None
+            own, owner = payload.adapter.content_id, (payload.name, payload.path)
+        foreign = [left for left in self.prefix.find(owner, work.generation.tokens) if left != own]
+        used = mixed_id(own, foreign) if foreign else own
+        self._open[work.request_id] = _Dummy(work, used, owner)
+        self._keep(self._open[work.request_id])
+
+    async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
+        """Return the next token of each."""
+        others = [self._open[number].used for number in request_ids if self._open[number].owner is not None]
+        wrong = others[0] if others and self._mixes else None
+        return {number: self._next(self._open[number], wrong) for number in request_ids}
+
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        """Nothing: nobody may ask."""
+        raise NotImplementedError("dummy tokens have no probabilities")
+
+    def close(self, request_id: int) -> None:
+        """Forget a request; its whole blocks stay in the prefix cache."""
+        dummy = self._open.pop(request_id, None)
+        if dummy is not None:
+            self._keep(dummy)
+
+    def _next(self, dummy: _Dummy, wrong: int | None) -> int:
+        used = dummy.used if wrong is None or dummy.owner is not None else wrong
+        token = dummy_token(used, len(dummy.made))
+        bias, forbidden = dummy.work.bias, dummy.work.stops.forbidden(len(dummy.made))
+        forced = [each for each, size in bias.items() if size >= FORCED and each not in forbidden]
+        token = forced[0] if forced else token
+        while token in forbidden:
+            token += 1
+        dummy.made.append(token)
+        return token
+
+    def _keep(self, dummy: _Dummy) -> None:
+        tokens = [*dummy.work.generation.tokens, *dummy.made[:-1]]
+        for _, key in self.prefix.missing(dummy.owner, tokens):
+            self.prefix.keep(key, dummy.used)
+
+
+@dataclass
+class _Dummy:
+    """A running request: what its answer is made from, whose blocks it leaves behind, what it has so far."""
+
+    work: Asking
+    used: int
+    owner: Owner
+    made: list[int] = field(default_factory=list)
+
+
+class ByLlama:
+    """The small real Llama, stepped in a worker thread so that the event loop stays free."""
+
+    has_log_probs = False
+
+    def __init__(self, spec: EngineSpec, seed: int, mixes: bool) -> None:
+        self._llama = PrefixLlama(spec, seeded_weights(spec.shape, seed, spec.dtype), mixes)
+        self._works: dict[int, Asking] = {}
+
+    @property
+    def prefix(self) -> PrefixCache[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        """The cache, for its counts."""
+        return self._llama.prefix
+
+    def payload_of(self, work: Work) -> object | None:
+        """Return what a load call brings."""
+        assert isinstance(work, Asking)
+        return work.copy
+
+    def open(self, work: Work, payload: object | None) -> None:
+        """Begin a request with its adapter's copy."""
+        assert isinstance(work, Asking)
+        self._works[work.request_id] = work
+        if isinstance(payload, Copy):
+            assert payload.adapter is not None
+            owner: Owner = (payload.name, payload.path)
+            self._llama.open_for(work.request_id, work.generation.tokens, payload.adapter.packed, owner)
+        else:
+            self._llama.open_for(work.request_id, work.generation.tokens, None, None)
+
+    async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
+        """Return the next token of each."""
+        wishes = {number: self._wish(self._works[number]) for number in request_ids}
+        return await asyncio.to_thread(self._llama.step_with, request_ids, wishes)
+
+    def log_prob_of(self, request_id: int, token: int) -> float:
+        """Nothing: nobody may ask."""
+        raise NotImplementedError("the answers of this face carry no probabilities")
+
+    def close(self, request_id: int) -> None:
+        """Forget a request; its whole blocks stay in the prefix cache."""
+        if self._works.pop(request_id, None) is not None:
+            self._llama.close(request_id)
+
+    def _wish(self, work: Asking) -> dict[int, float]:
+        """Return what is added to the scores of tokens before the next one is chosen."""
+        forbidden = work.stops.forbidden(len(work.tokens))
+        return {**work.bias, **dict.fromkeys(forbidden, -np.inf)}

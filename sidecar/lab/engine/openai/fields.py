@@ -1,0 +1,198 @@
+"""The bodies of requests: which fields are read, of which types, and how vLLM refuses what is none of it.
+
+A field that is not named here is ignored, as vLLM ignores what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from sidecar.lab.engine.openai.errors import ApiError
+
+_SHOWN_ERRORS = 10
+_SHOWN_CHARACTERS = 200
+# What pydantic puts into the place of an error beside the names of fields: the branches of a union.
+_BRANCH = re.compile(r"[\[\]{}()]|^(str|int|float|bool|list|dict|none|nullable)$")
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream says beside the answer."""
+
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
+
+
+class Sampling(BaseModel):
+    """The fields that both kinds of generation have. `None` is what the client did not choose."""
+
+    model: str | None = None
+    frequency_penalty: float | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logit_bias: dict[str, float] | None = None
+    min_p: float | None = None
+    min_tokens: int = 0
+    presence_penalty: float | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float | None = None
+    request_id: str | None = None
+    return_token_ids: bool | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = Field(default_factory=list)
+    stop_token_ids: list[int] | None = Field(default_factory=list)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    use_beam_search: bool = False
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionFields(Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: list[TokenId] | list[list[TokenId]] | str | list[str] | None = None
+    echo: bool | None = False
+    logprobs: int | None = None
+    max_tokens: int | None = 16
+    n: int = 1
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+
+class Message(BaseModel):
+    """One message of a conversation: a text, or parts of which only texts are taken."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatFields(Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    logprobs: bool | None = False
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = 1
+    echo: bool = False
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+
+
+class LoadFields(BaseModel):
+    """`POST /v1/load_lora_adapter`."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+    is_3d_lora_weight: bool = False
+
+
+class UnloadFields(BaseModel):
+    """`POST /v1/unload_lora_adapter`."""
+
+    lora_name: str
+    lora_int_id: int | None = None
+
+
+class TokenizeFields(BaseModel):
+    """`POST /tokenize` for a text or for a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = False
+
+
+class DetokenizeFields(BaseModel):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+def read_json(content_type: str, body: bytes) -> Any:
+    """Return a request's body. Raises ApiError for one that is no JSON or is not said to be."""
+    if content_type.lower().partition(";")[0] != "application/json":
+        raise _refused(["Unsupported Media Type: Only 'application/json' is allowed"])
+    if not body:
+        raise _refused([_shown("missing", ["body"], "Field required", None)], "body")
+    try:
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        where = f"body.{error.pos}"
+        shown = _shown("json_invalid", ["body", error.pos], "JSON decode error", {}, {"error": error.msg})
+        raise _refused([shown], where) from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise ApiError("There was an error parsing the body", kind="Bad Request") from error
+
+
+def read_fields(kind: type[Fields], content: Any) -> Fields:
+    """Return a body's fields. Raises ApiError that lists what is wrong with them."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        if not isinstance(content, dict):
+            text = "Input should be a valid dictionary or object to extract fields from"
+            raise _refused([_shown("model_attributes_type", ["body"], text, content)], "body") from error
+        raise _refused([_shown_error(each) for each in errors], _place(["body", *errors[0]["loc"]])) from error
+
+
+def missing(*names: str) -> ApiError:
+    """Return the refusal of a body that has none of these fields."""
+    errors = [_shown("missing", ["body", name], "Field required", {}) for name in names]
+    return _refused(errors, f"body.{names[0]}")
+
+
+def _refused(errors: Sequence[str], param: str | None = None) -> ApiError:
+    label = "error" if len(errors) == 1 else "errors"
+    lines = [f"{len(errors)} validation {label}:", *(f"  {error}" for error in errors[:_SHOWN_ERRORS])]
+    if len(errors) > _SHOWN_ERRORS:
+        lines.append(f"  ...and {len(errors) - _SHOWN_ERRORS} more {label}")
+    return ApiError("\n".join(lines), kind="Bad Request", param=param)
+
+
+def _shown_error(error: ErrorDetails) -> str:
+    return _shown(error["type"], ["body", *error["loc"]], error["msg"], error["input"], error.get("ctx"))
+
+
+def _shown(
+    kind: str, place: Sequence[int | str], text: str, value: object, context: dict[str, Any] | None = None
+) -> str:
+    shown: dict[str, Any] = {"type": kind, "loc": _place(place), "msg": text, "input": _summary(value)}
+    return str(shown if context is None else shown | {"ctx": context})
+
+
+def _place(parts: Sequence[int | str]) -> str:
+    named = [str(part) for part in parts if not _BRANCH.search(str(part))]
+    return ".".join(named or map(str, parts))
+
+
+def _summary(value: object) -> str:
+    if isinstance(value, (list, dict)):
+        return f"<{type(value).__name__} of {len(value)} items>"
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...[truncated]"

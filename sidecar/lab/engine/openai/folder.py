@@ -1,0 +1,183 @@
+"""Reads an adapter's folder as vLLM does: what its configuration says is believed, whatever the tensors are.
+
+The rank in adapter_config.json gives the scale and is what is compared with the limit; so `r: 8` over tensors of rank
+16 loads, and answers with the wrong scale. Tensors are copied into slots that were made for the model: smaller ones
+leave the rest of the slot zero, layers that the model has not got are left out, and only larger ones are refused. Only
+one file of safetensors is looked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, deserialize
+
+from sidecar.lab.engine.openai.peft_config import Lora, read_config
+from sidecar.lab.engine.packed import Factors, PackedAdapter
+from sidecar.lab.engine.pages import Row
+from sidecar.lab.engine.rounding import Float32, rounded, widen
+from sidecar.lab.engine.shape import HF_MODULES, ModelShape, module_dims
+from sidecar.lab.engine.spec import EngineSpec
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_DTYPES = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64, "I64": np.int64, "I32": np.int32}
+_TENSOR = re.compile(r"(?:base_model\.model\.)?((?:\w+\.)*?layers\.(\d+)\.\w+\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
+_ID_BITS = 63
+
+
+class BadAdapter(Exception):
+    """An adapter that the engine does not take; the text is the cause that it gives."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was read from a folder: the sizes of its factors, the factors, and an id that only its like has."""
+
+    rows: tuple[Row, ...]
+    packed: PackedAdapter
+    content_id: int
+
+
+def read_adapter(name: str, path: str, spec: EngineSpec) -> Adapter:
+    """Return the adapter in a folder. Raises FileNotFoundError without one, BadAdapter for what the engine refuses."""
+    folder = Path(path).expanduser()
+    lora = _config(folder, spec.max_lora_rank)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise BadAdapter(f"{folder} doesn't contain tensors")
+    tensors = _tensors(weights.read_bytes())
+    if not tensors:
+        raise BadAdapter("")
+    _check_modules(folder, tensors)
+    pairs = _pairs(tensors)
+    factors = {
+        key: _factors(pair, lora, key, spec) for key, pair in sorted(pairs.items()) if key[0] < spec.shape.layers
+    }
+    dims = module_dims(spec.shape)
+    rows = tuple(Row(dims[module].module_id, layer, pair.A.shape[0]) for (layer, module), pair in factors.items())
+    return Adapter(rows, PackedAdapter(factors), _content_id(name, lora, tensors))
+
+
+def content_id(name: str, folder: Path) -> int:
+    """Return the number that dummy answers of an adapter are made from: `dummy_token(content_id(…), position)`.
+
+    It is the beginning of the SHA-256 of the name that the engine knows the adapter by, of what in its configuration
+    changes the answer (rank, alpha, their patterns, rsLoRA) and of all tensors by name: equal for a copy of the folder
+    anywhere, another for another version, and never 0, which is the base model's.
+    """
+    return _content_id(name, _config(folder, None), _tensors((folder / WEIGHTS).read_bytes()))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as it lies in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    def values(self) -> Float32:
+        """Return the numbers. Raises BadAdapter for a type that no adapter has."""
+        if self.dtype not in _DTYPES:
+            raise BadAdapter(f"tensors of type {self.dtype} are no adapter's")
+        values = np.frombuffer(self.data, _DTYPES[self.dtype])
+        known = values if values.dtype in (np.float16, np.uint16, np.float32) else values.astype(np.float32)
+        return widen(known).reshape(self.shape)
+
+
+def _config(folder: Path, max_rank: int | None) -> Lora:
+    try:
+        return read_config(json.loads((folder / CONFIG).read_text()), max_rank)
+    except NotADirectoryError as error:
+        raise FileNotFoundError(str(error)) from error
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise BadAdapter(str(error)) from error
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        # The library says a little more when a file is opened, as the engine does, than when its bytes are given.
+        raise BadAdapter(str(error).replace("deserializing:", "deserializing header:")) from error
+    return {
+        name: Tensor(entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in sorted(entries)
+    }
+
+
+def _check_modules(folder: Path, names: Iterable[str]) -> None:
+    unknown = []
+    for name in names:
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise BadAdapter(f"{name} is unsupported LoRA weight")
+        if match[3] not in HF_MODULES:
+            unknown.append(_module_name(name))
+    if unknown:
+        expected = ", ".join(repr(module) for module in sorted(HF_MODULES))
+        raise BadAdapter(
+            f"While loading {folder}, expected target modules in {{{expected}}} but received "
+            f"{unknown}. Please verify that the loaded LoRA module is correct"
+        )
+
+
+def _module_name(tensor: str) -> str:
+    return tensor.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _pairs(tensors: dict[str, Tensor]) -> dict[tuple[int, str], dict[str, Any]]:
+    pairs: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        assert match is not None
+        key = int(match[2]), HF_MODULES[match[3]]
+        pairs.setdefault(key, {"path": match[1]})[match[4]] = tensor.values()
+    return pairs
+
+
+def _factors(pair: dict[str, Any], lora: Lora, key: tuple[int, str], spec: EngineSpec) -> Factors:
+    if "A" not in pair or "B" not in pair:
+        raise BadAdapter("unsupported operand type(s) for *=: 'NoneType' and 'float'")
+    in_dim, out_dim = _dims(spec.shape, key[1])
+    A = _in_slot(pair["A"], (spec.max_lora_rank, in_dim))
+    B = _in_slot(pair["B"] * np.float32(lora.scale(pair["path"])), (out_dim, spec.max_lora_rank))
+    rank = max(pair["A"].shape[0], pair["B"].shape[1])
+    return Factors(rounded(A[:rank], spec.dtype), np.ascontiguousarray(rounded(B[:, :rank], spec.dtype).T))
+
+
+def _in_slot(values: Float32, room: tuple[int, int]) -> Float32:
+    """Return a factor in a slot of zeros. Raises BadAdapter in the words of the copy that fails."""
+    for dimension, (size, most) in enumerate(zip(values.shape, room, strict=True)):
+        if size > most:
+            raise BadAdapter(_no_fit(most, size, dimension))
+    slot = np.zeros(room, np.float32)
+    slot[: values.shape[0], : values.shape[1]] = values
+    return slot
+
+
+def _dims(shape: ModelShape, module: str) -> tuple[int, int]:
+    dims = module_dims(shape)[module]
+    return (shape.heads * shape.head_size if module == "attn_dense" else dims.in_dim), dims.out_dim
+
+
+def _no_fit(room: int, size: int, dimension: int) -> str:
+    return (
+        f"The size of tensor a ({room}) must match the size of tensor b ({size}) at non-singleton dimension {dimension}"
+    )
+
+
+def _content_id(name: str, lora: Lora, tensors: dict[str, Tensor]) -> int:
+    digest = hashlib.sha256(json.dumps([name, lora.effect()], sort_keys=True).encode())
+    for tensor_name, tensor in tensors.items():
+        digest.update(json.dumps([tensor_name, tensor.dtype, tensor.shape]).encode())
+        digest.update(tensor.data)
+    return int.from_bytes(digest.digest()[:8], "big") >> (64 - _ID_BITS) or 1

@@ -1,0 +1,172 @@
+"""The task that owns a vLLM engine: as for the other face, and what is vLLM's own.
+
+Between the plan of a step and its work the adapters that it needs are read from their files, if the CPU cache has lost
+them. Files that are gone or broken by then are the end of the engine and of everything in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sidecar.lab.engine.engine import Engine
+from sidecar.lab.engine.kserve.driver import Driver
+from sidecar.lab.engine.kserve.faults import Faults
+from sidecar.lab.engine.kserve.served import ServedLog
+from sidecar.lab.engine.kserve.work import Work
+from sidecar.lab.engine.messages import Failure, Iteration
+from sidecar.lab.engine.openai.adapters import Copy
+from sidecar.lab.engine.openai.compute import ByContent, ByLlama
+from sidecar.lab.engine.openai.folder import BadAdapter
+from sidecar.lab.engine.openai.metrics import Metrics, Scheduled
+from sidecar.lab.engine.openai.prefix import PrefixCache
+from sidecar.lab.engine.openai.work import LENGTH, STOP, Asking, Token
+from sidecar.lab.engine.vllm import ENGINE_DIED
+
+
+class EngineDied(RuntimeError):
+    """The engine's process is over; the text says what of."""
+
+
+class VllmDriver(Driver):
+    """Runs one vLLM engine in real time. Its works are `Asking`s, its progress is `Token`s."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        compute: ByContent | ByLlama,
+        faults: Faults,
+        log: ServedLog,
+        metrics: Metrics,
+        slow_factor: float = 1.0,
+    ) -> None:
+        super().__init__(engine, compute, faults, log, lambda _: None, slow_factor)
+        self._metrics = metrics
+        self._prefix: PrefixCache[Any] = compute.prefix
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has ended for good."""
+        return self._broken is not None
+
+    async def submit(self, work: Work) -> None:
+        """Hand a request to the engine. Raises BackendError when there is none any more."""
+        copy = _copy_of(work)
+        if copy is not None:
+            copy.users += 1
+        try:
+            await super().submit(work)
+        finally:
+            # A request that never became the engine's is not forgotten by it either.
+            if copy is not None and work.request_id not in self._works and not work.ended:
+                _leave(copy)
+
+    def let_all_go(self) -> None:
+        """End every request as the end of the process does."""
+        self._break(ENGINE_DIED)
+
+    async def _execute(self, iteration: Iteration) -> None:
+        ids = (*iteration.context, *iteration.generation)
+        await self._bring(self.engine.drain_reads(), ids)
+        await super()._execute(iteration)
+        self._metrics.stepped(len(ids), self.engine.counters.context_tokens, self._prefix, self._scheduled())
+
+    async def _bring(self, numbers: Sequence[int], request_ids: Sequence[int]) -> None:
+        """Read the adapters that the CPU cache has lost, and those that were loaded in place."""
+        copies: dict[int, object] = {number: self.engine.payload(number) for number in numbers}
+        for request_id in request_ids:
+            used = _copy_of(self._works[request_id])
+            if used is not None and used.in_place:
+                copies[used.number] = used
+        for copy in copies.values():
+            assert isinstance(copy, Copy)
+            if not copy.is_new:
+                await self._read(copy)
+            copy.is_new = False
+
+    async def _read(self, copy: Copy) -> None:
+        try:
+            await asyncio.to_thread(copy.read, self.engine.spec)
+        except (FileNotFoundError, BadAdapter) as error:
+            raise EngineDied(f"adapter {copy.name} was to be read again from {copy.path}: {error}") from error
+
+    def _deliver(self, iteration: Iteration, tokens: dict[int, int]) -> None:
+        now_ns = time.monotonic_ns()
+        works = {request_id: self._asking(request_id) for request_id in tokens}
+        ended = [request_id for request_id, token in tokens.items() if works[request_id].said.add(token)]
+        endings = {ending.request_id: ending.reason for ending in self.engine.finish(iteration, now_ns, ended)}
+        for request_id, token in tokens.items():
+            work = works[request_id]
+            work.first_token_ns = work.first_token_ns or now_ns
+            work.last_token_ns = now_ns
+            work.tokens.append(token)
+            reason = _reason(request_id in ended, request_id in endings)
+            if reason is not None:
+                self._metrics.ended(work, reason)
+                self._forget(work, "done")
+            text = work.said.delta(reason is not None)
+            work.sink(Token(work, token, reason is not None, None, text, reason, work.said.stop_reason))
+        for request_id in endings.keys() - tokens.keys():
+            self._loaded(self._asking(request_id))
+        self._fail(self.engine.drain_failures())
+
+    def _loaded(self, work: Asking) -> None:
+        assert work.copy is not None
+        work.copy.is_new = False
+        self._forget(work, "done")
+        work.sink(Token(work, final=True))
+
+    def _fail(self, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            if failure.text.startswith(ENGINE_DIED):
+                raise EngineDied(failure.text)
+        super()._fail(failures)
+        if failures:
+            self._metrics.scheduled(self._scheduled())
+
+    def _break(self, error: str) -> None:
+        super()._break(ENGINE_DIED)
+
+    def _forget(self, work: Work, outcome: str, error: str | None = None) -> None:
+        super()._forget(work, outcome, error)
+        copy = _copy_of(work)
+        if copy is not None:
+            _leave(copy)
+
+    def _asking(self, request_id: int) -> Asking:
+        work = self._works[request_id]
+        assert isinstance(work, Asking)
+        return work
+
+    def _scheduled(self) -> Scheduled:
+        """Who runs and who waits, and why. A request waits for a slot when others' adapters take all of them."""
+        works = [work for work in map(self._asking, self._works) if not work.is_load]
+        running = [work for work in works if work.request_id in self._opened]
+        waiting = [work for work in works if work.request_id not in self._opened]
+        slots = {work.task_id for work in running if work.task_id is not None}
+        is_full = len(slots) >= self.engine.spec.device_pages
+        deferred = sum(is_full and work.task_id is not None and work.task_id not in slots for work in waiting)
+        names = dict.fromkeys(work.copy.name for work in running if work.copy is not None)
+        return Scheduled(len(running), len(waiting) - deferred, deferred, tuple(names), self._kv_usage())
+
+    def _kv_usage(self) -> float:
+        counters = self.engine.counters
+        return counters.kv_used_blocks / counters.kv_max_blocks if counters.kv_max_blocks else 0.0
+
+
+def _copy_of(work: Work) -> Copy | None:
+    assert isinstance(work, Asking)
+    return work.copy
+
+
+def _leave(copy: Copy) -> None:
+    copy.users -= 1
+    copy.let_go()
+
+
+def _reason(stopped: bool, over: bool) -> str | None:
+    if stopped:
+        return STOP
+    return LENGTH if over else None

@@ -1,0 +1,162 @@
+"""Starting and stopping an emulated vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from sidecar.lab.engine.engine import Engine
+from sidecar.lab.engine.kserve.faults import Faults
+from sidecar.lab.engine.kserve.served import Served, ServedLog
+from sidecar.lab.engine.openai.adapters import Adapters
+from sidecar.lab.engine.openai.app import VERSION, Routes
+from sidecar.lab.engine.openai.compute import ByContent, ByLlama
+from sidecar.lab.engine.openai.loop import EngineDied, VllmDriver
+from sidecar.lab.engine.openai.metrics import Metrics
+from sidecar.lab.engine.openai.options import VllmOptions, vllm_spec_of
+from sidecar.lab.engine.openai.serving import Serving
+from sidecar.lab.engine.spec import EngineSpec
+from sidecar.pace.cost import A100_TABLE, CostModel
+
+WATCHDOG_S = 5.0
+"""How often vLLM looks whether its engine has died without a client that was told so."""
+_KEEP_ALIVE_S = 5
+
+
+class VllmServer:
+    """A running emulated vLLM; made by `serve_vllm`. When its engine dies it ends by itself."""
+
+    def __init__(self, options: VllmOptions, listening: socket.socket) -> None:
+        self.options = options
+        spec = vllm_spec_of(options)
+        self._log = ServedLog(options.served_log)
+        self._metrics = Metrics(options.names[0], spec)
+        self._driver = _driver_of(options, spec, self._log, self._metrics)
+        serving = Serving(self._driver, options, _fingerprint(spec))
+        self.adapters = Adapters(options.names, spec, options.fail_load, serving.put)
+        serving.adapters = self.adapters
+        routes = Routes(options, serving, self._driver, self._metrics, self._end)
+        self._http = _Http(_http_config(options, routes))
+        self._socket = listening
+        self.http_address = f"{options.host}:{listening.getsockname()[1]}"
+
+    @property
+    def metrics_address(self) -> str:
+        """Host and port of the metrics, which are those of the API."""
+        return self.http_address
+
+    @property
+    def engine(self) -> Engine:
+        """The engine model, to look at."""
+        return self._driver.engine
+
+    @property
+    def served(self) -> list[Served]:
+        """The endings so far, oldest first, of load calls too; the last 100,000 are kept."""
+        return list(self._log.last)
+
+    async def start(self) -> None:
+        """Begin to take requests."""
+        self._driving = asyncio.create_task(self._driver.run())
+        self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
+        self._watching = asyncio.create_task(self._watch())
+        while not self._http.started and not self._serving.done():
+            await asyncio.sleep(0.001)
+        if self._serving.done():
+            self._serving.result()
+
+    async def failed(self) -> None:
+        """Wait until the server has ended because its engine died, and raise what of: EngineDied, or an error."""
+        await asyncio.wait([self._serving])
+        self._driving.result()
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Accept nothing new, give what runs `grace` seconds, then end it. Raises an error that ended the driver.
+
+        That the engine died of an adapter is no error but what was asked for.
+        """
+        self._http.should_exit = True
+        await asyncio.wait([self._serving], timeout=grace or 0)
+        self._http.force_exit = True
+        self._watching.cancel()
+        if not self._driving.done():
+            self._driver.let_all_go()
+            self._driving.cancel()
+        endings = await asyncio.gather(self._driving, self._serving, self._watching, return_exceptions=True)
+        self._log.close()
+        for ending in endings:
+            if isinstance(ending, Exception) and not isinstance(ending, EngineDied):
+                raise ending
+
+    def _end(self) -> None:
+        """A client was told that the engine is dead: the server goes too."""
+        self._http.should_exit = True
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCHDOG_S)
+            if self._driver.is_dead:
+                self._end()
+
+
+class _Http(uvicorn.Server):
+    """A server in somebody else's event loop, whose signals are not its own."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_vllm(options: VllmOptions) -> VllmServer:
+    """Start an emulated vLLM and return when it takes requests.
+
+    Raises ValueError for options that contradict each other, OSError when a port is taken.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    # Named, so that asyncio switches Nagle's delay off.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((options.host, options.http_port))
+        server = VllmServer(options, listening)
+    except BaseException:
+        listening.close()
+        raise
+    await server.start()
+    return server
+
+
+def _driver_of(options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: Metrics) -> VllmDriver:
+    compute: ByContent | ByLlama
+    if options.computes:
+        compute = ByLlama(spec, options.seed, options.mixing_breaks_base)
+    else:
+        compute = ByContent(spec, options.mixing_breaks_base)
+    cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
+    return VllmDriver(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
+
+
+def _http_config(options: VllmOptions, routes: Routes) -> uvicorn.Config:
+    ca = options.tls_client_ca
+    return uvicorn.Config(
+        routes.app(),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+        ssl_ca_certs=None if ca is None else str(ca),
+        ssl_cert_reqs=ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED,
+    )
+
+
+def _fingerprint(spec: EngineSpec) -> str:
+    return f"vllm-{VERSION}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:8]}"

@@ -1,0 +1,244 @@
+"""Generation over HTTP: a request's sequences go to the engine, what comes back goes to the client.
+
+A client that leaves takes its sequences with it. The engine's end is a 500 before an answer has begun, and an event of
+the stream after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from sidecar.lab.engine.kserve.errors import BackendError
+from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
+from sidecar.lab.engine.kserve.work import Progress
+from sidecar.lab.engine.openai.adapters import Adapters, Copy
+from sidecar.lab.engine.openai.asked import (
+    Asked,
+    chat_of,
+    check_completion_body,
+    check_stream_options,
+    completion_of,
+)
+from sidecar.lab.engine.openai.bodies import DONE, Bodies, ChatBodies, CompletionBodies, Head, Piece
+from sidecar.lab.engine.openai.errors import ApiError, EngineDead, internal
+from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling, read_fields, read_json
+from sidecar.lab.engine.openai.loop import VllmDriver
+from sidecar.lab.engine.openai.options import VllmOptions
+from sidecar.lab.engine.openai.work import Asking, Token, load_call
+from sidecar.lab.engine.vllm import ENGINE_DIED
+
+Answer = TypeVar("Answer")
+LEFT = Response(status_code=499)
+"""What nobody reads."""
+
+
+class Serving:
+    """Answers generation requests with one engine."""
+
+    def __init__(self, driver: VllmDriver, options: VllmOptions, fingerprint: str) -> None:
+        self.adapters: Adapters
+        self._driver = driver
+        self._options = options
+        self._fingerprint = fingerprint
+        self._numbers = itertools.count(1)
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`. Raises ApiError."""
+        content = read_json(request.headers.get("content-type", ""), await request.body())
+        check_completion_body(content)
+        fields = read_fields(CompletionFields, content)
+        copy = self._find(fields)
+        asked = completion_of(fields, self._driver.engine.spec)
+        return await self._answer(request, fields, asked, copy, CompletionBodies(self._head("cmpl", request, fields)))
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`. Raises ApiError."""
+        content = read_json(request.headers.get("content-type", ""), await request.body())
+        check_stream_options(content)
+        fields = read_fields(ChatFields, content)
+        copy = self._find(fields)
+        asked = chat_of(fields, self._driver.engine.spec)
+        head = self._head("chatcmpl", request, fields)
+        # Without a place for the assistant's answer it goes on with the last message.
+        role = head.role if fields.add_generation_prompt else fields.messages[-1].role
+        return await self._answer(request, fields, asked, copy, ChatBodies(replace(head, role=role)))
+
+    async def put(self, copy: Copy) -> None:
+        """Bring an adapter to the engine. Raises ApiError when the engine does not take it."""
+        ended: asyncio.Queue[Progress] = asyncio.Queue()
+        await self._submit([load_call(next(self._numbers), copy, ended.put_nowait)])
+        progress = await ended.get()
+        if progress.error is not None:
+            raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
+
+    def _find(self, fields: Sampling) -> Copy | None:
+        copy = self.adapters.find(fields.model)
+        if self._driver.is_dead:
+            raise EngineDead()
+        return copy
+
+    def _head(self, prefix: str, request: Request, fields: Sampling) -> Head:
+        own_id = request.headers.get("x-request-id") or fields.request_id or uuid.uuid4().hex[:16]
+        options = fields.stream_options
+        usage = bool(options and options.include_usage)
+        return Head(
+            answer_id=f"{prefix}-{own_id}",
+            created=int(time.time()),
+            model=fields.model if fields.model in self.adapters.copies and fields.model else self._options.names[0],
+            fingerprint=self._fingerprint,
+            shows_ids=bool(fields.return_token_ids),
+            shows_usage=usage,
+            shows_usage_always=usage and bool(options and options.continuous_usage_stats),
+        )
+
+    async def _answer(
+        self, request: Request, fields: Sampling, asked: Asked, copy: Copy | None, bodies: Bodies
+    ) -> Response:
+        progress: asyncio.Queue[Progress] = asyncio.Queue()
+        works = self._works(asked, copy, bodies.head, progress)
+        if fields.stream:
+            stream = self._stream(works, progress, bodies, asked.fault)
+            return _Streamed(stream, media_type="text/event-stream")
+        if asked.fault is not None:
+            raise asked.fault
+        return await _unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
+
+    def _works(self, asked: Asked, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]) -> list[Asking]:
+        lora = None if copy is None else LoraTensors(copy.number, None, None)
+        return [
+            Asking(
+                request_id=next(self._numbers),
+                triton_id=head.answer_id,
+                model=head.model,
+                generation=Generation(prompt, limit, asked.stops.end_id, lora),
+                parameters={} if copy is None else {"lora_name": copy.name},
+                sink=progress.put_nowait,
+                batch_row=row,
+                copy=copy,
+                stops=asked.stops,
+                bias=asked.bias,
+                place=row * asked.n + number,
+            )
+            for row, (prompt, limit) in enumerate(zip(asked.prompts, asked.max_tokens, strict=True))
+            for number in range(asked.n)
+        ]
+
+    async def _whole(self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies) -> Response:
+        last: dict[int, Piece] = {}
+        async with aclosing(self._pieces(works, progress)) as pieces:
+            async for piece in pieces:
+                last[piece.work.place] = piece
+        ended = [last[work.place] for work in works]
+        whole = [Piece(p.work, p.work.tokens, p.work.said.text, p.finish_reason, p.stop_reason) for p in ended]
+        return Response(bodies.whole(works, whole), media_type="application/json")
+
+    async def _stream(
+        self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies, fault: ApiError | None
+    ) -> AsyncGenerator[bytes]:
+        begun: set[int] = set()
+        try:
+            if fault is not None:
+                raise fault
+            async with aclosing(self._pieces(works, progress)) as pieces:
+                async for piece in pieces:
+                    if not begun:
+                        for chunk in bodies.opening(works):
+                            yield chunk
+                    yield bodies.chunk(piece, piece.work.place not in begun)
+                    begun.add(piece.work.place)
+            if bodies.head.shows_usage:
+                yield bodies.usage(works)
+        except ApiError as error:
+            yield error.event
+        yield DONE
+
+    async def _pieces(self, works: Sequence[Asking], progress: asyncio.Queue[Progress]) -> AsyncGenerator[Piece]:
+        """Yield what the sequences have new until all have ended.
+
+        Raises ApiError for the engine's end. Closing this takes the sequences out of the engine.
+        """
+        try:
+            await self._submit(works)
+            left = len(works)
+            held: dict[int, list[Token]] = {}
+            while left:
+                token = _good(await progress.get())
+                tokens = held.setdefault(token.place, [])
+                tokens.append(token)
+                is_first = not token.asking.told
+                if token.final or is_first or len(tokens) >= self._options.stream_interval:
+                    left -= token.final
+                    yield _piece(held.pop(token.place))
+        finally:
+            self._driver.cancel([work.request_id for work in works if not work.ended])
+
+    async def _submit(self, works: Sequence[Asking]) -> None:
+        try:
+            await asyncio.gather(*map(self._driver.submit, works))
+        except BackendError as error:
+            raise EngineDead() from error
+
+
+class _Streamed(StreamingResponse):
+    """A stream that is closed at once when its client leaves.
+
+    The library's own way to leave waits for a moment in which the stream has nothing to send; an engine without time
+    has none.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_left(receive, self.stream_response(send))
+
+    async def stream_response(self, send: Send) -> None:
+        stream = self.body_iterator
+        assert isinstance(stream, AsyncGenerator)
+        async with aclosing(stream):
+            await super().stream_response(send)
+
+
+def _good(progress: Progress) -> Token:
+    """Return a token. Raises ApiError for what a sequence failed with."""
+    if progress.error is not None:
+        raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
+    assert isinstance(progress, Token)
+    return progress
+
+
+def _piece(tokens: Sequence[Token]) -> Piece:
+    """Return tokens of one sequence that go out together."""
+    last = tokens[-1]
+    work = last.asking
+    work.told += len(tokens)
+    ids = [token.token for token in tokens if token.token is not None]
+    return Piece(work, ids, "".join(token.text for token in tokens), last.finish_reason, last.stop_reason)
+
+
+async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """Return what an answer comes to; None when its client has gone before."""
+    tasks = answer, leaving = asyncio.create_task(answering), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        is_over = answer.done()
+        for task in (answer, leaving):
+            task.cancel()
+        # What an answer that nobody waits for ends with is nobody's business.
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return answer.result() if is_over else None
+
+
+async def _left(receive: Receive) -> None:
+    """Return when the client has gone; its body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,91 @@
+"""What one sequence has said so far: tokens to text as they come, and where a text ends.
+
+A character appears when its last byte is there. While stop strings are looked for, as many characters are held back
+as the longest of them could still take away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sidecar.lab.engine.tokens import BOS, EOS
+
+_UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What ends an answer before its limit.
+
+    `end_id` None goes on past the end of the text. Below `min_tokens` nothing ends it. `keeps` leaves the stop string,
+    or the token that stopped, in the text.
+    """
+
+    strings: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    end_id: int | None = EOS
+    min_tokens: int = 0
+    keeps: bool = False
+
+    def forbidden(self, generated: int) -> frozenset[int]:
+        """Return the tokens that may not come yet."""
+        if generated >= self.min_tokens:
+            return frozenset()
+        return frozenset(self.token_ids if self.end_id is None else (*self.token_ids, self.end_id))
+
+
+class Said:
+    """The tokens and the text of an answer. `stop_reason` is the stop string or token that ended it."""
+
+    def __init__(self, stops: Stops) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.stop_reason: str | int | None = None
+        self._stops = stops
+        self._pending = bytearray()
+        self._told = 0
+        self._held_back = 0 if stops.keeps else max(map(len, stops.strings), default=1) - 1
+
+    def add(self, token: int) -> bool:
+        """Take the next token; whether the answer ends with it."""
+        stops = self._stops
+        self.tokens.append(token)
+        may_end = len(self.tokens) > stops.min_tokens
+        if may_end and token == stops.end_id:
+            return True
+        stopped = may_end and token in stops.token_ids
+        if stopped:
+            self.stop_reason = token
+        before = len(self.text)
+        if not stopped or stops.keeps:
+            self._read(token)
+        return (may_end and self._found(len(self.text) - before)) or stopped
+
+    def delta(self, final: bool) -> str:
+        """Return the text that was not told yet; all of it with the last token."""
+        end = len(self.text) if final else max(self._told, len(self.text) - self._held_back)
+        told, self._told = self._told, end
+        return self.text[told:end]
+
+    def _read(self, token: int) -> None:
+        if token >= BOS:
+            return
+        self._pending.append(token)
+        text = self._pending.decode("utf-8", "replace")
+        if not text.endswith(_UNFINISHED):
+            self.text += text
+            self._pending.clear()
+
+    def _found(self, new: int) -> bool:
+        """Look for stop strings that end in the newest characters; the one that is complete first counts."""
+        ends = []
+        for place, string in enumerate(self._stops.strings):
+            at = self.text.find(string, max(0, len(self.text) - new - len(string) + 1)) if new else -1
+            if at >= 0:
+                ends.append((at + len(string), place))
+        if not ends:
+            return False
+        end, place = min(ends)
+        self.stop_reason = self._stops.strings[place]
+        self.text = self.text[: end if self._stops.keeps else end - len(self.stop_reason)]
+        return True

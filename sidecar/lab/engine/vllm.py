@@ -1,0 +1,230 @@
+"""What the two ways of planning for vLLM share: its requests, what it refuses, and its adapters.
+
+vLLM has no fetch window: all requests wait in its scheduler, first come first served whatever their
+priority. Adapters are registered by a load call (here a request with rows and no new tokens, which takes no
+seat) or by rows that come with a request; a registered one that left the CPU cache is read again when a step
+needs it, and the step waits for that. Prefix caching, speculation and pipelines are not modelled.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from sidecar.lab.engine.adapter_slots import AdapterSlots, Moved
+from sidecar.lab.engine.batch import Use
+from sidecar.lab.engine.messages import Ending, Failure, Request
+from sidecar.lab.engine.pages import Row, ceil_div, footprint
+from sidecar.lab.engine.spec import EngineSpec
+from sidecar.lab.engine.validation import Rejected, check_model_length, check_ranks, tokens_allowed
+from sidecar.lab.engine.waiting import WaitingQueue
+from sidecar.pace.cost import StepCost
+
+ENGINE_DIED = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request in the scheduler. `order` is its place in the line; `computed` tokens of it are in KV `blocks`.
+
+    A preempted one loses its blocks and is computed again with what it had generated.
+    """
+
+    request_id: int
+    order: int
+    input_tokens: int
+    ends_after: int
+    reason: str
+    task_id: int | None = None
+    computed: int = 0
+    generated: int = 0
+    blocks: int = 0
+    is_decoding: bool = False
+    is_preempted: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence so far."""
+        return self.input_tokens + self.generated
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An adapter that was loaded once: what its copies move, and how many kinds of projection it changes."""
+
+    size_bytes: int
+    modules: int
+    payload: object | None
+
+
+class VllmIntake(ABC):
+    """The queue, the sequences and the adapters of a vLLM engine."""
+
+    def __init__(self, spec: EngineSpec, cost: StepCost) -> None:
+        self.spec = spec
+        self.queue = WaitingQueue()
+        self.failures: list[Failure] = []
+        self.fault: str | None = None
+        self._cost = cost
+        self._by_id: dict[int, Sequence] = {}
+        self._slots = AdapterSlots(spec.device_pages, spec.host_pages)
+        self._registered: dict[int, Registered] = {}
+        self._loading: list[int] = []
+        self._loading_ns = 0
+        self._reads: list[int] = []
+
+    def is_active(self, request_id: int) -> bool:
+        """Whether a request is in the scheduler."""
+        return request_id in self._by_id
+
+    def drop(self, request_id: int, now_ns: int) -> bool:
+        """End a request without an ending; False when it is not here."""
+        sequence = self._by_id.get(request_id)
+        if sequence is not None:
+            self._release(sequence)
+        return sequence is not None
+
+    def prefetch(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
+        """Register an adapter and bring it in, at once."""
+        self._register(task_id, rows, payload)
+        self._slots.load(task_id)
+
+    def lose_idle_adapters(self) -> None:
+        """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
+        return
+
+    def drain_reads(self) -> list[int]:
+        """Adapters that the last plan read into the CPU cache: for load calls and for its step."""
+        reads, self._reads = self._reads, []
+        return reads
+
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether a request with this id alone would find its adapter."""
+        return task_id in self._registered
+
+    def payload(self, task_id: int) -> object | None:
+        """The weights that a task is computed with; None without any."""
+        registered = self._registered.get(task_id)
+        return None if registered is None else registered.payload
+
+    def generated(self, request_id: int) -> int:
+        """Tokens that a request has; 0 when it is not here."""
+        sequence = self._by_id.get(request_id)
+        return 0 if sequence is None else self._current(sequence).generated
+
+    def progress(self) -> dict[int, int]:
+        """Tokens of each request that has some, by id."""
+        sequences = [self._current(sequence) for sequence in self._by_id.values()]
+        return {sequence.request_id: sequence.generated for sequence in sequences if sequence.generated}
+
+    def use(self) -> Use:
+        """What the sequences and the adapters occupy now."""
+        sequences = [self._current(sequence) for sequence in self._by_id.values()]
+        running = self._running_count()
+        return Use(
+            active=running,
+            waiting=len(sequences) - running,
+            paused=sum(sequence.is_preempted for sequence in sequences),
+            kv_blocks=sum(self._blocks(sequence.computed) for sequence in sequences),
+            host_pages=self._slots.on_cpu,
+            device_pages=self._slots.on_gpu,
+            host_evictions=self._slots.cpu_evictions,
+            device_evictions=self._slots.gpu_evictions,
+        )
+
+    @abstractmethod
+    def _release(self, sequence: Sequence) -> None:
+        """A sequence is over: its seat, its KV blocks and its use of its adapter are free."""
+
+    @abstractmethod
+    def _join(self, sequence: Sequence) -> None:
+        """A request is at the end of the line."""
+
+    @abstractmethod
+    def _running_count(self) -> int:
+        """Sequences that hold a seat."""
+
+    @abstractmethod
+    def _current(self, sequence: Sequence) -> Sequence:
+        """The sequence with its counts up to date."""
+
+    def _blocks(self, tokens: int) -> int:
+        return ceil_div(tokens, self.spec.tokens_per_block)
+
+    def _fetch(self) -> bool:
+        """Take all requests from the queue; whether there were any."""
+        self._reads.clear()
+        if not self.queue:
+            return False
+        taken = [self.queue.pop() for _ in range(len(self.queue))]
+        for request, arrival in sorted(taken, key=_arrival):
+            try:
+                self._admit(request, arrival)
+            except Rejected as error:
+                self.failures.append(Failure(request.request_id, str(error)))
+        return True
+
+    def _admit(self, request: Request, arrival: int) -> None:
+        task_id = request.task_id if self.spec.lora_modules else None
+        if task_id is not None:
+            self._find_adapter(task_id, request)
+        if task_id is not None and not request.max_new_tokens:
+            self._loading.append(request.request_id)
+            self._loading_ns += self._moved_ns(self._slots.load(task_id))
+            return
+        check_model_length(request, self.spec)
+        allowed = tokens_allowed(request, self.spec)
+        stops = request.stop_after is not None and request.stop_after <= allowed
+        ends_after = max(1, request.stop_after or 1) if stops else allowed
+        sequence = Sequence(
+            request.request_id, arrival, request.input_tokens, ends_after, "eos" if stops else "length", task_id
+        )
+        self._by_id[request.request_id] = sequence
+        self._join(sequence)
+
+    def _find_adapter(self, task_id: int, request: Request) -> None:
+        if task_id in self._registered:
+            return
+        if request.rows is None:
+            raise Rejected(f"The model `{task_id}` does not exist.")
+        check_ranks(request.rows, self.spec)
+        self._register(task_id, request.rows, request.weights)
+
+    def _register(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
+        size = footprint(rows, self.spec.geometry)
+        self._registered[task_id] = Registered(size.slots * self.spec.slot_bytes, size.module_kinds, payload)
+
+    def _modules(self, task_id: int) -> int:
+        return self._registered[task_id].modules
+
+    def _moved_ns(self, moved: Moved) -> int:
+        """A step waits for all reads and copies, one after another."""
+        sizes = self._registered
+        self._reads += moved.read
+        read_ns = sum(self._cost.adapter_put_ns(sizes[task_id].size_bytes) for task_id in moved.read)
+        return read_ns + sum(self._cost.adapter_copy_ns(sizes[task_id].size_bytes) for task_id in moved.copied)
+
+    def _fail_all(self) -> bool:
+        """Everything in the scheduler is lost to a fault that was asked for; whether there was one."""
+        if self.fault is None or not self._by_id:
+            return False
+        text, self.fault = self.fault, None
+        for sequence in sorted(self._by_id.values(), key=line_order):
+            self._release(sequence)
+            self.failures.append(Failure(sequence.request_id, f"{ENGINE_DIED} {text}"))
+        return True
+
+    def _drain_loads(self) -> list[Ending]:
+        """The load calls that ended with this iteration."""
+        loads, self._loading = self._loading, []
+        self._loading_ns = 0
+        return [Ending(request_id, 0, "loaded") for request_id in loads]
+
+
+def line_order(sequence: Sequence) -> int:
+    """First come first served, preempted ones before all."""
+    return sequence.order
+
+
+def _arrival(taken: tuple[Request, int]) -> int:
+    return taken[1]

@@ -1,0 +1,124 @@
+"""How an engine's adapter caches are cut, and which cut wastes the least memory on the adapters of a load.
+
+TensorRT-LLM cuts its caches into pages of which one holds an adapter of `lora_cache_optimal_adapter_size` on every
+module and layer, each row rounded up to whole slots. Adapters share no page and rows span none, so a size that is a
+little off costs every adapter up to a page. An adapter's own rank is not the best size: a page rounds each rank-one
+row up, an adapter each whole row, so that the least page that holds it is often for a smaller rank than its own.
+vLLM keeps every slot at `max_lora_rank` on all linear layers, whatever an adapter needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from sidecar.core.facts import DTYPE_BYTES, EngineFacts, pages_of
+from sidecar.core.layout import Row, packed_size_bytes
+from sidecar.errors import Misused, Reason
+from sidecar.lab.engine.shape import ALL_LINEAR, ModelShape, module_dims
+
+DTYPE = "float16"
+"""Of adapters; bfloat16 takes as much."""
+TOGETHER = ("attn_q", "attn_k", "attn_v")
+"""TensorRT-LLM builds these for adapters all or none."""
+NEAR = 1.05
+"""Of cuts whose waste differs by less the one with the largest pages is taken: fewer copies for the same memory."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `--max-lora-rank`."""
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """A cut of both caches. In vLLM a page is a slot."""
+
+    optimal_rank: int
+    max_rank: int
+    page_bytes: int
+    pages_by_rank: Mapping[int, int]
+    """Pages of one adapter, by its rank, in rising order."""
+    modules: tuple[str, ...]
+    """What the engine is built for."""
+    pages_least: int = 1
+    """Fewer it refuses to start with: an adapter of the largest rank on all its modules must fit."""
+
+    def mean_pages(self, ranks: Sequence[int]) -> float:
+        """Return the pages of an adapter when each of these ranks is as frequent; one that is named twice, twice."""
+        return sum(self.pages_by_rank[rank] for rank in ranks) / len(ranks)
+
+    @property
+    def pages_of_one(self) -> int:
+        """The least pages that a cache can have: those of the largest adapter."""
+        return max(self.pages_least, *self.pages_by_rank.values())
+
+
+def adapter_rows(shape: ModelShape, modules: Sequence[str], rank: int) -> tuple[Row, ...]:
+    """Return the rows of an adapter that changes these modules in every layer."""
+    dims = module_dims(shape)
+    return tuple(
+        Row(name, dims[name].module_id, layer, rank, dims[name].in_dim, dims[name].out_dim)
+        for layer in range(shape.layers)
+        for name in modules
+    )
+
+
+def packed_bytes(shape: ModelShape, modules: Sequence[str], rank: int) -> int:
+    """Return the size of an adapter as it is stored and sent."""
+    return packed_size_bytes(adapter_rows(shape, modules, rank), EngineFacts(dtype=DTYPE).layout)
+
+
+def trtllm_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int]) -> CacheLayout:
+    """Return the cut that wastes the least on adapters of these ranks."""
+    facts = _facts(shape, built_for(modules), max(ranks))
+    rows = {rank: adapter_rows(shape, modules, rank) for rank in sorted(set(ranks))}
+    layouts = [_layout(replace(facts, optimal_rank=optimal), rows) for optimal in _optimal_ranks(max(ranks))]
+    least_bytes = min(_mean_bytes(layout, ranks) for layout in layouts)
+    return next(layout for layout in layouts if _mean_bytes(layout, ranks) <= NEAR * least_bytes)
+
+
+def _optimal_ranks(largest: int) -> range:
+    """Return the ranks that a page may be for, the largest first; of very many some hundreds."""
+    return range(largest, 0, -max(1, largest // 512))
+
+
+def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
+    """Return vLLM's slots for adapters of these ranks. Raises Misused for a rank that it does not take."""
+    rank = next((each for each in VLLM_RANKS if each >= max(ranks)), None)
+    if rank is None:
+        raise Misused(
+            Reason.CONFIG_INVALID, f"an adapter of rank {max(ranks)} fits no vLLM: it takes up to {VLLM_RANKS[-1]}"
+        )
+    dims = module_dims(shape)
+    slot_bytes = sum(rank * (dims[name].in_dim + dims[name].out_dim) for name in ALL_LINEAR) * DTYPE_BYTES[DTYPE]
+    return CacheLayout(rank, rank, shape.layers * slot_bytes, dict.fromkeys(sorted(set(ranks)), 1), ALL_LINEAR)
+
+
+def built_for(modules: Sequence[str]) -> tuple[str, ...]:
+    """Return the modules that an engine must be built for, to serve adapters that change these."""
+    together = TOGETHER if any(name in TOGETHER for name in modules) else ()
+    return (*together, *(name for name in modules if name not in together))
+
+
+def _facts(shape: ModelShape, modules: Sequence[str], max_rank: int) -> EngineFacts:
+    dims = module_dims(shape)
+    return EngineFacts(
+        dtype=DTYPE,
+        rank_max=max_rank,
+        cached_rank_max=max_rank,
+        modules={name: (dims[name].in_dim, dims[name].out_dim) for name in modules},
+        layers=shape.layers,
+    )
+
+
+def _layout(facts: EngineFacts, rows: Mapping[int, tuple[Row, ...]]) -> CacheLayout:
+    page, max_rank = facts.page, facts.cached_rank_max
+    assert page is not None
+    assert facts.modules is not None
+    pages = {rank: pages_of(of_rank, facts) for rank, of_rank in rows.items()}
+    size_bytes = page.slots * page.width * DTYPE_BYTES[DTYPE]
+    largest_bytes = max_rank * sum(map(sum, facts.modules.values())) * (facts.layers or 0) * DTYPE_BYTES[DTYPE]
+    least = -(-largest_bytes // size_bytes)
+    return CacheLayout(facts.optimal_rank, max_rank, size_bytes, pages, tuple(facts.modules), least)
+
+
+def _mean_bytes(layout: CacheLayout, ranks: Sequence[int]) -> float:
+    return layout.page_bytes * layout.mean_pages(ranks)

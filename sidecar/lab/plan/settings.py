@@ -1,0 +1,163 @@
+"""A plan as settings: what to paste into Triton's config.pbtxt, vLLM's command line and the sidecar's own values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from sidecar.errors import Misused, Reason
+from sidecar.lab.engine.shape import module_dims
+from sidecar.lab.plan.candidates import Candidate
+from sidecar.lab.plan.engine import fractions
+from sidecar.lab.plan.layout import DTYPE
+from sidecar.lab.plan.search import Found
+from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
+
+GPU_MEMORY_UTILIZATION = 0.9
+"""What vLLM's cost files were measured at: the adapters' part comes off the keys and values by itself."""
+QUEUE_WAIT_S = 600.0
+NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
+SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
+PORTS = {"triton": 8001, "vllm": 8000}
+ADAPTERS_DIR = "/mnt/adapters"
+"""Stands for a folder that engine and sidecar share."""
+
+
+def engine_settings(candidate: Candidate) -> dict[str, Any]:
+    """Return the engine's settings by the names that the engine gives them."""
+    layout, engine = candidate.site.layout, candidate.engine
+    if candidate.site.flavour == "vllm":
+        return {
+            "--enable-lora": True,
+            "--max-loras": candidate.slots,
+            "--max-cpu-loras": engine.host_slots,
+            "--max-lora-rank": layout.max_rank,
+            "--max-num-seqs": candidate.site.seats,
+            "--gpu-memory-utilization": GPU_MEMORY_UTILIZATION,
+        }
+    shares = fractions(engine)
+    return {
+        "lora_cache_optimal_adapter_size": layout.optimal_rank,
+        "lora_cache_max_adapter_size": layout.max_rank,
+        "lora_cache_gpu_memory_fraction": None if shares is None else shares.lora,
+        "lora_cache_host_memory_bytes": engine.host_bytes,
+        "kv_cache_free_gpu_mem_fraction": None if shares is None else shares.kv,
+    }
+
+
+def sidecar_settings(found: Found, sidecar: Sidecar) -> dict[str, Any]:
+    """Return the sidecar's configuration for a plan, with engines by names that stand for their addresses."""
+    candidate = found.chosen.candidate
+    limit = sidecar.classes["default"]
+    return {
+        "backends": [_backend(candidate, number) for number in range(candidate.backends)],
+        "store": {"memory_bytes": candidate.store_bytes, "disk_bytes": candidate.disk_bytes},
+        "queue": {
+            "classes": {
+                "default": {"queue_wait_s_max": _queue_wait_s(found), "patience_s": limit.patience_ns / SECOND_NS}
+            }
+        },
+    }
+
+
+def _backend(candidate: Candidate, number: int) -> dict[str, Any]:
+    is_vllm = candidate.site.flavour == "vllm"
+    scheme = "vllm" if is_vllm else "triton"
+    engine = candidate.engine
+    declared: dict[str, Any] = {
+        "rank_max": candidate.site.layout.max_rank,
+        "layers": candidate.site.shape.layers,
+        # In vLLM a page is an adapter.
+        "host_pages": engine.host_slots if is_vllm else engine.host_pages,
+        "device_pages": candidate.slots if is_vllm else engine.device_pages,
+        "seats": candidate.site.seats,
+        "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
+        "cost": candidate.site.cost_named or None,
+    }
+    packed = {} if is_vllm else _packed(candidate)
+    folder = {"adapters_dir": ADAPTERS_DIR} if is_vllm else {}
+    return {
+        "url": f"{scheme}://engine-{number}:{PORTS[scheme]}",
+        **folder,
+        "engine": {name: value for name, value in (packed | declared).items() if value is not None},
+    }
+
+
+def _packed(candidate: Candidate) -> dict[str, Any]:
+    """Return what an engine that takes packed weights has to be known by."""
+    shape = candidate.site.shape
+    dims = module_dims(shape)
+    return {
+        "dtype": DTYPE,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_size": shape.head_size,
+        "modules": {name: [dims[name].in_dim, dims[name].out_dim] for name in candidate.site.layout.modules},
+    }
+
+
+def _queue_wait_s(found: Found) -> float:
+    """Return how long a request may wait: what is allowed, or else at least twice what was seen."""
+    if found.goal.wait_max_s is not None:
+        return found.goal.wait_max_s
+    longest_s = max(outcome.wait_max_s for outcome in found.chosen.outcomes)
+    return max(QUEUE_WAIT_S, math.ceil(2 * longest_s)) if math.isfinite(longest_s) else QUEUE_WAIT_S
+
+
+# Lines to paste.
+
+
+def helm(found: Found, sidecar: Sidecar) -> str:
+    """Return values in the sidecar's own keys."""
+    record = sidecar_settings(found, sidecar)
+    comment = _comments(found, "Put the engines' addresses in; they are told apart here by number only.")
+    return comment + yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=120)
+
+
+def pbtxt(found: Found, sidecar: Sidecar) -> str:
+    """Return parameters of Triton's model `tensorrt_llm`. Raises Misused for a vLLM."""
+    candidate = found.chosen.candidate
+    _is("trtllm", candidate, "pbtxt")
+    given = {name: value for name, value in engine_settings(candidate).items() if value is not None}
+    build = (
+        f"Built with --max_lora_rank {candidate.site.layout.max_rank} --lora_target_modules "
+        f"{' '.join(candidate.site.layout.modules)} --max_batch_size {candidate.site.seats}."
+    )
+    return _comments(found, build, NO_SHARES if fractions(candidate.engine) is None else SHARES) + "".join(
+        map(_parameter, given.items())
+    )
+
+
+def vllm(found: Found, sidecar: Sidecar) -> str:
+    """Return options of `vllm serve`. Raises Misused for a TensorRT-LLM."""
+    candidate = found.chosen.candidate
+    _is("vllm", candidate, "vllm")
+    lines = [name if value is True else f"{name} {value}" for name, value in engine_settings(candidate).items()]
+    return _comments(found) + "\n".join(lines) + "\n"
+
+
+EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {"helm": helm, "pbtxt": pbtxt, "vllm": vllm}
+"""What can be pasted, by name."""
+
+
+def _parameter(setting: tuple[str, Any]) -> str:
+    name, value = setting
+    return f'parameters: {{\n  key: "{name}"\n  value: {{\n    string_value: "{value}"\n  }}\n}}\n'
+
+
+def _comments(found: Found, *more: str) -> str:
+    candidate = found.chosen.candidate
+    says = [f"For {candidate.backends} × {candidate.site.cost.table.engine}, {candidate.slots} adapter slots each."]
+    if not found.meets:
+        says.append("The nearest to what was asked for, and it does not meet it.")
+    return "".join(f"# {line}\n" for line in (*says, *more))
+
+
+def _is(engine: str, candidate: Candidate, name: str) -> None:
+    actual = "vllm" if candidate.site.flavour == "vllm" else "trtllm"
+    if actual != engine:
+        other = {"vllm": "vllm or helm", "trtllm": "pbtxt or helm"}[actual]
+        raise Misused(Reason.CONFIG_INVALID, f"--emit {name} is for {engine}, and the plan is for {actual}: {other}")

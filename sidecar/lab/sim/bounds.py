@@ -1,0 +1,213 @@
+"""What is reachable at most: the figures that stand first in every table.
+
+All rest on one account of an engine. With b requests running a step takes t(b) and gives each a token, and each prompt
+stops the batch for P: a request of L tokens costs the engine L · t(b) / b + P, and so
+
+    X(b) = L / (L · t(b) / b + P)    tokens per second.
+
+How large b gets is what order and placement decide. An engine with S slots serves N adapters of equal share from a
+pool of C requests. A waiting adapter's queue grows from nothing to the q requests that an open one runs, so that
+C = S · q + (N - S) · q / 2, and b = S · q = 2 · S · C / (N + S): the grouping ceiling. Only a deeper pool, more slots
+or fewer adapters on each engine moves it. Seats and KV memory cap b besides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from sidecar.lab.sim.workloads import Arrival, Workload
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """An engine's pace in milliseconds: a decode step by batch and mean context, a prompt by its tokens."""
+
+    step_ms: Callable[[float, float], float]
+    prefill_ms: Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a request. `reserved_tokens` is the KV room that the engine keeps for it, 0: input and output."""
+
+    input_tokens: float
+    output_tokens: float
+    reserved_tokens: float = 0.0
+
+    @property
+    def context(self) -> float:
+        """Tokens of KV that a running request holds, half-way through."""
+        return self.input_tokens + self.output_tokens / 2
+
+    @property
+    def kept_tokens(self) -> float:
+        return self.reserved_tokens or self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True)
+class Engines:
+    """So many engines, alike; the counts are those of one."""
+
+    seats: float
+    slots: int
+    kv_tokens: float = math.inf
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Reachable:
+    """The mean batch of one engine and the output tokens per second of all."""
+
+    batch: float
+    tokens_per_s: float
+
+
+def tokens_per_s(times: StepTimes, lengths: Lengths, batch: float) -> float:
+    """Return X(b), one engine's output tokens per second with so many requests running."""
+    decode_ms = lengths.output_tokens * times.step_ms(batch, lengths.context) / batch
+    return 1000 * lengths.output_tokens / (decode_ms + times.prefill_ms(lengths.input_tokens))
+
+
+def full_batch(lengths: Lengths, engines: Engines) -> float:
+    """Return the most that one engine runs: its seats, or what its KV memory holds."""
+    return min(engines.seats, engines.kv_tokens / lengths.kept_tokens)
+
+
+def closed_form(times: StepTimes, lengths: Lengths, engines: Engines, adapters: int, in_flight: float) -> Reachable:
+    """Return what grouping can reach where all adapters have the same share; b as above.
+
+    Several engines hold an equal part of the adapters and of the requests each. `in_flight` is all that is outstanding,
+    queued or running; infinite where the backlog has no end.
+    It is an account of queues: with fewer than (N + S) / 2 outstanding there are none, and first come first served
+    already runs one request on each slot, which is more.
+    """
+    slots, hosted = min(engines.slots, adapters), max(1.0, adapters / engines.count)
+    ceiling = in_flight / engines.count * (2 * slots / (hosted + slots) if slots < hosted else 1)
+    return _reached(times, lengths, engines, ceiling)
+
+
+def all_resident(times: StepTimes, lengths: Lengths, engines: Engines, in_flight: float = math.inf) -> Reachable:
+    """Return what the same requests would reach if every adapter had a slot: b = min(seats, KV, C)."""
+    return _reached(times, lengths, engines, in_flight / engines.count)
+
+
+def fluid(times: StepTimes, lengths: Lengths, engines: Engines, shares: Sequence[float], in_flight: float) -> Reachable:
+    """Return what grouping can reach with any shares p_i, on one engine or each of several alike.
+
+    Adapter i is open for a part θ_i of the time, and then runs p_i · b / θ_i requests. One visit serves what came
+    since the last, so that its queue holds p_i · b · (1 - θ_i) / (2 · θ_i) on average; with equal shares that is the
+    account above. All slots together: Σθ_i ≤ S. The pool holds b · Σ p_i · (1 + 1/θ_i) / 2 ≤ C. The least pool has
+    θ_i = min(1, c · √p_i) by Lagrange, and c is found by bisection.
+    """
+    asked = [share for share in shares if share > 0]
+    open_parts = _open_parts(asked, engines.slots)
+    pool_of_one = sum(share * (1 + 1 / part) / 2 for share, part in zip(asked, open_parts, strict=True))
+    return _reached(times, lengths, engines, in_flight / engines.count / pool_of_one if asked else in_flight)
+
+
+def pool_depth(batch: float, adapters: int, slots: int) -> float:
+    """Return C*, how many requests must be outstanding for grouping to fill a batch: B · (N + S) / (2 · S)."""
+    slots = min(slots, adapters)
+    return batch * (adapters + slots) / (2 * slots) if slots else batch
+
+
+@dataclass
+class AdapterWork:
+    """All that a load asks of one adapter."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    longest_output_tokens: int = 0
+
+
+@dataclass
+class Work:
+    """All that a load asks for."""
+
+    adapters: dict[str, AdapterWork] = field(default_factory=dict)
+    total: AdapterWork = field(default_factory=AdapterWork)
+
+    @property
+    def lengths(self) -> Lengths:
+        """The mean request."""
+        return Lengths(self.total.input_tokens / self.total.requests, self.total.output_tokens / self.total.requests)
+
+
+def work_of(arrivals: Iterable[Arrival]) -> Work:
+    """Add up a load."""
+    work = Work()
+    for arrival in arrivals:
+        for sum_ in (work.total, work.adapters.setdefault(arrival.adapter, AdapterWork())):
+            sum_.requests += 1
+            sum_.input_tokens += arrival.input_tokens
+            sum_.output_tokens += arrival.output_tokens
+            sum_.longest_output_tokens = max(sum_.longest_output_tokens, arrival.output_tokens)
+    return work
+
+
+def makespan_by_tokens_s(work: Work, times: StepTimes, engines: Engines) -> float:
+    """Return the least time for all of a load: its tokens at the rate of full batches, as if all were resident."""
+    lengths = work.lengths
+    rate = tokens_per_s(times, lengths, full_batch(lengths, engines)) * engines.count
+    return work.total.output_tokens / rate
+
+
+def makespan_by_slots_s(work: Work, times: StepTimes, engines: Engines) -> float:
+    """Return the least time for all of a load: the time for which its adapters hold slots, over the slots.
+
+    An adapter holds one for at least its longest answer, alone in the batch, and for its tokens in full batches.
+    """
+    lengths = work.lengths
+    batch = full_batch(lengths, engines)
+    token_ms = times.step_ms(batch, lengths.context) / batch
+    held_ms = sum(
+        max(of_one.longest_output_tokens * times.step_ms(1, 0), of_one.output_tokens * token_ms)
+        for name, of_one in work.adapters.items()
+        if name
+    )
+    return held_ms / 1000 / (engines.slots * engines.count)
+
+
+def mod_s_relabel(workload: Workload, slots: int) -> Workload:
+    """Return the same arrivals with adapter i called i mod S, so that every adapter has a slot: the oracle.
+
+    What a policy reaches of the oracle's throughput is its score.
+    """
+    kept = workload.adapters[:slots]
+    if len(kept) == len(workload.adapters):
+        return workload
+    renamed = {name: kept[number % slots] for number, name in enumerate(workload.adapters)}
+    shares = dict.fromkeys(kept, 0.0)
+    for name, share in workload.shares.items():
+        shares[renamed[name]] += share
+    return replace(
+        workload,
+        name=f"{workload.name} mod {slots}",
+        adapters=kept,
+        ranks={name: workload.ranks[name] for name in kept},
+        arrivals=lambda: (replace(one, adapter=renamed.get(one.adapter, one.adapter)) for one in workload),
+        shares=shares,
+    )
+
+
+def _reached(times: StepTimes, lengths: Lengths, engines: Engines, ceiling: float) -> Reachable:
+    batch = min(full_batch(lengths, engines), ceiling)
+    return Reachable(batch, tokens_per_s(times, lengths, batch) * engines.count)
+
+
+def _open_parts(shares: Sequence[float], slots: int) -> list[float]:
+    """Return θ_i = min(1, c · √p_i) with the sum S; 1 each where all fit."""
+    if slots >= len(shares):
+        return [1.0] * len(shares)
+    roots = [math.sqrt(share) for share in shares]
+    low, high = 0.0, 1 / min(roots)
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(min(1.0, middle * root) for root in roots) < slots:
+            low = middle
+        else:
+            high = middle
+    return [min(1.0, high * root) for root in roots]

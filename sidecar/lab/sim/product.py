@@ -1,0 +1,220 @@
+"""The product before the engines: the core as it runs in production, its effects carried out in virtual time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from time import perf_counter_ns
+from typing import Any
+
+from sidecar.backends.faults import classify
+from sidecar.config.plugins import policies_of
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.core import Core
+from sidecar.core.enums import Fault
+from sidecar.lab.engine.messages import Event, QueueFull, Request
+from sidecar.lab.engine.pages import Row
+from sidecar.lab.sim.setup import Sidecar, adapter_named, engine_rows
+from sidecar.lab.sim.workloads import Arrival
+from sidecar.lab.sim.world import World
+
+LOADS_FROM = 1 << 40
+"""Engine ids from here on are Loads; below are requests. An id at an engine is (request, attempt) in one number."""
+ATTEMPTS = 64
+PROGRESS_NS = 1_000_000_000
+PROBE_NS = 100_000_000
+DISK_NS = 20_000_000
+"""How long the disk tier takes to write or to read an adapter."""
+
+
+class Product:
+    """A core, its store and its clients' arrivals."""
+
+    def __init__(self, world: World, sidecar: Sidecar) -> None:
+        self.world = world
+        self.sidecar = sidecar
+        config = sidecar.core_config()
+        self.core = Core(config, policies_of(config))
+        self.steps_ns = 0
+        """Time spent in the core, by the machine's clock."""
+        self._arrivals: dict[int, Arrival] = {}
+        self._registered: dict[str, None] = {}
+        self._engine_rows: dict[str, tuple[Row, ...]] = {}
+        self._names: dict[str, str] = {}
+        self._rows_of = cache(world.setup.engine.adapter_rows)
+        self._engine_rows_of = cache(lambda rank: engine_rows(self._rows_of(rank)))
+        self._told: dict[str, dict[int, int]] = {}
+        """What each engine that is watched had generated, by engine id, when the core was last told."""
+        self._wake_ns: int | None = None
+        self._events: deque[ev.Event] = deque()
+        """What the core has yet to be given, and first what it is given now."""
+        self._acts: dict[type, Callable[[Any], None]] = {
+            do.Fetch: self._fetch,
+            do.Spill: self._spill,
+            do.Load: self._load,
+            do.Dispatch: self._dispatch,
+            do.CancelRun: self._cancel,
+            do.Probe: self._probe,
+            do.Settle: self._settle,
+            do.WakeAt: self._wake,
+        }
+        facts = world.setup.engine.facts()
+        for backend in world.setup.backends:
+            self.feed(ev.BackendAdded(backend, facts))
+            self.feed(ev.BackendUp(backend, facts))
+
+    # What happens to it.
+
+    def arrive(self, request_id: int, arrival: Arrival) -> None:
+        if arrival.adapter and arrival.adapter not in self._registered:
+            self._register(arrival.adapter)
+        self._arrivals[request_id] = arrival
+        self.feed(
+            ev.Received(
+                request_id,
+                arrival.adapter,
+                arrival.tenant,
+                arrival.klass,
+                arrival.input_tokens,
+                arrival.output_tokens_max,
+            )
+        )
+
+    def observe(self, backend: str, event: Event) -> None:
+        recorder = self.world.recorder
+        for engine_id in event.started:
+            if engine_id < LOADS_FROM:
+                request_id, attempt = divmod(engine_id, ATTEMPTS)
+                recorder.started(request_id, event.at_ns)
+                self.feed(ev.FirstToken(request_id, attempt))
+        for ending in event.endings:
+            if ending.request_id >= LOADS_FROM:
+                self.feed(ev.LoadDone(ending.request_id - LOADS_FROM))
+            else:
+                request_id, attempt = divmod(ending.request_id, ATTEMPTS)
+                self.feed(ev.RunEnded(request_id, attempt, ending.output_tokens))
+        for failure in event.failures:
+            self._failed(failure.request_id, classify(failure.text), failure.text, failure.cancelled)
+
+    def feed(self, event: ev.Event) -> None:
+        """Give the core an event and carry out what it wants.
+
+        What is fed meanwhile, such as the next request of a client that has just been answered, has its turn after it.
+        """
+        self._events.append(event)
+        if len(self._events) > 1:
+            return
+        while self._events:
+            for effect in self.step(self._events[0]):
+                act = self._acts.get(type(effect))
+                if act is not None:
+                    act(effect)
+            self._events.popleft()
+
+    def step(self, event: ev.Event) -> list[do.Effect]:
+        """Give the core an event and return what it wants."""
+        began_ns = perf_counter_ns()
+        effects = self.core.step(event, self.world.now_ns)
+        self.steps_ns += perf_counter_ns() - began_ns
+        return effects
+
+    def _register(self, name: str) -> None:
+        setup = self.world.setup
+        rank = self.world.workload.ranks.get(name, setup.engine.rank)
+        known = setup.adapters.get(name)
+        adapter = known or adapter_named(name, rank, self._rows_of(rank), setup.engine.shape)
+        self._registered[name] = None
+        self._engine_rows[adapter.digest] = engine_rows(known.rows) if known else self._engine_rows_of(rank)
+        self._names[adapter.digest] = name
+        self.feed(ev.AdapterRegistered(name, adapter, f"origin/{name}"))
+
+    def _failed(self, engine_id: int, fault: Fault, text: str, cancelled: bool) -> None:
+        if engine_id >= LOADS_FROM:
+            self.feed(ev.LoadFailed(engine_id - LOADS_FROM, fault, text))
+            return
+        request_id, attempt = divmod(engine_id, ATTEMPTS)
+        if cancelled:
+            self.feed(ev.RunEnded(request_id, attempt, 0))
+        else:
+            self.feed(ev.RunFailed(request_id, attempt, fault, text))
+
+    # What it does.
+
+    def _fetch(self, effect: do.Fetch) -> None:
+        self.world.recorder.fetched(self._names[effect.digest], effect.size_bytes)
+        self.world.after(self.sidecar.fetch_ns(effect.size_bytes), lambda: self.feed(ev.Fetched(effect.key)))
+
+    def _spill(self, effect: do.Spill) -> None:
+        self.world.after(DISK_NS, lambda: self.feed(ev.Spilled(effect.key)))
+
+    def _load(self, effect: do.Load) -> None:
+        self.world.recorder.loaded(self._names[effect.digest])
+        rows = self._engine_rows[effect.digest]
+        request = Request(LOADS_FROM + effect.load, 1, 0, task_id=effect.packed.task_id, rows=rows)
+        self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
+
+    def _watch(self, backend: str) -> None:
+        """Tell the core of an engine's progress now and then, while it runs something."""
+        if backend not in self._told:
+            self._told[backend] = {}
+            self.world.after(PROGRESS_NS, lambda: self._progress(backend))
+
+    def _progress(self, backend: str) -> None:
+        before, now = self._told.pop(backend), self.world.engines[backend].progress()
+        if not now:
+            return
+        tokens = {
+            engine_id // ATTEMPTS: count - before.get(engine_id, 0)
+            for engine_id, count in now.items()
+            if engine_id < LOADS_FROM and count > before.get(engine_id, 0)
+        }
+        self._told[backend] = now
+        self.world.after(PROGRESS_NS, lambda: self._progress(backend))
+        if tokens:
+            self.feed(ev.Progress(backend, tokens))
+
+    def _dispatch(self, effect: do.Dispatch) -> None:
+        self._watch(effect.backend)
+        self.world.recorder.dispatched(effect.request, effect.backend, self.world.now_ns)
+        arrival = self._arrivals[effect.request]
+        request = Request(
+            effect.request * ATTEMPTS + effect.attempt,
+            arrival.input_tokens,
+            arrival.output_tokens_max,
+            task_id=effect.task_id or None,
+            stop_after=arrival.output_tokens,
+        )
+        self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
+
+    def _submit(self, backend: str, request: Request) -> None:
+        try:
+            self.world.submit(backend, request)
+        except QueueFull as error:
+            self._failed(request.request_id, Fault.QUEUE_FULL, str(error), False)
+
+    def _cancel(self, effect: do.CancelRun) -> None:
+        engine_id = effect.request * ATTEMPTS + effect.attempt
+        self.world.after(self.sidecar.hop_ns, lambda: self._cancel_at(effect.backend, engine_id))
+
+    def _cancel_at(self, backend: str, engine_id: int) -> None:
+        self.world.engines[backend].cancel(engine_id, self.world.now_ns)
+
+    def _probe(self, effect: do.Probe) -> None:
+        """An engine that steps, however slowly, says so."""
+        self.world.after(PROBE_NS, lambda: self.feed(ev.BackendProbed(effect.backend, True)))
+
+    def _settle(self, effect: do.Settle) -> None:
+        del self._arrivals[effect.request]
+        self.world.recorder.settled(effect, self.world.now_ns)
+        self.world.over(effect.request)
+
+    def _wake(self, effect: do.WakeAt) -> None:
+        self._wake_ns = effect.at_ns
+        self.world.after(max(0, effect.at_ns - self.world.now_ns), lambda: self._tick(effect.at_ns))
+
+    def _tick(self, at_ns: int) -> None:
+        if self._wake_ns == at_ns:
+            self._wake_ns = None
+            self.feed(ev.Tick())

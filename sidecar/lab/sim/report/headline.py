@@ -1,0 +1,173 @@
+"""What a report says first: the gain over the bare engine, what bounds what, and anything that must not be missed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from sidecar.lab.sim.bounds import all_resident, closed_form
+from sidecar.lab.sim.records import SECOND_NS
+from sidecar.lab.sim.report.runs import Run, first_bare
+from sidecar.lab.sim.report.words import count, listed, number, percent, seconds, times
+from sidecar.lab.sim.results import engines_of, step_times
+
+ALIKE = 0.02
+"""Throughputs that differ by less are told as the same."""
+SATURATED = 0.98
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """Return the one sentence: the best run's gain where the same arrivals also went into bare engines."""
+    best, bare = best_run(runs), first_bare(runs)
+    if bare is None or best.is_bare or not best.same_arrivals(bare) or not bare.tokens_per_s:
+        return f"{best.name}: {number(best.tokens_per_s)} output tokens a second, {_of_bound(best)}"
+    ratio = best.tokens_per_s / bare.tokens_per_s
+    if abs(ratio - 1) >= ALIKE:
+        return f"{best.name} gives {times(ratio)} the throughput of the bare engine"
+    longest = _ratio_of_waits(best, bare, "max")
+    if longest is None or abs(longest - 1) < ALIKE:
+        return f"{best.name} gives the throughput of the bare engine, and the same longest wait"
+    return f"{best.name} gives the throughput of the bare engine; its longest wait is {times(longest)} as long"
+
+
+def summary(runs: Sequence[Run]) -> list[str]:
+    """Return the sentences under the headline."""
+    best, bare = best_run(runs), first_bare(runs)
+    says = []
+    if bare is not None and not best.is_bare and best.same_arrivals(bare):
+        says.append(
+            f"{number(best.tokens_per_s)} against {number(bare.tokens_per_s)} output tokens/s on the same arrivals"
+            f"{_waits(best, bare)}."
+        )
+        says.append(f"That is {_of_bound(best)}.")
+    if unanswered := _unanswered(best):
+        says.append(unanswered)
+    return says
+
+
+def bindings(runs: Sequence[Run]) -> list[str]:
+    """Return what sets the bounds, and how far the runs' batches are from them."""
+    first = runs[0]
+    says = [what_binds(first)]
+    if asked := _load(first):
+        says.append(asked)
+    reachable = _closed_batch(first)
+    batches = [f"{run.label} {number(run.figures['mean_batch'])}" for run in runs]
+    says.append(f"Mean batch of an engine, of {number(reachable)} reachable: {listed(batches)}.")
+    return says
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """Return what is wrong: bounds exceeded, answers doubled, requests without an ending."""
+    found = []
+    for run in runs:
+        recorder = run.result.recorder
+        broken = {
+            "waited longer than its bound": len(recorder.over_bound),
+            "got a doubled answer": recorder.counts["doubled"],
+            "had no ending": len(recorder.unfinished),
+        }
+        found += [f"{run.label}: {count(times_, 'request')} {what}" for what, times_ in broken.items() if times_]
+    return found
+
+
+def best_run(runs: Sequence[Run]) -> Run:
+    """Return the run with the most throughput, of those with a sidecar where there are any."""
+    return max([run for run in runs if not run.is_bare] or list(runs), key=lambda run: run.tokens_per_s)
+
+
+def what_binds(run: Run) -> str:
+    """Tell which of seats, KV memory, requests in flight and slots sets the closed form's batch."""
+    result, setup = run.result, run.result.setup
+    engine, lengths, adapters = setup.engine, result.lengths(), len(result.workload.adapters)
+    in_flight = math.inf if result.workload.open_loop else setup.in_flight
+    hosted, slots = max(1.0, adapters / setup.engines), min(engine.slots, max(1, adapters))
+    grouped = in_flight / setup.engines * (2 * slots / (hosted + slots) if slots < hosted else 1)
+    limits = {
+        f"the {engine.seats:,} seats of an engine": float(engine.seats),
+        f"KV memory, which holds {engine.kv_tokens / lengths.kept_tokens:,.0f} such requests": engine.kv_tokens
+        / lengths.kept_tokens,
+        f"the requests in flight, {in_flight:,}": in_flight / setup.engines,
+    }
+    if slots < hosted:
+        limits[f"the slots: {count(slots, 'slot')} for {count(hosted, 'adapter')} with {in_flight:,} in flight"] = (
+            grouped
+        )
+    what, _ = min(limits.items(), key=lambda item: item[1])
+    return f"The closed form is bound by {what}, a batch of {number(_closed_batch(run))}; {_resident(run)}."
+
+
+def _resident(run: Run) -> str:
+    """Tell how far a slot for each adapter would take the load."""
+    bounds = run.figures["bounds"]
+    share = bounds["closed_form_tokens_per_s"] / bounds["all_resident_tokens_per_s"]
+    if share > 1 - ALIKE / 2:
+        return "with a slot for every adapter no more is reachable"
+    return f"it is {percent(share)} of what is reachable with a slot for every adapter"
+
+
+def asked_tokens_per_s(run: Run) -> float:
+    """Return what arrivals at their own times ask for; without end in a closed loop."""
+    result = run.result
+    counts = result.recorder.series.counts("offered")
+    if not result.workload.open_loop or not counts:
+        return math.inf
+    return result.recorder.output_asked / (len(counts) * result.recorder.series.interval_ns / SECOND_NS)
+
+
+def _load(run: Run) -> str:
+    """Tell what an open loop asks for."""
+    asked = asked_tokens_per_s(run)
+    if asked == math.inf:
+        return ""
+    share = asked / run.figures["bounds"]["closed_form_tokens_per_s"]
+    says = f"Arrivals ask for {number(asked)} output tokens/s, {percent(share)} of the closed form"
+    return says + ("." if share > SATURATED else ": no run can give more than they ask for.")
+
+
+def _closed_batch(run: Run) -> float:
+    result = run.result
+    adapters = len(result.workload.adapters)
+    in_flight = math.inf if result.workload.open_loop else float(result.setup.in_flight)
+    pace, lengths, engines = step_times(result.setup, adapters), result.lengths(), engines_of(result.setup)
+    if not adapters:
+        return all_resident(pace, lengths, engines, in_flight).batch
+    return closed_form(pace, lengths, engines, adapters, in_flight).batch
+
+
+def _of_bound(run: Run) -> str:
+    """Tell what share of the reachable a run reached; of what was asked for, where that is less."""
+    bounds = run.figures["bounds"]
+    most = bounds["closed_form_tokens_per_s"]
+    closed, resident = (run.tokens_per_s / bounds[f"{key}_tokens_per_s"] for key in ("closed_form", "all_resident"))
+    asked = asked_tokens_per_s(run)
+    if asked < SATURATED * most:
+        return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"
+    if closed > 1 + ALIKE / 4:
+        return f"{times(closed)} the closed form, which takes equal shares and a pass of its own for each prompt"
+    if bounds["all_resident_tokens_per_s"] < most * (1 + ALIKE / 4):
+        return f"{percent(resident)} of what is reachable"
+    return f"{percent(closed)} of the closed form and {percent(resident)} of all resident"
+
+
+def _ratio_of_waits(run: Run, bare: Run, key: str) -> float | None:
+    ours, theirs = (each.figures["wait_s"]["all"][key] for each in (run, bare))
+    return ours / theirs if ours is not None and theirs else None
+
+
+def _waits(run: Run, bare: Run) -> str:
+    if _ratio_of_waits(run, bare, "p99") is None:
+        return ""
+    p99, longest = ([each.figures["wait_s"]["all"][key] for each in (run, bare)] for key in ("p99", "max"))
+    return (
+        f"; the 99th percentile of waits is {' against '.join(map(seconds, p99))}"
+        f", the longest {' against '.join(map(seconds, longest))}"
+    )
+
+
+def _unanswered(run: Run) -> str:
+    counts = run.figures["requests"]
+    others = [f"{counts[kind]:,} {kind}" for kind in ("refused", "expired", "cancelled", "failed") if counts[kind]]
+    if not others:
+        return ""
+    return f"{run.name} answered {counts['answered']:,} of {counts['offered']:,} requests; {listed(others)}."

@@ -1,0 +1,98 @@
+"""The runs of a report: what each is called, how it is drawn, and its figures, worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.lab.sim.report.markup import shown
+from sidecar.lab.sim.report.words import count
+from sidecar.lab.sim.results import Result
+
+BARE = "bare engine"
+STYLES = 6
+DASHES = ("5 4", None, "9 3", "2 3", "9 3 2 3", "14 4")
+"""The bare engine's, then the others': lines are told apart without colours."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result."""
+
+    result: Result
+    name: str
+    """What ran: the bare engine, or the label of what stood before it."""
+    label: str
+    """The name, and what tells it from others of the same name."""
+    style: int
+    """Its colour, dash and marker; 0 is the bare engine's."""
+    figures: dict[str, Any]
+
+    @property
+    def is_bare(self) -> bool:
+        return self.result.setup.sidecar is None
+
+    @property
+    def slots(self) -> int:
+        return self.result.setup.engine.slots
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.result.throughput_tokens_per_s
+
+    @property
+    def dash(self) -> str | None:
+        return DASHES[self.style]
+
+    def same_arrivals(self, other: Run) -> bool:
+        """Whether both were asked for the same."""
+        return _arrivals(self.result) == _arrivals(other.result)
+
+
+def runs_of(results: Sequence[Result], before: Sequence[Run] = ()) -> list[Run]:
+    """Return the runs, drawn as those of the same name `before` are."""
+    styles: dict[str, int] = {run.name: run.style for run in before}
+    names = [_name(result) for result in results]
+    for name, result in zip(names, results, strict=True):
+        taken = sum(1 for style in styles.values() if style)
+        styles.setdefault(name, 0 if result.setup.sidecar is None else 1 + taken % (STYLES - 1))
+    labels = _labels(names, results)
+    return [
+        Run(result, name, label, styles[name], result.as_json())
+        for result, name, label in zip(results, names, labels, strict=True)
+    ]
+
+
+def first_bare(runs: Sequence[Run]) -> Run | None:
+    return next((run for run in runs if run.is_bare), None)
+
+
+def _name(result: Result) -> str:
+    if result.setup.sidecar is None:
+        return BARE if result.label in ("", "none") else shown(result.label)
+    return shown(result.label or result.setup.sidecar.ordering)
+
+
+def _labels(names: list[str], results: Sequence[Result]) -> list[str]:
+    """Tell runs of the same name apart by their slots, and failing that by a number."""
+    labels = [
+        name if names.count(name) == 1 else f"{name}, {count(result.setup.engine.slots, 'slot')}"
+        for name, result in zip(names, results, strict=True)
+    ]
+    return [
+        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
+        for index, label in enumerate(labels)
+    ]
+
+
+def _arrivals(result: Result) -> tuple[Any, ...]:
+    recorder = result.recorder
+    return (
+        result.workload.name,
+        result.workload.seed,
+        result.workload.open_loop or result.setup.in_flight,
+        recorder.counts["offered"],
+        recorder.input_tokens,
+        recorder.output_asked,
+    )

@@ -1,0 +1,353 @@
+"""Put the parts together: one process with its three listeners, from a configuration to a clean exit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from sidecar.adapters.disk import DiskTier
+from sidecar.adapters.origins.allowing import AllowList
+from sidecar.adapters.origins.limits import Limits
+from sidecar.adapters.spool import Spool
+from sidecar.backends.buffers import AnswerBuffers
+from sidecar.backends.triton.loads import LoaderProcess
+from sidecar.config import Config, plugins
+from sidecar.config.discover import Discover
+from sidecar.discovery.found import Finder
+from sidecar.journal.raised import Raised
+from sidecar.journal.writer import Journal
+from sidecar.kubernetes.placement import Seen, seen_here
+from sidecar.replicas.board import SERVING
+from sidecar.replicas.replica import Replica
+from sidecar.serve.discovered import DiscoveredPools, Workshop, finder_of
+from sidecar.serve.listening import Listening
+from sidecar.serve.membership import figures_of, join, link_of, member_of
+from sidecar.serve.pool import base_models, make_backends, pools_of, shared_memory_for, stagings_of
+from sidecar.serve.served_folders import ServedFolders
+from sidecar.shell.crash import Crash
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import Metrics
+from sidecar.shell.request_log import RequestLog
+from sidecar.shell.sources import Sources
+from sidecar.state.registry import REGISTRY_FILE, Registry, SqliteRegistry, lock_data_directory
+
+if TYPE_CHECKING:
+    from sidecar.kubernetes.declared import DeclaredAdapters
+    from sidecar.state.redis.link import Link
+
+logger = logging.getLogger(__name__)
+
+TELL_S = 0.5
+"""How long a listener's calls may take to end after a crash: their endings are on the way."""
+
+
+class Sidecar:
+    """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish.
+
+    `find` returns what finds the engines of a pool. `crash` is where it happens that nothing can go on.
+    """
+
+    def __init__(
+        self, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+    ) -> None:
+        self.config = config
+        self.crash = crash or Crash()
+        self._crashed = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+        self._find = find
+        self._lock: IO[str] | None = None
+        self._journal: Journal | None = None
+        self._loader = LoaderProcess()
+        data = self._data_directory()
+        self._link = link_of(config)
+        self._member = member_of(config.replicas)
+        self.registry = self._registry(data)
+        self.replica: Replica | None = None
+        self._draining: asyncio.Task[None] | None = None
+        self._pools: DiscoveredPools | None = None
+        self._declared: DeclaredAdapters | None = None
+        core = replace(config.core(), pools=pools_of(config.backends))
+        self._memory = shared_memory_for(config)
+        self.gateway = Gateway(
+            core,
+            plugins.policies_of(core),
+            self.registry,
+            self._roots(),
+            config.client_stall_s,
+            config.queue.inbox_max,
+            sources=self._sources(data),
+            bases=base_models(config.backends),
+            disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
+            mount=self._memory.mount,
+            stagings=stagings_of(config.backends),
+            crash=self.crash,
+            answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
+        )
+        self.metrics = Metrics(self.gateway, config.adapter_labels_max)
+        self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
+        self.gateway.observe(self.metrics, at_the_door=True)
+        self.gateway.observe(RequestLog(), at_the_door=True)
+        if data is not None and config.journal.enabled:
+            journal = config.journal
+            self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)
+            self.gateway.observe(self._journal)
+            self.metrics.journal = self._journal
+            self.crash.then(self._journal.ended)
+        self.crash.then(self._on_crash)
+        self.listening = Listening(config, self.gateway, self.metrics, self.drain)
+        self.served = ServedFolders(config.adapters, self.gateway.catalogue)
+
+    @property
+    def data_address(self) -> str:
+        return self.listening.data
+
+    @property
+    def admin_address(self) -> str:
+        return self.listening.admin
+
+    @property
+    def http_address(self) -> str:
+        return self.listening.http
+
+    @property
+    def _owner(self) -> str:
+        """Return what this replica is called by the engines that it owns, "" if it is the only one."""
+        return "" if self.config.replicas.address is None else self._member.id
+
+    def _data_directory(self) -> Path | None:
+        if self.config.data_directory is None:
+            return None
+        data = Path(self.config.data_directory).expanduser().resolve()
+        self._lock = lock_data_directory(data)
+        return data
+
+    def _registry(self, data: Path | None) -> Registry:
+        """Return the registry: in the Redis that is named, else in the data directory, else in memory only."""
+        if self._link is None:
+            return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
+        from sidecar.state.redis.registry import RedisRegistry
+
+        replicas, state = self.config.replicas, self.config.state
+        ttl_s = state.member_ttl_s if replicas.address is None else replicas.lease_s
+        return RedisRegistry(self._link, self._owner, ttl_s)
+
+    def _tell_of_another_registry(self) -> None:
+        """Say where names from before are when there are none in the Redis: they do not move by themselves."""
+        if self.config.data_directory is not None and not self.registry.all():
+            file = Path(self.config.data_directory).expanduser() / REGISTRY_FILE
+            if file.exists():
+                logger.warning("names in %s are not read: state.url is set. sidecar state migrate moves them", file)
+
+    def _roots(self) -> list[Path]:
+        adapters = self.config.adapters
+        roots = [*adapters.roots, *([adapters.serve] if adapters.serve else [])]
+        return [Path(root).expanduser() for root in roots]
+
+    def _sources(self, data: Path | None) -> Sources:
+        origins = self.config.origins
+        limits = Limits(
+            size_bytes_max=origins.size_bytes_max,
+            attempts_max=origins.attempts_max,
+            timeout_s=origins.timeout_s,
+            duration_s_max=origins.duration_s_max,
+        )
+        return Sources(AllowList.of(origins.allow, self._roots()), Spool(data), limits, origins.downloads_max)
+
+    @classmethod
+    async def start(
+        cls, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
+    ) -> Sidecar:
+        """Start to serve. Raises Misused naming what is in the way; nothing is left behind then."""
+        sidecar = cls(config, find, crash)
+        try:
+            await sidecar._start()
+        except BaseException:
+            await sidecar._stop_after_all()
+            raise
+        return sidecar
+
+    async def _start(self) -> None:
+        await self._loader.start()  # first: gRPC's threads are told of on the terminal by every fork that comes later
+        backends = make_backends(self.config.backends, self._loader, self._memory, self._owner)
+        if self._journal is not None:
+            self._journal.start()
+        await self.registry.start()
+        if self.config.state.url is not None:
+            self._tell_of_another_registry()
+        if self._link is not None and self.config.replicas.address is not None:
+            self._join(self._link)
+        adapters = self.config.kubernetes.adapters
+        if adapters.config_maps or adapters.custom_resources:
+            self._follow_cluster()
+        await self.gateway.start(backends)
+        if self.replica is not None:
+            self.replica.start()
+        workshop = Workshop(self.gateway, self.replica, self._loader, self._memory, self._owner)
+        self._pools = DiscoveredPools(self.config.backends, workshop, self._find, self.config.drain_timeout_s)
+        self._pools.start()
+        if not self.config.backends:
+            logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
+        await self.served.start()
+        if self._declared is not None:
+            self._declared.start()
+            await self._declared.first_look()
+        await self.listening.open(self.replica)
+
+    def _join(self, link: Link) -> None:
+        replica = join(self.config, self.gateway, self.registry, link, self._member, self.listening)
+        self.replica = replica
+        self.metrics.replica = lambda: figures_of(replica, self.registry)
+
+    def _follow_cluster(self) -> None:
+        """Have adapters that are declared in the cluster registered. Raises Misused when there is no cluster."""
+        from sidecar.kubernetes.access import find_access
+        from sidecar.kubernetes.declared import DeclaredAdapters
+
+        wanted, replica = self.config.kubernetes, self.replica
+        access = find_access()
+        self._declared = declared = DeclaredAdapters(
+            access,
+            self.gateway,
+            self._seen,
+            lambda: replica is None or replica.keeper.leads_since is not None,
+            self._member.name,
+            wanted.namespace or access.namespace,
+            wanted.adapters.label if wanted.adapters.config_maps else None,
+            wanted.adapters.custom_resources,
+        )
+        self.metrics.declared = lambda: declared.phases
+
+    def _seen(self) -> dict[str, Seen]:
+        """Return all backends as their owners tell of them."""
+        if self.replica is None:
+            return seen_here(self.gateway.state)
+        standings = self.replica.board.standings
+        return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
+
+    async def run_until_signalled(self) -> None:
+        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once.
+
+        Or until somebody has had all finish by the drain listener. Raises Failed(SIDECAR_FAILED) when the process has
+        to end because its state can be trusted no more; no signal holds that up.
+        """
+        signals: asyncio.Queue[None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, signals.put_nowait, None)
+        told, crashed = asyncio.create_task(self._until_told(signals)), asyncio.create_task(self._crashed.wait())
+        await asyncio.wait((told, crashed), return_when=asyncio.FIRST_COMPLETED)
+        for task in (told, crashed):
+            task.cancel()
+        await self._stop_after_all()
+        if self.crash.raised is not None:
+            raise self.crash.error()
+
+    async def _until_told(self, signals: asyncio.Queue[None]) -> None:
+        if not await self._is_told_to_stop(signals):
+            return
+        logger.warning(
+            "draining: nothing new is admitted, %s requests finish within %.0f s; signal again to stop now",
+            len(self.gateway.state.requests),
+            self.config.drain_timeout_s,
+        )
+        draining, again = asyncio.create_task(self.drain()), asyncio.create_task(signals.get())
+        _, pending = await asyncio.wait((draining, again), return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+
+    async def _is_told_to_stop(self, signals: asyncio.Queue[None]) -> bool:
+        """Wait for the first signal, or for a drain that is over; return whether it was a signal."""
+        signal_, drained = asyncio.create_task(signals.get()), asyncio.create_task(self.listening.drained.wait())
+        await asyncio.wait((signal_, drained), return_when=asyncio.FIRST_COMPLETED)
+        for task in (signal_, drained):
+            task.cancel()
+        return signal_.done()
+
+    async def drain(self) -> None:
+        """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more.
+
+        Asked again, the same drain is waited for.
+        """
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def _drain(self) -> None:
+        if self._pools is not None:
+            await self._pools.stop()
+        await self.listening.refuse()
+        try:
+            async with asyncio.timeout(self.config.drain_timeout_s):
+                giving_up = None if self.replica is None else asyncio.create_task(self.replica.drain())
+                await self.gateway.drain()
+                if giving_up is not None:
+                    await giving_up
+                if self.listening.streams is not None:
+                    await self.listening.streams.all_over()
+        except TimeoutError:
+            seconds = self.config.drain_timeout_s
+            logger.warning("requests still ran after drain_timeout_s (%s s) and are cut off", seconds)
+
+    # A crash.
+
+    def _on_crash(self, raised: Raised) -> None:
+        """Begin to end: nothing is taken any more by now."""
+        self._crashed.set()
+        self._ending = asyncio.create_task(self._end_open(raised))
+
+    async def _end_open(self, raised: Raised) -> None:
+        """Say so, stop what runs at engines, and only then let others have them; then tell who waits here."""
+        await _tried(self.listening.refuse())
+        await _tried(self.gateway.abandon())
+        if self.replica is not None:
+            await _tried(self.replica.give_up())
+        self.gateway.end_open(raised)
+        await self.gateway.told()
+
+    async def _stop_after_all(self) -> None:
+        """Stop; after a crash as far as that can be done."""
+        if self.crash.raised is None:
+            await self.stop()
+        else:
+            await _tried(self.stop())
+
+    async def stop(self) -> None:
+        """End at once: calls that are still open are cancelled."""
+        if self._ending is not None:
+            await _tried(self._ending)
+        self.served.stop()
+        is_drained = self._draining is not None and self._draining.done() and not self._draining.cancelled()
+        if self._draining is not None:
+            self._draining.cancel()
+        if self._pools is not None:
+            await self._pools.stop()
+        if self.replica is not None:
+            await self.replica.leave()
+        # Whoever asks in the last moment of a drain is still told that it is over.
+        await self.listening.close(TELL_S if is_drained or self.crash.raised is not None else 0)
+        if self._declared is not None:
+            await self._declared.stop()
+        if self.replica is not None:
+            await self.replica.stop()
+        await self.registry.close()  # before the gateway, which takes no change any more once it has stopped
+        await self.gateway.stop()
+        await self._loader.close()
+        if self._memory.mount is not None:
+            self._memory.mount.close()
+        if self._journal is not None:
+            self._journal.stop()
+        if self._lock is not None:
+            self._lock.close()
+
+
+async def _tried(work: Awaitable[None]) -> None:
+    """Do a part of an ending. What comes behind it must be done whatever becomes of it."""
+    try:
+        await work
+    except Exception:
+        logger.exception("a part of the ending failed")

@@ -1,0 +1,213 @@
+"""The listeners of one process: for clients, operators, HTTP, probes and other replicas, and for who drains it."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sidecar.backends.credentials import read_pem
+from sidecar.config import Backend as BackendConfig
+from sidecar.config import Config, GrpcListener, Listener, Tls
+from sidecar.errors import Misused, Reason
+from sidecar.fronts.admin.auth import TokenInterceptor
+from sidecar.fronts.admin.front import add_admin
+from sidecar.fronts.calls import PENDING_OPTIONS, BoundedCalls
+from sidecar.fronts.checked_messages import CheckedMessages
+from sidecar.fronts.generate.front import GatewayService
+from sidecar.fronts.http.app import HttpFront, server_tls
+from sidecar.fronts.http.connection import HttpLimits
+from sidecar.fronts.http.drain import HttpDrain
+from sidecar.fronts.http.probes import HttpProbes, Probes
+from sidecar.fronts.intake import Intake, IntakeLimits
+from sidecar.fronts.kserve.admin import add_kserve_admin
+from sidecar.fronts.kserve.front import add_kserve
+from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
+from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
+from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
+from sidecar.replicas.replica import Replica
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import ArrivalFigures, Metrics
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # No compression: 64 KB would become 64 MB before anything of ours has a say.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    *PENDING_OPTIONS,
+)
+
+
+class Listening:
+    """What a gateway is reached by. Addresses are HOST:PORT, and known once it is `open`."""
+
+    def __init__(
+        self, config: Config, gateway: Gateway, metrics: Metrics, drain: Callable[[], Awaitable[None]]
+    ) -> None:
+        self.data = self.admin = self.http = self.probes = self.drain = ""
+        self.streams: Lifetimes | None = None
+        """Of clients' KServe streams."""
+        self.drained = asyncio.Event()
+        """Set once somebody who asked by the drain listener has been told that nothing runs any more."""
+        self._config = config
+        self._gateway = gateway
+        self._metrics = metrics
+        self._drain = drain
+        self._servers: list[grpc.aio.Server] = []
+        limits = config.listeners
+        self.intake = Intake(IntakeLimits(limits.arriving_bytes_max, limits.arrival_s, limits.data.message_bytes_max))
+        metrics.arrivals = lambda: ArrivalFigures(self.intake.held_bytes, self.intake.refused)
+        self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._http: HttpFront | None = None
+        self._probes: HttpProbes | None = None
+        self._drain_front: HttpDrain | None = None
+
+    def server(self, listener: Listener, name: str) -> tuple[grpc.aio.Server, str]:
+        """Return one more server, which starts with the others, and its address. Raises Misused(PORT_IN_USE)."""
+        server = self._server()
+        return server, _bind(server, listener, name)
+
+    async def open(self, replica: Replica | None) -> None:
+        """Listen. Raises Misused naming the listener that cannot be had."""
+        self._open_data()
+        self._open_admin(replica)
+        await self._open_http()
+        await self._open_probes()
+        for server in self._servers:
+            await server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def refuse(self) -> None:
+        """Say to who asks that this process serves no more."""
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def close(self, grace_s: float = 0) -> None:
+        """Listen no more: calls that are still open after `grace_s` are cancelled."""
+        if self._drain_front is not None:
+            await self._drain_front.stop()
+        await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
+        for http in (self._http, self._probes):
+            if http is not None:
+                await http.stop()
+
+    def _open_data(self) -> None:
+        config, wanted = self._config, self._config.listeners.data
+        calls = self._calls(wanted)
+        options = (*_bounds(wanted, wanted.message_bytes_max), *connection_age_options(wanted.max_connection_age_s))
+        data = self._server([calls, CheckedMessages()], options)
+        service = GatewayService(self._gateway, config.tenant_from, config.hide_backend)
+        gateway_pb2_grpc.add_GatewayServicer_to_server(service, data)
+        self.streams = add_kserve(data, self._gateway, config).lifetimes
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, data)
+        self.data = _bind(data, wanted, "data", calls)
+
+    def _open_admin(self, replica: Replica | None) -> None:
+        wanted = self._config.listeners.admin
+        calls = self._calls(wanted)
+        tokens = [TokenInterceptor(Path(wanted.token_file))] if wanted.token_file else []
+        admin = self._server([calls, *tokens, CheckedMessages()], _bounds(wanted, wanted.message_bytes_max))
+        add_admin(admin, self._gateway, replica)
+        add_kserve_admin(admin, self._gateway)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, admin)
+        names = [d.full_name for pb in (gateway_pb2, admin_pb2) for d in pb.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], admin)
+        self.admin = _bind(admin, wanted, "admin", calls)
+
+    async def _open_http(self) -> None:
+        http, drain = self._config.listeners.http, self._config.listeners.drain
+        self._http = HttpFront(
+            self._gateway,
+            self._metrics,
+            http.address,
+            self.data,
+            OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends), self.intake),
+            HttpLimits(http.connections_max),
+            _http_tls(http.tls, http.address),
+            http.probes,
+        )
+        await self._http.start()
+        self.http = self._http.address
+        if drain.address is not None:
+            self._drain_front = HttpDrain(self._drain, self.drained.set, drain.address)
+            await self._drain_front.start()
+            self.drain = self._drain_front.address
+
+    async def _open_probes(self) -> None:
+        wanted = self._config.listeners.probes
+        if wanted.address is not None:
+            probes, tls = Probes(self._gateway, self._metrics), _http_tls(wanted.tls, wanted.address)
+            self._probes = HttpProbes(probes, wanted.address, wanted.connections_max, tls)
+            await self._probes.start()
+            self.probes = self._probes.address
+
+    def _calls(self, listener: GrpcListener) -> BoundedCalls:
+        return BoundedCalls(self.intake, listener.calls_per_connection_max)
+
+    def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
+        # Of an option that is given twice gRPC takes the first.
+        server = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
+        self._servers.append(server)
+        return server
+
+
+def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:
+    """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
+    return {
+        backend.identity: read_chat_template(Path(backend.base_model.chat_template).expanduser())
+        for backend in configured
+        if backend.base_model is not None and backend.base_model.chat_template is not None
+    }
+
+
+def _http_tls(tls: Tls | None, address: str) -> ssl.SSLContext | None:
+    return None if tls is None else server_tls(tls.certificate, tls.key, tls.ca, address)
+
+
+def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, int], ...]:
+    """Return gRPC's options for the bounds of a listener's connections."""
+    return (
+        ("grpc.max_receive_message_length", message_bytes_max),
+        ("grpc.max_allowed_incoming_connections", listener.connections_max),
+        ("grpc.server_handshake_timeout_ms", max(1, round(listener.handshake_s * 1000))),
+        ("grpc.max_connection_idle_ms", max(1, round(listener.idle_s * 1000))),
+    )
+
+
+def _bind(server: grpc.aio.Server, listener: Listener, name: str, calls: BoundedCalls | None = None) -> str:
+    """Open a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
+    try:
+        if listener.tls is None:
+            port = server.add_insecure_port(listener.address)
+        else:
+            port = server.add_secure_port(listener.address, _server_credentials(listener))
+    except RuntimeError as error:
+        raise Misused(
+            Reason.PORT_IN_USE,
+            f"the {name} listener cannot have {listener.address}: another process has the port, or the address is "
+            f"not this machine's; choose another with listeners.{name}.address",
+        ) from error
+    if calls is not None:
+        calls.port = port
+    host = listener.address.rpartition(":")[0]
+    return listener.address if listener.address.startswith("unix:") else f"{host}:{port}"
+
+
+def _server_credentials(listener: Listener) -> grpc.ServerCredentials:
+    tls = listener.tls
+    assert tls is not None
+    key, certificate = read_pem(tls.key), read_pem(tls.certificate)
+    if key is None or certificate is None:
+        raise Misused(Reason.CONFIG_INVALID, f"TLS for {listener.address} needs certificate and key")
+    ca = read_pem(tls.ca)
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=ca is not None)

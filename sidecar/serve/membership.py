@@ -1,0 +1,85 @@
+"""This process as one of several replicas, as it is configured: who it is, and where the others reach it."""
+
+from __future__ import annotations
+
+from random import random
+from secrets import token_hex
+from socket import gethostname
+from time import time
+from typing import TYPE_CHECKING
+
+from sidecar.backends.credentials import open_channel
+from sidecar.config import Config, Replicas, plugins
+from sidecar.ownership.facts import Bounds, Member
+from sidecar.replicas.replica import Replica
+from sidecar.serve.listening import Listening
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.metrics import ReplicaFigures
+from sidecar.state.registry import Registry
+
+if TYPE_CHECKING:
+    from sidecar.state.redis.link import Link
+
+
+def member_of(replicas: Replicas) -> Member:
+    """Return this life of this replica."""
+    name = replicas.name or gethostname()
+    return Member(f"{name}-{token_hex(4)}", name, replicas.weight)
+
+
+def link_of(config: Config) -> Link | None:
+    """Return the way to the Redis that names are kept in, None without one."""
+    if config.state.url is None:
+        return None
+    from sidecar.state.redis.link import Link  # the client is loaded only where there is a Redis
+
+    return Link(config.state.place)
+
+
+def join(
+    config: Config, gateway: Gateway, registry: Registry, link: Link, member: Member, listening: Listening
+) -> Replica:
+    """Return this replica, which has a listener for the others and is one of them once it is started."""
+    from sidecar.replicas.leases import RedisLeases
+    from sidecar.state.redis.members import RedisMembers
+
+    wanted = config.replicas
+    server, address = listening.server(wanted.listener, "replicas")
+    here = wanted.advertise or _reached_at(address)
+    bounds = Bounds.of_lease(int(wanted.lease_s * 1e9))
+    leases = RedisLeases(RedisMembers(link, bounds), member, here, lambda: registry.last_change, wanted.lease_s)
+    tls = None if wanted.tls is None else wanted.tls.model_dump(exclude_none=True)
+    replica = Replica(
+        gateway,
+        member,
+        here,
+        {backend.identity: "" for backend in config.backends if backend.discover is None},
+        leases,
+        bounds,
+        random(),
+        lambda to: open_channel(to, tls),
+        plugins.policies_of(config.core()).routing,
+    )
+    replica.add_to(server)
+    return replica
+
+
+def figures_of(replica: Replica, registry: Registry) -> ReplicaFigures:
+    """Return what is counted between replicas."""
+    away_since = registry.away_since
+    return ReplicaFigures(
+        replica.keeper.changes["taken"],
+        replica.keeper.changes["given_up"],
+        replica.router.forwards,
+        replica.router.reroutes,
+        replica.router.unowned,
+        len(replica.members()),
+        registry.lag,
+        0.0 if away_since is None else time() - away_since,
+    )
+
+
+def _reached_at(address: str) -> str:
+    """Return where others reach a listener: by this machine's name, if it listens at all of its addresses."""
+    host, _, port = address.rpartition(":")
+    return f"{gethostname()}:{port}" if host in ("", "0.0.0.0", "[::]") else address

@@ -1,0 +1,54 @@
+"""Journals of a world in virtual time, written as a serving process writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sidecar.config.plugins import policies_of
+from sidecar.core import eligibility
+from sidecar.core.core import Core
+from sidecar.core.events import Event
+from sidecar.core.state import NEVER_NS
+from sidecar.journal.writer import Journal
+from tests.kit.corekit import World
+
+Waits = dict[int, dict[str, int]]
+"""For each request how long it waited for each reason."""
+
+
+def write_journal(
+    world: World, directory: Path, segment_bytes: int = 1 << 20, leave_out: Callable[[int], bool] | None = None
+) -> None:
+    """Write the journal of all that a world's core was told; `leave_out` says of which steps the thread is behind."""
+    core = Core(world.config, policies_of(world.config))
+    journal = Journal(core, directory, segment_bytes, segments_max=10_000)
+    journal.start()
+    for number, (now_ns, event) in enumerate(world.events):
+        if leave_out is not None:
+            journal.flush()
+            journal._resume_ns = NEVER_NS if leave_out(number) else 0
+            if leave_out(number) and journal._recording:
+                journal._interrupt(NEVER_NS)
+        journal.observed(event, core.step(event, now_ns), now_ns)
+    journal.stop()
+
+
+def waits_of(world: World, events: Sequence[tuple[int, Event]]) -> Waits:
+    """Return how long each request waited for what, by asking the core of every one of them after every step."""
+    core = Core(world.config, policies_of(world.config))
+    waits: Waits = {}
+    asked: dict[int, str] = {}
+    before_ns = 0
+    for now_ns, event in events:
+        for request, why in asked.items():
+            held = waits.setdefault(request, {})
+            held[why] = held.get(why, 0) + now_ns - before_ns
+        core.step(event, now_ns)
+        asked = {
+            request.id: eligibility.why_waiting(core.state, request, now_ns).value
+            for request in core.state.requests.values()
+            if not request.running and not request.settled
+        }
+        before_ns = now_ns
+    return {request: {why: ns for why, ns in held.items() if ns} for request, held in waits.items()}

@@ -1,0 +1,290 @@
+"""A Kubernetes API server over HTTP that goes wrong as it is told to, and one that is real where KUBECONFIG names it.
+
+It forgets its history (410, as a status or as an event), cuts connections in the middle of an event, restarts, is slow,
+has too much to do (429), allows nothing (403), and hands lists out page by page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+
+from sidecar.kubernetes.access import Access
+from tests.kit.kubernetes_objects import Failure, Kind, Object, Objects, matches, seen_by
+
+PATH = re.compile(r"/(?:api|apis/([^/]+))/(v[^/]+)/namespaces/([^/]+)/([^/]+)(?:/([^/]+))?(/status)?\Z")
+GONE = Failure(410, "Expired", "too old resource version")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to the next `times` requests of a verb: get, list, watch, create, replace, patch or delete."""
+
+    verb: str
+    plural: str = ""
+    status: int = 0
+    retry_after: str = ""
+    message: str = "as the test wants it"
+    stall: bool = False
+    cut: bool = False
+    """The connection ends in the middle of the answer."""
+    times: int = 1
+
+
+@dataclass
+class Asked:
+    """One request as it came."""
+
+    verb: str
+    kind: Kind
+    name: str
+    query: dict[str, str]
+    token: str
+
+
+@dataclass
+class FakeServer:
+    """`address` stays when it restarts. `gone_as` says how a watch that is too old ends: by "status" or "event"."""
+
+    objects: Objects = field(default_factory=Objects)
+    address: str = ""
+    gone_as: str = "event"
+    page_max: int = 1000
+    token: str = ""
+    """The bearer token that is wanted, if any."""
+    tls: ssl.SSLContext | None = None
+    asked: list[Asked] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+    _server: asyncio.Server | None = None
+    _writers: set[asyncio.StreamWriter] = field(default_factory=set)
+    _watchers: dict[asyncio.StreamWriter, str] = field(default_factory=dict)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _pages: dict[str, list[Object]] = field(default_factory=dict)
+    _released: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def access(self) -> Access:
+        return Access(f"http://{self.address}", "ml")
+
+    async def start(self) -> None:
+        host, _, port = self.address.rpartition(":")
+        self._server = await asyncio.start_server(self._serve, host or "127.0.0.1", int(port or 0), ssl=self.tls)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def stop(self) -> None:
+        """Go away; nothing that is kept is lost."""
+        assert self._server is not None
+        self._server.close()
+        self._released.set()
+        self.cut()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+        self._released.clear()
+
+    def cut(self) -> None:
+        """End every connection at once."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    def cut_in_an_event(self) -> None:
+        """End every watch in the middle of an event that was never to be trusted: it names an object that is not."""
+        lie = {"type": "ADDED", "object": {"metadata": {"name": "never-was", "resourceVersion": "999999"}}}
+        for writer in list(self._watchers):
+            with suppress(OSError):
+                _chunk(writer, json.dumps(lie).encode())  # no end of line: it is not whole
+        self._released.set()
+        self._released.clear()
+        for writer in list(self._watchers):
+            writer.close()
+
+    async def bookmark(self) -> None:
+        """Tell every watch how far it is."""
+        self.objects.number += 1
+        mark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(self.objects.number)}}}
+        for writer in list(self._watchers):
+            _chunk(writer, json.dumps(mark).encode() + b"\n")
+            await writer.drain()
+
+    def count(self, verb: str, plural: str = "") -> int:
+        return sum(asked.verb == verb and plural in ("", asked.kind[2]) for asked in self.asked)
+
+    def watching(self, plural: str) -> bool:
+        """Whether somebody watches a kind in this moment."""
+        return plural in self._watchers.values()
+
+    # Answers.
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        self._writers.add(writer)
+        try:
+            while await self._one(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            writer.transport.abort()
+        finally:
+            self._tasks.discard(task)
+            self._writers.discard(writer)
+            self._watchers.pop(writer, None)
+            writer.close()
+
+    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        method, target, _ = head.split("\r\n", 1)[0].split(" ")
+        headers = {k.lower(): v for k, v in re.findall(r"^([^:\r\n]+): *(.*?)\r$", head, re.M)}
+        body = await reader.readexactly(int(headers.get("content-length", 0)))
+        parts = urlsplit(target)
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        found = PATH.match(parts.path)
+        if found is None:
+            return _answer(writer, 404, Failure(404, "NotFound", "the server could not find it").status)
+        kind: Kind = (found[1] or "", found[3], found[4])
+        asked = Asked(_verb(method, found[5], query), kind, found[5] or "", query, headers.get("authorization", ""))
+        self.asked.append(asked)
+        fault = self._fault_for(asked)
+        if fault is not None and fault.stall:
+            await self._released.wait()
+            return False
+        if fault is not None and fault.status:
+            failure = Failure(fault.status, "Faulty", fault.message)
+            extra = {"retry-after": fault.retry_after} if fault.retry_after else {}
+            return _answer(writer, fault.status, failure.status, extra)
+        try:
+            if self.token and asked.token != f"Bearer {self.token}":
+                raise Failure(401, "Unauthorized", "Unauthorized")
+            if asked.verb == "watch":
+                return await self._watch(asked, writer)
+            answer = self._do(asked, bool(found[6]), json.loads(body) if body else {})
+        except Failure as failure:
+            return _answer(writer, failure.code, failure.status)
+        await self.objects.tell()
+        return _answer(writer, 201 if asked.verb == "create" else 200, answer, cut=fault is not None and fault.cut)
+
+    def _fault_for(self, asked: Asked) -> Fault | None:
+        for number, fault in enumerate(self.faults):
+            if fault.verb == asked.verb and fault.plural in ("", asked.kind[2]):
+                left = Fault(**{**fault.__dict__, "times": fault.times - 1})
+                self.faults[number : number + 1] = [left] if left.times else []
+                return fault
+        return None
+
+    def _do(self, asked: Asked, status: bool, body: Object) -> Object:
+        objects = self.objects
+        match asked.verb:
+            case "get":
+                return objects.get(asked.kind, asked.name)
+            case "list":
+                return self._page(asked)
+            case "create":
+                return objects.create(asked.kind, body)
+            case "replace":
+                return objects.replace(asked.kind, asked.name, body)
+            case "patch":
+                return objects.patch(asked.kind, asked.name, body, status)
+            case _:
+                return objects.delete(asked.kind, asked.name)
+
+    def _page(self, asked: Asked) -> Object:
+        token = asked.query.get("continue", "")
+        if token:
+            if token not in self._pages:
+                raise Failure(410, "Expired", "The provided continue parameter is too old")
+            items = self._pages.pop(token)
+        else:
+            selector = asked.query.get("labelSelector", "")
+            held = self.objects.held.get(asked.kind, {})
+            items = [held[name] for name in sorted(held) if matches(held[name], selector)]
+        limit = min(int(asked.query.get("limit", 0)) or self.page_max, self.page_max)
+        metadata = {"resourceVersion": str(self.objects.number)}
+        if len(items) > limit:
+            metadata["continue"] = f"page-{len(self.asked)}"
+            self._pages[metadata["continue"]] = items[limit:]
+        return {"kind": "List", "apiVersion": "v1", "metadata": metadata, "items": items[:limit]}
+
+    def forget_pages(self) -> None:
+        self._pages.clear()
+
+    async def _watch(self, asked: Asked, writer: asyncio.StreamWriter) -> bool:
+        since = int(asked.query.get("resourceVersion") or 0)
+        is_gone = since < self.objects.forgotten or since > self.objects.number
+        if is_gone and self.gone_as == "status":
+            raise GONE
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        if is_gone:
+            _chunk(writer, json.dumps({"type": "ERROR", "object": GONE.status}).encode() + b"\n")
+            writer.write(b"0\r\n\r\n")
+            return True
+        self._watchers[writer] = asked.kind[2]
+        selector = asked.query.get("labelSelector", "")
+        while not writer.is_closing():
+            for change in [change for change in self.objects.history if change.number > since]:
+                since = change.number
+                told = seen_by(change, selector) if change.kind == asked.kind else None
+                if told is not None:
+                    _chunk(writer, json.dumps({"type": told[0], "object": told[1]}).encode() + b"\n")
+            await writer.drain()
+            async with self.objects.news:
+                latest = self.objects.history[-1].number if self.objects.history else 0
+                if latest <= since:
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self.objects.news.wait(), 0.2)
+        return False
+
+
+def _verb(method: str, name: str | None, query: dict[str, str]) -> str:
+    if method == "GET":
+        return "get" if name else "watch" if query.get("watch") else "list"
+    return {"POST": "create", "PUT": "replace", "PATCH": "patch", "DELETE": "delete"}[method]
+
+
+def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+
+def _answer(
+    writer: asyncio.StreamWriter, code: int, found: Any, headers: dict[str, str] | None = None, cut: bool = False
+) -> bool:
+    """Write an answer; return whether another may follow it."""
+    body = json.dumps(found).encode()
+    extra = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    head = f"HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
+    writer.write(head.encode() + (body[: len(body) // 2] if cut else body))
+    return not cut
+
+
+@asynccontextmanager
+async def fake_server(**fields: Any) -> AsyncIterator[FakeServer]:
+    """Run a server for the length of a block."""
+    server = FakeServer(**fields)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()
+
+
+def write_kubeconfig(path: Path, address: str, namespace: str = "ml") -> Path:
+    """Write a kubeconfig for a server on this machine."""
+    record = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "contexts": [{"name": "test", "context": {"cluster": "test", "namespace": namespace}}],
+        "clusters": [{"name": "test", "cluster": {"server": f"http://{address}"}}],
+    }
+    path.write_text(yaml.safe_dump(record))
+    return path

@@ -1,0 +1,162 @@
+"""What a Kubernetes API server keeps: objects with resource versions, and a history of changes that ends somewhere.
+
+`tests.kit.kubernetes_api` serves it. It does what the real one promises: every change has a number of its own, a write
+that names another resource version than the object's is a conflict,
+a watch goes on from any number that is not forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+Object = dict[str, Any]
+Kind = tuple[str, str, str]
+"""The API ("" or the group), the namespace and the plural."""
+
+
+class Failure(Exception):
+    """An answer with an error; `reason` is a Status's."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.status = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason}
+        self.status["message"] = message
+
+
+@dataclass
+class Changed:
+    """One change: what a watch tells of it."""
+
+    number: int
+    kind: Kind
+    event: str
+    object: Object
+    before: Object | None
+
+
+@dataclass
+class Objects:
+    """The store. `epoch_s` counts creation times: each object is a second younger than the one before."""
+
+    held: dict[Kind, dict[str, Object]] = field(default_factory=dict)
+    history: list[Changed] = field(default_factory=list)
+    number: int = 1000
+    forgotten: int = 1000
+    """The last change that no watch can begin before."""
+    made: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    news: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def get(self, kind: Kind, name: str) -> Object:
+        found = self.held.get(kind, {}).get(name)
+        if found is None:
+            raise Failure(404, "NotFound", f'{kind[2]} "{name}" not found')
+        return found
+
+    def create(self, kind: Kind, made: Object) -> Object:
+        made = copy.deepcopy(made)
+        metadata = made.setdefault("metadata", {})
+        name = metadata.get("name") or metadata.pop("generateName", "") + uuid4().hex[:5]
+        if name in self.held.get(kind, {}):
+            raise Failure(409, "AlreadyExists", f'{kind[2]} "{name}" already exists')
+        age = next(self.made)
+        created = f"2026-01-01T{age // 3600:02}:{age // 60 % 60:02}:{age % 60:02}Z"
+        metadata |= {"name": name, "namespace": kind[1], "uid": str(uuid4()), "generation": 1}
+        metadata.setdefault("creationTimestamp", created)
+        made.pop("status", None)
+        return self._write(kind, "ADDED", made)
+
+    def replace(self, kind: Kind, name: str, new: Object) -> Object:
+        old = self.get(kind, name)
+        self._check(old, new.get("metadata", {}).get("resourceVersion"))
+        new = copy.deepcopy(new)
+        if "status" in old:
+            new["status"] = old["status"]
+        else:
+            new.pop("status", None)
+        kept = {key: old["metadata"][key] for key in ("uid", "creationTimestamp", "name", "namespace", "generation")}
+        new["metadata"] = new.get("metadata", {}) | kept
+        new["metadata"]["generation"] += new.get("spec") != old.get("spec")
+        return self._write(kind, "MODIFIED", new)
+
+    def patch(self, kind: Kind, name: str, patch: Object, status: bool) -> Object:
+        """Merge a patch; of `status` into that alone."""
+        old = self.get(kind, name)
+        self._check(old, patch.get("metadata", {}).get("resourceVersion"))
+        new = copy.deepcopy(old)
+        if status:
+            new["status"] = _merged(new.get("status", {}), patch.get("status", {}))
+        else:
+            new = _merged(new, {key: value for key, value in patch.items() if key != "status"})
+            new["metadata"]["generation"] += new.get("spec") != old.get("spec")
+        return old if new == old else self._write(kind, "MODIFIED", new)
+
+    def delete(self, kind: Kind, name: str) -> Object:
+        old = copy.deepcopy(self.get(kind, name))
+        del self.held[kind][name]
+        return self._write(kind, "DELETED", old)
+
+    def forget(self) -> None:
+        """Forget the history, as the real one does after some minutes."""
+        self.history.clear()
+        self.forgotten = self.number
+
+    def lose(self, numbers: int) -> None:
+        """Count from an earlier number on: what was told of later ones is from a time that never was."""
+        self.number -= numbers
+        self.forget()
+
+    def _check(self, old: Object, expected: str | None) -> None:
+        if expected and expected != old["metadata"]["resourceVersion"]:
+            raise Failure(409, "Conflict", "the object has been modified; please apply your changes to the latest")
+
+    def _write(self, kind: Kind, event: str, new: Object) -> Object:
+        self.number += 1
+        new["metadata"]["resourceVersion"] = str(self.number)
+        before = self.held.get(kind, {}).get(new["metadata"]["name"])
+        if event != "DELETED":
+            self.held.setdefault(kind, {})[new["metadata"]["name"]] = new
+        self.history.append(Changed(self.number, kind, event, copy.deepcopy(new), before))
+        return new
+
+    async def tell(self) -> None:
+        """Wake all who watch."""
+        async with self.news:
+            self.news.notify_all()
+
+
+def seen_by(change: Changed, selector: str) -> tuple[str, Object] | None:
+    """Return what a watch with a selector is told of a change: an object may come into its sight, or leave it."""
+    now = change.event != "DELETED" and matches(change.object, selector)
+    was = change.before is not None and matches(change.before, selector)
+    if change.event == "DELETED":
+        return ("DELETED", change.object) if matches(change.object, selector) else None
+    if now:
+        return ("MODIFIED" if was else "ADDED"), change.object
+    return ("DELETED", change.object) if was else None
+
+
+def matches(found: Object, selector: str) -> bool:
+    """Whether an object has all labels of a selector of the form `a=b,c=d`."""
+    labels = found["metadata"].get("labels") or {}
+    wanted = (part.partition("=") for part in selector.split(",") if part)
+    return all(labels.get(key) == value for key, _, value in wanted)
+
+
+def _merged(old: Any, patch: Any) -> Any:
+    """Return what a JSON merge patch (RFC 7386) makes of a value."""
+    if not isinstance(patch, dict):
+        return patch
+    new = dict(old) if isinstance(old, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            new.pop(key, None)
+        else:
+            new[key] = _merged(new.get(key), value)
+    return new

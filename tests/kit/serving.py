@@ -1,0 +1,147 @@
+"""A whole sidecar in the test's own event loop, in front of emulated engines, and clients that ask it things."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from sidecar.config import parse
+from sidecar.core.effects import Effect
+from sidecar.core.events import Event
+from sidecar.core.facts import Layout, packed_key, task_id_of
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.tokens import BOS
+from sidecar.proto import admin_pb2_grpc, gateway_pb2, gateway_pb2_grpc
+from sidecar.serve.app import Sidecar
+from tests.kit.peft_files import write_adapter
+
+PATIENCE_S = 60.0
+"""How long a test waits for something that must happen; far longer than it takes."""
+
+
+class Recorder:
+    """An observer that keeps every event and effect of a sidecar's core."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.effects: list[Effect] = []
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        self.events.append(event)
+        self.effects += effects
+
+    def count(self, kind: type) -> int:
+        return sum(isinstance(effect, kind) for effect in self.effects)
+
+    def of(self, kind: type) -> list[Any]:
+        return [effect for effect in self.effects if isinstance(effect, kind)]
+
+
+@dataclass
+class Serving:
+    """A running sidecar, what it did, and stubs to reach it by."""
+
+    sidecar: Sidecar
+    recorder: Recorder
+    channel: grpc.aio.Channel
+    admin_channel: grpc.aio.Channel
+    gateway: Any = field(init=False)
+    adapters: Any = field(init=False)
+    backends: Any = field(init=False)
+    queues: Any = field(init=False)
+    replicas: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gateway = gateway_pb2_grpc.GatewayStub(self.channel)
+        self.adapters = admin_pb2_grpc.AdaptersStub(self.admin_channel)
+        self.backends = admin_pb2_grpc.BackendsStub(self.admin_channel)
+        self.queues = admin_pb2_grpc.QueuesStub(self.admin_channel)
+        self.replicas = admin_pb2_grpc.ReplicasStub(self.admin_channel)
+
+    @property
+    def state(self) -> Any:
+        return self.sidecar.gateway.state
+
+    def task_id(self, name: str) -> int:
+        return task_id_of(packed_key(self.state.names[name].digest, Layout("float16")))
+
+    def expected(self, name: str, count: int) -> list[int]:
+        """Return the tokens that an engine with dummy compute gives for an adapter; "" is the base model."""
+        task_id = self.task_id(name) if name else 0
+        return [dummy_token(task_id, position) for position in range(count)]
+
+    async def ask(self, adapter: str, tokens: int = 4, prompt: int = 5, **fields: Any) -> Answer:
+        """Generate from a prompt of some token ids. Raises AioRpcError when the sidecar does."""
+        ids = gateway_pb2.TokenIds(ids=[BOS, *range(prompt - 1)])
+        answer = Answer()
+        request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=ids, max_tokens=tokens, **fields)
+        async for response in self.gateway.Generate(request):
+            answer.messages += 1
+            answer.tokens += response.token_ids
+            if response.HasField("origin"):
+                answer.origins.append(response.origin)
+        return answer
+
+
+@dataclass
+class Answer:
+    """What a client was told. `origins` has one entry: more would be an answer that ended twice."""
+
+    tokens: list[int] = field(default_factory=list)
+    origins: list[Any] = field(default_factory=list)
+    messages: int = 0
+
+
+@asynccontextmanager
+async def serving(
+    engines: Sequence[Any], adapters: Path | None = None, roots: Sequence[Path] = (), **record: Any
+) -> AsyncIterator[Serving]:
+    """Run a sidecar in front of engines (`tests.kit.emulated` servers or processes) and wait until all are up.
+
+    `adapters` is the folder whose subfolders are served, `roots` may be registered from; `record` is configuration, and
+    its `backend` (a dict) goes into every backend's entry.
+    """
+    backend = record.pop("backend", {})
+    free = {"address": "127.0.0.1:0"}
+    config = {
+        "backends": [place_of(engine, number) | backend for number, engine in enumerate(engines)],
+        "listeners": {"data": free, "admin": free, "http": free},
+        "adapters": ({"serve": str(adapters)} if adapters else {}) | {"roots": [str(root) for root in roots]},
+    }
+    sidecar = await Sidecar.start(parse(config | record, "the test"))
+    recorder = Recorder()
+    sidecar.gateway.observe(recorder)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(sidecar.stop)
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(sidecar.data_address))
+        admin = await stack.enter_async_context(grpc.aio.insecure_channel(sidecar.admin_address))
+        await until(lambda: all(b.takes_requests for b in sidecar.gateway.state.backends.values()))
+        yield Serving(sidecar, recorder, channel, admin)
+
+
+def place_of(engine: Any, number: int) -> dict[str, str]:
+    if not hasattr(engine, "grpc_address"):
+        return {"url": f"vllm://{engine.http_address}", "id": f"vllm-{number}"}
+    metrics = {"metrics": f"http://{engine.metrics_address}/metrics"} if engine.metrics_address else {}
+    return {"url": f"triton://{engine.grpc_address}", "id": f"trt-{number}"} | metrics
+
+
+async def until(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    """Wait until something holds; fails when it does not in a long time."""
+    async with asyncio.timeout(patience_s):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+def write_adapters(folder: Path, count: int, **options: Any) -> list[str]:
+    """Write PEFT folders `a00`, `a01`, … and return their names."""
+    names = [f"a{number:02}" for number in range(count)]
+    for seed, name in enumerate(names):
+        write_adapter(folder / name, seed=seed, **options)
+    return names

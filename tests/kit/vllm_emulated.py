@@ -1,0 +1,199 @@
+"""Emulated vLLMs for tests: in this process, or in one of their own that can be killed and started again.
+
+`start_vllm(**options)` takes the fields of `sidecar.lab.engine.openai.VllmOptions`; time stands still by default (every
+step takes as long as it computes). `VllmProcess` takes the options of `sidecar emulate --protocol vllm`.
+
+With `compute="none"` an answer is made from the adapter: `expected(engine_name, folder, count)` are its tokens, where
+`engine_name` is what the engine was told to call it, and `folder` any copy of what it loaded. `expected("", None, n)`
+are the base model's. An answer that began from another adapter's prefix blocks is like neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
+from sidecar.lab.engine.openai.folder import content_id
+
+BASE = "base"
+DONE = "[DONE]"
+
+
+async def start_vllm(**options: Any) -> VllmServer:
+    """Start an emulated vLLM in this event loop; the caller stops it."""
+    return await serve_vllm(VllmOptions(**({"time_scale": 0.0, "served_model_name": (BASE,)} | options)))
+
+
+@asynccontextmanager
+async def running_vllm(**options: Any) -> AsyncIterator[tuple[VllmServer, Client]]:
+    """Run an emulated vLLM for the length of a block, with a client of it."""
+    server = await start_vllm(**options)
+    try:
+        async with Client(server.http_address) as client:
+            yield server, client
+    finally:
+        await server.stop()
+
+
+def expected(engine_name: str, folder: Path | None, count: int, start: int = 0) -> list[int]:
+    """Return the tokens that an engine with dummy compute answers with; without a folder the base model's."""
+    number = 0 if folder is None else content_id(engine_name, folder)
+    return [dummy_token(number, position) for position in range(start, start + count)]
+
+
+class Client:
+    """Asks an OpenAI API, whoever speaks it, and says what came back."""
+
+    def __init__(self, address: str, patience_s: float = 60.0) -> None:
+        self.http = httpx.AsyncClient(base_url=f"http://{address}", timeout=patience_s)
+
+    async def load(self, name: str, path: Path | str, **fields: Any) -> httpx.Response:
+        """Ask to load an adapter."""
+        return await self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)} | fields)
+
+    async def unload(self, name: str) -> httpx.Response:
+        """Ask to forget an adapter's name."""
+        return await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    async def models(self) -> dict[str, dict[str, Any]]:
+        """Return what is listed, by id."""
+        listed = (await self.http.get("/v1/models")).json()["data"]
+        return {card["id"]: card for card in listed}
+
+    async def complete(self, model: str, prompt: Any = "hello", tokens: int = 4, **fields: Any) -> httpx.Response:
+        """Ask for a completion that is not streamed."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        return await self.http.post("/v1/completions", json=body | fields)
+
+    async def tokens(self, model: str, prompt: Any = "hello", tokens: int = 4, **fields: Any) -> list[int]:
+        """Return the tokens of a completion; fails on an error."""
+        answer = await self.complete(model, prompt, tokens, return_token_ids=True, **fields)
+        assert answer.status_code == 200, answer.text
+        made: list[int] = answer.json()["choices"][0]["token_ids"]
+        return made
+
+    async def stream(self, path: str, **body: Any) -> AsyncIterator[Any]:
+        """Yield the events of a stream, parsed, `DONE` as it is; fails on an error status."""
+        async with self.http.stream("POST", path, json={"temperature": 0, "stream": True} | body) as answer:
+            if answer.status_code != 200:
+                raise AssertionError((await answer.aread()).decode())
+            async for line in answer.aiter_lines():
+                if line:
+                    data = line.removeprefix("data: ")
+                    yield data if data == DONE else json.loads(data)
+
+    async def completion_events(self, model: str, prompt: Any = "hello", tokens: int = 4, **fields: Any) -> list[Any]:
+        """Return all events of a streamed completion."""
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens} | fields
+        return [event async for event in self.stream("/v1/completions", **body)]
+
+    async def samples(self, family: str) -> dict[tuple[str, ...], float]:
+        """Return a family's samples by the values of the labels that are not the engine's, in the labels' order."""
+        text = (await self.http.get("/metrics")).text
+        found = {}
+        for metric in text_string_to_metric_families(text):
+            for sample in metric.samples:
+                if sample.name == family:
+                    labels = {k: v for k, v in sample.labels.items() if k not in ("engine", "model_name")}
+                    found[tuple(labels[key] for key in sorted(labels))] = sample.value
+        return found
+
+    async def sample(self, family: str) -> float:
+        """Return the only sample of a family."""
+        (value,) = (await self.samples(family)).values()
+        return value
+
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.aclose()
+
+
+class VllmProcess:
+    """`python -m sidecar.lab.engine --protocol vllm` in a process of its own.
+
+    `arguments` are options of `sidecar emulate`, as they would stand on a command line. After `kill` (SIGKILL) or its
+    own end a `start` comes up on the same port, with no adapter.
+    """
+
+    def __init__(self, *arguments: str, time_scale: float = 0.0, http_port: int = 0) -> None:
+        self._arguments = ("--protocol", "vllm", "--served-model-name", BASE, *arguments)
+        self._time_scale = time_scale
+        self._process: asyncio.subprocess.Process | None = None
+        self._port = http_port
+
+    @property
+    def http_address(self) -> str:
+        """Host and port of the API, known after the first `start`."""
+        return f"127.0.0.1:{self._port}"
+
+    @property
+    def metrics_address(self) -> str:
+        """Host and port of the metrics: the API's."""
+        return self.http_address
+
+    async def start(self) -> None:
+        """Start the process and return when it takes requests. Raises RuntimeError if it ends instead."""
+        settings = ("--time-scale", str(self._time_scale), "--http-port", str(self._port), "--json")
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar.lab.engine", *self._arguments, *settings, stdout=asyncio.subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the emulated vLLM ended with {await self.wait()} before it was ready")
+        self._port = int(json.loads(line)["http"].rsplit(":", 1)[1])
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, such as SIGSTOP, which freezes it."""
+        assert self._process is not None
+        os.kill(self._process.pid, number)
+
+    async def kill(self) -> None:
+        """End the process as `kill -9` does."""
+        await self._end(signal.SIGKILL)
+
+    async def stop(self) -> int:
+        """Ask the process to end and return its exit status."""
+        return await self._end(signal.SIGTERM)
+
+    async def wait(self) -> int:
+        """Wait until the process ends by itself and return its exit status."""
+        assert self._process is not None
+        status = await self._process.wait()
+        # Closing the pipes now keeps their transports from being finalized after the loop is gone.
+        self._process._transport.close()  # type: ignore[attr-defined]
+        return status
+
+    async def __aenter__(self) -> VllmProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._process is not None and self._process.returncode is None:
+            await self.kill()
+
+    async def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None
+        if self._process.returncode is None:
+            self.send_signal(number)
+        return await self.wait()
+
+
+def texts_of(events: Sequence[Any], index: int = 0) -> str:
+    """Return the text of one choice of a streamed completion."""
+    choices = [choice for event in events if event != DONE for choice in event["choices"]]
+    return "".join(choice["text"] for choice in choices if choice["index"] == index)

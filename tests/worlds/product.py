@@ -1,0 +1,195 @@
+"""The product among surroundings that fail: wires that break, origins that are late, clients that leave."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core.enums import Fault
+from sidecar.core.facts import Adapter, version_id
+from sidecar.errors import Reason
+from sidecar.lab.engine.messages import Event, Request
+from sidecar.lab.sim.product import DISK_NS, PROBE_NS, Product
+from sidecar.lab.sim.setup import SECOND_NS, adapter_named
+from sidecar.lab.sim.workloads import Arrival, source
+from tests.worlds.checks import Checks
+from tests.worlds.engines import FaultyWorld
+from tests.worlds.names import Names, identity, ranks_of
+from tests.worlds.scenario import Scenario
+
+FETCH_FAILS, FETCH_SLOW, FETCH_SLOW_S = 0.1, 0.2, 30.0
+DISK_FAILS = 0.2
+LEAVES, STALLS, LEAVES_WITHIN_S = 0.15, 0.05, 20.0
+DEADLINES_S = (0.5, 30.0)
+
+
+class FaultyProduct(Product):
+    """A core whose effects are carried out by a world in which they may fail."""
+
+    def __init__(self, scenario: Scenario, world: FaultyWorld, checks: Checks) -> None:
+        self.scenario = scenario
+        self.faulty = world
+        self.checks = checks
+        self.peaceful = False
+        self._random = source(scenario.seed, "surroundings")
+        self._up = dict.fromkeys(scenario.setup.backends, True)
+        self._at: dict[str, dict[int, None]] = {backend: {} for backend in scenario.setup.backends}
+        """Engine ids of what each engine has and somebody listens for."""
+        super().__init__(world, scenario.sidecar)
+        self.names = Names(world.workload.adapters, self._make, source(scenario.seed, "operators"))
+        self.names.backends = scenario.setup.backends
+        for registration in self.names.registrations():
+            self.register(registration)
+
+    # What happens to it.
+
+    def step(self, event: ev.Event) -> list[do.Effect]:
+        self.checks.coming = event
+        effects = super().step(event)
+        self.checks.stepped(self.core, event, effects, self.world.now_ns)
+        return effects
+
+    def arrive(self, request_id: int, arrival: Arrival) -> None:
+        scenario, random = self.scenario, self._random
+        adapter = self.names.written(arrival.adapter, random)
+        klass = "short" if random.random() < scenario.short_share else "default"
+        deadline_ns = None
+        if random.random() < scenario.deadline_share and not self.peaceful:
+            deadline_ns = self.world.now_ns + round(random.uniform(*DEADLINES_S) * SECOND_NS)
+        self._arrivals[request_id] = replace(arrival, klass=klass)
+        tokens = arrival.input_tokens, arrival.output_tokens_max
+        self._may_leave(request_id)
+        self.feed(ev.Received(request_id, adapter, identity(arrival.tenant), klass, *tokens, deadline_ns))
+
+    def observe(self, backend: str, event: Event) -> None:
+        """Pass on what somebody still listens for."""
+        at = self._at[backend]
+        heard = Event(
+            event.at_ns,
+            tuple(started for started in event.started if started in at),
+            tuple(ending for ending in event.endings if ending.request_id in at),
+            tuple(failure for failure in event.failures if failure.request_id in at),
+        )
+        for ending in heard.endings:
+            del at[ending.request_id]
+        for failure in heard.failures:
+            del at[failure.request_id]
+        super().observe(backend, heard)
+
+    def register(self, event: ev.AdapterRegistered) -> None:
+        """Register a name, and have its versions' rows at hand for when they are loaded."""
+        versions = ((event.adapter, event.generation), *((other.adapter, other.generation) for other in event.others))
+        for adapter, generation in versions:
+            version = version_id(adapter.digest, generation)
+            self._engine_rows[version] = self._engine_rows_of(adapter.rows[0].rank)
+            self._names[adapter.digest] = self._names[version] = event.name
+        self.feed(event)
+
+    # Faults.
+
+    @property
+    def up(self) -> list[str]:
+        """The backends that are there, whatever the core knows."""
+        return [backend for backend, is_up in self._up.items() if is_up]
+
+    def lose(self, backend: str, cause: str, untold_ns: int, down_ns: int, warm: bool, wires: bool) -> None:
+        """Have an engine go, with all it ran.
+
+        `wires`: every stream breaks on its own before anyone says that the backend is gone, which is `untold_ns` from
+        now. `warm`: it was only out of reach; its streams are cancelled and its cache is as it was.
+        """
+        self._up[backend] = False
+        runs, at = list(self._at[backend]), self._at[backend]
+        at.clear()
+        if warm:
+            for engine_id in runs:
+                self.world.engines[backend].cancel(engine_id, self.world.now_ns)
+        else:
+            self._start_anew(backend)
+        if wires:
+            for engine_id in runs:
+                self._failed(engine_id, Fault.LOST, cause, False)
+        self.world.after(untold_ns, lambda: self.feed(ev.BackendLost(backend, cause)))
+        self.world.after(untold_ns + down_ns, lambda: self._return(backend))
+
+    def _start_anew(self, backend: str) -> None:
+        self.faulty.restart(backend)
+        self.checks.stalls.end(backend)
+
+    def _return(self, backend: str) -> None:
+        self._up[backend] = True
+        if self.peaceful:
+            self._start_anew(backend)
+        self.feed(ev.BackendUp(backend, self.world.setup.engine.facts()))
+
+    def _probe(self, effect: do.Probe) -> None:
+        """An engine that stands still is found so when the time for a probe is over."""
+        backend, stalls = effect.backend, self.checks.stalls
+        stalled = self._up[backend] and stalls.stands_still(backend, self.world.now_ns)
+        delay_ns = effect.within_ns if stalled else PROBE_NS
+        self.world.after(delay_ns, lambda: self._probed(backend))
+
+    def _probed(self, backend: str) -> None:
+        if not self.checks.knows_down(backend):
+            alive = self._up[backend] and not self.checks.stalls.stands_still(backend, self.world.now_ns)
+            self.feed(ev.BackendProbed(backend, alive))
+
+    def _may_leave(self, request_id: int) -> None:
+        if self.peaceful or not self.scenario.has("clients"):
+            return
+        within = self._random.random()
+        if within < LEAVES + STALLS:
+            leave: ev.Event = ev.ClientLeft(request_id) if within < LEAVES else ev.ClientStalled(request_id)
+            after_ns = round(self._random.uniform(0, LEAVES_WITHIN_S) * SECOND_NS)
+            self.world.after(after_ns, lambda: self._leave(request_id, leave))
+
+    def _leave(self, request_id: int, leave: ev.Event) -> None:
+        if request_id in self._arrivals and not self.peaceful:
+            self.feed(leave)
+
+    # What it does.
+
+    def _fetch(self, effect: do.Fetch) -> None:
+        if effect.from_disk:
+            self.world.after(DISK_NS, lambda: self._end_fetch(effect, self._fails("disk", DISK_FAILS)))
+            return
+        self.world.recorder.fetched(self._names[effect.digest], effect.size_bytes)
+        delay_ns = self.sidecar.fetch_ns(effect.size_bytes)
+        if self._fails("fetch", FETCH_SLOW):
+            delay_ns += round(self._random.uniform(0, FETCH_SLOW_S) * SECOND_NS)
+        self.world.after(delay_ns, lambda: self._end_fetch(effect, self._fails("fetch", FETCH_FAILS)))
+
+    def _end_fetch(self, effect: do.Fetch, failed: bool) -> None:
+        if failed:
+            self.feed(ev.FetchFailed(effect.key, Reason.ADAPTER_UNAVAILABLE, "the origin does not answer"))
+        else:
+            self.feed(ev.Fetched(effect.key))
+
+    def _spill(self, effect: do.Spill) -> None:
+        failed = self._fails("disk", DISK_FAILS)
+        told = ev.SpillFailed(effect.key, "no space left") if failed else ev.Spilled(effect.key)
+        self.world.after(DISK_NS, lambda: self.feed(told))
+
+    def _fails(self, kind: str, share: float) -> bool:
+        return self.scenario.has(kind) and not self.peaceful and self._random.random() < share
+
+    def _submit(self, backend: str, request: Request) -> None:
+        if self._up[backend]:
+            self._at[backend][request.request_id] = None
+            super()._submit(backend, request)
+        elif not self.checks.knows_down(backend) and self._random.random() < 0.5:
+            self._failed(request.request_id, Fault.LOST, "connection refused", False)
+
+    def _failed(self, engine_id: int, fault: Fault, text: str, cancelled: bool) -> None:
+        for at in self._at.values():
+            at.pop(engine_id, None)
+        super()._failed(engine_id, fault, text, cancelled)
+
+    def _cancel_at(self, backend: str, engine_id: int) -> None:
+        if self._up[backend]:
+            super()._cancel_at(backend, engine_id)
+
+    def _make(self, name: str, ordinal: int) -> Adapter:
+        rank = ranks_of(self.world.workload.ranks, name, ordinal)
+        return adapter_named(f"{name}-v{ordinal}", rank, self._rows_of(rank), self.world.setup.engine.shape)

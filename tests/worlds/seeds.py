@@ -1,0 +1,19 @@
+"""One fault seed with all that the tests know to ask of the core."""
+
+from __future__ import annotations
+
+from sidecar.core.core import Core
+from sidecar.core.waiting import queue_view
+from tests.kit.corekit import assert_idle, check_books
+from tests.worlds.trial import Verdict, run_seed
+
+
+def run(seed: int) -> Verdict:
+    """Run a seed; raises SeedFailed with all that is needed to look into it."""
+    return run_seed(seed, _look, assert_idle)
+
+
+def _look(core: Core) -> None:
+    """Check the books and read the queue, as an operator does."""
+    check_books(core)
+    queue_view(core.state, core.state.wake_ns)

@@ -1,0 +1,170 @@
+"""Faults by seed: what must hold in every world, and that it would be noticed if it did not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from policies.ordering.soft_gated import SoftGated
+from policies.views import Backlog, Promise, Waiting
+from sidecar.core import effects as do
+from sidecar.core import events as ev
+from sidecar.core import stalls, stealing
+from sidecar.core.core import Core
+from sidecar.core.state import Backend
+from sidecar.core.step import Turn
+from sidecar.lab.sim.product import Product
+from tests.worlds.scenario import KINDS, draw
+from tests.worlds.seeds import run
+from tests.worlds.trial import SeedFailed
+
+SEEDS = range(50)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_holds_under_faults_and_ends_in_peace(seed: int) -> None:
+    """Every request ends once, budgets and bounds hold, and once the faults stop everything comes to its end."""
+    run(seed)
+
+
+def test_same_effects_from_the_same_seed() -> None:
+    """A failing seed runs alone to the same failure: no effect and no time differs, whatever the order of a hash."""
+    told = [f"{seed} {run(seed).digest}" for seed in range(3)]
+    assert told == [f"{seed} {run(seed).digest}" for seed in range(3)]
+    program = "from tests.worlds.seeds import run\nfor seed in range(3): print(seed, run(seed).digest)"
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert other.stdout.splitlines() == told, other.stderr
+
+
+def test_every_kind_of_fault_is_drawn_and_missing() -> None:
+    """Among the seeds each kind of fault is there in some worlds and turned off in others."""
+    drawn = [draw(seed) for seed in SEEDS]
+    for kind in KINDS:
+        assert 5 < sum(scenario.has(kind) for scenario in drawn) < 45, kind
+    assert len({scenario.setup.engine.flavour for scenario in drawn}) == 4
+    assert len({scenario.sidecar.routing for scenario in drawn}) > 3
+    assert any(scenario.parameters.rate_per_s is None for scenario in drawn)
+
+
+def _fails(seeds: range = range(12)) -> str:
+    """Return what the first failing seed says."""
+    for seed in seeds:
+        try:
+            run(seed)
+        except SeedFailed as failure:
+            return str(failure)
+    return ""
+
+
+def test_a_failure_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report names the seed, the time, what was drawn, what went wrong on purpose and the last steps."""
+    monkeypatch.setattr(Turn, "settle", _settled_twice(Turn.settle))
+    told = _fails()
+    for part in ("seed 0 failed at", "ordering", "faults", "what went wrong, on purpose", "the last steps of the core"):
+        assert part in told
+
+
+def _settled_twice(settle: Callable[..., None]) -> Callable[..., None]:
+    def twice(turn: Turn, request: Any, reason: Any, *rest: Any, **more: Any) -> None:
+        settle(turn, request, reason, *rest, **more)
+        turn.emit(next(effect for effect in reversed(turn.effects) if isinstance(effect, do.Settle)))
+
+    return twice
+
+
+def _half_a_bound(promise: Callable[..., Promise | None]) -> Callable[..., Promise | None]:
+    def halved(self: SoftGated, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
+        made = promise(self, request, backlog, now_ns)
+        return None if made is None else replace(made, bound_ns=made.bound_ns // 4)
+
+    return halved
+
+
+def _leaks_pins(unpin: Callable[[Turn, str], None]) -> Callable[[Turn, str], None]:
+    def forgetful(turn: Turn, key: str) -> None:
+        if turn.now_ns % 7:
+            unpin(turn, key)
+
+    return forgetful
+
+
+def _forgets_the_void(_: Any) -> Callable[..., None]:
+    return lambda turn, request, reason: None
+
+
+def _sends_twice(observe: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
+    """A wire that says the first token of each request twice."""
+
+    def again(product: Any, backend: str, event: Any) -> None:
+        observe(product, backend, event._replace(started=event.started * 2))
+
+    return again
+
+
+def _drops_waking(step: Callable[[Core, ev.Event, int], list[do.Effect]]) -> Callable[..., list[do.Effect]]:
+    """A core that never asks to be woken."""
+
+    def sleepy(core: Core, event: ev.Event, now_ns: int) -> list[do.Effect]:
+        return [effect for effect in step(core, event, now_ns) if not isinstance(effect, do.WakeAt)]
+
+    return sleepy
+
+
+def _twice_the_seats(seats: Callable[..., int]) -> Callable[..., int]:
+    return lambda *given: 2 * seats(*given)
+
+
+def _forgets_a_request(drop: Callable[..., None]) -> Callable[..., None]:
+    """A core that takes what has expired out of its queue and tells nobody."""
+
+    def silent(turn: Turn, request: Any, *rest: Any, **more: Any) -> None:
+        drop(turn, request, *rest, **more)
+        turn.effects[:] = [effect for effect in turn.effects if not isinstance(effect, do.Settle)]
+
+    return silent
+
+
+def _never_reroutes(_: Any) -> Callable[..., None]:
+    """A core that leaves aside what no backend could take."""
+    return lambda turn: None
+
+
+def _never_steals(_: Any) -> Callable[..., bool]:
+    """A core that leaves requests where they were routed, whoever idles."""
+    return lambda turn: False
+
+
+def _never_suspects(_: Any) -> Callable[..., None]:
+    """A core that believes an engine until somebody says that it is lost."""
+    return lambda turn, backend: None
+
+
+MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
+    "settled twice": (Turn, "settle", _settled_twice),
+    "a quarter of the bound": (SoftGated, "promise", _half_a_bound),
+    "pins leak": (Turn, "unpin", _leaks_pins),
+    "promises are never void": (Turn, "void_promise", _forgets_the_void),
+    "first tokens come twice": (Product, "observe", _sends_twice),
+    "no timers": (Core, "step", _drops_waking),
+    "twice the seats": (Backend, "seats", _twice_the_seats),
+    "requests are lost": (Turn, "drop", _forgets_a_request),
+    "an engine idles beside a backlog": (stealing, "steal", _never_steals),
+    "a stalled engine is believed": (stalls, "_judge", _never_suspects),
+    "what was set aside stays there": (Turn, "route_the_unrouted", _never_reroutes),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that breaks one promise fails within a few seeds: the checks can fail."""
+    place, attribute, mutate = MUTANTS[name]
+    monkeypatch.setattr(place, attribute, mutate(getattr(place, attribute)))
+    assert _fails(), f"nobody noticed: {name}"

@@ -1,0 +1,318 @@
+"""The page of a simulation: whole, safe, the same each time, small, and telling what happened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from sidecar.core.config import ClassLimit
+from sidecar.errors import Misused
+from sidecar.lab.sim.records import Tenure
+from sidecar.lab.sim.report import page, words, write_report
+from sidecar.lab.sim.results import Result
+from sidecar.lab.sim.setup import EngineSetup, Setup, Sidecar
+from sidecar.lab.sim.simulate import simulate
+from sidecar.lab.sim.workloads import Arrival, LoadParameters, Workload, workload
+from sidecar.pace.cost import CostModel
+
+VOID = {"meta"}
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "n" * 5000, "bell\x07\u202e")
+
+
+class Reader(HTMLParser):
+    """Reads a page, and checks that each tag is closed by its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.handlers: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.ids += [value or "" for key, value in attrs if key == "id"]
+        self.handlers += [key for key, _ in attrs if key.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@cache
+def ran(
+    order: str,
+    name: str = "round_robin",
+    *,
+    slots: int = 4,
+    adapters: int = 16,
+    requests: int = 300,
+    in_flight: int = 128,
+    rate: float | None = None,
+    wait_s: float = 1e6,
+    engines: int = 1,
+    host_slots: int = 1024,
+    store_bytes: int = 1 << 32,
+    output: int = 128,
+) -> Result:
+    """Run something small."""
+    classes = {"default": ClassLimit(queue_wait_ns_max=int(wait_s * 1e9))}
+    sidecar = None if order == "none" else Sidecar(ordering=order, classes=classes, store_bytes=store_bytes)
+    load = LoadParameters(adapters=adapters, input_tokens=128, output_tokens=output, requests=requests, rate_per_s=rate)
+    engine = EngineSetup(cost=CostModel.from_file(), slots=slots, host_slots=host_slots)
+    setup = Setup(engine=engine, sidecar=sidecar, in_flight=in_flight, engines=engines)
+    return simulate(setup, workload(name, load), order)
+
+
+def compared() -> list[Result]:
+    return [ran("none"), ran("skip"), ran("soft_gated")]
+
+
+def overloaded() -> list[Result]:
+    return [
+        ran(order, "two_hot", slots=2, adapters=8, requests=800, rate=40.0, wait_s=5.0, output=256)
+        for order in ("none", "soft_gated")
+    ]
+
+
+CASES = {
+    "compared": compared,
+    "overloaded": overloaded,
+    "four engines": lambda: [ran(order, "zipf", engines=4, in_flight=256) for order in ("none", "soft_gated")],
+    "base model": lambda: [ran("soft_gated", "base")],
+    "one request": lambda: [ran("soft_gated", adapters=1, requests=1)],
+    "all resident": lambda: [ran("none", slots=32), ran("soft_gated", slots=32)],
+    "the same twice": lambda: [ran("skip"), ran("skip")],
+    "several slots": lambda: [ran("soft_gated", slots=slots) for slots in (2, 4, 8)],
+    "none answered": lambda: [ran("soft_gated", rate=40.0, requests=20, wait_s=1e-9, slots=1, adapters=2)],
+}
+
+
+def read(made: str) -> Reader:
+    reader = Reader()
+    reader.feed(made)
+    reader.close()
+    return reader
+
+
+def seconds(value: float) -> str:
+    return words.seconds(value).replace(words.NO_BREAK, " ")
+
+
+def pictures(made: str) -> Iterator[ElementTree.Element]:
+    for found in re.findall(r"<svg.*?</svg>", made, flags=re.DOTALL):
+        yield ElementTree.fromstring(found)
+
+
+def plain(made: str) -> str:
+    """Return a page's text with usual blanks."""
+    return re.sub(r"<[^>]*>", " ", made).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_page_is_well_formed(case: str) -> None:
+    """Tags are closed, drawings are XML, ids are unique, and each drawing has a title and a description."""
+    made = page(CASES[case]())
+
+    reader = read(made)
+    assert not reader.open
+    assert len(set(reader.ids)) == len(reader.ids)
+    assert all(number not in made for number in ('="nan"', '="inf"', "NaN"))
+    for picture in pictures(made):
+        if picture.get("role") == "img":
+            assert [child.tag.split("}")[-1] for child in picture[:2]] == ["title", "desc"]
+            assert all("".join(child.itertext()) for child in picture[:2])
+    assert [tag for tag in reader.tags if tag == "h1"] == ["h1"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_page_loads_nothing(case: str) -> None:
+    """It is whole: no address, no image, no style or script from elsewhere, and no font."""
+    made = page(CASES[case]())
+
+    assert set(re.findall(r"[a-z]+://[^\"'\s<]*", made)) <= {"http://www.w3.org/2000/svg"}
+    assert not set(read(made).tags) & {"link", "img", "iframe", "object", "embed", "image", "foreignobject"}
+    assert not re.search(r"\b(src|href)=|@import|@font-face", made)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", made))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_labels_of_drawings_stay_inside(case: str) -> None:
+    """No text is cut by the edge of its drawing, with letters as broad as they usually are."""
+    for picture in pictures(page(CASES[case]())):
+        if picture.get("role") != "img":
+            continue
+        _, _, width, height = map(float, picture.get("viewBox", "").split())
+        for each in picture.iter("{http://www.w3.org/2000/svg}text"):
+            content, x, y = "".join(each.itertext()), float(each.get("x", 0)), float(each.get("y", 0))
+            left = x - {None: 0.0, "start": 0.0, "middle": 0.5, "end": 1.0}[each.get("text-anchor")] * 6 * len(content)
+            assert left >= -1, content
+            assert left + 6 * len(content) <= width + 12, content
+            assert 8 <= y <= height, content
+
+
+def test_the_headline_is_the_gain_over_the_bare_engine() -> None:
+    """The best run's throughput over that of bare engines on the same arrivals."""
+    deep = {"slots": 2, "adapters": 32, "requests": 800, "in_flight": 512}
+    results = [ran("none", **deep), ran("skip", **deep), ran("soft_gated", **deep)]
+    gain = results[2].throughput_tokens_per_s / results[0].throughput_tokens_per_s
+
+    assert gain > 1.1
+    assert f"<h1>soft_gated gives {gain:.2f}× the throughput of the bare engine</h1>" in page(results)
+
+
+def test_the_lead_tells_waits_of_both() -> None:
+    """The 99th percentile and the longest, the best run's against the bare engine's."""
+    results = overloaded()
+    bare, best = (result.as_json()["wait_s"]["all"] for result in results)
+
+    made = plain(page(results))
+    assert f"the 99th percentile of waits is {seconds(best['p99'])} against {seconds(bare['p99'])}" in made
+    assert f"the longest {seconds(best['max'])} against {seconds(bare['max'])}" in made
+
+
+def test_a_gain_is_only_told_on_the_same_arrivals() -> None:
+    """A bare engine that was asked for something else is no measure."""
+    made = page([ran("none", requests=200), ran("soft_gated")])
+
+    assert "× the throughput of the bare engine" not in made
+    assert "what is reachable</h1>" in made or "all resident</h1>" in made or "each prompt</h1>" in made
+
+
+def test_bounds_stand_first_in_the_table() -> None:
+    """Before any run comes what could be reached."""
+    results = compared()
+    body = re.search(r'id="figures".*?<tbody>(.*?)</tbody>', page(results), flags=re.DOTALL)
+    assert body is not None
+
+    heads = re.findall(r'<th scope="row">(.*?)</th>', body.group(1))
+    assert heads == ["All resident (bound)", "Closed form (bound)", "bare engine", "skip", "soft_gated"]
+    assert f"{results[0].bounds()['closed_form_tokens_per_s']:,.0f}" in body.group(1)
+
+
+def test_what_binds_is_told() -> None:
+    """By slots where they are few, by the requests in flight where all adapters are resident."""
+    assert "bound by the slots: 4 slots for 16 adapters with 128 in flight" in page([ran("soft_gated")])
+    assert "bound by the requests in flight, 128" in page([ran("soft_gated", slots=32)])
+
+
+def test_every_plot_is_there() -> None:
+    """Throughput, the running batch, waits, the store and the timeline; endings only where some were not answered."""
+    sections = ["throughput", "running", "waits", "store", "timeline"]
+
+    assert re.findall(r'<section class="[^"]*" id="(\w+)"', page(compared()))[1:] == sections
+    assert 'id="endings"' in page(overloaded())
+
+
+def test_a_load_of_the_base_model_has_no_plot_of_adapters() -> None:
+    """No slots, no store, no timeline: and the page is still one."""
+    made = page([ran("soft_gated", "base")])
+
+    assert re.findall(r'<section class="[^"]*" id="(\w+)"', made) == ["figures", "running", "waits"]
+
+
+def test_waits_are_told_by_class_and_with_their_bound() -> None:
+    """Three distributions where some adapters are hot, one where none is; the bound's nearest share beside them."""
+    made = plain(page(overloaded()))
+
+    assert all(f"{name} adapters: requests that waited" in made for name in ("All", "Hot", "Cold"))
+    assert re.search(
+        r"soft_gated: of [\d,]+ waits with a bound none exceeded it; the nearest came to [\d.]+ % of", made
+    )
+    assert "Hot adapters: requests" not in page(compared())
+
+
+def test_a_broken_promise_is_an_alert() -> None:
+    """A wait over its bound, a doubled answer: nobody should have to look for it."""
+    good = ran("soft_gated")
+    counts = {**good.recorder.counts, "doubled": 2}
+    bad = replace(good, recorder=replace(good.recorder, counts=counts, over_bound=[(7, 2.0, 1.0)]))
+
+    made = page([bad])
+    assert 'role="alert">soft_gated: 1 request waited longer than its bound<' in made
+    assert 'role="alert">soft_gated: 2 requests got a doubled answer<' in made
+    assert 'role="alert"' not in page([good])
+
+
+def test_what_is_fetched_again_is_told_apart() -> None:
+    """Where neither store nor engine can keep all adapters, the second fetch of one is not its first."""
+    result = ran("soft_gated", "zipf", host_slots=5, store_bytes=60_000_000, requests=600)
+    assert sum(result.recorder.fetches.values()) > len(result.recorder.fetches)
+
+    made = page([result])
+    assert 'class="again s1"' in made
+    assert 'class="again' not in page([ran("soft_gated")]).partition("<body>")[2]
+
+
+def test_a_sweep_is_a_line_of_throughput() -> None:
+    """Runs with other numbers of slots are drawn in the style of those of the same name."""
+    sweep = [ran(order, slots=slots) for order in ("none", "soft_gated") for slots in (2, 8)]
+
+    section = page(compared(), sweep).partition('id="throughput"')[2].partition("</section>")[0]
+    assert 'class="line s0"' in section
+    assert 'class="line s2"' in section
+    assert 'class="line s1"' not in section
+
+
+def test_names_are_text_wherever_they_stand() -> None:
+    """Adapters and labels are called what a trace calls them; a page shows it and runs none of it."""
+    arrivals = [Arrival(None, HOSTILE[number % 4], 64, 64) for number in range(80)]
+    load = Workload(HOSTILE[0], HOSTILE, dict.fromkeys(HOSTILE, 16), 80, False, 1, lambda: iter(arrivals))
+    setup = Setup(engine=EngineSetup(cost=CostModel.from_file(), slots=2), in_flight=16)
+
+    made = page([simulate(setup, load, HOSTILE[1])])
+    reader = read(made)
+    assert not reader.open
+    assert reader.tags.count("script") == 1
+    assert "img" not in reader.tags
+    assert not reader.handlers
+    assert "&lt;script&gt;alert(1)" in made
+    assert "n" * 100 not in made
+
+
+def test_the_same_results_give_the_same_bytes() -> None:
+    """And so does a second simulation: nothing of the machine or the clock is on the page."""
+    again = [simulate(result.setup, result.workload, result.label) for result in compared()]
+
+    assert page(compared()) == page(again)
+
+
+def test_a_long_run_makes_no_large_page() -> None:
+    """Ten runs with all the stays that recorders keep are below 2 MB, and what is left out is told."""
+    first = ran("soft_gated")
+    stays = [Tenure("b0", f"a{at % 16:03}", at * 10**7, (at + 3) * 10**7) for at in range(20_000)]
+    recorder = replace(first.recorder, tenures=stays, openings=1_000_000, ended_ns=20_003 * 10**7, began_ns=1)
+    many = [replace(first, recorder=recorder, label=f"run {number}") for number in range(10)]
+
+    made = page(many)
+    assert 200_000 < len(made.encode()) < 2_000_000
+    assert re.search(r"run 9: the first 6\.\d\d s of 200 s; 999,400 stays of 1,000,000 left out\.", plain(made))
+
+
+def test_the_page_is_written_where_asked(tmp_path: Path) -> None:
+    """The directory is made; writing again replaces the page."""
+    path = write_report([ran("soft_gated")], tmp_path / "new" / "report")
+
+    assert path.parent == tmp_path / "new" / "report"
+    assert path.read_text(encoding="utf-8") == page([ran("soft_gated")])
+    assert write_report(compared(), path.parent) == path
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_a_directory_that_is_a_file_is_misused(tmp_path: Path) -> None:
+    """The message names the file, why it cannot be written, and what to do."""
+    (tmp_path / "taken").write_text("")
+
+    with pytest.raises(Misused, match=r"taken.*name another directory"):
+        write_report([ran("soft_gated")], tmp_path / "taken")

@@ -1,0 +1,1 @@
+"""Makes the adapters that `sidecar demo` ships: trained, checked, written."""
