@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -73,10 +73,35 @@ class Placement:
         return found
 
     def snapshot(self) -> Any:
-        return [self.moves, [[version, asdict(home)] for version, home in self.homes.items()]]
+        return [self.moves, [[version, _written(home)] for version, home in self.homes.items()]]
 
     def restore(self, state: Any) -> None:
         self.homes, self.pages = {}, {}
         self.moves, homes = state
         for version, home in homes:
-            self.add(version, Home(**{**home, "hosts": list(home["hosts"]), "pool": tuple(home["pool"])}))
+            self.add(version, _read(home))
+
+
+def _written(home: Home) -> dict[str, Any]:
+    """Return a home as journals have it: these names stay, whatever the fields are called."""
+    return {
+        "hosts": list(home.hosts),
+        "pages": home.pages,
+        "rank": home.rank,
+        "pool": home.pool,
+        "picks": home.picks,
+        "votes": home.votes,
+        "streak": home.streak,
+    }
+
+
+def _read(record: dict[str, Any]) -> Home:
+    return Home(
+        hosts=list(record["hosts"]),
+        pages=record["pages"],
+        rank=record["rank"],
+        pool=tuple(record["pool"]),
+        picks=record["picks"],
+        votes=record["votes"],
+        streak=record["streak"],
+    )

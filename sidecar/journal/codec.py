@@ -2,7 +2,8 @@
 
 A dataclass becomes `{"!": name, field: value, …}`; tuples, dicts with keys that are not strings, deques and lines
 carry a tag of their own, so that what is read is equal to what was written. Derived fields are left out; a policy
-writes its own snapshot. Insertion order is kept everywhere: the same state always gives the same bytes.
+writes its own snapshot. Insertion order is kept everywhere: the same state always gives the same bytes. What classes
+and fields are called there is `written_names`' to say, not Python's.
 """
 
 from __future__ import annotations
@@ -10,83 +11,24 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from enum import Enum
-from functools import cache
 from typing import Any
 
-from policies import views
 from policies.lines import Line
-from sidecar.core import (
-    config,
-    effects,
-    enums,
-    events,
-    facts,
-    lateness,
-    layout,
-    outstanding,
-    pace,
-    prefetch_accounting,
-    shadow,
-    silence,
-    state,
-    store,
-)
 from sidecar.core.core import Core, Policies
+from sidecar.journal.written_names import WRITTEN, Form, problems
 
-MODULES = (
-    views, config, effects, enums, events, facts, lateness, layout, outstanding, pace, prefetch_accounting, shadow,
-    silence, state, store,
-)  # fmt: skip
-
-
-def _classes() -> dict[str, type]:
-    found: dict[str, type] = {}
-    for module in MODULES:
-        for name, value in vars(module).items():
-            if isinstance(value, type) and (is_dataclass(value) or issubclass(value, Enum)):
-                assert found.setdefault(name, value) is value, f"two classes of the core are called {name}"
-    return found
-
-
-CLASSES = _classes()
-
-
-@cache
-def _fields(cls: Any) -> tuple[tuple[str, bool], ...]:
-    """Return (field name, is a policy) of all that is written."""
-    return tuple((f.name, bool(f.metadata.get("policy"))) for f in fields(cls) if not f.metadata.get("derived"))
+Convert = Callable[[Any], Any]
 
 
 def encode(value: Any) -> Any:
     """Return JSON values for a value of the core. Raises TypeError for anything else."""
-    encoder = _ENCODERS.get(type(value))
-    if encoder is not None:
-        return encoder(value)
-    if isinstance(value, Enum):
-        return {"!": type(value).__name__, "=": value.name}
-    if is_dataclass(value) and not isinstance(value, type):
-        record: dict[str, Any] = {"!": type(value).__name__}
-        for name, is_policy in _fields(type(value)):
-            held = getattr(value, name)
-            record[name] = held.snapshot() if is_policy else encode(held)
-        return record
-    raise TypeError(f"the core holds a {type(value).__name__}, which has no written form")
-
-
-def _encode_dict(value: dict[Any, Any]) -> Any:
-    return {"!": "dict", "=": [[encode(key), encode(held)] for key, held in value.items()]}
-
-
-_ENCODERS: dict[type, Callable[[Any], Any]] = {
-    **dict.fromkeys((int, float, str, bool, type(None)), lambda value: value),
-    list: lambda value: [encode(item) for item in value],
-    tuple: lambda value: {"!": "tuple", "=": [encode(item) for item in value]},
-    deque: lambda value: {"!": "deque", "=": [encode(item) for item in value], "maxlen": value.maxlen},
-    Line: lambda value: {"!": "Line", "=": list(value)},
-    dict: _encode_dict,
-}
+    try:
+        encoder = _ENCODERS[type(value)]
+    except KeyError:
+        raise TypeError(f"the core holds a {type(value).__name__}, which has no written form") from None
+    return encoder(value)
 
 
 def decode(value: Any) -> Any:
@@ -95,23 +37,77 @@ def decode(value: Any) -> Any:
         return [decode(item) for item in value]
     if not isinstance(value, dict):
         return value
-    tag = value["!"]
-    if tag in _DECODERS:
-        return _DECODERS[tag](value)
-    cls: Any = CLASSES[tag]
+    return _DECODERS[value["!"]](value)
+
+
+def encoder_of(cls: Any, form: Form) -> Convert:
+    """Return what encodes a class's instances, or an enum's members. Raises TypeError where the form does not fit."""
+    if found := problems(cls, form):
+        raise TypeError("; ".join(found))
+    tag = form.name
     if issubclass(cls, Enum):
-        return cls[value["="]]
-    # What an earlier release did not write yet keeps its default: its journals stay readable.
-    written = [(name, is_policy) for name, is_policy in _fields(cls) if name in value]
-    return cls(**{name: value[name] if is_policy else decode(value[name]) for name, is_policy in written})
+        members = form.names
+        return lambda member: {"!": tag, "=": members[member.name]}
+    policies = _policies_of(cls)
+    names = [(name, written, name in policies) for name, written in form.names.items()]
+
+    def encode_fields(value: Any) -> Any:
+        record = {"!": tag}
+        for name, written, is_policy in names:
+            held = getattr(value, name)
+            record[written] = held.snapshot() if is_policy else encode(held)
+        return record
+
+    return encode_fields
 
 
-_DECODERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "tuple": lambda value: tuple(decode(item) for item in value["="]),
-    "deque": lambda value: deque((decode(item) for item in value["="]), maxlen=value["maxlen"]),
-    "Line": lambda value: Line(value["="]),
-    "dict": lambda value: {decode(key): decode(held) for key, held in value["="]},
+def decoder_of(cls: Any, form: Form) -> Convert:
+    """Return what decodes what `encoder_of` encodes.
+
+    What an earlier release did not write yet is derived or keeps its default: its journals stay readable.
+    """
+    if issubclass(cls, Enum):
+        members = {written: cls[name] for name, written in form.names.items()}
+        return lambda record: members[record["="]]
+    policies = _policies_of(cls)
+    names = [(name, written, name in policies) for name, written in form.names.items()]
+    derived = [(name, form.names[name], derive) for name, derive in form.derived.items()]
+
+    def decode_fields(record: dict[str, Any]) -> Any:
+        held = {
+            name: record[written] if is_policy else decode(record[written])
+            for name, written, is_policy in names
+            if written in record
+        }
+        for name, written, derive in derived:
+            if written not in record:
+                held[name] = derive(record)
+        return cls(**held)
+
+    return decode_fields
+
+
+def _policies_of(cls: Any) -> set[str]:
+    return {each.name for each in fields(cls) if each.metadata.get("policy")}
+
+
+_ENCODERS: dict[type, Convert] = {
+    **dict.fromkeys((int, float, str, bool, type(None)), lambda value: value),
+    list: lambda value: [encode(item) for item in value],
+    tuple: lambda value: {"!": "tuple", "=": [encode(item) for item in value]},
+    deque: lambda value: {"!": "deque", "=": [encode(item) for item in value], "maxlen": value.maxlen},
+    Line: lambda value: {"!": "Line", "=": list(value)},
+    dict: lambda value: {"!": "dict", "=": [[encode(key), encode(held)] for key, held in value.items()]},
+    **{cls: encoder_of(cls, form) for cls, form in WRITTEN.items()},
 }
+_DECODERS: dict[str, Convert] = {
+    "tuple": lambda record: tuple(decode(item) for item in record["="]),
+    "deque": lambda record: deque((decode(item) for item in record["="]), maxlen=record["maxlen"]),
+    "Line": lambda record: Line(record["="]),
+    "dict": lambda record: {decode(key): decode(held) for key, held in record["="]},
+    **{form.name: decoder_of(cls, form) for cls, form in WRITTEN.items()},
+}
+assert len(_DECODERS) == 4 + len(WRITTEN), "two classes have one written name"
 
 
 def dumps(value: Any) -> str:
