@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from sidecar.backends.registry import kinds
 from sidecar.config import Config
 
 HERE = Path(__file__).parent
@@ -38,7 +39,7 @@ def schema() -> dict[str, Any]:
     """Return the whole schema."""
     whole: dict[str, Any] = yaml.safe_load(BY_HAND.read_text())
     configuration = Config.model_json_schema()
-    sections = {**configuration.pop("$defs"), "Config": configuration}
+    sections = {**configuration.pop("$defs"), **_backends(), "Config": configuration}
     whole["definitions"] |= {name: _plain(section) for name, section in sorted(sections.items())}
     for name, keys in OF_THE_CHART.items():
         for key in keys & whole["definitions"][name]["properties"].keys():
@@ -47,6 +48,17 @@ def schema() -> dict[str, Any]:
     for key in SHORT_FORMS:
         backend[key] = {"anyOf": [{"type": "string", "minLength": 1}, backend[key]]}
     return _reachable(whole)
+
+
+def _backends() -> dict[str, Any]:
+    """Return the sections of a backend: one with the keys of all kinds, as which are of which is told at start."""
+    sections: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
+    for kind in kinds():
+        section = kind.section.model_json_schema()
+        sections |= section.pop("$defs")
+        keys |= section["properties"]
+    return {**sections, "Backend": section | {"properties": keys}}
 
 
 def _plain(node: Any) -> Any:

@@ -14,10 +14,11 @@ from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
 
+from sidecar.backends import faults
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
 from sidecar.backends.triton import wire
-from sidecar.backends.triton.dialects import TRITON
 from sidecar.core.effects import Dispatch, Load, Settle
+from sidecar.core.enums import Fault
 from sidecar.core.events import Event
 
 WRITE_BYTES = 64 << 10
@@ -73,7 +74,7 @@ class Payload:
     metadata: tuple[tuple[str, str], ...] = ()
     prompt: Prompt | None = None
     """What a request of ours carries, so that each backend's own model for that answers; None for a client's own."""
-    kind: str = TRITON
+    kind: str = "triton"
     forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
@@ -273,6 +274,26 @@ class Weights(Protocol):
         """Return when the engine can read it. Raises SidecarError."""
 
     def release(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """How a load ended. `error` is None when it came through, else why not.
+
+    `lost`: its wire broke. `unanswered`: the engine did not get to it in time, or it was never sent. Neither: the text
+    is the engine's own.
+    """
+
+    error: str | None
+    lost: bool = False
+    unanswered: bool = False
+
+    @property
+    def fault(self) -> Fault:
+        """What the error of a load that did not come through means."""
+        if self.lost:
+            return Fault.LOST
+        return Fault.NO_ANSWER if self.unanswered else faults.classify(self.error or "")
 
 
 class Backend(Protocol):

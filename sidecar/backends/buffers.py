@@ -8,7 +8,7 @@ advance would do the same for a sixteenth of the clients; to count none but the 
 
 from __future__ import annotations
 
-from sidecar.config import ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX
+from sidecar.config.queue import ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX
 
 REPLY_BYTES = 256
 """What one message takes in memory beside its bytes: a token has few of those."""

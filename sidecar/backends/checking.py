@@ -8,28 +8,19 @@ page of its cache each, or one of vLLM's slots.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import grpc.aio
 import httpx
-from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.backends.checks.finding import Finding, Look, State, Target, failed, skipped
-from sidecar.backends.credentials import open_channel
-from sidecar.backends.triton.checks import engine, memory, metrics, model, runs, server, staged
-from sidecar.backends.triton.checks.runs import LOAD_S, RUN_S
-from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.backends.checks.finding import Finding, State, Target, failed, skipped
+from sidecar.backends.kind import Checks, CheckStep
+from sidecar.backends.registry import kind_of
 from sidecar.backends.triton.probe import words
-from sidecar.backends.vllm.checks import declared, registered
-from sidecar.backends.vllm.checks import runs as vllm_runs
-from sidecar.backends.vllm.checks import server as vllm_server
-from sidecar.backends.vllm.checks.look import VllmLook, open_look
 from sidecar.errors import SidecarError
-
-AnyLook = TypeVar("AnyLook", Look, VllmLook)
 
 LOOK_S = 15.0
 """The longest that one of the small checks may take in all its parts."""
@@ -37,73 +28,16 @@ SPARE_S = 10.0
 """What a check may take beyond the requests that it waits for."""
 
 
-@dataclass(frozen=True)
-class Step(Generic[AnyLook]):
-    """One check: the earlier ones that it rests on, the kind of engine that it is for, the seconds that it may take."""
-
-    name: str
-    run: Callable[[AnyLook], Awaitable[Finding]]
-    needs: tuple[str, ...] = ()
-    limit_s: float = LOOK_S
-    kind: str | None = None
+def checks_of(model_kind: str) -> Checks | None:
+    """Return the checks for a kind of model; None where there are none."""
+    kind = kind_of(model_kind)
+    return None if kind is None or kind.checks is None else kind.checks()
 
 
-STEPS: tuple[Step[Look], ...] = (
-    Step("reachable", server.reachable, limit_s=2 * LOOK_S),
-    Step("ready", server.ready, ("reachable",)),
-    Step("model", server.model, ("ready",)),
-    Step("kind", model.kind, ("model",)),
-    Step("LoRA inputs", model.lora_inputs, ("kind",)),
-    Step("dtype", model.dtype, ("LoRA inputs",), kind=TRITON),
-    Step("decoupled", model.decoupled, ("model",)),
-    Step("batch", model.batch, ("kind",)),
-    Step("instances", model.instances, ("kind",), kind=TRITON),
-    Step("engine", engine.engine, ("kind",)),
-    Step("cache", engine.cache, ("LoRA inputs",), kind=TRITON),
-    Step("metrics", metrics.metrics, ("reachable",)),
-    Step("queue", model.queue, ("model",)),
-    Step("shared memory", memory.shared_memory, ("reachable",), kind=TRITON),
-    Step("TLS", server.encrypted, ("reachable",)),
-    Step("base model", runs.base, ("batch",), RUN_S + SPARE_S),
-    Step("adapter", runs.adapter, ("LoRA inputs", "base model"), LOAD_S + SPARE_S, TRITON),
-    Step("adapter, shared", runs.adapter_shared, ("adapter",), LOAD_S + SPARE_S, TRITON),
-    Step("resident", runs.resident, ("adapter",), RUN_S + SPARE_S, TRITON),
-    Step("unknown id", runs.unknown_id, ("LoRA inputs", "base model"), RUN_S + SPARE_S, TRITON),
-    Step("shared folder", staged.folder, ("LoRA inputs",), kind=TRITON_LLMAPI),
-    Step("adapter", staged.adapter, ("shared folder", "base model"), LOAD_S + SPARE_S, TRITON_LLMAPI),
-)
-
-
-VLLM_STEPS: tuple[Step[VllmLook], ...] = (
-    Step("reachable", vllm_server.reachable, limit_s=2 * LOOK_S),
-    Step("version", vllm_server.version, ("reachable",)),
-    Step("health", vllm_server.health, ("reachable",)),
-    Step("TLS", vllm_server.encrypted, ("reachable",)),
-    Step("API key", vllm_server.api_key, ("reachable",)),
-    Step("model", vllm_server.model, ("API key",)),
-    Step("LoRA updating", registered.updating, ("health", "API key")),
-    Step("adapters", registered.registered, ("model",)),
-    Step("metrics", declared.metrics, ("reachable",)),
-    Step("shared folder", vllm_runs.folder, ("reachable",)),
-    Step("base model", vllm_runs.base, ("health", "model"), RUN_S + SPARE_S),
-    Step(
-        "adapter",
-        vllm_runs.adapter,
-        ("version", "LoRA updating", "shared folder", "base model"),
-        LOAD_S + RUN_S + SPARE_S,
-    ),
-    Step("slots", declared.slots, ("reachable",)),
-    Step("kept in memory", declared.memory, ("reachable",)),
-    Step("seats", declared.seats, ("reachable",)),
-    Step("rank", declared.rank, ("reachable",)),
-)
-"""Slots come late: the metrics have them once something has been asked."""
-
-
-def names_of(kind: str) -> list[str]:
-    """Return the names of the checks for a kind of engine, in order."""
-    steps: Sequence[Step[Look] | Step[VllmLook]] = VLLM_STEPS if kind == VLLM else STEPS
-    return [step.name for step in steps if step.kind in (None, kind)]
+def names_of(model_kind: str) -> list[str]:
+    """Return the names of the checks for a kind of model, in order."""
+    checks = checks_of(model_kind)
+    return [] if checks is None else [step.name for step in checks.steps if step.kind in (None, model_kind)]
 
 
 async def check(target: Target, begun: Callable[[str], None] = lambda name: None) -> AsyncGenerator[Finding, None]:
@@ -111,24 +45,14 @@ async def check(target: Target, begun: Callable[[str], None] = lambda name: None
 
     Raises Misused for TLS files or a key that are not there.
     """
-    if target.facts.kind == VLLM:
-        async with open_look(target) as vllm, aclosing(_all(VLLM_STEPS, vllm, begun)) as findings:
-            async for finding in findings:
-                yield finding
-        return
-    channel = open_channel(target.address, target.tls)
-    try:
-        look = Look(target, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel), target.facts)
-        async with aclosing(_all(STEPS, look, begun)) as findings:
-            async for finding in findings:
-                yield finding
-    finally:
-        await channel.close(None)
+    checks = checks_of(target.facts.kind)
+    assert checks is not None, f"no checks for {target.facts.kind}"
+    async with checks.open(target) as look, aclosing(_all(checks.steps, look, begun)) as findings:
+        async for finding in findings:
+            yield finding
 
 
-async def _all(
-    steps: Sequence[Step[AnyLook]], look: AnyLook, begun: Callable[[str], None]
-) -> AsyncGenerator[Finding, None]:
+async def _all(steps: Sequence[CheckStep], look: Any, begun: Callable[[str], None]) -> AsyncGenerator[Finding, None]:
     blamed: dict[str, str] = {}
     for step in steps:
         if step.kind not in (None, look.facts.kind):
@@ -138,7 +62,7 @@ async def _all(
         yield replace(finding, check=step.name)
 
 
-async def _carry_out(step: Step[AnyLook], look: AnyLook, blamed: dict[str, str]) -> Finding:
+async def _carry_out(step: CheckStep, look: Any, blamed: dict[str, str]) -> Finding:
     """Run one check, unless one that it needs has failed; `blamed` has the failed ones, each with the first cause."""
     causes = [blamed[name] for name in step.needs if name in blamed]
     if causes:
@@ -150,7 +74,7 @@ async def _carry_out(step: Step[AnyLook], look: AnyLook, blamed: dict[str, str])
     return finding
 
 
-async def _within_its_time(step: Step[AnyLook], look: AnyLook) -> Finding:
+async def _within_its_time(step: CheckStep, look: Any) -> Finding:
     try:
         async with asyncio.timeout(step.limit_s):
             return await step.run(look)

@@ -15,9 +15,8 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from sidecar.backends.api import Ticket, Weights
+from sidecar.backends.api import LoadResult, Ticket, Weights
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.triton.loads import LoadResult
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
 from sidecar.core.events import (

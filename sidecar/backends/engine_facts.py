@@ -101,7 +101,7 @@ def from_model_config(config: Any) -> EngineFacts:
 
 def from_llmapi_config() -> EngineFacts:
     """Return what is known of an LLM-API model: it keeps its caches itself, and loads again whatever they lost."""
-    return EngineFacts(kind=TRITON_LLMAPI)
+    return EngineFacts(kind=TRITON_LLMAPI, reads_files=True)
 
 
 def _number(parameters: Mapping[str, str], name: str) -> int | None:

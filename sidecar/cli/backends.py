@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.backends.triton.dialects import VLLM
+from sidecar.backends.registry import model_kind, url_of
 from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
@@ -208,7 +208,7 @@ def _shown(backend: Any) -> list[Any]:
             ("backend", backend.id),
             ("state", _state(backend)),
             ("detail", backend.detail),
-            ("address", _address(backend)),
+            ("address", url_of(backend.kind, backend.address)),
             ("engine", _engine(backend)),
             ("pace", f"{PACES.get(backend.pace, backend.pace)}; a request that came now would {_wait(backend)}"),
             ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
@@ -257,27 +257,12 @@ def _wait(backend: Any) -> str:
     return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 
 
-def _address(backend: Any) -> str:
-    """Return the URL that it is configured by."""
-    scheme, separator, address = backend.address.partition("://")
-    if backend.kind == VLLM and separator:
-        return f"{'vllms' if scheme == 'https' else 'vllm'}://{address}"
-    return f"{backend.kind}://{backend.address}"
-
-
 def _page_word(backend: Any) -> str:
-    return "adapters" if backend.kind == VLLM else "pages"
+    return "adapters" if model_kind(backend.kind).page_is_adapter else "pages"
 
 
 def _page_facts(backend: Any) -> str:
-    """Say how many pages there are; in vLLM a page is an adapter."""
+    """Say how many pages there are and in use."""
     in_use = sum(version.pages for version in backend.open)
-    if backend.kind == VLLM:
-        kept, slots = backend.host_pages or "?", backend.device_pages or "?"
-        places = f"the engine keeps {kept} in memory (max_cpu_loras) and has {slots} slots (max_loras)"
-    else:
-        places = (
-            f"the engine has {backend.host_pages or '?'} in its host cache and {backend.device_pages or '?'} on the "
-            "device"
-        )
+    places = model_kind(backend.kind).pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
     return f"{in_use} open, at most {backend.page_limit or '?'} at once; {places}"

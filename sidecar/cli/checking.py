@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +11,12 @@ import typer
 import yaml
 
 from policies.registry import POLICIES
-from sidecar.backends.triton.dialects import VLLM
-from sidecar.backends.vllm.checks.declared import undeclared
+from sidecar.backends.registry import entries_of, full_record, kind_named
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
 from sidecar.config import Config, plugins
+from sidecar.config.backends import Backend as Entry
 from sidecar.discovery import several
 from sidecar.errors import Misused, Reason
 from sidecar.serve.pool import facts_of
@@ -51,14 +51,15 @@ def check_config(
     """
     config = resolve(file)
     plugins.policies_of(config.core())
-    _check_files(config)
-    _check_addresses(config)
-    notes = [*_paces(config), *_undeclared(config)]
+    entries = entries_of(config, str(file))
+    _check_files(config, entries)
+    _check_addresses(entries)
+    notes = [*_paces(entries), *_undeclared(entries)]
     if connect:
         from sidecar.cli.probing import check_all
 
         return check_all(config, as_json)
-    record = config.model_dump(mode="json")
+    record = full_record(config)
     if as_json:
         print_json(record)
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
@@ -68,10 +69,10 @@ def check_config(
     return Exit.OK
 
 
-def _paces(config: Config) -> Iterator[str]:
+def _paces(entries: Sequence[Entry]) -> Iterator[str]:
     """Say of each backend what the promises about waits will rest on. Raises Misused for a bad cost file."""
-    facts = facts_of(config.backends)
-    for backend in config.backends:
+    facts = facts_of(entries)
+    for backend in entries:
         pace = facts[backend.identity].pace
         if pace is None:
             yield (
@@ -86,31 +87,28 @@ def _paces(config: Config) -> Iterator[str]:
             )
 
 
-def _undeclared(config: Config) -> Iterator[str]:
-    """Say of each vLLM what it needs and is not given: it does not publish what it was started with."""
-    facts = facts_of(config.backends)
-    for backend in config.backends:
-        if backend.scheme == VLLM:
-            for note in undeclared(facts[backend.identity], backend.adapters_dir is not None):
-                yield f"{backend.identity}: {note}"
+def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
+    """Say of each backend what its kind needs and is not given."""
+    facts = facts_of(entries)
+    for backend in entries:
+        for note in kind_named(backend.kind_name).notes(backend, facts[backend.identity]):
+            yield f"{backend.identity}: {note}"
 
 
-def _check_addresses(config: Config) -> None:
+def _check_addresses(entries: Sequence[Entry]) -> None:
     """Raise Misused for a backend whose one address is several engines', by DNS or else by the cluster."""
     from sidecar.kubernetes import services
 
     places = {
-        f"backends.{number}.url": backend.address
-        for number, backend in enumerate(config.backends)
-        if backend.discover is None
+        f"backends.{number}.url": backend.address for number, backend in enumerate(entries) if backend.discover is None
     }
     for key, problem in (several.problems(places) or services.problems(places)).items():
         raise Misused(Reason.CONFIG_INVALID, f"{key}: {problem}")
 
 
-def _check_files(config: Config) -> None:
+def _check_files(config: Config, entries: Sequence[Entry]) -> None:
     """Raise Misused for the first file that the configuration names and that is not there."""
-    for key, path in _files(config):
+    for key, path in _files(config, entries):
         if not Path(path).expanduser().is_file():
             raise Misused(Reason.CONFIG_INVALID, f"{key}: there is no file {path}")
     serve = config.adapters.serve
@@ -118,7 +116,7 @@ def _check_files(config: Config) -> None:
         raise Misused(Reason.CONFIG_INVALID, f"adapters.serve: there is no folder {serve}")
 
 
-def _files(config: Config) -> list[tuple[str, str]]:
+def _files(config: Config, entries: Sequence[Entry]) -> list[tuple[str, str]]:
     listeners = config.listeners
     named: list[tuple[str, str | None]] = [("listeners.admin.token_file", listeners.admin.token_file)]
     named.append(("state.password_file", config.state.password_file))
@@ -129,9 +127,8 @@ def _files(config: Config) -> list[tuple[str, str]]:
         ("listeners.http.tls", listeners.http.tls),
         ("listeners.probes.tls", listeners.probes.tls),
     ]
-    for number, backend in enumerate(config.backends):
-        named.append((f"backends.{number}.engine.config", backend.engine.config))
-        named.append((f"backends.{number}.api_key_file", backend.api_key_file))
+    for number, backend in enumerate(entries):
+        named += [(f"backends.{number}.{key}", path) for key, path in backend.files().items()]
         secured.append((f"backends.{number}.tls", backend.tls))
     for key, tls in secured:
         if tls is not None:

@@ -96,7 +96,7 @@ def _metadata(endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
 
 
 def _is_local(address: str) -> bool:
-    from sidecar.config import is_local
+    from sidecar.config.listeners import is_local
 
     return is_local(address) or address.startswith("unix:")
 

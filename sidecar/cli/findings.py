@@ -11,13 +11,14 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sidecar.backends.checking import STEPS, VLLM_STEPS, result_of
+from sidecar.backends.checking import result_of
 from sidecar.backends.checks.finding import Finding, State
+from sidecar.backends.registry import kinds
 from sidecar.cli.show import count, table
 
 MARKS = {State.OK: "✓", State.WARNING: "!", State.FAILED: "✗", State.SKIPPED: "–"}
 STYLES = {State.OK: "green", State.WARNING: "yellow", State.FAILED: "bold red", State.SKIPPED: "dim"}
-NAME_WIDTH = max(len(step.name) for steps in (STEPS, VLLM_STEPS) for step in steps)
+NAME_WIDTH = max(len(step.name) for kind in kinds() if kind.checks is not None for step in kind.checks().steps)
 
 
 @dataclass

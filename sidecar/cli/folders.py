@@ -16,6 +16,7 @@ from sidecar.adapters.convert import convert as convert_folder
 from sidecar.adapters.inspect import inspect as inspect_folder
 from sidecar.adapters.layout import Layout
 from sidecar.backends.engine_facts import from_engine_config
+from sidecar.backends.registry import entries_of
 from sidecar.cli.adapters import app
 from sidecar.cli.bars import bar
 from sidecar.cli.serving import resolve
@@ -38,7 +39,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a PEFT folder holds, what each engine dtype would make of it, and which backends could serve it."""
-    backends = {} if config is None else facts_of(resolve(config).backends)
+    backends = {} if config is None else facts_of(entries_of(resolve(config)))
     with working(f"reading {source}"):
         found = inspect_folder(source, backends=backends, base=None if base is None else read_base_model(base))
     if as_json:

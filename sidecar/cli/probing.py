@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +18,19 @@ from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.registration import adapter_of
 from sidecar.backends.checking import check, names_of
 from sidecar.backends.checks.finding import State, Target, failed, skipped
-from sidecar.backends.triton.dialects import TRITON, VLLM
+from sidecar.backends.kind import Checks
+from sidecar.backends.registry import KINDS, entries_of, kind_named, urls
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.findings import Lines, Report, drawn
 from sidecar.cli.serving import resolve, shared_folder
 from sidecar.cli.show import console, print_json, working
-from sidecar.config import Backend, Config, parse
+from sidecar.config import Config, parse
+from sidecar.config.backends import Backend
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Misused
 from sidecar.serve.discovered import found_now
-from sidecar.serve.pool import base_model_of, facts_of, usual_metrics_url
+from sidecar.serve.pool import base_model_of, facts_of
 
-KINDS = (TRITON, VLLM)
 SHOWN_MAX = 8
 T = TypeVar("T")
 
@@ -78,13 +79,11 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
     """Look at the engine at a URL, or at the configured backend of that id or URL; print a line for each check."""
     config = Config() if wanted.config is None else resolve(wanted.config)
     record = wanted.applied_to(_record(url, config, wanted.config))
-    backend = parse({"backends": [record]}, "the command line").backends[0]
-    if backend.scheme not in KINDS:
-        raise CommandError(
-            f"{backend.url}: only engines behind triton://HOST:PORT (the port of tritonserver's --grpc-port) or "
-            "vllm://HOST:PORT can be checked",
-            Exit.MISUSED,
-        )
+    (backend,) = entries_of(parse({"backends": [record]}, "the command line"), "the command line")
+    if _checks_of(backend) is None:
+        why = f"{backend.url}: engines of its kind cannot be checked; those behind {urls()} can"
+        raise CommandError(why, Exit.MISUSED)
+
     served = _served(wanted.adapters or config.adapters.serve)
     target = _target(backend, None if wanted.config is None else config, served)
     report = Report(target.id, backend.url)
@@ -96,16 +95,17 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
 
 def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
     """Return the section of the backend that is meant; without a configuration one that has the URL only."""
-    full = url if "://" in url else f"{TRITON}://{url}"
+    full = url if "://" in url else f"{next(iter(KINDS))}://{url}"
     if file is None:
         return {"url": full}
-    found = [backend for backend in config.backends if url == backend.identity or full == backend.url]
+    entries = entries_of(config, str(file))
+    found = [number for number, entry in enumerate(entries) if url == entry.identity or full == entry.url]
     if not found:
-        known = ", ".join(backend.identity for backend in config.backends[:SHOWN_MAX]) or "none"
+        known = ", ".join(entry.identity for entry in entries[:SHOWN_MAX]) or "none"
         raise CommandError(f'{file} has no backend "{url}"; it has {known}', Exit.MISUSED)
-    if found[0].discover is not None:
+    if entries[found[0]].discover is not None:
         raise CommandError(f'{url} is a pool; "sidecar config check --connect {file}" looks at all in it', Exit.MISUSED)
-    return found[0].model_dump(mode="json", exclude_unset=True)
+    return config.backends[found[0]]
 
 
 def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]) -> Target:
@@ -113,19 +113,19 @@ def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]
     return Target(
         id=backend.identity,
         address=backend.address,
-        model=backend.model,
-        facts=replace(facts, kind=VLLM) if backend.scheme == VLLM else facts,
-        metrics_url=backend.metrics,
-        usual_metrics_url=usual_metrics_url(backend.address),
-        tls=backend.tls.model_dump(exclude_none=True) if backend.tls else None,
+        facts=facts,
+        tls=backend.tls_files,
         store_bytes=None if config is None else config.store.memory_bytes,
-        transport=backend.weights_transport,
-        adapters_dir=backend.adapters_dir.places if backend.adapters_dir else None,
+        adapters_dir=backend.places,
         base=base_model_of(backend),
         served=served,
-        api_key_file=backend.api_key_file,
-        old_versions=backend.old_versions,
+        **(checks.target(backend) if (checks := _checks_of(backend)) is not None else {}),
     )
+
+
+def _checks_of(backend: Backend) -> Checks | None:
+    checks = kind_named(backend.kind_name).checks
+    return None if checks is None else checks()
 
 
 def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
@@ -196,10 +196,11 @@ def check_all(config: Config, as_json: bool) -> Exit:
 
 
 async def _look_at_all(config: Config, served: tuple[Adapter, ...]) -> list[Report]:
-    pools = [entry for entry in config.backends if entry.discover is not None]
+    entries = entries_of(config)
+    pools = [entry for entry in entries if entry.discover is not None]
     names = [pool.identity for pool in pools]
     found = dict(zip(names, await asyncio.gather(*map(found_now, pools)), strict=True))
-    engines = [each for entry in config.backends for each in found.get(entry.identity, [entry])]
+    engines = [each for entry in entries for each in found.get(entry.identity, [entry])]
     with _bars() as bar:
         reports = await asyncio.gather(*(_look(backend, config, served, bar(backend)) for backend in engines))
     return [*reports, *(_empty(pool) for pool in pools if not found[pool.identity])]
@@ -215,8 +216,8 @@ def _empty(pool: Backend) -> Report:
 
 async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], begun: Callable[[str], None]) -> Report:
     report = Report(backend.identity, backend.url)
-    if backend.scheme not in KINDS:
-        report.findings.append(skipped(f'there are no checks for the kind "{backend.scheme}"'))
+    if _checks_of(backend) is None:
+        report.findings.append(skipped(f'there are no checks for the kind "{backend.kind_name}"'))
         return report
     try:
         async with aclosing(check(_target(backend, config, served), begun)) as findings:
@@ -239,7 +240,8 @@ def _bars() -> Iterator[Callable[[Backend], Callable[[str], None]]]:
     with Progress(*columns, console=errors, transient=True) as progress:
 
         def bar(backend: Backend) -> Callable[[str], None]:
-            task = progress.add_task("", total=len(names_of(backend.scheme)), backend=backend.identity)
+            total = len(names_of(facts_of([backend])[backend.identity].kind))
+            task = progress.add_task("", total=total, backend=backend.identity)
 
             def begun(name: str) -> None:
                 progress.update(task, advance=1, description=name)

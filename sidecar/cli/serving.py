@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from sidecar.backends.registry import entries_of
 from sidecar.cli.client import CLIENT_VARIABLES
 from sidecar.cli.exits import Exit
 from sidecar.cli.show import count
@@ -119,11 +120,14 @@ def resolve(path: Path | None, overrides: dict[str, Any] | None = None) -> Confi
     environment = {name: text for name, text in os.environ.items() if name not in CLIENT_VARIABLES}
     config = load(path, environment)
     if not overrides:
+        entries_of(config, str(path or "the environment"))
         return config
     record = config.model_dump(mode="json", exclude_unset=True)
     for key, value in overrides.items():
         _set(record, key, value)
-    return parse(record, "the command line")
+    config = parse(record, "the command line")
+    entries_of(config, "the command line")
+    return config
 
 
 def _set(record: dict[str, Any], key: str, value: Any) -> None:

@@ -36,16 +36,19 @@ def resolve(kind: str, name: str) -> type[Any]:
             f'no {kind} policy is called "{name}"; there are {", ".join(sorted(known(kind)))}, '
             "or name a class as package.module:Class",
         )
-    module, _, attribute = target.partition(":")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise Misused(
-            Reason.CONFIG_INVALID, f'the {kind} "{name}" cannot be loaded from "{target}": {error}'
-        ) from error
+    found = imported(f'the {kind} "{name}"', target)
     if not isinstance(found, type):
         raise Misused(Reason.CONFIG_INVALID, f'the {kind} "{name}": "{target}" is not a class')
     return found
+
+
+def imported(what: str, target: str) -> Any:
+    """Return what `package.module:name` stands for. Raises Misused, which begins with `what` it was to be."""
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {error}') from error
 
 
 def policies_of(config: CoreConfig) -> Policies:

@@ -22,7 +22,6 @@ PACKER_REVISION = 1
 MESSAGE_BYTES_MAX = 2**31 - 1
 """The largest gRPC message Triton takes; a packed adapter travels in one."""
 MESSAGE_OVERHEAD_BYTES = 1 << 16
-FILE_KINDS = frozenset({"triton_llmapi", "vllm"})
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class EngineFacts:
     """What an engine was built with and how big it is. None is "not known", and disables exactly that check."""
 
     kind: str = "triton"
-    """What it is loaded with: "triton" takes packed weights, the others read files from a shared folder."""
+    """The kind of its model, which fronts write requests for; the core treats all kinds alike."""
     base_models: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     """What clients may call its models; anything where nothing is named."""
@@ -64,10 +63,12 @@ class EngineFacts:
     """Requests that may wait in the engine itself."""
     base_apart: bool = False
     """It answers wrongly when the base model and adapters run in one batch: they take turns."""
+    reads_files: bool = False
+    """It reads adapters from a folder that it shares with the sidecar; the others are sent packed weights."""
 
     @property
     def layout(self) -> Layout:
-        if self.kind in FILE_KINDS:
+        if self.reads_files:
             return Layout(self.dtype or "float16", files=True)
         fused = None if self.modules is None else fused_of(self.modules)
         known = self.heads and self.kv_heads and self.head_size

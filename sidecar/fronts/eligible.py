@@ -1,16 +1,16 @@
 """Which backends a request can go to, by the kind of model that it is written for and by the model that it names.
 
-TensorRT-LLM's core model takes token ids and its ensemble text; the LLM-API model takes text under names of its own. A
-pool may have both.
+A pool may have several kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 from sidecar.backends.api import Payload
-from sidecar.backends.triton.dialects import KSERVE_KINDS, VLLM
+from sidecar.backends.kind import Native
+from sidecar.backends.registry import model_kind
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
@@ -62,11 +62,12 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
     say, an unknown model's name too. Raises Refused(INVALID_REQUEST) where nobody speaks KServe.
     """
     engines = _engines(state)
-    kserve = [facts for facts in engines if facts.kind in KSERVE_KINDS]
+    kserve = [facts for facts in engines if model_kind(facts.kind).native is Native.KSERVE]
     if engines and not kserve:
         raise Refused(
             Reason.INVALID_REQUEST,
-            "no backend speaks KServe: these are vLLM; use the OpenAI API on the http listener, or Gateway.Generate",
+            f"no backend speaks KServe: these are {_titles(engines)}; use the OpenAI API on the http listener, or "
+            "Gateway.Generate",
         )
     having = [facts for facts in kserve if _has_model(facts, payload.model)]
     kinds = {facts.kind for facts in having or kserve}
@@ -89,5 +90,9 @@ def _engines(state: State) -> list[EngineFacts]:
 
 
 def base_names(facts: EngineFacts) -> tuple[str, ...]:
-    """Return what clients may call an engine's base model: its own names, and what a vLLM serves it as."""
-    return (*facts.base_models, *(facts.models if facts.kind == VLLM else ()))
+    """Return what clients may call an engine's base model: its own names, and what an OpenAI server serves it as."""
+    return (*facts.base_models, *(facts.models if model_kind(facts.kind).native is Native.OPENAI else ()))
+
+
+def _titles(engines: Iterable[EngineFacts]) -> str:
+    return ", ".join(dict.fromkeys(model_kind(facts.kind).title for facts in engines))

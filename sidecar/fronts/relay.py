@@ -9,9 +9,12 @@ from time import monotonic_ns
 from typing import Any, TypeVar
 
 from sidecar.backends.api import Reply, Ticket
+from sidecar.backends.kind import Reader
+from sidecar.backends.registry import model_kind
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.errors import Reason
 from sidecar.fronts.status import id_metadata
+from sidecar.shell.gateway import Gateway
 
 Written = TypeVar("Written")
 
@@ -58,6 +61,14 @@ def origin_metadata(ticket: Ticket, hide_backend: bool) -> tuple[tuple[str, str]
 
 def version_label(dispatch: Dispatch) -> str:
     return f"{dispatch.name}@v{dispatch.ordinal}" if dispatch.name else ""
+
+
+def reader_of(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reader:
+    """Return what reads the answer that has begun to come, as text or as token ids."""
+    assert ticket.dispatch is not None, "an answer of nobody"
+    asking = model_kind(gateway.kind_of(ticket.dispatch.backend)).asking
+    assert asking is not None, "an answer of an engine that was not asked"
+    return asking.reader(is_text)
 
 
 async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) -> Settle | None:

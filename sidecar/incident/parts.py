@@ -25,7 +25,9 @@ import httpx
 import yaml
 
 from sidecar.backends.credentials import tls_context
-from sidecar.config import Backend, Config
+from sidecar.backends.registry import entries_of, full_record
+from sidecar.config import Config
+from sidecar.config.backends import Backend
 from sidecar.incident.arrivals import header_in
 from sidecar.incident.finding import began_of
 from sidecar.incident.redaction import ids_redactor, redacted, redacted_text
@@ -129,14 +131,14 @@ def _lines_of(file: IO[bytes], size_bytes: int) -> Iterator[bytes]:
 
 def configuration_of(config: Config) -> tuple[Part, list[str]]:
     """Return the configuration as it is served, without its secrets, and the keys of what was cut."""
-    record, cut = redacted(config.model_dump(mode="json"))
+    record, cut = redacted(full_record(config))
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     return Part("config.yaml", text.encode(), "the configuration, environment and defaults included"), cut
 
 
 def engine_configs_of(config: Config, missing: Missing) -> Iterator[Part]:
     """Yield the files that the configuration names about each backend's engine and its base model."""
-    for number, backend in enumerate(config.backends):
+    for number, backend in enumerate(entries_of(config)):
         folder = f"backends/{number:02}-{_UNSAFE.sub('_', backend.identity)[:80]}"
         named = False
         for name, path in _files_of(backend):

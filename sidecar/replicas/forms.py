@@ -8,7 +8,6 @@ import grpc
 
 from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
 from sidecar.backends.triton import wire
-from sidecar.backends.triton.dialects import VLLM
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache
 from sidecar.core.step import outcome_of
@@ -116,9 +115,9 @@ def dispatch_of(request: int, sent: Any) -> Dispatch:
     )  # fmt: skip
 
 
-def reply_of(raw: bytes, final: bool, kind: str, unary: bool) -> Reply:
+def reply_of(raw: bytes, final: bool, unary: bool) -> Reply:
     """Return a part of an answer. What a stream's is made of is read when somebody asks for it."""
-    message = wire.ModelInferResponse.FromString(raw) if unary and kind != VLLM else None
+    message = wire.ModelInferResponse.FromString(raw) if unary else None
     return Reply(raw, message, final)
 
 

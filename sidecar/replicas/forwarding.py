@@ -130,7 +130,7 @@ class Forward:
             return True
         self._has_begun = True
         raw = reply.last if which == "last" else reply.part
-        ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.kind, ticket.payload.unary))
+        ticket.deliver(forms.reply_of(raw, which == "last", ticket.payload.unary))
         if self._resuming is None and not ticket.has_room:
             self._resuming = asyncio.create_task(self._pause())
         return False

@@ -15,6 +15,8 @@ from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.limits import Limits
 from sidecar.adapters.spool import Spool
 from sidecar.backends.buffers import AnswerBuffers
+from sidecar.backends.kind import Wiring
+from sidecar.backends.registry import entries_of
 from sidecar.backends.triton.loads import LoaderProcess
 from sidecar.config import Config, plugins
 from sidecar.config.discover import Discover
@@ -56,6 +58,7 @@ class Sidecar:
         self, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
     ) -> None:
         self.config = config
+        self.entries = entries_of(config)
         self.crash = crash or Crash()
         self._crashed = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
@@ -71,8 +74,8 @@ class Sidecar:
         self._draining: asyncio.Task[None] | None = None
         self._pools: DiscoveredPools | None = None
         self._declared: DeclaredAdapters | None = None
-        core = replace(config.core(), pools=pools_of(config.backends))
-        self._memory = shared_memory_for(config)
+        core = replace(config.core(), pools=pools_of(self.entries))
+        self._memory = shared_memory_for(self.entries, config.store.memory_bytes)
         self.gateway = Gateway(
             core,
             plugins.policies_of(core),
@@ -81,10 +84,10 @@ class Sidecar:
             config.client_stall_s,
             config.queue.inbox_max,
             sources=self._sources(data),
-            bases=base_models(config.backends),
+            bases=base_models(self.entries),
             disk=DiskTier(data / "blobs") if data is not None and core.disk_bytes else None,
             mount=self._memory.mount,
-            stagings=stagings_of(config.backends),
+            stagings=stagings_of(self.entries),
             crash=self.crash,
             answers=AnswerBuffers(config.queue.answer_bytes_max, config.queue.answers_bytes_max),
         )
@@ -99,7 +102,7 @@ class Sidecar:
             self.metrics.journal = self._journal
             self.crash.then(self._journal.ended)
         self.crash.then(self._on_crash)
-        self.listening = Listening(config, self.gateway, self.metrics, self.drain)
+        self.listening = Listening(config, self.entries, self.gateway, self.metrics, self.drain)
         self.served = ServedFolders(config.adapters, self.gateway.catalogue)
 
     @property
@@ -173,7 +176,8 @@ class Sidecar:
 
     async def _start(self) -> None:
         await self._loader.start()  # first: gRPC's threads are told of on the terminal by every fork that comes later
-        backends = make_backends(self.config.backends, self._loader, self._memory, self._owner)
+        wiring = Wiring(self._loader, self._memory, self._owner)
+        backends = make_backends(self.entries, wiring)
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
@@ -187,10 +191,10 @@ class Sidecar:
         await self.gateway.start(backends)
         if self.replica is not None:
             self.replica.start()
-        workshop = Workshop(self.gateway, self.replica, self._loader, self._memory, self._owner)
-        self._pools = DiscoveredPools(self.config.backends, workshop, self._find, self.config.drain_timeout_s)
+        workshop = Workshop(self.gateway, self.replica, wiring)
+        self._pools = DiscoveredPools(self.entries, workshop, self._find, self.config.drain_timeout_s)
         self._pools.start()
-        if not self.config.backends:
+        if not self.entries:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
         await self.served.start()
         if self._declared is not None:
@@ -199,7 +203,7 @@ class Sidecar:
         await self.listening.open(self.replica)
 
     def _join(self, link: Link) -> None:
-        replica = join(self.config, self.gateway, self.registry, link, self._member, self.listening)
+        replica = join(self.config, self.entries, self.gateway, self.registry, link, self._member, self.listening)
         self.replica = replica
         self.metrics.replica = lambda: figures_of(replica, self.registry)
 

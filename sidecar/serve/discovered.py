@@ -7,9 +7,8 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sidecar.backends.triton.loads import LoaderProcess
-from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory
-from sidecar.config import Backend as BackendConfig
+from sidecar.backends.kind import Wiring
+from sidecar.config.backends import Backend as Entry
 from sidecar.config.discover import Discover
 from sidecar.core.enums import Phase
 from sidecar.discovery.dns import DnsFinder
@@ -33,7 +32,7 @@ def finder_of(discover: Discover) -> Finder:
     return EndpointSlices.in_cluster(slices.service, slices.port, slices.namespace)
 
 
-async def found_now(entry: BackendConfig, patience_s: float = 5.0) -> list[BackendConfig]:
+async def found_now(entry: Entry, patience_s: float = 5.0) -> list[Entry]:
     """Return an entry for each engine of a pool that is there and ready; none if none is found in time."""
     assert entry.discover is not None
     try:
@@ -50,19 +49,17 @@ async def found_now(entry: BackendConfig, patience_s: float = 5.0) -> list[Backe
 
 @dataclass(frozen=True)
 class Workshop:
-    """What is needed to make a backend and to have it served. `owner` is this replica's id, one of several."""
+    """What is needed to make a backend and to have it served."""
 
     gateway: Gateway
     replica: Replica | None
-    loader: LoaderProcess
-    memory: SharedMemory = NOT_SHARED
-    owner: str = ""
+    wiring: Wiring
 
 
 class PoolEngines:
     """The backends of one pool (`discovery.following.Engines`). `entry` is what is configured of each of them."""
 
-    def __init__(self, entry: BackendConfig, workshop: Workshop) -> None:
+    def __init__(self, entry: Entry, workshop: Workshop) -> None:
         self._entry = entry
         self._workshop = workshop
         self._gateway = workshop.gateway
@@ -72,13 +69,12 @@ class PoolEngines:
         pool = self._entry.identity
         entry = self._entry.at(found.name, found.address)
         declared = self._gateway.state.config.pools[pool]
-        workshop = self._workshop
-        backend, facts = make_backend(entry, declared, workshop.loader, workshop.memory, workshop.owner)
+        backend, facts = make_backend(entry, declared, self._workshop.wiring)
         logger.info("%s is found at %s", backend.id, found.address)
         await self._gateway.add_backend(backend, facts, pool, fresh)
         self._ids[found.name] = backend.id
-        if workshop.replica is not None:
-            workshop.replica.found(backend.id)
+        if self._workshop.replica is not None:
+            self._workshop.replica.found(backend.id)
 
     def leave(self, name: str, leaving: bool) -> None:
         backend = self._ids[name]
@@ -103,7 +99,7 @@ class DiscoveredPools:
 
     def __init__(
         self,
-        configured: Sequence[BackendConfig],
+        configured: Sequence[Entry],
         workshop: Workshop,
         find: Callable[[Discover], Finder] = finder_of,
         drain_s: float = 300.0,

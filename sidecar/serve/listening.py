@@ -14,8 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sidecar.backends.credentials import read_pem
-from sidecar.config import Backend as BackendConfig
-from sidecar.config import Config, GrpcListener, Listener, Tls
+from sidecar.config import Config
+from sidecar.config.backends import Backend as Entry
+from sidecar.config.listeners import GrpcListener, Listener
+from sidecar.config.section import Tls
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.fronts.admin.front import add_admin
@@ -53,7 +55,12 @@ class Listening:
     """What a gateway is reached by. Addresses are HOST:PORT, and known once it is `open`."""
 
     def __init__(
-        self, config: Config, gateway: Gateway, metrics: Metrics, drain: Callable[[], Awaitable[None]]
+        self,
+        config: Config,
+        entries: Sequence[Entry],
+        gateway: Gateway,
+        metrics: Metrics,
+        drain: Callable[[], Awaitable[None]],
     ) -> None:
         self.data = self.admin = self.http = self.probes = self.drain = ""
         self.streams: Lifetimes | None = None
@@ -61,6 +68,7 @@ class Listening:
         self.drained = asyncio.Event()
         """Set once somebody who asked by the drain listener has been told that nothing runs any more."""
         self._config = config
+        self._entries = entries
         self._gateway = gateway
         self._metrics = metrics
         self._drain = drain
@@ -131,7 +139,7 @@ class Listening:
             self._metrics,
             http.address,
             self.data,
-            OpenAiFront(self._gateway, self._config, chat_templates(self._config.backends), self.intake),
+            OpenAiFront(self._gateway, self._config, chat_templates(self._entries), self.intake),
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,
@@ -161,7 +169,7 @@ class Listening:
         return server
 
 
-def chat_templates(configured: Sequence[BackendConfig]) -> dict[str, ChatTemplate]:
+def chat_templates(configured: Sequence[Entry]) -> dict[str, ChatTemplate]:
     """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
     return {
         backend.identity: read_chat_template(Path(backend.base_model.chat_template).expanduser())

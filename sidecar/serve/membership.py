@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import random
 from secrets import token_hex
 from socket import gethostname
@@ -9,7 +10,9 @@ from time import time
 from typing import TYPE_CHECKING
 
 from sidecar.backends.credentials import open_channel
-from sidecar.config import Config, Replicas, plugins
+from sidecar.config import Config, plugins
+from sidecar.config.backends import Backend as Entry
+from sidecar.config.shared import Replicas
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.replicas.replica import Replica
 from sidecar.serve.listening import Listening
@@ -37,7 +40,13 @@ def link_of(config: Config) -> Link | None:
 
 
 def join(
-    config: Config, gateway: Gateway, registry: Registry, link: Link, member: Member, listening: Listening
+    config: Config,
+    entries: Sequence[Entry],
+    gateway: Gateway,
+    registry: Registry,
+    link: Link,
+    member: Member,
+    listening: Listening,
 ) -> Replica:
     """Return this replica, which has a listener for the others and is one of them once it is started."""
     from sidecar.replicas.leases import RedisLeases
@@ -53,7 +62,7 @@ def join(
         gateway,
         member,
         here,
-        {backend.identity: "" for backend in config.backends if backend.discover is None},
+        {backend.identity: "" for backend in entries if backend.discover is None},
         leases,
         bounds,
         random(),

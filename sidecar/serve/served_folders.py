@@ -6,7 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from sidecar.config import Adapters
+from sidecar.config.adapters import Adapters
 from sidecar.errors import Invalid, Misused, Reason, Refused
 from sidecar.shell.catalogue import Catalogue, Wanted
 

@@ -84,7 +84,7 @@ def _changes_on(evidence: Evidence, backend: str) -> Check:
 
 
 def _silence_advice(facts: EngineFacts) -> str:
-    if facts.kind != "triton":
+    if facts.reads_files:
         return "its engine takes the adapter and computes without it: check that it was started with LoRA turned on"
     sent = facts.dtype or "float16"
     return (

@@ -10,8 +10,9 @@ import pytest
 
 from sidecar.backends import faults
 from sidecar.backends.checking import result_of
-from sidecar.backends.checks.finding import Look, State, Target
+from sidecar.backends.checks.finding import State, Target
 from sidecar.backends.triton.checks import memory, runs
+from sidecar.backends.triton.checks.look import Look
 from sidecar.core.enums import Fault
 from sidecar.core.facts import EngineFacts
 from sidecar.lab.engine.kserve import shared_memory

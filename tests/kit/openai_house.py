@@ -12,7 +12,6 @@ import httpx
 
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket, Weights
-from sidecar.backends.triton.dialects import VLLM
 from sidecar.config import parse
 from sidecar.config.plugins import policies_of
 from sidecar.core.effects import Dispatch
@@ -35,7 +34,7 @@ DONE = b"data: [DONE]\n\n"
 class ScriptedVllm(ScriptedBackend):
     """Of the kind that has this API of its own. `forms` is what it was asked, and nothing ends by itself."""
 
-    def __init__(self, backend_id: str = "v0", seats: int = 4, kind: str = VLLM) -> None:
+    def __init__(self, backend_id: str = "v0", seats: int = 4, kind: str = "vllm") -> None:
         super().__init__(backend_id, seats=seats)
         self.facts = replace(self.facts, kind=kind)
         self.forms: list[HttpForm] = []
@@ -43,7 +42,7 @@ class ScriptedVllm(ScriptedBackend):
         self._tickets: dict[int, Ticket] = {}
 
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
-        form = ticket.payload.head_for(VLLM)
+        form = ticket.payload.head_for("vllm")
         assert isinstance(form, HttpForm)
         self.forms.append(form)
         self._tickets[effect.request] = ticket

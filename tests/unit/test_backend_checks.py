@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,9 +11,10 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from sidecar.backends.checking import STEPS, result_of
-from sidecar.backends.checks.finding import Check, Finding, Look, State, Target, failed, ok, skipped, warning
-from sidecar.backends.triton.checks import engine, model
+from sidecar.backends.checking import result_of
+from sidecar.backends.checks.finding import Finding, State, Target, failed, ok, skipped, warning
+from sidecar.backends.triton.checks import STEPS, engine, model
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.memory import room
 from sidecar.backends.triton.checks.runs import TEXT_MAX, Answer
 from sidecar.backends.triton.checks.server import certificate_finding
@@ -45,7 +46,9 @@ def facts_of(modules: tuple[str, ...] = ALL_LINEAR, **fields: Any) -> EngineFact
     return EngineFacts(modules={name: LLAMA[name] for name in modules}, **(known | fields))
 
 
-async def judged(run: Check, config: Any, facts: EngineFacts | None = None, **fields: Any) -> Finding:
+async def judged(
+    run: Callable[[Look], Awaitable[Finding]], config: Any, facts: EngineFacts | None = None, **fields: Any
+) -> Finding:
     """Run a check that needs no server."""
     target = Target("trt-0", "gpu:8001", facts=facts or EngineFacts(), **fields)
     looking = Look(target, None, None, engine.facts_from(target, config), config=config)  # type: ignore[arg-type]

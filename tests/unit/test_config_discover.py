@@ -7,23 +7,26 @@ from typing import Any
 
 import pytest
 
-from sidecar.config import Backend, Config, parse
+from sidecar.backends.registry import entries_of, full_record
+from sidecar.config import Config, parse
+from sidecar.config.backends import Backend
 from sidecar.discovery import several
 from sidecar.errors import Misused
 from sidecar.serve.discovered import finder_of
 from sidecar.serve.pool import facts_of, pools_of
+from tests.kit.entries import entries
 
 DNS = {"dns": "triton.ml.svc:8001"}
 
 
 def pool(**record: Any) -> Backend:
-    return parse({"backends": [{"kind": "triton", "discover": DNS, **record}]}, "the test").backends[0]
+    return entries({"kind": "triton", "discover": DNS, **record})[0]
 
 
 def test_an_engine_that_is_found_has_all_that_its_pool_is_configured_to_have() -> None:
     entry = pool(id="gpu", metrics="http://{host}:9402/metrics", engine={"seats": 8}, base_model="llama")
     found = entry.at("triton-0", "10.0.0.7:8001")
-    assert (found.identity, found.url, found.scheme) == ("gpu-triton-0", "triton://10.0.0.7:8001", "triton")
+    assert (found.identity, found.url, found.kind_name) == ("gpu-triton-0", "triton://10.0.0.7:8001", "triton")
     assert found.metrics == "http://10.0.0.7:9402/metrics"
     assert (found.engine, found.base_model, found.discover) == (entry.engine, entry.base_model, None)
     assert facts_of([found])["gpu-triton-0"] == pools_of([entry])["gpu"]
@@ -39,7 +42,7 @@ def test_ids_fit_metrics_and_shells() -> None:
 
 def test_a_vllm_with_tls_is_found_with_tls() -> None:
     found = pool(kind="vllm", tls={}).at("pod", "10.0.0.7:8000")
-    assert (found.url, found.scheme, found.tls is None) == ("vllms://10.0.0.7:8000", "vllm", False)
+    assert (found.url, found.kind_name, found.tls is None) == ("vllms://10.0.0.7:8000", "vllm", False)
 
 
 @pytest.mark.parametrize(
@@ -62,19 +65,20 @@ def test_a_vllm_with_tls_is_found_with_tls() -> None:
 )
 def test_what_is_wrong_is_said(record: dict[str, Any], words: str) -> None:
     with pytest.raises(Misused) as raised:
-        parse({"backends": [record]}, "the test")
+        entries(record)
     assert words in raised.value.message
 
 
 def test_no_entry_could_be_an_engine_of_a_pool() -> None:
     record = {"backends": [{"id": "gpu", "kind": "triton", "discover": DNS}, {"id": "gpu-1", "url": "triton://a:1"}]}
     with pytest.raises(Misused, match="gpu-1 could be an engine of the pool gpu; give one another id"):
-        parse(record, "the test")
+        entries_of(parse(record, "the test"))
 
 
 def test_a_configuration_that_is_printed_can_be_read_again() -> None:
-    config = Config(backends=(pool(),))
-    assert parse(config.model_dump(mode="json"), "again") == config
+    config = Config(backends=({"kind": "triton", "discover": DNS},))
+    again = parse(full_record(config), "again")
+    assert entries_of(again) == entries_of(config) == (pool(),)
 
 
 async def test_a_finder_is_made_of_what_is_configured() -> None:

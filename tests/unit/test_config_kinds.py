@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 
-from sidecar.config import Backend, Config, Engine, parse
-from sidecar.config.kinds import OF_TRITON, OF_VLLM
+from sidecar.backends.registry import entries_of, full_record
+from sidecar.backends.triton.kind import TritonEntry
+from sidecar.backends.vllm.kind import VllmEntry
+from sidecar.config import Config, parse
+from sidecar.config.backends import Backend, Engine
 from sidecar.errors import Misused
+from tests.kit.entries import entries
 
+OF_TRITON, OF_VLLM = VllmEntry.ELSEWHERE["triton://"], TritonEntry.ELSEWHERE["vllm://"]
 OTHERS = {
     "model": "llama",
     "text_model": "text",
@@ -35,7 +40,7 @@ def backend(url: str, *keys: str, **fields: Any) -> Backend:
     for key in keys:
         section, _, name = key.rpartition(".")
         (record.setdefault(section, {}) if section else record)[name] = OTHERS[key]
-    return parse({"backends": [record]}, "the test").backends[0]
+    return entries(record)[0]
 
 
 @pytest.mark.parametrize(("url", "keys"), [("vllm://gpu:8000", OF_TRITON), ("triton://gpu:8001", OF_VLLM)])
@@ -51,28 +56,39 @@ def test_keys_of_another_kind_are_refused(url: str, keys: dict[str, str]) -> Non
 
 @pytest.mark.parametrize(("url", "keys"), [("triton://gpu:8001", OF_TRITON), ("vllm://gpu:8000", OF_VLLM)])
 def test_keys_of_its_own_kind_are_taken(url: str, keys: dict[str, str]) -> None:
-    """What is refused for one kind means something to the other; a plug-in may use all."""
+    """What is refused for one kind means something to the other."""
     backend(url, *keys)
-    backend("mine://gpu:1", *OTHERS)
-    backend("http://gpu:1", *OTHERS, kind="mine")
+
+
+def test_a_kind_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(Misused, match="must be of the form triton://HOST:PORT or vllm://HOST:PORT"):
+        backend("mine://gpu:1")
+    with pytest.raises(Misused, match='no kind of backend "mine"; there are triton, vllm, or'):
+        backend("http://gpu:1", kind="mine")
 
 
 def test_every_key_is_one() -> None:
     """The tables name keys that there are."""
-    known = {*Backend.model_fields, *(f"engine.{name}" for name in Engine.model_fields)}
+    known = {*TritonEntry.model_fields, *VllmEntry.model_fields, *(f"engine.{name}" for name in Engine.model_fields)}
     assert {*OF_TRITON, *OF_VLLM} <= known
     assert set(OTHERS) == {*OF_TRITON, *OF_VLLM}
 
 
 def test_a_configuration_that_is_printed_can_be_read_again() -> None:
     """With all defaults written out, those of the other kind's keys too."""
-    config = Config(backends=(backend("vllms://gpu:8000"), backend("triton://gpu:8001")))
-    assert parse(config.model_dump(mode="json"), "again") == config
+    config = Config(backends=({"url": "vllms://gpu:8000"}, {"url": "triton://gpu:8001"}))
+    printed = full_record(config)
+    assert entries_of(parse(printed, "again")) == entries_of(config)
+    for one, other in ((0, 1), (1, 0)):
+        printed["backends"][one] = (
+            printed["backends"][other] | printed["backends"][one]
+        )  # as an earlier release printed
+    assert entries_of(parse(printed, "again")) == entries_of(config)
 
 
 def test_tls_by_the_url() -> None:
     """`vllms` is vLLM by TLS; with files or without."""
-    assert (backend("vllms://gpu:8000").scheme, backend("vllms://gpu:8000").tls is None) == ("vllm", False)
+    assert (backend("vllms://gpu:8000").kind_name, backend("vllms://gpu:8000").tls is None) == ("vllm", False)
     named = backend("vllms://gpu:8000", tls={"ca": "/ca.pem"})
     assert named.tls is not None
     assert named.tls.ca == "/ca.pem"

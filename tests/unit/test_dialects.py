@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from tritonclient.grpc import model_config_pb2, service_pb2
 
+from sidecar.backends.api import Reply
+from sidecar.backends.triton.asking import LLMAPI
 from sidecar.backends.triton.dialects import AdaptersDir, LlmApi, TensorRtLlm, dialect_of
-from sidecar.config import Config, parse
+from sidecar.config.backends import Backend
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache
 from sidecar.core.facts import Packed
 from sidecar.errors import Misused
-from sidecar.fronts.generate.replies import TextSoFar
+from tests.kit.entries import entries
 
 SHARED = AdaptersDir(Path("/ours"), "/mnt/adapters/")
 DIGEST = "5f" * 32
@@ -105,14 +107,23 @@ def test_a_load_and_a_probe() -> None:
     ]  # fmt: skip
 
 
-def shared_folder(value: Any) -> Config:
-    return parse({"backends": [{"url": "triton://h:1", "adapters_dir": value}]}, "the test")
+def reply(text: str | None, final: bool) -> Reply:
+    """Return a response of the LLM-API model; without a text it has no outputs."""
+    message = service_pb2.ModelInferResponse()
+    if text is not None:
+        message.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+        message.raw_output_contents.append(struct.pack("<I", len(text.encode())) + text.encode())
+    return Reply(b"", message, final)
+
+
+def shared_folder(value: Any) -> Backend:
+    return entries({"url": "triton://h:1", "adapters_dir": value})[0]
 
 
 def test_the_shared_folder_in_the_configuration() -> None:
     """One path where it is the same on both sides, or each side's own."""
-    same = shared_folder("/mnt/a").backends[0].adapters_dir
-    two = shared_folder({"ours": "/mnt/a", "engine": "/models/a"}).backends[0].adapters_dir
+    same = shared_folder("/mnt/a").adapters_dir
+    two = shared_folder({"ours": "/mnt/a", "engine": "/models/a"}).adapters_dir
     assert same is not None
     assert two is not None
     assert same.places == AdaptersDir(Path("/mnt/a"), "/mnt/a")
@@ -138,13 +149,13 @@ def test_the_shared_folder_in_the_configuration() -> None:
 )
 def test_a_text_that_comes_whole_each_time(texts: list[str], pieces: list[str]) -> None:
     """Its news are told once; what may still become another letter waits for it, or for the end."""
-    said = TextSoFar()
-    told = [said.news(text, True, number == len(texts) - 1) for number, text in enumerate(texts)]
+    reader = LLMAPI.reader(True)
+    told = [reader.read(reply(text, number == len(texts) - 1)).text for number, text in enumerate(texts)]
     assert told == pieces
     assert "".join(told) == texts[-1]
 
 
 def test_an_end_without_data() -> None:
     """What was held back is told then."""
-    said = TextSoFar()
-    assert [said.news("a\ufffd", True, False), said.news("", False, True)] == ["a", "\ufffd"]
+    reader = LLMAPI.reader(True)
+    assert [reader.read(each).text for each in (reply("a\ufffd", False), reply(None, True))] == ["a", "\ufffd"]

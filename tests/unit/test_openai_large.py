@@ -20,13 +20,14 @@ from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, parts_of, read
 from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
-from sidecar.fronts.openai.text_forms import text_forms
+from sidecar.fronts.openai.text_forms import text_request
 from tests.kit.serving import until
 
 NESTED = b'{"model":"sql","prompt":"a","x":[' + b"[]," * (VALUES_MAX // 2 - 8) + b"[]]}"
 """As many values as a body may have: a fifth of a second to be read, during which nothing else of a process runs."""
 USER = {"role": "user", "content": "hi"}
-ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, (True, False))
+STREAMS = {"triton": True, "triton_llmapi": False}
+ORDER = Order(COMPLETIONS, 0, 8, 1 << 20, (None,), 77, STREAMS)
 
 
 async def read_all(bodies: LargeBodies, raw: bytes, order: Order = ORDER) -> tuple[Found, ...]:
@@ -87,7 +88,7 @@ async def test_a_list_of_prompts_is_taken_apart_there() -> None:
     assert [each.asked.around for each in found] == [each.around for each in here]
     assert [replace(each.asked, body=here[0].body) for each in found] == list(here)
     assert [each.asked.prompt_bytes for each in found] == [2, 2]
-    assert [each.texts for each in found] == [(text_forms(each, None, 77).written(True, False),) for each in here]
+    assert [each.texts for each in found] == [(text_request(each, None, 77, STREAMS),) for each in here]
     many = json.dumps({"model": "sql", "prompt": ["a"] * 9}).encode()
     with pytest.raises(Unfit, match="the list has 9 prompts; at most 8"):
         await read_all(LargeBodies(), many)
@@ -133,7 +134,7 @@ async def test_text_for_engines_that_take_nothing_else(
     told = tuple(None if one is None else Template.of(one) for one in templates)
     found = await read(LargeBodies(), raw, replace(ORDER, path=path, templates=told))
     asked = read_asked(path, read_body(raw))
-    assert list(found.texts) == [text_forms(asked, one, 77).written(True, False) for one in templates]
+    assert list(found.texts) == [text_request(asked, one, 77, STREAMS) for one in templates]
 
 
 async def test_text_that_such_engines_cannot_take() -> None:

@@ -17,7 +17,7 @@ from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages, read_chat_template
 from sidecar.fronts.openai.errors import _of_reason
 from sidecar.fronts.openai.stop_words import StopWords
-from sidecar.fronts.openai.text_forms import TextForms, text_forms
+from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 USER = {"role": "user", "content": "hi"}
 
@@ -108,12 +108,13 @@ def test_messages_become_text() -> None:
 # Requests in the engines' words.
 
 
-def forms_of(path: str = COMPLETIONS, made: ChatTemplate | None = None, **values: Any) -> TextForms:
+def forms_of(path: str = COMPLETIONS, made: ChatTemplate | None = None, **values: Any) -> TextRequest:
     record = {"model": "m"} | ({"prompt": "hi"} if path == COMPLETIONS else {}) | values
-    return text_forms(read_asked(path, read_body(json.dumps(record).encode())), made, tokens_assumed=77)
+    asked = read_asked(path, read_body(json.dumps(record).encode()))
+    return text_request(asked, made, 77, {"triton": True, "triton_llmapi": False})
 
 
-def tensors(raw: bytes) -> dict[str, bytes]:
+def tensors(raw: Any) -> dict[str, bytes]:
     message = ModelInferRequest.FromString(raw)
     return {tensor.name: data for tensor, data in zip(message.inputs, message.raw_input_contents, strict=True)}
 
@@ -138,14 +139,14 @@ def tensors(raw: bytes) -> dict[str, bytes]:
 def test_sampling(asked: dict[str, Any], sent: set[str]) -> None:
     """A temperature samples, which the engine does only if it is told among how many; none is greedy."""
     always = {"text_input", "max_tokens", "stream", "exclude_input_in_output"}
-    found = tensors(forms_of(**asked).ensemble(streams=True))
+    found = tensors(forms_of(**asked).forms["triton"])
     assert set(found) == always | sent
     if asked.get("temperature") == 0:
         assert found["top_k"] == b"\1\0\0\0"
 
 
 def test_two_requests_that_sample_have_two_seeds() -> None:
-    one, two = (tensors(forms_of(temperature=1).ensemble(streams=True))["seed"] for _ in range(2))
+    one, two = (tensors(forms_of(temperature=1).forms["triton"])["seed"] for _ in range(2))
     assert one != two
 
 
@@ -160,9 +161,12 @@ def test_the_length_of_an_answer(tmp_path: Path) -> None:
 
 
 def test_what_the_llm_api_model_lacks() -> None:
-    assert forms_of(presence_penalty=1.0).why_not_llmapi == ""
-    assert set(tensors(forms_of(presence_penalty=1.0).llmapi(streams=False))) >= {"sampling_param_presence_penalty"}
-    assert "no repetition_penalty and no ignore_eos" in forms_of(repetition_penalty=2, ignore_eos=True).why_not_llmapi
+    assert forms_of(presence_penalty=1.0).why_not == {}
+    assert set(tensors(forms_of(presence_penalty=1.0).forms["triton_llmapi"])) >= {"sampling_param_presence_penalty"}
+    assert (
+        "no repetition_penalty and no ignore_eos"
+        in forms_of(repetition_penalty=2, ignore_eos=True).why_not["triton_llmapi"]
+    )
 
 
 def test_members_that_nobody_knows_are_named() -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from sidecar.backends.api import Payload
 from sidecar.backends.triton import wire
-from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
-from sidecar.config import parse
+from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
 from sidecar.core.config import CoreConfig
 from sidecar.errors import Refused
 from sidecar.fronts.eligible import as_it_is, named
 from sidecar.serve.pool import facts_of
 from tests.kit.corekit import World
 from tests.kit.corekit import facts_of as engine_of
+from tests.kit.entries import entries
 
 
 def pool(**models: tuple[str, ...]) -> Any:
@@ -73,18 +73,18 @@ def test_pools_are_meant_as_they_are_declared(meant: tuple[str, ...], only: tupl
 
 def test_a_pool_that_speaks_no_kserve_says_so() -> None:
     with pytest.raises(Refused, match="no backend speaks KServe"):
-        as_it_is(pool(b0=(VLLM, "base")), payload("ensemble"))
-    mixed = pool(b0=(VLLM, "base"), b1=(TRITON,))
+        as_it_is(pool(b0=("vllm", "base")), payload("ensemble"))
+    mixed = pool(b0=("vllm", "base"), b1=(TRITON,))
     assert as_it_is(mixed, payload("ensemble")) == (payload("ensemble"), ("b1",))
 
 
 def test_models_are_told_apart_only_where_there_are_several() -> None:
     urls = [{"url": "triton://h:1", "id": "a"}, {"url": "triton://h:1", "id": "b"}]
-    one = parse({"backends": urls}, "the test")
-    assert {facts.models for facts in facts_of(one.backends).values()} == {()}
+    one = entries(*urls)
+    assert {facts.models for facts in facts_of(one).values()} == {()}
     urls[1] |= {"model": "qwen", "text_model": "qwen_text", "models": ["qwen_bls"]}  # type: ignore[dict-item]
-    two = parse({"backends": urls}, "the test")
-    found = {name: facts.models for name, facts in facts_of(two.backends).items()}
+    two = entries(*urls)
+    found = {name: facts.models for name, facts in facts_of(two).items()}
     assert found == {"a": ("tensorrt_llm", "ensemble"), "b": ("qwen", "qwen_text", "qwen_bls")}
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from sidecar.backends.kind import Wiring
 from sidecar.backends.triton.loads import LoaderProcess
-from sidecar.config import parse
 from sidecar.serve.pool import make_backends
+from tests.kit.entries import entries
 
 MODEL = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -23,7 +24,7 @@ async def said_of(caplog: pytest.LogCaptureFixture, *backends: dict[str, Any]) -
     """Return the warnings that come with a configuration's backends."""
     caplog.clear()
     with caplog.at_level(logging.WARNING, "sidecar.serve.pool"):
-        for backend, _ in make_backends(parse({"backends": list(backends)}, "the test").backends, LoaderProcess()):
+        for backend, _ in make_backends(entries(*backends), Wiring(LoaderProcess())):
             await backend.stop()
     return [record.getMessage() for record in caplog.records]
 

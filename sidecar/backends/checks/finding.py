@@ -1,22 +1,13 @@
-"""What a check found, and what it needs to look."""
+"""What a check found, and which engine it looks at."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.triton.dialects import TRITON_LLMAPI
-from sidecar.backends.triton.gauges import Gauges
 from sidecar.core.facts import Adapter, EngineFacts
-
-if TYPE_CHECKING:
-    import grpc.aio
-
-    from sidecar.backends.triton.checks.tiny import TinyAdapter
 
 
 class State(Enum):
@@ -84,31 +75,3 @@ class Target:
     def host(self) -> str:
         """The host as it stands in a URL."""
         return self.address.rpartition(":")[0]
-
-
-@dataclass
-class Look:
-    """One look at a target: its channel, and what the checks so far have learned."""
-
-    target: Target
-    channel: grpc.aio.Channel
-    stub: Any
-    facts: EngineFacts
-    """What is declared, filled with what was found."""
-    server: str = ""
-    """Name and version of the server."""
-    config: Any = None
-    """The model's ModelConfig."""
-    gauges: Gauges | None = None
-    sees_our_memory: bool = False
-    loaded: TinyAdapter | None = None
-    """The adapter that was loaded over gRPC."""
-
-    @property
-    def is_llm_api(self) -> bool:
-        """Whether the model reads adapters from files instead of taking packed weights."""
-        return self.facts.kind == TRITON_LLMAPI
-
-
-Check = Callable[[Look], Awaitable[Finding]]
-"""Looks at one thing. May raise grpc.RpcError."""

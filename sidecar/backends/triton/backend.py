@@ -21,12 +21,12 @@ from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends import faults
-from sidecar.backends.api import Prompt, Ticket, Weights
+from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights
 from sidecar.backends.credentials import open_channel
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import LlmApi
-from sidecar.backends.triton.loads import LoaderProcess, LoadResult, Target
+from sidecar.backends.triton.loads import LoaderProcess, Target
 from sidecar.backends.triton.probe import answer_of, is_late, words
 from sidecar.backends.triton.regions import Regions
 from sidecar.backends.triton.server import CHANGED, Server, Sought

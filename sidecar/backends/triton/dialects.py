@@ -16,9 +16,7 @@ from sidecar.backends.triton import wire
 from sidecar.core.effects import Dispatch, Load
 from sidecar.errors import Misused, Reason
 
-TRITON, TRITON_LLMAPI, VLLM = "triton", "triton_llmapi", "vllm"
-KSERVE_KINDS = (TRITON, TRITON_LLMAPI)
-"""Those that speak KServe v2."""
+TRITON, TRITON_LLMAPI = "triton", "triton_llmapi"
 DUMMY_TEXT = b"a"
 
 

@@ -11,37 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.backends import faults
-from sidecar.backends.api import Weights
+from sidecar.backends.api import LoadResult, Weights
 from sidecar.backends.triton import wire
 from sidecar.core.effects import Load
-from sidecar.core.enums import Fault
 
 logger = logging.getLogger(__name__)
 
 LINE_BYTES_MAX = 1 << 22
 TRIES = 2
 """Processes that one load is given to: if both end under it, it is told to the core."""
-
-
-@dataclass(frozen=True)
-class LoadResult:
-    """How a load ended. `error` is None when it came through, else why not.
-
-    `lost`: its wire broke. `unanswered`: the engine did not get to it in time, or it was never sent. Neither: the text
-    is the engine's own.
-    """
-
-    error: str | None
-    lost: bool = False
-    unanswered: bool = False
-
-    @property
-    def fault(self) -> Fault:
-        """What the error of a load that did not come through means."""
-        if self.lost:
-            return Fault.LOST
-        return Fault.NO_ANSWER if self.unanswered else faults.classify(self.error or "")
 
 
 @dataclass(frozen=True)

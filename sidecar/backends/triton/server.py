@@ -85,7 +85,8 @@ class Server:
         if self._distrusted:
             await self._probe.answer_once(self.dialect, self.decoupled)
         found = await self._facts_of(config)
-        declared = replace(self._sought.facts, kind=self.dialect.kind)
+        reads_files = not isinstance(self.dialect, TensorRtLlm)
+        declared = replace(self._sought.facts, kind=self.dialect.kind, reads_files=reads_files)
         facts = merge(self._sought.id, declared, found)
         self.pulse.begin(monotonic())
         self.gauges = None

@@ -18,14 +18,13 @@ from typing import Any
 import httpx
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.api import HttpForm, Ticket, Weights
+from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_words
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.triton.dialects import VLLM
-from sidecar.backends.triton.loads import LoadResult
 from sidecar.backends.vllm.api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
+from sidecar.backends.vllm.kind import MODEL
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import BackendMeasured
@@ -116,7 +115,8 @@ class VllmBackend(Endpoint):
         slots = declared.device_pages or seen.slots
         return replace(
             declared,
-            kind=VLLM,
+            kind=MODEL.name,
+            reads_files=MODEL.reads_files,
             models=(served.base,),
             device_pages=slots,
             host_pages=declared.host_pages or slots,
@@ -192,7 +192,7 @@ class VllmBackend(Endpoint):
     # Runs.
 
     def _begin(self, effect: Dispatch, ticket: Ticket) -> VllmRun:
-        form = ticket.payload.head_for(VLLM)
+        form = ticket.payload.head_for(MODEL.name)
         assert isinstance(form, HttpForm), "a request in gRPC's form for an HTTP server"
         name = self._registered.get(effect.packed_key, _name(effect)) if effect.packed_key else self._base
         return VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke)

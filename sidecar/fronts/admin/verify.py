@@ -8,13 +8,14 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2
 
+from sidecar.backends.api import Prompt as PromptKind
 from sidecar.backends.api import Reply as EngineReply
 from sidecar.backends.api import Ticket
-from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
+from sidecar.backends.kind import Reader
+from sidecar.backends.registry import model_kind
 from sidecar.errors import Refused
 from sidecar.fronts import relay
 from sidecar.fronts.generate.forms import payload_of
-from sidecar.fronts.generate.replies import response_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.shell import asking
@@ -24,7 +25,6 @@ from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.verdicts import Check
 from sidecar.shell.verifying import Finding, Plan, Verification
 
-TEXT_MODEL = "ensemble"
 TOKENS_ONLY = "its server has no text model (ensemble); give prompts as token ids with --prompt-tokens"
 TEXT_ONLY = "its model takes text only; give prompts with --prompt"
 CLIENT_ID = "verify"
@@ -46,16 +46,16 @@ class Verifier:
 
     async def _fitting(self, backend: str, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], str]:
         """Return the prompts that a backend's models take, and why there are none."""
-        kind = self._gateway.state.backends[backend].facts.kind
-        if kind == TRITON_LLMAPI:
+        model = model_kind(self._gateway.state.backends[backend].facts.kind)
+        if model.asking is not None and PromptKind.TOKENS not in model.asking.prompts:
             return tuple(prompt for prompt in prompts if prompt.text), TEXT_ONLY
-        if kind != TRITON or await self._has_text_model(backend):
+        if not model.text_model or await self._is_ready(backend, model.text_model):
             return tuple(prompts), ""
         return tuple(prompt for prompt in prompts if prompt.token_ids), TOKENS_ONLY
 
-    async def _has_text_model(self, backend: str) -> bool:
-        """Whether a server has a model that takes text; where that cannot be asked, the requests will show it."""
-        request = service_pb2.ModelReadyRequest(name=TEXT_MODEL)
+    async def _is_ready(self, backend: str, model: str) -> bool:
+        """Whether a server has a model; where that cannot be asked, the requests will show it."""
+        request = service_pb2.ModelReadyRequest(name=model)
         try:
             return bool((await self._gateway.backends[backend].call("ModelReady", request)).ready)
         except grpc.RpcError:
@@ -81,7 +81,7 @@ class Verifier:
         except Refused as refused:
             return Reply(error=refused.message)
         try:
-            return await _answer(ticket, bool(question.prompt.text))
+            return await _answer(self._gateway, ticket, bool(question.prompt.text))
         finally:
             self._gateway.close(ticket)
 
@@ -96,14 +96,17 @@ def _generate_request(question: Question) -> Any:
     )
 
 
-async def _answer(ticket: Ticket, is_text: bool) -> Reply:
+async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
     texts: list[str] = []
     token_ids: list[int] = []
+    reader: Reader | None = None
 
     async def take(reply: EngineReply) -> None:
-        message, _ = response_of(reply, is_text)
-        texts.append(message.text)
-        token_ids.extend(message.token_ids)
+        nonlocal reader
+        reader = reader or relay.reader_of(gateway, ticket, is_text)
+        piece = reader.read(reply)
+        texts.append(piece.text)
+        token_ids.extend(piece.token_ids)
 
     ending = await relay.relay(ticket, take)
     if ending is not None and ending.reason is not None:

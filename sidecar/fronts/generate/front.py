@@ -8,17 +8,16 @@ from typing import Any
 import grpc
 
 from sidecar.backends.api import HttpRejection, Reply, Ticket
-from sidecar.backends.triton.dialects import TRITON_LLMAPI
+from sidecar.backends.kind import Reader
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
 from sidecar.fronts.eligible import backends_of
 from sidecar.fronts.generate.callers import said_by
 from sidecar.fronts.generate.forms import MAX_TOKENS_DEFAULT, payload_of, why_not
-from sidecar.fronts.generate.replies import TextSoFar, response_of
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
-from sidecar.proto import gateway_pb2_grpc
+from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.request_log import log_refused
 
@@ -90,24 +89,21 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
     async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
         tokens = 0
         is_text = request.WhichOneof("prompt") == "text"
-        said = TextSoFar()
+        reader: Reader | None = None
 
         async def write(reply: Reply) -> None:
-            nonlocal tokens
-            message, count = response_of(reply, is_text)
-            if is_text and self._kind_of(ticket) == TRITON_LLMAPI:  # each response has the whole text so far
-                message.text = said.news(message.text, count > 0, reply.final)
-            tokens += count
+            nonlocal tokens, reader
+            if reader is None:
+                reader = relay.reader_of(self._gateway, ticket, is_text)
+            piece = reader.read(reply)
+            message = gateway_pb2.GenerateResponse(text=piece.text, token_ids=piece.token_ids)
+            tokens += piece.tokens
             if reply.final:
                 self._add_origin(message.origin, request, ticket, tokens)
                 context.set_trailing_metadata(relay.origin_metadata(ticket, self._hide_backend))
             await context.write(message)
 
         return await relay.relay(ticket, write)
-
-    def _kind_of(self, ticket: Ticket) -> str:
-        assert ticket.dispatch is not None
-        return self._gateway.kind_of(ticket.dispatch.backend)
 
     def _add_origin(self, origin: Any, request: Any, ticket: Ticket, tokens: int) -> None:
         dispatch = ticket.dispatch

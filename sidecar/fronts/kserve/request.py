@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.backends.api import Payload
-from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
+from sidecar.backends.registry import written_for
 from sidecar.backends.triton.wire import EMPTY_FINAL
 from sidecar.config.identities import session_of
 from sidecar.errors import Reason, Refused
@@ -97,7 +97,7 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
             head=tensors.without(LORA_TENSORS) if dropped else structure.to_bytes(),
             raw=not tensors.typed,
             unary=unary,
-            kind=_kind(tensors),
+            kind=written_for(tensors.rank).name,
         ),
     )
 
@@ -111,11 +111,6 @@ def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
                 f"{name} says how many seats the request takes: send it in the message, not in a shared-memory region",
             )
     return max(1, *(count for name in names for count in tensors.integers(name)), 1)
-
-
-def _kind(tensors: Tensors) -> str:
-    """Return the kind of model that a request is written for: only the LLM-API model takes text without a batch."""
-    return TRITON_LLMAPI if tensors.rank("text_input") == 1 else TRITON
 
 
 def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:

@@ -10,7 +10,8 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.triton.dialects import KSERVE_KINDS
+from sidecar.backends.kind import Native
+from sidecar.backends.registry import model_kind
 from sidecar.core.enums import Phase
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
@@ -149,7 +150,7 @@ def up(gateway: Gateway) -> list[str]:
     return [
         backend.id
         for backend in gateway.state.backends.values()
-        if backend.phase is Phase.UP and backend.facts.kind in KSERVE_KINDS
+        if backend.phase is Phase.UP and model_kind(backend.facts.kind).native is Native.KSERVE
     ]
 
 

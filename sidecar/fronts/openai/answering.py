@@ -15,7 +15,8 @@ from typing import Protocol
 from starlette.types import Receive, Send
 
 from sidecar.backends.api import Reply, Ticket
-from sidecar.backends.triton.dialects import TRITON_LLMAPI, VLLM
+from sidecar.backends.kind import Native
+from sidecar.backends.registry import model_kind
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
@@ -200,12 +201,12 @@ class Answering:
     def _new_answer(self, ticket: Ticket) -> _Answer:
         dispatch = ticket.dispatch
         assert dispatch is not None
-        kind = self._gateway.kind_of(dispatch.backend)
-        if kind == VLLM:
+        model = model_kind(self._gateway.kind_of(dispatch.backend))
+        if model.native is Native.OPENAI:
             return AsItIs()
         assert self._place.text is not None, "a request without a text for an engine that takes nothing else"
-        counts = self._gateway.streams(dispatch.backend)
-        return TextAnswer(self._asked, self._place.text, counts, repeats=kind == TRITON_LLMAPI)
+        reader = relay.reader_of(self._gateway, ticket, is_text=True)
+        return TextAnswer(self._asked, self._place.text, self._gateway.streams(dispatch.backend), reader)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
         self._blocked(monotonic_ns())

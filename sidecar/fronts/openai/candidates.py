@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.views import BASE
+from sidecar.backends import registry
 from sidecar.backends.api import Form, HttpForm, Payload, Prompt
-from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI, VLLM
+from sidecar.backends.kind import ModelKind, Native
+from sidecar.backends.registry import model_kind
 from sidecar.core import eligibility
 from sidecar.core.admission import BASE_NAMES, unknown_adapter
 from sidecar.core.facts import EngineFacts
@@ -22,7 +24,7 @@ from sidecar.fronts.eligible import base_names, empty_pools, named
 from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
-from sidecar.fronts.openai.text_forms import TextForms, WrittenForms, text_forms
+from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Place:
     adapter: str
     payload: Payload
     only: tuple[str, ...]
-    text: TextForms | WrittenForms | None
+    text: TextRequest | None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,10 @@ class Engine:
     id: str
     group: str
     facts: EngineFacts
+
+    @property
+    def model(self) -> ModelKind:
+        return model_kind(self.facts.kind)
 
 
 class Places:
@@ -63,12 +69,11 @@ class Places:
         templates = tuple(
             None if template is None else Template.of(template) for template in self._text_templates(path == CHAT)
         )
-        streams = self._may_stream(TRITON), self._may_stream(TRITON_LLMAPI)
-        return Order(
-            path, size_bytes, prompts_max, bytes_max, templates, self._state.config.output_tokens_assumed, streams
-        )
+        tokens_assumed, takers = self._state.config.output_tokens_assumed, filter(_takes_text, self._models())
+        streams = self._streams([model.name for model in takers])
+        return Order(path, size_bytes, prompts_max, bytes_max, templates, tokens_assumed, streams)
 
-    def place(self, asked: Asked, tenant: str, texts: Sequence[WrittenForms | Refusal] | None = None) -> Place:
+    def place(self, asked: Asked, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None) -> Place:
         """Return where a tenant's request goes; `texts` is what was written to an order of ours.
 
         Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
@@ -78,17 +83,20 @@ class Places:
         forms: dict[str, Form] = {}
         fitting: list[str] = []
         why_not: Refused | None = None
-        if VLLM in kinds or not servers:
-            forms[VLLM] = HttpForm(asked.path, *asked.around, asked.model, asked.streams)
-            fitting += [backend.id for backend in servers if backend.facts.kind == VLLM]
+        models = [backend.model for backend in servers] or registry.models().values()
+        for model in models:
+            if model.native is Native.OPENAI:
+                forms[model.name] = HttpForm(asked.path, *asked.around, asked.model, asked.streams)
+        fitting += [backend.id for backend in servers if backend.facts.kind in forms]
         text = None
-        takers = [backend for backend in servers if backend.facts.kind in (TRITON, TRITON_LLMAPI)]
+        takers = [backend for backend in servers if _takes_text(backend.model)]
         if takers:
             try:
                 text, takers = self._as_text(asked, takers, texts)
-                forms |= self._text_forms(text)
+                forms |= text.forms
                 fitting += [backend.id for backend in takers if backend.facts.kind in forms]
-                why_not = Refused(Reason.INVALID_REQUEST, text.why_not_llmapi)  # if it is for none of them
+                unfit = (text.why_not.get(backend.facts.kind, "") for backend in takers)
+                why_not = Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))  # if it is for none of them
             except Refused as refused:
                 why_not = refused
         if servers and not fitting:
@@ -134,8 +142,8 @@ class Places:
         yield from self._state.config.pools.values()
 
     def _as_text(
-        self, asked: Asked, takers: list[Engine], texts: Sequence[WrittenForms | Refusal] | None
-    ) -> tuple[TextForms | WrittenForms, list[Engine]]:
+        self, asked: Asked, takers: list[Engine], texts: Sequence[TextRequest | Refusal] | None
+    ) -> tuple[TextRequest, list[Engine]]:
         """Return the request as text and the engines whose models are asked in these very words."""
         template = None
         if asked.is_chat:
@@ -145,7 +153,8 @@ class Places:
             template = self._templates[with_template[0].group]
             takers = [backend for backend in with_template if self._templates[backend.group] == template]
         if texts is None:
-            return text_forms(asked, template, self._state.config.output_tokens_assumed), takers
+            streams = self._streams([backend.facts.kind for backend in takers])
+            return text_request(asked, template, self._state.config.output_tokens_assumed, streams), takers
         text = texts[self._text_templates(asked.is_chat).index(template)]
         if isinstance(text, Refusal):
             raise text.error
@@ -159,14 +168,21 @@ class Places:
                 if template not in distinct:
                     distinct.append(template)
             return distinct
-        return [None] if any(facts.kind != VLLM for facts in self._declared()) else []
+        return [None] if any(map(_takes_text, self._models())) else []
 
-    def _text_forms(self, text: TextForms | WrittenForms) -> dict[str, Form]:
-        """Write it for both of TensorRT-LLM's models: which of them a server has may not be known yet."""
-        forms: dict[str, Form] = {TRITON: text.ensemble(self._may_stream(TRITON))}
-        if not text.why_not_llmapi:
-            forms[TRITON_LLMAPI] = text.llmapi(self._may_stream(TRITON_LLMAPI))
-        return forms
+    def _models(self) -> Iterator[ModelKind]:
+        return (model_kind(facts.kind) for facts in self._declared())
+
+    def _streams(self, kinds: Sequence[str]) -> dict[str, bool]:
+        """Say of kinds of model and their siblings whether they stream: which of them a server has may not be known."""
+        if not kinds:
+            return {}
+        return {model.name: self._may_stream(model.name) for model in registry.siblings(kinds) if _takes_text(model)}
+
+
+def _takes_text(model: ModelKind) -> bool:
+    """Whether a model is asked in a text of ours, and not as its client asked."""
+    return model.native is not Native.OPENAI and model.asking is not None and Prompt.TEXT in model.asking.prompts
 
 
 def _no_template(backend: str) -> Unfit:

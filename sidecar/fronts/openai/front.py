@@ -17,7 +17,8 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from sidecar.backends.api import Ticket
-from sidecar.backends.triton.dialects import KSERVE_KINDS
+from sidecar.backends.kind import Native
+from sidecar.backends.registry import model_kind
 from sidecar.config import Config
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts.eligible import empty_pools
@@ -158,7 +159,8 @@ class OpenAiFront:
             for name, backend in self._gateway.backends.items()
             if state.backends[name].facts.kind == kind
         ]
-        if known or not any(facts.kind in KSERVE_KINDS for _, facts in empty_pools(state)):
+        natives = (model_kind(facts.kind).native for _, facts in empty_pools(state))
+        if known or Native.KSERVE not in natives:
             return any(known)
         return self._gateway.streamed(kind)
 

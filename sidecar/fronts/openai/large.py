@@ -25,7 +25,7 @@ from sidecar.fronts.openai.asked import Asked, Unfit
 
 if TYPE_CHECKING:  # the child begins with this module, and seldom needs what these import
     from sidecar.fronts.openai.chat_templates import ChatTemplate
-    from sidecar.fronts.openai.text_forms import WrittenForms
+    from sidecar.fronts.openai.text_forms import TextRequest
 
 LARGE_BYTES = 1 << 20
 """Bodies above are read in the other process."""
@@ -52,7 +52,7 @@ class Order:
     """A body of `size_bytes` to be read, which follows, and how many prompts and bytes it may be split into.
 
     `templates` are those to write it as text with, None among them for a prompt that needs none; `streams` says of the
-    ensemble and of the LLM-API model whether they are asked to stream.
+    kinds of model that take text whether they are asked to stream.
     """
 
     path: str
@@ -61,7 +61,7 @@ class Order:
     bytes_max: int
     templates: tuple[Template | None, ...]
     tokens_assumed: int
-    streams: tuple[bool, bool]
+    streams: dict[str, bool]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Found:
     """
 
     asked: Asked
-    texts: tuple[WrittenForms | Refusal, ...]
+    texts: tuple[TextRequest | Refusal, ...]
 
 
 class LargeBodies:

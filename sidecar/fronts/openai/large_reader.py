@@ -21,7 +21,7 @@ from sidecar.fronts.openai.large import Found, Order, Refusal, Template
 
 if TYPE_CHECKING:
     from sidecar.fronts.openai.chat_templates import ChatTemplate
-    from sidecar.fronts.openai.text_forms import WrittenForms
+    from sidecar.fronts.openai.text_forms import TextRequest
 
 TEMPLATES_KEPT = 64
 
@@ -51,12 +51,12 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     )
 
 
-def _text(asked: Asked, template: Template | None, order: Order) -> WrittenForms | Refusal:
-    from sidecar.fronts.openai.text_forms import text_forms  # takes as long as a body, and a vLLM has no need of it
+def _text(asked: Asked, template: Template | None, order: Order) -> TextRequest | Refusal:
+    from sidecar.fronts.openai.text_forms import text_request  # takes as long as a body, and a vLLM has no need of it
 
     try:
         compiled = None if template is None else _compiled(template)
-        return text_forms(asked, compiled, order.tokens_assumed).written(*order.streams)
+        return text_request(asked, compiled, order.tokens_assumed, order.streams)
     except Refused as refused:
         return _refusal(refused)
 

@@ -12,23 +12,23 @@ from typing import Any
 from uuid import uuid4
 
 from sidecar.backends.api import Reply
-from sidecar.fronts.generate.replies import TextSoFar, response_of
+from sidecar.backends.kind import Reader
 from sidecar.fronts.openai.asked import Asked
 from sidecar.fronts.openai.stop_words import StopWords
-from sidecar.fronts.openai.text_forms import TextForms, WrittenForms
+from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"
 
 
 class TextAnswer:
-    """One answer. `counts` says that each reply is a token; `repeats` that each has the whole text so far."""
+    """One answer. `counts` says that each reply is a token."""
 
-    def __init__(self, asked: Asked, forms: TextForms | WrittenForms, counts: bool, repeats: bool) -> None:
+    def __init__(self, asked: Asked, text: TextRequest, counts: bool, reader: Reader) -> None:
         self._asked = asked
-        self._max_tokens = forms.max_tokens
+        self._max_tokens = text.max_tokens
         self._counts = counts
-        self._so_far = TextSoFar() if repeats else None
-        self._stop = StopWords(forms.stop)
+        self._reader = reader
+        self._stop = StopWords(text.stop)
         self._tokens = 0
         self._pieces: list[str] = []
         self.ended = False
@@ -39,12 +39,9 @@ class TextAnswer:
 
     def take(self, reply: Reply) -> bytes:
         """Return what a reply adds to the response: events of a stream, or the whole of one that does not stream."""
-        message, count = response_of(reply, text=True)
-        self._tokens += count
-        text = message.text
-        if self._so_far is not None:
-            text = self._so_far.news(text, count > 0, reply.final)
-        text = self._stop.pass_on(text, reply.final)
+        piece = self._reader.read(reply)
+        self._tokens += piece.tokens
+        text = self._stop.pass_on(piece.text, reply.final)
         self.ended = reply.final or self._stop.found
         if self._asked.streams:
             return self._events(text)

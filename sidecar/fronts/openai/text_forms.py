@@ -1,4 +1,4 @@
-"""A completion or a chat for engines that take a text and give one: TensorRT-LLM's models behind Triton.
+"""A completion or a chat for engines that take a text and give one.
 
 What they have no word for is refused with the member's name: an answer without it is not the one that was asked for.
 """
@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import math
 import secrets
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.fronts.generate.forms import INT32_MAX, Scalar, ensemble_form, llmapi_form
+from sidecar.backends import registry
+from sidecar.backends.api import Form
+from sidecar.backends.kind import Ask, write_for
+from sidecar.fronts.generate.forms import INT32_MAX
 from sidecar.fronts.openai.asked import Asked, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
-from sidecar.proto import gateway_pb2
 
-WHERE = "the engines behind this model (TensorRT-LLM by Triton)"
 READ = frozenset(
     {
         "model", "prompt", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
@@ -59,80 +60,58 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Members that ask for nothing with these values, null among them."""
 PENALTIES = ("presence_penalty", "frequency_penalty")
-NO_END = Scalar("end_id", "", "INT32", struct.pack("<i", -1))
 
 
 @dataclass(frozen=True)
-class TextForms:
-    """A request in the words of the ensemble and of the LLM-API model, whose answers are put together from text.
+class TextRequest:
+    """A request as text, by the kinds of model that take it, whose answers are put together from text.
 
-    `why_not_llmapi` says what the LLM-API model has no input for.
+    `why_not` says of the other kinds what they have no input for.
     """
 
-    request: Any
-    more: tuple[Scalar, ...]
+    forms: dict[str, Form]
+    why_not: dict[str, str]
     max_tokens: int
     stop: tuple[str, ...]
-    why_not_llmapi: str
-
-    def ensemble(self, streams: bool) -> bytes:
-        return ensemble_form(self.request, streams, self.more)
-
-    def llmapi(self, streams: bool) -> bytes:
-        return llmapi_form(self.request, streams, self.more)
-
-    def written(self, ensemble_streams: bool, llmapi_streams: bool) -> WrittenForms:
-        """Write all of it now."""
-        llmapi = b"" if self.why_not_llmapi else self.llmapi(llmapi_streams)
-        return WrittenForms(self.ensemble(ensemble_streams), llmapi, self.max_tokens, self.stop, self.why_not_llmapi)
 
 
-@dataclass(frozen=True)
-class WrittenForms:
-    """The same of a large request, written in another process, where it was said which models stream."""
+def text_request(
+    asked: Asked, template: ChatTemplate | None, tokens_assumed: int, streams: Mapping[str, bool]
+) -> TextRequest:
+    """Return a request for the kinds of model that `streams` says of whether they are to stream.
 
-    as_ensemble: bytes
-    as_llmapi: bytes
-    max_tokens: int
-    stop: tuple[str, ...]
-    why_not_llmapi: str
-
-    def ensemble(self, streams: bool) -> bytes:
-        return self.as_ensemble
-
-    def llmapi(self, streams: bool) -> bytes:
-        return self.as_llmapi
-
-
-def text_forms(asked: Asked, template: ChatTemplate | None, tokens_assumed: int) -> TextForms:
-    """Return the forms; `tokens_assumed` bounds an answer that its client does not. Raises Unfit with the reason."""
+    `tokens_assumed` bounds an answer that its client does not. Raises Unfit with the reason.
+    """
+    models = {registry.model_kind(name): does_stream for name, does_stream in streams.items()}
+    where = f"the engines behind this model ({', '.join(dict.fromkeys(model.title for model in models))})"
     values = asked.body.values
-    _check_members(values)
+    _check_members(values, where)
     max_tokens = tokens_assumed if asked.max_tokens is None else asked.max_tokens
     if not 0 < max_tokens <= INT32_MAX:
-        raise Unfit("max_tokens", f"max_tokens must be 1 to {INT32_MAX} for {WHERE}")
+        raise Unfit("max_tokens", f"max_tokens must be 1 to {INT32_MAX} for {where}")
     stop = _stop_words(values)
-    request = gateway_pb2.GenerateRequest(text=_text(asked, template), max_tokens=max_tokens, stop_words=stop)
-    _add_sampling(request, values)
-    more = [_penalty(name, values) for name in PENALTIES if values.get(name)]
-    lacks = ["repetition_penalty"] if request.HasField("repetition_penalty") else []
-    if values.get("ignore_eos") is True:
-        more.append(NO_END)
-        lacks.append("ignore_eos")
-    why_not = f"TensorRT-LLM's LLM-API model has no {' and no '.join(lacks)}; leave it out" if lacks else ""
-    return TextForms(request, tuple(more), max_tokens, tuple(stop), why_not)
+    ask = Ask(
+        text=_text(asked, template, where),
+        max_tokens=max_tokens,
+        model=asked.model,
+        stop_words=stop,
+        ignore_eos=values.get("ignore_eos") is True,
+        **_sampling(values),
+    )
+    forms, why_not = write_for(ask, models)
+    return TextRequest(forms, why_not, max_tokens, stop)
 
 
-def _check_members(values: dict[str, Any]) -> None:
+def _check_members(values: dict[str, Any], where: str) -> None:
     for name, value in values.items():
         if value is None or name in READ or name in ABOUT_THE_CALLER:
             continue
         if name not in NEUTRAL:
-            raise Unfit(name[:80], f'{WHERE} have no "{name[:80]}"; leave it out')
+            raise Unfit(name[:80], f'{where} have no "{name[:80]}"; leave it out')
         if not any(
             value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL[name]
         ):
-            raise Unfit(name, f'{WHERE} cannot do "{name}": {_shown(value)}; leave it out, or serve the model by vLLM')
+            raise Unfit(name, f'{where} cannot do "{name}": {_shown(value)}; leave it out, or serve the model by vLLM')
 
 
 def _shown(value: Any) -> str:
@@ -140,7 +119,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _text(asked: Asked, template: ChatTemplate | None) -> str:
+def _text(asked: Asked, template: ChatTemplate | None, where: str) -> str:
     values = asked.body.values
     if asked.is_chat:
         assert template is not None, "a chat without a template has no text"
@@ -154,52 +133,41 @@ def _text(asked: Asked, template: ChatTemplate | None) -> str:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
             prompt = prompt[0]
         if not isinstance(prompt, str):
-            raise Unfit("prompt", f"{WHERE} take texts and no token ids; send the prompt as a string")
+            raise Unfit("prompt", f"{where} take texts and no token ids; send the prompt as a string")
         text = prompt
     if not text:
         raise Unfit("messages" if asked.is_chat else "prompt", "the prompt is empty")
     return text.encode(errors="replace").decode()
 
 
-def _stop_words(values: dict[str, Any]) -> list[str]:
+def _stop_words(values: dict[str, Any]) -> tuple[str, ...]:
     stop = values.get("stop") or []
     words = [stop] if isinstance(stop, str) else stop
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise Unfit("stop", '"stop" must be a text or a list of texts')
-    return [word.encode(errors="replace").decode() for word in words]
+    return tuple(word.encode(errors="replace").decode() for word in words)
 
 
-def _add_sampling(request: Any, values: dict[str, Any]) -> None:
-    """Say how to choose tokens.
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    """Return how to choose tokens.
 
     TensorRT-LLM is greedy until it is told how many candidates to consider, whatever the temperature, and draws the
     same numbers for every request until it is given a seed; this API's clients expect neither.
     """
     temperature = _number(values, "temperature", 0.0)
-    penalty = _number(values, "repetition_penalty", 0.0)
-    if penalty is not None:
-        request.repetition_penalty = penalty
+    said: dict[str, Any] = {"repetition_penalty": _number(values, "repetition_penalty", 0.0)}
+    said |= {name: _number(values, name, -2.0) for name in PENALTIES if values.get(name)}
     if temperature == 0:
-        request.top_k = 1
-        return
+        return said | {"top_k": 1}
     top_k, top_p, seed = _whole(values, "top_k", -1), _number(values, "top_p", 0.0), _whole(values, "seed", 0)
     if temperature is not None:
-        request.temperature = temperature
         if top_p is None and (top_k is None or top_k <= 0):
             top_p = 1.0
         if seed is None:
             seed = secrets.randbits(63)
-    if top_k is not None and top_k > 0:
-        request.top_k = top_k
-    if top_p is not None:
-        request.top_p = top_p
-    if seed is not None:
-        request.seed = seed
-
-
-def _penalty(name: str, values: dict[str, Any]) -> Scalar:
-    value = _number(values, name, -2.0)
-    return Scalar(name, f"sampling_param_{name}", "FP32", struct.pack("<f", value))
+    if top_k is not None and top_k <= 0:
+        top_k = None
+    return said | {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
 def _number(values: dict[str, Any], name: str, least: float) -> float | None:

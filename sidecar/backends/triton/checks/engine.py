@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from sidecar.adapters.modules import MODULE_IDS
-from sidecar.backends.checks.finding import Finding, Look, Target, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, Target, failed, ok, warning
 from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.model import kind_of
 from sidecar.backends.triton.dialects import TRITON_LLMAPI
 from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, PageShape, Row, pages_of
@@ -24,7 +25,7 @@ def facts_from(target: Target, config: Any) -> EngineFacts:
     kind = kind_of(config)
     declared, found = target.facts, from_llmapi_config() if kind == TRITON_LLMAPI else from_model_config(config)
     merged = merge(target.id, replace(declared, dtype=None), replace(found, dtype=None))
-    return replace(merged, dtype=found.dtype or declared.dtype, kind=kind)
+    return replace(merged, dtype=found.dtype or declared.dtype, kind=kind, reads_files=kind == TRITON_LLMAPI)
 
 
 async def engine(look: Look) -> Finding:

@@ -12,7 +12,8 @@ from pathlib import Path
 import grpc.aio
 
 from sidecar.adapters.shared_memory import DIRECTORY, PREFIX, Mount
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.sharing import RegionRefused, SharedBlobs
 
 SAMPLE = b"lora-sidecar" * 8

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import httpx
 
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
 from sidecar.backends.checks.port import METRICS_PORT
 from sidecar.backends.triton import gauges
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.gauges import Gauges
 
 SEATS_FIX = "config.yaml: engine: {seats: the engine's max_batch_size, kv_tokens: its KV blocks × tokens a block}"

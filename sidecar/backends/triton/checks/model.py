@@ -11,8 +11,9 @@ from typing import Any
 from tritonclient.grpc import model_config_pb2
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, failed, ok, warning
 from sidecar.backends.engine_facts import TRITON_DTYPES
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.dialects import dialect_of
 
 TYPE_OF_DTYPE = {dtype: name for name, dtype in TRITON_DTYPES.items()}

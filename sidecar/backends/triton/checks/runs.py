@@ -14,9 +14,10 @@ from typing import Any
 import grpc.aio
 
 from sidecar.backends import faults
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, skipped, warning
+from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
 from sidecar.backends.triton import wire
 from sidecar.backends.triton.checks.engine import DECLARE
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.memory import region
 from sidecar.backends.triton.checks.model import CACHES_FIX, TYPE_OF_DTYPE
 from sidecar.backends.triton.checks.tiny import TinyAdapter, tiny_adapter

@@ -13,10 +13,11 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.checks.finding import Finding, Look, Target, failed, ok, warning
+from sidecar.backends.checks.finding import Finding, Target, failed, ok, warning
 from sidecar.backends.checks.port import CONNECT_S, GRPC, host_and_port, what_answers
 from sidecar.backends.credentials import tls_context
 from sidecar.backends.triton.checks.engine import facts_from
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.probe import words
 
 ANSWER_S = 4.0

@@ -22,7 +22,8 @@ from safetensors.numpy import save_file
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
-from sidecar.backends.checks.finding import Finding, Look, failed, ok, skipped
+from sidecar.backends.checks.finding import Finding, failed, ok, skipped
+from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.runs import LOAD_S, ask, milliseconds, refused_load
 from sidecar.backends.triton.dialects import LlmApi
 from sidecar.core.effects import Load

@@ -6,7 +6,7 @@ import json
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
@@ -15,8 +15,9 @@ import httpx
 from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
-from sidecar.backends.triton.dialects import VLLM
+from sidecar.backends.kind import with_kind
 from sidecar.backends.vllm.api import VllmApi, message_of
+from sidecar.backends.vllm.kind import MODEL
 from sidecar.core.facts import EngineFacts
 
 CHECK_NAME = "lora-sidecar-check"
@@ -87,7 +88,7 @@ async def open_look(target: Target) -> AsyncIterator[VllmLook]:
     """Give a look at a target for the length of a block. Raises Misused for files that are not there."""
     client = open_http_client(target.address, target.tls, target.api_key_file, httpx.Timeout(CONNECT_S), KEPT_S)
     async with client:
-        facts = replace(target.facts, kind=VLLM)
+        facts = with_kind(target.facts, MODEL)
         yield VllmLook(target, client, VllmApi(target.id, client), facts)
 
 

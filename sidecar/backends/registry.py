@@ -1,0 +1,186 @@
+"""Which kinds of backends there are, and a configuration's backends as their kinds read them.
+
+A kind costs its folder and a line in `KINDS`. One of another package is named in the configuration as
+`kind: package.module:KIND`, or offered by the entry point group `lora_sidecar.plugins` as `backend.NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from sidecar.backends.kind import Kind, ModelKind
+from sidecar.config import Config, plugins
+from sidecar.config.backends import Backend as Entry
+from sidecar.config.section import problems
+from sidecar.errors import Misused, Reason
+
+KINDS = {
+    "triton": "sidecar.backends.triton.kind:TRITON",
+    "vllm": "sidecar.backends.vllm.kind:VLLM",
+}
+_from_elsewhere: dict[str, Kind] = {}
+"""Kinds of other packages that a configuration has named in this process."""
+
+
+def kinds() -> list[Kind]:
+    """Return ours, and those of other packages that a configuration has named."""
+    return [*map(kind_named, KINDS), *_from_elsewhere.values()]
+
+
+def kind_named(name: str) -> Kind:
+    """Return a kind by its name, or by `package.module:KIND`. Raises Misused with the names that there are."""
+    if name in KINDS:
+        return _ours(name, KINDS[name])
+    if name not in _from_elsewhere:
+        known = plugins.known("backend")
+        target = name if ":" in name else known.get(name)
+        if target is None:
+            names = ", ".join((*KINDS, *known))
+            raise Misused(
+                Reason.CONFIG_INVALID,
+                f'there is no kind of backend "{name}"; there are {names}, or name one as package.module:KIND',
+            )
+        _from_elsewhere[name] = _loaded(name, target)
+    return _from_elsewhere[name]
+
+
+def _loaded(name: str, target: str) -> Kind:
+    found = plugins.imported(f'the backend kind "{name}"', target)
+    if not isinstance(found, Kind):
+        raise Misused(Reason.CONFIG_INVALID, f'the backend kind "{name}": "{target}" is not a backends.kind.Kind')
+    return found
+
+
+@cache
+def _ours(name: str, target: str) -> Kind:
+    return _loaded(name, target)
+
+
+def models() -> Mapping[str, ModelKind]:
+    """Return every kind of model by its name."""
+    return _models(tuple(kinds()))
+
+
+@cache
+def _models(kinds: tuple[Kind, ...]) -> Mapping[str, ModelKind]:
+    return {model.name: model for kind in kinds for model in kind.models}
+
+
+def model_kind(name: str) -> ModelKind:
+    """Return the kind of model that `EngineFacts.kind` names; of one that is not known here nothing but its name."""
+    return models().get(name) or ModelKind(name, name)
+
+
+def kind_of(model: str) -> Kind | None:
+    """Return the kind whose backends have this kind of model; None for one that is not known here."""
+    return next((kind for kind in kinds() if any(model == one.name for one in kind.models)), None)
+
+
+def url_of(name: str, address: str) -> str:
+    """Return the URL that a backend is configured by, from its kind of model and its address as an operator sees it."""
+    protocol, separator, host = address.rpartition("://")
+    kind = kind_of(name)
+    schemes = {} if kind is None else kind.section.SCHEMES
+    secure = bool(separator) and protocol == "https"
+    return f"{next((scheme for scheme, has_tls in schemes.items() if has_tls == secure), name)}://{host}"
+
+
+def siblings(names: Sequence[str]) -> list[ModelKind]:
+    """Return the kinds of model that engines of these kinds may turn out to have; all there are for no names."""
+    return [
+        model for kind in kinds() if not names or any(one.name in names for one in kind.models) for model in kind.models
+    ]
+
+
+def written_for(rank: Callable[[str], int | None]) -> ModelKind:
+    """Return the kind of model that a KServe request is written for, by the rank of its inputs."""
+    natives = [model for model in models().values() if model.native is not None]
+    return next((model for model in natives if model.recognises is not None and model.recognises(rank)), natives[0])
+
+
+def urls() -> str:
+    """Return the form of each kind's URL, for people."""
+    schemes = [scheme for kind in kinds() for scheme, secure in kind.section.SCHEMES.items() if not secure]
+    return " or ".join(f"{scheme}://HOST:PORT" for scheme in schemes)
+
+
+def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
+    """Return the backends of a configuration, each as its kind reads it.
+
+    Raises Misused naming each key that is wrong, the value and what is expected; `source` is where they are written.
+    """
+    found: list[Entry] = []
+    wrong: list[str] = []
+    for number, record in enumerate(config.backends):
+        within = ("backends", str(number))
+        try:
+            section = _section_of(record)
+            found.append(section.model_validate(_own(section, record)))
+        except ValidationError as error:
+            wrong += problems(error, section, within)
+        except ValueError as error:
+            wrong.append(f"{'.'.join(within)}{error}")
+    if not wrong:
+        wrong += _clashes([entry.identity for entry in found], [entry.identity for entry in found if entry.discover])
+    if wrong:
+        raise Misused(Reason.CONFIG_INVALID, f"{source}: {'; '.join(wrong)}" if source else "; ".join(wrong))
+    return tuple(found)
+
+
+def full_record(config: Config) -> dict[str, Any]:
+    """Return a configuration as JSON, defaults included, those of its backends too. Raises Misused."""
+    return config.model_dump(mode="json") | {"backends": [each.model_dump(mode="json") for each in entries_of(config)]}
+
+
+def _section_of(record: Mapping[str, Any]) -> type[Entry]:
+    """Return the section of the kind that an entry names. Raises ValueError with the rest of a problem's line."""
+    named, url = record.get("kind"), str(record.get("url") or "")
+    if named is not None:
+        try:
+            return kind_named(str(named)).section
+        except Misused as unknown:
+            raise ValueError(f".kind: {unknown.message}") from unknown
+    scheme, separator, _ = url.partition("://")
+    for kind in kinds() if separator else ():
+        if scheme in kind.section.SCHEMES:
+            return kind.section
+    if separator and scheme in plugins.known("backend"):
+        return kind_named(scheme).section
+    if url:
+        raise ValueError(f".url: it must be of the form {urls()} (it is {url!r:.80})")
+    if record.get("discover") is not None:
+        raise ValueError(f": discover needs a kind: {' or '.join(KINDS)} (it is {dict(record)!r:.80})")
+    return Entry
+
+
+def _own(section: type[Entry], record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry without the keys of other kinds that are at their defaults, as a configuration in full has."""
+    others = [kind.section.model_fields for kind in kinds() if kind.section is not section]
+
+    def is_anothers_default(key: str, value: Any) -> bool:
+        return any(key in fields and (value is None or value == _plain(fields[key].default)) for fields in others)
+
+    return {
+        key: value
+        for key, value in record.items()
+        if key in section.model_fields or not is_anothers_default(key, value)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _clashes(ids: Sequence[str], pools: Sequence[str]) -> Iterator[str]:
+    for identity in ids:
+        if ids.count(identity) > 1:
+            yield f"two backends have the id {identity}; give one another with id"
+            return
+    for pool in pools:
+        for identity in ids:
+            if identity.startswith(f"{pool}-"):
+                yield f"{identity} could be an engine of the pool {pool}; give one another id"

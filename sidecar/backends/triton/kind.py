@@ -1,0 +1,119 @@
+"""The backend kind `triton`: its keys in the configuration, how it is connected to, what its models can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from sidecar.backends.api import Backend
+from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
+from sidecar.backends.triton import asking
+from sidecar.config.backends import HOST
+from sidecar.config.backends import Backend as Entry
+from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
+
+GRPC_PORT, METRICS_PORT = 8001, 8002
+
+CORE = ModelKind(
+    name="triton",
+    title="TensorRT-LLM by Triton",
+    native=Native.KSERVE,
+    asking=asking.CORE,
+    text_model="ensemble",
+)
+LLMAPI = ModelKind(
+    name="triton_llmapi",
+    title="TensorRT-LLM by Triton",
+    native=Native.KSERVE,
+    asking=asking.LLMAPI,
+    recognises=lambda rank: rank("text_input") == 1,  # no other model takes text without a batch dimension
+    reads_files=True,
+)
+
+
+class TritonEntry(Entry):
+    """A Triton server with a TensorRT-LLM model, by `triton://HOST:PORT`, the port of its gRPC.
+
+    `model` is the engine's core model, `text_model` the one before it that takes text, `models` others that clients ask
+    for by name. Where a pool has several core models, a request goes to those backends that have the model it names.
+
+    One that takes weights reads them from shared memory where it can (`weights_transport: auto`), and `backends list`
+    says whether it does. `{host}` in `metrics` is the host of an engine that was found.
+    """
+
+    SCHEMES: ClassVar = {"triton": False}
+    ELSEWHERE: ClassVar = {
+        "vllm://": {
+            "api_key_file": "Triton has no API keys; tls with a certificate of ours says who we are",
+            "old_versions": "it is about versions of vLLM",
+        }
+    }
+
+    model: str = "tensorrt_llm"
+    text_model: str = "ensemble"
+    models: tuple[str, ...] = ()
+    metrics: str | None = None
+    weights_transport: Literal["auto", "grpc", "shared_memory"] = "auto"
+
+    @property
+    def shared_memory(self) -> Literal["never", "auto", "must"]:  # type: ignore[override]
+        """Whether its weights are to lie where it can read them."""
+        wanted: dict[str, Literal["never", "auto", "must"]] = {"grpc": "never", "shared_memory": "must"}
+        return wanted.get(self.weights_transport, "auto")
+
+    def _at_host(self, host: str) -> dict[str, Any]:
+        return {"metrics": None if self.metrics is None else self.metrics.replace(HOST, host)}
+
+    @model_validator(mode="after")
+    def _finds_metrics_of_each(self) -> Self:
+        if self.discover is not None and self.metrics is not None and HOST not in self.metrics:
+            raise ValueError(f"metrics: with discover it needs {HOST}, as in http://{HOST}:{METRICS_PORT}/metrics")
+        return self
+
+
+def _declare(entry: TritonEntry, declared: EngineFacts, all_of_kind: Sequence[TritonEntry]) -> EngineFacts:
+    # Which of the models a server has is known when it is reached; a shared folder says which is meant.
+    declared = with_kind(declared, CORE if entry.adapters_dir is None else LLMAPI)
+    several = len({each.model for each in all_of_kind}) > 1 or any(each.models for each in all_of_kind)
+    return replace(declared, models=(entry.model, entry.text_model, *entry.models)) if several else declared
+
+
+def _connect(entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
+    from sidecar.backends.triton.backend import TritonBackend, TritonOptions
+
+    if entry.weights_transport == "grpc" or wiring.memory.mount is None:
+        declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
+    options = TritonOptions(
+        id=entry.identity,
+        address=entry.address,
+        facts=declared,
+        metrics_url=entry.metrics or usual_metrics_url(entry.address),
+        model=entry.model,
+        text_model=entry.text_model,
+        tls=entry.tls_files,
+        transport=entry.weights_transport,
+        memory=wiring.memory,
+        adapters_dir=entry.places,
+        progress_timeout_s=entry.progress_timeout_s,
+        load_timeout_s=entry.load_timeout_s,
+        owner=wiring.owner,
+    )
+    return TritonBackend(options, wiring.loader), declared
+
+
+def _checks() -> Checks:
+    from sidecar.backends.triton.checks import CHECKS
+
+    return CHECKS
+
+
+def usual_metrics_url(address: str) -> str | None:
+    """Return where a Triton server on its usual gRPC port has its metrics, None for one on another port."""
+    host, _, port = address.rpartition(":")
+    return f"http://{host}:{METRICS_PORT}/metrics" if port == str(GRPC_PORT) else None
+
+
+TRITON = Kind("triton", TritonEntry, (CORE, LLMAPI), _connect, _declare, _checks)

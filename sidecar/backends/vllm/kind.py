@@ -1,0 +1,97 @@
+"""The backend kind `vllm`: its keys in the configuration, how it is connected to, what it can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from sidecar.backends.api import Backend
+from sidecar.backends.kind import Checks, Kind, ModelKind, Native, Wiring, with_kind
+from sidecar.backends.vllm.asking import ASKING
+from sidecar.config.backends import Backend as Entry
+from sidecar.core.facts import EngineFacts
+
+MODEL = ModelKind(
+    name="vllm",
+    title="vLLM",
+    native=Native.OPENAI,
+    asking=ASKING,
+    reads_files=True,
+    page_is_adapter=True,
+    pages="the engine keeps {host} in memory (max_cpu_loras) and has {device} slots (max_loras)",
+)
+_PACKED = "nothing is packed for vLLM; base_model.config says what adapters are checked against"
+
+
+class VllmEntry(Entry):
+    """A vLLM server, by `vllm://HOST:PORT`; `vllms://HOST:PORT` by TLS, this machine's CAs trusted unless others are
+    named. `api_key_file` has the key that it wants, `old_versions` uses it though it may answer by another adapter.
+    """
+
+    SCHEMES: ClassVar = {"vllm": False, "vllms": True}
+    ELSEWHERE: ClassVar = {
+        "triton://": {
+            "model": "vLLM serves one model, and is asked what it calls it",
+            "text_model": "vLLM takes text and tokens by one model",
+            "models": "vLLM serves one model, and is asked what it calls it",
+            "metrics": "vLLM's metrics are at its own url, under /metrics",
+            "weights_transport": "vLLM reads adapters' files itself, from adapters_dir",
+            "engine.config": "it names TensorRT-LLM's config.json; what vLLM was started with is said by "
+            "engine.device_pages (--max-loras), engine.host_pages (--max-cpu-loras), engine.seats (--max-num-seqs) and "
+            "engine.rank_max (--max-lora-rank)",
+            "engine.modules": "nothing is packed for vLLM: what a page holds there is one adapter",
+            "engine.rank_multiple": "nothing is packed for vLLM",
+            "engine.tp": "nothing is packed for vLLM, which splits adapters itself",
+            "engine.heads": _PACKED,
+            "engine.kv_heads": _PACKED,
+            "engine.head_size": _PACKED,
+        }
+    }
+
+    api_key_file: str | None = None
+    old_versions: bool = False
+
+    def files(self) -> dict[str, str | None]:
+        return super().files() | {"api_key_file": self.api_key_file}
+
+
+def _declare(entry: VllmEntry, declared: EngineFacts, all_of_kind: Sequence[VllmEntry]) -> EngineFacts:
+    return with_kind(declared, MODEL)
+
+
+def _connect(entry: VllmEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
+    from sidecar.backends.vllm.backend import VllmBackend, VllmOptions
+
+    options = VllmOptions(
+        id=entry.identity,
+        address=entry.address,
+        adapters_dir=entry.places,
+        facts=declared,
+        tls=entry.tls_files,
+        api_key_file=entry.api_key_file,
+        old_versions=entry.old_versions,
+        progress_timeout_s=entry.progress_timeout_s,
+        load_timeout_s=entry.load_timeout_s,
+    )
+    return VllmBackend(options), declared
+
+
+def _checks() -> Checks:
+    from sidecar.backends.vllm.checks import CHECKS
+
+    return CHECKS
+
+
+def _notes(entry: VllmEntry, declared: EngineFacts) -> Iterator[str]:
+    from sidecar.backends.vllm.checks.declared import undeclared
+
+    return undeclared(declared, entry.adapters_dir is not None)
+
+
+def _unchecked(backends: Sequence[str]) -> str:
+    from sidecar.backends.vllm.checks.declared import sizes_unknown
+
+    return sizes_unknown(backends)
+
+
+VLLM = Kind("vllm", VllmEntry, (MODEL,), _connect, _declare, _checks, _notes, _unchecked)

@@ -1,0 +1,53 @@
+"""Where adapters come from, and how much of them is kept here."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from sidecar.adapters.origins.allowing import AllowList
+from sidecar.config.section import Section
+from sidecar.errors import Misused
+
+
+class Adapters(Section):
+    """`roots` are the folders that may be registered from; each PEFT subfolder of `serve` is a name at start."""
+
+    roots: tuple[str, ...] = ()
+    serve: str | None = None
+    allow: dict[str, tuple[str, ...]] = {}
+
+
+class Origins(Section):
+    """Where adapters may be fetched from: `allow` lists prefixes of URLs (and folders); `adapters.roots` always count.
+
+    `https://` alone allows every public host; a host that has a private address must be named. Credentials are found by
+    the stores' own libraries and are no part of this.
+    """
+
+    allow: tuple[str, ...] = ()
+    size_bytes_max: int = Field(4 << 30, ge=1)
+    attempts_max: int = Field(5, ge=1)
+    timeout_s: float = Field(30.0, gt=0)
+    duration_s_max: float = Field(1800.0, gt=0)
+    downloads_max: int = Field(4, ge=1)
+
+    @field_validator("allow")
+    @classmethod
+    def _are_prefixes(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            AllowList.of(allow)
+        except Misused as error:
+            raise ValueError(error.message.removeprefix("origins.allow: ")) from error
+        return allow
+
+
+class Store(Section):
+    """Two tiers of packed adapters. The disk tier is there when there is a data directory."""
+
+    memory_bytes: int = Field(4 << 30, ge=1)
+    disk_bytes: int = Field(32 << 30, ge=0)
+    eviction: str = "rate_per_byte"
+    disk_eviction: str = "lru"
+    prefetch: str = "planned"
+    prefetch_bytes_per_s: int = Field(128 << 20, ge=0)
+    fetches_max: int = Field(4, ge=1)

@@ -1,0 +1,60 @@
+"""How requests wait: the bounds of the queue, its policies, classes and tenants."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from sidecar.config.identities import CLASS, TENANT, check_words
+from sidecar.config.section import Section
+
+ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX = 4 << 20, 256 << 20
+
+
+class RequestClass(Section):
+    """How long a request may wait, and how long it does before others are held back for it."""
+
+    queue_wait_s_max: float = Field(600.0, gt=0)
+    patience_s: float = Field(20.0, ge=0)
+
+
+class Queue(Section):
+    """`joining_s_max`: how long an engine that has just come up is spared, at most, until it has the adapters that are
+    planned for it; 0 sends it its share at once. `answer_bytes_max` of an answer, and `answers_bytes_max` of all of
+    them, may wait for clients that are slower than their engine; what does not fit keeps its seat at the engine.
+    """
+
+    ordering: str = "soft_gated"
+    routing: str = "partitioned"
+    output_tokens_assumed: int = Field(1024, ge=1)
+    sequence_tokens_assumed: int = Field(131_072, ge=1)
+    queued_max: int = Field(50_000, ge=1)
+    queued_tokens_max: int = Field(1 << 31, ge=1)
+    queued_bytes_max: int = Field(1 << 30, ge=1)
+    tenant_queued_max: int = Field(50_000, ge=1)
+    tenant_queued_tokens_max: int = Field(1 << 31, ge=1)
+    tenant_queued_bytes_max: int = Field(1 << 30, ge=1)
+    tenant_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
+    inbox_max: int = Field(10_000, ge=1)
+    answer_bytes_max: int = Field(ANSWER_BYTES_MAX, ge=1)
+    answers_bytes_max: int = Field(ANSWERS_BYTES_MAX, ge=1)
+    joining_s_max: float = Field(30.0, ge=0)
+    classes: dict[str, RequestClass] = {"default": RequestClass()}
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _are_tenants(cls, weights: dict[str, float]) -> dict[str, float]:
+        check_words(TENANT, weights)
+        return weights
+
+    @field_validator("classes")
+    @classmethod
+    def _are_classes(cls, classes: dict[str, RequestClass]) -> dict[str, RequestClass]:
+        check_words(CLASS, classes)
+        return classes
+
+    @field_validator("classes")
+    @classmethod
+    def _has_default(cls, classes: dict[str, RequestClass]) -> dict[str, RequestClass]:
+        return {"default": RequestClass(), **classes}

@@ -1,0 +1,14 @@
+"""Backends of a configuration as their kinds read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.backends.registry import entries_of
+from sidecar.config import parse
+from sidecar.config.backends import Backend
+
+
+def entries(*records: Any) -> tuple[Backend, ...]:
+    """Return the backends that a configuration would have of these. Raises Misused."""
+    return entries_of(parse({"backends": list(records)}, "the test"), "the test")
