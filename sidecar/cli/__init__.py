@@ -1,4 +1,4 @@
-"""The command line, `sidecar`: one file per group of commands."""
+"""The command line, `sidecar`. `commands` lists the commands; a file here has one of them, or a few."""
 
 from __future__ import annotations
 
@@ -6,34 +6,18 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from sidecar.cli import (
-    adapters,
-    backends,
-    calibrating,
-    checking,
-    folders,
-    generating,
-    incidents,
-    planning,
-    queue,
-    replicas,
-    serving,
-    simulating,
-    state,
-    versions,
-)
+from sidecar.cli.commands import Group
 from sidecar.cli.exits import EXPLAINED, CommandError, Exit, command_error_of, tell
 from sidecar.errors import SidecarError
-from sidecar.lab.engine.command import emulate
 
 app = typer.Typer(
     name="sidecar",
+    cls=Group,
     help="One process in front of stock LLM engines: clients name a LoRA adapter and nothing else.",
     epilog=EXPLAINED,
     no_args_is_help=True,
@@ -43,6 +27,8 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"lora-sidecar {version('lora-sidecar')}")
         raise typer.Exit
 
@@ -59,40 +45,14 @@ def options(
     """What goes before any command."""
 
 
-def demo(
-    keep: Annotated[bool, typer.Option("--keep", help="Stay up and say what to try next.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> int:
-    """Show it all on this machine: emulated engines, eight adapters, and clients that know names only."""
-    from sidecar.lab.demo.run import demo as run_demo
-
-    return run_demo(keep, as_json)
-
-
-app.command("serve")(serving.serve)
-app.command("demo")(demo)
-app.command("emulate")(emulate)
-calibrating.add_to(app)
-generating.add_to(app)
-queue.add_to(app)
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(backends.app, name="backends")
-app.add_typer(replicas.app, name="replicas")
-app.add_typer(checking.config_app, name="config")
-app.add_typer(checking.policies_app, name="policies")
-app.add_typer(state.app, name="state")
-incidents.add_to(app)
-simulating.add_to(app)
-planning.add_to(app)
-
-__all__ = ["app", "folders", "main", "run"]
+HOLD, HOLD_DEFAULT = "--hold", "1h"
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; what is expected to go wrong is told in one line."""
     as_json = "--json" in arguments
     try:
-        code = get_command(app).main(versions.with_times(arguments), prog_name="sidecar", standalone_mode=False)
+        code = get_command(app).main(with_times(arguments), prog_name="sidecar", standalone_mode=False)
         sys.stdout.flush()
         return int(code or Exit.OK)
     except CommandError as error:
@@ -105,6 +65,15 @@ def run(arguments: Sequence[str]) -> int:
         return Exit.INTERRUPTED
     except typer.TyperException as error:
         return _misused(error, as_json)
+
+
+def with_times(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which a --hold that no time follows has one."""
+    following = [*arguments[1:], "-"]
+    return [
+        f"{HOLD}={HOLD_DEFAULT}" if word == HOLD and after.startswith("-") else word
+        for word, after in zip(arguments, following, strict=False)
+    ]
 
 
 def _misused(error: Any, as_json: bool) -> int:

@@ -1,77 +1,26 @@
-"""`sidecar adapters`: what names stand for, where the weights are, and what an operator can do about it."""
+"""`sidecar adapters list, show, evict, …`: where the weights are, and what an operator can do about it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.cli import verifying, versions
+from sidecar.cli import completing, versions
 from sidecar.cli.client import Client, admin_command
-from sidecar.cli.pushing import push
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
-from sidecar.shell.managing import in_words
 
-app = typer.Typer(help="Register adapters, see where they are, move and forget them.", no_args_is_help=True)
-
-Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
-versions.add_to(app)
-verifying.add_to(app)
+Name = Annotated[
+    str, typer.Argument(help="The adapter's name.", show_default=False, autocompletion=completing.adapter_names)
+]
 PLACES_LISTED_MAX = 3
 TIERS = {"gpu": "gpu", "engine_host": "host", "loading": "loading"}
 
 
-@admin_command(app, "register")
-def register(
-    client: Client,
-    name: Name,
-    path: Annotated[
-        str, typer.Argument(help="PEFT folder, as the sidecar sees it, or the URL of one.", show_default=False)
-    ],
-    allow: Annotated[list[str] | None, typer.Option(help="A tenant that may use it; repeat it. None: all.")] = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it in the host store.")] = False,
-    pushed: Annotated[
-        bool, typer.Option("--push", help="Send the folder of this machine; the sidecar need not see it.")
-    ] = False,
-    label: Annotated[list[str] | None, typer.Option(help="key=value about this version; repeat it.")] = None,
-    stage: Annotated[bool, typer.Option("--stage", help="Add the version without moving the name.")] = False,
-    base: Annotated[str, typer.Option(help="The base model's name, if not the one it was trained under.")] = "",
-    hold: versions.Hold = "",
-    as_json: AsJson = False,
-) -> None:
-    """Check an adapter's files and let a name stand for them. New content is a new version."""
-    here = Path(path).expanduser()
-    fields: dict[str, Any] = {"name": name, "allow": allow, "pin": pin, "stage": stage, "base": base}
-    fields |= {"labels": versions.labels_of(label), "hold_s": versions.seconds_of(hold)}
-    if pushed:
-        answer = push(client, here, **fields)
-    else:
-        place = str(here.resolve()) if here.exists() else path
-        request = pb.RegisterRequest(path=place, **fields)
-        with working(f"checking {path}"):
-            answer = client.ask(client.adapters.Register, request, timeout_s=None)
-    if as_json:
-        print_json(answer)
-        return
-    print(_registered(answer))
-    for warning in answer.warnings:
-        print(f"warning: {warning}")
-
-
-def _registered(answer: Any) -> str:
-    adapter, version = answer.adapter, f"{answer.adapter.name}@{answer.version}"
-    digest = next(held.digest for held in adapter.versions if held.version == answer.version)[:12]
-    if version != adapter.version:
-        return f"{version} staged: {digest}; {adapter.name} stays {adapter.version.rpartition('@')[2]}"
-    done = "was registered already" if answer.unchanged else "registered"
-    return f"{version} {done}: rank {adapter.rank}, {', '.join(adapter.modules)}, {digest}"
-
-
-@admin_command(app, "list")
+@admin_command
 def list_adapters(client: Client, as_json: AsJson = False) -> None:
     """List the registered adapters: version, shape, and where each is."""
     adapters = client.ask(client.adapters.List, pb.ListAdaptersRequest()).adapters
@@ -124,7 +73,7 @@ def _notes(adapter: Any) -> str | Text:
     return "; ".join(note for note in notes if note)
 
 
-@admin_command(app, "show")
+@admin_command
 def show(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Show one adapter: its facts, its copies in the host store, and each backend's belief with age and source."""
     adapter = client.ask(client.adapters.Get, pb.AdapterRequest(name=name))
@@ -168,6 +117,8 @@ def _shown(adapter: Any) -> list[Any]:
 
 
 def _manager(adapter: Any) -> str:
+    from sidecar.shell.managing import in_words
+
     return in_words(adapter.managed_by) + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")
 
 
@@ -175,17 +126,20 @@ def _belief(place: Any) -> tuple[str, str]:
     return ("-", "-") if place.tier == "absent" else (duration(place.age_s), place.source)
 
 
-@admin_command(app, "evict")
+@admin_command
 def evict(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Drop an adapter's weights now. The name stays; the answer says what could not be done where."""
     _print_places(client.ask(client.adapters.Evict, pb.AdapterRequest(name=name)), as_json)
 
 
-@admin_command(app, "prefetch")
+@admin_command
 def prefetch(
     client: Client,
     name: Name,
-    backend: Annotated[list[str] | None, typer.Option(help="A backend to load it on as well; repeat it.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="A backend to load it on as well; repeat it.", autocompletion=completing.backend_ids),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring an adapter into the host store, and onto the backends that are named."""
@@ -200,7 +154,7 @@ def _print_places(answer: Any, as_json: bool) -> None:
         console().print(table(("PLACE", "RESULT"), [(place.place, place.result) for place in answer.places]))
 
 
-@admin_command(app, "unregister")
+@admin_command
 def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: AsJson = False) -> None:
     """Take nothing new for a name, wait until what is under way is answered, then forget it."""
     request = pb.UnregisterRequest(name=name, hold_s=versions.seconds_of(hold))
@@ -212,19 +166,19 @@ def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: As
         print(f"{name} is forgotten")
 
 
-@admin_command(app, "pin")
+@admin_command
 def pin(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Keep an adapter in the host store until it is unpinned."""
     _print_done(client.ask(client.adapters.Pin, pb.AdapterRequest(name=name)), "stays in the host store", as_json)
 
 
-@admin_command(app, "unpin")
+@admin_command
 def unpin(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Let the eviction policy have an adapter again."""
     _print_done(client.ask(client.adapters.Unpin, pb.AdapterRequest(name=name)), "may be evicted again", as_json)
 
 
-@admin_command(app, "release")
+@admin_command
 def release(client: Client, name: Name, as_json: AsJson = False) -> None:
     """Lift a quarantine: the adapter's next load is its first, alone in the whole pool."""
     _print_done(client.ask(client.adapters.Release, pb.AdapterRequest(name=name)), "is served again", as_json)

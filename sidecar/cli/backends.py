@@ -10,7 +10,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.backends.registry import model_kind, url_of
+from sidecar.cli import completing
 from sidecar.cli.client import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
@@ -27,8 +27,6 @@ from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled
 from sidecar.proto import admin_pb2 as pb
 
-app = typer.Typer(help="See backends, drain them and take them back.", no_args_is_help=True)
-
 ENGINE = "Engine"
 COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
 GOOD = ("up", "joining")
@@ -41,10 +39,15 @@ PACES = {
 }
 """What is known of an engine's step time."""
 
-Identity = Annotated[str, typer.Argument(metavar="BACKEND", help="The backend's id.", show_default=False)]
+Identity = Annotated[
+    str,
+    typer.Argument(
+        metavar="BACKEND", help="The backend's id.", show_default=False, autocompletion=completing.backend_ids
+    ),
+]
 
 
-@admin_command(app, "list")
+@admin_command
 def list_backends(client: Client, as_json: AsJson = False) -> None:
     """List the backends: state, seats, open adapters."""
     backends = client.ask(client.backends.List, pb.ListBackendsRequest()).backends
@@ -78,13 +81,12 @@ def _pages(backend: Any) -> str:
     return f"{sum(version.pages for version in backend.open)}/{backend.page_limit or '?'}"
 
 
-@admin_command(app, "show")
+@admin_command
 def show(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     """Show one backend: seats, pages, open adapters, what is pinned by what, and its last heals."""
     _print(client.ask(client.backends.Get, pb.BackendRequest(backend=backend)), as_json)
 
 
-@app.command("check")
 def check(
     url: Annotated[
         str | None,
@@ -175,7 +177,7 @@ def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
     return Exit.OK
 
 
-@admin_command(app, "drain")
+@admin_command
 def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     """Send nothing new to a backend. What runs there ends there; what waits goes elsewhere."""
     answer = client.ask(client.backends.Drain, pb.BackendRequest(backend=backend))
@@ -185,7 +187,7 @@ def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
         print(f"{answer.id} is draining, {answer.running} still running")
 
 
-@admin_command(app, "undrain")
+@admin_command
 def undrain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
     """Take a drained backend back."""
     answer = client.ask(client.backends.Undrain, pb.BackendRequest(backend=backend))
@@ -203,6 +205,9 @@ def _print(backend: Any, as_json: bool) -> None:
 
 
 def _shown(backend: Any) -> list[Any]:
+    from sidecar.backends.registry import model_kind, url_of
+
+    kind = model_kind(backend.kind)
     head = facts(
         (
             ("backend", backend.id),
@@ -212,7 +217,7 @@ def _shown(backend: Any) -> list[Any]:
             ("engine", _engine(backend)),
             ("pace", f"{PACES.get(backend.pace, backend.pace)}; a request that came now would {_wait(backend)}"),
             ("seats", f"{backend.running} of {backend.seats} taken, {backend.queued} queued"),
-            (_page_word(backend), _page_facts(backend)),
+            ("adapters" if kind.page_is_adapter else "pages", _page_facts(backend, kind)),
             ("KV tokens", f"{backend.kv_reserved} of {backend.kv_tokens or '?'} reserved"),
             ("resident", ", ".join(backend.resident) or "nothing"),
         )
@@ -257,12 +262,8 @@ def _wait(backend: Any) -> str:
     return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 
 
-def _page_word(backend: Any) -> str:
-    return "adapters" if model_kind(backend.kind).page_is_adapter else "pages"
-
-
-def _page_facts(backend: Any) -> str:
+def _page_facts(backend: Any, kind: Any) -> str:
     """Say how many pages there are and in use."""
     in_use = sum(version.pages for version in backend.open)
-    places = model_kind(backend.kind).pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
+    places = kind.pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
     return f"{in_use} open, at most {backend.page_limit or '?'} at once; {places}"

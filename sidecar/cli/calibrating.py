@@ -20,11 +20,6 @@ from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, cost_table_text
 Told = Callable[[str, int, int], None]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("calibrate")(calibrate)
-
-
 def calibrate(
     model: Annotated[str | None, typer.Option(help="llama-3.1-8b and others.", show_default=False)] = None,
     gpu: Annotated[str | None, typer.Option(help="a100_sxm and others.", show_default=False)] = None,

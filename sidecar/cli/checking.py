@@ -5,39 +5,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
 from policies.registry import POLICIES
-from sidecar.backends.registry import entries_of, full_record, kind_named
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, print_json, working
-from sidecar.config import Config, plugins
-from sidecar.config.backends import Backend as Entry
-from sidecar.discovery import several
 from sidecar.errors import Misused, Reason
-from sidecar.serve.pool import facts_of
+
+if TYPE_CHECKING:
+    from sidecar.config import Config
+    from sidecar.config.backends import Backend as Entry
 
 CONTEXT_TOKENS = 1024
 """The context of the request that a calibrated pace is told for."""
-
-config_app = typer.Typer(help="Check a configuration.", no_args_is_help=True)
-policies_app = typer.Typer(help="Check a policy.", no_args_is_help=True)
 
 MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick", "prefetch": "advise"}
 """The method that each kind of policy has and no other."""
 
 
-@config_app.callback()
-@policies_app.callback()
-def group() -> None:
-    """A group of its own, though it has one command only."""
-
-
-@config_app.command("check")
 def check_config(
     file: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
     connect: Annotated[
@@ -49,6 +38,9 @@ def check_config(
 
     With --connect each engine is looked at, as by `backends check URL`; exit 1 when something fails at one.
     """
+    from sidecar.backends.registry import entries_of, full_record
+    from sidecar.config import plugins
+
     config = resolve(file)
     plugins.policies_of(config.core())
     entries = entries_of(config, str(file))
@@ -71,6 +63,8 @@ def check_config(
 
 def _paces(entries: Sequence[Entry]) -> Iterator[str]:
     """Say of each backend what the promises about waits will rest on. Raises Misused for a bad cost file."""
+    from sidecar.serve.pool import facts_of
+
     facts = facts_of(entries)
     for backend in entries:
         pace = facts[backend.identity].pace
@@ -89,6 +83,9 @@ def _paces(entries: Sequence[Entry]) -> Iterator[str]:
 
 def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
     """Say of each backend what its kind needs and is not given."""
+    from sidecar.backends.registry import kind_named
+    from sidecar.serve.pool import facts_of
+
     facts = facts_of(entries)
     for backend in entries:
         for note in kind_named(backend.kind_name).notes(backend, facts[backend.identity]):
@@ -97,6 +94,7 @@ def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
 
 def _check_addresses(entries: Sequence[Entry]) -> None:
     """Raise Misused for a backend whose one address is several engines', by DNS or else by the cluster."""
+    from sidecar.discovery import several
     from sidecar.kubernetes import services
 
     places = {
@@ -136,7 +134,6 @@ def _files(config: Config, entries: Sequence[Entry]) -> list[tuple[str, str]]:
     return [(key, path) for key, path in named if path is not None]
 
 
-@policies_app.command("check")
 def check_policy(
     name: Annotated[
         str, typer.Argument(help="lru, eviction.lru, a plug-in's name, or package.module:Class.", show_default=False)
@@ -163,6 +160,8 @@ def check_policy(
 
 def find_policy(name: str) -> tuple[str, type[Any]]:
     """Return a policy's kind and class. Raises Misused, or CommandError when the name could be several."""
+    from sidecar.config import plugins
+
     if ":" in name:
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a policy in a file beside you is found

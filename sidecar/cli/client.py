@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.errors import Reason
-from sidecar.fronts.status import DETAILS
 from sidecar.proto import admin_pb2_grpc, gateway_pb2_grpc
 
 SERVER_DEFAULT, SERVER_VARIABLE = "127.0.0.1:9000", "LORA_SIDECAR_SERVER"
@@ -160,9 +160,12 @@ def _why_unreached(cause: str, endpoint: Endpoint) -> str:
 
 def _details(error: Any) -> tuple[Any, int | None]:
     """Return the ErrorInfo of a failed call and the milliseconds of its RetryInfo."""
-    metadata = dict(error.trailing_metadata() or ())
     info, retry_after_ms = None, None
-    for detail in status_pb2.Status.FromString(metadata.get(DETAILS, b"")).details:
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # the details tell of another ending than the call: whoever is between us made a new one
+        status = None
+    for detail in () if status is None else status.details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo.FromString(detail.value)
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
@@ -170,27 +173,19 @@ def _details(error: Any) -> tuple[Any, int | None]:
     return info, retry_after_ms
 
 
-def admin_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
+def admin_command(body: Command) -> Command:
     """Make a function a command that talks to the admin listener; its first parameter is the `Client`."""
-    return _command(
-        app, name, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES, _CLEARTEXT)
-    )
+    return _command(body, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES, _CLEARTEXT))
 
 
-def data_command(app: typer.Typer, name: str) -> Callable[[Command], Command]:
+def data_command(body: Command) -> Command:
     """Make a function a command that talks to the data listener; its first parameter is the `Client`."""
-    return _command(app, name, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, _TLS_FILES)
+    return _command(body, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, _TLS_FILES)
 
 
 def _command(
-    app: typer.Typer,
-    name: str,
-    listener: str,
-    option: str,
-    default: str,
-    variable: str,
-    more: tuple[inspect.Parameter, ...],
-) -> Callable[[Command], Command]:
+    body: Command, listener: str, option: str, default: str, variable: str, more: tuple[inspect.Parameter, ...]
+) -> Command:
     address = inspect.Parameter(
         "address",
         inspect.Parameter.KEYWORD_ONLY,
@@ -201,21 +196,17 @@ def _command(
         ],
     )
 
-    def register(body: Command) -> Command:
-        def command(**values: Any) -> int | None:
-            connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *more)}
-            with connected(Endpoint(listener=listener, option=option, **connection)) as client:
-                return body(client, **values)
+    def command(**values: Any) -> int | None:
+        connection = {parameter.name: values.pop(parameter.name) for parameter in (address, *more)}
+        with connected(Endpoint(listener=listener, option=option, **connection)) as client:
+            return body(client, **values)
 
-        own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
-        parameters = [*own, address, *more]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        command.__doc__ = body.__doc__
-        app.command(name)(command)
-        return body
-
-    return register
+    own = list(inspect.signature(body, eval_str=True).parameters.values())[1:]
+    parameters = [*own, address, *more]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = body.__doc__
+    return command
 
 
 def _file_option(name: str, option: str, text: str, variable: str | None = None) -> inspect.Parameter:

@@ -11,17 +11,8 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from sidecar.adapters.base_model import read_base_model
-from sidecar.adapters.convert import convert as convert_folder
-from sidecar.adapters.inspect import inspect as inspect_folder
-from sidecar.adapters.layout import Layout
-from sidecar.backends.engine_facts import from_engine_config
-from sidecar.backends.registry import entries_of
-from sidecar.cli.adapters import app
-from sidecar.cli.bars import bar
 from sidecar.cli.serving import resolve
-from sidecar.cli.show import AsJson, bad, console, facts, print_json, size, table, titled, working
-from sidecar.serve.pool import facts_of
+from sidecar.cli.show import AsJson, bad, bar, console, facts, print_json, size, table, titled, working
 
 Source = Annotated[Path, typer.Argument(help="PEFT folder.", show_default=False)]
 Base = Annotated[
@@ -29,7 +20,6 @@ Base = Annotated[
 ]
 
 
-@app.command("inspect")
 def inspect(
     source: Source,
     config: Annotated[
@@ -39,6 +29,11 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a PEFT folder holds, what each engine dtype would make of it, and which backends could serve it."""
+    from sidecar.adapters.base_model import read_base_model
+    from sidecar.adapters.inspect import inspect as inspect_folder
+    from sidecar.backends.registry import entries_of
+    from sidecar.serve.pool import facts_of
+
     backends = {} if config is None else facts_of(entries_of(resolve(config)))
     with working(f"reading {source}"):
         found = inspect_folder(source, backends=backends, base=None if base is None else read_base_model(base))
@@ -98,7 +93,6 @@ def _layout(layout: dict[str, Any]) -> tuple[str | Text, ...]:
     return (*known, f"{layout['relative_error']:.1e}", notes)
 
 
-@app.command("convert")
 def convert(
     source: Source,
     out: Annotated[Path, typer.Option(help="Folder to write to; made if missing.", show_default=False)],
@@ -112,6 +106,11 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Write a PEFT folder as TensorRT-LLM's model.lora_weights.npy [1,N,W] and model.lora_config.npy [1,N,3]."""
+    from sidecar.adapters.base_model import read_base_model
+    from sidecar.adapters.convert import convert as convert_folder
+    from sidecar.adapters.layout import Layout
+    from sidecar.backends.engine_facts import from_engine_config
+
     layout = Layout(dtype, rank_multiple)
     if engine is not None:
         layout = replace(from_engine_config(engine), rank_multiple=rank_multiple).layout

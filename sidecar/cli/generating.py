@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
-from sidecar.cli import comparing
+from sidecar.cli import completing
 from sidecar.cli.client import Client, data_command
 from sidecar.cli.exits import CommandError, Exit
-from sidecar.cli.show import AsJson, count, duration, print_json, record_of
+from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
 from sidecar.proto import gateway_pb2 as pb
 
 SAMPLING, CALLER, COMPARING = "Sampling", "Who asks", "Comparing"
@@ -26,15 +27,14 @@ CACHE_WORDS = {
 }
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    data_command(app, "generate")(generate)
-
-
+@data_command
 def generate(
     client: Client,
     adapter: Annotated[
-        str | None, typer.Argument(help='The adapter: name, name@v1; "base" for none.', show_default=False)
+        str | None,
+        typer.Argument(
+            help='The adapter: name, name@v1; "base" for none.', show_default=False, autocompletion=completing.models
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads stdin.', show_default=False)] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 1,2,3.")] = None,
@@ -72,7 +72,7 @@ def generate(
     if compare is not None:  # there is no adapter argument then: the first word is the prompt
         fields |= {"max_tokens": max_tokens, "stop_words": stop, "tenant": tenant, "deadline_ms": deadline_ms}
         fields["request_id"] = request_id
-        comparing.compare(client, compare.split(","), comparing.read_prompts(adapter, prompts), fields, as_json)
+        _compare(client, compare.split(","), _read_prompts(adapter, prompts), fields, as_json)
         return
     if adapter is None:
         raise CommandError("name an adapter, or versions with --compare", Exit.MISUSED)
@@ -144,3 +144,59 @@ def sentence(origin: Any) -> str:
     queued = f"queued {duration(origin.queue_ms / 1000)}"
     produced, heals = count(origin.output_tokens, "token"), count(origin.heals, "heal")
     return f"{origin.version or 'base model'}{where}: {cache}, {queued}, {produced}, {heals}"
+
+
+# The same prompts to several versions, side by side.
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """Return the one prompt, or the lines of a file. Raises CommandError when there is none, or both."""
+    if (prompt is None) == (file is None):
+        raise CommandError("--compare wants a prompt or --prompts FILE, one of the two", Exit.MISUSED)
+    if file is None:
+        assert prompt is not None
+        return [prompt]
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise CommandError(f"{file}: {error.strerror}", Exit.MISUSED) from error
+    if not lines:
+        raise CommandError(f"{file} has no prompt; write one on each line", Exit.MISUSED)
+    return lines
+
+
+def _compare(
+    client: Client, versions: Sequence[str], prompts: Sequence[str], fields: dict[str, Any], as_json: bool
+) -> None:
+    """Ask every version each prompt and show what they say."""
+    for prompt in prompts:
+        answers = {version: _answer(client, version, prompt, fields) for version in versions}
+        reference = answers[versions[0]]
+        places = {version: first_difference(reference, answer) for version, answer in answers.items()}
+        if as_json:
+            shown = {v: {"text": "".join(a), "first_difference": places[v]} for v, a in answers.items()}
+            print_json({"prompt": prompt, "answers": shown})
+            continue
+        rows = [(version, _marked(answer, places[version])) for version, answer in answers.items()]
+        console().print(Text(prompt, style="bold"), table(("VERSION", "ANSWER"), rows), "")
+
+
+def _answer(client: Client, version: str, prompt: str, fields: dict[str, Any]) -> list[str]:
+    """Return an answer token by token; "base" is the base model."""
+    request = pb.GenerateRequest(adapter="" if version == "base" else version, text=prompt, **fields)
+    return [m.text for m in client.ask(client.gateway.Generate, request, timeout_s=None) if m.text]
+
+
+def first_difference(reference: Sequence[str], answer: Sequence[str]) -> int | None:
+    """Return the index of the first token that differs, None for equal answers."""
+    for index, (left, right) in enumerate(zip(reference, answer, strict=False)):
+        if left != right:
+            return index
+    return None if len(reference) == len(answer) else min(len(reference), len(answer))
+
+
+def _marked(answer: Sequence[str], place: int | None) -> Text:
+    if place is None:
+        return Text("".join(answer))
+    token = answer[place] if place < len(answer) else "(ends)"
+    return Text.assemble("".join(answer[:place]), (f"»{token}«", "bold red"), "".join(answer[place + 1 :]))

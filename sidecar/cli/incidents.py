@@ -7,36 +7,23 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidecar.cli.bars import bar
 from sidecar.cli.client import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
-from sidecar.cli.show import AsJson, count, print_json, size
-from sidecar.config import Config
+from sidecar.cli.show import AsJson, bar, count, print_json, size
 from sidecar.errors import Misused, Reason
 
-app = typer.Typer(help="Keep what is needed to find out what went wrong.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from sidecar.config import Config
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def add_to(root: typer.Typer) -> None:
-    """Add the commands."""
-    root.add_typer(app, name="debug")
-    root.command("replay")(replay)
-
-
-@app.callback()
-def group() -> None:
-    """A group of its own, though it has one command only."""
-
-
-@app.command("capture")
 def capture(
     last: Annotated[str, typer.Option(help="How much of the journal's end: 30s, 10m, 2h.")] = "10m",
     out: Annotated[
@@ -98,6 +85,7 @@ def _duration(text: str) -> timedelta:
 
 def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None, tls: dict[str, str]) -> Any:
     """Return what to capture: what is not named is looked for in the configuration, and that in the environment."""
+    from sidecar.config import Config
     from sidecar.incident.capture import Wanted
     from sidecar.incident.parts import HttpListener, http_address
 
@@ -117,6 +105,8 @@ def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | N
 
 
 def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None, tuple[tuple[str, str], ...]]:
+    from sidecar.config import Config
+
     try:
         config = resolve(path)
     except Misused as error:

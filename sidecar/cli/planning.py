@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -47,12 +46,6 @@ from sidecar.lab.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_
 from sidecar.lab.sim.option_values import check_known, check_ranges, check_together, listed
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.setup import MODULES, Sidecar
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("plan")(plan)
-
 
 _goal, _output = panel("What is enough"), panel("What to show")
 

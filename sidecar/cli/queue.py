@@ -11,20 +11,25 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from sidecar.cli import completing
 from sidecar.cli.client import Client, admin_command
 from sidecar.cli.show import AsJson, console, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    admin_command(app, "queue")(queue)
-
-
+@admin_command
 def queue(
     client: Client,
-    adapter: Annotated[str, typer.Option(help="Only requests for this adapter.", show_default=False)] = "",
-    backend: Annotated[str, typer.Option(help="Only requests on this backend.", show_default=False)] = "",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="Only requests for this adapter.", show_default=False, autocompletion=completing.adapter_names
+        ),
+    ] = "",
+    backend: Annotated[
+        str,
+        typer.Option(help="Only requests on this backend.", show_default=False, autocompletion=completing.backend_ids),
+    ] = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests listed, oldest first.")] = 20,
     watch: Annotated[bool, typer.Option("--watch", help="Look again and again until interrupted.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,

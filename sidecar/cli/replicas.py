@@ -4,21 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
 from sidecar.cli.client import Client, admin_command
 from sidecar.cli.show import AsJson, console, print_json, table
 from sidecar.proto import admin_pb2 as pb
 
-app = typer.Typer(help="See the replicas of the pool.", no_args_is_help=True)
 
-
-@app.callback()
-def _group() -> None:
-    """Keep `list` a command of its own."""
-
-
-@admin_command(app, "list")
+@admin_command
 def list_replicas(client: Client, as_json: AsJson = False) -> None:
     """List the replicas, as the one that is asked knows them: which backends each owns, and who leads."""
     replicas = client.ask(client.replicas.List, pb.ListReplicasRequest()).replicas

@@ -11,17 +11,17 @@ import resource
 import threading
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 
-from sidecar.backends.registry import entries_of
-from sidecar.cli.client import CLIENT_VARIABLES
 from sidecar.cli.exits import Exit
 from sidecar.cli.show import count
-from sidecar.config import Config, load, parse
 from sidecar.errors import Misused, Reason
+
+if TYPE_CHECKING:
+    from sidecar.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,10 @@ def shared_folder(text: str) -> dict[str, str]:
 
 def resolve(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     """Return the configuration of a file, the environment and overrides by dotted key. Raises Misused."""
+    from sidecar.backends.registry import entries_of
+    from sidecar.cli.client import CLIENT_VARIABLES
+    from sidecar.config import load, parse
+
     environment = {name: text for name, text in os.environ.items() if name not in CLIENT_VARIABLES}
     config = load(path, environment)
     if not overrides:
@@ -214,8 +218,8 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
         "admin": sidecar.admin_address,
         "http": sidecar.http_address,
     }
-    if sidecar.serve.listening.probes:
-        addresses["probes"] = sidecar.serve.listening.probes
+    if sidecar.listening.probes:
+        addresses["probes"] = sidecar.listening.probes
     backends, adapters = len(config.backends), len(sidecar.gateway.state.names)
     if as_json:
         return json.dumps({**addresses, "backends": backends, "adapters": adapters})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -170,6 +170,22 @@ def working(what: str) -> Iterator[None]:
         return
     with errors.status(what):
         yield
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a progress callback (bytes done, bytes in all) that draws a bar on stderr; none when nobody looks."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), console=errors, transient=True
+    ) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def size(size_bytes: int) -> str:

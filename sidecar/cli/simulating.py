@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from policies.registry import POLICIES
-from sidecar.cli.journaled import journaled
 from sidecar.cli.load_options import (
     Adapters,
     ArrivalVariation,
@@ -49,11 +47,6 @@ from sidecar.lab.sim.tables import Figures, meaning, over, tables, title
 
 Beginning = Callable[[str, int], Callable[[int], None] | None]
 """Told a run's label and how many requests it has; gives who is told how many of them have ended."""
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("simulate")(simulate)
 
 
 def _names(kind: str) -> str:
@@ -147,11 +140,20 @@ def simulate(
     )  # fmt: skip
     if report is not None and report.exists() and not report.is_dir():
         raise Misused(Reason.CONFIG_INVALID, f"--report {report}: expected a directory, and it is a file")
-    runs, live = (list(runs_of(options)), None) if journal is None else journaled(options, journal)
+    runs, live = _runs(options, journal)
     results = _results(runs)
     _show(_figures(results, live), live, as_json)
     if report is not None:
         _report(results, report, as_json)
+
+
+def _runs(options: Options, journal: Path | None) -> tuple[Sequence[Run], Figures | None]:
+    """Return what to simulate, and the figures of the live run whose journal is named."""
+    if journal is None:
+        return list(runs_of(options)), None
+    from sidecar.cli.journaled import journaled
+
+    return journaled(options, journal)
 
 
 def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...] | None:

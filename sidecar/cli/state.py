@@ -18,16 +18,9 @@ from sidecar.errors import Misused, Reason
 from sidecar.state.contents import Place, SqliteFile, move
 from sidecar.state.registry import REGISTRY_FILE
 
-app = typer.Typer(help="Where registered names are kept.", no_args_is_help=True)
 OF_REDIS = "The Redis"
 
 
-@app.callback()
-def group() -> None:
-    """A group of its own, though it has one command only."""
-
-
-@app.command("migrate")
 def migrate(
     source: Annotated[str, typer.Argument(metavar="FROM", help="A data directory, its registry.sqlite, or a URL.")],
     target: Annotated[str, typer.Argument(metavar="TO", help="As FROM: redis://HOST:PORT/DB and its like.")],

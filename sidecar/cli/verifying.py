@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from sidecar.cli import completing
 from sidecar.cli.client import Client, admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bad, console, count, print_json, record_of
@@ -20,11 +21,6 @@ NOTHING_COMPARED = (
     "nothing could be compared, so nothing is known; ask more than one backend, let the base model be asked, or put "
     "known answers into a probe.jsonl beside the weights"
 )
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command to `sidecar adapters`."""
-    admin_command(app, "verify")(verify)
 
 
 @dataclass
@@ -45,10 +41,19 @@ class Findings:
         return self.compared and not any(check.result == "failed" for check in self.checks)
 
 
+@admin_command
 def verify(
     client: Client,
-    name: Annotated[str, typer.Argument(help="The adapter: name or name@v2.", show_default=False)],
-    backend: Annotated[list[str] | None, typer.Option(help="A backend to ask; repeat it. None: all.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The adapter: name or name@v2.", show_default=False, autocompletion=completing.adapter_versions
+        ),
+    ],
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="A backend to ask; repeat it. None: all.", autocompletion=completing.backend_ids),
+    ] = None,
     all_backends: Annotated[bool, typer.Option("--all", help="All backends that are up and can serve it.")] = False,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt to ask; repeat it. None: a few general ones.")

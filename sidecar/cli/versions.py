@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
+from sidecar.cli import completing
 from sidecar.cli.client import Client, admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, print_json, record_of, table
@@ -24,16 +24,6 @@ Hold = Annotated[
         metavar="[TIME]",
     ),
 ]
-HOLD, HOLD_DEFAULT = "--hold", "1h"
-
-
-def with_times(arguments: Sequence[str]) -> list[str]:
-    """Return a command line in which a --hold that no time follows has one."""
-    following = [*arguments[1:], "-"]
-    return [
-        f"{HOLD}={HOLD_DEFAULT}" if word == HOLD and after.startswith("-") else word
-        for word, after in zip(arguments, following, strict=False)
-    ]
 
 
 def seconds_of(hold: str) -> int:
@@ -57,15 +47,15 @@ def labels_of(labels: list[str] | None) -> dict[str, str]:
     return found
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to `sidecar adapters`."""
-    for name, command in (("promote", promote), ("rollback", rollback), ("refresh", refresh), ("watch", watch)):
-        admin_command(app, name)(command)
-
-
+@admin_command
 def promote(
     client: Client,
-    version: Annotated[str, typer.Argument(help="name@v8 or name@<digest>.", show_default=False)],
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="name@v8 or name@<digest>.", show_default=False, autocompletion=completing.adapter_versions
+        ),
+    ],
     weight: Annotated[int, typer.Option(min=1, max=100, help="Percent of requests; less than 100 tries it out.")] = 100,
     hold: Hold = "",
     as_json: AsJson = False,
@@ -82,9 +72,12 @@ def promote(
         print(f"{name} stands for {_ordinal(adapter)}")
 
 
+@admin_command
 def rollback(
     client: Client,
-    name: Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="The adapter's name.", show_default=False, autocompletion=completing.adapter_names)
+    ],
     hold: Hold = "",
     as_json: AsJson = False,
 ) -> None:
@@ -96,9 +89,15 @@ def rollback(
         print(f"{name} stands for {_ordinal(adapter)}")
 
 
+@admin_command
 def refresh(
     client: Client,
-    version: Annotated[str, typer.Argument(help="name, name@v8 or name@<digest>.", show_default=False)],
+    version: Annotated[
+        str,
+        typer.Argument(
+            help="name, name@v8 or name@<digest>.", show_default=False, autocompletion=completing.adapter_versions
+        ),
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Have every engine take a fresh copy of a version, under a new task id."""
@@ -110,6 +109,7 @@ def refresh(
         print(f"{version} is loaded anew where it is asked for")
 
 
+@admin_command
 def watch(
     client: Client,
     token: Annotated[str, typer.Option(help="The token of the last change that was seen; none: all names first.")] = "",

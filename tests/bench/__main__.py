@@ -14,6 +14,7 @@ from time import perf_counter
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else each process that ends is told of between the lines
 
 from tests.bench import (
+    command_line,
     core,
     eviction,
     latency,
@@ -33,6 +34,7 @@ from tests.bench.figures import Figure, machine, print_table
 
 BENCHES = {
     "core": core.bench,
+    "command-line": command_line.bench,
     "eviction": eviction.bench,
     "relay": relay.bench,
     "latency": latency.bench,

@@ -5,98 +5,27 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
-from sidecar.backends.api import Reply, Ticket, Weights
-from sidecar.backends.triton.wire import ModelInferResponse
 from sidecar.cli.generating import sentence
-from sidecar.config.plugins import policies_of
-from sidecar.core.config import CoreConfig
-from sidecar.core.effects import Dispatch
-from sidecar.core.events import FirstToken, RunEnded
-from sidecar.core.facts import EngineFacts
 from sidecar.fronts.admin.auth import TokenInterceptor
-from sidecar.fronts.admin.front import add_admin
-from sidecar.fronts.generate.front import GatewayService
-from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from sidecar.shell.catalogue import Wanted
-from sidecar.shell.gateway import Gateway, RequestFacts
-from sidecar.state.registry import SqliteRegistry
+from sidecar.proto import gateway_pb2
+from sidecar.shell.gateway import RequestFacts
 from tests.kit.cli_runs import Ended, runner
-from tests.kit.peft_files import BASE_MODEL, write_adapter
-from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend
+from tests.kit.cli_served import Served, serve_here
+from tests.kit.peft_files import write_adapter
+from tests.kit.scripted_backend import PAYLOAD
 
 TOKEN = "s3cret"
-
-
-class EchoingBackend(ScriptedBackend):
-    """Answers each request with the adapter's name, in two pieces; holds those of an adapter called "slow"."""
-
-    def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
-        if effect.name == "slow":
-            super().run(effect, ticket)
-            return
-        self._post(FirstToken(effect.request, effect.attempt))
-        for piece, final in ((f"I am {effect.name} ", False), ("— ja", True)):
-            ticket.deliver(Reply(b"", text_response(piece), final))
-        self._post(RunEnded(effect.request, effect.attempt, 2))
-
-
-def text_response(text: str) -> Any:
-    """Return a response of the engine's text model."""
-    message = ModelInferResponse()
-    message.outputs.add(name="text_output", datatype="BYTES", shape=[1])
-    data = text.encode()
-    message.raw_output_contents.append(len(data).to_bytes(4, "little") + data)
-    return message
 
 
 @pytest.fixture
 def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Return a function that runs one command here and now."""
     return runner(capfd)
-
-
-@dataclass
-class Served:
-    """A sidecar's listeners over scripted engines; `cli` runs a command that knows where it is."""
-
-    gateway: Gateway
-    address: str
-    command: Callable[..., Ended]
-
-    async def cli(self, *arguments: str) -> Ended:
-        option = "--server" if arguments[0] == "generate" else "--admin"
-        return await asyncio.to_thread(self.command, *arguments, option, self.address)
-
-    async def register(self, name: str, folder: Path, **options: Any) -> None:
-        await self.gateway.catalogue.register(
-            name, str(write_adapter(folder / name.replace("/", "_"), **options)), Wanted()
-        )
-
-
-async def serve_here(
-    tmp_path: Path, command: Callable[..., Ended], interceptors: tuple[Any, ...] = ()
-) -> AsyncIterator[Served]:
-    """Serve both APIs on one free port until the test is done."""
-    config, registry = CoreConfig(), SqliteRegistry(None)
-    gateway = Gateway(config, policies_of(config), registry, [tmp_path])
-    backends = (EchoingBackend("trt-0"), EchoingBackend("trt-1", up=False))
-    await gateway.start([(backend, EngineFacts(base_models=(BASE_MODEL,), seats=2)) for backend in backends])
-    server = grpc.aio.server(interceptors=interceptors)
-    add_admin(server, gateway)
-    gateway_pb2_grpc.add_GatewayServicer_to_server(GatewayService(gateway, "metadata", False), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield Served(gateway, f"127.0.0.1:{port}", command)
-    await server.stop(None)
-    await gateway.stop()
-    await registry.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from sidecar.cli.comparing import first_difference
+from sidecar.cli.generating import first_difference
 from sidecar.lab.demo.model import ADAPTERS, SEED
 from tests.kit.emulated import running_engine
 from tests.kit.serving import Serving, serving

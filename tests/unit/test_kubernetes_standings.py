@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sidecar.cli.versions import with_times
+from sidecar.cli import with_times
 from sidecar.errors import Invalid, Reason, Refused
 from sidecar.kubernetes.deciding import marked_gone
 from sidecar.kubernetes.declarations import (

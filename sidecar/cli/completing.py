@@ -1,0 +1,76 @@
+"""Names that the shell completes: those of the adapters and backends of the sidecar that the command line names.
+
+A completer gets the options that were typed so far. Without an answer in time it offers nothing and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+import typer
+
+from sidecar.cli.client import Client, Endpoint, connected
+from sidecar.cli.commands import imported
+from sidecar.cli.exits import CommandError
+from sidecar.proto import admin_pb2 as pb
+
+ANSWER_TIMEOUT_S = 1.0
+BASE = ("base", "the base model")
+
+Offer = tuple[str, str]
+"""A word that completes what was typed, and what it stands for."""
+
+
+def adapter_names(ctx: typer.Context, incomplete: str) -> list[Offer]:
+    """Return the adapters' names."""
+    return [(adapter.name, f"rank {adapter.rank}") for adapter in _adapters(ctx)]
+
+
+def adapter_versions(ctx: typer.Context, incomplete: str) -> list[Offer]:
+    """Return the adapters' names, or once a name is there, its versions: sql@v7."""
+    if "@" not in incomplete:
+        return adapter_names(ctx, incomplete)
+    return [
+        (f"{adapter.name}@{version.version}", version.role)
+        for adapter in _adapters(ctx)
+        for version in adapter.versions
+    ]
+
+
+def models(ctx: typer.Context, incomplete: str) -> list[Offer]:
+    """Return what a request can be sent to: adapters, their versions, and the base model."""
+    return [*adapter_versions(ctx, incomplete), BASE]
+
+
+def backend_ids(ctx: typer.Context, incomplete: str) -> list[Offer]:
+    """Return the backends' ids."""
+    answer = _asked(ctx, lambda client: client.ask(client.backends.List, pb.ListBackendsRequest(), ANSWER_TIMEOUT_S))
+    return [] if answer is None else [(backend.id, backend.state) for backend in answer.backends]
+
+
+def _adapters(ctx: typer.Context) -> Iterable[Any]:
+    answer = _asked(ctx, lambda client: client.ask(client.adapters.List, pb.ListAdaptersRequest(), ANSWER_TIMEOUT_S))
+    return () if answer is None else answer.adapters
+
+
+def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:
+    """Return the answer of the admin listener, None if there is none."""
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # what gRPC would log of a listener that is not there stands in the prompt
+    try:
+        with connected(_endpoint(ctx)) as client:
+            return ask(client)
+    except (CommandError, OSError, ValueError):
+        return None
+
+
+def _endpoint(ctx: typer.Context) -> Endpoint:
+    """Return where the admin listener is, by the command's options, or by the environment if they are for another."""
+    given = dict(ctx.params)
+    if "token_file" not in given:  # a command for the data listener: `queue` is one for the admin listener
+        files = {name: given[name] for name in ("ca", "certificate", "key") if given.get(name)}
+        given = imported("queue").make_context("queue", [], resilient_parsing=True).params | files
+    connection = {field.name: given[field.name] for field in fields(Endpoint) if field.name in given}
+    return Endpoint(listener="admin", option="--admin", **connection)

@@ -1,0 +1,70 @@
+"""The table of commands: its help lines are those of the commands, and only the command that is run is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from sidecar.cli.commands import COMMANDS, GROUPS, imported
+
+WITH_MODULES = """
+import json, sys
+from sidecar.cli import run
+code = run(sys.argv[1:])
+print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stderr)
+"""
+OF_OTHERS = ("numpy", "yaml", "starlette", "uvicorn", "httpx", "httptools", "fsspec", "redis", "safetensors", "jinja2")
+"""Libraries that no command needs to ask a sidecar."""
+CLIENT = {"cli", "errors", "proto"}
+"""Rooms that a command needs to ask a sidecar."""
+
+
+def modules_of(*arguments: str, code: int = 0) -> set[str]:
+    """Return the modules that a command has imported by its end, and check its exit code."""
+    ended = subprocess.run([sys.executable, "-c", WITH_MODULES, *arguments], capture_output=True, text=True)
+    told: dict[str, Any] = json.loads(ended.stderr.splitlines()[-1])
+    assert told["code"] == code, ended.stderr
+    return set(told["modules"])
+
+
+def rooms(modules: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in modules if name.startswith("sidecar.")}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_the_table_has_the_first_paragraph_of_each_help(words: str) -> None:
+    """A help line of a group is what the command's own help begins with."""
+    assert " ".join(imported(words).help.split("\n\n")[0].split()) == COMMANDS[words][1]
+
+
+def test_every_group_has_a_command() -> None:
+    """A first word of two is a group with a help line, and each group has commands."""
+    assert {words.split()[0] for words in COMMANDS if " " in words} == set(GROUPS)
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("adapters", "--help")])
+def test_what_needs_no_command_imports_none(arguments: tuple[str, ...]) -> None:
+    """The version and the help of groups take the table alone: no command, no gRPC."""
+    modules = modules_of(*arguments)
+    assert rooms(modules) == {"cli", "errors"}
+    assert {name for name in modules if name.startswith("sidecar.cli.")} == {
+        "sidecar.cli.commands",
+        "sidecar.cli.exits",
+    }
+    assert not modules & {"grpc", "google.protobuf", *OF_OTHERS}
+    if "--version" in arguments:
+        assert "rich" not in modules
+
+
+@pytest.mark.parametrize("arguments", [("queue",), ("adapters", "list"), ("replicas", "list")])
+def test_a_question_imports_what_asks_it(arguments: tuple[str, ...]) -> None:
+    """A command that asks a sidecar imports gRPC, its messages and tables: nothing that serves, packs or simulates."""
+    modules = modules_of(*arguments, "--admin", "127.0.0.1:1", code=4)
+    assert rooms(modules) == CLIENT
+    assert "grpc" in modules
+    assert not modules & set(OF_OTHERS)
+    assert not modules & {"policies", "sidecar.cli.serving", "sidecar.cli.simulating"}
