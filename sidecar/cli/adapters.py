@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.text import Text
 
 from sidecar.cli import completing, versions
-from sidecar.cli.client import Client, admin_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, size, table, titled, working
 from sidecar.proto import admin_pb2 as pb
 

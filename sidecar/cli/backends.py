@@ -11,17 +11,16 @@ from rich.console import Group
 from rich.text import Text
 
 from sidecar.cli import completing
-from sidecar.cli.client import (
+from sidecar.cli.client import Client, connected
+from sidecar.cli.endpoint import (
     ADMIN_DEFAULT,
     ADMIN_VARIABLE,
     CA_VARIABLE,
     PANEL,
     TOKEN_FILE_VARIABLE,
     AllowCleartext,
-    Client,
     Endpoint,
     admin_command,
-    connected,
 )
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bad, console, duration, facts, print_json, table, titled

@@ -12,8 +12,9 @@ from typing import Any
 
 import typer
 
-from sidecar.cli.client import Client, Endpoint, connected
+from sidecar.cli.client import Client, connected
 from sidecar.cli.commands import imported
+from sidecar.cli.endpoint import Endpoint
 from sidecar.cli.exits import CommandError
 from sidecar.proto import admin_pb2 as pb
 

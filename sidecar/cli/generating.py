@@ -11,7 +11,8 @@ import typer
 from rich.text import Text
 
 from sidecar.cli import completing
-from sidecar.cli.client import Client, data_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import data_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, console, count, duration, print_json, record_of, table
 from sidecar.proto import gateway_pb2 as pb

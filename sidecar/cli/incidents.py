@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sidecar.cli.client import CA_VARIABLE, PANEL
+from sidecar.cli.endpoint import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
 from sidecar.cli.show import AsJson, bar, count, print_json, size

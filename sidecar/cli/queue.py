@@ -12,7 +12,8 @@ from rich.live import Live
 from rich.text import Text
 
 from sidecar.cli import completing
-from sidecar.cli.client import Client, admin_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
 from sidecar.cli.show import AsJson, console, duration, print_json, table
 from sidecar.proto import admin_pb2 as pb
 

@@ -11,7 +11,8 @@ import typer
 
 from sidecar.cli import versions
 from sidecar.cli.adapters import Name
-from sidecar.cli.client import Client, admin_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bar, print_json, working
 from sidecar.errors import Reason

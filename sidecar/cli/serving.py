@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from sidecar.cli.endpoint import CLIENT_VARIABLES
 from sidecar.cli.exits import Exit
 from sidecar.cli.show import count
 from sidecar.errors import Misused, Reason
@@ -118,7 +119,6 @@ def shared_folder(text: str) -> dict[str, str]:
 def resolve(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
     """Return the configuration of a file, the environment and overrides by dotted key. Raises Misused."""
     from sidecar.backends.registry import entries_of
-    from sidecar.cli.client import CLIENT_VARIABLES
     from sidecar.config import load, parse
 
     environment = {name: text for name, text in os.environ.items() if name not in CLIENT_VARIABLES}

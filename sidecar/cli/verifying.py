@@ -10,7 +10,8 @@ import typer
 from rich.text import Text
 
 from sidecar.cli import completing
-from sidecar.cli.client import Client, admin_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, bad, console, count, print_json, record_of
 from sidecar.proto import admin_pb2 as pb

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from sidecar.cli import completing
-from sidecar.cli.client import Client, admin_command
+from sidecar.cli.client import Client
+from sidecar.cli.endpoint import admin_command
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.show import AsJson, print_json, record_of, table
 from sidecar.proto import admin_pb2 as pb

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.cli.client import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
+from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
 from sidecar.fronts.admin.auth import TokenInterceptor
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import serve_here

@@ -68,3 +68,9 @@ def test_a_question_imports_what_asks_it(arguments: tuple[str, ...]) -> None:
     assert "grpc" in modules
     assert not modules & set(OF_OTHERS)
     assert not modules & {"policies", "sidecar.cli.serving", "sidecar.cli.simulating"}
+
+
+@pytest.mark.parametrize("words", ["serve", "demo", "adapters inspect", "config check", "replay", "debug capture"])
+def test_the_help_of_what_works_here_imports_its_file_alone(words: str) -> None:
+    """What a command does in this process is imported when it does it."""
+    assert rooms(modules_of(*words.split(), "--help")) == {"cli", "errors"}
