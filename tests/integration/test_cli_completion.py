@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.cli import run
 from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
 from sidecar.fronts.admin.auth import TokenInterceptor
 from tests.kit.cli_runs import runner
@@ -22,38 +24,45 @@ TOKEN = "s3cret"
 
 @dataclass
 class Shell:
-    """Presses Tab at the end of a line, as bash does, in a process of its own."""
+    """Presses Tab at the end of a line, as bash does."""
 
     address: str
-    environment: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str]
 
     async def tab(self, *words: str) -> list[str]:
-        """Return what is offered for the last word. Nothing but the offers may be printed."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sidecar"),
-            env=self.environment
-            | {
-                "_SIDECAR_COMPLETE": "complete_bash",
-                "COMP_WORDS": " ".join(("sidecar", *words)),
-                "COMP_CWORD": str(len(words)),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        out, errors = await process.communicate()
-        assert (process.returncode, errors) == (0, b"")
-        return out.decode().split()
+        """Return what is offered for the last word, here and now. Nothing but the offers may be printed."""
+        for name, value in line(words).items():
+            self.monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match="0"):
+            await asyncio.to_thread(run, [])
+        captured = self.capfd.readouterr()
+        assert captured.err == ""
+        return captured.out.split()
+
+
+def line(words: tuple[str, ...]) -> dict[str, str]:
+    """Return what bash says of a line."""
+    return {
+        "_SIDECAR_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(("sidecar", *words)),
+        "COMP_CWORD": str(len(words)),
+    }
 
 
 @pytest.fixture
-async def shell(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> AsyncIterator[Shell]:
+async def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> AsyncIterator[Shell]:
     """A shell whose environment says where a sidecar with two adapters is, and which token it wants."""
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     async for served in serve_here(tmp_path, runner(capfd), (TokenInterceptor(tmp_path / "token"),)):
         await served.register("sql", tmp_path)
         await served.register("support", tmp_path)
-        variables = {ADMIN_VARIABLE: served.address, TOKEN_FILE_VARIABLE: str(tmp_path / "token")}
-        yield Shell(served.address, {**os.environ, **variables})
+        monkeypatch.setenv(ADMIN_VARIABLE, served.address)
+        monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(tmp_path / "token"))
+        monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")
+        yield Shell(served.address, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize(
@@ -80,18 +89,31 @@ async def test_tab_offers_names(words: tuple[str, ...], offered: list[str], shel
     assert await shell.tab(*words) == offered
 
 
-async def test_tab_by_options_alone(shell: Shell) -> None:
+async def test_tab_by_options_alone(shell: Shell, tmp_path: Path) -> None:
     """Options say where the sidecar is as well as the environment does."""
-    token_file = shell.environment.pop(TOKEN_FILE_VARIABLE)
-    shell.environment.pop(ADMIN_VARIABLE)
-    connection = ("--admin", shell.address, "--token-file", token_file)
+    shell.monkeypatch.delenv(TOKEN_FILE_VARIABLE)
+    shell.monkeypatch.delenv(ADMIN_VARIABLE)
+    connection = ("--admin", shell.address, "--token-file", str(tmp_path / "token"))
     assert await shell.tab("backends", "show", *connection, "") == ["trt-0", "trt-1"]
     assert await shell.tab("backends", "show", *connection[:2], "") == []
 
 
+@pytest.mark.parametrize(("port", "offered"), [(None, b"sql\nsupport\n"), (1, b"\n")], ids=["there", "nobody"])
+async def test_a_process_prints_the_offers_alone(port: int | None, offered: bytes, shell: Shell) -> None:
+    """What a real shell gets: neither gRPC nor Python says anything beside the offers."""
+    address = shell.address if port is None else f"127.0.0.1:{port}"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sidecar"),
+        env={**os.environ, **line(("adapters", "show", "--admin", address, ""))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert await process.communicate() == (offered, b"")
+    assert process.returncode == 0
+
+
 async def test_tab_does_not_wait_for_long(shell: Shell) -> None:
     """A listener that takes connections and never answers holds the shell up for a second."""
-    server = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    async with server, asyncio.timeout(20):
-        assert await shell.tab("adapters", "show", "--admin", f"127.0.0.1:{port}", "") == []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with asyncio.timeout(20):
+            assert await shell.tab("adapters", "show", "--admin", f"127.0.0.1:{silent.getsockname()[1]}", "") == []
