@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
 from sidecar.cli.endpoint import Endpoint
 from sidecar.cli.exits import CommandError, Exit
@@ -130,6 +128,9 @@ def _why_unreached(cause: str, endpoint: Endpoint) -> str:
 
 def _details(error: Any) -> tuple[Any, int | None]:
     """Return the ErrorInfo of a failed call and the milliseconds of its RetryInfo."""
+    from google.rpc import error_details_pb2
+    from grpc_status import rpc_status
+
     info, retry_after_ms = None, None
     try:
         status = rpc_status.from_call(error)
