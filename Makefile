@@ -142,7 +142,7 @@ proto: $(DEVELOPING)
 lock:
 	$(PIP) uv
 	$(BIN)/uv $(COMPILE) --extra build --output-file requirements.lock
-	$(BIN)/uv $(COMPILE) --extra build --extra dev --constraint requirements.lock --output-file requirements-dev.lock
+	$(BIN)/uv $(COMPILE) --extra build --extra dev --extra lab --constraint requirements.lock --output-file requirements-dev.lock
 	$(BIN)/uv $(COMPILE) --extra build --extra s3 --extra gs --extra az --extra hf --constraint requirements.lock \
 	  --output-file deploy/requirements-origins.lock
 

@@ -37,7 +37,6 @@ from sidecar.cli.load_options import (
 from sidecar.cli.plan_tables import curve, engine_lines, missed, sidecar_lines, summary, trust
 from sidecar.cli.show import AsJson, console, facts, print_json, titled
 from sidecar.errors import Misused, Reason
-from sidecar.lab.plan.drawing import check_plot, write_plot
 from sidecar.lab.plan.goal import Goal
 from sidecar.lab.plan.record import Record, record
 from sidecar.lab.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
@@ -91,7 +90,7 @@ def plan(
     ranks: Ranks = None,
     lora_modules: Annotated[str | None, of_engines(f"What adapters change: {', '.join(MODULES)}.", "qv")] = None,
     emit: Annotated[str | None, _output(f"Print only lines to paste: {', '.join(EMITTED)}.")] = None,
-    plot: Annotated[Path | None, _output("Draw the curve into this file, .svg or .html.")] = None,
+    plot: Annotated[Path | None, _output("Draw the curve into this file, .svg or .html; needs the extra lab.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan a pool: engines, adapter slots, cache fractions and bytes that a load needs for what its users expect.
@@ -114,6 +113,8 @@ def plan(
     told = record(found, sidecar)
     lines = EMITTED[emit](found, sidecar) if emit is not None else None
     if plot is not None:
+        from sidecar.lab.plan.drawing import write_plot
+
         write_plot(told, plot)
     _show(told, lines, plot, as_json)
     if not found.meets:
@@ -136,6 +137,8 @@ def _check(
     if host_memory is not None and host_memory < 1:
         raise Misused(Reason.CONFIG_INVALID, f"--host-memory {host_memory}: expected bytes, 1 or more")
     if plot is not None:
+        from sidecar.lab.plan.drawing import check_plot  # raises Misused where what draws is not installed
+
         check_plot(plot)
     other = {"pbtxt": "vllm", "vllm": "trtllm"}.get(emit or "")
     if other is not None and (engine or "trtllm") == other:

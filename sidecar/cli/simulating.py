@@ -120,7 +120,7 @@ def simulate(
     patience: Annotated[
         float | None, _sidecar("Seconds that one waits before others are held back for it.", "20")
     ] = None,
-    report: Annotated[Path | None, _output("Write a page with plots into this directory.")] = None,
+    report: Annotated[Path | None, _output("Write a page with plots into this directory; needs the extra lab.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Simulate a pool of engines and what stands before them: throughput, waits and bounds, in virtual time.
@@ -138,13 +138,23 @@ def simulate(
         compare=names_listed("compare", compare), route=route, store=store, store_bytes=store_bytes,
         prefetch=prefetch, wait_limit=wait_limit, patience=patience,
     )  # fmt: skip
-    if report is not None and report.exists() and not report.is_dir():
-        raise Misused(Reason.CONFIG_INVALID, f"--report {report}: expected a directory, and it is a file")
+    write = None if report is None else _writing(report)
     runs, live = _runs(options, journal)
     results = _results(runs)
     _show(_figures(results, live), live, as_json)
-    if report is not None:
-        _report(results, report, as_json)
+    if report is not None and write is not None:
+        written = write(results, report)
+        if not as_json:
+            console().print(Text(f"The plots: {written}"))
+
+
+def _writing(directory: Path) -> Callable[[Sequence[Result], Path], Path]:
+    """Return what writes a report. Raises Misused, before anything is simulated, where none could be written."""
+    if directory.exists() and not directory.is_dir():
+        raise Misused(Reason.CONFIG_INVALID, f"--report {directory}: expected a directory, and it is a file")
+    from sidecar.lab.sim.report import write_report
+
+    return write_report
 
 
 def _runs(options: Options, journal: Path | None) -> tuple[Sequence[Run], Figures | None]:
@@ -197,14 +207,6 @@ def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
         for table in tables([live, *of_seed] if live else of_seed, screen.width):
             screen.print("", table)
         screen.print("", *(Text(sentence) for sentence in meaning(of_seed, BARE, live)), sep="\n")
-
-
-def _report(results: list[Result], directory: Path, as_json: bool) -> None:
-    from sidecar.lab.sim.report import write_report
-
-    written = write_report(results, directory)
-    if not as_json:
-        console().print(Text(f"The plots: {written}"))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The parts of a report's page: markup that cannot be broken out of, axes, figures in words, labels, lanes."""
+"""The parts of a report's page: drawings that cannot be broken out of, figures in words, distributions, lanes."""
 
 from __future__ import annotations
 
@@ -7,37 +7,88 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from sidecar.lab.sim.records import Tenure
-from sidecar.lab.sim.report import scales, words
-from sidecar.lab.sim.report.labels import Box, Labels, beside
-from sidecar.lab.sim.report.lanes import begun, stays, window_ns
-from sidecar.lab.sim.report.markup import NAME_CHARACTERS_MAX, Markup, element, shown
+from sidecar.lab.sim.report import words
+from sidecar.lab.sim.report.canvas import DARK, LIGHT, Picture, cut, sheet, svg
+from sidecar.lab.sim.report.requests import RANKS, around, corners
+from sidecar.lab.sim.report.timeline import begun, stays, window_ns
+from sidecar.lab.sim.report.words import NAME_CHARACTERS_MAX, shown
 
-HOSTILE = '"><script>alert("&")</script>'
-
-
-def test_text_and_attributes_are_escaped_and_markup_is_not() -> None:
-    """What a name holds is text of the page, wherever it stands."""
-    made = element("p", HOSTILE, element("b", "bold"), title=HOSTILE)
-
-    parsed = ElementTree.fromstring(made)
-    assert parsed.text == HOSTILE
-    assert parsed.get("title") == HOSTILE
-    assert [child.tag for child in parsed] == ["b"]
+HOSTILE = '"><script>alert("&")</script>$\\frac{$ id="x" 漢'
 
 
-def test_attributes_are_spelt_as_html_has_them_and_none_is_left_out() -> None:
-    """Underscores are dashes, a last one is dropped; numbers have one decimal at most, and no minus before 0."""
-    made = element("path", class_="a", stroke_width=1.25, x=-0.01, y=3.0, d=None)
+def picture(text: str) -> Picture:
+    def draw(width: float) -> Figure:
+        figure, (plot,) = sheet(width, 100)
+        plot.plot([0, 1234.5678], [0, 1], color=LIGHT["s1"], marker="o")
+        plot.set_title(text)
+        return figure
 
-    assert made == '<path class="a" stroke-width="1.2" x="0" y="3"/>'
-    assert isinstance(made, Markup)
+    return Picture("a", text, text, draw)
 
 
-def test_an_empty_element_of_html_is_closed_by_a_tag() -> None:
-    """`<td/>` would be an open cell to a browser."""
-    assert element("td") == "<td></td>"
+def test_text_of_a_drawing_is_text_whatever_it_holds() -> None:
+    """Markup, formulas and letters that the drawing's font lacks: all of it is shown as it is written."""
+    root = ElementTree.fromstring(svg(picture(HOSTILE), 400))
+
+    assert HOSTILE in ["".join(each.itertext()) for each in root.iter("text")]
+    assert [each.text for each in root[:2]] == [HOSTILE, HOSTILE]
+    assert not list(root.iter("script"))
+
+
+def test_a_drawing_follows_the_page_and_is_no_larger_than_it_must_be() -> None:
+    """Colours are variables of the page after the light ones; no fonts, no metadata, one decimal; ids are its own."""
+    made = svg(picture("title"), 400)
+
+    assert f"stroke: {LIGHT['s1']}; stroke: var(--s1)" in made
+    assert not set(LIGHT.values()) & {made[at : at + 7] for at in range(len(made)) if made[at - 7 : at] == "fill: "}
+    assert "font-family" not in made
+    assert "DOCTYPE" not in made
+    assert not [each for each in ElementTree.fromstring(made).iter() if each.tag in ("metadata", "style")]
+    assert len(made) < 10_000
+    ids = [each.get("id", "") for each in ElementTree.fromstring(made).iter() if each.get("id")]
+    again = [each.get("id", "") for each in ElementTree.fromstring(svg(picture("title"), 340)).iter() if each.get("id")]
+    assert not set(ids) & set(again)
+
+
+def test_a_drawing_that_stands_alone_brings_both_colours() -> None:
+    """And its name space, without which it is no picture."""
+    made = svg(picture("title"), 400, alone=True)
+
+    assert ElementTree.fromstring(made).tag == "{http://www.w3.org/2000/svg}svg"
+    assert "@media (prefers-color-scheme:dark)" in made
+    assert all(colour in made for colour in (f"--ink:{LIGHT['ink']}", f"--ink:{DARK['ink']}"))
+
+
+def test_each_light_colour_has_one_name_and_a_dark_one() -> None:
+    """A drawing's colours are found by their light values."""
+    assert len(set(LIGHT.values())) == len(LIGHT)
+    assert LIGHT.keys() == DARK.keys()
+
+
+@pytest.mark.parametrize("ground", ["page", "card"])
+@pytest.mark.parametrize("colours", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_can_be_read_on_what_it_stands_on(colours: dict[str, str], ground: str) -> None:
+    """A contrast of 4.5 or more, as WCAG has it, of words and of runs' names, of adapters' names on their blocks."""
+    pairs = [(name, ground) for name in ("ink", "soft", *(f"s{style}" for style in range(6)))]
+    pairs += [("alert", "alert-page"), *(("on", f"t{number}") for number in range(11))]
+    for text, on in pairs:
+        light, dark = sorted((luminance(colours[text]), luminance(colours[on])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, on)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_a_label_is_cut_to_its_room() -> None:
+    """A long name ends in an ellipsis; a short one is whole."""
+    assert cut("soft_gated", 200) == "soft_gated"
+    assert cut("n" * 48, 160) == "n" * 19 + "…"
 
 
 @pytest.mark.parametrize("name", ["a\x00b", "a\x1bb", "a\u202eb", "a\udce9b", "a\nb"])
@@ -51,67 +102,6 @@ def test_a_long_name_is_cut() -> None:
     assert len(shown("n" * 10_000)) == NAME_CHARACTERS_MAX
     assert shown("n" * 10_000).endswith("…")
     assert shown("n" * NAME_CHARACTERS_MAX) == "n" * NAME_CHARACTERS_MAX
-
-
-@pytest.mark.parametrize(
-    ("high", "expected"),
-    [(3305, [0, 1000, 2000, 3000, 4000]), (0.467, [0, 0.1, 0.2, 0.3, 0.4, 0.5]), (256, [0, 100, 200, 300]), (1, None)],
-)
-def test_ticks_are_round_and_reach_the_highest_value(high: float, expected: list[float] | None) -> None:
-    """An axis ends at a round value that is not below what is drawn."""
-    found = scales.ticks(high)
-
-    assert found == pytest.approx(expected or [0, 0.2, 0.4, 0.6, 0.8, 1.0])
-
-
-def test_ticks_of_nothing_are_those_of_one() -> None:
-    """A run without a token still has an axis."""
-    assert scales.ticks(0) == scales.ticks(1)
-
-
-def test_inner_ticks_stay_within_the_axis() -> None:
-    """No label stands beyond the end of a time axis."""
-    for high in (0.3, 1.0, 46.6, 749.0, 2425.0):
-        found = scales.inner_ticks(high)
-        assert 2 <= len(found) <= 7
-        assert found[-1] <= high * (1 + 1e-9)
-
-
-def test_decades_enclose_the_values() -> None:
-    """A broad range has powers of ten, a narrow one 1, 2 and 5 as well, and one value still has two ticks."""
-    assert scales.decades(0.06, 836) == [0.01, 0.1, 1, 10, 100, 1000]
-    assert scales.decades(3, 40) == [2, 5, 10, 20, 50]
-    assert scales.decades(5, 5) == [5, 10]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_decades_enclose_any_range(seed: int) -> None:
-    """Whatever the waits are, they are on the axis."""
-    source = random.Random(seed)
-    low = 10 ** source.uniform(-3, 4)
-    high = low * 10 ** source.uniform(0, 5)
-
-    found = scales.decades(low, high)
-
-    assert found == sorted(found)
-    assert found[0] <= low * (1 + 1e-9)
-    assert found[-1] >= high * (1 - 1e-9)
-
-
-def test_powers_of_two_end_with_the_last_value() -> None:
-    """The number of adapters is on the axis, and no power that is too close to it."""
-    assert scales.powers_of_two(64) == [1, 2, 4, 8, 16, 32, 64]
-    assert scales.powers_of_two(50) == [1, 2, 4, 8, 16, 32, 50]
-    assert scales.powers_of_two(70) == [1, 2, 4, 8, 16, 32, 70]
-
-
-def test_a_scale_puts_what_is_outside_at_its_edge() -> None:
-    """A wait of 0 has a place on an axis of decades."""
-    scale = scales.Scale(0.1, 1000, 50, 650, logarithmic=True)
-
-    assert scale(0) == 50
-    assert scale(10) == pytest.approx(350)
-    assert scale(1e9) == 650
 
 
 @pytest.mark.parametrize(
@@ -146,24 +136,38 @@ def test_seconds_are_milliseconds_where_they_are_few() -> None:
     assert words.seconds(0) == f"0{words.NO_BREAK}s"
 
 
-def test_labels_keep_off_each_other_and_off_lines() -> None:
-    """Of two marks at one place the second's label gives way; a line through the first spot moves a label."""
-    labels = Labels(Box(0, 400, 0, 200), [[(100.0, 100.0), (300.0, 100.0)]])
-
-    first, second = (labels.put("bare engine 1,729", beside(100, 100), "name") for _ in range(2))
-
-    places = [
-        (float(each.get("x", 0)), float(each.get("y", 0))) for each in map(ElementTree.fromstring, (first, second))
-    ]
-    assert all(abs(y - 100) >= 9 or x < 100 for x, y in places)
-    assert places[0] != places[1]
+def test_an_axis_of_waits_encloses_them() -> None:
+    """It begins and ends with 1, 2 or 5 times a power of ten, and one value still has two ends."""
+    assert around(0.06, 836) == (0.05, 1000)
+    assert around(3, 40) == (2, 50)
+    assert around(5, 5) == (5, 10)
 
 
-def test_a_label_at_the_edge_stands_inside() -> None:
-    """No label is clipped by the right edge: it ends at its mark instead."""
-    labels = Labels(Box(0, 400, 0, 200), [])
+@pytest.mark.parametrize("seed", range(20))
+def test_an_axis_of_waits_encloses_any_range(seed: int) -> None:
+    """Whatever the waits are, they are on the axis."""
+    source = random.Random(seed)
+    low = 10 ** source.uniform(-3, 4)
+    high = low * 10 ** source.uniform(0, 4)
 
-    assert 'text-anchor="end"' in labels.put("bare engine 1,729", beside(390, 100), "name")
+    begin, end = around(low, high)
+
+    assert begin <= low * (1 + 1e-9) < high * (1 - 1e-9) <= end or begin < end
+
+
+@pytest.mark.parametrize("total", [1, 2, 9, 100, 5000])
+def test_a_distribution_has_its_slowest_requests_and_few_points(total: int) -> None:
+    """It rises from 0 to all; however many requests there are, the ten slowest are all drawn."""
+    values = [float(number) for number in range(1, total + 1)]
+
+    found = corners(values)
+
+    assert found[0] == (values[0], 0)
+    assert found[-1] == (values[-1], 1)
+    assert {at for at, _ in found} >= set(values[-10:])
+    assert all(before[1] < after[1] for before, after in pairwise(found))
+    assert all(at == values[round(share * total) - 1] for at, share in found[1:])
+    assert len(found) <= RANKS + 11
 
 
 def tenure(backend: str, adapter: str, begin: int, end: int) -> Tenure:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,6 +17,12 @@ from sidecar.core.config import ClassLimit
 from sidecar.errors import Misused
 from sidecar.lab.sim.records import Tenure
 from sidecar.lab.sim.report import page, words, write_report
+from sidecar.lab.sim.report.canvas import WIDE, svg
+from sidecar.lab.sim.report.figures import store, throughput
+from sidecar.lab.sim.report.headline import bindings, headline, summary
+from sidecar.lab.sim.report.parts import Part
+from sidecar.lab.sim.report.runs import runs_of
+from sidecar.lab.sim.report.timeline import slot_lanes
 from sidecar.lab.sim.results import Result
 from sidecar.lab.sim.setup import EngineSetup, Setup, Sidecar
 from sidecar.lab.sim.simulate import simulate
@@ -23,7 +30,7 @@ from sidecar.lab.sim.workloads import Arrival, LoadParameters, Workload, workloa
 from sidecar.pace.cost import CostModel
 
 VOID = {"meta"}
-HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "n" * 5000, "bell\x07\u202e")
+HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "n" * 5000, "bell\x07\u202e 漢 $\\frac{$")
 
 
 class Reader(HTMLParser):
@@ -110,6 +117,16 @@ def seconds(value: float) -> str:
     return words.seconds(value).replace(words.NO_BREAK, " ")
 
 
+@cache
+def page_of(case: str) -> str:
+    return page(CASES[case]())
+
+
+def section(made: str, anchor: str) -> str:
+    """Return a part of a page."""
+    return made.partition(f'id="{anchor}">')[2].partition("</section>")[0]
+
+
 def pictures(made: str) -> Iterator[ElementTree.Element]:
     for found in re.findall(r"<svg.*?</svg>", made, flags=re.DOTALL):
         yield ElementTree.fromstring(found)
@@ -120,10 +137,17 @@ def plain(made: str) -> str:
     return re.sub(r"<[^>]*>", " ", made).replace("\N{NO-BREAK SPACE}", " ")
 
 
+def lines(part: Part) -> set[str]:
+    """Return the runs' colours in which a part's drawing has lines through three points."""
+    paths = ElementTree.fromstring(svg(part.pictures[0], WIDE)).iter("path")
+    styles = [each.get("style", "") for each in paths if each.get("d", "").count("L") == 2]
+    return {found for style in styles for found in re.findall(r"stroke: var\(--(s\d)\)", style)}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_page_is_well_formed(case: str) -> None:
     """Tags are closed, drawings are XML, ids are unique, and each drawing has a title and a description."""
-    made = page(CASES[case]())
+    made = page_of(case)
 
     reader = read(made)
     assert not reader.open
@@ -139,27 +163,45 @@ def test_every_page_is_well_formed(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_page_loads_nothing(case: str) -> None:
     """It is whole: no address, no image, no style or script from elsewhere, and no font."""
-    made = page(CASES[case]())
+    made = page_of(case)
 
-    assert set(re.findall(r"[a-z]+://[^\"'\s<]*", made)) <= {"http://www.w3.org/2000/svg"}
+    assert not re.findall(r"[a-z]+://[^\"'\s<]*", made)
     assert not set(read(made).tags) & {"link", "img", "iframe", "object", "embed", "image", "foreignobject"}
-    assert not re.search(r"\b(src|href)=|@import|@font-face", made)
+    assert not re.search(r"\bsrc=|\bhref=\"(?!#)|@import|@font-face", made)
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", made))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_labels_of_drawings_stay_inside(case: str) -> None:
     """No text is cut by the edge of its drawing, with letters as broad as they usually are."""
-    for picture in pictures(page(CASES[case]())):
+    for picture in pictures(page_of(case)):
         if picture.get("role") != "img":
             continue
         _, _, width, height = map(float, picture.get("viewBox", "").split())
-        for each in picture.iter("{http://www.w3.org/2000/svg}text"):
+        for each in picture.iter("text"):
             content, x, y = "".join(each.itertext()), float(each.get("x", 0)), float(each.get("y", 0))
-            left = x - {None: 0.0, "start": 0.0, "middle": 0.5, "end": 1.0}[each.get("text-anchor")] * 6 * len(content)
+            anchor = re.search(r"text-anchor: (\w+)", each.get("style", ""))
+            assert anchor is not None
+            left = x - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor.group(1)] * 6 * len(content)
             assert left >= -1, content
             assert left + 6 * len(content) <= width + 12, content
             assert 8 <= y <= height, content
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_drawing_can_be_read_on_a_phone(case: str) -> None:
+    """Each is drawn for a phone's width too, or scrolls; no letter is smaller than 10 pixels."""
+    made = page_of(case)
+
+    narrow = [each.get("viewBox", "").split()[2] for each in pictures("".join(re.split('class="slim"', made)[1:]))]
+    assert made.count('class="broad"') == made.count('class="slim"') <= narrow.count("340")
+    sizes = {
+        float(size)
+        for size in re.findall(r"font: ?[^;]*?([\d.]+)px|font-size: ([\d.]+)px", made)
+        for size in size
+        if size
+    }
+    assert min(sizes) >= 10
 
 
 def test_the_headline_is_the_gain_over_the_bare_engine() -> None:
@@ -169,7 +211,17 @@ def test_the_headline_is_the_gain_over_the_bare_engine() -> None:
     gain = results[2].throughput_tokens_per_s / results[0].throughput_tokens_per_s
 
     assert gain > 1.1
-    assert f"<h1>soft_gated gives {gain:.2f}× the throughput of the bare engine</h1>" in page(results)
+    assert headline(runs_of(results)) == f"soft_gated gives {gain:.2f}× the throughput of the bare engine"
+
+
+def test_the_page_begins_with_what_is_to_be_known() -> None:
+    """The headline is its title, the sentences under it and what binds come before any figure."""
+    runs = runs_of(compared())
+    top = page_of("compared").partition("<main>")[0]
+    assert f"<h1>{headline(runs)}</h1>" in top
+    assert f"<title>Simulation report: {headline(runs)}</title>" in top
+    assert all(escape(said) in top for said in [*summary(runs), *bindings(runs)])
+    assert re.findall("<dt>(.*?)</dt>", top)[:3] == ["Load", "Adapters", "Requests"]
 
 
 def test_the_lead_tells_waits_of_both() -> None:
@@ -177,23 +229,23 @@ def test_the_lead_tells_waits_of_both() -> None:
     results = overloaded()
     bare, best = (result.as_json()["wait_s"]["all"] for result in results)
 
-    made = plain(page(results))
+    made = plain(page_of("overloaded"))
     assert f"the 99th percentile of waits is {seconds(best['p99'])} against {seconds(bare['p99'])}" in made
     assert f"the longest {seconds(best['max'])} against {seconds(bare['max'])}" in made
 
 
 def test_a_gain_is_only_told_on_the_same_arrivals() -> None:
     """A bare engine that was asked for something else is no measure."""
-    made = page([ran("none", requests=200), ran("soft_gated")])
+    said = headline(runs_of([ran("none", requests=200), ran("soft_gated")]))
 
-    assert "× the throughput of the bare engine" not in made
-    assert "what is reachable</h1>" in made or "all resident</h1>" in made or "each prompt</h1>" in made
+    assert "× the throughput of the bare engine" not in said
+    assert said.endswith(("what is reachable", "all resident", "each prompt"))
 
 
 def test_bounds_stand_first_in_the_table() -> None:
     """Before any run comes what could be reached."""
     results = compared()
-    body = re.search(r'id="figures".*?<tbody>(.*?)</tbody>', page(results), flags=re.DOTALL)
+    body = re.search(r'id="figures".*?<tbody>(.*?)</tbody>', page_of("compared"), flags=re.DOTALL)
     assert body is not None
 
     heads = re.findall(r'<th scope="row">(.*?)</th>', body.group(1))
@@ -203,34 +255,34 @@ def test_bounds_stand_first_in_the_table() -> None:
 
 def test_what_binds_is_told() -> None:
     """By slots where they are few, by the requests in flight where all adapters are resident."""
-    assert "bound by the slots: 4 slots for 16 adapters with 128 in flight" in page([ran("soft_gated")])
-    assert "bound by the requests in flight, 128" in page([ran("soft_gated", slots=32)])
+    assert "bound by the slots: 4 slots for 16 adapters with 128 in flight" in bindings(runs_of([ran("soft_gated")]))[0]
+    assert "bound by the requests in flight, 128" in bindings(runs_of([ran("soft_gated", slots=32)]))[0]
 
 
 def test_every_plot_is_there() -> None:
     """Throughput, the running batch, waits, the store and the timeline; endings only where some were not answered."""
     sections = ["throughput", "running", "waits", "store", "timeline"]
 
-    assert re.findall(r'<section class="[^"]*" id="(\w+)"', page(compared()))[1:] == sections
-    assert 'id="endings"' in page(overloaded())
+    assert re.findall(r'<section class="[^"]*" id="(\w+)"', page_of("compared"))[1:] == sections
+    assert 'id="endings"' in page_of("overloaded")
 
 
 def test_a_load_of_the_base_model_has_no_plot_of_adapters() -> None:
     """No slots, no store, no timeline: and the page is still one."""
-    made = page([ran("soft_gated", "base")])
+    made = page_of("base model")
 
     assert re.findall(r'<section class="[^"]*" id="(\w+)"', made) == ["figures", "running", "waits"]
 
 
 def test_waits_are_told_by_class_and_with_their_bound() -> None:
     """Three distributions where some adapters are hot, one where none is; the bound's nearest share beside them."""
-    made = plain(page(overloaded()))
+    made = plain(page_of("overloaded"))
 
-    assert all(f"{name} adapters: requests that waited" in made for name in ("All", "Hot", "Cold"))
+    assert all(f"{name} adapters: waited at most" in made for name in ("All", "Hot", "Cold"))
     assert re.search(
         r"soft_gated: of [\d,]+ waits with a bound none exceeded it; the nearest came to [\d.]+ % of", made
     )
-    assert "Hot adapters: requests" not in page(compared())
+    assert "Hot adapters: waited" not in page_of("compared")
 
 
 def test_a_broken_promise_is_an_alert() -> None:
@@ -242,7 +294,7 @@ def test_a_broken_promise_is_an_alert() -> None:
     made = page([bad])
     assert 'role="alert">soft_gated: 1 request waited longer than its bound<' in made
     assert 'role="alert">soft_gated: 2 requests got a doubled answer<' in made
-    assert 'role="alert"' not in page([good])
+    assert 'role="alert"' not in page_of("compared")
 
 
 def test_what_is_fetched_again_is_told_apart() -> None:
@@ -250,19 +302,88 @@ def test_what_is_fetched_again_is_told_apart() -> None:
     result = ran("soft_gated", "zipf", host_slots=5, store_bytes=60_000_000, requests=600)
     assert sum(result.recorder.fetches.values()) > len(result.recorder.fetches)
 
-    made = page([result])
-    assert 'class="again s1"' in made
-    assert 'class="again' not in page([ran("soft_gated")]).partition("<body>")[2]
+    stored, whole = (store(runs_of([each])) for each in (result, ran("soft_gated")))
+    assert stored is not None
+    assert whole is not None
+    again = stored.table.heads.index("Again (s)")
+    assert float(stored.table.rows[0][again]) > 0
+    assert whole.table.rows[0][again] == "0"
+    assert "opacity: 0.35" in svg(stored.pictures[0], WIDE)
+    assert "opacity: 0.35" not in svg(whole.pictures[0], WIDE)
+
+
+def test_the_store_is_told_with_its_bound() -> None:
+    """What was paid, and how much of the bound that is, stand on the drawing and in the table."""
+    result = ran("soft_gated")
+    paid, bound = (result.as_json()["store"][key] for key in ("miss_cost", "bound"))
+
+    made = plain(section(page_of("compared"), "store"))
+    assert f"{seconds(paid)}, {paid / bound:.2f}× the bound" in made
 
 
 def test_a_sweep_is_a_line_of_throughput() -> None:
     """Runs with other numbers of slots are drawn in the style of those of the same name."""
     sweep = [ran(order, slots=slots) for order in ("none", "soft_gated") for slots in (2, 8)]
 
-    section = page(compared(), sweep).partition('id="throughput"')[2].partition("</section>")[0]
-    assert 'class="line s0"' in section
-    assert 'class="line s2"' in section
-    assert 'class="line s1"' not in section
+    runs = runs_of(compared())
+    swept, alone = (throughput(runs, runs_of(each, runs)) for each in (sweep, ()))
+    assert swept is not None
+    assert alone is not None
+    assert lines(swept) == {"s0", "s2"}
+    assert lines(alone) == set()
+
+
+def test_a_key_tells_each_run_and_its_throughput() -> None:
+    """The names are text beside their marks, so that none can cover another; the bounds are among them."""
+    said = re.findall(r"</svg>([^<]+)</span>", section(page_of("compared"), "throughput"))
+
+    names = [
+        f"{result.label.replace('none', 'bare engine')} {result.throughput_tokens_per_s:,.0f}" for result in compared()
+    ]
+    assert said == [*names, "all resident", "closed form"]
+
+
+def test_the_strips_tell_mean_batches() -> None:
+    """One for each run, with its name and its mean."""
+    made = section(page_of("compared"), "running")
+    for result in compared():
+        assert f"mean batch {words.number(result.as_json()['mean_batch'])}<" in made
+    assert all(f">{name}</text>" in made for name in ("bare engine", "skip", "soft_gated"))
+
+
+def test_endings_are_told_apart_without_colours() -> None:
+    """Those refused and expired are hatched, and the key names each kind that there is, and the arrivals."""
+    made = section(page_of("overloaded"), "endings")
+
+    kinds = re.findall(r"</svg>([^<]+)</span>", made)
+    assert kinds[0] == "answered"
+    assert kinds[-1] == "arrivals"
+    assert {"refused", "expired"} & set(kinds)
+    assert made.count("<pattern") >= 2
+
+
+def test_a_block_tells_its_adapter_and_its_time() -> None:
+    """Each stay is a block with a tooltip; the page's script finds the other stays of an adapter by its number."""
+    stays = ran("soft_gated").recorder.tenures
+    drawn = list(pictures(section(page_of("compared"), "timeline")))[-1]
+
+    (group,) = (each for each in drawn.iter("g") if each.get("class") == "stays")
+    assert len(group) == len(stays)
+    told = sorted(each[0].text or "" for each in group)
+    assert all(re.fullmatch(r"a\d+ on b0: [\d.]+ to [\d.]+ s, for [\d.]+\xa0m?s", each) for each in told)
+    assert {each.partition(" ")[0] for each in told} == {stay.adapter for stay in stays}
+    assert len({each.get("data-a") for each in group}) == len({stay.adapter for stay in stays})
+
+
+def test_slot_lanes_are_pictures_that_stand_alone() -> None:
+    """For documents: one for each run in which an adapter held a slot, in light and dark."""
+    made = slot_lanes([*compared(), ran("fifo", "base")])
+
+    assert len(made) == 3
+    for each in made:
+        assert ElementTree.fromstring(each).tag == "{http://www.w3.org/2000/svg}svg"
+        assert "prefers-color-scheme:dark" in each
+    assert ">soft_gated</text>" in made[2]
 
 
 def test_names_are_text_wherever_they_stand() -> None:
@@ -283,30 +404,32 @@ def test_names_are_text_wherever_they_stand() -> None:
 
 def test_the_same_results_give_the_same_bytes() -> None:
     """And so does a second simulation: nothing of the machine or the clock is on the page."""
-    again = [simulate(result.setup, result.workload, result.label) for result in compared()]
+    again = [simulate(result.setup, result.workload, result.label) for result in CASES["all resident"]()]
 
-    assert page(compared()) == page(again)
+    assert page(again) == page_of("all resident")
 
 
 def test_a_long_run_makes_no_large_page() -> None:
-    """Ten runs with all the stays that recorders keep are below 2 MB, and what is left out is told."""
+    """Ten runs with all the stays that recorders keep are below 1.5 MB, and what is left out is told."""
     first = ran("soft_gated")
     stays = [Tenure("b0", f"a{at % 16:03}", at * 10**7, (at + 3) * 10**7) for at in range(20_000)]
     recorder = replace(first.recorder, tenures=stays, openings=1_000_000, ended_ns=20_003 * 10**7, began_ns=1)
     many = [replace(first, recorder=recorder, label=f"run {number}") for number in range(10)]
 
     made = page(many)
-    assert 200_000 < len(made.encode()) < 2_000_000
-    assert re.search(r"run 9: the first 6\.\d\d s of 200 s; 999,400 stays of 1,000,000 left out\.", plain(made))
+    assert 200_000 < len(made.encode()) < 1_500_000
+    assert re.search(r"run 9: the first 4\.\d\d s of 200 s; 999,550 stays of 1,000,000 left out\.", plain(made))
 
 
 def test_the_page_is_written_where_asked(tmp_path: Path) -> None:
     """The directory is made; writing again replaces the page."""
-    path = write_report([ran("soft_gated")], tmp_path / "new" / "report")
+    path = write_report(CASES["one request"](), tmp_path / "new" / "report")
 
     assert path.parent == tmp_path / "new" / "report"
-    assert path.read_text(encoding="utf-8") == page([ran("soft_gated")])
-    assert write_report(compared(), path.parent) == path
+    assert path.read_text(encoding="utf-8") == page_of("one request")
+    path.write_text("before")
+    assert write_report(CASES["one request"](), path.parent) == path
+    assert path.read_text(encoding="utf-8") == page_of("one request")
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 

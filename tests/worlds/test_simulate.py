@@ -202,6 +202,27 @@ def test_a_report_is_written(tmp_path: Path, sidecar: Callable[..., Ended]) -> N
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(
+    "arguments", [("simulate", *SMALL, "--report", "plots"), ("plan", "--p99-wait", "5", "--plot", "plan.svg")]
+)
+def test_without_the_extra_nothing_is_simulated_for_plots(
+    arguments: tuple[str, ...], sidecar: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which extra to install is said at once; the command without plots needs none."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [
+        name for name in sys.modules if name.startswith(("sidecar.lab.sim.report", "sidecar.lab.plan.drawing"))
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("sidecar.cli.simulating.run_simulation", None)
+    monkeypatch.setattr("sidecar.cli.planning.Search", None)
+
+    ended = sidecar(*arguments)
+
+    assert (ended.code, ended.out) == (2, "")
+    assert "pip install 'lora-sidecar[lab]'" in ended.err
+
+
 def test_a_long_run_tells_how_far_it_is() -> None:
     """Now and then how many requests have ended, rising, by the bare engine and by the product."""
     for run in runs_of(Options(compare=("none", "skip"), requests=700, input_tokens=8, output_tokens=4, adapters=4)):

@@ -1,5 +1,15 @@
-"""The report of a simulation: one HTML page that stands alone."""
+"""The report of a simulation: one HTML page that stands alone. It is drawn with the extra `lab`."""
 
-from sidecar.lab.sim.report.page import page, write_report
+from sidecar.errors import Misused, Reason
+
+try:
+    from sidecar.lab.sim.report.page import page, write_report
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] != "matplotlib":
+        raise
+    raise Misused(
+        Reason.CONFIG_INVALID,
+        "plots are drawn with matplotlib, which is not installed: pip install 'lora-sidecar[lab]'",
+    ) from error
 
 __all__ = ["page", "write_report"]

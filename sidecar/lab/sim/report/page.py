@@ -1,22 +1,23 @@
-"""One page of a simulation, for a person: no network, nothing beside it."""
+"""One page for a person, which needs no network and no other file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
 from sidecar.errors import Misused, Reason
-from sidecar.lab.sim.report.drawings import Figure, swatch
-from sidecar.lab.sim.report.figures import facts, figures
+from sidecar.lab.sim.report.canvas import DARK, LIGHT, WIDE, css, svg
+from sidecar.lab.sim.report.figures import store, throughput
 from sidecar.lab.sim.report.headline import bindings, headline, summary, warnings
-from sidecar.lab.sim.report.markup import Markup, element, joined
-from sidecar.lab.sim.report.over_time import endings, running
-from sidecar.lab.sim.report.runs import Run, runs_of
-from sidecar.lab.sim.report.store import store
-from sidecar.lab.sim.report.style import PATTERNS, SCRIPT, STYLE
-from sidecar.lab.sim.report.throughput import throughput
+from sidecar.lab.sim.report.parts import Cell, Part, Table, by_run, keys_of
+from sidecar.lab.sim.report.requests import endings, running, wait, waits
+from sidecar.lab.sim.report.runs import Run, first_bare, runs_of
 from sidecar.lab.sim.report.timeline import timeline
-from sidecar.lab.sim.report.waits import waits
+from sidecar.lab.sim.report.words import count, number, percent, shown, times
 from sidecar.lab.sim.results import Result
 
 FILE_NAME = "report.html"
@@ -45,74 +46,127 @@ def page(results: Sequence[Result], sweep: Sequence[Result] = ()) -> str:
     """Return the page of one run or more."""
     assert results, "a report of no run"
     runs = runs_of(results)
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"Simulation: {headline(runs)}"),
-        element("style", Markup(STYLE)),
-    )
-    body = element("body", PATTERNS, _top(runs), _main(runs, runs_of(sweep, runs)), element("script", Markup(SCRIPT)))
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
-
-
-def _top(runs: Sequence[Run]) -> Markup:
-    says = " ".join(summary(runs))
-    return element(
-        "header",
-        element("div", element("p", "Simulation report", class_="kicker"), _toggle(), class_="bar"),
-        element("h1", headline(runs)),
-        element("p", says, class_="lead") if says else Markup(""),
-        *(element("p", warning, class_="warning", role="alert") for warning in warnings(runs)),
-        element("ul", *(element("li", said) for said in bindings(runs)), class_="bindings"),
-        element("dl", *(_fact(title, value) for title, value in facts(runs)), class_="facts"),
+    found = [
+        throughput(runs, runs_of(sweep, runs)),
+        running(runs),
+        waits(runs),
+        endings(runs),
+        store(runs),
+        timeline(runs),
+    ]
+    return rendered(
+        "Simulation report",
+        headline(runs),
+        " ".join(summary(runs)),
+        [_figures(runs), *(part for part in found if part is not None)],
+        warnings=warnings(runs),
+        bindings=bindings(runs),
+        facts=facts(runs),
     )
 
 
-def _toggle() -> Markup:
-    return element(
-        "button", "Dark", id="theme", type="button", hidden="hidden", aria_label="Switch between light and dark"
+def rendered(
+    kind: str,
+    headline: str,
+    lead: str,
+    parts: Sequence[Part],
+    warnings: Sequence[str] = (),
+    bindings: Sequence[str] = (),
+    facts: Sequence[tuple[str, str]] = (),
+) -> str:
+    """Return a page of parts. All text is escaped; drawings are markup."""
+    return _template().render(
+        kind=kind, headline=headline, lead=lead, parts=parts, warnings=warnings, bindings=bindings, facts=facts,
+        alone=_alone(parts), svg=svg, WIDE=WIDE, light=css(LIGHT), dark=css(DARK),
+    )  # fmt: skip
+
+
+@cache
+def _template() -> Template:
+    loader = FileSystemLoader(Path(__file__).parent)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template("page.html")
+
+
+def _alone(parts: Sequence[Part]) -> list[str]:
+    """Return which parts of half the width have nothing beside them: the last of an odd number in succession."""
+    rows = [[part.anchor for part in row] for full, row in groupby(parts, lambda part: part.full_width) if not full]
+    return [row[-1] for row in rows if len(row) % 2]
+
+
+# The table of figures, bounds first, and what was simulated, in short.
+
+
+def _figures(runs: Sequence[Run]) -> Part:
+    """Return the table. A column of endings is there only where some run has such."""
+    bare = first_bare(runs)
+    kinds = ("answered", "refused", "expired", "cancelled", "failed")
+    columns: dict[str, Cell] = {
+        "Tokens/s": lambda run: number(run.tokens_per_s),
+        "Of bare": lambda run: _of_bare(run, bare),
+        "Of closed form": lambda run: percent(run.tokens_per_s / run.bound("closed_form")),
+        "Of all resident": lambda run: percent(run.tokens_per_s / run.bound("all_resident")),
+        **{f"Wait {key} (s)": wait("all", key) for key in ("p50", "p99", "max")},
+        "Mean batch": lambda run: number(run.figures["mean_batch"]),
+        "Loads/request": lambda run: number(run.figures["loads_per_request"]),
+        "Openings/1,000": lambda run: number(run.figures["slot_openings_per_1k_requests"]),
+        "Jain index": lambda run: f"{run.figures['jain_index']:.3f}",
+        "Simulated (s)": lambda run: number(run.figures["simulated_s"]),
+        **{
+            kind.capitalize(): lambda run, kind=kind: f"{run.figures['requests'][kind]:,}"  # type: ignore[misc]
+            for kind in kinds
+            if kind == "answered" or any(run.figures["requests"][kind] for run in runs)
+        },
+    }
+    table = by_run("Figures of each run, bounds first", runs, columns)
+    bounds = [[*row, *[""] * (len(table.heads) - len(row))] for row in _bound_rows(runs)]
+    table = Table(table.caption, table.heads, [*bounds, *table.rows], len(bounds))
+    return Part("figures", "Figures", (), (), table, keys_of(runs, "figures"), full_width=True)
+
+
+def _bound_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Return rows of the bounds; where runs have several, one for each number of slots."""
+    rows = []
+    for key, name in (("all_resident", "All resident"), ("closed_form", "Closed form")):
+        values = {(run.slots, number(run.bound(key))): run for run in runs}
+        for (slots, value), run in values.items():
+            label = f"{name}, {count(slots, 'slot')}" if len(values) > 1 else name
+            shares = [percent(run.bound(key) / run.bound(of)) for of in ("closed_form", "all_resident")]
+            rows.append([f"{label} (bound)", value, "", *shares])
+    return rows
+
+
+def _of_bare(run: Run, bare: Run | None) -> str:
+    if bare is None or not bare.tokens_per_s or not run.same_arrivals(bare):
+        return "–"
+    return times(run.tokens_per_s / bare.tokens_per_s)
+
+
+def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Return what was simulated: what all runs have in common once, what differs for each."""
+    cells: dict[str, Cell] = {
+        "Load": lambda run: shown(run.result.workload.name),
+        "Adapters": lambda run: (
+            f"{len(run.result.workload.adapters):,}" if run.result.workload.adapters else "none: base model"
+        ),
+        "Requests": _requests,
+        "Tokens in, out": lambda run: "{0.input_tokens:,.0f}, {0.output_tokens:,.0f}".format(run.result.lengths()),
+        "Engines": _engines,
+        "Slots, seats": lambda run: f"{run.slots:,}, {run.result.setup.engine.seats:,}",
+        "KV memory": lambda run: f"{run.result.setup.engine.kv_tokens:,} tokens",
+        "Seed": lambda run: f"{run.result.workload.seed}",
+    }
+    return [(title, " · ".join(dict.fromkeys(map(cell, runs)))) for title, cell in cells.items()]
+
+
+def _requests(run: Run) -> str:
+    asked = f"{run.result.recorder.counts['offered']:,}"
+    return (
+        f"{asked}, open loop" if run.result.workload.open_loop else f"{asked}, {run.result.setup.in_flight:,} in flight"
     )
 
 
-def _fact(title: str, value: str) -> Markup:
-    return element("div", element("dt", title), element("dd", value))
-
-
-def _main(runs: Sequence[Run], sweep: Sequence[Run]) -> Markup:
-    found = [throughput(runs, sweep), running(runs), waits(runs), endings(runs), store(runs), timeline(runs)]
-    key = element("p", *(swatch(run.style, run.dash, run.label) for run in runs), class_="keys")
-    table = element("section", element("h2", "Figures"), key, figures(runs), class_="card full", id="figures")
-    shown = [figure for figure in found if figure is not None]
-    alone = _alone(shown)
-    return element("main", table, *(_section(figure, figure.anchor in alone) for figure in shown))
-
-
-def _alone(figures: Sequence[Figure]) -> list[str]:
-    """Return which figures of half the width have nothing beside them."""
-    found, left = [], ""
-    for figure in figures:
-        if figure.full_width and left:
-            found.append(left)
-        left = "" if figure.full_width or left else figure.anchor
-    return [*found, left]
-
-
-def _section(figure: Figure, alone: bool) -> Markup:
-    """Return a card; one that has a row to itself shows its table beside the drawing."""
-    notes = (
-        element("ul", *(element("li", note) for note in figure.notes), class_="notes") if figure.notes else Markup("")
-    )
-    opened = "open" if alone else None
-    table = element("details", element("summary", "As a table"), figure.table, open=opened) if figure.table else ""
-    return element(
-        "section",
-        element("h2", figure.title),
-        *(element("p", said, class_="says") for said in figure.says),
-        joined(figure.drawings),
-        notes,
-        table,
-        class_="card full" if figure.full_width else "card full alone" if alone else "card",
-        id=figure.anchor,
-    )
+def _engines(run: Run) -> str:
+    engine = run.result.setup.engine
+    what = f"{shown(engine.cost.table.model)} on {shown(engine.cost.table.gpu)}"
+    return f"{count(run.result.setup.engines, 'engine')}, {engine.flavour}, {what}"

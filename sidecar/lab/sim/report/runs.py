@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.lab.sim.report.markup import shown
-from sidecar.lab.sim.report.words import count
+from sidecar.lab.sim.report.canvas import LIGHT
+from sidecar.lab.sim.report.words import count, shown
 from sidecar.lab.sim.results import Result
 
 BARE = "bare engine"
 STYLES = 6
-DASHES = ("5 4", None, "9 3", "2 3", "9 3 2 3", "14 4")
-"""The bare engine's, then the others': lines are told apart without colours."""
+DASHES: tuple[tuple[float, ...], ...] = ((5, 4), (), (9, 3), (2, 3), (9, 3, 2, 3), (14, 4))
+MARKERS = "so^DPv"
+"""The bare engine's, then the others': runs are told apart without colours."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,22 @@ class Run:
     def tokens_per_s(self) -> float:
         return self.result.throughput_tokens_per_s
 
+    def bound(self, key: str) -> float:
+        """What is reachable at most, by "closed_form" or "all_resident", in output tokens per second."""
+        return float(self.figures["bounds"][f"{key}_tokens_per_s"])
+
     @property
-    def dash(self) -> str | None:
-        return DASHES[self.style]
+    def colour(self) -> str:
+        return LIGHT[f"s{self.style}"]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.style]
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """How matplotlib draws a line of this run."""
+        return {"color": self.colour, "linestyle": (0, DASHES[self.style]) if DASHES[self.style] else "-"}
 
     def same_arrivals(self, other: Run) -> bool:
         """Whether both were asked for the same."""

@@ -1,26 +1,38 @@
-"""Which adapter held which slot, over time."""
+"""Which adapter held which slot, over time: a lane for each slot, a block for each stay."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+from markupsafe import Markup
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
 
 from sidecar.lab.sim.records import SECOND_NS, Tenure
-from sidecar.lab.sim.report.drawings import Figure, Frame, drawing
-from sidecar.lab.sim.report.lanes import Stay, begun, stays, window_ns
-from sidecar.lab.sim.report.markup import Markup, element, group, shown, text
-from sidecar.lab.sim.report.runs import Run
-from sidecar.lab.sim.report.scales import Scale, inner_ticks
-from sidecar.lab.sim.report.tables import table
-from sidecar.lab.sim.report.words import count, number, percent, seconds, tick, time_unit
+from sidecar.lab.sim.report.canvas import LANES, LIGHT, Picture, sheet, svg
+from sidecar.lab.sim.report.parts import Part, by_run, over_time
+from sidecar.lab.sim.report.runs import Run, runs_of
+from sidecar.lab.sim.report.words import count, number, percent, seconds, shown
+from sidecar.lab.sim.results import Result
 
-BLOCKS_MAX, BLOCKS_OF_ONE_MAX = 6000, 1500
+BLOCKS_MAX, BLOCKS_OF_ONE_MAX = 4500, 1500
 """Of all runs together and of one: what keeps a page small and a lane legible."""
 LANES_MAX = 64
 COLOURS = 11
 """A prime, so that adapters that are opened in turn seldom have the same beside each other."""
-WIDTH = 1380.0
-SHORTEST_PX = 0.6
+LEFT, TOP, GAP, SHORTEST = 64.0, 28.0, 8.0, 0.6
+"""Pixels: the margins, what is between two engines' lanes, and the least width of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A tenure and its lane, counted from 0 on each backend."""
+
+    tenure: Tenure
+    lane: int
 
 
 @dataclass(frozen=True)
@@ -29,164 +41,189 @@ class View:
 
     run: Run
     stays: Sequence[Stay]
-    rows: dict[tuple[str, int], int]
+    places: Sequence[tuple[str, int]]
     """A row for each lane of each backend."""
     begin_ns: int
     until_ns: int
 
     @property
-    def left_out(self) -> int:
-        return self.run.result.recorder.openings - len(self.stays)
+    def span_s(self) -> float:
+        return (self.until_ns - self.begin_ns) / SECOND_NS
+
+    @property
+    def lane(self) -> float:
+        """The height of a lane in pixels."""
+        return next(
+            height for most, height in ((8, 20.0), (16, 15.0), (32, 11.0), (LANES_MAX, 8.0)) if len(self.places) <= most
+        )
+
+    @property
+    def tops(self) -> dict[tuple[str, int], float]:
+        """Where each lane begins, in pixels from the first."""
+        engines = list(dict.fromkeys(backend for backend, _ in self.places))
+        return {place: row * self.lane + GAP * engines.index(place[0]) for row, place in enumerate(self.places)}
 
 
-def timeline(runs: Sequence[Run]) -> Figure | None:
-    """Return the figure; None where no adapter ever ran."""
+def begun(tenures: Iterable[Tenure]) -> list[Tenure]:
+    """Return tenures in the order of their beginnings."""
+    return sorted(tenures, key=lambda each: (each.begin_ns, each.end_ns, each.backend, each.adapter))
+
+
+def stays(tenures: Sequence[Tenure]) -> list[Stay]:
+    """Give each tenure, in the order of their beginnings, the lowest lane of its backend that is free.
+
+    A recorder knows which adapters hold slots, not which slot each holds: the lanes are one way in which they can.
+    """
+    free: dict[str, list[int]] = {}
+    taken: dict[str, list[tuple[int, int]]] = {}
+    lanes: dict[str, int] = {}
+    found = []
+    for tenure in tenures:
+        idle, busy = free.setdefault(tenure.backend, []), taken.setdefault(tenure.backend, [])
+        while busy and busy[0][0] <= tenure.begin_ns:
+            heapq.heappush(idle, heapq.heappop(busy)[1])
+        if not idle:
+            idle.append(lanes.get(tenure.backend, 0))
+            lanes[tenure.backend] = idle[0] + 1
+        lane = heapq.heappop(idle)
+        heapq.heappush(busy, (tenure.end_ns, lane))
+        found.append(Stay(tenure, lane))
+    return found
+
+
+def window_ns(begun_by_run: Sequence[Sequence[Tenure]], most: int, ended_ns: int) -> int:
+    """Return until when all of the runs can be shown with at most so many tenures each."""
+    return min([tenures[most].begin_ns for tenures in begun_by_run if len(tenures) > most] + [ended_ns])
+
+
+def timeline(runs: Sequence[Run]) -> Part | None:
+    """Return the part; None where no adapter ever ran."""
     with_slots = [run for run in runs if run.result.recorder.tenures]
     if not with_slots:
         return None
-    ordered = [begun(run.result.recorder.tenures) for run in with_slots]
-    ended_ns = max(run.result.recorder.ended_ns for run in with_slots)
-    until_ns = window_ns(ordered, min(BLOCKS_OF_ONE_MAX, BLOCKS_MAX // len(with_slots)), ended_ns)
-    views = [_view(run, tenures, until_ns) for run, tenures in zip(with_slots, ordered, strict=True)]
-    return Figure(
+    columns = {
+        "Stays": lambda run: f"{run.result.recorder.openings:,}",
+        "Mean stay (s)": lambda run: number(_held_s(run) / len(run.result.recorder.tenures)),
+        "Slots in use": _in_use,
+        "Openings per 1,000 requests": lambda run: number(run.figures["slot_openings_per_1k_requests"]),
+    }
+    views = _views(with_slots)
+    return Part(
         "timeline",
         "Which adapter held which slot",
         [
             "A block is one stay of an adapter in a slot, from its first running request to the end of its last. "
-            "Point at one to see its name and its other stays.",
+            "Point at one to see its name and its other stays."
         ],
-        [element("div", *(_panel(view, number) for number, view in enumerate(views)), class_="timelines")],
-        _table(with_slots),
+        [_picture(view, f"timeline-{index}") for index, view in enumerate(views)],
+        by_run("Stays of adapters in slots", with_slots, columns),
+        notes=[_left_out(view) for view in views if view.run.result.recorder.openings > len(view.stays)],
         full_width=True,
-        notes=[note for view in views for note in _left_out(view)],
     )
+
+
+def slot_lanes(results: Sequence[Result], width: float = LANES) -> list[Markup]:
+    """Return a picture that stands alone, as SVG, for each result in which an adapter held a slot."""
+    runs = [run for run in runs_of(results) if run.result.recorder.tenures]
+    pictures = [_picture(view, f"slots-{index}") for index, view in enumerate(_views(runs))]
+    return [svg(picture, width, alone=True) for picture in pictures]
+
+
+def _views(runs: Sequence[Run]) -> list[View]:
+    """Return what is drawn of each: the same time of all."""
+    ordered = [begun(run.result.recorder.tenures) for run in runs]
+    ended_ns = max((run.result.recorder.ended_ns for run in runs), default=0)
+    until_ns = window_ns(ordered, min(BLOCKS_OF_ONE_MAX, BLOCKS_MAX // max(1, len(runs))), ended_ns)
+    return [_view(run, tenures, until_ns) for run, tenures in zip(runs, ordered, strict=True)]
 
 
 def _view(run: Run, tenures: Sequence[Tenure], until_ns: int) -> View:
     found = stays([each for each in tenures if each.begin_ns < until_ns])
     places = sorted({(stay.tenure.backend, stay.lane) for stay in found})[:LANES_MAX]
-    rows = {place: row for row, place in enumerate(places)}
-    drawn = [stay for stay in found if (stay.tenure.backend, stay.lane) in rows]
-    return View(run, drawn, rows, run.result.recorder.began_ns, until_ns)
+    drawn = [stay for stay in found if (stay.tenure.backend, stay.lane) in set(places)]
+    return View(run, drawn, places, run.result.recorder.began_ns, until_ns)
 
 
-def _left_out(view: View) -> list[str]:
-    if view.left_out <= 0:
-        return []
-    window = seconds((view.until_ns - view.begin_ns) / SECOND_NS)
-    lanes = f" in {LANES_MAX} of its slots" if len(view.rows) == LANES_MAX else ""
-    return [
-        f"{view.run.label}: the first {window} of {seconds(view.run.result.seconds)}{lanes}; "
-        f"{count(view.left_out, 'stay')} of {view.run.result.recorder.openings:,} left out."
-    ]
+def _left_out(view: View) -> str:
+    openings = view.run.result.recorder.openings
+    lanes = f" in {LANES_MAX} of its slots" if len(view.places) == LANES_MAX else ""
+    return (
+        f"{view.run.label}: the first {seconds(view.span_s)} of {seconds(view.run.result.seconds)}{lanes}; "
+        f"{count(openings - len(view.stays), 'stay')} of {openings:,} left out."
+    )
 
 
-def _lane_px(lanes: int) -> float:
-    return next(height for most, height in ((8, 20.0), (16, 15.0), (32, 11.0), (LANES_MAX, 8.0)) if lanes <= most)
-
-
-def _panel(view: View, position: int) -> Markup:
-    lane_px, gap_px = _lane_px(len(view.rows)), 8.0
-    backends = list(dict.fromkeys(backend for backend, _ in view.rows))
-    body = len(view.rows) * lane_px + gap_px * (len(backends) - 1)
-    frame = Frame(WIDTH, 26 + body + 40, left=64, right=10, top=26, bottom=40)
-    span_s = (view.until_ns - view.begin_ns) / SECOND_NS
-    x = frame.x(0, max(span_s, 1e-9))
-    tops = {place: frame.top + row * lane_px + gap_px * backends.index(place[0]) for place, row in view.rows.items()}
-    picture = drawing(
-        f"timeline-{position}",
+def _picture(view: View, anchor: str) -> Picture:
+    return Picture(
+        anchor,
         f"{view.run.label}: adapters in slots over time",
-        f"{count(len(view.stays), 'stay')} of adapters in {count(len(view.rows), 'slot')}",
-        WIDTH,
-        frame.height,
-        text(view.run.label, 0, 14, class_=f"label s{view.run.style}"),
-        _time_axis(frame, x, span_s),
-        *_lane_names(backends, tops, lane_px),
-        *(
-            element("rect", class_="lane", x=x.begin, y=top, width=x.end - x.begin, height=lane_px - 2)
-            for top in tops.values()
-        ),
-        group(*(_block(view, stay, x, tops, lane_px) for stay in view.stays), class_="stays"),
-        _end(view, x, frame),
-    )
-    return element(
-        "div", picture, class_="scroll", tabindex=0, role="region", aria_label=f"Timeline of {view.run.label}"
+        f"{count(len(view.stays), 'stay')} of adapters in {count(len(view.places), 'slot')}",
+        lambda width: _draw(view, width),
+        (LANES,),
+        [(_told(view, stay), view.run.result.recorder.adapters[stay.tenure.adapter]) for stay in view.stays],
     )
 
 
-def _time_axis(frame: Frame, x: Scale, span_s: float) -> Markup:
-    divisor, unit = time_unit(span_s)
-    foot = frame.height - frame.bottom
-    values = inner_ticks(span_s / divisor, 10)
-    lines = [element("path", class_="grid", d=f"M{x(value * divisor):.1f} {frame.top}V{foot:.1f}") for value in values]
-    labels = [text(tick(value), x(value * divisor), foot + 16, text_anchor="middle") for value in values]
-    title = text(f"time since the first arrival ({unit})", x.end, foot + 33, text_anchor="end", class_="name")
-    return group(*lines, *labels, title, class_="axes")
+def _between_s(view: View, stay: Stay) -> tuple[float, float]:
+    """Return when a stay begins and ends, since the first arrival."""
+    return (stay.tenure.begin_ns - view.begin_ns) / SECOND_NS, (stay.tenure.end_ns - view.begin_ns) / SECOND_NS
 
 
-def _lane_names(backends: Sequence[str], tops: dict[tuple[str, int], float], lane_px: float) -> list[Markup]:
-    """Return the backends' names; of the only one the numbers of its slots, where there is room."""
-    if len(backends) == 1 and lane_px >= 11:
-        return [
-            text(f"slot {lane + 1}", 56, top + lane_px / 2 + 3, text_anchor="end", class_="name")
-            for (_, lane), top in tops.items()
-        ]
-    if len(backends) == 1:
-        return [text("slots", 56, min(tops.values()) + 10, text_anchor="end", class_="name")]
-    firsts = {backend: min(top for (of, _), top in tops.items() if of == backend) for backend in backends}
-    return [text(shown(backend)[:9], 56, top + 10, text_anchor="end", class_="name") for backend, top in firsts.items()]
+def _told(view: View, stay: Stay) -> str:
+    begin, end = _between_s(view, stay)
+    where = f"{shown(stay.tenure.adapter)} on {shown(stay.tenure.backend)}"
+    return f"{where}: {number(begin)} to {number(end)} s, for {seconds(end - begin)}"
 
 
-def _block(view: View, stay: Stay, x: Scale, tops: dict[tuple[str, int], float], lane_px: float) -> Markup:
-    tenure = stay.tenure
-    begin_s, end_s = ((at_ns - view.begin_ns) / SECOND_NS for at_ns in (tenure.begin_ns, tenure.end_ns))
-    left, right = x(begin_s), x(end_s)
-    number_ = view.run.result.recorder.adapters[tenure.adapter]
-    name, top = shown(tenure.adapter), tops[tenure.backend, stay.lane]
-    told = f"{name} on {shown(tenure.backend)}: {number(begin_s)} to {number(end_s)} s, for {seconds(end_s - begin_s)}"
-    width = max(right - left - 0.7, SHORTEST_PX)
-    block = element(
-        "rect",
-        element("title", told),
-        class_=f"t{number_ % COLOURS}",
-        data_a=str(number_),
-        x=left,
-        y=top,
-        width=width,
-        height=lane_px - 2,
+def _draw(view: View, width: float) -> Figure:
+    lane, tops, recorder = view.lane, view.tops, view.run.result.recorder
+    body = max(tops.values()) + lane
+    figure, (plot,) = sheet(width, TOP + body + 44, left=LEFT, top=TOP)
+    divisor = over_time(plot, view.span_s, width)
+    pixel = plot.get_xlim()[1] / (width - LEFT - 16)
+    plot.set_ylim(body, 0)
+    plot.set_title(view.run.label, color=view.run.colour, weight="bold")
+    plot.grid(False, axis="y")
+    plot.grid(True, axis="x")
+    plot.barh(
+        [top + lane / 2 - 1 for top in tops.values()], plot.get_xlim()[1], lane - 2, color=LIGHT["lane"], zorder=0
     )
-    if lane_px < 11 or 6.3 * len(name) + 6 > width:
-        return block
-    return group(block, text(name, left + 4, top + lane_px / 2 + 2.6))
+    blocks, colours = [], []
+    for stay in view.stays:
+        begin, end = (min(at_s, view.span_s) / divisor for at_s in _between_s(view, stay))
+        end, top = max(end - 0.7 * pixel, begin + SHORTEST * pixel), tops[stay.tenure.backend, stay.lane]
+        name = shown(stay.tenure.adapter)
+        blocks.append([(begin, top), (end, top), (end, top + lane - 2), (begin, top + lane - 2)])
+        colours.append(LIGHT[f"t{recorder.adapters[stay.tenure.adapter] % COLOURS}"])
+        if lane >= 11 and 6.8 * len(name) + 6 < (end - begin) / pixel:
+            plot.text(begin + 4 * pixel, top + lane / 2 - 1, name, va="center_baseline", size=10.5, color=LIGHT["on"])
+    plot.add_collection(PolyCollection(blocks, facecolors=colours, linewidths=0, gid="stays"), autolim=False)
+    plot.set_yticks(*_lane_names(view))
+    ended = (recorder.ended_ns - view.begin_ns) / SECOND_NS / divisor
+    if recorder.ended_ns < view.until_ns:
+        plot.axvline(ended, color=LIGHT["ink"], linewidth=1.6)
+        if ended + 80 * pixel < plot.get_xlim()[1]:
+            plot.annotate("all ended", (ended, 0), (5, 4), textcoords="offset points", color=LIGHT["soft"])
+    return figure
 
 
-def _end(view: View, x: Scale, frame: Frame) -> Markup:
-    """Mark when the run ended, where that is in sight."""
-    ended_ns = view.run.result.recorder.ended_ns
-    if ended_ns >= view.until_ns:
-        return Markup("")
-    at = x((ended_ns - view.begin_ns) / SECOND_NS)
-    return group(
-        element("path", class_="bound", d=f"M{at:.1f} {frame.top - 6}V{frame.height - frame.bottom:.1f}"),
-        text("all ended", at + 5, frame.top - 10, class_="name halo") if at + 70 < x.end else Markup(""),
-    )
+def _lane_names(view: View) -> tuple[list[float], list[str]]:
+    """Return the engines' names; of the only one the numbers of its slots, where there is room."""
+    tops, middle = view.tops, view.lane / 2 - 1
+    if len({backend for backend, _ in view.places}) > 1:
+        firsts = [next(places) for _, places in groupby(view.places, key=lambda place: place[0])]
+        return [tops[place] + middle for place in firsts], [shown(backend)[:8] for backend, _ in firsts]
+    if view.lane < 11:
+        return [middle], ["slots"]
+    return [tops[place] + middle for place in view.places], [f"slot {lane + 1}" for _, lane in view.places]
 
 
-def _table(runs: Sequence[Run]) -> Markup:
-    rows = []
-    for run in runs:
-        recorder, setup = run.result.recorder, run.result.setup
-        held_s = sum(tenure.end_ns - tenure.begin_ns for tenure in recorder.tenures) / SECOND_NS
-        kept = len(recorder.tenures) == recorder.openings
-        busy = held_s / (run.result.seconds * setup.engine.slots * setup.engines)
-        rows.append(
-            [
-                run.label,
-                f"{recorder.openings:,}",
-                number(held_s / len(recorder.tenures)),
-                percent(min(1.0, busy)) if kept else "–",
-                number(run.figures["slot_openings_per_1k_requests"]),
-            ]
-        )
-    heads = ["Run", "Stays", "Mean stay (s)", "Slots in use", "Openings per 1,000 requests"]
-    return table(heads, rows, "Stays of adapters in slots")
+def _held_s(run: Run) -> float:
+    return sum(tenure.end_ns - tenure.begin_ns for tenure in run.result.recorder.tenures) / SECOND_NS
+
+
+def _in_use(run: Run) -> str:
+    """Return the share of the slots' time that was used; a dash where the recorder did not keep all stays."""
+    setup, recorder = run.result.setup, run.result.recorder
+    busy = _held_s(run) / (run.result.seconds * setup.engine.slots * setup.engines)
+    return percent(min(1.0, busy)) if len(recorder.tenures) == recorder.openings else "–"

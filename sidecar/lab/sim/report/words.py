@@ -7,6 +7,8 @@ from collections.abc import Sequence
 MINUTE_S, HOUR_S = 60.0, 3600.0
 NO_BREAK = "\N{NO-BREAK SPACE}"
 """Between a figure and its unit."""
+NAME_CHARACTERS_MAX = 48
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def number(value: float) -> str:
@@ -60,3 +62,11 @@ def time_unit(span_s: float) -> tuple[float, str]:
     if span_s > 4 * HOUR_S:
         return HOUR_S, "h"
     return (MINUTE_S, "min") if span_s > 20 * MINUTE_S else (1.0, "s")
+
+
+def shown(name: str) -> str:
+    """Return a name as a page can show it: of bounded length, with nothing in it that is invisible."""
+    visible = "".join(character if character.isprintable() else REPLACEMENT for character in name)
+    if len(visible) <= NAME_CHARACTERS_MAX:
+        return visible
+    return visible[: NAME_CHARACTERS_MAX - 1] + "…"

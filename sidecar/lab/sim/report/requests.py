@@ -1,0 +1,264 @@
+"""What became of requests: how many ran over time, how they ended, how long they waited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from sidecar.lab.sim.records import SECOND_NS
+from sidecar.lab.sim.report.canvas import LIGHT, NARROW, WIDE, Picture, cut, sheet
+from sidecar.lab.sim.report.parts import STEPS, Cell, Part, by_run, key, keys_of, over_time
+from sidecar.lab.sim.report.runs import Run
+from sidecar.lab.sim.report.words import count, number, percent, seconds, tick
+from sidecar.lab.sim.statistics import percentile
+
+INK = LIGHT["ink"]
+POINTS, COLUMNS, RANKS = 160, 64, 140
+"""Of a line over time, of bars over time, and of a distribution, which has its ten slowest requests besides."""
+CLASSES = {"all": "All adapters", "hot": "Hot adapters", "cold": "Cold adapters"}
+SHORTEST_S = 0.001
+"""Waits below are drawn here: a logarithmic axis has no 0."""
+ENDINGS = {"answered": "", "refused": "////", "expired": "xxxx", "cancelled": "||||", "failed": ""}
+"""How each is hatched, so that they are told apart without colours."""
+
+
+# Over time.
+
+
+def running(runs: Sequence[Run]) -> Part | None:
+    """Return how many requests ran at once on all engines; None where nothing did."""
+    if not any(len(run.result.recorder.waits_s) for run in runs):
+        return None
+    columns: dict[str, Cell] = {
+        "Mean batch of an engine": lambda run: number(run.figures["mean_batch"]),
+        "Of its seats": lambda run: percent(run.figures["mean_batch"] / run.result.setup.engine.seats),
+        "Most running, all engines": lambda run: number(max((value for _, value in batches(run)), default=0.0)),
+    }
+    title = "Requests running over time"
+    told = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
+    return Part(
+        "running",
+        title,
+        ["How many requests ran at once, on all engines together; the dotted line is all their seats."],
+        [Picture("running", title, told, lambda width: _running(runs, width))],
+        by_run("Requests running", runs, columns),
+    )
+
+
+def batches(run: Run) -> list[tuple[float, float]]:
+    """Return seconds since the first arrival, and how many ran on average up to then."""
+    recorder = run.result.recorder
+    means = recorder.series.means("running", recorder.ended_ns)
+    step = max(1, -(-len(means) // POINTS))
+    parts = [means[at : at + step] for at in range(0, len(means), step)]
+    width_s = step * recorder.series.interval_ns / SECOND_NS
+    return [((index + 0.5) * width_s, sum(part) / len(part)) for index, part in enumerate(parts)]
+
+
+def _running(runs: Sequence[Run], width: float) -> Figure:
+    """Draw one strip for each run, all on the same time."""
+    span_s = max(run.result.seconds for run in runs)
+    strip = min(120, max(48, 240 / len(runs)))
+    figure, plots = sheet(width, 72 + (strip + 32) * len(runs) - 32, len(runs), gap=32)
+    for run, plot in zip(runs, plots, strict=True):
+        seats = run.result.setup.engine.seats * run.result.setup.engines
+        divisor = over_time(plot, span_s, width)
+        told = f"mean batch {number(run.figures['mean_batch'])}"
+        plot.set_title(cut(run.label, width - 190), color=run.colour, weight="bold")
+        plot.set_title(told, loc="right")
+        at, values = [at / divisor for at, _ in batches(run)], [value for _, value in batches(run)]
+        plot.fill_between(at, values, color=run.colour, alpha=0.16, linewidth=0)
+        plot.plot(at, values, color=run.colour, linewidth=1.5)
+        plot.axhline(seats, color=LIGHT["axis"], linestyle=":", linewidth=1.5)
+        plot.set_ylim(0, seats * 1.02)
+        plot.set_yticks([0, seats])
+        plot.grid(False)
+    for plot in plots[:-1]:
+        plot.set_xlabel("")
+    return figure
+
+
+def endings(runs: Sequence[Run]) -> Part | None:
+    """Return how requests ended over time; None where all were answered."""
+    shown = [run for run in runs if run.figures["requests"]["offered"] > run.figures["requests"]["answered"]]
+    if not shown:
+        return None
+    kinds = [kind for kind in ENDINGS if any(run.figures["requests"][kind] for run in shown)]
+    artists: dict[str, Artist] = {kind: Rectangle((0, 0), 1, 1, **_ending(kind)) for kind in kinds}
+    artists["arrivals"] = Line2D((0, 1), (0.5, 0.5), color=INK, linewidth=1.3)
+    span_s = max(run.result.seconds for run in runs)
+
+    def picture(index: int, run: Run) -> Picture:
+        told = ", ".join(
+            f"{run.figures['requests'][kind]:,} {kind}" for kind in ENDINGS if run.figures["requests"][kind]
+        )
+        return Picture(
+            f"endings-{index}", f"{run.label}: endings over time", told, lambda width: _endings(run, span_s, width)
+        )
+
+    columns: dict[str, Cell] = {kind: _requests(kind) for kind in ("offered", *ENDINGS)}
+    return Part(
+        "endings",
+        "How requests ended over time",
+        ["Endings a second, stacked, with the arrivals as a line."],
+        [picture(index, run) for index, run in enumerate(shown)],
+        by_run("Requests by ending", runs, columns),
+        [(key(artist, "endings", kind), kind) for kind, artist in artists.items()],
+    )
+
+
+def by_interval(run: Run, kind: str, columns: int = COLUMNS) -> tuple[float, list[float]]:
+    """Return the seconds of an interval, and how many a second there were in each."""
+    series = run.result.recorder.series
+    counts = series.counts(kind)
+    total = int(run.result.seconds * SECOND_NS // series.interval_ns) + 1
+    step = max(1, -(-total // columns))
+    width_s = step * series.interval_ns / SECOND_NS
+    return width_s, [sum(counts[at : at + step]) / width_s for at in range(0, total, step)]
+
+
+def _requests(kind: str) -> Cell:
+    return lambda run: f"{run.figures['requests'][kind]:,}"
+
+
+def _ending(kind: str) -> dict[str, Any]:
+    """Return how an ending is filled."""
+    if not ENDINGS[kind]:
+        return {"facecolor": LIGHT[kind], "linewidth": 0}
+    return {"facecolor": "none", "edgecolor": LIGHT[kind], "hatch": ENDINGS[kind], "linewidth": 0}
+
+
+def _endings(run: Run, span_s: float, width: float) -> Figure:
+    figure, (plot,) = sheet(width, 240, top=44)
+    divisor = over_time(plot, span_s, width)
+    columns = COLUMNS if width == WIDE else COLUMNS // 2
+    width_s, offered = by_interval(run, "offered", columns)
+    edges = [at * width_s / divisor for at in range(len(offered) + 1)]
+    below = [0.0] * len(offered)
+    for kind in ENDINGS:
+        above = [base + rate for base, rate in zip(below, by_interval(run, kind, columns)[1], strict=True)]
+        if any(above[at] > below[at] for at in range(len(above))):
+            plot.stairs(above, edges, baseline=below, fill=True, **_ending(kind))
+        below = above
+    plot.stairs(offered, edges, color=INK, linewidth=1.3)
+    plot.set_ylim(0, 1.06 * max(*below, *offered))
+    plot.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
+    plot.set_title(cut(run.label, width - 30), color=run.colour, weight="bold", pad=24)
+    plot.annotate("requests/s", (0, 1), (0, 8), "axes fraction", "offset points", color=LIGHT["soft"], size=12)
+    return figure
+
+
+# Waits.
+
+
+def waits(runs: Sequence[Run]) -> Part | None:
+    """Return the part; None where nothing ever began to run. Cold adapters are not shown where they are all."""
+    waited = {run.label: run.result.waits_s() for run in runs}
+    hot = any(values["hot"] for values in waited.values())
+    kinds = [kind for kind in CLASSES if any(v[kind] for v in waited.values()) and (kind == "all" or hot)]
+    if not kinds:
+        return None
+    shortest = min(percentile(values[kind], 1) for values in waited.values() for kind in kinds if values[kind])
+    longest = max(values[kind][-1] for values in waited.values() for kind in kinds if values[kind])
+    between = around(max(shortest, SHORTEST_S), max(longest, 2 * SHORTEST_S))
+    who = (
+        " Hot adapters get at least twice the mean share of the requests, cold ones less."
+        if hot
+        else " No adapter is hot: none gets twice the mean share of the requests."
+    )
+
+    def picture(kind: str) -> Picture:
+        curves = [(run, waited[run.label][kind]) for run in runs if waited[run.label][kind]]
+        told = "; ".join(
+            f"{run.label}: median {seconds(percentile(v, 50))}, longest {seconds(v[-1])}" for run, v in curves
+        )
+        title = f"{CLASSES[kind]}: share of requests by their wait"
+        widths = (WIDE, NARROW) if len(kinds) == 1 else (440.0, NARROW)
+        return Picture(
+            f"waits-{kind}", title, told, lambda width: _waits(CLASSES[kind], curves, between, width), widths
+        )
+
+    heads = [(kind, key) for kind in kinds for key in ("p50", "p99", "max")]
+    return Part(
+        "waits",
+        "Waits by adapter class",
+        [
+            f"The share of requests that waited at most so long, from arrival to first token.{who}",
+            "● median, ▲ 99th percentile, ┃ longest.",
+        ],
+        [picture(kind) for kind in kinds],
+        by_run(
+            "Waits for the first token in seconds", runs, {f"{kind} {key} (s)": wait(kind, key) for kind, key in heads}
+        ),
+        keys_of(runs, "waits"),
+        [_nearest(run) for run in runs if run.figures["wait_bound"]["requests"]],
+        full_width=len(kinds) > 1,
+    )
+
+
+def wait(kind: str, key: str) -> Cell:
+    """Return what shows a percentile of the waits of a class."""
+
+    def cell(run: Run) -> str:
+        value = run.figures["wait_s"][kind][key]
+        return "–" if value is None else number(value)
+
+    return cell
+
+
+def around(low: float, high: float) -> tuple[float, float]:
+    """Return the nearest of 1, 2 and 5 times a power of ten below and above: the ends of a logarithmic axis."""
+    steps = [factor * 10.0**power for power in range(-4, 9) for factor in (1, 2, 5)]
+    begin = max(step for step in steps if step <= low * (1 + 1e-9))
+    return begin, min(step for step in steps if step >= max(high * (1 - 1e-9), 1.5 * begin))
+
+
+def corners(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Return points of a distribution, each a wait and the share that waited no longer: the ten slowest among them."""
+    total = len(values)
+    ranks = {max(1, round(total * part / RANKS)) for part in range(1, RANKS + 1)}
+    ranks |= set(range(max(1, total - 9), total + 1))
+    return [(values[0], 0.0), *((values[rank - 1], rank / total) for rank in sorted(ranks))]
+
+
+def _waits(
+    of: str, curves: Sequence[tuple[Run, Sequence[float]]], between: tuple[float, float], width: float
+) -> Figure:
+    figure, (plot,) = sheet(width, 300 if width == WIDE else 260)
+    for run, values in curves:
+        at, shares = zip(*corners([max(value, between[0]) for value in values]), strict=True)
+        plot.plot(at, shares, drawstyle="steps-post", **run.line)
+        for share, marker in ((50, "o"), (99, "^"), (100, "|")):
+            there = max(percentile(values, share), between[0])
+            plot.plot(
+                there, share / 100, marker, color=run.colour, markersize=8, markeredgewidth=2 if share == 100 else 0
+            )
+    plot.set_xscale("log")
+    plot.set_xlim(*between)
+    plot.set_ylim(0, 1.04)
+    plot.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if between[1] / between[0] < 150 else (1,), numticks=9))
+    plot.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    plot.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    plot.set_xlabel("wait for the first token (s)")
+    plot.minorticks_off()
+    plot.set_title(f"{of}: waited at most so long")
+    return figure
+
+
+def _nearest(run: Run) -> str:
+    """Tell how near the waits came to the bound that each request was given at admission."""
+    bound = run.figures["wait_bound"]
+    exceeded, voided = f"{bound['exceeded']:,}" if bound["exceeded"] else "none", sum(bound["voided"].values())
+    return (
+        f"{run.label}: of {count(bound['requests'], 'wait')} with a bound {exceeded} exceeded it; "
+        f"the nearest came to {percent(bound['nearest_share'])} of its bound. The longest, "
+        f"{seconds(bound['longest_wait_s'])}, had a bound of {seconds(bound['bound_of_longest_s'])}."
+        + (f" {voided:,} bounds were voided." if voided else "")
+    )
