@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from sidecar.errors import Misused
-from sidecar.lab.plan.binding import Binding, binding, sentence
 from sidecar.lab.plan.candidates import Candidate, Site, at
 from sidecar.lab.plan.goal import Goal, Outcome
+from sidecar.lab.plan.record import Binding, binding, sentence
 from sidecar.lab.plan.site import check_slots, site_of
 from sidecar.lab.sim.bounds import closed_form
 from sidecar.lab.sim.options import Options

@@ -14,11 +14,9 @@ from sidecar.errors import Misused
 from sidecar.lab.plan.candidates import Candidate
 from sidecar.lab.plan.demand import Demand, demand_of
 from sidecar.lab.plan.goal import Goal, Outcome
-from sidecar.lab.plan.record import record
-from sidecar.lab.plan.running import run, warmed
-from sidecar.lab.plan.search import Search, Trial, sidecar_for
+from sidecar.lab.plan.record import record, warnings
+from sidecar.lab.plan.search import Search, Trial, run, sidecar_for, warmed
 from sidecar.lab.plan.site import site_of
-from sidecar.lab.plan.uncertainty import warnings
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.setup import EngineSetup, Setup
 from sidecar.lab.sim.workloads import Arrival

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sidecar.lab.sim.series import Series
+from sidecar.lab.sim.records import Series
 
 BEGIN_NS = 1_000_000_000
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import mean
 
-from sidecar.lab.sim.bare import Bare
 from sidecar.lab.sim.product import Product
 from sidecar.lab.sim.records import Recorder
 from sidecar.lab.sim.runs import Run
+from sidecar.lab.sim.simulate import Bare
 from sidecar.lab.sim.world import Front, World
 
 SAMPLES = 200

@@ -15,15 +15,15 @@ from pathlib import Path
 from random import Random
 
 from policies.eviction.cost import refetch_ns
-from sidecar.lab.sim.lengths import amounts
 from sidecar.lab.sim.offline import Request
 from sidecar.lab.sim.popularity import zipf
-from sidecar.lab.sim.trace_lines import bad_trace, numbered_lines
+from sidecar.lab.sim.traces import bad_trace, numbered_lines
 from sidecar.lab.sim.workloads import (
     DRIFT_REQUESTS,
     LoadParameters,
     Workload,
     adapter_names,
+    amounts,
     dealt_ranks,
     source,
     workload,

@@ -1,19 +1,38 @@
-"""A plan as the JSON object that scripts read; tables and drawings are made from it, so that all say the same."""
+"""A plan as the JSON object that scripts read: figures, what binds them, what they rest on.
+
+Tables and drawings are made from it, so that all say the same.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from enum import Enum
+from statistics import median
 from typing import Any
 
-from sidecar.lab.plan.binding import HELPS, binding, sentence
+from sidecar.lab.calibrate.published import LORA, PUBLISHED_FOR
+from sidecar.lab.calibrate.table import DECODE_TOLERANCE, PREFILL_TOLERANCE, TITLES
 from sidecar.lab.plan.candidates import Candidate
 from sidecar.lab.plan.goal import Goal, Outcome
 from sidecar.lab.plan.search import SLOWER, Found, Trial
 from sidecar.lab.plan.settings import engine_settings, sidecar_settings
-from sidecar.lab.plan.uncertainty import rests_on, spread, warnings
 from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, Sidecar
+from sidecar.pace.cost_table import CostTable
 
 Record = dict[str, Any]
+BUSY = 0.95
+"""Of what full batches give: who is asked for more is at the limit."""
+MOSTLY = 0.5
+CROWDED = 0.5
+"""Requests that run, for each slot: with more, slots are often all taken where adapters come at random."""
+ANSWERS = 3.0
+"""A sample shorter than so many answers is over before the pool is as full as it will be."""
+LOSS_RANGES: dict[str, dict[int, tuple[float, float]]] = {"trtllm": {2: (0.141, 0.186), 7: (0.400, 0.477)}}
+"""Published losses of throughput by kinds of projection, lowest and highest over ranks 8 to 64 (SqueezeBits, 2024-12).
+
+For vLLM one loss is published for each of two ranks, and no range.
+"""
 
 
 def record(found: Found, sidecar: Sidecar) -> Record:
@@ -142,3 +161,161 @@ def _tokens(candidate: Candidate) -> int | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+# What stands in the way of more throughput or shorter waits, and what would help.
+
+
+class Binding(Enum):
+    """What binds; the value is its name in tables."""
+
+    SLOTS = "slots"
+    SEATS = "seats"
+    KV = "KV"
+    PREFILL = "prefill"
+    IN_FLIGHT = "in flight"
+    ARRIVALS = "arrivals"
+
+
+HELPS = {
+    Binding.SLOTS: "more slots for adapters on each engine, a smaller rank or more engines",
+    Binding.SEATS: "more seats (the engine's max_batch_size) or more engines",
+    Binding.KV: "fewer slots, shorter requests, a GPU with more memory or more engines",
+    Binding.PREFILL: "shorter prompts or more engines",
+    Binding.IN_FLIGHT: "more requests at a time: the engines have room for them",
+    Binding.ARRIVALS: "nothing that a plan decides: a request alone takes that long, or many come at once",
+}
+
+
+def binding(candidate: Candidate) -> Binding:
+    """Return what keeps a candidate's batches from being larger, or its waits from being shorter."""
+    limit = _open_loop(candidate) if candidate.site.demand.open_loop else _closed_loop(candidate)
+    return Binding.PREFILL if limit in (Binding.SEATS, Binding.KV) and _prompts_take_most(candidate) else limit
+
+
+def sentence(candidate: Candidate) -> str:
+    """Return what binds, with its numbers."""
+    bound, demand = binding(candidate), candidate.site.demand
+    hosted = math.ceil(demand.adapters / candidate.backends)
+    what = {
+        Binding.SLOTS: f"{candidate.slots:,} slots for about {hosted:,} adapters on each engine",
+        Binding.SEATS: f"the {candidate.site.seats:,} seats of an engine",
+        Binding.KV: f"keys and values: memory for {candidate.engine.kv_tokens:,} tokens, {candidate.kv_seats:,.0f} "
+        "requests",
+        Binding.PREFILL: f"prompts, which take {_prefill_share(candidate):.0%} of an engine's time",
+        Binding.IN_FLIGHT: f"the {demand.in_flight:,} requests in flight",
+        Binding.ARRIVALS: "nothing but the arrivals: the engines keep up with them",
+    }
+    return what[bound]
+
+
+def _open_loop(candidate: Candidate) -> Binding:
+    if candidate.depth > 1 and candidate.batch_asked > CROWDED * candidate.slots:
+        return Binding.SLOTS
+    asked = candidate.site.demand.asked_tokens_per_s or 0.0
+    return _of_full_batches(candidate) if asked > BUSY * candidate.capacity_tokens_per_s else Binding.ARRIVALS
+
+
+def _closed_loop(candidate: Candidate) -> Binding:
+    outstanding = candidate.site.demand.in_flight / candidate.backends
+    if candidate.reachable.batch >= candidate.full_batch:
+        return _of_full_batches(candidate)
+    return Binding.SLOTS if candidate.reachable.batch < outstanding else Binding.IN_FLIGHT
+
+
+def _of_full_batches(candidate: Candidate) -> Binding:
+    return Binding.KV if candidate.kv_seats < candidate.site.seats else Binding.SEATS
+
+
+def _prompts_take_most(candidate: Candidate) -> bool:
+    return _prefill_share(candidate) > MOSTLY
+
+
+def _prefill_share(candidate: Candidate) -> float:
+    """Return the share of an engine's time that prompts take in full batches."""
+    lengths, batch = candidate.site.demand.lengths, candidate.full_batch
+    prompt_ms = candidate.times.prefill_ms(lengths.input_tokens)
+    return prompt_ms / (lengths.output_tokens * candidate.times.step_ms(batch, lengths.context) / batch + prompt_ms)
+
+
+# How far a plan can be trusted: what its figures vary by, and what they rest on.
+
+
+def spread(outcomes: Sequence[Outcome], of: Callable[[Outcome], float]) -> dict[str, float | None]:
+    """Return the median, the least and the most of all samples; None stands for a wait without end."""
+    values = sorted(of(outcome) for outcome in outcomes)
+    named = {"median": median(values), "least": values[0], "most": values[-1]}
+    return {name: value if math.isfinite(value) else None for name, value in named.items()}
+
+
+def lora_loss(candidate: Candidate) -> dict[str, Any]:
+    """Return the loss that the step times were stretched by, and the range that it was published with.
+
+    `assumed` says that it was published for another model or GPU; `throughput_low` and `throughput_high` are what the
+    ends of the range do to throughput, as factors.
+    """
+    table, kinds = candidate.site.cost.table, len(candidate.site.modules)
+    lora, rank = table.lora, candidate.site.layout.max_rank
+    row = min(range(len(lora.modules)), key=lambda index: abs(lora.modules[index] - kinds))
+    (low_rank, *_, high_rank), (low, *_, high) = lora.ranks, lora.loss[row]
+    part = min(1.0, max(0.0, (rank - low_rank) / (high_rank - low_rank)))
+    share = low + part * (high - low)
+    ends = _published_range(table, kinds)
+    return {
+        "share": share,
+        "assumed": (table.model, table.gpu) != (PUBLISHED_FOR[0], TITLES[PUBLISHED_FOR[1]]),
+        "published_range": None if ends is None else list(ends),
+        "throughput_low": None if ends is None else (1 - ends[1]) / (1 - share),
+        "throughput_high": None if ends is None else (1 - ends[0]) / (1 - share),
+    }
+
+
+def _published_range(table: CostTable, kinds: int) -> tuple[float, float] | None:
+    for engine, ranges in LOSS_RANGES.items():
+        if table.lora == LORA[engine].loss:
+            return ranges.get(kinds)
+    return None
+
+
+def rests_on(found: Found) -> dict[str, Any]:
+    """Return what a plan rests on."""
+    candidate = found.chosen.candidate
+    table, demand = candidate.site.cost.table, candidate.site.demand
+    return {
+        "cost": f"{table.model} on {table.gpu}, {table.engine}, {table.dtype}",
+        "cost_sources": list(table.source),
+        "interpolation_error": {"decode": DECODE_TOLERANCE, "prefill": PREFILL_TOLERANCE},
+        "lora_loss": lora_loss(candidate),
+        "steps_longer": SLOWER,
+        "samples": [sample.load.seed for sample in demand.samples],
+        "requests_of_a_sample": demand.samples[0].load.requests,
+        "requests_of_the_load": demand.requests_in_all,
+        "simulations": found.simulations,
+        "requests_simulated": found.requests,
+    }
+
+
+def warnings(found: Found) -> list[str]:
+    """Return what must be known of a plan before it is used."""
+    says = []
+    if any(outcome.rising for outcome in found.chosen.outcomes):
+        says.append("waits were still rising when the samples ended: simulate more --requests")
+    says += _too_short(found)
+    if found.meets and found.slower is not None and found.goal.headroom(found.slower) < 1:
+        says.append(
+            f"if steps take {SLOWER - 1:.0%} longer than in the cost file the goal is missed: the plan is tight"
+        )
+    return says
+
+
+def _too_short(found: Found) -> list[str]:
+    """Return a warning where the samples end before engines have filled up with what arrives."""
+    candidate = found.chosen.candidate
+    demand = candidate.site.demand
+    spans = [sample.span_s for sample in demand.samples if sample.span_s is not None]
+    batch = min(candidate.batch_asked, candidate.full_batch)
+    answer_s = demand.lengths.output_tokens * candidate.times.step_ms(max(1, batch), demand.lengths.context) / 1000
+    if not spans or min(spans) > ANSWERS * answer_s:
+        return []
+    lasts = f"a sample is {min(spans):.0f} s of arrivals and an answer takes about {answer_s:.0f} s"
+    return [f"{lasts}: simulate more --requests"]

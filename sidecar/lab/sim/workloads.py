@@ -13,10 +13,11 @@ from random import Random
 
 from sidecar.errors import Misused, Reason
 from sidecar.lab.sim import popularity
-from sidecar.lab.sim.lengths import amounts, token_counts
 
 DRIFT_REQUESTS = 4000
 """The usual interval of drift, where there is any."""
+LEAST_VARIATION = 1e-6
+"""Less than this shows in no number of tokens, and its shape would leave the range of floating point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,3 +217,22 @@ def times_ns(rate_per_s: float | None, variation: float, random: Random) -> Iter
     if rate_per_s is None:
         return repeat(None)
     return accumulate(round(gap_s * 1e9) for gap_s in amounts(1 / rate_per_s, variation, random))
+
+
+def amounts(mean: float, variation: float, random: Random) -> Iterator[float]:
+    """Yield amounts of this mean and coefficient of variation without end: of tokens, of seconds between arrivals.
+
+    The gamma family throughout: a coefficient of variation of 0 is the mean itself, 1 the exponential distribution (so
+    gaps make a Poisson process), more means bursts. Shape 1/CV², scale mean · CV².
+    """
+    if variation < LEAST_VARIATION:
+        return repeat(mean)
+    shape, scale = 1 / variation**2, mean * variation**2
+    return (random.gammavariate(shape, scale) for _ in repeat(None))
+
+
+def token_counts(mean: int, variation: float, random: Random) -> Iterator[int]:
+    """Yield whole numbers of tokens, at least 1 each, without end."""
+    if variation < LEAST_VARIATION:
+        return repeat(mean)
+    return (max(1, round(amount)) for amount in amounts(mean, variation, random))
