@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from sidecar.lab.sim.records import Tenure
 from sidecar.lab.sim.report import words
 from sidecar.lab.sim.report.canvas import DARK, LIGHT, Picture, cut, sheet, svg
-from sidecar.lab.sim.report.requests import RANKS, around, corners
+from sidecar.lab.sim.report.requests import RANKS, corners
 from sidecar.lab.sim.report.timeline import begun, stays, window_ns
 from sidecar.lab.sim.report.words import NAME_CHARACTERS_MAX, shown
 
@@ -134,25 +134,6 @@ def test_seconds_are_milliseconds_where_they_are_few() -> None:
     """A figure and its unit are not parted by a line's end."""
     assert words.seconds(0.0042) == f"4.20{words.NO_BREAK}ms"
     assert words.seconds(0) == f"0{words.NO_BREAK}s"
-
-
-def test_an_axis_of_waits_encloses_them() -> None:
-    """It begins and ends with 1, 2 or 5 times a power of ten, and one value still has two ends."""
-    assert around(0.06, 836) == (0.05, 1000)
-    assert around(3, 40) == (2, 50)
-    assert around(5, 5) == (5, 10)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_an_axis_of_waits_encloses_any_range(seed: int) -> None:
-    """Whatever the waits are, they are on the axis."""
-    source = random.Random(seed)
-    low = 10 ** source.uniform(-3, 4)
-    high = low * 10 ** source.uniform(0, 4)
-
-    begin, end = around(low, high)
-
-    assert begin <= low * (1 + 1e-9) < high * (1 - 1e-9) <= end or begin < end
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 100, 5000])

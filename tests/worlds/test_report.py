@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from sidecar.lab.sim.report.canvas import WIDE, svg
 from sidecar.lab.sim.report.figures import store, throughput
 from sidecar.lab.sim.report.headline import bindings, headline, summary
 from sidecar.lab.sim.report.parts import Part
+from sidecar.lab.sim.report.requests import waits
 from sidecar.lab.sim.report.runs import runs_of
 from sidecar.lab.sim.report.timeline import slot_lanes
 from sidecar.lab.sim.results import Result
@@ -321,16 +323,32 @@ def test_the_store_is_told_with_its_bound() -> None:
     assert f"{seconds(paid)}, {paid / bound:.2f}× the bound" in made
 
 
-def test_a_sweep_is_a_line_of_throughput() -> None:
-    """Runs with other numbers of slots are drawn in the style of those of the same name."""
-    sweep = [ran(order, slots=slots) for order in ("none", "soft_gated") for slots in (2, 8)]
+def test_runs_with_several_numbers_of_slots_are_a_line_of_throughput() -> None:
+    """A line through the runs of one name, in its style; one number of slots is a mark, whatever the seeds."""
+    swept = [ran(order, slots=slots) for order in ("none", "soft_gated") for slots in (2, 4, 8)]
+    again = [ran("skip"), ran("skip"), ran("skip")]
 
-    runs = runs_of(compared())
-    swept, alone = (throughput(runs, runs_of(each, runs)) for each in (sweep, ()))
-    assert swept is not None
-    assert alone is not None
-    assert lines(swept) == {"s0", "s2"}
-    assert lines(alone) == set()
+    part = throughput(runs_of([*swept, *again]))
+    assert part is not None
+    assert lines(part) == {"s0", "s1"}
+
+
+@pytest.mark.parametrize("waited", [(0.0, 0.0), (0.07, 0.07), (6.0, 9.0), (0.06, 836.0), (1e-5, 4e6)])
+def test_all_waits_are_on_their_axis(waited: tuple[float, float]) -> None:
+    """Whatever they are, the curve lies within the drawing, and the axis has a label or more."""
+    result = ran("soft_gated")
+    recorder = replace(result.recorder, waits_s=array("d", waited), waited_for=result.recorder.waited_for[:2])
+
+    part = waits(runs_of([replace(result, recorder=recorder)]))
+    assert part is not None
+    root = ElementTree.fromstring(svg(part.pictures[0], WIDE))
+    left, right = 56, WIDE - 16
+    curves = [each.get("d", "") for each in root.iter("path") if "stroke: var(--s1)" in each.get("style", "")]
+    places = [float(x) for curve in curves if "clip" not in curve for x in re.findall(r"[ML] ([\d.-]+) ", curve)]
+    assert any(left <= x <= right for x in places)
+    below = [each for each in root.iter("text") if float(each.get("y", 0)) > 260 and "middle" in each.get("style", "")]
+    assert 1 <= len(below) <= 12
+    assert all("$" not in (each.text or "") for each in below)
 
 
 def test_a_key_tells_each_run_and_its_throughput() -> None:

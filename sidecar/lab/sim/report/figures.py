@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from sidecar.lab.sim.records import SECOND_NS
-from sidecar.lab.sim.report.canvas import LIGHT, Picture, cut, sheet
-from sidecar.lab.sim.report.parts import STEPS, Cell, Part, Table, by_run, key, keys_of, over_slots
+from sidecar.lab.sim.report.canvas import LIGHT, Picture, cut, sheet, swatch
+from sidecar.lab.sim.report.parts import STEPS, Cell, Part, Table, by_run, keys_of, over_slots
 from sidecar.lab.sim.report.runs import Run
 from sidecar.lab.sim.report.words import count, number, percent, seconds, times
 from sidecar.lab.sim.results import Result
@@ -19,75 +20,20 @@ from sidecar.lab.sim.results import Result
 INK, SOFT = LIGHT["ink"], LIGHT["soft"]
 SAMPLES = 48
 """Of the bounds' curves, evenly spaced on a logarithmic axis."""
+BOUNDS: dict[str, Any] = {"all resident": ":", "closed form": "-"}
+"""How each is drawn, in the order in which results tell them."""
 
 
 # Throughput against slots.
 
 
-@dataclass(frozen=True)
-class Bound:
-    """What is reachable with so many slots, in output tokens per second."""
-
-    slots: int
-    closed_form: float
-    all_resident: float
-
-
-def throughput(runs: Sequence[Run], sweep: Sequence[Run]) -> Part | None:
-    """Return the part; None for a load without adapters, which no slots can help.
-
-    Runs of `sweep` are the points of lines.
-    """
-    first, shown = runs[0].result, [*runs, *sweep]
-    if not first.workload.adapters:
+def throughput(runs: Sequence[Run]) -> Part | None:
+    """Return the part; None for a load without adapters, which no slots can help."""
+    result = runs[0].result
+    if not result.workload.adapters:
         return None
-    bounds = bounds_by_slots(first, max(run.slots for run in shown))
-    lines = [Line2D((0, 1), (0.5, 0.5), color=INK, linestyle=style) for style in (":", "-")]
-    names = ("all resident", "closed form")
-    return Part(
-        "throughput",
-        "Throughput against slots",
-        _of_bounds(first),
-        [
-            Picture(
-                "throughput",
-                "Output tokens per second against adapter slots of an engine",
-                "; ".join(
-                    f"{each.label}: {number(each.tokens_per_s)} tokens/s, {count(each.slots, 'slot')}" for each in runs
-                ),
-                lambda width: _throughput(runs, shown, bounds, width),
-            )
-        ],
-        _throughput_table(shown, bounds),
-        [
-            *(
-                (mark, f"{label} {number(run.tokens_per_s)}")
-                for (mark, label), run in zip(keys_of(runs, "throughput"), runs, strict=True)
-            ),
-            *((key(line, "throughput", name), name) for line, name in zip(lines, names, strict=True) if bounds),
-        ],
-    )
-
-
-def bounds_by_slots(result: Result, slots_shown: int) -> list[Bound]:
-    """Return the bounds for 1 slot up to one for each adapter, as far as KV memory leaves room for a request."""
-    last = max(slots_shown, min(len(result.workload.adapters), 4 * max(slots_shown, 64)), 2)
-    samples = {round(last ** (step / SAMPLES)) for step in range(SAMPLES + 1)} | {slots_shown, *_powers_of_two(last)}
-    kept = result.lengths().kept_tokens
-    bounds = []
-    for slots in sorted(samples):
-        engine = replace(result.setup.engine, slots=slots)
-        if engine.kv_tokens >= kept:
-            found = replace(result, setup=replace(result.setup, engine=engine)).bounds()
-            bounds.append(Bound(slots, found["closed_form_tokens_per_s"], found["all_resident_tokens_per_s"]))
-    return bounds
-
-
-def _powers_of_two(last: int) -> list[int]:
-    return [2**power for power in range(last.bit_length()) if 2**power <= last]
-
-
-def _of_bounds(result: Result) -> list[str]:
+    bounds = bounds_by_slots(result, max(run.slots for run in runs))
+    lines = {name: Line2D((0, 1), (0.5, 0.5), color=INK, linestyle=style) for name, style in BOUNDS.items() if bounds}
     says = [
         "The closed form is the most that grouping by adapter reaches with so many slots where all adapters have an "
         "equal share; all resident is the same load with a slot for every adapter. A run can be above where shares are "
@@ -95,39 +41,60 @@ def _of_bounds(result: Result) -> list[str]:
     ]
     if result.workload.open_loop:
         says.append("Both are for a backlog without end: in an open loop the arrivals may ask for less.")
-    return says
+    title = "Output tokens per second against adapter slots of an engine"
+    told = "; ".join(f"{run.label}: {number(run.tokens_per_s)} tokens/s, {count(run.slots, 'slot')}" for run in runs)
+    return Part(
+        "throughput",
+        "Throughput against slots",
+        says,
+        [Picture("throughput", title, told, lambda width: _throughput(runs, bounds, width))],
+        _throughput_table(runs, bounds),
+        keys_of(runs, "throughput", lambda run: f"{run.label} {number(run.tokens_per_s)}")
+        + [(swatch(line, f"key-throughput-{name}"), name) for name, line in lines.items()],
+    )
 
 
-def _throughput(runs: Sequence[Run], shown: Sequence[Run], bounds: Sequence[Bound], width: float) -> Figure:
+def bounds_by_slots(result: Result, slots_shown: int) -> dict[int, dict[str, float]]:
+    """Return output tokens/s by the bounds for 1 slot up to one for each adapter, as far as KV memory has room."""
+    last = max(slots_shown, min(len(result.workload.adapters), 4 * max(slots_shown, 64)), 2)
+    samples = {round(last ** (step / SAMPLES)) for step in range(SAMPLES + 1)} | {slots_shown, *_powers_of_two(last)}
+    setups = [replace(result.setup, engine=replace(result.setup.engine, slots=slots)) for slots in sorted(samples)]
+    kept = result.lengths().kept_tokens
+    found = [replace(result, setup=setup) for setup in setups if setup.engine.kv_tokens >= kept]
+    return {each.setup.engine.slots: dict(zip(BOUNDS, each.bounds().values(), strict=True)) for each in found}
+
+
+def _powers_of_two(last: int) -> list[int]:
+    return [2**power for power in range(last.bit_length())]
+
+
+def _throughput(runs: Sequence[Run], bounds: dict[int, dict[str, float]], width: float) -> Figure:
     figure, (plot,) = sheet(width, 310)
-    slots = [bound.slots for bound in bounds]
-    plot.plot(slots, [bound.all_resident for bound in bounds], ":", color=INK, linewidth=1.6)
-    plot.plot(slots, [bound.closed_form for bound in bounds], color=INK, linewidth=1.6)
-    for name in dict.fromkeys(run.name for run in shown):
-        own = sorted((run for run in shown if run.name == name), key=lambda run: run.slots)
-        plot.plot([run.slots for run in own], [run.tokens_per_s for run in own], marker=".", **own[0].line)
+    for name, style in BOUNDS.items():
+        plot.plot(list(bounds), [bound[name] for bound in bounds.values()], style, color=INK, linewidth=1.6)
+    for name in dict.fromkeys(run.name for run in runs):
+        own = sorted((run for run in runs if run.name == name), key=lambda run: run.slots)
+        if own[0].slots < own[-1].slots:
+            plot.plot([run.slots for run in own], [run.tokens_per_s for run in own], **own[0].line)
     for run in runs:
-        plot.plot(
-            run.slots, run.tokens_per_s, run.marker, color=run.colour, markersize=9, markeredgecolor=LIGHT["card"]
-        )
-    over_slots(plot, max([2, *slots, *(run.slots for run in shown)]), "output tokens/s")
+        mark: dict[str, Any] = {"color": run.colour, "markersize": 9, "markeredgecolor": LIGHT["card"]}
+        plot.plot(run.slots, run.tokens_per_s, run.marker, **mark)
+    over_slots(plot, max([2, *bounds, *(run.slots for run in runs)]), "output tokens/s")
     plot.yaxis.set_major_locator(MaxNLocator(5, steps=STEPS))
-    plot.set_ylim(0, 1.06 * max([run.tokens_per_s for run in shown] + [bound.all_resident for bound in bounds]) or 1)
+    plot.set_ylim(0, 1.06 * plot.dataLim.y1 or 1)
     return figure
 
 
-def _throughput_table(runs: Sequence[Run], bounds: Sequence[Bound]) -> Table:
+def _throughput_table(runs: Sequence[Run], bounds: dict[int, dict[str, float]]) -> Table:
     """Return the drawing's values: by slots, those of the bounds and of each name that ran."""
     names = list(dict.fromkeys(run.name for run in runs))
-    reached = {(run.name, run.slots): run.tokens_per_s for run in reversed(runs)}
-    asked = {run.slots for run in runs}.union(_powers_of_two(max(bound.slots for bound in bounds)) if bounds else ())
+    reached = {(run.name, run.slots): number(run.tokens_per_s) for run in reversed(runs)}
+    asked = sorted({*_powers_of_two(max(bounds, default=0)), *(run.slots for run in runs)} & bounds.keys())
     rows = [
-        [f"{bound.slots:,}", number(bound.all_resident), number(bound.closed_form)]
-        + [number(reached[name, bound.slots]) if (name, bound.slots) in reached else "–" for name in names]
-        for bound in bounds
-        if bound.slots in asked
+        [f"{slots:,}", *map(number, bounds[slots].values()), *(reached.get((name, slots), "–") for name in names)]
+        for slots in asked
     ]
-    return Table("Output tokens/s by slots", ["Slots", "All resident", "Closed form", *names], rows)
+    return Table("Output tokens/s by slots", ["Slots", *(name.capitalize() for name in BOUNDS), *names], rows)
 
 
 # The store.

@@ -14,7 +14,7 @@ from sidecar.lab.sim.report.canvas import DARK, LIGHT, WIDE, css, svg
 from sidecar.lab.sim.report.figures import store, throughput
 from sidecar.lab.sim.report.headline import bindings, headline, summary, warnings
 from sidecar.lab.sim.report.parts import Cell, Part, Table, by_run, keys_of
-from sidecar.lab.sim.report.requests import endings, running, wait, waits
+from sidecar.lab.sim.report.requests import ENDINGS, endings, requests, running, wait, waits
 from sidecar.lab.sim.report.runs import Run, first_bare, runs_of
 from sidecar.lab.sim.report.timeline import timeline
 from sidecar.lab.sim.report.words import count, number, percent, shown, times
@@ -23,17 +23,16 @@ from sidecar.lab.sim.results import Result
 FILE_NAME = "report.html"
 
 
-def write_report(results: Sequence[Result], directory: Path, sweep: Sequence[Result] = ()) -> Path:
+def write_report(results: Sequence[Result], directory: Path) -> Path:
     """Write the page into a directory, made where it is missing, and return the file.
 
-    The first result with the same arrivals and no sidecar is what gains are over. Results of `sweep`, run with other
-    numbers of slots, are drawn as lines of throughput. The same results give the same bytes. Raises Misused for a
-    directory that cannot be written.
+    The first result with the same arrivals and no sidecar is what gains are over. The same results
+    give the same bytes. Raises Misused for a directory that cannot be written.
     """
     path = directory / FILE_NAME
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(results, sweep), encoding="utf-8", newline="\n")
+        path.write_text(page(results), encoding="utf-8", newline="\n")
     except OSError as error:
         raise Misused(
             Reason.CONFIG_INVALID,
@@ -42,27 +41,14 @@ def write_report(results: Sequence[Result], directory: Path, sweep: Sequence[Res
     return path
 
 
-def page(results: Sequence[Result], sweep: Sequence[Result] = ()) -> str:
+def page(results: Sequence[Result]) -> str:
     """Return the page of one run or more."""
     assert results, "a report of no run"
     runs = runs_of(results)
-    found = [
-        throughput(runs, runs_of(sweep, runs)),
-        running(runs),
-        waits(runs),
-        endings(runs),
-        store(runs),
-        timeline(runs),
-    ]
-    return rendered(
-        "Simulation report",
-        headline(runs),
-        " ".join(summary(runs)),
-        [_figures(runs), *(part for part in found if part is not None)],
-        warnings=warnings(runs),
-        bindings=bindings(runs),
-        facts=facts(runs),
-    )
+    found = [part(runs) for part in (throughput, running, waits, endings, store, timeline)]
+    parts = [_figures(runs), *(part for part in found if part is not None)]
+    lead = " ".join(summary(runs))
+    return rendered("Simulation report", headline(runs), lead, parts, warnings(runs), bindings(runs), facts(runs))
 
 
 def rendered(
@@ -100,7 +86,6 @@ def _alone(parts: Sequence[Part]) -> list[str]:
 def _figures(runs: Sequence[Run]) -> Part:
     """Return the table. A column of endings is there only where some run has such."""
     bare = first_bare(runs)
-    kinds = ("answered", "refused", "expired", "cancelled", "failed")
     columns: dict[str, Cell] = {
         "Tokens/s": lambda run: number(run.tokens_per_s),
         "Of bare": lambda run: _of_bare(run, bare),
@@ -113,8 +98,8 @@ def _figures(runs: Sequence[Run]) -> Part:
         "Jain index": lambda run: f"{run.figures['jain_index']:.3f}",
         "Simulated (s)": lambda run: number(run.figures["simulated_s"]),
         **{
-            kind.capitalize(): lambda run, kind=kind: f"{run.figures['requests'][kind]:,}"  # type: ignore[misc]
-            for kind in kinds
+            kind.capitalize(): requests(kind)
+            for kind in ENDINGS
             if kind == "answered" or any(run.figures["requests"][kind] for run in runs)
         },
     }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from markupsafe import Markup
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
@@ -49,14 +49,12 @@ def by_run(caption: str, runs: Sequence[Run], columns: dict[str, Cell]) -> Table
     return Table(caption, ["Run", *columns], [[run.label, *(cell(run) for cell in columns.values())] for run in runs])
 
 
-def keys_of(runs: Sequence[Run], anchor: str) -> list[tuple[Markup, str]]:
+def keys_of(runs: Sequence[Run], anchor: str, told: Cell = lambda run: run.label) -> list[tuple[Markup, str]]:
     """Return how runs are drawn, for text around drawings."""
-    lines = [Line2D((0, 0.5, 1), (0.5, 0.5, 0.5), markevery=[1], marker=run.marker, **run.line) for run in runs]
-    return [(key(line, anchor, run.label), run.label) for line, run in zip(lines, runs, strict=True)]
-
-
-def key(artist: Artist, anchor: str, label: str) -> Markup:
-    return swatch(artist, f"key-{anchor}-{label}")
+    box: dict[str, Any] = {"xdata": (0, 0.5, 1), "ydata": (0.5, 0.5, 0.5), "markevery": [1]}
+    return [
+        (swatch(Line2D(**box, marker=run.marker, **run.line), f"key-{anchor}-{run.label}"), told(run)) for run in runs
+    ]
 
 
 def over_slots(plot: Axes, last: float, title: str) -> None:

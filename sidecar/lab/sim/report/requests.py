@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from sidecar.lab.sim.records import SECOND_NS
-from sidecar.lab.sim.report.canvas import LIGHT, NARROW, WIDE, Picture, cut, sheet
-from sidecar.lab.sim.report.parts import STEPS, Cell, Part, by_run, key, keys_of, over_time
+from sidecar.lab.sim.report.canvas import LIGHT, NARROW, WIDE, Picture, cut, sheet, swatch
+from sidecar.lab.sim.report.parts import STEPS, Cell, Part, by_run, keys_of, over_time
 from sidecar.lab.sim.report.runs import Run
 from sidecar.lab.sim.report.words import count, number, percent, seconds, tick
 from sidecar.lab.sim.statistics import percentile
@@ -35,13 +35,13 @@ def running(runs: Sequence[Run]) -> Part | None:
     """Return how many requests ran at once on all engines; None where nothing did."""
     if not any(len(run.result.recorder.waits_s) for run in runs):
         return None
+    title = "Requests running over time"
+    told = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
     columns: dict[str, Cell] = {
         "Mean batch of an engine": lambda run: number(run.figures["mean_batch"]),
         "Of its seats": lambda run: percent(run.figures["mean_batch"] / run.result.setup.engine.seats),
         "Most running, all engines": lambda run: number(max((value for _, value in batches(run)), default=0.0)),
     }
-    title = "Requests running over time"
-    told = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
     return Part(
         "running",
         title,
@@ -69,18 +69,15 @@ def _running(runs: Sequence[Run], width: float) -> Figure:
     for run, plot in zip(runs, plots, strict=True):
         seats = run.result.setup.engine.seats * run.result.setup.engines
         divisor = over_time(plot, span_s, width)
-        told = f"mean batch {number(run.figures['mean_batch'])}"
-        plot.set_title(cut(run.label, width - 190), color=run.colour, weight="bold")
-        plot.set_title(told, loc="right")
         at, values = [at / divisor for at, _ in batches(run)], [value for _, value in batches(run)]
         plot.fill_between(at, values, color=run.colour, alpha=0.16, linewidth=0)
         plot.plot(at, values, color=run.colour, linewidth=1.5)
         plot.axhline(seats, color=LIGHT["axis"], linestyle=":", linewidth=1.5)
-        plot.set_ylim(0, seats * 1.02)
-        plot.set_yticks([0, seats])
+        plot.set(ylim=(0, seats * 1.02), yticks=[0, seats])
+        plot.set_title(cut(run.label, width - 190), color=run.colour, weight="bold")
+        plot.set_title(f"mean batch {number(run.figures['mean_batch'])}", loc="right")
         plot.grid(False)
-    for plot in plots[:-1]:
-        plot.set_xlabel("")
+        plot.label_outer()
     return figure
 
 
@@ -95,21 +92,18 @@ def endings(runs: Sequence[Run]) -> Part | None:
     span_s = max(run.result.seconds for run in runs)
 
     def picture(index: int, run: Run) -> Picture:
-        told = ", ".join(
-            f"{run.figures['requests'][kind]:,} {kind}" for kind in ENDINGS if run.figures["requests"][kind]
-        )
-        return Picture(
-            f"endings-{index}", f"{run.label}: endings over time", told, lambda width: _endings(run, span_s, width)
-        )
+        counts = run.figures["requests"]
+        told = ", ".join(f"{counts[kind]:,} {kind}" for kind in ENDINGS if counts[kind])
+        title = f"{run.label}: endings over time"
+        return Picture(f"endings-{index}", title, told, lambda width: _endings(run, span_s, width))
 
-    columns: dict[str, Cell] = {kind: _requests(kind) for kind in ("offered", *ENDINGS)}
     return Part(
         "endings",
         "How requests ended over time",
         ["Endings a second, stacked, with the arrivals as a line."],
         [picture(index, run) for index, run in enumerate(shown)],
-        by_run("Requests by ending", runs, columns),
-        [(key(artist, "endings", kind), kind) for kind, artist in artists.items()],
+        by_run("Requests by ending", runs, {kind: requests(kind) for kind in ("offered", *ENDINGS)}),
+        [(swatch(artist, f"key-endings-{kind}"), kind) for kind, artist in artists.items()],
     )
 
 
@@ -123,7 +117,8 @@ def by_interval(run: Run, kind: str, columns: int = COLUMNS) -> tuple[float, lis
     return width_s, [sum(counts[at : at + step]) / width_s for at in range(0, total, step)]
 
 
-def _requests(kind: str) -> Cell:
+def requests(kind: str) -> Cell:
+    """Return what shows how many requests ended so."""
     return lambda run: f"{run.figures['requests'][kind]:,}"
 
 
@@ -166,36 +161,28 @@ def waits(runs: Sequence[Run]) -> Part | None:
         return None
     shortest = min(percentile(values[kind], 1) for values in waited.values() for kind in kinds if values[kind])
     longest = max(values[kind][-1] for values in waited.values() for kind in kinds if values[kind])
-    between = around(max(shortest, SHORTEST_S), max(longest, 2 * SHORTEST_S))
-    who = (
-        " Hot adapters get at least twice the mean share of the requests, cold ones less."
-        if hot
-        else " No adapter is hot: none gets twice the mean share of the requests."
-    )
+    between = max(shortest, SHORTEST_S) / 1.2, max(longest, 2 * SHORTEST_S) * 1.2
+    who = "Hot adapters get at least twice the mean share of the requests, cold ones less."
+    if not hot:
+        who = "No adapter is hot: none gets twice the mean share of the requests."
 
     def picture(kind: str) -> Picture:
         curves = [(run, waited[run.label][kind]) for run in runs if waited[run.label][kind]]
-        told = "; ".join(
-            f"{run.label}: median {seconds(percentile(v, 50))}, longest {seconds(v[-1])}" for run, v in curves
-        )
+        each = [f"{run.label}: median {seconds(percentile(v, 50))}, longest {seconds(v[-1])}" for run, v in curves]
         title = f"{CLASSES[kind]}: share of requests by their wait"
-        widths = (WIDE, NARROW) if len(kinds) == 1 else (440.0, NARROW)
+        widths = (WIDE if len(kinds) == 1 else 440.0, NARROW)
         return Picture(
-            f"waits-{kind}", title, told, lambda width: _waits(CLASSES[kind], curves, between, width), widths
+            f"waits-{kind}", title, "; ".join(each), lambda width: _waits(kind, curves, between, width), widths
         )
 
-    heads = [(kind, key) for kind in kinds for key in ("p50", "p99", "max")]
+    columns = {f"{kind} {key} (s)": wait(kind, key) for kind in kinds for key in ("p50", "p99", "max")}
+    says = f"The share of requests that waited at most so long, from arrival to first token. {who}"
     return Part(
         "waits",
         "Waits by adapter class",
-        [
-            f"The share of requests that waited at most so long, from arrival to first token.{who}",
-            "● median, ▲ 99th percentile, ┃ longest.",
-        ],
+        [says, "● median, ▲ 99th percentile, ┃ longest."],
         [picture(kind) for kind in kinds],
-        by_run(
-            "Waits for the first token in seconds", runs, {f"{kind} {key} (s)": wait(kind, key) for kind, key in heads}
-        ),
+        by_run("Waits for the first token in seconds", runs, columns),
         keys_of(runs, "waits"),
         [_nearest(run) for run in runs if run.figures["wait_bound"]["requests"]],
         full_width=len(kinds) > 1,
@@ -212,13 +199,6 @@ def wait(kind: str, key: str) -> Cell:
     return cell
 
 
-def around(low: float, high: float) -> tuple[float, float]:
-    """Return the nearest of 1, 2 and 5 times a power of ten below and above: the ends of a logarithmic axis."""
-    steps = [factor * 10.0**power for power in range(-4, 9) for factor in (1, 2, 5)]
-    begin = max(step for step in steps if step <= low * (1 + 1e-9))
-    return begin, min(step for step in steps if step >= max(high * (1 - 1e-9), 1.5 * begin))
-
-
 def corners(values: Sequence[float]) -> list[tuple[float, float]]:
     """Return points of a distribution, each a wait and the share that waited no longer: the ten slowest among them."""
     total = len(values)
@@ -228,27 +208,22 @@ def corners(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def _waits(
-    of: str, curves: Sequence[tuple[Run, Sequence[float]]], between: tuple[float, float], width: float
+    kind: str, curves: Sequence[tuple[Run, Sequence[float]]], between: tuple[float, float], width: float
 ) -> Figure:
     figure, (plot,) = sheet(width, 300 if width == WIDE else 260)
     for run, values in curves:
-        at, shares = zip(*corners([max(value, between[0]) for value in values]), strict=True)
+        at, shares = zip(*corners([max(value, SHORTEST_S) for value in values]), strict=True)
         plot.plot(at, shares, drawstyle="steps-post", **run.line)
-        for share, marker in ((50, "o"), (99, "^"), (100, "|")):
-            there = max(percentile(values, share), between[0])
-            plot.plot(
-                there, share / 100, marker, color=run.colour, markersize=8, markeredgewidth=2 if share == 100 else 0
-            )
-    plot.set_xscale("log")
-    plot.set_xlim(*between)
-    plot.set_ylim(0, 1.04)
-    plot.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if between[1] / between[0] < 150 else (1,), numticks=9))
-    plot.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    plot.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
-    plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-    plot.set_xlabel("wait for the first token (s)")
+        for share, mark, edge in ((50, "o", 0), (99, "^", 0), (100, "|", 2)):
+            there = max(percentile(values, share), SHORTEST_S)
+            plot.plot(there, share / 100, mark, color=run.colour, markersize=8, markeredgewidth=edge)
+    plot.set(xscale="log", xlim=between, ylim=(0, 1.04), yticks=[0, 0.25, 0.5, 0.75, 1])
     plot.minorticks_off()
-    plot.set_title(f"{of}: waited at most so long")
+    plot.xaxis.set_major_locator(LogLocator(10, (1, 2, 5) if between[1] / between[0] < 150 else (1,), numticks=9))
+    plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    plot.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
+    plot.set_xlabel("wait for the first token (s)")
+    plot.set_title(f"{CLASSES[kind]}: waited at most so long")
     return figure
 
 

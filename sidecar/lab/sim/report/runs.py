@@ -61,19 +61,31 @@ class Run:
 
     def same_arrivals(self, other: Run) -> bool:
         """Whether both were asked for the same."""
-        return _arrivals(self.result) == _arrivals(other.result)
+        return self._arrivals() == other._arrivals()
+
+    def _arrivals(self) -> tuple[Any, ...]:
+        load, recorder = self.result.workload, self.result.recorder
+        loop = load.open_loop or self.result.setup.in_flight
+        return load.name, load.seed, loop, recorder.counts["offered"], recorder.input_tokens, recorder.output_asked
 
 
-def runs_of(results: Sequence[Result], before: Sequence[Run] = ()) -> list[Run]:
-    """Return the runs, drawn as those of the same name `before` are."""
-    styles: dict[str, int] = {run.name: run.style for run in before}
+def runs_of(results: Sequence[Result]) -> list[Run]:
+    """Return the runs; those of the same name are drawn alike, and told apart by their slots or by a number."""
     names = [_name(result) for result in results]
-    for name, result in zip(names, results, strict=True):
-        taken = sum(1 for style in styles.values() if style)
-        styles.setdefault(name, 0 if result.setup.sidecar is None else 1 + taken % (STYLES - 1))
-    labels = _labels(names, results)
+    others = list(
+        dict.fromkeys(n for n, result in zip(names, results, strict=True) if result.setup.sidecar is not None)
+    )
+    styles = {name: 1 + index % (STYLES - 1) for index, name in enumerate(others)}
+    labels = [
+        name if names.count(name) == 1 else f"{name}, {count(result.setup.engine.slots, 'slot')}"
+        for name, result in zip(names, results, strict=True)
+    ]
+    labels = [
+        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
+        for index, label in enumerate(labels)
+    ]
     return [
-        Run(result, name, label, styles[name], result.as_json())
+        Run(result, name, label, 0 if result.setup.sidecar is None else styles[name], result.as_json())
         for result, name, label in zip(results, names, labels, strict=True)
     ]
 
@@ -86,27 +98,3 @@ def _name(result: Result) -> str:
     if result.setup.sidecar is None:
         return BARE if result.label in ("", "none") else shown(result.label)
     return shown(result.label or result.setup.sidecar.ordering)
-
-
-def _labels(names: list[str], results: Sequence[Result]) -> list[str]:
-    """Tell runs of the same name apart by their slots, and failing that by a number."""
-    labels = [
-        name if names.count(name) == 1 else f"{name}, {count(result.setup.engine.slots, 'slot')}"
-        for name, result in zip(names, results, strict=True)
-    ]
-    return [
-        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
-        for index, label in enumerate(labels)
-    ]
-
-
-def _arrivals(result: Result) -> tuple[Any, ...]:
-    recorder = result.recorder
-    return (
-        result.workload.name,
-        result.workload.seed,
-        result.workload.open_loop or result.setup.in_flight,
-        recorder.counts["offered"],
-        recorder.input_tokens,
-        recorder.output_asked,
-    )
