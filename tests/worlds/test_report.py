@@ -361,6 +361,15 @@ def test_a_key_tells_each_run_and_its_throughput() -> None:
     assert said == [*names, "all resident", "closed form"]
 
 
+def test_no_two_runs_are_drawn_alike() -> None:
+    """Not those of one name either, and not without colours where there are six or fewer."""
+    bare = [ran("none", slots=slots) for slots in (2, 4, 8)]
+    runs = runs_of([*bare, *(replace(ran("skip"), label=f"order {number}") for number in range(20)), ran("skip")])
+
+    assert len({run.style for run in runs}) == len(runs) == len({run.label for run in runs})
+    assert len({run.marker for run in runs_of(compared())}) == 3
+
+
 def test_the_strips_tell_mean_batches() -> None:
     """One for each run, with its name and its mean."""
     made = section(page_of("compared"), "running")

@@ -78,32 +78,23 @@ def best_run(runs: Sequence[Run]) -> Run:
 
 def what_binds(run: Run) -> str:
     """Tell which of seats, KV memory, requests in flight and slots sets the closed form's batch."""
-    result, setup = run.result, run.result.setup
-    engine, lengths, adapters = setup.engine, result.lengths(), len(result.workload.adapters)
-    in_flight = math.inf if result.workload.open_loop else setup.in_flight
+    setup, engine, adapters = run.result.setup, run.result.setup.engine, len(run.result.workload.adapters)
+    in_flight, fitting = _in_flight(run), engine.kv_tokens / run.result.lengths().kept_tokens
     hosted, slots = max(1.0, adapters / setup.engines), min(engine.slots, max(1, adapters))
-    grouped = in_flight / setup.engines * (2 * slots / (hosted + slots) if slots < hosted else 1)
     limits = {
         f"the {engine.seats:,} seats of an engine": float(engine.seats),
-        f"KV memory, which holds {engine.kv_tokens / lengths.kept_tokens:,.0f} such requests": engine.kv_tokens
-        / lengths.kept_tokens,
-        f"the requests in flight, {in_flight:,}": in_flight / setup.engines,
+        f"KV memory, which holds {fitting:,.0f} such requests": fitting,
+        f"the requests in flight, {in_flight:,.0f}": in_flight / setup.engines,
     }
     if slots < hosted:
-        limits[f"the slots: {count(slots, 'slot')} for {count(hosted, 'adapter')} with {in_flight:,} in flight"] = (
-            grouped
-        )
+        what = f"the slots: {count(slots, 'slot')} for {count(hosted, 'adapter')} with {in_flight:,.0f} in flight"
+        limits[what] = in_flight / setup.engines * 2 * slots / (hosted + slots)
     what, _ = min(limits.items(), key=lambda item: item[1])
-    return f"The closed form is bound by {what}, a batch of {number(_closed_batch(run))}; {_resident(run)}."
-
-
-def _resident(run: Run) -> str:
-    """Tell how far a slot for each adapter would take the load."""
-    bounds = run.figures["bounds"]
-    share = bounds["closed_form_tokens_per_s"] / bounds["all_resident_tokens_per_s"]
+    share = run.bound("closed_form") / run.bound("all_resident")
+    resident = f"it is {percent(share)} of what is reachable with a slot for every adapter"
     if share > 1 - ALIKE / 2:
-        return "with a slot for every adapter no more is reachable"
-    return f"it is {percent(share)} of what is reachable with a slot for every adapter"
+        resident = "with a slot for every adapter no more is reachable"
+    return f"The closed form is bound by {what}, a batch of {number(_closed_batch(run))}; {resident}."
 
 
 def asked_tokens_per_s(run: Run) -> float:
@@ -120,34 +111,35 @@ def _load(run: Run) -> str:
     asked = asked_tokens_per_s(run)
     if asked == math.inf:
         return ""
-    share = asked / run.figures["bounds"]["closed_form_tokens_per_s"]
+    share = asked / run.bound("closed_form")
     says = f"Arrivals ask for {number(asked)} output tokens/s, {percent(share)} of the closed form"
     return says + ("." if share > SATURATED else ": no run can give more than they ask for.")
 
 
+def _in_flight(run: Run) -> float:
+    return math.inf if run.result.workload.open_loop else float(run.result.setup.in_flight)
+
+
 def _closed_batch(run: Run) -> float:
-    result = run.result
-    adapters = len(result.workload.adapters)
-    in_flight = math.inf if result.workload.open_loop else float(result.setup.in_flight)
+    result, adapters = run.result, len(run.result.workload.adapters)
     pace, lengths, engines = step_times(result.setup, adapters), result.lengths(), engines_of(result.setup)
     if not adapters:
-        return all_resident(pace, lengths, engines, in_flight).batch
-    return closed_form(pace, lengths, engines, adapters, in_flight).batch
+        return all_resident(pace, lengths, engines, _in_flight(run)).batch
+    return closed_form(pace, lengths, engines, adapters, _in_flight(run)).batch
 
 
 def _of_bound(run: Run) -> str:
     """Tell what share of the reachable a run reached; of what was asked for, where that is less."""
-    bounds = run.figures["bounds"]
-    most = bounds["closed_form_tokens_per_s"]
-    closed, resident = (run.tokens_per_s / bounds[f"{key}_tokens_per_s"] for key in ("closed_form", "all_resident"))
-    asked = asked_tokens_per_s(run)
+    most, resident, asked = run.bound("closed_form"), run.bound("all_resident"), asked_tokens_per_s(run)
     if asked < SATURATED * most:
         return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"
-    if closed > 1 + ALIKE / 4:
-        return f"{times(closed)} the closed form, which takes equal shares and a pass of its own for each prompt"
-    if bounds["all_resident_tokens_per_s"] < most * (1 + ALIKE / 4):
-        return f"{percent(resident)} of what is reachable"
-    return f"{percent(closed)} of the closed form and {percent(resident)} of all resident"
+    if run.tokens_per_s / most > 1 + ALIKE / 4:
+        ratio = times(run.tokens_per_s / most)
+        return f"{ratio} the closed form, which takes equal shares and a pass of its own for each prompt"
+    if resident < most * (1 + ALIKE / 4):
+        return f"{percent(run.tokens_per_s / resident)} of what is reachable"
+    closed, share = percent(run.tokens_per_s / most), percent(run.tokens_per_s / resident)
+    return f"{closed} of the closed form and {share} of all resident"
 
 
 def _ratio_of_waits(run: Run, bare: Run, key: str) -> float | None:

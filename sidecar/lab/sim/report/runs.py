@@ -11,7 +11,8 @@ from sidecar.lab.sim.report.words import count, shown
 from sidecar.lab.sim.results import Result
 
 BARE = "bare engine"
-STYLES = 6
+COLOURS = 5
+"""Of runs that are not the bare engine's."""
 DASHES: tuple[tuple[float, ...], ...] = ((5, 4), (), (9, 3), (2, 3), (9, 3, 2, 3), (14, 4))
 MARKERS = "so^DPv"
 """The bare engine's, then the others': runs are told apart without colours."""
@@ -26,8 +27,8 @@ class Run:
     """What ran: the bare engine, or the label of what stood before it."""
     label: str
     """The name, and what tells it from others of the same name."""
-    style: int
-    """Its colour, dash and marker; 0 is the bare engine's."""
+    style: tuple[int, int]
+    """The numbers of its colour, 0 for the bare engine, and of its dash and marker."""
     figures: dict[str, Any]
 
     @property
@@ -48,16 +49,17 @@ class Run:
 
     @property
     def colour(self) -> str:
-        return LIGHT[f"s{self.style}"]
+        return LIGHT[f"s{self.style[0]}"]
 
     @property
     def marker(self) -> str:
-        return MARKERS[self.style]
+        return MARKERS[self.style[1]]
 
     @property
     def line(self) -> dict[str, Any]:
         """How matplotlib draws a line of this run."""
-        return {"color": self.colour, "linestyle": (0, DASHES[self.style]) if DASHES[self.style] else "-"}
+        dash = DASHES[self.style[1]]
+        return {"color": self.colour, "linestyle": (0, dash) if dash else "-"}
 
     def same_arrivals(self, other: Run) -> bool:
         """Whether both were asked for the same."""
@@ -70,24 +72,27 @@ class Run:
 
 
 def runs_of(results: Sequence[Result]) -> list[Run]:
-    """Return the runs; those of the same name are drawn alike, and told apart by their slots or by a number."""
+    """Return the runs; those of the same name are told apart by their slots, and failing that by a number."""
     names = [_name(result) for result in results]
-    others = list(
-        dict.fromkeys(n for n, result in zip(names, results, strict=True) if result.setup.sidecar is not None)
-    )
-    styles = {name: 1 + index % (STYLES - 1) for index, name in enumerate(others)}
     labels = [
         name if names.count(name) == 1 else f"{name}, {count(result.setup.engine.slots, 'slot')}"
         for name, result in zip(names, results, strict=True)
     ]
-    labels = [
-        label if labels.count(label) == 1 else f"{label} ({labels[: index + 1].count(label)})"
-        for index, label in enumerate(labels)
-    ]
-    return [
-        Run(result, name, label, 0 if result.setup.sidecar is None else styles[name], result.as_json())
-        for result, name, label in zip(results, names, labels, strict=True)
-    ]
+    runs, before = [], {True: 0, False: 0}
+    for index, (result, name, label) in enumerate(zip(results, names, labels, strict=True)):
+        is_bare = result.setup.sidecar is None
+        again = f" ({labels[: index + 1].count(label)})" if labels.count(label) > 1 else ""
+        runs.append(Run(result, name, f"{label}{again}", _style(is_bare, before[is_bare]), result.as_json()))
+        before[is_bare] += 1
+    return runs
+
+
+def _style(is_bare: bool, before: int) -> tuple[int, int]:
+    """Return the style of a run by how many such are before it: no two of the first 30 are alike."""
+    if is_bare:
+        return 0, before % len(DASHES)
+    round_, number = divmod(before, COLOURS)
+    return 1 + number, (1 + number + round_) % len(DASHES)
 
 
 def first_bare(runs: Sequence[Run]) -> Run | None:
