@@ -43,6 +43,7 @@ DARK = {
     "t6": "#235380", "t7": "#944333", "t8": "#20685a", "t9": "#683b6a", "t10": "#625e1c",
 }  # fmt: skip
 """Text has a contrast of 4.5 or more to what it stands on. Each light colour has one name only."""
+XLINK = "{http://www.w3.org/1999/xlink}"
 NAMES = {value: name for name, value in LIGHT.items()}
 
 STYLE: dict[Any, Any] = {
@@ -151,19 +152,16 @@ def _root(draw: Callable[[], Figure], anchor: str) -> ElementTree.Element:
 
 
 def _attributes(given: Mapping[str, str], used: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the attributes that a drawing needs, numbers with one decimal; the gid "stays" becomes a class."""
     for key, value in given.items():
-        if key == "id" and value not in used:
-            if value == "stays":
-                yield "class", value
-        elif key == "style":
+        if key == "style":
             yield key, _style(value)
-        elif key.endswith("}href"):
-            yield "href", value
-        elif not (key == "transform" and value.startswith("rotate(-0 ")):
-            yield (
-                key,
-                re.sub(r"(\.\d)\d+", r"\1", re.sub(r"\s+", " ", value)) if key not in ("id", "clip-path") else value,
-            )
+        elif key == "clip-path" or (key == "id" and value in used):
+            yield key, value
+        elif key == "id":
+            yield from [("class", value)] if value == "stays" else []
+        elif not value.startswith("rotate(-0 "):
+            yield key.removeprefix(XLINK), re.sub(r"(\.\d)\d+", r"\1", " ".join(value.split()))
 
 
 def _style(value: str) -> str:
