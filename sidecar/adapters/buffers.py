@@ -26,9 +26,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from sidecar.adapters.memory import available_bytes
 from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
+
+_MACHINE = Path("/proc/meminfo")
+_CONTAINER = Path("/sys/fs/cgroup")
 
 
 class NoRoom(Refused):
@@ -159,3 +161,41 @@ def _discard(descriptor: int, unlink: Path | None) -> None:
     os.close(descriptor)
     if unlink is not None:
         unlink.unlink(missing_ok=True)
+
+
+def available_bytes(machine: Path = _MACHINE, container: Path = _CONTAINER) -> int | None:
+    """Return what could be had now: Linux's estimate, within the container's limit (cgroup v2); None if
+    unknown.
+    """
+    known = [value for value in (_of_machine(machine), _of_container(container)) if value is not None]
+    return min(known, default=None)
+
+
+def _of_machine(path: Path) -> int | None:
+    available_kb = _field(path, "MemAvailable:")
+    return None if available_kb is None else available_kb * 1024
+
+
+def _of_container(folder: Path) -> int | None:
+    limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
+    if limit is None or used is None:
+        return None
+    # Cached file pages count as used and are given up when memory is asked for.
+    return max(0, limit - used + (_field(folder / "memory.stat", "inactive_file") or 0))
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdigit() else None  # "max" where there is no limit
+
+
+def _field(path: Path, name: str) -> int | None:
+    rows = (line.split() for line in _text(path).splitlines())
+    return next((int(row[1]) for row in rows if row[:1] == [name]), None)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

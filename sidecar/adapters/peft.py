@@ -7,17 +7,18 @@ refuses the adapter, with its name and the way out.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sidecar.adapters import peft_config
 from sidecar.adapters.base_model import BaseModel, check_dims
-from sidecar.adapters.identity import digest_of
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft_config import parse_config
 from sidecar.adapters.refusal import malformed, unreadable, unsupported
@@ -159,3 +160,32 @@ def _file_inside(directory: Path, file_name: str, adapter: str) -> Path | None:
     if not stat.S_ISREG(mode):
         raise unreadable(adapter, f"{file_name} is not a regular file; put the file itself there")
     return path
+
+
+def digest_of(
+    file: Tensors,
+    base_model: str,
+    config_identity: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
+    """Return the SHA-256 (hex) over base model, config fields, and each tensor's name, dtype, shape and
+    bytes.
+
+    Tensors are taken in the order of their names, not of the file. `progress(done_bytes, total_bytes)`.
+    """
+    tensors = [file.tensors[name] for name in sorted(file.tensors)]
+    head = {
+        "base_model": base_model,
+        "config": config_identity,
+        "tensors": [[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors],
+    }
+    # The head says how many bytes each tensor has, so what follows cannot be read in two ways.
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    done, total = 0, sum(tensor.size_bytes for tensor in tensors)
+    for tensor in tensors:
+        for chunk in file.raw_chunks(tensor):
+            digest.update(chunk)
+        done += tensor.size_bytes
+        if progress is not None:
+            progress(done, total)
+    return digest.hexdigest()

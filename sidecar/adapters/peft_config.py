@@ -8,12 +8,12 @@ meaning, and an adapter that is served slightly wrong is worse than one that is 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sidecar.adapters.names import is_base_name, shown
-from sidecar.adapters.patterns import Pattern
 from sidecar.adapters.refusal import malformed, unsupported
 from sidecar.adapters.strict_json import parse_object
 from sidecar.adapters.targeting import Targeting
@@ -70,6 +70,10 @@ _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
 """They subtract the start from the base model's weights, so the saved A and B are not the difference to it."""
+ENTRIES_MAX = 4096
+KEY_LENGTH_MAX = 256
+_COST_MAX = 64**3
+_TOTAL_COST_MAX = 4 * _COST_MAX
 
 
 @dataclass(frozen=True)
@@ -249,3 +253,43 @@ def _is_set(value: Any) -> bool:
 
 def _value(value: Any) -> str:
     return shown(value if isinstance(value, str) else repr(value)[:200])
+
+
+class Pattern:
+    """A compiled pattern map, in the file's order; raises ValueError for a key that is unsafe to match."""
+
+    def __init__(self, entries: Mapping[str, float]) -> None:
+        if len(entries) > ENTRIES_MAX:
+            raise ValueError(f"it has {len(entries)} entries, more than the {ENTRIES_MAX} allowed")
+        self.entries = tuple(entries.items())
+        self._compiled = tuple((_compile(key), value) for key, value in self.entries)
+        if sum(map(_cost, entries)) > _TOTAL_COST_MAX:
+            raise ValueError("its regular expressions take too long together; name the modules instead")
+
+    def value_for(self, path: str) -> float | None:
+        """Return the value of the first key that matches the module's name, or None."""
+        return next((value for key, value in self._compiled if key.match(path)), None)
+
+
+def _compile(key: str) -> re.Pattern[str]:
+    if len(key) > KEY_LENGTH_MAX:
+        raise ValueError(f"the key {shown(key)} is too long")
+    if _cost(key) > _COST_MAX:
+        raise ValueError(f"the key {shown(key)} is a regular expression that can take too long; name the module")
+    try:
+        return re.compile(rf"(?:^|.*\.)(?:{key})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"the key {shown(key)} is not a regular expression ({error})") from error
+
+
+def _cost(key: str) -> int:
+    """Bound how many ways the matcher can try `key`: alternatives multiply, and so do repetitions."""
+    bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\[^1-9]", "c", key))
+    # Sets within sets mean something else in a later Python, which warns of them.
+    if re.search(r"\\|\)[*+?{]|\(\?(?!:)", bare) or re.search(r"\[[^\]]*(?:\[|--|&&|~~|\|\|)", key):
+        return _COST_MAX + 1
+    bare = bare.replace("(?:", "(")
+    cost: int = 64 ** min(4, len(re.findall(r"[*+?{]", bare)))
+    for group in bare.split("("):
+        cost *= group.count("|") + 1
+    return cost

@@ -20,8 +20,7 @@ from sidecar.kubernetes.declarations import Declaration, wish_of
 from sidecar.kubernetes.placement import NOWHERE, View, places_of
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
-from sidecar.kubernetes.steps import Steps
-from sidecar.kubernetes.work import Work
+from sidecar.kubernetes.work import Steps, Work
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.managing import CLUSTER
 from sidecar.state.records import Record

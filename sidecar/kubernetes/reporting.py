@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import Enum
 from time import monotonic, time
 from typing import Any
 
-from sidecar.kubernetes.api import Api, Collection
-from sidecar.kubernetes.declarations import KIND, Source, loras_in
-from sidecar.kubernetes.events import event_of, note_of
+from sidecar.kubernetes.api import FIELD_MANAGER, Api, Collection
+from sidecar.kubernetes.declarations import GROUP, KIND, VERSION, Source, loras_in
 from sidecar.kubernetes.failures import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, is_final
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.standings import Phase, Standing, status_of, turn_of
@@ -32,6 +32,7 @@ COUNTED = ("desired", "ready", "residentOn", "message")
 """The fields of a status that may change without anything having turned."""
 
 Status = dict[str, Any]
+NOTE_LENGTH_MAX = 1000
 
 
 class Change(Enum):
@@ -239,3 +240,32 @@ def _turn_in(status: Status) -> tuple[str, str, str] | None:
         return None
     reasons = {condition.get("type"): condition.get("reason") for condition in status.get("conditions") or ()}
     return turn_of(status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", ""))
+
+
+def note_of(source: Source, name: str, standing: Standing) -> str:
+    """Return a message that says which adapter is meant: a ConfigMap declares several."""
+    is_named = not name or source.name == name or standing.message.startswith(name)
+    return standing.message if is_named else f"{name}: {standing.message}"
+
+
+def event_of(source: Source, note: str, standing: Standing, instance: str) -> dict[str, Any]:
+    is_lora = source.kind == KIND
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{source.name[:200]}.", "namespace": source.namespace},
+        "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "reportingController": f"{GROUP}/{FIELD_MANAGER}",
+        "reportingInstance": instance[:128],
+        "action": standing.phase.value,
+        "reason": standing.reason,
+        "type": "Warning" if standing.phase is Phase.FAILED else "Normal",
+        "note": note[:NOTE_LENGTH_MAX],
+        "regarding": {
+            "apiVersion": f"{GROUP}/{VERSION}" if is_lora else "v1",
+            "kind": source.kind,
+            "namespace": source.namespace,
+            "name": source.name,
+            "uid": source.uid,
+        },
+    }

@@ -8,18 +8,25 @@ replicas that are asked at random send a version to the same place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from policies.views import BASE, Candidate, HearsOfRemovals, Routing, Waiting
 from sidecar.core import eligibility
+from sidecar.core.effects import Effect
+from sidecar.core.events import BackendPlanned, Event, Received
 from sidecar.core.state import State
-from sidecar.replicas.board import JOINING, SERVING, STALLED, Standing
+from sidecar.replicas.board import JOINING, SERVING, STALLED, Board, Standing
 
 WINDOW_S = 10
 """Of how many seconds owners tell the requests."""
 PICKS_MAX = 16
 """Requests of one version that the policy is asked about at a time."""
+PLANS = 3
+"""So many new plans are waited for: the first may have been made before its leader knew of the backend, and policies
+take a moment to give it its share.
+"""
 
 
 class Planner:
@@ -111,3 +118,61 @@ class _Offered:
 
     def __len__(self) -> int:
         return len(self.backends)
+
+
+class Newcomers:
+    """Waits for the plan of each backend that joins."""
+
+    def __init__(self, state: State, board: Board) -> None:
+        self._state = state
+        self._board = board
+        self._seen: dict[str, set[tuple[int, int]]] = {}
+        """The plans seen since each of them began to join."""
+
+    def look(self) -> Iterator[BackendPlanned]:
+        """Yield the plans that have come; to be asked now and then."""
+        joining = [
+            backend
+            for backend, each in self._state.joining.items()
+            if self._state.backends[backend].owned and not each.is_planned
+        ]
+        self._seen = {backend: self._seen.get(backend, set()) for backend in joining}
+        for backend, seen in self._seen.items():
+            seen.add(self._board.planned)
+            if len(seen) > PLANS:
+                yield BackendPlanned(backend, self._planned_for(backend))
+
+    def _planned_for(self, backend: str) -> tuple[str, ...]:
+        """Return the versions that are to live on a backend, those that are asked for most first."""
+        asked: dict[str, int] = {}
+        for known in self._board.standings.values():
+            for version, count in known.arrived.items():
+                asked[version] = asked.get(version, 0) + count
+        planned = [version for version, hosts in self._board.plan.items() if backend in hosts]
+        return tuple(sorted(planned, key=lambda version: (-asked.get(version, 0), version)))
+
+
+class Arrivals:
+    """Counts what the core admits (`shell.driver.Observer`)."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._seconds: deque[Counter[tuple[str, str]]] = deque([Counter()], maxlen=WINDOW_S)
+
+    def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
+        if isinstance(event, Received):
+            request = self._state.requests.get(event.request)
+            if request is not None and request.backend is not None:
+                self._seconds[-1][request.backend, request.version] += 1
+
+    def next_second(self) -> None:
+        self._seconds.append(Counter())
+
+    def of(self, backend: str) -> dict[str, int]:
+        """Return the requests of the last seconds by version."""
+        found: Counter[str] = Counter()
+        for second in self._seconds:
+            for (at, version), count in second.items():
+                if at == backend:
+                    found[version] += count
+        return dict(found)

@@ -20,13 +20,11 @@ from sidecar.core.state import Backend, State
 from sidecar.ownership.facts import LEADER, Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.proto import peers_pb2, peers_pb2_grpc
-from sidecar.replicas.arrivals import Arrivals
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, STALLED, Board
 from sidecar.replicas.files import PeerFiles
 from sidecar.replicas.keeper import Keeper, Leases
-from sidecar.replicas.newcomers import Newcomers
 from sidecar.replicas.peers import Peers
-from sidecar.replicas.planner import Planner
+from sidecar.replicas.planner import Arrivals, Newcomers, Planner
 from sidecar.replicas.router import Router
 from sidecar.replicas.service import PeersService
 from sidecar.shell.gateway import Gateway

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from sidecar.core.effects import Drop, DropDisk, Fetch, Spill
 from sidecar.core.events import Event, Fetched, FetchFailed, Spilled, SpillFailed
 from sidecar.core.facts import is_files
 from sidecar.errors import Invalid, Reason, SidecarError
-from sidecar.shell.budget import Budget
 from sidecar.shell.sources import Sources
 from sidecar.shell.staged import StagedFolders, StagedWeights
 
@@ -238,3 +238,41 @@ class BlobStore:
             built.blob.release()
         self._built.clear()
         self._staged.close()
+
+
+class Budget:
+    """Bytes that are taken and given back; who finds none free waits, first come first served."""
+
+    def __init__(self, size_bytes: int | None) -> None:
+        self._free = size_bytes
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def take(self, size_bytes: int) -> None:
+        if self._free is None:
+            return
+        if not self._waiting and size_bytes <= self._free:
+            self._free -= size_bytes
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size_bytes, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.give_back(size_bytes)
+            raise
+
+    def give_back(self, size_bytes: int) -> None:
+        if self._free is None:
+            return
+        self._free += size_bytes
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if turn.done():
+                self._waiting.popleft()
+                continue
+            if wanted > self._free:
+                return
+            self._waiting.popleft()
+            self._free -= wanted
+            turn.set_result(None)

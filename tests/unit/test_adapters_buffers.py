@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from sidecar.adapters import buffers
-from sidecar.adapters.buffers import Blob
-from sidecar.adapters.memory import available_bytes
+from sidecar.adapters.buffers import Blob, available_bytes
 from sidecar.adapters.shared_memory import Mount
 from sidecar.errors import Reason, Refused
 from tests.kit.peft_files import open_descriptors

@@ -2,9 +2,9 @@
 
 import pytest
 
-from sidecar.lab.engine.adapter_slots import AdapterSlots
 from sidecar.lab.engine.engine import Engine, Failure, Request
 from sidecar.lab.engine.pages import footprint
+from sidecar.lab.engine.vllm import AdapterSlots
 from tests.kit.emulator_cases import ROWS, FlatCost, adapter_request, tiny_spec
 
 both_ways = pytest.mark.parametrize("jump", [False, True], ids=["anew", "by changes"])

@@ -7,7 +7,7 @@ from typing import Any
 from google.protobuf import json_format
 from tritonclient.grpc import service_pb2
 
-from sidecar.fronts.kserve.statistics import summed
+from sidecar.fronts.kserve.front import summed
 
 
 def reply(*models: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from sidecar.fronts.openai.asked import CHAT, COMPLETIONS, Unfit, read_asked
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages, read_chat_template
 from sidecar.fronts.openai.errors import _of_reason
-from sidecar.fronts.openai.stop_words import StopWords
+from sidecar.fronts.openai.text_answers import StopWords
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 USER = {"role": "user", "content": "hi"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.core import events as ev
 from sidecar.replicas.board import DOWN, DRAINING, JOINING, SERVING, Board, Standing
-from sidecar.replicas.newcomers import PLANS, Newcomers
+from sidecar.replicas.planner import PLANS, Newcomers
 from tests.kit.corekit import World, facts_of
 
 

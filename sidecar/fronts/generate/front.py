@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from sidecar.backends.api import HttpRejection, Reply, Ticket
 from sidecar.backends.kind import Reader
+from sidecar.config.identities import checked, clipped, session_of
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
+from sidecar.fronts.callers import earliest
 from sidecar.fronts.eligible import backends_of
-from sidecar.fronts.generate.callers import said_by
 from sidecar.fronts.generate.forms import MAX_TOKENS_DEFAULT, payload_of, why_not
+from sidecar.fronts.kserve.parameters import PARAMETERS, own_metadata, seconds_until
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.request_log import log_refused
+
+FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
+"""The fields that say the same as our parameters elsewhere."""
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
@@ -125,3 +131,38 @@ def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:
     rejection: Any = ticket.rejected_with
     refused = ending.reason is Reason.BACKEND_REJECTED and isinstance(rejection, HttpRejection)
     return grpc.StatusCode.INVALID_ARGUMENT if refused and 400 <= rejection.status < 500 else None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a request and its call say together. `tenant` is what the client claims of itself."""
+
+    adapter: str
+    tenant: str
+    klass: str
+    session: str
+    deadline_s: float | None
+
+
+def said_by(request: Any, metadata: Mapping[str, str]) -> Said:
+    """Read both. Of two deadlines the earlier counts; two words for anything else are a mistake.
+
+    Raises Refused(INVALID_REQUEST) for those, and for what is not as it may be.
+    """
+    own = own_metadata(metadata)
+    for name, field in FIELDS.items():
+        text = checked(PARAMETERS[name], getattr(request, field), f'the field "{field}"')
+        if text and own.setdefault(name, text) != text:
+            raise Refused(
+                Reason.INVALID_REQUEST,
+                f'the request says {field} "{clipped(text)}" and the metadata {name.replace("_", "-")} '
+                f'"{clipped(own[name])}"; say it once',
+            )
+    deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
+    return Said(
+        own.get("lora_name", ""),
+        own.get("lora_tenant", ""),
+        own.get("lora_class") or "default",
+        session_of(own.get("lora_session", "")),
+        earliest(deadline_s, seconds_until(own.get("lora_deadline_ms"))),
+    )

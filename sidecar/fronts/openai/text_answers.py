@@ -7,6 +7,7 @@ it has as many tokens as were allowed.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from time import time
 from typing import Any
 from uuid import uuid4
@@ -14,7 +15,6 @@ from uuid import uuid4
 from sidecar.backends.api import Reply
 from sidecar.backends.kind import Reader
 from sidecar.fronts.openai.asked import Asked
-from sidecar.fronts.openai.stop_words import StopWords
 from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -109,3 +109,36 @@ class AsItIs:
     def take(self, reply: Reply) -> bytes:
         self.ended = reply.final
         return reply.raw
+
+
+class StopWords:
+    """Follows a text that comes in pieces. What may become a stop word is held back until it is known.
+
+    Engines end there by themselves where their tokens allow it, and leave the stop word in the text.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = tuple(word for word in words if word)
+        self._held = ""
+        self.found = False
+
+    def pass_on(self, piece: str, final: bool) -> str:
+        """Return what may be told of the text so far; once a stop word is found, nothing more."""
+        if not self._words or self.found:
+            return "" if self.found else piece
+        text = self._held + piece
+        places = [place for word in self._words if (place := text.find(word)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        kept = 0 if final else max(_begun(text, word) for word in self._words)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _begun(text: str, word: str) -> int:
+    """Return how many characters at the end of a text are the beginning of a word."""
+    for length in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:length]):
+            return length
+    return 0

@@ -5,6 +5,7 @@ The steps and their refusals come in the server's order: model, front end, core,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -17,7 +18,6 @@ from sidecar.lab.engine.kserve.llmapi import inference_of
 from sidecar.lab.engine.kserve.models import Model
 from sidecar.lab.engine.kserve.options import Options
 from sidecar.lab.engine.kserve.shared_memory import Regions
-from sidecar.lab.engine.kserve.statistics import Statistics
 from sidecar.lab.engine.kserve.tensors import read_inputs
 from sidecar.lab.engine.kserve.work import Parameter
 
@@ -85,3 +85,20 @@ def _parameters(request: Any) -> dict[str, Parameter]:
         if kind is not None:
             values[name] = getattr(parameter, kind)
     return values
+
+
+@dataclass
+class Statistics:
+    """Requests that ended well and badly, and responses in all."""
+
+    succeeded: int = 0
+    failed: int = 0
+    responses: int = 0
+
+    def count(self, succeeded: bool, final: bool) -> None:
+        """Note one response; a final one ends its request."""
+        self.responses += 1
+        if final and succeeded:
+            self.succeeded += 1
+        elif final:
+            self.failed += 1

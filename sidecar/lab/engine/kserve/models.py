@@ -6,13 +6,13 @@ has a leading batch dimension on the wire; a `scalar` one has dims [1] and resha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from sidecar.lab.engine.kserve.datatypes import DATATYPES
-from sidecar.lab.engine.kserve.llmapi_tensors import LLMAPI_INPUTS, LLMAPI_OUTPUTS
 from sidecar.lab.engine.kserve.options import LLMAPI, Options
 
 CORE = "tensorrt_llm"
@@ -260,3 +260,34 @@ _CORE_OUTPUTS = [
     *_METADATA_OUTPUTS,
 ]
 _ENSEMBLE_OUTPUTS = [*_lists("BYTES", "text_output"), *_METADATA_OUTPUTS]
+
+
+def _all(datatype: str, dims: tuple[int, ...], *names: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    return ((name, datatype, dims) for name in names)
+
+
+_SAMPLING = "sampling_param_"
+LLMAPI_INPUTS = (
+    ("text_input", "BYTES", (-1,)),
+    ("image_url", "BYTES", (-1,)),
+    ("streaming", "BOOL", (1,)),
+    *_all("INT32", (1,), *(f"{_SAMPLING}{name}" for name in ("best_of", "top_k", "max_tokens"))),
+    *_all("FP32", (1,), *(f"{_SAMPLING}{name}" for name in ("temperature", "top_p"))),
+    *_all("FP32", (1,), *(f"{_SAMPLING}{name}" for name in ("frequency_penalty", "presence_penalty"))),
+    (f"{_SAMPLING}stop", "BYTES", (-1,)),
+    (f"{_SAMPLING}seed", "UINT64", (1,)),
+    *_all("BOOL", (1,), *(f"{_SAMPLING}{name}" for name in ("exclude_input_from_output", "return_perf_metrics"))),
+    *_all("BOOL", (1,), "return_finish_reason", "return_stop_reason", "return_cumulative_logprob", "stop"),
+    ("lora_id", "UINT64", (1,)),
+    *_all("BYTES", (1,), "lora_name", "lora_path", "lora_ckpt_source"),
+)
+LLMAPI_OUTPUTS = (
+    *_all("BYTES", (-1,), "text_output", "finish_reason", "stop_reason"),
+    ("cumulative_logprob", "FP32", (-1,)),
+    *_all("INT32", (-1,), "kv_cache_reused_block", "kv_cache_missed_block"),
+    *_all("INT32", (-1,), "kv_cache_alloc_new_blocks", "kv_cache_alloc_total_blocks"),
+    ("kv_cache_hit_rate", "FP32", (-1,)),
+    *_all("INT64", (1,), "arrival_time_ns", "first_scheduled_time_ns", "first_token_time_ns", "last_token_time_ns"),
+    ("acceptance_rate", "FP32", (1,)),
+    *_all("INT32", (1,), "total_accepted_draft_tokens", "total_draft_tokens"),
+)

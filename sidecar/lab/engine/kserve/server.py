@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from tritonclient.grpc import service_pb2_grpc
@@ -13,15 +14,18 @@ from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.kserve.adapters import adapter_fault
 from sidecar.lab.engine.kserve.answers import Answering
 from sidecar.lab.engine.kserve.compute import BaseOnly, Compute, DummyCompute, LlamaCompute
+from sidecar.lab.engine.kserve.control import Control
 from sidecar.lab.engine.kserve.driver import Driver
+from sidecar.lab.engine.kserve.errors import Rejection
 from sidecar.lab.engine.kserve.faults import Faults
-from sidecar.lab.engine.kserve.instances import Instances
+from sidecar.lab.engine.kserve.inference import Answer
 from sidecar.lab.engine.kserve.metrics import MetricsServer
 from sidecar.lab.engine.kserve.models import models_of
 from sidecar.lab.engine.kserve.options import DATATYPE_OF_DTYPE, LLMAPI, Options, spec_of
+from sidecar.lab.engine.kserve.outputs import response
 from sidecar.lab.engine.kserve.served import Served, ServedLog
-from sidecar.lab.engine.kserve.service import Service
 from sidecar.lab.engine.kserve.shared_memory import Regions
+from sidecar.lab.engine.kserve.streams import ClientLeft, Stream, StreamBroken
 from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.spec import EngineSpec, engine_config_json
 from sidecar.pace.cost import A100_TABLE, CostModel
@@ -34,6 +38,8 @@ _CHANNEL_OPTIONS = (
     # A port in use must be an error, not a second server behind the same address.
     ("grpc.so_reuseport", 0),
 )
+DECOUPLED_REFUSAL = "ModelInfer RPC doesn't support models with decoupled transaction policy"
+_GRPC_ERRORS = ("triton_grpc_error", "true")
 
 
 class Server:
@@ -144,3 +150,75 @@ def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults
     cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
     used = BaseOnly(compute) if options.ignore_lora else compute
     return Driver(Engine(spec, cost), used, faults, log, check, options.slow_factor, number)
+
+
+class Instances:
+    """Gives the requests to the instances in turn."""
+
+    def __init__(self, drivers: Sequence[Driver]) -> None:
+        self._drivers = drivers
+        self._next = 0
+
+    @property
+    def engine(self) -> Engine:
+        """The first instance's engine; all are built alike."""
+        return self._drivers[0].engine
+
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether requests may ask for log probabilities."""
+        return self._drivers[0].has_log_probs
+
+    def has_adapter(self, task_id: int) -> bool:
+        """Whether every instance has an adapter."""
+        return all(driver.has_adapter(task_id) for driver in self._drivers)
+
+    async def submit(self, work: Work) -> None:
+        """Hand a request to an instance. Raises BackendError as `Driver.submit` does."""
+        chosen = self._drivers[self._next]
+        self._next = (self._next + 1) % len(self._drivers)
+        await chosen.submit(work)
+
+    def cancel(self, request_ids: Sequence[int]) -> None:
+        """Ask the instances to end requests; those that none of them has are ignored."""
+        for driver in self._drivers:
+            driver.cancel(request_ids)
+
+    def last_writer(self) -> Engine:
+        """Return the engine that was the last to write its gauges, the first one while none has."""
+        return max(self._drivers, key=lambda driver: driver.reported_ns).engine
+
+
+class Service(Control):
+    """GRPCInferenceService over one engine."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 — gRPC's name
+        """Answer one request with one response; refused for decoupled models."""
+        answers: list[Answer] = []
+
+        async def emit(answer: Answer) -> None:
+            answers.append(answer)
+
+        try:
+            model = self._answering.model(request.model_name, request.model_version)
+            if model.decoupled:
+                raise Rejection(DECOUPLED_REFUSAL, grpc.StatusCode.UNIMPLEMENTED)
+            await self._answering.answer(request, emit)
+        except Rejection as rejection:
+            await context.abort(rejection.code, rejection.text)
+        answer = answers[-1]
+        if answer.error is not None:
+            await context.abort(answer.code, answer.error)
+        return response(model, request.id, answer.values or [])
+
+    async def ModelStreamInfer(self, request_iterator: Any, context: Any) -> None:  # noqa: N802 — gRPC's name
+        """Answer every request of a stream; errors are messages unless the client asks for real ones."""
+        metadata = [tuple(item) for item in context.invocation_metadata() or ()]
+        stream = Stream(self._answering, context.write, _GRPC_ERRORS in metadata)
+        try:
+            await stream.serve(request_iterator)
+        except StreamBroken as broken:
+            await context.abort(broken.code, broken.text)
+        except ClientLeft:
+            # The call is over already; returning ends its handler.
+            return
