@@ -22,7 +22,8 @@ def other_chart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other") / "engines"
     (folder / "templates").mkdir(parents=True)
     shutil.copytree(CHART, folder / "charts" / "lora-sidecar")
-    dependency = {"name": "lora-sidecar", "version": "0.1.0"}
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["version"]
+    dependency = {"name": "lora-sidecar", "version": version}
     chart = {"apiVersion": "v2", "name": "engines", "version": "1.0.0", "dependencies": [dependency]}
     (folder / "Chart.yaml").write_text(yaml.safe_dump(chart))
     values, template = _blocks(README.read_text().partition("## A sidecar in the pod of your own chart")[2])
