@@ -7,6 +7,12 @@
 # make e2e-attack  attacks that take whole processes: bursts, resets, half messages, requests of death; 1 minute
 # make e2e-replicas  three replicas restarted under load, beside an older build too, and Redis away; about 3 minutes
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
+# make e2e-release  a release is built, bundled, installed without a network, upgraded from the last one and taken back; 4 minutes
+# make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
+# make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 2 hours
+# make weekly  tests with the newest versions of all dependencies, with other Pythons, and before the newest vLLM
+# make release VERSION=… IMAGES=…  the artefacts of what is checked out, in dist/VERSION; docs/releasing.md
+# make bundle  the same, and all that a site without internet needs; EXTRAS="s3 hf"
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
 # make bench   the figures of the README, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
@@ -28,10 +34,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALLED := .venv/installed
 DEVELOPING := .venv/developing
+RELEASING := .venv/releasing
+LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
-COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet
+COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: ci nightly lanes weekly release bundle e2e-release demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -47,6 +55,10 @@ $(DEVELOPING): requirements-dev.lock $(INSTALLED)
 	$(PIP) --require-hashes -r requirements-dev.lock
 	@touch $@
 
+$(RELEASING): requirements-release.lock $(DEVELOPING)
+	$(PIP) --require-hashes -r requirements-release.lock
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/sidecar demo
 
@@ -60,7 +72,7 @@ test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 e2e-triton: $(DEVELOPING) .venv-triton
-	$(BIN)/pytest tests/e2e/triton
+	$(BIN)/pytest tests/e2e/triton $(CHOSEN)
 
 triton: $(DEVELOPING) .venv-triton
 	$(BIN)/python -m tests.e2e.triton
@@ -79,7 +91,7 @@ bench-triton: $(DEVELOPING) .venv-triton
 	@touch $@
 
 e2e-vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
-	$(BIN)/pytest -rs tests/e2e/vllm
+	$(BIN)/pytest -rs tests/e2e/vllm $(CHOSEN)
 
 vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	$(BIN)/python -m tests.e2e.vllm
@@ -93,7 +105,7 @@ vllm: $(DEVELOPING) $(if $(VLLM_VENV),,.venv-vllm)
 	tests/e2e/vllm/install.sh .venv-vllm
 
 helm-test: $(DEVELOPING) .venv-helm
-	$(BIN)/pytest -rs tests/e2e/helm
+	$(BIN)/pytest -rs tests/e2e/helm $(CHOSEN)
 
 .venv-helm: .venv-helm/installed
 
@@ -128,7 +140,31 @@ e2e-attack: $(DEVELOPING)
 	$(BIN)/pytest tests/e2e/attack -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 e2e-replicas: $(DEVELOPING)
-	$(BIN)/pytest tests/e2e/replicas
+	$(BIN)/pytest tests/e2e/replicas $(CHOSEN)
+
+e2e-release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
+	$(BIN)/pytest tests/e2e/release
+
+# CI says that what a lane needs must be there: its tests fail without it, instead of being skipped.
+ci:
+	$(MAKE) test e2e-attack
+	CI=1 $(MAKE) $(LANES) CHOSEN='-m "not nightly"'
+
+nightly:
+	$(MAKE) --keep-going goldens test e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
+
+lanes:
+	CI=1 $(MAKE) --keep-going $(LANES) e2e-release
+
+weekly: $(DEVELOPING)
+	$(BIN)/python -m tools.weekly
+
+release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
+	$(BIN)/python -m tools.release $(addprefix --version ,$(VERSION)) $(addprefix --image ,$(IMAGES))
+
+bundle: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
+	$(BIN)/python -m tools.release --bundle $(addprefix --version ,$(VERSION)) $(addprefix --image ,$(IMAGES)) \
+	  $(addprefix --extra ,$(EXTRAS))
 
 chaos: $(DEVELOPING)
 	$(BIN)/python -m tests.chaos $(if $(ONLY),--only $(ONLY))
@@ -145,6 +181,8 @@ lock:
 	$(BIN)/uv $(COMPILE) --extra build --extra dev --extra lab --constraint requirements.lock --output-file requirements-dev.lock
 	$(BIN)/uv $(COMPILE) --extra build --extra s3 --extra gs --extra az --extra hf --constraint requirements.lock \
 	  --output-file deploy/requirements-origins.lock
+	$(BIN)/uv $(COMPILE) --extra build --extra release --constraint requirements-dev.lock \
+	  --output-file requirements-release.lock
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

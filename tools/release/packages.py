@@ -30,10 +30,10 @@ def bill_of_materials(tree: Path, wheel: Path, target: Path, scratch: Path) -> N
     environment = scratch / "environment"
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
-    install = (*PIP, "--python", python, "install")
+    install = (*PIP, "--python", python, "install", "--no-deps", "--no-compile")
     for lock in LOCKS:
         run(*install, "--require-hashes", "-r", tree / lock)
-    run(*install, "--no-deps", wheel)
+    run(*install, wheel)
     run(*PIP, "--python", python, "uninstall", "--yes", "setuptools")
     options = ("--output-reproducible", "--pyproject", tree / "pyproject.toml", "--output-format", "JSON")
     run(sys.executable, "-m", "cyclonedx_py", "environment", *options, "--output-file", target, python)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -13,9 +10,8 @@ import pytest
 from tests.chaos.pool import ChaosPool, chaos_pool
 from tests.chaos.rolling import Rolling, rolling_clients
 from tests.chaos.scenarios import Marks, restart_all
+from tests.kit.last_release import source_of_last_release
 from tests.kit.serving import until
-
-ROOT = Path(__file__).parents[3]
 
 
 async def roll(pool: ChaosPool) -> Rolling:
@@ -27,6 +23,7 @@ async def roll(pool: ChaosPool) -> Rolling:
     return rolling
 
 
+@pytest.mark.nightly
 async def test_no_request_fails_or_is_lost(tmp_path: Path) -> None:
     """Unary and streamed with gRPC's own retries, and on streams that are held open."""
     async with chaos_pool(tmp_path) as pool:
@@ -35,9 +32,10 @@ async def test_no_request_fails_or_is_lost(tmp_path: Path) -> None:
     assert rolling.reopened >= len(pool.replicas)
 
 
-async def test_no_request_fails_beside_replicas_of_the_build_before(tmp_path: Path) -> None:
-    """Two of three run what was committed before, as in the middle of an upgrade; then they are upgraded too."""
-    async with chaos_pool(tmp_path / "pool", previous=previous_build(tmp_path / "previous")) as pool:
+async def test_no_request_fails_beside_replicas_of_the_last_release(tmp_path: Path) -> None:
+    """Two of three run the last release, as in the middle of an upgrade; then they are upgraded too."""
+    previous = source_of_last_release(tmp_path / "previous", "sidecar", "policies")
+    async with chaos_pool(tmp_path / "pool", previous=previous) as pool:
         rolling = await roll(pool)
         assert not rolling.wrong
         for replica in pool.replicas:
@@ -45,15 +43,3 @@ async def test_no_request_fails_beside_replicas_of_the_build_before(tmp_path: Pa
         async with asyncio.timeout(300):
             rolling = await roll(pool)
         assert not rolling.wrong
-
-
-def previous_build(folder: Path) -> Path:
-    """Return a folder with the code of the last commit but one, or of the last where there are changes since."""
-    changed = subprocess.run(["git", "status", "--porcelain", "sidecar", "policies"], cwd=ROOT, capture_output=True)
-    commit = "HEAD" if changed.stdout else "HEAD~1"
-    found = subprocess.run(["git", "archive", commit, "sidecar", "policies"], cwd=ROOT, capture_output=True)
-    if found.returncode:
-        pytest.skip(f"there is no commit before: {found.stderr.decode().strip()}")
-    with tarfile.open(fileobj=BytesIO(found.stdout)) as archive:
-        archive.extractall(folder, filter="data")
-    return folder

@@ -36,6 +36,7 @@ CALLS, AT_A_TIME = 10_000, 32
 BFLOAT16 = {"dtype": "bfloat16", "lora_modules": ("attn_q", "attn_v")}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 async def test_ten_thousand_tensors_arrive_whole(tmp_path: Path) -> None:
     """Sizes from a few bytes to megabytes, many at a time: each checksum is that of what was sent."""
@@ -83,6 +84,7 @@ async def test_bfloat16_adapters_compute_as_in_the_emulator(tmp_path: Path) -> N
     assert len({tuple(tokens) for tokens in answers[0]}) == len(adapters)
 
 
+@pytest.mark.nightly
 async def test_the_ensemble_passes_bfloat16_on_and_bls_cannot(tmp_path: Path) -> None:
     """Triton hands the tensor from model to model; NVIDIA's BLS model makes an array of it, which fails."""
     request = add_lora(text_request(tokens=2), 1, random_adapter(1, dtype="bfloat16"), datatype="BF16")

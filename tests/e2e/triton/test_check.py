@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends.checking import check
@@ -59,12 +60,14 @@ async def test_a_server_that_serves(tmp_path: Path) -> None:
         assert not reply.regions
 
 
+@pytest.mark.nightly
 async def test_a_server_that_is_not_decoupled(tmp_path: Path) -> None:
     """Everything is asked by unary calls then."""
     async with server_and_target(tmp_path, decoupled=False) as (_, target):
         assert worse(await look(target)) == {"decoupled": State.WARNING}
 
 
+@pytest.mark.nightly
 async def test_the_ports_that_are_not_grpc(tmp_path: Path) -> None:
     """Triton's own HTTP and metrics ports are recognised."""
     async with server_and_target(tmp_path) as (server, target):
@@ -74,6 +77,7 @@ async def test_the_ports_that_are_not_grpc(tmp_path: Path) -> None:
         assert "is Triton's metrics port" in metrics["reachable"].text
 
 
+@pytest.mark.nightly
 async def test_several_instances_and_a_model_that_is_unloaded(tmp_path: Path) -> None:
     """The instance count comes from the server's own configuration; an unloaded model is there and not READY."""
     async with server_and_target(tmp_path, "explicit", instances=2, cores=("tensorrt_llm", "other")) as (_, target):

@@ -86,10 +86,10 @@ async def told(program: str, address: str, adapter: str = "") -> Any:
     ("program", "decoupled", "requests"),
     [
         ("blocking", False, 22),
-        ("with_asyncio", True, 29),
+        pytest.param("with_asyncio", True, 29, marks=pytest.mark.nightly),
         ("callbacks", True, 9),
         ("shared_memory", True, 3),
-        ("shared_memory", False, 3),
+        pytest.param("shared_memory", False, 3, marks=pytest.mark.nightly),
     ],
     ids=["blocking", "with_asyncio", "callbacks", "shared_memory-decoupled", "shared_memory-whole"],
 )
@@ -119,6 +119,7 @@ async def test_a_program_that_asks_what_there_is(tmp_path: Path) -> None:
         assert await here.through("metadata") == await here.directly("metadata")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("decoupled", [True, False], ids=["streaming", "unary"])
 async def test_perf_analyzer_counts_what_we_count(tmp_path: Path, decoupled: bool) -> None:
     """At each level of load, directly and through the sidecar: as many answers as it asked for, all of them right."""
@@ -143,6 +144,7 @@ async def test_perf_analyzer_counts_what_we_count(tmp_path: Path, decoupled: boo
         assert len({run["request_id"] for run in ours}) == len(ours) == asked * len(levels)
 
 
+@pytest.mark.nightly
 async def test_perf_analyzer_sweeps(tmp_path: Path) -> None:
     """Levels of load one after another in one run, with windows of its own: no error, and no request is left over."""
     sweep = ["--streaming", "--concurrency-range", "1:9:4", "--measurement-mode", "count_windows"]

@@ -74,7 +74,9 @@ async def _done(outcome: Any) -> None:
         await outcome
 
 
-@pytest.mark.parametrize("backend", [FACTS, NO_METRICS], ids=["metrics", "no metrics"])
+@pytest.mark.parametrize(
+    "backend", [FACTS, pytest.param(NO_METRICS, marks=pytest.mark.nightly)], ids=["metrics", "no metrics"]
+)
 @repeated_if_triton_aborts
 async def test_the_models_process_is_killed_under_load(tmp_path: Path, backend: dict[str, Any]) -> None:
     """Triton stays ready and starts no other: what it says to the next request gives it away.
@@ -99,7 +101,9 @@ async def test_the_models_process_is_killed_under_load(tmp_path: Path, backend: 
         outcomes([server])
 
 
-@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
+@pytest.mark.parametrize(
+    "decoupled", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["decoupled", "whole"]
+)
 async def test_the_server_is_killed_under_load(tmp_path: Path, decoupled: bool) -> None:
     """It starts again on its ports, cold."""
     names = write_adapters(tmp_path / "loras", 6)
@@ -111,6 +115,7 @@ async def test_the_server_is_killed_under_load(tmp_path: Path, decoupled: bool) 
         outcomes([server])
 
 
+@pytest.mark.nightly
 @repeated_if_triton_aborts
 async def test_the_server_is_frozen_under_load(tmp_path: Path) -> None:
     """All its processes stop, and go on where they were."""
@@ -126,6 +131,7 @@ async def test_the_server_is_frozen_under_load(tmp_path: Path) -> None:
 # In silence.
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("decoupled", "backend"),
     [(True, FACTS), (True, NO_METRICS), (False, NO_METRICS)],
@@ -162,6 +168,7 @@ async def test_the_models_process_is_killed_and_nobody_asks_anew(
         await assert_nothing_left(served)
 
 
+@pytest.mark.nightly
 @repeated_if_triton_aborts
 async def test_a_process_that_dies_while_nothing_runs(tmp_path: Path) -> None:
     """Nobody notices; the next request meets it, waits for the reload, and is answered."""
@@ -183,6 +190,7 @@ async def test_a_process_that_dies_while_nothing_runs(tmp_path: Path) -> None:
         await assert_nothing_left(served)
 
 
+@pytest.mark.nightly
 @repeated_if_triton_aborts
 async def test_a_dead_process_gives_its_requests_to_the_other_server(tmp_path: Path) -> None:
     """Nobody waits for a reload where another has the model."""
@@ -203,6 +211,7 @@ async def test_a_dead_process_gives_its_requests_to_the_other_server(tmp_path: P
         await assert_nothing_left(served)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("backend", [{}, {"metrics": None}], ids=["metrics", "no metrics"])
 async def test_a_long_whole_answer_is_no_silence(tmp_path: Path, backend: dict[str, Any]) -> None:
     """Nothing comes for six times the timeout: the engine's steps are counted, or it answers another a token."""

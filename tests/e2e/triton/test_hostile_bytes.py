@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
+import pytest
 
 from tests.attack.test_chosen_adapter import ATTACKS, CONTENTS, CORE, INPUTS, WHOLE, streamed, with_id
 from tests.e2e.triton.loads import repeated_if_triton_aborts, servers
@@ -38,6 +39,7 @@ async def real_house(folder: Path, sent: list[bytes]) -> AsyncIterator[tuple[Tri
                 yield server, made
 
 
+@pytest.mark.nightly
 @repeated_if_triton_aborts
 async def test_what_triton_makes_of_odd_bytes(tmp_path: Path) -> None:
     """And the fuzzer's oracle reads them as it does: contents in order, whatever comes after, names up to a NUL."""
@@ -78,6 +80,7 @@ async def test_bytes_that_choose_an_adapter_reach_no_triton(tmp_path: Path) -> N
             assert (told.version, made.lies(told)) == ("sql@v1", [])
 
 
+@pytest.mark.nightly
 @repeated_if_triton_aborts
 async def test_no_message_is_answered_under_another_adapter(tmp_path: Path) -> None:
     """`make fuzz-wire`'s messages, 20,000 of them."""

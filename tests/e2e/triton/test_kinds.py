@@ -37,6 +37,7 @@ TYPES = ("data type", "data-type", "dtype")
 """How Triton and the engine speak of weights of a type that is not theirs."""
 
 
+@pytest.mark.nightly
 async def test_the_sidecar_is_there_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It says that the server does not answer, and takes it when it comes; so after each restart while nothing runs."""
     names = write_adapters(tmp_path / "loras", 2)
@@ -65,8 +66,10 @@ async def test_the_sidecar_is_there_first(tmp_path: Path, caplog: pytest.LogCapt
                 assert_right(another, await attempt(another, name))
 
 
-@pytest.mark.parametrize("transport", ["shared_memory", "grpc"])
-@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
+@pytest.mark.parametrize("transport", ["shared_memory", pytest.param("grpc", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "decoupled", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["decoupled", "whole"]
+)
 @repeated_if_triton_aborts
 async def test_a_model_is_reloaded_under_load(tmp_path: Path, decoupled: bool, transport: str) -> None:
     """What runs ends, what waits is answered by the model that comes: not one fails, three times."""
@@ -98,6 +101,7 @@ async def load_over(server: TritonServer, write: Callable[[], None]) -> None:
     await verb(server, "Load")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("change", [unload_and_load, load_over])
 @repeated_if_triton_aborts
 async def test_a_model_changes_its_type_and_its_cache_under_load(
@@ -136,6 +140,7 @@ def types_refused(made: list[TritonServer]) -> list[str]:
     return [text for text in texts if any(part in text for part in TYPES)]
 
 
+@pytest.mark.nightly
 async def test_fp16_and_bf16_in_one_pool(tmp_path: Path) -> None:
     """Each adapter is there in both types, and each engine is sent its own."""
     names = write_adapters(tmp_path / "loras", 16)
@@ -195,6 +200,7 @@ LLMAPI = ENGINE | {
 """Loads what it is asked for by itself, and has room for some of the adapters that 32 clients want."""
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
 async def test_llmapi_through_restarts(tmp_path: Path, decoupled: bool) -> None:
     """64 adapters on two servers, one of them killed twice: whoever had no token yet is answered all the same."""

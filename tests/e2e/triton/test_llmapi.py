@@ -43,7 +43,7 @@ async def in_front(tmp_path: Path, names: int, decoupled: bool, **config: Any) -
         await server.kill()
 
 
-@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("decoupled", [True, pytest.param(False, marks=pytest.mark.nightly)])
 async def test_by_name_and_healed(tmp_path: Path, decoupled: bool) -> None:
     """Each answer is its adapter's; files that somebody has taken away are brought again at no client's cost."""
     async with in_front(tmp_path, 2, decoupled) as (served, shared):
@@ -57,6 +57,7 @@ async def test_by_name_and_healed(tmp_path: Path, decoupled: bool) -> None:
         assert [heal.reason for heal in served.recorder.of(Heal)] == ["engine_miss"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("decoupled", [True, False])
 async def test_many_adapters_over_small_caches(tmp_path: Path, decoupled: bool) -> None:
     """The engine holds six of 32 and the store a few more: 200 requests, all answered with the adapter they name."""

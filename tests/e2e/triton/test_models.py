@@ -59,6 +59,7 @@ async def until_gauge(server: TritonServer, name: str, value: float) -> dict[str
     return gauges
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("decoupled", [True, False])
 async def test_many_requests_run_at_a_time(tmp_path: Path, decoupled: bool) -> None:
     """Twenty are in the engine together, six wait for a seat, whatever the model's policy; all are cancelled."""
@@ -78,6 +79,7 @@ async def test_many_requests_run_at_a_time(tmp_path: Path, decoupled: bool) -> N
         assert {one["outcome"] for one in server.served} == {"cancelled"}
 
 
+@pytest.mark.nightly
 async def test_the_gauges_are_those_of_the_backend(tmp_path: Path) -> None:
     """Every family and label; the counters move."""
     async with TritonServer(tmp_path, Repository(engine={"compute": "none", "seats": 7})) as server:
@@ -162,6 +164,7 @@ async def test_a_batch_and_its_flags(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.nightly
 async def test_bls_gives_the_traceback_and_an_end_of_its_own(tmp_path: Path) -> None:
     """The error is not final, an empty response that not everybody gets is."""
     request = add_lora(text_request(triton_enable_empty_final_response=True), 5)
@@ -178,6 +181,7 @@ async def test_bls_gives_the_traceback_and_an_end_of_its_own(tmp_path: Path) -> 
     assert ended.infer_response.parameters["triton_final_response"].bool_param
 
 
+@pytest.mark.nightly
 async def test_weights_leave_nothing_behind(tmp_path: Path) -> None:
     """A hundred adapters of 16 MB: the pool that Triton moves them through never holds three of them."""
     rows = np.zeros((1, 1, 8 << 20), np.float16)
@@ -209,6 +213,7 @@ def _pool_bytes(server: TritonServer) -> int:
     return sum(path.stat().st_size for path in Path("/dev/shm").glob(f"{server.region_prefix}*"))
 
 
+@pytest.mark.nightly
 async def test_instances_have_caches_of_their_own(tmp_path: Path) -> None:
     """Which instance a request goes to, it cannot choose: what one was sent, the other misses."""
     server = TritonServer(tmp_path, Repository(engine=SMALL, instances=2))
@@ -224,6 +229,7 @@ async def test_instances_have_caches_of_their_own(tmp_path: Path) -> None:
     assert [group.count for group in config.config.instance_group] == [2]
 
 
+@pytest.mark.nightly
 async def test_several_engines_under_their_names(tmp_path: Path) -> None:
     """Each has its cache and its gauges."""
     server = TritonServer(tmp_path, Repository(engine=SMALL, cores=("first", "second")))
@@ -240,6 +246,7 @@ async def test_several_engines_under_their_names(tmp_path: Path) -> None:
         assert (await gauges_of(server, "first")).keys() == (await gauges_of(server, "second")).keys()
 
 
+@pytest.mark.nightly
 async def test_a_model_that_is_unloaded_and_loaded_again(tmp_path: Path) -> None:
     """Meanwhile it is not ready; afterwards its caches are empty and its configuration is the new one."""
     server = TritonServer(tmp_path, Repository(engine=SMALL), control="explicit")
@@ -259,6 +266,7 @@ async def test_a_model_that_is_unloaded_and_loaded_again(tmp_path: Path) -> None
     assert "not found in cache" in missed.error_message
 
 
+@pytest.mark.nightly
 async def test_a_repository_that_is_polled(tmp_path: Path) -> None:
     """A model whose configuration changes on disk is loaded anew by itself."""
     server = TritonServer(tmp_path, Repository(engine=SMALL), control="poll")

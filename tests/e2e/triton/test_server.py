@@ -19,6 +19,8 @@ from tests.e2e.triton.server import TritonServer
 from tests.kit.emulated import channel_to, core_request, stream_answers, tokens_of
 from tests.kit.serving import until
 
+pytestmark = pytest.mark.nightly
+
 PLAIN = Repository(engine={"compute": "none"})
 
 

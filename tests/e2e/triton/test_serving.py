@@ -39,8 +39,10 @@ async def ask_2000(served: Serving, names: list[str]) -> None:
     await assert_nothing_left(served)
 
 
-@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "whole"])
-@pytest.mark.parametrize("transport", ["shared_memory", "grpc"])
+@pytest.mark.parametrize(
+    "decoupled", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["decoupled", "whole"]
+)
+@pytest.mark.parametrize("transport", [pytest.param("shared_memory", marks=pytest.mark.nightly), "grpc"])
 async def test_2000_requests_over_64_adapters_on_two_servers(tmp_path: Path, transport: str, decoupled: bool) -> None:
     """Sixteen times as many adapters as a cache takes, whose size is not known: the engines do each request once."""
     names = write_adapters(tmp_path / "loras", 64)
@@ -57,6 +59,7 @@ async def test_2000_requests_over_64_adapters_on_two_servers(tmp_path: Path, tra
         assert runs["error"] == Counter(heals(served))["engine_miss"]
 
 
+@pytest.mark.nightly
 async def test_caches_of_known_size_are_seldom_missed(tmp_path: Path) -> None:
     """With the engine's config.json and the model's own parameters it is known what is where.
 
@@ -79,7 +82,7 @@ async def test_caches_of_known_size_are_seldom_missed(tmp_path: Path) -> None:
         assert not [one["error"] for one in endings(made) if one["error"] and "no done tasks" in one["error"]]
 
 
-@pytest.mark.parametrize("model", [ENSEMBLE, BLS])
+@pytest.mark.parametrize("model", [ENSEMBLE, pytest.param(BLS, marks=pytest.mark.nightly)])
 async def test_200_requests_through_the_models_that_take_text(tmp_path: Path, model: str) -> None:
     """Text in, the adapter's letters out; what fails in the engine comes in other words there, and is healed alike."""
     names = write_adapters(tmp_path / "loras", 16)

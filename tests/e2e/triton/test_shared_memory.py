@@ -28,7 +28,9 @@ def files_of(prefix: str) -> set[str]:
     return {path.name for path in DIRECTORY.glob(f"{prefix}*")}
 
 
-@pytest.mark.parametrize("killed", ["sidecar", "server", "both"])
+@pytest.mark.parametrize(
+    "killed", ["sidecar", *(pytest.param(killed, marks=pytest.mark.nightly) for killed in ("server", "both"))]
+)
 async def test_nothing_is_left_after_a_kill_once_the_next_has_started(tmp_path: Path, killed: str) -> None:
     """Files, and regions at the server; and what lives beside it is not disturbed."""
     names = write_adapters(tmp_path / "adapters", 4)
@@ -63,6 +65,7 @@ async def test_nothing_is_left_after_a_kill_once_the_next_has_started(tmp_path: 
         assert await regions_of(server) == (regions if killed == "server" else set())
 
 
+@pytest.mark.nightly
 async def test_the_memory_tier_is_the_region(tmp_path: Path) -> None:
     """Six adapters of 40 MB: shared memory grows by them, this process's own hardly does."""
     for seed in range(6):
@@ -81,6 +84,7 @@ async def test_the_memory_tier_is_the_region(tmp_path: Path) -> None:
     assert grown < kept / 10
 
 
+@pytest.mark.nightly
 async def test_an_adapter_over_the_message_cap(tmp_path: Path) -> None:
     """2.1 GB packed: by gRPC refused with the number and the way out, by shared memory loaded."""
     assert HUGE.size_bytes > 2**31

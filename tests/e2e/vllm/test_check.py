@@ -86,6 +86,7 @@ async def test_adapters_whose_files_have_gone(server: VllmServer, toy: Toy, tmp_
     assert worse(await look(target_of(server, toy, tmp_path))) == {}
 
 
+@pytest.mark.nightly
 async def test_a_server_without_lora(lacking: VllmServer, toy: Toy, tmp_path: Path) -> None:
     """The key first; then LoRA is missing, which the engine says when it is asked to load."""
     shared, key = tmp_path / "shared", tmp_path / "key"

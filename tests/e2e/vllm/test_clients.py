@@ -105,6 +105,7 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.nightly
 async def test_vllms_own_benchmark(kind: str, request: pytest.FixtureRequest, toy: Toy, tmp_path: Path) -> None:
     """`vllm bench serve --lora-modules …`: all its requests succeed, over all the adapters that it was given."""
     async with behind(kind, request, toy, tmp_path) as (served, names):

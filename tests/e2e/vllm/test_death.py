@@ -17,6 +17,8 @@ from tests.e2e.vllm.toy import DIMS, SIZE
 from tests.kit.peft_files import TINY
 from tests.kit.vllm_emulated import VllmProcess
 
+pytestmark = pytest.mark.nightly
+
 PROMPT = [3, 4, 5]
 PATIENCE_S = 60.0
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."

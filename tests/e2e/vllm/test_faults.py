@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import httpx
+import pytest
 
 from sidecar.core.effects import Drop
 from tests.e2e.vllm.direct import at_once, http_client, registered
@@ -16,6 +17,8 @@ from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import NAMES, Toy, prompt
 from tests.kit.faults import assert_nothing_left
 from tests.kit.serving import until
+
+pytestmark = pytest.mark.nightly
 
 CLIENTS = 24
 TOKENS = 96

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from sidecar.core.effects import Settle
 from tests.e2e.vllm.direct import at_once, complete, http_client, inside, load, measured
 from tests.e2e.vllm.fronted import SEATS, Front, ask, in_front
 from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import NAMES, Toy, prompt
+
+pytestmark = pytest.mark.nightly
 
 REQUESTS = 128
 TOKENS = 128

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from sidecar.proto import admin_pb2
 from tests.e2e.vllm.direct import http_client, registered
 from tests.e2e.vllm.fronted import Front, Told, ask, in_front
@@ -15,6 +17,8 @@ from tests.e2e.vllm.server import VllmServer
 from tests.e2e.vllm.toy import Toy, all_different, prompt, write_version
 from tests.kit.faults import assert_nothing_left
 from tests.kit.serving import until
+
+pytestmark = pytest.mark.nightly
 
 SWITCHES = 20
 CLIENTS = 12
