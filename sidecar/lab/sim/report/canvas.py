@@ -143,7 +143,8 @@ def _root(draw: Callable[[], Figure], anchor: str) -> ElementTree.Element:
     used = set(re.findall(r"#([\w-]+)", text))
     root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", text, count=1))
     root.attrib = {"viewBox": root.attrib["viewBox"]}
-    root.remove(root[0])  # a style that would hold for the whole page
+    for styled in root.findall("defs[style]"):
+        root.remove(styled)  # it would hold for the whole page
     for element in root.iter():
         element.attrib = dict(_attributes(element.attrib, used))
         element.tail = None

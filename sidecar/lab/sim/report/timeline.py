@@ -140,7 +140,7 @@ def _views(runs: Sequence[Run]) -> list[View]:
 def _view(run: Run, tenures: Sequence[Tenure], until_ns: int) -> View:
     found = stays([each for each in tenures if each.begin_ns < until_ns])
     places = sorted({(stay.tenure.backend, stay.lane) for stay in found})[:LANES_MAX]
-    drawn = [stay for stay in found if (stay.tenure.backend, stay.lane) in set(places)]
+    drawn = [stay for stay in found if (stay.tenure.backend, stay.lane) <= places[-1]]
     return View(run, drawn, places, run.result.recorder.began_ns, until_ns)
 
 
