@@ -209,11 +209,11 @@ def test_without_the_extra_nothing_is_simulated_for_plots(
     arguments: tuple[str, ...], sidecar: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which extra to install is said at once; the command without plots needs none."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [
-        name for name in sys.modules if name.startswith(("sidecar.lab.sim.report", "sidecar.lab.plan.drawing"))
-    ]:
-        monkeypatch.delitem(sys.modules, name)
+    for name in {"matplotlib", *sys.modules}:
+        if name.partition(".")[0] == "matplotlib":
+            monkeypatch.setitem(sys.modules, name, None)
+        elif name.startswith(("sidecar.lab.sim.report", "sidecar.lab.plan.drawing")):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("sidecar.cli.simulating.run_simulation", None)
     monkeypatch.setattr("sidecar.cli.planning.Search", None)
 

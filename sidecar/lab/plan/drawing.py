@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from sidecar.errors import Misused, Reason
 from sidecar.lab.plan.record import Record
@@ -14,6 +12,10 @@ from sidecar.lab.sim.report.canvas import LIGHT, WIDE, Picture, sheet, svg
 from sidecar.lab.sim.report.page import rendered
 from sidecar.lab.sim.report.parts import Part, Table, over_slots
 from sidecar.lab.sim.report.words import count, number
+
+if TYPE_CHECKING:  # where matplotlib is missing, the report's room is what says so
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PANEL = 250.0
 """The height of one plot in pixels, with what is between it and the next."""
