@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from policies.views import HearsOfRemovals
 from sidecar.core import healing, joining, promising
-from sidecar.core.enums import Phase
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendLeaving, BackendRemoved
 from sidecar.core.state import Backend, State
 from sidecar.core.step import Turn
@@ -22,7 +22,7 @@ def added(turn: Turn, backend: Backend) -> None:
     state.forget_servers()
     for other in state.backends.values():
         if not promising.store_holds_slots(state, other):
-            turn.void_promises(other, "backend added")
+            turn.void_promises(other, Voided.BACKEND_ADDED)
 
 
 def leaving(turn: Turn, event: BackendLeaving) -> None:

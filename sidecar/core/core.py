@@ -31,7 +31,7 @@ from sidecar.core import (
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Effect, WakeAt
-from sidecar.core.enums import Phase
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.step import Turn
@@ -238,7 +238,7 @@ def _progress(turn: Turn, event: ev.Progress) -> None:
         backend.outstanding.generated(request.view.tenant, came)
     stalls.progressed(turn, backend, event)
     if running and _has_slowed(turn, backend, running):
-        turn.void_promises(backend, "backend slowed")
+        turn.void_promises(backend, Voided.BACKEND_SLOWED)
     backend.ordering.progressed(running, turn.now_ns)
 
 

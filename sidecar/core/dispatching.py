@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from policies.views import BASE, Close, Open, Send
 from sidecar.core import eligibility, promising, stalls, suspects
 from sidecar.core.effects import Dispatch, Load
@@ -24,12 +26,15 @@ def pump(turn: Turn, backend: Backend) -> None:
         if decision is None:
             return
         room.changed()
-        if isinstance(decision, Send):
-            _take_turn(turn, backend, turn.state.requests[decision.request])
-        elif isinstance(decision, Open):
-            open_version(turn, backend, decision.version)
-        else:
-            _close(backend, decision)
+        match decision:
+            case Send():
+                _take_turn(turn, backend, turn.state.requests[decision.request])
+            case Open():
+                open_version(turn, backend, decision.version)
+            case Close():
+                _close(backend, decision)
+            case _:
+                assert_never(decision)
 
 
 def _reload_stale(turn: Turn, backend: Backend) -> None:

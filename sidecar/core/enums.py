@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Why(Enum):
-    """Why a queued request is not running. The queue command, the log and the metrics all read this."""
+    """Why a queued request is not running: the label by which the queue command, the log and the metrics know it."""
 
     BACKEND_DOWN = "backend down"
     STALLED = "stalled?"
@@ -23,6 +23,45 @@ class Why(Enum):
     GATED = "gated"
     TENANT_CAP = "tenant cap"
     NEXT = "next"
+
+    @property
+    def because(self) -> str:
+        """The reason as a clause of a sentence about {places}: the backends on which it is true."""
+        return BECAUSE[self]
+
+
+BECAUSE = {
+    Why.BACKEND_DOWN: "no backend that could serve is up",
+    Why.STALLED: "nothing comes from {places}",
+    Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
+    Why.FETCHING: "weights are being fetched",
+    Why.STORE_FULL: "the host store has no room for more weights",
+    Why.LOADING: "weights are being loaded on {places}",
+    Why.HOST_CACHE_FULL: "the adapter host cache of {places} is full",
+    Why.SLOTS_BUSY: "all slots are busy on {places}",
+    Why.SEATS_FULL: "all seats are taken on {places}",
+    Why.KV_FULL: "the KV cache is full on {places}",
+    Why.PROBATION: "a first load is under way elsewhere",
+    Why.APART: "a suspect load on {places} is kept apart",
+    Why.GATED: "the ordering policy holds back on {places}",
+    Why.TENANT_CAP: "a tenant has its share of {places}",
+    Why.NEXT: "the turn on {places} has just come",
+}
+
+
+class Voided(Enum):
+    """Why what a request was promised no longer holds; the label of `lora_sidecar_wait_bounds_voided_total`."""
+
+    ADAPTER_LATE = "adapter late"
+    BACKEND_ADDED = "backend added"
+    BACKEND_LOST = "backend lost"
+    BACKEND_SLOWED = "backend slowed"
+    BACKEND_STALLED = "backend stalled"
+    ENGINE_QUEUE_FULL = "engine queue full"
+    KEPT_APART = "kept apart"
+    MOVED = "moved"
+    NO_BACKEND = "no backend"
+    RUN_AGAIN = "run again"
 
 
 class Fault(Enum):

@@ -11,6 +11,7 @@ A fault before the first token is mended; after it nothing is ever retried. The 
     rejected             the engine's word is final
     backend lost         route again, two backends at most; a version that two backends died of is quarantined
     no answer            nobody's word: a Load that was not got to in time, or never sent, is tried again later
+    not owned            never sent, for the backend is another replica's by now: the request is given back
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sidecar.core import eligibility
 from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
 from sidecar.core.eligibility import believed_page_limit, page_limit
-from sidecar.core.enums import Fault, Phase
+from sidecar.core.enums import Fault, Phase, Voided
 from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
@@ -205,7 +206,7 @@ def _queue_full(turn: Turn, request: Request, backend: Backend, text: str) -> No
 
 def _back_off(turn: Turn, backend: Backend) -> None:
     """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
-    turn.void_promises(backend, "engine queue full")
+    turn.void_promises(backend, Voided.ENGINE_QUEUE_FULL)
     backend.seats_learned = max(1, backend.in_flight)
     backend.seats_credit = 0
     _pause(turn, backend)
@@ -298,7 +299,7 @@ def load_failed(turn: Turn, event: LoadFailed) -> None:
     _reload(turn, backend, load.digest)
     version = turn.state.versions[load.digest]
     turn.heal(backend, f"load_{event.fault.value}", load.digest)
-    _LOADS.get(event.fault, _load_rejected)(turn, load, version, backend, event.text)
+    _LOADS[event.fault](turn, load, version, backend, event.text)
     turn.forget_version_if_unused(load.digest)
 
 
@@ -351,10 +352,13 @@ def _load_not_owned(turn: Turn, load: LoadRun, version: Version, backend: Backen
 
 
 _LOADS = {
+    Fault.MISS: _load_rejected,
     Fault.FULL: _load_full,
     Fault.PAGE_CLAIM: _load_page_claim,
     Fault.WHOLE_ENGINE: _load_whole_engine,
+    Fault.UNKNOWN_REGION: _load_rejected,
     Fault.QUEUE_FULL: _load_queue_full,
+    Fault.REJECTED: _load_rejected,
     Fault.LOST: _load_lost,
     Fault.NO_ANSWER: _load_full,
     Fault.NOT_OWNED: _load_not_owned,
@@ -377,7 +381,7 @@ def lose(turn: Turn, backend: Backend, cause: str) -> None:
     backend.fresh = True
     turn.state.joining.pop(backend.id, None)
     turn.state.forget_servers()
-    turn.void_promises(backend, "backend lost")
+    turn.void_promises(backend, Voided.BACKEND_LOST)
     turn.heal(backend, Fault.LOST.value, BASE)
     _lose_loads(turn, backend, cause)
     runs = [turn.state.requests[request_id] for request_id in list(backend.running)]

@@ -7,7 +7,7 @@ be sent to the new owner: what ran without a token is cancelled, and may run a s
 from __future__ import annotations
 
 from sidecar.core import healing, operators
-from sidecar.core.enums import Phase
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendGivenUp, BackendTaken
 from sidecar.core.silence import Silence
 from sidecar.core.step import Turn
@@ -37,7 +37,7 @@ def given_up(turn: Turn, event: BackendGivenUp) -> None:
     backend.owned = False
     backend.warmups.clear()
     turn.state.forget_servers()
-    turn.void_promises(backend, "moved")
+    turn.void_promises(backend, Voided.MOVED)
     message = f"{backend.id} is another replica's now ({event.cause}); send the request again"
     for request in [turn.state.requests[number] for number in (*backend.queued, *backend.running)]:
         if not request.first_token and not request.settled:

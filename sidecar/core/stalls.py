@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from sidecar.core import eligibility, promising
 from sidecar.core.effects import Probe
-from sidecar.core.enums import Phase
+from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendProbed, Progress
 from sidecar.core.state import NEVER_NS, Backend, State
 from sidecar.core.step import Turn
@@ -31,7 +31,6 @@ EXCUSES_MAX = 4
 """After so many doublings it may be silent for longer than `progress_timeout_s` usually is."""
 ASKED_AGAIN_NS = 5_000_000_000
 """A suspected one is asked so often: nothing may be in flight any more whose progress would tell."""
-REASON = "backend stalled"
 
 
 def began(turn: Turn, backend: Backend) -> None:
@@ -65,7 +64,7 @@ def probed(turn: Turn, event: BackendProbed) -> None:
         _believe(turn, backend)
     elif not silence.found:
         silence.found = event.text
-        turn.void_promises(backend, REASON)
+        turn.void_promises(backend, Voided.BACKEND_STALLED)
         _move_queue(turn, backend)
         _let_others_load(turn, backend)
 
@@ -187,6 +186,6 @@ def _let_others_load(turn: Turn, backend: Backend) -> None:
         return
     for request in state.requests.values():
         if request.version in unproven and not request.running:
-            turn.void_promise(request, REASON)
+            turn.void_promise(request, Voided.BACKEND_STALLED)
     turn.dirty.update(dict.fromkeys(state.backends))
     state.pool_changed = True

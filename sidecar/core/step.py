@@ -9,7 +9,7 @@ from policies.lines import Line
 from policies.views import BASE
 from sidecar.core import eligibility, promising
 from sidecar.core.effects import CancelRun, Drop, DropDisk, Effect, Heal, Settle
-from sidecar.core.enums import Outcome
+from sidecar.core.enums import Outcome, Voided
 from sidecar.core.facts import is_files
 from sidecar.core.routing_view import Offers
 from sidecar.core.state import Backend, HealNote, Queued, Request, State
@@ -47,7 +47,7 @@ class Turn:
         request.fetch_allowed_ns = backlog.fetch_ns
         request.queued_clock = self.state.lateness.clock(self.now_ns)
         if backend.facts.base_apart and eligibility.others_of(self.state, backend, request):
-            self.void_promises(backend, "kept apart")
+            self.void_promises(backend, Voided.KEPT_APART)
         elif not backend.silence.suspected and promising.bounds_hold(self.state, backend, request.version):
             request.promise = backend.ordering.promise(request.view, backlog, self.now_ns)
         if backend.silence.suspected or not promising.wait_is_known(backend):
@@ -61,7 +61,7 @@ class Turn:
 
     def route(self, request: Request) -> None:
         """Put a request that was queued or ran before into the queue of a backend, or aside while none can serve it."""
-        self.void_promise(request, "moved")
+        self.void_promise(request, Voided.MOVED)
         self.place(request, self.pick_backend(request))
 
     def move(self, request: Request, backend: Backend) -> None:
@@ -90,7 +90,7 @@ class Turn:
 
     def _set_aside(self, request: Request) -> None:
         """Keep a request that no backend can take at the moment: nothing bounds how long that lasts."""
-        self.void_promise(request, "no backend")
+        self.void_promise(request, Voided.NO_BACKEND)
         request.backend = None
         self.state.unrouted[request.id] = None
         self._count_waiting(request, 1)
@@ -134,21 +134,21 @@ class Turn:
         request.counted = False
         backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
 
-    def void_promise(self, request: Request, reason: str) -> None:
+    def void_promise(self, request: Request, why: Voided) -> None:
         """Note that what a promise rested on is gone; a request has only one, so nothing bounds its wait any more."""
         if request.promise is not None:
             request.promise = None
-            request.voided = reason
-            self.state.voided[reason] = self.state.voided.get(reason, 0) + 1
+            request.voided = why.value
+            self.state.voided[why.value] = self.state.voided.get(why.value, 0) + 1
 
-    def void_promises(self, backend: Backend, reason: str) -> None:
+    def void_promises(self, backend: Backend, why: Voided) -> None:
         """Void what is outstanding at a backend: of those that wait, and of those that run and have no token yet."""
         for request_id in backend.queued:
-            self.void_promise(self.state.requests[request_id], reason)
+            self.void_promise(self.state.requests[request_id], why)
         for request_id in backend.running:
             request = self.state.requests[request_id]
             if not request.first_token and not request.settled:
-                self.void_promise(request, reason)
+                self.void_promise(request, why)
 
     def dequeue(self, request: Request, to_run: bool = False) -> None:
         """Take a queued request out of wherever it waits."""
@@ -195,7 +195,7 @@ class Turn:
     def void_if_adapter_is_late(self, request: Request) -> None:
         """Void the promise of a request that has waited for its adapter for longer than the promise allows for that."""
         if request.fetch_ns + self._missing_ns(request) > request.fetch_allowed_ns:
-            self.void_promise(request, "adapter late")
+            self.void_promise(request, Voided.ADAPTER_LATE)
 
     def arrived_for(self, request: Request) -> None:
         """Note how long a request has waited for a blob that has just come."""
@@ -317,7 +317,7 @@ class Turn:
 
     def requeue(self, request: Request) -> None:
         """Queue a request that ran without a token again, under its old place in the order."""
-        self.void_promise(request, "run again")
+        self.void_promise(request, Voided.RUN_AGAIN)
         request.backend = None
         request.cache = None
         request.first_token = False
@@ -418,8 +418,13 @@ def outcome_of(reason: Reason | None) -> Outcome:
     """Return the label under which an ending is counted."""
     if reason is None:
         return Outcome.OK
-    if reason is Reason.EXPIRED:
-        return Outcome.EXPIRED
-    if reason is Reason.CANCELLED:
-        return Outcome.CANCELLED
-    return Outcome.REFUSED if reason.row.family is Family.REFUSED else Outcome.FAILED
+    match reason.row.family:
+        case Family.REFUSED:
+            return Outcome.REFUSED
+        case Family.DROPPED:
+            return DROPPED[reason]
+        case Family.FAILED | Family.INVALID | Family.MISUSED:
+            return Outcome.FAILED
+
+
+DROPPED = {Reason.EXPIRED: Outcome.EXPIRED, Reason.CANCELLED: Outcome.CANCELLED}

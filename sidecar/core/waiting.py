@@ -18,24 +18,6 @@ EXAMINED_MAX = 1_000
 """Requests that one view asks "why do you wait?", oldest first."""
 PLACES_NAMED_MAX = 2
 
-_BECAUSE = {
-    Why.BACKEND_DOWN: "no backend that could serve is up",
-    Why.STALLED: "nothing comes from {places}",
-    Why.BACKING_OFF: "a pause is kept after a refusal by {places}",
-    Why.FETCHING: "weights are being fetched",
-    Why.STORE_FULL: "the host store has no room for more weights",
-    Why.LOADING: "weights are being loaded on {places}",
-    Why.HOST_CACHE_FULL: "the adapter host cache of {places} is full",
-    Why.SLOTS_BUSY: "all slots are busy on {places}",
-    Why.SEATS_FULL: "all seats are taken on {places}",
-    Why.KV_FULL: "the KV cache is full on {places}",
-    Why.PROBATION: "a first load is under way elsewhere",
-    Why.APART: "a suspect load on {places} is kept apart",
-    Why.GATED: "the ordering policy holds back on {places}",
-    Why.TENANT_CAP: "a tenant has its share of {places}",
-    Why.NEXT: "the turn on {places} has just come",
-}
-
 
 @dataclass(frozen=True)
 class WaitingView:
@@ -183,7 +165,7 @@ def _because(why: Why, backends: list[str]) -> str:
     known = [backend for backend in backends if backend]
     if why is Why.BACKEND_DOWN and known:
         return f"nothing answers on {_places(known)}"
-    return _BECAUSE[why].format(places=_places(known))
+    return why.because.format(places=_places(known))
 
 
 def _places(backends: list[str]) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
-from sidecar.core.enums import Outcome
 from sidecar.core.state import State
-from sidecar.errors import Failed, Family, Reason, Refused
+from sidecar.core.step import outcome_of
+from sidecar.errors import Failed, Reason, Refused
 from sidecar.journal.raised import Raised
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,10 @@ def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[s
     """
     reason, message = _why(ticket, raised, owners)
     known = state.requests.get(ticket.request)
-    outcome = Outcome.OK if reason is None else Outcome.FAILED
-    if reason is not None and reason.row.family is Family.REFUSED:
-        outcome = Outcome.REFUSED
     dispatch = ticket.dispatch
     return Settle(
         ticket.request,
-        outcome,
+        outcome_of(reason),
         "" if known is None else known.view.name,
         "" if known is None else known.view.tenant,
         "default" if known is None else known.view.klass,

@@ -9,7 +9,7 @@ from sidecar.core import effects as fx
 from sidecar.core import eligibility, stalls
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.enums import Why
+from sidecar.core.enums import Voided, Why
 from sidecar.core.pace import Pace
 from sidecar.core.queries import backend_view
 from sidecar.core.waiting import queue_view
@@ -205,7 +205,7 @@ def test_an_engine_that_stalls_in_a_first_load_keeps_nobody_else_waiting() -> No
     assert not any(world.dispatches.get(request) for request in (held, *others))
     reporting(world, 4 * SECOND)
     assert all(world.dispatches[request] for request in others)
-    assert world.core.state.requests[held].voided == stalls.REASON
+    assert world.core.state.requests[held].voided == Voided.BACKEND_STALLED.value
     world.thaw("b0")
     world.run()
     world.assert_all_ok()

@@ -25,11 +25,12 @@ STATUSES = {
     "NOT_FOUND": 404,
     "RESOURCE_EXHAUSTED": 429,
     "CANCELLED": 499,
+    "ABORTED": 500,
     "INTERNAL": 500,
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-"""HTTP statuses by the gRPC code that the table of reasons has; others are 500."""
+"""HTTP statuses by the gRPC codes that the table of reasons has; others, which only engines give, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
 PARAMS = {Reason.UNKNOWN_ADAPTER: "model", Reason.NOT_ALLOWED: "model", Reason.QUARANTINED: "model"}

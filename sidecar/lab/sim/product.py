@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from functools import cache
 from time import perf_counter_ns
-from typing import Any
+from typing import assert_never
 
 from sidecar.backends.faults import classify
 from sidecar.config.plugins import policies_of
@@ -50,16 +49,6 @@ class Product:
         self._wake_ns: int | None = None
         self._events: deque[ev.Event] = deque()
         """What the core has yet to be given, and first what it is given now."""
-        self._acts: dict[type, Callable[[Any], None]] = {
-            do.Fetch: self._fetch,
-            do.Spill: self._spill,
-            do.Load: self._load,
-            do.Dispatch: self._dispatch,
-            do.CancelRun: self._cancel,
-            do.Probe: self._probe,
-            do.Settle: self._settle,
-            do.WakeAt: self._wake,
-        }
         facts = world.setup.engine.facts()
         for backend in world.setup.backends:
             self.feed(ev.BackendAdded(backend, facts))
@@ -108,9 +97,7 @@ class Product:
             return
         while self._events:
             for effect in self.step(self._events[0]):
-                act = self._acts.get(type(effect))
-                if act is not None:
-                    act(effect)
+                self.carry_out(effect)
             self._events.popleft()
 
     def step(self, event: ev.Event) -> list[do.Effect]:
@@ -141,6 +128,36 @@ class Product:
             self.feed(ev.RunFailed(request_id, attempt, fault, text))
 
     # What it does.
+
+    def carry_out(self, effect: do.Effect) -> None:
+        """Do what an effect says. Raises AssertionError for one that the simulator does not know."""
+        match effect:
+            case do.WakeAt():
+                self._wake(effect)
+            case do.Dispatch():
+                self._dispatch(effect)
+            case do.Settle():
+                self._settle(effect)
+            case do.Load():
+                self._load(effect)
+            case do.Fetch():
+                self._fetch(effect)
+            case do.Spill():
+                self._spill(effect)
+            case do.CancelRun():
+                self._cancel(effect)
+            case do.Probe():
+                self._probe(effect)
+            case do.Drop() | do.DropDisk():
+                pass  # nothing is held here: the core itself counts the bytes of both tiers
+            case do.RegisterRegions():
+                pass  # emulated engines share no memory with anybody
+            case do.Heal() | do.Quarantine():
+                pass  # notes for observers
+            case do.Answer():
+                pass  # operators' questions are asked for what they change, and nobody waits for the reply
+            case _:
+                assert_never(effect)
 
     def _fetch(self, effect: do.Fetch) -> None:
         self.world.recorder.fetched(self._names[effect.digest], effect.size_bytes)
