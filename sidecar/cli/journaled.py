@@ -18,13 +18,11 @@ from sidecar.lab.sim.options import BARE, Options
 from sidecar.lab.sim.recorded import Sizes, recorded_engine
 from sidecar.lab.sim.results import hot_of, percentiles
 from sidecar.lab.sim.runs import Run, class_limit, cost_of, policies_said
-from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar
+from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar, flavour_of
 from sidecar.lab.sim.tables import Figures
 from sidecar.lab.sim.workloads import Arrival, Workload
 
 LIVE = "live"
-FLAVOUR_OF = {"vllm": "vllm"}
-"""The flavour of a backend's kind; the others are TensorRT-LLM."""
 BASE_NAMES = ("", "base")
 
 
@@ -135,7 +133,7 @@ class _Answers:
 
 def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple[str, ...]]:
     facts = next(iter(setting.backends.values()))
-    flavour = options.engine or FLAVOUR_OF.get(facts.kind, EngineSetup.flavour)
+    flavour = options.engine or flavour_of(facts.kind)
     rank = max((adapter.rank_max for adapter in load.adapters.values()), default=EngineSetup.rank)
     cost = cost_of(options, flavour, facts.rank_max or rank)
     sizes = Sizes(options.seats, options.slots, options.host_slots)

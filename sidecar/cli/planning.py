@@ -40,7 +40,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.lab.plan.goal import Goal
 from sidecar.lab.plan.record import Record, record
 from sidecar.lab.plan.search import BACKENDS_MAX, Found, Search, sidecar_for
-from sidecar.lab.plan.settings import EMITTED
+from sidecar.lab.plan.settings import EMITTED, PLANNED
 from sidecar.lab.plan.site import ENGINES, HOST_MEMORY_BYTES, check_slots, site_of
 from sidecar.lab.sim.option_values import check_known, check_ranges, check_together, listed
 from sidecar.lab.sim.options import Options
@@ -140,9 +140,9 @@ def _check(
         from sidecar.lab.plan.drawing import check_plot  # raises Misused where what draws is not installed
 
         check_plot(plot)
-    other = {"pbtxt": "vllm", "vllm": "trtllm"}.get(emit or "")
-    if other is not None and (engine or "trtllm") == other:
-        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {other} reads; take helm or --engine")
+    planned = engine or "trtllm"
+    if emit in {each.pasted for each in PLANNED.values()} and emit != PLANNED[planned].pasted:
+        raise Misused(Reason.CONFIG_INVALID, f"--emit {emit} is nothing that {planned} reads; take helm or --engine")
 
 
 def _search(

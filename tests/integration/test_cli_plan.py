@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from sidecar.backends.registry import entries_of
 from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
 from sidecar.pace.cost import A100_TABLE
@@ -112,7 +113,7 @@ def test_values_that_the_sidecar_takes(engine: str, tmp_path: Path, sidecar: Cal
     assert f"calibrated from llama-3.1-8b/a100_sxm/{engine}" in checked.err
     config = parse(yaml.safe_load(told["lines"]), "lines")
     assert len(config.backends) == 2
-    backend = config.backends[0].engine
+    backend = entries_of(config)[0].engine
     assert (backend.device_pages, backend.host_pages) == (told["plan"]["device_pages"], told["plan"]["host_pages"])
     assert (backend.seats, backend.kv_tokens) == (told["plan"]["seats"], told["plan"]["kv_tokens"])
     assert config.store.memory_bytes == told["plan"]["store"]["memory_bytes"]

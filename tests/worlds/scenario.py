@@ -16,7 +16,7 @@ from policies.registry import POLICIES
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.facts import packed_for
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.sim.setup import COST_ENGINE, SECOND_NS, EngineSetup, Setup, Sidecar, adapter_named
+from sidecar.lab.sim.setup import FLAVOURS, SECOND_NS, EngineSetup, Setup, Sidecar, adapter_named
 from sidecar.lab.sim.workloads import WORKLOADS, LoadParameters, source
 from sidecar.pace.cost import CostModel, find_cost
 from sidecar.pace.cost_table import CostTable, load_cost_table
@@ -185,7 +185,7 @@ def _engine(random: Random, flavour: str, parameters: LoadParameters) -> EngineS
     slots, seats = random.randint(2, 12), _one(random, [2, 4, 8, 16, 32])
     longest = 16 * (parameters.input_tokens + parameters.output_tokens) + SLOT_TOKENS * slots
     return EngineSetup(
-        cost=_cost(COST_ENGINE.get(flavour, "trtllm"), _one(random, [longest, 4 * longest, 1 << 20])),
+        cost=_cost(FLAVOURS[flavour].engine, _one(random, [longest, 4 * longest, 1 << 20])),
         flavour=flavour,
         seats=seats,
         slots=slots,

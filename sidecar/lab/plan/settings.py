@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -14,31 +15,58 @@ from sidecar.lab.plan.candidates import Candidate
 from sidecar.lab.plan.engine import fractions
 from sidecar.lab.plan.layout import DTYPE
 from sidecar.lab.plan.search import Found
-from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
+from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
 
 GPU_MEMORY_UTILIZATION = 0.9
 """What vLLM's cost files were measured at: the adapters' part comes off the keys and values by itself."""
 QUEUE_WAIT_S = 600.0
 NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
-PORTS = {"triton": 8001, "vllm": 8000}
 ADAPTERS_DIR = "/mnt/adapters"
 """Stands for a folder that engine and sidecar share."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What plans for one engine are written as.
+
+    `settings` are the engine's own, by its names; `declared` adds to an entry under `backends` what is its kind's own.
+    `pasted` is the name of the lines that set the engine.
+    """
+
+    url: str
+    pasted: str
+    settings: Callable[[Candidate], dict[str, Any]]
+    declared: Callable[[Candidate], dict[str, Any]]
+    folder: str | None = None
+
+
 def engine_settings(candidate: Candidate) -> dict[str, Any]:
     """Return the engine's settings by the names that the engine gives them."""
-    layout, engine = candidate.site.layout, candidate.engine
-    if candidate.site.flavour == "vllm":
-        return {
-            "--enable-lora": True,
-            "--max-loras": candidate.slots,
-            "--max-cpu-loras": engine.host_slots,
-            "--max-lora-rank": layout.max_rank,
-            "--max-num-seqs": candidate.site.seats,
-            "--gpu-memory-utilization": GPU_MEMORY_UTILIZATION,
-        }
-    shares = fractions(engine)
+    return _planned(candidate).settings(candidate)
+
+
+def _planned(candidate: Candidate) -> Planned:
+    return PLANNED[_engine(candidate)]
+
+
+def _engine(candidate: Candidate) -> str:
+    return FLAVOURS[candidate.site.flavour].engine
+
+
+def _vllm_settings(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "--enable-lora": True,
+        "--max-loras": candidate.slots,
+        "--max-cpu-loras": candidate.engine.host_slots,
+        "--max-lora-rank": candidate.site.layout.max_rank,
+        "--max-num-seqs": candidate.site.seats,
+        "--gpu-memory-utilization": GPU_MEMORY_UTILIZATION,
+    }
+
+
+def _trtllm_settings(candidate: Candidate) -> dict[str, Any]:
+    layout, engine, shares = candidate.site.layout, candidate.engine, fractions(candidate.engine)
     return {
         "lora_cache_optimal_adapter_size": layout.optimal_rank,
         "lora_cache_max_adapter_size": layout.max_rank,
@@ -64,29 +92,26 @@ def sidecar_settings(found: Found, sidecar: Sidecar) -> dict[str, Any]:
 
 
 def _backend(candidate: Candidate, number: int) -> dict[str, Any]:
-    is_vllm = candidate.site.flavour == "vllm"
-    scheme = "vllm" if is_vllm else "triton"
-    engine = candidate.engine
-    declared: dict[str, Any] = {
+    planned, engine = _planned(candidate), candidate.engine
+    declared: dict[str, Any] = planned.declared(candidate) | {
         "rank_max": candidate.site.layout.max_rank,
         "layers": candidate.site.shape.layers,
-        # In vLLM a page is an adapter.
-        "host_pages": engine.host_slots if is_vllm else engine.host_pages,
-        "device_pages": candidate.slots if is_vllm else engine.device_pages,
         "seats": candidate.site.seats,
         "kv_tokens": engine.kv_tokens if engine.kv_tokens < KV_UNLIMITED_TOKENS else None,
         "cost": candidate.site.cost_named or None,
     }
-    packed = {} if is_vllm else _packed(candidate)
-    folder = {"adapters_dir": ADAPTERS_DIR} if is_vllm else {}
     return {
-        "url": f"{scheme}://engine-{number}:{PORTS[scheme]}",
-        **folder,
-        "engine": {name: value for name, value in (packed | declared).items() if value is not None},
+        "url": planned.url.format(number=number),
+        **({} if planned.folder is None else {"adapters_dir": planned.folder}),
+        "engine": {name: value for name, value in declared.items() if value is not None},
     }
 
 
-def _packed(candidate: Candidate) -> dict[str, Any]:
+def _declared_to_vllm(candidate: Candidate) -> dict[str, Any]:
+    return {"host_pages": candidate.engine.host_slots, "device_pages": candidate.slots}  # a page is an adapter
+
+
+def _declared_to_trtllm(candidate: Candidate) -> dict[str, Any]:
     """Return what an engine that takes packed weights has to be known by."""
     shape = candidate.site.shape
     dims = module_dims(shape)
@@ -96,6 +121,8 @@ def _packed(candidate: Candidate) -> dict[str, Any]:
         "kv_heads": shape.kv_heads,
         "head_size": shape.head_size,
         "modules": {name: [dims[name].in_dim, dims[name].out_dim] for name in candidate.site.layout.modules},
+        "host_pages": candidate.engine.host_pages,
+        "device_pages": candidate.engine.device_pages,
     }
 
 
@@ -139,6 +166,11 @@ def vllm(found: Found, sidecar: Sidecar) -> str:
     return _comments(found) + "\n".join(lines) + "\n"
 
 
+PLANNED = {
+    "trtllm": Planned("triton://engine-{number}:8001", "pbtxt", _trtllm_settings, _declared_to_trtllm),
+    "vllm": Planned("vllm://engine-{number}:8000", "vllm", _vllm_settings, _declared_to_vllm, ADAPTERS_DIR),
+}
+"""By the engine whose step times a plan rests on."""
 EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {"helm": helm, "pbtxt": pbtxt, "vllm": vllm}
 """What can be pasted, by name."""
 
@@ -157,7 +189,7 @@ def _comments(found: Found, *more: str) -> str:
 
 
 def _is(engine: str, candidate: Candidate, name: str) -> None:
-    actual = "vllm" if candidate.site.flavour == "vllm" else "trtllm"
+    actual = _engine(candidate)
     if actual != engine:
-        other = {"vllm": "vllm or helm", "trtllm": "pbtxt or helm"}[actual]
+        other = f"{PLANNED[actual].pasted} or helm"
         raise Misused(Reason.CONFIG_INVALID, f"--emit {name} is for {engine}, and the plan is for {actual}: {other}")

@@ -19,7 +19,7 @@ from sidecar.lab.plan.demand import Demand, demand_of
 from sidecar.lab.plan.layout import trtllm_layout, vllm_layout
 from sidecar.lab.sim.options import Options
 from sidecar.lab.sim.runs import GPU, MODEL, cost_of
-from sidecar.lab.sim.setup import COST_ENGINE, MODULES, EngineSetup, Setup
+from sidecar.lab.sim.setup import FLAVOURS, MODULES, EngineSetup, Setup
 from sidecar.pace.cost import CostModel, NoCostTable, cost_name, find_cost
 
 ENGINES = {"trtllm": "trtllm_no_evict", "vllm": "vllm"}
@@ -43,7 +43,8 @@ def site_of(
     modules = MODULES.get(options.lora_modules or "qv", MODULES["qv"])
     cost, named, measured = _cost(options, flavour, max(ranks), told)
     shape = _shape(cost, model_config, measured)
-    layout = vllm_layout(shape, ranks) if flavour == "vllm" else trtllm_layout(shape, modules, ranks)
+    by_adapters = FLAVOURS[flavour].counts_adapters
+    layout = vllm_layout(shape, ranks) if by_adapters else trtllm_layout(shape, modules, ranks)
     cost = CostModel(cost.table, cost.scale, layout.max_rank)
     seats = options.seats or EngineSetup.seats
     pool = Setup(engine=EngineSetup(cost=cost, flavour=flavour, seats=seats, rank=layout.max_rank, modules=modules))
@@ -77,7 +78,7 @@ def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostMo
     """
     if options.cost is not None:
         return cost_of(options, flavour, rank), str(options.cost), None
-    model, gpu, engine = options.model or MODEL, options.gpu or GPU, COST_ENGINE.get(flavour, "trtllm")
+    model, gpu, engine = options.model or MODEL, options.gpu or GPU, FLAVOURS[flavour].engine
     beside = Path(cost_name(model, gpu, engine))
     if beside.is_file():
         return cost_of(replace(options, model=None, gpu=None, cost=beside), flavour, rank), str(beside), None

@@ -15,10 +15,9 @@ from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, misfit, pages_
 from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import SHAPES, ModelShape, module_dims
 from sidecar.lab.engine.spec import EngineSpec
-from sidecar.lab.sim.setup import KV_UNLIMITED_TOKENS, EngineSetup
+from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, EngineSetup
 from sidecar.pace.cost import CostModel
 
-COUNTS_ADAPTERS = frozenset({"vllm"})
 """Flavours to which an adapter is one, whatever its rank: facts in pages say nothing of them."""
 
 
@@ -71,7 +70,7 @@ def recorded_engine(
 ) -> tuple[EngineSetup, bool]:
     """Return an engine of a live run, and whether it is built as that was. Raises Misused for a size nobody knows."""
     shape = shape_of(facts)
-    if shape is None or flavour in COUNTS_ADAPTERS:
+    if shape is None or FLAVOURS[flavour].counts_adapters:
         return _stand_in(facts, adapters, cost, flavour, sizes), False
     pages = [pages_of(each.rows, facts) for each in adapters.values() if misfit(each, facts) is None] or [1]
     device_pages = facts.device_pages if sizes.slots is None else sizes.slots * max(pages)

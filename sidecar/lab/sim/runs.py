@@ -13,7 +13,7 @@ from sidecar.lab.engine.shape import SHAPES
 from sidecar.lab.sim.bounds import Lengths, all_resident
 from sidecar.lab.sim.options import BARE, Options
 from sidecar.lab.sim.results import engines_of, step_times
-from sidecar.lab.sim.setup import COST_ENGINE, MODULES, SECOND_NS, EngineSetup, Setup, Sidecar
+from sidecar.lab.sim.setup import FLAVOURS, MODULES, SECOND_NS, EngineSetup, Setup, Sidecar
 from sidecar.lab.sim.traces import trace_workload
 from sidecar.lab.sim.workloads import Arrival, LoadParameters, Workload, workload
 from sidecar.pace.cost import CostModel, NoCostTable, find_cost
@@ -78,7 +78,7 @@ def engine_of(options: Options) -> tuple[EngineSetup, tuple[str, ...]]:
 def cost_of(options: Options, flavour: str, rank: int) -> CostModel:
     """Return how long steps take: from a file, or for the model and GPU in the flavour's engine. Raises Misused."""
     try:
-        path = options.cost or find_cost(options.model or MODEL, options.gpu or GPU, COST_ENGINE.get(flavour, "trtllm"))
+        path = options.cost or find_cost(options.model or MODEL, options.gpu or GPU, FLAVOURS[flavour].engine)
         cost = CostModel.from_file(path, lora_rank=rank)
     except NoCostTable as error:
         raise Misused(Reason.CONFIG_INVALID, f"{error} with --cost FILE") from error

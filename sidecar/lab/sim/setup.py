@@ -24,18 +24,31 @@ KV_UNLIMITED_TOKENS = 1 << 40
 MODULES: dict[str, tuple[str, ...]] = {"qv": ("attn_q", "attn_v"), "all": ALL_LINEAR}
 """What the adapters change, by the short name of the command line."""
 
-FLAVOURS: dict[str, str] = {
-    "trtllm_no_evict": "guaranteed_no_evict",
-    "trtllm_max_utilization": "max_utilization",
-    "vllm": "vllm",
-    "strict_fifo": "strict_fifo",
+
+@dataclass(frozen=True)
+class Flavour:
+    """A kind of engine as it is simulated: the emulator's scheduler, and the engine whose step times it runs on."""
+
+    scheduler: str
+    engine: str = "trtllm"
+    tokens_per_block: int = 64
+    reserved_modules: tuple[str, ...] | None = None
+    """What each slot keeps room for, whatever the adapters change; None: for what they do change."""
+    counts_adapters: bool = False
+    """Whether its caches count adapters, of whatever size."""
+
+
+FLAVOURS: dict[str, Flavour] = {
+    "trtllm_no_evict": Flavour("guaranteed_no_evict"),
+    "trtllm_max_utilization": Flavour("max_utilization"),
+    "vllm": Flavour("vllm", "vllm", tokens_per_block=16, reserved_modules=ALL_LINEAR, counts_adapters=True),
+    "strict_fifo": Flavour("strict_fifo"),
 }
-"""Engine flavours by name, and the emulator's scheduler that each one is."""
-TOKENS_PER_BLOCK = {"vllm": 16}
-RESERVED_MODULES = {"vllm": ALL_LINEAR}
-"""What a flavour keeps room for in each slot, whatever the adapters change; the others: what they do change."""
-COST_ENGINE = {"vllm": "vllm"}
-"""The engine whose measured step times a flavour runs on; the others are TensorRT-LLM."""
+
+
+def flavour_of(kind: str) -> str:
+    """Return the flavour that a live engine's kind of model is simulated as: one of that name, or else TensorRT-LLM."""
+    return kind if kind in FLAVOURS else EngineSetup.flavour
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,10 @@ class EngineSetup:
     tokens_per_step: int = 8192
 
     @property
+    def kind(self) -> Flavour:
+        return FLAVOURS[self.flavour]
+
+    @property
     def shape(self) -> ModelShape:
         """The model's shape; that of the 8B Llama for a cost file of no known model."""
         return SHAPES.get(self.cost.table.model, SHAPES["llama-3.1-8b"])
@@ -60,7 +77,7 @@ class EngineSetup:
     @cached_property
     def adapter_bytes(self) -> int:
         """GPU memory of one slot: an adapter of `rank`, in half precision."""
-        dims, kept = module_dims(self.shape), RESERVED_MODULES.get(self.flavour, self.modules)
+        dims, kept = module_dims(self.shape), self.kind.reserved_modules or self.modules
         return 2 * self.shape.layers * self.rank * sum(dims[name].in_dim + dims[name].out_dim for name in kept)
 
     @cached_property
@@ -70,7 +87,7 @@ class EngineSetup:
 
     def spec(self) -> EngineSpec:
         """Return the emulated engine: a page of its caches is one slot."""
-        block = TOKENS_PER_BLOCK.get(self.flavour, 64)
+        block = self.kind.tokens_per_block
         return EngineSpec(
             shape=self.shape,
             lora_modules=self.modules,
@@ -83,7 +100,7 @@ class EngineSetup:
             max_tokens_per_step=self.tokens_per_step,
             kv_blocks=self.kv_tokens // block,
             tokens_per_block=block,
-            scheduler=FLAVOURS[self.flavour],
+            scheduler=self.kind.scheduler,
             lora_host_pages=self.host_slots,
             lora_device_pages=self.slots,
         )
