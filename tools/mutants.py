@@ -16,8 +16,9 @@ default; --tests-from DIR takes the folder `tests` from another one, so that the
 How: in copies of the tree, one for each of --jobs, never in place. First the room's tests run as they are: they must
 pass. By `tools.reach` that run says how long each test takes and which functions each file calls. A mutant meets the
 files that call its function, the quickest first, until a test fails; one outside of functions, or in a function that
-no test calls in its own process, meets all of them. A test that takes more than three times what it took, and ten
-seconds, ends the run; so does the run as a whole. That is a timeout, and counts as killed.
+no test calls in its own process, meets all of them. A test that takes more than three times the CPU time that it took,
+and five seconds, ends the run; so does one that takes three times as long by the clock, and half a minute. That is a
+timeout, and counts as killed. On a machine that is busy with other things the clock may lie: look at who timed out.
 
 Printed: a table by room and each survivor with file:line and what was changed. --write has everything as JSON, also by
 which test each mutant was killed. --compare FILE lists the survivors that FILE killed or did not have.
@@ -31,6 +32,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -225,7 +227,7 @@ class Tree:
                 raise SystemExit(f"the tests of {room} fail without any mutant:\n{told}")
         record = json.loads(self.reached.read_text())
         seconds = dict.fromkeys(files, 0.0)
-        for test, took in record["seconds"].items():
+        for test, (took, _) in record["seconds"].items():
             seconds[test.partition("::")[0]] += took
         called: dict[str, set[str]] = {}
         for file, functions in record["functions"].items():
@@ -435,7 +437,9 @@ def main() -> int:
         for tree in trees:
             tree.close()
     tell(results)
-    print(f"\n{len(results)} mutants in {time.monotonic() - started:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    print(f"\n{len(results)} mutants in {time.monotonic() - started:.0f} s, {cpu:.0f} s of CPU")
     if options.write is not None:
         record = {"seed": options.seed, "suite": options.suite, "mutants": [result.record() for result in results]}
         options.write.write_text(json.dumps(record, indent=1) + "\n")

@@ -27,14 +27,14 @@ In a process without this plugin each module has one of its own that nobody read
 DEFINED = f"try:\n    {NAME}\nexcept NameError:\n    {NAME} = set()"
 
 TIMEOUT = 99
-SLACK_S = 10.0
+CPU_SLACK_S, SLACK_S = 5.0, 30.0
 
 _called: set[str] = set()
 _functions: dict[str, set[str]] = defaultdict(set)
 """By test file, each "path:line" of a `def` or its first decorator. What is set up for several files counts once."""
-_seconds: dict[str, float] = {}
-"""By test."""
-_before: dict[str, float] = (
+_seconds: dict[str, tuple[float, float]] = {}
+"""By test: of time, and of CPU time."""
+_before: dict[str, tuple[float, float]] = (
     json.loads(Path(os.environ["LIMITS"]).read_text())["seconds"] if "LIMITS" in os.environ else {}
 )
 setattr(builtins, NAME, _called)
@@ -84,23 +84,33 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     if "LIMITS" in os.environ:
-        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(TIMEOUT))
-        signal.setitimer(signal.ITIMER_REAL, limit_s(_before.get(item.nodeid, 0.0)))
+        _limit(*_before.get(item.nodeid, (0.0, 0.0)))
     try:
         return (yield)
     finally:
         _take(item.nodeid.partition("::")[0])
-        _seconds[item.nodeid] = time.monotonic() - started
+        _seconds[item.nodeid] = time.monotonic() - started, time.process_time() - cpu
 
 
 def limit_s(seconds: float) -> float:
     return SLACK_S + 3 * seconds
 
 
+def _limit(seconds: float, cpu_seconds: float) -> None:
+    """End the process when a test takes long. A loop without end is told by its CPU time, on a busy machine as well;
+    what waits for ever by the clock, which is given more.
+    """
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, lambda number, frame: os._exit(TIMEOUT))
+    signal.setitimer(signal.ITIMER_REAL, limit_s(seconds))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SLACK_S + 3 * cpu_seconds)
+
+
 def pytest_sessionfinish() -> None:
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF):
+        signal.setitimer(timer, 0)
     if "REACH_FILE" in os.environ:
         record = {"seconds": _seconds, "functions": {file: sorted(called) for file, called in _functions.items()}}
         Path(os.environ["REACH_FILE"]).write_text(json.dumps(record))
