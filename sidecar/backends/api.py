@@ -48,7 +48,9 @@ class HttpForm:
 
 
 Form = bytes | HttpForm
-"""A request as one kind of engine takes it: a serialized `ModelInferRequest`, or an HTTP body."""
+"""A request as one kind of model takes it: an HTTP body, or bytes that only that kind reads. Bytes for a model that is
+native to KServe are a serialized `ModelInferRequest`.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,13 @@ class Payload:
 
 
 class Reply:
-    """One response of the engine: what came over the wire, and whether it is the last.
+    """One response of the engine, and whether it is the last.
 
-    `message` is the parsed response, which most replies are passed on without.
+    `raw` is what the reader of the model's kind reads. Of a model that is native to an API it is what a client of that
+    API gets: for OpenAI the body, or one event of a stream; for KServe a serialized `ModelInferResponse` where the
+    request is `unary`, else a `ModelStreamInferResponse` that says by `triton_final_response` whether it is the last.
+
+    `message` is the parsed `ModelInferResponse`, for KServe only; where it is None, `raw` is parsed when it is needed.
     """
 
     __slots__ = ("_message", "final", "raw")
@@ -281,19 +287,22 @@ class LoadResult:
     """How a load ended. `error` is None when it came through, else why not.
 
     `lost`: its wire broke. `unanswered`: the engine did not get to it in time, or it was never sent. Neither: the text
-    is the engine's own.
+    is the engine's own, and `means` says what it stands for; None has it looked up in `backends.faults`.
     """
 
     error: str | None
     lost: bool = False
     unanswered: bool = False
+    means: Fault | None = None
 
     @property
     def fault(self) -> Fault:
         """What the error of a load that did not come through means."""
         if self.lost:
             return Fault.LOST
-        return Fault.NO_ANSWER if self.unanswered else faults.classify(self.error or "")
+        if self.unanswered:
+            return Fault.NO_ANSWER
+        return self.means or faults.classify(self.error or "")
 
 
 class Backend(Protocol):
@@ -322,16 +331,25 @@ class Backend(Protocol):
         """Load a packed adapter; posts LoadDone, LoadFailed."""
 
     def register_regions(self) -> None:
-        """Register shared-memory regions anew, the clients' and ours; runs that follow wait for it."""
+        """Register shared-memory regions anew, the clients' and ours; runs that follow wait for it.
+
+        Nothing to do for an engine that has none.
+        """
 
     def probe(self, within_s: float) -> None:
         """Find out within a time whether the engine lives; posts BackendProbed, unless it is lost meanwhile."""
 
-    async def forget(self, region: str) -> None:
-        """Return when the engine no longer refers to a region of the store, or is gone."""
+    async def forget(self, key: str) -> None:
+        """Return when the engine no longer refers to an adapter of the store, or is gone: its files or bytes go next.
+
+        `key` is the packed key of files in a shared folder, or the name of a blob's shared-memory region.
+        """
 
     async def call(self, verb: str, request: Any) -> Any:
-        """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
+        """Pass a KServe verb on as it is. Asked of engines only whose model is native to KServe.
+
+        Raises grpc.aio.AioRpcError with the server's own status, UNIMPLEMENTED for a verb that it does not have.
+        """
 
     def detail(self) -> str:
         """Say in a few words what the operator should know: how it was found, or why it is down."""

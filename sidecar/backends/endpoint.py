@@ -3,6 +3,12 @@
 A kind says how its engine is reached, looked at, loaded and asked; here is what follows from that. Everything returns
 at once and what comes of it is posted; one watcher task looks at the engine every second, and a run whose wire breaks
 has it looked at there and then.
+
+A kind's subclass implements the abstract methods, sets `WIRE_ERRORS` and `streams`, and overrides `forget` where
+engines keep what the store drops, and `call` where their models are native to KServe. It tells the pulse that it has
+begun (`_reach`), was seen and has counted steps (`_look`). A run tells `_heard` of each reply, delivers the reply to
+its ticket before it posts what the core must know of it, and posts exactly one end, unless `_wire_broke` says that the
+backend's loss ends the run.
 """
 
 from __future__ import annotations
@@ -14,6 +20,9 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from time import monotonic
 from typing import Any, ClassVar, Protocol, TypeVar
+
+import grpc
+import grpc.aio
 
 from sidecar.backends.api import LoadResult, Ticket, Weights
 from sidecar.backends.pulse import Pulse
@@ -82,6 +91,11 @@ class Endpoint(ABC):
 
     # What a kind says.
 
+    @property
+    @abstractmethod
+    def streams(self) -> bool:
+        """Whether the engine answers token by token, as far as is known; a class attribute where all engines do."""
+
     @abstractmethod
     async def _reach(self) -> EngineFacts:
         """Find out what the engine is. Raises Misused when it cannot be used as it is, WIRE_ERRORS when it is away."""
@@ -125,6 +139,16 @@ class Endpoint(ABC):
     @abstractmethod
     def _describe(self) -> str:
         """Say what an operator should know of an engine that is up."""
+
+    async def forget(self, key: str) -> None:  # noqa: B027 — there may be nothing to do
+        """Most engines keep a copy of what they were given, and refer to nothing of the store."""
+
+    def register_regions(self) -> None:  # noqa: B027 — most engines have none
+        """There are none."""
+
+    async def call(self, verb: str, request: Any) -> Any:
+        text, nothing = f"{self.id} does not speak KServe, and has no {verb}", grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNIMPLEMENTED, nothing, nothing, text, None)
 
     def _measures(self) -> BackendMeasured | None:
         """Return how much the engine takes and how full it is, None where that is not known."""

@@ -21,7 +21,11 @@ from sidecar.core.facts import EngineFacts
 
 
 class Native(Enum):
-    """The API whose requests a model takes as its client sent them, but for the adapter."""
+    """The API whose requests a model takes as its client sent them, but for the adapter.
+
+    Its backends answer in that API's own bytes (`api.Reply`). Those of KServe are asked its other verbs too
+    (`Backend.call`).
+    """
 
     KSERVE = "kserve"
     OPENAI = "openai"
@@ -67,8 +71,11 @@ class Reader(Protocol):
 class Asking:
     """How an `Ask` is put to a model, and its answer read.
 
-    `write(ask, streams)` gives the request; `why_not(ask)` says what of it the model has no input for, "" if nothing.
-    `reader(is_text)` reads one answer, as text or as token ids. What is written here may be written in another process.
+    `write(ask, streams)` gives the request without its adapter, which the backend adds when it is sent; `why_not(ask)`
+    says what of it the model has no input for, "" if nothing: then all of it is written. `prompts` are the kinds of
+    prompt that the model takes. `reader(is_text)` reads one answer: `is_text` for a text prompt, whose answer is text.
+
+    What is written here may be written in another process, so all three are functions of a module.
     """
 
     write: Callable[[Ask, bool], Form]
@@ -79,17 +86,19 @@ class Asking:
 
 @dataclass(frozen=True, eq=False)
 class ModelKind:
-    """A kind of model: what it can be asked, and how.
-
-    `recognises(rank)` says of a KServe request, by the rank of its inputs, that it is written for this model and not
-    for a sibling; `rank(name)` is None for an input that is not there.
-    """
+    """A kind of model: what it can be asked, and how. One with neither `native` nor `asking` can be asked nothing."""
 
     name: str
+    """Its name, which no other kind's model has: `EngineFacts.kind`, and `Payload.kind` of what is written for it."""
     title: str = ""
+    """What people call it, in errors."""
     native: Native | None = None
     asking: Asking | None = None
+    """How requests of ours are put to it: by `Generate`, and by the OpenAI API where it is not native to that."""
     recognises: Callable[[Callable[[str], int | None]], bool] | None = None
+    """Whether a client's KServe request is for this model, where engines of several may have it: by the rank of its
+    inputs, `rank(name)`, which is None for an input that is not there. The first model that says yes gets it.
+    """
     text_model: str = ""
     """The model beside it that takes text for it, where it may be absent."""
     reads_files: bool = False
@@ -102,7 +111,11 @@ class ModelKind:
 
 @dataclass(frozen=True)
 class Wiring:
-    """What a process lends to its backends. `owner` is this replica's id, one of several."""
+    """What a process lends to its backends: most kinds need none of it.
+
+    `loader` sends packed weights to Triton by another process, `memory` is where they lie for engines of this machine;
+    `owner` is this replica's id, "" where there is one only.
+    """
 
     loader: LoaderProcess
     memory: SharedMemory = NOT_SHARED
@@ -141,16 +154,22 @@ def _declared_as_it_is(entry: Any, declared: EngineFacts, all_of_kind: Sequence[
 class Kind:
     """A kind of backend.
 
-    `connect` makes a backend of an entry and what is declared of its engine, and returns what is known of the engine
-    before it is reached. `declare` adds to what is declared what follows from the entries of this kind.
+    `declare(entry, declared, all_of_kind)` adds to what is declared of an engine what follows from its entry and the
+    others of this kind; at least the kind of model to expect (`with_kind`), until the engine has said.
+
+    `connect(entry, declared, wiring)` makes its backend, which reaches for the engine when it is started, and returns
+    with it what is known of the engine until then: `declared`, or more.
     """
 
     name: str
+    """What a configuration calls it: the first of its section's `SCHEMES`."""
     section: type[Entry]
+    """How its entries of `backends` are read: a subclass with its own keys, `SCHEMES` and `ELSEWHERE`."""
     models: tuple[ModelKind, ...]
     connect: Callable[[Any, EngineFacts, Wiring], tuple[Backend, EngineFacts]]
     declare: Callable[[Any, EngineFacts, Sequence[Any]], EngineFacts] = _declared_as_it_is
     checks: Callable[[], Checks] | None = None
+    """What `backends check` looks at; None where there is nothing to look at yet."""
     notes: Callable[[Any, EngineFacts], Iterator[str]] = lambda entry, declared: iter(())
     """What `config check` says of an entry: what it needs and is not given."""
     unchecked: Callable[[Sequence[str]], str] | None = None

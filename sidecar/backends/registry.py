@@ -102,9 +102,9 @@ def written_for(rank: Callable[[str], int | None]) -> ModelKind:
     return next((model for model in natives if model.recognises is not None and model.recognises(rank)), natives[0])
 
 
-def urls() -> str:
-    """Return the form of each kind's URL, for people."""
-    schemes = [scheme for kind in kinds() for scheme, secure in kind.section.SCHEMES.items() if not secure]
+def urls(of: Callable[[Kind], bool] = lambda kind: True) -> str:
+    """Return the form of each kind's URL, for people; of some kinds only."""
+    schemes = [scheme for kind in filter(of, kinds()) for scheme, secure in kind.section.SCHEMES.items() if not secure]
     return " or ".join(f"{scheme}://HOST:PORT" for scheme in schemes)
 
 

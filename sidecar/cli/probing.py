@@ -81,7 +81,8 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
     record = wanted.applied_to(_record(url, config, wanted.config))
     (backend,) = entries_of(parse({"backends": [record]}, "the command line"), "the command line")
     if _checks_of(backend) is None:
-        why = f"{backend.url}: engines of its kind cannot be checked; those behind {urls()} can"
+        checked = urls(lambda kind: kind.checks is not None)
+        why = f"{backend.url}: engines of its kind cannot be checked; those behind {checked} can"
         raise CommandError(why, Exit.MISUSED)
 
     served = _served(wanted.adapters or config.adapters.serve)

@@ -69,19 +69,21 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
             f"no backend speaks KServe: these are {_titles(engines)}; use the OpenAI API on the http listener, or "
             "Gateway.Generate",
         )
-    having = [facts for facts in kserve if _has_model(facts, payload.model)]
+    is_named = any(payload.model in facts.models for facts in kserve)
+
+    def has_model(facts: EngineFacts) -> bool:
+        """One that names no models may have any, but not where others name it."""
+        return payload.model in facts.models if is_named else not facts.models
+
+    having = [facts for facts in kserve if has_model(facts)]
     kinds = {facts.kind for facts in having or kserve}
     if len(kinds) == 1:
         payload = replace(payload, kind=kinds.pop())
 
     def fits(facts: EngineFacts) -> bool:
-        return facts.kind in payload.kinds and (not having or _has_model(facts, payload.model))
+        return facts.kind in payload.kinds and (not having or has_model(facts))
 
     return payload, places(state, fits) or ()
-
-
-def _has_model(facts: EngineFacts, model: str) -> bool:
-    return not facts.models or model in facts.models
 
 
 def _engines(state: State) -> list[EngineFacts]:

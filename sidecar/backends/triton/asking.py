@@ -32,9 +32,12 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def _why_not_core(ask: Ask) -> str:
-    if ask.text is None and ask.stop_words:
+    if ask.text is not None:
+        return ""
+    if ask.stop_words:
         return "stop_words need a text prompt: with token ids only the client knows them"
-    return ""
+    lacked = [name for name in (*_PENALTIES, "ignore_eos") if getattr(ask, name) not in (None, False)]
+    return f"{' and '.join(lacked)} need a text prompt; leave it out" if lacked else ""
 
 
 def _write_core(ask: Ask, streams: bool) -> bytes:

@@ -13,7 +13,6 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import httpx
 
@@ -232,13 +231,6 @@ class VllmBackend(Endpoint):
             else:
                 break
         self._registered.pop(key, None)
-
-    def register_regions(self) -> None:
-        """There are none."""
-
-    async def call(self, verb: str, request: Any) -> Any:
-        """Never asked: the verbs are Triton's."""
-        raise NotImplementedError(f"{self.id} is a vLLM, which has no {verb}")
 
     async def _leave(self) -> None:
         await self._unload_all()

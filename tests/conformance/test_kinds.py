@@ -1,0 +1,148 @@
+"""One suite over every kind of backend in the registry, and over the toy kind beside them.
+
+A kind that is added to the registry is picked up by its line; its engine is added to `ENGINES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from sidecar.backends import registry
+from sidecar.backends.kind import Kind, Wiring
+from sidecar.backends.registry import KINDS, kind_named
+from sidecar.backends.triton.loads import LoaderProcess
+from sidecar.lab.conformance.kinds import LIVE, RECORD, Stage
+from tests.conformance.toy.engine import ToyEngine
+from tests.kit.emulated import start_engine
+from tests.kit.peft_files import write_adapter
+from tests.kit.ports import free_port
+from tests.kit.vllm_emulated import start_vllm
+
+TOY = "tests.conformance.toy.kind:TOY"
+NAMES = (*KINDS, "toy")
+SLOTS = 2
+SOON = {"progress_timeout_s": 2.0}
+
+
+@pytest.fixture(autouse=True)
+def toy_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the registry line of the toy kind."""
+    monkeypatch.setitem(registry.KINDS, "toy", TOY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("check", RECORD, ids=lambda check: check.__name__)
+def test_record(name: str, check: Callable[[Kind], None]) -> None:
+    """Every kind's record keeps every check."""
+    check(kind_named(name))
+
+
+# The engines. Each has one seat and two slots.
+
+
+class Emulated:
+    """An emulated engine in this event loop, on one port."""
+
+    slots = SLOTS
+
+    def __init__(self, start: Callable[..., Awaitable[Any]], record: dict[str, Any], **options: Any) -> None:
+        self.record = record | SOON
+        self._start = start
+        self._options = options
+        self._server: Any = None
+
+    async def start(self) -> None:
+        self._server = await self._start(compute="none", seats=1, **self._options)
+
+    async def kill(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop()
+
+    def running(self) -> int:
+        return 0 if self._server is None else self._server.engine.counters.active
+
+
+class Toy:
+    """A toy engine."""
+
+    slots = SLOTS
+
+    def __init__(self, speaks: str, shared: Path) -> None:
+        self._engine = ToyEngine(speaks, slots=SLOTS, seats=1, port=free_port())
+        self.record = {"url": f"toy://{self._engine.address}", "speaks": speaks, "adapters_dir": str(shared)} | SOON
+
+    async def start(self) -> None:
+        await self._engine.start()
+
+    async def kill(self) -> None:
+        await self._engine.kill()
+
+    def running(self) -> int:
+        return len(self._engine.running)
+
+
+def triton(shared: Path) -> Emulated:
+    port = free_port()
+    record = {"url": f"triton://127.0.0.1:{port}", "weights_transport": "grpc"}
+    return Emulated(start_engine, record, grpc_port=port, lora_host_pages=SLOTS, lora_device_pages=SLOTS)
+
+
+def triton_llmapi(shared: Path) -> Emulated:
+    port = free_port()
+    record = {"url": f"triton://127.0.0.1:{port}", "adapters_dir": str(shared)}
+    return Emulated(start_engine, record, grpc_port=port, protocol="llmapi", lora_host_pages=SLOTS)
+
+
+def vllm(shared: Path) -> Emulated:
+    port = free_port()
+    record = {"url": f"vllm://127.0.0.1:{port}", "adapters_dir": str(shared)}
+    return Emulated(start_vllm, record, http_port=port, max_loras=SLOTS, max_cpu_loras=SLOTS)
+
+
+ENGINES: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "triton": ("triton", triton),
+    "triton_llmapi": ("triton", triton_llmapi),
+    "vllm": ("vllm", vllm),
+    "toy": ("toy", lambda shared: Toy("toy", shared)),
+    "toy_kserve": ("toy", lambda shared: Toy("kserve", shared)),
+}
+"""By the name of the model: its kind, and what makes its engine, given the folder that is shared with it."""
+
+
+def test_every_model_has_an_engine() -> None:
+    """A kind without an engine here would pass the live checks unseen."""
+    assert set(registry.models()) == set(ENGINES)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return [write_adapter(folder / f"a{seed}", seed=seed) for seed in range(SLOTS + 2)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def loader() -> AsyncIterator[LoaderProcess]:
+    loader = LoaderProcess()
+    yield loader
+    await loader.close()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize("model", ENGINES)
+@pytest.mark.parametrize("check", LIVE, ids=lambda check: check.__name__)
+async def test_live(
+    model: str,
+    check: Callable[[Stage], Awaitable[None]],
+    adapters: list[Path],
+    loader: LoaderProcess,
+    tmp_path: Path,
+) -> None:
+    """Every kind's backends keep every check, in front of an engine for each model that the kind has."""
+    name, make_engine = ENGINES[model]
+    await check(Stage(kind_named(name), make_engine(tmp_path / "shared"), adapters, Wiring(loader)))
