@@ -69,9 +69,13 @@ ROOMS: dict[str, tuple[str, ...]] = {
         )
     ),
     "kserve": (
+        "sidecar/fronts/kserve/structure.py",
         "sidecar/fronts/kserve_structure.py",
+        "sidecar/fronts/kserve/tensors.py",
         "sidecar/fronts/kserve_tensors.py",
+        "sidecar/fronts/kserve/parameters.py",
         "sidecar/fronts/kserve_parameters.py",
+        "sidecar/fronts/kserve/request.py",
         "sidecar/fronts/kserve_request.py",
         "sidecar/fronts/message_fields.py",
         "sidecar/fronts/checked_messages.py",
@@ -117,7 +121,11 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
             "tests/attack/test_words_beside_the_request.py",
             "tests/attack/test_words_without_end.py",
         ),
-        "ownership": ("tests/unit/test_ownership.py", "tests/sim/ownership/test_ownership.py"),
+        "ownership": (
+            "tests/unit/test_ownership.py",
+            "tests/sim/ownership/test_ownership.py",
+            "tests/worlds/ownership/test_ownership.py",
+        ),
     },
 }
 """The tests of each room, before and after they were made quicker."""

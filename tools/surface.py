@@ -41,7 +41,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-CONFIGURATION = {"": "sidecar.config:Config"}
+CONFIGURATION = (
+    ("", "sidecar.config:Config"),
+    ("backends[]", "sidecar.backends.triton.kind:TritonEntry"),
+    ("backends[]", "sidecar.backends.vllm.kind:VllmEntry"),
+)
 """Models of the configuration, by the key that they stand below: "" for the whole, "backends[]" for an entry there."""
 WHERE = {
     "metrics": "sidecar.shell.metric_table:METRICS",  # of each: name, kind, labels, help
@@ -177,7 +181,7 @@ def _prose(text: str | None) -> str | None:
 def configuration() -> dict[str, Any]:
     """Return every key with its type, bounds and default; `[]` is an entry of a list, `*` a key that users choose."""
     keys: dict[str, Any] = {}
-    for prefix, place in CONFIGURATION.items():
+    for prefix, place in CONFIGURATION:
         schema = imported(place).model_json_schema()
         keys |= dict(_keys(schema, schema.get("$defs", {}), prefix, {}))
     return keys

@@ -118,7 +118,8 @@ class Proportional:
 
     def snapshot(self) -> Any:
         arrivals = [[version, list(buckets.items())] for version, buckets in self._arrivals.items()]
-        return [self._tick, arrivals, self._smoothed, self._replicas, self._shrank]
+        # Copies: the journal writes them while this policy goes on.
+        return [self._tick, arrivals, dict(self._smoothed), dict(self._replicas), dict(self._shrank)]
 
     def restore(self, state: Any) -> None:
         self._tick, arrivals, smoothed, replicas, shrank = state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -45,6 +45,8 @@ def _value(value: Any) -> Any:
         return round(value, 6)
     if isinstance(value, (str, int)):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): _value(item) for key, item in value.items()}
     return [_value(item) for item in value]
 
 

@@ -25,8 +25,8 @@ import typer.main
 from redis.asyncio import Redis
 
 from sidecar.cli import app
-from tests.cli_runs import Ended, runner
-from tests.redis_servers import running as running_redis
+from tests.kit.cli_runs import Ended, runner
+from tests.kit.redis_servers import running as running_redis
 
 BEFORE = Path(__file__).parent / "before"
 EXAMPLES = Path(__file__).parents[2] / "examples"
