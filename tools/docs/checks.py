@@ -1,0 +1,53 @@
+"""Find what a page says that is not so: commands, links, files, blocks of no language."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tools.docs.commands import problems_of_block, problems_of_span
+from tools.docs.pages import COMMANDS, ROOT, anchors, blocks, inline_code, links, named, pages
+
+_PATH = re.compile(r"(?:sidecar|policies|tests|tools|deploy|examples|docs|proto)/[\w./-]+")
+_PLACEHOLDER = re.compile(r"(?:^|/)[A-Z_]{3,}(?:[./]|$)|…|NAME")
+_OLD = {"CHANGELOG.md", "docs/upgrading.md"}
+"""Pages that tell of what was: their commands need not be there any more."""
+
+
+def problems(among: Iterable[Path] | None = None) -> Iterator[str]:
+    """Yield what is wrong with the pages, each with its place."""
+    for page in pages() if among is None else among:
+        yield from _of_blocks(page)
+        yield from _of_links(page)
+        if named(page) not in _OLD:
+            yield from _of_code(page)
+
+
+def _of_blocks(page: Path) -> Iterator[str]:
+    for block in blocks(page):
+        if not block.language:
+            yield f"{block.at}: a block without a language; commands are sh or console, what is shown is text"
+        if block.marker not in ("", "not run", "file"):
+            yield f"{block.at}: unknown marker {block.marker}; there are: not run, file"
+        if block.language in COMMANDS and named(page) not in _OLD:
+            for problem in problems_of_block(block):
+                yield f"{block.at}: {problem}"
+
+
+def _of_links(page: Path) -> Iterator[str]:
+    for number, target in links(page):
+        path, _, anchor = target.partition("#")
+        to = (page.parent / path).resolve() if path else page
+        if not to.exists():
+            yield f"{named(page)}:{number}: {target}: there is no {path}"
+        elif anchor and to.suffix == ".md" and anchor not in anchors(to):
+            yield f"{named(page)}:{number}: {target}: {named(to)} has no heading #{anchor}"
+
+
+def _of_code(page: Path) -> Iterator[str]:
+    for number, code in inline_code(page):
+        for problem in problems_of_span(code):
+            yield f"{named(page)}:{number}: {problem}"
+        if _PATH.fullmatch(code) and not _PLACEHOLDER.search(code) and not (ROOT / code).exists():
+            yield f"{named(page)}:{number}: there is no {code}"

@@ -1,0 +1,85 @@
+"""The pages that are made from code, and whether those that are checked in are current."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sidecar.errors import TABLE, Family
+from sidecar.shell.metric_table import METRICS
+from tools.docs import configuration
+from tools.docs.pages import ROOT, named
+
+NOTE = "<!-- Made by `python -m tools.docs generate` from {source}; do not edit. -->\n\n"
+METRICS_PAGE = """# Metrics
+
+`/metrics` of the probes listener speaks Prometheus's text format. Every family is listed here, in the order in which it
+is shown.
+
+The number of series does not grow with what clients send: adapters past `adapter_labels_max`, and names that nobody
+registered, are counted under `_other`, requests for the base model under `_base`. No histogram has an adapter label.
+[Operations](operations.md) says what to look at first, the [runbook](runbook.md) what each alert asks for.
+
+| metric | type | labels | meaning |
+|---|---|---|---|
+"""
+ERRORS_PAGE = """# Errors
+
+Every error names the thing, the reason and the way out. Its machine-readable part is `google.rpc.ErrorInfo` in gRPC's
+details, `code` in an OpenAI error body, and `[REASON]` at the beginning of the message on a KServe stream.
+
+The family answers the first question, whether the request may have run:
+
+| family | means |
+|---|---|
+| refused | never sent to an engine; safe to send again or elsewhere |
+| dropped | ended while it waited in the queue; never sent to an engine |
+| failed | sent to an engine, so it may have run |
+| invalid | an adapter that cannot be served as it is |
+| misused | a command, a configuration or a machine that is not as it must be |
+
+A retry can help where the last column says so: the error then carries `google.rpc.RetryInfo`, and over plain gRPC
+`grpc-retry-pushback-ms`.
+
+| reason | family | gRPC code | retry |
+|---|---|---|---|
+"""
+
+
+def metrics_page() -> str:
+    rows = (f"| `{metric.name}` | {metric.kind} | {', '.join(metric.labels)} | {metric.help} |\n" for metric in METRICS)
+    return METRICS_PAGE + "".join(rows)
+
+
+def errors_page() -> str:
+    order = list(Family)
+    rows = sorted(TABLE.items(), key=lambda item: order.index(item[1].family))
+    return ERRORS_PAGE + "".join(
+        f"| `{reason.value}` | {row.family.value} | {row.code} | {'yes' if row.retryable else ''} |\n"
+        for reason, row in rows
+    )
+
+
+PAGES: dict[str, tuple[str, Callable[[], str]]] = {
+    "docs/configuration-keys.md": ("sidecar.config", configuration.page),
+    "docs/metrics.md": ("sidecar/shell/metric_table.py", metrics_page),
+    "docs/errors.md": ("sidecar/errors.py", errors_page),
+}
+
+
+def made() -> Iterator[tuple[Path, str]]:
+    """Yield the path and the text of every page that is made from code."""
+    for path, (source, page) in PAGES.items():
+        yield ROOT / path, NOTE.format(source=source) + page()
+
+
+def outdated() -> Iterator[str]:
+    """Yield what is wrong with the checked-in pages that are made from code."""
+    for path, text in made():
+        if not path.is_file() or path.read_text() != text:
+            yield f"{named(path)} is not what its source says: python -m tools.docs generate"
+
+
+def generate() -> None:
+    for path, text in made():
+        path.write_text(text)

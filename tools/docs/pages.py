@@ -1,0 +1,131 @@
+"""The documentation's pages: which there are, and the code blocks, headings and links in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("sh", "console")
+"""The languages of blocks that hold commands. In `console` a line with a command begins with "$ "."""
+
+_FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[^\s`]*).*$")
+_MARKER = re.compile(r"^\s*<!-- (?P<name>[\w ]+): (?P<value>.*?) -->\s*$")
+_HEADING = re.compile(r"^#{1,6} +(.+?) *$")
+_LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
+_CODE = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced code block and the marker comment on the line before it.
+
+    `line` is that of its first line of text, counted from 1. `marker` and `value` are those of
+    `<!-- marker: value -->`; "not run" gives the reason why the block is not run, "file" the name under which its text
+    is written into the sandbox.
+    """
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    marker: str = ""
+    value: str = ""
+
+    @property
+    def at(self) -> str:
+        return f"{named(self.page)}:{self.line}"
+
+    @property
+    def commands(self) -> str:
+        """Its text as a shell script: of a console only the lines that a person types."""
+        if self.language != "console":
+            return self.text
+        lines = self.text.splitlines()
+        typed, goes_on = [], False
+        for line in lines:
+            if line.startswith("$ ") or goes_on:
+                typed.append(line.removeprefix("$ "))
+                goes_on = line.endswith("\\")
+        return "\n".join(typed) + "\n"
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT)) if page.is_relative_to(ROOT) else str(page)
+
+
+def pages() -> list[Path]:
+    """Return every page that people read: of the repository's root, docs, deploy and examples."""
+    found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+    for folder in ("docs", "deploy", "examples"):
+        found += sorted((ROOT / folder).rglob("*.md"))
+    return [page for page in found if page.is_file()]
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page, in order."""
+    lines = page.read_text().splitlines()
+    at = 0
+    while at < len(lines):
+        opening = _FENCE.match(lines[at])
+        at += 1
+        if opening is None:
+            continue
+        start, indent = at, len(opening["indent"])
+        while at < len(lines) and lines[at].strip() != opening["ticks"]:
+            at += 1
+        text = "".join(f"{line[indent:]}\n" for line in lines[start:at])
+        marker = _MARKER.match(lines[start - 2]) if start > 1 else None
+        name, value = (marker["name"], marker["value"]) if marker else ("", "")
+        yield Block(page, start + 1, opening["language"], text, name, value)
+        at += 1
+
+
+def prose(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a page outside code blocks, with their numbers."""
+    ticks = ""
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        fence = _FENCE.match(line)
+        if not ticks and fence:
+            ticks = fence["ticks"]
+        elif ticks and line.strip() == ticks:
+            ticks = ""
+        elif not ticks:
+            yield number, line
+
+
+def inline_code(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield what stands between backticks in a page's prose; a span may go on in the next line."""
+    numbers, lines = _columns(prose(page))
+    text = "\n".join(lines)
+    for span in _CODE.finditer(text):
+        yield numbers[text.count("\n", 0, span.start())], " ".join(span[2].split())
+
+
+def links(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield the targets of a page's links that are within the repository."""
+    for number, line in prose(page):
+        for target in _LINK.findall(_CODE.sub("", line)):
+            yield number, target
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as a repository's web view makes them."""
+    found: set[str] = set()
+    for _, line in prose(page):
+        heading = _HEADING.match(line)
+        if heading is None:
+            continue
+        slug = re.sub(r"[^\w\- ]", "", heading[1].lower()).replace(" ", "-")
+        number = 0
+        while (anchor := f"{slug}-{number}" if number else slug) in found:
+            number += 1
+        found.add(anchor)
+    return found
+
+
+def _columns(numbered: Iterator[tuple[int, str]]) -> tuple[Sequence[int], Sequence[str]]:
+    rows = list(numbered)
+    return [number for number, _ in rows], [line for _, line in rows]

@@ -1,0 +1,139 @@
+"""Run the commands of the documentation, page by page, as a reader would.
+
+A page's blocks run in order in one shell, in a folder that has the repository's files, where this may be done in a
+network of their own, so that ports are free and nothing is fetched. A block that cannot run here says why in a comment
+before it: `<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.docs.pages import COMMANDS, ROOT, Block, blocks, pages
+
+PAGE_TIMEOUT_S = 900
+OUTPUT_LINES = 40
+NOT_READ = ("CHANGELOG.md", "docs/upgrading.md")
+"""Pages that tell of releases before this one."""
+
+
+def run(chosen: Sequence[Path] = ()) -> int:
+    """Run the pages, by default all of them. Returns 1 if a command of one failed."""
+    failed = ran = skipped = 0
+    for page in chosen or [page for page in pages() if page not in [ROOT / name for name in NOT_READ]]:
+        among = list(blocks(page))
+        to_run = [block for block in among if block.language in COMMANDS and block.marker != "not run"]
+        for block in among:
+            if block.language in COMMANDS and block.marker == "not run":
+                print(f"skipped  {block.at}: {block.value}", flush=True)
+                skipped += 1
+        if to_run:
+            done = _run_page([block for block in among if block in to_run or block.marker == "file"], len(to_run))
+            ran += done
+            failed += done < len(to_run)
+    print(f"{ran} blocks ran, {skipped} were skipped, {failed} pages failed")
+    return 1 if failed else 0
+
+
+def _run_page(among: Sequence[Block], count: int) -> int:
+    """Run the blocks of one page; return how many succeeded."""
+    with tempfile.TemporaryDirectory(prefix="docs-") as folder:
+        sandbox = Path(folder)
+        for entry in ROOT.iterdir():
+            if entry.name not in (".git", ".hypothesis", ".mypy_cache", ".ruff_cache"):
+                (sandbox / entry.name).symlink_to(entry)
+        script = _script(among, sandbox)
+        output = sandbox / ".output"
+        done = _watch(script, output, sandbox, [block for block in among if block.marker != "file"])
+        if done < count:
+            print("".join(output.read_text(errors="replace").splitlines(keepends=True)[-OUTPUT_LINES:]))
+    return done
+
+
+def _script(among: Sequence[Block], sandbox: Path) -> Path:
+    lines = ["set -e", *(["ip link set lo up"] if _isolates() else [])]
+    texts = sandbox / ".blocks"
+    texts.mkdir()
+    for number, block in enumerate(among):
+        text = texts / str(number)
+        text.write_text(block.text if block.marker == "file" else block.commands)
+        lines.append(f"cp {text} {block.value}" if block.marker == "file" else f". {text}; echo >&3")
+    script = texts / "script"
+    script.write_text("\n".join(lines) + "\n")
+    return script
+
+
+def _watch(script: Path, output: Path, sandbox: Path, among: Sequence[Block]) -> int:
+    """Run a script and tell of each block as it ends. Each writes one line into a pipe when it has succeeded."""
+    reading, writing = os.pipe()
+    isolation = ["unshare", "--map-root-user", "--net"] if _isolates() else []
+    command = [*isolation, "bash", "-c", f"exec 3>&{writing}; . {script}"]
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=sandbox, stdout=log, stderr=log, stdin=subprocess.DEVNULL, pass_fds=[writing],
+            start_new_session=True,
+        )  # fmt: skip
+    os.close(writing)
+    done, began = 0, time.monotonic()
+    deadline = began + PAGE_TIMEOUT_S
+    os.set_blocking(reading, False)
+    try:
+        while done < len(among):
+            ended = process.poll() is not None
+            told = _read(reading).count(b"\n")
+            for block in among[done : done + told]:
+                print(f"ran      {block.at} ({time.monotonic() - began:.1f} s)", flush=True)
+            done += told
+            if not told and (ended or time.monotonic() > deadline):
+                why = f"exit {process.returncode}" if ended else f"not done after {PAGE_TIMEOUT_S} s"
+                print(f"FAILED   {among[done].at}: {why}", file=sys.stderr, flush=True)
+                break
+            time.sleep(0.05)
+    finally:
+        os.close(reading)
+        _end(process)
+    return done
+
+
+def _read(pipe: int) -> bytes:
+    try:
+        return os.read(pipe, 4096)
+    except BlockingIOError:
+        return b""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the shell and all that it left running, first gently."""
+    for end in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, end)
+        except ProcessLookupError:
+            break
+        for _ in range(100):
+            if process.poll() is not None and not _group_lives(process.pid):
+                break
+            time.sleep(0.05)
+    process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _isolates() -> bool:
+    """Whether a network of its own can be had here."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        return False
+    return subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
