@@ -1,4 +1,4 @@
-"""The metrics contract: every family that `/metrics` shows, with its labels. The README's table says the same.
+"""The metrics contract: every family that `/metrics` shows, with its labels. docs/metrics.md is made from it.
 
 No histogram has an adapter label, the number of adapters and tenants that get a label is bounded, and the rest is
 `_other`; so the number of series does not grow with what clients send.

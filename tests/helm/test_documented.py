@@ -13,7 +13,8 @@ import yaml
 
 from sidecar.cli import run
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY, DOCS = ROOT / "deploy", ROOT / "docs"
 CHART = DEPLOY / "helm" / "lora-sidecar"
 ROW = re.compile(r"^\| `([\w.]+)` \| `(.*?)` \| (.*) \|$", re.MULTILINE)
 
@@ -76,11 +77,17 @@ def test_every_alert_has_a_runbook() -> None:
     """Each alert has an entry of its own, in the order of the rules, and no entry is left over."""
     groups = yaml.safe_load((CHART / "files" / "rules.yaml").read_text())["groups"]
     alerts = [rule["alert"] for group in groups for rule in group["rules"] if "alert" in rule]
-    entries = re.findall(r"^### (LoraSidecar\w+)$", (DEPLOY / "README.md").read_text(), re.MULTILINE)
+    entries = re.findall(r"^### (LoraSidecar\w+)$", (DOCS / "runbook.md").read_text(), re.MULTILINE)
     assert entries == alerts
 
 
-PAGES = [DEPLOY / "README.md", CHART / "README.md", CHART / "files" / "rules.yaml", CHART / "templates" / "NOTES.txt"]
+PAGES = [
+    DOCS / "kubernetes.md",
+    DOCS / "runbook.md",
+    CHART / "README.md",
+    CHART / "files" / "rules.yaml",
+    CHART / "templates" / "NOTES.txt",
+]
 GROUPS = {"adapters", "backends", "replicas", "config", "policies", "state", "debug"}
 COMMAND = re.compile(r"(?:^|[`(: ])sidecar ([a-z]+)(?: ([a-z]+))?", re.MULTILINE)
 
@@ -100,7 +107,7 @@ def test_commands_are_ours(page: Path, capfd: pytest.CaptureFixture[str]) -> Non
 def test_options_of_values_are_there() -> None:
     """What the pages call a value or a key of the configuration is one."""
     schema = json.loads((CHART / "values.schema.json").read_text())
-    for page in PAGES[:2]:
+    for page in PAGES[:3]:
         for path in re.findall(
             r"`((?:config|queue|store|persistence|networkPolicy|monitoring|redis)\.[\w.]+)`", page.read_text()
         ):

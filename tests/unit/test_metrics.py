@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,7 +16,6 @@ from sidecar.shell.loop_watch import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
-README = Path(__file__).parents[2] / "README.md"
 LABELS = {metric.name.removesuffix("_total"): (*metric.labels, "le") for metric in METRICS}
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
 
@@ -100,17 +97,6 @@ async def test_a_scrape_shows_exactly_the_contract() -> None:
 def test_no_histogram_has_an_adapter_label() -> None:
     """The table keeps its promise about the number of series."""
     assert not [metric for metric in METRICS if metric.kind == "histogram" and "adapter" in metric.labels]
-
-
-def test_the_readme_has_the_same_table() -> None:
-    """Each row of the README's metrics section is a family of the contract, in its order, and none is missing."""
-    text = README.read_text() if README.exists() else ""
-    _, found, section = text.partition("\n## Metrics")
-    rows = re.findall(r"^\| `(lora_sidecar_\w+)` \| (\w+) \| ([^|]*) \|", section.partition("\n## ")[0], re.MULTILINE)
-    if not found:
-        pytest.skip("the README has no metrics section yet")
-    listed = [(name, kind, re.findall(r"\w+", labels)) for name, kind, labels in rows]
-    assert listed == [(metric.name, metric.kind, list(metric.labels)) for metric in METRICS]
 
 
 async def test_requests_by_outcome() -> None:
