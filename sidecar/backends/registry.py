@@ -27,25 +27,38 @@ _from_elsewhere: dict[str, Kind] = {}
 
 
 def kinds() -> list[Kind]:
-    """Return ours, and those of other packages that a configuration has named."""
-    return [*map(kind_named, KINDS), *_from_elsewhere.values()]
+    """Return ours, and those of other packages that a configuration has named, each once."""
+    return list(dict.fromkeys((*map(kind_named, KINDS), *_from_elsewhere.values())))
+
+
+def elsewhere() -> tuple[str, ...]:
+    """Return the names of other packages' kinds that this process knows, for `kind_named` in another process."""
+    return tuple(_from_elsewhere)
 
 
 def kind_named(name: str) -> Kind:
-    """Return a kind by its name, or by `package.module:KIND`. Raises Misused with the names that there are."""
+    """Return a kind by its name, or by `package.module:KIND`. Raises Misused with the names that there are.
+
+    One that was named by its module once is known by its name, too.
+    """
     if name in KINDS:
         return _ours(name, KINDS[name])
     if name not in _from_elsewhere:
-        known = plugins.known("backend")
-        target = name if ":" in name else known.get(name)
-        if target is None:
-            names = ", ".join((*KINDS, *known))
-            raise Misused(
-                Reason.CONFIG_INVALID,
-                f'there is no kind of backend "{name}"; there are {names}, or name one as package.module:KIND',
-            )
-        _from_elsewhere[name] = _loaded(name, target)
+        named = next((kind for kind in _from_elsewhere.values() if kind.name == name), None)
+        _from_elsewhere[name] = named or _loaded(name, _target(name))
     return _from_elsewhere[name]
+
+
+def _target(name: str) -> str:
+    known = plugins.known("backend")
+    target = name if ":" in name else known.get(name)
+    if target is None:
+        names = ", ".join((*KINDS, *known))
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f'there is no kind of backend "{name}"; there are {names}, or name one as package.module:KIND',
+        )
+    return target
 
 
 def _loaded(name: str, target: str) -> Kind:

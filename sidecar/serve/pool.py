@@ -70,8 +70,9 @@ def facts_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
         declared = declared_facts(entry, from_engine_config(Path(engine.config)) if engine.config else None)
         if engine.cost is not None:
             declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
-        alike = [other for other in entries if other.kind_name == entry.kind_name]
-        declared = kind_named(entry.kind_name).declare(entry, declared, alike)
+        kind = kind_named(entry.kind_name)
+        alike = [other for other in entries if kind_named(other.kind_name) is kind]
+        declared = kind.declare(entry, declared, alike)
         found[entry.identity] = with_base_model(declared, base_model_of(entry))
     return found
 

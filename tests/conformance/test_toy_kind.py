@@ -21,13 +21,16 @@ from tritonclient.grpc import service_pb2
 import policies
 import sidecar
 from sidecar.backends import registry
+from sidecar.backends.registry import kind_named
 from sidecar.config import parse, plugins
 from sidecar.core.effects import Heal
 from sidecar.errors import Misused
 from sidecar.proto import gateway_pb2
+from sidecar.serve.pool import facts_of
 from tests.conformance.toy.engine import ToyEngine, answer, content_of, text_of
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.emulated import channel_to, core_request, running_engine, set_parameter, stream_answers, tokens_of
+from tests.kit.entries import entries
 from tests.kit.peft_files import BASE_MODEL
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -256,6 +259,16 @@ def test_the_configuration_is_checked(
     assert "1 not looked at" in command("config", "check", "--connect", str(file)).out
     looked = command("backends", "check", "toy://127.0.0.1:9", "--config", str(file))
     assert "those behind triton://HOST:PORT or vllm://HOST:PORT can" in looked.err
+
+
+def test_one_entry_that_names_it_makes_it_known() -> None:
+    """The next one has it by its scheme; however it is named, it is one kind."""
+    one, two, three = entries(
+        {"url": "toy://h:1", "kind": TOY}, {"url": "toy://h:2"}, {"url": "toy://h:3", "kind": "toy"}
+    )
+    assert {kind_named(each.kind_name) for each in (one, two, three)} == {kind_named(TOY)}
+    assert set(facts_of([one, two, three])) == {"h:1", "h:2", "h:3"}
+    assert [kind.name for kind in registry.kinds()] == ["triton", "vllm", "toy"]
 
 
 def test_a_record_that_is_none_is_refused() -> None:
