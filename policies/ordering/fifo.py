@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
 
 
@@ -17,7 +17,7 @@ class Fifo:
     """One line."""
 
     def __init__(self) -> None:
-        self._line = Line()
+        self._line = IdQueue()
         self._version: dict[int, str] = {}
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
@@ -64,4 +64,4 @@ class Fifo:
 
     def restore(self, state: Any) -> None:
         self._version = dict(state)
-        self._line = Line(self._version)
+        self._line = IdQueue(self._version)

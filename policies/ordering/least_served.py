@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable
 
-from policies.lines import is_mostly_stale
+from policies.id_queue import is_mostly_stale
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.queues import Queues
 

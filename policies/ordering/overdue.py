@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable
 from typing import Any
 
-from policies.lines import is_mostly_stale
+from policies.id_queue import is_mostly_stale
 from policies.ordering.queues import Queues
 from policies.views import Promise, Waiting
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from policies.views import Waiting
 
 FIELDS = tuple(each.name for each in fields(Waiting))
@@ -19,9 +19,9 @@ Head = tuple[int, str]
 class Version:
     """What waits of one version."""
 
-    lines: dict[str, Line] = field(default_factory=dict)
+    lines: dict[str, IdQueue] = field(default_factory=dict)
     """One a tenant."""
-    heads: Line = field(default_factory=Line)
+    heads: IdQueue = field(default_factory=IdQueue)
     """The first of each line."""
     count: int = 0
     arrived_sum_ns: int = 0
@@ -55,7 +55,7 @@ class Queues:
         version.arrived_sum_ns += request.arrived_ns
         line = version.lines.get(request.tenant)
         if line is None:
-            line = version.lines[request.tenant] = Line()
+            line = version.lines[request.tenant] = IdQueue()
         before = line.head()
         line.add(request.id)
         self._note_head(request.version, version, before, line.head())
@@ -79,7 +79,7 @@ class Queues:
         """Whether a request that waits is the oldest of its version and tenant."""
         return self.versions[request.version].lines[request.tenant].head() == request.id
 
-    def lines_of(self, version: str) -> Mapping[str, Line]:
+    def lines_of(self, version: str) -> Mapping[str, IdQueue]:
         """Return what waits of a version, a line a tenant; empty when nothing does."""
         waiting = self.versions.get(version)
         return {} if waiting is None else waiting.lines

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from policies.views import BASE, Backlog, Decision, Hold, Open, Promise, Room, Send, Waiting
 
 
@@ -19,7 +19,7 @@ class Skip:
     """One line of request ids a version; the heads, in order of arrival, are the candidates."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, IdQueue] = {}
         self._version: dict[int, str] = {}
         self._heads: list[tuple[int, str]] = []
 
@@ -74,7 +74,7 @@ class Skip:
 
     def _add(self, request_id: int, version: str) -> None:
         self._version[request_id] = version
-        line = self._lines.setdefault(version, Line())
+        line = self._lines.setdefault(version, IdQueue())
         before = line.head()
         line.add(request_id)
         self._move_head(version, before, line.head())

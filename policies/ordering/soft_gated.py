@@ -40,9 +40,9 @@ from typing import Any
 
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.least_served import LeastServed
+from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
-from policies.ordering.turns import Turns
 from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
 
 DRAIN_FACTOR = 2
@@ -74,7 +74,7 @@ class SoftGated:
         self._overdue = Overdue(self._queues)
         self._tenants = TokenCounters()
         self._least_served = LeastServed(self._queues, self._tenants)
-        self._turns = Turns()
+        self._turns = OpenTimes()
         self._gates: dict[str, int] = {}
         """For each gated version the newest request that may still go in this turn."""
         self._slack = SLACK_REQUESTS
@@ -167,7 +167,7 @@ class SoftGated:
         self._overdue.restore(state["overdue"])
         self._tenants.restore(state["tenants"])
         self._least_served = LeastServed(self._queues, self._tenants)
-        self._turns = Turns.restored(state["turns"])
+        self._turns = OpenTimes.restored(state["turns"])
         self._gates = dict(state["gates"])
 
     # Who is waited for.

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from sidecar.cli.show import AsJson, count, print_json
 from sidecar.config import redis_address
 from sidecar.errors import Misused, Reason
-from sidecar.state.contents import Place, SqliteFile, move
+from sidecar.state.contents import RegistryStore, SqliteFile, move
 from sidecar.state.registry import REGISTRY_FILE
 
 OF_REDIS = "The Redis"
@@ -77,7 +77,7 @@ def migrate(
     )
 
 
-def _place(text: str, options: dict[str, Any], is_there: bool) -> Place:
+def _place(text: str, options: dict[str, Any], is_there: bool) -> RegistryStore:
     """Return the place that an argument names. Raises Misused, never with a password."""
     if "://" not in text:
         path = Path(text).expanduser()
@@ -85,14 +85,14 @@ def _place(text: str, options: dict[str, Any], is_there: bool) -> Place:
         if is_there and not file.is_file():
             raise Misused(Reason.CONFIG_INVALID, f"there is no registry {file}")
         return SqliteFile(file)
-    from sidecar.state.redis.contents import RedisPlace
+    from sidecar.state.redis.contents import RedisRegistryStore
     from sidecar.state.redis.link import Link
 
     try:
         found = redis_address.parse_address(text)
     except ValueError as error:
         raise Misused(Reason.CONFIG_INVALID, f"{redis_address.without_users(text)}: {error}") from error
-    return RedisPlace(Link(redis_address.Place(found, **options)))
+    return RedisRegistryStore(Link(redis_address.RedisLocation(found, **options)))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Place:
+class RedisLocation:
     """Where the shared state is. Files are PEM; `password_file` is read for every connection, so it may be changed."""
 
     address: Address

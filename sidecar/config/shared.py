@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from sidecar.config.listeners import Listener
-from sidecar.config.redis_address import KEY_PREFIX, Place, parse_address
+from sidecar.config.redis_address import KEY_PREFIX, RedisLocation, parse_address
 from sidecar.config.section import Section, Tls, changed
 
 
@@ -53,13 +53,13 @@ class State(Section):
         return self
 
     @property
-    def place(self) -> Place:
+    def place(self) -> RedisLocation:
         """Where the Redis is; there must be one."""
         assert self.url is not None
         tls = self.tls or Tls()
         files = (self.password_file, tls.ca, tls.certificate, tls.key)
         paths = [None if file is None else Path(file).expanduser() for file in files]
-        return Place(parse_address(self.url), self.key_prefix, *paths)
+        return RedisLocation(parse_address(self.url), self.key_prefix, *paths)
 
 
 class Replicas(Section):

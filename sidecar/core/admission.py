@@ -6,12 +6,13 @@ import hashlib
 from dataclasses import replace
 
 from policies.views import BASE, Waiting
-from sidecar.core import eligibility, promising
+from sidecar.core import eligibility, promising, queueing
 from sidecar.core.config import ClassLimit
 from sidecar.core.effects import Settle
+from sidecar.core.enums import outcome_of
 from sidecar.core.events import Received
 from sidecar.core.state import Backend, Name, Queued, Request, State
-from sidecar.core.step import Turn, outcome_of
+from sidecar.core.step import Step
 from sidecar.core.suspects import quarantine_message
 from sidecar.errors import Reason, Refused
 
@@ -20,26 +21,26 @@ BASE_NAMES = ("", "base")
 DIGEST_CHARACTERS_MIN = 8
 
 
-def received(turn: Turn, event: Received) -> None:
+def received(step: Step, event: Received) -> None:
     """Admit a request and queue it, or end it at once with the reason."""
-    state = turn.state
+    state = step.state
     try:
         name, ordinal = _resolve(state, event)
         digest = name.versions[ordinal] if name is not None else BASE
         event = _counted(state, event, digest)
-        limit = _admit(state, event, name, digest, turn.now_ns)
+        limit = _admit(state, event, name, digest, step.now_ns)
         _find_server(state, event, name, digest)
     except Refused as refused:
-        _refuse(turn, event, refused)
+        _refuse(step, event, refused)
         return
-    request = _request(turn, event, name, ordinal, digest, limit)
-    backend = turn.pick_backend(request)
+    request = _request(step, event, name, ordinal, digest, limit)
+    backend = queueing.pick_backend(step, request)
     if backend is not None:
         try:
-            _in_time(turn, request, backend, limit)
+            _in_time(step, request, backend, limit)
         except Refused as refused:
-            turn.take_back(request, backend)
-            _refuse(turn, event, refused)
+            queueing.take_back(step, request, backend)
+            _refuse(step, event, refused)
             return
     state.requests[request.id] = request
     if digest != BASE:
@@ -47,7 +48,7 @@ def received(turn: Turn, event: Received) -> None:
     state.set_timer(request.expires_ns, request.id)
     if event.deadline_ns is not None and event.deadline_ns != request.expires_ns:
         state.set_timer(event.deadline_ns, request.id)
-    turn.place(request, backend)
+    queueing.place(step, request, backend)
 
 
 def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
@@ -75,8 +76,8 @@ def _counted(state: State, event: Received, digest: str) -> Received:
     return event if tokens == event.output_tokens_max else replace(event, output_tokens_max=tokens)
 
 
-def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
-    expires_ns = turn.now_ns + limit.queue_wait_ns_max
+def _request(step: Step, event: Received, name: Name | None, ordinal: int, digest: str, limit: ClassLimit) -> Request:
+    expires_ns = step.now_ns + limit.queue_wait_ns_max
     if event.deadline_ns is not None:
         expires_ns = min(expires_ns, event.deadline_ns)
     view = Waiting(
@@ -85,10 +86,10 @@ def _request(turn: Turn, event: Received, name: Name | None, ordinal: int, diges
         name=name.name if name is not None else "",
         tenant=event.tenant,
         klass=event.klass,
-        arrived_ns=turn.now_ns,
+        arrived_ns=step.now_ns,
         input_tokens=event.input_tokens,
         output_tokens_max=event.output_tokens_max,
-        weight=turn.state.config.tenant_weights.get(event.tenant, 1.0),
+        weight=step.state.config.tenant_weights.get(event.tenant, 1.0),
         sequences=event.sequences,
     )
     return Request(view, ordinal, expires_ns, event.deadline_ns, event.size_bytes, event.only, event.client_id)
@@ -223,9 +224,9 @@ def _has_room(state: State, event: Received) -> None:
             )
 
 
-def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) -> None:
+def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) -> None:
     """Refuse a request that is predicted to wait for longer than its class or its deadline allows."""
-    wait_ns = turn.promise(request, backend)
+    wait_ns = queueing.promise(step, request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
     if over_ns > 0:
         raise Refused(
@@ -236,11 +237,11 @@ def _in_time(turn: Turn, request: Request, backend: Backend, limit: ClassLimit) 
             retry_after_s=max(over_ns, RETRY_AFTER_NS) / 1e9,
         )
     first_token_ns = wait_ns + promising.reading_ns(backend, request)
-    if request.deadline_ns is not None and turn.now_ns + first_token_ns > request.deadline_ns:
+    if request.deadline_ns is not None and step.now_ns + first_token_ns > request.deadline_ns:
         raise Refused(
             Reason.DEADLINE_UNMEETABLE,
             f"{backend.id} would not begin to answer it for {first_token_ns / 1e9:.1f} s and its deadline is in "
-            f"{(request.deadline_ns - turn.now_ns) / 1e9:.1f} s; give it more time or try again later",
+            f"{(request.deadline_ns - step.now_ns) / 1e9:.1f} s; give it more time or try again later",
         )
 
 
@@ -286,15 +287,15 @@ def _find_server(state: State, event: Received, name: Name | None, digest: str) 
         )
 
 
-def _refuse(turn: Turn, event: Received, refused: Refused) -> None:
+def _refuse(step: Step, event: Received, refused: Refused) -> None:
     retry_after_ns = None if refused.retry_after_s is None else int(refused.retry_after_s * 1e9)
-    turn.emit(
+    step.emit(
         Settle(
             request=event.request,
             outcome=outcome_of(refused.reason),
             name=refused.details.get("adapter", ""),
             tenant=event.tenant,
-            klass=event.klass if event.klass in turn.state.config.classes else "default",
+            klass=event.klass if event.klass in step.state.config.classes else "default",
             queue_ns=0,
             input_tokens=event.input_tokens,
             reason=refused.reason,

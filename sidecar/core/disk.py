@@ -7,77 +7,78 @@ left alone for a while.
 
 from __future__ import annotations
 
+from sidecar.core import storing
 from sidecar.core.effects import DropDisk, Spill
 from sidecar.core.events import DiskHolds, Spilled, SpillFailed
 from sidecar.core.facts import is_files
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 
 PAUSE_NS = 30_000_000_000
 
 
-def is_reading(turn: Turn, key: str) -> bool:
+def is_reading(step: Step, key: str) -> bool:
     """Whether a blob is being read into memory; nothing else pins it here."""
-    entry = turn.state.disk.entries.get(key)
+    entry = step.state.disk.entries.get(key)
     return entry is not None and entry.pins > 0
 
 
-def begin_read(turn: Turn, key: str) -> None:
+def begin_read(step: Step, key: str) -> None:
     """Keep a blob from eviction while it is read."""
-    turn.state.disk.pin(key)
-    turn.state.disk.used(key, turn.now_ns)
+    step.state.disk.pin(key)
+    step.state.disk.used(key, step.now_ns)
 
 
-def end_read(turn: Turn, key: str, good: bool) -> None:
+def end_read(step: Step, key: str, good: bool) -> None:
     """Give the blob back to the policy; one that could not be read is worth nothing."""
-    turn.state.disk.unpin(key)
+    step.state.disk.unpin(key)
     if not good:
-        turn.state.disk.entries[key].doomed = True
-    turn.drop_disk_blob_if_doomed(key)
+        step.state.disk.entries[key].doomed = True
+    storing.drop_disk_blob_if_doomed(step, key)
 
 
-def spill(turn: Turn, key: str) -> None:
+def spill(step: Step, key: str) -> None:
     """Have a blob that has just been packed written through, if there is room that nobody holds."""
-    state = turn.state
+    state = step.state
     entry = state.store.entries[key]
     if is_files(key):
         return  # they lie on a disk already
-    if not state.disk.budget_bytes or key in state.disk.entries or turn.now_ns < state.disk_paused_until_ns:
+    if not state.disk.budget_bytes or key in state.disk.entries or step.now_ns < state.disk_paused_until_ns:
         return
-    victims = state.disk.victims_for(entry.size_bytes, turn.now_ns, lambda _: None, None)
+    victims = state.disk.victims_for(entry.size_bytes, step.now_ns, lambda _: None, None)
     if victims is None:
         return
     for victim in victims:
         state.disk.evictions += 1
-        turn.drop_disk_blob(victim)
+        storing.drop_disk_blob(step, victim)
     state.disk.reserve(key, entry.digest, entry.size_bytes)
     state.store.pin(key)
-    turn.emit(Spill(key))
+    step.emit(Spill(key))
 
 
-def spilled(turn: Turn, event: Spilled) -> None:
+def spilled(step: Step, event: Spilled) -> None:
     """A blob is on disk, whole."""
-    state = turn.state
+    state = step.state
     entry = state.disk.entries[event.key]
-    state.disk.arrived(event.key, turn.now_ns)
+    state.disk.arrived(event.key, step.now_ns)
     entry.held_by_operator = state.operator_holds(entry.digest)
-    turn.unpin(event.key)
-    turn.drop_disk_blob_if_doomed(event.key)
+    storing.unpin(step, event.key)
+    storing.drop_disk_blob_if_doomed(step, event.key)
 
 
-def spill_failed(turn: Turn, event: SpillFailed) -> None:
+def spill_failed(step: Step, event: SpillFailed) -> None:
     """The disk is full, read-only or broken: serving goes on without it, and it is tried again later."""
-    turn.state.disk.remove(event.key)
-    turn.state.disk_paused_until_ns = turn.now_ns + PAUSE_NS
-    turn.unpin(event.key)
+    step.state.disk.remove(event.key)
+    step.state.disk_paused_until_ns = step.now_ns + PAUSE_NS
+    storing.unpin(step, event.key)
 
 
-def found(turn: Turn, event: DiskHolds) -> None:
+def found(step: Step, event: DiskHolds) -> None:
     """A blob of an earlier life is there. It is not read before it is needed."""
-    state = turn.state
+    state = step.state
     fits = state.disk.bytes_used + event.size_bytes <= state.disk.budget_bytes
     if event.version not in state.versions or not fits:
-        turn.emit(DropDisk(event.key))
+        step.emit(DropDisk(event.key))
         return
     state.disk.reserve(event.key, event.version, event.size_bytes)
-    state.disk.arrived(event.key, turn.now_ns)
+    state.disk.arrived(event.key, step.now_ns)
     state.disk.entries[event.key].held_by_operator = state.operator_holds(event.version)

@@ -5,73 +5,73 @@ from __future__ import annotations
 from typing import assert_never
 
 from policies.views import BASE, Close, Open, Send
-from sidecar.core import eligibility, promising, stalls, suspects
+from sidecar.core import eligibility, promising, queueing, stalls, storing, suspects
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Cache
 from sidecar.core.events import LoadDone
 from sidecar.core.facts import Packed
-from sidecar.core.ordering_view import LiveRoom
+from sidecar.core.ordering_view import LiveOrderingView
 from sidecar.core.state import Backend, LoadRun, Request, Slot, State
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 from sidecar.errors import Reason
 
 
-def pump(turn: Turn, backend: Backend) -> None:
+def pump(step: Step, backend: Backend) -> None:
     """Do what the policy decides for one backend until it decides nothing."""
-    _reload_stale(turn, backend)
-    _warm_up(turn, backend)
-    room = LiveRoom(turn.state, backend, turn.now_ns)
+    _reload_stale(step, backend)
+    _warm_up(step, backend)
+    room = LiveOrderingView(step.state, backend, step.now_ns)
     while backend.queued:
-        decision = backend.ordering.choose(room, turn.now_ns)
+        decision = backend.ordering.choose(room, step.now_ns)
         if decision is None:
             return
         room.changed()
         match decision:
             case Send():
-                _take_turn(turn, backend, turn.state.requests[decision.request])
+                _take_turn(step, backend, step.state.requests[decision.request])
             case Open():
-                open_version(turn, backend, decision.version)
+                open_version(step, backend, decision.version)
             case Close():
                 _close(backend, decision)
             case _:
                 assert_never(decision)
 
 
-def _reload_stale(turn: Turn, backend: Backend) -> None:
-    state = turn.state
+def _reload_stale(step: Step, backend: Backend) -> None:
+    state = step.state
     for digest in list(backend.stale):
         if digest not in backend.queued_by_version:
             continue
         if not state.store.has(state.packed_for(digest, backend).key):
             continue
-        if eligibility.why_not_load(state, backend, state.versions[digest], turn.now_ns) is None:
+        if eligibility.why_not_load(state, backend, state.versions[digest], step.now_ns) is None:
             del backend.stale[digest]
             slot = backend.slots[digest]
             slot.stale = False
-            slot.load = _load(turn, backend, digest)
+            slot.load = _load(step, backend, digest)
             backend.recount(digest)
 
 
-def _warm_up(turn: Turn, backend: Backend) -> None:
+def _warm_up(step: Step, backend: Backend) -> None:
     """Load what an operator asked for, if there is room beside what is busy."""
     for digest in list(backend.warmups):
-        if digest not in turn.state.versions or digest in backend.slots or eligibility.resident(backend, digest):
+        if digest not in step.state.versions or digest in backend.slots or eligibility.resident(backend, digest):
             del backend.warmups[digest]
-        elif eligibility.why_not_open(turn.state, backend, digest, turn.now_ns) is None:
+        elif eligibility.why_not_open(step.state, backend, digest, step.now_ns) is None:
             del backend.warmups[digest]
-            open_version(turn, backend, digest)
+            open_version(step, backend, digest)
 
 
-def open_version(turn: Turn, backend: Backend, digest: str) -> None:
+def open_version(step: Step, backend: Backend, digest: str) -> None:
     """Give a version a slot, and have it loaded if the engine has not got it."""
-    state = turn.state
-    why = eligibility.why_not_open(state, backend, digest, turn.now_ns)
+    state = step.state
+    why = eligibility.why_not_open(state, backend, digest, step.now_ns)
     assert why is None, f"{digest} cannot be opened on {backend.id}: {why}"
     packed = state.packed_for(digest, backend)
     _close_idle(state, backend, packed.pages)
-    slot = backend.slots[digest] = Slot(turn.now_ns, packed.pages)
+    slot = backend.slots[digest] = Slot(step.now_ns, packed.pages)
     if not eligibility.resident(backend, digest) and not backend.facts.attaches:
-        slot.load = _load(turn, backend, digest)
+        slot.load = _load(step, backend, digest)
     backend.recount(digest)
 
 
@@ -95,22 +95,22 @@ def _close(backend: Backend, decision: Close) -> None:
     backend.close_slot(decision.version)
 
 
-def _load(turn: Turn, backend: Backend, digest: str) -> int:
-    state = turn.state
+def _load(step: Step, backend: Backend, digest: str) -> int:
+    state = step.state
     packed = state.packed_for(digest, backend)
     state.load_count += 1
-    load = LoadRun(state.load_count, backend.id, digest, packed.key, turn.now_ns)
+    load = LoadRun(state.load_count, backend.id, digest, packed.key, step.now_ns)
     pinned = state.store.pin(packed.key)
     assert pinned, f"{packed.key} is not in the store"
-    stalls.began(turn, backend)
+    stalls.began(step, backend)
     state.loads[load.id] = load
     backend.loads[load.id] = None
-    stalls.watch(turn, backend)
+    stalls.watch(step, backend)
     version = state.versions[digest]
     version.loads[backend.id] = load.id
     if version.suspect:
         backend.lone_load = load.id
-    turn.emit(Load(load.id, backend.id, name_of(state, digest), digest, packed, backend.epoch))
+    step.emit(Load(load.id, backend.id, name_of(state, digest), digest, packed, backend.epoch))
     return load.id
 
 
@@ -119,40 +119,40 @@ def name_of(state: State, digest: str) -> str:
     return min(state.versions[digest].names, default=digest[:12])
 
 
-def load_done(turn: Turn, event: LoadDone) -> None:
+def load_done(step: Step, event: LoadDone) -> None:
     """The engine has answered one token with the adapter: it is resident, and off probation everywhere."""
-    load = turn.state.loads.get(event.load)
+    load = step.state.loads.get(event.load)
     if load is None:
         return
-    backend = end_load(turn, load)
-    stalls.heard(turn, backend)
-    turn.state.versions[load.digest].answered = True
-    suspects.clear(turn.state, load.digest)
+    backend = end_load(step, load)
+    stalls.heard(step, backend)
+    step.state.versions[load.digest].answered = True
+    suspects.clear(step.state, load.digest)
     backend.full_until_ns = backend.full_backoff_ns = 0
-    packed = turn.state.packed_for(load.digest, backend)
+    packed = step.state.packed_for(load.digest, backend)
     slot = backend.slots.get(load.digest)
-    for evicted in backend.shadow.loaded(load.digest, packed.pages, turn.now_ns, slot.running if slot else 0):
-        _left_the_engine(turn, backend, evicted)
+    for evicted in backend.shadow.loaded(load.digest, packed.pages, step.now_ns, slot.running if slot else 0):
+        _left_the_engine(step, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
-    backend.estimate.learn(turn.now_ns - load.begun_ns, open_pages, packed.pages, turn.now_ns)
+    backend.estimate.learn(step.now_ns - load.begun_ns, open_pages, packed.pages, step.now_ns)
     if load.digest not in backend.ahead.unused:  # else they waited for their turn meanwhile
         for request_id in backend.queued_by_version.get(load.digest, ()):
-            turn.state.requests[request_id].load_ns += turn.now_ns - load.begun_ns
-    turn.forget_version_if_unused(load.digest)
+            step.state.requests[request_id].load_ns += step.now_ns - load.begun_ns
+    storing.forget_version_if_unused(step, load.digest)
 
 
-def _left_the_engine(turn: Turn, backend: Backend, digest: str) -> None:
+def _left_the_engine(step: Step, backend: Backend, digest: str) -> None:
     """The engine evicted a version for another's Load. If it was open and waited for a seat, it is opened anew."""
     slot = backend.slots.get(digest)
     if slot is not None and not backend.slot_in_use(slot):
         backend.close_slot(digest)
-    if digest in turn.state.versions:
-        turn.went_missing(turn.state.packed_for(digest, backend).key)
+    if digest in step.state.versions:
+        storing.went_missing(step, step.state.packed_for(digest, backend).key)
 
 
-def end_load(turn: Turn, load: LoadRun) -> Backend:
+def end_load(step: Step, load: LoadRun) -> Backend:
     """Free what a Load held: its seat, its pin, its place in the pool."""
-    state = turn.state
+    state = step.state
     del state.loads[load.id]
     backend = state.backends[load.backend]
     del backend.loads[load.id]
@@ -163,39 +163,40 @@ def end_load(turn: Turn, load: LoadRun) -> Backend:
     if slot is not None and slot.load == load.id:
         slot.load = None
         backend.recount(load.digest)
-    turn.unpin(load.key)
-    turn.dirty[backend.id] = None
+    storing.unpin(step, load.key)
+    step.dirty[backend.id] = None
     if not state.versions[load.digest].answered:  # its probation may have held it back anywhere
-        turn.dirty.update(dict.fromkeys(state.backends))
+        step.dirty.update(dict.fromkeys(state.backends))
     return backend
 
 
-def _take_turn(turn: Turn, backend: Backend, request: Request) -> None:
+def _take_turn(step: Step, backend: Backend, request: Request) -> None:
     """Send a request whose turn has come; end it when its deadline passes before its prompt can have been read."""
     reading_ns = promising.reading_ns(backend, request)
-    if request.deadline_ns is None or turn.now_ns + reading_ns <= request.deadline_ns:
-        _send(turn, backend, request)
+    if request.deadline_ns is None or step.now_ns + reading_ns <= request.deadline_ns:
+        _send(step, backend, request)
         return
-    turn.drop(
+    queueing.drop(
+        step,
         request,
         Reason.EXPIRED,
         f"{request.view.name or 'base model'}: its turn came after "
-        f"{(turn.now_ns - request.view.arrived_ns) / 1e9:.1f} s and its deadline is in "
-        f"{(request.deadline_ns - turn.now_ns) / 1e9:.3f} s, while {backend.id} needs {reading_ns / 1e9:.3f} s to read "
+        f"{(step.now_ns - request.view.arrived_ns) / 1e9:.1f} s and its deadline is in "
+        f"{(request.deadline_ns - step.now_ns) / 1e9:.3f} s, while {backend.id} needs {reading_ns / 1e9:.3f} s to read "
         f"its prompt of {request.view.input_tokens} tokens; give it more time",
     )
-    backend.ordering.ended(request.view, 0, turn.now_ns)  # it was told that it goes
+    backend.ordering.ended(request.view, 0, step.now_ns)  # it was told that it goes
 
 
-def _send(turn: Turn, backend: Backend, request: Request) -> None:
-    state = turn.state
-    why = eligibility.why_not_send(state, backend, request, turn.now_ns)
+def _send(step: Step, backend: Backend, request: Request) -> None:
+    state = step.state
+    why = eligibility.why_not_send(state, backend, request, step.now_ns)
     assert why is None, f"request {request.id} cannot be sent to {backend.id}: {why}"
-    turn.dequeue(request, to_run=True)
+    queueing.dequeue(step, request, to_run=True)
     if not backend.running:
-        backend.yielded.resume(turn.now_ns)
-        backend.steps.resume(turn.now_ns)
-    stalls.began(turn, backend)
+        backend.yielded.resume(step.now_ns)
+        backend.steps.resume(step.now_ns)
+    stalls.began(step, backend)
     backend.running[request.id] = None
     backend.more_sequences += request.view.sequences - 1
     backend.kv_reserved += request.kv_tokens(backend)
@@ -203,13 +204,13 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     request.attempt += 1
     request.tokens = 0
     request.first_token = request.progressing = False
-    request.dispatched_ns = turn.now_ns
-    stalls.watch(turn, backend)
+    request.dispatched_ns = step.now_ns
+    stalls.watch(step, backend)
     packed = state.packed_for(request.version, backend)
     if request.version != BASE:
-        _use(turn, backend, request, packed)
+        _use(step, backend, request, packed)
     request.cache = _cache(request)
-    turn.emit(
+    step.emit(
         Dispatch(
             request=request.id,
             attempt=request.attempt,
@@ -219,7 +220,7 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
             ordinal=request.ordinal,
             task_id=packed.task_id,
             cache=request.cache,
-            queue_ns=turn.now_ns - request.view.arrived_ns,
+            queue_ns=step.now_ns - request.view.arrived_ns,
             load_ns=request.load_ns,
             heals=request.heals,
             packed_key=packed.key,
@@ -229,17 +230,17 @@ def _send(turn: Turn, backend: Backend, request: Request) -> None:
     )
 
 
-def _use(turn: Turn, backend: Backend, request: Request, packed: Packed) -> None:
+def _use(step: Step, backend: Backend, request: Request, packed: Packed) -> None:
     backend.slots[request.version].running += 1
     backend.recount(request.version)
-    backend.shadow.began(request.version, packed.pages, turn.now_ns)
-    if turn.state.store.pin(packed.key):
+    backend.shadow.began(request.version, packed.pages, step.now_ns)
+    if step.state.store.pin(packed.key):
         request.pinned_key = packed.key
         if request.fetch not in (
             Cache.FETCHED,
             Cache.HOST,
         ):  # its demand is what brought the blob in: it is counted already
-            turn.state.store.used(packed.key, turn.now_ns)
+            step.state.store.used(packed.key, step.now_ns)
 
 
 def _brings_weights(request: Request, backend: Backend, packed: Packed) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from sidecar.errors import Family, Reason
+
 
 class Why(Enum):
     """Why a queued request is not running: the label by which the queue command, the log and the metrics know it."""
@@ -104,3 +106,19 @@ class Outcome(Enum):
     EXPIRED = "expired"
     CANCELLED = "cancelled"
     FAILED = "failed"
+
+
+def outcome_of(reason: Reason | None) -> Outcome:
+    """Return the label under which an ending is counted."""
+    if reason is None:
+        return Outcome.OK
+    match reason.row.family:
+        case Family.REFUSED:
+            return Outcome.REFUSED
+        case Family.DROPPED:
+            return DROPPED[reason]
+        case Family.FAILED | Family.INVALID | Family.MISUSED:
+            return Outcome.FAILED
+
+
+DROPPED = {Reason.EXPIRED: Outcome.EXPIRED, Reason.CANCELLED: Outcome.CANCELLED}

@@ -17,7 +17,7 @@ A fault before the first token is mended; after it nothing is ever retried. The 
 from __future__ import annotations
 
 from policies.views import BASE
-from sidecar.core import eligibility
+from sidecar.core import eligibility, queueing, running, storing
 from sidecar.core.dispatching import end_load
 from sidecar.core.effects import RegisterRegions
 from sidecar.core.eligibility import believed_page_limit, page_limit
@@ -26,29 +26,29 @@ from sidecar.core.events import BackendLost, LoadFailed, RunFailed
 from sidecar.core.shadow import Belief
 from sidecar.core.silence import Silence
 from sidecar.core.state import Backend, LoadRun, Request, Version
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 from sidecar.core.suspects import suspect
 from sidecar.errors import Reason
 
 NEVER_REPEATED = "an answer that has begun is never repeated, so send the request again if you want a new one"
 
 
-def run_failed(turn: Turn, event: RunFailed) -> None:
+def run_failed(step: Step, event: RunFailed) -> None:
     """The engine answered a request with an error, or its stream broke."""
-    request = turn.state.requests.get(event.request)
+    request = step.state.requests.get(event.request)
     if request is None or request.attempt != event.attempt or not request.running:
         return
     request.tokens = max(event.output_tokens, int(request.first_token))
-    backend = turn.end_run(request, request.tokens)
+    backend = running.end_run(step, request, request.tokens)
     if request.settled:
         if event.fault is Fault.MISS:
-            _forget_missed(turn, backend, request)
-        turn.release(request)
+            _forget_missed(step, backend, request)
+        queueing.release(step, request)
         return
     if request.tokens:
-        _fail(turn, request, Reason.BACKEND_FAILED, _after_tokens(request, backend, event.text))
+        _fail(step, request, Reason.BACKEND_FAILED, _after_tokens(request, backend, event.text))
     else:
-        _TOKENLESS[event.fault](turn, request, backend, event.text)
+        _TOKENLESS[event.fault](step, request, backend, event.text)
 
 
 def _after_tokens(request: Request, backend: Backend, text: str) -> str:
@@ -58,42 +58,42 @@ def _after_tokens(request: Request, backend: Backend, text: str) -> str:
     )
 
 
-def _fail(turn: Turn, request: Request, reason: Reason, message: str) -> None:
-    turn.settle(request, reason, message)
-    turn.release(request)
+def _fail(step: Step, request: Request, reason: Reason, message: str) -> None:
+    queueing.settle(step, request, reason, message)
+    queueing.release(step, request)
 
 
-def _again(turn: Turn, request: Request, backend: Backend, fault: Fault) -> None:
+def _again(step: Step, request: Request, backend: Backend, fault: Fault) -> None:
     """Queue a tokenless request again, at most `heals_max` times over its life; for each cache that it may meet."""
     request.heals += 1
-    turn.heal(backend, fault.value, request.version)
-    if request.heals > turn.state.config.heals_max * backend.facts.caches:
+    step.heal(backend, fault.value, request.version)
+    if request.heals > step.state.config.heals_max * backend.facts.caches:
         _fail(
-            turn,
+            step,
             request,
             Reason.BACKEND_FAILED,
             f"{request.view.name or 'base model'}: given up after {request.heals} tries, the last on {backend.id} "
             f"({fault.value}); the engine's adapter cache may be too small for its load",
         )
         return
-    turn.requeue(request)
+    running.requeue(step, request)
 
 
-def _miss(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+def _miss(step: Step, request: Request, backend: Backend, text: str) -> None:
     """The engine has evicted the adapter, or restarted. Its word is the truth."""
     if request.version == BASE:  # a LoRA of the client's own: only the client can send it again
-        _rejected(turn, request, backend, text)
+        _rejected(step, request, backend, text)
         return
-    _forget_missed(turn, backend, request)
-    _again(turn, request, backend, Fault.MISS)
+    _forget_missed(step, backend, request)
+    _again(step, request, backend, Fault.MISS)
 
 
-def _forget_missed(turn: Turn, backend: Backend, request: Request) -> None:
+def _forget_missed(step: Step, backend: Backend, request: Request) -> None:
     """Believe a miss, unless the version was loaded after the request was sent: others of the same miss saw to it."""
     belief = backend.shadow.host.held.get(request.version)
     if belief is None or belief.since_ns <= request.dispatched_ns:
         _learn_from_eviction(backend, request.version, belief)
-        _forget(turn, backend, request.version)
+        _forget(step, backend, request.version)
 
 
 def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -> None:
@@ -120,12 +120,12 @@ def _learn_from_full(backend: Backend, digest: str) -> None:
         backend.pages_credit = 0
 
 
-def _forget(turn: Turn, backend: Backend, digest: str) -> None:
+def _forget(step: Step, backend: Backend, digest: str) -> None:
     backend.shadow.forget(digest)
-    _reload(turn, backend, digest)
+    _reload(step, backend, digest)
 
 
-def _reload(turn: Turn, backend: Backend, digest: str) -> None:
+def _reload(step: Step, backend: Backend, digest: str) -> None:
     """Have a version opened anew, or loaded into the slot that others of it still run in."""
     slot = backend.slots.get(digest)
     if slot is not None and slot.running:
@@ -135,31 +135,31 @@ def _reload(turn: Turn, backend: Backend, digest: str) -> None:
     elif slot is not None and slot.load is None:
         backend.close_slot(digest)
     if digest != BASE:
-        turn.went_missing(turn.state.packed_for(digest, backend).key)
+        storing.went_missing(step, step.state.packed_for(digest, backend).key)
 
 
-def _full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+def _full(step: Step, request: Request, backend: Backend, text: str) -> None:
     """The engine could not take the adapter in, so it has not got it."""
     _learn_from_full(backend, request.version)
-    _forget(turn, backend, request.version)
-    _wait_for_a_completion(turn, backend)
-    _again(turn, request, backend, Fault.FULL)
+    _forget(step, backend, request.version)
+    _wait_for_a_completion(step, backend)
+    _again(step, request, backend, Fault.FULL)
 
 
-def _wait_for_a_completion(turn: Turn, backend: Backend) -> None:
+def _wait_for_a_completion(step: Step, backend: Backend) -> None:
     """Load nothing here until something completes, or a growing while has passed: others may use the engine too."""
-    config = turn.state.config
+    config = step.state.config
     backend.full_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.full_backoff_ns))
-    backend.full_until_ns = turn.now_ns + backend.full_backoff_ns
-    turn.state.set_timer(backend.full_until_ns)
+    backend.full_until_ns = step.now_ns + backend.full_backoff_ns
+    step.state.set_timer(backend.full_until_ns)
 
 
-def _page_claim(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    forget_idle(turn, backend)
-    _engine_failed(turn, request, backend, Fault.PAGE_CLAIM, text)
+def _page_claim(step: Step, request: Request, backend: Backend, text: str) -> None:
+    forget_idle(step, backend)
+    _engine_failed(step, request, backend, Fault.PAGE_CLAIM, text)
 
 
-def forget_idle(turn: Turn, backend: Backend) -> None:
+def forget_idle(step: Step, backend: Backend) -> None:
     """The engine evicted all it could before it failed: nothing idle is there any more."""
     backend.shadow.forget_idle()
     for version, slot in list(backend.slots.items()):
@@ -167,57 +167,57 @@ def forget_idle(turn: Turn, backend: Backend) -> None:
             backend.close_slot(version)
     for version in backend.queued_by_version:
         if version != BASE:
-            turn.went_missing(turn.state.packed_for(version, backend).key)
+            storing.went_missing(step, step.state.packed_for(version, backend).key)
 
 
-def _whole_engine(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    _engine_failed(turn, request, backend, Fault.WHOLE_ENGINE, text)
+def _whole_engine(step: Step, request: Request, backend: Backend, text: str) -> None:
+    _engine_failed(step, request, backend, Fault.WHOLE_ENGINE, text)
 
 
-def _engine_failed(turn: Turn, request: Request, backend: Backend, fault: Fault, text: str) -> None:
+def _engine_failed(step: Step, request: Request, backend: Backend, fault: Fault, text: str) -> None:
     """Send once more what an engine failure hit before its first token."""
     request.engine_failures += 1
     if request.engine_failures > 1:
         _fail(
-            turn,
+            step,
             request,
             Reason.BACKEND_FAILED,
             f"{request.view.name or 'base model'}: {backend.id} failed twice before the first token: {text}; "
             "see the engine's log",
         )
         return
-    _again(turn, request, backend, fault)
+    _again(step, request, backend, fault)
 
 
-def _unknown_region(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+def _unknown_region(step: Step, request: Request, backend: Backend, text: str) -> None:
     if request.region_heals:
-        _rejected(turn, request, backend, text)
+        _rejected(step, request, backend, text)
         return
     request.region_heals += 1
-    turn.emit(RegisterRegions(backend.id))
-    _again(turn, request, backend, Fault.UNKNOWN_REGION)
+    step.emit(RegisterRegions(backend.id))
+    _again(step, request, backend, Fault.UNKNOWN_REGION)
 
 
-def _queue_full(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    _back_off(turn, backend)
-    turn.heal(backend, Fault.QUEUE_FULL.value, request.version)
-    turn.requeue(request)
+def _queue_full(step: Step, request: Request, backend: Backend, text: str) -> None:
+    _back_off(step, backend)
+    step.heal(backend, Fault.QUEUE_FULL.value, request.version)
+    running.requeue(step, request)
 
 
-def _back_off(turn: Turn, backend: Backend) -> None:
+def _back_off(step: Step, backend: Backend) -> None:
     """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
-    turn.void_promises(backend, Voided.ENGINE_QUEUE_FULL)
+    queueing.void_promises(step, backend, Voided.ENGINE_QUEUE_FULL)
     backend.seats_learned = max(1, backend.in_flight)
     backend.seats_credit = 0
-    _pause(turn, backend)
+    _pause(step, backend)
 
 
-def _pause(turn: Turn, backend: Backend) -> None:
+def _pause(step: Step, backend: Backend) -> None:
     """Send nothing to a backend for a growing while."""
-    config = turn.state.config
+    config = step.state.config
     backend.quiet_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.quiet_backoff_ns))
-    backend.quiet_until_ns = turn.now_ns + backend.quiet_backoff_ns
-    turn.state.set_timer(backend.quiet_until_ns)
+    backend.quiet_until_ns = step.now_ns + backend.quiet_backoff_ns
+    step.state.set_timer(backend.quiet_until_ns)
 
 
 def _grow_pages(backend: Backend) -> None:
@@ -244,33 +244,33 @@ def run_completed(backend: Backend, seats_declared: int) -> None:
         backend.seats_learned = None
 
 
-def _rejected(turn: Turn, request: Request, backend: Backend, text: str) -> None:
-    _fail(turn, request, Reason.BACKEND_REJECTED, text)
+def _rejected(step: Step, request: Request, backend: Backend, text: str) -> None:
+    _fail(step, request, Reason.BACKEND_REJECTED, text)
 
 
-def _lost(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
     """The wire of one request broke before its first token, or its backend is gone.
 
     A broken wire is often the first sign of a dead engine: a pause keeps the second visit from being spent on it.
     """
     if backend.phase is Phase.UP:
-        _pause(turn, backend)
+        _pause(step, backend)
     request.losses.append(backend.id)
-    if len(request.losses) >= turn.state.config.visits_max:
+    if len(request.losses) >= step.state.config.visits_max:
         _fail(
-            turn,
+            step,
             request,
             Reason.BACKEND_FAILED,
             f"{request.view.name or 'base model'}: lost {' and then '.join(request.losses)} before the first token: "
-            f"{text}; a request visits at most {turn.state.config.visits_max} backends",
+            f"{text}; a request visits at most {step.state.config.visits_max} backends",
         )
         return
-    _again(turn, request, backend, Fault.LOST)
+    _again(step, request, backend, Fault.LOST)
 
 
-def _not_owned(turn: Turn, request: Request, backend: Backend, text: str) -> None:
+def _not_owned(step: Step, request: Request, backend: Backend, text: str) -> None:
     """It was never sent: the lease had ended."""
-    _fail(turn, request, Reason.NOT_OWNER, text)
+    _fail(step, request, Reason.NOT_OWNER, text)
 
 
 _TOKENLESS = {
@@ -290,64 +290,65 @@ _TOKENLESS = {
 # Loads.
 
 
-def load_failed(turn: Turn, event: LoadFailed) -> None:
+def load_failed(step: Step, event: LoadFailed) -> None:
     """A Load did not come through. Nobody was dispatched on it, so nothing is lost."""
-    load = turn.state.loads.get(event.load)
+    load = step.state.loads.get(event.load)
     if load is None:
         return
-    backend = end_load(turn, load)
-    _reload(turn, backend, load.digest)
-    version = turn.state.versions[load.digest]
-    turn.heal(backend, f"load_{event.fault.value}", load.digest)
-    _LOADS[event.fault](turn, load, version, backend, event.text)
-    turn.forget_version_if_unused(load.digest)
+    backend = end_load(step, load)
+    _reload(step, backend, load.digest)
+    version = step.state.versions[load.digest]
+    step.heal(backend, f"load_{event.fault.value}", load.digest)
+    _LOADS[event.fault](step, load, version, backend, event.text)
+    storing.forget_version_if_unused(step, load.digest)
 
 
-def _load_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    _wait_for_a_completion(turn, backend)
+def _load_full(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    _wait_for_a_completion(step, backend)
 
 
-def _load_page_claim(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    forget_idle(turn, backend)
-    _wait_for_a_completion(turn, backend)
+def _load_page_claim(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    forget_idle(step, backend)
+    _wait_for_a_completion(step, backend)
 
 
-def _load_whole_engine(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+def _load_whole_engine(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The engine failed as a whole while this was being loaded: it may be the cause."""
-    suspect(turn, load.digest, version, backend, text)
-    _wait_for_a_completion(turn, backend)
+    suspect(step, load.digest, version, backend, text)
+    _wait_for_a_completion(step, backend)
 
 
-def _load_queue_full(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    _back_off(turn, backend)
+def _load_queue_full(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+    _back_off(step, backend)
 
 
-def _load_lost(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+def _load_lost(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The Load's own wire broke while the backend stands: try again a little later."""
-    suspect(turn, load.digest, version, backend, text)
-    _pause(turn, backend)
+    suspect(step, load.digest, version, backend, text)
+    _pause(step, backend)
 
 
-def _load_rejected(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+def _load_rejected(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """The engine refuses these weights for good: whoever waits here goes elsewhere, or ends with its words."""
     version.refused_by[backend.id] = text
-    turn.state.forget_servers_of(load.digest)
+    step.state.forget_servers_of(load.digest)
     for request_id in list(backend.queued_by_version.get(load.digest, ())):
-        request = turn.state.requests[request_id]
-        turn.dequeue(request)
+        request = step.state.requests[request_id]
+        queueing.dequeue(step, request)
         request.backend = None
-        if eligibility.places_of(turn.state, request):
-            turn.route(request)
+        if eligibility.places_of(step.state, request):
+            queueing.route(step, request)
         else:
-            turn.settle(
+            queueing.settle(
+                step,
                 request,
                 Reason.ADAPTER_UNAVAILABLE,
                 f"{request.view.name}: {backend.id} refused to load it: {text}",
             )
-            turn.release(request)
+            queueing.release(step, request)
 
 
-def _load_not_owned(turn: Turn, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
+def _load_not_owned(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
     """It was never sent: the lease had ended, and with it all that waits here."""
 
 
@@ -368,55 +369,55 @@ _LOADS = {
 # Whole backends.
 
 
-def backend_lost(turn: Turn, event: BackendLost) -> None:
+def backend_lost(step: Step, event: BackendLost) -> None:
     """A backend is gone with all it held: its runs, its loads, its caches."""
-    backend = turn.state.backends[event.backend]
+    backend = step.state.backends[event.backend]
     if backend.phase is not Phase.DOWN:
-        lose(turn, backend, event.cause)
+        lose(step, backend, event.cause)
 
 
-def lose(turn: Turn, backend: Backend, cause: str) -> None:
+def lose(step: Step, backend: Backend, cause: str) -> None:
     """Take a backend that was up for gone."""
     backend.phase = Phase.DOWN
     backend.fresh = True
-    turn.state.joining.pop(backend.id, None)
-    turn.state.forget_servers()
-    turn.void_promises(backend, Voided.BACKEND_LOST)
-    turn.heal(backend, Fault.LOST.value, BASE)
-    _lose_loads(turn, backend, cause)
-    runs = [turn.state.requests[request_id] for request_id in list(backend.running)]
+    step.state.joining.pop(backend.id, None)
+    step.state.forget_servers()
+    queueing.void_promises(step, backend, Voided.BACKEND_LOST)
+    step.heal(backend, Fault.LOST.value, BASE)
+    _lose_loads(step, backend, cause)
+    runs = [step.state.requests[request_id] for request_id in list(backend.running)]
     for request in runs:
-        turn.end_run(request, request.tokens)
+        running.end_run(step, request, request.tokens)
     reset_beliefs(backend)
-    turn.reroute_queue(backend)
+    queueing.reroute_queue(step, backend)
     for request in runs:
-        _lose_run(turn, request, backend, cause)
+        _lose_run(step, request, backend, cause)
 
 
-def _lose_loads(turn: Turn, backend: Backend, cause: str) -> None:
-    loads = [turn.state.loads[load_id] for load_id in list(backend.loads)]
+def _lose_loads(step: Step, backend: Backend, cause: str) -> None:
+    loads = [step.state.loads[load_id] for load_id in list(backend.loads)]
     for load in loads:
-        end_load(turn, load)
+        end_load(step, load)
     for load in loads:
-        version = turn.state.versions[load.digest]
+        version = step.state.versions[load.digest]
         if not backend.leaving:  # else it was going anyway
-            suspect(turn, load.digest, version, backend, cause)
-        turn.forget_version_if_unused(load.digest)
+            suspect(step, load.digest, version, backend, cause)
+        storing.forget_version_if_unused(step, load.digest)
 
 
-def _lose_run(turn: Turn, request: Request, backend: Backend, cause: str) -> None:
+def _lose_run(step: Step, request: Request, backend: Backend, cause: str) -> None:
     if request.settled:
-        turn.release(request)
+        queueing.release(step, request)
     elif request.first_token:
         _fail(
-            turn,
+            step,
             request,
             Reason.BACKEND_FAILED,
             f"{request.view.name or 'base model'}: {backend.id} was lost after the first token: {cause}; "
             f"{NEVER_REPEATED}",
         )
     else:
-        _lost(turn, request, backend, cause)
+        _lost(step, request, backend, cause)
 
 
 def reset_beliefs(backend: Backend) -> None:

@@ -9,7 +9,7 @@ from sidecar.core import eligibility
 from sidecar.core.state import Backend, Slot, State
 
 
-class LiveRoom:
+class LiveOrderingView:
     """The room of one backend (`policies.views.Room`) between two decisions."""
 
     __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open")

@@ -13,7 +13,7 @@ PAUSE_NS = 30 * SECOND_NS
 
 
 @dataclass
-class AheadCounts:
+class PrefetchCounts:
     """What came into one place ahead of its use: how often, and to what end."""
 
     begun: int = 0
@@ -23,7 +23,7 @@ class AheadCounts:
     wasted_bytes: int = 0
     """Bytes of what went, or was given up, before anybody used it."""
 
-    def add(self, other: AheadCounts) -> None:
+    def add(self, other: PrefetchCounts) -> None:
         self.begun += other.begun
         self.used += other.used
         self.late += other.late
@@ -48,7 +48,7 @@ class Guesses:
     budget_bytes: int = 0
     budget_ns: int = 0
     """When the budget was last brought up to date."""
-    counts: AheadCounts = field(default_factory=AheadCounts)
+    counts: PrefetchCounts = field(default_factory=PrefetchCounts)
 
     def refill(self, bytes_per_s: int, now_ns: int) -> int:
         """Return the bytes that may be fetched on speculation now: a token bucket, full at the start."""
@@ -87,7 +87,7 @@ class Guesses:
 
 
 @dataclass
-class LoadAhead:
+class PrefetchedLoad:
     """A version that is being loaded, or was, while others had its turn; until a request of it runs."""
 
     size_bytes: int
@@ -95,22 +95,22 @@ class LoadAhead:
 
 
 @dataclass
-class LoadsAhead:
+class PrefetchedLoads:
     """What one backend's engine was given ahead of time, by version."""
 
-    unused: dict[str, LoadAhead] = field(default_factory=dict)
+    unused: dict[str, PrefetchedLoad] = field(default_factory=dict)
     rest: int = 0
     """Rounds that are let pass before the next look: the last one found nothing to load, or no room for it."""
     paused_until_ns: int = 0
     """One failed: the engine has less room than is believed, or worse to do."""
-    counts: AheadCounts = field(default_factory=AheadCounts)
+    counts: PrefetchCounts = field(default_factory=PrefetchCounts)
 
     @property
     def under_way(self) -> bool:
         return any(one.done_ns is None for one in self.unused.values())
 
     def begun(self, version: str, size_bytes: int) -> None:
-        self.unused[version] = LoadAhead(size_bytes)
+        self.unused[version] = PrefetchedLoad(size_bytes)
         self.counts.begun += 1
 
     def ended(self, version: str, loaded: bool, now_ns: int) -> None:

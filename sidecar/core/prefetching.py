@@ -20,7 +20,7 @@ from policies.views import BASE, Sized
 from sidecar.core import dispatching, eligibility, fetching
 from sidecar.core.prefetch_accounting import SECOND_NS
 from sidecar.core.state import Backend, State
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 
 LOOK_EVERY = 32
 """Rounds of a backend between two looks that find nothing. A version that begins to wait, or comes into the store, is
@@ -34,15 +34,15 @@ ASK_EVERY_NS = SECOND_NS
 """What to fetch on speculation is asked for no more often than this, and when such a fetch has come through."""
 
 
-def requested(turn: Turn, request_id: int) -> None:
+def requested(step: Step, request_id: int) -> None:
     """Tell the policy of a request that was admitted, and see whether it was foreseen."""
-    state = turn.state
+    state = step.state
     request = state.requests.get(request_id)
     if request is None or request.version == BASE or request.backend is None:
         return
     backend = state.backends[request.backend]
     packed = state.packed_for(request.version, backend)
-    state.prefetch.on_request(request.version, packed.size_bytes, turn.now_ns)
+    state.prefetch.on_request(request.version, packed.size_bytes, step.now_ns)
     if len(backend.queued_by_version.get(request.version, ())) == 1:
         backend.ahead.rest = 0
     guess = state.guesses.unused.get(packed.key)
@@ -57,16 +57,16 @@ def requested(turn: Turn, request_id: int) -> None:
     state.guesses.used(packed.key, late=not entry.ready)
 
 
-def look_again(turn: Turn) -> None:
+def look_again(step: Step) -> None:
     """A Load has come through: it may have been what held others back, anywhere."""
-    for backend in turn.state.backends.values():
+    for backend in step.state.backends.values():
         backend.ahead.rest = 0
 
 
 # Loads ahead of their turn.
 
 
-def take_stock(turn: Turn, backend: Backend) -> None:
+def take_stock(step: Step, backend: Backend) -> None:
     """Give back the slots of loads ahead that have ended, before the ordering policy is asked."""
     ahead = backend.ahead
     for version, one in list(ahead.unused.items()):
@@ -75,33 +75,33 @@ def take_stock(turn: Turn, backend: Backend) -> None:
             continue
         if slot is not None and not slot.running:
             backend.close_slot(version)
-        ahead.ended(version, eligibility.resident(backend, version), turn.now_ns)
+        ahead.ended(version, eligibility.resident(backend, version), step.now_ns)
 
 
-def load_ahead(turn: Turn, backend: Backend) -> None:
+def load_ahead(step: Step, backend: Backend) -> None:
     """Load what the policy advises, after the ordering policy has decided all it wanted to."""
-    _see_what_was_used(turn, backend)
-    if not _has_to_spare(turn.state, backend, turn.now_ns):
+    _see_what_was_used(step, backend)
+    if not _has_to_spare(step.state, backend, step.now_ns):
         return
     if backend.ahead.rest:
         backend.ahead.rest -= 1
         return
     backend.ahead.rest = LOOK_EVERY
-    room = _EngineRoom(turn.state, backend, turn.now_ns)
-    for version in turn.state.prefetch.advise(room, turn.now_ns) if room.has_pages else ():
+    room = _EngineRoom(step.state, backend, step.now_ns)
+    for version in step.state.prefetch.advise(room, step.now_ns) if room.has_pages else ():
         if room.can_bring(version):
-            packed = turn.state.packed_for(version, backend)
+            packed = step.state.packed_for(version, backend)
             backend.ahead.begun(version, packed.size_bytes)
-            dispatching.open_version(turn, backend, version)
+            dispatching.open_version(step, backend, version)
             return
 
 
-def _see_what_was_used(turn: Turn, backend: Backend) -> None:
+def _see_what_was_used(step: Step, backend: Backend) -> None:
     ahead = backend.ahead
     for version, one in list(ahead.unused.items()):
         slot = backend.slots.get(version)
         if slot is not None and slot.running:
-            ahead.used(version, turn.now_ns)
+            ahead.used(version, step.now_ns)
         elif one.done_ns is not None and not (
             eligibility.resident(backend, version) and version in backend.queued_by_version
         ):
@@ -181,17 +181,17 @@ def takes_from_nobody(backend: Backend, pages: int) -> bool:
 # Fetches on speculation.
 
 
-def speculate(turn: Turn) -> None:
+def speculate(step: Step) -> None:
     """Fetch what the policy thinks will be asked for; or, when somebody waits for a fetch, stop doing so."""
-    state = turn.state
+    state = step.state
     under_way = bool(state.guesses.unused) and bool(state.store.fetches)
-    may_ask = _may_ask(state, turn.now_ns)
+    may_ask = _may_ask(state, step.now_ns)
     if not (under_way or may_ask):
         return
     if fetching.somebody_waits(state):
         _give_way(state)
     elif may_ask:
-        _fetch_guesses(turn)
+        _fetch_guesses(step)
 
 
 def _may_ask(state: State, now_ns: int) -> bool:
@@ -209,17 +209,17 @@ def _give_way(state: State) -> None:
             guess.given_up = state.store.entries[key].doomed = True
 
 
-def _fetch_guesses(turn: Turn) -> None:
-    state = turn.state
-    state.guesses.ask_after_ns = turn.now_ns + ASK_EVERY_NS
+def _fetch_guesses(step: Step) -> None:
+    state = step.state
+    state.guesses.ask_after_ns = step.now_ns + ASK_EVERY_NS
     _forget_the_gone(state)
-    room = _StoreRoom(turn, state.guesses.refill(state.config.prefetch_bytes_per_s, turn.now_ns))
-    for version in state.prefetch.advise(room, turn.now_ns):
+    room = _StoreRoom(step, state.guesses.refill(state.config.prefetch_bytes_per_s, step.now_ns))
+    for version in state.prefetch.advise(room, step.now_ns):
         backend = room.server_of(version)
         if backend is None or not _link_is_idle(state):
             return
         packed = state.packed_for(version, backend)
-        if packed.size_bytes > state.guesses.budget_bytes or not fetching.begin(turn, packed.key, version, backend):
+        if packed.size_bytes > state.guesses.budget_bytes or not fetching.begin(step, packed.key, version, backend):
             return
         state.guesses.begun(packed.key, packed.size_bytes)
 
@@ -233,9 +233,9 @@ def _forget_the_gone(state: State) -> None:
 class _StoreRoom:
     """What the host store has to spare (`policies.views.Spare`)."""
 
-    def __init__(self, turn: Turn, budget_bytes: int) -> None:
-        self._state = turn.state
-        self._now_ns = turn.now_ns
+    def __init__(self, step: Step, budget_bytes: int) -> None:
+        self._state = step.state
+        self._now_ns = step.now_ns
         self.budget_bytes = budget_bytes
 
     @property

@@ -13,7 +13,7 @@ USUAL_TOKENS = 1024
 """The context of a usual request, to compare engines by."""
 
 
-class Offers:
+class RoutingView:
     """The candidates of one request (`policies.views.Candidates`)."""
 
     __slots__ = ("_state", "_version", "backends")

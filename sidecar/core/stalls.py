@@ -15,12 +15,12 @@ what was promised to those who wait for the version is void.
 
 from __future__ import annotations
 
-from sidecar.core import eligibility, promising
+from sidecar.core import eligibility, promising, queueing
 from sidecar.core.effects import Probe
 from sidecar.core.enums import Phase, Voided
 from sidecar.core.events import BackendProbed, Progress
 from sidecar.core.state import NEVER_NS, Backend, State
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 
 STEPS = 5
 LEAST_NS = 2_000_000_000
@@ -33,53 +33,53 @@ ASKED_AGAIN_NS = 5_000_000_000
 """A suspected one is asked so often: nothing may be in flight any more whose progress would tell."""
 
 
-def began(turn: Turn, backend: Backend) -> None:
+def began(step: Step, backend: Backend) -> None:
     """Something is about to be sent or loaded: from now on silence counts, unless it does already."""
     if not (backend.running or backend.loads) or not backend.silence.due_ns:
-        backend.silence.since_ns = turn.now_ns
+        backend.silence.since_ns = step.now_ns
 
 
-def heard(turn: Turn, backend: Backend) -> None:
+def heard(step: Step, backend: Backend) -> None:
     """An engine gave a sign of life."""
     backend.silence.excused = 0
-    _believe(turn, backend)
+    _believe(step, backend)
 
 
-def progressed(turn: Turn, backend: Backend, event: Progress) -> None:
+def progressed(step: Step, backend: Backend, event: Progress) -> None:
     """Tokens came; or nothing can be heard, since clients keep all that runs from being read."""
     if any(event.tokens.values()):
-        heard(turn, backend)
-    elif all(request in event.tokens for request in backend.running if _speaks(turn.state, backend, request)):
-        backend.silence.since_ns = turn.now_ns
+        heard(step, backend)
+    elif all(request in event.tokens for request in backend.running if _speaks(step.state, backend, request)):
+        backend.silence.since_ns = step.now_ns
 
 
-def probed(turn: Turn, event: BackendProbed) -> None:
+def probed(step: Step, event: BackendProbed) -> None:
     """A probe has said whether a suspected engine lives."""
-    backend = turn.state.backends[event.backend]
+    backend = step.state.backends[event.backend]
     silence = backend.silence
     if not silence.suspected:
         return
     if event.alive:
         silence.excused += 1
-        _believe(turn, backend)
+        _believe(step, backend)
     elif not silence.found:
         silence.found = event.text
-        turn.void_promises(backend, Voided.BACKEND_STALLED)
-        _move_queue(turn, backend)
-        _let_others_load(turn, backend)
+        queueing.void_promises(step, backend, Voided.BACKEND_STALLED)
+        _move_queue(step, backend)
+        _let_others_load(step, backend)
 
 
-def watch(turn: Turn, backend: Backend) -> None:
+def watch(step: Step, backend: Backend) -> None:
     """Have an engine looked at in time, if it is not already."""
     if backend.silence.due_ns:
         return
     if backend.loads or (backend.running and promising.pace_is_known(backend)):
-        _look_in_time(turn, backend, _due_ns(turn.state, backend))
+        _look_in_time(step, backend, _due_ns(step.state, backend))
 
 
-def _look_in_time(turn: Turn, backend: Backend, due_ns: int) -> None:
+def _look_in_time(step: Step, backend: Backend, due_ns: int) -> None:
     """Look when it is due, or before: once a prompt has been read, or a token has come, it may be due earlier."""
-    _look_at(turn.state, backend, min(due_ns, turn.now_ns + _steps_ns(turn.state, backend)))
+    _look_at(step.state, backend, min(due_ns, step.now_ns + _steps_ns(step.state, backend)))
 
 
 def _look_at(state: State, backend: Backend, due_ns: int) -> None:
@@ -87,54 +87,54 @@ def _look_at(state: State, backend: Backend, due_ns: int) -> None:
     state.listen_ns = min(state.listen_ns, due_ns)
 
 
-def look(turn: Turn) -> None:
+def look(step: Step) -> None:
     """Look at the engines whose time has come."""
-    state = turn.state
-    if turn.now_ns < state.listen_ns:
+    state = step.state
+    if step.now_ns < state.listen_ns:
         return
     state.listen_ns = NEVER_NS
     for backend in state.backends.values():
         due_ns = backend.silence.due_ns
-        if due_ns and due_ns <= turn.now_ns:
+        if due_ns and due_ns <= step.now_ns:
             backend.silence.due_ns = 0
             if backend.phase is Phase.UP and backend.owned:
-                _judge(turn, backend)
+                _judge(step, backend)
         elif due_ns:
             _look_at(state, backend, due_ns)
 
 
-def _judge(turn: Turn, backend: Backend) -> None:
+def _judge(step: Step, backend: Backend) -> None:
     """Suspect an engine that has been silent for too long; ask a suspected one again."""
-    state, silence = turn.state, backend.silence
+    state, silence = step.state, backend.silence
     if silence.suspected:
-        _ask(turn, backend)
+        _ask(step, backend)
         return
     if silence.excused > EXCUSES_MAX or not (backend.loads or _has_to_speak(state, backend)):
         return
     due_ns = _due_ns(state, backend)
-    if turn.now_ns < due_ns:
-        _look_in_time(turn, backend, due_ns)
+    if step.now_ns < due_ns:
+        _look_in_time(step, backend, due_ns)
         return
     silence.suspected = True
     state.forget_servers()
-    _ask(turn, backend)
+    _ask(step, backend)
 
 
-def _ask(turn: Turn, backend: Backend) -> None:
-    within_ns = _steps_ns(turn.state, backend)
-    turn.emit(Probe(backend.id, within_ns))
-    _look_at(turn.state, backend, turn.now_ns + within_ns + ASKED_AGAIN_NS)
+def _ask(step: Step, backend: Backend) -> None:
+    within_ns = _steps_ns(step.state, backend)
+    step.emit(Probe(backend.id, within_ns))
+    _look_at(step.state, backend, step.now_ns + within_ns + ASKED_AGAIN_NS)
 
 
-def _believe(turn: Turn, backend: Backend) -> None:
+def _believe(step: Step, backend: Backend) -> None:
     """Count silence from now on, and take back an engine that was suspected."""
     silence = backend.silence
-    silence.since_ns = turn.now_ns
+    silence.since_ns = step.now_ns
     if silence.suspected:
         silence.suspected, silence.found, silence.due_ns = False, "", 0
-        turn.state.forget_servers()
-        turn.dirty[backend.id] = None
-    watch(turn, backend)
+        step.state.forget_servers()
+        step.dirty[backend.id] = None
+    watch(step, backend)
 
 
 def _has_to_speak(state: State, backend: Backend) -> bool:
@@ -168,24 +168,24 @@ def _steps_ns(state: State, backend: Backend) -> int:
     return max(round(STEPS * promising.step_ns(state, backend)), LEAST_NS)
 
 
-def _move_queue(turn: Turn, backend: Backend) -> None:
+def _move_queue(step: Step, backend: Backend) -> None:
     """Move what waits at a backend to others that can serve it; what none can stays."""
     for request_id in list(backend.queued):
-        request = turn.state.requests[request_id]
-        takers = eligibility.takers_of(turn.state, request.version, request.view, request.only)
+        request = step.state.requests[request_id]
+        takers = eligibility.takers_of(step.state, request.version, request.view, request.only)
         if takers and backend.id not in takers:
-            turn.dequeue(request)
-            turn.route(request)
+            queueing.dequeue(step, request)
+            queueing.route(step, request)
 
 
-def _let_others_load(turn: Turn, backend: Backend) -> None:
+def _let_others_load(step: Step, backend: Backend) -> None:
     """Take in that a version's first Load may last for as long as its engine stalls: others need not wait for it."""
-    state = turn.state
+    state = step.state
     unproven = {digest for load in backend.loads if not state.versions[digest := state.loads[load].digest].answered}
     if not unproven:
         return
     for request in state.requests.values():
         if request.version in unproven and not request.running:
-            turn.void_promise(request, Voided.BACKEND_STALLED)
-    turn.dirty.update(dict.fromkeys(state.backends))
+            queueing.void_promise(step, request, Voided.BACKEND_STALLED)
+    step.dirty.update(dict.fromkeys(state.backends))
     state.pool_changed = True

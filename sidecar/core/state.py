@@ -6,7 +6,7 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field, replace
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from policies.views import BASE, Ordering, Prefetch, Promise, Routing, Waiting
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Cache, Phase
@@ -14,7 +14,7 @@ from sidecar.core.facts import BASE_PACKED, Adapter, EngineFacts, Misfit, Packed
 from sidecar.core.lateness import Lateness
 from sidecar.core.outstanding import Outstanding
 from sidecar.core.pace import Runs, Yield
-from sidecar.core.prefetch_accounting import AheadCounts, Guesses, LoadsAhead
+from sidecar.core.prefetch_accounting import Guesses, PrefetchCounts, PrefetchedLoads
 from sidecar.core.shadow import EngineShadow
 from sidecar.core.silence import Silence
 from sidecar.core.store import StoreIndex
@@ -238,7 +238,7 @@ class Backend:
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
     """KV tokens in use beyond what was sent from here, as last measured: a gauge lags behind what has just ended."""
     queued: dict[int, None] = field(default_factory=dict)
-    queued_by_version: dict[str, Line] = field(default_factory=dict)
+    queued_by_version: dict[str, IdQueue] = field(default_factory=dict)
     outstanding: Outstanding = field(default_factory=Outstanding)
     slowness: float = 1.0
     """Its steps take so many times what its pace says."""
@@ -275,7 +275,7 @@ class Backend:
     quiet_backoff_ns: int = 0
     warmups: dict[str, None] = field(default_factory=dict)
     """Versions an operator wants loaded here."""
-    ahead: LoadsAhead = field(default_factory=LoadsAhead)
+    ahead: PrefetchedLoads = field(default_factory=PrefetchedLoads)
     steal_from: int = 0
     """Where the next look for a version worth a load begins, among all that wait elsewhere."""
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
@@ -393,7 +393,7 @@ class State:
     """The versions whose `suspect` is set."""
     joining: dict[str, Joining] = field(default_factory=dict)
     """The backends that have just come up, as long as they are spared for it."""
-    ahead_of_removed: AheadCounts = field(default_factory=AheadCounts)
+    ahead_of_removed: PrefetchCounts = field(default_factory=PrefetchCounts)
     """What was loaded ahead of its turn into engines that are gone."""
     draining: bool = False
     waiting: Queued = field(default_factory=Queued)
@@ -407,7 +407,7 @@ class State:
     """When engines that may be silent for too long are looked at next."""
     steal_ns: int = 0
     """When idling engines look again for what is worth a load; past when none is to."""
-    wanted: dict[str, Line] = field(default_factory=dict)
+    wanted: dict[str, IdQueue] = field(default_factory=dict)
     """For each packed key that queued requests need and the backend has not: who waits for it."""
     lateness: Lateness = field(default_factory=Lateness)
     """How long what they need has been on its way."""

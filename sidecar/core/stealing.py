@@ -21,9 +21,9 @@ from itertools import islice
 
 from policies.at_most import at_most
 from policies.views import BASE
-from sidecar.core import dispatching, eligibility
+from sidecar.core import dispatching, eligibility, queueing
 from sidecar.core.state import NEVER_NS, Backend, Request, State
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 
 HEADS_LOOKED_AT = 4
 """Of each version the oldest so many requests are considered: some may be held to other backends."""
@@ -35,19 +35,19 @@ PATIENCE_NS = 1_000_000_000
 are over before that."""
 
 
-def steal(turn: Turn) -> bool:
+def steal(step: Step) -> bool:
     """Have one idling backend take over one request, or begin to load for some; say whether one did."""
-    state = turn.state
+    state = step.state
     if state.queued == len(state.unrouted):
         return False
-    if turn.taken_over is not None:
-        last, request = turn.taken_over
+    if step.taken_over is not None:
+        last, request = step.taken_over
         if request in last.queued:
-            turn.stuck[last.id] = None
+            step.stuck[last.id] = None
     for backend in state.backends.values():
-        if backend.id not in state.full and backend.id not in turn.stuck and _has_to_spare(state, backend):
+        if backend.id not in state.full and backend.id not in step.stuck and _has_to_spare(state, backend):
             others = [other for other in state.backends.values() if other.queued and other is not backend]
-            if _take_over(turn, backend, others) or _load_for(turn, backend, others):
+            if _take_over(step, backend, others) or _load_for(step, backend, others):
                 return True
     return False
 
@@ -64,23 +64,23 @@ def _has_to_spare(state: State, backend: Backend) -> bool:
     )
 
 
-def _take_over(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
+def _take_over(step: Step, backend: Backend, others: list[Backend]) -> bool:
     """Move the request that comes first to a backend that can send it at once."""
-    state, tenants = turn.state, backend.outstanding.tenants
+    state, tenants = step.state, backend.outstanding.tenants
     best, best_rank = None, (0.0, 0)
     for other in others:
         for version in _resident_here(backend, other):
             request = _first_that_may_come(state, backend, other, version)
-            if request is None or _has_its_load_under_way(turn, other, version):
+            if request is None or _has_its_load_under_way(step, other, version):
                 continue
-            if eligibility.why_not_take_over(state, backend, request, turn.now_ns) is not None:
+            if eligibility.why_not_take_over(state, backend, request, step.now_ns) is not None:
                 continue
             rank = tenants.get(request.view.tenant, 0) / request.view.weight, request.id
             if best is None or rank < best_rank:
                 best, best_rank = request, rank
     if best is None:
         return False
-    turn.move(best, backend)
+    queueing.move(step, best, backend)
     return True
 
 
@@ -111,42 +111,42 @@ def _first_that_may_come(state: State, backend: Backend, other: Backend, version
     return None
 
 
-def _has_its_load_under_way(turn: Turn, other: Backend, version: str) -> bool:
+def _has_its_load_under_way(step: Step, other: Backend, version: str) -> bool:
     """Whether a backend has just begun to load a version for those who wait there: a moment, and paid for."""
     slot = other.slots.get(version)
     if slot is None or slot.load is None:
         return False
-    due_ns = turn.state.loads[slot.load].begun_ns + PATIENCE_NS
-    if due_ns > turn.now_ns:
-        _look_again(turn, due_ns)
-    return due_ns > turn.now_ns
+    due_ns = step.state.loads[slot.load].begun_ns + PATIENCE_NS
+    if due_ns > step.now_ns:
+        _look_again(step, due_ns)
+    return due_ns > step.now_ns
 
 
-def _load_for(turn: Turn, backend: Backend, others: list[Backend]) -> bool:
+def _load_for(step: Step, backend: Backend, others: list[Backend]) -> bool:
     """Have an engine that runs nothing load what most requests elsewhere wait for, once they have for a while."""
     if backend.in_flight or backend.facts.attaches:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
-    for other, version in _some_that_wait(turn, backend, others):
-        if eligibility.resident(backend, version) or not eligibility.ready(turn.state, backend, version):
+    for other, version in _some_that_wait(step, backend, others):
+        if eligibility.resident(backend, version) or not eligibility.ready(step.state, backend, version):
             continue
-        request = _first_that_may_come(turn.state, backend, other, version)
-        if request is None or not _may_be_loaded(turn, backend, version):
+        request = _first_that_may_come(step.state, backend, other, version)
+        if request is None or not _may_be_loaded(step, backend, version):
             continue
         rank = -len(other.queued_by_version[version]), request.id
-        if request.view.arrived_ns + PATIENCE_NS > turn.now_ns:
+        if request.view.arrived_ns + PATIENCE_NS > step.now_ns:
             due_ns = min(due_ns, request.view.arrived_ns + PATIENCE_NS)
         elif best is None or rank < best_rank:
             best, best_rank = version, rank
     if best is not None:
-        dispatching.open_version(turn, backend, best)
+        dispatching.open_version(step, backend, best)
         return True
     if due_ns < NEVER_NS:
-        _look_again(turn, due_ns)
+        _look_again(step, due_ns)
     return False
 
 
-def _some_that_wait(turn: Turn, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
+def _some_that_wait(step: Step, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
     """Yield so many versions that wait elsewhere; where there are more, the next look goes on behind them, and soon."""
     first = backend.steal_from
     pairs = ((other, version) for other in others for version in other.queued_by_version)
@@ -154,19 +154,19 @@ def _some_that_wait(turn: Turn, backend: Backend, others: list[Backend]) -> Iter
     is_more = next(pairs, None) is not None
     backend.steal_from = first + VERSIONS_LOOKED_AT if is_more else 0
     if is_more or first:
-        _look_again(turn, turn.now_ns + NEXT_LOOK_NS)
+        _look_again(step, step.now_ns + NEXT_LOOK_NS)
 
 
-def _look_again(turn: Turn, due_ns: int) -> None:
+def _look_again(step: Step, due_ns: int) -> None:
     """Have the core woken at a time, unless it will be before."""
-    if not turn.now_ns < turn.state.steal_ns <= due_ns:
-        turn.state.steal_ns = due_ns
-        turn.state.set_timer(due_ns)
+    if not step.now_ns < step.state.steal_ns <= due_ns:
+        step.state.steal_ns = due_ns
+        step.state.set_timer(due_ns)
 
 
-def _may_be_loaded(turn: Turn, backend: Backend, digest: str) -> bool:
+def _may_be_loaded(step: Step, backend: Backend, digest: str) -> bool:
     """Whether a version may be loaded now. One that is being loaded anywhere, or may have killed an engine, is not."""
-    version = turn.state.versions[digest]
-    if version.suspect or eligibility.loaded_elsewhere(turn.state, backend, version):
+    version = step.state.versions[digest]
+    if version.suspect or eligibility.loaded_elsewhere(step.state, backend, version):
         return False
-    return eligibility.why_not_open(turn.state, backend, digest, turn.now_ns) is None
+    return eligibility.why_not_open(step.state, backend, digest, step.now_ns) is None

@@ -6,27 +6,28 @@ and nobody who was lost beside it is sent where it is being loaded. When a secon
 
 from __future__ import annotations
 
+from sidecar.core import queueing
 from sidecar.core.effects import Quarantine
 from sidecar.core.state import Backend, State, Version
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 from sidecar.errors import Reason
 
 
-def suspect(turn: Turn, digest: str, version: Version, backend: Backend, text: str) -> None:
+def suspect(step: Step, digest: str, version: Version, backend: Backend, text: str) -> None:
     """Hold a version answerable for a failure during its first loads; two make it quarantined."""
     if version.answered:
         return
     version.suspect = True
-    turn.state.suspects[digest] = None
+    step.state.suspects[digest] = None
     version.lost_backends.append(backend.id)
     if len(version.lost_backends) < 2 or version.quarantined:
         return
     places = " and ".join(version.lost_backends)
     version.quarantined = f"its first loads coincided with the loss of {places} (last: {text})"
-    turn.emit(Quarantine(digest, version.quarantined))
-    for request in list(turn.state.requests.values()):
+    step.emit(Quarantine(digest, version.quarantined))
+    for request in list(step.state.requests.values()):
         if request.version == digest and not request.running and not request.settled:
-            turn.drop(request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
+            queueing.drop(step, request, Reason.QUARANTINED, quarantine_message(request.view.name, version))
 
 
 def clear(state: State, digest: str) -> None:

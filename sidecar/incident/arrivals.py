@@ -62,7 +62,7 @@ class Setting:
     adapters: dict[str, AdapterRegistered] = field(default_factory=dict)
 
 
-class Line(NamedTuple):
+class JournalEntry(NamedTuple):
     """A line of a journal that was picked by the name of its event. `event` is as it is written."""
 
     segment: Path
@@ -88,7 +88,7 @@ def arrivals_of(path: Path) -> Iterator[Arrival]:
             yield _arrival(line, answered.get((line.life, line.event["request"])))
 
 
-def _arrival(line: Line, output_tokens: int | None) -> Arrival:
+def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
     event = line.event
     return Arrival(
         life=line.life,
@@ -152,7 +152,7 @@ def _registration(state: State, name: Name) -> AdapterRegistered:
     )
 
 
-def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[Line]:
+def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalEntry]:
     """Yield the steps whose event is one of these, over several lives of the process, oldest first.
 
     A line that was cut off or is no JSON is passed over: whether a journal is sound is the replay's question.
@@ -169,7 +169,7 @@ def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[Line]:
                 if any(mark in text for mark in marks) and text.endswith(b"\n"):
                     record = _record(text)
                     if record is not None:
-                        yield Line(segment, life, record["at"], record["event"])
+                        yield JournalEntry(segment, life, record["at"], record["event"])
 
 
 def _record(text: bytes) -> dict[str, Any] | None:

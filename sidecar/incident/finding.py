@@ -10,7 +10,7 @@ from typing import Any
 
 from sidecar.config.identities import clipped
 from sidecar.errors import Misused, Reason
-from sidecar.incident.arrivals import Line, first_step_of, header_of, lines_of
+from sidecar.incident.arrivals import JournalEntry, first_step_of, header_of, lines_of
 from sidecar.journal.replay import SegmentFile
 
 NEAR_MAX = 4
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")
 
 
 @dataclass(frozen=True)
-class Place:
+class RequestSegments:
     """A request by its number, the segments that tell of it, oldest first, and whether it came before the first."""
 
     request: int
@@ -54,7 +54,7 @@ def began_of(header: dict[str, Any]) -> datetime | None:
     return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
 
 
-def place_of(path: Path, segments: list[Path], asked: str) -> Place:
+def place_of(path: Path, segments: list[Path], asked: str) -> RequestSegments:
     """Return where a request is: by its number, as the log writes it (17) or an engine's log (17.2), or by its id.
 
     A number is looked for in the latest life of the process that had it. Ids are their clients', and several requests
@@ -71,11 +71,11 @@ def place_of(path: Path, segments: list[Path], asked: str) -> Place:
     if called:
         last = called[-1]
         note = _called_alike(asked, called)
-        return Place(last.event["request"], segments[segments.index(last.segment) :], False, note)
+        return RequestSegments(last.event["request"], segments[segments.index(last.segment) :], False, note)
     for index in reversed(_boundaries(segments)):
         held = SegmentFile(segments[index]).core.state.requests.values()
         if request := max((request.id for request in held if request.client_id == asked), default=0):
-            return Place(request, segments[index:], True)
+            return RequestSegments(request, segments[index:], True)
     raise Misused(
         Reason.NOT_A_JOURNAL,
         f'{path} tells of no request with the id "{clipped(asked)}": it is older or younger than what is kept, was '
@@ -84,11 +84,11 @@ def place_of(path: Path, segments: list[Path], asked: str) -> Place:
     )
 
 
-def _with_note(place: Place, note: str) -> Place:
+def _with_note(place: RequestSegments, note: str) -> RequestSegments:
     return replace(place, note="; ".join(filter(None, (place.note, note))))
 
 
-def _called_alike(asked: str, called: list[Line]) -> str:
+def _called_alike(asked: str, called: list[JournalEntry]) -> str:
     if len(called) == 1:
         return ""
     return (
@@ -97,23 +97,23 @@ def _called_alike(asked: str, called: list[Line]) -> str:
     )
 
 
-def _also_called(asked: str, called: list[Line]) -> str:
+def _also_called(asked: str, called: list[JournalEntry]) -> str:
     others = [line for line in called if str(line.event["request"]) != asked]
     return f"clients have given {asked} as an id, too, the last ones for {_some(others)}" if others else ""
 
 
-def _some(lines: list[Line]) -> str:
+def _some(lines: list[JournalEntry]) -> str:
     return ", ".join(map(_shown, lines[-NEAR_MAX:]))
 
 
-def _by_number(path: Path, segments: list[Path], request: int) -> Place:
+def _by_number(path: Path, segments: list[Path], request: int) -> RequestSegments:
     own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
     if own:
         last = own[-1]
-        return Place(request, segments[segments.index(last.segment) :], False, _elsewhere(own))
+        return RequestSegments(request, segments[segments.index(last.segment) :], False, _elsewhere(own))
     for index in reversed(_boundaries(segments)):
         if request in SegmentFile(segments[index]).core.state.requests:
-            return Place(request, segments[index:], True)
+            return RequestSegments(request, segments[index:], True)
     raise Misused(Reason.NOT_A_JOURNAL, _unknown(path, segments, request))
 
 
@@ -129,7 +129,7 @@ def _boundaries(segments: list[Path]) -> list[int]:
     return found
 
 
-def _elsewhere(own: list[Line]) -> str:
+def _elsewhere(own: list[JournalEntry]) -> str:
     if len(own) == 1:
         return ""
     names = ", ".join(dict.fromkeys(line.segment.name for line in own[:-1]))
@@ -140,7 +140,7 @@ def _elsewhere(own: list[Line]) -> str:
 
 
 def _unknown(path: Path, segments: list[Path], request: int) -> str:
-    latest: list[Line] = []
+    latest: list[JournalEntry] = []
     for line in lines_of(segments, ("Received",)):
         if latest and line.life != latest[-1].life:
             latest.clear()
@@ -162,7 +162,7 @@ def _why_unknown(request: int, first: int, last: int) -> str:
     return "it was refused at the full inbox, or the journal left it out"
 
 
-def _shown(line: Line) -> str:
+def _shown(line: JournalEntry) -> str:
     clock = clock_of(header_of(line.segment), _first_ns(line.segment))
     adapter = str(line.event["adapter"])[:40] or "base model"
     return f"{line.event['request']} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"

@@ -13,11 +13,9 @@ from sidecar.core import eligibility
 from sidecar.core import events as ev
 from sidecar.core.state import Request, State
 from sidecar.incident import saying
-from sidecar.incident.concerning import may_concern
 from sidecar.incident.obstacles import in_the_way
-from sidecar.incident.surroundings import Surroundings
-from sidecar.incident.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline
-from sidecar.incident.waits import Waits
+from sidecar.incident.surroundings import Surroundings, may_concern
+from sidecar.incident.timeline import AT_AN_ENGINE, NOT_JOURNALED, Timeline, Waits
 from sidecar.incident.witness import Routed
 from sidecar.journal.replay import Replayed
 

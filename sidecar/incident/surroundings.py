@@ -20,6 +20,9 @@ Told = tuple[str, str]
 """What a moment is, in a word, and the sentence."""
 
 _CHANGES_THE_CACHE = (ev.LoadDone, ev.LoadFailed, ev.RunFailed, ev.BackendUp, ev.BackendLost)
+_OF_A_REQUEST = (ev.Received, ev.FirstToken, ev.RunEnded, ev.RunFailed)
+_OF_A_BACKEND = (ev.Progress, ev.BackendMeasured)
+_LOCAL = (do.Dispatch, do.CancelRun, do.Settle)
 
 
 class Surroundings:
@@ -155,3 +158,24 @@ def _standing(event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> str:
 
 def _count(names: dict[str, int], name: str) -> None:
     names[name] = names.get(name, 0) + 1
+
+
+def may_concern(step: Replayed, state: State, backend: str) -> bool:
+    """Whether a step may have changed what holds at a backend. `state` is the one after it."""
+    if _place_of(step, state) in ("", backend):
+        return True
+    # A fetch, a drop, a load, a heal, a timer: any of them may reach this backend.
+    return not all(isinstance(effect, _LOCAL) and effect.backend not in ("", backend) for effect in step.effects)
+
+
+def _place_of(step: Replayed, state: State) -> str:
+    """Return the one backend that a step's event belongs to; "" when it is not known or there is none."""
+    event = step.event
+    if isinstance(event, _OF_A_BACKEND):
+        return event.backend
+    if not isinstance(event, _OF_A_REQUEST):
+        return ""
+    request = state.requests.get(event.request)
+    if request is not None:
+        return request.backend or ""
+    return next((effect.backend for effect in step.effects if isinstance(effect, do.Settle)), "")

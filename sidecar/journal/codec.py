@@ -15,7 +15,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from sidecar.core.core import Core, Policies
 from sidecar.journal.written_names import WRITTEN, Form, problems
 
@@ -96,14 +96,14 @@ _ENCODERS: dict[type, Convert] = {
     list: lambda value: [encode(item) for item in value],
     tuple: lambda value: {"!": "tuple", "=": [encode(item) for item in value]},
     deque: lambda value: {"!": "deque", "=": [encode(item) for item in value], "maxlen": value.maxlen},
-    Line: lambda value: {"!": "Line", "=": list(value)},
+    IdQueue: lambda value: {"!": "Line", "=": list(value)},
     dict: lambda value: {"!": "dict", "=": [[encode(key), encode(held)] for key, held in value.items()]},
     **{cls: encoder_of(cls, form) for cls, form in WRITTEN.items()},
 }
 _DECODERS: dict[str, Convert] = {
     "tuple": lambda record: tuple(decode(item) for item in record["="]),
     "deque": lambda record: deque((decode(item) for item in record["="]), maxlen=record["maxlen"]),
-    "Line": lambda record: Line(record["="]),
+    "Line": lambda record: IdQueue(record["="]),
     "dict": lambda record: {decode(key): decode(held) for key, held in record["="]},
     **{form.name: decoder_of(cls, form) for cls, form in WRITTEN.items()},
 }

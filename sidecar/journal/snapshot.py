@@ -16,7 +16,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from sidecar.core.state import State
 
 Copier = Callable[[Any], Any]
@@ -63,8 +63,8 @@ def _copier(hint: Any) -> Copier | None:
         return _dict_copier(_copier(arguments[1]))
     if origin is deque:
         return _deque_copier(_copier(arguments[0]))
-    if hint is Line:
-        return Line
+    if hint is IdQueue:
+        return IdQueue
     assert is_dataclass(hint), f"the core's state holds a {hint}, which nobody taught to be copied"
     cls: Any = hint
     return None if cls.__dataclass_params__.frozen else _dataclass_copier(cls)

@@ -32,7 +32,7 @@ def seen_here(state: State) -> dict[str, Seen]:
 
 
 @dataclass(frozen=True)
-class Places:
+class Placement:
     """`wanted` are the backends that are to serve a version, `ready` those of them that would at once."""
 
     wanted: tuple[str, ...] = ()
@@ -40,10 +40,10 @@ class Places:
     resident: tuple[str, ...] = ()
 
 
-NOWHERE = Places()
+NOWHERE = Placement()
 
 
-def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Places:
+def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Placement:
     """Return where a name's version is. All backends that can serve it are to, or those that it is to be loaded on.
 
     On these it is ready when it is resident; on others it is loaded when it is asked for.
@@ -56,7 +56,7 @@ def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Places:
     patterns = record.declared.prefetch if record.declared is not None else None
     wanted = tuple(sorted(backend for backend in servers if matches(backend, patterns or ())))
     ready = tuple(one for one in wanted if seen[one].serves and (patterns is None or one in resident))
-    return Places(wanted, ready, resident)
+    return Placement(wanted, ready, resident)
 
 
 def matches(backend: str, patterns: tuple[str, ...]) -> bool:

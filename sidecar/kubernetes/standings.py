@@ -10,7 +10,7 @@ from typing import Any
 from sidecar.errors import SidecarError
 from sidecar.kubernetes.deciding import Do, belongs_elsewhere, is_held, to_do
 from sidecar.kubernetes.declarations import Declaration
-from sidecar.kubernetes.placement import NOWHERE, Places
+from sidecar.kubernetes.placement import NOWHERE, Placement
 from sidecar.state.records import Record
 
 MESSAGE_LENGTH_MAX = 1000
@@ -43,7 +43,7 @@ class Standing:
     message: str
     version: str = ""
     digest: str = ""
-    places: Places = NOWHERE
+    places: Placement = NOWHERE
     accepted: bool = True
 
     @property
@@ -64,7 +64,7 @@ def standing_of(
     declaration: Declaration,
     record: Record | None,
     attempt: Attempt,
-    places: Places,
+    places: Placement,
     now: float,
     loaded: str = "",
 ) -> Standing:

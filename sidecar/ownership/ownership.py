@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from sidecar.ownership import answering, keeping, moving, taking
 from sidecar.ownership import effects as do
 from sidecar.ownership import events as ev
-from sidecar.ownership.enums import Why
+from sidecar.ownership import keeping, moving, taking
+from sidecar.ownership.effects import Answer
+from sidecar.ownership.enums import Purpose, Why
+from sidecar.ownership.events import AskReceived
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.slots import Acquiring, Asking, HandingOver, Lapsed, Owned, Slot
-from sidecar.ownership.step import NEVER_NS, Knowledge, Turn, leases_of
+from sidecar.ownership.step import NEVER_NS, Knowledge, Step, leases_of
 
 
 class Ownership:
@@ -43,46 +45,46 @@ class Ownership:
 
     def step(self, event: ev.Event, now_ns: int) -> list[do.Effect]:
         """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
-        turn = Turn(now_ns, self.know)
+        step = Step(now_ns, self.know)
         if self.know.left:
             return []
-        _end_what_is_over(turn)
-        HANDLERS[type(event)](turn, event)
-        _do_what_is_due(turn)
-        _set_wake(turn)
-        return turn.effects
+        _end_what_is_over(step)
+        HANDLERS[type(event)](step, event)
+        _do_what_is_due(step)
+        _set_wake(step)
+        return step.effects
 
 
-def _end_what_is_over(turn: Turn) -> None:
+def _end_what_is_over(step: Step) -> None:
     """Before anything else: a lease that ended during a pause must not be prolonged by what came in meanwhile."""
-    know = turn.know
+    know = step.know
     for slot in know.slots.values():
-        if slot.hold is not None and turn.now >= slot.hold.valid_ns:
-            keeping.keep(turn, slot, slot.hold)
-    know.pledges = {backend: each for backend, each in know.pledges.items() if turn.now < each.until_ns}
-    know.heard = {said: until_ns for said, until_ns in know.heard.items() if turn.now < until_ns}
+        if slot.hold is not None and step.now >= slot.hold.valid_ns:
+            keeping.keep(step, slot, slot.hold)
+    know.pledges = {backend: each for backend, each in know.pledges.items() if step.now < each.until_ns}
+    know.heard = {said: until_ns for said, until_ns in know.heard.items() if step.now < until_ns}
 
 
-def _do_what_is_due(turn: Turn) -> None:
-    know = turn.know
+def _do_what_is_due(step: Step) -> None:
+    know = step.know
     for slot in know.slots.values():
         if isinstance(slot.state, Asking):
-            taking.go_ahead(turn, slot)
+            taking.go_ahead(step, slot)
         elif isinstance(slot.state, Lapsed):
-            keeping.look_after(turn, slot, slot.state.hold)
+            keeping.look_after(step, slot, slot.state.hold)
         elif slot.hold is not None:
-            keeping.keep(turn, slot, slot.hold)
-    if know.move is not None and turn.now >= know.move.again_ns:
-        moving.again(turn, know.move)
-    moving.drain(turn)
-    if know.beat is None and turn.now >= know.beat_ns and not know.left:
-        know.beat = turn.number()
-        know.beat_ns = turn.now + know.every_ns
-        turn.emit(do.SendBeat(know.beat, know.member))
+            keeping.keep(step, slot, slot.hold)
+    if know.move is not None and step.now >= know.move.again_ns:
+        moving.again(step, know.move)
+    moving.drain(step)
+    if know.beat is None and step.now >= know.beat_ns and not know.left:
+        know.beat = step.number()
+        know.beat_ns = step.now + know.every_ns
+        step.emit(do.SendBeat(know.beat, know.member))
 
 
-def _set_wake(turn: Turn) -> None:
-    know = turn.know
+def _set_wake(step: Step) -> None:
+    know = step.know
     dues = [know.beat_ns] if know.beat is None else []
     if know.move is not None:
         dues.append(know.move.again_ns)
@@ -91,7 +93,7 @@ def _set_wake(turn: Turn) -> None:
         if isinstance(state, Asking):
             dues.append(state.round.sent_ns + know.bounds.ask_ns)
         elif isinstance(state, Lapsed):
-            dues.append(turn.now if state.hold.ask_ns is None else state.hold.ask_ns)
+            dues.append(step.now if state.hold.ask_ns is None else state.hold.ask_ns)
         elif isinstance(state, Owned | HandingOver):
             hold = state.hold
             dues.append(hold.valid_ns)
@@ -103,11 +105,11 @@ def _set_wake(turn: Turn) -> None:
     if wake_ns != know.wake_ns:
         know.wake_ns = wake_ns
         if wake_ns != NEVER_NS:
-            turn.emit(do.WakeAt(wake_ns))
+            step.emit(do.WakeAt(wake_ns))
 
 
-def _beat_answered(turn: Turn, event: ev.BeatAnswered) -> None:
-    know = turn.know
+def _beat_answered(step: Step, event: ev.BeatAnswered) -> None:
+    know = step.know
     know.reaches_redis = True
     if event.number != know.beat:
         return
@@ -115,115 +117,155 @@ def _beat_answered(turn: Turn, event: ev.BeatAnswered) -> None:
     know.members = {member.id: member for member in event.members}
     leases = leases_of(event)
     for lease in event.leases:
-        turn.saw(lease.backend, lease.epoch)
+        step.saw(lease.backend, lease.epoch)
         if lease.left_ns >= know.bounds.attempt_ns:  # so nobody follows on what this member agreed to before
             know.over.pop(lease.backend, None)
     if know.member.draining:
         return
     for slot in know.slots.values():
-        taking.look(turn, slot, leases.get(slot.backend), event)
-    moving.look(turn, event)
+        taking.look(step, slot, leases.get(slot.backend), event)
+    moving.look(step, event)
 
 
-def _beat_failed(turn: Turn, event: ev.BeatFailed) -> None:
-    know = turn.know
+def _beat_failed(step: Step, event: ev.BeatFailed) -> None:
+    know = step.know
     if event.number == know.beat:
         know.beat = None
         know.reaches_redis = False
-        turn.look_at(turn.now + know.bounds.retry_ns)
+        step.look_at(step.now + know.bounds.retry_ns)
 
 
-def _lease_answered(turn: Turn, event: ev.LeaseAnswered) -> None:
-    turn.know.reaches_redis = True
-    slot = turn.know.calls.pop(event.number, None)
+def _lease_answered(step: Step, event: ev.LeaseAnswered) -> None:
+    step.know.reaches_redis = True
+    slot = step.know.calls.pop(event.number, None)
     if slot is None:
         return
-    turn.saw(slot.backend, event.epoch)
+    step.saw(slot.backend, event.epoch)
     if isinstance(slot.state, Acquiring):
-        taking.answered(turn, slot, slot.state, event)
+        taking.answered(step, slot, slot.state, event)
     elif slot.hold is not None:
-        keeping.answered(turn, slot, slot.hold, event)
+        keeping.answered(step, slot, slot.hold, event)
 
 
-def _lease_failed(turn: Turn, event: ev.LeaseFailed) -> None:
-    slot = turn.know.calls.pop(event.number, None)
+def _lease_failed(step: Step, event: ev.LeaseFailed) -> None:
+    slot = step.know.calls.pop(event.number, None)
     if slot is None:
         return
-    turn.know.reaches_redis = False
+    step.know.reaches_redis = False
     if slot.hold is not None:
-        keeping.failed(turn, slot.hold)
+        keeping.failed(step, slot.hold)
     else:
-        taking.give_up(turn, slot)
+        taking.give_up(step, slot)
 
 
-def _ask_answered(turn: Turn, event: ev.AskAnswered) -> None:
-    know = turn.know
+def _ask_answered(step: Step, event: ev.AskAnswered) -> None:
+    know = step.know
     if know.move is not None and event.number == know.move.number:
-        moving.answered(turn, know.move, event)
+        moving.answered(step, know.move, event)
         return
     for slot in know.slots.values():
         state, hold = slot.state, slot.asking_hold
         round_ = state.round if isinstance(state, Asking) else None if hold is None else hold.round
         if round_ is None or event.number not in round_.missing:
             continue
-        turn.saw(slot.backend, event.epoch)
+        step.saw(slot.backend, event.epoch)
         del round_.missing[event.number]
         if event.agreed:
             round_.agreed.append(event.member)
         round_.refused |= not event.agreed
         round_.holder |= event.holds
         if hold is not None:
-            keeping.go_on(turn, slot, hold)
+            keeping.go_on(step, slot, hold)
         else:
-            turn.believe(slot.backend, event.member, event.agreed)
+            step.believe(slot.backend, event.member, event.agreed)
 
 
-def _in_flight_ended(turn: Turn, event: ev.InFlightEnded) -> None:
-    slot = turn.know.slots.get(event.backend)
+def _in_flight_ended(step: Step, event: ev.InFlightEnded) -> None:
+    slot = step.know.slots.get(event.backend)
     if slot is not None:
-        moving.in_flight_ended(turn, slot)
+        moving.in_flight_ended(step, slot)
 
 
-def _backend_found(turn: Turn, event: ev.BackendFound) -> None:
-    know = turn.know
+def _backend_found(step: Step, event: ev.BackendFound) -> None:
+    know = step.know
     if event.backend not in know.slots:
         know.slots = dict(sorted({**know.slots, event.backend: Slot(event.backend, event.home)}.items()))
-        turn.look_at(turn.now)
+        step.look_at(step.now)
 
 
-def _backend_gone(turn: Turn, event: ev.BackendGone) -> None:
+def _backend_gone(step: Step, event: ev.BackendGone) -> None:
     """Give back what this member has of it: others may still know it. The newest epoch of it stays known."""
-    know = turn.know
+    know = step.know
     slot = know.slots.pop(event.backend, None)
     if slot is None:
         return
     if isinstance(slot.state, Owned):
-        turn.emit(do.Disown(slot.backend, Why.GONE))
+        step.emit(do.Disown(slot.backend, Why.GONE))
     if isinstance(slot.state, Acquiring | Owned | Lapsed | HandingOver):
-        turn.give_back(slot)
+        step.give_back(slot)
     know.calls = {number: each for number, each in know.calls.items() if each is not slot}
     if know.move is not None and know.move.backend == event.backend:
         know.move = None
-    turn.look_at(turn.now)
+    step.look_at(step.now)
 
 
-def _drain_begun(turn: Turn, _: ev.DrainBegun) -> None:
-    turn.know.member = replace(turn.know.member, draining=True)
-    turn.know.move = None
-    turn.look_at(turn.now)
+def _drain_begun(step: Step, _: ev.DrainBegun) -> None:
+    step.know.member = replace(step.know.member, draining=True)
+    step.know.move = None
+    step.look_at(step.now)
 
 
-def _tick(turn: Turn, _: ev.Tick) -> None:
-    turn.know.wake_ns = NEVER_NS
+def _tick(step: Step, _: ev.Tick) -> None:
+    step.know.wake_ns = NEVER_NS
 
 
-HANDLERS: dict[type, Callable[[Turn, Any], None]] = {
+def received(step: Step, event: AskReceived) -> None:
+    slot = step.know.slots.get(event.backend)
+    hold = None if slot is None else slot.hold
+    agreed = ANSWERS[event.purpose](step, event)
+    step.saw(event.backend, event.epoch)
+    if hold is not None:
+        step.saw(event.backend, hold.epoch)
+    epoch, reaches = step.know.epochs[event.backend], step.know.reaches_redis
+    step.emit(Answer(event.number, event.member, agreed, hold is not None, reaches, epoch))
+
+
+def _is_free_for(step: Step, event: AskReceived) -> bool:
+    """Whether a backend is neither held here nor pledged to another than who asks."""
+    slot = step.know.slots.get(event.backend)
+    is_held = slot is not None and slot.hold is not None
+    return not is_held and step.pledged_to(event.backend) in ("", event.member)
+
+
+def _go_on(step: Step, event: AskReceived) -> bool:
+    """Agree that an owner goes on if Redis is away from here too. If it is not known to be, find out."""
+    if step.know.reaches_redis:
+        step.look_at(step.now)
+        return False
+    if not _is_free_for(step, event) or step.is_over(event.backend, event.epoch):
+        return False
+    step.pledge(event.backend, event.member)
+    return True
+
+
+def _take_over(step: Step, event: AskReceived) -> bool:
+    """Agree that another follows on a lease that has ended: nobody goes on with it here, or by a pledge of here."""
+    if not _is_free_for(step, event):
+        return False
+    step.agree_to_follower(event.backend, event.epoch)
+    return True
+
+
+ANSWERS = {Purpose.GO_ON: _go_on, Purpose.TAKE_OVER: _take_over, Purpose.MOVE: moving.asked}
+
+
+HANDLERS: dict[type, Callable[[Step, Any], None]] = {
     ev.BeatAnswered: _beat_answered,
     ev.BeatFailed: _beat_failed,
     ev.LeaseAnswered: _lease_answered,
     ev.LeaseFailed: _lease_failed,
     ev.AskAnswered: _ask_answered,
-    ev.AskReceived: answering.received,
+    ev.AskReceived: received,
     ev.InFlightEnded: _in_flight_ended,
     ev.BackendFound: _backend_found,
     ev.BackendGone: _backend_gone,

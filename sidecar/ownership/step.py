@@ -52,7 +52,7 @@ class Knowledge:
 
 
 @dataclass
-class Turn:
+class Step:
     now: int
     know: Knowledge
     effects: list[do.Effect] = field(default_factory=list)

@@ -12,44 +12,44 @@ from sidecar.ownership.enums import Purpose
 from sidecar.ownership.facts import Lease
 from sidecar.ownership.preference import order
 from sidecar.ownership.slots import Acquiring, Asking, Free, Ground, Hold, Owned, Slot
-from sidecar.ownership.step import Turn
+from sidecar.ownership.step import Step
 
 
-def look(turn: Turn, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
+def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
     """Take a backend if it is free, this member's to take and not pledged; else look again when that may be so."""
-    state, know = slot.state, turn.know
+    state, know = slot.state, step.know
     if not isinstance(state, Free):
         return
     left_ns = event.newborn_ns if lease is None else lease.left_ns
     if left_ns > 0:
         state.since_ns = None
-        turn.look_at(turn.now + (min(left_ns, know.bounds.retry_ns) if _is_coming(turn, lease) else left_ns))
+        step.look_at(step.now + (min(left_ns, know.bounds.retry_ns) if _is_coming(step, lease) else left_ns))
         return
     if state.since_ns is None:
-        state.since_ns = turn.now
-    rank = _rank(turn, slot, lease)
+        state.since_ns = step.now
+    rank = _rank(step, slot, lease)
     if rank is None:
         return
     at_ns = state.since_ns + rank * know.bounds.retry_ns
-    if turn.pledged_to(slot.backend):
+    if step.pledged_to(slot.backend):
         at_ns = max(at_ns, know.pledges[slot.backend].until_ns)
-    if turn.now < at_ns:
-        turn.look_at(min(at_ns, turn.now + know.bounds.retry_ns))  # who goes before may be found dead meanwhile
+    if step.now < at_ns:
+        step.look_at(min(at_ns, step.now + know.bounds.retry_ns))  # who goes before may be found dead meanwhile
         return
-    _take(turn, slot, state, lease, turn.ground(event.generation, event.redis_ns))
+    _take(step, slot, state, lease, step.ground(event.generation, event.redis_ns))
     if lease is not None and lease.unattended_ns > 0:
-        turn.look_at(turn.now + lease.unattended_ns)
+        step.look_at(step.now + lease.unattended_ns)
 
 
-def _is_coming(turn: Turn, lease: Lease | None) -> bool:
+def _is_coming(step: Step, lease: Lease | None) -> bool:
     """Whether a backend's owner drains, so that it may be given back at any time."""
-    holder = None if lease is None else turn.know.members.get(lease.holder)
+    holder = None if lease is None else step.know.members.get(lease.holder)
     return holder is not None and holder.draining
 
 
-def _rank(turn: Turn, slot: Slot, lease: Lease | None) -> int | None:
+def _rank(step: Step, slot: Slot, lease: Lease | None) -> int | None:
     """Return how many go before this member, None if it is not for this one. Who let the lease end comes not first."""
-    know = turn.know
+    know = step.know
     gone = lease.holder if lease is not None and not lease.released else ""
     ranked = [
         member.id
@@ -59,61 +59,61 @@ def _rank(turn: Turn, slot: Slot, lease: Lease | None) -> int | None:
     return ranked.index(know.member.id) if know.member.id in ranked else None
 
 
-def _take(turn: Turn, slot: Slot, state: Free, lease: Lease | None, ground: Ground) -> None:
-    know, me = turn.know, turn.know.member
+def _take(step: Step, slot: Slot, state: Free, lease: Lease | None, ground: Ground) -> None:
+    know, me = step.know, step.know.member
     vouched = [me.id]
     if lease is not None and lease.holder_name == me.name:
         vouched.append(lease.holder)  # an earlier life of this very name: it is over
     witnesses = () if lease is None else (*lease.witnesses, lease.holder)
     if lease is not None and (lease.released or not set(witnesses).isdisjoint(vouched)):
-        _acquire(turn, slot, state, ground, tuple(vouched))
+        _acquire(step, slot, state, ground, tuple(vouched))
         return
     epoch = know.epochs.get(slot.backend, 0)
-    round_ = turn.ask(slot.backend, Purpose.TAKE_OVER, [*know.members, *witnesses], epoch)
+    round_ = step.ask(slot.backend, Purpose.TAKE_OVER, [*know.members, *witnesses], epoch)
     slot.become(Asking(state, ground, round_, tuple(vouched), witnesses))
-    go_ahead(turn, slot)
+    go_ahead(step, slot)
 
 
-def _acquire(turn: Turn, slot: Slot, free: Free, ground: Ground, agreed: tuple[str, ...]) -> None:
-    slot.become(Acquiring(free, turn.acquire(slot, "", ground, agreed), turn.now))
+def _acquire(step: Step, slot: Slot, free: Free, ground: Ground, agreed: tuple[str, ...]) -> None:
+    slot.become(Acquiring(free, step.acquire(slot, "", ground, agreed), step.now))
 
 
-def go_ahead(turn: Turn, slot: Slot) -> None:
+def go_ahead(step: Step, slot: Slot) -> None:
     """Acquire what was asked about, once all have answered or had the time to.
 
     Silence keeps nobody from it, unless it follows upon a word. A pledge to its owner does, unless a witness answers to
     have given none: it needs all.
     """
-    state, bounds = slot.state, turn.know.bounds
+    state, bounds = slot.state, step.know.bounds
     assert isinstance(state, Asking)
-    if state.round.missing and turn.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
+    if state.round.missing and step.now < state.round.sent_ns + bounds.ask_ns and not state.round.holder:
         return
     agreed = (*state.vouched, *state.round.agreed)
-    is_taken = turn.is_believed_taken(slot.backend) and set(state.witnesses).isdisjoint(agreed)
-    if state.round.holder or is_taken or turn.know.member.draining or turn.pledged_to(slot.backend):
+    is_taken = step.is_believed_taken(slot.backend) and set(state.witnesses).isdisjoint(agreed)
+    if state.round.holder or is_taken or step.know.member.draining or step.pledged_to(slot.backend):
         slot.become(state.free)
-        turn.look_at(turn.now + bounds.retry_ns)
+        step.look_at(step.now + bounds.retry_ns)
         return
-    _acquire(turn, slot, state.free, state.ground, agreed)
+    _acquire(step, slot, state.free, state.ground, agreed)
 
 
-def answered(turn: Turn, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) -> None:
+def answered(step: Step, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) -> None:
     """Own what Redis granted, for as long as is left of it since it was asked for."""
-    bounds = turn.know.bounds
+    bounds = step.know.bounds
     valid_ns = state.sent_ns + bounds.usable_ns(bounds.ttl_ns)
     if not event.granted:
         slot.become(state.free)
-        turn.look_at(turn.now + bounds.retry_ns)
-    elif turn.now >= valid_ns or turn.know.is_overtaken(slot.backend, event.epoch):
-        give_up(turn, slot)
+        step.look_at(step.now + bounds.retry_ns)
+    elif step.now >= valid_ns or step.know.is_overtaken(slot.backend, event.epoch):
+        give_up(step, slot)
     else:
-        renew_ns = state.sent_ns + turn.know.every_ns
+        renew_ns = state.sent_ns + step.know.every_ns
         witnesses = {state.call.number: state.call.witnesses}
         slot.become(Owned(Hold(state.call.token, event.epoch, state.sent_ns, valid_ns, renew_ns, witnesses)))
-        turn.emit(Own(slot.backend, event.epoch))
+        step.emit(Own(slot.backend, event.epoch))
 
 
-def give_up(turn: Turn, slot: Slot) -> None:
+def give_up(step: Step, slot: Slot) -> None:
     """Give back what an acquisition whose answer came too late or not at all may have brought."""
-    turn.give_back(slot)
-    turn.look_at(turn.now + turn.know.bounds.retry_ns)
+    step.give_back(slot)
+    step.look_at(step.now + step.know.bounds.retry_ns)

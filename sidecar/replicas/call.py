@@ -31,7 +31,7 @@ class Waits(Protocol):
         """
 
 
-class Line:
+class ForwardCall:
     """One call to one replica, open for as long as it is used; `is_over` says that it carries nothing any more.
 
     What is said within one turn of the event loop, or while a message is being sent, leaves in one message: a request

@@ -9,8 +9,7 @@ import grpc
 from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
 from sidecar.backends.triton import wire
 from sidecar.core.effects import Dispatch, Settle
-from sidecar.core.enums import Cache
-from sidecar.core.step import outcome_of
+from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
 from sidecar.shell.gateway import RequestFacts

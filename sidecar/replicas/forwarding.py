@@ -12,10 +12,10 @@ from google.protobuf.message import DecodeError
 
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
-from sidecar.core.step import outcome_of
+from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
-from sidecar.replicas.call import Line
+from sidecar.replicas.call import ForwardCall
 from sidecar.shell.gateway import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
@@ -63,12 +63,12 @@ class Forward:
         self._has_origin = False
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
-        self._line: Line | None = None
+        self._line: ForwardCall | None = None
         self._number = 0
         self._busy_s = monotonic()
         """When the owner had something to do with it last."""
 
-    async def run(self, line: Line, member: str) -> GivenBack | None:
+    async def run(self, line: ForwardCall, member: str) -> GivenBack | None:
         """Have it answered, its ending through the ticket; cancelling this cancels it there."""
         ticket = self._ticket
         request = forms.forwarded(member, self.backend, self._facts, ticket.payload, ticket.client_id)

@@ -14,7 +14,7 @@ import grpc.aio
 
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas.board import Board
-from sidecar.replicas.call import Line
+from sidecar.replicas.call import ForwardCall
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class _Peer:
     channel: grpc.aio.Channel
     stub: Any
     watch: asyncio.Task[None]
-    line: Line | None = None
+    line: ForwardCall | None = None
 
 
 class Peers:
@@ -48,7 +48,7 @@ class Peers:
         self._peers: dict[str, _Peer] = {}
         self._left: set[grpc.aio.Channel] = set()
         """Channels to former members: answers that have begun still come by them."""
-        self._lines: set[Line] = set()
+        self._lines: set[ForwardCall] = set()
         self.gone: Callable[[str], None] = lambda member: None
         """Called with each member that is one no more."""
 
@@ -76,7 +76,7 @@ class Peers:
         peer = self._peers.get(member)
         return None if peer is None else peer.stub
 
-    def line(self, member: str, size_bytes: int) -> Line | None:
+    def line(self, member: str, size_bytes: int) -> ForwardCall | None:
         """Return the way to a member for a request of so many bytes, None if no such member is known."""
         peer = self._peers.get(member)
         if peer is None:
@@ -89,8 +89,8 @@ class Peers:
             peer.line = self._open(peer)
         return peer.line
 
-    def _open(self, peer: _Peer) -> Line:
-        line = Line(peer.stub)
+    def _open(self, peer: _Peer) -> ForwardCall:
+        line = ForwardCall(peer.stub)
         self._lines.add(line)
         line.reading.add_done_callback(lambda _: self._lines.discard(line))
         return line

@@ -14,7 +14,7 @@ from sidecar.core import admission
 from sidecar.core.core import STALLED
 from sidecar.errors import Reason, Refused
 from sidecar.replicas.board import JOINING, SERVING, Board
-from sidecar.replicas.call import Line
+from sidecar.replicas.call import ForwardCall
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
@@ -67,7 +67,7 @@ class Router:
         gateway: Gateway,
         board: Board,
         member: str,
-        line: Callable[[str, int], Line | None],
+        line: Callable[[str, int], ForwardCall | None],
         may_dispatch: Callable[[str], bool],
         is_member: Callable[[str], bool],
     ) -> None:
@@ -182,7 +182,7 @@ class Router:
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
 
-    async def _given_back_by(self, ticket: Ticket, forward: Forward, line: Line) -> GivenBack | None:
+    async def _given_back_by(self, ticket: Ticket, forward: Forward, line: ForwardCall) -> GivenBack | None:
         self._forwards[ticket] = forward
         try:
             return await forward.run(line, self._member)

@@ -31,7 +31,7 @@ async def undisturbed(work: Awaitable[T]) -> T:
         raise
 
 
-class Flights:
+class BackgroundThreads:
     """Runs functions in threads of their own until it is closed."""
 
     def __init__(self) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from sidecar.backends.api import Ticket
 from sidecar.core.effects import Settle
+from sidecar.core.enums import outcome_of
 from sidecar.core.state import State
-from sidecar.core.step import outcome_of
 from sidecar.errors import Failed, Reason, Refused
 from sidecar.journal.raised import Raised
 

@@ -39,7 +39,7 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Answers:
     """What one backend said to one prompt, as the base model and as the adapter.
 
     `again` is what it said as the adapter when asked again, where several instances are behind its address.
@@ -94,14 +94,14 @@ class Evidence:
     """
 
     version: str
-    asked: Sequence[Asked]
+    asked: Sequence[Answers]
     facts: Mapping[str, EngineFacts]
     probes: str = ""
     probes_wrong: bool = False
     weightless: bool = False
     no_base: str = ""
 
-    def of(self, backend: str) -> list[Asked]:
+    def of(self, backend: str) -> list[Answers]:
         return [asked for asked in self.asked if asked.backend == backend]
 
     def is_silent(self, backend: str) -> bool:

@@ -26,7 +26,7 @@ from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.registration import Registration, read_registration
 from sidecar.adapters.spool import Spool, digest_of_folder
 from sidecar.errors import SidecarError, error_for
-from sidecar.shell.background import Flights, undisturbed
+from sidecar.shell.background import BackgroundThreads, undisturbed
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Sources:
         """The other replicas, if there are any."""
         self._surroundings = surroundings or surroundings_of
         self._turns = asyncio.Semaphore(downloads_max)
-        self._flights = Flights()
+        self._flights = BackgroundThreads()
         self._downloads: dict[str, _Download] = {}
         self._claims: dict[str, int] = {}
         self.doubted = dict.fromkeys(self.spool.digests())

@@ -9,7 +9,7 @@ from prometheus_client.core import Metric as Family
 
 from sidecar.core import promising, waiting
 from sidecar.core.enums import Phase
-from sidecar.core.prefetch_accounting import AheadCounts
+from sidecar.core.prefetch_accounting import PrefetchCounts
 from sidecar.core.state import Backend, State
 from sidecar.core.store import StoreIndex
 from sidecar.journal.segments import product_version
@@ -49,7 +49,7 @@ def _tiers(state: State, value_of: Callable[[StoreIndex], float]) -> Samples:
     return [(("memory",), value_of(state.store)), (("disk",), value_of(state.disk))]
 
 
-def _ahead(value_of: Callable[[AheadCounts], float]) -> Callable[[State], Samples]:
+def _ahead(value_of: Callable[[PrefetchCounts], float]) -> Callable[[State], Samples]:
     return lambda state: [
         (("store",), value_of(state.guesses.counts)),
         (

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sidecar.core.facts import EngineFacts
-from sidecar.shell.evidence import Asked, Evidence, place_of_difference, quoted
+from sidecar.shell.evidence import Answers, Evidence, place_of_difference, quoted
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 PBTXT_TYPES = {"float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32"}
@@ -47,7 +47,7 @@ def _answered(evidence: Evidence) -> list[Check]:
     return checks
 
 
-def _error(asked: Asked, with_base: bool) -> str:
+def _error(asked: Answers, with_base: bool) -> str:
     replies = (asked.adapter, *asked.again, *((asked.base,) if with_base else ()))
     return next((reply.error for reply in replies if reply.error), "")
 
@@ -135,7 +135,7 @@ def _distrust(evidence: Evidence, backend: str, answering: Sequence[str]) -> tup
     return evidence.is_silent(backend), wrong, apart
 
 
-def _parted(evidence: Evidence, first: str, second: str) -> list[tuple[Asked, Asked]]:
+def _parted(evidence: Evidence, first: str, second: str) -> list[tuple[Answers, Answers]]:
     """Return what two backends answered differently as the adapter."""
     seconds = {asked.prompt: asked for asked in evidence.of(second) if not asked.adapter.error}
     pairs = [
@@ -147,7 +147,7 @@ def _parted(evidence: Evidence, first: str, second: str) -> list[tuple[Asked, As
 
 
 def _disagreement(
-    evidence: Evidence, reference: str, other: str, parted: list[tuple[Asked, Asked]], answering: Sequence[str]
+    evidence: Evidence, reference: str, other: str, parted: list[tuple[Answers, Answers]], answering: Sequence[str]
 ) -> Check:
     right, wrong = parted[0]
     sentence = (

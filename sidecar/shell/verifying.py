@@ -28,7 +28,7 @@ from sidecar.shell.asking import (
     Question,
     check_order,
 )
-from sidecar.shell.evidence import Asked, Evidence, Prompt, Reply
+from sidecar.shell.evidence import Answers, Evidence, Prompt, Reply
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.verdicts import Check, checks_of
 from sidecar.state.records import Record, Version
@@ -50,7 +50,7 @@ class Plan:
     probes: str
 
 
-Finding = Plan | Asked | Check
+Finding = Plan | Answers | Check
 Ask = Callable[[Question], Awaitable[Reply]]
 Fitting = Callable[[str, Sequence[Prompt]], Awaitable[tuple[tuple[Prompt, ...], str]]]
 Tell = Callable[[Finding], Awaitable[None]]
@@ -78,7 +78,7 @@ class Verification:
         self._ask = ask
         self._fitting = fitting
         self._telling = asyncio.Lock()
-        self._asked: list[Asked] = []
+        self._asked: list[Answers] = []
 
     async def run(self, tell: Tell) -> None:
         """Tell the plan, then each answer as it comes, then the checks. Raises Refused when there is nobody to ask."""
@@ -169,7 +169,7 @@ class Verification:
             if failures and (failures >= FAILURES_MAX or not self._is_up(backend)):
                 return
 
-    async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Asked:
+    async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Answers:
         # An adapter that only some tenants may use is asked as one of them.
         tenant = record.allow[0] if record.allow else TENANT
         tokens = max(self._order.tokens_max, min(len(prompt.expect.encode()), EXPECT_TOKENS_MAX))
@@ -177,12 +177,12 @@ class Verification:
         as_adapter = replace(as_base, adapter=version)
         base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
         if base.error and not self._is_up(backend):
-            return Asked(backend, prompt, base, Reply(error=base.error), tokens)
+            return Answers(backend, prompt, base, Reply(error=base.error), tokens)
         # Instances behind one address take turns, so one after the other is asked.
         known = self._gateway.state.backends.get(backend)
         times = 1 if known is None else min(known.facts.caches, INSTANCES_MAX)
         first, *again = [await self._ask(as_adapter) for _ in range(times)]
-        return Asked(backend, prompt, base, first, tokens, tuple(again))
+        return Answers(backend, prompt, base, first, tokens, tuple(again))
 
     def _is_up(self, backend: str) -> bool:
         known = self._gateway.state.backends.get(backend)

@@ -35,10 +35,10 @@ class Contents:
         return sum(len(record.versions) for _, record in self.records)
 
 
-class Place(Protocol):
+class RegistryStore(Protocol):
     """Somewhere that a registry can be. Use it as a context: nobody else may work on it meanwhile."""
 
-    async def __aenter__(self) -> Place: ...
+    async def __aenter__(self) -> RegistryStore: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
@@ -135,7 +135,7 @@ def unreadable(name: str, where: str, why: str) -> Misused:
     )
 
 
-async def move(source: Place, target: Place, *, force: bool, dry_run: bool, told: Told) -> Contents:
+async def move(source: RegistryStore, target: RegistryStore, *, force: bool, dry_run: bool, told: Told) -> Contents:
     """Copy a registry; the numbers of changes go on from the source's. The source stays as it is.
 
     Raises Misused(STATE_NOT_EMPTY) when the target has something already, unless `force`.

@@ -15,7 +15,7 @@ from time import perf_counter
 from sidecar.core.facts import Adapter, Row
 from sidecar.state.contents import Contents, SqliteFile
 from sidecar.state.records import added, refreshed
-from sidecar.state.redis.contents import RedisPlace
+from sidecar.state.redis.contents import RedisRegistryStore
 from sidecar.state.registry import REGISTRY_FILE, Change, Registry, SqliteRegistry
 from tests.bench.figures import Figure, middle
 from tests.kit.redis_servers import Server, running
@@ -32,7 +32,7 @@ async def bench(folder: Path) -> list[Figure]:
     """Fill a Redis and a file alike, have a process of its own load each, and then write with two replicas."""
     async with running(folder / "server") as server:
         contents = _contents()
-        async with RedisPlace(link_to(server.url)) as place, SqliteFile(folder / REGISTRY_FILE) as file:
+        async with RedisRegistryStore(link_to(server.url)) as place, SqliteFile(folder / REGISTRY_FILE) as file:
             await place.write(contents, lambda done, total: None)
             await file.write(contents, lambda done, total: None)
         del contents

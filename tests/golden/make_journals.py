@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from sidecar.config import parse
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
@@ -68,8 +68,8 @@ def sample_of(hint: Any, name: str) -> Any:
         return origin([sample_of(arguments[0], name)])
     if hint is None:
         return None
-    if hint is Line:
-        return Line([1, 2])
+    if hint is IdQueue:
+        return IdQueue([1, 2])
     if issubclass(hint, Enum):
         return next(iter(hint))
     hints = get_type_hints(hint)

@@ -19,7 +19,7 @@ from tests.kit.vllm_emulated import Client, VllmProcess
 
 
 def target_at(address: str) -> Target:
-    return Target("vllm-0", address, facts=EngineFacts(kind="vllm"))
+    return Target("vllm-0", address, facts=EngineFacts(kind="vllm", reads_files=True))
 
 
 async def test_a_port_where_nobody_listens() -> None:

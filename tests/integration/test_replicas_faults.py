@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.core.effects import Dispatch
 from sidecar.proto import peers_pb2, peers_pb2_grpc
 from sidecar.replicas import router
-from sidecar.replicas.call import Line
+from sidecar.replicas.call import ForwardCall
 from tests.kit import replica_pool
 from tests.kit.emulated import EngineProcess, running_engine
 from tests.kit.redis_servers import Proxy, running
@@ -210,7 +210,7 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-        line = Line(peers_pb2_grpc.PeersStub(channel))
+        line = ForwardCall(peers_pb2_grpc.PeersStub(channel))
         other.sidecar.replica.router._line = lambda member, size_bytes: line
         for _ in range(2):  # the line lives on
             with pytest.raises(grpc.aio.AioRpcError) as failed:

@@ -76,7 +76,14 @@ async def vllm_and_target(folder: Path, **options: Any) -> AsyncIterator[Emulate
     shared = folder / "shared"
     shared.mkdir(exist_ok=True)
     facts = EngineFacts(
-        kind="vllm", base_models=(BASE,), device_pages=2, host_pages=4, seats=64, rank_max=16, layers=TINY_BASE.layers
+        kind="vllm",
+        reads_files=True,
+        base_models=(BASE,),
+        device_pages=2,
+        host_pages=4,
+        seats=64,
+        rank_max=16,
+        layers=TINY_BASE.layers,
     )
     async with running_vllm(**{"compute": "none", "max_loras": 2, "max_cpu_loras": 4, **options}) as (server, client):
         places = AdaptersDir(shared, str(shared))

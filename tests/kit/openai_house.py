@@ -36,7 +36,7 @@ class ScriptedVllm(ScriptedBackend):
 
     def __init__(self, backend_id: str = "v0", seats: int = 4, kind: str = "vllm") -> None:
         super().__init__(backend_id, seats=seats)
-        self.facts = replace(self.facts, kind=kind)
+        self.facts = replace(self.facts, kind=kind, reads_files=kind == "vllm")
         self.forms: list[HttpForm] = []
         self.cancelled: list[int] = []
         self._tickets: dict[int, Ticket] = {}

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from sidecar.config.redis_address import Place, parse_address
+from sidecar.config.redis_address import RedisLocation, parse_address
 from sidecar.core.facts import Adapter, Row
 from sidecar.state import records
 from sidecar.state.records import Record
@@ -27,7 +27,7 @@ def record(name: str, seed: int = 1, labels: tuple[tuple[str, str], ...] = (), *
 
 
 def link_to(url: str, **place: Any) -> Link:
-    return Link(Place(parse_address(url), **place))
+    return Link(RedisLocation(parse_address(url), **place))
 
 
 @asynccontextmanager

@@ -89,10 +89,10 @@ def test_ranks(declared: int | None, ranks: tuple[int, ...], state: State, words
 def test_what_a_configuration_leaves_out() -> None:
     """Each key once, with what follows; nothing where all is said."""
     keys = ("adapters_dir", "device_pages", "host_pages", "seats", "rank_max")
-    notes = list(undeclared(EngineFacts(kind="vllm"), has_folder=False))
+    notes = list(undeclared(EngineFacts(kind="vllm", reads_files=True), has_folder=False))
     assert [[key for key in keys if f"{key}:" in note] for note in notes] == [[key] for key in keys]
     assert all("backends[]." in note for note in notes)
-    declared = EngineFacts(kind="vllm", device_pages=2, host_pages=4, seats=64, rank_max=16)
+    declared = EngineFacts(kind="vllm", reads_files=True, device_pages=2, host_pages=4, seats=64, rank_max=16)
     assert list(undeclared(declared, has_folder=True)) == []
 
 

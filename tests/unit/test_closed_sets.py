@@ -27,10 +27,10 @@ from sidecar.kubernetes import standings
 from sidecar.lab.plan import record as plan_record
 from sidecar.lab.sim import records
 from sidecar.lab.sim.product import Product
-from sidecar.ownership import answering, ownership, slots
 from sidecar.ownership import effects as ownership_effects
 from sidecar.ownership import enums as ownership_enums
 from sidecar.ownership import events as ownership_events
+from sidecar.ownership import ownership, slots
 from sidecar.replicas import keeper
 from sidecar.shell import gateway, metrics
 from tests.kit.closed_sets import cases_of, classes_in, differences, made_in, members_of, named_in, without
@@ -85,15 +85,15 @@ OWNERSHIP = [
     Closed(ownership_effects.Effect, classes_in(ownership_effects), "the effects of ownership/effects.py"),
     Closed(ownership_effects.Effect, keeper._EFFECTS, "_EFFECTS of replicas/keeper.py"),
     Closed(ownership_effects.Effect, process.EFFECTS, "EFFECTS of tests/worlds/ownership/process.py"),
-    Closed(ownership_enums.Purpose, answering.ANSWERS, "ANSWERS of ownership/answering.py"),
+    Closed(ownership_enums.Purpose, ownership.ANSWERS, "ANSWERS of ownership/ownership.py"),
     Closed(slots.State, slots.MAY_FOLLOW, "MAY_FOLLOW of ownership/slots.py"),
 ]
 DROPPED = [reason for reason, row in errors.TABLE.items() if row.family is Family.DROPPED]
 ERRORS = [
     Closed(Reason, errors.TABLE, "TABLE of errors.py"),
     Closed(Family, errors._CLASSES, "_CLASSES of errors.py"),
-    Closed(Family, cases_of(step.outcome_of), "the families in core/step.py"),
-    Closed(DROPPED, step.DROPPED, "DROPPED of core/step.py"),
+    Closed(Family, cases_of(enums.outcome_of), "the families in core/enums.py"),
+    Closed(DROPPED, enums.DROPPED, "DROPPED of core/enums.py"),
     Closed({row.code for row in errors.TABLE.values()}, openai_errors.STATUSES, "STATUSES of fronts/openai/errors.py"),
 ]
 WORDS = [
@@ -200,7 +200,7 @@ def test_reasons_are_their_own_names_and_their_codes_are_grpcs() -> None:
 
 
 def test_an_ending_has_an_outcome_by_its_family() -> None:
-    assert {step.outcome_of(reason).value for reason in Reason if reason not in DROPPED} == {"refused", "failed"}
+    assert {enums.outcome_of(reason).value for reason in Reason if reason not in DROPPED} == {"refused", "failed"}
     assert all(step.outcome_of(reason).name == reason.name for reason in DROPPED)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from sidecar.core.facts import (
     MESSAGE_BYTES_MAX,
     Adapter,
@@ -174,7 +174,7 @@ def test_the_shadow_knows_runs_that_a_second_load_found() -> None:
 
 def test_a_line_gives_the_smallest_first_whatever_comes_and_goes() -> None:
     """Ids come back under their old number and go to the front; what was discarded is never the head."""
-    line = Line([5, 3])
+    line = IdQueue([5, 3])
     line.add(9)
     assert line.head() == 3
     line.discard(3)

@@ -176,7 +176,7 @@ def test_more_misses_are_borne_where_there_are_more_caches() -> None:
 
 def test_files_are_named_apart_and_never_spilled() -> None:
     """The key says that nothing is packed; the disk tier has no part in it."""
-    facts = EngineFacts(kind="triton_llmapi")
+    facts = EngineFacts(kind="triton_llmapi", reads_files=True)
     packed = packed_for(adapter_of("a"), facts, 2)
     assert is_files(packed.key)
     assert version_of_key(packed.key) == f"{adapter_of('a').digest}.g2"
@@ -197,7 +197,7 @@ def test_files_are_named_apart_and_never_spilled() -> None:
 def test_an_engine_that_is_full_of_what_runs_is_sent_no_more_at_once() -> None:
     """Nobody has said how much it holds: it has, and its limit grows again with what comes through."""
     world = World(engines=0)
-    engine = world.add_engine("b0", EngineFacts(kind="triton_llmapi", seats=16, device_pages=12))
+    engine = world.add_engine("b0", EngineFacts(kind="triton_llmapi", reads_files=True, seats=16, device_pages=12))
     engine.host_pages = 3
     names = [f"a{number}" for number in range(12)]
     world.register(*names)
@@ -214,7 +214,7 @@ def test_an_engine_that_is_full_of_what_runs_is_sent_no_more_at_once() -> None:
 def test_what_is_dropped_is_unloaded() -> None:
     """The engine reads the files of a version for as long as it has it: one that goes is loaded anew."""
     world = World(engines=0)
-    world.add_engine("b0", EngineFacts(kind="vllm", seats=4, device_pages=2, host_pages=2))
+    world.add_engine("b0", EngineFacts(kind="vllm", reads_files=True, seats=4, device_pages=2, host_pages=2))
     world.register("a")
     world.send("a")
     world.run()
@@ -234,8 +234,8 @@ def test_engines_that_read_files_have_no_packing_to_go_wrong() -> None:
     """A fused projection is the engine's own business there; rank and base model are not."""
     fused = Adapter("d", "m", (Row("attn_qkv", 0, 0, 8, 64, 192),), "bfloat16")
     assert misfit(fused, EngineFacts()) is not None
-    assert misfit(fused, EngineFacts(kind="vllm")) is None
-    assert misfit(fused, EngineFacts(kind="vllm", rank_max=4)) is not None
+    assert misfit(fused, EngineFacts(kind="vllm", reads_files=True)) is None
+    assert misfit(fused, EngineFacts(kind="vllm", reads_files=True, rank_max=4)) is not None
 
 
 def test_the_base_model_and_adapters_take_turns_where_they_may_not_mix() -> None:
@@ -263,7 +263,7 @@ def test_the_message_cap_is_that_of_messages() -> None:
     assert unfit is not None
     assert "weights_transport: shared_memory" in unfit.sentence
     assert misfit(huge, replace(facts, message_bytes_max=None)) is None
-    assert misfit(huge, EngineFacts(kind="triton_llmapi")) is None
+    assert misfit(huge, EngineFacts(kind="triton_llmapi", reads_files=True)) is None
 
 
 # What the engine itself says of its room.

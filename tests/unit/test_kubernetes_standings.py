@@ -18,7 +18,7 @@ from sidecar.kubernetes.declarations import (
     _Spec,
 )
 from sidecar.kubernetes.pauses import Pauses
-from sidecar.kubernetes.placement import NOWHERE, Places
+from sidecar.kubernetes.placement import NOWHERE, Placement
 from sidecar.kubernetes.standings import Attempt, Phase, Standing, loser, standing_of, status_of
 from sidecar.shell.managing import Wanted, in_words, taken_over
 from sidecar.shell.metrics import DECLARED_PHASES
@@ -78,7 +78,7 @@ def test_a_hold_without_a_time_is_an_hour(typed: str, meant: str) -> None:
 # Standing.
 
 
-def stands(rec: Record | None, attempt: Attempt = IDLE, places: Places = NOWHERE, **fields: Any) -> Standing:
+def stands(rec: Record | None, attempt: Attempt = IDLE, places: Placement = NOWHERE, **fields: Any) -> Standing:
     return standing_of(replace(DECLARED, **fields), rec, attempt, places, NOW)
 
 
@@ -103,7 +103,7 @@ def test_what_is_loaded_ahead_is_ready_when_it_is_there() -> None:
     """On all backends that it is wanted on, and that are there."""
     ahead = registered(replace(DECLARED, prefetch=("a", "b")))
     for ready, phase in (((), Phase.LOADING), (("a",), Phase.LOADING), (("a", "b"), Phase.READY)):
-        assert stands(ahead, places=Places(("a", "b"), ready), prefetch=("a", "b")).phase is phase
+        assert stands(ahead, places=Placement(("a", "b"), ready), prefetch=("a", "b")).phase is phase
 
 
 def test_a_status_keeps_the_time_of_what_has_not_turned() -> None:
@@ -143,7 +143,7 @@ def crd() -> dict[str, Any]:
 def test_the_definition_takes_every_status() -> None:
     """Each phase, with all that may be in it: else the API server drops it in silence, or refuses it."""
     schema = crd()["status"]
-    places = Places(("a", "b"), ("a",), ("a",))
+    places = Placement(("a", "b"), ("a",), ("a",))
     taken = replace(registered(), managed_by="config")
     standings = [
         stands(None),

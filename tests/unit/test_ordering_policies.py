@@ -9,10 +9,10 @@ import pytest
 from policies.ordering.credit import CREDIT_MAX, Credit
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.fifo import Fifo
+from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
 from policies.ordering.soft_gated import SoftGated
-from policies.ordering.turns import Turns
 from policies.views import Backlog, Close, Decision, Hold, Open, Promise, Send, Waiting
 from sidecar.lab.conformance.seeds import waiting
 
@@ -310,7 +310,7 @@ def test_the_most_urgent_is_the_one_whose_time_came_first() -> None:
 
 def test_newcomers_and_the_time_that_a_slot_stays_taken() -> None:
     """Sixty arrivals within a second fade by half a minute; a run of 100 tokens at 0.1 s each takes ten seconds."""
-    turns = Turns()
+    turns = OpenTimes()
     for _ in range(60):
         turns.came("v", 0)
     done = waiting(1, "v", 0)

@@ -10,7 +10,7 @@ from policies.prefetch.planned import Planned
 from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
-from sidecar.core.prefetch_accounting import BURST_S, AheadCounts, Guesses
+from sidecar.core.prefetch_accounting import BURST_S, Guesses, PrefetchCounts
 from sidecar.core.state import NEVER_NS
 from sidecar.errors import Reason
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, two_pages
@@ -52,7 +52,7 @@ def guess_a(world: World) -> None:
     world.register("e")
 
 
-def counts_of(world: World) -> AheadCounts:
+def counts_of(world: World) -> PrefetchCounts:
     return world.core.state.guesses.counts
 
 
@@ -65,7 +65,7 @@ def test_what_was_asked_for_often_is_fetched_again() -> None:
     last = world.send("a")
     world.run()
     assert world.dispatches[last][0].queue_ns == world.engines["b0"].load_ns
-    assert counts_of(world) == AheadCounts(begun=1, used=1)
+    assert counts_of(world) == PrefetchCounts(begun=1, used=1)
 
 
 @pytest.mark.parametrize("prefetch", ["none", "planned"])
@@ -74,7 +74,7 @@ def test_nothing_is_guessed_unless_it_is_asked_for(prefetch: str) -> None:
     world = guessing_world(prefetch)
     guess_a(world)
     assert fetched(world) == ["a"]
-    assert counts_of(world) == AheadCounts()
+    assert counts_of(world) == PrefetchCounts()
 
 
 def test_a_guess_is_given_up_when_a_request_waits() -> None:
@@ -90,7 +90,7 @@ def test_a_guess_is_given_up_when_a_request_waits() -> None:
     world.run(SLOW)
     assert [drop.key for drop in world.of(fx.Drop)[1:]] == [world.of(fx.Fetch)[1].key]
     assert fetched(world) == ["a", "a", "b", "c"]
-    assert counts_of(world) == AheadCounts(begun=1, wasted_bytes=BLOB_BYTES)
+    assert counts_of(world) == PrefetchCounts(begun=1, wasted_bytes=BLOB_BYTES)
     world.run()
     assert {first, second} <= world.settled.keys()
     world.assert_all_ok()
@@ -106,7 +106,7 @@ def test_a_guess_is_given_up_when_its_bytes_are_needed() -> None:
     assert world.core.state.store.entries[world.of(fx.Fetch)[1].key].doomed
     world.run(SLOW)
     assert fetched(world) == ["a", "a", "b", "c"]
-    assert counts_of(world) == AheadCounts(begun=1, wasted_bytes=BLOB_BYTES)
+    assert counts_of(world) == PrefetchCounts(begun=1, wasted_bytes=BLOB_BYTES)
     world.run()
     world.assert_all_ok()
 
@@ -132,7 +132,7 @@ def test_a_request_that_comes_for_a_guess_under_way_joins_it() -> None:
     world.run()
     world.assert_all_ok()
     assert fetched(world) == ["a", "a"]
-    assert counts_of(world) == AheadCounts(begun=1, used=1, late=1)
+    assert counts_of(world) == PrefetchCounts(begun=1, used=1, late=1)
 
 
 def test_a_guess_that_was_given_up_is_kept_when_it_is_wanted_after_all() -> None:
@@ -145,7 +145,7 @@ def test_a_guess_that_was_given_up_is_kept_when_it_is_wanted_after_all() -> None
     world.run()
     world.assert_all_ok()
     assert fetched(world) == ["a", "a", "b", "c"]
-    assert counts_of(world) == AheadCounts(begun=1, used=1, late=1)
+    assert counts_of(world) == PrefetchCounts(begun=1, used=1, late=1)
 
 
 def test_a_guess_that_is_evicted_unused_is_waste() -> None:
@@ -156,7 +156,7 @@ def test_a_guess_that_is_evicted_unused_is_waste() -> None:
     world.send("b")
     world.run()
     world.assert_all_ok()
-    assert counts_of(world) == AheadCounts(begun=1, wasted_bytes=BLOB_BYTES)
+    assert counts_of(world) == PrefetchCounts(begun=1, wasted_bytes=BLOB_BYTES)
 
 
 def test_a_guess_that_an_operator_drops_is_waste() -> None:
@@ -167,7 +167,7 @@ def test_a_guess_that_an_operator_drops_is_waste() -> None:
     world.ask(lambda ask: ev.EvictAsked(ask, "a"))
     world.run(2 * SECOND)
     guess_a(world)
-    assert counts_of(world) == AheadCounts(begun=2, wasted_bytes=BLOB_BYTES)
+    assert counts_of(world) == PrefetchCounts(begun=2, wasted_bytes=BLOB_BYTES)
 
 
 def test_after_a_guess_that_failed_there_is_a_pause() -> None:

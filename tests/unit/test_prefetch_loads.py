@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from policies.lines import Line
+from policies.id_queue import IdQueue
 from policies.ordering.skip import Skip
 from policies.views import Close, Open, Send
 from sidecar.config.plugins import policies_of
@@ -19,7 +19,7 @@ from sidecar.core import effects as fx
 from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault
-from sidecar.core.prefetch_accounting import AheadCounts
+from sidecar.core.prefetch_accounting import PrefetchCounts
 from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, takes_from_nobody
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import Backend, Slot
@@ -210,7 +210,7 @@ def test_what_is_on_its_way_takes_its_pages_first() -> None:
     """Two pages, one held by a version that waits: the other is free until a Load that is under way is counted."""
     backend = Backend("b0", facts_of(), Skip(), shadow=EngineShadow(CacheShadow(2), CacheShadow(2)))
     backend.shadow.host.put("waits", 1, 0, "load")
-    backend.queued_by_version["waits"] = Line([1])
+    backend.queued_by_version["waits"] = IdQueue([1])
     assert takes_from_nobody(backend, 1)
     backend.slots["comes"] = Slot(opened_ns=0, pages=1, load=1)
     assert not takes_from_nobody(backend, 1)
@@ -296,18 +296,18 @@ def test_uses_late_ones_and_waste_are_counted() -> None:
     counts = backend_of(world).ahead.counts
     queue_behind_a(world, "b")
     world.run()
-    assert counts == AheadCounts(begun=1, used=1)
+    assert counts == PrefetchCounts(begun=1, used=1)
     world.engines["b0"].load_ns = 100 * MS
     (late,) = queue_behind_a(world, "c")
     world.run()
-    assert counts == AheadCounts(begun=2, used=2, late=1)
+    assert counts == PrefetchCounts(begun=2, used=2, late=1)
     assert world.dispatches[late][0].queue_ns == 100 * MS
     world.engines["b0"].load_ns = 5 * MS
     (left,) = queue_behind_a(world, "d")
     world.run(20 * MS)
     world.feed(ev.ClientLeft(left))
     world.run()
-    assert counts == AheadCounts(begun=3, used=2, late=1, wasted_bytes=BLOB_BYTES)
+    assert counts == PrefetchCounts(begun=3, used=2, late=1, wasted_bytes=BLOB_BYTES)
 
 
 def ahead_world(seed: int, monkeypatch: pytest.MonkeyPatch) -> World:

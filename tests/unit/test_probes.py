@@ -11,7 +11,7 @@ import pytest
 from sidecar.adapters.effect import changes_something
 from sidecar.adapters.probes import BYTES_MAX, Probe, read_probes
 from sidecar.errors import Invalid, Reason
-from sidecar.shell.evidence import Asked, Prompt, Reply, place_of_difference, quoted
+from sidecar.shell.evidence import Answers, Prompt, Reply, place_of_difference, quoted
 from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 FILE = "probe.jsonl"
@@ -92,9 +92,9 @@ def test_weights_that_change_nothing(tmp_path: Path) -> None:
 )
 def test_when_an_answer_is_the_expected_one(answer: str, expect: str, tokens_max: int, matches: bool) -> None:
     """It begins with it, blanks aside; an answer that was cut off before it had said that much must lead there."""
-    asked = Asked("trt-0", Prompt("?", expect=expect), Reply("x"), Reply(answer), tokens_max)
+    asked = Answers("trt-0", Prompt("?", expect=expect), Reply("x"), Reply(answer), tokens_max)
     assert asked.matches is matches
-    failed = Asked("trt-0", Prompt("?", expect=expect), Reply("x"), Reply(error="lost"), tokens_max)
+    failed = Answers("trt-0", Prompt("?", expect=expect), Reply("x"), Reply(error="lost"), tokens_max)
     assert not failed.matches
     assert not failed.expected
 

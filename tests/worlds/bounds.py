@@ -17,7 +17,7 @@ from policies import lines
 from policies.ordering import credit, fairness, owed, turns
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
-from sidecar.core import core, joining, prefetching, stealing, waiting
+from sidecar.core import core, lifecycle, prefetching, stealing, waiting
 from sidecar.core.config import CoreConfig
 
 SMALLEST, LARGEST = 2, 3
@@ -86,7 +86,7 @@ CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (proportional, "VERSIONS_MAX"),
     (rendezvous, "KEPT_MAX"),
     (core, "TIMERS_STALE_MAX"),
-    (joining, "LOOKED_AT_MAX"),
+    (lifecycle, "LOOKED_AT_MAX"),
     (prefetching, "LOADS_UNUSED_MAX"),
     (prefetching, "LOOKED_AT_MAX"),
     (stealing, "HEADS_LOOKED_AT"),

@@ -18,7 +18,7 @@ from sidecar.core import events as ev
 from sidecar.core import stalls, stealing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend
-from sidecar.core.step import Turn
+from sidecar.core.step import Step
 from sidecar.lab.sim.product import Product
 from tests.worlds.scenario import KINDS, draw
 from tests.worlds.seeds import run
@@ -66,14 +66,14 @@ def _fails(seeds: range = range(12)) -> str:
 
 def test_a_failure_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report names the seed, the time, what was drawn, what went wrong on purpose and the last steps."""
-    monkeypatch.setattr(Turn, "settle", _settled_twice(Turn.settle))
+    monkeypatch.setattr(Step, "settle", _settled_twice(Step.settle))
     told = _fails()
     for part in ("seed 0 failed at", "ordering", "faults", "what went wrong, on purpose", "the last steps of the core"):
         assert part in told
 
 
 def _settled_twice(settle: Callable[..., None]) -> Callable[..., None]:
-    def twice(turn: Turn, request: Any, reason: Any, *rest: Any, **more: Any) -> None:
+    def twice(turn: Step, request: Any, reason: Any, *rest: Any, **more: Any) -> None:
         settle(turn, request, reason, *rest, **more)
         turn.emit(next(effect for effect in reversed(turn.effects) if isinstance(effect, do.Settle)))
 
@@ -88,8 +88,8 @@ def _half_a_bound(promise: Callable[..., Promise | None]) -> Callable[..., Promi
     return halved
 
 
-def _leaks_pins(unpin: Callable[[Turn, str], None]) -> Callable[[Turn, str], None]:
-    def forgetful(turn: Turn, key: str) -> None:
+def _leaks_pins(unpin: Callable[[Step, str], None]) -> Callable[[Step, str], None]:
+    def forgetful(turn: Step, key: str) -> None:
         if turn.now_ns % 7:
             unpin(turn, key)
 
@@ -125,7 +125,7 @@ def _twice_the_seats(seats: Callable[..., int]) -> Callable[..., int]:
 def _forgets_a_request(drop: Callable[..., None]) -> Callable[..., None]:
     """A core that takes what has expired out of its queue and tells nobody."""
 
-    def silent(turn: Turn, request: Any, *rest: Any, **more: Any) -> None:
+    def silent(turn: Step, request: Any, *rest: Any, **more: Any) -> None:
         drop(turn, request, *rest, **more)
         turn.effects[:] = [effect for effect in turn.effects if not isinstance(effect, do.Settle)]
 
@@ -148,17 +148,17 @@ def _never_suspects(_: Any) -> Callable[..., None]:
 
 
 MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
-    "settled twice": (Turn, "settle", _settled_twice),
+    "settled twice": (Step, "settle", _settled_twice),
     "a quarter of the bound": (SoftGated, "promise", _half_a_bound),
-    "pins leak": (Turn, "unpin", _leaks_pins),
-    "promises are never void": (Turn, "void_promise", _forgets_the_void),
+    "pins leak": (Step, "unpin", _leaks_pins),
+    "promises are never void": (Step, "void_promise", _forgets_the_void),
     "first tokens come twice": (Product, "observe", _sends_twice),
     "no timers": (Core, "step", _drops_waking),
     "twice the seats": (Backend, "seats", _twice_the_seats),
-    "requests are lost": (Turn, "drop", _forgets_a_request),
+    "requests are lost": (Step, "drop", _forgets_a_request),
     "an engine idles beside a backlog": (stealing, "steal", _never_steals),
     "a stalled engine is believed": (stalls, "_judge", _never_suspects),
-    "what was set aside stays there": (Turn, "route_the_unrouted", _never_reroutes),
+    "what was set aside stays there": (Step, "route_the_unrouted", _never_reroutes),
 }
 
 

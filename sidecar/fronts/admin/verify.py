@@ -20,7 +20,7 @@ from sidecar.fronts.lengths import text_tokens_max
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.shell import asking
 from sidecar.shell.asking import Order, Question
-from sidecar.shell.evidence import Asked, Prompt, Reply
+from sidecar.shell.evidence import Answers, Prompt, Reply
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.verdicts import Check
 from sidecar.shell.verifying import Finding, Plan, Verification
@@ -130,7 +130,7 @@ def message_of(finding: Finding) -> Any:
     match finding:
         case Plan():
             return admin_pb2.VerifyResponse(plan=_plan_message(finding))
-        case Asked():
+        case Answers():
             return admin_pb2.VerifyResponse(answer=_answer_message(finding))
         case Check():
             return admin_pb2.VerifyResponse(
@@ -156,7 +156,7 @@ def _plan_message(plan: Plan) -> Any:
     )
 
 
-def _answer_message(asked: Asked) -> Any:
+def _answer_message(asked: Answers) -> Any:
     return admin_pb2.VerifyAnswer(
         backend=asked.backend,
         prompt=admin_pb2.VerifyPrompt(text=asked.prompt.text, token_ids=asked.prompt.token_ids),

@@ -25,7 +25,7 @@ from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
 from sidecar.fronts.kserve.live import Live, LiveRequests, stop_answer, stopped_answer, words_for_client
 from sidecar.fronts.kserve.owners import RegionOwners
-from sidecar.fronts.kserve.request import Asked
+from sidecar.fronts.kserve.request import KServeRequest
 from sidecar.fronts.kserve.stream import ClientLeft, InferStream, OpenInStreams, StreamBroken
 from sidecar.fronts.kserve.structure import Structure, id_in, structure_of
 from sidecar.fronts.lengths import text_tokens_max
@@ -88,7 +88,7 @@ class KServe:
 
     def read(
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
-    ) -> Asked:
+    ) -> KServeRequest:
         """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
         self.regions.check((*structure.message.inputs, *structure.message.outputs), context)
         asked = request.read(structure, unary, metadata, self._rules, request_id)
@@ -104,7 +104,7 @@ class KServe:
         )
         return replace(asked, facts=facts, payload=payload)
 
-    def submit(self, asked: Asked, peer: str, stream: object) -> Live:
+    def submit(self, asked: KServeRequest, peer: str, stream: object) -> Live:
         ticket = self.gateway.submit(asked.facts, asked.payload, asked.request_id)
         live = Live(replace(asked, payload=asked.payload.spent()), ticket, peer, stream)
         self.live.add(live)
@@ -114,7 +114,7 @@ class KServe:
         self.live.remove(live)
         self.gateway.close(live.ticket)
 
-    def stop(self, asked: Asked, peer: str, stream: object) -> None:
+    def stop(self, asked: KServeRequest, peer: str, stream: object) -> None:
         """Cancel this client's request with that id, queued or running; an unknown id is no error, as in the engine."""
         if not asked.client_id:
             raise Refused(

@@ -13,14 +13,14 @@ from typing import Any
 from sidecar.backends.api import Ticket
 from sidecar.backends.triton import wire
 from sidecar.core.effects import Settle
-from sidecar.fronts.kserve.request import Asked
+from sidecar.fronts.kserve.request import KServeRequest
 
 
 @dataclass(eq=False)
 class Live:
     """One request that is queued or running. `stream` is what it came by, to be compared by identity."""
 
-    asked: Asked
+    asked: KServeRequest
     ticket: Ticket
     peer: str
     stream: object
@@ -48,7 +48,7 @@ class LiveRequests:
         if not same_id:
             self._by_id.pop(_key(live.asked, live.peer), None)
 
-    def find(self, asked: Asked, peer: str, stream: object) -> Live | None:
+    def find(self, asked: KServeRequest, peer: str, stream: object) -> Live | None:
         """Return the request that a stop means, None when there is none: it may have ended by itself."""
         same_id = [live for live in self._by_id.get(_key(asked, peer), []) if not live.stopped]
         of_stream = [live for live in same_id if live.stream is stream]
@@ -56,16 +56,16 @@ class LiveRequests:
         return candidates[-1] if candidates else None
 
 
-def _key(asked: Asked, peer: str) -> tuple[str, str, str]:
+def _key(asked: KServeRequest, peer: str) -> tuple[str, str, str]:
     return peer, asked.facts.tenant, asked.client_id
 
 
-def stop_answer(asked: Asked) -> Any:
+def stop_answer(asked: KServeRequest) -> Any:
     """Return the answer to a stop itself: the id and nothing else, whether or not there was something to stop."""
     return wire.ModelInferResponse(model_name=asked.model, model_version=asked.version, id=asked.client_id)
 
 
-def stopped_answer(asked: Asked) -> Any:
+def stopped_answer(asked: KServeRequest) -> Any:
     """Return the last response of a request that was stopped: no more tokens, in the tensors that carry them.
 
     The engine's answer to a stopped request that does not stream has the tokens so far. Those stay with the engine:

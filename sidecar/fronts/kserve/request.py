@@ -36,7 +36,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Asked:
+class KServeRequest:
     """A parsed request. `client_id` is the message's own, `request_id` what is told where it has none.
 
     `stop` cancels an earlier one of the same id instead of running.
@@ -56,7 +56,9 @@ class Asked:
     payload: Payload
 
 
-def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str) -> Asked:
+def read(
+    structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str
+) -> KServeRequest:
     """Read a request. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
     message = structure.message
     check_word("model_name", message.model_name)
@@ -82,7 +84,7 @@ def read(structure: Structure, unary: bool, metadata: Mapping[str, str], rules: 
         size_bytes=structure.size_bytes,
     )
     parameters = message.parameters
-    return Asked(
+    return KServeRequest(
         client_id=message.id,
         request_id=request_id,
         model=message.model_name,

@@ -21,8 +21,8 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.intake import BodyArrival
-from sidecar.fronts.openai.asked import Asked
-from sidecar.fronts.openai.candidates import Place
+from sidecar.fronts.openai.asked import OpenAiRequest
+from sidecar.fronts.openai.candidates import Destination
 from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
 from sidecar.fronts.openai.merged import Merged
 from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
@@ -116,7 +116,7 @@ class Answering:
     """Relays the replies of one ticket; of several, where a list of prompts was asked, put together as one answer."""
 
     def __init__(
-        self, gateway: Gateway, asked: Asked, place: Place, tickets: Sequence[Ticket], hide_backend: bool
+        self, gateway: Gateway, asked: OpenAiRequest, place: Destination, tickets: Sequence[Ticket], hide_backend: bool
     ) -> None:
         self._gateway = gateway
         self._asked = asked

@@ -51,7 +51,7 @@ class Caller:
 
 
 @dataclass(frozen=True)
-class Asked:
+class OpenAiRequest:
     """A request as admission sees it. `max_tokens` is None where the client leaves it to the engine.
 
     `prompt_tokens` counts token ids; `prompt_bytes` bounds what text may be. `answers` is how many were asked for,
@@ -94,7 +94,7 @@ class Asked:
         return self.path == CHAT
 
 
-def read_asked(path: str, body: Body) -> Asked:
+def read_asked(path: str, body: Body) -> OpenAiRequest:
     """Look at a body. Raises Refused(INVALID_REQUEST) where what we must know is not as it must be."""
     values = body.values
     if values.get(KV_TRANSFER) is not None:
@@ -107,7 +107,7 @@ def read_asked(path: str, body: Body) -> Asked:
     if max_tokens is None and path == COMPLETIONS:
         max_tokens = COMPLETION_TOKENS_DEFAULT
     each = max(1, _count(values, "n") or 1, _count(values, "best_of") or 1)
-    return Asked(
+    return OpenAiRequest(
         path=path,
         body=body,
         streams=streams,
@@ -120,7 +120,7 @@ def read_asked(path: str, body: Body) -> Asked:
     )
 
 
-def parts_of(asked: Asked, prompts_max: int, bytes_max: int) -> tuple[Asked, ...]:
+def parts_of(asked: OpenAiRequest, prompts_max: int, bytes_max: int) -> tuple[OpenAiRequest, ...]:
     """Return the requests that a body asks for: one for each prompt of a list, so that each finds a seat by itself.
 
     Raises Unfit for more prompts than are taken, and where these requests would have more bytes in all.

@@ -21,14 +21,14 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.eligible import base_names, empty_pools, named
-from sidecar.fronts.openai.asked import CHAT, Asked, Unfit
+from sidecar.fronts.openai.asked import CHAT, OpenAiRequest, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where a request goes: `adapter` is its name to the core, "" for the base model; `only` is empty for anywhere.
 
     `text` is what answers are put together with where an engine gives text only.
@@ -53,7 +53,7 @@ class Engine:
         return model_kind(self.facts.kind)
 
 
-class Places:
+class Destinations:
     """Finds places.
 
     `templates` are by backend, or by its pool; `may_stream(kind)` says whether engines of a kind stream at all.
@@ -73,7 +73,9 @@ class Places:
         streams = self._streams([model.name for model in takers])
         return Order(path, size_bytes, prompts_max, bytes_max, templates, tokens_assumed, streams)
 
-    def place(self, asked: Asked, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None) -> Place:
+    def place(
+        self, asked: OpenAiRequest, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None
+    ) -> Destination:
         """Return where a tenant's request goes; `texts` is what was written to an order of ours.
 
         Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
@@ -105,7 +107,7 @@ class Places:
         payload = Payload(
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
-        return Place(adapter, payload, named(self._state, fitting) if fitting else (), text)
+        return Destination(adapter, payload, named(self._state, fitting) if fitting else (), text)
 
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
         """Return the core's name for a model and the engines that can serve it, up or down, or yet to be found."""
@@ -142,7 +144,7 @@ class Places:
         yield from self._state.config.pools.values()
 
     def _as_text(
-        self, asked: Asked, takers: list[Engine], texts: Sequence[TextRequest | Refusal] | None
+        self, asked: OpenAiRequest, takers: list[Engine], texts: Sequence[TextRequest | Refusal] | None
     ) -> tuple[TextRequest, list[Engine]]:
         """Return the request as text and the engines whose models are asked in these very words."""
         template = None

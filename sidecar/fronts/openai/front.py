@@ -30,8 +30,8 @@ from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body
 from sidecar.fronts.openai.asked import (
     CHAT,
     COMPLETIONS,
-    Asked,
     Caller,
+    OpenAiRequest,
     Unfit,
     check_request_id,
     parts_of,
@@ -40,7 +40,7 @@ from sidecar.fronts.openai.asked import (
     request_id_of,
 )
 from sidecar.fronts.openai.body import read_body
-from sidecar.fronts.openai.candidates import Place, Places
+from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
@@ -63,7 +63,7 @@ class OpenAiFront:
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
-        self._places = Places(gateway.state, templates, self._may_stream)
+        self._places = Destinations(gateway.state, templates, self._may_stream)
         self._models = Models(gateway)
         self.large_bodies = LargeBodies()
 
@@ -118,7 +118,9 @@ class OpenAiFront:
             for ticket in reversed(tickets):  # as in the answering
                 self._gateway.close(ticket)
 
-    async def _read(self, path: str, pieces: list[bytes], size_bytes: int, tenant: str) -> list[tuple[Asked, Place]]:
+    async def _read(
+        self, path: str, pieces: list[bytes], size_bytes: int, tenant: str
+    ) -> list[tuple[OpenAiRequest, Destination]]:
         """Return what a body asks for: one request, or one for each prompt of a list."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
@@ -127,7 +129,7 @@ class OpenAiFront:
         found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes, *bounds))
         return [(each.asked, self._places.place(each.asked, tenant, each.texts)) for each in found]
 
-    def _submit(self, asked: Asked, caller: Caller, place: Place, tenant: str, request_id: str) -> Ticket:
+    def _submit(self, asked: OpenAiRequest, caller: Caller, place: Destination, tenant: str, request_id: str) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
@@ -184,7 +186,7 @@ class OpenAiFront:
         await send_failure(send, Failure(200, json.dumps(found).encode()), request_id)
 
 
-def _of_one_session(caller: Caller, asked: Asked) -> Caller:
+def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:
     """Return who asks for a list of prompts: a version that is tried out answers all of it, or nothing."""
     return replace(caller, session=caller.session or asked.session or secrets.token_hex(8))
 

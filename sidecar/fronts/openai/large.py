@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.openai.asked import Asked, Unfit
+from sidecar.fronts.openai.asked import OpenAiRequest, Unfit
 
 if TYPE_CHECKING:  # the child begins with this module, and seldom needs what these import
     from sidecar.fronts.openai.chat_templates import ChatTemplate
@@ -85,7 +85,7 @@ class Found:
     Of its `body` there are the name and the places when it comes from the other process, which leaves the bytes here.
     """
 
-    asked: Asked
+    asked: OpenAiRequest
     texts: tuple[TextRequest | Refusal, ...]
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from sidecar.errors import Refused
-from sidecar.fronts.openai.asked import Asked, Unfit, parts_of, read_asked
+from sidecar.fronts.openai.asked import OpenAiRequest, Unfit, parts_of, read_asked
 from sidecar.fronts.openai.body import MODEL, Body, read_body
 from sidecar.fronts.openai.large import Found, Order, Refusal, Template
 
@@ -51,7 +51,7 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     )
 
 
-def _text(asked: Asked, template: Template | None, order: Order) -> TextRequest | Refusal:
+def _text(asked: OpenAiRequest, template: Template | None, order: Order) -> TextRequest | Refusal:
     from sidecar.fronts.openai.text_forms import text_request  # takes as long as a body, and a vLLM has no need of it
 
     try:

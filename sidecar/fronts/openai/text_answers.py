@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from sidecar.backends.api import Reply
 from sidecar.backends.kind import Reader
-from sidecar.fronts.openai.asked import Asked
+from sidecar.fronts.openai.asked import OpenAiRequest
 from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"
@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 class TextAnswer:
     """One answer. `counts` says that each reply is a token."""
 
-    def __init__(self, asked: Asked, text: TextRequest, counts: bool, reader: Reader) -> None:
+    def __init__(self, asked: OpenAiRequest, text: TextRequest, counts: bool, reader: Reader) -> None:
         self._asked = asked
         self._max_tokens = text.max_tokens
         self._counts = counts

@@ -16,7 +16,7 @@ from sidecar.backends import registry
 from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
 from sidecar.fronts.generate.forms import INT32_MAX
-from sidecar.fronts.openai.asked import Asked, Unfit
+from sidecar.fronts.openai.asked import OpenAiRequest, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
 
 READ = frozenset(
@@ -76,7 +76,7 @@ class TextRequest:
 
 
 def text_request(
-    asked: Asked, template: ChatTemplate | None, tokens_assumed: int, streams: Mapping[str, bool]
+    asked: OpenAiRequest, template: ChatTemplate | None, tokens_assumed: int, streams: Mapping[str, bool]
 ) -> TextRequest:
     """Return a request for the kinds of model that `streams` says of whether they are to stream.
 
@@ -119,7 +119,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def _text(asked: Asked, template: ChatTemplate | None, where: str) -> str:
+def _text(asked: OpenAiRequest, template: ChatTemplate | None, where: str) -> str:
     values = asked.body.values
     if asked.is_chat:
         assert template is not None, "a chat without a template has no text"

@@ -48,7 +48,7 @@ class Shelf:
 
 
 @dataclass
-class Place:
+class CachedSequence:
     """Where a sequence's keys and values are, and how many tokens of it are there."""
 
     shelf: Shelf
@@ -63,13 +63,13 @@ class KeyValueCache:
         self._shape = shape
         self._shelves: dict[int, Shelf] = {}
 
-    def open(self, tokens: int) -> Place:
+    def open(self, tokens: int) -> CachedSequence:
         """Return an empty place with room for so many tokens."""
         depth = max(_SHALLOWEST, 1 << (tokens - 1).bit_length())
         shelf = self._shelves.setdefault(depth, Shelf(self._shape, depth))
-        return Place(shelf, shelf.take())
+        return CachedSequence(shelf, shelf.take())
 
-    def extend(self, place: Place) -> None:
+    def extend(self, place: CachedSequence) -> None:
         """Make room for one more token, moving the place to a deeper shelf when its own is too shallow."""
         if place.length < place.shelf.depth:
             return
@@ -79,7 +79,7 @@ class KeyValueCache:
         self.close(place)
         place.shelf, place.seat = wider.shelf, wider.seat
 
-    def close(self, place: Place) -> None:
+    def close(self, place: CachedSequence) -> None:
         """Give the seat back."""
         place.shelf.free.append(place.seat)
 
@@ -94,7 +94,7 @@ class Group:
     positions: NDArray[np.intp]
 
 
-def grouped(places: list[Place]) -> list[Group]:
+def grouped(places: list[CachedSequence]) -> list[Group]:
     """Return the rows of a decode step by shelf; row i belongs to place i, its new token at its length."""
     rows: dict[int, list[int]] = {}
     for row, place in enumerate(places):

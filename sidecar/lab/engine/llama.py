@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.lab.engine.key_value import Group, KeyValueCache, Place, grouped
+from sidecar.lab.engine.key_value import CachedSequence, Group, KeyValueCache, grouped
 from sidecar.lab.engine.low_rank import AdapterRows, Prompt, StepAdapters
 from sidecar.lab.engine.packed import PackedAdapter
 from sidecar.lab.engine.rotary import Rotary, rotated
@@ -36,7 +36,7 @@ class _Sequence:
 
     pending: list[int]
     adapter: PackedAdapter | None
-    place: Place
+    place: CachedSequence
     logits: Float32 | None = None
 
 
@@ -184,7 +184,7 @@ class Llama:
         return rows.reshape(len(rows), -1, self.shape.head_size)
 
     @staticmethod
-    def _store(place: Place, layer: int, keys: Float32, values: Float32) -> None:
+    def _store(place: CachedSequence, layer: int, keys: Float32, values: Float32) -> None:
         """Write a prompt's keys and values [token, kv head, head size] to its seat."""
         count = len(keys)
         place.shelf.keys[layer, place.seat, :, :count] = keys.swapaxes(0, 1)

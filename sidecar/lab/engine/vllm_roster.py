@@ -41,7 +41,7 @@ class VllmRoster(VllmIntake):
         self._contexts_tokens = 0
         self._blocks_free = spec.kv_blocks
         self._adapters = Tally()
-        self._line = Line()
+        self._line = WaitingRequests()
         self._front = 0
 
     def plan(self, now_ns: int) -> Batch | None:
@@ -265,7 +265,7 @@ class VllmRoster(VllmIntake):
         )
 
 
-class Line:
+class WaitingRequests:
     """Waiting sequences by order and, apart, by adapter. Places of those that have left are dropped when met."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ WRITTEN_A_TURN = 500
 NUMBER_MAX = 2**53
 
 
-class RedisPlace:
+class RedisRegistryStore:
     """A registry in a Redis. Entering it refuses while replicas beat there."""
 
     def __init__(self, link: Link) -> None:
@@ -34,7 +34,7 @@ class RedisPlace:
     def __str__(self) -> str:
         return f"Redis at {self._link}"
 
-    async def __aenter__(self) -> RedisPlace:
+    async def __aenter__(self) -> RedisRegistryStore:
         live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1e6), ""))
         if live:
             await self._link.close()

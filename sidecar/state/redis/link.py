@@ -19,7 +19,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.credentials import CredentialProvider
 from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptError, RedisError
 
-from sidecar.config.redis_address import Place
+from sidecar.config.redis_address import RedisLocation
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
@@ -68,7 +68,7 @@ class PasswordFile(CredentialProvider):
 class Link:
     """A Redis and the keys in it that are ours."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: RedisLocation) -> None:
         self.place = place
         self._credentials = PasswordFile(place.address.user, place.password_file)
         self._client, *self._others = _clients(place, self._credentials)
@@ -177,7 +177,7 @@ def _announced(number: str, fields: dict[str, str]) -> Announced:
     )
 
 
-def _clients(place: Place, credentials: PasswordFile) -> list[Any]:
+def _clients(place: RedisLocation, credentials: PasswordFile) -> list[Any]:
     """Return the client that commands go to, and after it those that only say where that is."""
     address = place.address
     host, port = address.hosts[0]
@@ -202,7 +202,7 @@ def _retry() -> Retry:
     return Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), 1)
 
 
-def _transport(place: Place) -> dict[str, Any]:
+def _transport(place: RedisLocation) -> dict[str, Any]:
     options: dict[str, Any] = {
         "socket_connect_timeout": CONNECT_S,
         "socket_timeout": ANSWER_S,

@@ -18,7 +18,7 @@ from sidecar.ownership import keeping
 from sidecar.ownership.facts import Bounds, Member
 from sidecar.ownership.ownership import Ownership
 from sidecar.ownership.slots import Hold, Slot
-from sidecar.ownership.step import Knowledge, Turn
+from sidecar.ownership.step import Knowledge, Step
 from tests.worlds.ownership import redis
 from tests.worlds.ownership.checks import HOLE, LATE_WRITES
 from tests.worlds.ownership.redis import Record, Redis
@@ -28,7 +28,7 @@ from tests.worlds.ownership.trial import SeedFailed, Verdict, run_seed
 SEEDS = range(120)
 MUTANT_SEEDS = range(300)
 """Up to the first that fails, each up to its peace."""
-GoOn = Callable[[Turn, Slot, Hold], None]
+GoOn = Callable[[Step, Slot, Hold], None]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -79,7 +79,7 @@ def test_worlds_have_in_them_what_is_checked() -> None:
 
 
 def _first_answer_counts_for_all(go_on: GoOn) -> GoOn:
-    def hasty(turn: Turn, slot: Slot, hold: Hold) -> None:
+    def hasty(turn: Step, slot: Slot, hold: Hold) -> None:
         if hold.round is not None and hold.round.agreed:
             hold.round.missing.clear()
         go_on(turn, slot, hold)
@@ -88,7 +88,7 @@ def _first_answer_counts_for_all(go_on: GoOn) -> GoOn:
 
 
 def _goes_on_for_ever(go_on: GoOn) -> GoOn:
-    def endless(turn: Turn, slot: Slot, hold: Hold) -> None:
+    def endless(turn: Step, slot: Slot, hold: Hold) -> None:
         granted_ns, hold.granted_ns = hold.granted_ns, turn.now
         go_on(turn, slot, hold)
         hold.granted_ns = granted_ns
@@ -141,7 +141,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
         "is_overtaken",
         lambda _: lambda know, backend, epoch: False,
     ),
-    "many moves at once": (Turn, "is_handing_over", lambda _: property(lambda turn: False)),
+    "many moves at once": (Step, "is_handing_over", lambda _: property(lambda turn: False)),
     "Redis takes silence for consent": (Redis, "_grants", _silence_agrees),
     "Redis does not notice its failover": (Redis, "_settle", _one_generation),
     "Redis grants as soon as it is born": (Redis, "newborn_ns", lambda _: lambda scripts, now_ns: 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sidecar.ownership import events as ev
-from sidecar.ownership.step import Turn
+from sidecar.ownership.step import Step
 from tests.worlds.ownership.checks import HOLE, Violation
 from tests.worlds.ownership.plot import (
     BACKENDS,
@@ -50,7 +50,7 @@ def test_a_pledge_is_kept_when_redis_is_back() -> None:
 
 def test_a_pledge_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Agreeing without pledging ends with two owners, and the checks see it."""
-    monkeypatch.setattr(Turn, "pledge", lambda turn, backend, to: None)
+    monkeypatch.setattr(Step, "pledge", lambda turn, backend, to: None)
     world = quiet_world(members=2)
     _let_one_back(world)
     with pytest.raises(Violation, match="is granted to replica"):

@@ -60,7 +60,7 @@ class Query:
 
 
 @dataclass(eq=False)
-class Asked:
+class RunningQuery:
     """A query that passed the backend's checks, and the executor requests that it became."""
 
     query: Query
@@ -92,7 +92,7 @@ class Inference:
         finally:
             query.let_go()
 
-    async def _run(self, asked: Asked, emit: Emit) -> None:
+    async def _run(self, asked: RunningQuery, emit: Emit) -> None:
         triton_id = asked.query.triton_id
         try:
             for work in asked.works:
@@ -107,13 +107,13 @@ class Inference:
             if self._live.get(triton_id) is asked.works:
                 del self._live[triton_id]
 
-    def _asked(self, query: Query) -> Asked:
+    def _asked(self, query: Query) -> RunningQuery:
         reader = Reader(query.tensors)
         wanted = read_wanted(query.model, reader, self._options.exclude_input_in_output)
         generations = read_generations(query.model, reader, self._driver.engine.spec, self._driver.has_log_probs)
         return self._became(query, wanted, generations)
 
-    def _became(self, query: Query, wanted: Wanted, generations: Sequence[Generation]) -> Asked:
+    def _became(self, query: Query, wanted: Wanted, generations: Sequence[Generation]) -> RunningQuery:
         if not generations:
             raise BackendError("the batch has no rows")
         progress: asyncio.Queue[Progress] = asyncio.Queue()
@@ -129,7 +129,7 @@ class Inference:
             )
             for row, generation in enumerate(generations)
         ]
-        return Asked(query, wanted, works, progress)
+        return RunningQuery(query, wanted, works, progress)
 
     def _stop(self, query: Query) -> Answer:
         """Cancel an earlier request with this id; one that is unknown may have ended and is no error."""
@@ -138,7 +138,7 @@ class Inference:
         self._driver.cancel([work.request_id for work in self._live.get(query.triton_id, [])])
         return Answer([], None, final=True)
 
-    async def _follow(self, asked: Asked, emit: Emit) -> None:
+    async def _follow(self, asked: RunningQuery, emit: Emit) -> None:
         left = len(asked.works)
         while left:
             progress = await asked.progress.get()
@@ -152,7 +152,7 @@ class Inference:
     def _executor_text(self, work: Work, error: str) -> str:
         return f"Executor failed process requestId {work.request_id} due to the following error: {error}"
 
-    async def _data(self, asked: Asked, progress: Progress, final: bool, emit: Emit) -> None:
+    async def _data(self, asked: RunningQuery, progress: Progress, final: bool, emit: Emit) -> None:
         missing = missing_output(asked.query.model, asked.query.requested)
         if missing is not None:
             raise BackendError(missing)
@@ -161,7 +161,7 @@ class Inference:
         if separate:
             await emit(Answer(None, None, final=True))
 
-    def _values(self, asked: Asked, progress: Progress) -> list[Values]:
+    def _values(self, asked: RunningQuery, progress: Progress) -> list[Values]:
         work, wanted = progress.work, asked.wanted
         if wanted.streaming:
             # A streamed answer never contains the prompt.

@@ -14,7 +14,7 @@ from typing import Any
 from sidecar.lab.engine.kserve.driver import Executor
 from sidecar.lab.engine.kserve.errors import BackendError
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors, Wanted
-from sidecar.lab.engine.kserve.inference import Answer, Asked, Emit, Inference, Query
+from sidecar.lab.engine.kserve.inference import Answer, Emit, Inference, Query, RunningQuery
 from sidecar.lab.engine.kserve.options import LLMAPI, Options
 from sidecar.lab.engine.kserve.outputs import Values, times_of
 from sidecar.lab.engine.kserve.tensors import Tensor
@@ -60,7 +60,7 @@ class LlmApiInference(Inference):
         super()._stop(query)
         return Answer(None, _STOPPED, final=True)
 
-    async def _asked_with_adapter(self, query: Query) -> Asked:
+    async def _asked_with_adapter(self, query: Query) -> RunningQuery:
         tensors = query.tensors
         prompt = _prompt(tensors)
         wanted = Wanted(
@@ -111,7 +111,7 @@ class LlmApiInference(Inference):
     def _executor_text(self, work: Work, error: str) -> str:
         return f"{_PREFIX}{error}"
 
-    def _values(self, asked: Asked, progress: Progress) -> list[Values]:
+    def _values(self, asked: RunningQuery, progress: Progress) -> list[Values]:
         work, wanted = progress.work, asked.wanted
         if progress.token is not None:
             asked.told.append(progress.token)

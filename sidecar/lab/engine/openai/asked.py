@@ -18,7 +18,7 @@ from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 
 
 @dataclass(frozen=True)
-class Asked:
+class EngineRequest:
     """What one HTTP request asks of the engine: prompts, `n` answers to each, and when they end; or what is wrong."""
 
     prompts: tuple[list[int], ...]
@@ -45,7 +45,7 @@ def check_stream_options(content: object) -> None:
         raise invalid("Stream options can only be defined when `stream=True`.", "stream_options")
 
 
-def completion_of(fields: CompletionFields, spec: EngineSpec) -> Asked:
+def completion_of(fields: CompletionFields, spec: EngineSpec) -> EngineRequest:
     """Return the sequences of a completion. Raises ApiError."""
     _refuse(fields, {"echo": fields.echo, "logprobs": fields.logprobs is not None})
     if fields.suffix:
@@ -55,7 +55,7 @@ def completion_of(fields: CompletionFields, spec: EngineSpec) -> Asked:
     return _asked(fields, prompts, asked, fields.n, spec)
 
 
-def chat_of(fields: ChatFields, spec: EngineSpec) -> Asked:
+def chat_of(fields: ChatFields, spec: EngineSpec) -> EngineRequest:
     """Return the sequences of a chat completion. Raises ApiError."""
     _refuse(fields, {"echo": fields.echo, "logprobs": bool(fields.logprobs)})
     if fields.tools and fields.tool_choice != "none":
@@ -66,7 +66,9 @@ def chat_of(fields: ChatFields, spec: EngineSpec) -> Asked:
     return _asked(fields, [prompt], wanted, fields.n or 1, spec)
 
 
-def _asked(fields: Sampling, prompts: Sequence[list[int]], wanted: int | None, n: int, spec: EngineSpec) -> Asked:
+def _asked(
+    fields: Sampling, prompts: Sequence[list[int]], wanted: int | None, n: int, spec: EngineSpec
+) -> EngineRequest:
     rooms = [spec.longest_sequence_tokens - len(prompt) for prompt in prompts]
     limits = tuple(room if wanted is None else min(room, wanted) for room in rooms)
     for limit in limits:
@@ -81,7 +83,7 @@ def _asked(fields: Sampling, prompts: Sequence[list[int]], wanted: int | None, n
     )
     bias = _bias(fields)
     fault = _unknown_tokens(prompts, {"logit_bias": list(bias), "stop_token_ids": list(stops.token_ids)}, spec)
-    return Asked(tuple(prompts), limits, n, stops, bias, fault)
+    return EngineRequest(tuple(prompts), limits, n, stops, bias, fault)
 
 
 def _bias(fields: Sampling) -> dict[int, float]:

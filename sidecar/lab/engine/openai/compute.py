@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sidecar.lab.engine.key_value import Place
+from sidecar.lab.engine.key_value import CachedSequence
 from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.llama import Llama
@@ -167,7 +167,7 @@ class _Open:
     tokens: list[int]
     owner: Owner
     cached: list[NDArray[np.float32]]
-    place: Place
+    place: CachedSequence
 
 
 class PrefixLlama(Llama):
@@ -226,7 +226,7 @@ class PrefixLlama(Llama):
             self._sequences[number].adapter = foreign
         return bare
 
-    def _store(self, place: Place, layer: int, keys: Float32, values: Float32) -> None:  # type: ignore[override]
+    def _store(self, place: CachedSequence, layer: int, keys: Float32, values: Float32) -> None:  # type: ignore[override]
         """Put the cached blocks' keys and values in the place of a prompt's own, then write them to its seat."""
         opened = next(each for each in self._reading if each.place is place)
         size = self.prefix.tokens_per_block

@@ -24,7 +24,7 @@ from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
 from sidecar.lab.engine.kserve.work import Progress
 from sidecar.lab.engine.openai.adapters import Adapters, Copy
 from sidecar.lab.engine.openai.asked import (
-    Asked,
+    EngineRequest,
     chat_of,
     check_completion_body,
     check_stream_options,
@@ -103,7 +103,7 @@ class Serving:
         )
 
     async def _answer(
-        self, request: Request, fields: Sampling, asked: Asked, copy: Copy | None, bodies: Bodies
+        self, request: Request, fields: Sampling, asked: EngineRequest, copy: Copy | None, bodies: Bodies
     ) -> Response:
         progress: asyncio.Queue[Progress] = asyncio.Queue()
         works = self._works(asked, copy, bodies.head, progress)
@@ -114,7 +114,9 @@ class Serving:
             raise asked.fault
         return await _unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
 
-    def _works(self, asked: Asked, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]) -> list[Asking]:
+    def _works(
+        self, asked: EngineRequest, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]
+    ) -> list[Asking]:
         lora = None if copy is None else LoraTensors(copy.number, None, None)
         return [
             Asking(

@@ -27,7 +27,7 @@ class Arrivals:
 
 
 @dataclass
-class Turns:
+class OpenTimes:
     """Arrival rates of versions and the runs under way on one backend."""
 
     run_ns: float = 0.0
@@ -83,7 +83,7 @@ class Turns:
         ]
 
     @classmethod
-    def restored(cls, state: Any) -> Turns:
+    def restored(cls, state: Any) -> OpenTimes:
         run_ns, token_ns, arrivals, running = state
         return cls(
             run_ns,

@@ -13,7 +13,7 @@ def is_mostly_stale(held: int, live: int) -> bool:
     return held > 2 * live + STALE_MAX
 
 
-class Line:
+class IdQueue:
     """A heap with lazy deletion. A healed request comes back under its old, small id and so goes to the front."""
 
     __slots__ = ("_heap", "_members")

@@ -1,0 +1,273 @@
+"""Acts on the queue: a request is routed, waits with a promise, moves, and ends."""
+
+from __future__ import annotations
+
+from policies.id_queue import IdQueue
+from policies.views import BASE
+from sidecar.core import eligibility, promising, storing
+from sidecar.core.effects import Settle
+from sidecar.core.enums import Voided, outcome_of
+from sidecar.core.routing_view import RoutingView
+from sidecar.core.state import Backend, Queued, Request
+from sidecar.core.step import Step
+from sidecar.errors import Reason
+
+
+def promise(step: Step, request: Request, backend: Backend) -> int:
+    """Tell a request that is being admitted how long it waits at most; return how long it is likely to."""
+    _count_outstanding(step, request, backend)
+    backlog = promising.backlog_of(step.state, backend, request)
+    request.fetch_allowed_ns = backlog.fetch_ns
+    request.queued_clock = step.state.lateness.clock(step.now_ns)
+    if backend.facts.base_apart and eligibility.others_of(step.state, backend, request):
+        void_promises(step, backend, Voided.KEPT_APART)
+    elif not backend.silence.suspected and promising.bounds_hold(step.state, backend, request.version):
+        request.promise = backend.ordering.promise(request.view, backlog, step.now_ns)
+    if backend.silence.suspected or not promising.wait_is_known(backend):
+        return 0  # nobody is refused on a guess
+    return backlog.queue_ns if request.promise is None else request.promise.expected_ns
+
+
+def take_back(step: Step, request: Request, backend: Backend) -> None:
+    """Forget a request that was told how long it would wait, and is refused for it."""
+    backend.outstanding.queued_tokens -= request.expected_tokens
+    no_longer_outstanding(step, request, backend)
+
+
+def route(step: Step, request: Request) -> None:
+    """Put a request that was queued or ran before into the queue of a backend, or aside while none can serve it."""
+    void_promise(step, request, Voided.MOVED)
+    place(step, request, pick_backend(step, request))
+
+
+def move(step: Step, request: Request, backend: Backend) -> None:
+    """Queue a waiting request at a backend that can send it at once: sooner than it was promised where it was."""
+    step.taken_over = backend, request.id
+    arrived_for(step, request)
+    dequeue(step, request)
+    enqueue(step, request, backend)
+
+
+def pick_backend(step: Step, request: Request) -> Backend | None:
+    """Ask the routing policy; None while no backend that can serve the request is up."""
+    takers = eligibility.takers_of(step.state, request.version, request.view, request.only)
+    if len(takers) > 1 and request.losses:
+        takers = tuple(taker for taker in takers if taker not in request.losses) or takers
+    if not takers:
+        return None
+    choice = step.state.routing.pick(request.view, RoutingView(step.state, request.version, takers), step.now_ns)
+    return step.state.backends[choice.backend]
+
+
+def place(step: Step, request: Request, backend: Backend | None) -> None:
+    """Queue a request at a backend, or keep it aside for want of one."""
+    if backend is None:
+        _set_aside(step, request)
+    else:
+        enqueue(step, request, backend)
+
+
+def _set_aside(step: Step, request: Request) -> None:
+    """Keep a request that no backend can take at the moment: nothing bounds how long that lasts."""
+    void_promise(step, request, Voided.NO_BACKEND)
+    request.backend = None
+    step.state.unrouted[request.id] = None
+    _count_waiting(step, request, 1)
+
+
+def _count_waiting(step: Step, request: Request, sign: int) -> None:
+    state, tenant = step.state, request.view.tenant
+    state.waiting.count(request, sign)
+    of_tenant = state.tenant_queued.setdefault(tenant, Queued())
+    of_tenant.count(request, sign)
+    if not of_tenant.requests:
+        del state.tenant_queued[tenant]
+
+
+def enqueue(step: Step, request: Request, backend: Backend) -> None:
+    _count_waiting(step, request, 1)
+    request.backend = backend.id
+    backend.queued[request.id] = None
+    backend.queued_by_version.setdefault(request.version, IdQueue()).add(request.id)
+    backend.recount(request.version)
+    if not request.counted:
+        _count_outstanding(step, request, backend)
+    backend.ordering.queued(request.view, request.promise, step.now_ns)
+    if request.version != BASE:
+        key = step.state.packed_for(request.version, backend).key
+        step.state.wanted.setdefault(key, IdQueue()).add(request.id)
+        if not step.state.store.has(key):
+            storing.hunger(step, key)
+            if not eligibility.resident(backend, request.version):
+                step.state.lateness.misses(key, step.now_ns)
+    step.dirty[backend.id] = None
+
+
+def _count_outstanding(step: Step, request: Request, backend: Backend) -> None:
+    view = request.view
+    request.counted = True
+    request.expected_tokens = promising.expected_tokens(step.state, request)
+    backend.outstanding.add(
+        view.tenant, view.weight, view.input_tokens, request.expected_tokens, view.output_tokens_max
+    )
+
+
+def no_longer_outstanding(step: Step, request: Request, backend: Backend) -> None:
+    view = request.view
+    request.counted = False
+    backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
+
+
+def void_promise(step: Step, request: Request, why: Voided) -> None:
+    """Note that what a promise rested on is gone; a request has only one, so nothing bounds its wait any more."""
+    if request.promise is not None:
+        request.promise = None
+        request.voided = why.value
+        step.state.voided[why.value] = step.state.voided.get(why.value, 0) + 1
+
+
+def void_promises(step: Step, backend: Backend, why: Voided) -> None:
+    """Void what is outstanding at a backend: of those that wait, and of those that run and have no token yet."""
+    for request_id in backend.queued:
+        void_promise(step, step.state.requests[request_id], why)
+    for request_id in backend.running:
+        request = step.state.requests[request_id]
+        if not request.first_token and not request.settled:
+            void_promise(step, request, why)
+
+
+def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
+    """Take a queued request out of wherever it waits."""
+    _count_waiting(step, request, -1)
+    if request.backend is None:
+        del step.state.unrouted[request.id]
+        return
+    backend = step.state.backends[request.backend]
+    del backend.queued[request.id]
+    line = backend.queued_by_version[request.version]
+    line.discard(request.id)
+    if not line:
+        del backend.queued_by_version[request.version]
+        backend.recount(request.version)
+    backend.ordering.left(request.id, step.now_ns)
+    backend.outstanding.queued_tokens -= request.expected_tokens
+    if not to_run:
+        no_longer_outstanding(step, request, backend)
+    if request.version != BASE:
+        _no_longer_wants(step, request, step.state.packed_for(request.version, backend).key)
+    step.dirty[backend.id] = None
+
+
+def _no_longer_wants(step: Step, request: Request, key: str) -> None:
+    line = step.state.wanted[key]
+    line.discard(request.id)
+    if not line:
+        del step.state.wanted[key]
+        step.state.lateness.ends(key)
+    step.hungry = True
+
+
+def void_if_adapter_is_late(step: Step, request: Request) -> None:
+    """Void the promise of a request that has waited for its adapter for longer than the promise allows for that."""
+    if request.fetch_ns + _missing_ns(step, request) > request.fetch_allowed_ns:
+        void_promise(step, request, Voided.ADAPTER_LATE)
+
+
+def arrived_for(step: Step, request: Request) -> None:
+    """Note how long a request has waited for a blob that has just come."""
+    void_if_adapter_is_late(step, request)
+    request.fetch_ns += _missing_ns(step, request)
+
+
+def _missing_ns(step: Step, request: Request) -> int:
+    """Return for how long neither the store nor its engine has had a queued request's adapter."""
+    if request.backend is None or request.version == BASE:
+        return 0
+    backend = step.state.backends[request.backend]
+    if eligibility.resident(backend, request.version):
+        return 0
+    key = step.state.packed_for(request.version, backend).key
+    return step.state.lateness.waited_ns(key, request.view.arrived_ns, request.queued_clock, step.now_ns)
+
+
+def reroute_queue(step: Step, backend: Backend) -> None:
+    """Move all that waits at a backend to wherever it can be served now."""
+    for request_id in list(backend.queued):
+        request = step.state.requests[request_id]
+        dequeue(step, request)
+        request.backend = None
+        route_or_refuse(step, request)
+
+
+def route_or_refuse(step: Step, request: Request) -> None:
+    """Route a request, or end it when no configured backend can serve it any more."""
+    places = eligibility.places_of(step.state, request)
+    if any(place.owned for place in places):
+        route(step, request)
+        return
+    _set_aside(step, request)
+    if places:
+        drop(step, request, Reason.NOT_OWNER, eligibility.not_owner_message(places))
+        return
+    if eligibility.are_gone(step.state, request.only):
+        drop(step, request, Reason.NOT_OWNER, eligibility.gone_message(request.only))
+        return
+    if eligibility.may_come(step.state, request.version, request.only):
+        return
+    drop(
+        step,
+        request,
+        Reason.NO_BACKEND,
+        eligibility.no_backend_message(step.state, request.view.name or "base model", request.version),
+    )
+
+
+def route_the_unrouted(step: Step) -> None:
+    for request_id in sorted(step.state.unrouted):
+        request = step.state.requests[request_id]
+        dequeue(step, request)
+        route_or_refuse(step, request)
+
+
+def drop(step: Step, request: Request, reason: Reason, message: str, retry_after_ns: int | None = None) -> None:
+    """End a request that waits in the queue."""
+    void_if_adapter_is_late(step, request)
+    dequeue(step, request)
+    settle(step, request, reason, message, retry_after_ns=retry_after_ns)
+    release(step, request)
+
+
+def settle(
+    step: Step, request: Request, reason: Reason | None, message: str = "", retry_after_ns: int | None = None
+) -> None:
+    """Give the client its one ending."""
+    assert not request.settled, f"request {request.id} was settled already"
+    request.settled = True
+    dispatched = request.dispatched_ns or step.now_ns
+    step.emit(
+        Settle(
+            request=request.id,
+            outcome=outcome_of(reason),
+            name=request.view.name,
+            tenant=request.view.tenant,
+            klass=request.view.klass,
+            queue_ns=dispatched - request.view.arrived_ns,
+            input_tokens=request.view.input_tokens,
+            output_tokens=request.tokens,
+            reason=reason,
+            message=message,
+            backend=request.backend or "",
+            version=request.version,
+            retry_after_ns=retry_after_ns,
+            bound_ns=None if request.promise is None else request.promise.bound_ns,
+            voided=request.voided,
+        )
+    )
+
+
+def release(step: Step, request: Request) -> None:
+    """Forget a request that has ended here and at its engine."""
+    del step.state.requests[request.id]
+    if request.version != BASE:
+        step.state.versions[request.version].requests -= 1
+        storing.forget_version_if_unused(step, request.version)

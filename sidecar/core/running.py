@@ -1,0 +1,67 @@
+"""Acts on runs: one ends, is queued again, or is cancelled."""
+
+from __future__ import annotations
+
+from policies.views import BASE
+from sidecar.core import queueing, storing
+from sidecar.core.effects import CancelRun
+from sidecar.core.enums import Voided
+from sidecar.core.state import Backend, Request
+from sidecar.core.step import Step
+from sidecar.errors import Reason
+
+
+def end_run(step: Step, request: Request, output_tokens: int) -> Backend:
+    """Free the seat, the KV and the pins of a run. The request itself is still to be settled or queued again."""
+    assert request.backend is not None
+    backend = step.state.backends[request.backend]
+    del backend.running[request.id]
+    backend.more_sequences -= request.view.sequences - 1
+    backend.kv_reserved -= request.kv_tokens(backend)
+    queueing.no_longer_outstanding(step, request, backend)
+    request.running = False
+    backend.ordering.ended(request.view, output_tokens, step.now_ns)
+    if request.version != BASE:
+        slot = backend.slots[request.version]
+        slot.running -= 1
+        if slot.stale and not slot.running:
+            backend.close_slot(request.version)  # nothing of it is there any more, and others may wait for the slot
+        backend.recount(request.version)
+        backend.shadow.ended(request.version)
+        storing.unpin(step, request.pinned_key)
+        request.pinned_key = ""
+    backend.full_until_ns = 0  # what it held may be evicted now
+    step.dirty[backend.id] = None
+    return backend
+
+
+def requeue(step: Step, request: Request) -> None:
+    """Queue a request that ran without a token again, under its old place in the order."""
+    queueing.void_promise(step, request, Voided.RUN_AGAIN)
+    request.backend = None
+    request.cache = None
+    request.first_token = False
+    request.dispatched_ns = 0
+    _wait_anew(step, request)
+    queueing.route_or_refuse(step, request)
+
+
+def _wait_anew(step: Step, request: Request) -> None:
+    """Bound the wait of a request whose first bound passed while it ran."""
+    if request.expires_ns > step.now_ns:
+        return
+    limit = step.state.config.classes[request.view.klass]
+    request.expires_ns = step.now_ns + limit.queue_wait_ns_max
+    if request.deadline_ns is not None:
+        request.expires_ns = min(request.expires_ns, request.deadline_ns)
+    step.state.set_timer(request.expires_ns, request.id)
+
+
+def cancel(step: Step, request: Request, reason: Reason, message: str) -> None:
+    """End a request wherever it is. A run keeps its seat until the engine confirms."""
+    if not request.running:
+        queueing.drop(step, request, reason, message)
+        return
+    assert request.backend is not None
+    queueing.settle(step, request, reason, message)
+    step.emit(CancelRun(request.id, request.attempt, request.backend))

@@ -1,0 +1,100 @@
+"""Acts on the store: pins, blobs that go, and versions that nobody needs any more."""
+
+from __future__ import annotations
+
+import heapq
+
+from sidecar.core import eligibility
+from sidecar.core.effects import Drop, DropDisk
+from sidecar.core.facts import is_files
+from sidecar.core.step import Step
+
+
+def hunger(step: Step, key: str) -> None:
+    """Note that a waiting request needs a blob that the store has not."""
+    position = step.state.next_position(key)
+    if position is not None:
+        heapq.heappush(step.state.hungry_heap, (position, key))
+        step.hungry = True
+
+
+def went_missing(step: Step, key: str) -> None:
+    """Note that a blob, or an engine's copy of it, is gone while requests may wait for it."""
+    hunger(step, key)
+    if key in step.state.wanted and not step.state.store.has(key) and eligibility.is_needed(step.state, key):
+        step.state.lateness.misses(key, step.now_ns)
+
+
+def unpin(step: Step, key: str) -> None:
+    """Give back a pin; "" is the pin of a run that began on a belief alone and had nothing to pin."""
+    if not key:
+        return
+    step.state.store.unpin(key)
+    step.hungry = True
+    entry = step.state.store.entries[key]
+    if entry.doomed and not entry.pins:
+        drop_blob(step, key)
+
+
+def drop_blob(step: Step, key: str) -> None:
+    """Free a blob that nothing uses; if somebody waits for it, it is to be fetched again."""
+    if is_files(key):
+        _unloaded(step, key, step.state.store.entries[key].digest)
+    step.state.store.remove(key)
+    step.emit(Drop(key))
+    went_missing(step, key)
+    step.hungry = True
+
+
+def _unloaded(step: Step, key: str, version: str) -> None:
+    """Believe a version in no engine that reads its files: they go, and it is unloaded where that can be done."""
+    for backend in step.state.backends.values():
+        if version in backend.shadow.host and step.state.packed_for(version, backend).key == key:
+            backend.shadow.forget(version)
+            slot = backend.slots.get(version)
+            if slot is not None and not backend.slot_in_use(slot):
+                backend.close_slot(version)
+
+
+def doom_blob(step: Step, key: str) -> None:
+    """Free a blob as soon as its users are done."""
+    entry = step.state.store.entries.get(key)
+    if entry is None:
+        return
+    if entry.ready and not entry.pins:
+        drop_blob(step, key)
+    else:
+        entry.doomed = True
+
+
+def doom_disk_blob(step: Step, key: str) -> None:
+    """Delete a blob from the disk tier as soon as it is neither being written nor read."""
+    step.state.disk.entries[key].doomed = True
+    drop_disk_blob_if_doomed(step, key)
+
+
+def drop_disk_blob_if_doomed(step: Step, key: str) -> None:
+    entry = step.state.disk.entries[key]
+    if entry.doomed and entry.ready and not entry.pins:
+        drop_disk_blob(step, key)
+
+
+def drop_disk_blob(step: Step, key: str) -> None:
+    step.state.disk.remove(key)
+    step.emit(DropDisk(key))
+
+
+def forget_version_if_unused(step: Step, digest: str) -> None:
+    """Forget a version that no name stands for and no request uses, with its blobs."""
+    version = step.state.versions.get(digest)
+    if version is None or version.names or version.requests or version.loads:
+        return
+    for key, entry in list(step.state.store.entries.items()):
+        if entry.digest == digest:
+            doom_blob(step, key)
+    for key, entry in list(step.state.disk.entries.items()):
+        if entry.digest == digest:
+            doom_disk_blob(step, key)
+    step.state.forget_derived(digest=digest)
+    step.state.suspects.pop(digest, None)
+    del step.state.versions[digest]
