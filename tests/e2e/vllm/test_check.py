@@ -39,7 +39,8 @@ async def names_at(address: str) -> list[str]:
 def target_of(server: VllmServer, toy: Toy, shared: Path) -> Target:
     """Return the target that a complete configuration would make of a server."""
     facts = EngineFacts(
-        kind="vllm", reads_files=True, base_models=(BASE_MODEL,), device_pages=server.max_loras, host_pages=server.max_cpu_loras,
+        kind="vllm", reads_files=True, base_models=(BASE_MODEL,),
+        device_pages=server.max_loras, host_pages=server.max_cpu_loras,
         seats=server.max_num_seqs, rank_max=server.max_lora_rank,
     )  # fmt: skip
     places = AdaptersDir(shared, str(shared))
