@@ -128,7 +128,7 @@ class OpenVersion(Protocol):
     def loading(self) -> bool: ...
 
 
-class Room(Protocol):
+class OrderingView(Protocol):
     """What a backend can take now. The two questions are the core's own, so advice and act cannot disagree."""
 
     @property
@@ -157,16 +157,20 @@ class Room(Protocol):
     def can_send(self, request_id: int) -> bool: ...
 
 
+Room = OrderingView
+"""Its name until 0.2: policies of other packages may import it by that for one release more."""
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Dispatch this request; `Room.can_send` must have said yes."""
+    """Dispatch this request; `OrderingView.can_send` must have said yes."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Give this version a slot, loading it if need be; `Room.can_open` must have said yes."""
+    """Give this version a slot, loading it if need be; `OrderingView.can_open` must have said yes."""
 
     version: str
 
@@ -199,7 +203,7 @@ class Ordering(Protocol):
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         """Running requests produced this many tokens since the last call."""
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         """Return the next decision, or None when nothing can or should be done. Called until it says None."""
 
     def holds(self, request_id: int) -> Hold | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.ordering.queues import Queues
-from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
+from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
 CREDIT_MAX = 256
 
@@ -45,7 +45,7 @@ class Credit:
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
         self._end_turns(room)
@@ -64,7 +64,7 @@ class Credit:
         queues, credit, ending = state
         self._queues, self._credit, self._ending = Queues.restored(queues), dict(credit), dict(ending)
 
-    def _end_turns(self, room: Room) -> None:
+    def _end_turns(self, room: OrderingView) -> None:
         """End the turn of one open version for each that has too much credit, the one with the least credit first."""
         waiting = self._queues.versions
         self._ending = {v: gets for v, gets in self._ending.items() if v in room.open and gets in waiting}
@@ -75,7 +75,7 @@ class Credit:
                 least = min(open_versions, key=lambda version: (self._credit.get(version, 0), version))
                 self._ending[least] = creditor
 
-    def _creditors(self, room: Room) -> list[str]:
+    def _creditors(self, room: OrderingView) -> list[str]:
         """Return the versions that go first. A slot is not freed for one whose weights are still on their way:
         another would take it at once, it would be freed again, and so on without end.
         """
@@ -83,7 +83,7 @@ class Credit:
         over = [version for version in over if room.is_ready(version)]
         return sorted(over, key=lambda version: (-self._credit[version], version))
 
-    def _opening(self, room: Room) -> Decision | None:
+    def _opening(self, room: OrderingView) -> Decision | None:
         if room.pages_free is not None and room.pages_free <= 0:
             return None
         blocked = [version for _, version in self._queues.heads if version not in room.open and version != BASE]
@@ -93,7 +93,7 @@ class Credit:
                 return Open(version)
         return None
 
-    def _sending(self, room: Room) -> Decision | None:
+    def _sending(self, room: OrderingView) -> Decision | None:
         passed: list[str] = []
         for head, version in self._queues.heads:
             if version in self._ending:

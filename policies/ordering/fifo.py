@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from policies.id_queue import IdQueue
-from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
+from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
 
 class Fifo:
@@ -37,7 +37,7 @@ class Fifo:
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         head = self._line.head()
         if head is None or room.seats_free <= 0:
             return None
@@ -50,7 +50,7 @@ class Fifo:
             return self._closing(room)
         return None
 
-    def _closing(self, room: Room) -> Decision | None:
+    def _closing(self, room: OrderingView) -> Decision | None:
         """Close a version that nothing runs of: those of it that wait are behind the head."""
         idle = (version for version, slot in room.open.items() if not slot.running and not slot.loading)
         version = next(idle, None)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from policies.id_queue import IdQueue
-from policies.views import BASE, Backlog, Decision, Hold, Open, Promise, Room, Send, Waiting
+from policies.views import BASE, Backlog, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
 
 class Skip:
@@ -44,7 +44,7 @@ class Skip:
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
         already_open = room.open

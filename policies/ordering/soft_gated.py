@@ -43,7 +43,7 @@ from policies.ordering.least_served import LeastServed
 from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
-from policies.views import BASE, Backlog, Close, Decision, Hold, Open, Promise, Room, Send, Waiting
+from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingView, Promise, Send, Waiting
 
 DRAIN_FACTOR = 2
 LIMIT_SHARE = 1 / 3
@@ -128,7 +128,7 @@ class SoftGated:
         served_most = self._tenants.served_most(self._slack)
         return None if self._tenants.may_go(request.tenant, served_most) else Hold.SHARE
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         if room.seats_free <= 0 or not self._queues.requests:
             return None
         self._overdue.pass_time(now_ns)
@@ -172,7 +172,7 @@ class SoftGated:
 
     # Who is waited for.
 
-    def _waiting_for_a_slot(self, room: Room, rule: Rule) -> list[str]:
+    def _waiting_for_a_slot(self, room: OrderingView, rule: Rule) -> list[str]:
         """Return the versions that slots are to be freed for, the one with the oldest head first.
 
         The overdue ones; and, once some tenant has been served too much, all of which a tenant behind it waits.
@@ -185,7 +185,7 @@ class SoftGated:
         ]
         return sorted(blocked, key=lambda version: self._queues.versions[version].head())
 
-    def _gate_for(self, wanted: int, room: Room) -> None:
+    def _gate_for(self, wanted: int, room: OrderingView) -> None:
         """Gate as many open versions as others wait for slots, those that will have ended first."""
         for version in [version for version in self._gates if version not in room.open]:
             del self._gates[version]
@@ -198,7 +198,7 @@ class SoftGated:
         for version in sorted(ungated, key=self._turns.last_end_ns)[: wanted - len(self._gates)]:
             self._gates[version] = self._queues.newest
 
-    def _end_turns(self, room: Room, now_ns: int) -> bool:
+    def _end_turns(self, room: OrderingView, now_ns: int) -> bool:
         """Gate the open versions that would serve more by turning to another; say whether there were any."""
         turns, open_versions, waiting = self._turns, room.open, self._queues.versions
         going_on = [v for v in open_versions if v not in self._gates and not turns.has_time(v, now_ns)]
@@ -214,7 +214,7 @@ class SoftGated:
 
     # Decisions.
 
-    def _closing(self, room: Room, rule: Rule) -> Decision | None:
+    def _closing(self, room: OrderingView, rule: Rule) -> Decision | None:
         """Close a gated version whose turn is over."""
         for version in self._gates:
             slot = room.open[version]
@@ -222,7 +222,7 @@ class SoftGated:
                 return Close(version)
         return None
 
-    def _opening(self, room: Room, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
+    def _opening(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Decision | None:
         if not self._queues.versions.keys() - room.open.keys() - {BASE}:
             return None
         free = room.pages_free
@@ -234,7 +234,7 @@ class SoftGated:
                 return Open(version)
         return None
 
-    def _openable(self, room: Room, rule: Rule, first: list[str], now_ns: int) -> Iterator[str]:
+    def _openable(self, room: OrderingView, rule: Rule, first: list[str], now_ns: int) -> Iterator[str]:
         yield from first
         others = [
             name for name in self._queues.versions if name not in room.open and name not in first and name != BASE
@@ -250,7 +250,7 @@ class SoftGated:
             return (0, head.id)
         return (1, -(version.ages_s(now_ns) + version.count))
 
-    def _next(self, room: Room, rule: Rule) -> int | None:
+    def _next(self, room: OrderingView, rule: Rule) -> int | None:
         """Return the request that goes next, seats and KV room aside.
 
         Of the version with the oldest one that is open, that of the tenant that was served least; or that of a tenant
@@ -270,7 +270,7 @@ class SoftGated:
                 return found if rule.urgent != NOBODY else self._of_least_served(found, room)
         return None
 
-    def _of_least_served(self, found: int, room: Room) -> int:
+    def _of_least_served(self, found: int, room: OrderingView) -> int:
         tenant = self._queues.requests[found].tenant
         if not self._tenants.some_are_behind(tenant):
             return found
@@ -283,7 +283,7 @@ class SoftGated:
                 best = other
         return best[1]
 
-    def _is_sendable(self, version: str, room: Room) -> bool:
+    def _is_sendable(self, version: str, room: OrderingView) -> bool:
         return version == BASE or (version in room.open and not room.open[version].loading)
 
     def _has_next(self, version: str, rule: Rule) -> bool:

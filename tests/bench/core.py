@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from time import process_time_ns
 
-from policies.views import Decision, Room, Send
+from policies.views import Decision, OrderingView, Send
 from sidecar.config.plugins import policies_of
 from sidecar.core import effects as do
 from sidecar.core import events as ev
@@ -124,8 +124,10 @@ class Decisions:
         self._ns = self._sent = 0
         return took_us
 
-    def _timed(self, choose: Callable[[Room, int], Decision | None]) -> Callable[[Room, int], Decision | None]:
-        def timed(room: Room, now_ns: int) -> Decision | None:
+    def _timed(
+        self, choose: Callable[[OrderingView, int], Decision | None]
+    ) -> Callable[[OrderingView, int], Decision | None]:
+        def timed(room: OrderingView, now_ns: int) -> Decision | None:
             began = process_time_ns()
             decision = choose(room, now_ns)
             self._ns += process_time_ns() - began

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from policies.ordering.skip import Skip
-from policies.views import Decision, Hold, Room
+from policies.views import Decision, Hold, OrderingView
 from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Fault, Why
@@ -112,7 +112,7 @@ def test_what_is_skipped_would_have_changed_nothing(tmp_path: Path, monkeypatch:
 class Gate(Skip):
     """An ordering policy that holds everybody back until a time."""
 
-    def choose(self, room: Room, now_ns: int) -> Decision | None:
+    def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         return super().choose(room, now_ns) if now_ns >= 2 * SECOND else None
 
     def holds(self, request_id: int) -> Hold | None:
