@@ -9,7 +9,7 @@
 # make vllm    a toy vLLM on its usual port, until Ctrl-C
 # make e2e-release  a release is built, bundled, installed without a network, upgraded from the last one and taken back; 4 minutes
 # make ci      what each change must pass: lint, tests, and the core of every lane; at most 25 minutes on an idle machine
-# make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 2 hours
+# make nightly all lanes whole, soak, chaos, fuzz and fault worlds; about 90 minutes
 # make weekly  tests with the newest versions of all dependencies, with other Pythons, and before the newest vLLM
 # make release VERSION=… IMAGES=…  the artefacts of what is checked out, in dist/VERSION; docs/releasing.md
 # make bundle  the same, and all that a site without internet needs; EXTRAS="s3 hf"
