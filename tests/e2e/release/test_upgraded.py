@@ -165,3 +165,6 @@ async def test_old_new_old(old: Path, new: Path, tmp_path: Path) -> None:
     async with site.served_by(old) as served:
         assert await served.names() == after
         await served.ask_all(after)
+    # Once this fails, for a new event or fact say, docs/upgrading.md lists what the older release cannot read.
+    run(old / "sidecar", "replay", site.data, cwd=tmp_path)
+    run(new / "sidecar", "replay", site.data, cwd=tmp_path)
