@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import pytest
 
 from sidecar.adapters.origins import buckets
 from sidecar.adapters.origins.checksums import Checksum, running
+from sidecar.adapters.origins.origin import BUCKETS
 from sidecar.errors import Invalid, Reason, Refused
 from tests.kit.faulty_http import Fault, FaultyServer, faulty_server
 from tests.kit.object_store import client, object_store, put_folder
 from tests.kit.origins import World, bring, folder_files
 from tests.kit.peft_files import ALL_LINEAR, write_adapter
+from tools.release.bundle import ORIGINS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ALLOW = ["s3://loras/"]
@@ -172,6 +175,22 @@ SAID = {
     "gs": {"md5Hash": lambda data: base64.b64encode(md5(data)).decode(), "etag": git_name},
     "az": {"content_settings": lambda data: {"content_md5": bytearray(md5(data))}, "etag": git_name},
 }  # fmt: skip
+
+
+def test_a_store_is_known_everywhere() -> None:
+    """Its options, its checksum, a case of the test below, an extra, the image's lock, and the cluster's own check."""
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    declared = (root / "deploy/helm/lora-sidecar/crds/loraadapters.yaml").read_text()
+    (locked,) = (line for line in (root / "Makefile").read_text().splitlines() if "--extra s3" in line)
+    for scheme in BUCKETS:
+        assert scheme in buckets._INFO_OPTIONS
+        assert scheme in buckets._CHECKSUMS
+        assert scheme in {"s3", *SAID}, "S3 has a server"
+        assert scheme in extras
+        assert f"--extra {scheme} " in locked
+        assert scheme in ORIGINS
+        assert f"{scheme}://" in declared
 
 
 @pytest.mark.parametrize("scheme", sorted(SAID))
