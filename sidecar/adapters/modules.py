@@ -110,7 +110,7 @@ PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_p
 
 
 @dataclass(frozen=True)
-class TensorPlace:
+class TensorPosition:
     """Where a tensor belongs. `path` is the module's name in the base model, which PEFT's patterns are matched on;
     `expert` is the number of the expert in a mixture.
     """
@@ -170,14 +170,14 @@ _REFUSED = (
 )
 
 
-def place_of(tensor_name: str, adapter: str) -> TensorPlace:
+def place_of(tensor_name: str, adapter: str) -> TensorPosition:
     """Return where a tensor belongs; raises Invalid with its name and the way out when it has no place."""
     match = _LORA_WEIGHT.match(_WRAPPERS.sub("", tensor_name))
     projection = _projection(match) if match else None
     if match is None or projection is None:
         _refuse(tensor_name, adapter)
     expert = None if match["expert"] is None else int(match["expert"])
-    return TensorPlace(match["path"], int(match["layer"]), projection, match["side"], expert)
+    return TensorPosition(match["path"], int(match["layer"]), projection, match["side"], expert)
 
 
 def _projection(match: re.Match[str]) -> Projection | None:

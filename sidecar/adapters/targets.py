@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sidecar.adapters import peft_config
-from sidecar.adapters.modules import Order, TensorPlace, place_of
+from sidecar.adapters.modules import Order, TensorPosition, place_of
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft_config import PeftConfig
 from sidecar.adapters.refusal import malformed, unsupported
@@ -78,7 +78,7 @@ class Target:
         return self.a.dtype if all(tensor.dtype == self.a.dtype for tensor in self.tensors) else "F32"
 
 
-Side = tuple[TensorPlace, TensorInfo]
+Side = tuple[TensorPosition, TensorInfo]
 Experts = dict[int, dict[str, Side]]
 """By the expert's number (0 where there is no mixture) and "A" or "B"."""
 

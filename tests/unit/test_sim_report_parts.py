@@ -10,11 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from sidecar.lab.sim.records import Tenure
-from sidecar.lab.sim.report import words
+from sidecar.lab.sim.report import formatting
 from sidecar.lab.sim.report.canvas import DARK, LIGHT, Picture, cut, sheet, svg
+from sidecar.lab.sim.report.formatting import NAME_CHARACTERS_MAX, shown
 from sidecar.lab.sim.report.requests import RANKS, corners
 from sidecar.lab.sim.report.timeline import begun, stays, window_ns
-from sidecar.lab.sim.report.words import NAME_CHARACTERS_MAX, shown
 
 HOSTILE = '"><script>alert("&")</script>$\\frac{$ id="x" 漢'
 
@@ -118,7 +118,7 @@ def test_a_long_name_is_cut() -> None:
 )
 def test_numbers_have_three_digits_that_count(value: float, expected: str) -> None:
     """A person reads three digits, and all digits before the point."""
-    assert words.number(value) == expected
+    assert formatting.number(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_numbers_have_three_digits_that_count(value: float, expected: str) -> No
 )
 def test_a_share_is_never_rounded_to_all_or_nothing(share: float, expected: str) -> None:
     """99.9 % answered is not 100 %."""
-    assert words.percent(share).replace(words.NO_BREAK, " ") == expected
+    assert formatting.percent(share).replace(formatting.NO_BREAK, " ") == expected
 
 
 def test_seconds_are_milliseconds_where_they_are_few() -> None:
     """A figure and its unit are not parted by a line's end."""
-    assert words.seconds(0.0042) == f"4.20{words.NO_BREAK}ms"
-    assert words.seconds(0) == f"0{words.NO_BREAK}s"
+    assert formatting.seconds(0.0042) == f"4.20{formatting.NO_BREAK}ms"
+    assert formatting.seconds(0) == f"0{formatting.NO_BREAK}s"
 
 
 @pytest.mark.parametrize("total", [1, 2, 9, 100, 5000])

@@ -17,7 +17,7 @@ import pytest
 from sidecar.core.config import ClassLimit
 from sidecar.errors import Misused
 from sidecar.lab.sim.records import Tenure
-from sidecar.lab.sim.report import page, words, write_report
+from sidecar.lab.sim.report import formatting, page, write_report
 from sidecar.lab.sim.report.canvas import WIDE, svg
 from sidecar.lab.sim.report.figures import store, throughput
 from sidecar.lab.sim.report.headline import bindings, headline, summary
@@ -116,7 +116,7 @@ def read(made: str) -> Reader:
 
 
 def seconds(value: float) -> str:
-    return words.seconds(value).replace(words.NO_BREAK, " ")
+    return formatting.seconds(value).replace(formatting.NO_BREAK, " ")
 
 
 @cache
@@ -374,7 +374,7 @@ def test_the_strips_tell_mean_batches() -> None:
     """One for each run, with its name and its mean."""
     made = section(page_of("compared"), "running")
     for result in compared():
-        assert f"mean batch {words.number(result.as_json()['mean_batch'])}<" in made
+        assert f"mean batch {formatting.number(result.as_json()['mean_batch'])}<" in made
     assert all(f">{name}</text>" in made for name in ("bare engine", "skip", "soft_gated"))
 
 

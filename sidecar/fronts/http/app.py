@@ -19,7 +19,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes
-from sidecar.fronts.openai.asked import REQUEST_ID_HEADER, request_id_of
+from sidecar.fronts.openai.request import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 

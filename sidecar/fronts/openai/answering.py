@@ -21,10 +21,10 @@ from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.intake import BodyArrival
-from sidecar.fronts.openai.asked import OpenAiRequest
 from sidecar.fronts.openai.candidates import Destination
 from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
 from sidecar.fronts.openai.merged import Merged
+from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
 from sidecar.shell.gateway import Gateway
 

@@ -21,9 +21,9 @@ from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.eligible import base_names, empty_pools, named
-from sidecar.fronts.openai.asked import CHAT, OpenAiRequest, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
+from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 

@@ -27,7 +27,13 @@ from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, said_size, send_failure
-from sidecar.fronts.openai.asked import (
+from sidecar.fronts.openai.body import read_body
+from sidecar.fronts.openai.candidates import Destination, Destinations
+from sidecar.fronts.openai.chat_templates import ChatTemplate
+from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
+from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
+from sidecar.fronts.openai.models import Models
+from sidecar.fronts.openai.request import (
     CHAT,
     COMPLETIONS,
     Caller,
@@ -39,12 +45,6 @@ from sidecar.fronts.openai.asked import (
     read_caller,
     request_id_of,
 )
-from sidecar.fronts.openai.body import read_body
-from sidecar.fronts.openai.candidates import Destination, Destinations
-from sidecar.fronts.openai.chat_templates import ChatTemplate
-from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
-from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
-from sidecar.fronts.openai.models import Models
 from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.request_log import log_refused
 

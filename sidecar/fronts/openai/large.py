@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.openai.asked import OpenAiRequest, Unfit
+from sidecar.fronts.openai.request import OpenAiRequest, Unfit
 
 if TYPE_CHECKING:  # the child begins with this module, and seldom needs what these import
     from sidecar.fronts.openai.chat_templates import ChatTemplate

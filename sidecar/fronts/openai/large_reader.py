@@ -15,9 +15,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from sidecar.errors import Refused
-from sidecar.fronts.openai.asked import OpenAiRequest, Unfit, parts_of, read_asked
 from sidecar.fronts.openai.body import MODEL, Body, read_body
 from sidecar.fronts.openai.large import Found, Order, Refusal, Template
+from sidecar.fronts.openai.request import OpenAiRequest, Unfit, parts_of, read_asked
 
 if TYPE_CHECKING:
     from sidecar.fronts.openai.chat_templates import ChatTemplate

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from sidecar.backends.api import Reply
 from sidecar.backends.kind import Reader
-from sidecar.fronts.openai.asked import OpenAiRequest
+from sidecar.fronts.openai.request import OpenAiRequest
 from sidecar.fronts.openai.text_forms import TextRequest
 
 DONE = b"data: [DONE]\n\n"

@@ -16,8 +16,8 @@ from sidecar.backends import registry
 from sidecar.backends.api import Form
 from sidecar.backends.kind import Ask, write_for
 from sidecar.fronts.generate.forms import INT32_MAX
-from sidecar.fronts.openai.asked import OpenAiRequest, Unfit
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages
+from sidecar.fronts.openai.request import OpenAiRequest, Unfit
 
 READ = frozenset(
     {

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from sidecar.errors import Misused, Reason
 from sidecar.lab.plan.record import Record
 from sidecar.lab.sim.report.canvas import LIGHT, WIDE, Picture, sheet, svg
+from sidecar.lab.sim.report.formatting import count, number
 from sidecar.lab.sim.report.page import rendered
 from sidecar.lab.sim.report.parts import Part, Table, over_slots
-from sidecar.lab.sim.report.words import count, number
 
 if TYPE_CHECKING:  # where matplotlib is missing, the report's room is what says so
     from matplotlib.axes import Axes

@@ -23,18 +23,18 @@ from sidecar.lab.engine.kserve.errors import BackendError
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
 from sidecar.lab.engine.kserve.work import Progress
 from sidecar.lab.engine.openai.adapters import Adapters, Copy
-from sidecar.lab.engine.openai.asked import (
+from sidecar.lab.engine.openai.bodies import DONE, Bodies, ChatBodies, CompletionBodies, Head, Piece
+from sidecar.lab.engine.openai.errors import ApiError, EngineDead, internal
+from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling, read_fields, read_json
+from sidecar.lab.engine.openai.loop import VllmDriver
+from sidecar.lab.engine.openai.options import VllmOptions
+from sidecar.lab.engine.openai.request import (
     EngineRequest,
     chat_of,
     check_completion_body,
     check_stream_options,
     completion_of,
 )
-from sidecar.lab.engine.openai.bodies import DONE, Bodies, ChatBodies, CompletionBodies, Head, Piece
-from sidecar.lab.engine.openai.errors import ApiError, EngineDead, internal
-from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling, read_fields, read_json
-from sidecar.lab.engine.openai.loop import VllmDriver
-from sidecar.lab.engine.openai.options import VllmOptions
 from sidecar.lab.engine.openai.work import Asking, Token, load_call
 from sidecar.lab.engine.vllm import ENGINE_DIED
 

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sidecar.lab.sim.report.words import tick
+from sidecar.lab.sim.report.formatting import tick
 
 WIDE, NARROW, LANES = 680.0, 340.0, 1380.0
 """Widths of drawings in pixels: half of a desk's screen, a phone, and a whole screen, which scrolls on a phone."""

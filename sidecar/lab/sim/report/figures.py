@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from sidecar.lab.sim.records import SECOND_NS
 from sidecar.lab.sim.report.canvas import LIGHT, Picture, cut, sheet, swatch
+from sidecar.lab.sim.report.formatting import count, number, percent, seconds, times
 from sidecar.lab.sim.report.parts import STEPS, Cell, Part, Table, by_run, keys_of, over_slots
 from sidecar.lab.sim.report.runs import Run
-from sidecar.lab.sim.report.words import count, number, percent, seconds, times
 from sidecar.lab.sim.results import Result
 
 INK, SOFT = LIGHT["ink"], LIGHT["soft"]

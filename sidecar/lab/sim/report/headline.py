@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from sidecar.lab.sim.bounds import all_resident, closed_form
 from sidecar.lab.sim.records import SECOND_NS
+from sidecar.lab.sim.report.formatting import count, listed, number, percent, seconds, times
 from sidecar.lab.sim.report.runs import Run, first_bare
-from sidecar.lab.sim.report.words import count, listed, number, percent, seconds, times
 from sidecar.lab.sim.results import engines_of, step_times
 
 ALIKE = 0.02

@@ -12,12 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from sidecar.errors import Misused, Reason
 from sidecar.lab.sim.report.canvas import DARK, LIGHT, WIDE, css, svg
 from sidecar.lab.sim.report.figures import store, throughput
+from sidecar.lab.sim.report.formatting import count, number, percent, shown, times
 from sidecar.lab.sim.report.headline import bindings, headline, summary, warnings
 from sidecar.lab.sim.report.parts import Cell, Part, Table, by_run, keys_of
 from sidecar.lab.sim.report.requests import ENDINGS, endings, requests, running, wait, waits
 from sidecar.lab.sim.report.runs import Run, first_bare, runs_of
 from sidecar.lab.sim.report.timeline import timeline
-from sidecar.lab.sim.report.words import count, number, percent, shown, times
 from sidecar.lab.sim.results import Result
 
 FILE_NAME = "report.html"

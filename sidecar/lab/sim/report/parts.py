@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from sidecar.lab.sim.report.canvas import WIDE, Picture, swatch
+from sidecar.lab.sim.report.formatting import time_unit
 from sidecar.lab.sim.report.runs import Run
-from sidecar.lab.sim.report.words import time_unit
 
 STEPS = (1, 2, 2.5, 5, 10)
 """Of axes' labels, times a power of ten."""

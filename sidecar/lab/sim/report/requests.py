@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from sidecar.lab.sim.records import SECOND_NS
 from sidecar.lab.sim.report.canvas import LIGHT, NARROW, WIDE, Picture, cut, sheet, swatch
+from sidecar.lab.sim.report.formatting import count, number, percent, seconds, tick
 from sidecar.lab.sim.report.parts import STEPS, Cell, Part, by_run, keys_of, over_time
 from sidecar.lab.sim.report.runs import Run
-from sidecar.lab.sim.report.words import count, number, percent, seconds, tick
 from sidecar.lab.sim.statistics import percentile
 
 INK = LIGHT["ink"]

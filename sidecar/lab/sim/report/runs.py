@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.lab.sim.report.canvas import LIGHT
-from sidecar.lab.sim.report.words import count, shown
+from sidecar.lab.sim.report.formatting import count, shown
 from sidecar.lab.sim.results import Result
 
 BARE = "bare engine"

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from sidecar.lab.sim.records import SECOND_NS, Tenure
 from sidecar.lab.sim.report.canvas import LANES, LIGHT, Picture, sheet, svg
+from sidecar.lab.sim.report.formatting import count, number, percent, seconds, shown
 from sidecar.lab.sim.report.parts import Part, by_run, over_time
 from sidecar.lab.sim.report.runs import Run, runs_of
-from sidecar.lab.sim.report.words import count, number, percent, seconds, shown
 from sidecar.lab.sim.results import Result
 
 BLOCKS_MAX, BLOCKS_OF_ONE_MAX = 4500, 1500
