@@ -71,7 +71,8 @@ class Destinations:
         )
         tokens_assumed, takers = self._state.config.output_tokens_assumed, filter(_takes_text, self._models())
         streams = self._streams([model.name for model in takers])
-        return Order(path, size_bytes, prompts_max, bytes_max, templates, tokens_assumed, streams)
+        kinds = registry.elsewhere()
+        return Order(path, size_bytes, prompts_max, bytes_max, templates, tokens_assumed, streams, kinds)
 
     def place(
         self, asked: OpenAiRequest, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None

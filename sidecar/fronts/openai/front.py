@@ -161,8 +161,8 @@ class OpenAiFront:
             for name, backend in self._gateway.backends.items()
             if state.backends[name].facts.kind == kind
         ]
-        natives = (model_kind(facts.kind).native for _, facts in empty_pools(state))
-        if known or Native.KSERVE not in natives:
+        to_come = (model_kind(facts.kind) for _, facts in empty_pools(state))
+        if known or all(model.native is Native.OPENAI for model in to_come):
             return any(known)
         return self._gateway.streamed(kind)
 

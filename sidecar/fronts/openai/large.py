@@ -52,7 +52,7 @@ class Order:
     """A body of `size_bytes` to be read, which follows, and how many prompts and bytes it may be split into.
 
     `templates` are those to write it as text with, None among them for a prompt that needs none; `streams` says of the
-    kinds of model that take text whether they are asked to stream.
+    kinds of model that take text whether they are asked to stream, and `kinds` names those of other packages.
     """
 
     path: str
@@ -62,6 +62,7 @@ class Order:
     templates: tuple[Template | None, ...]
     tokens_assumed: int
     streams: dict[str, bool]
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

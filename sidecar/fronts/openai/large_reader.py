@@ -52,9 +52,13 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
 
 
 def _text(asked: OpenAiRequest, template: Template | None, order: Order) -> TextRequest | Refusal:
-    from sidecar.fronts.openai.text_forms import text_request  # takes as long as a body, and a vLLM has no need of it
+    # These take as long as a body, and a vLLM has no need of them.
+    from sidecar.backends.registry import kind_named
+    from sidecar.fronts.openai.text_forms import text_request
 
     try:
+        for name in order.kinds:
+            kind_named(name)
         compiled = None if template is None else _compiled(template)
         return text_request(asked, compiled, order.tokens_assumed, order.streams)
     except Refused as refused:
