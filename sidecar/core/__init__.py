@@ -1,1 +1,1 @@
-"""Decide and remember: `step(event, now_ns) -> effects`, one writer, no I/O and no clock."""
+"""The decisions: `step(event, now_ns) -> effects`. One writer, no I/O, no clock."""

@@ -1,4 +1,4 @@
-"""Steps 1 to 4 as far as the core decides them: resolve, admit, route."""
+"""Admit a request: resolve its name, check the limits, choose a backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIGEST_CHARACTERS_MIN = 8
 
 
 def received(step: Step, event: Received) -> None:
-    """Admit a request and queue it, or end it at once with the reason."""
+    """Admit a request and queue it, or settle it at once with the reason."""
     state = step.state
     try:
         name, ordinal = _resolve(state, event)
@@ -52,9 +52,9 @@ def received(step: Step, event: Received) -> None:
 
 
 def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
-    """Return the version that a request is for and the backends that can serve it, whoever owns them.
+    """Return the version that a request names and the backends that can serve it, whichever replica owns them.
 
-    Raises Refused for a name or a version that there is not.
+    Raise Refused for an unknown name or version.
     """
     name, ordinal = _resolve(state, event)
     digest = name.versions[ordinal] if name is not None else BASE
@@ -63,10 +63,10 @@ def places(state: State, event: Received) -> tuple[str, tuple[Backend, ...]]:
 
 
 def _counted(state: State, event: Received, digest: str) -> Received:
-    """Return the request as it counts here: it cannot take more of an engine than the engine can give.
+    """Return the request with its output length capped at what an engine can generate.
 
-    Its bytes say what the client asked, and the engine refuses or cuts that by itself. Were it counted as it is asked,
-    one client could lengthen everybody's promises at will.
+    Only the accounting is capped: the bytes sent keep the client's value, which the engine refuses or cuts itself.
+    Without the cap one client could lengthen every other client's promise at will.
     """
     config = state.config
     servers = eligibility.among(eligibility.servers_of(state, digest), event.only)
@@ -96,7 +96,7 @@ def _request(step: Step, event: Received, name: Name | None, ordinal: int, diges
 
 
 def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
-    """Return the name that the client's reference stands for and the version's ordinal; None for the base model."""
+    """Return the name and version ordinal that the client's reference resolves to; (None, 0) for the base model."""
     if event.adapter in BASE_NAMES and event.adapter not in state.names:
         if not state.config.base_requests:
             raise Refused(
@@ -109,7 +109,7 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     name = state.names.get(text)
     if name is None:
         raise unknown_adapter(state, text, event.tenant)
-    _allowed(event, name)  # first: what versions there are is told to those only who may use one
+        _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
         return name, _share(name, event)
     ordinal = _selected(state, name, selector)
@@ -122,7 +122,7 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
 
 
 def _selected(state: State, name: Name, selector: str) -> int | None:
-    """Return the ordinal that "v8" or the start of a digest selects, the newest if several have that content."""
+    """Return the ordinal selected by "v8" or by the start of a digest; the newest ordinal with that content."""
     for ordinal, version in sorted(name.versions.items(), reverse=True):
         if selector == f"v{ordinal}":
             return ordinal
@@ -132,9 +132,9 @@ def _selected(state: State, name: Name, selector: str) -> int | None:
 
 
 def _share(name: Name, event: Received) -> int:
-    """Return the current version, or the one that is being tried out if this tenant and session fall to its share.
+    """Return the current version, or the canary if this tenant and session fall into its share.
 
-    A session stays with one version for as long as the share stands; without a session each request is its own.
+    All requests of a session get the same version while the share stays; a request without a session is drawn alone.
     """
     if name.canary is None:
         return name.ordinal
@@ -145,9 +145,9 @@ def _share(name: Name, event: Received) -> int:
 
 
 def unknown_adapter(state: State, text: str, tenant: str | None = None) -> Refused:
-    """Return the error for a name that is not there for a tenant, with the nearest ones that are; None is an operator.
+    """Return the error for a name unknown to a tenant, with the nearest known names. A tenant of None is an operator.
 
-    A tenant is told the same of a name that nobody registered and of one that it may not use.
+    The error is the same for a name that is not registered and for one that the tenant may not use.
     """
     return Refused(Reason.UNKNOWN_ADAPTER, _unknown(state, text, tenant), adapter=text[:80])
 
@@ -166,10 +166,10 @@ def _unknown(state: State, text: str, tenant: str | None) -> str:
     return f'unknown adapter "{shown}"; "sidecar adapters list" shows those that are registered, and for whom'
 
 
-def as_told(state: State, settle: Settle) -> Settle:
-    """Return an ending as its client is told it: a name that it may not use is one that is not there.
+def for_client(state: State, settle: Settle) -> Settle:
+    """Return an ending as the client may see it: a name that the tenant may not use looks unknown.
 
-    Operators see the reason: it is in the log.
+    The log keeps the real reason for operators.
     """
     if settle.reason is not Reason.NOT_ALLOWED:
         return settle
@@ -178,7 +178,7 @@ def as_told(state: State, settle: Settle) -> Settle:
 
 
 def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns: int) -> ClassLimit:
-    """Return the request's class limit, or raise why it may not queue."""
+    """Return the limits of the request's class. Raise Refused when the request may not queue."""
     config = state.config
     if state.draining:
         raise Refused(Reason.DRAINING, "the sidecar is shutting down; send the request to another replica")
@@ -197,7 +197,7 @@ def _admit(state: State, event: Received, name: Name | None, digest: str, now_ns
 
 
 def _has_room(state: State, event: Received) -> None:
-    """Hold the queue's bounds by count, tokens and bytes: in all, and for each tenant."""
+    """Check the queue's limits on requests, tokens and bytes, in total and per tenant. Raise Refused at a limit."""
     config, tenant = state.config, state.tenant_queued.get(event.tenant, Queued())
     tokens = event.input_tokens + event.output_tokens_max
     of_tenant = f' of tenant "{event.tenant}"'
@@ -225,7 +225,7 @@ def _has_room(state: State, event: Received) -> None:
 
 
 def _in_time(step: Step, request: Request, backend: Backend, limit: ClassLimit) -> None:
-    """Refuse a request that is predicted to wait for longer than its class or its deadline allows."""
+    """Refuse a request whose predicted wait exceeds its class's longest wait or its deadline."""
     wait_ns = queueing.promise(step, request, backend)
     over_ns = wait_ns - limit.queue_wait_ns_max
     if over_ns > 0:

@@ -1,4 +1,4 @@
-"""What the core is configured with: plain numbers and policy names, journaled with every segment."""
+"""The core's configuration: plain numbers and policy names, written to every journal segment."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SECOND_NS = 1_000_000_000
 
 @dataclass(frozen=True)
 class ClassLimit:
-    """A request class: how long one of it may wait in the queue before it ends as Expired.
+    """The limits of a request class.
 
-    One that is predicted to wait longer is refused. `patience_ns` is how long one waits, at least, before others are
-    held back for it.
+    A request ends as Expired once it has queued for `queue_wait_ns_max`, and is refused when its predicted wait is
+    longer. `patience_ns` is the shortest time that a request waits before others are held back for it.
     """
 
     queue_wait_ns_max: int = 600 * SECOND_NS
@@ -23,19 +23,16 @@ class ClassLimit:
 
 @dataclass(frozen=True)
 class CoreConfig:
-    """The core's settings.
-
-    Policies are named as in the configuration; the core is handed a factory that resolves the names.
-    """
+    """The core's settings. Policies are named as in the configuration file; `Policies` holds their factories."""
 
     store_bytes: int = 4 << 30
     disk_bytes: int = 0
-    """0 is no disk tier."""
+    """0 means no disk tier."""
     fetches_max: int = 4
     output_tokens_assumed: int = 1024
-    """What a request may generate that does not say."""
+    """The output length assumed for a request that gives none."""
     sequence_tokens_assumed: int = 131_072
-    """The longest prompt and answer of an engine that does not say; a request counts as no longer than that."""
+    """The sequence length assumed for an engine that reports none; requests are counted as no longer than this."""
     queued_max: int = 50_000
     queued_tokens_max: int = 1 << 31
     queued_bytes_max: int = 1 << 30
@@ -43,7 +40,7 @@ class CoreConfig:
     tenant_queued_tokens_max: int = 1 << 31
     tenant_queued_bytes_max: int = 1 << 30
     tenant_weights: dict[str, float] = field(default_factory=dict)
-    """Shares of the service; a tenant that is not here has 1."""
+    """Relative shares of the service by tenant; a tenant that is not listed has weight 1."""
     heals_max: int = 8
     visits_max: int = 2
     seat_slack: float = 0.1
@@ -51,9 +48,9 @@ class CoreConfig:
     retry_ns: int = 50_000_000
     retry_ns_max: int = 2 * SECOND_NS
     joining_ns_max: int = 30 * SECOND_NS
-    """How long a backend that has just come up is spared for its adapters' sake, at most; 0 is not at all."""
+    """The longest time that a joining backend is spared while it loads adapters; 0 disables joining."""
     pools: dict[str, EngineFacts] = field(default_factory=dict)
-    """The pools whose backends come and go, by id, and what is declared of the engines in them."""
+    """Pools whose backends come and go, by id, with the engine facts declared for them."""
     base_requests: bool = True
     classes: dict[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
     eviction: str = "rate_per_byte"
@@ -62,6 +59,6 @@ class CoreConfig:
     routing: str = "partitioned"
     prefetch: str = "planned"
     prefetch_bytes_per_s: int = 128 << 20
-    """What may be fetched though nobody waits for it."""
+    """The rate limit of speculative fetches."""
     raise_on: str = ""
-    """What is to raise (`core.injected`): a fault on purpose."""
+    """The event or effect whose handling raises on purpose (`core.injected`)."""

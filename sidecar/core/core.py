@@ -1,7 +1,7 @@
 """The core: `step(event, now_ns) -> effects`.
 
-One task owns it, so there is no lock. It reads no clock and does no I/O, so the same code runs in production, in a
-simulator and in a replay of a journal, to the same effects byte for byte.
+A single task calls it, so it needs no lock. It reads no clock and does no I/O, so production, the simulator and a
+journal replay run the same code and produce the same effects byte for byte.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from sidecar.core.store import StoreIndex
 from sidecar.errors import Reason
 
 TIMERS_STALE_MAX = 64
-"""Timers of requests that have ended are kept up to so many, and four for each that has not."""
+"""Stale timers are swept once there are more than this many plus four for each live request."""
 
 
 @dataclass(frozen=True)
 class Policies:
-    """Makers of the policies that were chosen by name."""
+    """Factories of the policies that the configuration names."""
 
     eviction: Callable[[], Eviction]
     disk_eviction: Callable[[], Eviction]
@@ -54,7 +54,7 @@ class Policies:
 
 
 class Core:
-    """Decides and remembers."""
+    """The state and the one function that changes it."""
 
     def __init__(self, config: CoreConfig, policies: Policies) -> None:
         self.policies = policies
@@ -67,7 +67,7 @@ class Core:
         )
 
     def step(self, event: ev.Event, now_ns: int) -> list[Effect]:
-        """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
+        """Take one event at `now_ns` (monotonic, never decreasing) and return the effects to carry out."""
         step = Step(self.state, now_ns)
         if isinstance(event, ev.BackendAdded):
             self._backend_added(step, event)
@@ -76,9 +76,9 @@ class Core:
             if isinstance(event, ev.BackendUp):
                 lifecycle.begin_joining(step, self.state.backends[event.backend], self.policies.routing)
         if self.state.config.raise_on:
-            injected.look(self.state.config.raise_on, event, self.state)  # here: the state is half changed
-        _end_what_is_due(step)
-        stalls.look(step)
+            injected.check(self.state.config.raise_on, event, self.state)  # here: the state is half changed
+        _end_overdue(step)
+        stalls.check(step)
         self._schedule(step)
         self._set_wake(step)
         return step.effects
@@ -89,16 +89,16 @@ class Core:
         lifecycle.added(step, backend)
 
     def _schedule(self, step: Step) -> None:
-        """Let fetches and dispatches move until nothing does, then let idling engines take over from busy ones."""
+        """Run fetches and dispatches until nothing moves, then let idle backends take requests from busy ones."""
         if not (step.hungry or step.dirty or self.state.pool_changed):
-            return  # no queue, seat, slot or backend has changed, so nobody has become idle or crowded
+            return  # no queue, seat, slot or backend has changed, so no backend has become idle or crowded
         self.state.pool_changed = False
         self._move_all(step)
         while stealing.steal(step):
             self._move_all(step)
 
     def _move_all(self, step: Step) -> None:
-        """Let fetches and dispatches move until nothing does: each can make room for the other."""
+        """Run fetches and dispatches until nothing moves: each can free resources for the other."""
         while step.hungry or step.dirty:
             if step.hungry:
                 step.hungry = False
@@ -109,7 +109,7 @@ class Core:
                 self.state.full.pop(backend_id, None)
                 backend = self.state.backends[backend_id]
                 if backend.phase is Phase.UP and backend.owned:
-                    prefetching.take_stock(step, backend)
+                    prefetching.end_loads(step, backend)
                     dispatching.pump(step, backend)
                     prefetching.load_ahead(step, backend)
                 lifecycle.review_joining(step, backend)
@@ -132,10 +132,10 @@ def _tick(step: Step, event: ev.Tick) -> None:
     step.state.wake_ns = NEVER_NS
 
 
-def _end_what_is_due(step: Step) -> None:
-    """End what has waited too long; wake backends whose pause is over.
+def _end_overdue(step: Step) -> None:
+    """End requests that have waited too long; wake backends whose pause is over.
 
-    Every step does so, not only a Tick: a Tick that comes late must not let an expired request be dispatched.
+    Every step does this, not only a Tick: a late Tick must not let an expired request be dispatched.
     """
     state = step.state
     while state.timers and state.timers[0][0] <= step.now_ns:
@@ -173,7 +173,7 @@ def _received(step: Step, event: ev.Received) -> None:
 
 def _load_done(step: Step, event: ev.LoadDone) -> None:
     dispatching.load_done(step, event)
-    prefetching.look_again(step)
+    prefetching.reset_pauses(step)
 
 
 def _client_left(step: Step, event: ev.ClientLeft) -> None:
@@ -214,7 +214,7 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
     if not request.settled:
         _learn(step, request)
     backend = running.end_run(step, request, event.output_tokens)
-    if not request.settled:  # else it may be the sidecar alone that ended it
+    if not request.settled:  # a settled one may have been ended by the sidecar, which says nothing of the engine
         stalls.heard(step, backend)
         queueing.settle(step, request, None)
     healing.run_completed(backend, backend.facts.seats or step.state.config.seats_default)
@@ -222,7 +222,7 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
 
 
 def _learn(step: Step, request: Request) -> None:
-    """Take in what a run that was answered in full says of its engine and its adapter."""
+    """Learn the pace of the engine and the answer length of the adapter from a run that was answered in full."""
     assert request.backend is not None
     backend = step.state.backends[request.backend]
     backend.runs.ended(step.now_ns - request.dispatched_ns)
@@ -247,7 +247,7 @@ def _progress(step: Step, event: ev.Progress) -> None:
 
 
 def _has_slowed(step: Step, backend: Backend, tokens: dict[int, int]) -> bool:
-    """Count an engine's steps by those who ran all the time since it was last told of; say whether it has slowed."""
+    """Count the engine's steps by the requests that ran since the last report; return True if it has become slower."""
     requests = [step.state.requests[request_id] for request_id in tokens]
     steps = max((tokens[request.id] for request in requests if request.progressing), default=0)
     for request in requests:
@@ -259,7 +259,7 @@ def _has_slowed(step: Step, backend: Backend, tokens: dict[int, int]) -> bool:
 
 
 def _backend_up(step: Step, event: ev.BackendUp) -> None:
-    """Take an engine that has just been reached, with empty caches as far as is known."""
+    """Take a backend that has just been reached. Its caches are believed empty."""
     state = step.state
     backend = state.backends[event.backend]
     assert backend.phase is Phase.DOWN, f"{backend.id} is up already"
@@ -327,4 +327,4 @@ OF_A_BACKEND = (
     ev.DrainSet, ev.BackendLeaving, ev.BackendRemoved, ev.BackendPlanned, ev.BackendTaken, ev.BackendGivenUp,
     ev.BackendUp, ev.BackendMeasured, ev.BackendProbed, ev.BackendLost, ev.Progress,
 )  # fmt: skip
-"""What says nothing of a backend that is gone: it may come late."""
+"""Events about a backend that may arrive after it was removed; they are ignored then."""

@@ -1,8 +1,8 @@
-"""The disk tier under the host store: what was packed once is not fetched and packed again, nor after a restart.
+"""The disk tier under the host store: packed blobs survive eviction and restarts without a new fetch and pack.
 
-Every blob that came from an origin is written through, within the tier's own budget and by its own policy. The tier is
-never needed for an answer: what cannot be written or read there is fetched from its origin, and a tier that fails is
-left alone for a while.
+Every blob that came from an origin is written through, within the tier's own budget and by its own eviction policy.
+No answer depends on the tier: a blob that cannot be written or read there is fetched from its origin, and a tier
+that fails is not used for `PAUSE_NS`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ PAUSE_NS = 30_000_000_000
 
 
 def is_reading(step: Step, key: str) -> bool:
-    """Whether a blob is being read into memory; nothing else pins it here."""
+    """Return True while a blob is read into memory; nothing else pins a blob on disk."""
     entry = step.state.disk.entries.get(key)
     return entry is not None and entry.pins > 0
 
 
 def begin_read(step: Step, key: str) -> None:
-    """Keep a blob from eviction while it is read."""
+    """Pin a blob while it is read."""
     step.state.disk.pin(key)
     step.state.disk.used(key, step.now_ns)
 
 
 def end_read(step: Step, key: str, good: bool) -> None:
-    """Give the blob back to the policy; one that could not be read is worth nothing."""
+    """Unpin a blob after a read. A blob that could not be read is deleted."""
     step.state.disk.unpin(key)
     if not good:
         step.state.disk.entries[key].doomed = True
@@ -37,11 +37,11 @@ def end_read(step: Step, key: str, good: bool) -> None:
 
 
 def spill(step: Step, key: str) -> None:
-    """Have a blob that has just been packed written through, if there is room that nobody holds."""
+    """Write a blob that has just been packed through to disk, if there is space or something evictable."""
     state = step.state
     entry = state.store.entries[key]
     if is_files(key):
-        return  # they lie on a disk already
+        return  # they are on a disk already
     if not state.disk.budget_bytes or key in state.disk.entries or step.now_ns < state.disk_paused_until_ns:
         return
     victims = state.disk.victims_for(entry.size_bytes, step.now_ns, lambda _: None, None)
@@ -56,7 +56,7 @@ def spill(step: Step, key: str) -> None:
 
 
 def spilled(step: Step, event: Spilled) -> None:
-    """A blob is on disk, whole."""
+    """Handle Spilled: a whole blob is on disk."""
     state = step.state
     entry = state.disk.entries[event.key]
     state.disk.arrived(event.key, step.now_ns)
@@ -66,14 +66,14 @@ def spilled(step: Step, event: Spilled) -> None:
 
 
 def spill_failed(step: Step, event: SpillFailed) -> None:
-    """The disk is full, read-only or broken: serving goes on without it, and it is tried again later."""
+    """Handle SpillFailed: the disk is full, read-only or broken. Serving goes on without it; it is retried later."""
     step.state.disk.remove(event.key)
     step.state.disk_paused_until_ns = step.now_ns + PAUSE_NS
     storing.unpin(step, event.key)
 
 
 def found(step: Step, event: DiskHolds) -> None:
-    """A blob of an earlier life is there. It is not read before it is needed."""
+    """Handle DiskHolds: a blob of an earlier process is on disk. It is read only once it is needed."""
     state = step.state
     fits = state.disk.bytes_used + event.size_bytes <= state.disk.budget_bytes
     if event.version not in state.versions or not fits:

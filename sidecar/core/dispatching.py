@@ -1,4 +1,4 @@
-"""Steps 6 and 7: ask the ordering policy until it has nothing more to say; open, load, dispatch."""
+"""Ask the ordering policy for decisions until it has none, and carry them out: open, load, dispatch, close."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from sidecar.errors import Reason
 
 
 def pump(step: Step, backend: Backend) -> None:
-    """Do what the policy decides for one backend until it decides nothing."""
+    """Carry out the ordering policy's decisions for one backend until it returns None."""
     _reload_stale(step, backend)
     _warm_up(step, backend)
-    room = LiveOrderingView(step.state, backend, step.now_ns)
+    view = LiveOrderingView(step.state, backend, step.now_ns)
     while backend.queued:
-        decision = backend.ordering.choose(room, step.now_ns)
+        decision = backend.ordering.choose(view, step.now_ns)
         if decision is None:
             return
-        room.changed()
+        view.changed()
         match decision:
             case Send():
-                _take_turn(step, backend, step.state.requests[decision.request])
+                _send_or_expire(step, backend, step.state.requests[decision.request])
             case Open():
                 open_version(step, backend, decision.version)
             case Close():
@@ -53,7 +53,7 @@ def _reload_stale(step: Step, backend: Backend) -> None:
 
 
 def _warm_up(step: Step, backend: Backend) -> None:
-    """Load what an operator asked for, if there is room beside what is busy."""
+    """Load what an operator asked for, if a slot and a seat are free for it."""
     for digest in list(backend.warmups):
         if digest not in step.state.versions or digest in backend.slots or eligibility.resident(backend, digest):
             del backend.warmups[digest]
@@ -63,7 +63,7 @@ def _warm_up(step: Step, backend: Backend) -> None:
 
 
 def open_version(step: Step, backend: Backend, digest: str) -> None:
-    """Give a version a slot, and have it loaded if the engine has not got it."""
+    """Give a version a slot, and load it if the engine does not have it."""
     state = step.state
     why = eligibility.why_not_open(state, backend, digest, step.now_ns)
     assert why is None, f"{digest} cannot be opened on {backend.id}: {why}"
@@ -76,7 +76,7 @@ def open_version(step: Step, backend: Backend, digest: str) -> None:
 
 
 def _close_idle(state: State, backend: Backend, pages: int) -> None:
-    """Close idle slots, longest open first, until the pages fit: another version waits for them."""
+    """Close idle slots, longest open first, until `pages` fit for a waiting version."""
     limit = eligibility.page_limit(backend)
     if limit is None:
         return
@@ -115,12 +115,12 @@ def _load(step: Step, backend: Backend, digest: str) -> int:
 
 
 def name_of(state: State, digest: str) -> str:
-    """Return a name that stands for a version, for people; the digest's head when none does any more."""
+    """Return a name of a version for people to read; the first 12 digits of the digest if it has none left."""
     return min(state.versions[digest].names, default=digest[:12])
 
 
 def load_done(step: Step, event: LoadDone) -> None:
-    """The engine has answered one token with the adapter: it is resident, and off probation everywhere."""
+    """Handle LoadDone: the engine has answered one token with the adapter, so it is resident and off probation."""
     load = step.state.loads.get(event.load)
     if load is None:
         return
@@ -135,14 +135,14 @@ def load_done(step: Step, event: LoadDone) -> None:
         _left_the_engine(step, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
     backend.estimate.learn(step.now_ns - load.begun_ns, open_pages, packed.pages, step.now_ns)
-    if load.digest not in backend.ahead.unused:  # else they waited for their turn meanwhile
+    if load.digest not in backend.ahead.unused:  # a load ahead was not what its requests waited for
         for request_id in backend.queued_by_version.get(load.digest, ()):
             step.state.requests[request_id].load_ns += step.now_ns - load.begun_ns
     storing.forget_version_if_unused(step, load.digest)
 
 
 def _left_the_engine(step: Step, backend: Backend, digest: str) -> None:
-    """The engine evicted a version for another's Load. If it was open and waited for a seat, it is opened anew."""
+    """Handle an eviction for another Load. A version that was open without running is closed, to be opened anew."""
     slot = backend.slots.get(digest)
     if slot is not None and not backend.slot_in_use(slot):
         backend.close_slot(digest)
@@ -151,7 +151,7 @@ def _left_the_engine(step: Step, backend: Backend, digest: str) -> None:
 
 
 def end_load(step: Step, load: LoadRun) -> Backend:
-    """Free what a Load held: its seat, its pin, its place in the pool."""
+    """Free what a Load held: its seat, its pin and its entry in the pool's loads."""
     state = step.state
     del state.loads[load.id]
     backend = state.backends[load.backend]
@@ -165,13 +165,13 @@ def end_load(step: Step, load: LoadRun) -> Backend:
         backend.recount(load.digest)
     storing.unpin(step, load.key)
     step.dirty[backend.id] = None
-    if not state.versions[load.digest].answered:  # its probation may have held it back anywhere
+    if not state.versions[load.digest].answered:  # its probation may have held it back on any backend
         step.dirty.update(dict.fromkeys(state.backends))
     return backend
 
 
-def _take_turn(step: Step, backend: Backend, request: Request) -> None:
-    """Send a request whose turn has come; end it when its deadline passes before its prompt can have been read."""
+def _send_or_expire(step: Step, backend: Backend, request: Request) -> None:
+    """Send the request that the policy chose; expire it if its deadline passes before its prompt can be read."""
     reading_ns = promising.reading_ns(backend, request)
     if request.deadline_ns is None or step.now_ns + reading_ns <= request.deadline_ns:
         _send(step, backend, request)
@@ -185,7 +185,7 @@ def _take_turn(step: Step, backend: Backend, request: Request) -> None:
         f"{(request.deadline_ns - step.now_ns) / 1e9:.3f} s, while {backend.id} needs {reading_ns / 1e9:.3f} s to read "
         f"its prompt of {request.view.input_tokens} tokens; give it more time",
     )
-    backend.ordering.ended(request.view, 0, step.now_ns)  # it was told that it goes
+    backend.ordering.ended(request.view, 0, step.now_ns)  # the policy believes that it was sent
 
 
 def _send(step: Step, backend: Backend, request: Request) -> None:
@@ -236,19 +236,16 @@ def _use(step: Step, backend: Backend, request: Request, packed: Packed) -> None
     backend.shadow.began(request.version, packed.pages, step.now_ns)
     if step.state.store.pin(packed.key):
         request.pinned_key = packed.key
-        if request.fetch not in (
-            Cache.FETCHED,
-            Cache.HOST,
-        ):  # its demand is what brought the blob in: it is counted already
+        if request.fetch not in (Cache.FETCHED, Cache.HOST):  # the fetch for this request has counted its use already
             step.state.store.used(packed.key, step.now_ns)
 
 
 def _brings_weights(request: Request, backend: Backend, packed: Packed) -> bool:
-    """Whether a request's weights go along with it.
+    """Return True if a request carries its weights along.
 
-    By reference they always do where nobody can say which cache it meets. In messages, which are large, they do once
-    it has missed more often than there are caches: Loads and requests that take turns in step could miss each other
-    for ever.
+    By reference it always does where several caches stand behind one address, since nobody knows which one it meets.
+    In messages, which are large, it does only after more misses than there are caches: otherwise Loads and requests
+    that alternate between the caches could miss each other for ever.
     """
     caches = backend.facts.caches
     if backend.facts.attaches:
@@ -257,7 +254,7 @@ def _brings_weights(request: Request, backend: Backend, packed: Packed) -> bool:
 
 
 def _cache(request: Request) -> Cache:
-    """Say where the adapter came from: what this request had to wait for."""
+    """Return where the adapter came from: the slowest source that this request waited for."""
     if request.version == BASE:
         return Cache.BASE
     if request.fetch is not None:

@@ -1,4 +1,4 @@
-"""What is to be done, in the imperative. Effects carry ids, and their results come back as events."""
+"""Effects: what the shell must do, in the imperative. They carry ids; their results come back as events."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sidecar.errors import Reason
 class Fetch:
     """Bring a blob into memory; answered by Fetched or FetchFailed.
 
-    From its origin, which means to fetch and pack it for a layout; or, `from_disk`, from the tier below.
+    The blob is fetched from its origin and packed for `layout`, or read from the disk tier with `from_disk`.
     """
 
     key: str
@@ -55,7 +55,7 @@ class Load:
     digest: str
     packed: Packed
     epoch: int = 0
-    """As for a Dispatch."""
+    """The epoch under which this replica owns the backend; 0 with a single replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +74,11 @@ class Dispatch:
     load_ns: int
     heals: int
     packed_key: str = ""
-    """The packed form that it runs with, "" for the base model."""
+    """The packed form that the request runs with, "" for the base model."""
     attach: bool = False
-    """The weights go along with it."""
+    """Send the weights along with the request."""
     epoch: int = 0
-    """Under which this replica owns the backend; 0 where there is one replica only."""
+    """The epoch under which this replica owns the backend; 0 with a single replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class RegisterRegions:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Find out within a time whether an engine that is silent lives; answered by BackendProbed, unless it is lost."""
+    """Ask a silent engine for a sign of life within `within_ns`; answered by BackendProbed unless it is lost."""
 
     backend: str
     within_ns: int
@@ -123,14 +123,14 @@ class Settle:
     version: str = ""
     retry_after_ns: int | None = None
     bound_ns: int | None = None
-    """What it was promised to wait at most, while that held."""
+    """The promised longest wait; None if nothing was promised or the promise is void."""
     voided: str = ""
-    """Why it no longer did."""
+    """Why the promise became void."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heal:
-    """Not an order but a note for observers: a wrong belief or a fault was mended at no client's cost."""
+    """Report to observers that a wrong belief or a fault was mended at no client's cost. Asks for no action."""
 
     backend: str
     reason: str
@@ -139,7 +139,7 @@ class Heal:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """A note for observers: a version is refused until a person releases it."""
+    """Report to observers that a version is refused until an operator releases it."""
 
     digest: str
     text: str
@@ -147,7 +147,7 @@ class Quarantine:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The reply to an operator's ask: a sentence for each place it touched."""
+    """Reply to an operator: pairs of (tier or backend, what happened there)."""
 
     ask: int
     lines: tuple[tuple[str, str], ...]

@@ -1,4 +1,7 @@
-"""Questions that change nothing. The acts assert the same answers, so "who would go" and "go" cannot disagree."""
+"""Questions about the state that change nothing: which backends can serve a version, and what a request waits for.
+
+The functions that act assert the same answers, so "could be sent" and "is sent" cannot disagree.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from sidecar.core.state import NEVER_NS, Backend, Request, State, Version
 
 
 def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
-    """Say why a backend can never serve a version as things are configured, drained or learned; None if it can."""
+    """Return why a backend can never serve a version as configured, drained or learned; None if it can."""
     if backend.draining:
         return Misfit("draining", "it is draining")
     if digest == BASE:
@@ -34,7 +37,7 @@ def cannot_serve(state: State, backend: Backend, digest: str) -> Misfit | None:
 
 
 def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
-    """Return the backends that can serve a version, up or down, in the order they were configured."""
+    """Return the backends that can serve a version, up or down, in configured order."""
     servers = state.servers.get(digest)
     if servers is None:
         servers = tuple(b for b in state.backends.values() if cannot_serve(state, b, digest) is None)
@@ -42,14 +45,14 @@ def servers_of(state: State, digest: str) -> tuple[Backend, ...]:
     return servers
 
 
-def places_of(state: State, request: Request) -> tuple[Backend, ...]:
+def servers_for(state: State, request: Request) -> tuple[Backend, ...]:
     """Return the backends that can serve a request and that it may go to, up or down."""
     servers = among(servers_of(state, request.version), request.only)
     return tuple(server for server in servers if server.can_seat(request.view.sequences, state.config))
 
 
 def among(servers: tuple[Backend, ...], only: tuple[str, ...]) -> tuple[Backend, ...]:
-    """Return those of some backends that a request may go to: `only` names backends, and pools that they are of."""
+    """Return the backends that a request may go to: `only` holds ids of backends and of pools, empty means any."""
     return servers if not only else tuple(server for server in servers if _is_among(server, only))
 
 
@@ -58,10 +61,9 @@ def _is_among(backend: Backend, only: tuple[str, ...]) -> bool:
 
 
 def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the backends that are up, can serve a version, take a prompt of this length and are among `only`.
+    """Return the ids of backends in `only` that are up, serve a version, and have the context and seats for a request.
 
-    They have seats for as many sequences, too. One that joins is among them only if there is no other, and one that is
-    suspected to be stalled only if there is none at all.
+    Joining backends are left out unless there is no other; those suspected of a stall unless there is none at all.
     """
     takers = state.takers.get(digest)
     if takers is None:
@@ -83,7 +85,7 @@ def takers_of(state: State, digest: str, request: Waiting, only: tuple[str, ...]
 
 
 def _stalled(state: State, digest: str, request: Waiting, only: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those that would take a request if they were not suspected: it waits there rather than nowhere."""
+    """Return the backends that would take a request if they were not suspected: it waits there rather than nowhere."""
     return tuple(
         backend.id
         for backend in among(servers_of(state, digest), only)
@@ -94,7 +96,7 @@ def _stalled(state: State, digest: str, request: Waiting, only: tuple[str, ...])
 
 
 def are_gone(state: State, only: tuple[str, ...]) -> bool:
-    """Whether all the backends that a request is held to are not there, or not any more; a pool stays."""
+    """Return True if none of the backends in `only` is known here any more. A pool never counts as gone."""
     known = any(_is_among(backend, only) for backend in state.backends.values())
     return bool(only) and not known and not any(name in state.config.pools for name in only)
 
@@ -104,7 +106,7 @@ def gone_message(only: tuple[str, ...]) -> str:
 
 
 def may_come(state: State, digest: str, only: tuple[str, ...]) -> bool:
-    """Whether a backend that can serve a version may still be found: in a pool that is empty at the moment."""
+    """Return True if a backend for a version may still be discovered, in a pool that is empty now."""
     filled = {backend.pool for backend in state.backends.values()}
     return any(
         pool not in filled
@@ -115,13 +117,13 @@ def may_come(state: State, digest: str, only: tuple[str, ...]) -> bool:
 
 
 def long_enough(backend: Backend, input_tokens: int) -> bool:
-    """Whether the engine takes a prompt of this length."""
+    """Return True if the engine takes a prompt of this length."""
     longest = backend.facts.input_tokens_max
     return longest is None or input_tokens <= longest
 
 
 def no_backend_message(state: State, name: str, digest: str) -> str:
-    """Say that no backend can serve an adapter, counting the reasons: "5 max rank 32 < 64, 2 other base"."""
+    """Return the error that no backend can serve an adapter, counting reasons: "5 max rank 32 < 64, 2 other base"."""
     counts: dict[str, int] = {}
     sentence = ""
     for backend in state.backends.values():
@@ -140,28 +142,28 @@ def no_backend_message(state: State, name: str, digest: str) -> str:
     return f"{name}: 0 of {total} backends can serve it: {reasons}.{sentence}"
 
 
-def not_owner_message(places: tuple[Backend, ...]) -> str:
-    """Say that all backends that a request may go to are other replicas'."""
-    return f"{', '.join(place.id for place in places)}: another replica's; send the request there"
+def not_owner_message(backends: tuple[Backend, ...]) -> str:
+    """Return the error that other replicas own every backend that a request may go to."""
+    return f"{', '.join(backend.id for backend in backends)}: another replica's; send the request there"
 
 
 def resident(backend: Backend, digest: str) -> bool:
-    """Whether the version is believed to be in the engine, so that its id alone is enough."""
+    """Return True if the version is believed to be in the engine, so that its id alone is enough."""
     return digest == BASE or digest in backend.shadow.host
 
 
 def ready(state: State, backend: Backend, digest: str) -> bool:
-    """Whether a version can be opened without a fetch: the cheapest question, so it is asked first."""
+    """Return True if a version can be opened without a fetch. This check is the cheapest, so it comes first."""
     return digest in backend.shadow.host.held or state.store.has(state.packed_for(digest, backend).key)
 
 
 def awaits_fetch(state: State, key: str) -> bool:
-    """Whether a blob that is not in the store is on its way, or behind others; else there is no room for it."""
+    """Return True if a missing blob is being fetched or waits for other fetches; False if the store is full."""
     return state.store.fetches >= state.config.fetches_max or state.store.fetching(key)
 
 
 def is_needed(state: State, key: str) -> bool:
-    """Whether requests wait for a blob, which some do, at a backend whose engine has not got it."""
+    """Return True if a waiting request needs a blob at a backend whose engine does not hold it. Some request waits."""
     first = state.wanted[key].head()
     assert first is not None
     digest = state.requests[first].version
@@ -175,13 +177,13 @@ def is_needed(state: State, key: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PageRoom:
-    """The pages that versions yet to be opened may take, idle slots counted as free; `free` None without a limit."""
+    """The pages free for versions yet to be opened, idle slots counted as free; `free` is None without a limit."""
 
     free: int | None
     nothing_busy: bool
 
     def takes(self, pages: int) -> bool:
-        """Whether pages fit beside what is busy. An adapter larger than the limit may run alone."""
+        """Return True if `pages` fit beside the busy slots. An adapter larger than the limit may run alone."""
         return self.free is None or pages <= self.free or self.nothing_busy
 
 
@@ -191,17 +193,17 @@ def page_room(backend: Backend) -> PageRoom:
 
 
 def page_limit(backend: Backend) -> int | None:
-    """Return the pages of versions that may be meant to run at once.
+    """Return how many pages may be open at once, or None without a limit.
 
-    Device pages where they are known, else what has been learned; never more than the host pages: past those the
-    engine fails requests. And never more than it was seen to hold.
+    The device pages where known, else the learned estimate; capped by the host pages, past which the engine fails
+    requests, and by what the engine was seen to hold.
     """
     believed = believed_page_limit(backend)
     return believed if backend.pages_learned is None else min(believed, backend.pages_learned)
 
 
 def believed_page_limit(backend: Backend) -> int:
-    """Return the limit by the facts, or by what the device's answers have taught, engine misses aside."""
+    """Return the page limit by the facts or by the learned estimate, without what engine misses have taught."""
     device, host = backend.facts.device_pages, backend.facts.host_pages_total
     if device is None and backend.facts.attaches:  # there is no Load to learn from
         return NEVER_NS if host is None else host
@@ -211,7 +213,7 @@ def believed_page_limit(backend: Backend) -> int:
 
 
 def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room: PageRoom | None = None) -> Why | None:
-    """Say what keeps a version from being opened on a backend now, or None. `room`, when known, saves counting."""
+    """Return what keeps a version from being opened on a backend now, or None. `room` saves counting the pages anew."""
     blocked = _blocked(backend, now_ns)
     if blocked is not None:
         return blocked
@@ -224,14 +226,14 @@ def why_not_open(state: State, backend: Backend, digest: str, now_ns: int, room:
 
 
 def _why_not_here(state: State, key: str) -> Why | None:
-    """Say why a blob is not in the store, or None if it is."""
+    """Return why a blob is not in the store, or None if it is."""
     if state.store.has(key):
         return None
     return Why.FETCHING if awaits_fetch(state, key) else Why.STORE_FULL
 
 
 def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) -> Why | None:
-    """Say what keeps a version that the store holds from being loaded, slots aside, or None."""
+    """Return what keeps a version in the store from being loaded, slots aside, or None."""
     blocked = _blocked(backend, now_ns)
     if blocked is not None:
         return blocked
@@ -249,20 +251,21 @@ def why_not_load(state: State, backend: Backend, version: Version, now_ns: int) 
 
 
 def loaded_elsewhere(state: State, backend: Backend, version: Version) -> bool:
-    """Whether a Load under way elsewhere is worth waiting for. One at an engine that stalls is not; two are: then the
-    version may be what the engines stall on.
+    """Return True if a Load of the version on another backend is worth waiting for.
+
+    One at a stalled engine is not. Two are, for then the version itself may be what the engines stall on.
     """
-    places = [state.backends[place] for place in version.loads if place != backend.id]
-    return len(places) > 1 or any(not place.silence.found for place in places)
+    loading = [state.backends[backend_id] for backend_id in version.loads if backend_id != backend.id]
+    return len(loading) > 1 or any(not other.silence.found for other in loading)
 
 
 def on_probation_elsewhere(state: State, backend: Backend, version: Version) -> bool:
-    """Whether a version is being loaded for the first time elsewhere, so that it may not be here yet."""
+    """Return True if a version's first load is under way elsewhere, so that it may not be loaded here yet."""
     return not version.answered and loaded_elsewhere(state, backend, version)
 
 
 def _suspect_is_next(state: State, backend: Backend) -> bool:
-    """Whether a suspect waits only for the Loads under way to end: more of them would keep it waiting for ever."""
+    """Return True if a suspect waits only for running Loads to end: new Loads would delay it for ever."""
     for digest in state.suspects:
         if digest not in backend.queued_by_version or state.versions[digest].loads:
             continue
@@ -273,12 +276,12 @@ def _suspect_is_next(state: State, backend: Backend) -> bool:
 
 
 def _shelters_the_lost(state: State, backend: Backend) -> bool:
-    """Whether tokenless requests run here that lost a backend before: one more loss would end them."""
+    """Return True if requests without a token run here that lost a backend before: one more loss would end them."""
     return any(request.losses and not request.first_token for request in (state.requests[i] for i in backend.running))
 
 
 def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) -> Why | None:
-    """Say what keeps a queued request from being dispatched now, or None."""
+    """Return what keeps a queued request from being dispatched now, or None."""
     blocked = _blocked(backend, now_ns)
     if blocked is not None:
         return blocked
@@ -294,13 +297,13 @@ def why_not_send(state: State, backend: Backend, request: Request, now_ns: int) 
 
 
 def why_not_take_over(state: State, backend: Backend, request: Request, now_ns: int) -> Why | None:
-    """Say what keeps a request that waits elsewhere from being dispatched here now, its version opened, or None."""
+    """Return what keeps a request queued elsewhere from being opened and dispatched here now, or None."""
     why = why_not_send(state, backend, request, now_ns)
     return _why_no_room(state, backend, request) if why is Why.NEXT else why
 
 
 def _why_no_room(state: State, backend: Backend, request: Request) -> Why | None:
-    """Say what keeps a request from being dispatched whose version is open, or None."""
+    """Return what keeps a request whose version is open from being dispatched, or None."""
     if not _finds_seats(state, backend, request):
         return Why.SEATS_FULL
     free = backend.kv_free
@@ -309,18 +312,18 @@ def _why_no_room(state: State, backend: Backend, request: Request) -> Why | None
     if backend.lone_load is not None and request.losses:
         return Why.APART
     if backend.facts.base_apart and _others_among(state, backend.running, request):
-        return Why.APART  # whose turn it is when they have ended is for the policy to say, as ever
+        return Why.APART  # the ordering policy decides which side runs once they have ended
     return None
 
 
 def _finds_seats(state: State, backend: Backend, request: Request) -> bool:
-    """Whether all sequences of a request find seats. One that fits no more, as seats went, may still run alone."""
+    """Return True if all sequences of a request find seats. One larger than the learned seats may still run alone."""
     seats, in_flight = backend.seats(state.config), backend.in_flight
     return in_flight + request.view.sequences <= seats or (in_flight == 0 and seats > 0)
 
 
 def others_of(state: State, backend: Backend, request: Request) -> set[int]:
-    """Return what waits or runs at a backend and is of the other side: adapters for a base request, and vice versa."""
+    """Return the requests at a backend of the other side: adapter requests for a base request, and vice versa."""
     return _others_among(state, (*backend.queued, *backend.running), request)
 
 
@@ -330,7 +333,7 @@ def _others_among(state: State, requests: Iterable[int], request: Request) -> se
 
 
 def why_waiting(state: State, request: Request, now_ns: int) -> Why:
-    """Say why a queued request is not running."""
+    """Return why a queued request is not running."""
     if request.backend is None:
         return Why.BACKEND_DOWN
     backend = state.backends[request.backend]
@@ -353,10 +356,10 @@ def _blocked(backend: Backend, now_ns: int) -> Why | None:
 
 
 def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
-    """Return the known names that look most like `name`, best first.
+    """Return the known names most similar to `name`, best first.
 
-    Only neighbours in the alphabet, read from the front and from the back, are compared: comparing with each of ten
-    thousand names takes a quarter of a second.
+    Only alphabetical neighbours of the name and of the reversed name are compared: comparing ten thousand names takes
+    a quarter of a second.
     """
     name = name[:200]
     likely = _around(name, sorted(known))
@@ -365,5 +368,5 @@ def nearest(name: str, known: Collection[str], count: int = 3) -> list[str]:
 
 
 def _around(name: str, ordered: list[str], reach: int = 50) -> list[str]:
-    place = bisect_left(ordered, name)
-    return ordered[max(0, place - reach) : place + reach]
+    index = bisect_left(ordered, name)
+    return ordered[max(0, index - reach) : index + reach]

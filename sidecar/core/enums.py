@@ -1,4 +1,4 @@
-"""The closed sets of the core: why a request waits, what an engine did wrong, where a backend stands."""
+"""The closed sets of the core: why a request waits, what an engine's fault means, how a request ended."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from sidecar.errors import Family, Reason
 
 
 class Why(Enum):
-    """Why a queued request is not running: the label by which the queue command, the log and the metrics know it."""
+    """Why a queued request is not running; the label in the queue command, the log and the metrics."""
 
     BACKEND_DOWN = "backend down"
     STALLED = "stalled?"
@@ -28,7 +28,7 @@ class Why(Enum):
 
     @property
     def because(self) -> str:
-        """The reason as a clause of a sentence about {places}: the backends on which it is true."""
+        """The reason as a clause of a sentence, with {places} for the backends where it holds."""
         return BECAUSE[self]
 
 
@@ -52,7 +52,7 @@ BECAUSE = {
 
 
 class Voided(Enum):
-    """Why what a request was promised no longer holds; the label of `lora_sidecar_wait_bounds_voided_total`."""
+    """Why a promise no longer holds; the label of `lora_sidecar_wait_bounds_voided_total`."""
 
     ADAPTER_LATE = "adapter late"
     BACKEND_ADDED = "backend added"
@@ -82,14 +82,14 @@ class Fault(Enum):
 
 
 class Phase(Enum):
-    """Where a backend stands."""
+    """Whether a backend is reached."""
 
     DOWN = "down"
     UP = "up"
 
 
 class Cache(Enum):
-    """Where a request's adapter came from, as its answer tells."""
+    """Where a request's adapter came from; returned with the answer."""
 
     BASE = "base"
     RESIDENT = "resident"

@@ -1,7 +1,7 @@
-"""What has happened, in the past tense. Sizes and ids only: no prompt, token or weight ever enters the core.
+"""Events: what has happened, in the past tense. Ids, names and sizes only; no prompt, token or weight enters the core.
 
-Two lanes lead here: what clients and operators asked (bounded, refused at the door) and what engines and the store
-reported (bounded by what is in flight, never refused, taken first).
+They come in two lanes. Client and operator events are bounded and refused at the door. Engine and store events are
+bounded by what is in flight, never refused, and taken first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sidecar.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A client's request. `request` is numbered in order of arrival; `adapter` is as the client wrote it."""
+    """A client's request. `request` numbers arrivals; `adapter` is the reference as the client wrote it."""
 
     request: int
     adapter: str
@@ -27,16 +27,16 @@ class Received:
     session: str = ""
     size_bytes: int = 0
     only: tuple[str, ...] = ()
-    """The backends that it may go to; any if none is named."""
+    """The ids of backends or pools that it may go to; empty means any."""
     sequences: int = 1
-    """How many sequences it makes its engine run, a seat each; `output_tokens_max` is of all of them together."""
+    """How many sequences it makes the engine run, one seat each; `output_tokens_max` is the sum over them."""
     client_id: str = ""
-    """What its client calls it. Nothing is decided by it, and others may have the same."""
+    """The client's own id of the request. It need not be unique, and nothing is decided by it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientLeft:
-    """The client cancelled, or its connection went away; or the request goes on at another replica."""
+    """The client cancelled or disconnected; or, with `moved`, another replica serves the request."""
 
     request: int
     moved: bool = False
@@ -44,16 +44,16 @@ class ClientLeft:
 
 @dataclass(frozen=True, slots=True)
 class ClientStalled:
-    """The client was too far behind for too long: more of its answer waited than is kept."""
+    """The client read its answer so slowly that more than the buffer limit waited, for too long."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class OtherVersion:
-    """A version that a name does not stand for, but that can be asked for by ordinal or digest.
+    """A version of a name besides the current one; clients select it by ordinal or digest.
 
-    `kept` ones stay in the store, so that going back to them never waits for an origin.
+    A `kept` version stays in the store, so that a rollback never waits for an origin.
     """
 
     ordinal: int
@@ -65,9 +65,9 @@ class OtherVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRegistered:
-    """What a name is from now on: the version that it stands for, the others, and a share for one of them.
+    """The new definition of a name: its current version, its other versions and its canary.
 
-    `canary` is (ordinal, percent): so many in a hundred of (tenant, session) pairs get that version instead.
+    `canary` is (ordinal, percent): that percentage of (tenant, session) pairs gets that version.
     """
 
     name: str
@@ -88,7 +88,7 @@ class AdapterUnregistered:
 
 @dataclass(frozen=True, slots=True)
 class EvictAsked:
-    """Drop an adapter from the store now. The reply is an `Answered` effect with this id."""
+    """An operator asks to drop an adapter from the store now. The reply is an `Answer` effect with this id."""
 
     ask: int
     name: str
@@ -96,7 +96,7 @@ class EvictAsked:
 
 @dataclass(frozen=True, slots=True)
 class PrefetchAsked:
-    """Bring an adapter into the store, and onto these backends if any are named."""
+    """An operator asks to bring an adapter into the store, and onto `backends` if any are named."""
 
     ask: int
     name: str
@@ -112,7 +112,7 @@ class ReleaseAsked:
 
 @dataclass(frozen=True, slots=True)
 class DrainSet:
-    """A backend takes nothing new, or takes requests again."""
+    """An operator starts or ends the drain of a backend."""
 
     backend: str
     draining: bool
@@ -120,15 +120,15 @@ class DrainSet:
 
 @dataclass(frozen=True, slots=True)
 class ShutdownBegun:
-    """Admit nothing new; finish what is here."""
+    """The process shuts down: admit nothing new, finish what is here."""
 
 
 @dataclass(frozen=True, slots=True)
 class BackendAdded:
-    """A backend is there; it is down until `BackendUp`, and another replica's if it is not `owned`.
+    """A backend was added. It is down until `BackendUp`, and another replica's unless `owned`.
 
-    `pool` is the pool that it was found in, "" for one that is configured by its address. `fresh`: it came while this
-    process ran.
+    `pool` is the pool in which it was discovered, "" for one configured by address. `fresh` means that it
+    appeared while this process ran.
     """
 
     backend: str
@@ -140,7 +140,7 @@ class BackendAdded:
 
 @dataclass(frozen=True, slots=True)
 class BackendLeaving:
-    """A backend is about to go: nothing new is sent there. Or it stays after all."""
+    """A backend is about to go, so nothing new is sent to it; or it stays after all."""
 
     backend: str
     leaving: bool
@@ -148,7 +148,7 @@ class BackendLeaving:
 
 @dataclass(frozen=True, slots=True)
 class BackendRemoved:
-    """A backend is gone for good. One that comes later by the same id is another one."""
+    """A backend is gone for good. A later one with the same id is a new backend."""
 
     backend: str
     cause: str
@@ -156,9 +156,9 @@ class BackendRemoved:
 
 @dataclass(frozen=True, slots=True)
 class BackendPlanned:
-    """What a backend that joins is to be given: the versions that it loads before it is one among the others.
+    """The versions that a joining backend loads before it takes a normal share of requests.
 
-    For several replicas: their leader plans. One that is alone plans for itself.
+    Only with several replicas, where the leader plans. A single replica plans for itself.
     """
 
     backend: str
@@ -167,7 +167,7 @@ class BackendPlanned:
 
 @dataclass(frozen=True, slots=True)
 class BackendTaken:
-    """A backend's queue is this replica's from now on, or still is, under a newer epoch."""
+    """This replica owns a backend's queue from now on, or still does under a newer epoch."""
 
     backend: str
     epoch: int
@@ -175,7 +175,7 @@ class BackendTaken:
 
 @dataclass(frozen=True, slots=True)
 class BackendGivenUp:
-    """A backend's queue is this replica's no more: nothing may be sent there."""
+    """This replica no longer owns a backend's queue: nothing more may be sent there."""
 
     backend: str
     cause: str
@@ -183,7 +183,7 @@ class BackendGivenUp:
 
 @dataclass(frozen=True, slots=True)
 class BackendUp:
-    """A backend answers. Nothing is believed of its caches."""
+    """A backend was reached. Its caches are believed empty."""
 
     backend: str
     facts: EngineFacts
@@ -191,7 +191,7 @@ class BackendUp:
 
 @dataclass(frozen=True, slots=True)
 class BackendMeasured:
-    """The engine's own gauges say how much it takes at once, and how much of its KV cache is in use."""
+    """The engine's own gauges: its seats, the size of its KV cache and the tokens in use."""
 
     backend: str
     seats: int | None
@@ -201,7 +201,7 @@ class BackendMeasured:
 
 @dataclass(frozen=True, slots=True)
 class BackendProbed:
-    """A probe has found that a silent engine is alive, or has got no sign of life; `text` says of what."""
+    """The result of a probe of a silent engine; `text` says what it found."""
 
     backend: str
     alive: bool
@@ -221,7 +221,7 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailed:
-    """A blob could not be had. From disk: it was damaged or gone, which is no reason to end anything."""
+    """A blob could not be fetched. A failed read from disk means that it was damaged or gone and ends no request."""
 
     key: str
     reason: Reason
@@ -230,7 +230,7 @@ class FetchFailed:
 
 @dataclass(frozen=True, slots=True)
 class Spilled:
-    """A blob was written to the disk tier, whole."""
+    """A whole blob was written to the disk tier."""
 
     key: str
 
@@ -243,7 +243,7 @@ class SpillFailed:
 
 @dataclass(frozen=True, slots=True)
 class DiskHolds:
-    """At start: the disk tier has a blob from an earlier life."""
+    """At start: the disk tier has a blob of an earlier process."""
 
     key: str
     version: str
@@ -270,7 +270,7 @@ class FirstToken:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The engine's final response for a request; also the end of a run that was cancelled."""
+    """The engine's final response to a request, or the end of a cancelled run."""
 
     request: int
     attempt: int
@@ -279,7 +279,7 @@ class RunEnded:
 
 @dataclass(frozen=True, slots=True)
 class RunFailed:
-    """The engine's error for a request, after `output_tokens` had reached us."""
+    """The engine's error for a request, after `output_tokens` tokens had arrived."""
 
     request: int
     attempt: int
@@ -292,7 +292,7 @@ class RunFailed:
 class Progress:
     """Tokens that running requests of one backend produced since the last such event.
 
-    0 is for one that its client keeps from being read: its silence says nothing of the engine.
+    A request whose client blocks reading counts as 0, so that its silence says nothing of the engine.
     """
 
     backend: str
@@ -301,7 +301,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed a point that a `WakeAt` effect asked for."""
+    """The time of a `WakeAt` effect has passed."""
 
 
 Event = (

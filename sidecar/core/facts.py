@@ -1,7 +1,7 @@
-"""What is known of an engine, of a version, and how the two fit.
+"""Facts about engines and adapter versions, and how the two fit.
 
-Page arithmetic follows TensorRT-LLM's `peftCacheManager.cpp` and `loraCache.cpp`: a page holds one adapter of the
-optimal rank on all modules and layers, rows never span pages, page counts round up.
+The page arithmetic follows TensorRT-LLM's `peftCacheManager.cpp` and `loraCache.cpp`: a page holds one adapter of
+the optimal rank on all modules and layers, rows never span pages, page counts round up.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ MESSAGE_OVERHEAD_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What an engine was built with and how big it is. None is "not known", and disables exactly that check."""
+    """How an engine was built and how large it is. None means unknown, and disables exactly the checks that need it."""
 
     kind: str = "triton"
-    """The kind of its model, which fronts write requests for; the core treats all kinds alike."""
+    """The kind of its model, by which fronts write requests. The core treats all kinds alike."""
     base_models: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
-    """What clients may call its models; anything where nothing is named."""
+    """The model names that clients may use; empty means any."""
     dtype: str | None = None
     rank_multiple: int = 1
     tp: int = 1
@@ -52,19 +52,19 @@ class EngineFacts:
     kv_heads: int | None = None
     head_size: int | None = None
     pace: Pace | None = None
-    """Its step time, where it was calibrated."""
+    """Its step times, if it was calibrated."""
     message_bytes_max: int | None = None
-    """The largest message, where weights travel in messages."""
+    """The largest message in bytes, if weights travel in messages."""
     by_reference: bool = False
-    """Weights do not travel: the engine reads them where they lie."""
+    """Weights are not sent: the engine reads them from where they are."""
     caches: int = 1
-    """Adapter caches behind its one address. A request cannot choose among several."""
+    """Adapter caches behind one address. A request cannot choose among them."""
     queue_max: int | None = None
-    """Requests that may wait in the engine itself."""
+    """Requests that may wait inside the engine."""
     base_apart: bool = False
-    """It answers wrongly when the base model and adapters run in one batch: they take turns."""
+    """It answers wrongly when base and adapter requests share a batch, so they run alternately."""
     reads_files: bool = False
-    """It reads adapters from a folder that it shares with the sidecar; the others are sent packed weights."""
+    """It reads adapters from a folder shared with the sidecar; other engines are sent packed weights."""
 
     @property
     def layout(self) -> Layout:
@@ -77,19 +77,19 @@ class EngineFacts:
 
     @property
     def attaches(self) -> bool:
-        """Whether weights go along with every request, by reference: nobody can say which cache has them."""
+        """True if weights go along with every request by reference: nobody knows which cache holds them."""
         return self.caches > 1 and self.by_reference
 
     @property
     def page(self) -> PageShape | None:
-        """The geometry of a cache page, or None while modules or layers are not known."""
+        """The geometry of a cache page; None while modules or layers are unknown."""
         if not self.modules or not self.layers:
             return None
         return page_shape(self)
 
     @property
     def host_pages_total(self) -> int | None:
-        """Host cache pages: declared, or derived from its bytes; None while neither is known."""
+        """The host cache's pages: declared, or derived from its bytes; None while neither is known."""
         if self.host_pages is not None:
             return self.host_pages
         page = self.page
@@ -101,14 +101,14 @@ class EngineFacts:
 
 @dataclass(frozen=True)
 class PageShape:
-    """`width` elements a slot, `slots` a page."""
+    """The geometry of a cache page: `width` elements per slot, `slots` per page."""
 
     width: int
     slots: int
 
 
 def page_shape(facts: EngineFacts) -> PageShape:
-    """Return the page geometry (`getPageManagerConfig` of peftCacheManager.cpp)."""
+    """Return the page geometry, as `getPageManagerConfig` of TensorRT-LLM's peftCacheManager.cpp computes it."""
     assert facts.modules
     assert facts.layers
     dims = [_local_dim(name, io, facts.tp) for name, io in sorted(facts.modules.items())]
@@ -131,7 +131,7 @@ def _local_dim(module: str, io: tuple[int, int], tp: int) -> int:
 
 
 def pages_of(rows: tuple[Row, ...], facts: EngineFacts) -> int:
-    """Return how many cache pages the rows take; 1 while the geometry is not known."""
+    """Return how many cache pages the rows take; 1 while the geometry is unknown."""
     page = facts.page
     if not rows:
         return 0
@@ -151,7 +151,7 @@ def pages_of(rows: tuple[Row, ...], facts: EngineFacts) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """One packed form of a version: what the store holds and the engine is sent."""
+    """One packed form of a version: what the store holds and what is sent to the engine."""
 
     key: str
     task_id: int
@@ -161,7 +161,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An immutable version as registered: identity and shape, no weights."""
+    """An immutable version as registered: identity and shapes, no weights."""
 
     digest: str
     base_model: str
@@ -170,7 +170,7 @@ class Adapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules it adapts, in the order of their ids."""
+        """The modules that it adapts, in the order of their ids."""
         return tuple(dict.fromkeys(row.module for row in sorted(self.rows, key=lambda row: row.module_id)))
 
     @property
@@ -179,22 +179,22 @@ class Adapter:
 
 
 def packed_key(digest: str, layout: Layout, generation: int = 0) -> str:
-    """Name one packed blob: equal on every replica, new for new content, layout or generation."""
+    """Return the key of a packed blob: equal on every replica, new for a new content, layout or generation."""
     return f"{digest}.{layout.label}.p{PACKER_REVISION}.g{generation}"
 
 
 def is_files(key: str) -> bool:
-    """Whether a packed key names a folder of the adapter's own files rather than a packed blob."""
+    """Return True if a packed key names a folder of the adapter's own files rather than a packed blob."""
     return f".{FILES_LABEL}.p" in key
 
 
 def version_id(digest: str, generation: int = 0) -> str:
-    """Name a version in beliefs and queues: its digest, and the generation once a refresh has raised it."""
+    """Return the id of a version: its digest, with the generation once a refresh has raised it."""
     return f"{digest}.g{generation}" if generation else digest
 
 
 def version_of_key(key: str) -> str:
-    """Return the version that a packed key is of; "" for the key of another packer revision, whose bytes are stale."""
+    """Return the version of a packed key; "" for a key of another packer revision, whose bytes are stale."""
     digest, _, layout = key.partition(".")
     _, _, generation = layout.rpartition(".g")
     if f".p{PACKER_REVISION}.g" not in layout or not generation.isdigit():
@@ -203,12 +203,12 @@ def version_of_key(key: str) -> str:
 
 
 def task_id_of(key: str) -> int:
-    """Return 63 bits of the key's SHA-256, never 0: clients and servers read 0 as "none"."""
+    """Return 63 bits of the key's SHA-256; never 0, which clients and servers read as "none"."""
     return (int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1) or 1
 
 
 def packed_for(adapter: Adapter, facts: EngineFacts, generation: int) -> Packed:
-    """Return the packed form that this engine takes."""
+    """Return the packed form that an engine takes."""
     layout = facts.layout.for_modules(adapter.modules)
     key = packed_key(adapter.digest, layout, generation)
     return Packed(key, task_id_of(key), packed_size_bytes(adapter.rows, layout), pages_of(adapter.rows, facts))
@@ -219,14 +219,14 @@ BASE_PACKED = Packed(BASE, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why an engine cannot serve an adapter: a short form to count by, and the sentence for people."""
+    """Why an engine cannot serve an adapter: a short label for counting, and a sentence for people."""
 
     short: str
     sentence: str
 
 
 def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Say why this engine cannot serve the adapter, or None. Facts that are not known are not checked."""
+    """Return why an engine cannot serve an adapter, or None. A check whose facts are unknown is skipped."""
     return (
         _wrong_base(adapter, facts)
         or _wrong_rank(adapter, facts)
@@ -236,7 +236,7 @@ def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Say why the rows of an adapter cannot be packed for an engine; one that reads files takes care of its own."""
+    """Return why an adapter's rows cannot be packed for an engine; one that reads files needs no packing."""
     return (
         _unknown_parts(adapter, facts)
         or _wrong_heads(adapter, facts)
@@ -273,7 +273,7 @@ def _wrong_rank(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _unknown_parts(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """A fused projection is never sent by guess: cut at the wrong place, it answers wrong in silence."""
+    """Refuse to guess how a fused projection splits: a wrong cut gives wrong answers and no error."""
     layout = facts.layout
     for row in adapter.rows:
         if row.module in FUSED and layout.fused is None:
@@ -297,7 +297,7 @@ def _unknown_parts(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
 
 
 def _wrong_heads(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """With fewer key-value heads than ranks the engine repeats heads, which a cut into equal pieces cannot do."""
+    """Refuse fewer key-value heads than ranks: the engine then repeats heads, which equal pieces cannot express."""
     if facts.kv_heads is None or facts.kv_heads % facts.tp == 0:
         return None
     if not frozenset(adapter.modules) & {"attn_qkv", "attn_k", "attn_v"}:
@@ -337,7 +337,7 @@ def _wrong_module(whole: Row, row: Row, dims: tuple[int, int] | None) -> Misfit 
 
 
 def _is_whole_mlp(whole: Row, row: Row, dims: tuple[int, int]) -> bool:
-    """Whether a row is gate and up in one, as the engine has them, whose config.json has the size of one of them."""
+    """Return True if a row is gate and up in one, as in an engine whose config.json gives the size of one of them."""
     has_both = whole.module == "mlp_gate_up" and row.module == WHOLE_MLP and row.out_dim == whole.out_dim
     return has_both and dims == (row.in_dim, row.out_dim // 2)
 

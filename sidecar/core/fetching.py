@@ -1,4 +1,4 @@
-"""Step 5, ready: bring what the queue needs into the host store, in the order in which it will be needed."""
+"""Bring what queued requests need into the host store, in the order in which they will need it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sidecar.errors import Family, Reason
 
 
 def pump(step: Step) -> None:
-    """Begin the fetches that fit, first queue position first; then the prefetches that take nothing from anyone.
+    """Begin the fetches that fit, in queue order; then the prefetches that take nothing from a waiting request.
 
-    The first that does not fit stops the line, so that a large adapter is not passed over for ever.
+    The first fetch that does not fit blocks the later ones, so that a large adapter is not passed over for ever.
     """
     state = step.state
     while state.store.fetches < state.config.fetches_max:
         head = _hungriest(state)
         if head is None:
-            state.lateness.go(step.now_ns)
+            state.lateness.resume(step.now_ns)
             _pump_prefetches(step)
             return
         position, key = head
@@ -31,17 +31,17 @@ def pump(step: Step) -> None:
         assert request.backend is not None
         if not begin(step, key, request.version, state.backends[request.backend], position):
             if not state.store.fetches:
-                state.lateness.stand(step.now_ns)
+                state.lateness.stop(step.now_ns)
             else:
-                state.lateness.go(step.now_ns)  # what takes the room is on its way itself, and may be late
+                state.lateness.resume(step.now_ns)  # the store is full of blobs being fetched, which may be late too
             return
-        state.lateness.go(step.now_ns)
+        state.lateness.resume(step.now_ns)
         heapq.heappop(state.hungry_heap)
         state.fetched_for[key] = position
 
 
 def _hungriest(state: State) -> tuple[int, str] | None:
-    """Return the (queue position, key) of the first blob that must be fetched; drop stale heap entries on the way."""
+    """Return (queue position, key) of the first blob to fetch, or None; drop stale heap entries on the way."""
     heap = state.hungry_heap
     while heap:
         position, key = heap[0]
@@ -55,13 +55,13 @@ def _hungriest(state: State) -> tuple[int, str] | None:
     return None
 
 
-def somebody_waits(state: State) -> bool:
-    """Whether a request waits for a fetch that could not be begun."""
+def is_awaited(state: State) -> bool:
+    """Return True if a request waits for a fetch that could not begin."""
     return _hungriest(state) is not None
 
 
 def begin(step: Step, key: str, digest: str, backend: Backend, position: int | None = None) -> bool:
-    """Begin a fetch if it can be made to fit; without a position it takes nothing from anyone who waits."""
+    """Begin a fetch if space can be made. Without a position it takes nothing that a waiting request needs."""
     state = step.state
     packed = state.packed_for(digest, backend)
     victims = state.store.victims_for(packed.size_bytes, step.now_ns, state.next_position, position)
@@ -94,14 +94,14 @@ def _pump_prefetches(step: Step) -> None:
 
 
 def fetched(step: Step, event: Fetched) -> None:
-    """A blob is here. Whoever waits for it may go."""
+    """Handle Fetched: a blob is in memory. Requests that wait for it may go on."""
     state = step.state
     entry = state.store.entries[event.key]
     state.store.arrived(event.key, step.now_ns)
     state.guesses.arrived(event.key)
     entry.held_by_operator = state.memory_holds(entry.digest)
     from_disk = disk.is_reading(step, event.key)
-    _tell_who_waited(step, event.key, from_disk)
+    _note_source(step, event.key, from_disk)
     state.lateness.ends(event.key)
     if from_disk:
         disk.end_read(step, event.key, good=True)
@@ -118,8 +118,8 @@ def fetched(step: Step, event: Fetched) -> None:
             backend.ahead.rest = 0
 
 
-def _tell_who_waited(step: Step, key: str, from_disk: bool) -> None:
-    """Note where each waiting request's adapter came from: the disk is the host store's own."""
+def _note_source(step: Step, key: str, from_disk: bool) -> None:
+    """Note on each waiting request where its adapter came from. The disk tier counts as the host store."""
     state = step.state
     begun_for = state.fetched_for.pop(key, None)
     for request_id in state.wanted.get(key, ()):
@@ -132,14 +132,14 @@ def _tell_who_waited(step: Step, key: str, from_disk: bool) -> None:
 
 
 def fetch_failed(step: Step, event: FetchFailed) -> None:
-    """A blob cannot be had: end whoever waits for it with the reason, so that nobody waits in vain."""
+    """Handle FetchFailed: end the requests that wait for the blob, with the reason."""
     state = step.state
     digest = state.store.entries[event.key].digest
     state.store.remove(event.key)
     state.guesses.failed(event.key, step.now_ns)
     state.fetched_for.pop(event.key, None)
     step.hungry = True
-    step.dirty.update(dict.fromkeys(state.joining))  # one may have waited for it
+    step.dirty.update(dict.fromkeys(state.joining))  # a joining backend may have waited for it
     if disk.is_reading(step, event.key):
         disk.end_read(step, event.key, good=False)
         storing.hunger(step, event.key)  # from its origin this time
@@ -149,6 +149,6 @@ def fetch_failed(step: Step, event: FetchFailed) -> None:
         assert request.backend is not None
         if resident(state.backends[request.backend], digest):
             continue
-        # An adapter's own fault is told as what it means for this request: the adapter cannot be had.
+        # For this request a fault of the adapter's own means that the adapter cannot be had.
         reason = event.reason if event.reason.row.family is Family.REFUSED else Reason.ADAPTER_UNAVAILABLE
         queueing.drop(step, request, reason, f"{request.view.name}: {event.text}")

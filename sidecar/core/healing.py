@@ -1,6 +1,6 @@
-"""Step 9, heal: what each fault of an engine means, and how it is mended without the client noticing.
+"""Heal: what each fault of an engine means, and how it is mended without the client noticing.
 
-A fault before the first token is mended; after it nothing is ever retried. The table, fault by fault:
+A fault before the first token is mended. After the first token nothing is retried. The table, fault by fault:
 
     engine miss          mark absent, load, dispatch again (bounded)
     cache full           wait for a completion on that backend, load again
@@ -8,10 +8,10 @@ A fault before the first token is mended; after it nothing is ever retried. The 
     whole engine         each tokenless request once more; adapters whose Load was in flight are loaded alone
     unknown region       register the regions, once more
     engine queue full    back off, lower the limit
-    rejected             the engine's word is final
+    rejected             final: the request ends with the engine's message
     backend lost         route again, two backends at most; a version that two backends died of is quarantined
-    no answer            nobody's word: a Load that was not got to in time, or never sent, is tried again later
-    not owned            never sent, for the backend is another replica's by now: the request is given back
+    no answer            the engine said nothing: a Load that was late or never sent is tried again later
+    not owned            never sent, since another replica owns the backend by now: the request is given back
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NEVER_REPEATED = "an answer that has begun is never repeated, so send the reques
 
 
 def run_failed(step: Step, event: RunFailed) -> None:
-    """The engine answered a request with an error, or its stream broke."""
+    """Handle RunFailed: the engine answered a request with an error, or its stream broke."""
     request = step.state.requests.get(event.request)
     if request is None or request.attempt != event.attempt or not request.running:
         return
@@ -64,7 +64,7 @@ def _fail(step: Step, request: Request, reason: Reason, message: str) -> None:
 
 
 def _again(step: Step, request: Request, backend: Backend, fault: Fault) -> None:
-    """Queue a tokenless request again, at most `heals_max` times over its life; for each cache that it may meet."""
+    """Queue a tokenless request again, at most `heals_max` times in its life for each cache that it may meet."""
     request.heals += 1
     step.heal(backend, fault.value, request.version)
     if request.heals > step.state.config.heals_max * backend.facts.caches:
@@ -80,8 +80,8 @@ def _again(step: Step, request: Request, backend: Backend, fault: Fault) -> None
 
 
 def _miss(step: Step, request: Request, backend: Backend, text: str) -> None:
-    """The engine has evicted the adapter, or restarted. Its word is the truth."""
-    if request.version == BASE:  # a LoRA of the client's own: only the client can send it again
+    """Handle an engine miss: the engine has evicted the adapter or restarted."""
+    if request.version == BASE:  # a client's own LoRA, which only the client can send again
         _rejected(step, request, backend, text)
         return
     _forget_missed(step, backend, request)
@@ -89,7 +89,7 @@ def _miss(step: Step, request: Request, backend: Backend, text: str) -> None:
 
 
 def _forget_missed(step: Step, backend: Backend, request: Request) -> None:
-    """Believe a miss, unless the version was loaded after the request was sent: others of the same miss saw to it."""
+    """Believe a miss, unless the version was loaded after the request was sent: then another miss has mended it."""
     belief = backend.shadow.host.held.get(request.version)
     if belief is None or belief.since_ns <= request.dispatched_ns:
         _learn_from_eviction(backend, request.version, belief)
@@ -97,10 +97,10 @@ def _forget_missed(step: Step, backend: Backend, request: Request) -> None:
 
 
 def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -> None:
-    """Open fewer at once when the engine evicted a version that was loaded into the slot it still has.
+    """Open fewer pages at once after the engine evicted a version that was loaded into its current slot.
 
-    Its cache holds less than we believe. Without this the versions that are open push each other out for ever. An old
-    belief that was wrong says nothing of the kind.
+    The engine's cache then holds less than believed, and without a lower limit the open versions would push each other
+    out for ever. A belief older than the slot was just wrong and teaches nothing.
     """
     slot = backend.slots.get(digest)
     if slot is None or belief is None or belief.since_ns < slot.opened_ns or backend.facts.caches > 1:
@@ -111,7 +111,7 @@ def _learn_from_eviction(backend: Backend, digest: str, belief: Belief | None) -
 
 
 def _learn_from_full(backend: Backend, digest: str) -> None:
-    """Open no more at once than runs now, where nobody has said how much the engine's cache holds."""
+    """Limit the open pages to those that run now, if the size of the engine's cache is unknown."""
     if backend.facts.host_pages_total is not None:
         return
     running = sum(slot.pages for version, slot in backend.slots.items() if slot.running and version != digest)
@@ -126,7 +126,7 @@ def _forget(step: Step, backend: Backend, digest: str) -> None:
 
 
 def _reload(step: Step, backend: Backend, digest: str) -> None:
-    """Have a version opened anew, or loaded into the slot that others of it still run in."""
+    """Have a version opened anew, or loaded again into the slot in which requests of it still run."""
     slot = backend.slots.get(digest)
     if slot is not None and slot.running:
         if slot.load is None:
@@ -139,7 +139,7 @@ def _reload(step: Step, backend: Backend, digest: str) -> None:
 
 
 def _full(step: Step, request: Request, backend: Backend, text: str) -> None:
-    """The engine could not take the adapter in, so it has not got it."""
+    """Handle a full cache: the engine could not take the adapter in, so it does not have it."""
     _learn_from_full(backend, request.version)
     _forget(step, backend, request.version)
     _wait_for_a_completion(step, backend)
@@ -147,7 +147,7 @@ def _full(step: Step, request: Request, backend: Backend, text: str) -> None:
 
 
 def _wait_for_a_completion(step: Step, backend: Backend) -> None:
-    """Load nothing here until something completes, or a growing while has passed: others may use the engine too."""
+    """Load nothing here until a run completes or a growing pause ends, since other clients may use the engine too."""
     config = step.state.config
     backend.full_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.full_backoff_ns))
     backend.full_until_ns = step.now_ns + backend.full_backoff_ns
@@ -160,7 +160,7 @@ def _page_claim(step: Step, request: Request, backend: Backend, text: str) -> No
 
 
 def forget_idle(step: Step, backend: Backend) -> None:
-    """The engine evicted all it could before it failed: nothing idle is there any more."""
+    """Believe that nothing idle is left in the engine: it evicted all it could before it failed."""
     backend.shadow.forget_idle()
     for version, slot in list(backend.slots.items()):
         if not backend.slot_in_use(slot) and not eligibility.resident(backend, version):
@@ -175,7 +175,7 @@ def _whole_engine(step: Step, request: Request, backend: Backend, text: str) -> 
 
 
 def _engine_failed(step: Step, request: Request, backend: Backend, fault: Fault, text: str) -> None:
-    """Send once more what an engine failure hit before its first token."""
+    """Send a request once more after an engine failure before its first token; fail it the second time."""
     request.engine_failures += 1
     if request.engine_failures > 1:
         _fail(
@@ -205,7 +205,7 @@ def _queue_full(step: Step, request: Request, backend: Backend, text: str) -> No
 
 
 def _back_off(step: Step, backend: Backend) -> None:
-    """The engine's own queue is full: send nothing for a growing while, and from now on fewer at once."""
+    """Handle a full engine queue: pause dispatching for a growing time, and keep fewer in flight from now on."""
     queueing.void_promises(step, backend, Voided.ENGINE_QUEUE_FULL)
     backend.seats_learned = max(1, backend.in_flight)
     backend.seats_credit = 0
@@ -213,7 +213,7 @@ def _back_off(step: Step, backend: Backend) -> None:
 
 
 def _pause(step: Step, backend: Backend) -> None:
-    """Send nothing to a backend for a growing while."""
+    """Send nothing to a backend for a growing time."""
     config = step.state.config
     backend.quiet_backoff_ns = min(config.retry_ns_max, max(config.retry_ns, 2 * backend.quiet_backoff_ns))
     backend.quiet_until_ns = step.now_ns + backend.quiet_backoff_ns
@@ -221,7 +221,7 @@ def _pause(step: Step, backend: Backend) -> None:
 
 
 def _grow_pages(backend: Backend) -> None:
-    """Let the limit that an eviction lowered grow again: one page for sixteen runs that came through on each."""
+    """Raise a lowered page limit: by one page for every sixteen completed runs per page."""
     if backend.pages_learned is None:
         return
     backend.pages_credit += 1
@@ -232,7 +232,7 @@ def _grow_pages(backend: Backend) -> None:
 
 
 def run_completed(backend: Backend, seats_declared: int) -> None:
-    """Let the limit that a full queue lowered grow again: one seat for each batch that came through."""
+    """Raise a lowered seat limit: by one seat for each full batch that completed."""
     backend.quiet_backoff_ns = 0
     _grow_pages(backend)
     if backend.seats_learned is None:
@@ -249,9 +249,9 @@ def _rejected(step: Step, request: Request, backend: Backend, text: str) -> None
 
 
 def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
-    """The wire of one request broke before its first token, or its backend is gone.
+    """Handle a request's stream that broke before its first token, or whose backend is gone.
 
-    A broken wire is often the first sign of a dead engine: a pause keeps the second visit from being spent on it.
+    A broken stream is often the first sign of a dead engine: a pause keeps the second visit from being spent on it.
     """
     if backend.phase is Phase.UP:
         _pause(step, backend)
@@ -269,7 +269,7 @@ def _lost(step: Step, request: Request, backend: Backend, text: str) -> None:
 
 
 def _not_owned(step: Step, request: Request, backend: Backend, text: str) -> None:
-    """It was never sent: the lease had ended."""
+    """Give the request back: it was never sent, since the lease had ended."""
     _fail(step, request, Reason.NOT_OWNER, text)
 
 
@@ -291,7 +291,7 @@ _TOKENLESS = {
 
 
 def load_failed(step: Step, event: LoadFailed) -> None:
-    """A Load did not come through. Nobody was dispatched on it, so nothing is lost."""
+    """Handle LoadFailed. No request was dispatched on it, so nothing is lost."""
     load = step.state.loads.get(event.load)
     if load is None:
         return
@@ -313,7 +313,7 @@ def _load_page_claim(step: Step, load: LoadRun, version: Version, backend: Backe
 
 
 def _load_whole_engine(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    """The engine failed as a whole while this was being loaded: it may be the cause."""
+    """Suspect the version: the engine failed as a whole while it was being loaded."""
     suspect(step, load.digest, version, backend, text)
     _wait_for_a_completion(step, backend)
 
@@ -323,20 +323,20 @@ def _load_queue_full(step: Step, load: LoadRun, version: Version, backend: Backe
 
 
 def _load_lost(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    """The Load's own wire broke while the backend stands: try again a little later."""
+    """Try again after a pause: the Load's own connection broke while the backend is up."""
     suspect(step, load.digest, version, backend, text)
     _pause(step, backend)
 
 
 def _load_rejected(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    """The engine refuses these weights for good: whoever waits here goes elsewhere, or ends with its words."""
+    """Route the waiting requests elsewhere, or end them: the engine refuses these weights for good."""
     version.refused_by[backend.id] = text
     step.state.forget_servers_of(load.digest)
     for request_id in list(backend.queued_by_version.get(load.digest, ())):
         request = step.state.requests[request_id]
         queueing.dequeue(step, request)
         request.backend = None
-        if eligibility.places_of(step.state, request):
+        if eligibility.servers_for(step.state, request):
             queueing.route(step, request)
         else:
             queueing.settle(
@@ -349,7 +349,7 @@ def _load_rejected(step: Step, load: LoadRun, version: Version, backend: Backend
 
 
 def _load_not_owned(step: Step, load: LoadRun, version: Version, backend: Backend, text: str) -> None:
-    """It was never sent: the lease had ended, and with it all that waits here."""
+    """Do nothing: the Load was never sent, and giving up the backend has emptied its queue."""
 
 
 _LOADS = {
@@ -370,14 +370,14 @@ _LOADS = {
 
 
 def backend_lost(step: Step, event: BackendLost) -> None:
-    """A backend is gone with all it held: its runs, its loads, its caches."""
+    """Handle BackendLost: the backend's runs, loads and caches are gone."""
     backend = step.state.backends[event.backend]
     if backend.phase is not Phase.DOWN:
         lose(step, backend, event.cause)
 
 
 def lose(step: Step, backend: Backend, cause: str) -> None:
-    """Take a backend that was up for gone."""
+    """Take a backend from up to down, and all it held with it."""
     backend.phase = Phase.DOWN
     backend.fresh = True
     step.state.joining.pop(backend.id, None)
@@ -400,7 +400,7 @@ def _lose_loads(step: Step, backend: Backend, cause: str) -> None:
         end_load(step, load)
     for load in loads:
         version = step.state.versions[load.digest]
-        if not backend.leaving:  # else it was going anyway
+        if not backend.leaving:  # a leaving backend goes for reasons of its own
             suspect(step, load.digest, version, backend, cause)
         storing.forget_version_if_unused(step, load.digest)
 
@@ -421,7 +421,7 @@ def _lose_run(step: Step, request: Request, backend: Backend, cause: str) -> Non
 
 
 def reset_beliefs(backend: Backend) -> None:
-    """Forget all that was believed of an engine that is gone or has started anew."""
+    """Forget all beliefs about an engine that is gone or has restarted."""
     backend.shadow.clear()
     for version in list(backend.slots):
         backend.close_slot(version)

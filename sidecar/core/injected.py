@@ -1,6 +1,6 @@
-"""A fault on purpose: `raise_on` makes what takes an event or carries out an effect raise, to try what comes then.
+"""Fault injection: `raise_on` makes the handling of one event or effect raise, to test what happens then.
 
-It is a part of the core's configuration and so of the journal: a replay raises the same.
+It is part of the core's configuration and thus of the journal, so a replay raises at the same point.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ class Injected(Exception):
     """Raised because the configuration says so."""
 
 
-def look(raise_on: str, what: Any, state: State | None = None) -> None:
-    """Raise Injected if `raise_on` names this event or effect: CLASS, or CLASS:ADAPTER."""
+def check(raise_on: str, subject: Any, state: State | None = None) -> None:
+    """Raise Injected if `raise_on` names this event or effect: CLASS or CLASS:ADAPTER."""
     kind, _, adapter = raise_on.partition(":")
-    if type(what).__name__ == kind and (not adapter or adapter == _adapter_of(what, state)):
+    if type(subject).__name__ == kind and (not adapter or adapter == _adapter_of(subject, state)):
         raise Injected(f"raise_on is {raise_on}")
 
 
-def _adapter_of(what: Any, state: State | None) -> str | None:
-    request = None if state is None else state.requests.get(getattr(what, "request", 0))
-    named = (getattr(what, "adapter", None), getattr(what, "name", None), request and request.view.name)
+def _adapter_of(subject: Any, state: State | None) -> str | None:
+    request = None if state is None else state.requests.get(getattr(subject, "request", 0))
+    named = (getattr(subject, "adapter", None), getattr(subject, "name", None), request and request.view.name)
     return next((name for name in named if isinstance(name, str)), None)

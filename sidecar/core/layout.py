@@ -1,4 +1,4 @@
-"""How packed rows must look for an engine, and what becomes of an adapter's rows then.
+"""The layout of packed rows that an engine needs, and how an adapter's rows map to it.
 
 TensorRT-LLM cuts each module's B into equal pieces for its tensor-parallel ranks (`copyToPages` of `loraCache.cpp`),
 whatever the rows mean. A projection that is one matrix in the model file and holds q, k and v, or gate and up, must
@@ -14,7 +14,7 @@ from types import MappingProxyType
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2}
 FILES_LABEL = "files"
 FILE_ELEMENT_BYTES = 4
-"""The most that an element takes in an adapter's own files, which are counted before they are seen."""
+"""An upper bound of the bytes per element in an adapter's own files, which are counted before they are read."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ FUSED: Mapping[str, tuple[tuple[str, int], ...]] = MappingProxyType(
         "mlp_gate_up": (("mlp_h_to_4h", 5), ("mlp_gate", 7)),
     }
 )
-"""The fused modules, and the separate ones (with their ids) that an engine may have in their place."""
+"""The fused modules, and the separate ones (with their ids) that an engine may have instead."""
 WHOLE_MLP = "mlp_h_to_4h"
-"""What an engine that has gate and up in one calls them where it does not say mlp_gate_up.
+"""The name of the fused gate and up projection in an engine that does not call it mlp_gate_up.
 
-Phi-3's MLP is one matrix in TensorRT-LLM too, and its lora_target_modules call it so, with no mlp_gate beside it
-(`models/phi3/model.py`; `hf_lora_convert.py` writes its rows so).
+Phi-3's MLP is one matrix in TensorRT-LLM too, and its lora_target_modules give it this name with no mlp_gate beside
+it (`models/phi3/model.py`; `hf_lora_convert.py` writes its rows so).
 """
 _IDS = {"attn_qkv": 0, "mlp_gate_up": 18, WHOLE_MLP: 5}
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The attention heads of a model: how many for queries, how many for keys and values, and their size."""
+    """The attention heads of a model: counts for queries and for keys and values, and their size. Raises ValueError."""
 
     query: int
     key_value: int
@@ -67,12 +67,13 @@ class Heads:
 
 @dataclass(frozen=True)
 class Layout:
-    """How packed rows must look for an engine: target dtype, what ranks are padded to, tensor-parallel size.
+    """The layout of packed rows for an engine: dtype, rank padding, tensor-parallel size, fused modules.
 
-    Separate projections are sent whole whatever `tp` is: the engine cuts them. It cuts fused ones blindly too, so the
-    parts of one are interleaved per rank, or sent apart if the engine has them apart: `fused` is what it calls those
-    that it has (`fused_of`; None: not known), `heads` says where q, k and v begin. `files`: nothing is packed, the
-    engine reads the adapter's PEFT files itself. Raises ValueError for values that no engine has.
+    The engine itself cuts what it is sent for its ranks, so separate projections are sent whole whatever `tp` is. It
+    cuts fused ones blindly too: their parts are interleaved per rank, or sent apart if the engine has them apart.
+    `fused` has the engine's names of those it has whole (`fused_of`; None: unknown), `heads` the boundaries of q, k
+    and v. With `files` nothing is packed: the engine reads the adapter's PEFT files. Raises ValueError for impossible
+    values.
     """
 
     dtype: str
@@ -97,7 +98,7 @@ class Layout:
         return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
 
     def for_modules(self, modules: Iterable[str]) -> Layout:
-        """Return what of the layout decides these modules' bytes: adapters without fused ones have one form for all."""
+        """Return the part of the layout that decides these modules' bytes; without fused ones all share one form."""
         adapted = frozenset(modules)
         fused = [name for name in FUSED if name in adapted]
         if self.files or not fused:
@@ -106,24 +107,24 @@ class Layout:
         return replace(self, fused=whole, heads=self.heads if "attn_qkv" in fused else None)
 
     def whole(self, module: str) -> tuple[str, int] | None:
-        """Return the name and id of a fused module where the engine has it whole, None where it has its parts."""
+        """Return the name and id of a fused module that the engine has whole; None if it has the parts."""
         names = (module, WHOLE_MLP) if module == "mlp_gate_up" else (module,)
         return next(((name, _IDS[name]) for name in names if name in (self.fused or ())), None)
 
     def padded(self, rank: int) -> int:
-        """Return the rank as it is sent: the next multiple of `rank_multiple`."""
+        """Return the rank as sent: rounded up to a multiple of `rank_multiple`."""
         return -(-rank // self.rank_multiple) * self.rank_multiple
 
 
 def fused_of(modules: Container[str]) -> tuple[str, ...]:
-    """Return the names by which an engine of these modules has fused ones whole."""
+    """Return the names of the fused modules that an engine with these modules has whole."""
     names = tuple(name for name in FUSED if name in modules)
     has_it_alone = WHOLE_MLP in modules and "mlp_gate" not in modules and "mlp_gate_up" not in modules
     return (*names, WHOLE_MLP) if has_it_alone else names
 
 
 def packed_rows(rows: tuple[Row, ...], layout: Layout) -> tuple[Row, ...]:
-    """Return the rows as they are sent: a fused one is replaced by its parts, in place, where the layout says so."""
+    """Return the rows as sent: each fused row is replaced in place by its parts where the layout asks for it."""
     return tuple(part for row in rows for part in _parts(row, layout))
 
 
@@ -145,7 +146,7 @@ def part_dims(module: str, out_dim: int, layout: Layout) -> tuple[int, ...] | No
 
 
 def packed_size_bytes(rows: tuple[Row, ...], layout: Layout) -> int:
-    """Return the bytes of `[N, W]`, where every row is as wide as the widest; of files, those of A and B."""
+    """Return the bytes of the packed array `[N, W]`, W being the widest row; with files, the bytes of A and B."""
     if layout.files:
         return sum(row.rank * (row.in_dim + row.out_dim) for row in rows) * FILE_ELEMENT_BYTES
     widths = [layout.padded(row.rank) * (row.in_dim + row.out_dim) for row in packed_rows(rows, layout)]

@@ -1,8 +1,8 @@
 """The lifecycle of a backend: it is added, joins the others, changes owners, leaves and is removed.
 
-One that has just come up loads what it is to be given, and is spared until it has. Of what is sent to an engine one
-replica decides at a time. One that is about to go takes nothing new: what waits for it goes elsewhere, what runs there
-ends there. One that is gone is forgotten with all that was believed of it, and what still ran there was lost with it.
+A backend that has just come up loads what is planned for it and is spared until then. One replica at a time decides
+what is sent to an engine. A leaving backend takes nothing new: its queue is rerouted and its runs finish. A removed
+one is forgotten with all beliefs about it, and its remaining runs count as lost.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sidecar.core.step import Step
 from sidecar.errors import Reason
 
 LOOKED_AT_MAX = 128
-"""Versions in use that the policy is asked about."""
+"""Versions in use that the routing policy is asked about."""
 ASKED_AFTER_NS = (0, 2_000_000_000, 8_000_000_000)
-"""Policies take their time to give a newcomer its share: they are asked as if so much time had passed."""
+"""Policies give a new backend its share gradually, so they are asked as if this much time had passed."""
 
 
 def added(step: Step, backend: Backend) -> None:
-    """Take in a backend that has not been reached yet. The host store is shared with it from now on."""
+    """Take in a backend that has not been reached yet. It shares the host store from now on."""
     state = step.state
     assert backend.id not in state.backends, f"{backend.id} is there already"
     state.backends[backend.id] = backend
@@ -39,7 +39,7 @@ def added(step: Step, backend: Backend) -> None:
 
 
 def leaving(step: Step, event: BackendLeaving) -> None:
-    """Send nothing more to a backend that is about to go, or take it back."""
+    """Handle BackendLeaving: send nothing more to the backend, or take it back."""
     backend = step.state.backends[event.backend]
     if backend.leaving == event.leaving:
         return
@@ -54,7 +54,7 @@ def leaving(step: Step, event: BackendLeaving) -> None:
 
 
 def removed(step: Step, event: BackendRemoved) -> None:
-    """Forget a backend. What ran there without a token is sent elsewhere, as when one is lost."""
+    """Handle BackendRemoved: forget the backend. Its runs without a token are routed again, as after a loss."""
     state = step.state
     backend = state.backends[event.backend]
     backend.leaving = True
@@ -73,7 +73,7 @@ def removed(step: Step, event: BackendRemoved) -> None:
 
 
 def _forget(state: State, backend: Backend) -> None:
-    """Forget what names a backend elsewhere in the state."""
+    """Forget a backend's id elsewhere in the state."""
     for version in state.versions.values():
         version.refused_by.pop(backend.id, None)
     for key, (digest, wanted_by) in list(state.prefetches.items()):
@@ -85,7 +85,7 @@ def _forget(state: State, backend: Backend) -> None:
 
 
 def _want_for_another(state: State, key: str, digest: str) -> None:
-    """Have a blob fetched for another backend that takes it in the same layout, or not at all."""
+    """Keep a prefetch for another backend that takes the same layout, or drop it."""
     del state.prefetches[key]
     if digest not in state.versions:
         return
@@ -117,7 +117,7 @@ def _spare(step: Step, backend: Backend, joining: Joining) -> None:
 
 
 def _planned(state: State, backend: Backend, make_routing: Callable[[], Routing], now_ns: int) -> tuple[str, ...]:
-    """Return what the policy would send to a backend of all that the others have in use: a copy of it is asked."""
+    """Return the versions in use on other backends that a copy of the routing policy would send to this one."""
     others = [other for other in state.backends.values() if other is not backend and other.takes_requests]
     in_use = dict.fromkeys(version for other in others for version in _in_use(other))
     versions = [version for version in in_use if version in state.versions and not state.versions[version].quarantined]
@@ -125,32 +125,32 @@ def _planned(state: State, backend: Backend, make_routing: Callable[[], Routing]
         return ()
     policy = make_routing()
     policy.restore(json.loads(json.dumps(state.routing.snapshot())))
-    offers = [_offer(state, version) for version in at_most(LOOKED_AT_MAX, versions)]
+    candidates = [_candidates(state, version) for version in at_most(LOOKED_AT_MAX, versions)]
     tokens, planned = state.config.output_tokens_assumed, dict[str, None]()
     for after_ns in ASKED_AFTER_NS:
         at_ns = now_ns + after_ns
-        for number, (version, offered) in enumerate(offers):
-            if backend.id in offered.backends:
-                asked = Waiting(number, version, "", "", "default", at_ns, tokens, tokens)
-                if policy.pick(asked, offered, at_ns).backend == backend.id:
+        for number, (version, view) in enumerate(candidates):
+            if backend.id in view.backends:
+                request = Waiting(number, version, "", "", "default", at_ns, tokens, tokens)
+                if policy.pick(request, view, at_ns).backend == backend.id:
                     planned[version] = None
     return tuple(planned)
 
 
-def _offer(state: State, version: str) -> tuple[str, RoutingView]:
+def _candidates(state: State, version: str) -> tuple[str, RoutingView]:
     able = (server.id for server in eligibility.servers_of(state, version) if server.takes_requests)
     return version, RoutingView(state, version, tuple(able))
 
 
 def _in_use(backend: Backend) -> Iterator[str]:
-    """Yield the versions that a backend has something to do with, those that it works on first."""
+    """Yield the versions that a backend is concerned with: open ones, then queued ones, then resident ones."""
     for version in (*backend.slots, *backend.queued_by_version, *backend.shadow.host.held):
         if version != BASE:
             yield version
 
 
 def planned(step: Step, event: BackendPlanned) -> None:
-    """Load what the leader of several replicas has planned for a backend that joins."""
+    """Handle BackendPlanned: load what the leader of several replicas has planned for a joining backend."""
     backend = step.state.backends[event.backend]
     if backend.owned:
         _load(step, backend, event.versions)
@@ -177,7 +177,7 @@ def _load(step: Step, backend: Backend, versions: tuple[str, ...]) -> None:
 
 
 def review_joining(step: Step, backend: Backend) -> None:
-    """Let a backend be one among the others, once what was planned for it is loaded or its time is over."""
+    """End joining once what was planned is loaded or the time is over."""
     joining = step.state.joining.get(backend.id)
     if joining is None:
         return
@@ -193,7 +193,7 @@ def end_joining(state: State, backend_id: str) -> None:
 
 
 def _is_on_its_way(state: State, backend: Backend, digest: str) -> bool:
-    """Whether a version is being loaded, or will be as soon as it can; one that could not be had is not."""
+    """Return True if a version is being loaded or will be; False for one that could not be fetched."""
     version = state.versions.get(digest)
     if version is None or eligibility.resident(backend, digest):
         return False
@@ -204,7 +204,7 @@ def _is_on_its_way(state: State, backend: Backend, digest: str) -> bool:
 
 
 def taken(step: Step, event: BackendTaken) -> None:
-    """Serve a backend from now on, or go on under a newer epoch. Others may have made its engine evict anything."""
+    """Handle BackendTaken: serve a backend, or go on in a new epoch. Another replica may have changed its caches."""
     backend = step.state.backends[event.backend]
     was_owned, backend.owned, backend.epoch = backend.owned, True, event.epoch
     if was_owned:
@@ -219,7 +219,7 @@ def taken(step: Step, event: BackendTaken) -> None:
 
 
 def given_up(step: Step, event: BackendGivenUp) -> None:
-    """Send nothing more to a backend, and give back what has no token yet."""
+    """Handle BackendGivenUp: send nothing more to a backend, and give back its requests that have no token yet."""
     backend = step.state.backends[event.backend]
     if not backend.owned:
         return

@@ -1,4 +1,4 @@
-"""What operators ask: register, pin, evict, prefetch, release, drain."""
+"""Requests of operators: register, pin, evict, prefetch, release, drain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sidecar.core.step import Step
 
 
 def registered(step: Step, event: AdapterRegistered) -> None:
-    """Make a name what it is said to be; what is queued or running keeps the version it had."""
+    """Handle AdapterRegistered: redefine a name. Queued and running requests keep their version."""
     state = step.state
     current = _version(state, event.name, event.adapter, event.origin, event.generation)
     versions = {event.ordinal: current}
@@ -36,21 +36,21 @@ def registered(step: Step, event: AdapterRegistered) -> None:
             _hold(step, version)
         else:
             _let_go_unless_held(state, version)
-    step.hungry = True  # what is not kept any more may make room for those who wait
+    step.hungry = True  # what is no longer kept may make space for waiting requests
 
 
 def _version(state: State, name: str, adapter: Adapter, origin: str, generation: int) -> str:
-    """Return the id of a version that the name has from now on."""
+    """Add a version to a name and return its id."""
     identity = version_id(adapter.digest, generation)
     if identity not in state.versions:
         state.versions[identity] = Version(adapter, origin, generation)
-    state.versions[identity].origin = origin  # the last place it was registered from is the likeliest to be there
+    state.versions[identity].origin = origin  # the latest origin is the likeliest to still exist
     state.versions[identity].names[name] = None
     return identity
 
 
 def _refresh_queued(step: Step, before: Name, now: Name) -> None:
-    """Give queued requests the fresh copy of their version: it is the old one that is under suspicion."""
+    """Move queued requests to the fresh copy of their version after a refresh: the old copy is under suspicion."""
     fresh = {
         old: new
         for ordinal, old in before.versions.items()
@@ -69,7 +69,7 @@ def _refresh_queued(step: Step, before: Name, now: Name) -> None:
 
 
 def unregistered(step: Step, event: AdapterUnregistered) -> None:
-    """Forget a name. What is queued or running is served; its weights go when nobody uses them."""
+    """Handle AdapterUnregistered: forget a name. Its queued and running requests are served before its weights go."""
     name = step.state.names.pop(event.name, None)
     if name is not None:
         _unname(step, name.name, list(name.versions.values()))
@@ -83,7 +83,7 @@ def _unname(step: Step, name: str, versions: list[str]) -> None:
 
 
 def _hold(step: Step, digest: str) -> None:
-    """Keep a version's blobs in the tiers where its names want them; fetch a pinned one that is not there."""
+    """Keep a version's blobs in the tiers that its names require, and fetch a missing pinned one."""
     _mark_held(step.state, digest)
     if step.state.memory_holds(digest):
         want(step, digest, [b for b in eligibility.servers_of(step.state, digest) if b.takes_requests])
@@ -102,7 +102,7 @@ def _mark_held(state: State, digest: str) -> None:
 
 
 def want(step: Step, digest: str, backends: list[Backend]) -> None:
-    """Have a version in the store in the layouts of some backends; that takes nothing from anyone who waits."""
+    """Prefetch a version in the layouts of some backends. It takes nothing that a waiting request needs."""
     for backend in backends:
         key = step.state.packed_for(digest, backend).key
         if key not in step.state.store.entries:
@@ -111,14 +111,14 @@ def want(step: Step, digest: str, backends: list[Backend]) -> None:
 
 
 def want_all_pinned(step: Step, backend: Backend) -> None:
-    """Have what is pinned in the store in the layout of a backend that has just come up, or become ours."""
+    """Prefetch pinned adapters for a backend that has just come up or was just taken over."""
     for name in step.state.names.values():
         if name.pinned and eligibility.cannot_serve(step.state, backend, name.digest) is None:
             want(step, name.digest, [backend])
 
 
 def evict_asked(step: Step, event: EvictAsked) -> None:
-    """Drop an adapter's blobs now, and say per place what could not be done."""
+    """Handle EvictAsked: drop an adapter's blobs now, and answer per tier and backend what happened."""
     state = step.state
     digest = state.names[event.name].digest
     lines = [("host store", _evict_from_store(step, digest))]
@@ -156,7 +156,7 @@ def _evict_from_disk(step: Step, digest: str) -> str:
 
 
 def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
-    """Bring an adapter into the store for every layout in use, and into the engines that were named."""
+    """Handle PrefetchAsked: bring an adapter into the store for every layout in use, and into the named backends."""
     state = step.state
     digest = state.names[event.name].digest
     lines = []
@@ -181,7 +181,7 @@ def prefetch_asked(step: Step, event: PrefetchAsked) -> None:
 
 
 def release_asked(step: Step, event: ReleaseAsked) -> None:
-    """Lift a quarantine: the version is on probation again, and no backend's refusal is remembered."""
+    """Handle ReleaseAsked: put a quarantined version back on probation, and forget every backend's refusal of it."""
     digest = step.state.names[event.name].digest
     version = step.state.versions[digest]
     version.quarantined = ""
@@ -191,7 +191,7 @@ def release_asked(step: Step, event: ReleaseAsked) -> None:
 
 
 def drain_set(step: Step, event: DrainSet) -> None:
-    """Stop or resume sending to a backend; what waits for it goes elsewhere, what runs there ends there."""
+    """Handle DrainSet: stop or resume sending to a backend. Its queue is rerouted; its runs finish."""
     backend = step.state.backends[event.backend]
     if backend.draining == event.draining:
         return

@@ -1,4 +1,4 @@
-"""What an ordering policy is shown of a backend: live, and counted only when it is asked for."""
+"""The view of a backend that an ordering policy gets: live, and computed only when read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sidecar.core.state import Backend, Slot, State
 
 
 class LiveOrderingView:
-    """The room of one backend (`policies.views.Room`) between two decisions."""
+    """One backend between two decisions; implements `policies.views.Room`."""
 
     __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open")
 
@@ -59,7 +59,7 @@ class LiveOrderingView:
         return eligibility.why_not_send(self._state, self._backend, request, self._now_ns) is None
 
     def changed(self) -> None:
-        """Count anew: a decision was carried out."""
+        """Drop cached counts after a decision was carried out."""
         self._pages = None
 
     @property

@@ -1,4 +1,4 @@
-"""What is outstanding at one backend, queued and running, counted as it comes and goes."""
+"""What is outstanding at one backend, queued and running, counted incrementally."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ WEIGHT_UNITS = 1_000_000
 
 @dataclass
 class Outstanding:
-    """Sums over a backend's requests. Expected tokens are what each is still expected to generate."""
+    """Sums over a backend's requests. `expected_tokens` are those still expected to be generated."""
 
     requests: int = 0
     input_tokens: int = 0
     expected_tokens: int = 0
     queued_tokens: int = 0
-    """The part of `expected_tokens` that waits."""
+    """The part of `expected_tokens` of queued requests."""
     footprint_tokens: int = 0
     tenants: dict[str, int] = field(default_factory=dict)
-    """Expected tokens and requests of each tenant that has any: a request counts one on top of its tokens."""
+    """Expected tokens plus the number of requests of each tenant that has any."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Of the same tenants."""
+    """The weights of the same tenants."""
     weight_units: int = field(init=False, metadata={"derived": True})
-    """The sum of them in units of 1/WEIGHT_UNITS: whole, so that it is the same however it came about."""
+    """The sum of the weights in units of 1/WEIGHT_UNITS: an integer, so the order of additions does not matter."""
     lengths: dict[int, int] = field(default_factory=dict)
-    """How many requests may generate up to so many tokens, rounded up to three significant bits."""
+    """How many requests may generate up to this many tokens, rounded up to three significant bits."""
 
     def __post_init__(self) -> None:
         self.weight_units = sum(map(_units, self.weights.values()))
 
     def add(self, tenant: str, weight: float, input_tokens: int, expected_tokens: int, tokens_max: int) -> None:
-        """Count a request that begins to wait."""
+        """Count a request that is queued."""
         self.requests += 1
         self.input_tokens += input_tokens
         self.expected_tokens += expected_tokens
@@ -58,21 +58,21 @@ class Outstanding:
             del self.lengths[length]
 
     def generated(self, tenant: str, tokens: int) -> None:
-        """Note expected tokens that have come."""
+        """Subtract expected tokens that have arrived."""
         self.expected_tokens -= tokens
         self.tenants[tenant] -= tokens
 
     @property
     def longest_tokens(self) -> int:
-        """What the longest of them may generate, rounded up."""
+        """The longest output that any of them may generate, rounded up."""
         return max(self.lengths, default=1)
 
     def demand(self, versions: int) -> Demand:
-        """Return the sums as the pace of an engine is reckoned from."""
+        """Return the sums in the form from which an engine's pace is computed."""
         return Demand(self.requests, self.input_tokens, self.expected_tokens, self.footprint_tokens, versions)
 
     def share_of(self, tenant: str) -> float:
-        """Return a tenant's share of the engine among those that have something outstanding."""
+        """Return a tenant's share of the engine among tenants with something outstanding, from 0 to 1."""
         return _units(self.weights[tenant]) / self.weight_units
 
     def _take_from_tenant(self, tenant: str, tokens: int) -> None:
@@ -89,6 +89,6 @@ def _units(weight: float) -> int:
 
 
 def rounded_up(tokens: int) -> int:
-    """Return a number rounded up to three significant bits, so that there are four in an octave."""
+    """Return a number rounded up to three significant bits: four values per octave."""
     dropped_bits = max(0, tokens.bit_length() - 3)
     return -(-tokens >> dropped_bits) << dropped_bits

@@ -1,7 +1,7 @@
-"""How fast an engine is expected to be: a plane over measured step times, and what follows from it for a backlog.
+"""The expected speed of an engine: a plane fitted to measured step times, and what it means for a backlog.
 
-The ceiling of grouping is that of a closed loop over S slots: with C requests outstanding of N versions the batch is at
-most b = min(seats, what KV holds, 2 S C / (N + S)), and L output tokens take L t(b) / b + P of the engine each.
+The bound on batching by adapter is that of a closed loop over S slots: with C outstanding requests of N versions the
+batch is at most b = min(seats, what KV holds, 2 S C / (N + S)), and L output tokens take L t(b) / b + P of engine time.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ import math
 from dataclasses import dataclass
 
 INTERLEAVED = 1.1
-"""A run is slowed by the prompts that are read between its tokens; this much is allowed for beyond the mean."""
+"""Prompts that are read between a run's tokens slow it down; this factor allows for more than their mean."""
 
 RUN_SHARE = 0.02
 YIELD_HALF_LIFE_NS = 120_000_000_000
 YIELD_LEAST_NS = 20_000_000_000
 YIELD_LONG_NS = 100_000_000_000
-"""Of a hopelessly slow engine, less work than the least is seen for ever: after so long that says enough."""
+"""A very slow engine never reaches YIELD_LEAST_NS of expected work; this much busy time is enough evidence alone."""
 YIELD_BUSY_NS, YIELD_SEEN = 15_000_000_000, 50
-"""So does half the time of a busy one, if it is made of many observations: whatever is expected of the engine."""
+"""So is half the time of a busy engine if it consists of many observations, whatever was expected."""
 YIELD_FACTOR_MAX = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """The time of a step: fixed, for each sequence, for each token of their contexts; and of reading a prompt token."""
+    """Step time in ns: a fixed part, one per sequence, one per context token; and the time to read a prompt token."""
 
     fixed_ns: float = 20_000_000.0
     seat_ns: float = 100_000.0
@@ -32,13 +32,13 @@ class Pace:
     prompt_token_ns: float = 70_000.0
 
     def step_ns(self, batch: float, contexts_tokens: float) -> float:
-        """Return the time of a step that decodes `batch` sequences of so many tokens in all."""
+        """Return the time of a step that decodes `batch` sequences with `contexts_tokens` tokens of context in all."""
         return self.fixed_ns + self.seat_ns * batch + self.context_token_ns * contexts_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is outstanding at an engine: `work_tokens` are yet to be generated, as far as can be expected."""
+    """What is outstanding at an engine; `work_tokens` are those still expected to be generated."""
 
     requests: int
     input_tokens: int
@@ -47,7 +47,7 @@ class Demand:
     versions: int
 
     def batch(self, seats: int, kv_tokens: int | None, slots: int | None) -> float:
-        """Return the largest mean batch that an order which serves all versions alike can reach."""
+        """Return the largest mean batch that an order fair to all versions can reach."""
         batch = float(min(seats, self.requests))
         if kv_tokens is not None and self.footprint_tokens:
             batch = min(batch, kv_tokens * self.requests / self.footprint_tokens)
@@ -57,7 +57,7 @@ class Demand:
 
 
 def token_ns(pace: Pace, demand: Demand, batch: float) -> float:
-    """Return the engine's time for each token generated, when so many run."""
+    """Return the engine time per generated token at a batch size, in ns."""
     length = max(1.0, demand.work_tokens / demand.requests)
     prompt = demand.input_tokens / demand.requests
     step_ns = pace.step_ns(batch, batch * (prompt + length / 2))
@@ -65,7 +65,7 @@ def token_ns(pace: Pace, demand: Demand, batch: float) -> float:
 
 
 def slowest_token_ns(pace: Pace, demand: Demand, seats: int, kv_tokens: int | None) -> float:
-    """Return the time between two tokens of one sequence with every seat taken and the KV cache full."""
+    """Return the time in ns between two tokens of one sequence with every seat taken and the KV cache full."""
     contexts = demand.footprint_tokens * seats / demand.requests
     if kv_tokens is not None:
         contexts = min(contexts, kv_tokens)
@@ -73,7 +73,7 @@ def slowest_token_ns(pace: Pace, demand: Demand, seats: int, kv_tokens: int | No
 
 
 def usual_token_ns(pace: Pace, demand: Demand, batch: float, contexts_tokens: float) -> float:
-    """Return the mean time between two tokens of one sequence in such a batch, the prompts between them included."""
+    """Return the mean time in ns between two tokens of one sequence, with the prompts read between them."""
     length = max(1.0, demand.work_tokens / demand.requests)
     prompts_ns = pace.prompt_token_ns * demand.input_tokens / demand.requests * batch / length
     return pace.step_ns(batch, contexts_tokens) + prompts_ns
@@ -81,24 +81,23 @@ def usual_token_ns(pace: Pace, demand: Demand, batch: float, contexts_tokens: fl
 
 @dataclass
 class Yield:
-    """How much longer an engine takes for its tokens than was expected, while it is busy: the last minutes of it.
+    """Actual over expected time of an engine's tokens while it is busy, over the last minutes.
 
-    Answers of unlike lengths hold slots for a few stragglers, prompts pile up, other clients share the engine: all of
-    that is in here.
+    It covers stragglers that hold slots, prompts that pile up and other clients that share the engine.
     """
 
     busy_ns: float = 0.0
     expected_ns: float = 0.0
     at_ns: int = 0
     seen: int = 0
-    """Observations so far, as far as it matters."""
+    """Observations so far, counted up to YIELD_SEEN."""
 
     def resume(self, now_ns: int) -> None:
-        """The engine was idle until now."""
+        """Note that the engine was idle until now."""
         self.at_ns = now_ns
 
     def generated(self, expected_ns: float, now_ns: int) -> None:
-        """Tokens have come that were expected to take so long."""
+        """Note tokens that were expected to take `expected_ns`."""
         took_ns = now_ns - self.at_ns
         kept = 0.5 ** (took_ns / YIELD_HALF_LIFE_NS)
         self.busy_ns = self.busy_ns * kept + took_ns
@@ -108,14 +107,14 @@ class Yield:
 
     @property
     def known(self) -> bool:
-        """Whether enough was seen: much work, much of the time, or next to none in all that time."""
+        """True after enough evidence: much expected work, much busy time, or many observations."""
         if self.expected_ns >= YIELD_LEAST_NS or self.busy_ns >= YIELD_LONG_NS:
             return True
         return self.seen >= YIELD_SEEN and self.busy_ns >= YIELD_BUSY_NS
 
     @property
     def factor(self) -> float:
-        """Return actual over expected time, 1 while too little was seen."""
+        """Actual over expected time; 1 while there is too little evidence."""
         if not self.known:
             return 1.0
         if self.busy_ns >= YIELD_FACTOR_MAX * self.expected_ns:
@@ -125,11 +124,11 @@ class Yield:
 
 @dataclass
 class Runs:
-    """How long an engine's runs have taken of late."""
+    """Moving averages of the duration of an engine's runs."""
 
     mean_ns: float = 0.0
     square: float = 0.0
-    """The mean of their squares."""
+    """The mean of the squared durations."""
 
     def ended(self, took_ns: int) -> None:
         share = RUN_SHARE if self.mean_ns else 1.0
@@ -138,5 +137,5 @@ class Runs:
 
     @property
     def long_ns(self) -> float:
-        """Return the mean and two standard deviations: nineteen of twenty are shorter, whatever their kind."""
-        return self.mean_ns + 1 * math.sqrt(max(0.0, self.square - self.mean_ns**2))
+        """The mean plus one standard deviation of the durations."""
+        return self.mean_ns + math.sqrt(max(0.0, self.square - self.mean_ns**2))

@@ -1,4 +1,4 @@
-"""What was brought in before anybody had to wait for it, and what became of it."""
+"""Accounting of prefetches: what was brought in before a request needed it, and what became of it."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from dataclasses import dataclass, field
 
 SECOND_NS = 1_000_000_000
 BURST_S = 10
-"""Seconds of its rate that the byte budget saves up, so the largest adapter that is ever fetched on speculation."""
+"""The byte budget saves up this many seconds of its rate, which limits the largest speculative fetch."""
 
 PAUSE_NS = 30 * SECOND_NS
-"""Nothing more is brought in for so long after a try that failed."""
+"""How long prefetching stops after a failed try."""
 
 
 @dataclass
 class PrefetchCounts:
-    """What came into one place ahead of its use: how often, and to what end."""
+    """Counts of prefetches into one place: how many, and what became of them."""
 
     begun: int = 0
     used: int = 0
     late: int = 0
-    """Of those used: a request had to wait for the rest of the way."""
+    """Used ones for which a request still had to wait."""
     wasted_bytes: int = 0
-    """Bytes of what went, or was given up, before anybody used it."""
+    """Bytes that were evicted or given up unused."""
 
     def add(self, other: PrefetchCounts) -> None:
         self.begun += other.begun
@@ -32,26 +32,26 @@ class PrefetchCounts:
 
 @dataclass
 class Guess:
-    """A blob that was fetched, or is being fetched, though nobody waited for it."""
+    """A blob that is fetched, or was, before any request waited for it."""
 
     size_bytes: int
     given_up: bool = False
-    """Somebody waits for what it takes: it is dropped as soon as it is here."""
+    """A request needs its space: it is dropped as soon as it arrives."""
 
 
 @dataclass
 class Guesses:
-    """Blobs that came on speculation and that nobody has used yet, by packed key; and what may still be spent."""
+    """Speculative blobs that no request has used yet, by packed key, and the remaining byte budget."""
 
     unused: dict[str, Guess] = field(default_factory=dict)
     ask_after_ns: int = 0
     budget_bytes: int = 0
     budget_ns: int = 0
-    """When the budget was last brought up to date."""
+    """When the budget was last refilled."""
     counts: PrefetchCounts = field(default_factory=PrefetchCounts)
 
     def refill(self, bytes_per_s: int, now_ns: int) -> int:
-        """Return the bytes that may be fetched on speculation now: a token bucket, full at the start."""
+        """Return the bytes that may be fetched speculatively now: a token bucket that starts full."""
         earned = bytes_per_s * (now_ns - self.budget_ns) // SECOND_NS if self.budget_ns else BURST_S * bytes_per_s
         if earned:
             self.budget_bytes = min(BURST_S * bytes_per_s, self.budget_bytes + earned)
@@ -64,23 +64,23 @@ class Guesses:
         self.counts.begun += 1
 
     def arrived(self, key: str) -> None:
-        """Note that a guess is here, so that the next may be made."""
+        """Note that a guess arrived, so that the next may be made."""
         if key in self.unused:
             self.ask_after_ns = 0
 
     def failed(self, key: str, now_ns: int) -> None:
-        """Note that a guess cannot be had: it took nothing, but others are left alone for a while."""
+        """Note that a guess could not be fetched. It used no budget, but other guesses pause for a while."""
         if self.unused.pop(key, None) is not None:
             self.ask_after_ns = now_ns + PAUSE_NS
 
     def used(self, key: str, late: bool) -> None:
-        """Note that a request wants the blob: it was a good guess."""
+        """Note that a request uses the blob: a good guess."""
         if self.unused.pop(key, None) is not None:
             self.counts.used += 1
             self.counts.late += late
 
     def gone(self, key: str) -> None:
-        """Note that a blob left the store; if nobody had used it, it was a bad guess."""
+        """Note that a blob left the store: a bad guess if it was unused."""
         guess = self.unused.pop(key, None)
         if guess is not None:
             self.counts.wasted_bytes += guess.size_bytes
@@ -88,7 +88,7 @@ class Guesses:
 
 @dataclass
 class PrefetchedLoad:
-    """A version that is being loaded, or was, while others had its turn; until a request of it runs."""
+    """A version loaded, or being loaded, before its requests were due; kept until one of them runs."""
 
     size_bytes: int
     done_ns: int | None = None
@@ -96,13 +96,13 @@ class PrefetchedLoad:
 
 @dataclass
 class PrefetchedLoads:
-    """What one backend's engine was given ahead of time, by version."""
+    """Versions loaded ahead into one backend's engine."""
 
     unused: dict[str, PrefetchedLoad] = field(default_factory=dict)
     rest: int = 0
-    """Rounds that are let pass before the next look: the last one found nothing to load, or no room for it."""
+    """Rounds to skip before the next try, after one that found nothing to load or no space."""
     paused_until_ns: int = 0
-    """One failed: the engine has less room than is believed, or worse to do."""
+    """Set after a failed load: the engine has less space than believed, or other problems."""
     counts: PrefetchCounts = field(default_factory=PrefetchCounts)
 
     @property
@@ -121,16 +121,16 @@ class PrefetchedLoads:
             self.paused_until_ns = now_ns + PAUSE_NS
 
     def used(self, version: str, now_ns: int) -> None:
-        """Note that a request of the version runs; it waited for the Load if it was sent as soon as that ended."""
+        """Note that a request of the version runs. It waited for the Load if it was sent the moment that ended."""
         self.counts.used += 1
         self.counts.late += self.unused.pop(version).done_ns == now_ns
 
     def gone(self, version: str) -> None:
-        """Note that nobody used a version before it left the engine, or before nobody waited for it any more."""
+        """Note that a version left the engine, or the queue, before any request used it."""
         self.counts.wasted_bytes += self.unused.pop(version).size_bytes
 
     def clear(self) -> None:
-        """Note that the engine has started anew."""
+        """Note that the engine has restarted."""
         for version in list(self.unused):
             self.gone(version)
         self.paused_until_ns = 0

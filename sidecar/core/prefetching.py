@@ -1,14 +1,14 @@
-"""Bring in what is not needed yet, as the prefetch policy advises, out of what nobody needs now.
+"""Load and fetch what is not needed yet, as the prefetch policy advises, using only idle resources.
 
-Ahead of their turn: versions that wait in a backend's queue are loaded into its engine's host cache, one at a time,
-when the ordering policy has had its say and a seat and a slot are left over; for such a Load is a request that takes
-both for a moment. Everything that may hold a Load back holds these back too. They go into pages that are free or are
-held by versions that nobody queued for, and the slot is given back when the Load has ended: opening stays the ordering
-policy's decision. Where the size of the host cache is not known, or is being learned, nothing is loaded ahead.
+Loads ahead: versions queued on a backend are loaded into its engine's host cache, one at a time, when the ordering
+policy has decided all it wants and a seat and a slot are left over; such a Load is a request that occupies both for a
+moment. Everything that may hold back a Load holds these back too. They use pages that are free or held by versions
+without queued requests, and the slot is freed when the Load ends: opening stays the ordering policy's decision.
+Nothing is loaded ahead while the size of the host cache is unknown or being learned.
 
-On speculation: versions that nobody waits for are fetched into the host store, while no request waits for a fetch,
-while more than half of the fetches stand idle, and within a token bucket of bytes. When a request comes to wait, those
-under way are given up: what they take is freed as soon as they arrive.
+Speculative fetches: versions that no request needs are fetched into the host store while no request waits for a
+fetch, while more than half of the fetches are idle, and within a token bucket of bytes. When a request comes to wait,
+running ones are given up: their space is freed as soon as they arrive.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from sidecar.core.state import Backend, State
 from sidecar.core.step import Step
 
 LOOK_EVERY = 32
-"""Rounds of a backend between two looks that find nothing. A version that begins to wait, or comes into the store, is
-looked at at once; what a look costs grows with the slots and the versions that wait, so room is noticed a little late.
+"""Rounds of a backend that are skipped after a look that found nothing. A version that is queued or arrives in the
+store ends the pause at once. A look costs time in proportion to slots and queued versions, so free space is noticed
+a little late.
 """
 LOADS_UNUSED_MAX = 4
-"""Versions in an engine's cache ahead of their turn: more of them would be pushed out before it comes."""
+"""Unused loads ahead that one engine may hold: more would be evicted before they are used."""
 LOOKED_AT_MAX = 256
-"""Versions of a backend's queue that are looked at, next position first."""
+"""Versions of a backend's queue that are considered, next position first."""
 ASK_EVERY_NS = SECOND_NS
-"""What to fetch on speculation is asked for no more often than this, and when such a fetch has come through."""
+"""The policy is asked for speculative fetches at most this often, and whenever such a fetch has arrived."""
 
 
 def requested(step: Step, request_id: int) -> None:
-    """Tell the policy of a request that was admitted, and see whether it was foreseen."""
+    """Tell the policy about an admitted request, and count whether a guess foresaw it."""
     state = step.state
     request = state.requests.get(request_id)
     if request is None or request.version == BASE or request.backend is None:
@@ -57,17 +58,17 @@ def requested(step: Step, request_id: int) -> None:
     state.guesses.used(packed.key, late=not entry.ready)
 
 
-def look_again(step: Step) -> None:
-    """A Load has come through: it may have been what held others back, anywhere."""
+def reset_pauses(step: Step) -> None:
+    """Let every backend consider loads ahead again: a Load has ended that may have held them back."""
     for backend in step.state.backends.values():
         backend.ahead.rest = 0
 
 
-# Loads ahead of their turn.
+# Loads ahead.
 
 
-def take_stock(step: Step, backend: Backend) -> None:
-    """Give back the slots of loads ahead that have ended, before the ordering policy is asked."""
+def end_loads(step: Step, backend: Backend) -> None:
+    """Free the slots of loads ahead that have ended, before the ordering policy is asked."""
     ahead = backend.ahead
     for version, one in list(ahead.unused.items()):
         slot = backend.slots.get(version)
@@ -79,24 +80,24 @@ def take_stock(step: Step, backend: Backend) -> None:
 
 
 def load_ahead(step: Step, backend: Backend) -> None:
-    """Load what the policy advises, after the ordering policy has decided all it wanted to."""
-    _see_what_was_used(step, backend)
+    """Load what the policy advises, once the ordering policy has decided all it wants."""
+    _count_used(step, backend)
     if not _has_to_spare(step.state, backend, step.now_ns):
         return
     if backend.ahead.rest:
         backend.ahead.rest -= 1
         return
     backend.ahead.rest = LOOK_EVERY
-    room = _EngineRoom(step.state, backend, step.now_ns)
-    for version in step.state.prefetch.advise(room, step.now_ns) if room.has_pages else ():
-        if room.can_bring(version):
+    spare = _EngineSpare(step.state, backend, step.now_ns)
+    for version in step.state.prefetch.advise(spare, step.now_ns) if spare.has_pages else ():
+        if spare.can_bring(version):
             packed = step.state.packed_for(version, backend)
             backend.ahead.begun(version, packed.size_bytes)
             dispatching.open_version(step, backend, version)
             return
 
 
-def _see_what_was_used(step: Step, backend: Backend) -> None:
+def _count_used(step: Step, backend: Backend) -> None:
     ahead = backend.ahead
     for version, one in list(ahead.unused.items()):
         slot = backend.slots.get(version)
@@ -109,7 +110,7 @@ def _see_what_was_used(step: Step, backend: Backend) -> None:
 
 
 def _has_to_spare(state: State, backend: Backend, now_ns: int) -> bool:
-    """Whether it is worth a closer look; cheap, since it is asked after every step."""
+    """Return True if a closer look is worthwhile. It is cheap, since every step asks it."""
     ahead = backend.ahead
     return (
         bool(backend.queued)
@@ -124,8 +125,8 @@ def _has_to_spare(state: State, backend: Backend, now_ns: int) -> bool:
     )
 
 
-class _EngineRoom:
-    """What an engine has to spare (`policies.views.Spare`)."""
+class _EngineSpare:
+    """The spare space of an engine; implements `policies.views.Spare`."""
 
     budget_bytes = 0
     free_bytes = 0
@@ -138,7 +139,7 @@ class _EngineRoom:
         self.has_pages = self._pages.takes(1)
 
     def coming(self) -> Iterator[Sized]:
-        """A version stands in the order in which it began to wait; until it is opened that is its queue position."""
+        """Yield versions in the order in which they began to wait: until opened, that is their queue position."""
         state, backend = self._state, self._backend
         for version in at_most(LOOKED_AT_MAX, backend.queued_by_version):
             if version == BASE or version in backend.slots or eligibility.resident(backend, version):
@@ -162,7 +163,7 @@ class _EngineRoom:
 
 
 def takes_from_nobody(backend: Backend, pages: int) -> bool:
-    """Whether the engine would make room for a Load out of free pages and of versions that nobody queued for."""
+    """Return True if a Load fits into free pages and pages of versions without queued requests."""
     cache = backend.shadow.host
     assert cache.pages_total is not None
     on_their_way = sum(slot.pages for slot in backend.slots.values() if slot.load is not None)
@@ -178,17 +179,17 @@ def takes_from_nobody(backend: Backend, pages: int) -> bool:
     return excess <= 0
 
 
-# Fetches on speculation.
+# Speculative fetches.
 
 
 def speculate(step: Step) -> None:
-    """Fetch what the policy thinks will be asked for; or, when somebody waits for a fetch, stop doing so."""
+    """Fetch what the policy expects to be requested; give up such fetches when a request waits for one."""
     state = step.state
     under_way = bool(state.guesses.unused) and bool(state.store.fetches)
     may_ask = _may_ask(state, step.now_ns)
     if not (under_way or may_ask):
         return
-    if fetching.somebody_waits(state):
+    if fetching.is_awaited(state):
         _give_way(state)
     elif may_ask:
         _fetch_guesses(step)
@@ -199,7 +200,7 @@ def _may_ask(state: State, now_ns: int) -> bool:
 
 
 def _link_is_idle(state: State) -> bool:
-    """Whether half of the fetches would still stand idle after one more."""
+    """Return True if half of the fetches would still be idle after one more."""
     return 2 * (state.store.fetches + 1) <= state.config.fetches_max
 
 
@@ -212,10 +213,10 @@ def _give_way(state: State) -> None:
 def _fetch_guesses(step: Step) -> None:
     state = step.state
     state.guesses.ask_after_ns = step.now_ns + ASK_EVERY_NS
-    _forget_the_gone(state)
-    room = _StoreRoom(step, state.guesses.refill(state.config.prefetch_bytes_per_s, step.now_ns))
-    for version in state.prefetch.advise(room, step.now_ns):
-        backend = room.server_of(version)
+    _count_dropped(state)
+    spare = _StoreSpare(step, state.guesses.refill(state.config.prefetch_bytes_per_s, step.now_ns))
+    for version in state.prefetch.advise(spare, step.now_ns):
+        backend = spare.server_of(version)
         if backend is None or not _link_is_idle(state):
             return
         packed = state.packed_for(version, backend)
@@ -224,14 +225,14 @@ def _fetch_guesses(step: Step) -> None:
         state.guesses.begun(packed.key, packed.size_bytes)
 
 
-def _forget_the_gone(state: State) -> None:
-    """Take note of what operators had dropped."""
+def _count_dropped(state: State) -> None:
+    """Count guesses that an operator had dropped."""
     for key in [key for key in state.guesses.unused if key not in state.store.entries]:
         state.guesses.gone(key)
 
 
-class _StoreRoom:
-    """What the host store has to spare (`policies.views.Spare`)."""
+class _StoreSpare:
+    """The spare space of the host store; implements `policies.views.Spare`."""
 
     def __init__(self, step: Step, budget_bytes: int) -> None:
         self._state = step.state
@@ -256,7 +257,7 @@ class _StoreRoom:
         return self.server_of(version) is not None
 
     def server_of(self, version: str) -> Backend | None:
-        """Return the first backend that takes a version, if it is neither in the store for it nor in its engine."""
+        """Return the first backend that takes a version, or None if the store or its engine has the version already."""
         held = self._state.versions.get(version)
         if held is None or held.quarantined:
             return None

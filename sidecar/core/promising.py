@@ -1,8 +1,8 @@
-"""What a request can be told when it is admitted: how long it will wait, and how long it waits at most.
+"""Promises: how long an admitted request will wait, and how long at most.
 
-All of it rests on what is known then: what is outstanding at its backend, the slots, the engine's pace and how far
-off that has been found. A promise is made once, kept with the request and never raised. It is void from the moment
-at which what it rested on is gone: the backend was lost or has become slower, or the adapter's origin was late.
+A promise rests on what is known at admission: what is outstanding at its backend, the slots, the engine's pace and
+the measured error of that pace. It is made once, kept with the request and never raised. It becomes void when its
+basis is gone: the backend was lost or became slower, or the adapter's origin was late.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from sidecar.core.pace import Demand, Pace, slowest_token_ns, token_ns, usual_to
 from sidecar.core.state import Backend, Request, State, Version
 
 FETCH_ALLOWANCE_NS = 10_000_000_000
-"""What a promise allows for the way of an adapter that the host store has not got, or may lose again."""
+"""The time that a promise allows for bringing an adapter into the host store."""
 SLOWED = 1.25
-"""Steps that take so many times what promises allow for mean that the engine has become slower."""
+"""Steps that take this many times what promises allow for mean that the engine has become slower."""
 SLOWED_LEARNED = 1.5
-"""The same for an engine whose pace was only learned: loads of another kind look like another pace."""
+"""The same for a learned pace: a different load looks like a different pace."""
 LENGTHS_KEPT = 0.99
-"""What each answer leaves of the weight of those before it."""
+"""The factor by which each answer reduces the weight of earlier ones."""
 SLOTS_UNLIMITED = 1 << 20
 
 
 def pace_of(backend: Backend) -> Pace:
-    """Return the pace of an engine: calibrated, or the usual one until its runs have said more."""
+    """Return an engine's pace: calibrated, or the default one, corrected by `slowness` once learned."""
     return backend.facts.pace or Pace()
 
 
 def _versions(backend: Backend) -> int:
-    """Return how many versions wait or hold a slot."""
+    """Return how many versions are queued or hold a slot."""
     return len(backend.queued_by_version) + len(backend.resting)
 
 
 def pace_is_known(backend: Backend) -> bool:
-    """Whether the time of an engine's steps is more than a guess."""
+    """Return True if an engine's step time is more than a guess."""
     return backend.facts.pace is not None or backend.steps.known
 
 
 def wait_is_known(backend: Backend) -> bool:
-    """Whether it is more than a guess how fast an engine serves: what its runs took says so without any step."""
+    """Return True if an engine's throughput is more than a guess: completed runs show it without step times."""
     return pace_is_known(backend) or backend.yielded.known
 
 
 def reading_ns(backend: Backend, request: Request) -> int:
-    """Return how long an engine takes at least to read a request's prompt; 0 where it was not calibrated.
+    """Return the least time in ns to read a request's prompt; 0 for an engine that was not calibrated.
 
-    Steps say nothing of prompts, so a pace that was learned from them is a guess here.
+    A learned pace does not count: steps say nothing about prompts.
     """
     pace = backend.facts.pace
     return 0 if pace is None else round(pace.prompt_token_ns * request.view.input_tokens)
 
 
 def step_ns(state: State, backend: Backend) -> float:
-    """Return how long a step of an engine takes at most, with what is outstanding there."""
+    """Return the longest time in ns of an engine's step with what is outstanding there."""
     if not backend.outstanding.requests:
         return pace_of(backend).fixed_ns * backend.slowness
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
@@ -62,15 +62,15 @@ def step_ns(state: State, backend: Backend) -> float:
 
 
 def slots_of(backend: Backend, pages: int) -> int:
-    """Return how many versions of so many pages may be open at once."""
+    """Return how many versions of this many pages may be open at once."""
     limit = eligibility.page_limit(backend)
     return SLOTS_UNLIMITED if limit is None else max(1, limit // max(1, pages))
 
 
 def expected_tokens(state: State, request: Request) -> int:
-    """Return what a request is expected to generate: what its client allows, times the part that answers have taken.
+    """Return the expected output of a request: its client's limit times the fraction that answers have used.
 
-    Whether a client asks for what it needs or for a cap that suits all, that is right on average.
+    This is right on average, whether clients ask for what they need or for a generous limit.
     """
     asked = request.view.output_tokens_max
     version = state.versions.get(request.version)
@@ -80,13 +80,13 @@ def expected_tokens(state: State, request: Request) -> int:
 
 
 def learn_length(version: Version, request: Request) -> None:
-    """Take in how long an answer was."""
+    """Learn from the length of an answer."""
     version.asked_tokens = LENGTHS_KEPT * version.asked_tokens + request.view.output_tokens_max
     version.answered_tokens = LENGTHS_KEPT * version.answered_tokens + request.tokens
 
 
 def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
-    """Return what a request finds, itself included: it must have been counted as outstanding."""
+    """Return the backlog that a request finds, itself included. It must have been counted as outstanding."""
     outstanding, packed = backend.outstanding, state.packed_for(request.version, backend)
     is_open, waits = request.version in backend.slots, request.version in backend.queued_by_version
     versions = _versions(backend) + (not is_open and not waits)
@@ -115,36 +115,36 @@ def backlog_of(state: State, backend: Backend, request: Request) -> Backlog:
 
 
 def _finds_a_slot(backend: Backend, packed: Packed, blocked: int) -> bool:
-    """Whether there is a free slot for each version that waits for one; the base model needs none."""
+    """Return True if there is a free slot for every version that waits for one. The base model needs none."""
     return eligibility.page_room(backend).takes(blocked * packed.pages)
 
 
 def bounds_hold(state: State, backend: Backend, version: str) -> bool:
-    """Whether a wait can be bounded at all: not where backends have to wait for each other's use of the host store."""
+    """Return True if a wait can be bounded; False if backends may wait for each other's use of the host store."""
     return _held_at_once(state, state.packed_for(version, backend)) > 0
 
 
 def _held_at_once(state: State, packed: Packed) -> int:
-    """Return how many versions of this size the host store holds for each backend: those in use stay in it."""
+    """Return how many versions of this size each backend's share of the host store holds: those in use stay there."""
     if not packed.size_bytes:
         return SLOTS_UNLIMITED
     return state.store.budget_bytes // packed.size_bytes // len(state.backends)
 
 
 def store_holds_slots(state: State, backend: Backend) -> bool:
-    """Whether the host store's share of a backend is enough for all the slots that its requests were promised."""
+    """Return True if a backend's share of the host store is enough for all slots that its promises assume."""
     versions = dict.fromkeys((*backend.queued_by_version, *(state.requests[each].version for each in backend.running)))
     packed = [state.packed_for(version, backend) for version in versions]
     return all(_held_at_once(state, each) >= slots_of(backend, each.pages) for each in packed)
 
 
 def _is_here_to_stay(state: State, backend: Backend, version: str) -> bool:
-    """Whether a version need not be fetched while a request for it waits: queued ones are not pinned."""
+    """Return True if a version needs no fetch while a request for it waits. Queued ones are not pinned."""
     return version == BASE or (state.store.has(state.packed_for(version, backend).key) and not state.store.evictions)
 
 
 def wait_ns(state: State, backend: Backend) -> int | None:
-    """Return how long one that comes now waits at a backend, as expected; None where that would be a guess."""
+    """Return the expected wait in ns of a request that arrives now at a backend; None if that would be a guess."""
     if backend.silence.suspected:
         return None
     if wait_is_known(backend):
@@ -153,7 +153,7 @@ def wait_ns(state: State, backend: Backend) -> int | None:
 
 
 def serving_ns(state: State, backend: Backend) -> int:
-    """Return how long it takes to serve what waits at a backend, by its pace, known or guessed."""
+    """Return the time in ns to serve a backend's queue at its pace, known or guessed."""
     if not backend.outstanding.queued_tokens:
         return 0
     demand = backend.outstanding.demand(max(1, _versions(backend)))
@@ -162,7 +162,7 @@ def serving_ns(state: State, backend: Backend) -> int:
 
 
 def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> tuple[float, float]:
-    """Return the engine's time for each token at the batch to be expected, and of one sequence at the fullest."""
+    """Return the engine time per token at the expected batch, and the time per token of one sequence at the fullest."""
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
     pace, slowness = pace_of(backend), backend.slowness
     each_ns = token_ns(pace, demand, demand.batch(seats, kv_tokens, slots))
@@ -170,7 +170,7 @@ def _token_times(state: State, backend: Backend, demand: Demand, slots: int) -> 
 
 
 def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> None:
-    """Take in that a run has ended with so many tokens; what was outstanding while it ran must still be counted."""
+    """Learn from a run that ended with this many tokens. It must still be counted as outstanding."""
     outstanding = backend.outstanding
     demand = outstanding.demand(max(1, _versions(backend)))
     seats, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens
@@ -179,9 +179,9 @@ def learn_yield(state: State, backend: Backend, tokens: int, now_ns: int) -> Non
 
 
 def learn_steps(state: State, backend: Backend, steps: int, now_ns: int) -> bool:
-    """Take in that an engine made so many steps since it was last heard of; say whether it has become slower.
+    """Learn from `steps` engine steps since the last report; return True if the engine has become slower.
 
-    A calibrated one has when its steps took more, over a minute or two, than even the fullest engine's should.
+    A calibrated engine has become slower when its steps took longer, over a minute or two, than those of a full engine.
     """
     seats, pace = backend.facts.seats or state.config.seats_default, backend.facts.pace
     demand = backend.outstanding.demand(1)
@@ -203,7 +203,7 @@ def _is_late(backend: Backend) -> bool:
 
 
 def _learn_slowness(backend: Backend) -> bool:
-    """Rest promises from now on on what runs have shown; say whether it is much more than those that stand rest on."""
+    """Base new promises on the measured steps; return True if these are much slower than standing promises assume."""
     factor = backend.slowness = backend.steps.factor
     late = bool(backend.queued) and factor > SLOWED_LEARNED * backend.slowness_promised
     if late or not backend.queued:

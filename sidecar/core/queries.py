@@ -1,4 +1,4 @@
-"""Where adapters are and how backends stand, for operators. Read between steps; nothing is changed."""
+"""Views of adapters and backends for operators. They are read between steps and change nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.core.waiting import seconds
 
 
 def caveats(state: State, version: str) -> tuple[str, ...]:
-    """Say what keeps backends that can serve a version from doing so well, a sentence each."""
+    """Return a sentence for each reason why a backend can serve a version only badly."""
     servers = eligibility.servers_of(state, version)
     is_fused = "mlp_gate_up" in state.versions[version].adapter.modules
     several = tuple(
@@ -25,7 +25,8 @@ def caveats(state: State, version: str) -> tuple[str, ...]:
         for backend in servers
         if backend.facts.caches > 1 and not backend.facts.attaches
     )
-    # `layers/mlp.py`: a gated MLP adds what mlp_h_to_4h and mlp_gate give together, and nothing where one is missing.
+    # TensorRT-LLM's `layers/mlp.py`: a gated MLP adds the outputs of mlp_h_to_4h and mlp_gate, and nothing if one is
+    # missing.
     passed_over = tuple(
         f"{backend.id} was built with mlp_h_to_4h and without mlp_gate, so the fused gate_up_proj is sent as NVIDIA's "
         "converter writes it; newer TensorRT-LLM passes over such rows in silence, so see whether it changes answers "
@@ -38,7 +39,7 @@ def caveats(state: State, version: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CopyView:
-    """One packed form in a tier of the host store, held or on its way: "fetching" into memory, "writing" to disk."""
+    """One packed form in a tier of the host store; `state` is "held", "fetching" (memory) or "writing" (disk)."""
 
     tier: str
     dtype: str
@@ -52,7 +53,7 @@ class CopyView:
 class ResidencyView:
     """What is believed of an adapter on one backend.
 
-    `tier` is "gpu", "engine_host", "loading" or "absent"; `source` is what the belief rests on; `unfit` says why the
+    `tier` is "gpu", "engine_host", "loading" or "absent"; `source` is the evidence of the belief; `unfit` says why the
     backend cannot serve it.
     """
 
@@ -65,7 +66,7 @@ class ResidencyView:
 
 @dataclass(frozen=True)
 class AdapterView:
-    """A registered name, the version it stands for, and where that is."""
+    """A registered name, its current version, and where that version is."""
 
     name: str
     ordinal: int
@@ -84,12 +85,12 @@ class AdapterView:
 
 
 def adapter_view(state: State, name: str, now_ns: int) -> AdapterView:
-    """Return one adapter. The name must be registered."""
+    """Return the view of one adapter. The name must be registered."""
     return _adapter_view(state, state.names[name], _copies_by_version(state), now_ns)
 
 
 def adapter_views(state: State, now_ns: int) -> Iterator[AdapterView]:
-    """Yield every adapter, by name. Steps may be taken between two of them; one that went meanwhile is left out."""
+    """Yield the view of every adapter, by name. Steps may run in between; a name unregistered meanwhile is left out."""
     copies = _copies_by_version(state)
     for name in sorted(state.names):
         if name in state.names:
@@ -127,8 +128,8 @@ def _adapter_view(state: State, name: Name, copies: dict[str, list[CopyView]], n
 
 def _copy_view(tier: str, key: str, entry: Entry) -> CopyView:
     dtype = key.partition(".")[2].partition(".")[0]
-    coming = "fetching" if tier == "memory" else "writing"
-    return CopyView(tier, dtype, "held" if entry.ready else coming, entry.size_bytes, entry.pins, task_id_of(key))
+    arriving = "fetching" if tier == "memory" else "writing"
+    return CopyView(tier, dtype, "held" if entry.ready else arriving, entry.size_bytes, entry.pins, task_id_of(key))
 
 
 def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> ResidencyView:
@@ -148,7 +149,7 @@ def _residency(state: State, backend: Backend, digest: str, now_ns: int) -> Resi
 
 @dataclass(frozen=True)
 class OpenView:
-    """A version that is open on a backend. `pinned_by` is why it cannot be evicted: "loading", "running" or ""."""
+    """A version that is open on a backend. `pinned_by` says why it stays: "loading", "running" or ""."""
 
     name: str
     digest: str
@@ -168,9 +169,9 @@ class HealView:
 
 @dataclass(frozen=True)
 class BackendView:
-    """One backend. Numbers that are not known are 0; `notes` say what holds it back now.
+    """One backend. Unknown numbers are 0; `notes` say what holds it back now.
 
-    `pace` says what is known of its step time: "calibrated", "learned" from its runs, or "guess".
+    `pace` is the source of its step time: "calibrated", "learned" from its runs, or "guess".
     """
 
     id: str
@@ -196,18 +197,18 @@ class BackendView:
 
 
 def backend_view(state: State, backend_id: str, now_ns: int) -> BackendView:
-    """Return one backend, the last heals first. It must be configured."""
+    """Return the view of one backend, latest heals first. It must be configured."""
     return _backend_view(state, state.backends[backend_id], _names_by_digest(state), now_ns)
 
 
 def backend_views(state: State, now_ns: int) -> list[BackendView]:
-    """Return every backend, in the order they were configured."""
+    """Return the view of every backend, in configured order."""
     names = _names_by_digest(state)
     return [_backend_view(state, backend, names, now_ns) for backend in state.backends.values()]
 
 
 def _names_by_digest(state: State) -> dict[str, str]:
-    """Return a name for each version that has one: the first by the alphabet."""
+    """Return the alphabetically first name of each version that has one."""
     return {state.names[name].digest: name for name in sorted(state.names, reverse=True)}
 
 
@@ -216,7 +217,7 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
     return BackendView(
         id=backend.id,
         kind=facts.kind,
-        state=_standing(state, backend),
+        state=_state_of(state, backend),
         base_model=facts.base_models[0] if facts.base_models else "",
         dtype=facts.dtype or "",
         rank_max=facts.rank_max or 0,
@@ -230,22 +231,22 @@ def _backend_view(state: State, backend: Backend, names: dict[str, str], now_ns:
         page_limit=eligibility.page_limit(backend) or 0,
         open=tuple(_open_view(backend, digest, names, now_ns) for digest in backend.slots),
         heals=tuple(
-            HealView(now_ns - heal.at_ns, heal.reason, _called(names, heal.version)) for heal in reversed(backend.heals)
+            HealView(now_ns - heal.at_ns, heal.reason, _label(names, heal.version)) for heal in reversed(backend.heals)
         ),
-        resident=tuple(_called(names, digest) for digest in backend.shadow.host.held),
-        pace=_pace_word(backend),
+        resident=tuple(_label(names, digest) for digest in backend.shadow.host.held),
+        pace=_pace_source(backend),
         predicted_wait_ns=promising.wait_ns(state, backend),
         notes=tuple(_notes(state, backend, now_ns)),
     )
 
 
-def _pace_word(backend: Backend) -> str:
+def _pace_source(backend: Backend) -> str:
     if backend.facts.pace is not None:
         return "calibrated"
     return "learned" if promising.wait_is_known(backend) else "guess"
 
 
-def _standing(state: State, backend: Backend) -> str:
+def _state_of(state: State, backend: Backend) -> str:
     if backend.phase is Phase.DOWN:
         return "down"
     if backend.leaving:
@@ -261,13 +262,11 @@ def _open_view(backend: Backend, digest: str, names: dict[str, str], now_ns: int
     slot = backend.slots[digest]
     pinned_by = "loading" if slot.load is not None else "running" if slot.running else ""
     queued = len(backend.queued_by_version.get(digest, ()))
-    return OpenView(
-        _called(names, digest), digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by
-    )
+    return OpenView(_label(names, digest), digest, now_ns - slot.opened_ns, slot.pages, slot.running, queued, pinned_by)
 
 
-def _called(names: dict[str, str], digest: str) -> str:
-    """Return what people call a version; one whose name is gone is called by its digest."""
+def _label(names: dict[str, str], digest: str) -> str:
+    """Return a version's name for people, or the start of its digest if it has none left."""
     return names.get(digest, digest[:12]) if digest else "base model"
 
 

@@ -1,4 +1,4 @@
-"""Acts on the queue: a request is routed, waits with a promise, moves, and ends."""
+"""Acts on the queue: route a request, promise it a bound, move it, end it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sidecar.errors import Reason
 
 
 def promise(step: Step, request: Request, backend: Backend) -> int:
-    """Tell a request that is being admitted how long it waits at most; return how long it is likely to."""
+    """Promise an arriving request its longest wait; return the expected wait in ns."""
     _count_outstanding(step, request, backend)
     backlog = promising.backlog_of(step.state, backend, request)
     request.fetch_allowed_ns = backlog.fetch_ns
@@ -24,24 +24,24 @@ def promise(step: Step, request: Request, backend: Backend) -> int:
     elif not backend.silence.suspected and promising.bounds_hold(step.state, backend, request.version):
         request.promise = backend.ordering.promise(request.view, backlog, step.now_ns)
     if backend.silence.suspected or not promising.wait_is_known(backend):
-        return 0  # nobody is refused on a guess
+        return 0  # a request is never refused on a guess
     return backlog.queue_ns if request.promise is None else request.promise.expected_ns
 
 
 def take_back(step: Step, request: Request, backend: Backend) -> None:
-    """Forget a request that was told how long it would wait, and is refused for it."""
+    """Undo the accounting of a request that is refused for its predicted wait."""
     backend.outstanding.queued_tokens -= request.expected_tokens
     no_longer_outstanding(step, request, backend)
 
 
 def route(step: Step, request: Request) -> None:
-    """Put a request that was queued or ran before into the queue of a backend, or aside while none can serve it."""
+    """Queue a request anew at a backend, or set it aside while none can serve it. Its promise is void."""
     void_promise(step, request, Voided.MOVED)
     place(step, request, pick_backend(step, request))
 
 
 def move(step: Step, request: Request, backend: Backend) -> None:
-    """Queue a waiting request at a backend that can send it at once: sooner than it was promised where it was."""
+    """Move a waiting request to a backend that can send it at once, sooner than its promise: the promise holds."""
     step.taken_over = backend, request.id
     arrived_for(step, request)
     dequeue(step, request)
@@ -49,7 +49,7 @@ def move(step: Step, request: Request, backend: Backend) -> None:
 
 
 def pick_backend(step: Step, request: Request) -> Backend | None:
-    """Ask the routing policy; None while no backend that can serve the request is up."""
+    """Ask the routing policy for a backend; None while no backend that can serve the request is up."""
     takers = eligibility.takers_of(step.state, request.version, request.view, request.only)
     if len(takers) > 1 and request.losses:
         takers = tuple(taker for taker in takers if taker not in request.losses) or takers
@@ -60,7 +60,7 @@ def pick_backend(step: Step, request: Request) -> Backend | None:
 
 
 def place(step: Step, request: Request, backend: Backend | None) -> None:
-    """Queue a request at a backend, or keep it aside for want of one."""
+    """Queue a request at a backend, or set it aside without one."""
     if backend is None:
         _set_aside(step, request)
     else:
@@ -68,7 +68,7 @@ def place(step: Step, request: Request, backend: Backend | None) -> None:
 
 
 def _set_aside(step: Step, request: Request) -> None:
-    """Keep a request that no backend can take at the moment: nothing bounds how long that lasts."""
+    """Set aside a request that no backend can take now. Nothing bounds how long that lasts."""
     void_promise(step, request, Voided.NO_BACKEND)
     request.backend = None
     step.state.unrouted[request.id] = None
@@ -119,7 +119,7 @@ def no_longer_outstanding(step: Step, request: Request, backend: Backend) -> Non
 
 
 def void_promise(step: Step, request: Request, why: Voided) -> None:
-    """Note that what a promise rested on is gone; a request has only one, so nothing bounds its wait any more."""
+    """Void a request's promise. It is given no new one, so nothing bounds its wait any more."""
     if request.promise is not None:
         request.promise = None
         request.voided = why.value
@@ -127,7 +127,7 @@ def void_promise(step: Step, request: Request, why: Voided) -> None:
 
 
 def void_promises(step: Step, backend: Backend, why: Voided) -> None:
-    """Void what is outstanding at a backend: of those that wait, and of those that run and have no token yet."""
+    """Void the promises of a backend's queued requests, and of its running ones that have no token yet."""
     for request_id in backend.queued:
         void_promise(step, step.state.requests[request_id], why)
     for request_id in backend.running:
@@ -137,16 +137,16 @@ def void_promises(step: Step, backend: Backend, why: Voided) -> None:
 
 
 def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
-    """Take a queued request out of wherever it waits."""
+    """Take a queued request out of its queue, or from those set aside."""
     _count_waiting(step, request, -1)
     if request.backend is None:
         del step.state.unrouted[request.id]
         return
     backend = step.state.backends[request.backend]
     del backend.queued[request.id]
-    line = backend.queued_by_version[request.version]
-    line.discard(request.id)
-    if not line:
+    queue = backend.queued_by_version[request.version]
+    queue.discard(request.id)
+    if not queue:
         del backend.queued_by_version[request.version]
         backend.recount(request.version)
     backend.ordering.left(request.id, step.now_ns)
@@ -159,28 +159,28 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
 
 
 def _no_longer_wants(step: Step, request: Request, key: str) -> None:
-    line = step.state.wanted[key]
-    line.discard(request.id)
-    if not line:
+    queue = step.state.wanted[key]
+    queue.discard(request.id)
+    if not queue:
         del step.state.wanted[key]
         step.state.lateness.ends(key)
     step.hungry = True
 
 
 def void_if_adapter_is_late(step: Step, request: Request) -> None:
-    """Void the promise of a request that has waited for its adapter for longer than the promise allows for that."""
+    """Void the promise of a request that has waited longer for its adapter than the promise allows."""
     if request.fetch_ns + _missing_ns(step, request) > request.fetch_allowed_ns:
         void_promise(step, request, Voided.ADAPTER_LATE)
 
 
 def arrived_for(step: Step, request: Request) -> None:
-    """Note how long a request has waited for a blob that has just come."""
+    """Add up how long a request has waited for a blob that has just arrived."""
     void_if_adapter_is_late(step, request)
     request.fetch_ns += _missing_ns(step, request)
 
 
 def _missing_ns(step: Step, request: Request) -> int:
-    """Return for how long neither the store nor its engine has had a queued request's adapter."""
+    """Return how long in ns neither the store nor its engine has had a queued request's adapter."""
     if request.backend is None or request.version == BASE:
         return 0
     backend = step.state.backends[request.backend]
@@ -191,7 +191,7 @@ def _missing_ns(step: Step, request: Request) -> int:
 
 
 def reroute_queue(step: Step, backend: Backend) -> None:
-    """Move all that waits at a backend to wherever it can be served now."""
+    """Route every request queued at a backend anew."""
     for request_id in list(backend.queued):
         request = step.state.requests[request_id]
         dequeue(step, request)
@@ -201,13 +201,13 @@ def reroute_queue(step: Step, backend: Backend) -> None:
 
 def route_or_refuse(step: Step, request: Request) -> None:
     """Route a request, or end it when no configured backend can serve it any more."""
-    places = eligibility.places_of(step.state, request)
-    if any(place.owned for place in places):
+    servers = eligibility.servers_for(step.state, request)
+    if any(server.owned for server in servers):
         route(step, request)
         return
     _set_aside(step, request)
-    if places:
-        drop(step, request, Reason.NOT_OWNER, eligibility.not_owner_message(places))
+    if servers:
+        drop(step, request, Reason.NOT_OWNER, eligibility.not_owner_message(servers))
         return
     if eligibility.are_gone(step.state, request.only):
         drop(step, request, Reason.NOT_OWNER, eligibility.gone_message(request.only))
@@ -223,6 +223,7 @@ def route_or_refuse(step: Step, request: Request) -> None:
 
 
 def route_the_unrouted(step: Step) -> None:
+    """Try again to route the requests that were set aside, oldest first."""
     for request_id in sorted(step.state.unrouted):
         request = step.state.requests[request_id]
         dequeue(step, request)
@@ -230,7 +231,7 @@ def route_the_unrouted(step: Step) -> None:
 
 
 def drop(step: Step, request: Request, reason: Reason, message: str, retry_after_ns: int | None = None) -> None:
-    """End a request that waits in the queue."""
+    """End a queued request with a reason."""
     void_if_adapter_is_late(step, request)
     dequeue(step, request)
     settle(step, request, reason, message, retry_after_ns=retry_after_ns)
@@ -240,7 +241,7 @@ def drop(step: Step, request: Request, reason: Reason, message: str, retry_after
 def settle(
     step: Step, request: Request, reason: Reason | None, message: str = "", retry_after_ns: int | None = None
 ) -> None:
-    """Give the client its one ending."""
+    """Settle a request: its client gets its one ending."""
     assert not request.settled, f"request {request.id} was settled already"
     request.settled = True
     dispatched = request.dispatched_ns or step.now_ns
@@ -266,7 +267,7 @@ def settle(
 
 
 def release(step: Step, request: Request) -> None:
-    """Forget a request that has ended here and at its engine."""
+    """Forget a request that has ended both here and at its engine."""
     del step.state.requests[request.id]
     if request.version != BASE:
         step.state.versions[request.version].requests -= 1

@@ -1,4 +1,4 @@
-"""What a routing policy is shown: the backends that can serve a request, each looked at only when asked for."""
+"""The view that a routing policy gets: the backends that can serve a request, each computed only when read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sidecar.core.promising import pace_is_known, pace_of
 from sidecar.core.state import Backend, State
 
 USUAL_TOKENS = 1024
-"""The context of a usual request, to compare engines by."""
+"""The context length of a typical request, by which engines are compared."""
 
 
 class RoutingView:
-    """The candidates of one request (`policies.views.Candidates`)."""
+    """The candidates of one request; implements `policies.views.Candidates`."""
 
     __slots__ = ("_state", "_version", "backends")
 
@@ -44,7 +44,7 @@ class RoutingView:
 
 
 def candidate(state: State, backend: Backend, version: str) -> Candidate:
-    """Return what a routing policy may know of one backend."""
+    """Return the view of one backend for a routing policy."""
     slot = backend.slots.get(version)
     pages = state.packed_for(version, backend).pages
     slots, slots_free = _slots(backend, pages)
@@ -66,7 +66,7 @@ def candidate(state: State, backend: Backend, version: str) -> Candidate:
 
 
 def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
-    """Return how many versions of this size may be open, and how many more; None while that is being learned."""
+    """Return how many versions of this size may be open, and how many more; None for both while being learned."""
     limit, free = eligibility.page_limit(backend), eligibility.page_room(backend).free
     known = backend.facts.device_pages is not None or backend.pages_learned is not None
     if not known or not pages or limit is None or free is None:
@@ -75,7 +75,7 @@ def _slots(backend: Backend, pages: int) -> tuple[int | None, int | None]:
 
 
 def _tokens_per_s(state: State, backend: Backend) -> float:
-    """Return what a full batch of usual requests is expected to produce; 0 while the engine's pace is a guess."""
+    """Return the expected output of a full batch of typical requests, in tokens/s; 0 while the pace is a guess."""
     if not pace_is_known(backend):
         return 0.0
     batch, kv_tokens = backend.facts.seats or state.config.seats_default, backend.facts.kv_tokens

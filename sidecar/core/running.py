@@ -1,4 +1,4 @@
-"""Acts on runs: one ends, is queued again, or is cancelled."""
+"""Acts on runs: end one, queue its request again, cancel it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.errors import Reason
 
 
 def end_run(step: Step, request: Request, output_tokens: int) -> Backend:
-    """Free the seat, the KV and the pins of a run. The request itself is still to be settled or queued again."""
+    """Free the seat, the KV tokens and the pins of a run. The caller settles or requeues the request."""
     assert request.backend is not None
     backend = step.state.backends[request.backend]
     del backend.running[request.id]
@@ -25,29 +25,29 @@ def end_run(step: Step, request: Request, output_tokens: int) -> Backend:
         slot = backend.slots[request.version]
         slot.running -= 1
         if slot.stale and not slot.running:
-            backend.close_slot(request.version)  # nothing of it is there any more, and others may wait for the slot
+            backend.close_slot(request.version)  # the engine has lost the version, and others may wait for the slot
         backend.recount(request.version)
         backend.shadow.ended(request.version)
         storing.unpin(step, request.pinned_key)
         request.pinned_key = ""
-    backend.full_until_ns = 0  # what it held may be evicted now
+    backend.full_until_ns = 0  # its adapter may be evicted now
     step.dirty[backend.id] = None
     return backend
 
 
 def requeue(step: Step, request: Request) -> None:
-    """Queue a request that ran without a token again, under its old place in the order."""
+    """Queue a request that ran without a token again, at its old position in arrival order."""
     queueing.void_promise(step, request, Voided.RUN_AGAIN)
     request.backend = None
     request.cache = None
     request.first_token = False
     request.dispatched_ns = 0
-    _wait_anew(step, request)
+    _extend_wait(step, request)
     queueing.route_or_refuse(step, request)
 
 
-def _wait_anew(step: Step, request: Request) -> None:
-    """Bound the wait of a request whose first bound passed while it ran."""
+def _extend_wait(step: Step, request: Request) -> None:
+    """Give a request a new expiry if the first one passed while it ran."""
     if request.expires_ns > step.now_ns:
         return
     limit = step.state.config.classes[request.view.klass]

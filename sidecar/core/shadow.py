@@ -1,8 +1,8 @@
-"""What we believe is in an engine's adapter caches, kept by replaying what we made it do.
+"""The believed contents of an engine's adapter caches, kept by replaying what the sidecar made the engine do.
 
-The engine tells nobody what it evicts, so each backend gets a shadow of its two caches, written from the facts and
-apart from the emulator's model: pages, and eviction by least recent *completion*. A belief is a hint. A miss error
-corrects it, and costs one retry.
+The engine reports no evictions, so each backend gets a shadow of its two caches: pages, and eviction by least recent
+*completion*. It is written from TensorRT-LLM's behaviour and apart from the emulator's model. A belief is a hint: a
+miss error corrects it, at the price of one retry.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Belief:
-    """One version in one cache. `since_ns` and `source` say how old the belief is and what it rests on."""
+    """One version in one cache. `since_ns` and `source` give the age and the evidence of the belief."""
 
     pages: int
     since_ns: int
@@ -22,18 +22,18 @@ class Belief:
 
 @dataclass
 class CacheShadow:
-    """One page cache. `pages_total` None is a cache of unknown size: nothing is ever believed evicted."""
+    """One page cache. With `pages_total` None its size is unknown, and nothing is ever believed evicted."""
 
     pages_total: int | None = None
     held: dict[str, Belief] = field(default_factory=dict)
-    """In order of completion: the first idle one is the next to go."""
+    """In order of completion: the first idle one is evicted next."""
     evictions: int = 0
 
     def __contains__(self, version: str) -> bool:
         return version in self.held
 
     def put(self, version: str, pages: int, now_ns: int, source: str, running: int = 0) -> list[str]:
-        """Believe that `version` came in, `running` requests of it under way; return what the engine evicted for it."""
+        """Believe that a version came in while `running` requests of it run; return what the engine evicted for it."""
         if version in self.held:
             return []
         evicted = self._make_room(pages)
@@ -41,13 +41,13 @@ class CacheShadow:
         return evicted
 
     def begin(self, version: str) -> None:
-        """A request of the version runs: it cannot be evicted."""
+        """Note that a request of the version runs, so that it cannot be evicted."""
         belief = self.held.get(version)
         if belief is not None:
             belief.running += 1
 
     def end(self, version: str) -> None:
-        """A request of the version completed: it is now the most recent of the idle."""
+        """Note that a request of the version completed: it is now the most recent of the idle ones."""
         belief = self.held.pop(version, None)
         if belief is not None:
             belief.running = max(0, belief.running - 1)
@@ -57,7 +57,7 @@ class CacheShadow:
         self.held.pop(version, None)
 
     def forget_idle(self) -> list[str]:
-        """Forget all that is not running: the engine wiped what it could."""
+        """Forget all versions without running requests, and return them."""
         idle = [version for version, belief in self.held.items() if not belief.running]
         for version in idle:
             del self.held[version]
@@ -94,9 +94,9 @@ class EngineShadow:
     device: CacheShadow = field(default_factory=CacheShadow)
 
     def loaded(self, version: str, pages: int, now_ns: int, running: int = 0) -> list[str]:
-        """Believe that a Load came through; return what left the host cache for it.
+        """Believe that a Load succeeded; return the versions evicted from the host cache for it.
 
-        `running` requests of it are under way when it was loaded again after a miss that hit only some of them.
+        `running` requests of the version already run if it was loaded again after a miss that hit only some of them.
         """
         evicted = self.host.put(version, pages, now_ns, "load", running)
         for gone in evicted:
@@ -127,7 +127,7 @@ class EngineShadow:
         self.device.clear()
 
     def tier(self, version: str) -> str | None:
-        """Return "gpu", "engine_host" or None."""
+        """Return the tier of a version: "gpu", "engine_host" or None."""
         if version in self.device:
             return "gpu"
         return "engine_host" if version in self.host else None

@@ -1,4 +1,4 @@
-"""All that the core remembers. Things refer to each other by id, so that a snapshot is a walk over dataclasses."""
+"""All that the core remembers. Records refer to each other by id, so a snapshot is a walk over dataclasses."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ NEVER_NS = 1 << 62
 
 @dataclass
 class Name:
-    """A name that clients use, the version it stands for, and the others it has had or will have.
+    """A name that clients use, with its current version and all its versions.
 
-    `digest` and `versions` (by ordinal, the current one included) are version ids.
+    `digest` and `versions` (by ordinal, the current one included) hold version ids.
     """
 
     name: str
@@ -39,21 +39,21 @@ class Name:
     canary: tuple[int, int] | None = None
 
     def is_for(self, tenant: str) -> bool:
-        """Whether a tenant may use the name."""
+        """Return True if a tenant may use the name."""
         return self.allow is None or tenant in self.allow
 
     def holds(self, version: str) -> bool:
-        """Whether a name keeps a version in the store whatever the policies say."""
+        """Return True if the name keeps a version in the store whatever the policies say."""
         return version in self.kept or self.pins(version)
 
     def pins(self, version: str) -> bool:
-        """Whether an operator wants the version in memory."""
+        """Return True if an operator wants the version in memory."""
         return self.pinned and version == self.digest
 
 
 @dataclass
 class Version:
-    """One immutable version and what experience says of it."""
+    """One immutable version and what was learned about it."""
 
     adapter: Adapter
     origin: str
@@ -63,22 +63,22 @@ class Version:
     requests: int = 0
     asked_tokens: float = 0.0
     answered_tokens: float = 0.0
-    """What clients allowed for answers and what these were, the last few hundred counting most."""
+    """Sums of the output that clients allowed and of what was generated; recent requests weigh more."""
     answered: bool = False
-    """It has answered somewhere. Until then it is on probation: one Load in the whole pool at a time."""
+    """It has answered somewhere. Until then it is on probation: one Load at a time in the whole pool."""
     suspect: bool = False
-    """A Load of it was in flight when an engine failed: it is loaded alone."""
+    """A Load of it was in flight when an engine failed, so it is loaded alone."""
     lost_backends: list[str] = field(default_factory=list)
     quarantined: str = ""
     refused_by: dict[str, str] = field(default_factory=dict)
-    """Backends whose engine rejected a Load of it, with the engine's words; forgotten when the backend restarts."""
+    """Backends whose engine rejected a Load of it, with the engine's message; forgotten when the backend restarts."""
     loads: dict[str, int] = field(default_factory=dict)
     """The Load in flight on each backend."""
 
 
 @dataclass
 class Request:
-    """A request from admission to its end. `attempt` numbers its dispatches; a late result carries an old one."""
+    """A request from admission to its end. `attempt` numbers its dispatches; a late result carries an old number."""
 
     view: Waiting
     ordinal: int
@@ -86,25 +86,25 @@ class Request:
     deadline_ns: int | None
     size_bytes: int = 0
     only: tuple[str, ...] = ()
-    """The backends that it may go to; any if none is named."""
+    """The ids of backends or pools that it may go to; empty means any."""
     client_id: str = ""
-    """What its client calls it."""
+    """The client's own id of the request."""
     expected_tokens: int = 0
-    """What it is still expected to generate."""
+    """The output that it is still expected to generate."""
     promise: Promise | None = None
     counted: bool = False
-    """It is counted in what is outstanding at its backend."""
+    """It is counted in its backend's `outstanding`."""
     voided: str = ""
     """Why its promise no longer holds."""
     backend: str | None = None
     running: bool = False
     settled: bool = False
-    """The client has its ending; only the engine's is still awaited."""
+    """The client has its ending; only the engine's end is awaited."""
     attempt: int = 0
     tokens: int = 0
     first_token: bool = False
     progressing: bool = False
-    """It had tokens already when its engine's progress was last told of."""
+    """It had tokens already at the last progress report of its engine."""
     heals: int = 0
     engine_failures: int = 0
     region_heals: int = 0
@@ -112,14 +112,14 @@ class Request:
     pinned_key: str = ""
     cache: Cache | None = None
     fetch: Cache | None = None
-    """FETCHED, or HOST from disk, when a fetch was begun for this request; JOINED when it waited for another's."""
+    """FETCHED, or HOST from disk, if a fetch was begun for this request; JOINED if it waited for another's."""
     dispatched_ns: int = 0
     fetch_ns: int = 0
     """How long it has waited for its adapter to come into the host store."""
     queued_clock: int = 0
     """When it was queued, by the clock of `Lateness`."""
     fetch_allowed_ns: int = 0
-    """What its promise allows for that."""
+    """How much of `fetch_ns` its promise allows."""
     load_ns: int = 0
 
     id: int = field(init=False, metadata={"derived": True})
@@ -129,17 +129,17 @@ class Request:
         self.id, self.version = self.view.id, self.view.version
 
     def take_version(self, version: str) -> None:
-        """Ask for another version from now on."""
+        """Switch to another version."""
         self.view = replace(self.view, version=version)
         self.version = version
 
     @property
     def footprint(self) -> int:
-        """Tokens that the request may take, as far as its client says."""
+        """The most tokens that the request may take by its client's limits."""
         return self.view.input_tokens + self.view.output_tokens_max
 
     def kv_tokens(self, backend: Backend) -> int:
-        """KV tokens that it may take at an engine, which cuts a longer answer at its longest sequence."""
+        """Return the KV tokens that it may take at an engine, which cuts an answer at its longest sequence."""
         longest = backend.facts.sequence_tokens_max
         return self.footprint if longest is None else min(self.footprint, longest * self.view.sequences)
 
@@ -153,7 +153,7 @@ class Slot:
     load: int | None = None
     running: int = 0
     stale: bool = False
-    """The engine says it has not got the version after all, while others of it still run: load it again."""
+    """The engine lost the version while requests of it still run; it must be loaded again."""
 
     @property
     def loading(self) -> bool:
@@ -180,10 +180,10 @@ class HealNote:
 
 @dataclass
 class SlotEstimate:
-    """How many pages of an unknown device cache may be open: grown one by one while the engine keeps up.
+    """The number of pages of a device cache of unknown size that may be open, grown while the engine keeps up.
 
-    A Load makes the engine run one token with the adapter on the device. While there is room that takes about as long
-    as ever; when the device is full of adapters in use it waits for one of them to end.
+    A Load makes the engine run one token with the adapter on the device. With free space that takes a steady time; if
+    the device is full of adapters in use, the Load waits for one of them to end.
     """
 
     pages: int = 1
@@ -191,7 +191,7 @@ class SlotEstimate:
     hold_until_ns: int = 0
 
     def learn(self, took_ns: int, open_pages: int, own_pages: int, now_ns: int) -> None:
-        """Take in that a Load of `own_pages` took so long while `open_pages`, its own among them, were open."""
+        """Learn from a Load of `own_pages` that took `took_ns` while `open_pages`, its own included, were open."""
         self.fastest_ns = min(self.fastest_ns, took_ns)
         if took_ns > 8 * self.fastest_ns + 50_000_000:
             self.pages = max(1, min(self.pages, open_pages) - own_pages)
@@ -202,9 +202,9 @@ class SlotEstimate:
 
 @dataclass
 class Joining:
-    """A backend that has just come up and is spared while it loads what is planned for it, until a time.
+    """A backend that has just come up and is spared until `until_ns` while it loads what is planned for it.
 
-    `planned` is what has yet to come, once that `is_planned`.
+    `planned` holds the versions yet to be loaded, once `is_planned` is set.
     """
 
     until_ns: int
@@ -214,7 +214,7 @@ class Joining:
 
 @dataclass
 class Backend:
-    """One engine endpoint: its facts, its queue and what is believed of its caches."""
+    """One engine endpoint: its facts, its queue and the beliefs about its caches."""
 
     id: str
     facts: EngineFacts
@@ -222,66 +222,66 @@ class Backend:
     phase: Phase = Phase.DOWN
     draining: bool = False
     owned: bool = True
-    """Its queue is this replica's."""
+    """This replica owns its queue."""
     epoch: int = 0
-    """Under which it owns it; 0 where there is one replica only."""
+    """The epoch of that ownership; 0 with a single replica."""
     pool: str = ""
-    """The pool that it was found in, "" for one that is configured by its address."""
+    """The pool in which it was discovered; "" for one that is configured by address."""
     leaving: bool = False
-    """It is about to go: it takes nothing new."""
+    """It is about to go and takes nothing new."""
     fresh: bool = False
-    """Its engine came, or comes, while this process runs: when it is up it has nothing of what others have."""
+    """Its engine is new to this process: once up it has none of the adapters that others have."""
     running: dict[int, None] = field(default_factory=dict)
     more_sequences: int = 0
-    """What these make the engine run beyond one sequence each."""
+    """The sequences of its runs beyond one each."""
     kv_reserved: int = 0
     kv_of_others: deque[int] = field(default_factory=lambda: deque(maxlen=3))
-    """KV tokens in use beyond what was sent from here, as last measured: a gauge lags behind what has just ended."""
+    """KV tokens in use beyond the sidecar's own, as last measured; a gauge lags behind runs that have just ended."""
     queued: dict[int, None] = field(default_factory=dict)
     queued_by_version: dict[str, IdQueue] = field(default_factory=dict)
     outstanding: Outstanding = field(default_factory=Outstanding)
     slowness: float = 1.0
-    """Its steps take so many times what its pace says."""
+    """Actual over nominal step time."""
     slowness_promised: float = 1.0
-    """The least of it that promises which still stand rest on, where its pace is learned."""
+    """The smallest slowness on which a standing promise rests, where the pace is learned."""
     steps: Yield = field(default_factory=Yield)
-    """What that is learned from."""
+    """The evidence for `slowness`."""
     yielded: Yield = field(default_factory=Yield)
-    """How far its throughput is from what was expected of it."""
+    """Actual over expected time of its whole output."""
     runs: Runs = field(default_factory=Runs)
     silence: Silence = field(default_factory=Silence)
     slots: dict[str, Slot] = field(default_factory=dict)
     busy: dict[str, None] = field(default_factory=dict)
     """The open versions whose slots are needed."""
     resting: dict[str, None] = field(default_factory=dict)
-    """The open versions of which nothing waits."""
+    """The open versions without queued requests."""
     busy_pages: int = 0
     stale: dict[str, None] = field(default_factory=dict)
-    """Those whose slot is stale."""
+    """The versions whose slot is stale."""
     shadow: EngineShadow = field(default_factory=EngineShadow)
     estimate: SlotEstimate = field(default_factory=SlotEstimate)
     loads: dict[int, None] = field(default_factory=dict)
     lone_load: int | None = None
-    """A suspect's Load in flight: nothing else is loaded, and nobody who was lost before is sent, beside it."""
+    """A suspect's Load in flight: beside it nothing else is loaded, and no request that lost a backend is sent."""
     full_until_ns: int = 0
     """The engine's host cache was full: no Load before this time or the next completion."""
     full_backoff_ns: int = 0
     seats_learned: int | None = None
     seats_credit: int = 0
     pages_learned: int | None = None
-    """Pages that may be open since the engine evicted a version that was: it holds less than we believe."""
+    """The limit of open pages since the engine evicted an open version: it holds less than believed."""
     pages_credit: int = 0
     quiet_until_ns: int = 0
     quiet_backoff_ns: int = 0
     warmups: dict[str, None] = field(default_factory=dict)
-    """Versions an operator wants loaded here."""
+    """Versions that an operator wants loaded here."""
     ahead: PrefetchedLoads = field(default_factory=PrefetchedLoads)
     steal_from: int = 0
-    """Where the next look for a version worth a load begins, among all that wait elsewhere."""
+    """Where the next search for a version worth a load begins among those queued elsewhere."""
     heals: deque[HealNote] = field(default_factory=lambda: deque(maxlen=16))
 
     def seats(self, config: CoreConfig) -> int:
-        """Sequences that may be in flight: the engine's batch and a little more, or less once its queue was full."""
+        """Return the sequences that may be in flight: the engine's batch and a few; fewer once its queue was full."""
         allowed = self.seats_at_best(config)
         return allowed if self.seats_learned is None else min(allowed, self.seats_learned)
 
@@ -292,19 +292,19 @@ class Backend:
         return declared + (slack if self.facts.queue_max is None else min(slack, self.facts.queue_max))
 
     def can_seat(self, sequences: int, config: CoreConfig) -> bool:
-        """Whether a request of so many sequences ever fits."""
+        """Return True if a request of this many sequences can ever fit."""
         return sequences == 1 or sequences <= self.seats_at_best(config)
 
     @property
     def kv_free(self) -> int | None:
-        """KV tokens that may still be sent; None where the cache's size is not known."""
+        """KV tokens that may still be sent; None if the size of the cache is unknown."""
         if self.facts.kv_tokens is None:
             return None
         return self.facts.kv_tokens - self.kv_reserved - min(self.kv_of_others, default=0)
 
     @property
     def sequences(self) -> int:
-        """What runs."""
+        """Sequences that run."""
         return len(self.running) + self.more_sequences
 
     @property
@@ -313,25 +313,25 @@ class Backend:
 
     @property
     def serves(self) -> bool:
-        """Whether requests may wait here: the engine is up, as far as is known."""
+        """True if requests may wait here: the engine is up as far as is known."""
         return self.phase is Phase.UP and not self.draining and not self.leaving and self.owned
 
     @property
     def takes_requests(self) -> bool:
-        """Whether requests are sent here now."""
+        """True if requests are sent here now."""
         return self.serves and not self.silence.suspected
 
     @property
     def group(self) -> str:
-        """What a request is held to that may go to any like this one: its pool, or itself."""
+        """The id that a request names to go to any backend like this one: its pool, or itself."""
         return self.pool or self.id
 
     def slot_busy(self, version: str, slot: Slot) -> bool:
-        """Whether a slot is needed: an idle one is closed when another version waits."""
+        """Return True if a slot is needed. An idle one is closed when another version waits."""
         return slot.running > 0 or slot.load is not None or bool(self.queued_by_version.get(version))
 
     def recount(self, version: str) -> None:
-        """Count a version's slot as busy or not, after something of it has changed."""
+        """Count a version's slot as busy or not, after a change to it."""
         slot = self.slots.get(version)
         if slot is None or version in self.queued_by_version:
             self.resting.pop(version, None)
@@ -359,7 +359,7 @@ class Backend:
 
 @dataclass
 class Queued:
-    """How much waits: requests, tokens that they may take, bytes of their messages."""
+    """What is queued: requests, tokens that they may take, bytes of their messages."""
 
     requests: int = 0
     tokens: int = 0
@@ -373,7 +373,7 @@ class Queued:
 
 @dataclass
 class State:
-    """Everything. `packed` and `fits` are derived, so they are left out of snapshots and built anew."""
+    """Everything. Fields marked `derived` are left out of snapshots and computed anew."""
 
     config: CoreConfig
     store: StoreIndex
@@ -392,37 +392,37 @@ class State:
     suspects: dict[str, None] = field(default_factory=dict)
     """The versions whose `suspect` is set."""
     joining: dict[str, Joining] = field(default_factory=dict)
-    """The backends that have just come up, as long as they are spared for it."""
+    """The backends that have just come up and are still spared."""
     ahead_of_removed: PrefetchCounts = field(default_factory=PrefetchCounts)
-    """What was loaded ahead of its turn into engines that are gone."""
+    """Prefetch counts of backends that were removed."""
     draining: bool = False
     waiting: Queued = field(default_factory=Queued)
     tenant_queued: dict[str, Queued] = field(default_factory=dict)
     voided: dict[str, int] = field(default_factory=dict)
     """How many promises became void, by reason."""
     timers: list[tuple[int, int]] = field(default_factory=list)
-    """A heap of (time, request); request 0 only wakes the scheduler."""
+    """A heap of (time, request id); request 0 only wakes the scheduler."""
     wake_ns: int = NEVER_NS
     listen_ns: int = NEVER_NS
-    """When engines that may be silent for too long are looked at next."""
+    """When engines are next checked for silence."""
     steal_ns: int = 0
-    """When idling engines look again for what is worth a load; past when none is to."""
+    """When idle engines next look for a version worth a load; in the past if none is due."""
     wanted: dict[str, IdQueue] = field(default_factory=dict)
-    """For each packed key that queued requests need and the backend has not: who waits for it."""
+    """The queued requests that need each packed key."""
     lateness: Lateness = field(default_factory=Lateness)
-    """How long what they need has been on its way."""
+    """How long needed blobs have been on their way."""
     hungry_heap: list[tuple[int, str]] = field(default_factory=list)
-    """Keys that may have to be fetched, by queue position; stale entries go when they reach the top."""
+    """Keys that may have to be fetched, by queue position; stale entries are dropped at the top."""
     fetched_for: dict[str, int] = field(default_factory=dict)
-    """The request that each fetch under way was begun for; others joined it."""
+    """The request for which each running fetch was begun; others joined it."""
     prefetches: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Packed keys an operator wants here: key → (digest, backend whose layout it is)."""
+    """Packed keys that an operator wants here: key → (digest, backend with that layout)."""
     packed: dict[tuple[str, str], Packed] = field(default_factory=dict, metadata={"derived": True})
     fits: dict[tuple[str, str], Misfit | None] = field(default_factory=dict, metadata={"derived": True})
     pool_changed: bool = field(default=False, metadata={"derived": True})
-    """Something of that has happened in this step."""
+    """A backend's eligibility has changed in this step."""
     full: dict[str, None] = field(default_factory=dict, metadata={"derived": True})
-    """Backends that had no seat to spare when they were last looked at; nothing of theirs has ended since."""
+    """Backends that had no free seat at the last look and where nothing has ended since."""
     servers: dict[str, tuple[Backend, ...]] = field(default_factory=dict, metadata={"derived": True})
     """The backends that can serve each version."""
     takers: dict[str, tuple[tuple[str, ...], int]] = field(default_factory=dict, metadata={"derived": True})
@@ -430,7 +430,7 @@ class State:
 
     @property
     def queued(self) -> int:
-        """How many requests wait."""
+        """How many requests are queued."""
         return self.waiting.requests
 
     def packed_for(self, version: str, backend: Backend) -> Packed:
@@ -445,19 +445,19 @@ class State:
         return known
 
     def operator_holds(self, digest: str) -> bool:
-        """Whether a name keeps the version in the store: in its lowest tier."""
+        """Return True if a name keeps the version in the store, at least in its lowest tier."""
         version = self.versions.get(digest)
         return version is not None and any(self.names[name].holds(digest) for name in version.names)
 
     def memory_holds(self, digest: str) -> bool:
-        """Whether the version is kept in memory: pinned, or kept and there is no tier below."""
+        """Return True if the version is kept in memory: pinned, or kept without a disk tier."""
         if not self.disk.budget_bytes:
             return self.operator_holds(digest)
         version = self.versions.get(digest)
         return version is not None and any(self.names[name].pins(digest) for name in version.names)
 
     def forget_derived(self, digest: str = "", backend: str = "") -> None:
-        """Forget what was derived for a version that is gone, or for a backend whose facts have changed."""
+        """Forget values derived for a removed version, or for a backend with new facts."""
         for pair in [pair for pair in self.packed if pair[0] == digest or pair[1] == backend]:
             del self.packed[pair]
         for pair in [pair for pair in self.fits if pair[0] == digest or pair[1] == backend]:
@@ -468,7 +468,7 @@ class State:
             self.forget_servers_of(digest)
 
     def forget_servers(self) -> None:
-        """A backend came, went, drains, is suspected or has other facts."""
+        """Forget which backends serve what: a backend came, went, drains, is suspected or has new facts."""
         self.pool_changed = True
         self.full.clear()
         self.servers.clear()
@@ -479,15 +479,16 @@ class State:
         self.takers.pop(version, None)
 
     def misfit_of(self, version: str, backend: Backend) -> Misfit | None:
-        """Say why an engine cannot serve a version, from the facts alone."""
+        """Return why an engine cannot serve a version by its facts alone, or None."""
         pair = (version, backend.id)
         if pair not in self.fits:
             self.fits[pair] = misfit(self.versions[version].adapter, backend.facts)
         return self.fits[pair]
 
     def next_position(self, key: str) -> int | None:
-        line = self.wanted.get(key)
-        return None if line is None else line.head()
+        """Return the id of the first queued request that needs a blob, or None."""
+        queue = self.wanted.get(key)
+        return None if queue is None else queue.head()
 
     def set_timer(self, at_ns: int, request: int = 0) -> None:
         heapq.heappush(self.timers, (at_ns, request))

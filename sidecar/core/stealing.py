@@ -1,17 +1,16 @@
-"""Work stealing: an engine that has nobody to serve takes over who waits elsewhere and could be served at once.
+"""Work stealing: an idle backend takes over requests that wait elsewhere and that it can send at once.
 
-A request is routed once, when it comes. What is true then is not for long: a backend is drained and comes back, is
-lost, joins, or its queue simply ends before another's. So whenever a step has decided all that the queues allow, a
-backend with a seat to spare and nobody waiting takes requests over, one by one, of those that their own backend cannot
-serve now. It takes only what it can send in the same step: its engine has the adapter, a slot and KV room. So nothing
-is taken from its own, the promise that the request was given still holds, and no request goes to and fro.
+A request is routed once, on arrival, and that choice ages: a backend is drained and comes back, is lost, joins, or
+its queue ends before another's. So once a step has decided all that the queues allow, a backend with a free seat and
+no waiting requests of its own takes over requests that their own backend cannot serve now, one by one. It takes only
+what it can send in the same step: its engine has the adapter, a slot and KV space. Therefore nothing is taken from its
+own requests, the promise of a moved request still holds, and no request moves back and forth.
 
-Which one: of the first of each version that waits, the one of the tenant that has least under way here, for its
-weight; then the oldest. Each queue stays as fair as its policy makes it, and what is taken is beyond what it can serve.
+Of the oldest request of each queued version it takes the one whose tenant has least outstanding here for its weight;
+then the oldest. Each queue stays as fair as its policy makes it, and what is taken is beyond what it can serve.
 
-An engine that runs nothing at all also loads, one at a time, what most requests elsewhere wait for: a waiting request
-is only ever moved to where its adapter is. A load is the whole price, and only
-an idle engine pays it.
+An engine that runs nothing at all also loads, one at a time, the version that most requests elsewhere wait for: a
+waiting request only ever moves to where its adapter is. The load is the whole price, and only an idle engine pays it.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from sidecar.core.state import NEVER_NS, Backend, Request, State
 from sidecar.core.step import Step
 
 HEADS_LOOKED_AT = 4
-"""Of each version the oldest so many requests are considered: some may be held to other backends."""
+"""How many of each version's oldest requests are considered: some may not be allowed on other backends."""
 VERSIONS_LOOKED_AT = 256
-"""So many at once, for one that is worth a load; others at the next look."""
+"""How many versions are considered for a load at once; the next look continues behind them."""
 NEXT_LOOK_NS = 50_000_000
 PATIENCE_NS = 1_000_000_000
-"""So long a request has waited that an idle engine loads for, or a Load has taken whose requests are taken over: most
-are over before that."""
+"""The time that a request must have waited before an idle engine loads for it, and that a Load must have taken before
+its requests are taken over. Most waits are shorter."""
 
 
 def steal(step: Step) -> bool:
-    """Have one idling backend take over one request, or begin to load for some; say whether one did."""
+    """Let one idle backend take over one request or begin one load; return True if one did."""
     state = step.state
     if state.queued == len(state.unrouted):
         return False
@@ -53,7 +52,7 @@ def steal(step: Step) -> bool:
 
 
 def _has_to_spare(state: State, backend: Backend) -> bool:
-    """Whether a backend has a seat that none of its own can use."""
+    """Return True if a backend has a seat that none of its own requests can use."""
     if backend.in_flight >= backend.seats(state.config):
         state.full[backend.id] = None
         return False
@@ -65,7 +64,7 @@ def _has_to_spare(state: State, backend: Backend) -> bool:
 
 
 def _take_over(step: Step, backend: Backend, others: list[Backend]) -> bool:
-    """Move the request that comes first to a backend that can send it at once."""
+    """Move the first request in rank to a backend that can send it at once."""
     state, tenants = step.state, backend.outstanding.tenants
     best, best_rank = None, (0.0, 0)
     for other in others:
@@ -85,7 +84,7 @@ def _take_over(step: Step, backend: Backend, others: list[Backend]) -> bool:
 
 
 def _resident_here(backend: Backend, other: Backend) -> Iterator[str]:
-    """Yield the versions that wait at another backend and can be sent to this one by id alone."""
+    """Yield the versions queued at another backend that this one can serve without a load."""
     held, waiting = backend.shadow.host.held, other.queued_by_version
     if backend.facts.attaches:
         yield from waiting
@@ -112,7 +111,7 @@ def _first_that_may_come(state: State, backend: Backend, other: Backend, version
 
 
 def _has_its_load_under_way(step: Step, other: Backend, version: str) -> bool:
-    """Whether a backend has just begun to load a version for those who wait there: a moment, and paid for."""
+    """Return True if a backend has just begun to load a version for the requests queued there."""
     slot = other.slots.get(version)
     if slot is None or slot.load is None:
         return False
@@ -123,11 +122,11 @@ def _has_its_load_under_way(step: Step, other: Backend, version: str) -> bool:
 
 
 def _load_for(step: Step, backend: Backend, others: list[Backend]) -> bool:
-    """Have an engine that runs nothing load what most requests elsewhere wait for, once they have for a while."""
+    """Let an engine that runs nothing load the version that most requests elsewhere have waited for."""
     if backend.in_flight or backend.facts.attaches:
         return False
     best, best_rank, due_ns = None, (0, 0), NEVER_NS
-    for other, version in _some_that_wait(step, backend, others):
+    for other, version in _queued_elsewhere(step, backend, others):
         if eligibility.resident(backend, version) or not eligibility.ready(step.state, backend, version):
             continue
         request = _first_that_may_come(step.state, backend, other, version)
@@ -146,8 +145,8 @@ def _load_for(step: Step, backend: Backend, others: list[Backend]) -> bool:
     return False
 
 
-def _some_that_wait(step: Step, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
-    """Yield so many versions that wait elsewhere; where there are more, the next look goes on behind them, and soon."""
+def _queued_elsewhere(step: Step, backend: Backend, others: list[Backend]) -> Iterator[tuple[Backend, str]]:
+    """Yield up to VERSIONS_LOOKED_AT versions queued elsewhere; if there are more, schedule a look at the next ones."""
     first = backend.steal_from
     pairs = ((other, version) for other in others for version in other.queued_by_version)
     yield from at_most(VERSIONS_LOOKED_AT, islice(pairs, first, None))
@@ -158,14 +157,14 @@ def _some_that_wait(step: Step, backend: Backend, others: list[Backend]) -> Iter
 
 
 def _look_again(step: Step, due_ns: int) -> None:
-    """Have the core woken at a time, unless it will be before."""
+    """Have the core woken at `due_ns`, unless it will be before."""
     if not step.now_ns < step.state.steal_ns <= due_ns:
         step.state.steal_ns = due_ns
         step.state.set_timer(due_ns)
 
 
 def _may_be_loaded(step: Step, backend: Backend, digest: str) -> bool:
-    """Whether a version may be loaded now. One that is being loaded anywhere, or may have killed an engine, is not."""
+    """Return True if a version may be loaded now: no suspect, and not being loaded elsewhere."""
     version = step.state.versions[digest]
     if version.suspect or eligibility.loaded_elsewhere(step.state, backend, version):
         return False

@@ -1,6 +1,6 @@
-"""One step of the core in the making: the state, the time, the effects so far.
+"""One step of the core in progress: the state, the time and the effects so far.
 
-What a step does is in `queueing`, `running` and `storing`, which stand on each other in this order, the last lowest.
+Its acts are in `queueing`, `running` and `storing`: `running` uses `queueing`, and both use `storing`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from sidecar.core.state import Backend, HealNote, State
 
 @dataclass
 class Step:
-    """What one `step` works on. `dirty` names the backends whose queue may now be able to move."""
+    """What one step works on. `dirty` names the backends whose queue may be able to move now."""
 
     state: State
     now_ns: int
     effects: list[Effect] = field(default_factory=list)
     dirty: dict[str, None] = field(default_factory=dict)
     hungry: bool = False
-    """Something was fetched, freed or asked for: look at the fetches again."""
+    """Something was fetched, freed or requested: look at the fetches again."""
     taken_over: tuple[Backend, int] | None = None
-    """Who has taken over which request last."""
+    """The last backend that took over a request, and that request."""
     stuck: dict[str, None] = field(default_factory=dict)
-    """Backends that could not send what they took over, for their policy lets nobody pass."""
+    """Backends that could not send what they took over, because their ordering policy lets no request overtake."""
 
     def emit(self, effect: Effect) -> None:
         self.effects.append(effect)

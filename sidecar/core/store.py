@@ -1,8 +1,8 @@
-"""The host store's index: bytes, reservations and pins. The mechanism; which idle blob goes first is the policy's.
+"""The index of the host store: bytes, reservations and pins. The eviction policy only ranks the idle blobs.
 
-Three rules keep a store that is much smaller than its queue from deadlocking or thrashing. Bytes are reserved before
-a fetch begins, so what is in flight counts. Only blobs being loaded or in use are pinned; queued ones are not. And
-for a waiting request a blob that others wait for is taken only from those who wait behind it, furthest first.
+Three rules keep a store that is much smaller than its queue from deadlock and thrashing. Bytes are reserved before a
+fetch begins, so fetches in flight count. Only blobs being loaded or used are pinned; those of queued requests are
+not. A waiting request may evict a blob that others wait for only if they all wait behind it, furthest first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from policies.views import Eviction
 
 @dataclass
 class Entry:
-    """One blob: being fetched, or here."""
+    """One blob, held or being fetched."""
 
     size_bytes: int
     digest: str
@@ -23,19 +23,19 @@ class Entry:
     pins: int = 0
     held_by_operator: bool = False
     doomed: bool = False
-    """Dropped as soon as its last pin goes, or its fetch ends."""
+    """Drop it as soon as its last pin is gone or its fetch ends."""
 
 
 @dataclass
 class StoreIndex:
-    """What the store holds and is fetching. `bytes_used` never exceeds `budget_bytes`."""
+    """What the store holds and fetches. `bytes_used` never exceeds `budget_bytes`."""
 
     budget_bytes: int
     policy: Eviction = field(metadata={"policy": True})
     entries: dict[str, Entry] = field(default_factory=dict)
     bytes_used: int = 0
     fetches: int = 0
-    """How many entries are on their way here."""
+    """How many entries are being fetched."""
     evictions: int = 0
 
     def has(self, key: str) -> bool:
@@ -49,10 +49,10 @@ class StoreIndex:
     def victims_for(
         self, size_bytes: int, now_ns: int, next_position: Callable[[str], int | None], mine: int | None
     ) -> list[str] | None:
-        """Return what must go so that `size_bytes` fit, [] if nothing must; None if it cannot be made to fit.
+        """Return the keys to evict so that `size_bytes` fit ([] if they fit already); None if that cannot be done.
 
-        `next_position(key)` is the queue position of the first request that waits for a blob, None if none does;
-        `mine` is the asker's own, None for a prefetch, which takes nothing from anyone who waits.
+        `next_position(key)` is the queue position of the first request that waits for a blob, or None. `mine` is the
+        position of the request that needs the space; None for a prefetch, which takes nothing that a request needs.
         """
         excess = self.bytes_used + size_bytes - self.budget_bytes
         if excess <= 0:
@@ -80,7 +80,7 @@ class StoreIndex:
         return None
 
     def reserve(self, key: str, digest: str, size_bytes: int) -> None:
-        """Count the bytes of a fetch that begins. They must fit: ask `victims_for` first."""
+        """Reserve the bytes of a fetch that begins. They must fit: call `victims_for` first."""
         assert key not in self.entries, f"{key} is held or being fetched already"
         assert self.bytes_used + size_bytes <= self.budget_bytes, "a reservation over the budget"
         self.entries[key] = Entry(size_bytes, digest)
@@ -98,7 +98,7 @@ class StoreIndex:
             self.policy.on_hit(key, now_ns)
 
     def remove(self, key: str) -> None:
-        """Give a blob's bytes back, or those of a fetch that failed."""
+        """Free the bytes of a blob or of a failed fetch."""
         entry = self.entries.pop(key)
         assert not entry.pins, f"{key} is pinned"
         self.bytes_used -= entry.size_bytes
@@ -108,7 +108,7 @@ class StoreIndex:
             self.fetches -= 1
 
     def pin(self, key: str) -> bool:
-        """Count a use that forbids eviction. False, and nothing counted, when the blob is not here."""
+        """Pin a blob against eviction and return True; return False if the blob is not here."""
         if not self.has(key):
             return False
         self.entries[key].pins += 1

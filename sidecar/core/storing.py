@@ -1,4 +1,4 @@
-"""Acts on the store: pins, blobs that go, and versions that nobody needs any more."""
+"""Acts on the store: pin, drop and doom blobs; forget versions that nothing needs any more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sidecar.core.step import Step
 
 
 def hunger(step: Step, key: str) -> None:
-    """Note that a waiting request needs a blob that the store has not."""
+    """Queue a fetch for a blob that a waiting request needs and the store does not have."""
     position = step.state.next_position(key)
     if position is not None:
         heapq.heappush(step.state.hungry_heap, (position, key))
@@ -19,14 +19,14 @@ def hunger(step: Step, key: str) -> None:
 
 
 def went_missing(step: Step, key: str) -> None:
-    """Note that a blob, or an engine's copy of it, is gone while requests may wait for it."""
+    """Handle the loss of a blob, or of an engine's copy of it, while requests may wait for it."""
     hunger(step, key)
     if key in step.state.wanted and not step.state.store.has(key) and eligibility.is_needed(step.state, key):
         step.state.lateness.misses(key, step.now_ns)
 
 
 def unpin(step: Step, key: str) -> None:
-    """Give back a pin; "" is the pin of a run that began on a belief alone and had nothing to pin."""
+    """Unpin a blob; "" stands for a run that had nothing to pin because it began on a belief alone."""
     if not key:
         return
     step.state.store.unpin(key)
@@ -37,17 +37,17 @@ def unpin(step: Step, key: str) -> None:
 
 
 def drop_blob(step: Step, key: str) -> None:
-    """Free a blob that nothing uses; if somebody waits for it, it is to be fetched again."""
+    """Free an unused blob; fetch it again if a request waits for it."""
     if is_files(key):
-        _unloaded(step, key, step.state.store.entries[key].digest)
+        _forget_readers(step, key, step.state.store.entries[key].digest)
     step.state.store.remove(key)
     step.emit(Drop(key))
     went_missing(step, key)
     step.hungry = True
 
 
-def _unloaded(step: Step, key: str, version: str) -> None:
-    """Believe a version in no engine that reads its files: they go, and it is unloaded where that can be done."""
+def _forget_readers(step: Step, key: str, version: str) -> None:
+    """Believe that engines which read a version's files no longer hold it: the files go, and it is unloaded."""
     for backend in step.state.backends.values():
         if version in backend.shadow.host and step.state.packed_for(version, backend).key == key:
             backend.shadow.forget(version)
@@ -57,7 +57,7 @@ def _unloaded(step: Step, key: str, version: str) -> None:
 
 
 def doom_blob(step: Step, key: str) -> None:
-    """Free a blob as soon as its users are done."""
+    """Free a blob as soon as it is unused."""
     entry = step.state.store.entries.get(key)
     if entry is None:
         return
@@ -68,7 +68,7 @@ def doom_blob(step: Step, key: str) -> None:
 
 
 def doom_disk_blob(step: Step, key: str) -> None:
-    """Delete a blob from the disk tier as soon as it is neither being written nor read."""
+    """Delete a blob from the disk tier as soon as it is neither written nor read."""
     step.state.disk.entries[key].doomed = True
     drop_disk_blob_if_doomed(step, key)
 
@@ -85,7 +85,7 @@ def drop_disk_blob(step: Step, key: str) -> None:
 
 
 def forget_version_if_unused(step: Step, digest: str) -> None:
-    """Forget a version that no name stands for and no request uses, with its blobs."""
+    """Forget a version that has no name and no request, with its blobs."""
     version = step.state.versions.get(digest)
     if version is None or version.names or version.requests or version.loads:
         return

@@ -1,7 +1,7 @@
-"""Quarantine: one bad adapter must not walk through a pool.
+"""Quarantine: one bad adapter must not take down a whole pool.
 
-A version that was being loaded for the first time when an engine failed is a suspect. From then on it is loaded alone,
-and nobody who was lost beside it is sent where it is being loaded. When a second backend dies of it, it is refused.
+A version whose first load was in flight when an engine failed is a suspect. From then on it is loaded alone, and no
+request that has lost a backend is sent to where it is being loaded. When a second backend is lost, it is quarantined.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sidecar.errors import Reason
 
 
 def suspect(step: Step, digest: str, version: Version, backend: Backend, text: str) -> None:
-    """Hold a version answerable for a failure during its first loads; two make it quarantined."""
+    """Suspect a version after a failure during its first loads; quarantine it after the second."""
     if version.answered:
         return
     version.suspect = True
@@ -31,7 +31,7 @@ def suspect(step: Step, digest: str, version: Version, backend: Backend, text: s
 
 
 def clear(state: State, digest: str) -> None:
-    """Hold nothing against a version any more: it has answered, or a person says so."""
+    """Clear a version of suspicion: it has answered, or an operator releases it."""
     version = state.versions[digest]
     version.suspect = False
     version.lost_backends.clear()

@@ -1,7 +1,7 @@
-"""Who waits, how long, against which bound, and why. Read between steps; nothing is changed.
+"""Views of the queue for operators: which requests wait, how long, against which bound, and why.
 
-Counting is cheap whatever the queue's length; why a request waits is asked of the oldest ones only, and a view says so
-when that left some out.
+They are read between steps and change nothing. Counting is cheap for any queue length; only the oldest requests are
+asked why they wait, and a view says when that left some out.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sidecar.core.enums import Why
 from sidecar.core.state import Request, State
 
 EXAMINED_MAX = 1_000
-"""Requests that one view asks "why do you wait?", oldest first."""
+"""Requests of one view whose reason to wait is computed, oldest first."""
 PLACES_NAMED_MAX = 2
 
 
 @dataclass(frozen=True)
 class WaitingView:
-    """A waiting request, its times counted from its arrival.
+    """A waiting request. Its times count from its arrival.
 
-    It was promised its first token within `bound_ns`: None when nothing was promised, or no longer, for the reason
-    `voided`. It ends as expired once it has waited for `expires_ns`.
+    Its promise is a first token within `bound_ns`; None if nothing was promised or the promise is void, for the reason
+    `voided`. It expires once it has waited for `expires_ns`.
     """
 
     request: int
@@ -42,7 +42,7 @@ class WaitingView:
 
 @dataclass(frozen=True)
 class QueueView:
-    """Who waits. `why` counts the reasons of the oldest `examined` requests, most frequent first."""
+    """The queue. `why` counts the reasons of the oldest `examined` requests, most frequent first."""
 
     verdict: str
     waiting: int
@@ -53,7 +53,7 @@ class QueueView:
 
 
 def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", limit: int = 100) -> QueueView:
-    """Return the queue, or the part of it that is of one adapter or on one backend.
+    """Return the queue, or the part of it for one adapter or backend.
 
     Lists at most `limit` requests and examines at most `EXAMINED_MAX`, oldest first.
     """
@@ -76,21 +76,21 @@ def queue_view(state: State, now_ns: int, adapter: str = "", backend: str = "", 
 
 
 def reasons(state: State, now_ns: int) -> dict[Why, int]:
-    """Count all that wait by why they do; each reason is there, nobody's as 0.
+    """Count all waiting requests by reason; every reason is a key.
 
-    At each backend the first request of a version speaks for all of that version, so that this takes as long as there
-    are versions that wait, however many requests do: mostly it is the version that waits, or all wait behind the first.
+    At each backend the first request of a version stands for all of that version, so the cost grows with the number of
+    waiting versions and not of requests. Mostly it is the version that waits, or all wait behind the first.
     """
     counts = dict.fromkeys(Why, 0)
     counts[Why.BACKEND_DOWN] = len(state.unrouted)
     for backend in state.backends.values():
-        for line in backend.queued_by_version.values():
-            counts[eligibility.why_waiting(state, state.requests[line.first()], now_ns)] += len(line)
+        for queue in backend.queued_by_version.values():
+            counts[eligibility.why_waiting(state, state.requests[queue.first()], now_ns)] += len(queue)
     return counts
 
 
 def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
-    """Return how many wait and how many run; a walk over all requests only for one adapter's."""
+    """Return how many requests wait and run. Only the counts for one adapter walk over all requests."""
     if adapter:
         waiting = sum(1 for _ in _matching(state, adapter, backend, running=False))
         return waiting, sum(1 for _ in _matching(state, adapter, backend, running=True))
@@ -101,7 +101,7 @@ def _counts(state: State, adapter: str, backend: str) -> tuple[int, int]:
 
 
 def _matching(state: State, adapter: str, backend: str, running: bool) -> Iterator[Request]:
-    """Yield requests in the order of arrival, which is that of their dict."""
+    """Yield requests in order of arrival, which is the order of their dict."""
     for request in state.requests.values():
         if request.running is not running:
             continue
@@ -127,7 +127,7 @@ def _waiting_view(state: State, request: Request, now_ns: int) -> WaitingView:
 
 
 def _silent_ns(state: State, now_ns: int) -> int:
-    """Return for how long nothing has come from the backend that is suspected longest, 0 if none is."""
+    """Return how long nothing has come from the backend that has been suspected longest; 0 if none is."""
     return max((now_ns - b.silence.since_ns for b in state.backends.values() if b.silence.suspected), default=0)
 
 
@@ -136,10 +136,10 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, silent_ns: i
         return f"nobody waits, {running} running" if running else "nobody waits, nothing runs"
     first = oldest[0]
     since = f"{seconds(first.waited_ns)} ({_limits(first)})"
-    places: dict[Why, list[str]] = {}
+    backends: dict[Why, list[str]] = {}
     for view in oldest:
-        places.setdefault(view.why, []).append(view.backend)
-    why, where = min(places.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
+        backends.setdefault(view.why, []).append(view.backend)
+    why, where = min(backends.items(), key=lambda pair: (-len(pair[1]), pair[0].value))
     because = _because(why, list(dict.fromkeys(where)))
     if why is Why.STALLED:
         because += f" for {seconds(silent_ns)}"
@@ -152,7 +152,7 @@ def _verdict(oldest: list[WaitingView], waiting: int, running: int, silent_ns: i
 
 
 def _limits(view: WaitingView) -> str:
-    """Say what was promised and what the class or the deadline allows, once where that is the same."""
+    """Return what was promised and when the request expires; once if both are the same."""
     expires = f"expires {seconds(view.expires_ns)}"
     if view.bound_ns is None:
         return f"bound void: {view.voided}, {expires}" if view.voided else expires
@@ -161,19 +161,19 @@ def _limits(view: WaitingView) -> str:
 
 
 def _because(why: Why, backends: list[str]) -> str:
-    """Say what a reason means on these backends; [""] is a request that could be routed to none."""
+    """Return a reason as a clause about these backends; [""] stands for a request without a backend."""
     known = [backend for backend in backends if backend]
     if why is Why.BACKEND_DOWN and known:
-        return f"nothing answers on {_places(known)}"
-    return why.because.format(places=_places(known))
+        return f"nothing answers on {_joined(known)}"
+    return why.because.format(places=_joined(known))
 
 
-def _places(backends: list[str]) -> str:
+def _joined(backends: list[str]) -> str:
     return " and ".join(backends) if len(backends) <= PLACES_NAMED_MAX else f"{len(backends)} backends"
 
 
 def seconds(duration_ns: int) -> str:
-    """Return a duration as people read it."""
+    """Return a duration for people: "250 ms", "1.5 s", "120 s"."""
     if 0 < duration_ns < 1_000_000_000:
         return f"{duration_ns / 1e6:.0f} ms"
     seconds = duration_ns / 1e9

@@ -153,7 +153,7 @@ class Keeper:
         now_ns = monotonic_ns()
         try:
             effects = self._ownership.step(event, now_ns)
-            injected.look(self._raise_on, event)
+            injected.check(self._raise_on, event)
             for effect in effects:
                 _EFFECTS[type(effect)](self, effect)
         except BaseException as error:

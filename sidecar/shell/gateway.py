@@ -398,7 +398,7 @@ class Gateway:
 
     def _run(self, effect: do.Effect) -> None:
         if self.state.config.raise_on:
-            injected.look(self.state.config.raise_on, effect, self.state)
+            injected.check(self.state.config.raise_on, effect, self.state)
         _EFFECTS[type(effect)](self, effect)
 
     def _fetch(self, effect: do.Fetch) -> None:
@@ -452,7 +452,7 @@ class Gateway:
         if ticket is None:
             return
         if effect.reason is not Reason.NOT_OWNER or self.elsewhere is None or not self.elsewhere.given_back(ticket):
-            ticket.settle(admission.as_told(self.state, effect))
+            ticket.settle(admission.for_client(self.state, effect))
 
     def _answer(self, effect: do.Answer) -> None:
         future = self._asks.pop(effect.ask, None)

@@ -525,7 +525,7 @@ class World:
             return
         others = [
             place.id
-            for place in eligibility.places_of(state, request)
+            for place in eligibility.servers_for(state, request)
             if place.takes_requests and eligibility.long_enough(place, request.view.input_tokens)
         ]
         assert set(others) <= set(state.joining), f"request {request_id} waits at {request.backend}, which joins"

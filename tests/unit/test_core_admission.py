@@ -119,7 +119,7 @@ def test_a_forbidden_name_is_told_as_one_that_is_not_there() -> None:
     world.register("sql-other", allow=("red", "green"))
     for tenant, near in (("blue", "none is registered"), ("green", "did you mean sql-other?")):
         forbidden = refusal(world, "sql-secret@v1", tenant=tenant)
-        told = admission.as_told(world.core.state, forbidden)
+        told = admission.for_client(world.core.state, forbidden)
         assert forbidden.reason is Reason.NOT_ALLOWED
         assert near in told.message
         world.feed(ev.AdapterUnregistered("sql-secret"))
