@@ -109,7 +109,7 @@ def _resolve(state: State, event: Received) -> tuple[Name | None, int]:
     name = state.names.get(text)
     if name is None:
         raise unknown_adapter(state, text, event.tenant)
-        _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
+    _allowed(event, name)  # first: only a tenant that may use the adapter may learn its versions
     if not selector:
         return name, _share(name, event)
     ordinal = _selected(state, name, selector)
