@@ -78,12 +78,16 @@ class Overdue:
         return found
 
     def snapshot(self) -> Any:
-        return [[request, *times] for request, times in self._times.items()]
+        # The heap as it is: a request that was queued again without a promise is still urgent by its first one.
+        times = [[request, *times] for request, times in self._times.items()]
+        return {"times": times, "urgent": [list(entry) for entry in self._urgent]}
 
     def restore(self, state: Any) -> None:
-        """Take the times of what is in the queues already."""
-        for request, overdue_ns, urgent_ns in state:
+        """Take the times of what is in the queues already. Journals of 0.1 have the times only."""
+        for request, overdue_ns, urgent_ns in state if isinstance(state, list) else state["times"]:
             self._note(request, overdue_ns, urgent_ns)
+        if not isinstance(state, list):
+            self._urgent = [(at_ns, request) for at_ns, request in state["urgent"]]
         for name, version in self._queues.versions.items():
             self._has_head(name, version.head())
 

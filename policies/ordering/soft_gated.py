@@ -159,6 +159,7 @@ class SoftGated:
             "tenants": self._tenants.snapshot(),
             "turns": self._turns.snapshot(),
             "gates": list(self._gates.items()),
+            "slack": self._slack,
         }
 
     def restore(self, state: Any) -> None:
@@ -169,6 +170,7 @@ class SoftGated:
         self._least_served = LeastServed(self._queues, self._tenants)
         self._turns = OpenTimes.restored(state["turns"])
         self._gates = dict(state["gates"])
+        self._slack = state.get("slack", SLACK_REQUESTS)  # journals of 0.1 do not have it
 
     # Who is waited for.
 

@@ -289,7 +289,7 @@ def test_what_has_left_does_not_stay_in_the_heaps() -> None:
         overdue.queued(request, promise)
         if number > 20:
             overdue.left(queues.remove(number - 20), was_head=True)
-    assert len(overdue.snapshot()) == 20
+    assert len(overdue.snapshot()["times"]) == 20
     assert max(len(overdue._overdue), len(overdue._urgent)) <= 2 * 20 + 17
 
 

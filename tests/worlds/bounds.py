@@ -13,8 +13,8 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
-from policies import lines
-from policies.ordering import credit, fairness, owed, turns
+from policies import id_queue
+from policies.ordering import credit, fairness, open_times, owed
 from policies.prefetch import planned, speculative
 from policies.routing import partitioned, proportional, rendezvous
 from sidecar.core import core, lifecycle, prefetching, stealing, waiting
@@ -75,9 +75,9 @@ class Counted(int):
 CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (credit, "CREDIT_MAX"),
     (fairness, "TENANTS_KEPT"),
-    (lines, "STALE_MAX"),
+    (id_queue, "STALE_MAX"),
     (owed, "BLOCK_MAX"),
-    (turns, "VERSIONS_KEPT"),
+    (open_times, "VERSIONS_KEPT"),
     (planned, "LOOKED_AT_MAX"),
     (speculative, "ADVICE_MAX"),
     (speculative, "KNOWN_MAX"),
