@@ -61,7 +61,7 @@ async def test_the_process_ends_once_it_has_said_so(tmp_path: Path) -> None:
         }
         sidecar = await Sidecar.start(parse(config, "the test"))
         running = asyncio.create_task(sidecar.run_until_signalled())
-        async with httpx.AsyncClient(base_url=f"http://{sidecar.serve.listening.drain}", timeout=PATIENCE_S) as http:
+        async with httpx.AsyncClient(base_url=f"http://{sidecar.listening.drain}", timeout=PATIENCE_S) as http:
             assert (await http.post("/drain")).text == "drained\n"
         async with asyncio.timeout(PATIENCE_S):
             await running

@@ -233,6 +233,8 @@ class VllmBackend(Endpoint):
         self._registered.pop(key, None)
 
     async def _leave(self) -> None:
+        if self._client.is_closed:
+            return  # a process that crashes stops its backends whatever was stopped already
         await self._unload_all()
         await self._client.aclose()
 
