@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sidecar.core.enums import Voided, Why
 from sidecar.errors import TABLE, Family
 from sidecar.shell.metric_table import METRICS
 from tools.docs import configuration
@@ -44,6 +45,27 @@ A retry can help where the last column says so: the error then carries `google.r
 | reason | family | gRPC code | retry |
 |---|---|---|---|
 """
+WAITING_PAGE = """# Why a request waits
+
+`sidecar queue` gives one of these reasons for each request that waits, and `lora_sidecar_waiting_requests` counts requests
+by them. [Operations](operations.md#when-something-is-wrong) and the [runbook](runbook.md) say what to do.
+
+| reason | means |
+|---|---|
+"""
+VOIDED = """
+## Why a bound is void
+
+A request that waits was promised a [bound](queue.md#how-long-bounds). These are the reasons why it does not hold any
+more, as `sidecar queue` shows them and `lora_sidecar_wait_bounds_voided_total` counts them:
+
+"""
+
+
+def waiting_page() -> str:
+    told = {why.value: why.because.format(places="the backend") for why in Why}
+    rows = (f"| {reason} | {because[0].upper()}{because[1:]}. |\n" for reason, because in told.items())
+    return WAITING_PAGE + "".join(rows) + VOIDED + "".join(f"* {reason.value}\n" for reason in Voided)
 
 
 def metrics_page() -> str:
@@ -63,6 +85,7 @@ def errors_page() -> str:
 PAGES: dict[str, tuple[str, Callable[[], str]]] = {
     "docs/configuration-keys.md": ("sidecar.config", configuration.page),
     "docs/metrics.md": ("sidecar/shell/metric_table.py", metrics_page),
+    "docs/waiting.md": ("sidecar/core/enums.py", waiting_page),
     "docs/errors.md": ("sidecar/errors.py", errors_page),
 }
 
