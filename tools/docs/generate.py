@@ -47,8 +47,8 @@ A retry can help where the last column says so: the error then carries `google.r
 """
 WAITING_PAGE = """# Why a request waits
 
-`sidecar queue` gives one of these reasons for each request that waits, and `lora_sidecar_waiting_requests` counts requests
-by them. [Operations](operations.md#when-something-is-wrong) and the [runbook](runbook.md) say what to do.
+`sidecar queue` gives one of these reasons for each request that waits, and `lora_sidecar_waiting_requests` counts
+requests by them. [Operations](operations.md#when-something-is-wrong) and the [runbook](runbook.md) say what to do.
 
 | reason | means |
 |---|---|
