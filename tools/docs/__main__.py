@@ -6,27 +6,24 @@ import signal
 import sys
 from pathlib import Path
 
-from tools.docs import checks, generate
+from tools.docs import checks, generate, pictures
+from tools.docs.run import run
 
 
 def main(arguments: list[str]) -> int:
     action, *rest = arguments or [""]
     if action == "check":
-        found = [*generate.outdated(), *checks.problems()]
+        found = [*generate.outdated(), *checks.problems(), *pictures.outdated()]
         print(*found, sep="\n", file=sys.stderr, end="\n" if found else "")
         return 1 if found else 0
     if action == "generate":
         generate.generate()
         return 0
     if action == "run":
-        from tools.docs.run import run
-
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended
         return run([Path(name).resolve() for name in rest])
     if action == "pictures":
-        from tools.docs.pictures import draw
-
-        draw()
+        pictures.draw()
         return 0
     print(__doc__, file=sys.stderr)
     return 2

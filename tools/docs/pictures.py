@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.cells import cell_len
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.terminal_theme import DIMMED_MONOKAI
 from rich.text import Text
 
-from tools.docs.pages import ROOT
+from tools.docs.pages import ROOT, named
 
 PICTURES = ROOT / "docs" / "pictures"
 WIDTH = 108
@@ -95,7 +95,19 @@ def _queue() -> None:
 
 
 def _lanes() -> None:
-    """The slots of the bare engine and of the sidecar's order over the same time, from the simulator's report."""
+    for path, picture in _lanes_drawn():
+        path.write_text(picture)
+
+
+def outdated() -> Iterator[str]:
+    """Yield what is wrong with the pictures whose every byte follows from the code: the simulator's."""
+    for path, picture in _lanes_drawn():
+        if not path.is_file() or path.read_text() != picture:
+            yield f"{named(path)} is not what the simulator draws: make pictures"
+
+
+def _lanes_drawn() -> Iterator[tuple[Path, str]]:
+    """Yield the slots of the bare engine and of the sidecar's order over the same time, from the simulator's report."""
     from sidecar.lab.sim.options import Options
     from sidecar.lab.sim.report.timeline import slot_lanes
     from sidecar.lab.sim.runs import runs_of
@@ -107,7 +119,7 @@ def _lanes() -> None:
     )  # fmt: skip
     results = [simulate(run.setup, run.workload, run.label) for run in runs_of(options)]
     for name, picture in zip(("lanes-bare", "lanes"), slot_lanes(results), strict=True):
-        (PICTURES / f"{name}.svg").write_text(f"{picture}\n")
+        yield PICTURES / f"{name}.svg", f"{picture}\n"
 
 
 def _shown(command: Sequence[str]) -> str:
@@ -121,8 +133,7 @@ def _started(folder: str, *arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*SIDECAR, *arguments], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _until(is_so: object) -> None:
-    assert callable(is_so)
+def _until(is_so: Callable[[], bool]) -> None:
     for _ in range(LOOKS):
         if is_so():
             return
