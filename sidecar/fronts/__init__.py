@@ -1,1 +1,1 @@
-"""Act for clients and operators: one module for each protocol they speak."""
+"""Serve clients and operators: one package for each protocol they speak."""

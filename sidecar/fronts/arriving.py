@@ -1,8 +1,9 @@
-"""One connection's messages on their way in, and how much of them is here.
+"""Count the bytes of incomplete messages that each connection has brought.
 
-What is here is what the kernel has received on the connection less what has been handed over. The two are not counted
-alike: what a client sends beside its messages (headers, acknowledgements) is estimated, and an error would add up for
-as long as a stream is open. So a connection is forgiven `FORGIVEN_BYTES_S`, and starts anew when nothing is under way.
+A connection holds the bytes that the kernel has received on it, less the messages that have been handed over. The two
+are not counted alike: what a client sends besides its messages (headers, acknowledgements) is estimated, and the error
+would add up for as long as a stream is open. So each connection is forgiven `FORGIVEN_BYTES_S`, and its count restarts
+when no message is under way.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from sidecar.errors import Refused
 from sidecar.fronts.received import Wire
 
 SILENT_S, PROGRESS_BYTES = 1.0, 1 << 20
-"""A connection is silent that has not brought as many bytes for as long, of what was being read."""
+"""A connection is silent if it holds part of a message and has brought fewer than these bytes in that time."""
 AHEAD_S, RATE_HALVES_S = 1.0, 0.1
-"""A connection counts with what it brings in that time, as fast as it was of late: it may only be interrupted."""
+"""A connection is also charged with what it would bring in `AHEAD_S` at its recent rate: it may only be paused."""
 HALF_BYTES = 1 << 20
-"""What a connection must hold to have begun a message for certain: less may be what was wrongly counted."""
+"""A connection that holds more has certainly begun a message; less may be an error of the estimate."""
 SMALL_BYTES = 256 << 10
-"""What a connection's next message is taken for, at least."""
+"""The least that the next message of a connection is expected to have."""
 FORGIVEN_BYTES_S = 32 << 10
-"""Less than what a client must bring a second not to be silent for `arrival_s`: who holds half a message is not."""
+"""Less than the rate that counts as progress within `arrival_s`, so that half a message is never forgiven."""
 CALL_BYTES, FRAMING = 256, 1.003
 """What a call costs on the wire besides its message and metadata, and what framing and TLS add to a message."""
 
@@ -35,45 +36,45 @@ class Arrival:
     timeout: asyncio.Timeout
     since_s: float = field(default_factory=monotonic)
     closed: Refused | None = None
-    turn: asyncio.Future[None] | None = None
+    admitted: asyncio.Future[None] | None = None
     large_body_bytes: int = 0
-    """What it was let in as, of the large bodies."""
+    """Its share of the budget for large bodies."""
 
     def close(self, why: Refused) -> None:
-        """Break off the wait for it."""
+        """Break off the wait for the message with `why`."""
         self.closed = why
         self.timeout.reschedule(asyncio.get_running_loop().time())
 
 
 class Source:
-    """A connection that messages come by, with its open calls. `arriving` are oldest first.
+    """A connection that brings messages, with its open calls. `arriving` has the oldest first.
 
-    One without a `wire` is no TCP connection: what it holds is what somebody else counts there.
+    A source without a `wire` is no TCP connection: `Intake.charge` counts its bytes.
     """
 
     def __init__(self, expected_bytes: int, wire: Wire | None = None) -> None:
         self.expected_bytes = expected_bytes
-        """What its next message is taken for: as large as one may be from who has sent none, else by its last."""
+        """Size of the next message: the largest allowed at first, later a guess by the last one."""
         self.large_body_bytes = 0
-        """Where it stands for a large HTTP body, the size of that."""
+        """Size of the large HTTP body that this source stands for, 0 for others."""
         self.wire = wire
         self.calls = 0
         self.arriving: dict[Arrival, None] = {}
         self.waiting = 0
-        """How many of these are not read yet."""
+        """How many of `arriving` are not being read yet."""
         self.held = 0
-        """Bytes that are here, of messages that are not."""
+        """Bytes received of incomplete messages."""
         self.charge = 0
-        """The same, with what may come until the next look."""
+        """`held`, and what may come until the next look."""
         self.heard_s = 0.0
         self.base: int | None = None
-        """Of the kernel's count: what had been received when nothing was under way, and what was handed over since."""
+        """In the kernel's count: received when nothing was under way, plus all that was handed over since."""
         self._handed_over = 0
-        """The same, until the kernel has been asked for the first time."""
+        """Bytes handed over before the kernel was first asked."""
         self._mark = 0
         self._looked_s = 0.0
         self._rate = 0.0
-        """Bytes a second, of late."""
+        """Recent rate in bytes a second."""
 
     def begin(self, arrival: Arrival) -> None:
         """Note that one more message is under way."""
@@ -82,7 +83,7 @@ class Source:
         self.arriving[arrival] = None
 
     def hand_over(self, size_bytes: int, beside_bytes: int = 0) -> None:
-        """Note that a message has come in full, and as many bytes of metadata with it."""
+        """Note that a message of this size has come in full, with `beside_bytes` of metadata."""
         self.expected_bytes = max(2 * size_bytes, SMALL_BYTES)
         cost = CALL_BYTES + beside_bytes + int(size_bytes * FRAMING)
         if self.base is None:
@@ -91,7 +92,7 @@ class Source:
             self.base += cost
 
     def settle(self, received: int | None, now_s: float, message_bytes: int) -> None:
-        """Take what the kernel says has been received since the connection began; None when it knows nothing."""
+        """Update the count from what the kernel has received since the connection began; None if it does not know."""
         before_bytes, elapsed_s, self._looked_s = self.held, max(now_s - self._looked_s, 1e-3), now_s
         if received is None:
             self.held = self.charge = 0
@@ -110,12 +111,12 @@ class Source:
         self.charge = charge if charge > HALF_BYTES else 0
 
     def is_silent(self, now_s: float, silent_s: float = SILENT_S) -> bool:
-        """Whether it holds what does not go on, and not because nobody reads it."""
+        """Return True if the connection holds part of a message that makes no progress although it is being read."""
         return self.held > HALF_BYTES and len(self.arriving) > self.waiting and now_s - self.heard_s >= silent_s
 
 
 class Call:
-    """One call, with the bytes of its message that are charged still although it has come."""
+    """One call, and the bytes of its message that stay charged after it has come."""
 
     def __init__(self, source: Source) -> None:
         self.source = source

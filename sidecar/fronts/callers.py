@@ -1,4 +1,4 @@
-"""Who calls: the tenant of a gRPC call, how long the caller means to wait, and the id that it knows its request by."""
+"""Tell who calls: the tenant of a call, how long the caller will wait, and the id by which it knows its request."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ OWN_PREFIX = "lora-"
 TENANT_KEY = "lora-tenant"
 
 REQUEST_ID_KEY = "x-request-id"
-"""Of gRPC metadata and HTTP headers, as proxies and clients everywhere write it."""
+"""In gRPC metadata and in HTTP headers; the name that proxies and clients commonly use."""
 
 
 def metadata_of(context: Any) -> dict[str, str]:
-    """Return the call's text metadata; of another's key that is given twice, the last.
+    """Return the call's text metadata. Of a foreign key that is given twice, the last value counts.
 
-    Raises Refused(INVALID_REQUEST) where a key of ours is given twice, for a proxy may have read the other one, and
-    where its value is not ASCII: gRPC allows no other, and bytes that are not UTF-8 come here as other words.
+    Raises Refused(INVALID_REQUEST) if one of our own keys is given twice, since a proxy may have read the other value,
+    or if its value is not ASCII: gRPC allows nothing else, and other bytes arrive here changed.
     """
     found: dict[str, str] = {}
     for key, value in context.invocation_metadata() or ():
@@ -40,11 +40,11 @@ def metadata_of(context: Any) -> dict[str, str]:
 
 
 def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked: str) -> str:
-    """Return the tenant: from the client's certificate, from what the client says, or nobody in particular.
+    """Return the tenant, from the client's certificate or from the request, as `tenant_from` says; "" for none.
 
-    Where certificates decide, what the client says of itself is ignored. A certificate's name is its first subject
-    alternative name, its common name if it has none. Raises Refused(INVALID_REQUEST) where the request and the
-    metadata, which a proxy may have set, say different tenants.
+    With certificates, the request's own claim is ignored. A certificate's name is its first subject alternative name,
+    or else its common name. Raises Refused(INVALID_REQUEST) if the request and the metadata, which a proxy may have
+    set, name different tenants.
     """
     if tenant_from == "none":
         return ""
@@ -62,31 +62,32 @@ def tenant_of(context: Any, tenant_from: str, metadata: Mapping[str, str], asked
 
 
 def made_id() -> str:
-    """Return an id for a request whose client gave none. It tells nothing of other requests, as a number would."""
+    """Return a new random id for a request without one. A counter would disclose how many requests others make."""
     return token_hex(16)
 
 
 def request_id_of(asked: str, metadata: Mapping[str, str]) -> str:
-    """Return the id of a request: its own word, else the call's metadata's, which a proxy may have set, else a new one.
+    """Return the id of a request: its own, else the one of the call's metadata, else a new one.
 
-    Raises Refused(INVALID_REQUEST) for one that is not as it may be.
+    Raises Refused(INVALID_REQUEST) for an id that `REQUEST_ID` does not allow.
     """
     return checked(REQUEST_ID, asked or metadata.get(REQUEST_ID_KEY, "")) or made_id()
 
 
 def id_of_call(context: Any, asked: str = "") -> str:
-    """Return the id for an error of a call whose request is not read: what it says, its metadata's, or a new one."""
+    """Return the id to report with an error of a request that is not read: `asked`, the metadata's, or a new one."""
     given = [value for key, value in context.invocation_metadata() or () if key == REQUEST_ID_KEY]
-    words = (asked, *(given if len(given) == 1 else ()))
-    return next((said for said in words if said and is_fit(REQUEST_ID, said)), "") or made_id()
+    candidates = (asked, *(given if len(given) == 1 else ()))
+    return next((id_ for id_ in candidates if id_ and is_fit(REQUEST_ID, id_)), "") or made_id()
 
 
 def remaining_s(context: Any) -> float | None:
     """Return the seconds until the call's own deadline, None if it has none."""
     remaining = context.time_remaining()
-    # gRPC gives calls without a deadline one some centuries away.
+    # gRPC reports a deadline centuries away for calls without one.
     return remaining if remaining is not None and remaining < 1e8 else None
 
 
 def earliest(*deadlines_s: float | None) -> float | None:
+    """Return the earliest of several deadlines; None if there is none."""
     return min((deadline for deadline in deadlines_s if deadline is not None), default=None)

@@ -1,9 +1,9 @@
-"""How a gRPC listener takes calls: so many a connection, and each message inside the budget of what is on its way.
+"""Bound a gRPC listener: the calls of a connection, and the bytes of all messages that are on their way in.
 
-gRPC's own handlers of unary calls are called when the message has come, and nobody hears of those whose messages do
-not. Here each call is one whose client may send several messages, which on the wire is the same: its handler runs with
-the headers, reads by itself, and can refuse before there is anything to read. A refusal here is that of the client who
-floods; what gRPC would refuse, it ends with CANCELLED, and whosever call is next.
+gRPC calls the handler of a unary method only when the message has come in full, so nothing counts a message that never
+arrives. Here every call is served as a client stream, which looks the same on the wire: its handler runs with the
+headers, reads the messages itself, and can refuse before there is anything to read. Its refusal hits the client that
+floods; gRPC's own limits would end whichever call comes next, with CANCELLED.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from sidecar.fronts.received import wire_of
 from sidecar.fronts.status import abort
 
 END: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-"""What is read where there are no more messages."""
+"""What `context.read` returns after the last message."""
 PENDING_CALLS_MAX = 1_000_000
-"""Calls that have come and are not begun, of a whole listener: gRPC ends innocent ones past its own limit."""
+"""Calls of one listener that have come and have not begun. Past its own limit gRPC ends calls of other clients."""
 PENDING_OPTIONS = (
     ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
     ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
@@ -32,7 +32,7 @@ PENDING_OPTIONS = (
 
 
 class _TurnedAway(Exception):
-    """A call that ends here: what is inside says why."""
+    """End a call with the refusal inside."""
 
     def __init__(self, why: Refused) -> None:
         super().__init__(why.message)
@@ -40,14 +40,14 @@ class _TurnedAway(Exception):
 
 
 class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """The bounds of one listener, before what parses its messages. `port` is its own, once it is bound."""
+    """Apply one listener's bounds before anything parses its messages. Set `port` once the listener is bound."""
 
     def __init__(self, intake: Intake, calls_max: int) -> None:
         self.port = 0
         self._intake = intake
         self._calls_max = calls_max
         self._handlers: dict[Any, Any] = {}
-        """What handles a method, and the same within the bounds. By method it would grow with what clients think of."""
+        """Bounded handler of each handler. Keyed by method name it would grow with the names that clients invent."""
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         handler = await continuation(details)
@@ -67,8 +67,8 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             try:
                 return await self._served(handler, method, context)
             except grpc.aio.AbortError as error:
-                # The call keeps this exception, whose traceback's frames keep the call: a ring that holds the message
-                # until the garbage collector comes by, which counts objects and not their bytes.
+                # The call keeps this exception, and the frames of its traceback keep the call and with it the message.
+                # Only the garbage collector would break that ring, and it counts objects, not bytes.
                 error.__context__ = error.__cause__ = None
                 raise error.with_traceback(None) from None
 
@@ -101,7 +101,7 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 class _Incoming:
-    """The messages of one call."""
+    """Read the messages of one call."""
 
     def __init__(self, intake: Intake, call: Call, context: Any) -> None:
         self._intake = intake
@@ -110,18 +110,19 @@ class _Incoming:
         self._beside_bytes = sum(len(key) + len(value) for key, value in context.invocation_metadata())
 
     async def one(self) -> Any:
-        """Return the message of a call that has one."""
+        """Return the message of a call that has exactly one."""
         message = await self._next(self._intake.one)
         if message is END:
             raise _TurnedAway(Refused(Reason.INVALID_REQUEST, "the call ended without a message; send one"))
         return message
 
     async def messages(self) -> AsyncIterator[Any]:
+        """Yield the messages of a stream."""
         while True:
             held = [await self._next(self._intake.next_of)]
             if held[0] is END:
                 return
-            yield held.pop()  # this frame must not keep it, for the next one may not be asked for
+            yield held.pop()  # this frame must not keep the message: the next one may never be asked for
 
     async def _next(self, arrived: Callable[[Call, Callable[[], Awaitable[Any]]], Awaitable[Any]]) -> Any:
         try:
@@ -135,7 +136,7 @@ class _Incoming:
 
 
 async def _answered(method: Any, request: Any, context: Any) -> Any:
-    """Call a handler of one of the two kinds that there are; one that yields has its messages written."""
+    """Call a handler, coroutine or asynchronous generator, and write each message that it yields."""
     if not inspect.isasyncgenfunction(method):
         return await method(request, context)
     async for message in method(request, context):

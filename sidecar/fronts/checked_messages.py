@@ -1,6 +1,6 @@
-"""Messages parsed here and not by gRPC: counted before, refused with their fault's name, and without a traceback.
+"""Parse messages here instead of in gRPC, so that each is checked first and its fault is named.
 
-gRPC would parse what comes whatever it costs, and log a traceback of its own for each that is none.
+gRPC would parse any message whatever it costs, and log a traceback for each malformed one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Handler = Any
 
 
 class CheckedMessages(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Puts the check before every method whose messages gRPC would parse; the others take bytes and check them."""
+    """Put the check before each method whose messages gRPC would parse. Methods that take bytes check on their own."""
 
     def __init__(self) -> None:
         self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Handler]], details: Any) -> Handler:
-        """Return what handles a method, None for one that is not served."""
+        """Return the handler of a method; None for one that is not served."""
         handler = await continuation(details)
         if handler is None or handler.request_deserializer is None:
             return handler
@@ -58,7 +58,7 @@ def _checked(handler: Handler, kind: Any) -> Handler:
 
 
 def _reading(method: Callable[..., Any], read: Callable[..., Any], kind: Any) -> Callable[..., Any]:
-    """Return a method of the same form as gRPC knows them, a coroutine or a generator, that takes bytes."""
+    """Return a method of the same form (coroutine or generator, which gRPC tells apart) that takes bytes."""
     if inspect.isasyncgenfunction(method):
 
         async def generate(raw: Any, context: Any) -> AsyncIterator[Any]:

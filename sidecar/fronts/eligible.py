@@ -1,6 +1,6 @@
-"""Which backends a request can go to, by the kind of model that it is written for and by the model that it names.
+"""Choose the backends that a request may go to, by the kind of model and the model's name that it is written for.
 
-A pool may have several kinds.
+A pool may have engines of several kinds.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from sidecar.errors import Reason, Refused
 
 
 def backends_of(state: State, kinds: Collection[str]) -> tuple[str, ...] | None:
-    """Return the backends of some kinds, () for any where there are no others; None where there are others only."""
-    return places(state, lambda facts: facts.kind in kinds)
+    """Return the backends of these kinds: () if all backends are, None if none is."""
+    return fitting_backends(state, lambda facts: facts.kind in kinds)
 
 
-def places(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...] | None:
-    """Return the backends whose engines fit, () for any where all do; None where none does.
+def fitting_backends(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...] | None:
+    """Return the backends whose engines fit: () if all do, None if none does.
 
-    Backends that were found are named by their pool if all in it fit, so that one that comes later is meant too. What a
-    pool is declared to have counts where it is empty at the moment.
+    A discovered backend is named by its pool if all in the pool fit, so that later members are included. An empty pool
+    counts with the facts that its configuration declares.
     """
     engines = [(backend.group, backend.id, fits(backend.facts)) for backend in state.backends.values()]
     engines += [(pool, pool, fits(facts)) for pool, facts in empty_pools(state)]
@@ -36,10 +36,10 @@ def places(state: State, fits: Callable[[EngineFacts], bool]) -> tuple[str, ...]
     return tuple(found) or None
 
 
-def named(state: State, backends: Collection[str]) -> tuple[str, ...]:
-    """Return backends as a request is held to them, () for any if all are meant: a pool where all in it are.
+def restriction_to(state: State, backends: Collection[str]) -> tuple[str, ...]:
+    """Return these backends as a restriction of a request: () if they are all, and a pool's name for all of a pool.
 
-    A pool that is empty at the moment is one of `backends` itself.
+    An empty pool is represented in `backends` by its own name.
     """
     groups = {backend.id: backend.group for backend in state.backends.values()}
     groups |= {pool: pool for pool, _ in empty_pools(state)}
@@ -50,16 +50,16 @@ def named(state: State, backends: Collection[str]) -> tuple[str, ...]:
 
 
 def empty_pools(state: State) -> list[tuple[str, EngineFacts]]:
-    """Return the pools in which there is no engine at the moment, with what is declared of those that will come."""
+    """Return the pools that have no engine at the moment, each with the declared facts of its engines."""
     filled = {backend.pool for backend in state.backends.values()}
     return [(pool, facts) for pool, facts in state.config.pools.items() if pool not in filled]
 
 
-def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
-    """Return a KServe client's own request and the backends that it is held to, () for any.
+def kserve_eligibility(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
+    """Return a KServe client's payload and the backends that it is restricted to, () for any.
 
-    Where all backends are of one kind it goes there whatever it looks like: what is wrong with it is the engine's to
-    say, an unknown model's name too. Raises Refused(INVALID_REQUEST) where nobody speaks KServe.
+    If all backends are of one kind, the payload goes there unchecked: the engine reports what is wrong with it, an
+    unknown model included. Raises Refused(INVALID_REQUEST) if no backend speaks KServe.
     """
     engines = _engines(state)
     kserve = [facts for facts in engines if model_kind(facts.kind).native is Native.KSERVE]
@@ -72,7 +72,7 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
     is_named = any(payload.model in facts.models for facts in kserve)
 
     def has_model(facts: EngineFacts) -> bool:
-        """One that names no models may have any, but not where others name it."""
+        """An engine that lists no models may have any model, unless another engine lists it."""
         return payload.model in facts.models if is_named else not facts.models
 
     having = [facts for facts in kserve if has_model(facts)]
@@ -83,16 +83,16 @@ def as_it_is(state: State, payload: Payload) -> tuple[Payload, tuple[str, ...]]:
     def fits(facts: EngineFacts) -> bool:
         return facts.kind in payload.kinds and (not having or has_model(facts))
 
-    return payload, places(state, fits) or ()
+    return payload, fitting_backends(state, fits) or ()
 
 
 def _engines(state: State) -> list[EngineFacts]:
-    """Return what is known of all engines, and what is declared of those that have not been found yet."""
+    """Return the facts of all engines, and the declared facts of empty pools."""
     return [*(backend.facts for backend in state.backends.values()), *(facts for _, facts in empty_pools(state))]
 
 
 def base_names(facts: EngineFacts) -> tuple[str, ...]:
-    """Return what clients may call an engine's base model: its own names, and what an OpenAI server serves it as."""
+    """Return the names by which clients may ask for an engine's base model."""
     return (*facts.base_models, *(facts.models if model_kind(facts.kind).native is Native.OPENAI else ()))
 
 

@@ -1,18 +1,18 @@
-"""What is on its way in: messages that have not come in full, over all listeners, inside one budget of bytes.
+"""Bound the bytes of incomplete messages over all listeners of the process.
 
-How much of a message has come gRPC does not say, but the kernel does, by connection (`arriving`, `received`). That is
-looked at every `LOOK_S`. A message whose call has just begun is taken for as large as messages may be, or as its
-connection's last one suggests. Only as many are read at a time as fit the budget so; the others wait, each connection
-in its turn. What has been looked at counts as what is here and what comes in a second as fast as it came, and a call
-of which little comes although it waits for its turn is a small one: who sends headers, or a byte a second, keeps nobody
-from sending.
+gRPC does not say how much of a message has come; the kernel does, by connection (`arriving`, `received`). It is asked
+every `LOOK_S`. A message whose call has just begun is expected to be as large as messages may be, or as the last one of
+its connection suggests. Only as many messages are read at a time as fit the budget by that estimate; the others wait,
+and connections take turns. After the first look a connection is charged with what it holds and what a second at its
+recent rate would bring. A waiting call that has brought very little is expected to be small, so a client that sends
+headers only, or a byte a second, keeps nobody else from sending.
 
-Streams' messages are read at once, since nobody knows when the next one comes. So between two looks streams can bring
-more than the budget has, as much as the network carries meanwhile.
+Messages of streams are read at once, since the next one may come at any time. Between two looks streams can therefore
+exceed the budget by as much as the network carries meanwhile.
 
-When the budget is short, the connection that has been silent, else the one that holds most, loses its oldest messages.
-A stream of which nothing is here costs nothing and is left alone. Which message of a connection the bytes belong to
-nobody knows, so those behind one proxy share its fate.
+When the budget is exceeded, the silent connection, or else the one that holds most, loses its oldest messages. A stream
+that holds nothing costs nothing and is left alone. The kernel's count does not tell which message of a connection the
+bytes belong to, so all clients behind one proxy share its fate.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from sidecar.fronts.received import Received, Wire
 
 LOOK_S = 0.02
 LOOKING_MAX = 0.02
-"""The share of the time that may go into looking: with many connections the looks are further apart."""
+"""Share of the time that looking may take: with many connections the looks are further apart."""
 NEW_S = 0.1
-"""For how long a message that is read counts as large as it may be: its client may be slow to begin."""
+"""How long a message that is read counts with its expected size: its client may be slow to begin."""
 LITTLE_BYTES = 32 << 10
-"""Half of what gRPC takes of a message before it is read: a large one that waits has brought more."""
+"""Half of what gRPC accepts of a message before it is read: a large message that waits has brought more."""
 LARGE_BODY_BYTES = 1 << 20
-"""HTTP bodies above are held until the one process that reads such has done so: they get half of the budget."""
+"""Larger HTTP bodies are kept until the one process that parses them is done; they get half of the budget."""
 LARGE_BYTES, LINGER_S, LINGER_LOOKS = 8 << 20, 1.0, 5
-"""A message from that size on is charged twice, as it came and parsed, until its call is over; at most for so long, and
-so many looks: the event loop may have been busy with it."""
+"""A message of at least `LARGE_BYTES` stays charged twice, raw and parsed, until its call ends, or `LINGER_S` and
+`LINGER_LOOKS` looks have passed: the event loop itself may have been busy with it."""
 RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class IntakeLimits:
-    """`message_bytes` bounds one message: no connection can hold more than that for each that it has under way."""
+    """Limits of an `Intake`. `message_bytes` bounds one message, and so what each message under way can hold."""
 
     bytes_max: int = 256 << 20
     arrival_s: float = 30.0
@@ -55,43 +55,43 @@ class IntakeLimits:
 
     @property
     def read_bytes_max(self) -> int:
-        """What may be read at a time: the rest is for the copies that handing over, parsing and writing make of one."""
+        """Bytes that may be read at a time; the rest is for the copies made by transport, parser and serializer."""
         return max(self.bytes_max - 2 * self.message_bytes, self.bytes_max // 4)
 
 
 class Intake:
-    """The budget of one process. It belongs to the event loop."""
+    """The budget of one process. Use it from the event loop only."""
 
     def __init__(self, limits: IntakeLimits | None = None, received: Received | None = None) -> None:
         self.limits = limits or IntakeLimits()
         self.refused = {"budget": 0, "late": 0, "calls": 0}
-        """Messages that were given up because the budget was short or they took too long; calls too many."""
+        """Messages given up because the budget was exceeded or time ran out, and calls above the limit."""
         self._received = received or Received()
         self._sources: dict[Wire, Source] = {}
         self._moving: dict[Source, None] = {}
-        """Those with messages under way, and those that had some at the last look."""
+        """Sources that have messages under way, or had some at the last look."""
         self._new: dict[Arrival, tuple[float, int]] = {}
-        """Those that may not have been seen yet, since when they are read, and the bytes that they are taken for."""
+        """Arrivals that the kernel's count may not show yet: since when they are read, and their expected size."""
         self._expected = 0
-        """The sum of these bytes."""
+        """Sum of the sizes in `_new`."""
         self._charged = 0
-        """What all connections are charged with."""
+        """Sum of the charges of all connections."""
         self._large_bodies_bytes = 0
-        """What the large bodies that are here, or may come now, are taken for."""
+        """Sum of the sizes of the large bodies that are being received or held."""
         self._lingering: deque[tuple[float, int, Call, int]] = deque()
-        """Large messages that have come: until when and which look they are charged, and with what."""
+        """Large messages that have come: charged until this time and this look, the call, and the charge in bytes."""
         self._looks = 0
         self._waiting: dict[Source, deque[Arrival]] = {}
         self._looking: asyncio.TimerHandle | None = None
 
     @property
     def held_bytes(self) -> int:
-        """What was under way at the last look."""
+        """Bytes of incomplete messages at the last look."""
         return sum(source.held for source in self._moving)
 
     @contextmanager
     def call(self, wire: Wire | None) -> Iterator[Call]:
-        """Go round one call on a connection. One that is no TCP has only this."""
+        """Enter a call on a connection. A call that did not come by TCP (`wire` is None) gets a source of its own."""
         source = Source(self.limits.message_bytes) if wire is None else self._sources.get(wire)
         if source is None:
             assert wire is not None
@@ -106,27 +106,27 @@ class Intake:
                 self._release(call, call.lingering)
 
     async def one(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
-        """Return what `read` does, the one message of a call, after its turn has come.
+        """Wait until the call's one message may be read, and return what `read` returns.
 
-        Raises Refused when it takes too long, or what is here is too much. `call.source.hand_over` is to be called
-        with its size.
+        Call `call.source.hand_over` with its size afterwards. Raises Refused if it takes too long, or if it is given up
+        because the budget is exceeded.
         """
         async with self._timed(self.limits.arrival_s) as arrival:
             with self._arriving(call.source, arrival):
-                await self._turn(call.source, arrival)
+                await self._until_admitted(call.source, arrival)
                 return self._linger(call, await read())
 
     async def next_of(self, call: Call, read: Callable[[], Awaitable[Any]]) -> Any:
-        """Return what `read` does, the next of a stream's messages, as `one` but without end and turn."""
+        """Return the next message of a stream from `read`. Unlike `one` it has no deadline and does not wait first."""
         async with self._timed(None) as arrival:
             with self._arriving(call.source, arrival):
                 return self._linger(call, await read())
 
     @asynccontextmanager
     async def body(self, size_bytes: int) -> AsyncIterator[BodyArrival]:
-        """Go round the arrival of a body of about that size, and what must be done before it can be let go.
+        """Receive a body of about that size, and keep it charged until it is no longer needed.
 
-        It waits for its turn before, and raises Refused as `one` does.
+        Waits until it may be read, and raises Refused as `one` does.
         """
         async with self._timed(self.limits.arrival_s) as arrival:
             source = Source(size_bytes)
@@ -134,7 +134,7 @@ class Intake:
             body = BodyArrival(self, source, arrival)
             try:
                 with self._arriving(body.source, arrival):
-                    await self._turn(body.source, arrival)
+                    await self._until_admitted(body.source, arrival)
                     yield body
             finally:
                 self._large_bodies_bytes -= arrival.large_body_bytes
@@ -142,7 +142,7 @@ class Intake:
                 self._admit()
 
     def charge(self, source: Source, size_bytes: int) -> None:
-        """Count what has come by one that is no TCP connection."""
+        """Count bytes that a source without a TCP connection has brought."""
         source.held += size_bytes
         source.charge += size_bytes
         source.heard_s = monotonic()
@@ -175,7 +175,7 @@ class Intake:
             self._admit()
 
     def _linger(self, call: Call, message: Any) -> Any:
-        """Go on charging a large message for a while: it is copied, parsed, perhaps refused, which is no instant."""
+        """Keep a large message charged for a while: copying, parsing or refusing it takes time."""
         size_bytes = len(message) if isinstance(message, bytes) else 0
         if size_bytes >= LARGE_BYTES:
             call.lingering += 2 * size_bytes
@@ -193,37 +193,37 @@ class Intake:
             _trim()
         self._admit()
 
-    async def _turn(self, source: Source, arrival: Arrival) -> None:
-        """Wait until one more may be read; connections take turns."""
+    async def _until_admitted(self, source: Source, arrival: Arrival) -> None:
+        """Wait until one more message may be read. Connections take turns."""
         if source not in self._waiting and self._fits(source):
             self._read(source, arrival)
             return
-        arrival.turn = asyncio.get_running_loop().create_future()
+        arrival.admitted = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(source, deque()).append(arrival)
         source.waiting += 1
         try:
-            await arrival.turn
+            await arrival.admitted
         finally:
             source.waiting -= 1
-            line = self._waiting.get(source)
-            if line is not None and arrival in line:
-                line.remove(arrival)
-                if not line:
+            queue = self._waiting.get(source)
+            if queue is not None and arrival in queue:
+                queue.remove(arrival)
+                if not queue:
                     del self._waiting[source]
 
     def _admit(self) -> None:
-        """Let those read whose turn it is and who fit."""
+        """Admit the first waiting message of each connection that fits the budget."""
         for source in list(self._waiting):
             if not self._fits(source):
                 continue
-            line = self._waiting.pop(source)
-            arrival = line.popleft()
-            if line:
-                self._waiting[source] = line
-            assert arrival.turn is not None
-            if not arrival.turn.done():  # else its client has left, or it came too late
+            queue = self._waiting.pop(source)
+            arrival = queue.popleft()
+            if queue:
+                self._waiting[source] = queue
+            assert arrival.admitted is not None
+            if not arrival.admitted.done():  # else its client has left, or its time is over
                 self._read(source, arrival)
-                arrival.turn.set_result(None)
+                arrival.admitted.set_result(None)
 
     def _read(self, source: Source, arrival: Arrival) -> None:
         source.heard_s = monotonic()
@@ -236,7 +236,7 @@ class Intake:
         self._expected -= self._new.pop(arrival, (0.0, 0))[1]
 
     def _fits(self, source: Source) -> bool:
-        """Whether one more may be read of a connection. One may when there is nothing else."""
+        """Return True if one more message of a connection may be read. One always may if there is nothing else."""
         bodies_bytes = self._large_bodies_bytes if source.large_body_bytes else 0
         if bodies_bytes and bodies_bytes + source.large_body_bytes > self.limits.read_bytes_max // 2:
             return False
@@ -244,7 +244,7 @@ class Intake:
         return charged == 0 or charged + source.expected_bytes <= self.limits.read_bytes_max
 
     def _settle(self, source: Source) -> None:
-        """Look at one connection."""
+        """Update the count of one TCP connection."""
         if source.wire is not None:
             before = source.charge
             source.settle(self._received.bytes_of(source.wire), monotonic(), self.limits.message_bytes)
@@ -265,8 +265,8 @@ class Intake:
                 del self._moving[source]
         for arrival in [arrival for arrival, (since_s, _) in self._new.items() if began_s - since_s >= NEW_S]:
             self._is_known(arrival)
-        for source, line in self._waiting.items():
-            if source.wire is not None and source.held <= LITTLE_BYTES and began_s - line[0].since_s >= LOOK_S:
+        for source, queue in self._waiting.items():
+            if source.wire is not None and source.held <= LITTLE_BYTES and began_s - queue[0].since_s >= LOOK_S:
                 source.expected_bytes = min(source.expected_bytes, SMALL_BYTES)
         self._looks += 1
         while self._lingering and self._lingering[0][0] <= began_s and self._lingering[0][1] <= self._looks:
@@ -278,14 +278,14 @@ class Intake:
             self._look_soon(max(LOOK_S, (monotonic() - began_s) / LOOKING_MAX))
 
     def _find(self) -> None:
-        """Find the connections that are new, and forget those that have gone."""
+        """Find new connections and forget closed ones."""
         self._received.find()
         for wire, source in list(self._sources.items()):
             if not source.calls and self._received.bytes_of(wire) is None:
                 del self._sources[wire]
 
     def _close_half(self) -> None:
-        """Close on messages that have begun and do not go on: streams' have no other end."""
+        """Give up incomplete messages that make no progress. Messages of streams have no other deadline."""
         now_s = monotonic()
         for source in self._moving:
             if source.is_silent(now_s, self.limits.arrival_s):
@@ -295,7 +295,7 @@ class Intake:
                 self._settle(source)
 
     def _make_room(self) -> None:
-        """Close on messages until what is here fits the budget; on silent ones until those that wait fit, too."""
+        """Give up messages until the rest fits the budget, and silent ones until the waiting ones fit."""
         sources, now_s = [source for source in self._moving if source.arriving], monotonic()
         excess = sum(source.held for source in sources) - self.limits.bytes_max
         while excess > 0:
@@ -304,11 +304,11 @@ class Intake:
         while self._waiting and not self._fits(next(iter(self._waiting))):
             silent = [source for source in sources if source.is_silent(now_s)]
             if not silent:
-                break  # what goes on will have come before long
+                break  # the others make progress and will soon be complete
             self._close_oldest(max(silent, key=lambda source: source.held))
 
     def _close_oldest(self, source: Source) -> int:
-        """Close on the oldest message of a connection; return by how much less it can hold now."""
+        """Give up the oldest message of a connection; return by how many bytes that lowers what it can hold."""
         held, charge = source.held, source.charge
         arrival = next(iter(source.arriving))
         del source.arriving[arrival]
@@ -339,7 +339,7 @@ class Intake:
 
 
 class BodyArrival:
-    """A body on its way, whose bytes are counted as they come, and charged until it can be let go."""
+    """A body being received: its bytes are counted as they come, and charged until it is no longer needed."""
 
     def __init__(self, intake: Intake, source: Source, arrival: Arrival) -> None:
         self.source = source
@@ -350,13 +350,13 @@ class BodyArrival:
         self._intake.charge(self.source, size_bytes)
 
     def has_come(self) -> None:
-        """Note that nobody waits for it any more."""
+        """Note that the body is complete: it can no longer be given up or be late."""
         self.source.arriving.pop(self._arrival, None)
         self._arrival.timeout.reschedule(None)
 
 
 def _trim() -> None:
-    """Have the C library give back what it has free: gRPC's threads each have a heap, and keep what they had."""
+    """Return free memory to the system: each of gRPC's threads has a heap that keeps what it had."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
     if trim is not None:
         trim(0)

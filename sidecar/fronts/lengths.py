@@ -1,4 +1,4 @@
-"""How many input tokens a text may be. Only the engine has the tokenizer, so this is a bound, not a count."""
+"""Bound the number of input tokens of a text. Only the engine has the tokenizer, so this is no count."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from sidecar.core.state import State
 
 
 def text_tokens_max(state: State, size_bytes: int) -> int:
-    """Return the most tokens that a text can be and still be answered.
+    """Return the most input tokens that a text of this size can have and still be answered.
 
-    A token is a byte or more, and a text of more tokens than the longest engine takes is refused by that engine,
-    which alone can count them. So no text is turned away here on a guess.
+    A token has at least one byte, and an engine refuses a text with more tokens than it takes. So no text is refused
+    here on an estimate.
     """
     limits = [backend.facts.input_tokens_max for backend in state.backends.values()]
     known = [limit for limit in limits if limit is not None]

@@ -1,7 +1,7 @@
-"""How many fields a message has and whether they are all known: looked at before it is parsed, and refused early.
+"""Check a message's fields before it is parsed: their number, and that all are known.
 
-A parser makes an object of each field, and holds the event loop while it does. So a message of any size is read at the
-speed of its large fields, and one of many small ones is refused after a bounded number.
+A parser makes an object of each field, and blocks the event loop meanwhile. The check reads a message at the speed of
+its large fields, and refuses one with many small fields after a bounded number of them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from google.protobuf.message import DecodeError
 from sidecar.errors import Reason, Refused
 
 FIELDS_MAX = 50_000
-"""Of one message, at all depths; the packed elements of one field count once."""
+"""Fields of one message at all depths; the packed elements of one field count once."""
 PARSED_BYTES_MAX = 8 << 20
-"""Of a message that is parsed as a whole: its texts and numbers become Python's, and hold everybody up meanwhile."""
+"""Size of a message that is parsed as a whole: turning its texts and numbers into Python's blocks the event loop."""
 UNCOUNTED_BYTES = 16_384
-"""So small a message has too few fields to hold anybody up."""
+"""A message of at most this size has too few fields to block the event loop; they are not counted."""
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 _FIXED = {FIXED64: 8, FIXED32: 4}
 _VARINT_BYTES_MAX = 10
 
 
 def parsed(raw: bytes, kind: Any) -> Any:
-    """Return the message of a class of protobuf's. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    """Return the message of a protobuf class. Raises Refused(INVALID_REQUEST) naming its fault."""
     if len(raw) > PARSED_BYTES_MAX:
         what = f"a {kind.DESCRIPTOR.name} has {len(raw)} bytes; at most {PARSED_BYTES_MAX} are taken"
         raise Refused(Reason.INVALID_REQUEST, what)
@@ -38,7 +38,7 @@ def parsed(raw: bytes, kind: Any) -> Any:
 
 
 def decoded(raw: bytes, kind: Any) -> Any:
-    """Return the message. Raises Refused(INVALID_REQUEST) when it is none."""
+    """Return the message, its fields unchecked. Raises Refused(INVALID_REQUEST) if `raw` is not one."""
     try:
         return kind.FromString(raw)
     except DecodeError as error:
@@ -46,9 +46,9 @@ def decoded(raw: bytes, kind: Any) -> Any:
 
 
 def check_known(message: Any, raw: bytes) -> bytes:
-    """Return the message serialized, without what it was parsed from having a field that we do not know.
+    """Discard the message's unknown fields and return it serialized.
 
-    Raises Refused(INVALID_REQUEST) with that field; then the message is left without it.
+    Raises Refused(INVALID_REQUEST) naming the field if there was one.
     """
     before: bytes = message.SerializeToString()
     message.DiscardUnknownFields()
@@ -60,7 +60,7 @@ def check_known(message: Any, raw: bytes) -> bytes:
 
 
 def check_fields(raw: bytes, descriptor: Descriptor, fields_max: int = FIELDS_MAX) -> None:
-    """Raise Refused(INVALID_REQUEST) for more fields than that, and for one that the descriptor does not have."""
+    """Raise Refused(INVALID_REQUEST) if there are more than `fields_max` fields, or one that `descriptor` lacks."""
     left = fields_max
     inner: list[tuple[int, int, Descriptor]] = [(0, len(raw), descriptor)]
     try:
@@ -103,7 +103,7 @@ def _unknown(outer: Descriptor, here: Descriptor, tag: int) -> NoReturn:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
-    """Return a number and where it ends. Raises IndexError where it does not."""
+    """Return the number at `at` and the index after it. Raises IndexError if it is cut off."""
     value = raw[at]
     at += 1
     if value < 0x80:
@@ -133,7 +133,7 @@ _OF_TYPE = {
 
 @cache
 def _fields(descriptor: Descriptor) -> dict[int, Descriptor | None]:
-    """Return the fields by tag: what a message is in it, None for what has none. Numbers may come packed."""
+    """Return the fields by tag, with the type of those that are messages. Repeated numbers may also come packed."""
     fields: dict[int, Descriptor | None] = {}
     for field in descriptor.fields:
         wire_type = _OF_TYPE.get(field.type, VARINT)

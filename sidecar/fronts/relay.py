@@ -1,4 +1,4 @@
-"""What every front does with a ticket: take replies as they come, tell where the answer came from, end once."""
+"""Relay a ticket's replies: shared by all fronts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Written = TypeVar("Written")
 
 LOOK_S = 1.0
 AFTER_END_S = 60.0
-"""How long what the engine has answered in full may wait for a client that takes nothing."""
+"""How long a complete answer waits for a client that does not read."""
 STALLED = f"the client took nothing for {AFTER_END_S:.0f} s; read the answer as it comes"
 
 
 def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int | float]:
-    """Return where an answer came from, as response parameters and trailing metadata name it."""
+    """Return where an answer came from, by the names of response parameters."""
     dispatch = ticket.dispatch
     if dispatch is None:
         return {}
@@ -42,7 +42,7 @@ def origin_parameters(ticket: Ticket, hide_backend: bool) -> dict[str, str | int
 
 
 def origin_of_all(tickets: Sequence[Ticket], hide_backend: bool) -> dict[str, str | int | float]:
-    """Return the same of an answer made of several: every name there is, and of each number the largest."""
+    """Return the same for an answer made of several: all names, and the largest of each number."""
     found: dict[str, list[Any]] = {}
     for ticket in tickets:
         for name, value in origin_parameters(ticket, hide_backend).items():
@@ -52,7 +52,7 @@ def origin_of_all(tickets: Sequence[Ticket], hide_backend: bool) -> dict[str, st
 
 
 def origin_metadata(ticket: Ticket, hide_backend: bool) -> tuple[tuple[str, str], ...]:
-    """Return the same as trailing metadata, `lora-version` and so on, and the request's id."""
+    """Return the same as trailing metadata (`lora-version` and so on), with the request's id."""
     origin = tuple(
         (name.replace("_", "-"), str(value)) for name, value in origin_parameters(ticket, hide_backend).items()
     )
@@ -60,22 +60,23 @@ def origin_metadata(ticket: Ticket, hide_backend: bool) -> tuple[tuple[str, str]
 
 
 def version_label(dispatch: Dispatch) -> str:
+    """Return the version that answered as NAME@vN; "" for the base model."""
     return f"{dispatch.name}@v{dispatch.ordinal}" if dispatch.name else ""
 
 
 def reader_of(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reader:
-    """Return what reads the answer that has begun to come, as text or as token ids."""
-    assert ticket.dispatch is not None, "an answer of nobody"
+    """Return a reader for an answer that has begun to come, as text or as token ids."""
+    assert ticket.dispatch is not None, "an answer without a dispatch"
     asking = model_kind(gateway.kind_of(ticket.dispatch.backend)).asking
-    assert asking is not None, "an answer of an engine that was not asked"
+    assert asking is not None, "an answer of an engine that cannot be asked"
     return asking.reader(is_text)
 
 
 async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) -> Settle | None:
-    """Write each reply as it comes; return the ending, None when the final reply was written.
+    """Write each reply as it comes; return the ending, or None when the final reply was written.
 
-    While a write waits for the client the ticket says since when: a client that takes nothing is cancelled in the end,
-    and then the write is broken off. gRPC keeps it, so of that call only the status can follow.
+    `ticket.blocked_since_ns` is set while a write waits for the client. A client that does not read is cancelled in the
+    end, and the write is interrupted. gRPC goes on waiting for it, so only the call's status can follow.
     """
     watch = Watch([ticket])
     try:
@@ -97,7 +98,7 @@ async def relay(ticket: Ticket, write: Callable[[Reply], Awaitable[Written]]) ->
 
 
 class Watch:
-    """Breaks off a write that waits for its client although all that it is about has ended."""
+    """Interrupt a write that still waits for its client after all its tickets have ended."""
 
     def __init__(self, tickets: Sequence[Ticket]) -> None:
         self.fired = False
@@ -126,7 +127,7 @@ def _has_stalled(ticket: Ticket) -> bool:
 
 
 def _is_over(ticket: Ticket) -> bool:
-    """Whether an answer has waited in full for as long as it may."""
+    """Return True if a complete answer has waited for its client for as long as it may."""
     since_ns = ticket.blocked_since_ns
     if ticket.settled is None or since_ns is None:
         return False

@@ -1,4 +1,4 @@
-"""Endings as gRPC statuses: a code, a message for people, `ErrorInfo` and `RetryInfo` for machines."""
+"""Turn endings into gRPC statuses: a code, a message for people, `ErrorInfo` and `RetryInfo` for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOMAIN = "lora-sidecar"
 PUSHBACK = "grpc-retry-pushback-ms"
 DETAILS = "grpc-status-details-bin"
 MESSAGE_BYTES_MAX = 2000
-"""Headers are small: a longer message would cost the client the whole status. Other than ASCII counts threefold."""
+"""Headers are small: a longer message would cost the client the whole status. A non-ASCII byte counts three times."""
 
 Metadata = tuple[tuple[str, str | bytes], ...]
 
@@ -32,7 +32,7 @@ def status_of(
     code: grpc.StatusCode | None = None,
     request_id: str = "",
 ) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return the code, the message and the trailing metadata for an ending; `code` is the reason's own if not given."""
+    """Return code, message and trailing metadata of an ending; `code` overrides the reason's own code."""
     details = details | {"request_id": request_id}
     code = code or grpc.StatusCode[reason.row.code]
     message = _short(message)
@@ -52,13 +52,13 @@ def status_of(
 
 
 def id_metadata(request_id: str) -> tuple[tuple[str, str], ...]:
-    """Return a request's id as trailing metadata, which is ASCII: what is not is percent-encoded, as in messages."""
-    said = request_id if request_id.isascii() else quote(request_id)
-    return ((REQUEST_ID_KEY, said),) if said else ()
+    """Return a request's id as trailing metadata. Metadata is ASCII: other ids are percent-encoded."""
+    encoded = request_id if request_id.isascii() else quote(request_id)
+    return ((REQUEST_ID_KEY, encoded),) if encoded else ()
 
 
 def _short(message: str) -> str:
-    """Return as much of a message as a header takes: gRPC writes a byte that is not ASCII as three."""
+    """Return as much of a message as a header takes; gRPC writes a non-ASCII byte as three."""
     if len(message) * 12 <= MESSAGE_BYTES_MAX:
         return message
     left = MESSAGE_BYTES_MAX
@@ -85,7 +85,7 @@ def status_of_error(error: SidecarError, request_id: str = "") -> tuple[grpc.Sta
 def status_of_ending(
     settle: Settle, request_id: str, code: grpc.StatusCode | None = None, hide_backend: bool = False
 ) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Return the status of a request that was not answered in full; `code` is an engine's own for its own error."""
+    """Return the status of a request that was not answered in full; `code` overrides the reason's own code."""
     assert settle.reason is not None
     retry_ms = None if settle.retry_after_ns is None else settle.retry_after_ns // 1_000_000
     if retry_ms is None and settle.reason.row.retryable:
@@ -95,7 +95,7 @@ def status_of_ending(
 
 
 async def abort(context: Any, error: SidecarError, request_id: str = "") -> NoReturn:
-    """End a call with an error, and with the id that its client finds it by: the call's own where none is given."""
+    """End a call with an error and the request's id; by default the id that the call itself carries."""
     code, message, metadata = status_of_error(error, request_id or id_of_call(context))
     await context.abort(code, message, metadata)
     raise AssertionError("abort does not return")

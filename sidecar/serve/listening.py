@@ -29,8 +29,7 @@ from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.drain import HttpDrain
 from sidecar.fronts.http.probes import HttpProbes, Probes
 from sidecar.fronts.intake import Intake, IntakeLimits
-from sidecar.fronts.kserve.admin import add_kserve_admin
-from sidecar.fronts.kserve.front import add_kserve
+from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront

@@ -19,7 +19,7 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai.body import VALUES_MAX, read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, compiled_template
 from sidecar.fronts.openai.large import Found, LargeBodies, Order, Refusal, Template
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, parts_of, read_asked
+from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, parts_of, read_request
 from sidecar.fronts.openai.text_forms import text_request
 from tests.kit.serving import until
 
@@ -74,7 +74,7 @@ async def test_what_is_asked_is_what_is_read_here(path: str, body: dict[str, Any
     """And the body goes on as it came; its values stay behind."""
     raw = json.dumps({**body, "model": "sql@v1", "last": 1}, ensure_ascii=False).encode()
     found = (await read(LargeBodies(), raw, replace(ORDER, path=path))).asked
-    here = read_asked(path, read_body(raw))
+    here = read_request(path, read_body(raw))
     assert found.around == here.around
     assert (found.model, found.body.values) == ("sql@v1", {"model": "sql@v1"})
     assert replace(found, body=here.body) == here
@@ -84,7 +84,7 @@ async def test_a_list_of_prompts_is_taken_apart_there() -> None:
     """Each request with its prompt, its lengths and its text; a longer list is refused in the same words."""
     raw = json.dumps({"model": "sql", "prompt": ["é", "bb"], "temperature": 0}).encode()
     found = await read_all(LargeBodies(), raw)
-    here = parts_of(read_asked(COMPLETIONS, read_body(raw)), 8, 1 << 20)
+    here = parts_of(read_request(COMPLETIONS, read_body(raw)), 8, 1 << 20)
     assert [each.asked.around for each in found] == [each.around for each in here]
     assert [replace(each.asked, body=here[0].body) for each in found] == list(here)
     assert [each.asked.prompt_bytes for each in found] == [2, 2]
@@ -109,7 +109,7 @@ async def test_a_list_of_prompts_is_taken_apart_there() -> None:
 async def test_what_is_refused(raw: bytes, param: str | None) -> None:
     """In the same words, with the member that is to blame."""
     with pytest.raises(Refused) as here:
-        read_asked(COMPLETIONS, read_body(raw))
+        read_request(COMPLETIONS, read_body(raw))
     with pytest.raises(Refused) as caught:
         await read(LargeBodies(), raw)
     assert (caught.value.reason, caught.value.message) == (Reason.INVALID_REQUEST, here.value.message)
@@ -133,7 +133,7 @@ async def test_text_for_engines_that_take_nothing_else(
     templates = [None if source is None else template(source) for source in sources]
     told = tuple(None if one is None else Template.of(one) for one in templates)
     found = await read(LargeBodies(), raw, replace(ORDER, path=path, templates=told))
-    asked = read_asked(path, read_body(raw))
+    asked = read_request(path, read_body(raw))
     assert list(found.texts) == [text_request(asked, one, 77, STREAMS) for one in templates]
 
 

@@ -15,7 +15,7 @@ from sidecar.errors import Family, Misused, Reason
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages, read_chat_template
 from sidecar.fronts.openai.errors import _of_reason
-from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, read_asked
+from sidecar.fronts.openai.request import CHAT, COMPLETIONS, Unfit, read_request
 from sidecar.fronts.openai.text_answers import StopWords
 from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
@@ -110,7 +110,7 @@ def test_messages_become_text() -> None:
 
 def forms_of(path: str = COMPLETIONS, made: ChatTemplate | None = None, **values: Any) -> TextRequest:
     record = {"model": "m"} | ({"prompt": "hi"} if path == COMPLETIONS else {}) | values
-    asked = read_asked(path, read_body(json.dumps(record).encode()))
+    asked = read_request(path, read_body(json.dumps(record).encode()))
     return text_request(asked, made, 77, {"triton": True, "triton_llmapi": False})
 
 

@@ -12,7 +12,7 @@ from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
 from sidecar.core.config import CoreConfig
 from sidecar.errors import Refused
-from sidecar.fronts.eligible import as_it_is, named
+from sidecar.fronts.eligible import kserve_eligibility, restriction_to
 from sidecar.serve.pool import facts_of
 from tests.kit.corekit import World
 from tests.kit.corekit import facts_of as engine_of
@@ -33,23 +33,23 @@ def payload(model: str, kind: str = TRITON) -> Payload:
 
 def test_a_pool_of_one_model_holds_nobody_anywhere() -> None:
     state = pool(b0=(TRITON,), b1=(TRITON,))
-    assert as_it_is(state, payload("whatever")) == (payload("whatever"), ())
+    assert kserve_eligibility(state, payload("whatever")) == (payload("whatever"), ())
 
 
 @pytest.mark.parametrize(("model", "only"), [("llama", ("b0",)), ("qwen_text", ("b1",)), ("ensemble", ())])
 def test_a_request_goes_where_its_model_is(model: str, only: tuple[str, ...]) -> None:
     """The name that both have goes to both; so does one that nobody has, for the engine to refuse."""
     state = pool(b0=(TRITON, "llama", "ensemble"), b1=(TRITON, "qwen", "qwen_text", "ensemble"))
-    assert as_it_is(state, payload(model))[1] == only
-    assert as_it_is(state, payload("nobody's"))[1] == ()
+    assert kserve_eligibility(state, payload(model))[1] == only
+    assert kserve_eligibility(state, payload("nobody's"))[1] == ()
 
 
 def test_models_and_kinds_together() -> None:
     """A name that only one kind has decides the kind; where both have it the request's own form does."""
     state = pool(b0=(TRITON, "core"), b1=(TRITON_LLMAPI, "core"), b2=(TRITON_LLMAPI, "other"))
-    assert as_it_is(state, payload("other")) == (payload("other", TRITON_LLMAPI), ("b2",))
-    assert as_it_is(state, payload("core")) == (payload("core"), ("b0",))
-    assert as_it_is(state, payload("core", TRITON_LLMAPI)) == (payload("core", TRITON_LLMAPI), ("b1",))
+    assert kserve_eligibility(state, payload("other")) == (payload("other", TRITON_LLMAPI), ("b2",))
+    assert kserve_eligibility(state, payload("core")) == (payload("core"), ("b0",))
+    assert kserve_eligibility(state, payload("core", TRITON_LLMAPI)) == (payload("core", TRITON_LLMAPI), ("b1",))
 
 
 @pytest.mark.parametrize(
@@ -68,14 +68,14 @@ def test_pools_are_meant_as_they_are_declared(meant: tuple[str, ...], only: tupl
     if any(one.startswith("q-") for one in meant):
         world.add_engine("q-0", engine_of(), pool="q")
         world.add_engine("q-1", engine_of(), pool="q")
-    assert named(world.core.state, meant) == only
+    assert restriction_to(world.core.state, meant) == only
 
 
 def test_a_pool_that_speaks_no_kserve_says_so() -> None:
     with pytest.raises(Refused, match="no backend speaks KServe"):
-        as_it_is(pool(b0=("vllm", "base")), payload("ensemble"))
+        kserve_eligibility(pool(b0=("vllm", "base")), payload("ensemble"))
     mixed = pool(b0=("vllm", "base"), b1=(TRITON,))
-    assert as_it_is(mixed, payload("ensemble")) == (payload("ensemble"), ("b1",))
+    assert kserve_eligibility(mixed, payload("ensemble")) == (payload("ensemble"), ("b1",))
 
 
 def test_models_are_told_apart_only_where_there_are_several() -> None:

@@ -1,1 +1,1 @@
-"""The control plane: adapters, backends, queue and replicas, for operators."""
+"""The control plane for operators: adapters, backends, queue and replicas."""

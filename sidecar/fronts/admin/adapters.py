@@ -1,4 +1,4 @@
-"""The control plane of adapters, `lorasidecar.v1.Adapters`: register, look, move between versions, forget, watch."""
+"""The service `lorasidecar.v1.Adapters`: register, show, move between versions, unregister, watch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from sidecar.shell.gateway import Gateway
 from sidecar.state.records import Record
 from sidecar.state.registry import Change
 
-LISTED_A_TURN = 50
-"""Adapters put into a list before the event loop gets to do something else."""
+LISTED_A_STEP = 50
+"""Adapters added to a list before the event loop may do something else."""
 _TOKEN = re.compile(r"[0-9]{1,18}\Z")
 WATCHED_MAX = 1000
-"""Changes that a watcher may be behind; past that its call ends and it resumes from its token."""
+"""Changes that a watcher may be behind; beyond that its call ends and it resumes from its last token."""
 
 
 class AdaptersService(admin_pb2_grpc.AdaptersServicer):
@@ -61,15 +61,15 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         response = admin_pb2.ListAdaptersResponse()
         for number, view in enumerate(queries.adapter_views(self._gateway.state, monotonic_ns()), 1):
             response.adapters.append(adapter_message(view, self._catalogue.registry.get(view.name)))
-            if number % LISTED_A_TURN == 0:
-                await asyncio.sleep(0)  # thousands of adapters must not hold up a token
+            if number % LISTED_A_STEP == 0:
+                await asyncio.sleep(0)  # thousands of adapters must not delay the tokens of running requests
         return response
 
     def _registered(self, entered: Entered) -> Any:
-        """Return what a registration came to: the name as it is now, the version that the content has, and warnings."""
+        """Return the result of a registration: the name as it is now, the content's version, and warnings."""
         name, state = entered.record.name, self._gateway.state
         adapter = self._adapter(name)
-        version = state.names[name].versions.get(entered.ordinal)  # another replica may have let go of it already
+        version = state.names[name].versions.get(entered.ordinal)  # another replica may have removed it already
         return admin_pb2.RegisterResponse(
             adapter=adapter,
             version=f"v{entered.ordinal}",
@@ -121,24 +121,24 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         return self._adapter(request.name)
 
     async def Verify(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Stream what a verification finds, as it finds it."""
+        """Stream the findings of a verification as they are made."""
         try:
             await self._verifier.verify(request, context.write)
         except SidecarError as error:
             await abort(context, error)
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Stream what changed after the token, or all names first, then each change as it happens."""
+        """Stream the changes after the token, or all names without one, then each change as it happens."""
         changes: asyncio.Queue[Change] = asyncio.Queue(WATCHED_MAX)
         unsubscribe = self._catalogue.registry.subscribe(lambda change: _queue(changes, change))
         try:
             caught_up = await self._catch_up(request.token)
-            told = {change.number for change in caught_up} if request.token else ()
+            sent = {change.number for change in caught_up} if request.token else ()
             for change in caught_up:
                 await context.write(self._change_message(change))
             while not changes.full():
                 change = await changes.get()
-                if change.number not in told:  # what came while the past was being read is in both
+                if change.number not in sent:  # a change made during the catch-up is in both
                     await context.write(self._change_message(change))
             raise Refused(Reason.QUEUE_FULL, "the watcher fell behind; watch again with its last token")
         except SidecarError as error:
@@ -161,20 +161,20 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
         return message
 
     def _adapter(self, name: str) -> Any:
-        """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER): it may be gone since it was last looked at."""
+        """Return a name as it is now. Raises Refused(UNKNOWN_ADAPTER) if it has been unregistered meanwhile."""
         self._catalogue.known(name)
         view = queries.adapter_view(self._gateway.state, name, monotonic_ns())
         return adapter_message(view, self._catalogue.registry.get(name))
 
 
 def _queue(changes: asyncio.Queue[Change], change: Change) -> None:
-    """Give a watcher a change; one that is full already has missed some and is told so."""
+    """Give a watcher a change. A full queue has lost one; `Watch` ends the call then."""
     if not changes.full():
         changes.put_nowait(change)
 
 
 def adapter_message(view: queries.AdapterView, record: Record | None) -> Any:
-    """Return an adapter as the API shows it: what the core knows, and its versions as the registry has them."""
+    """Return an adapter as the API shows it: the core's view, and the versions of its registry record."""
     message = _live_message(view)
     if record is not None:
         message.versions.extend(_version_messages(record))

@@ -1,4 +1,4 @@
-"""The admin listener's token: calls carry `authorization: Bearer <token>`, or they are turned away."""
+"""Authenticate calls on the admin listener by `authorization: Bearer <token>`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEME = "Bearer "
 
 
 def read_tokens(path: Path) -> tuple[str, ...]:
-    """Return the tokens of a file, one a line, so that an old one and its successor can both be good for a while.
+    """Return the tokens of a file, one a line; several lines let a token and its successor both be valid for a while.
 
     Raises Misused(CONFIG_INVALID) when the file cannot be read or holds none.
     """
@@ -36,18 +36,17 @@ def _why(error: OSError | UnicodeDecodeError) -> str:
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Lets calls through that carry a token of the file. Comparing takes as long for a wrong one as for a right one."""
+    """Admit calls that carry a token of the file. Comparison takes equally long for wrong and right tokens."""
 
     def __init__(self, path: Path) -> None:
         self._tokens = [token.encode() for token in read_tokens(path)]
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         given = [value for key, value in details.invocation_metadata or () if key == "authorization"]
-        if len(given) == 1 and self._admits(given[0]):  # of two, a proxy may have looked at the other one
+        if len(given) == 1 and self._admits(given[0]):  # with two, a proxy may have checked the other one
             return await continuation(details)
-        return grpc.stream_stream_rpc_method_handler(
-            _refuse_wrong if given else _refuse_none
-        )  # it waits for no message
+        # Stream to stream: the refusal waits for no message.
+        return grpc.stream_stream_rpc_method_handler(_refuse_wrong if given else _refuse_none)
 
     def _admits(self, given: Any) -> bool:
         if not isinstance(given, str) or not given.startswith(SCHEME):
@@ -58,13 +57,13 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 async def _refuse_none(requests: Any, context: Any) -> None:
-    await _turn_away(context, "this listener wants a token of its token file,")
+    await _refuse(context, "this listener wants a token of its token file,")
 
 
 async def _refuse_wrong(requests: Any, context: Any) -> None:
-    await _turn_away(context, "the token sent is not one of this listener's token file; it wants one of them,")
+    await _refuse(context, "the token sent is not one of this listener's token file; it wants one of them,")
 
 
-async def _turn_away(context: Any, why: str) -> None:
+async def _refuse(context: Any, why: str) -> None:
     way = 'as metadata "authorization: Bearer <token>" (the option --token-file of the command line sends it)'
     await abort(context, Misused(Reason.UNAUTHENTICATED, f"{why} {way}"))

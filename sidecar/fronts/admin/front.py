@@ -1,4 +1,4 @@
-"""The control plane beside the adapters, `lorasidecar.v1.{Backends,Queues}`, and all of it put on a server."""
+"""The services `lorasidecar.v1.{Backends,Queues,Replicas}`, and `add_admin`, which adds all to a server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED_MAX = waiting.EXAMINED_MAX
 
 
 def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None) -> None:
-    """Serve the admin services on a gRPC server."""
+    """Add the admin services to a gRPC server."""
     services: Any = admin_pb2_grpc
     services.add_AdaptersServicer_to_server(AdaptersService(gateway), server)
     services.add_BackendsServicer_to_server(BackendsService(gateway, replica), server)
@@ -27,7 +27,7 @@ def add_admin(server: Any, gateway: Gateway, replica: Replica | None = None) -> 
 
 
 class BackendsService(admin_pb2_grpc.BackendsServicer):
-    """Shows backends, and takes them out of service and back."""
+    """Show backends, and take them out of service and back."""
 
     def __init__(self, gateway: Gateway, replica: Replica | None) -> None:
         self._gateway = gateway
@@ -69,7 +69,7 @@ class BackendsService(admin_pb2_grpc.BackendsServicer):
 
 
 class QueuesService(admin_pb2_grpc.QueuesServicer):
-    """Shows who waits and why."""
+    """Show the waiting requests, and for each the reason."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -87,7 +87,7 @@ class QueuesService(admin_pb2_grpc.QueuesServicer):
 
 
 def backend_message(view: queries.BackendView) -> Any:
-    """Return a backend as the API shows it; its address is not known here."""
+    """Return a backend as the API shows it, without its address."""
     return admin_pb2.Backend(
         id=view.id,
         kind=view.kind,
@@ -153,7 +153,7 @@ def queue_message(view: waiting.QueueView) -> Any:
 
 
 class ReplicasService(admin_pb2_grpc.ReplicasServicer):
-    """Shows who there is and who owns what; None is the one and only replica."""
+    """Show the replicas and the backends that each owns; `replica` is None if the process runs alone."""
 
     def __init__(self, replica: Replica | None) -> None:
         self._replica = replica

@@ -1,4 +1,4 @@
-"""`Adapters.Push`: an adapter's files sent by a client, in chunks, into the spool."""
+"""`Adapters.Push`: receive an adapter's files from a client, in chunks, into the spool."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sidecar.shell.catalogue import Entered, Wanted
 from sidecar.shell.gateway import Gateway
 
 PUSHES_MAX = 8
-"""Pushes at a time: each holds a file open and up to a chunk in memory."""
+"""Concurrent pushes: each holds a file open and up to one chunk in memory."""
 SILENCE_S_MAX = 60.0
 
 
 class Pushes:
-    """Receives pushes for a gateway."""
+    """Receive pushes for a gateway."""
 
     def __init__(self, gateway: Gateway, silence_s_max: float = SILENCE_S_MAX) -> None:
         self._gateway = gateway
@@ -27,9 +27,9 @@ class Pushes:
         self._under_way = 0
 
     async def receive(self, requests: AsyncIterator[Any]) -> Entered:
-        """Take one push and register what it brought; return what it came to.
+        """Receive one push, register its files and return the entry.
 
-        Raises Refused for what the client sends wrongly or too slowly, Invalid for what is wrong with the adapter.
+        Raises Refused for a protocol error or a client that is too slow, Invalid for a bad adapter.
         """
         if self._under_way >= PUSHES_MAX:
             raise Refused(Reason.QUEUE_FULL, f"{PUSHES_MAX} pushes are under way; push again later")
@@ -66,12 +66,12 @@ class Pushes:
             if message.WhichOneof("part") != "chunk":
                 raise wrong(name, "after the start only chunks may follow")
             chunk = message.chunk
-            # To its end even when the client leaves: then the file is closed and the folder removed.
+            # Runs to its end even if the client leaves: only then is the file closed and the folder removed.
             await undisturbed(asyncio.to_thread(receiver.take, chunk.file, chunk.offset, chunk.data))
         await undisturbed(asyncio.to_thread(receiver.finish))
 
     async def _next(self, requests: AsyncIterator[Any], name: str) -> Any:
-        """Return the next message, None at the end."""
+        """Return the next message; None at the end."""
         try:
             return await asyncio.wait_for(anext(requests, None), self._silence_s_max)
         except TimeoutError as error:

@@ -1,4 +1,4 @@
-"""`Adapters.Verify`: a verification's requests made as any client's are, and its findings as messages."""
+"""`Adapters.Verify`: make a verification's requests like a client's, and turn its findings into messages."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ CLIENT_ID = "verify"
 
 
 class Verifier:
-    """Verifies adapters over a process's gateway."""
+    """Verify adapters over the process's gateway."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def verify(self, request: Any, write: Callable[[Any], Awaitable[Any]]) -> None:
-        """Write a message for each finding. Raises SidecarError when nothing can be asked."""
+        """Write a message for each finding. Raises SidecarError if nothing can be asked."""
 
-        async def tell(finding: Finding) -> None:
+        async def report(finding: Finding) -> None:
             await write(message_of(finding))
 
-        await Verification(self._gateway, order_of(request), self._ask, self._fitting).run(tell)
+        await Verification(self._gateway, order_of(request), self._ask, self._fitting).run(report)
 
     async def _fitting(self, backend: str, prompts: Sequence[Prompt]) -> tuple[tuple[Prompt, ...], str]:
-        """Return the prompts that a backend's models take, and why there are none."""
+        """Return the prompts that a backend's model takes, and if there may be none, why."""
         model = model_kind(self._gateway.state.backends[backend].facts.kind)
         if model.asking is not None and PromptKind.TOKENS not in model.asking.prompts:
             return tuple(prompt for prompt in prompts if prompt.text), TEXT_ONLY
@@ -54,7 +54,7 @@ class Verifier:
         return tuple(prompt for prompt in prompts if prompt.token_ids), TOKENS_ONLY
 
     async def _is_ready(self, backend: str, model: str) -> bool:
-        """Whether a server has a model; where that cannot be asked, the requests will show it."""
+        """Return True if a server has a model, or cannot say: then the requests will show it."""
         request = service_pb2.ModelReadyRequest(name=model)
         try:
             return bool((await self._gateway.backends[backend].call("ModelReady", request)).ready)
@@ -62,7 +62,7 @@ class Verifier:
             return True
 
     async def _ask(self, question: Question) -> Reply:
-        """Return the answer to one request, or why there is none."""
+        """Return the answer to one request, or the reason for none."""
         request = _generate_request(question)
         payload, input_tokens = payload_of(request, lambda kind: False)
         if question.prompt.text:
@@ -87,10 +87,10 @@ class Verifier:
 
 
 def _generate_request(question: Question) -> Any:
-    """Return the question as our own API puts it. The whole answer comes at once: only then is a text cut nowhere."""
+    """Return the question as a GenerateRequest. It does not stream: only a whole answer is cut in no character."""
     prompt = question.prompt
     asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
-    # One candidate is what every engine takes for "greedy"; some refuse a temperature of 0.
+    # top_k 1 is the form of "greedy" that every engine takes; some refuse a temperature of 0.
     return gateway_pb2.GenerateRequest(
         adapter=question.adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked
     )
@@ -115,7 +115,7 @@ async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
 
 
 def order_of(request: Any) -> Order:
-    """Return what a VerifyRequest asks for."""
+    """Return the order of a VerifyRequest."""
     return Order(
         reference=request.name,
         backends=tuple(dict.fromkeys(request.backends)),

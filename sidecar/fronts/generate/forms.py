@@ -1,4 +1,4 @@
-"""What `Generate` asks, in the words of the engines that may answer."""
+"""Write a `Generate` request for the engines that may answer it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from sidecar.errors import Reason, Refused
 
 MAX_TOKENS_DEFAULT = 128
 INT32_MAX = 2**31 - 1
-"""Of the engine's tensors."""
+"""Largest value of the engine's tensors."""
 TOKEN_IDS_MAX = 1 << 20
 STOP_WORDS_MAX = 256
 _SAMPLING = ("temperature", "top_k", "top_p", "seed", "repetition_penalty")
 
 
 def payload_of(request: Any, may_stream: Callable[[str], bool], served: Sequence[str] = ()) -> tuple[Payload, int]:
-    """Return the engines' forms of a request and how many input tokens it counts as.
+    """Return a request written for its engines, and the number of input tokens that it counts as.
 
-    `may_stream(kind)` says whether to stream where the client does not; forms are made for the kinds of model that are
-    `served` and their siblings, all if none is named. Text is counted as a token a byte, its upper bound: only the
+    `may_stream(kind)` says whether to stream if the client does not say. It is written for the kinds of model in
+    `served` and their siblings, for all if `served` is empty. Text counts as one token a byte, an upper bound: only the
     engine has the tokenizer. Raises Refused(INVALID_REQUEST).
     """
     _check(request)
@@ -42,7 +42,7 @@ def payload_of(request: Any, may_stream: Callable[[str], bool], served: Sequence
 
 
 def why_not(request: Any, served: Sequence[str]) -> str:
-    """Say why none of some kinds of model can answer a request, and what would help."""
+    """Return why no model of these kinds can answer a request, and what would help."""
     ask = _ask(request)
     models = map(registry.model_kind, served) if served else registry.siblings(())
     reasons = (model.asking.why_not(ask) for model in models if model.asking is not None)

@@ -1,4 +1,4 @@
-"""Our own data API, `lorasidecar.v1.Gateway`: a name and a prompt in, text or tokens out."""
+"""Our own data API, `lorasidecar.v1.Gateway`: an adapter's name and a prompt in, text or tokens out."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from sidecar.shell.gateway import Gateway, RequestFacts
 from sidecar.shell.request_log import log_refused
 
 FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
-"""The fields that say the same as our parameters elsewhere."""
+"""Fields that mean the same as our parameters in the other APIs."""
 
 
 class GatewayService(gateway_pb2_grpc.GatewayServicer):
-    """Serves `Generate` over the process's gateway."""
+    """Serve `Generate` over the process's gateway."""
 
     def __init__(self, gateway: Gateway, tenant_from: str, hide_backend: bool) -> None:
         self._gateway = gateway
@@ -54,37 +54,37 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
             await context.abort(*status_of_ending(ending, request_id, _code_of(ending, ticket), self._hide_backend))
 
     def _submit(self, request: Any, context: Any, metadata: Mapping[str, str], request_id: str) -> Ticket:
-        said = said_by(request, metadata)
+        fields = fields_of(request, metadata)
         payload, input_tokens = payload_of(request, self._may_stream, self._kinds)
         if request.WhichOneof("prompt") == "text":
             input_tokens = text_tokens_max(self._gateway.state, input_tokens)
         facts = RequestFacts(
-            adapter=said.adapter,
-            tenant=callers.tenant_of(context, self._tenant_from, metadata, said.tenant),
-            klass=said.klass,
+            adapter=fields.adapter,
+            tenant=callers.tenant_of(context, self._tenant_from, metadata, fields.tenant),
+            klass=fields.klass,
             input_tokens=input_tokens,
             output_tokens_max=request.max_tokens or MAX_TOKENS_DEFAULT,
-            deadline_s=callers.earliest(said.deadline_s, callers.remaining_s(context)),
-            session=said.session,
+            deadline_s=callers.earliest(fields.deadline_s, callers.remaining_s(context)),
+            session=fields.session,
             size_bytes=request.ByteSize(),
-            only=self._places(request, payload.kinds),
+            only=self._eligible(request, payload.kinds),
         )
         return self._gateway.submit(facts, payload, request_id)
 
-    def _places(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the backends that a request can go to, none for any. Raises Refused(INVALID_REQUEST)."""
-        places = backends_of(self._gateway.state, kinds)
-        if places is None:
+    def _eligible(self, request: Any, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the backends that a request may go to, () for any. Raises Refused(INVALID_REQUEST)."""
+        backends = backends_of(self._gateway.state, kinds)
+        if backends is None:
             raise Refused(Reason.INVALID_REQUEST, why_not(request, self._kinds))
-        return places
+        return backends
 
     @property
     def _kinds(self) -> tuple[str, ...]:
-        """The kinds of engines that there are."""
+        """The kinds of the present backends."""
         return tuple(dict.fromkeys(backend.facts.kind for backend in self._gateway.state.backends.values()))
 
     def _may_stream(self, kind: str) -> bool:
-        """Whether to stream where the client does not say: engines whose models are not decoupled refuse to."""
+        """Return the default for `stream`: engines whose models are not decoupled refuse to stream."""
         state = self._gateway.state
         return any(
             backend.streams
@@ -127,15 +127,15 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
 
 def _code_of(ending: Settle, ticket: Ticket) -> grpc.StatusCode | None:
-    """Return the code of a request that an engine refuses as its client's fault; None for the reason's own."""
+    """Return INVALID_ARGUMENT if an HTTP engine refused the request as a client error; None for the reason's own."""
     rejection: Any = ticket.rejected_with
     refused = ending.reason is Reason.BACKEND_REJECTED and isinstance(rejection, HttpRejection)
     return grpc.StatusCode.INVALID_ARGUMENT if refused and 400 <= rejection.status < 500 else None
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a request and its call say together. `tenant` is what the client claims of itself."""
+class RequestFields:
+    """Our parameters as a request and its call give them. `tenant` is the client's own claim."""
 
     adapter: str
     tenant: str
@@ -144,10 +144,10 @@ class Said:
     deadline_s: float | None
 
 
-def said_by(request: Any, metadata: Mapping[str, str]) -> Said:
-    """Read both. Of two deadlines the earlier counts; two words for anything else are a mistake.
+def fields_of(request: Any, metadata: Mapping[str, str]) -> RequestFields:
+    """Read request and metadata. The earlier of two deadlines counts.
 
-    Raises Refused(INVALID_REQUEST) for those, and for what is not as it may be.
+    Raises Refused(INVALID_REQUEST) if they differ in anything else, and for a malformed value.
     """
     own = own_metadata(metadata)
     for name, field in FIELDS.items():
@@ -159,7 +159,7 @@ def said_by(request: Any, metadata: Mapping[str, str]) -> Said:
                 f'"{clipped(own[name])}"; say it once',
             )
     deadline_s = request.deadline_ms / 1000 if request.deadline_ms else None
-    return Said(
+    return RequestFields(
         own.get("lora_name", ""),
         own.get("lora_tenant", ""),
         own.get("lora_class") or "default",

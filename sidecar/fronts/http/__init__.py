@@ -1,1 +1,1 @@
-"""HTTP listeners: connections with bounds, probes, metrics, drain."""
+"""HTTP listeners: bounded connections, probes, metrics, drain."""

@@ -1,5 +1,6 @@
-"""The http listener: the OpenAI API below `/v1`, KServe's REST paths, which are told where gRPC is (`http_rest`), and
-for one more release what is on the listener for probes.
+"""The http listener: the OpenAI API below `/v1`, and KServe's REST paths, which are refused with a hint to gRPC.
+
+For one more release it also has the paths of the listener for probes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from sidecar.shell.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 64 << 10
-"""Of requests that need none. The OpenAI API has a bound of its own."""
+"""Size of bodies that are read and ignored. The OpenAI API has a bound of its own."""
 API = "/v1"
 CLOSE = {"connection": "close"}
-"""For an answer to a body that is not read to its end."""
+"""Header of an answer to a request whose body is not read to its end."""
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 PREFIX = "/v2"
 READS, WRITES = ("GET", "HEAD"), ("POST",)
@@ -52,10 +53,10 @@ _WILDCARDS = ("0.0.0.0", "[::]", "")
 
 
 class HttpFront:
-    """One listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
+    """One listener. `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned.
 
-    `grpc_address` is the data listener's, for those who look for inference here; `api` is the application below `/v1`.
-    With `probes` the paths of the listener for probes are here as well.
+    `grpc_address` is the data listener's, which answers to KServe's REST paths name; `api` is the application below
+    `/v1`. With `probes` the paths of the listener for probes are here as well.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class HttpFront:
         self._listener = HttpListener(self._serve, limits or HttpLimits(), tls)
         self._listens = False
         self._probes = Probes(gateway, metrics) if probes else None
-        self._has_told = False
+        self._has_warned = False
 
     async def start(self) -> None:
         """Listen. Raises Misused(PORT_IN_USE) naming the address."""
@@ -85,7 +86,7 @@ class HttpFront:
         self._listens = True
 
     async def stop(self) -> None:
-        """Stop listening and end what is open. Nothing happens when it does not listen."""
+        """Stop listening and end what is open. Does nothing if it does not listen."""
         if not self._listens:
             return
         self._listens = False
@@ -116,22 +117,22 @@ class HttpFront:
         elif scope["method"] not in ("GET", "HEAD"):
             await _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
         else:
-            self._tell_of_the_other_listener(path)
+            self._warn_of_move(path)
             await self._probes(scope, receive, send)
 
-    def _tell_of_the_other_listener(self, path: str) -> None:
-        if not self._has_told:
+    def _warn_of_move(self, path: str) -> None:
+        if not self._has_warned:
             logger.warning(
                 "%s was asked of the http listener, where clients are; it goes from there in the next release: set "
                 "listeners.probes.address and ask there, then listeners.http.probes: false",
                 path,
             )
-            self._has_told = True
+            self._has_warned = True
 
     def _nothing_here(self) -> Response:
         api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
-        there = [*(PATHS if self._probes is not None else ()), *api]
-        return _text(404, f"nothing is here; there are {', '.join(there)}")
+        present = [*(PATHS if self._probes is not None else ()), *api]
+        return _text(404, f"nothing is here; there are {', '.join(present)}")
 
     def _answer_rest(self, scope: Scope) -> Response:
         rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
@@ -142,19 +143,19 @@ class HttpFront:
 
 
 def _with_id(scope: Scope, send: Send) -> Send:
-    """Return what sends an answer, and with one that is an error the id that the client finds it by."""
+    """Return a `send` that adds the request's id to an answer that is an error."""
 
-    async def tell(message: Message) -> None:
+    async def send_with_id(message: Message) -> None:
         if message.get("status", 200) >= 400:
             header = (REQUEST_ID_HEADER, request_id_of(scope["headers"]).encode())
             message = {**message, "headers": [*message["headers"], header]}
         await send(message)
 
-    return tell
+    return send_with_id
 
 
 async def _is_too_long(receive: Receive) -> bool:
-    """Read a body that nobody needs; return whether it is longer than anyone would send."""
+    """Read and ignore a body. Return True if it is longer than `BODY_BYTES_MAX`; then it is not read to its end."""
     size_bytes = 0
     while True:
         message = await receive()
@@ -170,7 +171,7 @@ def _text(status: int, sentence: str, headers: dict[str, str] | None = None) -> 
 
 
 def server_tls(certificate: str | None, key: str | None, ca: str | None, address: str) -> ssl.SSLContext:
-    """Return how the listener proves who it is; with `ca` its clients must, too. Raises Misused(CONFIG_INVALID)."""
+    """Return the listener's TLS; with `ca` clients need a certificate, too. Raises Misused(CONFIG_INVALID)."""
     if certificate is None or key is None:
         raise Misused(Reason.CONFIG_INVALID, f"TLS for {address} needs certificate and key")
     context: Any = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -189,7 +190,7 @@ def server_tls(certificate: str | None, key: str | None, ca: str | None, address
 
 @dataclass(frozen=True)
 class RestAnswer:
-    """The status, the JSON body as Triton's errors have it, and the methods that the path has where that was wrong."""
+    """Status, JSON body in the form of Triton's errors, and after a wrong method the path's methods."""
 
     status: int
     body: bytes
@@ -201,9 +202,9 @@ def is_rest(path: str) -> bool:
 
 
 def rest_answer(method: str, path: str, grpc_address: str) -> RestAnswer:
-    """Answer a request for a path below /v2: 501, 405 for a wrong method, 404 for a path that Triton has not either."""
+    """Answer a path below /v2: 501, 405 for a wrong method, 404 for a path that Triton does not have either."""
     methods = next((methods for known, methods in _KNOWN if known.fullmatch(path.removeprefix(PREFIX))), None)
-    instead = f"use gRPC, {_place(grpc_address)}"
+    instead = f"use gRPC, {_grpc_target(grpc_address)}"
     if methods is None:
         return _error(404, f"KServe's REST API has no such path, and the sidecar does not serve REST: {instead}")
     if method not in methods:
@@ -211,8 +212,8 @@ def rest_answer(method: str, path: str, grpc_address: str) -> RestAnswer:
     return _error(501, f"the sidecar does not serve KServe's REST API: {instead} (inference.GRPCInferenceService)")
 
 
-def _place(grpc_address: str) -> str:
-    """Say where a client finds the data listener. A wildcard is no address to connect to."""
+def _grpc_target(grpc_address: str) -> str:
+    """Describe where a client reaches the data listener. A wildcard is no address to connect to."""
     host, _, port = grpc_address.rpartition(":")
     return f"port {port} of this host" if host in _WILDCARDS else grpc_address
 

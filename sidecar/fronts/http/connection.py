@@ -1,7 +1,7 @@
-"""One http connection: uvicorn's, with the bounds that uvicorn has not.
+"""One HTTP connection: uvicorn's, with bounds that uvicorn lacks.
 
-How long a request's head may be, for how long a client may be silent in the middle of a request, how much of a body is
-taken that nobody reads. An answer to a request that has not come in full reaches its client all the same.
+They bound the size of a request's head, the time that a client may be silent within a request, and the bytes of a body
+that nobody reads. An answer also reaches a client whose request has not come in full.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 CONNECTIONS_MAX = 4096
 SPARE_CONNECTIONS = 64
-"""More than the limit, for those who look whether the process lives: only an answer that is short is given there."""
+"""Connections above the limit, so that probes still get in; the OpenAI API answers them with a short refusal."""
 HEAD_BYTES_MAX = 16 << 10
 SILENCE_S_MAX = 30.0
 DISCARDED_BYTES_MAX = 64 << 20
-"""Of a body that is answered without being read; whoever sends more is cut off."""
+"""Bytes of a body that is answered without being read; beyond that the connection is cut."""
 PEER, CROWDED = "peer", "crowded"
-"""In a request's state: the name in its client's certificate, and whether there are more connections than planned."""
+"""Keys of a request's state: the name in the client's certificate; True if there are more connections than planned."""
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """How many connections a listener has, and what it takes from each.
+    """Limits of a listener and of each of its connections.
 
-    One more than all ends itself, or with `newest_first` the one that has asked nothing for longest.
+    A connection too many is closed; with `newest_first` it stays, and the one that has been silent longest is closed.
     """
 
     connections: int = CONNECTIONS_MAX
@@ -42,11 +42,11 @@ class HttpLimits:
 
 
 class _Refused(Exception):
-    """A request that is turned away before it reaches the application."""
+    """The request is refused before it reaches the application."""
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. What uvicorn bounds not at all is bounded here."""
+    """One connection, with the bounds that uvicorn lacks."""
 
     limits: HttpLimits
 
@@ -56,13 +56,13 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._discarded_bytes = 0
         self._whole = False
-        """The request that is being answered has come in full, so that its client may be silent."""
+        """The request that is being answered has come in full, so its client may be silent."""
         self._body_has_begun = self._closes = False
         self._heard_s = 0.0
         self._refusal: HTTPStatus | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._answered: RequestResponseCycle | None = None
-        """The request whose answer is being made. `cycle` is the one read last, which may wait behind it."""
+        """The request whose answer is being made. `cycle` is the one read last, which may have to wait for it."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.app_state = {**self.app_state, PEER: _peer_name(transport)}
@@ -94,7 +94,7 @@ class Connection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def _look(self) -> None:
-        """Close on a client that has begun a request, or nothing at all, and says no more."""
+        """Close the connection if its client is silent within a request, or has not begun one."""
         left_s = self._heard_s + self.limits.silence_s - monotonic()
         waits = self.transport.is_closing() or not (self._whole or self.flow.read_paused)
         if left_s <= 0 and waits:
@@ -124,7 +124,7 @@ class Connection(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header. What comes behind the body is none: who wrote the head, as an ingress, has not seen it."""
+        """Keep a header, unless it follows the body: a proxy that checked the head has not seen such a trailer."""
         if self._in_head:
             super().on_header(name, value)
         self._count(len(name) + len(value) + 4)
@@ -144,7 +144,7 @@ class Connection(HttpToolsProtocol):
         self.cycle.transport = _Lingering(self)  # type: ignore[assignment]
 
     def close_politely(self) -> None:
-        """Close, but not on a client that still sends: it would be reset before it has read its answer."""
+        """Close, but only once the request has come: a client that still sends would lose its answer to a reset."""
         if self._whole or (self.expect_100_continue and not self._body_has_begun):
             self.transport.close()
         else:
@@ -168,7 +168,7 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            self._heard_s = monotonic()  # it closes when its client has taken all, which must not take for ever
+            self._heard_s = monotonic()  # it closes once the client has read everything; limit the time for that
 
     def timeout_keep_alive_handler(self) -> None:
         if self.transport.get_write_buffer_size():
@@ -177,7 +177,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Say why a request is none; uvicorn knows 400 only."""
+        """Answer a malformed or refused request; uvicorn would always send 400."""
         status = self._refusal or HTTPStatus.BAD_REQUEST
         body = f"not a request: {status.phrase}\n".encode()
         head = f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: text/plain; charset=utf-8\r\n"
@@ -186,7 +186,7 @@ class Connection(HttpToolsProtocol):
 
 
 class _Lingering:
-    """A connection as an answer sees it while its request is still coming."""
+    """The transport that an answer is given while its request is still coming."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -198,9 +198,9 @@ class _Lingering:
 
 
 def _without_upgrade(data: bytes) -> bytes:
-    """Return a request's head so that a wish for another protocol is not heard: the body would be lost with it.
+    """Return a request's head with its Upgrade header renamed, since uvicorn would lose the body otherwise.
 
-    A server may ignore such a wish, and clients that have it (Java's among them) go on as they began.
+    A server may ignore that header, and clients that send it (Java's among them) continue with HTTP/1.1.
     """
     found = _UPGRADE.search(data, 0, HEAD_BYTES_MAX)
     if found is None or -1 < data.find(b"\r\n\r\n", 0, HEAD_BYTES_MAX) < found.start():

@@ -1,5 +1,7 @@
-"""Bodies come as `application/json`. A web page can have a browser post text, a form or bytes without a type to any
-address that the browser reaches, without asking there; JSON it cannot.
+"""Accept bodies of `application/json` only.
+
+A web page can make a browser post text, a form or untyped bytes to any address the browser reaches, without asking the
+server first. It cannot post JSON that way.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ TYPE = "application/json"
 
 
 def why_not_json(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Say why a request's body is not taken, from its headers with lower-case names; "" where it is."""
+    """Return why a request's body is refused, "" if it is not; `headers` have lower-case names."""
     given = [value.decode("latin-1") for name, value in headers if name == b"content-type"]
     if len(given) != 1:
         return f"the request has {len(given) or 'no'} content-type headers; send content-type: {TYPE}"

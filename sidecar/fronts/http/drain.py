@@ -1,6 +1,6 @@
-"""`POST /drain` on a loopback listener of its own: who stops the engine of this pod asks first, and waits.
+"""`POST /drain` on a loopback listener of its own: call it from the engine's preStop hook.
 
-It is not on the http listener, where clients are, and needs no gRPC, which an engine's image may lack.
+It is apart from the http listener, which clients reach, and needs no gRPC, which an engine's image may lack.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ CONNECTIONS_MAX = 16
 
 
 class HttpDrain:
-    """One listener. `drain` returns when nothing runs here any more; asked again it is waited for again.
+    """One listener. A request is answered once `drain` returns, that is, when nothing runs any more.
 
-    `answered` is called once somebody has been told: the process is to end then. Kubernetes asks also before it
-    restarts an engine alone, and what came up again with the engine would find a sidecar that takes nothing.
+    `answered` is called after the answer: the process must end then. Kubernetes also runs the hook before it restarts
+    the engine alone, and the new engine would find a sidecar that takes no requests.
 
-    `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`.
+    `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned.
     """
 
     def __init__(self, drain: Callable[[], Awaitable[None]], answered: Callable[[], None], address: str) -> None:
@@ -48,8 +48,8 @@ class HttpDrain:
         if has_body and (why := why_not_json(request.scope["headers"])):
             return PlainTextResponse(f"{why}, or no body\n", 415, {"cache-control": "no-store", "connection": "close"})
         await self._drain()
-        told = BackgroundTask(self._end)
-        return PlainTextResponse("drained\n", headers={"cache-control": "no-store"}, background=told)
+        end = BackgroundTask(self._end)
+        return PlainTextResponse("drained\n", headers={"cache-control": "no-store"}, background=end)
 
     async def _end(self) -> None:
         self._answered()

@@ -1,6 +1,6 @@
-"""An http listener in this process's own event loop: uvicorn's server over connections with bounds of our own.
+"""Serve an ASGI application in this process's event loop: uvicorn's server with bounded connections.
 
-Signals are the process's own business: it drains before it stops this.
+The process handles signals itself: it drains before it stops a listener.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import Connection, HttpLimits
 
 KEEP_ALIVE_S = 75
-"""Between requests: longer than load balancers keep connections that they may use again, which is a minute."""
+"""Idle time between requests. Longer than the minute for which load balancers reuse connections."""
 CLOSE_S_MAX = 1.0
 
 
 class HttpListener:
-    """Serves an ASGI application on one address until it is stopped."""
+    """Serve an ASGI application on one address until it is stopped."""
 
     def __init__(self, app: Any, limits: HttpLimits, tls: ssl.SSLContext | None = None) -> None:
         self._server = _Server(
@@ -45,9 +45,9 @@ class HttpListener:
         self._task: asyncio.Task[None] | None = None
 
     async def open(self, address: str, name: str) -> str:
-        """Listen at HOST:PORT and return it, with the port that was taken for 0.
+        """Listen at HOST:PORT and return that address, with the port that was taken for 0.
 
-        Raises Misused(PORT_IN_USE) with the address and the setting of the listener of that name.
+        Raises Misused(PORT_IN_USE) naming the address and the setting `listeners.{name}.address`.
         """
         host, _, port = address.rpartition(":")
         try:
@@ -61,7 +61,7 @@ class HttpListener:
         return f"{host}:{taken}"
 
     async def start(self, host: str, port: int) -> int:
-        """Listen and return the port. Raises OSError when the address cannot be had."""
+        """Listen and return the port. Raises OSError if the address cannot be bound."""
         listening = _bound(host, port)
         self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
         while not self._server.started and not self._task.done():
@@ -102,7 +102,7 @@ def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if host and family == socket.AF_INET:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    # asyncio turns off Nagle's algorithm where the protocol is named; an answer's head and body would wait otherwise.
+    # With the protocol named asyncio turns off Nagle's algorithm, which would delay an answer's body behind its head.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -115,5 +115,5 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _protocol(limits: HttpLimits) -> type[asyncio.Protocol]:
-    """Return the protocol of connections with these limits: uvicorn makes them by class."""
+    """Return a connection class with these limits: uvicorn makes connections by class."""
     return type("Connection", (Connection,), {"limits": limits})

@@ -1,8 +1,8 @@
-"""`/livez`, `/readyz` and `/metrics` on a listener of their own: clients cannot fill it, and the names of adapters and
-tenants are not where clients are.
+"""`/livez`, `/readyz` and `/metrics` on a listener of their own.
 
-They run on the event loop that serves requests: an answer of `/livez` is the proof that the loop makes progress. Each
-connection is closed with its answer, and a new one takes the place of one that is silent, so that few are enough.
+Clients cannot exhaust it, and do not see the names of adapters and tenants. It runs on the event loop that serves
+requests, so an answer of `/livez` proves that the loop makes progress. Each connection is closed with its answer, and a
+new one replaces a silent one, so few connections suffice.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
 
 SILENCE_S_MAX = 5.0
-"""For which a connection may say nothing before it has asked: who probes asks at once."""
+"""How long a connection may be silent before its request; a probe asks at once."""
 METRICS, LIVE, READY = PATHS = ("/metrics", "/livez", "/readyz")
 NO_STORE = {"cache-control": "no-store"}
 
 
 def why_not_ready(gateway: Gateway) -> str:
-    """Say why nothing can be served now; "" when something can."""
+    """Return why no request can be served now; "" if one can."""
     state = gateway.state
     if gateway.crash.raised is not None:
         return "the sidecar has failed and ends; its log says why"
@@ -60,7 +60,7 @@ def _detail(gateway: Gateway, backend: str) -> str:
 
 
 class Probes:
-    """An ASGI application: the three paths, to be read with GET."""
+    """An ASGI application with the three paths."""
 
     def __init__(self, gateway: Gateway, metrics: Metrics) -> None:
         self._gateway = gateway
@@ -72,8 +72,8 @@ class Probes:
         try:
             await self._router({**scope, "app": self}, receive, send)
         except HTTPException as error:
-            words = f"there are {', '.join(PATHS)}, to be read with GET"
-            await _text(error.status_code, words, error.headers)(scope, receive, send)
+            hint = f"there are {', '.join(PATHS)}, to be read with GET"
+            await _text(error.status_code, hint, error.headers)(scope, receive, send)
 
     async def _show_metrics(self, request: Request) -> Response:
         content_type, body = await self._metrics.render(request.headers.get("accept", ""))
@@ -88,7 +88,7 @@ class Probes:
 
 
 class HttpProbes:
-    """The listener. `address` is HOST:PORT; port 0 takes a free one, and `address` says which after `start`."""
+    """The listener. `address` is HOST:PORT; with port 0 it has the port that was taken, once `start` has returned."""
 
     def __init__(self, probes: Probes, address: str, connections: int, tls: ssl.SSLContext | None = None) -> None:
         self.address = address

@@ -1,1 +1,1 @@
-"""The KServe v2 API: unmodified Triton clients that name an adapter."""
+"""The KServe v2 API for unmodified Triton clients that name an adapter."""

@@ -1,7 +1,7 @@
-"""The KServe v2 front: an unmodified Triton client changes its address, names an adapter and drops the weights.
+"""The KServe v2 service: an unmodified Triton client changes its address, names an adapter and drops the weights.
 
-Here is the service on the data listener, verb by verb; `kserve_infer` has inference, `kserve_admin` what is on the
-admin listener.
+`add_kserve` adds the verbs of the data listener, `add_kserve_admin` those of the admin listener, which change or show
+how a server runs. The repository's index only lists models, and is on both. `infer` has inference.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from sidecar.config import Config
-from sidecar.fronts.kserve.admin import ADMIN_VERBS
 from sidecar.fronts.kserve.infer import KServe
-from sidecar.fronts.kserve.later import Later
 from sidecar.fronts.kserve.regions import NO_CUDA, region_verbs
-from sidecar.fronts.kserve.verbs import Verb, Verbs, to_one, to_sum, verb_handler
+from sidecar.fronts.kserve.verbs import Later, Verb, Verbs, to_all, to_one, to_sum, verb_handler
 from sidecar.shell.gateway import Gateway
 
 PASSED_ON = ("ServerMetadata", "ModelMetadata", "ModelConfig", "RepositoryIndex")
-ELSEWHERE = dict.fromkeys(ADMIN_VERBS, "this verb is served on the sidecar's admin listener only (listeners.admin)") | {
-    "CudaSharedMemoryRegister": NO_CUDA
-}
+ADMIN_VERBS = ("RepositoryModelLoad", "RepositoryModelUnload", "TraceSetting", "LogSettings")
+ALL_VERBS = tuple(service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name)
+ON_ADMIN = ("RepositoryIndex", *ADMIN_VERBS)
+NOT_ON_DATA = dict.fromkeys(
+    ADMIN_VERBS, "this verb is served on the sidecar's admin listener only (listeners.admin)"
+) | {"CudaSharedMemoryRegister": NO_CUDA}
+NOT_ON_ADMIN = dict.fromkeys(
+    (verb for verb in ALL_VERBS if verb not in ON_ADMIN), "this verb is served on the sidecar's data listener only"
+)
 LATEST = "last_inference"
 KEYS = {"batch_stats": ("batch_size",), "memory_usage": ("type", "id")}
-"""By what the entries of repeated fields are the same."""
+"""The fields that identify an entry of a repeated field."""
 
 
 def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KServe:
-    """Add the inference verbs and the read-only ones to a server; return the front that has the streams."""
+    """Add the inference verbs and the read-only ones to a server; return the front that holds the streams."""
     front = KServe(gateway, config)
     verbs: dict[str, Verb] = {
         "ServerLive": _live,
@@ -46,8 +50,14 @@ def add_kserve(server: grpc.aio.Server, gateway: Gateway, config: Config) -> KSe
         "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(front.stream_infer),
     }
     handlers = inference | {verb: verb_handler(verb, handle) for verb, handle in verbs.items()}
-    server.add_generic_rpc_handlers((Verbs(handlers, ELSEWHERE),))
+    server.add_generic_rpc_handlers((Verbs(handlers, NOT_ON_DATA),))
     return front
+
+
+def add_kserve_admin(server: grpc.aio.Server, gateway: Gateway) -> None:
+    """Add the admin listener's verbs. Each is sent to every backend that is up; the first reply is returned."""
+    handlers = {verb: verb_handler(verb, to_all(gateway, verb)) for verb in ON_ADMIN}
+    server.add_generic_rpc_handlers((Verbs(handlers, NOT_ON_ADMIN),))
 
 
 async def _live(request: Any, context: Any) -> Any:
@@ -63,7 +73,7 @@ def _ready(gateway: Gateway) -> Verb:
 
 
 def summed(replies: Iterable[Any]) -> Any:
-    """Return one ModelStatisticsResponse with each model and version once: counts and times added, the latest time."""
+    """Return one ModelStatisticsResponse with each model and version once: sums, and the latest inference time."""
     models: dict[tuple[str, str], Any] = {}
     for reply in replies:
         for statistics in reply.model_stats:
@@ -82,7 +92,7 @@ def _copied(message: Any) -> Any:
 
 
 def _add(into: Any, message: Any) -> None:
-    """Add a message's numbers to another of its kind, field by field; names stay."""
+    """Add a message's numbers to another of its type, field by field; names stay."""
     for field, value in message.ListFields():
         name = field.name
         if field.message_type is not None and field.message_type.GetOptions().map_entry:

@@ -1,7 +1,14 @@
-"""Inference for Triton's clients: unary calls, and what streams (`kserve_stream`) share with them.
+"""Inference for Triton's clients: from a request's bytes to `gateway.submit`, and unary answers.
 
-It passes as bytes: a request is parsed to see what it asks, and sent on as it came with a fragment appended; a
-response is the engine's own with the client's id appended, and on the first and the last one where it came from.
+`KServe.accept` is the whole way in, for unary calls and streams (`stream`) alike:
+
+1. `structure_of` splits the bytes into a checked structure and the raw contents.
+2. `request.read` reads the structure: the adapter, the sender's claims, the size, and the payload for an engine.
+3. `_read` adds what only the call and the state know: tenant, deadline, and the backends that may answer.
+4. `Gateway.submit` takes facts and payload, and gives a ticket.
+
+Messages pass as bytes. A request is sent on as it came with a fragment appended. A response is the engine's own with
+the client's id appended, and in the first and the last one where it came from.
 """
 
 from __future__ import annotations
@@ -20,10 +27,10 @@ from sidecar.config import Config
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError
 from sidecar.fronts import callers, relay
-from sidecar.fronts.eligible import as_it_is
+from sidecar.fronts.eligible import kserve_eligibility
 from sidecar.fronts.kserve import request
 from sidecar.fronts.kserve.lifetime import Lifetimes
-from sidecar.fronts.kserve.live import Live, LiveRequests, stop_answer, stopped_answer, words_for_client
+from sidecar.fronts.kserve.live import Live, LiveRequests, NotAccepted, client_message, stop_answer, stopped_answer
 from sidecar.fronts.kserve.owners import RegionOwners
 from sidecar.fronts.kserve.request import KServeRequest
 from sidecar.fronts.kserve.stream import ClientLeft, InferStream, OpenInStreams, StreamBroken
@@ -35,7 +42,7 @@ from sidecar.shell.request_log import log_refused
 
 
 class KServe:
-    """The two inference verbs over the process's gateway."""
+    """The two inference verbs over the process's gateway, and what unary calls and streams share."""
 
     def __init__(self, gateway: Gateway, config: Config) -> None:
         self.gateway = gateway
@@ -51,24 +58,17 @@ class KServe:
         self._rules = request.Rules(config.legacy_task_ids, config.allow_client_lora)
 
     async def infer(self, raw: bytes, context: Any) -> bytes:
-        """`ModelInfer`: the engine's own response, or its own error."""
-        request_id = ""
+        """`ModelInfer`: return the engine's own response, or end the call with its own error."""
         try:
-            structure, metadata = structure_of(raw), callers.metadata_of(context)
-            request_id = callers.request_id_of(structure.message.id, metadata)
-            asked = self.read(structure, context, metadata, request_id, unary=True)
-            if asked.stop:
-                self.stop(asked, context.peer(), context)
-                return bytes(stop_answer(asked).SerializeToString())
-            live = self.submit(asked, context.peer(), context)
-        except SidecarError as error:
-            request_id = request_id or callers.id_of_call(context, id_in(raw))
-            log_refused(request_id, error)
-            await abort(context, error, request_id)
+            accepted = self.accept(raw, context)
+        except NotAccepted as refused:
+            await abort(context, refused.error, refused.request_id)
+        if not isinstance(accepted, Live):
+            return bytes(stop_answer(accepted).SerializeToString())
         try:
-            return await self._answer(live, context)
+            return await self._answer(accepted, context)
         finally:
-            self.close(live)
+            self.close(accepted)
 
     async def _answer(self, live: Live, context: Any) -> bytes:
         answers: list[bytes] = []
@@ -84,17 +84,44 @@ class KServe:
         context.set_trailing_metadata(relay.origin_metadata(live.ticket, self.hide_backend))
         return answers[0] + wire.response_fragment(live.asked.client_id, self.origin(live.ticket))
 
-    # What unary calls and streams share. `stream` is what a request came by.
+    def accept(self, raw: bytes, context: Any, stream: InferStream | None = None) -> Live | KServeRequest:
+        """Read and submit a request; `stream` is None for a unary call.
 
-    def read(
+        Returns the live request, or a request with `stop`, which has been carried out. Raises NotAccepted.
+        """
+        request_id = client_id = ""
+        call = context if stream is None else stream
+        try:
+            structure = structure_of(raw)
+            metadata = callers.metadata_of(context) if stream is None else stream.metadata
+            request_id = callers.request_id_of(structure.message.id, metadata)
+            client_id = structure.message.id
+            asked = self._read(structure, context, metadata, request_id, unary=stream is None)
+            if asked.stop:
+                self._stop(asked, context.peer(), call)
+                return asked
+            if stream is not None:
+                stream.lifetime.check()
+            ticket = self.gateway.submit(asked.facts, asked.payload, request_id)
+        except SidecarError as error:
+            if not request_id:
+                own = id_in(raw)
+                request_id = callers.id_of_call(context, own)
+                client_id = own if own == request_id else ""
+            log_refused(request_id, error)
+            raise NotAccepted(error, request_id, client_id) from None
+        live = Live(replace(asked, payload=asked.payload.spent()), ticket, context.peer(), call)
+        self.live.add(live)
+        return live
+
+    def _read(
         self, structure: Structure, context: Any, metadata: Mapping[str, str], request_id: str, unary: bool
     ) -> KServeRequest:
-        """Read a request and who it is from. Raises Refused(INVALID_REQUEST)."""
+        """Return a request with its tenant, deadline and eligible backends. Raises Refused(INVALID_REQUEST)."""
         self.regions.check((*structure.message.inputs, *structure.message.outputs), context)
         asked = request.read(structure, unary, metadata, self._rules, request_id)
-        facts = asked.facts
-        tokens = facts.input_tokens
-        payload, only = as_it_is(self.gateway.state, asked.payload)
+        payload, only = kserve_eligibility(self.gateway.state, asked.payload)
+        facts, tokens = asked.facts, asked.facts.input_tokens
         facts = replace(
             facts,
             tenant=callers.tenant_of(context, self._tenant_from, metadata, facts.tenant),
@@ -104,41 +131,35 @@ class KServe:
         )
         return replace(asked, facts=facts, payload=payload)
 
-    def submit(self, asked: KServeRequest, peer: str, stream: object) -> Live:
-        ticket = self.gateway.submit(asked.facts, asked.payload, asked.request_id)
-        live = Live(replace(asked, payload=asked.payload.spent()), ticket, peer, stream)
-        self.live.add(live)
-        return live
-
     def close(self, live: Live) -> None:
         self.live.remove(live)
         self.gateway.close(live.ticket)
 
-    def stop(self, asked: KServeRequest, peer: str, stream: object) -> None:
-        """Cancel this client's request with that id, queued or running; an unknown id is no error, as in the engine."""
+    def _stop(self, asked: KServeRequest, peer: str, call: object) -> None:
+        """Cancel this client's request with that id, queued or running. As in the engine an unknown id is no error."""
         if not asked.client_id:
             raise Refused(
                 Reason.INVALID_REQUEST, "Trying to stop a request but request ID is not provided; set the request's id"
             )
-        live = self.live.find(asked, peer, stream)
+        live = self.live.find(asked, peer, call)
         if live is not None:
             live.stopped = True
             self.gateway.cancel(live.ticket)
 
     def origin(self, ticket: Ticket) -> dict[str, str | int | float]:
-        """Return the parameters that say where an answer came from, and the id that its request is found by."""
+        """Return the parameters with an answer's origin and its request's id."""
         return {**relay.origin_parameters(ticket, self.hide_backend), "lora_request_id": ticket.client_id}
 
     def status_of(self, live: Live, ending: Settle) -> tuple[grpc.StatusCode, str, Metadata]:
-        """Return the status of a bad ending; an engine's own rejection keeps the engine's own code and words."""
+        """Return the status of a bad ending. An engine's rejection keeps the engine's code and message."""
         rejected = ending.reason is Reason.BACKEND_REJECTED
         code = live.ticket.rejected_with if rejected else None
-        message = words_for_client(live, ending)
+        message = client_message(live, ending)
         return status_of_ending(replace(ending, message=message), live.ticket.client_id, code, self.hide_backend)
 
     @contextmanager
     def in_streams(self, peer: str) -> Iterator[OpenInStreams]:
-        """Return what counts the requests of a connection's streams, for one of these."""
+        """Enter a stream; yield the count of open requests that it shares with its connection's other streams."""
         connection = self._connections.setdefault(peer, OpenInStreams(self._calls_max))
         connection.streams += 1
         try:
@@ -149,13 +170,13 @@ class KServe:
                 del self._connections[peer]
 
     async def stream_infer(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        """`ModelStreamInfer`: any number of requests at once on one stream, each answered as it goes."""
+        """`ModelStreamInfer`: answer any number of concurrent requests on one stream."""
         lifetime = self.lifetimes.begin()
         try:
             await InferStream(self, context, lifetime).serve(requests)
         except StreamBroken as broken:
             await context.abort(*broken.status)
-        except Refused as refused:  # by the stream's own metadata: it holds for every request
+        except Refused as refused:  # for the stream's own metadata, so it applies to every request
             request_id = callers.id_of_call(context)
             log_refused(request_id, refused)
             await abort(context, refused, request_id)

@@ -1,9 +1,10 @@
-"""How long a client's stream lives: until its client closes it, the sidecar drains, or it has grown too old.
+"""End a client's streams: when the sidecar drains, and when a stream is too old.
 
-A stream is closed only while nothing is in flight on it, so a request without an answer has never run: its client may
-send it again, on a new stream. It must have been quiet for a moment, too: what a client sends while its connection
-closes can cost it answers that it has not read yet. Who goes on sending is refused, request by request, and closed
-when that has had its time to arrive. A stream that is too old still takes requests for as long again.
+A stream is ended only while nothing is in flight on it, so a request without an answer has never run and its client may
+send it again on a new stream. The stream must also have been quiet for a moment: what a client sends while its
+connection closes can cost it answers that it has not read yet. If the client goes on sending, its requests are refused
+one by one, and the stream is ended when the refusals have had time to arrive. A stream that is too old takes requests
+for its age once more.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from sidecar.core.events import Event, ShutdownBegun
 from sidecar.errors import Reason, Refused
 
 JITTER = 0.1
-"""By which share ages are longer or shorter, so that streams opened together do not all come back together."""
+"""Share by which ages vary, so that streams opened together do not all reconnect together."""
 QUIET_S = 0.1
-"""How long nothing must have happened on a stream that is closed."""
+"""How long a stream must have been quiet before it is ended."""
 REFUSING_S = 1.0
-"""How long a stream that refuses all requests is left to a client that sends them nevertheless."""
+"""How long a stream refuses requests before it is ended although its client goes on sending."""
 LOOK_S = 0.02
 INT32_MAX = 2**31 - 1
-"""gRPC's word for no limit."""
+"""gRPC's value for no limit."""
 UNANSWERED = "what was sent on it and has no answer did not run"
 
 
 def jittered(age_s: float, random: Random) -> float:
-    """Return an age that lies evenly within ±JITTER of `age_s`."""
+    """Return an age drawn evenly from ±JITTER around `age_s`."""
     return age_s * random.uniform(1 - JITTER, 1 + JITTER)
 
 
 def connection_age_options(age_s: float | None) -> tuple[tuple[str, int], ...]:
     """Return gRPC's options for a listener whose connections take no new calls from that age on.
 
-    gRPC adds the jitter. Its grace is without end: no answer is cut off, and a connection closes with its last stream.
+    gRPC adds jitter of its own. The grace period has no end: no answer is cut off, and a connection closes with its
+    last stream.
     """
     if age_s is None:
         return ()
@@ -46,7 +48,7 @@ def connection_age_options(age_s: float | None) -> tuple[tuple[str, int], ...]:
 
 
 class Lifetime:
-    """One stream's. It belongs to the event loop of the stream's own task."""
+    """The lifetime of one stream. Use it from the event loop of the stream's own task."""
 
     def __init__(self, age_s: float | None, on_over: Callable[[Lifetime], None]) -> None:
         self._age_s = age_s
@@ -66,12 +68,12 @@ class Lifetime:
 
     @property
     def cut(self) -> Refused | None:
-        """Why the stream has to end although its client did not close it; None if it did."""
+        """Return why the stream had to end; None if its client closed it."""
         return self._why() if self._why is not None and self._reading.expired() else None
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
-        """Go round the reading of the stream's requests; it is broken off when the stream has to end."""
+        """Enter the reading of the stream's requests; it is interrupted when the stream has to end."""
         try:
             async with self._reading:
                 self._is_reading = True
@@ -85,7 +87,7 @@ class Lifetime:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Go round the answer to one request: it is in flight."""
+        """Enter the answering of one request, which is in flight meanwhile."""
         self._in_flight += 1
         self._schedule()
         try:
@@ -96,7 +98,7 @@ class Lifetime:
             self._schedule()
 
     def check(self) -> None:
-        """Raise Refused(DRAINING) when the stream is too old for a new request. In a drain the core refuses."""
+        """Raise Refused(DRAINING) if the stream is too old for a new request. During a drain the core refuses."""
         if self._is_past_age:
             raise Refused(
                 Reason.DRAINING,
@@ -105,12 +107,12 @@ class Lifetime:
             )
 
     def end(self, why: Callable[[], Refused]) -> None:
-        """End the stream once it is quiet; whoever calls has its requests refused from now on."""
+        """End the stream once it is quiet. The caller makes sure that new requests are refused from now on."""
         self._why = self._why or why
         self._refuse()
 
     def over(self) -> None:
-        """The stream has ended."""
+        """Note that the stream has ended."""
         if self._timer is not None:
             self._timer.cancel()
         self._on_over(self)
@@ -121,7 +123,7 @@ class Lifetime:
         self._schedule()
 
     def _schedule(self) -> None:
-        """Say when reading is to be broken off, as things stand."""
+        """Set when reading is to be interrupted, as things stand."""
         if self._why is None or not self._is_reading or self._is_closing or self._reading.expired():
             return
         now_s, since_s = self._loop.time(), self._refusing_since_s
@@ -130,7 +132,7 @@ class Lifetime:
         elif since_s is None or now_s < since_s + REFUSING_S:
             self._reading.reschedule(self._quiet_since_s + QUIET_S)
         else:
-            self._is_closing = True  # whatever comes now: it is refused
+            self._is_closing = True  # regardless of new requests: they are refused
             self._reading.reschedule(now_s)
 
     def _grow_old(self) -> None:
@@ -153,7 +155,7 @@ class Lifetime:
 
 
 class Lifetimes:
-    """Those of all open streams. It observes the core, and ends them when that drains."""
+    """The lifetimes of all open streams. Observes the core, and ends them when it drains."""
 
     def __init__(self, age_s: float | None = None, random: Random | None = None) -> None:
         self._age_s = age_s
@@ -165,7 +167,7 @@ class Lifetimes:
         return len(self._open)
 
     def begin(self) -> Lifetime:
-        """Return the lifetime of a stream that opens now; its `over` is to be called when it has ended."""
+        """Return the lifetime of a new stream. Call its `over` when the stream has ended."""
         age_s = None if self._age_s is None else jittered(self._age_s, self._random)
         lifetime = Lifetime(age_s, self._forget)
         self._open[lifetime] = None
@@ -180,7 +182,7 @@ class Lifetimes:
                 lifetime.end(_draining)
 
     async def all_over(self) -> None:
-        """Wait until no stream is open any more."""
+        """Wait until no stream is open."""
         while self._open:
             await asyncio.sleep(LOOK_S)
 

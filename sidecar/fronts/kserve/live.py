@@ -1,7 +1,7 @@
-"""Live requests by their clients' own ids, so that `stop=true` finds the one it means.
+"""Index live requests by their clients' own ids, so that `stop=true` finds the request it means.
 
-A client is a connection and a tenant. Its ids may collide, with others' and among themselves: a stop means the newest
-request with the id on its own stream, else the newest on the connection, as the engine's own map of ids would have it.
+A client is a connection and a tenant. Ids may repeat: a stop means the newest request with the id on its own stream, or
+else the newest on the connection, as in the engine's own map of ids.
 """
 
 from __future__ import annotations
@@ -13,23 +13,34 @@ from typing import Any
 from sidecar.backends.api import Ticket
 from sidecar.backends.triton import wire
 from sidecar.core.effects import Settle
+from sidecar.errors import SidecarError
 from sidecar.fronts.kserve.request import KServeRequest
 
 
 @dataclass(eq=False)
 class Live:
-    """One request that is queued or running. `stream` is what it came by, to be compared by identity."""
+    """One request that is queued or running. `stream` is the call that brought it, compared by identity."""
 
     asked: KServeRequest
     ticket: Ticket
     peer: str
     stream: object
     stopped: bool = False
-    """Its client has asked for its end: it ends as the engine's stopped requests do, without an error."""
+    """Its client has stopped it: it ends without an error, as the engine's stopped requests do."""
+
+
+class NotAccepted(Exception):
+    """A request was refused; `client_id` is its own id, "" if that is unknown or malformed."""
+
+    def __init__(self, error: SidecarError, request_id: str, client_id: str) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_id = request_id
+        self.client_id = client_id
 
 
 class LiveRequests:
-    """What is live, by connection, tenant and client's id. Requests without an id cannot be stopped."""
+    """Live requests by connection, tenant and client's id. Requests without an id cannot be stopped."""
 
     def __init__(self) -> None:
         self._by_id: dict[tuple[str, str, str], list[Live]] = {}
@@ -49,7 +60,7 @@ class LiveRequests:
             self._by_id.pop(_key(live.asked, live.peer), None)
 
     def find(self, asked: KServeRequest, peer: str, stream: object) -> Live | None:
-        """Return the request that a stop means, None when there is none: it may have ended by itself."""
+        """Return the request that a stop means; None if there is none, since it may have ended meanwhile."""
         same_id = [live for live in self._by_id.get(_key(asked, peer), []) if not live.stopped]
         of_stream = [live for live in same_id if live.stream is stream]
         candidates = of_stream or same_id
@@ -61,15 +72,14 @@ def _key(asked: KServeRequest, peer: str) -> tuple[str, str, str]:
 
 
 def stop_answer(asked: KServeRequest) -> Any:
-    """Return the answer to a stop itself: the id and nothing else, whether or not there was something to stop."""
+    """Return the answer to a stop itself: only the id, whether or not there was a request to stop."""
     return wire.ModelInferResponse(model_name=asked.model, model_version=asked.version, id=asked.client_id)
 
 
 def stopped_answer(asked: KServeRequest) -> Any:
-    """Return the last response of a request that was stopped: no more tokens, in the tensors that carry them.
+    """Return the last response of a stopped request, with no tokens in its tensors.
 
-    The engine's answer to a stopped request that does not stream has the tokens so far. Those stay with the engine:
-    here the answer is empty.
+    An engine answers a stopped request that does not stream with the tokens so far. Here that answer is empty.
     """
     response = stop_answer(asked)
     for name, datatype, shape, data in TEXT_ENDING if asked.is_text else TOKENS_ENDING:
@@ -79,8 +89,8 @@ def stopped_answer(asked: KServeRequest) -> Any:
     return response
 
 
-def words_for_client(live: Live, ending: Settle) -> str:
-    """Return an ending's message. An engine's words name the request by our id; its client knows it by its own."""
+def client_message(live: Live, ending: Settle) -> str:
+    """Return an ending's message, with the client's id where the engine's message has ours."""
     dispatch = live.ticket.dispatch
     if dispatch is None:
         return ending.message

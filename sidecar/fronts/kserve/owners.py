@@ -1,9 +1,9 @@
-"""Whose a region of shared memory is: servers know names only, and let anybody list, read and unregister all.
+"""Record which client owns a region of shared memory. Servers let anybody list, read and unregister all regions.
 
-A region is its client's, who is a tenant at an address: another one may not use, see or unregister it. Clients of one
-machine without tenants are one by that, so a list, and an unregistering of all, go further: they mean what the same
-connection has registered. Regions that this process did not see registered, as after a restart or at another replica,
-are in no list, and whoever knows the name may use and unregister them.
+A client is a tenant at an address; another client may not use, see or unregister its regions. Clients of one machine
+without tenants count as one client, so listing and unregistering all is limited further, to the regions that the same
+connection has registered. Regions whose registration this process has not seen, as after a restart or at another
+replica, are in no list; any client that knows the name may use and unregister them.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from sidecar.fronts import callers
 from sidecar.fronts.kserve.tensors import REGION
 
 REGIONS_MAX = 1024
-"""Of one client. All are kept, so that a server that restarts is told of them again."""
+"""Regions of one client. All are remembered, so that a restarted server can be told of them again."""
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls. The tenant is that of the call itself, since a verb of regions has no parameters."""
+    """The sender of a call. The tenant comes from the call itself, since region verbs have no parameters."""
 
     tenant: str
     connection: str
 
     @property
     def client(self) -> tuple[str, str]:
-        """The tenant and the address; a port is a connection's."""
+        """Tenant and address, without the port, which belongs to the connection."""
         return self.tenant, self.connection.rpartition(":")[0]
 
 
 class RegionOwners:
-    """The clients' regions that were registered here, and by whom."""
+    """The regions that were registered here, and the caller that registered each."""
 
     def __init__(self, tenant_from: str, regions_max: int = REGIONS_MAX) -> None:
         self._tenant_from = tenant_from
@@ -49,7 +49,7 @@ class RegionOwners:
         return Caller(tenant, str(context.peer()))
 
     def register(self, name: str, caller: Caller) -> None:
-        """Note whose a region is. Raises Refused(INVALID_REQUEST) for one region too many."""
+        """Set the owner of a region. Raises Refused(INVALID_REQUEST) if the client has too many."""
         if self._counts.get(caller.client, 0) >= self._regions_max:
             raise Refused(
                 Reason.INVALID_REQUEST, f"this client has {self._regions_max} regions registered; unregister some first"
@@ -67,7 +67,7 @@ class RegionOwners:
         return self._of.get(name)
 
     def restore(self, name: str, owner: Caller | None) -> None:
-        """Set whose a region is, as it was before a `register` that came to nothing."""
+        """Set the owner of a region without a check, for instance back to that before a failed `register`."""
         self.forget(name)
         if owner is not None:
             self._of[name] = owner
@@ -81,7 +81,7 @@ class RegionOwners:
         return [name for name, owner in self._of.items() if owner == caller]
 
     def check(self, tensors: Iterable[Any], context: Any) -> None:
-        """Raise Refused(INVALID_REQUEST) for a tensor that lies in a region of the sidecar's or of another client."""
+        """Raise Refused(INVALID_REQUEST) if a tensor lies in a region of the sidecar's or of another client."""
         for tensor in tensors:
             if REGION not in tensor.parameters:
                 continue

@@ -1,6 +1,6 @@
-"""Our request parameters, and those that were meant to be ours: a slip of the name must not reach the base model.
+"""Read our request parameters, and refuse misspelt ones: a typo must not send a request to the base model.
 
-The same words come as metadata of a call, whatever it asks: `lora-name` and so on.
+The same names with hyphens come as metadata of a call: `lora-name` and so on.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ PARAMETERS = {
     "lora_deadline_ms": identities.DEADLINE,
     "lora_session": identities.SESSION,
 }
-"""What each may look like."""
+"""The shape that each value must have."""
 IN_METADATA = {name.replace("_", "-"): name for name in PARAMETERS}
 MISTAKES = ("adapter", "adaptername", "adapterid")
-"""Other words for an adapter; so is everything that begins with "lora", however it is written."""
+"""Other words for an adapter. Everything that begins with "lora", however it is written, also counts."""
 FOREIGN_CHARACTERS_MAX = 65_536
-"""Of a parameter that is none of ours. Data travels in tensors."""
+"""Size of a foreign parameter. Data belongs in tensors."""
 
 
 def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a call's metadata says in our words, by the parameters' names. Raises Refused(INVALID_REQUEST)."""
+    """Return our values in a call's metadata, by parameter name. Raises Refused(INVALID_REQUEST)."""
     for key in metadata:
-        if key not in IN_METADATA and _was_meant(key):
+        if key not in IN_METADATA and _is_misspelt(key):
             raise _unknown("metadata", key, list(IN_METADATA))
     own = {
         name: checked(PARAMETERS[name], metadata[key], f'the metadata "{key}"')
@@ -43,15 +43,15 @@ def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def own_parameters(parameters: Any, metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return our parameters as text; those of the request win over the call's metadata.
+    """Return our parameters as text; those of the request override the call's metadata.
 
-    Raises Refused(INVALID_REQUEST) for one that is not as it must be, and for one that was meant to be ours.
+    Raises Refused(INVALID_REQUEST) for a malformed value and for a misspelt name.
     """
     own = own_metadata(metadata)
     for name, value in parameters.items():
         if name in PARAMETERS:
             own[name] = checked(PARAMETERS[name], _text(name, value), f'the parameter "{name}"')
-        elif _was_meant(name):
+        elif _is_misspelt(name):
             raise _unknown("parameter", name, list(PARAMETERS))
         elif len(name) + len(value.string_param) > FOREIGN_CHARACTERS_MAX:
             raise Refused(
@@ -70,13 +70,13 @@ def _check_named(own: Mapping[str, str]) -> None:
         )
 
 
-def _was_meant(name: str) -> bool:
+def _is_misspelt(name: str) -> bool:
     letters = name[:SHOWN_CHARACTERS_MAX].lower().replace("_", "").replace("-", "")
     return letters.startswith("lora") or letters in MISTAKES
 
 
 def _unknown(kind: str, name: str, known: list[str]) -> Refused:
-    """Only a name that is nearly another one of ours means that; all else that speaks of LoRA means its name."""
+    """Return the refusal of an unknown name, with the closest of ours, or else the adapter's, as a suggestion."""
     near = difflib.get_close_matches(name[:SHOWN_CHARACTERS_MAX].lower(), known, n=1, cutoff=0.8)
     return Refused(Reason.INVALID_REQUEST, f'unknown {kind} "{clipped(name)}"; did you mean "{(near or known)[0]}"?')
 
@@ -93,7 +93,7 @@ def _text(name: str, parameter: Any) -> str:
 
 
 def seconds_until(text: str | None) -> float | None:
-    """Return lora_deadline_ms in seconds. Raises Refused(INVALID_REQUEST) when it is no time to come."""
+    """Return lora_deadline_ms in seconds. Raises Refused(INVALID_REQUEST) if it is not a time in the future."""
     if text is None:
         return None
     try:

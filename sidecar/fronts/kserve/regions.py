@@ -1,7 +1,7 @@
-"""Shared memory of clients' own: registered with every backend, and kept apart from where the sidecar has its blobs.
+"""Register clients' shared memory with every backend, apart from the sidecar's own regions.
 
-To a client it is as if there were no regions but its own (`kserve_owners`). The sidecar's are neither shown nor
-unregistered, and no request may read or write them.
+A client sees its own regions only (`owners`). The sidecar's are neither shown nor unregistered, and no request may read
+or write them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from sidecar.adapters.shared_memory import PREFIX
 from sidecar.config.identities import Shape, clipped, problem_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
-from sidecar.fronts.kserve.later import Later
 from sidecar.fronts.kserve.owners import Caller, RegionOwners, ours
-from sidecar.fronts.kserve.verbs import Verb, abort_with_first, errors_of, tell_all, to_all, to_one
+from sidecar.fronts.kserve.verbs import Later, Verb, abort_with_first, errors_of, tell_all, to_all, to_one
 from sidecar.fronts.status import abort, id_metadata
 from sidecar.shell.gateway import Gateway
 
 STATUS, REGISTER, UNREGISTER = (f"SystemSharedMemory{verb}" for verb in ("Status", "Register", "Unregister"))
 REGION_WORD = Shape("the region", 255, 255)
-"""Its name and its key, which is a file's: they are kept for as long as the server may forget the region."""
+"""A region's name or its key, which is a file name. They are kept for as long as a server may forget the region."""
 NO_CUDA = (
     "CUDA shared memory is not served: engines with LoRA refuse inputs in the GPU's memory; register system shared "
     "memory instead, or send the tensors in the request"
@@ -32,7 +31,7 @@ NO_CUDA = (
 
 
 def region_verbs(gateway: Gateway, later: Later, owners: RegionOwners) -> dict[str, Verb]:
-    """Return the handlers of the verbs of system shared memory, and of CUDA's where they have something to answer."""
+    """Return handlers for the verbs of system shared memory, and for those of CUDA's that have an answer."""
     return {
         STATUS: _status(to_one(gateway, STATUS), owners),
         REGISTER: _register(to_all(gateway, REGISTER, later), owners),
@@ -57,7 +56,7 @@ def _status(ask: Verb, owners: RegionOwners) -> Verb:
 
 
 def _register(tell: Verb, owners: RegionOwners) -> Verb:
-    """Return a handler for names and keys that are neither the sidecar's nor, as names, another client's."""
+    """Return a handler that refuses names and keys of the sidecar's, and names of another client's."""
 
     async def handle(request: Any, context: Any) -> Any:
         await _check(request, context)
@@ -65,7 +64,7 @@ def _register(tell: Verb, owners: RegionOwners) -> Verb:
         if owners.is_anothers(name, caller):
             taken = f"shared memory region '{clipped(name)}' already in manager"
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, taken, id_metadata(id_of_call(context)))
-        had = owners.owner(name)
+        before = owners.owner(name)
         try:
             owners.register(name, caller)
         except Refused as refused:
@@ -73,14 +72,14 @@ def _register(tell: Verb, owners: RegionOwners) -> Verb:
         try:
             return await tell(request, context)
         except BaseException:
-            owners.restore(name, had)
+            owners.restore(name, before)
             raise
 
     return handle
 
 
 async def _caller(owners: RegionOwners, context: Any) -> Caller:
-    """Return who calls, or end a call whose metadata does not say it."""
+    """Return the caller, or end a call whose metadata is malformed."""
     try:
         return owners.caller(context)
     except Refused as refused:
@@ -88,12 +87,12 @@ async def _caller(owners: RegionOwners, context: Any) -> Caller:
 
 
 async def _check(request: Any, context: Any) -> None:
-    """End a call whose region has a name or a key that is none, or the sidecar's own."""
+    """End a call whose region has a malformed name or key, or one of the sidecar's own."""
     for what, word in (("name", request.name), ("key", getattr(request, "key", ""))):
         if problem := problem_of(REGION_WORD, word):
             await abort(context, Refused(Reason.INVALID_REQUEST, f"the region's {what} {problem}"))
     key = getattr(request, "key", "").removeprefix("/")
-    if "/" in key or key in (".", ".."):  # another path to a file that has a name of its own
+    if "/" in key or key in (".", ".."):  # another path to a file that also has a plain name
         problem = f'the region\'s key is "{clipped(request.key)}"; name a file in shared memory, without folders'
         await abort(context, Refused(Reason.INVALID_REQUEST, problem))
     for what in (request.name, key):
@@ -108,7 +107,7 @@ def _unregister(gateway: Gateway, later: Later, owners: RegionOwners) -> Verb:
         caller = await _caller(owners, context)
         if request.name:
             await _check(request, context)
-            if owners.is_anothers(request.name, caller):  # as one that is not there is no error in Triton
+            if owners.is_anothers(request.name, caller):  # Triton reports no error for an unknown region
                 return service_pb2.SystemSharedMemoryUnregisterResponse()
             reply = await tell_one(request, context)
             owners.forget(request.name)
@@ -135,7 +134,7 @@ async def _not_found(context: Any, message: str) -> NoReturn:
 
 
 async def _no_cuda_status(request: Any, context: Any) -> Any:
-    """Nothing is registered: that is true, and programs that only look go on."""
+    """Answer that nothing is registered. That is true, and programs that only look can go on."""
     if request.name:
         message = f"Unable to find cuda shared memory region: '{clipped(request.name)}'; {NO_CUDA}"
         await _not_found(context, message)
@@ -143,5 +142,5 @@ async def _no_cuda_status(request: Any, context: Any) -> Any:
 
 
 async def _no_cuda_unregister(request: Any, context: Any) -> Any:
-    """As in Triton it is no error that there is nothing: many programs clear all regions before they begin."""
+    """Answer as Triton does if there is nothing: many programs unregister all regions before they begin."""
     return service_pb2.CudaSharedMemoryUnregisterResponse()

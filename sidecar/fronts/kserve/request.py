@@ -1,7 +1,7 @@
-"""What a KServe request asks of us: which adapter, for whom, how large; and what we send on in its place.
+"""Read a KServe request: its adapter, its sender's claims, its size, and the bytes that are sent on to an engine.
 
-Nothing is ever silently answered by the base model: a parameter that looks like ours and is not is refused, and so
-are LoRA tensors of the client's own, unless the configuration says what they mean.
+Nothing is silently answered by the base model: a misspelt parameter is refused, and so are a client's own LoRA tensors
+unless the configuration gives them a meaning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.shell.gateway import RequestFacts
 
 IDS = ("lora_task_id", "lora_id")
 CLIENT_TASK_IDS_END = 1 << 32
-"""Ids from here on are ours: hashes of 63 bits. A client could otherwise put its weights under an id of ours."""
+"""Ids from here on are ours, hashes of 63 bits. Otherwise a client could store its weights under one of our ids."""
 BEAMS, RETURNED = ("beam_width",), ("num_return_sequences", "sampling_param_n", "sampling_param_best_of")
 OUTPUT_LENGTHS = ("request_output_len", "max_tokens", "sampling_param_max_tokens")
 
@@ -37,11 +37,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class KServeRequest:
-    """A parsed request. `client_id` is the message's own, `request_id` what is told where it has none.
+    """A parsed request. `client_id` is the message's own id; `request_id` is a made one where it has none.
 
-    `stop` cancels an earlier one of the same id instead of running.
-    `is_text` says that the prompt is text, so that `facts.input_tokens` counts its bytes; `outputs` are the names of
-    the requested ones, none for all.
+    With `stop` it cancels an earlier request with its id instead of running. With `is_text` the prompt is text, and
+    `facts.input_tokens` counts its bytes. `outputs` names the requested outputs, () for all.
     """
 
     client_id: str
@@ -59,7 +58,7 @@ class KServeRequest:
 def read(
     structure: Structure, unary: bool, metadata: Mapping[str, str], rules: Rules, request_id: str
 ) -> KServeRequest:
-    """Read a request. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    """Read a request. Raises Refused(INVALID_REQUEST) naming its fault."""
     message = structure.message
     check_word("model_name", message.model_name)
     if message.model_version:
@@ -69,7 +68,7 @@ def read(
     adapter = _adapter(message, tensors, own.get("lora_name"), rules)
     dropped = bool(adapter) and any(name in tensors for name in LORA_TENSORS)
     rows, beams, returned = tensors.rows(), _most(tensors, BEAMS), _most(tensors, RETURNED)
-    sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share its seat
+    sequences = rows * (1 if beams > 1 else returned)  # the beams of a request share one seat
     facts = RequestFacts(
         adapter=adapter,
         tenant=own.get("lora_tenant", ""),
@@ -105,7 +104,7 @@ def read(
 
 
 def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
-    """Return the largest count of any row and name; 1 where none is said."""
+    """Return the largest count in any row of any of these tensors; 1 if there is none."""
     for name in names:
         if tensors.in_region(name):
             raise Refused(
@@ -116,7 +115,7 @@ def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
 
 
 def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:
-    """Return the adapter's name, "" for the base model and for a LoRA that the client may send itself."""
+    """Return the adapter's name; "" for the base model, and for a LoRA that the client may send itself."""
     own_tensors = [tensor.name for tensor in message.inputs if tensor.name in LORA_TENSORS]
     if name is not None:
         if own_tensors:
@@ -153,5 +152,5 @@ def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> 
 
 
 def _id_name(tensors: Tensors) -> str:
-    """Return what the request's model calls an adapter's id."""
+    """Return the name that the request's model has for an adapter's id."""
     return "lora_id" if any(name in tensors for name in LLMAPI_LORA_TENSORS) else "lora_task_id"

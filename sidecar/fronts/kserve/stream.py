@@ -1,4 +1,4 @@
-"""One `ModelStreamInfer` call: any number of requests side by side, each answered under its client's own id."""
+"""One `ModelStreamInfer` call: concurrent requests, each answered under its client's own id."""
 
 from __future__ import annotations
 
@@ -12,42 +12,43 @@ import grpc.aio
 
 from sidecar.backends.api import Reply, Ticket
 from sidecar.backends.triton import wire
-from sidecar.errors import Failed, Reason, SidecarError
+from sidecar.core.effects import Settle
+from sidecar.errors import Failed, Reason
 from sidecar.fronts import callers, relay
 from sidecar.fronts.kserve.lifetime import Lifetime
-from sidecar.fronts.kserve.live import Live, stop_answer, stopped_answer, words_for_client
-from sidecar.fronts.kserve.structure import id_in, structure_of
+from sidecar.fronts.kserve.live import Live, NotAccepted, client_message, stop_answer, stopped_answer
 from sidecar.fronts.status import Metadata, status_of_error
-from sidecar.shell.request_log import log_refused
 
 if TYPE_CHECKING:
     from sidecar.fronts.kserve.infer import KServe
 
 GRPC_ERRORS = "triton_grpc_error"
-"""Metadata of a client that wants a stream's first error as the stream's status."""
+"""Metadata by which a client asks for a stream's first error as the stream's status."""
+
+Status = tuple[grpc.StatusCode, str, Metadata]
 
 
 class StreamBroken(Exception):
-    """The stream ends with a status: its client asked for real gRPC errors, or no message can reach it."""
+    """The stream ends with a status, since its client asked for gRPC errors or no message can reach it."""
 
-    def __init__(self, status: tuple[grpc.StatusCode, str, Metadata]) -> None:
+    def __init__(self, status: Status) -> None:
         super().__init__(status[1])
         self.status = status
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
-    """A message of ours, with the status that an error has as the end of a call."""
+class _Message:
+    """A message of ours. For an error, `status` is what the call ends with if its client wants gRPC errors."""
 
     raw: bytes
-    status: tuple[grpc.StatusCode, str, Metadata] | None = None
+    status: Status | None = None
 
 
 class OpenInStreams:
-    """How many requests all streams of one connection have open. While there are `most`, no stream reads another.
+    """Count the open requests of all streams of one connection. While there are `most`, no stream reads another one.
 
-    So many requests on a stream hold no more than as many calls could, and the end of a stream, which cancels all of
-    them in one go, keeps nobody waiting for long.
+    So streams hold no more than as many unary calls could, and the end of a stream, which cancels all its requests at
+    once, does not block the event loop for long.
     """
 
     def __init__(self, most: int) -> None:
@@ -58,7 +59,7 @@ class OpenInStreams:
         self._has_room.set()
 
     def begin(self, task: asyncio.Task[None]) -> None:
-        """Count what a task answers, until that has ended."""
+        """Count a request until the task that answers it has ended."""
         self._open += 1
         if self._open >= self._most:
             self._has_room.clear()
@@ -70,47 +71,46 @@ class OpenInStreams:
             self._has_room.set()
 
     async def room(self) -> None:
-        """Wait until another one may be read. A message that has been read is begun with in any case: it is large."""
+        """Wait until another request may be read. One that has been read is always begun: it may be large."""
         await self._has_room.wait()
 
 
 class ClientLeft(Exception):
-    """Nothing more can be written."""
+    """The client has left: nothing more can be written."""
 
 
 class InferStream:
-    """One `ModelStreamInfer` call. An error is a message, and the stream stays open for the others.
+    """One `ModelStreamInfer` call. An error is a message, and the stream stays open for other requests.
 
-    Raises Refused(INVALID_REQUEST) for metadata that is not as it may be.
+    Raises Refused(INVALID_REQUEST) for malformed metadata.
     """
 
     def __init__(self, front: KServe, context: Any, lifetime: Lifetime) -> None:
         self._front = front
-        self._lifetime = lifetime
+        self.lifetime = lifetime
         self._context = context
-        self._peer = context.peer()
-        self._metadata = callers.metadata_of(context)
-        self._grpc_errors = self._metadata.get(GRPC_ERRORS, "").lower() == "true"
+        self.metadata = callers.metadata_of(context)
+        self._grpc_errors = self.metadata.get(GRPC_ERRORS, "").lower() == "true"
         self._writing = asyncio.Lock()
         self._is_stuck = False
         self._ended: Ticket | None = None
 
     async def serve(self, requests: AsyncIterator[bytes]) -> None:
-        """Answer until the client has closed its side, or the stream has to end, and all is answered.
+        """Answer until all is answered after the client has closed its side, or the stream has to end.
 
-        Raises StreamBroken, ClientLeft. The trailing metadata of a stream that its client closed are those of the
-        request that ended last: most streams have one.
+        Raises StreamBroken, ClientLeft. A stream that its client closed gets the trailing metadata of the request that
+        ended last: most streams have just one.
         """
         try:
-            with self._front.in_streams(self._peer) as connection:
-                async with asyncio.TaskGroup() as group, self._lifetime.reading():
+            with self._front.in_streams(self._context.peer()) as connection:
+                async with asyncio.TaskGroup() as group, self.lifetime.reading():
                     async for raw in requests:
                         connection.begin(group.create_task(self._answer(raw)))
                         del raw
                         await connection.room()
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
-        if (why := self._lifetime.cut) is not None:
+        if (why := self.lifetime.cut) is not None:
             raise StreamBroken(status_of_error(why, callers.id_of_call(self._context)))
         if self._ended is not None:
             self._context.set_trailing_metadata(relay.origin_metadata(self._ended, self._front.hide_backend))
@@ -120,7 +120,7 @@ class InferStream:
             await self._written(raw)
 
     async def _written(self, raw: bytes) -> None:
-        if self._is_stuck:  # gRPC keeps a write that was given up: of the call only the status can follow
+        if self._is_stuck:  # gRPC still waits for the write that was given up, so only the status can follow
             raise ClientLeft
         try:
             await self._context.write(raw)
@@ -128,101 +128,80 @@ class InferStream:
             raise ClientLeft from error
 
     async def _answer(self, raw: bytes) -> None:
-        with self._lifetime.answering():
-            asked = self._submitted(raw)
-            del raw  # while the answer, or a refusal, waits for its client
-            said = await self._relay(asked) if isinstance(asked, Live) else asked
-            if said is not None:
-                await self._say(said)
+        with self.lifetime.answering():
+            accepted = self._accept(raw)
+            del raw  # the answer, or a refusal, may wait for its client
+            message = await self._relay(accepted) if isinstance(accepted, Live) else accepted
+            if message is not None:
+                await self._send(message)
 
-    def _submitted(self, raw: bytes) -> Live | _Said:
-        """Submit a request; return what is said of one that is none, or that is not taken."""
-        client_id = request_id = ""
+    def _accept(self, raw: bytes) -> Live | _Message:
+        """Submit a request; return the answer to one that is refused, or is a stop."""
         try:
-            structure = structure_of(raw)
-            request_id = callers.request_id_of(structure.message.id, self._metadata)
-            client_id = structure.message.id
-            asked = self._front.read(structure, self._context, self._metadata, request_id, unary=False)
-            if asked.stop:
-                self._front.stop(asked, self._peer, self)
-                return _Said(_final(stop_answer(asked)))
-            self._lifetime.check()
-            return self._front.submit(asked, self._peer, self)
-        except SidecarError as error:
-            if not request_id:
-                own = id_in(raw)
-                request_id = callers.id_of_call(self._context, own)
-                client_id = own if own == request_id else ""
-            log_refused(request_id, error)
-            status = status_of_error(error, request_id)
-            return self._refusal(client_id, request_id, error.reason, status, error.message)
+            accepted = self._front.accept(raw, self._context, self)
+        except NotAccepted as refused:  # no other name may hold its error, whose traceback holds the message
+            status = status_of_error(refused.error, refused.request_id)
+            return _refusal(refused.client_id, refused.request_id, refused.error.reason, status, refused.error.message)
+        return accepted if isinstance(accepted, Live) else _Message(_final(stop_answer(accepted)))
 
-    async def _relay(self, live: Live) -> _Said | None:
-        """Pass an answer on; return what is said of one that ends without."""
+    async def _relay(self, live: Live) -> _Message | None:
+        """Write an answer as it comes; return the message that ends it if the engine sent no last one."""
         try:
-            return await self._relayed(live)
+            ending = await relay.relay(live.ticket, self._writer(live))
+            self._ended = live.ticket
+            return None if ending is None else self._ending(live, ending)
         finally:
             self._front.close(live)
 
-    async def _relayed(self, live: Live) -> _Said | None:
-        ending = await relay.relay(live.ticket, self._passing_on(live))
-        self._ended = live.ticket
-        if ending is None:
-            return None
+    def _ending(self, live: Live, ending: Settle) -> _Message | None:
         if ending.reason is Reason.CLIENT_STALLED:
             raise StreamBroken(self._front.status_of(live, ending))
         if live.stopped:
             origin = wire.response_fragment(live.asked.client_id, self._front.origin(live.ticket))
-            return _Said(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
+            return _Message(_final(stopped_answer(live.asked)) + wire.in_stream_response(origin))
         if ending.reason is None:
             return None
-        words, status = words_for_client(live, ending), self._front.status_of(live, ending)
-        return self._refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, words)
+        message, status = client_message(live, ending), self._front.status_of(live, ending)
+        return _refusal(live.asked.client_id, live.asked.request_id, ending.reason, status, message)
 
-    def _passing_on(self, live: Live) -> Callable[[Reply], Awaitable[None]]:
-        """Return what writes each reply. The first tells the origin, too: an engine may end without data."""
+    def _writer(self, live: Live) -> Callable[[Reply], Awaitable[None]]:
+        """Return the writer of the replies. The first reply has the origin, too: the last may have no data."""
         asked = live.asked
         id_only = wire.in_stream_response(wire.response_fragment(asked.client_id))
         first = True
 
-        def pass_on(reply: Reply) -> Awaitable[None]:
+        def write(reply: Reply) -> Awaitable[None]:
             nonlocal first
             if not first and not reply.final:
                 return self._write(reply.raw + id_only)
             first = False
             if reply.final and not reply.message.outputs and not asked.wants_empty_final:
-                return _nothing()  # asked for by us, to see the end
+                return _nothing()  # the client did not ask for it; we did, to see the end
             fragment = wire.response_fragment(asked.client_id, self._front.origin(live.ticket))
             return self._write(reply.raw + wire.in_stream_response(fragment))
 
-        return pass_on
+        return write
 
-    async def _say(self, said: _Said) -> None:
-        """Write what is no answer. Who does not take even that is not waited for: nothing else would end the wait."""
-        if said.status is not None and self._grpc_errors:
-            raise StreamBroken(said.status)
+    async def _send(self, message: _Message) -> None:
+        """Write a message of ours. The wait is bounded here: the core watches only requests that are running."""
+        if message.status is not None and self._grpc_errors:
+            raise StreamBroken(message.status)
         async with self._writing:
             try:
                 async with asyncio.timeout(self._front.client_stall_s):
-                    await self._written(said.raw)
+                    await self._written(message.raw)
             except TimeoutError:
                 self._is_stuck = True
                 stalled = Failed(Reason.CLIENT_STALLED, f"for {self._front.client_stall_s:g} s nothing was read")
                 raise StreamBroken(status_of_error(stalled, callers.id_of_call(self._context))) from None
 
-    def _refusal(
-        self,
-        client_id: str,
-        request_id: str,
-        reason: Reason,
-        status: tuple[grpc.StatusCode, str, Metadata],
-        message: str,
-    ) -> _Said:
-        response = wire.ModelStreamInferResponse(error_message=f"[{reason.value}] {message}")
-        response.infer_response.id = client_id
-        response.infer_response.parameters[wire.FINAL].bool_param = True
-        response.infer_response.parameters["lora_request_id"].string_param = request_id
-        return _Said(response.SerializeToString(), status)
+
+def _refusal(client_id: str, request_id: str, reason: Reason, status: Status, message: str) -> _Message:
+    response = wire.ModelStreamInferResponse(error_message=f"[{reason.value}] {message}")
+    response.infer_response.id = client_id
+    response.infer_response.parameters[wire.FINAL].bool_param = True
+    response.infer_response.parameters["lora_request_id"].string_param = request_id
+    return _Message(response.SerializeToString(), status)
 
 
 async def _nothing() -> None:

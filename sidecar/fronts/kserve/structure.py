@@ -1,9 +1,9 @@
-"""A `ModelInferRequest` taken apart: its structure, which is parsed and written anew, and its contents, which are not.
+"""Split a `ModelInferRequest` into its structure, which is parsed and rewritten, and its raw contents, which are not.
 
-What is sent to an engine is a client's message with a fragment of ours appended, and protobuf merges the two: so
-nothing in the first may be open to another reading. Parsers differ in odd messages (of a map entry with an unknown
-field C++ reads the value and Python nothing), so the client's own encoding of the structure is never passed on, only
-what we have read of it. The contents, which are nearly all of a large message, are neither parsed nor copied.
+An engine is sent the client's message with a fragment of ours appended, and protobuf merges the two, so the first must
+be open to one reading only. Parsers differ on odd messages: of a map entry with an unknown field C++ reads the value
+and Python nothing. So the client's own encoding of the structure is never passed on, only what was read from it. The
+contents, which are nearly all of a large message, are neither parsed nor copied.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts.message_fields import UNCOUNTED_BYTES, check_fields, check_known, decoded, malformed
 
 STRUCTURE_BYTES_MAX = 8 << 20
-"""Of all but the raw contents: reading and writing it takes time that nobody else gets."""
+"""Size of a message without its raw contents: parsing and rewriting it blocks the event loop."""
 REPEATED_MAX = 256
-"""Inputs, outputs, parameters and contents, each: TensorRT-LLM's models have about 60 inputs."""
+"""Inputs, outputs, parameters and contents, each. TensorRT-LLM's models have about 60 inputs."""
 
 FIELDS_BEFORE_ID = 2
-"""The model's name and version."""
+"""Fields before the id: the model's name and version."""
 
 _DESCRIPTOR = ModelInferRequest.DESCRIPTOR
 _COUNTS_MAX = {
     field.number << 3 | 2: REPEATED_MAX if field.is_repeated else 1 for field in ModelInferRequest.DESCRIPTOR.fields
 }
-"""By tag: all fields have a length, and a tag of one byte."""
+"""How often a field may occur, by tag. Each field has a length, and a tag of one byte."""
 _NAMES = {field.number << 3 | 2: field.name for field in ModelInferRequest.DESCRIPTOR.fields}
 _ID = _DESCRIPTOR.fields_by_name["id"].number << 3 | 2
 _CONTENT = _DESCRIPTOR.fields_by_name["raw_input_contents"].number << 3 | 2
@@ -34,7 +34,7 @@ _PARAMETER = _DESCRIPTOR.fields_by_name["parameters"].number << 3 | 2
 
 
 class Structure:
-    """One request: `message` is without raw contents, and `contents` are these. `size_bytes` is its size as it came."""
+    """One request: `message` without raw contents, `contents` apart, and `size_bytes` as received."""
 
     __slots__ = ("_whole", "contents", "message", "size_bytes")
 
@@ -45,11 +45,11 @@ class Structure:
         self._whole = whole
 
     def to_bytes(self) -> bytes:
-        """Return the request as it is sent on: the client's own bytes where they are just what we would write."""
+        """Return the request to send on: the client's own bytes if they are exactly what we would write."""
         return self._written(self.message) if self._whole is None else self._whole
 
     def without(self, inputs: list[int], contents: list[int]) -> bytes:
-        """Return the request without some inputs and contents, by their indices."""
+        """Return the request without the inputs and contents at these indices."""
         message = ModelInferRequest()
         message.CopyFrom(self.message)
         for index in reversed(inputs):
@@ -65,7 +65,7 @@ class Structure:
 
 
 def structure_of(raw: bytes) -> Structure:
-    """Take a client's message apart. Raises Refused(INVALID_REQUEST) with what is wrong with it."""
+    """Split and check a client's message. Raises Refused(INVALID_REQUEST) naming its fault."""
     try:
         parts, contents, parameters = _split(raw)
     except IndexError:
@@ -88,9 +88,9 @@ def structure_of(raw: bytes) -> Structure:
 
 
 def id_in(raw: bytes) -> str:
-    """Return the id of a message that is refused for its structure, "" where it is not among its first fields.
+    """Return the id of a message whose structure is refused; "" if it is not among the first fields.
 
-    Every encoder writes it third, and nothing of the message may be read that costs anything.
+    Every encoder writes it third, and nothing of the message that takes time may be read.
     """
     at = 0
     try:
@@ -105,9 +105,9 @@ def id_in(raw: bytes) -> str:
 
 
 def _split(raw: bytes) -> tuple[list[memoryview], list[memoryview], int]:
-    """Return all but the raw contents, in as few pieces as it has; those contents; and how many parameters there are.
+    """Return the bytes around the raw contents, the raw contents, and the number of parameters.
 
-    Raises IndexError where a field is cut off.
+    The former come in as few pieces as possible. Raises IndexError if a field is cut off.
     """
     view, at, end, piece = memoryview(raw), 0, len(raw), 0
     parts: list[memoryview] = []
@@ -138,7 +138,7 @@ def _split(raw: bytes) -> tuple[list[memoryview], list[memoryview], int]:
 
 
 def _size(raw: bytes, at: int) -> tuple[int, int]:
-    """Return a length of more than one byte, and where it ends; one that is longer than it need be is refused."""
+    """Return a length of several bytes and the index after it. One that is longer than necessary is refused."""
     size = shift = 0
     while True:
         byte = raw[at]

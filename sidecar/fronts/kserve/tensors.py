@@ -1,4 +1,4 @@
-"""A request's inputs, looked at where they are: typed contents, raw contents, or a region of shared memory."""
+"""Read a request's inputs from where they are: typed contents, raw contents, or a region of shared memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CONTENTS = {
     "UINT64": "uint64_contents",
     "BYTES": "bytes_contents",
 }
-"""Where the typed elements of a tensor are. The engine reads no other field, so neither do we."""
+"""The field with a tensor's typed elements. The engine reads no other field, so neither do we."""
 REGION = "shared_memory_region"
 SHARED_BYTES = "shared_memory_byte_size"
 PROMPTS = ("input_ids", "text_input")
 INTEGERS_MAX = 256
-"""Elements that are looked at: one for each row of a batch."""
+"""Elements that are read: one for each row of a batch."""
 NAME_CHARACTERS_MAX = 256
 DIMENSIONS_MAX = 32
 PARAMETERS_MAX = 32
@@ -37,25 +37,25 @@ LORA_TENSORS = (*CORE_LORA_TENSORS, *LLMAPI_LORA_TENSORS)
 
 
 class Tensors:
-    """The inputs of one `ModelInferRequest`, each with its content or without one that can be seen.
+    """The inputs of one `ModelInferRequest`, each with its content unless that lies in shared memory.
 
-    `typed` says that they travel in `contents`: an input that is added must then, too. Raises Refused(INVALID_REQUEST)
-    for inputs that an engine could put together with their contents, or read their names, in another way than we do.
+    With `typed` they travel in `contents`, and an added input must too. Raises Refused(INVALID_REQUEST) for inputs
+    whose contents or names an engine could read in another way than we do.
     """
 
     def __init__(self, structure: Structure) -> None:
         self._structure = structure
         self._message = structure.message
-        self._places: dict[str, int] = {}
+        self._indices: dict[str, int] = {}
         self._raw: dict[str, memoryview] = {}
         self.typed = False
-        contents, place = structure.contents, 0
+        contents, used = structure.contents, 0
         for index, tensor in enumerate(self._message.inputs):
             in_region = check_tensor(tensor)
             name = tensor.name
-            if name in self._places:
+            if name in self._indices:
                 raise _wrong(f"the request has the input {clipped(name)} twice; send each once")
-            self._places[name] = index
+            self._indices[name] = index
             check_word("the datatype of a tensor", tensor.datatype)
             if (dimensions := len(tensor.shape)) > DIMENSIONS_MAX:
                 raise _wrong(
@@ -66,37 +66,37 @@ class Tensors:
                     raise _wrong(f"the tensor {clipped(name)} has contents and a {REGION}; send it in one of the two")
                 self.typed = True
             elif not in_region:
-                if place < len(contents):
-                    self._raw[name] = contents[place]
-                place += 1
+                if used < len(contents):
+                    self._raw[name] = contents[used]
+                used += 1
         for output in self._message.outputs:
             check_tensor(output)
         if self.typed and contents:
             raise _wrong("the request has typed contents beside raw_input_contents; send all inputs in one of the two")
-        if place != len(contents):
+        if used != len(contents):
             raise _wrong(
-                f"the request has {len(contents)} raw_input_contents and {place} inputs that need one, which those "
+                f"the request has {len(contents)} raw_input_contents and {used} inputs that need one, which those "
                 "without typed contents or a shared-memory region do; send one for each, in the order of the inputs"
             )
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._indices
 
     def in_region(self, name: str) -> bool:
-        """Whether a tensor is here and its content cannot be seen."""
-        return name in self._places and REGION in self._message.inputs[self._places[name]].parameters
+        """Return True if a tensor is present and lies in shared memory, where its content cannot be read."""
+        return name in self._indices and REGION in self._message.inputs[self._indices[name]].parameters
 
     def rank(self, name: str) -> int | None:
-        """Return how many dimensions a tensor has, None if it is not here."""
-        return len(self._message.inputs[self._places[name]].shape) if name in self._places else None
+        """Return the number of a tensor's dimensions, None if it is absent."""
+        return len(self._message.inputs[self._indices[name]].shape) if name in self._indices else None
 
     def integers(self, *names: str) -> tuple[int, ...]:
-        """Return the elements of the first of these tensors that is here; none if they cannot be seen."""
-        name = next((name for name in names if name in self._places), None)
+        """Return the elements of the first of these tensors that is present; () if they cannot be read."""
+        name = next((name for name in names if name in self._indices), None)
         if name is None:
             return ()
         raw = self._raw.get(name)
-        datatype = self._message.inputs[self._places[name]].datatype
+        datatype = self._message.inputs[self._indices[name]].datatype
         if datatype == "BYTES":
             return ()
         if raw is None:
@@ -110,55 +110,55 @@ class Tensors:
         raw = self._raw.get(name)
         if raw is not None:
             return bytes(raw[:1]) not in (b"", b"\0")
-        return name in self._places and any(self._typed(name)[:1])
+        return name in self._indices and any(self._typed(name)[:1])
 
     def input_tokens(self) -> int:
         """Return the prompt's length: token ids by their shape, text in bytes."""
-        if "input_ids" in self._places:
-            shape = self._message.inputs[self._places["input_ids"]].shape
+        if "input_ids" in self._indices:
+            shape = self._message.inputs[self._indices["input_ids"]].shape
             size = max(0, int(shape[-1])) if shape else 0
             raw = self._raw.get("input_ids")
             return size if raw is None else min(size, len(raw) // 4)
         raw = self._raw.get("text_input")
         if raw is not None:
             return min(struct.unpack_from("<I", raw)[0], len(raw)) if len(raw) >= 4 else 0
-        texts = self._typed("text_input") if "text_input" in self._places else ()
+        texts = self._typed("text_input") if "text_input" in self._indices else ()
         return len(texts[0]) if texts else max(0, self._shared_bytes("text_input") - 4)
 
     def rows(self) -> int:
-        """Return how many prompts there are: the batch dimension of the prompt."""
-        name = next((name for name in PROMPTS if name in self._places), None)
+        """Return the number of prompts: the batch dimension of the prompt tensor."""
+        name = next((name for name in PROMPTS if name in self._indices), None)
         if name is None:
             return 1
-        shape = self._message.inputs[self._places[name]].shape
+        shape = self._message.inputs[self._indices[name]].shape
         return max(1, int(shape[0])) if len(shape) > 1 else 1
 
     def _shared_bytes(self, name: str) -> int:
-        """Return the size of a tensor in shared memory, 0 if it is not there: its content cannot be seen."""
-        if name not in self._places:
+        """Return the size of a tensor in shared memory, 0 if it is not there."""
+        if name not in self._indices:
             return 0
-        parameters = self._message.inputs[self._places[name]].parameters
+        parameters = self._message.inputs[self._indices[name]].parameters
         return int(parameters[SHARED_BYTES].int64_param) if SHARED_BYTES in parameters else 0
 
     def without(self, names: Container[str]) -> bytes:
-        """Return the request without some inputs. Raw contents go with the tensors they belong to."""
+        """Return the request without some inputs and their raw contents."""
         with_content = list(self._raw)
         return self._structure.without(
-            [index for name, index in self._places.items() if name in names],
-            [place for place, name in enumerate(with_content) if name in names],
+            [index for name, index in self._indices.items() if name in names],
+            [index for index, name in enumerate(with_content) if name in names],
         )
 
     def _typed(self, name: str) -> Any:
-        tensor = self._message.inputs[self._places[name]]
+        tensor = self._message.inputs[self._indices[name]]
         field = CONTENTS.get(tensor.datatype)
         return () if field is None else getattr(tensor.contents, field)
 
 
 def check_tensor(tensor: Any) -> bool:
-    """Check what inputs and outputs have in common, and return whether it lies in a region.
+    """Check what inputs and outputs have in common; return True if the tensor lies in a region.
 
-    Raises Refused(INVALID_REQUEST) for what can be read in two ways. Triton's C interface ends a name at a NUL, and
-    what looks like a tensor of ours and is not was meant to be one.
+    Raises Refused(INVALID_REQUEST) for a name that can be read in two ways: Triton's C interface ends it at a NUL. A
+    name that nearly is one of our tensors' was meant to be one.
     """
     name = tensor.name
     check_word("the name of a tensor", name)
@@ -175,7 +175,7 @@ def check_tensor(tensor: Any) -> bool:
 
 
 def check_word(what: str, word: str) -> None:
-    """Raise Refused(INVALID_REQUEST) for what an engine could read as another word, or as none."""
+    """Raise Refused(INVALID_REQUEST) for a word that is empty, too long or not printable; engines may change it."""
     if not word or len(word) > NAME_CHARACTERS_MAX or not word.isprintable():
         raise _wrong(f'{what} is "{clipped(word)}"; it must be 1 to {NAME_CHARACTERS_MAX} printable characters')
 

@@ -1,8 +1,10 @@
-"""How a verb of Triton's reaches the engines: one that can answer, all of them, or none because it is refused."""
+"""Send a verb of Triton's to the engines: to one that can answer, to all (now or when they are up), or to none."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -15,30 +17,34 @@ from sidecar.backends.registry import model_kind
 from sidecar.core.enums import Phase
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.callers import id_of_call
-from sidecar.fronts.kserve.later import Later
 from sidecar.fronts.status import abort, id_metadata, status_of
 from sidecar.shell.gateway import Gateway
+
+logger = logging.getLogger(__name__)
 
 SERVICE = "inference.GRPCInferenceService"
 
 Verb = Callable[[Any, Any], Awaitable[Any]]
 Handler = Any
 """gRPC's own type is generic for type checkers only."""
+LOOK_S = 0.05
+MISSED_MAX = 1024
+"""Verbs kept for one backend; the oldest are dropped first."""
 
 
 class Verbs(grpc.GenericRpcHandler):  # type: ignore[type-arg]
-    """The service on one listener. `elsewhere` says of verbs that it lacks where they are, or why they are nowhere."""
+    """The service on one listener. `elsewhere` says where the other verbs are served, or why they are not."""
 
     def __init__(self, handlers: Mapping[str, Handler], elsewhere: Mapping[str, str]) -> None:
         self._handlers = handlers
         self._elsewhere = elsewhere
 
     def service(self, handler_call_details: Any) -> Handler | None:
-        """Return what handles a method, None for one of another service."""
+        """Return the handler of a method; None for a method of another service."""
         _, service, verb = f"{handler_call_details.method}//".split("/")[:3]
         if service != SERVICE:
             return None
-        # A unary handler would wait for a message, and a stream that is closed without one would wait for ever.
+        # A unary handler waits for a message: a stream that is closed without one would wait for ever.
         return self._handlers.get(verb) or grpc.stream_stream_rpc_method_handler(refusing(self._why(verb)))
 
     def _why(self, verb: str) -> str:
@@ -48,7 +54,7 @@ class Verbs(grpc.GenericRpcHandler):  # type: ignore[type-arg]
 
 
 def verb_handler(verb: str, handle: Verb) -> Handler:
-    """Return the handler of a unary verb with its messages parsed."""
+    """Return the handler of a unary verb, with its messages parsed."""
     method = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name[verb]
     request, response = (getattr(service_pb2, kind.name) for kind in (method.input_type, method.output_type))
     return grpc.unary_unary_rpc_method_handler(
@@ -57,7 +63,7 @@ def verb_handler(verb: str, handle: Verb) -> Handler:
 
 
 def refusing(why: str) -> Verb:
-    """Return a handler that refuses with UNIMPLEMENTED, whatever is asked."""
+    """Return a handler that ends every call with UNIMPLEMENTED."""
 
     async def handle(request: Any, context: Any) -> Any:
         code = grpc.StatusCode.UNIMPLEMENTED
@@ -67,9 +73,9 @@ def refusing(why: str) -> Verb:
 
 
 def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda reply: True) -> Verb:
-    """Return a handler that asks the backends that are up, one after another, until one has a good answer.
+    """Return a handler that asks the backends that are up, one after another, until one has a good reply.
 
-    The answer is that one's; else the last one that was not good; else an error, rather that of a backend that is away.
+    If none has, it returns the last reply, or an error, preferably that of a backend that is unavailable.
     """
 
     async def handle(request: Any, context: Any) -> Any:
@@ -93,9 +99,9 @@ def to_one(gateway: Gateway, verb: str, is_good: Callable[[Any], bool] = lambda 
 
 
 def to_all(gateway: Gateway, verb: str, later: Later | None = None) -> Verb:
-    """Return a handler that tells all backends that are up; the reply is the first one's, or the first error.
+    """Return a handler that sends to all backends that are up; it returns the first reply, or the first error.
 
-    The others are told by `later` when they are up.
+    `later` sends to the other backends once they are up.
     """
 
     async def handle(request: Any, context: Any) -> Any:
@@ -109,7 +115,7 @@ def to_all(gateway: Gateway, verb: str, later: Later | None = None) -> Verb:
 
 
 def to_sum(gateway: Gateway, verb: str, add: Callable[[Collection[Any]], Any]) -> Verb:
-    """Return a handler that asks all backends that are up, and adds up the answers of those that have one."""
+    """Return a handler that asks all backends that are up and adds up the replies of those that have one."""
 
     async def handle(request: Any, context: Any) -> Any:
         replies = await ask_all(gateway, verb, request)
@@ -122,7 +128,7 @@ def to_sum(gateway: Gateway, verb: str, add: Callable[[Collection[Any]], Any]) -
 
 
 async def tell_all(gateway: Gateway, verb: str, request: Any, later: Later | None) -> dict[str, Any]:
-    """Ask all that are up, and have the others told later; if none is up, nobody is told."""
+    """Send to all backends that are up, and later to the others. If none is up, send to none."""
     replies = await ask_all(gateway, verb, request)
     if later is not None and replies:
         later.tell([backend for backend in gateway.backends if backend not in replies], verb, request)
@@ -146,7 +152,7 @@ async def ask_all(gateway: Gateway, verb: str, request: Any) -> dict[str, Any]:
 
 
 def up(gateway: Gateway) -> list[str]:
-    """Return the backends that are up."""
+    """Return the backends that are up and speak KServe."""
     return [
         backend.id
         for backend in gateway.state.backends.values()
@@ -155,7 +161,7 @@ def up(gateway: Gateway) -> list[str]:
 
 
 async def abort_with_first(context: Any, verb: str, errors: Sequence[grpc.aio.AioRpcError]) -> NoReturn:
-    """End a call with the first error; none means that no backend is up."""
+    """End a call with the first error; without one, with NO_BACKEND."""
     if errors:
         await _abort_with(context, errors[0])
     message = f'{verb}: no backend is up; "sidecar backends list" says why'
@@ -166,3 +172,32 @@ async def _abort_with(context: Any, error: grpc.aio.AioRpcError) -> NoReturn:
     """End a call with an engine's own error."""
     await context.abort(error.code(), error.details() or "", id_metadata(id_of_call(context)))
     raise AssertionError("abort does not return")
+
+
+class Later:
+    """Send a backend the verbs that it missed while it was down, in their order, once it is up."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._missed: dict[str, deque[tuple[str, Any]]] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def tell(self, backends: Sequence[str], verb: str, request: Any) -> None:
+        """Send a verb to some backends when they are up."""
+        for backend in backends:
+            self._missed.setdefault(backend, deque(maxlen=MISSED_MAX)).append((verb, request))
+            if backend not in self._tasks:
+                self._tasks[backend] = asyncio.create_task(self._catch_up(backend))
+
+    async def _catch_up(self, backend: str) -> None:
+        missed, endpoint = self._missed[backend], self._gateway.backends.get(backend)
+        while missed and endpoint is not None and self._gateway.backends.get(backend) is endpoint:
+            if self._gateway.state.backends[backend].phase is not Phase.UP:
+                await asyncio.sleep(LOOK_S)
+                continue
+            verb, request = missed.popleft()
+            try:
+                await endpoint.call(verb, request)
+            except grpc.RpcError as error:
+                logger.warning("%s was down and did not take %s later: %s", backend, verb, error)
+        del self._missed[backend], self._tasks[backend]

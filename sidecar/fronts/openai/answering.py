@@ -1,7 +1,7 @@
-"""One answer on its way to its client: bytes as they come from the engine, or put together from its text.
+"""Send one answer to its client: the engine's own bytes, or a response made from its text.
 
-The status is sent with the first of them, so what goes wrong before has a status of its own and what is known of the
-answer's origin stands in the headers. What goes wrong later is an event, the stream's last.
+The status is sent with the first bytes. An error before that has a status of its own, and the headers hold what is
+known of the answer's origin. A later error is the last event of the stream.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from sidecar.errors import Reason, Refused
 from sidecar.fronts import relay
 from sidecar.fronts.intake import BodyArrival
 from sidecar.fronts.openai.candidates import Destination
-from sidecar.fronts.openai.errors import Failure, failure_of_ending, not_again
+from sidecar.fronts.openai.errors import Failure, failure_of_ending, without_retry
 from sidecar.fronts.openai.merged import Merged
 from sidecar.fronts.openai.request import OpenAiRequest
-from sidecar.fronts.openai.text_answers import AsItIs, TextAnswer
+from sidecar.fronts.openai.text_answers import PassedOn, TextAnswer
 from sidecar.shell.gateway import Gateway
 
 JSON = (b"content-type", b"application/json")
@@ -39,15 +39,15 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 
 class ClientLeft(Exception):
-    """The client has closed its connection before its request had come in full."""
+    """The client closed its connection before its request had come in full."""
 
 
 class TooLong(Refused):
-    """A body that is longer than is taken."""
+    """The body is longer than `listeners.http.body_bytes_max`."""
 
 
 class _Ended(Exception):
-    """A request has ended before its answer was complete."""
+    """A request ended before its answer was complete."""
 
     def __init__(self, ending: Settle, ticket: Ticket) -> None:
         super().__init__(ending.message)
@@ -56,27 +56,24 @@ class _Ended(Exception):
 
 
 class _Answer(Protocol):
-    """Makes a response of replies; `ended` once there is nothing more to say."""
+    """Turns replies into a response; `ended` when it is complete."""
 
     ended: bool
 
     def take(self, reply: Reply) -> bytes: ...
 
 
-def said_size(headers: Headers, size_bytes_max: int) -> int:
-    """Return how many bytes a body will have, as its head says; the most that it may have where that says nothing.
-
-    Raises TooLong.
-    """
-    said = next((value for name, value in headers if name == b"content-length"), b"")
-    if not said.isdigit():
+def declared_size(headers: Headers, size_bytes_max: int) -> int:
+    """Return a body's size in bytes by its headers; `size_bytes_max` if they do not say. Raises TooLong."""
+    length = next((value for name, value in headers if name == b"content-length"), b"")
+    if not length.isdigit():
         return size_bytes_max
-    _check_size(int(said), size_bytes_max)
-    return int(said)
+    _check_size(int(length), size_bytes_max)
+    return int(length)
 
 
 async def body_of(receive: Receive, size_bytes_max: int, arrival: BodyArrival) -> tuple[list[bytes], int]:
-    """Return a request's body in the pieces that it came in, and its bytes in all. Raises TooLong, ClientLeft."""
+    """Return a request's body in the pieces in which it came, and its size in bytes. Raises TooLong, ClientLeft."""
     pieces: list[bytes] = []
     size_bytes, more = 0, True
     while more:
@@ -113,21 +110,26 @@ def request_id_header(request_id: str) -> Headers:
 
 
 class Answering:
-    """Relays the replies of one ticket; of several, where a list of prompts was asked, put together as one answer."""
+    """Relay the replies of one ticket, or merge those of several, one for each prompt of a list."""
 
     def __init__(
-        self, gateway: Gateway, asked: OpenAiRequest, place: Destination, tickets: Sequence[Ticket], hide_backend: bool
+        self,
+        gateway: Gateway,
+        asked: OpenAiRequest,
+        destination: Destination,
+        tickets: Sequence[Ticket],
+        hide_backend: bool,
     ) -> None:
         self._gateway = gateway
         self._asked = asked
-        self._place = place
+        self._destination = destination
         self._tickets = tickets
         self._hide_backend = hide_backend
         self._request_id = tickets[0].client_id
         self._has_begun = False
 
     async def serve(self, receive: Receive, send: Send) -> None:
-        """Answer to the end, or until the client leaves: then what is queued or runs is cancelled."""
+        """Answer to the end, or until the client leaves: then all that is queued or running is cancelled."""
         leaving = asyncio.create_task(self._cancel_when_left(receive))
         watch = relay.Watch(self._tickets)
         try:
@@ -137,7 +139,7 @@ class Answering:
         except asyncio.CancelledError:
             if not watch.fired:
                 raise
-            # The client takes nothing: returning in the middle of a response closes its connection.
+            # The client reads nothing: returning in the middle of a response closes its connection.
         finally:
             watch.stop()
             leaving.cancel()
@@ -147,7 +149,7 @@ class Answering:
     async def _cancel_when_left(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        for ticket in reversed(self._tickets):  # what waits first: else it is sent to the seats that become free
+        for ticket in reversed(self._tickets):  # queued ones first, or they would get the seats that become free
             self._gateway.cancel(ticket)
 
     async def _relay(self, send: Send) -> None:
@@ -159,7 +161,7 @@ class Answering:
                 await self._write(send, body, ended)
 
     async def _relay_all(self, send: Send) -> None:
-        """Relay the answers to several prompts. What one ends with before its time ends all: it is one request."""
+        """Relay the answers to several prompts. They are one request: the first that ends early ends all."""
         merged, writing = Merged(self._asked.answers), asyncio.Lock()
 
         async def relay_one(part: int, ticket: Ticket) -> bytes:
@@ -182,9 +184,9 @@ class Answering:
         await self._write(send, merged.end() if self._asked.streams else merged.whole(answers), True)
 
     async def _pieces(self, ticket: Ticket) -> AsyncIterator[tuple[bytes, bool]]:
-        """Yield what there is to write, and whether that is all: what came during a write goes together.
+        """Yield the bytes to write, and True with the last. Replies that came during a write go together.
 
-        Raises _Ended where that is not all of an answer.
+        Raises _Ended if the answer is incomplete.
         """
         answer: _Answer | None = None
         while answer is None or not answer.ended:
@@ -203,10 +205,10 @@ class Answering:
         assert dispatch is not None
         model = model_kind(self._gateway.kind_of(dispatch.backend))
         if model.native is Native.OPENAI:
-            return AsItIs()
-        assert self._place.text is not None, "a request without a text for an engine that takes nothing else"
+            return PassedOn()
+        assert self._destination.text is not None, "a request without a text for an engine that takes nothing else"
         reader = relay.reader_of(self._gateway, ticket, is_text=True)
-        return TextAnswer(self._asked, self._place.text, self._gateway.streams(dispatch.backend), reader)
+        return TextAnswer(self._asked, self._destination.text, self._gateway.streams(dispatch.backend), reader)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
         self._blocked(monotonic_ns())
@@ -225,14 +227,14 @@ class Answering:
             ticket.blocked_since_ns = since_ns
 
     async def _end_early(self, send: Send, ending: Settle, ticket: Ticket) -> None:
-        """Say why there is no answer, or no more of it."""
+        """Report why there is no answer, or no more of it."""
         if ending.reason is None:
             await self._write(send, b"", True)
             return
         failed = failure_of_ending(ending, ticket)
         if not self._has_begun:
             if any(other.dispatch is not None for other in self._tickets if other is not ticket):
-                failed = not_again(failed)
+                failed = without_retry(failed)
             await send_failure(send, failed, self._request_id, self._origin())
         else:
             await self._write(send, b"data: " + failed.body.replace(b"\n", b" ") + b"\n\n", True)

@@ -1,12 +1,11 @@
-"""A request's JSON body as it came, its top-level values, and where in it the value of `model` stands.
+"""Read a request's JSON body: its top-level values, and the span of the value of `model`.
 
-The body goes on to an engine as bytes, with another name in that one place: nothing is written anew, so nothing that an
-engine understands and we do not can change on the way. The values are read by the standard library's own scanner, one
-top-level member at a time, which is what gives the places. A list of prompts is several requests: each has the body
-with one of them in the list's place.
+The body is sent to an engine as bytes, with another name in that span. Nothing else is rewritten, so members that only
+the engine understands cannot change. The standard library's scanner reads one top-level member at a time, which gives
+the spans. A list of prompts becomes several requests, each with one prompt in place of the list.
 
-Parsers differ in which of two members of one name counts, so there must be none: else an engine could be asked for
-another adapter, or for more answers, than was looked at here.
+Parsers differ in which of two members of one name counts, so a duplicate is refused: it could make an engine use
+another adapter, or give more answers, than was checked here.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from sidecar.errors import Reason, Refused
 
 MODEL, PROMPT = "model", "prompt"
 MEMBERS_MAX = 1000
-"""Top-level members of a body. An engine knows some eighty; a million would keep the event loop for seconds."""
+"""Top-level members of a body. Engines know some eighty; a million would block the event loop for seconds."""
 VALUES_MAX = 1_250_000
-"""Of a body, as its commas and opening brackets say: more token ids than any engine takes."""
+"""Values of a body, estimated by its commas and opening brackets: more token ids than any engine takes."""
 MODEL_CHARACTERS_MAX = 4096
-"""As of every name that other fronts take."""
+"""Length of a model's name, as in the other fronts."""
 BOM = b"\xef\xbb\xbf"
 
 _skip = re.compile(r"[ \t\n\r]*").match
@@ -35,21 +34,21 @@ def _no_number(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-# The two halves of the standard decoder: what reads a value, and what reads a name, each from a place to its end.
+# The two halves of the standard decoder: each reads a value or a string at an index, and returns the index after it.
 _decoder: Any = json.JSONDecoder(parse_constant=_no_number)
 _scan = _decoder.scan_once
 _scan_string = _decoder.parse_string
 
 
 Span = tuple[int, int]
-"""Begin and end."""
+"""Begin and end, as for a slice."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """`values` are the top-level members; `sizes` are how many characters the value of each has in the text.
+    """`values` are the top-level members, `sizes` the number of characters of each value.
 
-    `model` and `prompt` are where their values stand in the bytes; (0, 0) for a prompt that is not there.
+    `model` and `prompt` are the spans of these values in `raw`; (0, 0) for a prompt that is absent.
     """
 
     values: dict[str, Any]
@@ -59,7 +58,7 @@ class Body:
     prompt: Span = (0, 0)
 
     def around(self, only_prompt: Span | None = None) -> tuple[bytes, bytes]:
-        """Return the bytes up to and behind the JSON string of `model`; of a list of prompts only one is left."""
+        """Return the bytes before and after the value of `model`, of a list of prompts with `only_prompt` alone."""
         raw, (begin, end), (first, last) = self.raw, self.model, self.prompt
         if only_prompt is None:
             return raw[:begin], raw[end:]
@@ -69,7 +68,7 @@ class Body:
         return raw[:first] + only + raw[last:begin], raw[end:]
 
     def prompts(self) -> list[Span]:
-        """Return where each prompt of a list of prompts stands in the bytes."""
+        """Return the span of each prompt of a list of prompts."""
         text = self.raw[slice(*self.prompt)].decode()
         spans: list[Span] = []
         at = 0
@@ -83,7 +82,7 @@ class Body:
 
 
 def read_body(raw: bytes) -> Body:
-    """Read a body. Raises Refused(INVALID_REQUEST) with what is wrong and where, a missing `model` included."""
+    """Read a body. Raises Refused(INVALID_REQUEST) with the fault and its position, or for a missing `model`."""
     _check_values(raw)
     text = _text(raw)
     try:
@@ -99,7 +98,7 @@ def read_body(raw: bytes) -> Body:
 
 
 def _check_values(raw: bytes) -> None:
-    """Refuse a body that takes much longer to read than to send: one reader is there for all."""
+    """Refuse a body that takes much longer to read than to send: all requests share one reader."""
     if len(raw) <= VALUES_MAX:
         return
     values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
@@ -165,19 +164,19 @@ def _read(raw: bytes, text: str) -> Body:
 
 
 def _in_bytes(text: str, spans: list[Span]) -> list[Span]:
-    """Return places in a text as places in its UTF-8."""
+    """Return spans in a text as spans in its UTF-8 encoding."""
     if text.isascii():
         return spans
     found: dict[int, int] = {}
     last = count = 0
-    for place in sorted({place for span in spans for place in span}):
-        count += len(text[last:place].encode())
-        found[place], last = count, place
+    for index in sorted({index for span in spans for index in span}):
+        count += len(text[last:index].encode())
+        found[index], last = count, index
     return [(found[begin], found[end]) for begin, end in spans]
 
 
 def _is_a_name(value: Any) -> bool:
-    """Whether a value is text, and text that can be written down: half of a surrogate pair is none."""
+    """Return True for text that has a UTF-8 encoding: half of a surrogate pair has none."""
     return isinstance(value, str) and bool(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 

@@ -1,8 +1,8 @@
-"""Which engines may answer a request, and the request in the words of each kind of them.
+"""Choose the engines that may answer a request, and write the request for each kind of engine.
 
-An engine with this API of its own is asked as the client asked. One that takes text only can answer what can be said to
-it, and a chat where its model's template is configured. In a pool of both a request goes to all that can answer it. An
-engine that is yet to be found, in a pool that is empty, counts as what its pool is declared to have.
+An engine with an OpenAI API gets the request as the client sent it. An engine that takes text only gets it as text, a
+chat if a template of its model is configured. In a pool of both kinds a request goes to all that can answer it. An
+empty pool counts with the facts that its configuration declares.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sidecar.core.admission import BASE_NAMES, unknown_adapter
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import State
 from sidecar.errors import Reason, Refused
-from sidecar.fronts.eligible import base_names, empty_pools, named
+from sidecar.fronts.eligible import base_names, empty_pools, restriction_to
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.large import Order, Refusal, Template
 from sidecar.fronts.openai.request import CHAT, OpenAiRequest, Unfit
@@ -29,9 +29,9 @@ from sidecar.fronts.openai.text_forms import TextRequest, text_request
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a request goes: `adapter` is its name to the core, "" for the base model; `only` is empty for anywhere.
+    """Where a request goes: `adapter` is its name in the core, "" for the base model; `only` is () for any backend.
 
-    `text` is what answers are put together with where an engine gives text only.
+    `text` is the request as text, from which answers of text-only engines are made.
     """
 
     adapter: str
@@ -42,7 +42,7 @@ class Destination:
 
 @dataclass(frozen=True)
 class Engine:
-    """A backend, or a pool that is empty at the moment; `group` is what its template is configured by."""
+    """A backend, or a pool that is empty at the moment; `group` is the name by which its template is configured."""
 
     id: str
     group: str
@@ -54,9 +54,9 @@ class Engine:
 
 
 class Destinations:
-    """Finds places.
+    """Finds the destination of requests.
 
-    `templates` are by backend, or by its pool; `may_stream(kind)` says whether engines of a kind stream at all.
+    `templates` are by backend or pool; `may_stream(kind)` returns True if engines of a kind stream.
     """
 
     def __init__(self, state: State, templates: Mapping[str, ChatTemplate], may_stream: Callable[[str], bool]) -> None:
@@ -65,7 +65,7 @@ class Destinations:
         self._may_stream = may_stream
 
     def order(self, path: str, size_bytes: int, prompts_max: int, bytes_max: int) -> Order:
-        """Return what is to be read of a large body, its text in every way that an engine may be asked by included."""
+        """Return the order to read a large body, and to write it as text in every way that may be needed."""
         templates = tuple(
             None if template is None else Template.of(template) for template in self._text_templates(path == CHAT)
         )
@@ -77,9 +77,9 @@ class Destinations:
     def place(
         self, asked: OpenAiRequest, tenant: str, texts: Sequence[TextRequest | Refusal] | None = None
     ) -> Destination:
-        """Return where a tenant's request goes; `texts` is what was written to an order of ours.
+        """Return where a tenant's request goes; `texts` are the results of an order of ours.
 
-        Raises Refused for a name that nobody knows, and for what none of the engines that have it can answer.
+        Raises Refused for an unknown name, or if no engine that has the name can answer.
         """
         adapter, servers = self._servers(asked.model, tenant)
         kinds = {backend.facts.kind for backend in servers}
@@ -99,7 +99,7 @@ class Destinations:
                 forms |= text.forms
                 fitting += [backend.id for backend in takers if backend.facts.kind in forms]
                 unfit = (text.why_not.get(backend.facts.kind, "") for backend in takers)
-                why_not = Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))  # if it is for none of them
+                why_not = Refused(Reason.INVALID_REQUEST, next(filter(None, unfit), ""))  # used if none fits
             except Refused as refused:
                 why_not = refused
         if servers and not fitting:
@@ -108,46 +108,46 @@ class Destinations:
         payload = Payload(
             asked.model, forms.pop(kind), raw=True, unary=False, kind=kind, forms=forms, prompt=Prompt.TEXT
         )
-        return Destination(adapter, payload, named(self._state, fitting) if fitting else (), text)
+        return Destination(adapter, payload, restriction_to(self._state, fitting) if fitting else (), text)
 
     def _servers(self, model: str, tenant: str) -> tuple[str, tuple[Engine, ...]]:
-        """Return the core's name for a model and the engines that can serve it, up or down, or yet to be found."""
+        """Return the core's name for a model and the engines that can serve it, those of empty pools included."""
         state = self._state
         text = model.partition("@")[0]
         name = state.names.get(text)
-        if name is not None:  # what its engines could not answer is told to those only who may use it
+        if name is not None:  # only tenants that may use it are told what its engines cannot answer
             return model, self._serving(name.digest) if name.is_for(tenant) else ()
         serving = self._serving(BASE)
-        named = tuple(engine for engine in serving if model in base_names(engine.facts))
-        if named or model in BASE_NAMES or any(model in names for names in self._base_models()):
+        named_so = tuple(engine for engine in serving if model in base_names(engine.facts))
+        if named_so or model in BASE_NAMES or any(model in names for names in self._base_models()):
             if not state.config.base_requests:
                 raise Unfit(
                     "model",
                     f'"{model}" is the base model and this sidecar serves adapters only (base_requests: refuse); '
                     'name an adapter in "model"',
                 )
-            return "", named or serving
+            return "", named_so or serving
         raise unknown_adapter(state, text, tenant)
 
     def _serving(self, version: str) -> tuple[Engine, ...]:
-        there = [
+        present = [
             Engine(backend.id, backend.group, backend.facts) for backend in eligibility.servers_of(self._state, version)
         ]
         pools = [Engine(pool, pool, facts) for pool, facts in empty_pools(self._state)]
-        return (*there, *(pool for pool in pools if eligibility.may_come(self._state, version, (pool.id,))))
+        return (*present, *(pool for pool in pools if eligibility.may_come(self._state, version, (pool.id,))))
 
     def _base_models(self) -> Iterator[tuple[str, ...]]:
         return map(base_names, self._declared())
 
     def _declared(self) -> Iterator[EngineFacts]:
-        """Yield what is known of each engine that is there, and what each pool is declared to have."""
+        """Yield the facts of each engine, and those that each pool declares."""
         yield from (backend.facts for backend in self._state.backends.values())
         yield from self._state.config.pools.values()
 
     def _as_text(
         self, asked: OpenAiRequest, takers: list[Engine], texts: Sequence[TextRequest | Refusal] | None
     ) -> tuple[TextRequest, list[Engine]]:
-        """Return the request as text and the engines whose models are asked in these very words."""
+        """Return the request as text, and the engines that take exactly this text."""
         template = None
         if asked.is_chat:
             with_template = [backend for backend in takers if backend.group in self._templates]
@@ -164,7 +164,7 @@ class Destinations:
         return text, takers
 
     def _text_templates(self, is_chat: bool) -> list[ChatTemplate | None]:
-        """Return what a text may be written with, each once: the chat templates, or for a prompt none."""
+        """Return the distinct chat templates that a text may need; for a prompt [None], or [] if none takes text."""
         if is_chat:
             distinct: list[ChatTemplate | None] = []
             for template in self._templates.values():
@@ -177,14 +177,14 @@ class Destinations:
         return (model_kind(facts.kind) for facts in self._declared())
 
     def _streams(self, kinds: Sequence[str]) -> dict[str, bool]:
-        """Say of kinds of model and their siblings whether they stream: which of them a server has may not be known."""
+        """Return for these kinds of model and their siblings whether they stream: a server may have any sibling."""
         if not kinds:
             return {}
         return {model.name: self._may_stream(model.name) for model in registry.siblings(kinds) if _takes_text(model)}
 
 
 def _takes_text(model: ModelKind) -> bool:
-    """Whether a model is asked in a text of ours, and not as its client asked."""
+    """Return True if a model gets a text of ours instead of the client's own request."""
     return model.native is not Native.OPENAI and model.asking is not None and Prompt.TEXT in model.asking.prompts
 
 

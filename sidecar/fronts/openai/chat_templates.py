@@ -1,8 +1,8 @@
-"""A chat as the text that its model was trained on: the model's own Jinja2 template, in a sandbox.
+"""Render a chat as the text that its model was trained on, by the model's own Jinja2 template in a sandbox.
 
-vLLM does that by itself; engines that take text only need it done here. The environment is the one that model makers
-write for: blocks are trimmed, loops have `break` and `continue`, `raise_exception`, `strftime_now` and `tojson` are
-there. An engine's tokenizer puts the token that begins a text in front by itself, so the template's own goes.
+vLLM does that itself; engines that take text only need it done here. The environment is the one that model makers write
+for: blocks are trimmed, loops have `break` and `continue`, and `raise_exception`, `strftime_now` and `tojson` exist. An
+engine's tokenizer adds the token that begins a text itself, so the template's own is removed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from sidecar.fronts.openai.request import Unfit
 TOKENIZER_CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT = "default"
-"""Of the templates that some tokenizers have several of."""
+"""The template to take if a tokenizer has several."""
 
 
-class _Said(Exception):
-    """What a template says is wrong with a chat."""
+class _Rejected(Exception):
+    """The template's own message about a chat that it does not take."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model itself says, for those who train: here it marks nothing."""
+    """`{% generation %}` marks what the model itself says, for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012 — Jinja2 declares it so
 
@@ -45,7 +45,7 @@ class _Generation(Extension):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A compiled template and the special tokens that it may use; `source` is what makes two of them the same."""
+    """A compiled template and the special tokens that it may use. Equal if source and tokens are."""
 
     source: str
     path: str = field(compare=False)
@@ -53,12 +53,12 @@ class ChatTemplate:
     compiled: jinja2.Template = field(compare=False, repr=False)
 
     def render(self, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any]) -> str:
-        """Return the text. Raises Unfit where the template does not take this chat, with its own words."""
+        """Return the text. Raises Unfit, with the template's own message, if it does not take this chat."""
         given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
         try:
             text = self.compiled.render(**{**self.tokens, **given, **more})
-        except _Said as said:
-            raise Unfit("messages", f"the model's chat template refuses it: {said}") from said
+        except _Rejected as rejected:
+            raise Unfit("messages", f"the model's chat template refuses it: {rejected}") from rejected
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise Unfit("messages", f"the model's chat template ({self.path}) cannot take it: {error}") from error
         begin = self.tokens.get("bos_token", "")
@@ -68,7 +68,7 @@ class ChatTemplate:
 def read_chat_template(path: Path) -> ChatTemplate:
     """Read a Jinja2 file, a tokenizer_config.json, or the folder of one.
 
-    Special tokens come from the tokenizer's config, beside a template of its own too. Raises Misused(CONFIG_INVALID).
+    Special tokens come from the tokenizer's config, also for a template beside it. Raises Misused(CONFIG_INVALID).
     """
     folder = path if path.is_dir() else path.parent
     try:
@@ -90,7 +90,7 @@ def read_chat_template(path: Path) -> ChatTemplate:
 
 
 def compiled_template(source: str, path: str, tokens: Mapping[str, str]) -> ChatTemplate:
-    """Compile a template that stands in `path`. Raises Misused(CONFIG_INVALID) for what is none."""
+    """Compile a template read from `path`. Raises Misused(CONFIG_INVALID) if it is malformed."""
     return ChatTemplate(source, path, tokens, _compiled(source, path))
 
 
@@ -104,7 +104,7 @@ def _tokenizer_config(path: Path, required: bool) -> dict[str, Any]:
 
 
 def _template_in(config: Mapping[str, Any]) -> str:
-    """Return the template of a tokenizer's config, the default one of several; "" if it has none."""
+    """Return the (default) template of a tokenizer's config; "" if it has none."""
     template = config.get("chat_template", "")
     if isinstance(template, list):
         by_name = {one.get("name"): one.get("template", "") for one in template if isinstance(one, dict)}
@@ -132,16 +132,16 @@ def _compiled(source: str, path: str) -> jinja2.Template:
 
 
 def _to_json(value: Any, indent: int | None = None, **more: Any) -> str:
-    """Jinja2's own filter writes for web pages and escapes what a model should see as it is."""
+    """Write JSON without Jinja2's escapes, which are meant for web pages."""
     return json.dumps(value, ensure_ascii=False, indent=indent, **more)
 
 
 def _raise(message: str) -> None:
-    raise _Said(message)
+    raise _Rejected(message)
 
 
 def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Return messages whose contents are text. Raises Unfit for one that is not a message, or has more than text."""
+    """Return the messages with their contents as text. Raises Unfit for a malformed one, or for other contents."""
     plain = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"

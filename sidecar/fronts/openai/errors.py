@@ -1,7 +1,7 @@
-"""Endings in OpenAI's form: an HTTP status, an error object, and whether and when to send the request again.
+"""Turn endings into OpenAI's form: an HTTP status, an error object, and whether and when to retry.
 
-Clients of that API try again by themselves after 408, 409, 429 and 5xx. What may have run is never to run twice, so
-every error says whether it should be retried in the header that they heed.
+Clients of that API retry by themselves after 408, 409, 429 and 5xx. A request that may have run must never run twice,
+so every error has the header with which they let a server decide.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ STATUSES = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-"""HTTP statuses by the gRPC codes that the table of reasons has; others, which only engines give, are 500."""
+"""HTTP statuses by the gRPC codes in the table of reasons; other codes, which only engines send, are 500."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {Reason.UNKNOWN_ADAPTER: "model_not_found"}
 PARAMS = {Reason.UNKNOWN_ADAPTER: "model", Reason.NOT_ALLOWED: "model", Reason.QUARANTINED: "model"}
 TOO_LONG = ("exceeds maximum input length", "exceeds the maximum input length")
-"""TensorRT-LLM's words on a prompt that it does not take. It has no code for them."""
+"""TensorRT-LLM's messages for a prompt that is too long. It has no code for them."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that says what went wrong: `body` is JSON."""
+    """A response that reports an error; `body` is JSON."""
 
     status: int
     body: bytes
@@ -50,7 +50,7 @@ class Failure:
 def failure(
     status: int, message: str, code: str, param: str | None = None, retry_ms: int | None = None, retry: bool = False
 ) -> Failure:
-    """Return an error of ours; `retry_ms` after which sending it again may help, `retry` that it is safe at all."""
+    """Return an error of ours; `retry` if it is safe to send the request again, after `retry_ms` if given."""
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": message, "type": kind, "param": param, "code": code}
     headers = [(b"x-should-retry", b"true" if retry else b"false")]
@@ -60,8 +60,8 @@ def failure(
     return Failure(status, json.dumps({"error": error}).encode(), tuple(headers))
 
 
-def not_again(failed: Failure) -> Failure:
-    """Return an error of a request part of which may have run: its client is not to send it again by itself."""
+def without_retry(failed: Failure) -> Failure:
+    """Return an error that tells clients not to retry, for a request of which a part may have run."""
     headers = [pair for pair in failed.headers if pair[0] != b"x-should-retry"]
     return replace(failed, headers=(*headers, (b"x-should-retry", b"false")))
 
@@ -72,14 +72,14 @@ def failure_of_error(error: SidecarError, param: str | None = None) -> Failure:
 
 
 def failure_of_ending(ending: Settle, ticket: Ticket) -> Failure:
-    """Return what a request that was not answered in full is told; an engine's own error is its own."""
+    """Return the response to a request that was not answered in full; an HTTP engine's own error is passed on."""
     reason = ending.reason
     assert reason is not None
     rejection: Any = ticket.rejected_with if reason is Reason.BACKEND_REJECTED else None
     if isinstance(rejection, HttpRejection):
         return Failure(rejection.status, rejection.body, ((b"x-should-retry", b"false"),))
     message = _without_our_id(ending.message)
-    if reason is Reason.BACKEND_REJECTED and any(words in message for words in TOO_LONG):
+    if reason is Reason.BACKEND_REJECTED and any(part in message for part in TOO_LONG):
         return failure(400, message, "context_length_exceeded")
     if isinstance(rejection, grpc.StatusCode):
         return failure(STATUSES.get(rejection.name, 500), message, reason.value.lower())
@@ -98,7 +98,7 @@ def _of_reason(reason: Reason, message: str, retry_ms: int | None, param: str | 
 
 
 def _without_our_id(message: str) -> str:
-    """Return an engine's words without the request's id, which is ours and means nothing to a client."""
+    """Return an engine's message without the request's id, which is ours and means nothing to a client."""
     start = message.find("[request id: ")
     if start < 0:
         return message

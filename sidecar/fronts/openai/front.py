@@ -1,8 +1,8 @@
 """The application below `/v1`: completions, chats, models.
 
-A name in `model` is an adapter's, with or without a version, or the base model's. Who asks is said by headers
-(`x-lora-tenant`, `x-lora-class`, `x-lora-deadline-ms`, `x-lora-session`, else the body's `user` for the last): the key
-that these clients send is for other servers and is looked at nowhere.
+`model` names an adapter, with or without a version, or the base model. Headers say who asks (`x-lora-tenant`,
+`x-lora-class`, `x-lora-deadline-ms`, `x-lora-session`, or else the body's `user` for the session). The API key that
+these clients send is meant for other servers and is ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sidecar.fronts.http.connection import CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.lengths import text_tokens_max
-from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, said_size, send_failure
+from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, declared_size, send_failure
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
@@ -41,8 +41,8 @@ from sidecar.fronts.openai.request import (
     Unfit,
     check_request_id,
     parts_of,
-    read_asked,
     read_caller,
+    read_request,
     request_id_of,
 )
 from sidecar.shell.gateway import Gateway, RequestFacts
@@ -63,7 +63,7 @@ class OpenAiFront:
         self._hide_backend = config.hide_backend
         self._body_bytes_max = config.listeners.http.body_bytes_max
         self._prompts_max = config.listeners.http.prompts_max
-        self._places = Destinations(gateway.state, templates, self._may_stream)
+        self._destinations = Destinations(gateway.state, templates, self._may_stream)
         self._models = Models(gateway)
         self.large_bodies = LargeBodies()
 
@@ -98,43 +98,45 @@ class OpenAiFront:
                 check_request_id(scope["headers"])
                 caller = read_caller(scope["headers"])
                 tenant = self._tenant(scope, caller.tenant)
-                said_bytes = said_size(scope["headers"], self._body_bytes_max)
-                async with self._intake.body(said_bytes) as arrival:
+                declared_bytes = declared_size(scope["headers"], self._body_bytes_max)
+                async with self._intake.body(declared_bytes) as arrival:
                     pieces, size_bytes = await body_of(receive, self._body_bytes_max, arrival)
                     requests = await self._read(path, pieces, size_bytes, tenant)
                 if len(requests) > 1:
                     caller = _of_one_session(caller, requests[0][0])
-                for asked, place in requests:
-                    tickets.append(self._submit(asked, caller, place, tenant, request_id))
+                for asked, destination in requests:
+                    tickets.append(self._submit(asked, caller, destination, tenant, request_id))
             except ClientLeft:
                 return
             except SidecarError as error:
                 log_refused(request_id, error)
                 await send_failure(send, _failure_of(error), request_id)
                 return
-            asked, place = requests[0]
-            await Answering(self._gateway, asked, place, tickets, self._hide_backend).serve(receive, send)
+            asked, destination = requests[0]
+            await Answering(self._gateway, asked, destination, tickets, self._hide_backend).serve(receive, send)
         finally:
-            for ticket in reversed(tickets):  # as in the answering
+            for ticket in reversed(tickets):  # queued ones first, as in `Answering`
                 self._gateway.close(ticket)
 
     async def _read(
         self, path: str, pieces: list[bytes], size_bytes: int, tenant: str
     ) -> list[tuple[OpenAiRequest, Destination]]:
-        """Return what a body asks for: one request, or one for each prompt of a list."""
+        """Return the requests of a body, one for each prompt of a list, and where each goes."""
         bounds = self._prompts_max, self._body_bytes_max
         if size_bytes <= LARGE_BYTES:
-            parts = parts_of(read_asked(path, read_body(b"".join(pieces))), *bounds)
-            return [(asked, self._places.place(asked, tenant)) for asked in parts]
-        found = await self.large_bodies.read(pieces, self._places.order(path, size_bytes, *bounds))
-        return [(each.asked, self._places.place(each.asked, tenant, each.texts)) for each in found]
+            parts = parts_of(read_request(path, read_body(b"".join(pieces))), *bounds)
+            return [(asked, self._destinations.place(asked, tenant)) for asked in parts]
+        found = await self.large_bodies.read(pieces, self._destinations.order(path, size_bytes, *bounds))
+        return [(each.asked, self._destinations.place(each.asked, tenant, each.texts)) for each in found]
 
-    def _submit(self, asked: OpenAiRequest, caller: Caller, place: Destination, tenant: str, request_id: str) -> Ticket:
+    def _submit(
+        self, asked: OpenAiRequest, caller: Caller, destination: Destination, tenant: str, request_id: str
+    ) -> Ticket:
         state = self._gateway.state
         text_tokens = text_tokens_max(state, asked.prompt_bytes) if asked.prompt_bytes else 0
         each = state.config.output_tokens_assumed if asked.max_tokens is None else asked.max_tokens
         facts = RequestFacts(
-            adapter=place.adapter,
+            adapter=destination.adapter,
             tenant=tenant,
             klass=caller.klass,
             input_tokens=asked.prompt_tokens + text_tokens,
@@ -142,19 +144,19 @@ class OpenAiFront:
             deadline_s=caller.deadline_s,
             session=caller.session or asked.session,
             size_bytes=asked.size_bytes,
-            only=place.only,
+            only=destination.only,
             sequences=asked.answers,
         )
-        return self._gateway.submit(facts, place.payload, request_id)
+        return self._gateway.submit(facts, destination.payload, request_id)
 
     def _tenant(self, scope: Scope, claimed: str) -> str:
-        """Return the tenant as the configuration says: where certificates decide, a client's own word does not."""
+        """Return the tenant by `tenant_from`. With certificates a client's own claim is ignored."""
         if self._tenant_from == "none":
             return ""
         return str(scope["state"].get(PEER, "")) if self._tenant_from == "certificate" else claimed
 
     def _may_stream(self, kind: str) -> bool:
-        """Whether an engine streams: it is asked to for every answer, as only then its tokens can be counted."""
+        """Return True if a kind streams. Then every answer is streamed, since only so can its tokens be counted."""
         state = self._gateway.state
         known = [
             backend.streams
@@ -187,7 +189,7 @@ class OpenAiFront:
 
 
 def _of_one_session(caller: Caller, asked: OpenAiRequest) -> Caller:
-    """Return who asks for a list of prompts: a version that is tried out answers all of it, or nothing."""
+    """Return the caller of a list of prompts with one session for all, so that one version answers the whole list."""
     return replace(caller, session=caller.session or asked.session or secrets.token_hex(8))
 
 

@@ -1,10 +1,10 @@
-"""Requests with large bodies, read in a process of their own, one after the other.
+"""Read large bodies in a child process, one after the other.
 
-The standard library's scanner keeps the interpreter to itself for as long as it reads, so that a thread does not
-help: a million token ids stop the event loop for 0.18 s, half a million objects for 0.3 s, in a thread as without one.
-What is read must not come back either, as letting go of so many values takes as long. So the reading process gives back
-what admission looks at, where the name stands, and the request in the words of engines that take text only; the body
-itself is kept as it came. A small body is read where it arrives, in less time than passing it on would take.
+The standard library's scanner holds the interpreter lock while it reads, so a thread does not help: a million token ids
+stop the event loop for 0.18 s, half a million objects for 0.3 s, with or without a thread. The values must not come
+back either, as freeing so many takes as long. So the child returns only what admission needs, the span of the name, and
+the request written for engines that take text only; the parent keeps the body as it came. A small body is read in this
+process, in less time than it would take to pass it on.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Any
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.openai.request import OpenAiRequest, Unfit
 
-if TYPE_CHECKING:  # the child begins with this module, and seldom needs what these import
+if TYPE_CHECKING:  # the child starts with this module, and seldom needs what these import
     from sidecar.fronts.openai.chat_templates import ChatTemplate
     from sidecar.fronts.openai.text_forms import TextRequest
 
 LARGE_BYTES = 1 << 20
-"""Bodies above are read in the other process."""
+"""Larger bodies are read in the child process."""
 TRIES = 2
-"""Processes that one body is given to."""
+"""How many child processes may fail on one body."""
 ENDING_S = 1.0
 
 
 @dataclass(frozen=True)
 class Template:
-    """What a chat template is compiled from."""
+    """The parts from which a chat template is compiled."""
 
     source: str
     path: str
@@ -49,10 +49,10 @@ class Template:
 
 @dataclass(frozen=True)
 class Order:
-    """A body of `size_bytes` to be read, which follows, and how many prompts and bytes it may be split into.
+    """The order to read a body of `size_bytes`, which follows it, with bounds for a list of prompts.
 
-    `templates` are those to write it as text with, None among them for a prompt that needs none; `streams` says of the
-    kinds of model that take text whether they are asked to stream, and `kinds` names those of other packages.
+    The request is written as text with each of `templates`, where None stands for a plain prompt. `streams` says for
+    each kind of model that takes text whether it is asked to stream.
     """
 
     path: str
@@ -67,7 +67,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a body, or its text, is refused; `param` is the member that is to blame for it."""
+    """The refusal of a body, or of its text; `param` is the member that is to blame."""
 
     message: str
     param: str | None = None
@@ -81,9 +81,9 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Found:
-    """One of the requests that a body asks for; `texts` are by the order's templates.
+    """One request of a body; `texts` are by the order's templates.
 
-    Of its `body` there are the name and the places when it comes from the other process, which leaves the bytes here.
+    When it comes from the child, its `body` has the name and the spans only; the parent has the bytes.
     """
 
     asked: OpenAiRequest
@@ -91,7 +91,7 @@ class Found:
 
 
 class LargeBodies:
-    """Reads bodies through one child process, which is started with the first and ends with this object."""
+    """Reads bodies through one child process, which is started with the first body and ends with this object."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "large-bodies")
@@ -99,22 +99,22 @@ class LargeBodies:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, None before there is one."""
+        """The child's process id; None before it has started."""
         return None if self._child is None else self._child.process.pid
 
     async def read(self, pieces: Sequence[bytes], order: Order) -> tuple[Found, ...]:
-        """Return what a body asks for that came in pieces. Raises Refused(INVALID_REQUEST) as reading it here would."""
+        """Return the requests of a body in pieces. Raises Refused(INVALID_REQUEST) as reading it here would."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._read, pieces, order)
 
     def _read(self, pieces: Sequence[bytes], order: Order) -> tuple[Found, ...]:
         raw = b"".join(pieces)
-        found = self._told(order, raw)
+        found = self._ask(order, raw)
         if isinstance(found, Refusal):
             raise found.error
         body = replace(found[0].asked.body, raw=raw)
         return tuple(replace(each, asked=replace(each.asked, body=body)) for each in found)
 
-    def _told(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
+    def _ask(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
         why = ""
         for _ in range(TRIES):
             try:
@@ -133,7 +133,7 @@ class LargeBodies:
 
 
 class _Child:
-    """A reading process, asked from one thread."""
+    """A child process, used from one thread."""
 
     def __init__(self) -> None:
         command = (sys.executable, "-m", "sidecar.fronts.openai.large_reader")
@@ -141,7 +141,7 @@ class _Child:
         self._end: Any = weakref.finalize(self, _end, self.process)
 
     def ask(self, order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
-        """Have a body read. Raises OSError or EOFError when the process ends meanwhile."""
+        """Have a body read. Raises OSError or EOFError if the process ends meanwhile."""
         orders, answers = self.process.stdin, self.process.stdout
         assert orders is not None
         assert answers is not None
@@ -152,19 +152,19 @@ class _Child:
         return answer
 
     def ended(self) -> int:
-        """Return the code of a process that has closed its end; it need not be quite over."""
+        """Return the exit code of a process that has closed its end of the pipe; it may still be ending."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(ENDING_S)
         return int(self._end())
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """End a process, which is reading for nobody any more, and return its code."""
+    """End a process that has nothing more to read, and return its exit code."""
     process.kill()
     code = process.wait()
     assert process.stdout is not None
     process.stdout.close()
     assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # by what it was to be told last
+    with contextlib.suppress(BrokenPipeError):  # from bytes that are still buffered
         process.stdin.close()
     return code

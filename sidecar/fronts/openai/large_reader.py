@@ -1,6 +1,6 @@
-"""The process that reads large bodies: an order and a body on standard input, what was found on standard output.
+"""The child process that reads large bodies: an order and a body on standard input, the result on standard output.
 
-Both ends are ours, and it ends with its parent.
+Its parent is the only one that runs it, and it ends with its parent.
 
     python -m sidecar.fronts.openai.large_reader
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from sidecar.errors import Refused
 from sidecar.fronts.openai.body import MODEL, Body, read_body
 from sidecar.fronts.openai.large import Found, Order, Refusal, Template
-from sidecar.fronts.openai.request import OpenAiRequest, Unfit, parts_of, read_asked
+from sidecar.fronts.openai.request import OpenAiRequest, Unfit, parts_of, read_request
 
 if TYPE_CHECKING:
     from sidecar.fronts.openai.chat_templates import ChatTemplate
@@ -40,7 +40,7 @@ def serve(orders: BinaryIO, answers: BinaryIO) -> None:
 def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
     """Read a body."""
     try:
-        parts = parts_of(read_asked(order.path, read_body(raw)), order.prompts_max, order.bytes_max)
+        parts = parts_of(read_request(order.path, read_body(raw)), order.prompts_max, order.bytes_max)
     except Refused as refused:
         return _refusal(refused)
     body = parts[0].body
@@ -52,9 +52,7 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
 
 
 def _text(asked: OpenAiRequest, template: Template | None, order: Order) -> TextRequest | Refusal:
-    # These take as long as a body, and a vLLM has no need of them.
-    from sidecar.backends.registry import kind_named
-    from sidecar.fronts.openai.text_forms import text_request
+    from sidecar.fronts.openai.text_forms import text_request  # slow to import, and not needed for vLLM
 
     try:
         for name in order.kinds:
@@ -77,6 +75,7 @@ def _refusal(refused: Refused) -> Refusal:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group, as from a terminal or systemd: for the parent,
-        signal.signal(number, signal.SIG_IGN)  # which drains first; this process ends when the parent closes its pipe
+    # Signals to the whole group, as from a terminal or systemd, are for the parent: it drains, then closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,7 +1,7 @@
-"""The answers to a list of prompts as the one answer that an engine would give to the list.
+"""Merge the answers to a list of prompts into the one answer that an engine would give to the list.
 
-Each prompt was a request of its own, maybe at another engine. Choices are numbered through, prompt by prompt; the first
-answer's id and time stand for all; tokens are added up.
+Each prompt was a request of its own, perhaps at another engine. Choices are numbered prompt by prompt; all get the
+first answer's id and time; token counts are added up.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ BEGIN, END = b"data: ", b"\n\n"
 
 
 class Merged:
-    """One answer of as many as there are prompts. `each` is how many choices every one of them has."""
+    """The merged answer. `each` is the number of choices for each prompt."""
 
     def __init__(self, each: int) -> None:
         self._each = each
         self._head: Record = {}
         self._last: Record | None = None
-        """A chunk with the counts of one answer; those of all go into it."""
+        """A chunk with the counts of one answer; the sums go into it at the end."""
         self._usages: list[Mapping[str, Any]] = []
 
     def events(self, part: int, raw: bytes) -> bytes:
-        """Return the events of one answer as events of the whole; counts and ends are kept back."""
+        """Return the events of one answer as events of the merged one, without token counts and the end."""
         return b"".join(self._event(part, event) for event in raw.split(END) if event and event + END != DONE)
 
     def _event(self, part: int, event: bytes) -> bytes:
@@ -39,7 +39,7 @@ class Merged:
         return BEGIN + _json(self._numbered(part, record)) + END
 
     def end(self) -> bytes:
-        """Return what ends a stream: the counts of all if each answer said its own."""
+        """Return the end of the stream, with the sum of the counts if the answers had any."""
         if self._last is None:
             return DONE
         return BEGIN + _json(self._last | self._head | {"usage": added_up(self._usages)}) + END + DONE
@@ -60,7 +60,7 @@ class Merged:
 
 
 def added_up(usages: Sequence[Mapping[str, Any]]) -> Record:
-    """Return the sums of counts by name; details are added up among themselves, and null where no answer has any."""
+    """Return the sums of counts by name, details within details; a count that no answer has is null."""
     total: Record = {}
     for usage in usages:
         for name, value in usage.items():

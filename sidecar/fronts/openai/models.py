@@ -17,19 +17,19 @@ BASE = BASE_NAMES[-1]
 
 
 class Models:
-    """What there is, as seen by a tenant: an adapter that only others may use is not shown."""
+    """The models as a tenant sees them: an adapter that it may not use is not shown."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._since = int(time())
 
     def listed(self, tenant: str, versions: bool) -> dict[str, Any]:
-        """Return the list; with `versions` every version of an adapter has an entry of its own, too."""
+        """Return the list; with `versions` each version of an adapter also has an entry of its own."""
         entries = [*self._bases(), *self._adapters(tenant, versions)]
         return {"object": "list", "data": entries}
 
     def one(self, model: str, tenant: str) -> dict[str, Any] | None:
-        """Return the entry of a base model, an adapter or a version of one; None where there is none."""
+        """Return the entry of a base model, an adapter or a version of one; None if there is none."""
         name, _, selector = model.partition("@")
         record = self._gateway.catalogue.registry.get(name)
         if record is None:
@@ -56,7 +56,7 @@ class Models:
         return self._record(name, self._since, name, None) | {"max_model_len": self._longest(name)}
 
     def _longest(self, base: str) -> int | None:
-        """Return the longest sequence that an engine of a base model takes, None where that is not known."""
+        """Return the longest sequence that an engine of a base model takes; None if that is unknown."""
         facts = [backend.facts for backend in self._gateway.state.backends.values()]
         serving = [one.sequence_tokens_max for one in facts if base in base_names(one) or base == BASE]
         return max((length for length in serving if length is not None), default=None)
@@ -76,10 +76,10 @@ class Models:
         )
 
     def _parent(self, version: Version) -> str:
-        """Return the base model as it is listed: an adapter may have been trained under an alias of it."""
+        """Return the base model by its listed name: an adapter may have been trained under an alias of it."""
         trained_on = version.adapter.base_model
-        named = (bases[0] for bases in self._base_names() if trained_on in bases)
-        return next(named, trained_on)
+        listed = (bases[0] for bases in self._base_names() if trained_on in bases)
+        return next(listed, trained_on)
 
     def _record(self, model: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -102,7 +102,7 @@ def _label(record: Record, version: Version) -> str:
 
 
 def _selected(record: Record, selector: str) -> Version:
-    """Return the version that "v8" or the start of a digest selects. Raises Refused where there is none."""
+    """Return the version that "v8" or the start of a digest selects. Raises Refused if there is none."""
     ordinal = selector.removeprefix("v")
     found = [one for one in record.versions if len(selector) >= 8 and one.adapter.digest.startswith(selector)]
     if found:

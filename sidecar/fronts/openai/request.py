@@ -1,4 +1,4 @@
-"""What a completion or a chat asks of us: for whom, how long a prompt, how many tokens, streamed or not."""
+"""Read a completion or a chat: its sender, its prompt's length, the tokens it asks for, streamed or not."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from sidecar.fronts.openai.body import Body, Span
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 COMPLETION_TOKENS_DEFAULT = 16
-"""OpenAI's own for completions; a chat is as long as the engine allows."""
+"""OpenAI's default for completions; a chat is as long as the engine allows."""
 HEADERS = {
     "x-lora-tenant": identities.TENANT,
     "x-lora-class": identities.CLASS,
     "x-lora-deadline-ms": identities.DEADLINE,
     "x-lora-session": identities.SESSION,
 }
-"""What each may look like."""
+"""The shape that each value must have."""
 REQUEST_ID_HEADER = REQUEST_ID_KEY.encode()
 ONCE = frozenset((*(name.encode() for name in HEADERS), REQUEST_ID_HEADER, b"authorization"))
-"""Headers that say who asks. Of two a proxy may read the one and we the other."""
+"""Headers that say who asks. If one were given twice, a proxy could read the other value."""
 KV_TRANSFER = "kv_transfer_params"
-"""A router's word to engines that hand prompts to each other: from a client it would be a look into others' prompts."""
+"""A router's message to engines that share prompts. From a client it would give access to others' prompts."""
 LENGTHS = ("max_completion_tokens", "max_tokens")
 
 
 class Unfit(Refused):
-    """A refusal that one member of the body is to blame for."""
+    """A refusal for which one member of the body, `param`, is to blame."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(Reason.INVALID_REQUEST, message)
@@ -42,7 +42,7 @@ class Unfit(Refused):
 
 @dataclass(frozen=True)
 class Caller:
-    """What the headers say. `tenant` is what the client claims of itself."""
+    """The headers' values. `tenant` is the client's own claim."""
 
     tenant: str
     klass: str
@@ -52,11 +52,10 @@ class Caller:
 
 @dataclass(frozen=True)
 class OpenAiRequest:
-    """A request as admission sees it. `max_tokens` is None where the client leaves it to the engine.
+    """A request as admission sees it. `max_tokens` is None if the client leaves it to the engine.
 
-    `prompt_tokens` counts token ids; `prompt_bytes` bounds what text may be. `answers` is how many were asked for,
-    which the engine generates side by side. `part` is where the one prompt stands that it is about, where a body has
-    several.
+    `prompt_tokens` counts token ids; `prompt_bytes` bounds the tokens of text. `answers` is how many answers
+    the engine generates side by side. `part` is the span of the one prompt it is about, if the body has several.
     """
 
     path: str
@@ -68,17 +67,17 @@ class OpenAiRequest:
     prompt_tokens: int
     prompt_bytes: int
     session: str
-    """What stands for the end user, where the client names one: who that is is no business of journals and logs."""
+    """A digest of the end user that the client names: journals and logs must not show who that is."""
     part: Span | None = None
 
     @property
     def around(self) -> tuple[bytes, bytes]:
-        """The body's bytes up to and behind the name of the model."""
+        """The body's bytes before and after the model's name."""
         return self.body.around(self.part)
 
     @property
     def size_bytes(self) -> int:
-        """The length of what goes to an engine, the name aside."""
+        """Size of what is sent to an engine, without the model's name."""
         whole = len(self.body.raw)
         if self.part is None:
             return whole
@@ -94,8 +93,8 @@ class OpenAiRequest:
         return self.path == CHAT
 
 
-def read_asked(path: str, body: Body) -> OpenAiRequest:
-    """Look at a body. Raises Refused(INVALID_REQUEST) where what we must know is not as it must be."""
+def read_request(path: str, body: Body) -> OpenAiRequest:
+    """Read the members of a body that admission needs. Raises Refused(INVALID_REQUEST) for a malformed one."""
     values = body.values
     if values.get(KV_TRANSFER) is not None:
         message = f'"{KV_TRANSFER}" says which blocks of a KV cache an engine reads and from whom; leave it out'
@@ -121,9 +120,9 @@ def read_asked(path: str, body: Body) -> OpenAiRequest:
 
 
 def parts_of(asked: OpenAiRequest, prompts_max: int, bytes_max: int) -> tuple[OpenAiRequest, ...]:
-    """Return the requests that a body asks for: one for each prompt of a list, so that each finds a seat by itself.
+    """Return the requests of a body: one for each prompt of a list, so that each is scheduled by itself.
 
-    Raises Unfit for more prompts than are taken, and where these requests would have more bytes in all.
+    Raises Unfit for more than `prompts_max` prompts, or if these requests would have more than `bytes_max` in all.
     """
     values, body = asked.body.values, asked.body
     prompts: Any = values.get("prompt")
@@ -150,12 +149,12 @@ def parts_of(asked: OpenAiRequest, prompts_max: int, bytes_max: int) -> tuple[Op
 
 
 def _are_several(prompt: Any) -> bool:
-    """Whether it is a list of several prompts, and not one of token ids; a list of one is as good as that one."""
+    """Return True for a list of several prompts; False for one of token ids, or of one prompt."""
     return isinstance(prompt, list) and len(prompt) > 1 and not isinstance(prompt[0], int)
 
 
 def _flag(values: dict[str, Any], name: str) -> bool:
-    """A text that looks like a flag would be one to some engines and not to others, so none is taken."""
+    """Return a flag. Raises Unfit for text that looks like one: engines differ in whether they accept it."""
     value = values.get(name)
     if value is not None and not isinstance(value, bool):
         raise Unfit(name, f'"{name}" must be true or false')
@@ -178,16 +177,16 @@ def _chat_bytes(body: Body) -> int:
 
 
 def _prompts(body: Body) -> tuple[int, int, int]:
-    """Return token ids and bytes of all prompts, and how many prompts there are."""
+    """Return the token ids and bytes of all prompts, and the number of prompts."""
     prompt, embeds = body.values.get("prompt"), body.values.get("prompt_embeds")
     if embeds is None:
-        return _given(prompt)
-    tokens, size_bytes, count = (0, 0, 0) if prompt is None else _given(prompt)
+        return _prompt_sizes(prompt)
+    tokens, size_bytes, count = (0, 0, 0) if prompt is None else _prompt_sizes(prompt)
     more = len(embeds) if isinstance(embeds, list) else 1
     return tokens, size_bytes + body.sizes["prompt_embeds"], count + more
 
 
-def _given(prompt: Any) -> tuple[int, int, int]:
+def _prompt_sizes(prompt: Any) -> tuple[int, int, int]:
     if isinstance(prompt, str):
         return 0, _bytes_in([prompt]), 1
     if isinstance(prompt, list) and prompt:
@@ -211,7 +210,7 @@ def _bytes_in(prompts: Sequence[Any]) -> int:
 
 
 def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
-    """Read our headers. Raises Refused(INVALID_REQUEST) for one that is misspelt or given twice."""
+    """Read our headers. Raises Refused(INVALID_REQUEST) for one that is unknown or given twice."""
     own: dict[str, str] = {}
     once: set[bytes] = set()
     for raw_name, raw in headers:
@@ -233,18 +232,18 @@ def read_caller(headers: Iterable[tuple[bytes, bytes]]) -> Caller:
 
 
 def check_request_id(headers: Iterable[tuple[bytes, bytes]]) -> None:
-    """Raise Refused(INVALID_REQUEST) for a request id that is not as it may be."""
-    checked(identities.REQUEST_ID, _said_id(headers), f"the header {REQUEST_ID_KEY}")
+    """Raise Refused(INVALID_REQUEST) for a malformed request id."""
+    checked(identities.REQUEST_ID, _own_id(headers), f"the header {REQUEST_ID_KEY}")
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id by which a client finds its request: its own, if it may be one, else a new one."""
-    said = _said_id(headers)
-    return said if said and is_fit(identities.REQUEST_ID, said) else made_id()
+    """Return the id by which a client finds its request: its own if it is well-formed, else a new one."""
+    own = _own_id(headers)
+    return own if own and is_fit(identities.REQUEST_ID, own) else made_id()
 
 
-def _said_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the request's own id, "" where it has none or several, which `read_caller` refuses."""
+def _own_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the request's own id; "" if it has none, or several, which `read_caller` refuses."""
     given = [value for name, value in headers if name == REQUEST_ID_HEADER]
     return given[0].decode(errors="replace") if len(given) == 1 else ""
 

@@ -1,7 +1,7 @@
-"""An engine's text as completions and chats have it: chunks as they come, or one object at the end.
+"""Write an engine's text in the form of completions and chats: chunks as they come, or one object at the end.
 
-What the engine does not say is left out: a usage has the counts that are known, and an answer ended by its length where
-it has as many tokens as were allowed.
+What the engine does not report is left out: a usage has the known counts only, and an answer ended by its length if it
+has as many tokens as were allowed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class TextAnswer:
-    """One answer. `counts` says that each reply is a token."""
+    """One answer. With `counts` each reply is one token."""
 
     def __init__(self, asked: OpenAiRequest, text: TextRequest, counts: bool, reader: Reader) -> None:
         self._asked = asked
@@ -38,7 +38,7 @@ class TextAnswer:
         self._has_begun = False
 
     def take(self, reply: Reply) -> bytes:
-        """Return what a reply adds to the response: events of a stream, or the whole of one that does not stream."""
+        """Return what a reply adds to the response: events of a stream, or at the end the whole object."""
         piece = self._reader.read(reply)
         self._tokens += piece.tokens
         text = self._stop.pass_on(piece.text, reply.final)
@@ -58,7 +58,7 @@ class TextAnswer:
         return {"completion_tokens": self._tokens} if self._counts else {}
 
     def _around(self) -> tuple[bytes, bytes]:
-        """Return a chunk around the JSON string of its text, so that only that is written for each."""
+        """Return a chunk split at the JSON string of its text, so that only the text is encoded for each."""
         mark = uuid4().hex
         choice: dict[str, Any] = {"delta": {"content": mark}} if self._asked.is_chat else {"text": mark}
         before, _, after = self._chunk([{"index": 0, **choice, "logprobs": None, "finish_reason": None}]).partition(
@@ -95,14 +95,14 @@ class TextAnswer:
 
     def _whole(self) -> bytes:
         text = "".join(self._pieces)
-        said = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": self._reason}
+        content = {"message": {"role": "assistant", "content": text}} if self._asked.is_chat else {"text": text}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self._reason}
         record = self._record("chat.completion" if self._asked.is_chat else "text_completion")
         return json.dumps(record | {"choices": [choice], "usage": self._usage or None}).encode()
 
 
-class AsItIs:
-    """The answer of an engine with this API of its own: passed on."""
+class PassedOn:
+    """The answer of an engine with an OpenAI API, passed on unchanged."""
 
     ended = False
 
@@ -112,9 +112,9 @@ class AsItIs:
 
 
 class StopWords:
-    """Follows a text that comes in pieces. What may become a stop word is held back until it is known.
+    """Ends a text at the first stop word. What may become a stop word is held back until that is known.
 
-    Engines end there by themselves where their tokens allow it, and leave the stop word in the text.
+    Engines end there by themselves if their tokens allow it, and leave the stop word in the text.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -123,21 +123,21 @@ class StopWords:
         self.found = False
 
     def pass_on(self, piece: str, final: bool) -> str:
-        """Return what may be told of the text so far; once a stop word is found, nothing more."""
+        """Return the text that is now certain; "" once a stop word has been found."""
         if not self._words or self.found:
             return "" if self.found else piece
         text = self._held + piece
-        places = [place for word in self._words if (place := text.find(word)) >= 0]
-        if places:
+        found = [index for word in self._words if (index := text.find(word)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)]
         kept = 0 if final else max(_begun(text, word) for word in self._words)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
 def _begun(text: str, word: str) -> int:
-    """Return how many characters at the end of a text are the beginning of a word."""
+    """Return how many characters at the end of a text may be the beginning of a word."""
     for length in range(min(len(word) - 1, len(text)), 0, -1):
         if text.endswith(word[:length]):
             return length

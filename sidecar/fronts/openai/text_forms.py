@@ -1,6 +1,6 @@
-"""A completion or a chat for engines that take a text and give one.
+"""Write a completion or a chat for engines that take a text and return one.
 
-What they have no word for is refused with the member's name: an answer without it is not the one that was asked for.
+A member for which they have no input is refused by its name: an answer without it would not be what was asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABOUT_THE_CALLER = frozenset(
         "parallel_tool_calls",
     }
 )  # fmt: skip
-"""Members that change nothing in an answer."""
+"""Members that do not change an answer."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -58,15 +58,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "priority": (0,),
 }
-"""Members that ask for nothing with these values, null among them."""
+"""Members that ask for nothing if they have one of these values, or null."""
 PENALTIES = ("presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A request as text, by the kinds of model that take it, whose answers are put together from text.
+    """A request as text, by the kinds of model that take it. Their answers are made from text.
 
-    `why_not` says of the other kinds what they have no input for.
+    `why_not` says for the other kinds which input they lack.
     """
 
     forms: dict[str, Form]
@@ -78,9 +78,9 @@ class TextRequest:
 def text_request(
     asked: OpenAiRequest, template: ChatTemplate | None, tokens_assumed: int, streams: Mapping[str, bool]
 ) -> TextRequest:
-    """Return a request for the kinds of model that `streams` says of whether they are to stream.
+    """Write a request for the kinds of model in `streams`, which says whether each is to stream.
 
-    `tokens_assumed` bounds an answer that its client does not. Raises Unfit with the reason.
+    `tokens_assumed` bounds the answer if the client does not. Raises Unfit with the reason.
     """
     models = {registry.model_kind(name): does_stream for name, does_stream in streams.items()}
     where = f"the engines behind this model ({', '.join(dict.fromkeys(model.title for model in models))})"
@@ -149,16 +149,16 @@ def _stop_words(values: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
-    """Return how to choose tokens.
+    """Return the sampling parameters.
 
-    TensorRT-LLM is greedy until it is told how many candidates to consider, whatever the temperature, and draws the
-    same numbers for every request until it is given a seed; this API's clients expect neither.
+    TensorRT-LLM is greedy until it is given a number of candidates, whatever the temperature, and draws the same random
+    numbers for every request until it is given a seed. Clients of this API expect neither.
     """
     temperature = _number(values, "temperature", 0.0)
-    said: dict[str, Any] = {"repetition_penalty": _number(values, "repetition_penalty", 0.0)}
-    said |= {name: _number(values, name, -2.0) for name in PENALTIES if values.get(name)}
+    sampling: dict[str, Any] = {"repetition_penalty": _number(values, "repetition_penalty", 0.0)}
+    sampling |= {name: _number(values, name, -2.0) for name in PENALTIES if values.get(name)}
     if temperature == 0:
-        return said | {"top_k": 1}
+        return sampling | {"top_k": 1}
     top_k, top_p, seed = _whole(values, "top_k", -1), _number(values, "top_p", 0.0), _whole(values, "seed", 0)
     if temperature is not None:
         if top_p is None and (top_k is None or top_k <= 0):
@@ -167,7 +167,7 @@ def _sampling(values: dict[str, Any]) -> dict[str, Any]:
             seed = secrets.randbits(63)
     if top_k is not None and top_k <= 0:
         top_k = None
-    return said | {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    return sampling | {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
 
 
 def _number(values: dict[str, Any], name: str, least: float) -> float | None:
