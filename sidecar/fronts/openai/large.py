@@ -52,7 +52,7 @@ class Order:
     """The order to read a body of `size_bytes`, which follows it, with bounds for a list of prompts.
 
     The request is written as text with each of `templates`, where None stands for a plain prompt. `streams` says for
-    each kind of model that takes text whether it is asked to stream.
+    each kind of model that takes text whether it is asked to stream; `kinds` names the kinds of other packages.
     """
 
     path: str

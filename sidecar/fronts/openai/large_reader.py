@@ -52,7 +52,9 @@ def found(order: Order, raw: bytes) -> tuple[Found, ...] | Refusal:
 
 
 def _text(asked: OpenAiRequest, template: Template | None, order: Order) -> TextRequest | Refusal:
-    from sidecar.fronts.openai.text_forms import text_request  # slow to import, and not needed for vLLM
+    # Slow to import, and not needed for vLLM.
+    from sidecar.backends.registry import kind_named
+    from sidecar.fronts.openai.text_forms import text_request
 
     try:
         for name in order.kinds:
