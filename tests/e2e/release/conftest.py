@@ -18,10 +18,10 @@ import pytest
 from tests.e2e.helm.installed import HelmInstalled
 from tests.e2e.installed import ROOT, needed
 from tests.kit.last_release import source_of_last_release
+from tools.release import images
 
 NO_DIGEST = f"sha256:{0:064}"
 """Stands in for the digests of images, which nothing here pulls."""
-IMAGES = ("python:3.11-slim-trixie", "redis:8.2-alpine")
 TIMEOUT_S = 900.0
 WHO = {f"GIT_{role}_{what}": f"{what}@localhost" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 
@@ -83,8 +83,8 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Tagged:
 def built(tagged: Tagged) -> Path:
     """The folder of a release with its bundle."""
     helm = needed(HelmInstalled)
-    images = [word for name in IMAGES for word in ("--image", f"{name}@{NO_DIGEST}")]
-    command = (sys.executable, "-m", "tools.release", "--bundle", *images)
+    given = [word for name in images.needed(tagged.root) for word in ("--image", f"{name}@{NO_DIGEST}")]
+    command = (sys.executable, "-m", "tools.release", "--bundle", *given)
     run(*command, cwd=tagged.root, HELM_VENV=str(helm.venv))
     return tagged.output
 
