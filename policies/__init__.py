@@ -1,5 +1,5 @@
-"""The choices that can be exchanged: what to evict, what to send next, and where.
+"""The exchangeable choices: what to evict, what to send next, where to send it, and what to prefetch.
 
 A policy is pure: time is an argument, randomness a constructor argument, ties are broken by id. It imports no clock,
-no I/O and nothing of `sidecar`. Adding one costs its file and one line in `registry.py`.
+no I/O and nothing of `sidecar`. Adding one takes a file and a line in `registry.py`.
 """

@@ -1,4 +1,4 @@
-"""The beginning of something that may be long."""
+"""The first items of an iterable that may be long."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def at_most(most: int, items: Iterable[T]) -> Iterator[T]:
-    """Yield the first items, so many at most, and take no more from an iterator than that."""
+    """Yield at most the first `most` items, and take no more than those from an iterator."""
     count, rest = 0, iter(items)
     while count < most:
         try:

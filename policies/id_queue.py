@@ -1,4 +1,4 @@
-"""A waiting line of request ids: smallest id first, removal from anywhere, both in O(log n)."""
+"""A queue of request ids: smallest id first, removal from anywhere, both in O(log n)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ STALE_MAX = 16
 
 
 def is_mostly_stale(held: int, live: int) -> bool:
-    """Whether a heap with lazy deletion is to be made anew: at least half of it, and a few, are stale."""
+    """Return True if a heap with lazy deletion should be rebuilt: more than half of it, and a few, are stale."""
     return held > 2 * live + STALE_MAX
 
 
 class IdQueue:
-    """A heap with lazy deletion. A healed request comes back under its old, small id and so goes to the front."""
+    """A heap with lazy deletion. A healed request returns under its old, small id and so goes to the front."""
 
     __slots__ = ("_heap", "_members")
 
@@ -28,25 +28,25 @@ class IdQueue:
             heapq.heappush(self._heap, request_id)
 
     def discard(self, request_id: int) -> None:
-        """Forget an id. Stale heap entries go when they reach the top, or when they are the majority."""
+        """Remove an id. Stale heap entries go when they reach the top, or when they are the majority."""
         self._members.pop(request_id, None)
         if is_mostly_stale(len(self._heap), len(self._members)):
             self._heap = sorted(self._members)
 
     def head(self) -> int | None:
-        """Return the smallest id, or None when the line is empty."""
+        """Return the smallest id, or None if the queue is empty."""
         while self._heap and self._heap[0] not in self._members:
             heapq.heappop(self._heap)
         return self._heap[0] if self._heap else None
 
     def first(self) -> int:
-        """Return the smallest id of a line that has one."""
+        """Return the smallest id of a queue that is not empty."""
         head = self.head()
-        assert head is not None, "an empty line has no first"
+        assert head is not None, "an empty queue has no first"
         return head
 
     def first_few(self, count: int) -> Iterator[int]:
-        """Yield the smallest ids, at most `count` of them; what a look costs does not grow with the line."""
+        """Yield the smallest ids, at most `count` of them, at a cost that does not grow with the queue."""
         heap = self._heap
         frontier = [(heap[0], 0)] if heap else []
         looked_at = 0

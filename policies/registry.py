@@ -1,4 +1,4 @@
-"""Every policy that can be named in the configuration: one line each."""
+"""Every policy that the configuration can name, one line each."""
 
 from __future__ import annotations
 

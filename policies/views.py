@@ -1,7 +1,7 @@
-"""What policies see and what they answer: frozen views in, frozen decisions out.
+"""The interface of policies: frozen views in, frozen decisions out.
 
-Ids are ordered: a smaller request id arrived earlier. Times are nanoseconds of the caller's clock, sizes are bytes,
-pages are the engine's adapter-cache pages.
+Ids are ordered: a smaller request id arrived earlier. Times are in ns of the caller's clock, sizes in bytes, pages are
+the engine's adapter-cache pages.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
 BASE = ""
-"""The version id of the base model: it needs no adapter, no page and no load."""
+"""The version id of the base model, which needs no adapter, page or load."""
 
 
 class Eviction(Protocol):
-    """Ranks what a store holds by how little it would be missed. Pins and bytes are the store's business."""
+    """Ranks the keys of a store by how little they would be missed. The store itself handles pins and bytes."""
 
     def on_insert(self, key: str, size_bytes: int, now_ns: int) -> None:
         """Start tracking `key`."""
@@ -28,7 +28,7 @@ class Eviction(Protocol):
         """Stop tracking `key`, evicted or not."""
 
     def victims(self, now_ns: int) -> Iterator[str]:
-        """Yield every tracked key once, cheapest to lose first, changing nothing."""
+        """Yield every tracked key once, cheapest to lose first, without changing anything."""
 
     def snapshot(self) -> Any:
         """Return the whole state as JSON values."""
@@ -57,24 +57,24 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What a request finds on its backend when it is admitted, itself included: what a promise can rest on."""
+    """What a request finds on its backend at admission, itself included; the basis of a promise. Times in ns."""
 
     drain_ns: int
-    """To serve all that is outstanding, as expected."""
+    """The expected time to serve all that is outstanding."""
     tenant_drain_ns: int
-    """To serve what is outstanding of its tenant at the tenant's share of the engine."""
+    """The same for its tenant's part, at the tenant's share of the engine."""
     queue_ns: int
-    """To serve what waits before it, as expected."""
+    """The expected time to serve what waits before it."""
     tenant_queue_ns: int
-    """To serve what else is outstanding of its tenant at the tenant's share of the engine."""
+    """The time to serve the rest of what its tenant has outstanding, at the tenant's share of the engine."""
     token_ns: float
-    """What a token of anybody's answer takes of the engine, as expected."""
+    """The expected engine time per token of any answer."""
     run_ns: int
-    """A long run, as they have been of late; 0 while none was seen."""
+    """A long run by recent experience; 0 without any."""
     turn_ns: int
     """The longest run of anything outstanding, with the engine full."""
     open: bool
-    """Its version holds a slot, or there is a free one for it."""
+    """Its version holds a slot, or a free one is available for it."""
     blocked: int
     """Versions that wait without a slot."""
     slots: int
@@ -82,16 +82,16 @@ class Backlog:
     seats: int
     """Requests that may run at once."""
     patience_ns: int
-    """How long a request of its class may wait before others are held back for it, however short the queue."""
+    """How long a request of its class waits, at least, before others are held back for it."""
     limit_ns: int
-    """How long a request of its class waits at most before it ends."""
+    """How long a request of its class may wait before it expires."""
     fetch_ns: int
-    """What its adapter's way into the host store may take; 0 when it is there."""
+    """The time allowed for its adapter to reach the host store; 0 if it is there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Promise:
-    """What a request is told at admission; durations since its arrival, never raised."""
+    """The promise given at admission: durations in ns since arrival, never raised."""
 
     expected_ns: int
     """It is likely to be sent by then."""
@@ -104,10 +104,10 @@ class Promise:
 
 
 class Hold(Enum):
-    """Why a policy holds a request back that there would be room for."""
+    """Why a policy holds back a request that could be sent."""
 
     TURN = "turn"
-    """Its version's turn is over, or somebody's who waits for longer comes first."""
+    """Its version's time in the slot is over, or a request that has waited longer goes first."""
     SHARE = "share"
     """Its tenant has been served more than others that wait."""
 
@@ -129,7 +129,7 @@ class OpenVersion(Protocol):
 
 
 class OrderingView(Protocol):
-    """What a backend can take now. The two questions are the core's own, so advice and act cannot disagree."""
+    """What a backend can take now. `can_open` and `can_send` are the core's own checks, so advice and act agree."""
 
     @property
     def backend(self) -> str: ...
@@ -143,14 +143,14 @@ class OrderingView(Protocol):
 
     @property
     def pages_free(self) -> int | None:
-        """Pages that versions yet to be opened may take; None without a limit."""
+        """Pages available to versions yet to be opened; None without a limit."""
 
     @property
     def open(self) -> Mapping[str, OpenVersion]:
         """The versions that hold a slot, in the order in which they were opened."""
 
     def is_ready(self, version: str) -> bool:
-        """Whether a version needs only what open ones hold: a slot, or room in the host store for its weights."""
+        """Return True if a version lacks only what open ones hold: a slot, or space in the host store."""
 
     def can_open(self, version: str) -> bool: ...
 
@@ -158,26 +158,26 @@ class OrderingView(Protocol):
 
 
 Room = OrderingView
-"""Its name until 0.2: policies of other packages may import it by that for one release more."""
+"""The name until 0.2; plug-ins may import it for one more release."""
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Dispatch this request; `OrderingView.can_send` must have said yes."""
+    """Dispatch this request; `OrderingView.can_send` must be True for it."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Give this version a slot, loading it if need be; `OrderingView.can_open` must have said yes."""
+    """Give this version a slot and load it if needed; `OrderingView.can_open` must be True for it."""
 
     version: str
 
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Take the slot of a version nothing of which is running."""
+    """Free the slot of a version without runs."""
 
     version: str
 
@@ -189,25 +189,25 @@ class Ordering(Protocol):
     """Decides, for one backend, which versions are open and which request goes next."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
-        """Say how long a request that is being admitted waits at most; None where nothing bounds it."""
+        """Return the promise to a request at admission; None if nothing bounds its wait."""
 
     def queued(self, request: Waiting, promise: Promise | None, now_ns: int) -> None:
-        """A request joined the queue; a healed one comes back under its old id, its promise void."""
+        """Note that a request was queued. A healed one returns under its old id, with its promise void."""
 
     def left(self, request_id: int, now_ns: int) -> None:
-        """A request left the queue: sent, dropped or moved to another backend."""
+        """Note that a request left the queue: sent, dropped or moved to another backend."""
 
     def ended(self, request: Waiting, output_tokens: int, now_ns: int) -> None:
-        """A request that was sent has ended."""
+        """Note that a request that was sent has ended."""
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
-        """Running requests produced this many tokens since the last call."""
+        """Note the tokens that running requests produced since the last call."""
 
     def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
-        """Return the next decision, or None when nothing can or should be done. Called until it says None."""
+        """Return the next decision, or None if nothing can or should be done. Called until it returns None."""
 
     def holds(self, request_id: int) -> Hold | None:
-        """Say why the policy itself holds this queued request back, if it does."""
+        """Return why the policy itself holds back this queued request, or None."""
 
     def snapshot(self) -> Any:
         """Return the whole state as JSON values."""
@@ -218,52 +218,52 @@ class Ordering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A backend that can serve the request, as it is now. What is about a version is about the request's own."""
+    """A backend that can serve the request, as it is now. "The version" is the request's own."""
 
     backend: str
     resident: bool
-    """The version is in the engine's cache as far as is known, or on its way there."""
+    """The version is, or is being loaded, in the engine's cache as far as is known."""
     open: bool
     """The version holds a slot here."""
     awaited: bool
-    """Requests for the version wait in this backend's queue, or it is open here."""
+    """Requests for the version are queued here, or it is open here."""
     held: int
     """Versions believed to be in the engine's cache."""
     running: int
     """Sequences and loads at the engine."""
     queued: int
-    """Requests that wait here for this engine."""
+    """Requests queued for this engine."""
     seats: int
     slots: int | None
-    """How many versions of this one's size may be open at once; None while that is not known."""
+    """How many versions of this size may be open at once; None while unknown."""
     slots_free: int | None
-    """How many more of them may be opened now, idle ones closed."""
+    """How many more of them may be opened now, with idle ones closed."""
     pages: int
     """Cache pages that the version takes here; 0 for the base model."""
     work_tokens: int
     """Tokens outstanding here, queued and running, as far as is known."""
     tokens_per_s: float
-    """Output tokens a second that the engine is expected to produce when busy; 0 while that is not known."""
+    """Expected output tokens per second of the busy engine; 0 while unknown."""
 
     @property
     def in_flight(self) -> int:
-        """Requests that are the backend's business: queued and running."""
+        """Requests queued and running at the backend."""
         return self.running + self.queued
 
 
 class Candidates(Protocol):
-    """The backends that can serve a request: up, fit for its version, long enough for its prompt.
+    """The backends that can serve a request: up, fit for its version, with enough context for its prompt.
 
-    A candidate is built when it is asked for, so a policy that knows where a version lives looks at its hosts alone.
+    A candidate is built when it is read, so a policy that knows where a version lives pays for its hosts only.
     """
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Their ids in the order of the configuration: at least one."""
+        """Their ids in configured order; at least one."""
 
     @property
     def in_flight(self) -> int:
-        """Requests queued and running on all backends, those that are no candidates included."""
+        """Requests queued and running on all backends, including those that are no candidates."""
 
     @property
     def rank(self) -> int:
@@ -281,21 +281,21 @@ class Candidates(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend picked and, in a few words for the log, why."""
+    """The chosen backend and a short reason for the log."""
 
     backend: str
     reason: str
 
 
 class Routing(Protocol):
-    """Picks one of the backends that can serve a request: filter, score in [0, 1], pick.
+    """Picks one of the backends that can serve a request.
 
-    Nothing but `pick` tells a policy of backends that come and go, or of time: `Candidates.backends` and `now_ns` do.
-    One that is gone for good is told to policies that are `HearsOfRemovals` too.
+    A policy learns of backends that come and go, and of time, only from the arguments of `pick`. One that implements
+    `HearsOfRemovals` is also told when a backend is gone for good.
     """
 
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
-        """Return one of `candidates`. Called again for a request that comes back from a backend that was lost."""
+        """Return one of `candidates`. Called again for a request that returns from a lost backend."""
 
     def snapshot(self) -> Any:
         """Return the whole state as JSON values."""
@@ -306,55 +306,55 @@ class Routing(Protocol):
 
 @runtime_checkable
 class HearsOfRemovals(Protocol):
-    """A routing policy that keeps something of each backend, and forgets it when a backend is gone for good."""
+    """A routing policy with state per backend, which it drops when a backend is gone for good."""
 
     def backend_removed(self, backend: str) -> None:
-        """Forget a backend. One that comes later by the same id is another one."""
+        """Forget a backend. A later one with the same id is a new one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A version and the bytes that its packed form takes."""
+    """A version and the bytes of its packed form."""
 
     version: str
     size_bytes: int
 
 
 class Spare(Protocol):
-    """Room that nobody has a claim to, in one place: the cache of an engine, or the host store.
+    """The unclaimed space of one place: an engine's cache, or the host store. Everything is computed when read.
 
-    Into an engine comes only what requests wait for; into the host store, only what nobody waits for: the rest is
-    fetched for them anyway. All of it is worked out when it is asked for.
+    An engine takes only versions that requests wait for. The host store takes only versions that no request waits for:
+    the others are fetched for their requests anyway.
     """
 
     @property
     def budget_bytes(self) -> int:
-        """What nobody waits for may add up to so many bytes."""
+        """The most bytes that versions without waiting requests may add up to."""
 
     @property
     def free_bytes(self) -> int:
-        """Bytes for it that are free; past them something has to go."""
+        """Free bytes for them; beyond these something must be evicted."""
 
     def coming(self) -> Iterator[Sized]:
-        """Yield the versions that requests wait for and that could come here, first queue position first."""
+        """Yield the versions that requests wait for and that could be brought here, first queue position first."""
 
     def losing(self) -> Iterator[Sized]:
-        """Yield what would have to go for what nobody waits for, first to go first."""
+        """Yield what would be evicted for versions that no request waits for, first victim first."""
 
     def can_bring(self, version: str) -> bool:
-        """Whether the version could be brought here now, were it the only one."""
+        """Return True if the version could be brought here now, if it were the only one."""
 
 
 class Prefetch(Protocol):
-    """Says what to bring in before somebody has to wait for it. It is advice: the core may take part of it, or none."""
+    """Advises what to bring in before a request has to wait for it. The core may follow any part of the advice."""
 
     def on_request(self, version: str, size_bytes: int, now_ns: int) -> None:
-        """A request for a version was admitted; packed, the version takes so many bytes where it was routed."""
+        """Note that a request was admitted; its version's packed form takes `size_bytes` where it was routed."""
 
     def advise(self, spare: Spare, now_ns: int) -> Sequence[str]:
-        """Return versions that `spare.can_bring`, each once, most useful first; changes nothing.
+        """Return versions for which `spare.can_bring` is True, each once, most useful first; change nothing.
 
-        Those that are not in `spare.coming()` add up to `spare.budget_bytes` at most.
+        Those not in `spare.coming()` add up to at most `spare.budget_bytes`.
         """
 
     def snapshot(self) -> Any:

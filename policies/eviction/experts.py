@@ -1,10 +1,10 @@
-"""Opinions on how soon an adapter will be used again, each as an order of keys from least to most worth their bytes.
+"""Estimates of how soon an adapter is used again; each orders the keys from least to most worth their bytes.
 
 The worth of a byte is the cost of a miss over the size, times the hazard of the next use. A decayed rate needs no
-sweep: all rates decay alike, so their order stands still between uses, and a rate is kept as the time at which one
-single use would have left it where it is. The inverse of the age does change the order of adapters of unlike size; so
-there is a recency list for each size (to one part in sixteen), in which the oldest is the least, and the lists are
-merged when read, O(number of sizes) for the first key. There are few: a rank and a set of modules make a size.
+sweep: all rates decay alike, so their order is stable between uses, and a rate is stored as the time at which a single
+use would have the same rate now. With the inverse of the age, the order of adapters of unlike size does change. So
+there is a recency list for each size (to one part in sixteen), oldest first, and the lists are merged when read:
+O(number of sizes) for the first key. There are few sizes: a rank and a set of modules make one.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from policies.eviction.cost import refetch_ns
 from policies.eviction.ranking import Ranking
 
 HALF_LIVES = (500, 5000)
-"""In requests."""
+"""Half-lives of the rates, in requests."""
 
 
 @dataclass(slots=True)
 class Known:
-    """What the past says of one key. Times are request numbers."""
+    """The history of one key. Times are request numbers."""
 
     size_bytes: int
     last: int = 0
     single_uses: tuple[float, ...] = ()
-    """For each half-life h, the time u at which one use would have left the rate that it has: 2 ** ((u - now) / h)."""
+    """For each half-life h, the time u at which a single use gives the present rate 2 ** ((u - now) / h)."""
 
     def used(self, request: int) -> None:
-        """Note a use at this request."""
+        """Note a use at a request."""
         self.last = request
         if not self.single_uses:
             self.single_uses = (float(request),) * len(HALF_LIVES)
@@ -44,21 +44,21 @@ class Known:
 
 
 class Order(Protocol):
-    """Some keys, ordered by one expert."""
+    """Keys in the order of one expert."""
 
     def place(self, key: str, known: Known) -> None:
-        """Take a key in, or note that what is known of it has changed."""
+        """Add a key, or move it after a change of its history."""
 
     def remove(self, key: str) -> None: ...
 
     def least_first(self, request: int) -> Iterator[str]:
-        """Yield every key, the one least worth its bytes at this request first."""
+        """Yield every key, the least worth its bytes at this request first."""
 
     def __contains__(self, key: str) -> bool: ...
 
 
 class Recency:
-    """The hazard is one over the age since the last use, in requests."""
+    """Takes the hazard as the inverse of the age since the last use, in requests."""
 
     def __init__(self) -> None:
         self._sizes: dict[str, int] = {}
@@ -96,14 +96,14 @@ class Recency:
 
 
 class Rate:
-    """The hazard is the decayed rate of uses, by one of the half-lives."""
+    """Takes the hazard as the decayed rate of uses with one of the half-lives."""
 
     def __init__(self, which: int) -> None:
         self._which = which
         self._ranking = Ranking()
 
     def place(self, key: str, known: Known) -> None:
-        # Ranked by log2 of the worth, as seen from request 0 and in units of the half-life: it never overflows.
+        # Ranked by log2 of the worth at request 0, in units of the half-life, so that it never overflows.
         worth = known.single_uses[self._which] + HALF_LIVES[self._which] * log2(cost_per_byte(known.size_bytes))
         self._ranking.place(key, (worth, known.last))
 
@@ -121,22 +121,22 @@ EXPERTS: dict[str, Callable[[], Order]] = {
     "recency": Recency,
     **{f"rate_{life}": partial(Rate, which) for which, life in enumerate(HALF_LIVES)},
 }
-"""The first is in charge at the beginning."""
+"""The experts by name; the first is in charge at the beginning."""
 
 
 def cost_per_byte(size_bytes: int) -> float:
-    """Return the nanoseconds of a miss for each byte kept."""
+    """Return the cost of a miss in ns per byte."""
     return refetch_ns(size_bytes) / size_bytes
 
 
 def nearby_size(size_bytes: int) -> int:
-    """Return the size rounded down to five significant bits, so that there are at most sixteen in an octave."""
+    """Return the size rounded down to five significant bits: at most sixteen values per octave."""
     dropped_bits = max(0, size_bytes.bit_length() - 5)
     return size_bytes >> dropped_bits << dropped_bits
 
 
 def _oldest(size: int, lasts: Iterator[tuple[str, int]], request: int) -> tuple[float, int, str, int] | None:
-    """Return the next of one size as (worth, last use, key, size), None at the end."""
+    """Return the next key of one size as (worth, last use, key, size); None at the end."""
     for key, last in lasts:
         return cost_per_byte(size) / (request - last + 1), last, key, size
     return None

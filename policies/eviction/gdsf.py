@@ -1,4 +1,4 @@
-"""GreedyDual-Size-Frequency: evict what saves the least refetching time for each byte it takes.
+"""GreedyDual-Size-Frequency: evict what saves the least refetching time per byte.
 
 Source: Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching Policy", HP Labs report
 HPL-98-69R1, 1998: priority `H = L + F * C / S`, where F counts the uses since the key came in, C is the cost of a miss,
@@ -12,7 +12,7 @@ from policies.eviction.greedy_dual import GreedyDual
 
 
 class GDSF(GreedyDual):
-    """A use is worth the refetching time that it saved, for each byte."""
+    """A use is worth the refetching time that it saves per byte."""
 
     def worth(self, size_bytes: int) -> float:
         return refetch_ns(size_bytes) / size_bytes

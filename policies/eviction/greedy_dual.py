@@ -1,15 +1,15 @@
-"""The frame of LFU-DA and GDSF: a priority that grows with use, above a clock that only evictions advance.
+"""The base of LFU-DA and GDSF: a priority that grows with use, above a clock that only evictions advance.
 
-A key's priority is `clock + uses * worth`, taken at its last use; the least goes first, and the clock becomes the
-priority of what went. So a key that was used much and is used no more is overtaken in the end: no count is ever
-halved or swept, and ageing costs nothing.
+A key's priority is `clock + uses * worth`, taken at its last use. The least is evicted first, and the clock becomes
+the victim's priority. A key that was used much but is used no more is therefore overtaken in the end, with no counts
+to halve or sweep: ageing costs nothing.
 
-A policy isn't told whether a removed key was evicted or deleted, nor which keys the store passed over because they
-were pinned. If the cheapest key goes, the clock moves as in the papers. If another goes, it moves by one use of that
-key at most: ageing goes on while the cheapest key is pinned for ever, and the deletion of a much used key doesn't age
-all the others at a stroke.
+A policy does not know whether a removed key was evicted or deleted, nor which keys the store passed over because they
+were pinned. If the cheapest key is removed, the clock moves as in the papers. If another is removed, it moves by at
+most one use of that key: ageing goes on while the cheapest key stays pinned, and deleting a much used key does not age
+all others at once.
 
-O(log n) for each event; the first victims cost O(1) each.
+O(log n) per event; the first victims cost O(1) each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Held:
 
 
 class GreedyDual:
-    """Ranks keys by (priority, last use). A subclass says what one use of a key is worth."""
+    """Ranks keys by (priority, last use). A subclass defines the worth of one use of a key."""
 
     def __init__(self) -> None:
         self._clock: float = 0

@@ -1,9 +1,9 @@
-"""Keys in the order of a rank, least first: a rank changed in O(log n), the first few read without touching the rest.
+"""Keys ordered by rank, least first: O(log n) to change a rank; the first few are read without touching the rest.
 
-A binary heap that knows where each key is. Reading walks it best first, with the frontier in a small heap of its own,
-so that the first k keys cost O(k log k) and nothing is moved. Python's own heap, with entries left behind by each
-change, was tried: a change costs a third of this one, but the dead ones gather where the victims are read, and clearing
-them away stopped the world for some 80 ms at 100,000 keys.
+A binary heap that knows the index of each key. Reading walks it in order with a frontier in a small heap of its own:
+the first k keys cost O(k log k) and nothing is moved. Python's own heap with stale entries was tried: a change costs a
+third of this one, but stale entries gather where victims are read, and clearing them stopped the world for some 80 ms
+at 100,000 keys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Ranking:
-    """Ranks must compare with one another; among equal ranks the lesser key comes first."""
+    """A ranking of keys. Ranks must be comparable; among equal ranks the lesser key comes first."""
 
     __slots__ = ("_heap", "_places")
 
@@ -23,7 +23,7 @@ class Ranking:
         self._places: dict[str, int] = {}
 
     def place(self, key: str, rank: Any) -> None:
-        """Give a key its rank, or another one."""
+        """Set or change the rank of a key."""
         if key not in self._places:
             self._places[key] = len(self._heap)
             self._heap.append((rank, key))
@@ -55,17 +55,17 @@ class Ranking:
         return self._heap[self._places[key]][0]
 
     def _settle(self, place: int, entry: tuple[Any, str]) -> None:
-        """Put an entry where it belongs, given that all but this place is in order.
+        """Put an entry where it belongs, given that everything but this index is in order.
 
-        A key that is used sinks nearly to the bottom; so the way down is cleared without looking at the entry, and the
-        entry rises from there: one comparison a level instead of two.
+        A used key sinks nearly to the bottom. So the way down is cleared without comparing the entry, which then rises
+        from the bottom: one comparison per level instead of two.
         """
         if not place or self._heap[(place - 1) // 2] <= entry:
             place = self._clear(place)
         self._rise(place, entry)
 
     def _clear(self, place: int) -> int:
-        """Move the lesser child up, over and over, and return the place at the bottom that is left."""
+        """Move the lesser child up repeatedly; return the index left free at the bottom."""
         heap, places = self._heap, self._places
         last = len(heap) - 1
         while (below := 2 * place + 1) <= last:

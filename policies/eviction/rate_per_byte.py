@@ -1,26 +1,26 @@
-"""Rate per byte: evict what is expected to cost the least refetching time for each byte it takes, soon.
+"""Rate per byte: evict what is expected to cost the least refetching time per byte soon.
 
-The least `cost / size * hazard` goes first; among equals the least recently used. How likely a key's next use is, its
-hazard, is one expert's opinion of three, because none is right on every load:
+The least `cost / size * hazard` is evicted first; among equals the least recently used. The hazard, the likelihood of
+a key's next use, is the estimate of one of three experts, because none is right on every load:
 * `recency`: one over its age since the last use;
-* `rate_500`, `rate_5000`: an average of its uses that decays with a half-life of so many requests.
+* `rate_500`, `rate_5000`: an average of its uses that decays with a half-life of that many requests.
 
-Each expert runs a shadow cache of ids and sizes on the same requests, as large as the most bytes that were ever
-tracked, and pays `cost` for each miss. These bills decay with a half-life of 5,000 requests; when that of the expert in
-charge is more than 3 % above another, the other takes over. Bills of the same requests differ by little chance, and the
-change itself costs nothing: waiting for 10 % was tried, and pays ½ to 1 % more on average over mixed traces.
+Each expert runs a shadow cache of ids and sizes on the same requests, as large as the most bytes ever tracked, and is
+billed `cost` for each miss. Bills decay with a half-life of 5,000 requests. When the bill of the expert in charge is
+more than 3 % above another's, the other takes over. Bills of the same requests differ little by chance, and the change
+itself costs nothing: waiting for 10 % was tried, and costs ½ to 1 % more on average over mixed traces.
 
-What is known of a key outlives it: a rate is remembered until five of the longer half-lives after neither the store nor
-a shadow holds the key, when a thirty-second is left of it. Forgetting it at once was tried: a small store then meets
-its hot adapters as strangers, and paid up to a fifth more on bursts and recorded clients.
+The history of a key outlives it: a rate is remembered until five of the longer half-lives after neither the store nor
+a shadow holds the key, when a thirty-second of it is left. Forgetting it at once was tried: a small store then treats
+its hot adapters as new, which cost up to a fifth more on bursts and recorded clients.
 
-Sources: one expert out of several by the misses of shadow caches as in Megiddo and Modha's ARC, FAST 2003, and Vietri
-et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018; the decayed sum of uses that needs no sweep is
-the combined recency and frequency of Lee et al., "LRFU", IEEE Transactions on Computers 50(12), 2001; value per byte
-as in GreedyDual-Size, Cao and Irani, USITS 1997. Blobs that requests wait for are the store's business: it spares them.
+Sources: choosing one of several experts by the misses of shadow caches as in Megiddo and Modha's ARC, FAST 2003, and
+Vietri et al., "Driving Cache Replacement with ML-based LeCaR", HotStorage 2018; the decayed sum of uses that needs no
+sweep is the combined recency and frequency of Lee et al., "LRFU", IEEE Transactions on Computers 50(12), 2001; value
+per byte as in GreedyDual-Size, Cao and Irani, USITS 1997. The store, not the policy, spares blobs that requests need.
 
-O(log n) for each event: every expert keeps what is held in its order too. Building the new order only when another
-takes over was tried; it saves a quarter of each event, and the change itself took 600 ms at 100,000 adapters.
+O(log n) per event: every expert keeps the held keys in its order too. Building the new order only when another expert
+takes over was tried; it saves a quarter of each event, but the change itself took 600 ms at 100,000 adapters.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from policies.eviction.experts import EXPERTS, HALF_LIVES, Known, Order
 BILL_HALF_LIFE = 5000
 BILL_DECAY = 0.5 ** (1 / BILL_HALF_LIFE)
 CLEARLY_BETTER = 1.03
-"""The bill of the expert in charge, over the least, at which another takes over."""
+"""Another expert takes over when the bill of the one in charge exceeds the least bill by this factor."""
 REMEMBERED_REQUESTS = 5 * max(HALF_LIVES)
-"""How long a key that nobody holds is remembered. No more keys can be than came in that time."""
+"""How many requests a key is remembered that nothing holds. This bounds the number of remembered keys."""
 
 
 class Shadow:
-    """What a cache of one expert's choosing would hold, and what its misses cost."""
+    """The cache that one expert would keep, and the bill of its misses."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -49,7 +49,7 @@ class Shadow:
         self.bill_ns = 0.0
 
     def use(self, key: str, known: dict[str, Known], bytes_max: int, request: int) -> list[str]:
-        """Note a use of a key, hit or miss; return what had to go for it."""
+        """Note a use of a key, hit or miss; return the keys evicted for it."""
         self.bill_ns *= BILL_DECAY
         gone: list[str] = []
         if key not in self.order:
@@ -67,14 +67,14 @@ class Shadow:
 
 
 class RatePerByte:
-    """The keys held, in every expert's order, and a shadow for each expert."""
+    """The held keys in every expert's order, and a shadow cache for each expert."""
 
     def __init__(self) -> None:
         self._requests = 0
         self._known: dict[str, Known] = {}
-        """Of what the store or a shadow holds."""
+        """History of the keys that the store or a shadow holds."""
         self._remembered: OrderedDict[str, tuple[int, Known]] = OrderedDict()
-        """Of what nobody holds any more, with the request at which the last holder let go."""
+        """History of keys that nothing holds any more, with the request at which the last holder dropped them."""
         self._held: dict[str, None] = {}
         self._bytes_held = 0
         self._bytes_max = 0
@@ -155,7 +155,7 @@ class RatePerByte:
         return [key for key in self._known if key in shadow.order]
 
     def _let_go(self, key: str) -> None:
-        """Only remember a key from now on, if nobody holds it."""
+        """Only remember a key from now on, if nothing holds it any more."""
         if key not in self._held and not any(key in shadow.order for shadow in self._shadows.values()):
             self._remembered[key] = (self._requests, self._known.pop(key))
 
@@ -167,7 +167,7 @@ class RatePerByte:
             del self._remembered[key]
 
     def _forget(self, key: str) -> None:
-        """Take a key out of every shadow: what came in under its name is something else."""
+        """Remove a key from every shadow: its size changed, so it names other content."""
         for shadow in self._shadows.values():
             if key in shadow.order:
                 shadow.remove(key, self._known)

@@ -1,22 +1,23 @@
-"""S3-FIFO: a small queue that newcomers must earn their way out of, a main queue, and a memory of who failed.
+"""S3-FIFO: new keys enter a small queue and must be used to get into the main queue; a ghost queue remembers evictions.
 
-Source: Yang, Zhang, Qiu, Yue and Rashmi, "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. Newcomers enter
+Source: Yang, Zhang, Qiu, Yue and Rashmi, "FIFO Queues are All You Need for Cache Eviction", SOSP 2023. New keys enter
 the small queue, or the main one if the ghost queue remembers them. A use adds one to a counter, up to three. While the
 small queue takes a tenth of the cache or more, it gives up its tail: into the main queue if it was used more than once,
-its counter cleared, else out, and the ghost queue keeps its name. Otherwise the main queue's tail goes, or returns to
-its head with one use less if it has any. Queues are measured in bytes, and the ghost queue remembers nine tenths of the
-cache's bytes, as in the authors' simulator. Three things are ours:
-* The size of the cache is the most that was ever tracked: a policy isn't told the budget.
-* A newcomer is never turned away for its size: a requested adapter must be loaded.
-* If another key goes than the first victim, because the store had pinned that one, the queue of the key that goes is
-  swept once from its tail up to there: who has earned it moves on, who would have gone stays where it is.
-A policy isn't told whether a key is evicted or deleted: whatever leaves the small queue enters the ghost queue. A key
-that was deleted and does come back was wanted again within a short time, which is what the ghost queue is there to see.
+its counter cleared, else out, and the ghost queue keeps its name. Otherwise the main queue's tail is evicted, or
+returns to its head with one use less if it has any. Queues are measured in bytes, and the ghost queue remembers nine
+tenths of the cache's bytes, as in the authors' simulator. Three things differ from the paper:
+* The size of the cache is the most bytes ever tracked: a policy does not know the budget.
+* A new key is never refused for its size: a requested adapter must be loaded.
+* If another key than the first victim is removed, because the store had pinned that one, the queue of the removed key
+  is swept once from its tail up to it: used keys move on, unused ones stay where they are.
 
-O(1) for each event, amortised: a victim costs one step for each use that is spent on the way to it, and each use is
-spent once. So one call may be long: at 100,000 adapters that were all used three times, finding the first victim takes
-some 60 ms and taking it as much again, once; the next are found in 10 µs. The paper's order of a queue with counters
-can't be kept in a heap, as SIEVE's can.
+A policy does not know whether a key is evicted or deleted: whatever leaves the small queue enters the ghost queue. A
+key that was deleted and comes back was wanted again within a short time, which is what the ghost queue detects.
+
+O(1) per event, amortised: a victim costs one step for each use spent on the way to it, and each use is spent once. A
+single call may be long: at 100,000 adapters all used three times, finding the first victim takes some 60 ms and taking
+it as much again, once; the next are found in 10 µs. The paper's order of a queue with counters cannot be kept in a
+heap, as SIEVE's can.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from typing import Any
 USES_MAX = 3
 USES_TO_STAY = 2
 SMALL_SHARE = 10
-"""The small queue's target is one part in so many; the ghost queue's is all the others."""
+"""The small queue's target is one part in this many; the ghost queue's is the rest."""
 
 
 @dataclass(slots=True)
 class Held:
-    """A key in the small or in the main queue."""
+    """A key in the small or the main queue."""
 
     size_bytes: int
     uses: int = 0
@@ -50,7 +51,7 @@ class Sweep:
 
 
 class S3FIFO:
-    """The queues run from tail to head."""
+    """The queues; each runs from tail to head."""
 
     def __init__(self) -> None:
         self._small: OrderedDict[str, Held] = OrderedDict()
@@ -108,7 +109,7 @@ class S3FIFO:
         self._bytes_max = state["bytes_max"]
 
     def _walk(self) -> Iterator[tuple[str, Sweep]]:
-        """Yield each key in the order in which it would go, with what happens since the one before; change nothing."""
+        """Yield the keys in eviction order, each with the sweep since the one before; change nothing."""
         small, main = iter(self._small.items()), _Main(self._main)
         small_left, small_bytes, sweep = len(self._small), self._small_bytes, Sweep()
         while small_left or main.left:
@@ -127,7 +128,7 @@ class S3FIFO:
                 main.enter(key)
 
     def _sweep_up_to(self, key: str) -> Sweep:
-        """Return what happens to those that stand nearer the tail of the key's queue than it does."""
+        """Return what happens to the keys nearer to the tail of the key's queue."""
         queue = self._small if key in self._small else self._main
         passed = list(takewhile(lambda other: other != key, queue))
         if key in self._small:
@@ -153,7 +154,7 @@ class S3FIFO:
 
 
 class _Main:
-    """The main queue as it would go on, read from its tail without being changed."""
+    """The future of the main queue, read from its tail without changing it."""
 
     def __init__(self, queue: OrderedDict[str, Held]) -> None:
         self.left = len(queue)
@@ -161,12 +162,12 @@ class _Main:
         self._returned: deque[tuple[str, int]] = deque()
 
     def enter(self, key: str) -> None:
-        """A key comes in from the small queue."""
+        """Take in a key from the small queue."""
         self.left += 1
         self._returned.append((key, 0))
 
     def victim(self, sweep: Sweep) -> str:
-        """Return the next to go; who returns to the head before is noted. The queue must not be empty."""
+        """Return the next victim and note the keys reinserted before it. The queue must not be empty."""
         while True:
             key, uses = self._tail()
             if not uses:

@@ -1,19 +1,18 @@
-"""SIEVE: a queue in order of arrival, and a hand that sweeps it and evicts what was not used since it last came by.
+"""SIEVE: a queue in order of arrival; a hand sweeps it and evicts keys that were not used since it last passed.
 
 Source: Zhang, Yang, Yue, Vigfusson and Rashmi, "SIEVE is Simpler than LRU: an Efficient Turn-Key Eviction Algorithm for
-Web Caches", NSDI 2024. Keys enter at the head with their visited bit off, a use sets it. The hand goes from the tail
-to the head and round again, clears the bits that are set and evicts the first key whose bit is off. Sizes are not
-looked at.
+Web Caches", NSDI 2024. Keys enter at the head with their visited bit off; a use sets it. The hand goes from the tail
+to the head and round again, clears the bits that are set and evicts the first key whose bit is off. Sizes are ignored.
 
-The paper walks the queue and clears bit after bit: one eviction may look at every key. Here each key bears the place
-of the hand at which it would go, (lap, number of arrival), so that the bits are implied and the order of victims is the
-order of these places, in O(log n):
-* the hand comes by a key next in this lap if the key is ahead of it, else in the next one;
-* a key goes then, or one lap later if it was used since the hand was last there.
+The paper walks the queue and clears bit after bit, so one eviction may visit every key. Here each key is ranked by the
+hand's position at which it is evicted, (lap, arrival number), so the bits are implied and the order of these positions
+is the order of victims, in O(log n):
+* the hand passes a key next in this lap if the key is in front of it, else in the next lap;
+* the key is evicted then, or one lap later if it was used since the hand last passed it.
 
-The hand moves to whatever key is removed. Keys that it passed on the way, because the store had pinned them, are
-overdue: they go first once they are free, unless they are used again. A deletion moves the hand as well, since a policy
-isn't told of the difference: the order of the other keys stays, and only bits that were set are spent up to there.
+The hand moves to whatever key is removed. Keys that it passed on the way because the store had pinned them are evicted
+first once they are free, unless they are used again. A deletion moves the hand too, since a policy cannot tell it from
+an eviction: the order of the other keys stays, and only bits set up to there are spent.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from policies.eviction.ranking import Ranking
 
 
 class Sieve:
-    """Numbers of arrival from tail to head, and for each key the place of the hand at which it goes."""
+    """Arrival numbers from tail to head, and for each key the hand's position at which it is evicted."""
 
     def __init__(self) -> None:
         self._queue: OrderedDict[str, int] = OrderedDict()
@@ -47,7 +46,7 @@ class Sieve:
         lap, number = max(self._hand, self._places[key])
         del self._queue[key]
         self._places.remove(key)
-        # Past the head the hand is at the tail at once: what arrives later waits until it has come round.
+        # Past the head the hand is at the tail at once: later arrivals wait until it has come round.
         is_past_the_head = not self._queue or number > self._queue[next(reversed(self._queue))]
         self._hand = (lap + 1, -1) if is_past_the_head else (lap, number)
 
@@ -67,6 +66,6 @@ class Sieve:
             self._places.place(key, tuple(place))
 
     def _next_visit(self, number: int) -> tuple[int, int]:
-        """Return the place at which the hand comes by this number next."""
+        """Return the position at which the hand next passes this arrival number."""
         lap, at = self._hand
         return (lap, number) if number > at else (lap + 1, number)

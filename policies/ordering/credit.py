@@ -1,11 +1,11 @@
-"""Skip over what cannot go, and keep account of it: who was passed over often enough goes first.
+"""Skip requests that cannot go, and keep account of it: a version that was passed over often enough goes first.
 
 Every request that is sent while older ones of a version without a slot wait gives that version one credit, and takes
-one from its own. A version with more than `CREDIT_MAX` goes first: the open version with the least credit is sent no
-more, its slot is given over when its last request has ended, and the account of the one that gets it begins anew.
+one from its own. A version with more than `CREDIT_MAX` goes first: no more requests of the open version with the least
+credit are sent, its slot is handed over when its last request has ended, and the new version's credit starts anew.
 
-The credit of Wu et al., "dLoRA: Dynamically Orchestrating Requests and Adapters for LoRA LLM Serving", OSDI 2024, with
-a limit that reacts within a batch instead of the paper's thousands of displacements.
+This is the credit of Wu et al., "dLoRA: Dynamically Orchestrating Requests and Adapters for LoRA LLM Serving", OSDI
+2024, with a limit that reacts within a batch instead of the paper's thousands of displacements.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CREDIT_MAX = 256
 
 
 class Credit:
-    """Oldest first among what can go, and an account of displacement for each version."""
+    """Sends the oldest request that can go, and counts displacements for each version."""
 
     def __init__(self) -> None:
         self._queues = Queues()
         self._credit: dict[str, int] = {}
         self._ending: dict[str, str] = {}
-        """Open versions that are sent no more, and the version that each one's slot is for."""
+        """Open versions that get no more requests, each with the version that its slot is for."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         return None
@@ -65,7 +65,7 @@ class Credit:
         self._queues, self._credit, self._ending = Queues.restored(queues), dict(credit), dict(ending)
 
     def _end_turns(self, room: OrderingView) -> None:
-        """End the turn of one open version for each that has too much credit, the one with the least credit first."""
+        """End the service of one open version for each version with too much credit, least credit first."""
         waiting = self._queues.versions
         self._ending = {v: gets for v, gets in self._ending.items() if v in room.open and gets in waiting}
         served = self._ending.values()
@@ -76,8 +76,10 @@ class Credit:
                 self._ending[least] = creditor
 
     def _creditors(self, room: OrderingView) -> list[str]:
-        """Return the versions that go first. A slot is not freed for one whose weights are still on their way:
-        another would take it at once, it would be freed again, and so on without end.
+        """Return the versions that go first, most credit first.
+
+        No slot is freed for a version whose weights are not here: another version would take it at once, it would be
+        freed again, and so on without end.
         """
         over = [v for v, credit in self._credit.items() if credit > CREDIT_MAX and v not in room.open and v != BASE]
         over = [version for version in over if room.is_ready(version)]

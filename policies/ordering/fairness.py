@@ -1,12 +1,12 @@
-"""Virtual token counters: how much each tenant has been served, and who may be served next.
+"""Virtual token counters: how much service each tenant has received, and which may be served next.
 
 Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024: 1 for an input token and 2 for an output token,
-over the tenant's weight; the counter of a tenant that begins to wait is lifted to the least of those that wait, so that
-idling earns nothing. Output is charged in advance, as much as the client allows, and corrected at the end.
+over the tenant's weight. The counter of a tenant that begins to wait is lifted to the least of those that wait, so
+that idling earns nothing. Output is charged in advance, up to the client's limit, and corrected at the end.
 
-Here a tenant may wait without being short of its share: for a slot for its adapter. So what it is owed is never more
-than what it has waiting: others are held back for no more than that, and the rest is written off when the tenant is
-next sent or asks for more. A tenant that asks for little holds nobody back, now or later.
+Here a tenant may wait although it has its share: for a slot for its adapter. So it is owed at most what it has
+waiting: others are held back for no more than that, and the rest is written off when the tenant is next sent or asks
+for more. A tenant that asks for little holds no other back, now or later.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from policies.views import Waiting
 INPUT_COST, OUTPUT_COST = 1, 2
 MEAN_SHARE = 0.01
 TENANTS_KEPT = 1000
-"""Counters of tenants that wait for nothing are kept up to so many; then the less served half is forgotten."""
+"""How many counters of tenants without waiting requests are kept; past that the less served half is forgotten."""
 
 
 @dataclass(slots=True)
@@ -40,16 +40,16 @@ class Waits:
 
 
 class TokenCounters:
-    """The counters of one backend. How far ahead a tenant may be is said in requests of the usual cost."""
+    """The counters of one backend. How far ahead a tenant may be is given in requests of average cost."""
 
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
-        """The counters of all that wait, and of some that do not."""
+        """The counters of all tenants that wait, and of some that do not."""
         self._waiting: dict[str, Waits] = {}
         self._usual_cost = 0.0
         self._owed = Owed()
         self._changed: dict[str, None] = {}
-        """Tenants that `_owed` has yet to be told of: of several changes in a row only the last counts."""
+        """Tenants with changes that `_owed` has not seen: only the last of several changes counts."""
 
     def queued(self, request: Waiting) -> None:
         tenant, cost = request.tenant, cost_of(request)
@@ -78,7 +78,7 @@ class TokenCounters:
         self._changed[request.tenant] = None
 
     def ended(self, request: Waiting, output_tokens: int) -> None:
-        """Give back what was charged for output that did not come."""
+        """Refund the charge for output that did not come."""
         tenant = request.tenant
         if tenant in self._served:
             unused = OUTPUT_COST * (request.output_tokens_max - output_tokens)
@@ -88,24 +88,24 @@ class TokenCounters:
 
     @property
     def usual_tokens(self) -> float:
-        """The usual cost of a request, in output tokens."""
+        """The average cost of a request, in output tokens."""
         return self._usual_cost / OUTPUT_COST
 
     @property
     def several(self) -> bool:
-        """Whether more than one tenant waits."""
+        """True if more than one tenant waits."""
         return len(self._waiting) > 1
 
     def served(self, tenant: str) -> float:
-        """Return the counter of a tenant that waits."""
+        """Return the counter of a waiting tenant."""
         return self._served[tenant]
 
     def some_are_behind(self, tenant: str) -> bool:
-        """Whether a waiting tenant has been served less than this one."""
+        """Return True if a waiting tenant has been served less than this one."""
         return self.several and self._tell_owed().served_least < self._served[tenant]
 
     def served_most(self, slack_requests: int) -> float | None:
-        """Return the counter up to which tenants may be served; None while all may."""
+        """Return the counter up to which tenants may be served; None if all may."""
         if not self.several:
             return None
         return self._tell_owed().least + slack_requests * self._usual_cost
@@ -114,7 +114,7 @@ class TokenCounters:
         return served_most is None or self._served[tenant] <= served_most
 
     def some_are_ahead(self, served_most: float | None) -> bool:
-        """Whether a waiting tenant is held back."""
+        """Return True if a waiting tenant is held back."""
         return served_most is not None and self._tell_owed().most > served_most
 
     def snapshot(self) -> Any:
@@ -122,14 +122,14 @@ class TokenCounters:
         return [self._usual_cost, list(self._served.items()), waiting]
 
     def restore(self, state: Any) -> None:
-        """Take it all as it was: sums of costs made anew could differ in their last digit."""
+        """Restore all sums as they were: recomputed sums of costs could differ in their last digit."""
         self._usual_cost, served, waiting = state
         self._served = dict(served)
         self._waiting = {tenant: Waits(requests, cost) for tenant, requests, cost in waiting}
         self._owed, self._changed = Owed(), dict.fromkeys(self._waiting)
 
     def _write_off(self, tenant: str) -> None:
-        """Lift the counter of a tenant that waits for less than it is behind."""
+        """Lift the counter of a tenant that is owed more than it has waiting."""
         if self.several:
             most = self._tell_owed().most
             self._served[tenant] = max(self._served[tenant], most - self._waiting[tenant].cost)
@@ -145,7 +145,7 @@ class TokenCounters:
         return self._owed
 
     def _forget_idle(self) -> None:
-        """Forget the less served half of too many idle tenants: being lifted when they come back changes least."""
+        """Forget the less served half of too many idle tenants: lifting them when they return changes least."""
         if len(self._served) - len(self._waiting) <= TENANTS_KEPT:
             return
         idle = sorted((served, tenant) for tenant, served in self._served.items() if tenant not in self._waiting)

@@ -1,7 +1,7 @@
-"""First come, first served, and nobody passes: what a queue without any thought for adapters does.
+"""First come, first served, without overtaking: a queue that ignores adapters.
 
-The oldest request goes next. While its version has no slot, everybody waits until one is free; so with N versions in
-turn about as many requests run as there are slots. The baseline that others are measured against.
+The oldest request goes next. While its version has no slot, every other request waits until a slot is free; so with N
+versions alternating, about as many requests run as there are slots. It is the baseline for the others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingV
 
 
 class Fifo:
-    """One line."""
+    """One queue."""
 
     def __init__(self) -> None:
         self._line = IdQueue()
@@ -51,7 +51,7 @@ class Fifo:
         return None
 
     def _closing(self, room: OrderingView) -> Decision | None:
-        """Close a version that nothing runs of: those of it that wait are behind the head."""
+        """Close a version without runs: its queued requests are behind the head."""
         idle = (version for version, slot in room.open.items() if not slot.running and not slot.loading)
         version = next(idle, None)
         return None if version is None else Close(version)

@@ -1,8 +1,8 @@
-"""For each version, the tenant that has been served least of those that wait for it: found without looking at all.
+"""The least served tenant among those that wait for a version, found without a walk over all of them.
 
-A heap a version, keyed by (counter, oldest request). A counter that has risen is noticed when its entry comes to the
-top; one that has fallen, and a tenant's new oldest request, must be told by `note`. Heaps exist only for versions that
-several tenants wait for, once they have been asked about.
+There is a heap per version, keyed by (counter, oldest request). A counter that has risen is noticed when its entry
+reaches the top; one that has fallen, and a tenant's new oldest request, must be reported with `note`. Heaps exist only
+for versions that several tenants wait for, once they have been asked about.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Entry = tuple[float, int, str]
 
 
 class LeastServed:
-    """Candidates of the versions in some queues."""
+    """The least served tenant of each version in some queues."""
 
     def __init__(self, queues: Queues, tenants: TokenCounters) -> None:
         self._queues = queues
         self._tenants = tenants
         self._heaps: dict[str, list[Entry]] = {}
         self._versions: dict[str, dict[str, None]] = {}
-        """For each tenant the heaps that it is in."""
+        """The heaps that contain each tenant."""
         self._beyond: dict[str, tuple[int, list[Entry]]] = {}
-        """For each version a gate and the entries whose request is younger: they are left aside while it stands."""
+        """For each version, a gate and the entries with a younger request, set aside while the gate stands."""
 
     def first(self, version: str, gate: int) -> tuple[float, int] | None:
-        """Return (counter, request) of the least served tenant's oldest request, among those up to `gate`."""
+        """Return (counter, request) of the least served tenant's oldest request among those up to `gate`, or None."""
         lines = self._queues.versions[version].lines
         if len(lines) == 1:
             ((tenant, line),) = lines.items()
@@ -51,7 +51,7 @@ class LeastServed:
         return None
 
     def note(self, tenant: str, versions: Iterable[str] | None = None) -> None:
-        """Take in that a tenant has another oldest request of some versions, or (without any) was charged less."""
+        """Note that a tenant has a new oldest request of some versions or, without `versions`, a lower counter."""
         for version in self._versions.get(tenant, ()) if versions is None else versions:
             heap = self._heaps.get(version)
             if heap is not None:
@@ -61,7 +61,7 @@ class LeastServed:
                 self._compact(version)
 
     def left(self, tenant: str, version: str) -> None:
-        """Take in that nothing of a tenant waits for a version any more."""
+        """Note that a tenant has no request for a version waiting any more."""
         versions = self._versions.get(tenant)
         if versions is not None:
             versions.pop(version, None)
@@ -75,7 +75,7 @@ class LeastServed:
                 self.left(other, version)
 
     def _heap(self, version: str, gate: int) -> list[Entry]:
-        """Return a version's heap, with all that this gate does not keep out."""
+        """Return a version's heap, with the entries that this gate does not set aside."""
         if version not in self._heaps:
             self._heaps[version] = []
             self._rebuild(version)
@@ -87,7 +87,7 @@ class LeastServed:
         return self._heaps[version]
 
     def _compact(self, version: str) -> None:
-        """Begin a heap anew when stale entries are its majority."""
+        """Rebuild a heap when stale entries are its majority."""
         if is_mostly_stale(len(self._heaps[version]), len(self._queues.versions[version].lines)):
             self._rebuild(version)
 

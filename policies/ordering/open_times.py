@@ -1,4 +1,4 @@
-"""Whether a version's turn in a slot is worth going on with, from how often it is asked for and how long runs take."""
+"""Estimates of whether an open version should keep its slot: its arrival rate, and how long runs take."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from policies.views import Waiting
 
 RATE_HALF_LIFE_NS = 60_000_000_000
 SPARE_RUNS = 0.75
-"""A slot that is taken for so many runs more has room for newcomers that cost it nothing."""
+"""A slot that stays taken for this many more run times can serve new arrivals at no cost."""
 MEAN_SHARE = 0.02
 VERSIONS_KEPT = 4096
 
 
 @dataclass(slots=True)
 class Arrivals:
-    """A version's arrivals, each half as much after `RATE_HALF_LIFE_NS`."""
+    """A version's arrivals, each worth half after `RATE_HALF_LIFE_NS`."""
 
     count: float = 0.0
     at_ns: int = 0
@@ -28,14 +28,14 @@ class Arrivals:
 
 @dataclass
 class OpenTimes:
-    """Arrival rates of versions and the runs under way on one backend."""
+    """Arrival rates of versions, and the runs under way, on one backend."""
 
     run_ns: float = 0.0
-    """How long a run takes on average."""
+    """The mean duration of a run."""
     token_ns: float = 0.0
     arrivals: dict[str, Arrivals] = field(default_factory=dict)
     running: dict[str, dict[int, tuple[int, int]]] = field(default_factory=dict)
-    """For each version its runs: (sent at, output tokens at most)."""
+    """The runs of each version: (time sent, most output tokens)."""
 
     def came(self, version: str, now_ns: int) -> None:
         arrivals = self.arrivals.get(version)
@@ -59,19 +59,19 @@ class OpenTimes:
             self.token_ns = _nearer(self.token_ns, (now_ns - sent_ns) / output_tokens)
 
     def newcomers(self, version: str, now_ns: int) -> float:
-        """Return how many requests of a version are expected to come while one runs."""
+        """Return how many requests of a version are expected to arrive during one run."""
         arrivals = self.arrivals.get(version)
         if arrivals is None:
             return 0.0
         return arrivals.as_of(now_ns) * log(2) / RATE_HALF_LIFE_NS * self.run_ns
 
     def last_end_ns(self, version: str) -> float:
-        """Return when the last run of a version is expected to have ended, 0 when nothing of it runs."""
+        """Return when the last run of a version is expected to end; 0 if none of it runs."""
         runs = self.running.get(version, {}).values()
         return max((sent_ns + tokens * self.token_ns for sent_ns, tokens in runs), default=0.0)
 
     def has_time(self, version: str, now_ns: int) -> bool:
-        """Whether the slot stays taken for so long that a run that begins now costs it next to nothing."""
+        """Return True if the slot stays taken for so long that a run begun now costs almost nothing more."""
         return self.last_end_ns(version) > now_ns + SPARE_RUNS * self.run_ns
 
     def snapshot(self) -> Any:

@@ -1,8 +1,9 @@
-"""The waiting tenants of a backend by how far they are behind, so that asking for the least served costs O(√n).
+"""The waiting tenants of a backend by what they are owed; finding the least served costs O(√n).
 
-A tenant with counter `s` and `c` waiting is owed at most `c`: where the most served one has `most`, it counts as
-max(s, most - c). Sorted by s + c, all below `most` count as most - c and all others as s, so the least of all is found
-from two extremes of each block of the sorted list. A heap cannot do it: with `most` every one of the first kind moves.
+A tenant with counter `s` and cost `c` waiting is owed at most `c`: with `most` the largest counter, it counts as
+max(s, most - c). In the order of s + c, all below `most` count as most - c and all others as s, so the least of all
+follows from two extremes of each block of the sorted list. A heap cannot do it: `most` moves every key of the first
+kind.
 """
 
 from __future__ import annotations
@@ -10,30 +11,30 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 
 BLOCK_MAX = 64
-"""Tenants of one block; a fuller one is split."""
+"""The most tenants of one block; a fuller one is split."""
 Entry = tuple[float, str, float, float]
-"""(counter + what waits, tenant, counter, what waits)."""
+"""(counter + waiting cost, tenant, counter, waiting cost)."""
 
 
 class Owed:
-    """What waiting tenants have been served and have waiting."""
+    """Counters and waiting costs of the waiting tenants."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._blocks: list[list[Entry]] = []
         self._firsts: list[Entry] = []
-        """The first entry of each block; those below are as long."""
+        """The first entry of each block; the lists below have the same length."""
         self._served_least: list[float] = []
         self._served_most: list[float] = []
         self._waiting_most: list[float] = []
         self._most: float | None = None
-        """The largest counter, None while it has to be looked for."""
+        """The largest counter; None if it must be recomputed."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def put(self, tenant: str, served: float, waiting: float) -> None:
-        """Add a tenant, or change what is known of it."""
+        """Add a tenant, or update it."""
         self.discard(tenant)
         entry = self._entries[tenant] = (served + waiting, tenant, served, waiting)
         if not self._blocks:
@@ -55,7 +56,7 @@ class Owed:
             self._split(at)
 
     def discard(self, tenant: str) -> None:
-        """Forget a tenant that waits no more, or was not there."""
+        """Remove a tenant that waits no more; an unknown one is ignored."""
         entry = self._entries.pop(tenant, None)
         if entry is None:
             return
@@ -75,21 +76,21 @@ class Owed:
 
     @property
     def most(self) -> float:
-        """The largest counter; there is a tenant."""
+        """The largest counter. There must be a tenant."""
         if self._most is None:
             self._most = max(self._served_most)
         return self._most
 
     @property
     def served_least(self) -> float:
-        """The smallest counter; there is a tenant."""
+        """The smallest counter. There must be a tenant."""
         return min(self._served_least)
 
     @property
     def least(self) -> float:
-        """The least counter once nobody is owed more than it has waiting; there is a tenant."""
+        """The least counter with claims capped at what waits. There must be a tenant."""
         most = self.most
-        at = bisect_left(self._firsts, (most,))  # blocks from here on count by their counters
+        at = bisect_left(self._firsts, (most,))  # tenants of the blocks from here on count as their counters
         found = min(self._served_least[at:], default=most)
         if not at:
             return found

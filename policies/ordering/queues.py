@@ -1,4 +1,4 @@
-"""The queue of one backend, by version and tenant: whose heads are the candidates of every ordering policy."""
+"""The queue of one backend by version and tenant. The heads are the candidates of every ordering policy."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ Head = tuple[int, str]
 
 @dataclass(slots=True)
 class Version:
-    """What waits of one version."""
+    """The queued requests of one version."""
 
     lines: dict[str, IdQueue] = field(default_factory=dict)
-    """One a tenant."""
+    """One queue per tenant."""
     heads: IdQueue = field(default_factory=IdQueue)
-    """The first of each line."""
+    """The first request of each of them."""
     count: int = 0
     arrived_sum_ns: int = 0
 
     def head(self) -> int:
-        """Return the oldest request; there is one."""
+        """Return the oldest request. There must be one."""
         return self.heads.first()
 
     def ages_s(self, now_ns: int) -> float:
-        """Return the sum of the ages of all that waits."""
+        """Return the sum of the ages of all queued requests, in seconds."""
         return (self.count * now_ns - self.arrived_sum_ns) / 1e9
 
 
 class Queues:
-    """Every waiting request, and the oldest of each version in order of arrival."""
+    """Every queued request, and the oldest of each version in order of arrival."""
 
     def __init__(self) -> None:
         self.requests: dict[int, Waiting] = {}
         self.versions: dict[str, Version] = {}
         self.heads: list[Head] = []
         self.newest = 0
-        """The largest id that has waited."""
+        """The largest id that was ever queued."""
 
     def add(self, request: Waiting) -> None:
         self.requests[request.id] = request
@@ -76,11 +76,11 @@ class Queues:
         return request
 
     def is_head(self, request: Waiting) -> bool:
-        """Whether a request that waits is the oldest of its version and tenant."""
+        """Return True if a queued request is the oldest of its version and tenant."""
         return self.versions[request.version].lines[request.tenant].head() == request.id
 
     def lines_of(self, version: str) -> Mapping[str, IdQueue]:
-        """Return what waits of a version, a line a tenant; empty when nothing does."""
+        """Return the queues of a version by tenant; empty if none of its requests waits."""
         waiting = self.versions.get(version)
         return {} if waiting is None else waiting.lines
 
@@ -97,7 +97,7 @@ class Queues:
         return queues
 
     def _note_head(self, name: str, version: Version, before: int | None, after: int | None) -> None:
-        """Take in the oldest request of a tenant's line, before and after a change."""
+        """Update the heads after a change of the oldest request of a tenant's queue."""
         if before == after:
             return
         oldest = version.heads.head()

@@ -1,8 +1,7 @@
-"""First come, first served, skipping over what cannot go: what stock engines do, over the whole backlog.
+"""First come, first served, skipping requests that cannot go: what stock engines do, over the whole backlog.
 
-Among the requests whose version is open, or could be opened now, the oldest goes first. A request whose version
-fits nowhere is passed over, not waited for; so nothing blocks the line, and nothing bounds how long it is passed
-over either.
+The oldest request whose version is open, or could be opened now, goes first. A request whose version fits nowhere is
+passed over, so nothing blocks the queue, and nothing bounds how long a request is passed over either.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from policies.views import BASE, Backlog, Decision, Hold, Open, OrderingView, Pr
 
 
 class Skip:
-    """One line of request ids a version; the heads, in order of arrival, are the candidates."""
+    """One queue of request ids per version; the heads, in order of arrival, are the candidates."""
 
     def __init__(self) -> None:
         self._lines: dict[str, IdQueue] = {}

@@ -1,4 +1,4 @@
-"""Bring in nothing before somebody asks for it: what is queued is fetched, what is opened is loaded."""
+"""Prefetch nothing: queued versions are fetched, opened ones are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from policies.views import Spare
 
 
 class Nothing:
-    """Stateless: there is nothing to say."""
+    """Stateless: there is nothing to decide."""
 
     def on_request(self, version: str, size_bytes: int, now_ns: int) -> None:
         pass

@@ -1,8 +1,7 @@
-"""Bring in what the queue will need next, and nothing else.
+"""Prefetch what the queue will need next, and nothing else.
 
-A version that waits for its turn is loaded into the engine's cache while there is room that nobody has a claim to, in
-the order of the queue; when its turn comes it is opened without a Load. One that cannot come now is passed over, since
-room that is too small for it is of use to another.
+A queued version is loaded into the engine's cache in queue order while there is unclaimed space; it is opened without
+a Load later. One that does not fit now is passed over, since the space may fit another.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from policies.at_most import at_most
 from policies.views import Spare
 
 LOOKED_AT_MAX = 8
-"""Versions of the queue that are considered, next position first."""
+"""How many versions of the queue are considered, next position first."""
 
 
 class Planned:

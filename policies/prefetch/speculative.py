@@ -1,17 +1,17 @@
-"""Bring in what the queue will need next, then what is likely to be asked for soon.
+"""Prefetch what the queue will need next, then what is likely to be requested soon.
 
-A version that nobody waits for is worth `density = p * cost / size`: the chance of a request within the horizon,
-p = 1 - exp(-rate * T), times what a miss would cost, for each byte it takes. The rate is an average of its requests
-that decays with a half-life. The densest come first, as many as the budget allows; where others must go for one, each
-of them has to be worth less than two thirds of it, so that no two versions push each other out in turn.
+A version that no request waits for is worth `density = p * cost / size`: the chance of a request within the horizon,
+p = 1 - exp(-rate * T), times the cost of a miss, per byte. The rate is an average of its requests that decays with a
+half-life. The densest come first, as many as the budget allows. A victim must be worth less than two thirds of the
+version that replaces it, so that no two versions push each other out alternately.
 
 Sources: prefetching by the chance of a use within a horizon, against a threshold, as in Venkataramani et al., "The
 potential costs and benefits of long-term prefetching for content distribution", Computer Communications 25(4), 2002;
-profit over size under a byte budget is the greedy rule for the knapsack (Dantzig, 1957). Which version follows which
-within a session would say more, but nothing tells a policy of sessions.
+profit over size under a byte budget is the greedy rule for the knapsack (Dantzig, 1957). The order of versions within
+a session would tell more, but policies do not see sessions.
 
-`advise` looks at every version that is known, 1,024 to 2,048 of them at most: 1 to 2 ms, which is why the core asks at
-most once a second. Noting a request is O(1).
+`advise` looks at every known version, 1,024 to 2,048 at most: 1 to 2 ms, which is why the core asks at most once a
+second. Noting a request is O(1).
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from policies.views import Sized, Spare
 HORIZON_NS = 60_000_000_000
 HALF_LIFE_NS = 600_000_000_000
 LIKELY = 0.05
-"""A version less likely than this to be asked for within the horizon is left where it is."""
+"""A version with a smaller chance of a request within the horizon is not fetched."""
 MUCH_DENSER = 1.5
-"""How much more than each of its victims a newcomer must be worth."""
+"""How many times denser a version must be than each of its victims."""
 ADVICE_MAX = 8
 KNOWN_MAX = 1024
-"""Versions remembered after a sweep, the most recently used; the next sweep comes at twice as many."""
+"""Versions kept by a sweep, the most recently used; a sweep happens at twice as many."""
 _DECAY_PER_NS = math.log(2) / HALF_LIFE_NS
 
 
 class Known(NamedTuple):
-    """What is remembered of a version: its requests, as they weighed at `then_ns`."""
+    """What is remembered of a version; `weight` is the decayed count of its requests at `then_ns`."""
 
     weight: float
     then_ns: int
     size_bytes: int
 
     def chance(self, now_ns: int) -> float:
-        """Return the probability that it is asked for within the horizon."""
+        """Return the probability of a request within the horizon."""
         rate_per_ns = self.weight * _decay(now_ns - self.then_ns) * _DECAY_PER_NS
         return 1.0 - math.exp(-rate_per_ns * HORIZON_NS)
 
 
 class Speculative:
-    """What is known of each version, least recently asked for first; and the plan, which comes before any guess."""
+    """The history of each version, least recently requested first; and the queue's plan, which precedes any guess."""
 
     def __init__(self) -> None:
         self._known: dict[str, Known] = {}
@@ -73,7 +73,7 @@ class Speculative:
         self._known = {version: Known(*known) for version, *known in state}
 
     def _worth_a_try(self, spare: Spare, now_ns: int) -> list[str]:
-        """Return what is worth its bytes, densest first, until what would have to go is worth as much."""
+        """Return the versions worth their bytes, densest first, until the victims would be worth as much."""
         budget_bytes, free_bytes, losing = spare.budget_bytes, spare.free_bytes, spare.losing()
         chosen: list[str] = []
         for minus_density, version in self._likely(spare, now_ns):
@@ -89,7 +89,7 @@ class Speculative:
         return chosen
 
     def _make_room(self, size_bytes: int, losing: Iterator[Sized], density: float, now_ns: int) -> int:
-        """Return the bytes of what would go for so many more, as long as that is worth much less than `density`."""
+        """Return the bytes freed by victims up to `size_bytes`, as long as each is worth much less than `density`."""
         freed_bytes = 0
         while freed_bytes < size_bytes:
             victim = next(losing, None)
@@ -99,7 +99,7 @@ class Speculative:
         return freed_bytes
 
     def _likely(self, spare: Spare, now_ns: int) -> list[tuple[float, str]]:
-        """Return (minus density, version) of what may be asked for soon and can be brought in, densest first."""
+        """Return (minus density, version) of what may be requested soon and can be fetched, densest first."""
         if not spare.budget_bytes:
             return []
         return sorted(

@@ -2,8 +2,8 @@
 
 `pkg/epp/framework/plugins/scheduling/scorer/loraaffinity/lora_affinity.go` scores 1.0 where the adapter is active, 0.8
 where another may become active, 0.6 where it waits, 0 elsewhere. The default profile, in
-`pkg/epp/config/loader/defaults.go`, weighs queue depth 2 and KV cache use 2; a scorer added to it weighs 1 unless told
-otherwise. Its third scorer, of prefixes, is left out: prompts here share none. KV use is told by the seats taken.
+`pkg/epp/config/loader/defaults.go`, weighs queue depth 2 and KV cache use 2; a scorer added to it weighs 1 by default.
+Its third scorer, for prefixes, is left out: prompts here share none. Taken seats stand for KV use.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Affinity:
 
 
 def adapter_score(candidate: Candidate) -> float:
-    """Score how near the adapter is to running."""
+    """Score how close the adapter is to running, from 0 to 1."""
     if candidate.open:
         return 1.0
     if candidate.slots_free is None or candidate.slots_free > 0:
@@ -50,10 +50,10 @@ def adapter_score(candidate: Candidate) -> float:
 
 
 def queue_score(queued: int, shortest: int, longest: int) -> float:
-    """Score a queue between the longest (0) and the shortest (1); 1 when all are alike."""
+    """Score a queue between the longest (0) and the shortest (1); 1 if all are equal."""
     return 1.0 if longest == shortest else (longest - queued) / (longest - shortest)
 
 
 def cache_score(candidate: Candidate) -> float:
-    """Score the KV cache left, told by the seats left."""
+    """Score the free KV cache by the free seats, from 0 to 1."""
     return max(0.0, 1.0 - candidate.running / max(1, candidate.seats))

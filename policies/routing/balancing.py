@@ -1,12 +1,12 @@
-"""Evens out what backends are given, in as few moves as it takes: first their pages, then their token rates.
+"""Balance the backends in as few moves as possible: first their pages, then their token rates.
 
-Packing anew (by rate, the largest first) would move half of the small ones each time; so the placement that is there is
-mended instead: from the fullest backend to the emptiest, the one move or exchange that leaves both nearest to even.
-A move costs a load on the new host, so there is a budget, and nothing moves for an imbalance that chance explains.
-What has no slot where it lives while there is one elsewhere moves at once, whatever the budget: a backend that comes
-back has its versions again before it is one among the others. With that and work
-stealing a pool of four has 0.97 of its throughput back a minute later (uniform, median of ten seeds); with a sixteenth
-of the versions at a look and no stealing it had 0.95.
+Packing anew (by rate, largest first) would move half of the small versions each time. So the present placement is
+mended: from the fullest backend to the emptiest, by the one move or exchange that brings both nearest to even. A move
+costs a load on the new host, so there is a budget, and nothing moves for an imbalance that chance explains. A version
+without a slot where it lives moves at once to where one is free, whatever the budget: a backend that comes back has
+its versions again before it takes a normal share. With that and work stealing, a pool of four has 0.97 of its
+throughput back a minute later (uniform, median of ten seeds); with a sixteenth of the versions per review and no
+stealing it had 0.95.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from policies.routing.pools import Share, rooms
 from policies.routing.rendezvous import Rankings
 
 GAIN_MIN = 0.02
-"""A move must lower the fuller of two backends by this part of an even share."""
+"""A move must lower the fuller of two backends by this fraction of an even share."""
 
 
 @dataclass
 class Balancer:
-    """One look at a pool. `rate_of` is the token rate of a version; `budget` is the number of moves left for rates.
+    """One review of a pool. `rate_of` returns a version's token rate; `budget` limits the moves for rates.
 
-    Without a budget given, a sixteenth of the versions may move.
+    By default a sixteenth of the versions may move.
     """
 
     placement: Placement
@@ -47,14 +47,14 @@ class Balancer:
             self.budget = max(2, len(members) // 16)
 
     def fullness(self, backend: str, change: float = 0.0) -> float:
-        """Return a backend's rate over its even share: 1 is even."""
+        """Return a backend's rate over its even share; 1 is even."""
         even = self.total * self.shares[backend].weight
         return (self.loads[backend] + change) / even if even > 0 else 1.0
 
     # Pages.
 
     def even_pages(self) -> None:
-        """Move versions off backends that hold more than their room, back to where they rank higher if they can."""
+        """Move versions off backends that hold more pages than they may, preferably to where they rank higher."""
         while True:
             room = self._room()
             crowded = min(self.shares, key=lambda one: (room[one], one))
@@ -71,7 +71,7 @@ class Balancer:
         return {backend: allowed[backend] - pages[backend] for backend in self.shares}
 
     def _departures(self, crowded: str, room: dict[str, int]) -> list[tuple[bool, int, float, str, str]]:
-        """Return (ranks lower there, minus room there, rate, version, target) of all that could leave."""
+        """Return (ranks lower there, minus space there, rate, version, target) for all possible moves off a backend."""
         found = []
         for version in self.hosted[crowded]:
             pages = self.placement.homes[version].pages
@@ -92,7 +92,7 @@ class Balancer:
     # Rates.
 
     def even_rates(self, tolerance: float) -> None:
-        """Once a backend has more than its share by `tolerance`, exchange until none has by half of that."""
+        """If a backend exceeds its share by `tolerance`, exchange versions until none exceeds it by half of that."""
         if max(map(self.fullness, self.shares), default=1.0) <= 1 + tolerance:
             return
         while self.budget > 0:
@@ -105,7 +105,7 @@ class Balancer:
                 self._move(other, target, source)
 
     def _best_exchange(self, bound: float) -> tuple[str, str, str, str | None] | None:
-        """Return (from, to, version, version that comes back) for the fullest backend that can be helped."""
+        """Return (from, to, version, version in exchange) for the fullest backend that can be relieved, or None."""
         by_fullness = sorted(self.shares, key=lambda one: (self.fullness(one), one))
         target = by_fullness[0]
         for source in reversed(by_fullness):
@@ -117,10 +117,10 @@ class Balancer:
         return None
 
     def _exchanges(self, source: str, target: str) -> list[tuple[float, int, float, str, str]]:
-        """Return (fullness of the fuller afterwards, moves, misfit of ranks, version, other) of what is possible.
+        """Return (fullness of the fuller one after it, moves, rank misfit, version, other) for all possible exchanges.
 
-        Each version of the source may go alone, or against one of the two of the target whose rates come nearest to
-        evening both out. Equal outcomes are told apart by the ranks: kernels that pad cost as the largest in a batch.
+        Each version of the source may move alone, or against one of the two of the target whose rates come nearest to
+        an even result. Ranks break ties: kernels that pad cost as much as the largest rank in a batch.
         """
         weights = self.shares[source].weight + self.shares[target].weight
         even = (self.loads[source] + self.loads[target]) * self.shares[source].weight / weights
@@ -141,11 +141,11 @@ class Balancer:
         return found
 
     def _after(self, source: str, target: str, moved: float) -> float:
-        """Return how full the fuller of the two is once this much rate has moved, to a hundredth: finer is chance."""
+        """Return the fullness of the fuller backend after the move, to a hundredth: finer differences are chance."""
         return round(max(self.fullness(source, -moved), self.fullness(target, moved)), 2)
 
     def _misfit(self, version: str, backend: str) -> float:
-        """Return how far a version's rank is from the mean rank of what a backend hosts."""
+        """Return the distance of a version's rank from the mean rank that a backend hosts."""
         homes = self.placement.homes
         ranks = [homes[other].rank for other in self.hosted[backend]]
         return abs(homes[version].rank - sum(ranks) / len(ranks)) if ranks else 0.0

@@ -1,4 +1,4 @@
-"""How many backends host each version: as many as its rate needs, one more or less at a time."""
+"""The number of hosts of each version: as many as its rate needs, changed by one at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from policies.routing.rates import DecayedRates
 from policies.routing.rendezvous import Rankings
 
 BUSY = 0.6
-"""The part of a backend that one version may take before it gets another host."""
+"""The fraction of a backend that one version may use before it gets another host."""
 ALONE = 0.9
-"""The part that makes it get one even where no slot is free for it."""
+"""The fraction at which it gets one even where no slot is free."""
 VOTES = 0.1
-"""The part of a version's requests that must have gone past its hosts to count as wanting another."""
+"""The fraction of a version's requests sent past its hosts that counts as a vote for another host."""
 STREAK = 2
-"""How many counts in a row must say the same."""
+"""How many consecutive counts must agree."""
 
 
 @dataclass
@@ -29,10 +29,10 @@ class HostCounter:
     pool: Pool
 
     def count(self, rates: DecayedRates, now_ns: int) -> None:
-        """Give each version that lives in the pool one host more or less, if its rate says so again and again.
+        """Give each version that lives in the pool one host more or less if its rate says so repeatedly.
 
-        A rate is taken relative to all rates, and these to what the pool can do: asked tokens are more than what is
-        produced, by a factor that all have in common.
+        A rate is taken relative to the sum of rates, and that to the pool's speed: requested tokens exceed generated
+        ones by a factor that all versions share.
         """
         homes = self.placement.homes
         of = {one: rates.rate(one, now_ns) for one, home in homes.items() if home.hosts[0] in self.pool.shares}
@@ -43,7 +43,7 @@ class HostCounter:
             self._count_one(version, homes[version], part)
 
     def _count_one(self, version: str, home: Home, part: float) -> None:
-        """`part` is the rate in backends: 1.5 is what one backend and a half can do."""
+        """Count one version; `part` is its rate in backends, so that 1.5 needs one and a half."""
         wanted = max(1, math.ceil(part / BUSY))
         if home.picks and home.votes > VOTES * home.picks:
             wanted = max(wanted, len(home.hosts) + 1)

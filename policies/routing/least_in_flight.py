@@ -1,4 +1,4 @@
-"""The backend with the fewest requests queued and running: the baseline that knows load and nothing of adapters."""
+"""The backend with the fewest requests queued and running: a baseline that ignores adapters."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from policies.views import Candidates, Choice, Waiting
 
 
 class LeastInFlight:
-    """Stateless; equal counts by id."""
+    """Stateless; ties are broken by id."""
 
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
         best = min(candidates, key=lambda one: (one.in_flight, one.backend))

@@ -1,21 +1,20 @@
-"""Every version lives on as few backends as its rate needs, and each backend hosts no more than it has slots for.
+"""Every version lives on as few backends as its rate needs, and each backend hosts no more versions than it has slots.
 
-A version that is new, or whose hosts are gone, is placed where there is room: where it happens to be resident, else
-where least is in flight for the backend's size; among equals, as in an idle pool, by rendezvous hashing. The placement
-then stays until its backend has more than its share of slots or tokens (`balancing`), and a version gets one host more,
-or one less, when its rate has asked for that twice in a row (`host_counts`). A request goes to a host. When those are
-full and have more than their bounded share of what is in flight (Mirrokni, Thorup and Zadimoghaddam, "Consistent
-hashing with bounded loads", 2018, as in HAProxy's `hash-balance-factor`) it may go to the next backend in rank if that
-is expected to be quicker, and counts as a vote for another host. The score to compare by, work times requests in
-flight, is that of LMetric (arXiv 2603.15202).
+A version that is new, or whose hosts are gone, is placed where there is space: where it is already resident, else
+where least is in flight for the backend's size; among equals, as in an idle pool, by rendezvous hashing. It stays there
+until its backend exceeds its share of slots or tokens (`balancing`), and gains or loses a host when its rate has asked
+for that twice in a row (`host_counts`). A request goes to a host. When the hosts are full and exceed their bounded
+share of what is in flight (Mirrokni, Thorup and Zadimoghaddam, "Consistent hashing with bounded loads", 2018, as in
+HAProxy's `hash-balance-factor`), it may go to the next backend in rank if that is expected to be quicker, and counts
+as a vote for another host. The score, work times requests in flight, is that of LMetric (arXiv 2603.15202).
 
 Tried in simulation, uniform and Zipf 1.0, 64 adapters on 4 x 16 slots, 512 in flight: requests sent past their hosts to
-a backend whose slots are all spoken for wait for a slot there, and make others wait: the 99th percentile of the wait
-went from 9 to 30 s and throughput down by 3 %, so they are not. Moving versions off a backend for its queue alone costs
-as much: what is queued there stays, and the version holds two slots for a while. First touch by rendezvous order under
-the bounded share, instead of by least in flight, doubles the wait on Zipf.
+a backend whose slots are all taken wait for a slot there and delay others. The 99th percentile of the wait rose from 9
+to 30 s and throughput fell by 3 %, so they are not sent there. Moving versions off a backend for its queue alone costs
+as much: its queued requests stay, and the version holds two slots for a while. First placement by rendezvous order
+under the bounded share, instead of by least in flight, doubles the wait on Zipf.
 
-Cost: a request looks at the hosts of its version. Every few seconds one request pays for a look at all of them.
+Cost: a request looks at the hosts of its version. Every few seconds one request pays for a review of all.
 """
 
 from __future__ import annotations
@@ -33,26 +32,26 @@ from policies.views import BASE, Candidate, Candidates, Choice, Waiting
 
 SECOND_NS = 1_000_000_000
 REVIEW_NS = 5 * SECOND_NS
-"""How often a pool is evened out."""
+"""How often a pool is balanced."""
 SOON_NS = SECOND_NS
-"""When a set that is new is evened out: by then what is asked for most is known to have it to choose from."""
+"""When a new set of backends is first balanced: by then most popular versions have been requested in it."""
 PERIOD_NS = 30 * SECOND_NS
-"""How often the number of hosts of each version is looked at."""
+"""How often the number of hosts of each version is reviewed."""
 HALF_LIFE_NS = 60 * SECOND_NS
 MARGIN = 1.5
-"""How many times better than a host another backend must be to be given a request."""
+"""How many times better than a host another backend must be to get a request."""
 TOLERANCE = 0.05
-"""An imbalance of token rates that is let be, chance aside."""
+"""The imbalance of token rates that is tolerated, chance aside."""
 LOAD_S = 0.1
 TOKENS_PER_S = 1000.0
-"""What a backend is taken to produce while nobody knows."""
+"""The assumed speed of a backend while it is unknown."""
 VERSIONS_MAX = 8192
 POOLS_MAX = 64
 IDLE_NS = 10 * HALF_LIFE_NS
 
 
 class Partitioned:
-    """Placement, rates and the pools they were last seen in."""
+    """The placement, the request rates, and the pools in which they were last seen."""
 
     def __init__(self) -> None:
         self._placement = Placement()
@@ -63,7 +62,7 @@ class Partitioned:
 
     @property
     def moves(self) -> int:
-        """How often a version was given another host, ever."""
+        """How many times a version was moved to another host."""
         return self._placement.moves
 
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
@@ -84,7 +83,7 @@ class Partitioned:
         return Choice(best.backend, "host" if best.resident else "host, to be loaded")
 
     def _next_in_rank(self, version: str, home: Home, candidates: Candidates, pool: Pool) -> Candidate | None:
-        """Return the first backend that is no host, has a slot to spare and less than its bounded share."""
+        """Return the first backend that is no host, has a free slot and is under its bounded share, or None."""
         for backend in self._rankings.of(version, candidates.backends):
             if backend not in home.hosts and pool.has_room(backend, home.pages, self._placement):
                 candidate = candidates[backend]
@@ -95,7 +94,7 @@ class Partitioned:
     # Where a version lives.
 
     def _home(self, version: str, candidates: Candidates, pool: Pool) -> Home:
-        """Return the home of a version, with at least one host that is a candidate."""
+        """Return the home of a version, with at least one host among the candidates."""
         home = self._placement.homes.get(version)
         if home is None:
             return self._settle(version, candidates, pool)
@@ -115,7 +114,7 @@ class Partitioned:
         return home
 
     def _host_for(self, version: str, pages: int, candidates: Candidates, pool: Pool) -> str:
-        """Return where a version is to live that lives nowhere: where it is resident by chance, else by load."""
+        """Return a backend for a version without hosts: where it is already resident, else by load."""
         offered = {one.backend: one for one in candidates}
 
         def rank(backend: str) -> tuple[bool, float]:
@@ -143,7 +142,7 @@ class Partitioned:
     # Now and then.
 
     def _pool(self, candidates: Candidates, now_ns: int) -> Pool:
-        """Return the pool of these backends, looked over if that is due. A set not seen before is due at once."""
+        """Return the pool of these backends, reviewed if that is due. A new set is reviewed at once."""
         pool = self._pools.get(candidates.backends)
         if pool is None:
             if len(self._pools) >= POOLS_MAX:
@@ -170,9 +169,9 @@ class Partitioned:
         balancer.even_rates(TOLERANCE + 2 / math.sqrt(1 + seen))
 
     def backend_removed(self, backend: str) -> None:
-        """Take a backend from the hosts of what lives elsewhere too; what lived there alone moves when it is asked for.
+        """Remove a backend from the hosts of versions with other hosts; the rest move when next requested.
 
-        Else its place would be counted as a host for ever.
+        Otherwise it would count as a host for ever.
         """
         for version, home in self._placement.homes.items():
             if backend in home.hosts and len(home.hosts) > 1:
@@ -202,10 +201,10 @@ class Partitioned:
 
 
 def _score(candidate: Candidate) -> float:
-    """Return what a request may expect there, the smaller the better: seconds of work times those who share them."""
+    """Return a cost to compare backends by, smaller is better: seconds of work times the requests that share them."""
     seconds = candidate.work_tokens / (candidate.tokens_per_s or TOKENS_PER_S)
     if not candidate.open and candidate.slots_free == 0:
-        seconds *= 2  # a slot is free when what runs now has ended
+        seconds *= 2  # a slot is free once the present runs have ended
     if not candidate.resident:
         seconds += LOAD_S
     return seconds * (candidate.in_flight + 1)
@@ -216,7 +215,7 @@ def _better(candidate: Candidate) -> tuple[float, int]:
 
 
 def _for_base(candidates: Candidates, pool: Pool) -> Choice:
-    """Send a request that needs no adapter to the better of two backends; each two get their turn."""
+    """Send a base request to the better of two backends; the pairs alternate."""
     backends = sorted(candidates.backends)
     pool.turn += 1
     two = [backends[(pool.turn + step) % len(backends)] for step in range(2)]

@@ -1,4 +1,4 @@
-"""Which backends host which versions, and what each backend then holds."""
+"""Which backends host which versions, and the pages that each backend then holds."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 @dataclass
 class Home:
-    """Where a version lives. `pool` are the backends that can serve it, those that are down at the moment included."""
+    """Where a version lives. `pool` holds the backends that can serve it, including those that are down."""
 
     hosts: list[str]
     pages: int
     rank: int
     pool: tuple[str, ...]
     picks: int = 0
-    """Requests since the last count of its replicas."""
+    """Requests since the last count of its hosts."""
     votes: int = 0
-    """Those of them that no host should have been given."""
+    """Those of them that were sent past its hosts."""
     streak: int = 0
-    """How many counts in a row said it has too few replicas; negative: too many."""
+    """How many consecutive counts found too few hosts; negative: too many."""
 
 
 class Placement:
-    """All homes. Pages are counted as they change, so a question about a backend costs nothing."""
+    """All homes. Pages are counted incrementally, so a question about a backend costs O(1)."""
 
     def __init__(self) -> None:
         self.homes: dict[str, Home] = {}
         self.pages: dict[str, int] = {}
         self.moves = 0
-        """Hosts that were replaced by another, ever."""
+        """How many hosts were replaced by another."""
 
     def add(self, version: str, home: Home) -> None:
         assert version not in self.homes, f"{version} has a home"
@@ -83,7 +83,7 @@ class Placement:
 
 
 def _written(home: Home) -> dict[str, Any]:
-    """Return a home as journals have it: these names stay, whatever the fields are called."""
+    """Return a home as journals store it: these names stay even if fields are renamed."""
     return {
         "hosts": list(home.hosts),
         "pages": home.pages,

@@ -1,4 +1,4 @@
-"""A set of backends that requests are offered: what each can take, of slots, of the work and of what is in flight."""
+"""A set of candidate backends: each one's share of slots, of the work and of what is in flight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from policies.routing.placement import Placement
 from policies.views import Candidate, Candidates
 
 SLACK = 0.25
-"""A backend may have this much more than its share of what is in flight before hosts are passed over."""
+"""A backend may exceed its share of what is in flight by this fraction before hosts are passed over."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class Share:
     """What one backend of a pool may be given."""
 
     weight: float
-    """Its part of the pool's work; the parts add up to 1."""
+    """Its fraction of the pool's work; the fractions add up to 1."""
     pages: int | None
-    """Pages that may be open at once; None while that is not known."""
+    """Pages that may be open at once; None while unknown."""
 
 
 def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
-    """Return the pages that may be placed on each backend so that `pages_wanted` find room in all.
+    """Return the pages that may be placed on each backend so that `pages_wanted` fit in all.
 
-    That is what each can have open, as long as it suffices; when it does not, or is not known, the excess is spread in
-    proportion: waiting for slots is then the same everywhere.
+    That is what each can have open, if it suffices. If not, or if it is unknown, the excess is spread in proportion, so
+    that waiting for slots is the same everywhere.
     """
     known = {backend: share.pages for backend, share in shares.items() if share.pages is not None}
     usual = max(1, sum(known.values()) // len(known)) if known else 1
@@ -40,17 +40,17 @@ def rooms(shares: dict[str, Share], pages_wanted: int) -> dict[str, int]:
 
 @dataclass
 class Pool:
-    """One set of backends, when it is to be looked at again, and whose turn it is among them."""
+    """One set of backends, when it is next reviewed and counted, and the counter that alternates base requests."""
 
     shares: dict[str, Share]
     tokens_per_s: float
-    """What all of them can do; 0 while that is not known."""
+    """The output of all of them; 0 while unknown."""
     review_ns: int
     count_ns: int
     turn: int = 0
 
     def measure(self, candidates: Candidates) -> None:
-        """Look at every candidate: what it can have open, and its part of the work by speed, or by seats."""
+        """Measure every candidate: the pages that it can have open, and its share of the work by speed or by seats."""
         offered = list(candidates)
         speeds = [one.tokens_per_s for one in offered]
         known = all(speed > 0 for speed in speeds)
@@ -62,15 +62,15 @@ class Pool:
         }
 
     def cap(self, backend: str, in_flight: int) -> int:
-        """Return the requests that a backend may have before its versions may go elsewhere."""
+        """Return how many requests a backend may have before its versions may go elsewhere."""
         return math.ceil((1 + SLACK) * (in_flight + 1) * self.shares[backend].weight)
 
     def over_its_share(self, host: Candidate, in_flight: int) -> bool:
-        """Whether a host has no seat left and more than its bounded share: a request would wait there, for others'."""
+        """Return True if a host has no free seat and exceeds its bounded share: a request would wait there."""
         return host.in_flight >= host.seats and host.in_flight >= self.cap(host.backend, in_flight)
 
     def has_room(self, backend: str, pages: int, placement: Placement) -> bool:
-        """Whether a backend can have everything open that is placed on it, and this many pages more."""
+        """Return True if a backend can open everything placed on it and this many pages more."""
         limit = self.shares[backend].pages
         return limit is None or placement.pages.get(backend, 0) + pages <= limit
 

@@ -1,12 +1,12 @@
 """Dynamo's placement of adapters: replicas in proportion to load, on a rendezvous set.
 
 After `lib/llm/src/lora/{controller,filter,load_estimator}.rs` and `routing/hrw.rs`. Every 3 s the arrivals of the last
-90 s, smoothed by an EMA of 0.3, say how many replicas a version gets: its share of all slots, rounded up, at most one a
-backend, scaled down by largest remainder (ties by name) when the slots do not suffice. Replicas stay where they are
-while there is room, else follow the rendezvous order past full backends; fewer replicas only after a cool-down of three
-ticks. A request goes to a replica that has the version loaded, else to any replica, never elsewhere; before the first
-tick to where it is loaded, else anywhere. Among those the fewest in flight win, which is kinder than Dynamo's own
-round robin.
+90 s, smoothed by an EMA of 0.3, decide how many replicas a version gets: its share of all slots, rounded up, at most
+one per backend, scaled down by largest remainder (ties by name) if the slots do not suffice. Replicas stay where they
+are while there is space, else follow the rendezvous order past full backends; their number falls only after a cool-down
+of three ticks. A request goes to a replica that has the version loaded, else to any replica, never elsewhere; before
+the first tick to where it is loaded, else anywhere. Among those the fewest in flight win, which is kinder than Dynamo's
+own round robin.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ WINDOW_TICKS = 30
 SMOOTHING = 0.3
 COOLDOWN_TICKS = 3
 VERSIONS_MAX = 8192
-"""Versions that are counted; one more makes the longest known be forgotten."""
+"""How many versions are counted; past that the first counted is forgotten."""
 EPSILON = 0.5
-"""A smoothed load below this many requests a window is none: the version is forgotten."""
+"""A version whose smoothed load is below this many requests per window is forgotten."""
 
 
 class Proportional:
@@ -87,7 +87,7 @@ class Proportional:
         self._replicas[version] = chosen
 
     def _smooth(self, tick: int, ticks: int) -> None:
-        """Bring the loads up to date and forget what has none left."""
+        """Update the loads and forget versions that have none left."""
         for version in list(self._arrivals):
             buckets = self._arrivals[version]
             for old in [one for one in buckets if one <= tick - WINDOW_TICKS]:
@@ -118,7 +118,7 @@ class Proportional:
 
     def snapshot(self) -> Any:
         arrivals = [[version, list(buckets.items())] for version, buckets in self._arrivals.items()]
-        # Copies: the journal writes them while this policy goes on.
+        # Copies: the journal writes them while this policy continues.
         return [self._tick, arrivals, dict(self._smoothed), dict(self._replicas), dict(self._shrank)]
 
     def restore(self, state: Any) -> None:
@@ -128,7 +128,7 @@ class Proportional:
 
 
 def replica_counts(loads: Mapping[str, float], slots: int, backends: int) -> dict[str, int]:
-    """Return how many replicas each version gets: its share of the slots, at least 1, at most one a backend.
+    """Return the number of replicas of each version: its share of the slots, at least 1, at most one per backend.
 
     With more versions than slots only the most loaded ones get any (`compute_active_replica_counts`).
     """
@@ -153,7 +153,7 @@ def replica_counts(loads: Mapping[str, float], slots: int, backends: int) -> dic
 def _sticky(
     order: tuple[str, ...], count: int, prior: list[str], used: Mapping[str, int], slots: Mapping[str, int]
 ) -> list[str]:
-    """Keep the prior replicas that have room, then take others in rank order that have; the first in rank if none."""
+    """Keep prior replicas with space, then take others with space in rank order; the first in rank if none has."""
     roomy = [backend for backend in order if used[backend] < slots[backend]]
     kept = [backend for backend in roomy if backend in prior]
     chosen = (kept + [backend for backend in roomy if backend not in prior])[:count]

@@ -1,4 +1,4 @@
-"""Rates that forget: sums in which what is one half-life old counts half."""
+"""Decaying rates: sums in which an amount counts half after one half-life."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 class DecayedRates:
-    """One exponentially decayed rate a key, in units a second.
+    """One exponentially decayed rate per key, in units per second.
 
-    The first half-lives are not taken for a slow start: a sum is divided by the time that it can have been added up in.
+    A sum is divided by the time over which it can have accumulated, so that the first half-lives do not look like a
+    slow start.
     """
 
     def __init__(self, half_life_ns: int) -> None:
@@ -23,12 +24,12 @@ class DecayedRates:
         self._sums[key] = (self.total(key, now_ns) + amount, now_ns)
 
     def total(self, key: str, now_ns: int) -> float:
-        """Return what was added, halved for each half-life since; 0 for a key that is not known."""
+        """Return the decayed sum of a key; 0 for an unknown key."""
         known = self._sums.get(key)
         return 0.0 if known is None else known[0] * math.exp2((known[1] - now_ns) / self._half_life_ns)
 
     def rate(self, key: str, now_ns: int) -> float:
-        """Return the rate a second; 0 for a key that is not known."""
+        """Return the rate per second of a key; 0 for an unknown key."""
         if self._since_ns is None:
             return 0.0
         age = max(1e9, now_ns - self._since_ns) / self._half_life_ns

@@ -1,4 +1,4 @@
-"""Rendezvous hashing: every version ranks the backends, and no two parties need to talk to agree on the order.
+"""Rendezvous hashing: every version ranks the backends, and all parties compute the same order without communication.
 
 Highest random weight: Thaler and Ravishankar, "Using name-based mappings to increase hit rates", IEEE/ACM Transactions
 on Networking 6(1), 1998. The weighted form `-w / ln u` is the logarithmic method of Schindelhauer and Schomaker,
@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from hashlib import blake2b
 
 KEPT_MAX = 8192
-"""Rankings that are remembered; past that all are forgotten and worked out anew."""
+"""How many rankings are cached; past that the cache is cleared."""
 HASH_BITS = 52
 """One less than a float holds: the middle of each interval is exact, and never 0 or 1."""
 
 
 def score(version: str, backend: str, weight: float = 1.0) -> float:
-    """Return how much a version likes a backend: the larger, the more; proportional in `weight` over many versions.
+    """Return a backend's score for a version; the largest wins, in proportion to `weight` over many versions.
 
-    The same for any two names of which one chooses the other.
+    It works for any two names of which one chooses the other.
     """
     digest = blake2b(f"{len(version)}:{version}:{backend}".encode(), digest_size=8).digest()
     uniform = ((int.from_bytes(digest, "big") >> (64 - HASH_BITS)) + 0.5) / 2**HASH_BITS
@@ -29,12 +29,12 @@ def score(version: str, backend: str, weight: float = 1.0) -> float:
 
 
 def ranked(version: str, weights: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the backends, best liked first; equal scores by id."""
+    """Return the backends by descending score; ties by id."""
     return tuple(sorted(weights, key=lambda backend: (-score(version, backend, weights[backend]), backend)))
 
 
 class Rankings:
-    """`ranked`, remembered for as long as the same backends are asked about."""
+    """A cache of `ranked`, for equal weights."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}

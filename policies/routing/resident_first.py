@@ -1,9 +1,8 @@
 """Resident first, then least in flight.
 
 Three classes in order: the version is in the engine's cache and a seat is free; the version is not there but a seat
-is free; no seat is free. Inside a class requests for a version gather where others of it already wait, then
-the backend with the smallest share of its seats taken wins, then the one whose cache holds least, then the smallest
-id.
+is free; no seat is free. Within a class, requests for a version gather where others of it already wait; then the
+backend with the smallest fraction of its seats taken wins, then the one whose cache holds least, then the smallest id.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from policies.views import Candidate, Candidates, Choice, Waiting
 
 
 class ResidentFirst:
-    """Stateless: the candidates say all there is to know."""
+    """Stateless: the candidates hold everything that it needs."""
 
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
         best = min(candidates, key=_rank)

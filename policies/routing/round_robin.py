@@ -1,4 +1,4 @@
-"""Each backend in turn: the baseline that knows nothing of adapters or load."""
+"""Each backend in order: the baseline that ignores adapters and load."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from policies.views import Candidates, Choice, Waiting
 
 
 class RoundRobin:
-    """One count for all requests; the backends take turns in the order of their ids."""
+    """One counter for all requests; the backends alternate in the order of their ids."""
 
     def __init__(self) -> None:
         self._count = 0

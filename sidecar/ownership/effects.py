@@ -1,4 +1,4 @@
-"""What is to be done, in the imperative."""
+"""Effects: what the shell must do, in the imperative."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SendBeat:
 
 @dataclass(frozen=True, slots=True)
 class SendLeave:
-    """Tell Redis that this member is gone and has given back all that it had. Nothing is left to do afterwards."""
+    """Tell Redis that this member has left and given back all its leases. It is the last effect of a member."""
 
     member: str
 
@@ -27,8 +27,9 @@ class SendLeave:
 class SendAcquire:
     """Ask Redis for a lease; answered by LeaseAnswered or LeaseFailed.
 
-    `agreed` are those who have pledged it to nobody, this member among them. `holds`: this member owns it, and Redis
-    has forgotten. Redis carries it out only in `generation` and not after `by_ns` of its clock.
+    `agreed` are the members that have pledged the backend to no other, this one included. `holds` means that this
+    member owns it and Redis has forgotten that. Redis grants it only in `generation` and until `by_ns` of its own
+    clock.
     """
 
     number: int
@@ -54,7 +55,7 @@ class SendRenew:
 
 @dataclass(frozen=True, slots=True)
 class SendRelease:
-    """Give a lease back. If it gets lost, the lease ends by itself."""
+    """Give a lease back. If this is lost, the lease ends by itself."""
 
     backend: str
     token: str
@@ -85,7 +86,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """A backend is this member's from now on, or still is, under a newer epoch."""
+    """This member owns a backend from now on, or still does under a newer epoch."""
 
     backend: str
     epoch: int
@@ -93,7 +94,7 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Disown:
-    """Dispatch no more to a backend. For MOVED and DRAINING, InFlightEnded has to follow."""
+    """Stop dispatching to a backend. For MOVED and DRAINING, InFlightEnded must follow."""
 
     backend: str
     why: Why

@@ -14,7 +14,7 @@ class Purpose(Enum):
 
 
 class Why(Enum):
-    """Why a backend's queue is given up. In-flight work goes on; what has no token may be sent elsewhere."""
+    """Why a backend's queue is given up. Runs in flight continue; requests without a token may be sent elsewhere."""
 
     LEASE_ENDED = "the lease ended and could not be renewed"
     TAKEN = "another member holds the lease"

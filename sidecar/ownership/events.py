@@ -1,7 +1,7 @@
-"""What has happened, in the past tense. Each Send effect but the releases is answered, or said to have failed.
+"""Events: what has happened, in the past tense. Each Send effect except SendRelease and SendLeave gets an answer.
 
-`number` is that of the effect that is answered. An answer that comes late, twice or after a failure does no harm.
-Times of Redis are in ns by its own clock.
+`number` is that of the effect that is answered. Late and repeated answers, also after a failure, are harmless. Times of
+Redis are in ns of its own clock.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from sidecar.ownership.facts import Lease, Member
 
 @dataclass(frozen=True, slots=True)
 class BeatAnswered:
-    """Redis as it is: who lives, and the leases of its generation.
+    """The state of Redis: live members, and the leases of its generation.
 
-    `newborn_ns` is until a backend without a lease may be acquired; not positive once that is so.
+    `newborn_ns` is the time until a backend without a lease may be acquired; not positive once it may.
     """
 
     number: int
@@ -36,7 +36,7 @@ class BeatFailed:
 class LeaseAnswered:
     """The answer to SendAcquire or SendRenew.
 
-    If refused, `holder` is who holds it, ended or not; "" if this generation knows of no holder.
+    After a refusal, `holder` is the member that holds the lease, ended or not; "" if this generation knows of none.
     """
 
     number: int
@@ -49,14 +49,14 @@ class LeaseAnswered:
 
 @dataclass(frozen=True, slots=True)
 class LeaseFailed:
-    """Whether the script ran is not known."""
+    """The call failed; whether Redis ran the script is unknown."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class AskAnswered:
-    """What a member says: `agreed` is a pledge, or that none is outstanding, or that a move has begun.
+    """The answer of a member: `agreed` means a pledge, that no other pledge is outstanding, or that a move has begun.
 
     `epoch` is the newest that it has seen of the backend.
     """
@@ -82,14 +82,14 @@ class AskReceived:
 
 @dataclass(frozen=True, slots=True)
 class InFlightEnded:
-    """Nothing is in flight any more at a backend that was disowned to be moved."""
+    """Nothing is in flight any more at a backend that was disowned in order to be moved."""
 
     backend: str
 
 
 @dataclass(frozen=True, slots=True)
 class BackendFound:
-    """There is a backend more. Other members may know it already, or not yet. `home` is as for `Ownership`."""
+    """A backend was discovered, maybe not yet by other members. `home` is as for `Ownership`."""
 
     backend: str
     home: str = ""
@@ -97,19 +97,19 @@ class BackendFound:
 
 @dataclass(frozen=True, slots=True)
 class BackendGone:
-    """There is a backend less, as far as this member knows."""
+    """A backend is gone as far as this member knows."""
 
     backend: str
 
 
 @dataclass(frozen=True, slots=True)
 class DrainBegun:
-    """Give up everything, one after another, and leave."""
+    """Give up all backends one after another, and leave."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed a point that a `WakeAt` effect asked for; also the first event of a life."""
+    """The time of a `WakeAt` effect has passed; also the first event of a member."""
 
 
 Event = (

@@ -1,4 +1,4 @@
-"""What is known of members and leases, and the bounds that all of them share."""
+"""Members, leases, and the time bounds that all members share."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 SECOND_NS = 1_000_000_000
 LEADER = "#leader"
-"""The lease of whoever does what one of them must do: a backend by a name that no backend can have."""
+"""The lease for tasks of a single member: a backend with an id that no backend can have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One life of one process. `id` is never used again; `name` lives on, and two lives of one name never overlap."""
+    """One life of one process. `id` is never used again; `name` stays, and two lives of one name never overlap."""
 
     id: str
     name: str
@@ -21,10 +21,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease as Redis had it when it answered; only of its present generation.
+    """A lease as Redis reported it, of its present generation.
 
-    `left_ns` is until its end, never positive once it has ended or was released; `unattended_ns` until it may be taken
-    over where no witness answers.
+    `left_ns` is the time until its end, not positive once it has ended or was released; `unattended_ns` the time until
+    it may be taken over if no witness answers.
     """
 
     backend: str
@@ -39,13 +39,13 @@ class Lease:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Times in ns, equal on all members. ValueError if they contradict each other.
+    """Times in ns, equal on all members. Raises ValueError if they contradict each other.
 
-    `drift` is by how much, as a share, the rates of any two clocks may differ, Redis's among them. `margin_ns` is what
-    remains for a clock that is set, and between the check and the write. `ask_ns` is how long answers of members are
-    waited for. `attempt_ns` is how long after a look at Redis an acquisition that rests on it may be carried out: at
-    most a lease, so that one granted in between is still there. `alone_ns` is how long an owner goes on without Redis
-    at most, on the pledges of its witnesses, counted from what Redis granted last.
+    `drift` is the largest relative difference between the rates of any two clocks, Redis's included. `margin_ns` allows
+    for clocks that are set, and for the time between check and write. `ask_ns` is how long members' answers are waited
+    for. `attempt_ns` is how long after a look at Redis an acquisition based on it may be carried out: at most a lease,
+    so that a lease granted in between still exists. `alone_ns` is how long an owner may continue without Redis on the
+    pledges of its witnesses, counted from the last grant of Redis.
     """
 
     ttl_ns: int = 10 * SECOND_NS
@@ -57,7 +57,7 @@ class Bounds:
 
     @classmethod
     def of_lease(cls, ttl_ns: int) -> Bounds:
-        """Return the bounds of a lease: the default ones, in proportion where the lease is shorter than that one."""
+        """Return the bounds for a lease of `ttl_ns`: the default ones, scaled down for a shorter lease."""
         usual = cls()
         share = min(1.0, ttl_ns / usual.ttl_ns)
         return cls(
@@ -78,26 +78,26 @@ class Bounds:
 
     @property
     def grace_ns(self) -> int:
-        """How long a taker waits that no witness answers: from the last renewal, or from the birth of a generation.
+        """How long a taker waits if no witness answers: from the last renewal, or from the start of a generation.
 
-        A lease, in which owners claim and renew, and the time to ask twice.
+        It is a lease, in which owners claim and renew, plus the time to ask twice.
         """
         return self.ttl_ns + 2 * self.ask_ns
 
     @property
     def every_ns(self) -> int:
-        """Between two beats, and between two renewals."""
+        """The time between two beats, and between two renewals."""
         return self.ttl_ns // 3
 
     @property
     def retry_ns(self) -> int:
-        """Until what failed is tried again."""
+        """The time after which a failed call is repeated."""
         return self.ttl_ns // 10
 
     def usable_ns(self, span_ns: int) -> int:
-        """Return how much of a span that another clock counts is there for certain by one's own."""
+        """Return how much of a span on another clock certainly remains on one's own."""
         return int(span_ns * (1 - self.drift)) - self.margin_ns
 
     def passed_ns(self, span_ns: int) -> int:
-        """Return after how long by one's own clock a span that another clock counts has passed for certain."""
+        """Return after how much time on one's own clock a span on another clock has certainly passed."""
         return int(span_ns * (1 + self.drift)) + self.margin_ns

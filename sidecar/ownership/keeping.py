@@ -1,6 +1,6 @@
-"""A lease is kept: renewed, claimed anew from a Redis that forgot it, and without Redis by the pledges of all.
+"""Keep a lease: renew it, claim it anew from a Redis that forgot it, and continue without Redis on pledges.
 
-Until a newer epoch of its backend is seen, wherever it is heard of: then another owns it, and this one stops at once.
+A lease ends at once when a newer epoch of its backend is seen anywhere, because another member owns the backend then.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sidecar.ownership.step import Step
 
 
 def keep(step: Step, slot: Slot, hold: Hold) -> None:
-    """Do what is due for a lease: let it end, renew it, ask the witnesses."""
+    """Do what is due for a lease: end it, renew it, ask the witnesses."""
     if step.now >= hold.valid_ns:
         if isinstance(slot.state, Owned) and hold.ask_ns is not None:
             _lapse(step, slot, hold)
@@ -39,7 +39,7 @@ def _ask(step: Step, slot: Slot, hold: Hold) -> None:
 
 
 def _lapse(step: Step, slot: Slot, hold: Hold) -> None:
-    """Stop, and go on asking: a witness that stood still for a moment must not cost the backend until Redis is back."""
+    """Stop, but go on asking: a witness that paused for a moment must not cost the backend until Redis is back."""
     if hold.call is not None:
         step.know.calls.pop(hold.call.number, None)
         hold.call = None
@@ -50,7 +50,7 @@ def _lapse(step: Step, slot: Slot, hold: Hold) -> None:
 
 
 def look_after(step: Step, slot: Slot, hold: Hold) -> None:
-    """Ask the witnesses of a lapsed lease again; leave it when Redis answers, another follows or time is up."""
+    """Ask the witnesses of a lapsed lease again; drop it when Redis answers, another owner follows or time is up."""
     bounds, know = step.know.bounds, step.know
     too_late = step.now >= hold.granted_ns + bounds.usable_ns(bounds.alone_ns)
     if know.reaches_redis or know.member.draining or too_late or step.is_over(slot.backend, hold.epoch):
@@ -61,27 +61,27 @@ def look_after(step: Step, slot: Slot, hold: Hold) -> None:
 
 
 def _is_anothers(step: Step, slot: Slot, hold: Hold) -> bool:
-    """Whether a newer epoch is known that is not this lease's own for certain.
+    """Return True if a newer epoch is known that is certainly not this lease's own.
 
-    What Redis granted to a claim may be heard of before its answer comes; nothing is dispatched meanwhile.
+    The epoch granted to a claim may be heard of before the grant arrives; nothing is dispatched in between.
     """
     return step.know.is_overtaken(slot.backend, hold.epoch) and not hold.claimed
 
 
 def _called(step: Step, hold: Hold, call: SendRenew | SendAcquire) -> None:
-    """Remember whom a call to Redis named; of calls that named the same only the last."""
+    """Remember the witnesses that a call to Redis named; of calls with equal witnesses only the last."""
     others = {number: named for number, named in hold.witnesses.items() if named != call.witnesses}
     hold.witnesses = {**others, call.number: call.witnesses}
     hold.call = Call(call.number, step.now)
 
 
 def _witnesses_of(hold: Hold) -> set[str]:
-    """Return all whom Redis may know as this lease's witnesses."""
+    """Return all members that Redis may have recorded as this lease's witnesses."""
     return {each for witnesses in hold.witnesses.values() for each in witnesses}
 
 
 def go_on(step: Step, slot: Slot, hold: Hold) -> None:
-    """Prolong a lease by the pledges of all witnesses, if they are complete and nobody knows of a newer one."""
+    """Prolong a lease if all witnesses have pledged and none knows of a newer epoch."""
     bounds = step.know.bounds
     assert hold.round is not None
     if hold.round.refused or step.is_over(slot.backend, hold.epoch):
@@ -102,7 +102,7 @@ def go_on(step: Step, slot: Slot, hold: Hold) -> None:
 
 
 def answered(step: Step, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> None:
-    """Count a renewal from when it was sent; claim what this generation of Redis does not know of."""
+    """Handle a renewal's answer: count the lease from the request, or claim it if Redis does not know of it."""
     bounds, call = step.know.bounds, hold.call
     assert call is not None, f"{slot.backend}: one call at a time"
     assert call.number == event.number, f"{slot.backend}: one call at a time"
@@ -138,7 +138,7 @@ def _renewed(step: Step, hold: Hold, call: Call) -> None:
 
 
 def failed(step: Step, hold: Hold) -> None:
-    """Redis did not answer: try again soon, and ask the witnesses meanwhile."""
+    """Handle a missing answer of Redis: retry soon, and ask the witnesses meanwhile."""
     hold.call = None
     hold.renew_ns = step.now + step.know.bounds.retry_ns
     if hold.ask_ns is None:

@@ -1,4 +1,4 @@
-"""Backends move to whom they belong, one at a time for each member that gives and for each that takes."""
+"""Move backends to their preferred members, one at a time per giving and per taking member."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def answered(step: Step, move: Move, event: AskAnswered) -> None:
 
 
 def again(step: Step, move: Move) -> None:
-    """Ask again for what was agreed, for as long as it takes; leave what was not answered."""
+    """Repeat an ask that was agreed to until it is done; drop one that was not answered."""
     if move.agreed:
         _ask(step, move.backend, move.owner)
     else:
@@ -70,7 +70,7 @@ def again(step: Step, move: Move) -> None:
 
 
 def asked(step: Step, event: AskReceived) -> bool:
-    """Begin to hand over what the asking member is preferred for, unless something else is under way."""
+    """Begin to hand over a backend to the member that is preferred for it, unless another hand-over is in progress."""
     slot = step.know.slots.get(event.backend)
     if slot is None or slot.hold is None or _preferred(step, slot) != event.member:
         return False
@@ -80,14 +80,14 @@ def asked(step: Step, event: AskReceived) -> bool:
 
 
 def in_flight_ended(step: Step, slot: Slot) -> None:
-    """Give back a lease whose work is done, once Redis has confirmed it."""
-    if isinstance(slot.state, HandingOver):  # else the lease has ended meanwhile
+    """Note that a hand-over has nothing in flight; the lease is given back once Redis has confirmed it."""
+    if isinstance(slot.state, HandingOver):  # otherwise the lease has ended meanwhile
         slot.state.is_idle = True
         slot.state.hold.renew_ns = step.now
 
 
 def drain(step: Step) -> None:
-    """Hand over the next, and leave after the last."""
+    """Hand over the next backend; leave after the last one."""
     know = step.know
     if not know.member.draining or know.left or step.is_handing_over:
         return

@@ -1,4 +1,4 @@
-"""Ownership: `step(event, now_ns) -> effects`, and `may_dispatch` to be asked right before every dispatch."""
+"""Ownership: `step(event, now_ns) -> effects`, and `may_dispatch`, which is called right before every dispatch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from sidecar.ownership.step import NEVER_NS, Knowledge, Step, leases_of
 
 
 class Ownership:
-    """What one member owns, and what it does to own it.
+    """The backends of one member, and its steps to own them.
 
-    `backends` maps each backend to the name of its replica, "" if any may own it. `jitter` in [0, 1) spreads members:
-    the greater, the up to a tenth more often a member beats and renews.
+    `backends` maps each backend to the name of its replica, or "" if any may own it. `jitter` in [0, 1) spreads the
+    members: it shortens the interval of beats and renewals by up to a tenth.
     """
 
     def __init__(self, member: Member, backends: Mapping[str, str], bounds: Bounds, jitter: float = 0.0) -> None:
@@ -29,9 +29,9 @@ class Ownership:
         self.know = Knowledge(bounds, member, slots, int(bounds.every_ns * (1 - jitter / 10)))
 
     def may_dispatch(self, backend: str, now_ns: int) -> int | None:
-        """Return the epoch under which a request may go to a backend now, None if it may not.
+        """Return the epoch under which a request may be sent to a backend now, or None.
 
-        Never one that is older than the newest that this member has seen.
+        It is never older than the newest epoch that this member has seen.
         """
         slot = self.know.slots.get(backend)
         state = None if slot is None else slot.state
@@ -44,28 +44,29 @@ class Ownership:
         return slot is not None and isinstance(slot.state, HandingOver)
 
     def step(self, event: ev.Event, now_ns: int) -> list[do.Effect]:
-        """Take one event at `now_ns` (monotonic, never smaller than before) and return what is to be done."""
+        """Take one event at `now_ns` (monotonic, never decreasing) and return the effects to carry out."""
         step = Step(now_ns, self.know)
         if self.know.left:
             return []
-        _end_what_is_over(step)
+        _end_leases(step)
         HANDLERS[type(event)](step, event)
-        _do_what_is_due(step)
+        _run_due(step)
         _set_wake(step)
         return step.effects
 
 
-def _end_what_is_over(step: Step) -> None:
+def _end_leases(step: Step) -> None:
+    """End what is over, before anything else: no late answer may prolong a lease that ended during a pause."""
     """Before anything else: a lease that ended during a pause must not be prolonged by what came in meanwhile."""
     know = step.know
     for slot in know.slots.values():
         if slot.hold is not None and step.now >= slot.hold.valid_ns:
             keeping.keep(step, slot, slot.hold)
     know.pledges = {backend: each for backend, each in know.pledges.items() if step.now < each.until_ns}
-    know.heard = {said: until_ns for said, until_ns in know.heard.items() if step.now < until_ns}
+    know.heard = {claim: until_ns for claim, until_ns in know.heard.items() if step.now < until_ns}
 
 
-def _do_what_is_due(step: Step) -> None:
+def _run_due(step: Step) -> None:
     know = step.know
     for slot in know.slots.values():
         if isinstance(slot.state, Asking):
@@ -118,7 +119,7 @@ def _beat_answered(step: Step, event: ev.BeatAnswered) -> None:
     leases = leases_of(event)
     for lease in event.leases:
         step.saw(lease.backend, lease.epoch)
-        if lease.left_ns >= know.bounds.attempt_ns:  # so nobody follows on what this member agreed to before
+        if lease.left_ns >= know.bounds.attempt_ns:  # too late for any takeover that this member agreed to before
             know.over.pop(lease.backend, None)
     if know.member.draining:
         return
@@ -194,7 +195,7 @@ def _backend_found(step: Step, event: ev.BackendFound) -> None:
 
 
 def _backend_gone(step: Step, event: ev.BackendGone) -> None:
-    """Give back what this member has of it: others may still know it. The newest epoch of it stays known."""
+    """Give back a backend's lease, since other members may still know the backend. Its newest epoch is remembered."""
     know = step.know
     slot = know.slots.pop(event.backend, None)
     if slot is None:
@@ -231,14 +232,14 @@ def received(step: Step, event: AskReceived) -> None:
 
 
 def _is_free_for(step: Step, event: AskReceived) -> bool:
-    """Whether a backend is neither held here nor pledged to another than who asks."""
+    """Return True if a backend is neither held here nor pledged to a member other than the asking one."""
     slot = step.know.slots.get(event.backend)
     is_held = slot is not None and slot.hold is not None
     return not is_held and step.pledged_to(event.backend) in ("", event.member)
 
 
 def _go_on(step: Step, event: AskReceived) -> bool:
-    """Agree that an owner goes on if Redis is away from here too. If it is not known to be, find out."""
+    """Agree that an owner continues, if Redis is unreachable from here too; if it is not known to be, find out."""
     if step.know.reaches_redis:
         step.look_at(step.now)
         return False
@@ -249,7 +250,7 @@ def _go_on(step: Step, event: AskReceived) -> bool:
 
 
 def _take_over(step: Step, event: AskReceived) -> bool:
-    """Agree that another follows on a lease that has ended: nobody goes on with it here, or by a pledge of here."""
+    """Agree that another member takes over an ended lease, if neither this member nor a pledge of it keeps it."""
     if not _is_free_for(step, event):
         return False
     step.agree_to_follower(event.backend, event.epoch)

@@ -1,4 +1,4 @@
-"""Whose a backend should be: every member computes the same order, and one that comes or goes moves only its share."""
+"""Which member should own a backend: all compute the same order, and one that comes or goes moves only its share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sidecar.ownership.facts import Member
 
 
 def order(backend: str, home: str, members: Iterable[Member]) -> list[Member]:
-    """Return those who may own a backend, the preferred one first.
+    """Return the members that may own a backend, the preferred one first.
 
-    A backend with a `home` is only for the member of that name; draining members are for none.
+    A backend with a `home` may only be owned by the member of that name; draining members may own none.
     """
     able = [member for member in members if not member.draining and home in ("", member.name)]
     return sorted(able, key=lambda member: (-score(backend, member.name, member.weight), member.name, member.id))

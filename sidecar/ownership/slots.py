@@ -1,4 +1,4 @@
-"""Where this member stands with one backend: a state for each phase, with what exists only in it.
+"""The state of one backend at this member: a class for each phase, with the fields that exist only in it.
 
 FREE ─→ ASKING ─→ ACQUIRING ─→ OWNED ─→ HANDING_OVER ─→ FREE
   └────────────────↗            ↓ ↑
@@ -14,7 +14,7 @@ from sidecar.ownership.effects import SendAcquire
 
 @dataclass
 class Round:
-    """One question to several members. `missing` maps the numbers of the asks to who has not answered yet."""
+    """One question to several members. `missing` maps the number of each open ask to its member."""
 
     sent_ns: int
     missing: dict[int, str]
@@ -26,14 +26,14 @@ class Round:
 
 @dataclass
 class Free:
-    """Not this member's. `since_ns` is from when on nobody seemed to have it, None while somebody does."""
+    """Not this member's. `since_ns` is when the backend became free as far as is known; None while it is held."""
 
     since_ns: int | None = None
 
 
 @dataclass
 class Ground:
-    """What an acquisition rests on: a look at Redis, and until when, by Redis's clock, it may be carried out."""
+    """The basis of an acquisition: Redis's generation, and until when, on Redis's clock, it may be carried out."""
 
     generation: str
     by_ns: int
@@ -41,9 +41,9 @@ class Ground:
 
 @dataclass
 class Asking:
-    """Others are asked before a lease is taken over. `vouched` are those who agree without being asked.
+    """Other members are asked before a lease is taken over. `vouched` are those that agree without being asked.
 
-    `witnesses` are those of the lease, its holder among them; none if Redis knows of no lease.
+    `witnesses` are those of the lease, its holder included; empty if Redis knows of no lease.
     """
 
     free: Free
@@ -72,21 +72,21 @@ class Call:
 
 @dataclass
 class Hold:
-    """A lease. At `valid_ns` it is over, by this member's own clock.
+    """A lease. It ends at `valid_ns` of this member's own clock.
 
-    `witnesses` maps the number of the last renewal that was answered, and of each later one, to whom it named: Redis
-    has one of them.
+    `witnesses` maps the number of the last answered renewal, and of each later one, to the witnesses that it named:
+    Redis has recorded one of them.
     """
 
     token: str
     epoch: int
     granted_ns: int
-    """When what Redis granted last was sent."""
+    """When the request that Redis granted last was sent."""
     valid_ns: int
     renew_ns: int
     witnesses: dict[int, tuple[str, ...]]
     claimed: bool = False
-    """Redis may have granted a newer epoch to this very lease: a claim has been sent, and no grant has come since."""
+    """A claim was sent and not yet granted, so Redis may have given this very lease a newer epoch."""
     call: Call | None = None
     round: Round | None = None
     ask_ns: int | None = None
@@ -100,9 +100,9 @@ class Owned:
 
 @dataclass
 class Lapsed:
-    """A lease that ended while Redis was away, a witness not having pledged in time.
+    """A lease that ended while Redis was unreachable and a witness had not pledged in time.
 
-    It is owned again, under its epoch, if all witnesses pledge it and none has agreed before that another takes over.
+    It is owned again, under its epoch, if all witnesses pledge it and none has agreed to another owner before.
     """
 
     hold: Hold
@@ -110,9 +110,9 @@ class Lapsed:
 
 @dataclass
 class HandingOver:
-    """Nothing is dispatched any more. Once nothing is in flight either it is given back, to a Redis that knows of it.
+    """Nothing is dispatched any more. Once nothing is in flight either, the lease is given back.
 
-    Of a lease that this generation of Redis knows nothing of a release means nothing, and everybody would wait.
+    It must be given back to a Redis that knows of it: otherwise the release means nothing and every member would wait.
     """
 
     hold: Hold
@@ -145,7 +145,7 @@ class Slot:
 
     @property
     def asking_hold(self) -> Hold | None:
-        """The lease whose witnesses may be asked to go on."""
+        """The lease whose witnesses may be asked to let it continue."""
         return self.state.hold if isinstance(self.state, Owned | Lapsed) else None
 
     @property
@@ -163,7 +163,7 @@ class Pledge:
 
 @dataclass
 class Move:
-    """A backend that its owner was asked to hand to this member. At `again_ns` it is asked again."""
+    """A backend that its owner was asked to hand over to this member. At `again_ns` it is asked again."""
 
     backend: str
     owner: str

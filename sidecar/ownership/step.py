@@ -1,4 +1,4 @@
-"""One step under way: what this member knows, the time, and the effects so far."""
+"""One step in progress: what this member knows, the time, and the effects so far."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NEVER_NS = 1 << 62
 
 @dataclass
 class Knowledge:
-    """All that a member remembers. Nothing of it outlives the member."""
+    """All that a member remembers. None of it outlives the member."""
 
     bounds: Bounds
     member: Member
     slots: dict[str, Slot]
     every_ns: int
-    """Between two beats, and between two renewals of a lease."""
+    """The time between two beats, and between two renewals of a lease."""
     beat_ns: int = 0
     """When the next beat is due."""
     beat: int | None = None
@@ -30,24 +30,24 @@ class Knowledge:
     reaches_redis: bool = False
     left: bool = False
     members: dict[str, Member] = field(default_factory=dict)
-    """Who lived when Redis last answered a beat."""
+    """The live members in Redis's last answer to a beat."""
     epochs: dict[str, int] = field(default_factory=dict)
     """The newest epoch seen, by backend."""
     over: dict[str, int] = field(default_factory=dict)
-    """By backend the epoch that is over for good, and all before it: this member has agreed to a follower."""
+    """The newest epoch that is over for good, by backend: this member has agreed to a later owner."""
     pledges: dict[str, Pledge] = field(default_factory=dict)
     heard: dict[tuple[str, str], int] = field(default_factory=dict)
-    """By backend and member: until when one is believed that said to hold it, or to have pledged it to another."""
+    """By (backend, member): until when its answer that it holds the backend, or has pledged it to another, counts."""
     calls: dict[int, Slot] = field(default_factory=dict)
     """Acquisitions and renewals that await an answer."""
     move: Move | None = None
     asked_last: str = ""
-    """The backend that a move was last asked for."""
+    """The backend for which a move was last asked."""
     numbers: int = 0
     wake_ns: int = NEVER_NS
 
     def is_overtaken(self, backend: str, epoch: int) -> bool:
-        """Whether a newer epoch of a backend has been seen than one that was granted."""
+        """Return True if a newer epoch of a backend has been seen than the one granted."""
         return self.epochs.get(backend, 0) > epoch
 
 
@@ -65,21 +65,21 @@ class Step:
         return self.know.numbers
 
     def look_at(self, at_ns: int) -> None:
-        """Look at Redis at a time, or earlier."""
+        """Ask Redis for its state at a time, or earlier."""
         self.know.beat_ns = min(self.know.beat_ns, max(at_ns, self.now))
 
     def saw(self, backend: str, epoch: int) -> None:
         self.know.epochs[backend] = max(epoch, self.know.epochs.get(backend, 0))
 
     def agree_to_follower(self, backend: str, epoch: int) -> None:
-        """Remember that others may own a backend under epochs that nobody here hears of."""
+        """Remember that a backend may get owners under epochs that this member never hears of."""
         self.know.over[backend] = max(epoch, self.know.epochs.get(backend, 0), self.know.over.get(backend, 0))
 
     def is_over(self, backend: str, epoch: int) -> bool:
         return self.know.is_overtaken(backend, epoch) or self.know.over.get(backend, 0) >= epoch
 
     def pledged_to(self, backend: str) -> str:
-        """Return whom a backend is pledged to, "" if to nobody."""
+        """Return the member to which a backend is pledged, "" if there is none."""
         pledge = self.know.pledges.get(backend)
         return pledge.to if pledge is not None and self.now < pledge.until_ns else ""
 
@@ -88,7 +88,7 @@ class Step:
         self.know.pledges[backend] = Pledge(to, self.now + self.know.bounds.passed_ns(self.know.bounds.ttl_ns))
 
     def believe(self, backend: str, member: str, is_free: bool) -> None:
-        """Remember for the length of a lease that a member said a backend is not free, unless it says that it is."""
+        """Remember a member's answer that a backend is not free for the length of a lease; forget it if it is free."""
         self.know.heard.pop((backend, member), None)
         if not is_free:
             self.know.heard[backend, member] = self.now + self.know.bounds.passed_ns(self.know.bounds.ttl_ns)
@@ -105,7 +105,7 @@ class Step:
     def acquire(
         self, slot: Slot, token: str, ground: Ground, agreed: tuple[str, ...], holds: bool = False
     ) -> do.SendAcquire:
-        """Ask Redis for a lease, under a new token if `token` is ""."""
+        """Ask Redis for a lease; a `token` of "" means a new one."""
         number, know = self.number(), self.know
         know.calls[number] = slot
         call = do.SendAcquire(
@@ -123,14 +123,14 @@ class Step:
         return call
 
     def witnesses(self) -> tuple[str, ...]:
-        """Return whom this member would ask if Redis went away now, itself included."""
+        """Return the members that this one would ask if Redis became unreachable now, itself included."""
         return tuple(sorted({*self.know.members, self.know.member.id}))
 
     def ground(self, generation: str, redis_ns: int) -> Ground:
         return Ground(generation, redis_ns + self.know.bounds.attempt_ns)
 
     def lose(self, slot: Slot, why: Why) -> None:
-        """Give up a lease that is over; Redis is told, in case it knows otherwise."""
+        """Give up a lease that is over, and release it in case Redis still has it."""
         hold = slot.hold
         assert hold is not None
         if isinstance(slot.state, Owned):
@@ -139,7 +139,7 @@ class Step:
         self.look_at(self.now)
 
     def give_back(self, slot: Slot) -> None:
-        """Release what this member has or may have been granted."""
+        """Release what this member has, or may have, been granted."""
         state = slot.state
         if isinstance(state, Acquiring):
             token, number = state.call.token, state.call.number
@@ -151,7 +151,7 @@ class Step:
         slot.become(state.free if isinstance(state, Acquiring) else Free())
 
     def hand_over(self, slot: Slot, why: Why) -> None:
-        """Stop dispatching, so that the lease can be released when nothing is in flight any more."""
+        """Stop dispatching, so that the lease can be released once nothing is in flight."""
         assert isinstance(slot.state, Owned), f"{slot.backend} is not owned"
         assert not self.is_handing_over, "one at a time"
         slot.state.hold.round = None

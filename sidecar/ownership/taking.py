@@ -1,7 +1,7 @@
-"""A backend that nobody owns is acquired: at once on a released lease or as a witness, else with the word of one.
+"""Acquire a backend without an owner: at once if its lease was released or as a witness, else with one's agreement.
 
-Where no witness answers it is acquired after `grace_ns`, unless somebody has answered for the length of a lease to hold
-it, or to have pledged it to its owner.
+If no witness answers, it is acquired after `grace_ns`, unless any member has answered within the length of a lease that
+it holds the backend or has pledged it to its owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sidecar.ownership.step import Step
 
 
 def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
-    """Take a backend if it is free, this member's to take and not pledged; else look again when that may be so."""
+    """Take a backend if it is free, not pledged and this member is preferred; otherwise schedule the next look."""
     state, know = slot.state, step.know
     if not isinstance(state, Free):
         return
@@ -34,7 +34,7 @@ def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     if step.pledged_to(slot.backend):
         at_ns = max(at_ns, know.pledges[slot.backend].until_ns)
     if step.now < at_ns:
-        step.look_at(min(at_ns, step.now + know.bounds.retry_ns))  # who goes before may be found dead meanwhile
+        step.look_at(min(at_ns, step.now + know.bounds.retry_ns))  # a preferred member may be found dead meanwhile
         return
     _take(step, slot, state, lease, step.ground(event.generation, event.redis_ns))
     if lease is not None and lease.unattended_ns > 0:
@@ -42,13 +42,16 @@ def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
 
 
 def _is_coming(step: Step, lease: Lease | None) -> bool:
-    """Whether a backend's owner drains, so that it may be given back at any time."""
+    """Return True if a backend's owner drains, so that it may be given back at any time."""
     holder = None if lease is None else step.know.members.get(lease.holder)
     return holder is not None and holder.draining
 
 
 def _rank(step: Step, slot: Slot, lease: Lease | None) -> int | None:
-    """Return how many go before this member, None if it is not for this one. Who let the lease end comes not first."""
+    """Return how many members are preferred to this one, None if it may not own the backend.
+
+    The member that let the lease end is not counted.
+    """
     know = step.know
     gone = lease.holder if lease is not None and not lease.released else ""
     ranked = [
@@ -63,7 +66,7 @@ def _take(step: Step, slot: Slot, state: Free, lease: Lease | None, ground: Grou
     know, me = step.know, step.know.member
     vouched = [me.id]
     if lease is not None and lease.holder_name == me.name:
-        vouched.append(lease.holder)  # an earlier life of this very name: it is over
+        vouched.append(lease.holder)  # an earlier life of this name, which is over
     witnesses = () if lease is None else (*lease.witnesses, lease.holder)
     if lease is not None and (lease.released or not set(witnesses).isdisjoint(vouched)):
         _acquire(step, slot, state, ground, tuple(vouched))
@@ -79,10 +82,10 @@ def _acquire(step: Step, slot: Slot, free: Free, ground: Ground, agreed: tuple[s
 
 
 def go_ahead(step: Step, slot: Slot) -> None:
-    """Acquire what was asked about, once all have answered or had the time to.
+    """Acquire a backend once all asked members have answered or had the time to.
 
-    Silence keeps nobody from it, unless it follows upon a word. A pledge to its owner does, unless a witness answers to
-    have given none: it needs all.
+    A member that does not answer prevents nothing, unless its earlier answer still counts. A pledge to the owner
+    prevents it, unless a witness answers that it has given none: the owner needs all of them.
     """
     state, bounds = slot.state, step.know.bounds
     assert isinstance(state, Asking)
@@ -98,7 +101,7 @@ def go_ahead(step: Step, slot: Slot) -> None:
 
 
 def answered(step: Step, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) -> None:
-    """Own what Redis granted, for as long as is left of it since it was asked for."""
+    """Own what Redis granted, for the rest of the lease since it was requested."""
     bounds = step.know.bounds
     valid_ns = state.sent_ns + bounds.usable_ns(bounds.ttl_ns)
     if not event.granted:
@@ -114,6 +117,6 @@ def answered(step: Step, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) 
 
 
 def give_up(step: Step, slot: Slot) -> None:
-    """Give back what an acquisition whose answer came too late or not at all may have brought."""
+    """Release what an acquisition may have brought whose answer came too late or never."""
     step.give_back(slot)
     step.look_at(step.now + step.know.bounds.retry_ns)
