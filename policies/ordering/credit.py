@@ -48,7 +48,7 @@ class Credit:
     def choose(self, room: OrderingView, now_ns: int) -> Decision | None:
         if room.seats_free <= 0:
             return None
-        self._end_turns(room)
+        self._end_services(room)
         for version in self._ending:
             if not room.open[version].running and not room.open[version].loading:
                 return Close(version)
@@ -64,7 +64,7 @@ class Credit:
         queues, credit, ending = state
         self._queues, self._credit, self._ending = Queues.restored(queues), dict(credit), dict(ending)
 
-    def _end_turns(self, room: OrderingView) -> None:
+    def _end_services(self, room: OrderingView) -> None:
         """End the service of one open version for each version with too much credit, least credit first."""
         waiting = self._queues.versions
         self._ending = {v: gets for v, gets in self._ending.items() if v in room.open and gets in waiting}

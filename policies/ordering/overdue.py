@@ -1,4 +1,4 @@
-"""When waiting requests are overdue and when they are urgent: kept in heaps, so that time passing costs O(log n)."""
+"""When queued requests become overdue and urgent, in heaps: a request that becomes due costs O(log n)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from policies.views import Promise, Waiting
 NEVER_NS = 1 << 62
 RIPE_SHARE = 0.5
 NOBODY = 1 << 62
-"""An id that no request has: all are older."""
+"""An id larger than that of any request."""
 
 
 class Overdue:
-    """The promises of what waits in some queues."""
+    """The promised times of the requests in some queues."""
 
     def __init__(self, queues: Queues) -> None:
         self.versions: dict[str, None] = {}
-        """Those whose oldest request is overdue."""
+        """The versions whose oldest request is overdue."""
         self._queues = queues
         self._times: dict[int, tuple[int, int]] = {}
         self._overdue: list[tuple[int, int]] = []
         self._urgent: list[tuple[int, int]] = []
 
     def queued(self, request: Waiting, promise: Promise | None) -> None:
-        """Note a request that is in the queues; one without a promise has waited before, and is overdue at once."""
+        """Note a queued request. One without a promise has waited before and is overdue at once."""
         if promise is None:
             self._note(request.id, request.arrived_ns, NEVER_NS)
         else:
@@ -37,7 +37,7 @@ class Overdue:
             self._has_head(request.version, request.id)
 
     def left(self, request: Waiting, was_head: bool) -> None:
-        """Note a request that has left the queues."""
+        """Note that a request has left the queues."""
         del self._times[request.id]
         if not was_head:
             return
@@ -48,6 +48,7 @@ class Overdue:
             self._has_head(request.version, version.head())
 
     def pass_time(self, now_ns: int) -> None:
+        """Add the versions whose oldest request has become overdue by `now_ns`."""
         while self._overdue and self._overdue[0][0] <= now_ns:
             _, head = heapq.heappop(self._overdue)
             request = self._queues.requests.get(head)
@@ -55,14 +56,14 @@ class Overdue:
                 self.versions[request.version] = None
 
     def is_ripe(self, request: Waiting, now_ns: int) -> bool:
-        """Whether a waiting request is half-way to being overdue."""
+        """Return True if a queued request is half-way to being overdue."""
         overdue_ns, _ = self._times[request.id]
         return now_ns - request.arrived_ns > RIPE_SHARE * (overdue_ns - request.arrived_ns)
 
     def most_urgent(self, now_ns: int, is_ready: Callable[[str], bool]) -> int:
-        """Return the request that lets only older ones go before it, NOBODY while there is none.
+        """Return the urgent request, before which only older ones may be sent; NOBODY if there is none.
 
-        One whose version is on its way here holds nobody back meanwhile.
+        A request whose version is not ready holds no other back meanwhile.
         """
         found, unready = NOBODY, []
         while self._urgent and self._urgent[0][0] <= now_ns:
@@ -78,12 +79,12 @@ class Overdue:
         return found
 
     def snapshot(self) -> Any:
-        # The heap as it is: a request that was queued again without a promise is still urgent by its first one.
+        # The heap as it is: a request that was queued again without a promise stays urgent by its first one.
         times = [[request, *times] for request, times in self._times.items()]
         return {"times": times, "urgent": [list(entry) for entry in self._urgent]}
 
     def restore(self, state: Any) -> None:
-        """Take the times of what is in the queues already. Journals of 0.1 have the times only."""
+        """Restore the times of requests that are in the queues already. Journals of 0.1 have the times only."""
         for request, overdue_ns, urgent_ns in state if isinstance(state, list) else state["times"]:
             self._note(request, overdue_ns, urgent_ns)
         if not isinstance(state, list):
@@ -101,7 +102,7 @@ class Overdue:
         self._push(self._overdue, self._times[head][0], head)
 
     def _push(self, heap: list[tuple[int, int]], at_ns: int, request_id: int) -> None:
-        """Add to a heap. What has left stays in it until its time comes, or until it is the majority."""
+        """Add to a heap. Entries of requests that left stay until their time comes or they are the majority."""
         heapq.heappush(heap, (at_ns, request_id))
         if is_mostly_stale(len(heap), len(self._times)):
             heap[:] = sorted({entry: None for entry in heap if entry[1] in self._times})

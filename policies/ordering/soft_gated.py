@@ -1,35 +1,34 @@
-"""Group the requests of a version, and turn to others where somebody has waited for too long or more would be served.
+"""Group the requests of a version; change versions when a request waited too long or another version would serve more.
 
-Which version opens, when a slot is free: of those that are overdue the one with the oldest head; then the same of those
-that are half-way there; then the one whose queued requests have the largest sum of ages, plus their number. Which
-request goes: among the open versions, one of the tenant that was served least; of several of that tenant the oldest. A
-tenant that was served much more than the least served one that waits is held back (`fairness.py`).
+Which version opens when a slot is free: of the overdue versions the one with the oldest head; then the same of those
+half-way to overdue; then the one whose queued requests have the largest sum of ages, plus their number. Which request
+goes: among the open versions, the oldest one of the least served tenant. A tenant that was served much more than the
+least served waiting one is held back (`fairness.py`).
 
-A *gate* ends a version's turn: what waits at that moment still goes, what comes later waits for the version's next
-turn, and when the last of it has ended the slot is free. Two things set gates.
+A *gate* ends a version's service: requests queued at that moment are still sent, later ones wait until the version is
+opened again, and the slot is free when the last run has ended. Two things set gates.
 
-* A request is *overdue* after max(patience, twice the time to drain all that was outstanding when it came), or a third
-  of what its class may wait if that is less: longer than that it would not wait even if everything were served in
-  turn. Of what other tenants have outstanding no more counts than they are served meanwhile: at their shares, and as
-  far as they may be ahead. For each overdue version without a slot one open version is gated, the one whose runs end
-  first. Without overdue versions open slots stay open, so nothing is lost to gates where the wait is natural. Gates on
-  a snapshot are stable whenever the load is below capacity; slots closed by age alone serve about one request a visit
-  in overload.
-* Seats are free and nothing may be sent. Then a version is gated of which far fewer newcomers are expected during a run
-  than wait for the deepest version without a slot, unless that is a single one, or its slot stays taken for long anyway
-  (`turns.py`).
+* A request is *overdue* after max(patience, twice the time to drain all that was outstanding at its arrival), or after
+  a third of its class's longest wait if that is less: fair service would not have taken longer. Of what other tenants
+  have outstanding, only as much counts as they are served meanwhile: their shares, plus how far they may be ahead. For
+  each overdue version without a slot one open version is gated, the one whose runs end first. Without overdue versions
+  open slots stay open, so gates cost nothing while waits are natural. Gates on a snapshot are stable whenever the load
+  is below capacity; slots closed by age alone serve about one request per visit in overload.
+* Seats are free and nothing may be sent. Then a version is gated if far fewer of its requests are expected to arrive
+  during a run than are queued for the deepest version without a slot, unless that is a single one, or the slot stays
+  taken for long anyway (`open_times.py`).
 
 The promise: the first token comes within
 
     bound = overdue + fetch + (rounds + 2) turn        rounds = ceil(blocked / slots)
 
 where `turn` is the longest run of anything outstanding with the engine full. One turn frees a slot, and each round of
-the versions without one takes one more. From two turns before the bound on, a request lets only older ones go before
-it, whatever that loses.
+the versions without one takes one more. From two turns before the bound on, only older requests may go before a
+request, whatever that costs.
 
 The sum of ages is longest total wait first of broadcast scheduling (Aksoy and Franklin, "R x W", 1999, has its
-relatives): with gates it visits versions in proportion to the root of their rates, which is what serves most through
-few slots. Exhaustive and gated service are those of polling systems (Takagi, "Analysis of Polling Systems", 1986).
+relatives): with gates it visits versions in proportion to the square root of their rates, which serves most requests
+with few slots. Exhaustive and gated service are those of polling systems (Takagi, "Analysis of Polling Systems", 1986).
 """
 
 from __future__ import annotations
@@ -47,38 +46,38 @@ from policies.views import BASE, Backlog, Close, Decision, Hold, Open, OrderingV
 
 DRAIN_FACTOR = 2
 LIMIT_SHARE = 1 / 3
-"""The part of what its class may wait after which a request is overdue at the latest."""
+"""The fraction of its class's longest wait after which a request is overdue at the latest."""
 QUEUE_MARGIN = 1.6
 FEW = 0.5
-"""A turn ends when the newcomers expected during a run are fewer than this part of the deepest queue elsewhere."""
+"""A version is gated if fewer arrivals are expected during a run than this part of the deepest blocked queue."""
 LONE = 1
-"""Nor does one end for a single request: more may yet come for both."""
+"""No version is gated for a single blocked request: more may arrive for both."""
 SLACK_REQUESTS = 32
-"""A tenant may be ahead of the least served one by so many requests of the usual size, or what runs at once if less."""
+"""A tenant may be ahead of the least served one by this many average requests, or by the number of seats if smaller."""
 NO_GATE = NOBODY
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who may go at one moment: no request younger than the most urgent one, no tenant that was served more than so."""
+    """The limits at one moment: only requests up to `urgent`, only tenants served up to `served_most`."""
 
     urgent: int
     served_most: float | None
 
 
 class SoftGated:
-    """The default order."""
+    """The default ordering policy."""
 
     def __init__(self) -> None:
         self._queues = Queues()
         self._overdue = Overdue(self._queues)
         self._tenants = TokenCounters()
         self._least_served = LeastServed(self._queues, self._tenants)
-        self._turns = OpenTimes()
+        self._open_times = OpenTimes()
         self._gates: dict[str, int] = {}
-        """For each gated version the newest request that may still go in this turn."""
+        """The newest request of each gated version that may still be sent."""
         self._slack = SLACK_REQUESTS
-        """As of the last decision."""
+        """The slack of the last decision, in requests."""
 
     def promise(self, request: Waiting, backlog: Backlog, now_ns: int) -> Promise | None:
         ahead_ns = round(_slack(backlog.seats) * self._tenants.usual_tokens * backlog.token_ns)
@@ -98,7 +97,7 @@ class SoftGated:
         self._tenants.queued(request)
         if self._queues.is_head(request):
             self._least_served.note(request.tenant, (request.version,))
-        self._turns.came(request.version, now_ns)
+        self._open_times.came(request.version, now_ns)
         self._overdue.queued(request, promise)
 
     def left(self, request_id: int, now_ns: int) -> None:
@@ -116,7 +115,7 @@ class SoftGated:
     def ended(self, request: Waiting, output_tokens: int, now_ns: int) -> None:
         self._tenants.ended(request, output_tokens)
         self._least_served.note(request.tenant)
-        self._turns.ended(request, output_tokens, now_ns)
+        self._open_times.ended(request, output_tokens, now_ns)
 
     def progressed(self, tokens: Mapping[int, int], now_ns: int) -> None:
         pass
@@ -133,8 +132,8 @@ class SoftGated:
             return None
         self._overdue.pass_time(now_ns)
         self._slack = _slack(room.seats)
-        # While nothing runs nobody is held back for others: nothing would free what these wait for (their weights are
-        # on their way, or the host store is full of what those who are held back want), so it could last for ever.
+        # While nothing runs no tenant is held back: no run would free what the others wait for (their weights are being
+        # fetched, or the host store is full of what the held-back ones need), so the hold could last for ever.
         served_most = self._tenants.served_most(self._slack) if room.seats_free < room.seats else None
         rule = Rule(self._overdue.most_urgent(now_ns, room.is_ready), served_most)
         first = self._waiting_for_a_slot(room, rule)
@@ -144,12 +143,12 @@ class SoftGated:
             return decision
         head = self._next(room, rule)
         if head is None:
-            return self._closing(room, rule) if self._end_turns(room, now_ns) else None
+            return self._closing(room, rule) if self._gate_sparse(room, now_ns) else None
         if not room.can_send(head):
-            return None  # for want of a seat or of KV room, which later ones must not take from it
+            return None  # it lacks a seat or KV space, which later requests must not take from it
         request = self._queues.requests[head]
         self._tenants.sent(request)
-        self._turns.sent(request, now_ns)
+        self._open_times.sent(request, now_ns)
         return Send(head)
 
     def snapshot(self) -> Any:
@@ -157,7 +156,7 @@ class SoftGated:
             "queues": self._queues.snapshot(),
             "overdue": self._overdue.snapshot(),
             "tenants": self._tenants.snapshot(),
-            "turns": self._turns.snapshot(),
+            "turns": self._open_times.snapshot(),
             "gates": list(self._gates.items()),
             "slack": self._slack,
         }
@@ -168,16 +167,16 @@ class SoftGated:
         self._overdue.restore(state["overdue"])
         self._tenants.restore(state["tenants"])
         self._least_served = LeastServed(self._queues, self._tenants)
-        self._turns = OpenTimes.restored(state["turns"])
+        self._open_times = OpenTimes.restored(state["turns"])
         self._gates = dict(state["gates"])
         self._slack = state.get("slack", SLACK_REQUESTS)  # journals of 0.1 do not have it
 
-    # Who is waited for.
+    # Gates.
 
     def _waiting_for_a_slot(self, room: OrderingView, rule: Rule) -> list[str]:
-        """Return the versions that slots are to be freed for, the one with the oldest head first.
+        """Return the versions for which slots must be freed, the one with the oldest head first.
 
-        The overdue ones; and, once some tenant has been served too much, all of which a tenant behind it waits.
+        These are the overdue ones; or, while some tenant is held back, all that other tenants wait for.
         """
         candidates = self._queues.versions if self._tenants.some_are_ahead(rule.served_most) else self._overdue.versions
         blocked = [
@@ -188,36 +187,36 @@ class SoftGated:
         return sorted(blocked, key=lambda version: self._queues.versions[version].head())
 
     def _gate_for(self, wanted: int, room: OrderingView) -> None:
-        """Gate as many open versions as others wait for slots, those that will have ended first."""
+        """Gate `wanted` open versions, those whose runs are expected to end first."""
         for version in [version for version in self._gates if version not in room.open]:
             del self._gates[version]
         for version in self._gates:
-            if room.open[version].loading:  # what comes meanwhile begins with the rest, so its turn lasts no longer
+            if room.open[version].loading:  # requests that arrive before the load ends do not prolong its service
                 self._gates[version] = self._queues.newest
         if wanted <= len(self._gates):
             return
         ungated = [version for version in room.open if version not in self._gates]
-        for version in sorted(ungated, key=self._turns.last_end_ns)[: wanted - len(self._gates)]:
+        for version in sorted(ungated, key=self._open_times.last_end_ns)[: wanted - len(self._gates)]:
             self._gates[version] = self._queues.newest
 
-    def _end_turns(self, room: OrderingView, now_ns: int) -> bool:
-        """Gate the open versions that would serve more by turning to another; say whether there were any."""
-        turns, open_versions, waiting = self._turns, room.open, self._queues.versions
-        going_on = [v for v in open_versions if v not in self._gates and not turns.has_time(v, now_ns)]
-        if not going_on or not turns.run_ns:
+    def _gate_sparse(self, room: OrderingView, now_ns: int) -> bool:
+        """Gate the open versions whose slots would serve more requests of another; return True if there were any."""
+        times, open_versions, waiting = self._open_times, room.open, self._queues.versions
+        going_on = [v for v in open_versions if v not in self._gates and not times.has_time(v, now_ns)]
+        if not going_on or not times.run_ns:
             return False
         blocked = waiting.keys() - open_versions.keys() - {BASE}
         deepest = max((waiting[version].count for version in blocked if room.is_ready(version)), default=0)
         if deepest <= LONE:
             return False
-        over = [version for version in going_on if turns.newcomers(version, now_ns) < FEW * deepest]
+        over = [version for version in going_on if times.newcomers(version, now_ns) < FEW * deepest]
         self._gates.update(dict.fromkeys(over, self._queues.newest))
         return bool(over)
 
     # Decisions.
 
     def _closing(self, room: OrderingView, rule: Rule) -> Decision | None:
-        """Close a gated version whose turn is over."""
+        """Close a gated version that has no run and no request left to send."""
         for version in self._gates:
             slot = room.open[version]
             if not slot.running and not slot.loading and not self._has_next(version, rule):
@@ -253,12 +252,12 @@ class SoftGated:
         return (1, -(version.ages_s(now_ns) + version.count))
 
     def _next(self, room: OrderingView, rule: Rule) -> int | None:
-        """Return the request that goes next, seats and KV room aside.
+        """Return the request to send next, seats and KV space aside.
 
-        Of the version with the oldest one that is open, that of the tenant that was served least; or that of a tenant
-        that was served still less, of any open version, if it can be sent: what a version costs is its slot, and that
-        is paid. While somebody is urgent, itself if its version is open; else the oldest, and none that is younger
-        than it.
+        It is the least served tenant's request of the open version with the oldest request; or a request of a tenant
+        that was served still less, of any open version, if it can be sent: a version's cost is its slot, which is paid
+        already. While a request is urgent, it is that one if its version is open, else the oldest; never one younger
+        than the urgent one.
         """
         if rule.urgent != NOBODY and self._is_sendable(self._queues.requests[rule.urgent].version, room):
             return rule.urgent
@@ -289,11 +288,11 @@ class SoftGated:
         return version == BASE or (version in room.open and not room.open[version].loading)
 
     def _has_next(self, version: str, rule: Rule) -> bool:
-        """Whether a request of a version may go in this turn, or could if it had one."""
+        """Return True if the gate and the rule let some request of a version go, slots aside."""
         return version in self._queues.versions and self._first_of(version, rule) is not None
 
     def _first_of(self, version: str, rule: Rule) -> int | None:
-        """Return the request of a waiting version that may go first; None while none may."""
+        """Return the request of a queued version that may be sent first; None if none may."""
         gate = min(rule.urgent, self._gates.get(version, NO_GATE))
         head = self._queues.versions[version].head()
         if head > gate:

@@ -29,5 +29,5 @@ an old owner learns of: when it reaches Redis, or asks a witness that does or th
 `alone_ns` at the latest. Ownership is for efficiency: meanwhile two queues feed one engine, and a client still gets
 the tokens of one run.
 
-The Redis scripts that these rules need are written out, runnable, in `tests/sim/ownership/redis.py`.
+The Redis scripts that these rules need are written out, runnable, in `tests/worlds/ownership/redis.py`.
 """

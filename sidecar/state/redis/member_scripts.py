@@ -2,7 +2,7 @@
 
 A generation is one life of one process as a primary, known by its `run_id` and `master_replid`. The first script that
 finds itself in another one than is written down begins it: leases of earlier ones are then not known to be true, and
-nobody is taken for dead before having had the time to beat. `tests/sim/ownership/redis.py` is the same as a model, and
+nobody is taken for dead before having had the time to beat. `tests/worlds/ownership/redis.py` is the same as a model and
 says why; the tests run both side by side.
 """
 
