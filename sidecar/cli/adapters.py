@@ -118,9 +118,9 @@ def _shown(adapter: Any) -> list[Any]:
 
 
 def _manager(adapter: Any) -> str:
-    from sidecar.shell.managing import in_words
+    from sidecar.shell.managing import owner_phrase
 
-    return in_words(adapter.managed_by) + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")
+    return owner_phrase(adapter.managed_by) + (f", held for {duration(adapter.held_s)}" if adapter.held_s else "")
 
 
 def _belief(place: Any) -> tuple[str, str]:

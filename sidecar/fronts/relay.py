@@ -67,7 +67,7 @@ def version_label(dispatch: Dispatch) -> str:
 def reader_of(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reader:
     """Return a reader for an answer that has begun to come, as text or as token ids."""
     assert ticket.dispatch is not None, "an answer without a dispatch"
-    asking = model_kind(gateway.kind_of(ticket.dispatch.backend)).asking
+    asking = model_kind(gateway.fleet.kind_of(ticket.dispatch.backend)).asking
     assert asking is not None, "an answer of an engine that cannot be asked"
     return asking.reader(is_text)
 

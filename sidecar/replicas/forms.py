@@ -12,7 +12,7 @@ from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason
 from sidecar.proto import peers_pb2
-from sidecar.shell.gateway import RequestFacts
+from sidecar.shell.requests import RequestFacts
 
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 

@@ -16,7 +16,7 @@ from sidecar.core.enums import outcome_of
 from sidecar.errors import Reason
 from sidecar.replicas import forms
 from sidecar.replicas.call import ForwardCall
-from sidecar.shell.gateway import RequestFacts
+from sidecar.shell.requests import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
 """An owner gives a request back with these: it may be sent to the next one."""

@@ -18,7 +18,8 @@ from sidecar.replicas.call import ForwardCall
 from sidecar.replicas.forwarding import Forward, GivenBack, ended
 from sidecar.replicas.suspicion import Suspicion, Verdict
 from sidecar.shell.crash import poisonous
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import RequestFacts
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Trip:
 
 
 class Router:
-    """Sees to the requests of one replica among several (`shell.gateway.Elsewhere`).
+    """Sees to the requests of one replica among several (`shell.requests.Elsewhere`).
 
     `line` returns the way to a member for a request of so many bytes, None for one that is not known; `may_dispatch`
     says whether a backend's lease holds in this very moment, `is_member` whether a replica is one still.

@@ -93,8 +93,8 @@ class Sidecar:
         )
         self.metrics = Metrics(self.gateway, config.adapter_labels_max)
         self.metrics.set_aside = lambda: len(self.gateway.catalogue.set_aside)
-        self.gateway.observe(self.metrics, at_the_door=True)
-        self.gateway.observe(RequestLog(), at_the_door=True)
+        self.gateway.observe(self.metrics, of_refused=True)
+        self.gateway.observe(RequestLog(), of_refused=True)
         if data is not None and config.journal.enabled:
             journal = config.journal
             self._journal = Journal(self.gateway.core, data / "journal", journal.segment_bytes, journal.segments_max)

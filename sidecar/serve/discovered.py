@@ -80,7 +80,7 @@ class PoolEngines:
         backend = self._ids[name]
         if self._gateway.state.backends[backend].leaving != leaving:
             logger.info("%s %s", backend, "takes nothing new: it is about to go" if leaving else "stays after all")
-            self._gateway.set_leaving(backend, leaving)
+            self._gateway.fleet.set_leaving(backend, leaving)
 
     def is_done(self, name: str) -> bool:
         backend = self._gateway.state.backends[self._ids[name]]
@@ -89,7 +89,7 @@ class PoolEngines:
     async def remove(self, name: str, cause: str) -> None:
         backend = self._ids.pop(name)
         logger.info("%s is removed: %s", backend, cause)
-        await self._gateway.remove_backend(backend, cause)
+        await self._gateway.fleet.remove(backend, cause)
         if self._workshop.replica is not None:
             self._workshop.replica.gone(backend)
 

@@ -1,1 +1,1 @@
-"""The driver: inbox → step → run effects; timers; drain; observers."""
+"""The driver (inbox, step, effects), the gateway, the store's bytes, metrics and the request log."""

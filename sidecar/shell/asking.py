@@ -1,4 +1,4 @@
-"""What a verification asks: the operator's order, the requests that it becomes, and how much is taken on."""
+"""What a verification asks: the operator's order, the requests made from it, and their limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PROMPTS = (
     "List three things that a cook needs:",
     "Translate to SQL: the ten newest orders",
 )
-"""Asked where the operator names none; the adapter's own come on top."""
+"""Asked if the operator gives none; the adapter's own probes are asked as well."""
 TOKENS_DEFAULT = 24
 TOKENS_MAX = 512
 TIMEOUT_S_DEFAULT = 120
@@ -23,13 +23,13 @@ PROMPT_BYTES_MAX = 1 << 16
 PROBES_MAX = 32
 EXPECT_TOKENS_MAX = 256
 INSTANCES_MAX = 8
-"""Times that a prompt is asked of a backend with several instances."""
+"""How often a prompt is asked of a backend with several instances."""
 DIGEST_CHARACTERS_MIN = 8
 
 
 @dataclass(frozen=True)
 class Order:
-    """What an operator asks for. No backends: all that can serve it; no prompts: `PROMPTS`."""
+    """An operator's order. Without backends all that can serve it are asked; without prompts, `PROMPTS`."""
 
     reference: str
     backends: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Question:
-    """One request. `adapter` is a name with its version, "" for the base model."""
+    """One request. `adapter` is a name with its version; "" for the base model."""
 
     backend: str
     adapter: str
@@ -51,7 +51,7 @@ class Question:
 
 
 def check_order(order: Order) -> None:
-    """Raise Refused for an order that would take too much."""
+    """Raise Refused(INVALID_REQUEST) for an order above a limit."""
     if len(order.prompts) > PROMPTS_MAX:
         raise _refused(f"{len(order.prompts)} prompts are given and {PROMPTS_MAX} are taken")
     if not 1 <= order.tokens_max <= TOKENS_MAX:

@@ -1,7 +1,7 @@
-"""Work in threads that nobody has to wait for: a download hangs in a read for as long as its timeout says.
+"""Run work in threads that the process need not wait for: a download may hang in a read until its timeout.
 
-Threads are daemons and futures are settled from outside when the process leaves, so a silent server delays neither
-the exit nor whoever waits.
+The threads are daemons, and their futures are settled from outside when the process leaves. So a silent server delays
+neither the exit nor the callers that wait.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ T = TypeVar("T")
 
 
 async def undisturbed(work: Awaitable[T]) -> T:
-    """Wait for a thread's work to its end even when whoever waits is cancelled meanwhile."""
+    """Wait for a thread's work to end even if the waiting task is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # looked at: nobody is left to tell
+            task.exception()  # retrieved, so that asyncio does not report it: no caller is left
         raise
 
 
 class BackgroundThreads:
-    """Runs functions in threads of their own until it is closed."""
+    """Run functions in threads of their own until closed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class BackgroundThreads:
         self._closed = False
 
     def begin(self, run: Callable[[threading.Event], T], stop: threading.Event | None = None) -> Future[T]:
-        """Call `run(stop)` in a thread; it should end soon once `stop` is set."""
+        """Call `run(stop)` in a new thread; it should end soon once `stop` is set."""
         stop = stop or threading.Event()
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()
@@ -52,22 +52,22 @@ class BackgroundThreads:
             self._count += 1
             number = self._count
             self._under_way[number] = (future, stop)
-        threading.Thread(target=self._fly, args=(number, future, run, stop), name="download", daemon=True).start()
+        threading.Thread(target=self._run, args=(number, future, run, stop), name="download", daemon=True).start()
         return future
 
-    def _fly(self, number: int, future: Future[T], run: Callable[[threading.Event], T], stop: threading.Event) -> None:
+    def _run(self, number: int, future: Future[T], run: Callable[[threading.Event], T], stop: threading.Event) -> None:
         settle: Callable[[], None]
         try:
             settle = partial(future.set_result, run(stop))
-        except BaseException as error:  # noqa: BLE001 — whoever waits gets it, whatever it is
+        except BaseException as error:  # noqa: BLE001 — the caller gets it, whatever it is
             settle = partial(future.set_exception, error)
-        with suppress(InvalidStateError):  # closed in the meantime: nobody wants the result
+        with suppress(InvalidStateError):  # closed meanwhile: nobody waits for the result
             settle()
         with self._lock:
             self._under_way.pop(number, None)
 
     def close(self) -> None:
-        """Stop what is under way and tell whoever waits for it."""
+        """Stop what is running, and fail the callers that wait with Refused(DRAINING)."""
         with self._lock:
             self._closed = True
             under_way = list(self._under_way.values())

@@ -1,7 +1,8 @@
 """What operators do with names: register, stage, promote, roll back, refresh, pin, unregister.
 
-The registry writes it down and tells of it; the core takes each change in one step, whoever made it, so a name switches
-atomically: what was received before keeps its version, what comes after the call has returned gets the new one.
+The registry stores each change and announces it, and the core takes it in one step, whichever replica made it. So a
+name switches atomically: requests received before keep their version, those that come after the call has returned get
+the new one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sidecar.state.registry import Change, Registry
 
 DRAIN_POLL_S = 0.02
 ATTEMPTS_MAX = 8
-"""Times that a change is worked out anew because somebody else changed the same name in between."""
+"""How often a change is computed anew because another writer changed the same name first."""
 
 _ORDINAL = re.compile(r"v[0-9]{1,9}\Z")
 
@@ -41,7 +42,7 @@ T = TypeVar("T")
 
 
 class Entered(NamedTuple):
-    """What a registration came to: the name's record, the ordinal that its content has, whether nothing changed."""
+    """The result of a registration: the name's record, its content's ordinal, and whether nothing changed."""
 
     record: Record
     ordinal: int
@@ -65,37 +66,37 @@ class Catalogue:
         self._step = step
         self._bases = bases
         self.reconciled = ""
-        """What the owners begin with whose declarations are looked after (`managing.CLUSTER`); "" if none are."""
+        """Prefix of the owners whose declarations are being followed (`managing.CLUSTER`); "" if none are."""
         self._forgotten_until: dict[str, float] = {}
         self._harmful: dict[str, Record] = {}
-        """Records that the core was not told of, because it would fail on them."""
+        """Records that the core is not given, because it would fail on them."""
 
     def announce(self, tried: Callable[[ev.Event], None] = lambda event: None) -> None:
-        """Tell the core of every name that is written down, and from then on of every change.
+        """Tell the core of every stored name, and from then on of every change.
 
-        A record that cannot be read, or whose event makes `tried` raise, is left out and logged: one bad row must not
-        keep all other adapters from being served, start after start.
+        A record that cannot be read, or on whose event `tried` raises, is left out and logged: one bad row must not
+        keep all other adapters from being served at every start.
         """
         for name, why in sorted(self.registry.set_aside.items()):
-            self._tell_of_set_aside(name, why)
+            self._log_set_aside(name, why)
         for record in self.registry.all():
             try:
                 event = record.event()
                 tried(event)
-            except Exception as error:  # whatever it is, it would come again at each start
+            except Exception as error:  # any kind: it would come again at each start
                 logger.exception("a core fails on what is written down of %s", shown(record.name))
                 self._harmful[record.name] = record
-                self._tell_of_set_aside(record.name, f"{type(error).__name__}: {error}")
+                self._log_set_aside(record.name, f"{type(error).__name__}: {error}")
             else:
                 self._step(event)
         self.registry.subscribe(self._take)
 
     @property
     def set_aside(self) -> list[str]:
-        """Names that are written down and are not served, because their records cannot be read or make a core fail."""
+        """Names that are stored and not served, because their records cannot be read or make a core fail."""
         return sorted({*self.registry.set_aside, *self._harmful})
 
-    def _tell_of_set_aside(self, name: str, why: str) -> None:
+    def _log_set_aside(self, name: str, why: str) -> None:
         logger.error(
             "%s is set aside and not served: what is written down of it cannot be used (%s); register it again, which "
             "replaces it, or run the release that wrote it",
@@ -104,7 +105,7 @@ class Catalogue:
         )
 
     def _take(self, change: Change) -> None:
-        """Take a change, made here or by another replica; have the sources looked at that its name needs no more."""
+        """Take a change made here or by another replica, and doubt the sources that its name no longer needs."""
         self._harmful.pop(change.name, None)
         known = self._state().names.get(change.name)
         before = (
@@ -112,7 +113,7 @@ class Catalogue:
         )
         record = change.record
         if record is None and known is None:
-            return  # the core was never told of it
+            return  # the core never heard of it
         self._step(ev.AdapterUnregistered(change.name) if record is None else record.event())
         kept = {version.adapter.digest for version in record.versions} if record is not None else set()
         for digest in before:
@@ -120,17 +121,17 @@ class Catalogue:
                 self.sources.doubt(digest)
 
     def known(self, name: str) -> Record:
-        """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) with the nearest names."""
+        """Return a name's record. Raises Refused(UNKNOWN_ADAPTER) naming similar names."""
         record = self.registry.get(name)
         if record is None or name in self._harmful:
             raise unknown_adapter(self._state(), name)
         return record
 
     async def register(self, name: str, path: str, wanted: Wanted) -> Entered:
-        """Check an adapter and let a name stand for it.
+        """Check an adapter and register it under a name.
 
-        `path` is a folder of this machine or the URL of one elsewhere. Raises Invalid with what is wrong with the name,
-        the path or the files, Refused for what may be right later; nothing is left behind then.
+        `path` is a local folder or a URL. Raises Invalid for a bad name, path or file, Refused for a failure that may
+        pass. Nothing is left behind then.
         """
         check_name(name)
         wanted.check(name)
@@ -141,7 +142,7 @@ class Catalogue:
             self.forget_unneeded()
 
     async def push(self, name: str, folder: Path, wanted: Wanted) -> Entered:
-        """Let a name stand for what a client put into an incoming folder of the spool; as `register` otherwise."""
+        """Register what a client has put into an incoming folder of the spool; otherwise as `register`."""
         check_name(name)
         wanted.check(name)
         try:
@@ -154,7 +155,7 @@ class Catalogue:
             self.forget_unneeded()
 
     async def _enter(self, name: str, arrival: Arrival, wanted: Wanted) -> Entered:
-        """Write an arrived adapter down under a name."""
+        """Store an arrived adapter under a name."""
         adapter = arrival.registration.adapter
         adapter = replace(adapter, base_model=_base_name(name, wanted.base or adapter.base_model))
         _check_content(name, adapter.digest, wanted.digest)
@@ -168,8 +169,8 @@ class Catalogue:
                 mine, name, adapter, arrival.origin, now=time(), labels=wanted.labels, stage=wanted.stage
             )
             if wanted.declared is not None:
-                said = replace(wanted.declared, digest=adapter.digest)
-                return records.as_declared(record, said, wanted.managed_by, wanted.allow, wanted.pin)
+                declared = replace(wanted.declared, digest=adapter.digest)
+                return records.as_declared(record, declared, wanted.managed_by, wanted.allow, wanted.pin)
             return replace(
                 record,
                 allow=wanted.allow or record.allow,
@@ -183,7 +184,7 @@ class Catalogue:
         return Entered(record, version.ordinal, unchanged)
 
     def forget_unneeded(self) -> None:
-        """Drop brought sources that no version, registered or still in use, needs any more."""
+        """Drop downloaded sources that no version, registered or in use, needs any more."""
         for digest in list(self.sources.doubted):
             versions = self._versions_of(digest)
             if not versions:
@@ -192,7 +193,7 @@ class Catalogue:
                 self.sources.trust(digest)
 
     def _versions_of(self, digest: str) -> list[Version]:
-        """Return what the core has of a content, whatever its generation; most have one of generation 0 only."""
+        """Return the core's versions of a content, in all generations; most have generation 0 only."""
         versions = self._state().versions
         first = versions.get(digest)
         if first is not None and first.names:
@@ -200,7 +201,7 @@ class Catalogue:
         return [version for version in versions.values() if version.adapter.digest == digest]
 
     async def promote(self, name: str, selector: str, percent: int, hold_s: float = 0.0) -> Record:
-        """Let a name stand for one of its versions ("v8", or the start of a digest), or give it a share."""
+        """Point a name at one of its versions ("v8", or the start of a digest), or give that a share in percent."""
 
         def promoted(record: Record) -> Record:
             mine = taken_over(record, Wanted(hold_s=hold_s), time())
@@ -209,17 +210,17 @@ class Catalogue:
         return await self._change(name, promoted)
 
     async def roll_back(self, name: str, hold_s: float = 0.0) -> Record:
-        """Undo the last promotion: the one that was the last when this was asked, so it is tried once only."""
+        """Undo the last promotion. Tried once only: after another writer's change it would undo a different one."""
         return await self._change(
             name, lambda record: records.rolled_back(taken_over(record, Wanted(hold_s=hold_s), time())), attempts_max=1
         )
 
     async def change_declared(self, name: str, owner: str, changed: Callable[[Record], Record]) -> Record:
-        """Change a name at the word of its owner, or of one in the same cluster. Raises Invalid while it is held."""
+        """Change a name on behalf of its owner or one in the same namespace. Raises Invalid while it is held."""
         return await self._change(name, lambda record: changed(taken_over(record, Wanted(managed_by=owner), time())))
 
     async def refresh(self, name: str, selector: str = "") -> Record:
-        """Have every engine take a fresh copy of a version, the current one by default."""
+        """Make every engine take a fresh copy of a version, by default the current one."""
         return await self._change(
             name,
             lambda record: records.refreshed(record, self._ordinal(record, selector) if selector else record.current),
@@ -233,7 +234,7 @@ class Catalogue:
         return await self._change(name, pinned_or_not)
 
     async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> None:
-        """Forget a name, so that nothing new comes for it, and wait until what is here for it has ended."""
+        """Remove a name, and wait until the requests for it that are here have ended."""
         wanted = Wanted(hold_s=hold_s, managed_by=managed_by)
 
         async def forget() -> Record:
@@ -250,7 +251,7 @@ class Catalogue:
         self.forget_unneeded()
 
     async def hold_ended(self, name: str) -> bool:
-        """Whether an override of a declared name has run out, so that its owner's word counts again. Asked once."""
+        """Return True once when an override of a declared name has run out, so that its owner decides again."""
         record = self.registry.get(name)
         if record is None:
             until = self._forgotten_until.get(name, 0.0)
@@ -269,17 +270,17 @@ class Catalogue:
         self._step(ev.ReleaseAsked(name))
 
     async def _change(self, name: str, changed: Callable[[Record], Record], attempts_max: int = ATTEMPTS_MAX) -> Record:
-        """Change a name that there is. Raises Refused(UNKNOWN_ADAPTER)."""
+        """Change an existing name. Raises Refused(UNKNOWN_ADAPTER)."""
         record, _ = await self._write(name, lambda before: changed(self.known(name)), attempts_max)
         return record
 
     async def _write(
         self, name: str, changed: Callable[[Record | None], Record], attempts_max: int = ATTEMPTS_MAX
     ) -> tuple[Record, bool]:
-        """Write down what `changed` makes of a name's record; return that, and whether it was so already.
+        """Store what `changed` makes of a name's record. Return that, and whether it was stored already.
 
-        Where another writer comes first, the change is worked out anew from what that one left. When this returns,
-        every live replica knows; also of what was written already, perhaps by a call that did not hear of its end.
+        If another writer comes first, the change is computed anew from that writer's record. When this returns every
+        live replica knows of it, even if it was stored before by a call that did not see its own end.
         """
 
         async def write() -> tuple[Record, bool]:
@@ -294,7 +295,7 @@ class Catalogue:
         return await _tried(write, attempts_max)
 
     def _ordinal(self, record: Record, selector: str) -> int:
-        """Return the ordinal that "v8" or the start of a digest selects."""
+        """Return the ordinal that "v8" or the start of a digest selects. Raises Invalid(INVALID_NAME)."""
         if _ORDINAL.match(selector):
             return record.of(int(selector[1:])).ordinal
         for version in reversed(record.versions):
@@ -307,9 +308,9 @@ class Catalogue:
 
 
 def _base_name(name: str, base_model: str) -> str:
-    """Return the base model's name. Raises Invalid(ADAPTER_MISMATCH) where nobody gives one, or it is none.
+    """Return the base model's name. Raises Invalid(ADAPTER_MISMATCH) if it is missing or malformed.
 
-    Without it nobody could tell which engines an adapter is for, and those that say nothing of theirs would serve it.
+    Without it nothing says for which engines the adapter is, and engines with an unknown base model would serve it.
     """
     if is_base_name(base_model):
         return base_model
@@ -327,7 +328,7 @@ def _base_name(name: str, base_model: str) -> str:
 
 
 def _check_content(name: str, digest: str, wanted: str) -> None:
-    """Raise Invalid(ADAPTER_MISMATCH) if an adapter is not what whoever names its digest takes it for."""
+    """Raise Invalid(ADAPTER_MISMATCH) if an adapter's content is not the digest that its declaration names."""
     if wanted and digest != wanted:
         raise Invalid(
             Reason.ADAPTER_MISMATCH,
@@ -338,7 +339,7 @@ def _check_content(name: str, digest: str, wanted: str) -> None:
 
 
 async def _tried(attempt: Callable[[], Awaitable[T]], attempts_max: int) -> T:
-    """Return what an attempt came to, made again while another writer comes first; the last one's error is raised."""
+    """Return the result of an attempt, repeated while another writer comes first; raise the last error."""
     for _ in range(attempts_max - 1):
         try:
             return await attempt()

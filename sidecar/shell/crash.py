@@ -1,7 +1,7 @@
-"""How a process ends whose state may be half changed: at once, and with what is known said and written down.
+"""End the process when its state may be half changed: at once, with all that is known logged and written.
 
-The core, ownership and what carries out effects change state as they go, so after an exception nobody can say what
-holds. Nothing goes on from there: the first exception is the last thing that happens, everything else is ending.
+The core, ownership and the code that runs effects change state as they go, so after an exception nothing is certain.
+Nothing continues: the first exception is the last event, and all that follows is the ending.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ logger = logging.getLogger(__name__)
 
 
 class Crash:
-    """Whether it has happened, and what is done then."""
+    """Whether the process has crashed, and the actions to take then."""
 
     def __init__(self) -> None:
         self.raised: Raised | None = None
         self._then: list[Callable[[Raised], None]] = []
 
     def then(self, do: Callable[[Raised], None]) -> None:
-        """Have something done when it happens, in order and on the event loop's own thread; it must not wait."""
+        """Register an action for the crash. Actions run in order on the event loop's thread and must not wait."""
         self._then.append(do)
 
     def happen(self, raised: Raised) -> None:
-        """End. Only the first exception counts: those that follow may be its consequences."""
+        """End the process. Only the first exception counts: later ones may be its consequences."""
         if self.raised is not None:
             return
         self.raised = raised
@@ -39,24 +39,24 @@ class Crash:
         for do in self._then:
             try:
                 do(raised)
-            except Exception:  # the others must be done all the same
+            except Exception:  # the other actions must still run
                 logger.exception("a part of the ending failed")
 
     def error(self) -> Failed:
-        """Return what a caller is told whose own event raised, or came too late."""
+        """Return the error for a caller whose own event raised, or came too late."""
         assert self.raised is not None
         return Failed(Reason.SIDECAR_FAILED, f"the sidecar has failed and ends: {self.raised.words}")
 
     def refused(self) -> Refused:
-        """Return what a request is told that comes now."""
+        """Return the refusal of a request that comes after the crash."""
         return Refused(Reason.DRAINING, "the sidecar has failed and ends; send the request again", retry_after_s=1.0)
 
 
 def last_ending(ticket: Ticket, raised: Raised, state: State, owners: Sequence[str]) -> Settle:
-    """Return how a request ends that is open when the process does.
+    """Return the ending of a request that is open when the process crashes.
 
-    `owners` are the replicas that may have ended of it before. The request that it happened with is not to be sent
-    again. Where nobody can say with which one it happened, nor is one that was with two replicas when they ended.
+    `owners` are the replicas that may have crashed on it before. The request on which this process crashed must not be
+    sent again. If that is unknown, neither must one that was with another replica when that crashed.
     """
     reason, message = _why(ticket, raised, owners)
     known = state.requests.get(ticket.request)
@@ -94,7 +94,7 @@ def _why(ticket: Ticket, raised: Raised, owners: Sequence[str]) -> tuple[Reason 
 
 
 def poisonous(ticket: Ticket, owners: Sequence[str]) -> str:
-    """Say why a request is given to no further replica."""
+    """Return the message for a request that is given to no further replica."""
     return (
         f"this request{_named(ticket)} was with each of the replicas {', '.join(owners)} when that ended, and may be "
         "why; it is given to no other one. Their logs say what they ended of"

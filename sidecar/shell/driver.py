@@ -1,10 +1,10 @@
-"""The one task that owns the core: take an event, step, tell the observers, run the effects.
+"""Run the core in one task: take an event, step, show the step to observers, run its effects.
 
-A step or an effect that raises is the last: the core is then half changed, and takes no event any more (`shell.crash`).
+If a step or an effect raises, it is the last: the core is half changed and takes no more events (`shell.crash`).
 
-Two lanes lead in. What engines and the store report is bounded by what is in flight, is never refused, and goes
-first; what clients ask is bounded here and refused at the door, so a flood of arrivals never delays an ending by more
-than one event.
+There are two queues. Reports of engines and the store are bounded by what is in flight, never refused, and handled
+first. Clients' events are bounded here and refused when the queue is full. So a flood of arrivals delays the end of a
+request by one event at most.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from sidecar.shell.crash import Crash
 logger = logging.getLogger(__name__)
 
 CLIENT_EVENTS = (Received, ClientLeft, ClientStalled)
-EVENTS_A_TURN = 64
-"""Events handled before the event loop gets to do something else."""
+EVENTS_A_BATCH = 64
+"""Events handled before the event loop may do something else."""
 
 
 class Observer(Protocol):
-    """Sees every step after it was taken: metrics, log, journal. What it raises is logged and goes no further."""
+    """Sees every step after it was taken: metrics, log, journal. What it raises is logged and ignored."""
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None: ...
 
 
 class Driver:
-    """Feeds the core. `run_effect` carries out one effect; it must not block, and what it raises is a crash."""
+    """Feeds the core. `run_effect` carries out one effect; it must not block, and its exception is a crash."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Driver:
         self.clock_ns = clock_ns
         self._run_effect = run_effect
         self._observers = list(observers)
-        self._at_the_door: list[Observer] = []
+        self._of_refused: list[Observer] = []
         self._inbox_max = inbox_max
         self._engine: deque[Event] = deque()
         self._client: deque[Event] = deque()
@@ -63,14 +63,14 @@ class Driver:
         self._timer: asyncio.TimerHandle | None = None
         self._last_ns = 0
 
-    def observe(self, observer: Observer, at_the_door: bool = False) -> None:
-        """Show an observer every step; `at_the_door` also shows it the requests that never got as far as the core."""
+    def observe(self, observer: Observer, of_refused: bool = False) -> None:
+        """Show an observer every step; with `of_refused` also the requests that are refused before the core."""
         self._observers.append(observer)
-        if at_the_door:
-            self._at_the_door.append(observer)
+        if of_refused:
+            self._of_refused.append(observer)
 
     def post(self, event: Event) -> None:
-        """Queue an event. Raises Refused for a request that finds the inbox full or the core broken."""
+        """Queue an event. Raises Refused for a request if the queue is full or the core has failed."""
         if self.crash.raised is not None:
             if isinstance(event, Received):
                 raise self.crash.refused()
@@ -83,7 +83,7 @@ class Driver:
             self._engine.append(event)
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._run_batch)
 
     def _refuse(self, event: Received) -> Refused:
         refused = Refused(
@@ -95,12 +95,12 @@ class Driver:
             event.request, Outcome.REFUSED, event.adapter, event.tenant, "default", 0, event.input_tokens,
             reason=refused.reason, message=refused.message,
         )  # fmt: skip
-        self._show(self._at_the_door, event, [ending], self.clock_ns())
+        self._show(self._of_refused, event, [ending], self.clock_ns())
         return refused
 
-    def _turn(self) -> None:
+    def _run_batch(self) -> None:
         self._scheduled = False
-        for _ in range(EVENTS_A_TURN):
+        for _ in range(EVENTS_A_BATCH):
             if self._stopped:
                 return
             if self._engine:
@@ -110,10 +110,10 @@ class Driver:
             else:
                 return
         self._scheduled = True
-        asyncio.get_running_loop().call_soon(self._turn)
+        asyncio.get_running_loop().call_soon(self._run_batch)
 
     def tell(self, event: Event) -> None:
-        """Take an event now, and before it all that engines have reported: who has a token must be known by then.
+        """Take an event now, after all that engines have reported: the core must know of every first token by then.
 
         Raises as `step`.
         """
@@ -122,12 +122,12 @@ class Driver:
         self.step(event)
 
     def step(self, event: Event) -> None:
-        """Take one event now. Raises Failed(SIDECAR_FAILED) when the core is broken, or breaks over it."""
+        """Take one event now. Raises Failed(SIDECAR_FAILED) if the core has failed, or fails on it."""
         if not self._take(event):
             raise self.crash.error()
 
     def _take(self, event: Event) -> bool:
-        """Take one event; return whether the core is sound."""
+        """Take one event; return False if the core has failed."""
         if self.crash.raised is not None:
             return False
         now_ns = self._last_ns = max(self._last_ns, self.clock_ns())
@@ -142,29 +142,29 @@ class Driver:
                     self._run_effect(effect)
         except BaseException as error:
             self.crash.happen(Raised(error, now_ns, event, effect))
-            if not isinstance(error, Exception):  # somebody wants the process to end, too
+            if not isinstance(error, Exception):  # such as KeyboardInterrupt: the process is to end anyway
                 raise
         return self.crash.raised is None
 
-    def say(self, endings: Sequence[Settle]) -> None:
-        """Show endings that are not the core's to whoever is shown what comes no further than the door."""
-        self._show(self._at_the_door, Tick(), endings, self._last_ns)
+    def show_endings(self, endings: Sequence[Settle]) -> None:
+        """Show endings that the core did not make to the observers of refused requests."""
+        self._show(self._of_refused, Tick(), endings, self._last_ns)
 
     def _show(self, observers: Sequence[Observer], event: Event, effects: Sequence[Effect], now_ns: int) -> None:
         for observer in observers:
             try:
                 observer.observed(event, effects, now_ns)
-            except Exception:  # it must never stop the core; the trace tells which one failed
+            except Exception:  # it must not stop the core
                 logger.exception("an observer failed on %s", type(event).__name__)
 
     def _wake_at(self, at_ns: int, now_ns: int) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay_s = max(0, at_ns - now_ns) / 1e9 + 0.0005  # past the point, whatever the timer's grain
+        delay_s = max(0, at_ns - now_ns) / 1e9 + 0.0005  # after that time, whatever the timer's resolution
         self._timer = asyncio.get_running_loop().call_later(delay_s, self.post, Tick())
 
     def stop(self) -> None:
-        """Take no event any more; what is still posted is dropped."""
+        """Take no more events; those still queued are dropped."""
         self._stopped = True
         if self._timer is not None:
             self._timer.cancel()

@@ -1,4 +1,4 @@
-"""What was asked of an adapter to verify it, and what came back: the values that verdicts rest on."""
+"""The values on which verdicts rest: what was asked of an adapter to verify it, and the answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHOWN_CHARACTERS = 60
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: a text, or token ids. `expect` is what the adapter's answer is known to begin with, or empty."""
+    """A text, or token ids. `expect` is the known beginning of the adapter's answer, or ""."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -24,7 +24,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; `error` says why there is none."""
+    """An answer; `error` is the reason if there is none."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -40,9 +40,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one backend said to one prompt, as the base model and as the adapter.
+    """One backend's answers to one prompt, as the base model and as the adapter.
 
-    `again` is what it said as the adapter when asked again, where several instances are behind its address.
+    `again` has its further answers as the adapter, asked for if several instances share its address.
     """
 
     backend: str
@@ -54,14 +54,14 @@ class Answers:
 
     @property
     def other_answer(self) -> Reply | None:
-        """What the backend said when asked again, if it was something else."""
+        """Return an answer of `again` that differs from the first; None if there is none."""
         if self.adapter.error:
             return None
         return next((r for r in self.again if not r.error and r.content != self.adapter.content), None)
 
     @property
     def answered(self) -> bool:
-        """Whether everything that was asked as the adapter was answered."""
+        """Return True if every question to the adapter was answered."""
         return not any(reply.error for reply in (self.adapter, *self.again))
 
     @property
@@ -74,12 +74,12 @@ class Answers:
 
     @property
     def expected(self) -> bool:
-        """Whether it can be told if the answer is right."""
+        """Return True if it can be decided whether the answer is right."""
         return bool(self.prompt.expect) and not self.adapter.error
 
     @property
     def matches(self) -> bool:
-        """Whether the answer begins as it must, as far as it goes where it may have been cut off before that."""
+        """Return True if the answer begins as expected, as far as it goes if it may have been cut off."""
         answer, expect = self.adapter.text.strip(), self.prompt.expect.strip()
         cut_off = len(expect.encode()) > self.tokens_max and bool(answer)
         return self.expected and (answer.startswith(expect) or (cut_off and expect.startswith(answer)))
@@ -89,8 +89,8 @@ class Answers:
 class Evidence:
     """Everything that was asked of an adapter.
 
-    `probes` says why there are no expected answers, and `probes_wrong` that it is its probe.jsonl's fault; `weightless`
-    that its weights are known to change nothing, and `no_base` why the base model was not asked.
+    `probes` says why there are no expected answers, and `probes_wrong` that its probe.jsonl is to blame. `weightless`
+    says that its weights are known to change nothing. `no_base` says why the base model was not asked.
     """
 
     version: str
@@ -105,7 +105,7 @@ class Evidence:
         return [asked for asked in self.asked if asked.backend == backend]
 
     def is_silent(self, backend: str) -> bool:
-        """Whether a backend answers as the base model, whatever it is asked."""
+        """Return True if a backend answers every prompt as the base model does."""
         compared = [asked for asked in self.of(backend) if asked.compared]
         return bool(compared) and not any(asked.changed for asked in compared)
 
@@ -114,8 +114,8 @@ class Evidence:
         return all(self.is_silent(backend) for backend in self.facts)
 
 
-def place_of_difference(first: Reply, second: Reply) -> str:
-    """Say where two answers part: "at character 3", counted from 1."""
+def difference_position(first: Reply, second: Reply) -> str:
+    """Return where two answers begin to differ, such as "at character 3"; the first is 1."""
     unit, left, right = (
         ("character", first.text, second.text)
         if first.text or second.text
@@ -130,6 +130,6 @@ def place_of_difference(first: Reply, second: Reply) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return a text for one line of a message, cut where it is long."""
+    """Return a text on one line in quotes, shortened if it is long."""
     line = text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"
     return '"' + line.replace("\\", "\\\\").replace("\n", "\\n") + '"'

@@ -1,4 +1,4 @@
-"""Whether an adapter can be served here at all, asked before a name stands for it."""
+"""Check whether an adapter can be served here at all, before it is registered."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.errors import Invalid, Reason
 
 
 def check_fit(name: str, adapter: Adapter, state: State, bases: Mapping[str, BaseModel]) -> None:
-    """Raise Invalid for what does not fit its base model, the store or any backend, as far as these are known."""
+    """Raise Invalid if it does not fit its base model, the store or any backend, as far as these are known."""
     _fits_its_base(name, adapter, bases)
     _fits_the_store(name, adapter, state)
     _fits_a_backend(name, adapter, state)
@@ -38,7 +38,7 @@ def _fits_the_store(name: str, adapter: Adapter, state: State) -> None:
 
 
 def _fits_a_backend(name: str, adapter: Adapter, state: State) -> None:
-    """Refuse what no configured backend can serve before a GPU sees it."""
+    """Refuse what no configured backend can serve, before it is sent to an engine."""
     unfit = [misfit(adapter, backend.facts) for backend in state.backends.values()]
     if unfit and all(unfit):
         first, backend = unfit[0], next(iter(state.backends))

@@ -1,7 +1,7 @@
-"""The process as its fronts see it: submit a request, ask the operators' questions, look at the queue.
+"""The process as its fronts see it: submit requests, and act for operators.
 
-It owns the driver and carries out the core's effects: tickets for requests, the blob store, the backends, the
-registry.
+It owns the driver, and carries out the core's effects with the tickets of requests, the host store and the backends
+(`fleet`). `catalogue` has what operators do with names.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic_ns
-from typing import Any, Protocol
+from typing import Any
 
 from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.disk import DiskTier
@@ -39,6 +38,8 @@ from sidecar.journal.raised import Raised
 from sidecar.shell.catalogue import Catalogue
 from sidecar.shell.crash import Crash, last_ending
 from sidecar.shell.driver import Driver, Observer
+from sidecar.shell.fleet import Fleet
+from sidecar.shell.requests import Elsewhere, RequestFacts
 from sidecar.shell.sources import Sources
 from sidecar.shell.store import BlobStore
 from sidecar.shell.trial import Trial
@@ -48,81 +49,8 @@ logger = logging.getLogger(__name__)
 
 STALL_CHECK_S = 1.0
 ABANDON_S = TOLD_S = 1.0
-"""A process that has crashed gives its engines and its clients so long; all in all it has `cli.serving.CRASH_S`."""
-REMOVED_KEPT_MAX = 1024
-"""Backends that are gone of which it is still known what they were: an answer of theirs may still be on its way."""
+"""Time that a crashed process gives its engines, and its clients; for everything it has `cli.serving.CRASH_S`."""
 LEASE_ENDED = "this replica's lease had ended before the request was sent; send it again"
-
-
-COUNT_MAX = 1 << 28
-"""Tokens or sequences of a request: more than any engine gives. A client may write any number."""
-
-
-@dataclass(frozen=True)
-class RequestFacts:
-    """What the core must know of a request; `deadline_s` is counted from now.
-
-    A count above COUNT_MAX is as good as that: it is added up, sent to other replicas and written to the journal.
-    """
-
-    adapter: str
-    tenant: str = ""
-    klass: str = "default"
-    input_tokens: int = 0
-    output_tokens_max: int = 0
-    deadline_s: float | None = None
-    session: str = ""
-    size_bytes: int = 0
-    """The length of the client's message."""
-    only: tuple[str, ...] = ()
-    """The backends that it may go to; any if none is named."""
-    sequences: int = 1
-    """How many sequences it makes its engine run."""
-
-    def __post_init__(self) -> None:
-        for name in ("input_tokens", "output_tokens_max", "sequences"):
-            object.__setattr__(self, name, min(getattr(self, name), COUNT_MAX))
-
-    def check(self) -> None:
-        """Raise Refused(INVALID_REQUEST) for what is not as it may be, whatever front it came by."""
-        checked(identities.ADAPTER, self.adapter)
-        checked(identities.TENANT, self.tenant)
-        checked(identities.CLASS, self.klass)
-        checked(identities.SESSION, self.session)
-
-    def received(self, request: int, deadline_ns: int | None, client_id: str = "") -> ev.Received:
-        """Return what the core is told of it."""
-        return ev.Received(
-            request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
-            self.session, self.size_bytes, self.only, self.sequences, client_id,
-        )  # fmt: skip
-
-
-class Elsewhere(Protocol):
-    """What knows of the other replicas: a request may go to one of them, or come back to be sent to another."""
-
-    def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
-        """See to a request, here by `Gateway.admit` or elsewhere. Raises Refused when the inbox is full."""
-
-    @property
-    def may_dispatch(self) -> Callable[[str], bool]:
-        """Whether this replica owns a backend in this very moment: asked right before every write to it."""
-
-    @property
-    def takes_requests(self) -> bool:
-        """Whether another replica would take a request now."""
-
-    def given_back(self, ticket: Ticket) -> bool:
-        """Whether it sees to a request that this replica's core has given back without a token."""
-
-    def end(self, ticket: Ticket, reason: Reason) -> bool:
-        """End a request that is elsewhere, its ending through the ticket; False if it is here."""
-
-    def ended_with(self, ticket: Ticket) -> Sequence[str]:
-        """Return the replicas that ended while they had a request."""
-
-    def abandon(self) -> None:
-        """Let go of all requests that are elsewhere; each has its ending."""
 
 
 class Gateway:
@@ -149,12 +77,10 @@ class Gateway:
         self.driver = Driver(self.core, monotonic_ns, self._run, inbox_max=inbox_max, crash=self.crash)
         self.sources = sources or Sources(AllowList.of(roots=roots))
         self.catalogue = Catalogue(registry, lambda: self.core.state, self.driver.step, self.sources, bases or {})
-        self.backends: dict[str, Backend] = {}
-        self._stopping: set[Backend] = set()
+        self.fleet = Fleet(self.driver)
+        self.backends = self.fleet.backends
         self.elsewhere: Elsewhere | None = None
-        """The other replicas, if there are any."""
-        self._kinds: dict[str, tuple[str, bool]] = {}
-        """Of backends that are gone: the kind of engine, and whether it answered token by token."""
+        """The router to the other replicas, if there are any."""
         self._disk = disk
         self.store = BlobStore(
             self.driver.post,
@@ -175,23 +101,24 @@ class Gateway:
 
     @property
     def state(self) -> State:
-        """The core's state, to be read between steps only."""
+        """The core's state. Read it between steps only, and never change it."""
         return self.core.state
 
     @property
     def takes_requests(self) -> bool:
-        """Whether some backend could be sent a request now, here or by another replica."""
+        """True if a request could be sent to some backend now, by this replica or another one."""
         if self.crash.raised is not None:
             return False
         if self.elsewhere is not None and self.elsewhere.takes_requests:
             return True
         return any(backend.takes_requests for backend in self.state.backends.values())
 
-    def observe(self, observer: Observer, at_the_door: bool = False) -> None:
-        self.driver.observe(observer, at_the_door)
+    def observe(self, observer: Observer, of_refused: bool = False) -> None:
+        """Show an observer every step; with `of_refused` also the requests that are refused before the core."""
+        self.driver.observe(observer, of_refused)
 
     async def start(self, backends: Sequence[tuple[Backend, EngineFacts]]) -> None:
-        """Tell the core what there is, and begin to reach the backends."""
+        """Tell the core of all names, spilled weights and backends, and begin to reach the backends."""
         await self.store.open()
         engines = [(backend.id, facts) for backend, facts in backends]
         self.catalogue.announce(Trial(self.core.state.config, self.core.policies, engines))
@@ -199,75 +126,18 @@ class Gateway:
             for key, size_bytes in await asyncio.to_thread(self._disk.scan):
                 self.driver.step(ev.DiskHolds(key, version_of_key(key), size_bytes))
         for backend, facts in backends:
-            self._add(backend, facts)
+            self.fleet.add(backend, facts, self.elsewhere is None)
         for backend, _ in backends:
-            await backend.start(self._ear_for(backend))
+            await self.fleet.start(backend)
         self._sweeper = asyncio.create_task(self._sweep())
 
-    # Backends that come and go.
-
     async def add_backend(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = True) -> None:
-        """Take in a backend, and begin to reach it. No other is called by its id; `fresh`: its engine is new."""
-        self._add(backend, facts, pool, fresh)
-        await backend.start(self._ear_for(backend))
-
-    def _add(self, backend: Backend, facts: EngineFacts, pool: str = "", fresh: bool = False) -> None:
-        assert backend.id not in self.backends, f"{backend.id} is there already"
-        self.backends[backend.id] = backend
-        self.driver.step(ev.BackendAdded(backend.id, facts, self.elsewhere is None, pool, fresh))
-
-    def set_leaving(self, backend: str, leaving: bool) -> None:
-        """Send nothing new to a backend that is about to go, or take it back."""
-        self.driver.step(ev.BackendLeaving(backend, leaving))
-
-    async def remove_backend(self, backend_id: str, cause: str) -> None:
-        """Forget a backend that is gone. What still runs there is cut off; what has no token yet is sent elsewhere."""
-        backend = self.backends[backend_id]
-        self.set_leaving(backend_id, True)
-        self._kinds[backend_id] = self._kind_now(backend_id)
-        if len(self._kinds) > REMOVED_KEPT_MAX:
-            del self._kinds[next(iter(self._kinds))]
-        self._stopping.add(backend)
-        try:
-            await backend.stop()  # first: none of its runs may deliver anything once the core has sent it elsewhere
-        finally:
-            self._stopping.discard(backend)
-            self.driver.tell(ev.BackendRemoved(backend_id, cause))
-            del self.backends[backend_id]
-
-    def _ear_for(self, backend: Backend) -> Callable[[ev.Event], None]:
-        """Return what a backend posts by for as long as it is one of ours.
-
-        Runs that are cut off end in ways that look like others: of them only that a token came counts.
-        """
-
-        def post(event: ev.Event) -> None:
-            is_ours = self.backends.get(backend.id) is backend
-            if is_ours and (backend not in self._stopping or isinstance(event, ev.FirstToken)):
-                self.driver.post(event)
-
-        return post
-
-    def kind_of(self, backend: str) -> str:
-        """Return the kind of engine that an answer came from, which may be gone meanwhile."""
-        return self._kind(backend)[0]
-
-    def streams(self, backend: str) -> bool:
-        """Whether such an engine answers token by token."""
-        return self._kind(backend)[1]
-
-    def streamed(self, kind: str) -> bool:
-        """Whether the last engine of a kind that is gone answered token by token; taken to be where none was there."""
-        return next((streams for other, streams in reversed(self._kinds.values()) if other == kind), True)
-
-    def _kind(self, backend: str) -> tuple[str, bool]:
-        return self._kind_now(backend) if backend in self.backends else self._kinds[backend]
-
-    def _kind_now(self, backend: str) -> tuple[str, bool]:
-        return self.state.backends[backend].facts.kind, self.backends[backend].streams
+        """Add a backend and begin to reach it; `fresh` says that its engine is new."""
+        self.fleet.add(backend, facts, self.elsewhere is None, pool, fresh)
+        await self.fleet.start(backend)
 
     async def drain(self) -> None:
-        """Admit nothing new and wait until all that is here has ended."""
+        """Admit nothing new, and wait until all requests have ended."""
         self.driver.post(ev.ShutdownBegun())
         while self.crash.raised is None and (not self.state.draining or self.state.requests or self.tickets):
             await asyncio.sleep(0.02)
@@ -281,18 +151,18 @@ class Gateway:
     async def _stop_backends(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
-        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+        await self.fleet.stop()
 
-    # A process that has crashed.
+    # After a crash.
 
     async def abandon(self) -> None:
-        """Cancel all that engines run, within `ABANDON_S`: nothing comes of it any more."""
+        """Cancel all that engines run, within `ABANDON_S`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(ABANDON_S):
                 await self._stop_backends()
 
     def end_open(self, raised: Raised) -> None:
-        """End what is open, each request by what is known of it, and every operator's question."""
+        """End every open request by what is known of it, and every open question of an operator."""
         endings = []
         for ticket in list(self.tickets.values()):
             if ticket.settled is None:
@@ -304,10 +174,10 @@ class Gateway:
                 future.set_exception(self.crash.error())
         if self.elsewhere is not None:
             self.elsewhere.abandon()
-        self.driver.say(endings)
+        self.driver.show_endings(endings)
 
     async def told(self) -> None:
-        """Return when all clients have been told of their endings, `TOLD_S` from now at the latest."""
+        """Return when all clients have been told of their endings, after `TOLD_S` at the latest."""
         with suppress(TimeoutError):
             async with asyncio.timeout(TOLD_S):
                 while self.tickets:
@@ -316,43 +186,42 @@ class Gateway:
     # Requests.
 
     def submit(self, facts: RequestFacts, payload: Payload, client_id: str = "") -> Ticket:
-        """Take a request in, under the id that its client knows it by.
+        """Submit a request under its client's id, and return its ticket.
 
-        Raises Refused when the inbox is full, and for names that are not as they may be; every other ending comes
-        through the ticket.
+        Raises Refused if the queue is full or a name is malformed; every other ending comes through the ticket.
         """
         ticket = Ticket(next(self._numbers), payload, client_id, self.answers)
         return self._take(facts, ticket, self.admit if self.elsewhere is None else self.elsewhere.submit)
 
     def submit_here(self, facts: RequestFacts, ticket_of: Callable[[int], Ticket]) -> Ticket:
-        """Take in a request that another replica has passed on, its ticket made by number; as `submit` otherwise."""
+        """Submit a request that another replica has passed on; `ticket_of(number)` makes its ticket."""
         return self._take(facts, ticket_of(next(self._numbers)), self.admit)
 
-    def _take(self, facts: RequestFacts, ticket: Ticket, see_to: Callable[[Ticket, RequestFacts], None]) -> Ticket:
+    def _take(self, facts: RequestFacts, ticket: Ticket, admit: Callable[[Ticket, RequestFacts], None]) -> Ticket:
         if self.crash.raised is not None:
             raise self.crash.refused()
         facts.check()
         checked(identities.REQUEST_ID, ticket.client_id)
         self.tickets[ticket.request] = ticket
         try:
-            see_to(ticket, facts)
+            admit(ticket, facts)
         except Refused:
             del self.tickets[ticket.request]
             raise
         return ticket
 
     def admit(self, ticket: Ticket, facts: RequestFacts) -> None:
-        """Let this replica's core have a request. Raises Refused when the inbox is full."""
+        """Give a request to this replica's core. Raises Refused if the queue is full."""
         deadline_ns = None if facts.deadline_s is None else monotonic_ns() + int(facts.deadline_s * 1e9)
         self.driver.post(facts.received(ticket.request, deadline_ns, ticket.client_id))
 
     def admit_again(self, ticket: Ticket, facts: RequestFacts) -> None:
-        """As `admit`, for a request that was given back: the core knows it by another number from now on."""
+        """Admit a request that was given back. The core gets it under a new number."""
         self._renumber(ticket)
         self.admit(ticket, facts)
 
     def withdraw(self, ticket: Ticket) -> None:
-        """Take back from this replica's core a request that waits there."""
+        """Take a waiting request back from this replica's core."""
         number = ticket.request
         self._renumber(ticket)
         self.driver.tell(ev.ClientLeft(number, moved=True))
@@ -363,13 +232,13 @@ class Gateway:
         self.tickets[ticket.request] = ticket
 
     def close(self, ticket: Ticket, moved: bool = False) -> None:
-        """The front is done with a ticket; if the request had not ended, its client left, or another replica has it."""
+        """Release a ticket. If its request has not ended, its client has left, or (`moved`) another replica has it."""
         ticket.drop()
         if self.tickets.pop(ticket.request, None) is not None and ticket.settled is None:
             self._end(ticket, ev.ClientLeft(ticket.request, moved), Reason.CANCELLED)
 
     def cancel(self, ticket: Ticket) -> None:
-        """End a request at its client's own word; the ending comes through the ticket."""
+        """End a request as its client asks; the ending comes through the ticket."""
         self._end(ticket, ev.ClientLeft(ticket.request), Reason.CANCELLED)
 
     def _end(self, ticket: Ticket, event: ev.Event, reason: Reason) -> None:
@@ -377,13 +246,15 @@ class Gateway:
             self.driver.post(event)
 
     async def _sweep(self) -> None:
-        """Cancel requests whose clients are too far behind for too long; drop sources that nobody needs any more."""
+        """Cancel requests whose clients have been too far behind for too long, and drop sources that are not needed."""
         while True:
             await asyncio.sleep(min(STALL_CHECK_S, self._client_stall_ns / 4e9))
             self.catalogue.forget_unneeded()
             self._cancel_stalled()
 
-    def _cancel_stalled(self) -> None:  # apart from the loop, whose frame would keep the last ticket and its message
+    def _cancel_stalled(
+        self,
+    ) -> None:  # not in the loop above: its frame would keep the last ticket
         now_ns = monotonic_ns()
         for ticket in list(self.tickets.values()):
             since_ns = ticket.behind_since_ns
@@ -392,7 +263,7 @@ class Gateway:
             if now_ns - since_ns > self._client_stall_ns:
                 self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
             else:
-                ticket.look()  # others may have left it room
+                ticket.look()  # other answers may have left room
 
     # Effects.
 
@@ -431,7 +302,7 @@ class Gateway:
             self.driver.post(ev.RunFailed(effect.request, effect.attempt, Fault.NOT_OWNED, text))
             return
         ticket = self.tickets.get(effect.request)
-        if ticket is None:  # the client left in this very moment; the core hears of it next
+        if ticket is None:  # its client has just left; that event is next
             self.driver.post(ev.RunEnded(effect.request, effect.attempt, 0))
             return
         ticket.dispatched(effect)
@@ -460,7 +331,7 @@ class Gateway:
             future.set_result(effect)
 
     def _note(self, effect: do.Effect) -> None:
-        """Notes are for observers."""
+        """Do nothing: this effect is for observers."""
 
     # Operators.
 
@@ -488,7 +359,7 @@ class Gateway:
         self.driver.step(ev.DrainSet(backend, draining))
 
     def known_backend(self, backend: str) -> Any:
-        """Return a backend's state in the core. Raises Misused with those that are configured."""
+        """Return a backend's state in the core. Raises Misused naming the configured ones."""
         found = self.state.backends.get(backend)
         if found is None:
             configured = ", ".join(self.state.backends) or "none"

@@ -1,8 +1,7 @@
-"""Logging for a process whose event loop must not wait for a terminal or a pipe.
+"""Logging that never makes the event loop wait for a terminal or a pipe.
 
-Records go through a bounded queue to a thread that writes them to stderr, as text for people or as one JSON object a
-line for machines. When stderr takes them too slowly lines are left out, and the next one that gets through says how
-many.
+Records go through a bounded queue to a thread that writes them to stderr, as text or as one JSON object a line. If
+stderr is too slow, lines are dropped, and the next line that gets through says how many.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from typing import Any, Literal, TextIO
 QUEUED_MAX = 10_000
 NOT_UTF8_EVERY_S = 60.0
 GRPC_METADATA = "grpc._cython.cygrpc"
-"""The logger of the part of gRPC that decodes metadata."""
+"""The logger in gRPC that reports undecodable metadata."""
 _PLAIN = re.compile(r"[\w.@:/+-]+\Z")
 
 
 class Fields:
-    """A log message of a sentence and named values: `sentence name=value …` as text, members of the object as JSON."""
+    """A log message with named values: `sentence name=value …` as text, members of the object as JSON."""
 
     __slots__ = ("sentence", "values")
 
@@ -48,17 +47,17 @@ def _time_of(record: logging.LogRecord) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Return a message so that no word of a client's or an engine's in it begins a line or moves a cursor."""
+    """Return a message in which no client's or engine's text can begin a line or move a cursor."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class TextFormatter(logging.Formatter):
-    """Lines for people: one a record, and a traceback below it where there is one."""
+    """Text for people: one line a record, followed by its traceback if it has one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(_one_line, super().format(record).split("\n")))  # the line breaks are a traceback's
+        return "\n".join(map(_one_line, super().format(record).split("\n")))  # only a traceback has line breaks
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 — logging's name
         record.message = _one_line(record.message)
@@ -85,14 +84,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class QueuedHandler(QueueHandler):
-    """Hands records to the writing thread and never waits for it."""
+    """Hand records to the writing thread without ever waiting for it."""
 
     def __init__(self, records: queue.Queue[logging.LogRecord]) -> None:
         super().__init__(records)
         self.left_out = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Fix the message now, since its arguments may change; formatting is the thread's business."""
+        """Render the message now, since its arguments may change; the thread formats the rest."""
         if record.args:
             record.msg, record.args = record.getMessage(), None
         return record
@@ -113,9 +112,9 @@ def _left_out(count: int) -> logging.LogRecord:
 
 
 class NotUtf8(logging.Filter):
-    """Lets gRPC say once in a while that a client's metadata is not UTF-8, with how much of it there was.
+    """Reduce gRPC's complaints about metadata that is not UTF-8 to one line a minute, with their number.
 
-    By itself it writes a traceback for each such value, thousands a request, before any handler sees the call.
+    By itself gRPC logs a traceback for each such value, possibly thousands a request, before any handler sees the call.
     """
 
     def __init__(self, every_s: float = NOT_UTF8_EVERY_S) -> None:
@@ -139,7 +138,7 @@ class NotUtf8(logging.Filter):
 
 
 class LogWriter:
-    """The thread behind the root logger. `stop` writes what is queued."""
+    """The thread behind the root logger. `stop` writes what is still queued."""
 
     def __init__(self, handler: QueuedHandler, listener: QueueListener, not_utf8: NotUtf8) -> None:
         self._handler = handler
@@ -163,7 +162,7 @@ class LogWriter:
 def configure_logging(
     log_format: Literal["text", "json"] = "text", level: str = "info", stream: TextIO | None = None
 ) -> LogWriter:
-    """Send every logger's records to stderr in this form; return what writes them, to be stopped at the end."""
+    """Send all loggers' records to stderr in this format. Return the writer; call its `stop` at the end."""
     written = logging.StreamHandler(stream or sys.stderr)
     text = TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     written.setFormatter(JsonFormatter() if log_format == "json" else text)

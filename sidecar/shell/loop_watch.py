@@ -1,4 +1,4 @@
-"""Measures how long the event loop stood still: a task that wants to run often, and how late it did."""
+"""Measure how long the event loop was blocked: a task runs at short intervals and notes how late it was."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INTERVAL_S = 0.02
 
 
 class LoopWatch:
-    """Keeps the longest stall since it was last asked."""
+    """Keep the longest stall since the last reading."""
 
     def __init__(self) -> None:
         self._longest_s = 0.0
@@ -38,9 +38,9 @@ class LoopWatch:
 
 
 class LabelValues:
-    """Gives the first `count_max` values a label of their own, and `_other` to the rest.
+    """Give the first `count_max` values a label of their own, and the rest `_other`.
 
-    `known` values have one from the start, beside those: whoever comes first cannot take their place.
+    `known` values have a label from the start, in addition, which no early comer can take.
     """
 
     def __init__(self, count_max: int, known: Iterable[str] = ()) -> None:
@@ -59,7 +59,7 @@ class LabelValues:
         return value
 
     def forget(self, value: str) -> bool:
-        """Free a value's place; False when it had none."""
+        """Free a value's label; return False if it had none."""
         if value not in self._values:
             return False
         del self._values[value]

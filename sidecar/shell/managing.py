@@ -1,4 +1,4 @@
-"""Who has the say over a name: whoever declares it, and for a while an operator who overrides that."""
+"""Decide who may change a name: the owner that declares it, or for a while an operator who overrides that."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sidecar.state.records import Declared, Record
 CONFIG = "config"
 BY_HAND = ("cli", "push")
 ALLOWED_MAX = 10_000
-"""Tenants of an allow list, which is in that record too."""
+"""Tenants of an allow list. It is part of the record that every replica holds."""
 LABELS_CHARACTERS_MAX = 64 << 10
-"""Of all of a version's labels: they are in the record that every replica holds."""
+"""Size of all labels of a version. They are part of the record that every replica holds."""
 CLUSTER = "k8s:"
-"""What the owner of a name that is declared in a Kubernetes cluster begins with: `k8s:NAMESPACE/KIND/NAME`."""
+"""Prefix of owners in a Kubernetes cluster: `k8s:NAMESPACE/KIND/NAME`."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a registration asks for beside the content. `hold_s` lets a change of a name that another manages stand."""
+    """A registration's options. `hold_s` makes a change to a name with another owner last that long."""
 
     allow: tuple[str, ...] = ()
     pin: bool = False
@@ -30,18 +30,18 @@ class Wanted:
     managed_by: str = "cli"
     hold_s: float = 0.0
     base: str = ""
-    """The base model's name, where the one that the adapter was trained under is not the engine's."""
+    """The base model's name, if the adapter was trained under a name that the engine does not use."""
     digest: str = ""
-    """The content that it must be; any if none is named."""
+    """The digest that the content must have; "" for any."""
     take_over: bool = False
-    """Whether a declaration may have a name that was registered by hand."""
+    """Whether a declaration may take over a name that was registered by hand."""
     declared: Declared | None = None
-    """What its declaration says. It then says all: who may use the name, and whether it is pinned."""
+    """The declaration's content. It then decides everything: who may use the name, and whether it is pinned."""
     confirm: Callable[[], None] | None = None
-    """Called right before anything is written down; raises what speaks against it by then."""
+    """Called right before the record is stored; raises if the registration is no longer valid."""
 
     def check(self, name: str) -> None:
-        """Raise Invalid(INVALID_NAME) for a tenant that no request can be of, or tenants and labels without end."""
+        """Raise Invalid(INVALID_NAME) for a malformed tenant, or for too many tenants or labels."""
         if len(self.allow) > ALLOWED_MAX:
             raise Invalid(
                 Reason.INVALID_NAME,
@@ -61,12 +61,12 @@ class Wanted:
 
 
 def cluster_owner(namespace: str, kind: str, name: str) -> str:
-    """Return what an object of a Kubernetes cluster is called as the owner of a name."""
+    """Return the owner name of an object in a Kubernetes cluster."""
     return f"{CLUSTER}{namespace}/{kind}/{name}"
 
 
-def in_words(owner: str) -> str:
-    """Return an owner as a person would say it."""
+def owner_phrase(owner: str) -> str:
+    """Return an owner as a phrase for people."""
     if not owner.startswith(CLUSTER):
         return owner
     namespace, kind, name = owner.removeprefix(CLUSTER).split("/", 2)
@@ -74,7 +74,7 @@ def in_words(owner: str) -> str:
 
 
 def taken_over(record: Record, wanted: Wanted, now: float) -> Record:
-    """Return the record as the asker may change it. Raises Invalid(MANAGED_ELSEWHERE) with who has the say."""
+    """Return the record as the owner in `wanted` may change it. Raises Invalid(MANAGED_ELSEWHERE) with its owner."""
     if wanted.managed_by == record.managed_by:
         if wanted.managed_by not in BY_HAND and now < record.held_until:
             raise _elsewhere(
@@ -97,30 +97,30 @@ def taken_over(record: Record, wanted: Wanted, now: float) -> Record:
     way_out = "change it there, or override it for a while with --hold DURATION"
     if wanted.managed_by.startswith(CLUSTER):
         way_out = "take it out there, or give this declaration another name"
-    raise _elsewhere(record, f"is managed by {in_words(record.managed_by)} and would be set back; {way_out}")
+    raise _elsewhere(record, f"is managed by {owner_phrase(record.managed_by)} and would be set back; {way_out}")
 
 
 def check_unregister(record: Record, wanted: Wanted, reconciled: str) -> None:
-    """Raise Invalid(MANAGED_ELSEWHERE) if a name would be declared again at once.
+    """Raise Invalid(MANAGED_ELSEWHERE) if the name would be declared again at once.
 
-    `reconciled` is what the owners begin with whose declarations are looked after, "" if none are.
+    `reconciled` is the prefix of the owners whose declarations are being followed, "" if none are.
     """
     if wanted.managed_by != record.managed_by and reconciled and record.managed_by.startswith(reconciled):
         raise _elsewhere(
             record,
-            f"is declared by {in_words(record.managed_by)} and would be registered again; delete it there, and the "
+            f"is declared by {owner_phrase(record.managed_by)} and would be registered again; delete it there, and the "
             "name goes with it",
         )
 
 
 def check_pin(record: Record) -> None:
-    """Raise Invalid(MANAGED_ELSEWHERE) if a declaration says whether a name is pinned."""
+    """Raise Invalid(MANAGED_ELSEWHERE) if a declaration decides whether the name is pinned."""
     if record.managed_by.startswith(CLUSTER):
-        raise _elsewhere(record, f"is declared by {in_words(record.managed_by)}; set pinned there")
+        raise _elsewhere(record, f"is declared by {owner_phrase(record.managed_by)}; set pinned there")
 
 
 def _same_namespace(one: str, other: str) -> bool:
-    """Whether both are owners in one namespace: which of them has a name is decided by who reads all of it."""
+    """Return True if both owners are in one namespace: the reader of all its declarations decides between them."""
     return one.startswith(CLUSTER) and other.startswith(f"{one.partition('/')[0]}/")
 
 

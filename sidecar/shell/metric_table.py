@@ -1,7 +1,7 @@
-"""The metrics contract: every family that `/metrics` shows, with its labels. docs/metrics.md is made from it.
+"""The metrics contract: every family on `/metrics`, with its labels. docs/metrics.md is generated from it.
 
-No histogram has an adapter label, the number of adapters and tenants that get a label is bounded, and the rest is
-`_other`; so the number of series does not grow with what clients send.
+No histogram has an adapter label, and only a bounded number of adapters and tenants get a label, the rest `_other`. So
+the number of series does not grow with what clients send.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Literal
 
 PREFIX = "lora_sidecar_"
 OTHER = "_other"
-"""Adapters past the limit, and names that nobody registered; tenants past theirs. No name begins with `_`."""
+"""Label of adapters and tenants above the limit, and of unregistered names. No name begins with `_`."""
 BASE_MODEL = "_base"
-"""The adapter label of requests for the base model."""
+"""Adapter label of requests for the base model."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The process's metrics: what each step adds to them, and how they are read.
+"""The process's metrics: what each step adds to them, and how they are rendered.
 
-Counts and durations are taken as they happen, a few microseconds a step. How things stand is read from the core's
-state when `/metrics` is asked; the text is made in a thread, since thousands of series take a while.
+Counts and durations are taken as they happen, at a few microseconds a step. Gauges are read from the core's state when
+`/metrics` is requested. The text is rendered in a thread, since thousands of series take a while.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from sidecar.shell.state_gauges import families_of, family
 
 DECLARED_PHASES = ("Pending", "Loading", "Ready", "Held", "Failed", "Removing")
 TENANT_LABELS_MAX = 50
-"""Beside those that `queue.tenant_weights` names."""
+"""Tenants with a label, in addition to those named in `queue.tenant_weights`."""
 LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 WAIT_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BOUND_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 3600)
 
 
 class Series:
-    """A family kept by the client library, its children cached: finding one by label costs more than counting."""
+    """A family of the client library with its children cached: finding one by label costs more than counting."""
 
     def __init__(self, short: str, registry: CollectorRegistry, buckets: Sequence[float] = ()) -> None:
         metric = BY_SHORT[short]
@@ -62,14 +62,14 @@ class Series:
         self.child(*labels).observe(duration_ns / 1e9)
 
     def end(self, first_label: str) -> None:
-        """End every series whose first label is this."""
+        """Remove every series whose first label has this value."""
         for labels in [labels for labels in self._children if labels[0] == first_label]:
             del self._children[labels]
             self._family.remove(*labels)
 
 
 class _Standing(Collector):
-    """How things stood when the metrics were last asked for."""
+    """Hands the client library the families computed for the current request."""
 
     def __init__(self) -> None:
         self.families: list[Family] = []
@@ -82,22 +82,22 @@ class _Standing(Collector):
 
 
 class Watched(Protocol):
-    """What is measured: a `Gateway`."""
+    """The part of `Gateway` that is measured."""
 
     @property
     def core(self) -> Core: ...
 
     @property
     def tickets(self) -> Sized:
-        """The requests that are open."""
+        """The open requests."""
 
     def on_packed(self, callback: Callable[[str, PackReport], None]) -> None:
-        """Have this called with the key and report of every packing."""
+        """Call back with the key and report of every packing."""
 
 
 @dataclass(frozen=True)
 class ArrivalFigures:
-    """What is on its way in, and what was turned away of it since the start, by why."""
+    """Bytes of incomplete messages, and messages refused since the start, by reason."""
 
     held_bytes: int = 0
     refused: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(("budget", "late", "calls"), 0))
@@ -105,7 +105,7 @@ class ArrivalFigures:
 
 @dataclass(frozen=True)
 class ReplicaFigures:
-    """What is counted between replicas; as it stands where there is one only."""
+    """Counts of a process among replicas; the defaults are those of one that runs alone."""
 
     taken: int = 0
     given_up: int = 0
@@ -118,10 +118,10 @@ class ReplicaFigures:
 
 
 class Metrics:
-    """An observer of the core with a registry of its own; `METRICS` is what it shows, no more and no less.
+    """An observer of the core with a registry of its own, which shows exactly `METRICS`.
 
     `adapter_labels_max` bounds the adapters that get series of their own. An adapter's series end when its name is
-    unregistered. `clock` tells the core's time, in nanoseconds.
+    unregistered. `clock` returns the core's time in nanoseconds.
     """
 
     def __init__(
@@ -133,15 +133,15 @@ class Metrics:
         self._clock = clock
         gateway.on_packed(self.packed)
         self.journal: Journal | None = None
-        """What the journal's figures are read from; set by whoever starts one."""
+        """Source of the journal's figures; set by its starter."""
         self.replica: Callable[[], ReplicaFigures] = ReplicaFigures
-        """Where those of several replicas are read; set by whoever starts one."""
+        """Source of the figures between replicas; set by the process that joins others."""
         self.arrivals: Callable[[], ArrivalFigures] = ArrivalFigures
-        """Where what is on its way in is counted; set by whoever listens."""
+        """Source of the figures of incomplete messages; set by the listeners."""
         self.declared: Callable[[], Mapping[str, int]] = dict
-        """Where the declared adapters of each phase are counted; set by whoever follows a cluster."""
+        """Source of the declared adapters' number by phase; set by the follower of a cluster."""
         self.set_aside: Callable[[], int] = int
-        """Where the names that are set aside are counted; set by whoever has a registry."""
+        """Source of the number of names set aside; set by the owner of a registry."""
         self.registry = CollectorRegistry()
         self._standing = _Standing()
         self.registry.register(self._standing)
@@ -150,7 +150,7 @@ class Metrics:
         self._adapters = LabelValues(adapter_labels_max)
         self._tenants = LabelValues(TENANT_LABELS_MAX, self._core.state.config.tenant_weights)
         self._steps = 0
-        self._refused_at_the_door = 0
+        self._refused_before_core = 0
         self._dispatched: dict[int, None] = {}
         self._waiting: dict[int, None] = {}
         """Admitted requests that have had no token yet."""
@@ -188,7 +188,7 @@ class Metrics:
         self._watch.stop()
 
     async def render(self, accept: str = "") -> tuple[str, bytes]:
-        """Return content type and text of all metrics in the form that an Accept header asks for."""
+        """Return content type and text of all metrics in the format that an Accept header asks for."""
         encode, content_type = choose_encoder(accept)
         async with self._asking:
             self._standing.families = self._families()
@@ -223,10 +223,10 @@ class Metrics:
             *found,
         ]
 
-    # What happens.
+    # Events.
 
     def packed(self, key: str, report: PackReport) -> None:
-        """Take in how long a fetch and its packing took."""
+        """Record how long a fetch and its packing took."""
         self._load_time.take(report.fetch_ns, "fetch")
         self._load_time.take(report.pack_ns, "pack")
 
@@ -239,11 +239,11 @@ class Metrics:
             note = _EFFECTS.get(type(effect))
             if note is not None:
                 note(self, effect, now_ns)
-        if isinstance(event, ev.BackendRemoved):  # last: the step itself may have counted something of it
+        if isinstance(event, ev.BackendRemoved):  # last: the step itself may have counted something for it
             self._backend_removed(event.backend)
 
     def _backend_removed(self, backend: str) -> None:
-        """End what is counted by a backend that is gone: names of pods are never used again."""
+        """End the series of a backend that is gone: names of pods are never used again."""
         self._loads = {load: held for load, held in self._loads.items() if held[0] != backend}
         self._load_results.end(backend)
         self._heals.end(backend)
@@ -251,7 +251,7 @@ class Metrics:
     def _received(self, event: ev.Received, now_ns: int) -> None:
         request = self._core.state.requests.get(event.request)
         if request is None:
-            self._refused_at_the_door = event.request
+            self._refused_before_core = event.request
             return
         self._waiting[event.request] = None
         if request.promise is not None:
@@ -294,12 +294,12 @@ class Metrics:
             self._load_results.add(1, load[0], "failed")
 
     def _backend_lost(self, event: ev.BackendLost, now_ns: int) -> None:
-        """Its Loads end with it, and no event of their own says so."""
+        """Count its loads as failed: they end with it without an event of their own."""
         for load in [load for load, (backend, _) in self._loads.items() if backend == event.backend]:
             del self._loads[load]
             self._load_results.add(1, event.backend, "failed")
 
-    # What is done about it.
+    # Effects.
 
     def _load(self, effect: do.Load, now_ns: int) -> None:
         self._loads[effect.load] = (effect.backend, now_ns)
@@ -316,12 +316,12 @@ class Metrics:
 
     def _settle(self, effect: do.Settle, now_ns: int) -> None:
         outcome, adapter = effect.outcome.value, self._adapter_label(effect.name)
-        if effect.reason is not Reason.NOT_OWNER:  # it has only ended here
+        if effect.reason is not Reason.NOT_OWNER:  # else it goes on at another replica
             self._requests.add(1, outcome)
             self._adapter_requests.add(1, adapter, outcome)
-        if effect.request != self._refused_at_the_door:
+        if effect.request != self._refused_before_core:
             self._queue_wait.take(effect.queue_ns, effect.klass)
-        if effect.request in self._waiting:  # no token was told of, so the wait is known up to its dispatch
+        if effect.request in self._waiting:  # it had no token, so its wait is known up to its dispatch
             del self._waiting[effect.request]
             self._check_bound(effect.queue_ns, effect.bound_ns)
         if effect.request in self._dispatched:
@@ -331,7 +331,7 @@ class Metrics:
             self._tokens.add(effect.output_tokens, adapter, tenant, "output")
 
     def _adapter_label(self, name: str) -> str:
-        """Return the label of a name: its own only while it is registered, since clients may write anything."""
+        """Return the label of a name: the name itself only while it is registered, since clients may send anything."""
         if name in self._adapters:
             return name
         if not name:
@@ -340,7 +340,7 @@ class Metrics:
 
 
 def _declared_families(phases: Mapping[str, int]) -> list[Family]:
-    """Return the figures of declared adapters; a phase that none is in is told of, too."""
+    """Return the figures of declared adapters, empty phases included."""
     return [
         family("declared_adapters", [((phase,), phases.get(phase, 0)) for phase in DECLARED_PHASES]),
         family("declared_held", [((), phases.get("Held", 0))]),

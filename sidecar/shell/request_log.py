@@ -1,6 +1,6 @@
-"""One log line for each request, at its end: where the answer came from, how long it took, what went wrong.
+"""Log one line for each request at its end: where the answer came from, how long it took, what went wrong.
 
-It takes the place of an access log. Ids, names, lengths and times only: no prompt and no token reaches it.
+It replaces an access log. It holds ids, names, lengths and times only: no prompt and no token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestLog:
-    """An observer that logs requests as they settle, and what an operator must know of backends and versions."""
+    """An observer that logs requests as they settle, and important changes of backends and versions."""
 
     def __init__(self) -> None:
         self._dispatched: dict[int, Dispatch] = {}
@@ -48,7 +48,7 @@ class RequestLog:
 
 
 def log_refused(client_id: str, error: SidecarError) -> None:
-    """Log the ending of a request that a front has refused: the core never hears of it, so it has no number."""
+    """Log a request that a front has refused: the core never hears of it, so it has no number."""
     if requests.isEnabledFor(logging.INFO):
         requests.info(
             Fields("request ended", id=client_id, outcome="refused", reason=error.reason.value, error=error.message)
@@ -56,7 +56,7 @@ def log_refused(client_id: str, error: SidecarError) -> None:
 
 
 def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str) -> Fields:
-    """Return a request's line. `dispatch` is its last one, None when it was never sent to an engine."""
+    """Return a request's log line. `dispatch` is its last one; None if it was never sent to an engine."""
     values: dict[str, Any] = {
         "request": settle.request,
         "id": client_id,
@@ -82,7 +82,7 @@ def ending_fields(settle: Settle, dispatch: Dispatch | None, client_id: str) -> 
 
 
 def version_shown(settle: Settle, dispatch: Dispatch | None) -> str:
-    """Return `v1` of a dispatched request, the digest's start of one that was only queued."""
+    """Return `v1` for a dispatched request, the start of the digest for one that was only queued."""
     if dispatch is not None and dispatch.name:
         return f"v{dispatch.ordinal}"
     return settle.version[:12]

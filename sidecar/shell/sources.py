@@ -1,7 +1,7 @@
-"""Where adapters' files are: under a local root, in the spool, or at an origin from where they are brought.
+"""Find adapters' files: under a local root, in the spool, or at an origin from which they are downloaded.
 
-Registrations arrive through `arrival`, requests that miss through `locate`. Downloads of one URL, and of one version,
-are shared: whoever comes second waits for the first one's.
+Registrations come through `arrival`, and misses through `use`. Downloads of one URL, and of one version, are shared:
+later callers wait for the first one's.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.failures import Stopped
@@ -25,17 +25,19 @@ from sidecar.adapters.origins.origin import PUSHED, Origin, is_url, parse_origin
 from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.registration import Registration, read_registration
 from sidecar.adapters.spool import Spool, digest_of_folder
-from sidecar.errors import SidecarError, error_for
+from sidecar.errors import Invalid, SidecarError, error_for
 from sidecar.shell.background import BackgroundThreads, undisturbed
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-TOLD_EVERY_S = 10.0
+LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A checked adapter whose files are where they can stay; `origin` is what the registry writes down."""
+    """A checked adapter whose files can stay where they are; `origin` goes into the registry."""
 
     registration: Registration
     origin: str
@@ -43,7 +45,7 @@ class Arrival:
 
 @dataclass
 class _Download:
-    """A folder that several registrations of one URL share. `path` moves when the first of them adopts it."""
+    """A folder shared by the registrations of one URL. `path` is set when the first of them adopts it."""
 
     task: asyncio.Task[Path]
     stop: threading.Event
@@ -54,13 +56,13 @@ class _Download:
 
 
 class Others(Protocol):
-    """What other replicas have, and what they are to have."""
+    """The other replicas' sources."""
 
     async def bring(self, digest: str, folder: Path) -> bool:
-        """Fill a folder with a version's files; False if nobody has them. Whether they are right is not looked at."""
+        """Fill a folder with a version's files; return False if no replica has them. They are not verified."""
 
     async def spread(self, digest: str) -> None:
-        """Return when another replica has the files of a version too. Raises Refused if none takes them."""
+        """Return once another replica also has a version's files. Raises Refused if none takes them."""
 
 
 class Sources:
@@ -80,48 +82,48 @@ class Sources:
         self.others: Others | None = None
         """The other replicas, if there are any."""
         self._surroundings = surroundings or surroundings_of
-        self._turns = asyncio.Semaphore(downloads_max)
-        self._flights = BackgroundThreads()
+        self._slots = asyncio.Semaphore(downloads_max)
+        self._threads = BackgroundThreads()
         self._downloads: dict[str, _Download] = {}
         self._claims: dict[str, int] = {}
         self.doubted = dict.fromkeys(self.spool.digests())
         self._bringing: dict[str, asyncio.Lock] = {}
 
     def close(self) -> None:
-        """Stop downloads; those who wait for them are told that this process leaves."""
-        self._flights.close()
+        """Stop downloads; their waiters get Refused(DRAINING)."""
+        self._threads.close()
         self.spool.close()
 
     # Registrations.
 
     @asynccontextmanager
     async def arrival(self, name: str, path: str) -> AsyncIterator[Arrival]:
-        """Give a checked adapter from a local path or a URL.
+        """Yield a checked adapter from a local path or a URL.
 
-        What it brought into the spool stays there while this context is open; after it, `forget_unneeded` decides.
-        Raises Invalid for what is wrong with the origin or the files, Refused for what may be right later.
+        What it brought into the spool stays there while the context is open; afterwards `forget_unneeded` decides.
+        Raises Invalid for a bad origin or file, Refused for a failure that may pass.
         """
         if not is_url(path):
             directory = self.allow.check_path(name, path)
             registration = await asyncio.to_thread(read_registration, name, directory)
-            if self.allow.check_path(name, path) != directory:  # a link has taken its place, or a part of its path's
+            if self.allow.check_path(name, path) != directory:  # a link has replaced it, or a part of its path
                 raise unreadable(name, f"{path} was replaced while it was read; register it again")
             yield Arrival(registration, str(directory))
             return
         with _named(name):
             origin = parse_origin(path)
             self.allow.check(origin)
-        download = self._joined(origin)
+        download = self._join(origin)
         try:
             with _named(name):
                 await asyncio.shield(download.task)
             yield Arrival(await self._checked(name, download), str(origin))
         finally:
-            self._left(origin, download)
+            self._leave(origin, download)
 
     @contextmanager
     def incoming(self) -> Iterator[Path]:
-        """Give a folder of the spool for files that a client sends; what was not adopted is removed."""
+        """Yield a folder of the spool for files that a client sends; what is not adopted is removed."""
         folder = self.spool.make_incoming()
         try:
             yield folder
@@ -130,7 +132,7 @@ class Sources:
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:
-        """Give a checked adapter from an incoming folder that a client filled; as `arrival` otherwise."""
+        """Yield a checked adapter from an incoming folder that a client has filled; otherwise as `arrival`."""
         registration = await asyncio.to_thread(read_registration, name, folder)
         digest = registration.adapter.digest
         self._claim(digest)
@@ -140,22 +142,22 @@ class Sources:
         finally:
             self._unclaim(digest)
 
-    def _joined(self, origin: Origin) -> _Download:
-        """Return the download of a URL that is under way, or begin one."""
+    def _join(self, origin: Origin) -> _Download:
+        """Return the running download of a URL, or start one."""
         key = f"{origin}?{origin.query}"
         download = self._downloads.get(key)
         if download is None:
             stop = threading.Event()
-            download = _Download(asyncio.create_task(self._bring_in_turn(origin, stop)), stop)
+            download = _Download(asyncio.create_task(self._download_in_turn(origin, stop)), stop)
             self._downloads[key] = download
         download.users += 1
         return download
 
-    async def _bring_in_turn(self, origin: Origin, stop: threading.Event) -> Path:
-        async with self._turns:
-            return await asyncio.wrap_future(self._flights.begin(partial(self._bring, origin), stop))
+    async def _download_in_turn(self, origin: Origin, stop: threading.Event) -> Path:
+        async with self._slots:
+            return await asyncio.wrap_future(self._threads.begin(partial(self._download, origin), stop))
 
-    def _left(self, origin: Origin, download: _Download) -> None:
+    def _leave(self, origin: Origin, download: _Download) -> None:
         download.users -= 1
         if download.users:
             return
@@ -166,12 +168,12 @@ class Sources:
         download.task.add_done_callback(self._tidy)
 
     def _tidy(self, task: asyncio.Task[Path]) -> None:
-        """Remove what a download brought, unless it was adopted: then it is not there any more."""
+        """Remove what a download brought. If it was adopted, it is no longer there."""
         if not task.cancelled() and task.exception() is None:
             self._remove(task.result())
 
     async def _checked(self, name: str, download: _Download) -> Registration:
-        async with download.lock:  # one after the other: the first one moves the folder
+        async with download.lock:  # one after the other: the first moves the folder
             folder = download.path or download.task.result()
             registration = await asyncio.to_thread(read_registration, name, folder)
             if not download.digest:
@@ -183,13 +185,13 @@ class Sources:
 
     async def _adopt(self, name: str, folder: Path, digest: str) -> Path:
         with _named(name):
-            async with self._only(digest):  # the same content may arrive from several places at once
+            async with self._only(digest):  # the same content may arrive from several sources at once
                 return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
 
-    # What the spool keeps.
+    # Contents of the spool.
 
     def _claim(self, digest: str) -> None:
-        """Keep a digest in the spool although no name stands for it yet."""
+        """Keep a digest in the spool although it is registered under no name yet."""
         self._claims[digest] = self._claims.get(digest, 0) + 1
 
     def _unclaim(self, digest: str) -> None:
@@ -201,16 +203,16 @@ class Sources:
                 self._bringing.pop(digest, None)
 
     def doubt(self, digest: str) -> None:
-        """Have it looked at whether anybody needs a digest; until then it stays."""
+        """Have it checked whether a digest is still needed; it stays until then."""
         if self.spool.holds(digest):
             self.doubted[digest] = None
 
     def trust(self, digest: str) -> None:
-        """Keep a digest: a name stands for it."""
+        """Keep a digest: it is registered under a name."""
         self.doubted.pop(digest, None)
 
     def forget(self, digest: str) -> None:
-        """Drop a digest's source, unless it is only just arriving; removing the files is left to a thread."""
+        """Drop a digest's source unless it is just arriving; a thread removes the files."""
         if digest in self._claims:
             return
         del self.doubted[digest]
@@ -221,14 +223,28 @@ class Sources:
             logger.warning("the source of %s could not be dropped: %s", digest[:12], error)
 
     def _remove(self, folder: Path) -> None:
-        self._flights.begin(lambda stop: self.spool.remove(folder))
+        self._threads.begin(lambda stop: self.spool.remove(folder))
 
     # Misses.
 
-    async def locate(self, origin: str, digest: str) -> Path:
-        """Return the folder with a version's files, fetching them again if the spool has them no more.
+    async def use(self, origin: str, digest: str, make: Callable[[Path], Awaitable[T]]) -> T:
+        """Return what `make` returns for the folder with a version's files.
 
-        Raises Invalid when the origin holds other content by now.
+        If it raises Invalid, the spool's copy is checked, and `make` is called again with a fresh copy if that may
+        help: the files were sound when they were registered. Raises Invalid if the origin now holds other content.
+        """
+        folder = await self.locate(origin, digest)
+        try:
+            return await make(folder)
+        except Invalid:
+            if not await self.mend(origin, digest):
+                raise
+        return await make(await self.locate(origin, digest))
+
+    async def locate(self, origin: str, digest: str) -> Path:
+        """Return the folder with a version's files, downloading them again if the spool has lost them.
+
+        Raises Invalid if the origin now holds other content.
         """
         if self.spool.holds(digest):
             return self.spool.folder(digest)
@@ -244,11 +260,11 @@ class Sources:
             if origin.startswith(f"{PUSHED}://"):
                 raise unreadable(digest[:12], "it was pushed and its files are gone; push it again")
             return await asyncio.wrap_future(
-                self._flights.begin(partial(self._bring_again, parse_origin(origin), digest))
+                self._threads.begin(partial(self._download_again, parse_origin(origin), digest))
             )
 
     async def _from_another(self, digest: str) -> Path | None:
-        """Return the folder with a version's files if another replica had them."""
+        """Return the folder with a version's files if another replica had them; else None."""
         if self.others is None:
             return None
         folder = await asyncio.to_thread(self.spool.make_incoming)
@@ -260,10 +276,10 @@ class Sources:
                 return None
             return await undisturbed(asyncio.to_thread(self.spool.adopt, folder, digest))
         finally:
-            self._remove(folder)  # what was adopted is not there any more
+            self._remove(folder)  # if it was adopted, it is no longer there
 
     async def mend(self, origin: str, digest: str) -> bool:
-        """Drop the spool's copy of a version if it is damaged; return whether building from it may go better now."""
+        """Drop the spool's copy of a version if it is damaged. Return False if there is none to fall back on."""
         if not is_url(origin) and not self.spool.holds(digest):
             return False
         async with self._only(digest):
@@ -274,11 +290,11 @@ class Sources:
         return True
 
     def _only(self, digest: str) -> asyncio.Lock:
-        """Return what lets one at a time bring a version: two layouts of it share one download."""
+        """Return the lock for bringing a version: two layouts of it share one download."""
         return self._bringing.setdefault(digest, asyncio.Lock())
 
-    def _bring_again(self, origin: Origin, digest: str, stop: threading.Event) -> Path:
-        folder = self._bring(origin, stop)
+    def _download_again(self, origin: Origin, digest: str, stop: threading.Event) -> Path:
+        folder = self._download(origin, stop)
         try:
             found = digest_of_folder(folder)
             if found != digest:
@@ -292,7 +308,7 @@ class Sources:
             self.spool.remove(folder)
             raise
 
-    def _bring(self, origin: Origin, stop: threading.Event) -> Path:
+    def _download(self, origin: Origin, stop: threading.Event) -> Path:
         """Download an origin into a new incoming folder."""
         folder = self.spool.make_incoming()
         begun_s = monotonic()
@@ -314,7 +330,7 @@ class Sources:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Put the adapter's name in front of what a download failed with: the download itself may be several ones'."""
+    """Put the adapter's name before a download's error: the download itself may serve several adapters."""
     try:
         yield
     except SidecarError as error:
@@ -324,7 +340,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def surroundings_of(stop: threading.Event) -> Surroundings:
-    """Return the real world, in which a wait ends when the download is stopped."""
+    """Return the real surroundings, in which a wait ends when the download is stopped."""
 
     def wait(seconds: float) -> None:
         if stop.wait(seconds):
@@ -334,15 +350,15 @@ def surroundings_of(stop: threading.Event) -> Surroundings:
 
 
 def _progress(origin: Origin, stop: threading.Event) -> Progress:
-    """Return a callback that ends a stopped download and writes a log line every few seconds."""
-    told_s = monotonic()
+    """Return a callback that ends a stopped download and logs its progress every few seconds."""
+    logged_s = monotonic()
 
     def progress(done_bytes: int, total_bytes: int | None) -> None:
-        nonlocal told_s
+        nonlocal logged_s
         if stop.is_set():
             raise Stopped
-        if monotonic() - told_s >= TOLD_EVERY_S:
-            told_s = monotonic()
+        if monotonic() - logged_s >= LOG_EVERY_S:
+            logged_s = monotonic()
             logger.info("fetching %s: %d of %s bytes", origin, done_bytes, total_bytes or "unknown")
 
     return progress

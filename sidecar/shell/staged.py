@@ -1,4 +1,4 @@
-"""The store's part for engines that read files: versions in the folders that those engines share with this process."""
+"""The store's part for engines that read files: versions in folders shared with those engines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
-from sidecar.errors import Invalid
 from sidecar.shell.sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -22,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StagedWeights:
-    """A version's folder, as a Load needs it: in the first of the shared folders, if there are several."""
+    """A version's folder for a load, in the first of the shared folders if there are several."""
 
     path: str
     dtype: str
@@ -32,43 +31,43 @@ class StagedWeights:
     config: bytes = b""
 
     async def ready(self) -> None:
-        """Return when the files are whole: what somebody has taken away is brought again. Raises SidecarError."""
+        """Return once the files are complete; missing ones are brought again. Raises SidecarError."""
         await self.renew()
 
     def release(self) -> None:
-        """There is no lease: the core does not have dropped what it loads."""
+        """Do nothing: there is no lease, since the core does not drop a version while it is being loaded."""
 
 
 class StagedFolders:
-    """The versions that this process has staged, each in every shared folder. `threads` does what blocks."""
+    """The versions that this process has staged, each in every shared folder. `threads` runs what blocks."""
 
     def __init__(self, sources: Sources, stagings: Sequence[Staging], threads: Executor) -> None:
         self._sources = sources
         self._stagings = tuple(stagings)
         self._threads = threads
         self._held: dict[str, Fetch] = {}
-        self._turns: dict[str, tuple[asyncio.Lock, list[None]]] = {}
+        self._locks: dict[str, tuple[asyncio.Lock, list[None]]] = {}
 
     async def open(self) -> None:
-        """Take part in the folders. Raises Misused with what is wrong with one."""
+        """Prepare the folders. Raises Misused naming one that cannot be used."""
         for staging in self._stagings:
             await asyncio.to_thread(staging.open)
 
     def close(self) -> None:
-        """Give everything up. No thread may be at work any more."""
+        """Give everything up. No thread may be running any more."""
         for staging in self._stagings:
             staging.close()
 
     async def bring(self, effect: Fetch) -> None:
-        """Stage a version everywhere. Raises SidecarError; it is nowhere then."""
-        async with self._turn(effect.key):
+        """Stage a version in every folder. Raises SidecarError; then it is in none."""
+        async with self._lock(effect.key):
             await self._stage(effect)
             self._held[effect.key] = effect
 
     async def leave(self, key: str) -> int:
-        """Remove a version everywhere, unless others need it there; return the bytes that it was counted with."""
+        """Remove a version from every folder unless others need it there; return its size in bytes."""
         effect = self._held.pop(key)
-        async with self._turn(key):
+        async with self._lock(key):
             try:
                 await self._in_thread(self._remove, key)
             except OSError as error:
@@ -76,13 +75,13 @@ class StagedFolders:
         return effect.size_bytes
 
     def lease(self, key: str) -> StagedWeights:
-        """Return what a Load needs of a version that the core has pinned."""
+        """Return a version that the core has pinned, for a load."""
         effect = self._held[key]
         path = str(self._stagings[0].path(key))
         return StagedWeights(path, effect.layout.dtype, effect.size_bytes, lambda: self._renew(effect))
 
     async def _renew(self, effect: Fetch) -> None:
-        async with self._turn(effect.key):
+        async with self._lock(effect.key):
             if effect.key in self._held:
                 await self._stage(effect)
 
@@ -90,21 +89,12 @@ class StagedFolders:
         if await self._in_thread(self._is_whole, effect.key):
             return
         try:
-            await self._put(effect)
+            await self._sources.use(
+                effect.origin, effect.digest, lambda folder: self._in_thread(self._put_everywhere, folder, effect)
+            )
         except Exception:
             await self._in_thread(self._remove, effect.key)
             raise
-
-    async def _put(self, effect: Fetch) -> None:
-        source = await self._sources.locate(effect.origin, effect.digest)
-        try:
-            await self._in_thread(self._put_everywhere, source, effect)
-        except Invalid:
-            # It was sound when it was registered. If it is our copy that has changed, there may be a better one.
-            if not await self._sources.mend(effect.origin, effect.digest):
-                raise
-            source = await self._sources.locate(effect.origin, effect.digest)
-            await self._in_thread(self._put_everywhere, source, effect)
 
     # In threads.
 
@@ -112,7 +102,7 @@ class StagedFolders:
         return all(staging.is_whole(key) for staging in self._stagings)
 
     def _put_everywhere(self, source: Path, effect: Fetch) -> None:
-        # What is in the spool is never written to again; a person's own folder may be at any time.
+        # Files in the spool never change, so a link will do; an operator's own folder may change at any time.
         link = self._sources.spool.holds(effect.digest)
         for staging in self._stagings:
             staging.stage(source, effect.key, effect.digest, link=link)
@@ -125,9 +115,9 @@ class StagedFolders:
         return asyncio.get_running_loop().run_in_executor(self._threads, run, *arguments)
 
     @asynccontextmanager
-    async def _turn(self, key: str) -> AsyncIterator[None]:
-        """Let one at a time do something with a version, in the order in which they came."""
-        lock, users = self._turns.setdefault(key, (asyncio.Lock(), []))
+    async def _lock(self, key: str) -> AsyncIterator[None]:
+        """Enter the work on a version: one task at a time, in order of arrival."""
+        lock, users = self._locks.setdefault(key, (asyncio.Lock(), []))
         users.append(None)
         try:
             async with lock:
@@ -135,4 +125,4 @@ class StagedFolders:
         finally:
             users.pop()
             if not users:
-                del self._turns[key]
+                del self._locks[key]

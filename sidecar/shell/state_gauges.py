@@ -1,4 +1,4 @@
-"""Metrics that say how things stand: read from the core's state when somebody asks, not kept up step by step."""
+"""Gauges that are read from the core's state on request, not kept up to date step by step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Samples = Iterable[tuple[tuple[str, ...], float]]
 
 
 def families_of(state: State, now_ns: int) -> list[Family]:
-    """Return the families that the state alone decides. Call it between steps."""
+    """Return the families that depend on the state alone. Call it between steps."""
     reasons = waiting.reasons(state, now_ns).items()
     return [
         family("waiting_requests", [((why.value,), count) for why, count in reasons]),
@@ -49,7 +49,7 @@ def _tiers(state: State, value_of: Callable[[StoreIndex], float]) -> Samples:
     return [(("memory",), value_of(state.store)), (("disk",), value_of(state.disk))]
 
 
-def _ahead(value_of: Callable[[PrefetchCounts], float]) -> Callable[[State], Samples]:
+def _prefetched(value_of: Callable[[PrefetchCounts], float]) -> Callable[[State], Samples]:
     return lambda state: [
         (("store",), value_of(state.guesses.counts)),
         (
@@ -70,7 +70,7 @@ def _voided(state: State) -> Samples:
 
 
 def _predicted_waits(state: State) -> Samples:
-    """Yield what is known: an engine whose pace is a guess has no sample, for 0 would say that nobody waits."""
+    """Yield the known waits. An engine whose pace is a guess has no sample: 0 would mean that nobody waits."""
     for backend in state.backends.values():
         wait_ns = promising.wait_ns(state, backend)
         if wait_ns is not None:
@@ -95,10 +95,10 @@ READERS: dict[str, Callable[[State], Samples]] = {
     "store_budget_bytes": lambda state: _tiers(state, lambda store: store.budget_bytes),
     "store_adapters": lambda state: _tiers(state, lambda store: len(store.entries) - store.fetches),
     "store_evictions_total": lambda state: _tiers(state, lambda store: store.evictions),
-    "prefetches_total": _ahead(lambda counts: counts.begun),
-    "prefetches_used_total": _ahead(lambda counts: counts.used),
-    "prefetches_late_total": _ahead(lambda counts: counts.late),
-    "prefetch_wasted_bytes_total": _ahead(lambda counts: counts.wasted_bytes),
+    "prefetches_total": _prefetched(lambda counts: counts.begun),
+    "prefetches_used_total": _prefetched(lambda counts: counts.used),
+    "prefetches_late_total": _prefetched(lambda counts: counts.late),
+    "prefetch_wasted_bytes_total": _prefetched(lambda counts: counts.wasted_bytes),
     "loads_running": _each_backend(lambda backend: len(backend.loads)),
     "resident": _resident,
     "open_adapters": _each_backend(lambda backend: len(backend.slots)),

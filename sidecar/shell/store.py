@@ -1,4 +1,12 @@
-"""Carries out what the core decides about the host store: fetch and pack in threads, keep the blobs, free them."""
+"""The host store's bytes: the way of an adapter's weights from its origin to an engine.
+
+1. The core emits `Fetch`; `BlobStore.fetch` waits until there is room for the version.
+2. `Sources.use` finds the folder with the version's files, downloading them if needed.
+3. `adapters.builder.build` reads and packs them in a thread: a blob in (shared) memory. A version that was spilled is
+   read from the disk tier instead. For an engine that reads files, `StagedFolders` puts them into shared folders.
+4. `Fetched` goes to the core, which emits `Load`; `lease` hands the blob, as `Weights`, to `Backend.load`.
+5. The backend sends the blob, or names its shared-memory region or folder, and releases the lease.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +28,7 @@ from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Drop, DropDisk, Fetch, Spill
 from sidecar.core.events import Event, Fetched, FetchFailed, Spilled, SpillFailed
 from sidecar.core.facts import is_files
-from sidecar.errors import Invalid, Reason, SidecarError
+from sidecar.errors import Reason, SidecarError
 from sidecar.shell.sources import Sources
 from sidecar.shell.staged import StagedFolders, StagedWeights
 
@@ -29,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A lease of a packed blob, with what a Load says of it."""
+    """A leased blob, with what a load needs to describe it."""
 
     blob: Blob
     shape: tuple[int, int]
     dtype: str
     config: bytes
-    let_go: Callable[[Callable[[], None]], object]
+    release_in_thread: Callable[[Callable[[], None]], object]
 
     @property
     def path(self) -> str:
@@ -46,17 +54,17 @@ class PackedWeights:
         return self.blob.size_bytes
 
     async def ready(self) -> None:
-        """It is there: the lease keeps it."""
+        """Return at once: the lease keeps the blob."""
 
     def release(self) -> None:
-        self.let_go(self.blob.release)
+        self.release_in_thread(self.blob.release)
 
 
 class BlobStore:
-    """Packed blobs by key, in memory and on disk. Bytes and eviction are the core's; this brings, holds and frees.
+    """Packed blobs by key, in memory and on disk. The core counts bytes and evicts; this brings, holds and frees.
 
-    With a `mount` the memory is shared: before a blob is freed, `forget(name)` has the engines let go of it. Until then
-    its bytes are not free, and what is to take their place waits, whatever the core's books say.
+    With a `mount` the memory is shared: before a blob is freed, `forget(name)` makes the engines let go of it. Its
+    bytes are occupied until then, and a blob that is to replace it waits, whatever the core has counted.
     """
 
     def __init__(
@@ -78,23 +86,23 @@ class BlobStore:
         self._room = Budget(budget_bytes)
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._built: dict[str, Built] = {}
-        self._bringing: dict[str, asyncio.Task[Built | None]] = {}
+        self._fetching: dict[str, asyncio.Task[Built | None]] = {}
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="fetch")
         self._staged = StagedFolders(sources, stagings, self._threads)
         self.on_packed: Callable[[str, PackReport], None] = lambda key, report: None
 
     async def open(self) -> None:
-        """Make ready for engines that read files. Raises Misused with what is wrong with a shared folder."""
+        """Prepare the folders for engines that read files. Raises Misused naming one that cannot be used."""
         await self._staged.open()
 
     def fetch(self, effect: Fetch) -> None:
-        """Bring a blob into memory; Fetched or FetchFailed is posted."""
-        task = asyncio.get_running_loop().create_task(self._bring(effect))
-        self._bringing[effect.key] = task
-        task.add_done_callback(lambda done: self._arrived(effect, done))
+        """Bring a blob into memory; posts Fetched or FetchFailed."""
+        task = asyncio.get_running_loop().create_task(self._fetch(effect))
+        self._fetching[effect.key] = task
+        task.add_done_callback(lambda done: self._fetch_ended(effect, done))
 
-    def _arrived(self, effect: Fetch, done: asyncio.Future[Built | None]) -> None:
-        del self._bringing[effect.key]
+    def _fetch_ended(self, effect: Fetch, done: asyncio.Future[Built | None]) -> None:
+        del self._fetching[effect.key]
         if done.cancelled():
             return
         error = done.exception()
@@ -111,36 +119,31 @@ class BlobStore:
             logger.error("packing %s failed", effect.key, exc_info=error)
             self._post(FetchFailed(effect.key, Reason.ADAPTER_UNAVAILABLE, f"packing it failed: {error}"))
 
-    async def _bring(self, effect: Fetch) -> Built | None:
-        if effect.key in self._leaving:  # it is brought again before it has gone
+    async def _fetch(self, effect: Fetch) -> Built | None:
+        if effect.key in self._leaving:  # it is fetched again before it has gone
             await asyncio.wait([self._leaving[effect.key]])
         await self._room.take(effect.size_bytes)
         try:
-            return await self._bring_into(effect)
+            if effect.layout.files:
+                await self._staged.bring(effect)
+                return None
+            return await (self._in_thread(self._read, effect) if effect.from_disk else self._pack(effect))
         except BaseException:
             self._room.give_back(effect.size_bytes)
             raise
 
-    async def _bring_into(self, effect: Fetch) -> Built | None:
-        """Make a blob of a version, or stage its files."""
-        if effect.layout.files:
-            await self._staged.bring(effect)
-            return None
-        if effect.from_disk:
-            return await self._in_thread(self._read, effect)
+    async def _pack(self, effect: Fetch) -> Built:
+        """Build a blob from the version's files. The time until they were found counts as fetching."""
         begun_ns = monotonic_ns()
-        # A download has a thread of its own: those of the store are for what ends soon.
-        source = await self._sources.locate(effect.origin, effect.digest)
-        located_ns = monotonic_ns() - begun_ns
-        try:
-            built = await self._in_thread(self._build, source, effect)
-        except Invalid:
-            # It was sound when it was registered. If it is our copy that has changed, there may be a better one.
-            if not await self._sources.mend(effect.origin, effect.digest):
-                raise
-            source = await self._sources.locate(effect.origin, effect.digest)
-            built = await self._in_thread(self._build, source, effect)
-        return built._replace(report=replace(built.report, fetch_ns=built.report.fetch_ns + located_ns))
+        found_ns: list[int] = []
+
+        def build_from(folder: Path) -> asyncio.Future[Built]:
+            found_ns.append(monotonic_ns() - begun_ns)
+            return self._in_thread(self._build, folder, effect)
+
+        # A download has a thread of its own: the store's threads are for short work.
+        built = await self._sources.use(effect.origin, effect.digest, build_from)
+        return built._replace(report=replace(built.report, fetch_ns=built.report.fetch_ns + found_ns[0]))
 
     def _in_thread(self, run: Callable[..., Built], *arguments: object) -> asyncio.Future[Built]:
         return asyncio.get_running_loop().run_in_executor(self._threads, run, *arguments)
@@ -148,15 +151,13 @@ class BlobStore:
     def _read(self, effect: Fetch) -> Built:
         assert self._disk is not None
         disk = self._disk
-        return self._in_some_memory(lambda mount: disk.read(effect.key, effect.layout, mount))
+        return self._make_blob(lambda mount: disk.read(effect.key, effect.layout, mount))
 
-    def _build(self, source: Path, effect: Fetch) -> Built:
-        return self._in_some_memory(
-            lambda mount: build(source, effect.layout, expected_digest=effect.digest, mount=mount)
-        )
+    def _build(self, folder: Path, effect: Fetch) -> Built:
+        return self._make_blob(lambda mount: build(folder, effect.layout, expected_digest=effect.digest, mount=mount))
 
-    def _in_some_memory(self, make: Callable[[Mount | None], Built]) -> Built:
-        """Make a blob in shared memory, or, if others have filled that, in memory of our own: then it is sent."""
+    def _make_blob(self, make: Callable[[Mount | None], Built]) -> Built:
+        """Make a blob in shared memory, or in private memory if that is full: then it is sent over the wire."""
         if self._mount is None:
             return make(None)
         try:
@@ -166,7 +167,7 @@ class BlobStore:
             return make(None)
 
     def spill(self, effect: Spill) -> None:
-        """Write a blob to the disk tier in a thread; Spilled or SpillFailed is posted."""
+        """Write a blob to the disk tier in a thread; posts Spilled or SpillFailed."""
         assert self._disk is not None
         built = self._built[effect.key]
         built.blob.lease()
@@ -190,12 +191,12 @@ class BlobStore:
             self._post(SpillFailed(effect.key, str(error)))
 
     def drop_disk(self, effect: DropDisk) -> None:
-        """Delete a blob from the disk tier, in a thread."""
+        """Delete a blob from the disk tier in a thread."""
         assert self._disk is not None
         self._threads.submit(self._disk.delete, effect.key)
 
     def drop(self, effect: Drop) -> None:
-        """Give the blob up, engines first; it is unmapped when its last lease ends."""
+        """Give up a blob, engines first; it is unmapped when its last lease ends."""
         key = effect.key
         leaving = self._unstage(key) if is_files(key) else self._leave(self._built.pop(key).blob)
         task = self._leaving[key] = asyncio.get_running_loop().create_task(leaving)
@@ -204,12 +205,12 @@ class BlobStore:
     async def _leave(self, blob: Blob) -> None:
         if self._mount is not None:
             await self._forgotten(blob.path.name)
-        # In a thread: for a large one it takes time.
+        # In a thread: unmapping a large blob takes time.
         await asyncio.get_running_loop().run_in_executor(self._threads, blob.release)
         self._room.give_back(blob.size_bytes)
 
     async def _forgotten(self, name: str) -> None:
-        """Return when no engine refers to what goes; a failure of ours must not keep its bytes for ever."""
+        """Return when no engine refers to a blob; an error here must not keep its bytes for ever."""
         if self._forget is None:
             return
         try:
@@ -222,7 +223,7 @@ class BlobStore:
         self._room.give_back(await self._staged.leave(key))
 
     def lease(self, key: str) -> PackedWeights | StagedWeights:
-        """Return a lease of a blob, or of a staged folder, that the core has pinned."""
+        """Lease a blob, or a staged folder, that the core has pinned."""
         if is_files(key):
             return self._staged.lease(key)
         built = self._built[key]
@@ -231,7 +232,7 @@ class BlobStore:
         return PackedWeights(built.blob, built.plan.shape, built.plan.layout.dtype, config, self._threads.submit)
 
     def close(self) -> None:
-        for task in (*self._bringing.values(), *self._leaving.values()):
+        for task in (*self._fetching.values(), *self._leaving.values()):
             task.cancel()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for built in self._built.values():
@@ -241,7 +242,7 @@ class BlobStore:
 
 
 class Budget:
-    """Bytes that are taken and given back; who finds none free waits, first come first served."""
+    """A budget of bytes. Takers wait, in order, until there are enough; None is unlimited."""
 
     def __init__(self, size_bytes: int | None) -> None:
         self._free = size_bytes
@@ -253,12 +254,12 @@ class Budget:
         if not self._waiting and size_bytes <= self._free:
             self._free -= size_bytes
             return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((size_bytes, turn))
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((size_bytes, granted))
         try:
-            await turn
+            await granted
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
+            if granted.done() and not granted.cancelled():
                 self.give_back(size_bytes)
             raise
 
@@ -267,12 +268,12 @@ class Budget:
             return
         self._free += size_bytes
         while self._waiting:
-            wanted, turn = self._waiting[0]
-            if turn.done():
+            wanted, granted = self._waiting[0]
+            if granted.done():
                 self._waiting.popleft()
                 continue
             if wanted > self._free:
                 return
             self._waiting.popleft()
             self._free -= wanted
-            turn.set_result(None)
+            granted.set_result(None)

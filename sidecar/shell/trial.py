@@ -1,7 +1,7 @@
-"""A core that tries what is written down before the real one takes it.
+"""Try stored records on a core of their own before the real core gets them.
 
-An event that makes a core raise leaves it half changed, and the process ends. For a record that would be so at every
-start. So each is first given to a core that serves nobody, before the same engines; one that fails there is left out.
+An event on which the core raises leaves it half changed, and the process ends. A bad record would cause that at every
+start. So each record is first given to a core that serves nobody, with the same engines; one that fails is left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from sidecar.core.facts import EngineFacts
 
 
 class Trial:
-    """Tries events, one after the other; a core that has raised is thrown away."""
+    """Tries events one after the other. A core that has raised is thrown away."""
 
     def __init__(self, config: CoreConfig, policies: Policies, engines: Iterable[tuple[str, EngineFacts]]) -> None:
         self._config = config
@@ -30,7 +30,7 @@ class Trial:
         return core
 
     def __call__(self, event: ev.Event) -> None:
-        """Take an event. Raises what the real core would."""
+        """Take an event. Raises what the real core would raise."""
         core, self._core = self._core or self._fresh(), None
         core.step(event, 0)
         self._core = core

@@ -1,7 +1,7 @@
-"""What follows from the answers of a verification: does the adapter change them, do backends agree, are they right?
+"""Conclusions from a verification's answers: does the adapter change them, do backends agree, are they right?
 
-An engine can take an adapter and compute without it, or hold another's weights under its id, and say nothing. Only
-answers show it: those of the base model beside the adapter's, one engine's beside another's, and those that are known.
+An engine can accept an adapter and compute without it, or hold other weights under its id, without an error. Only
+answers show that: the base model's beside the adapter's, one engine's beside another's, and known ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sidecar.core.facts import EngineFacts
-from sidecar.shell.evidence import Answers, Evidence, place_of_difference, quoted
+from sidecar.shell.evidence import Answers, Evidence, difference_position, quoted
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 PBTXT_TYPES = {"float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "float32": "TYPE_FP32"}
@@ -28,7 +28,7 @@ class Check:
 
 
 def checks_of(evidence: Evidence) -> list[Check]:
-    """Return all conclusions, in the order in which they are best read."""
+    """Return all conclusions, in the best order for reading."""
     return [*_answered(evidence), *_changes(evidence), *_agreement(evidence), *_expectations(evidence)]
 
 
@@ -101,7 +101,7 @@ def _agreement(evidence: Evidence) -> list[Check]:
 
 
 def _division(evidence: Evidence, backend: str) -> Check | None:
-    """Say that a backend disagrees with itself, as instances with caches of their own may."""
+    """Return a check if a backend disagrees with itself, as instances with separate caches may."""
     asked = evidence.of(backend)
     divided = [(each, other) for each in asked if (other := each.other_answer) is not None]
     if not divided:
@@ -129,14 +129,14 @@ def _agreement_of_backends(evidence: Evidence) -> list[Check]:
 
 
 def _distrust(evidence: Evidence, backend: str, answering: Sequence[str]) -> tuple[bool, int, int]:
-    """Rank a backend as the one to measure others by: not silent, right where that is known, like most others."""
+    """Return the rank of a backend as a reference: first not silent, then right as far as known, then most agreed."""
     wrong = sum(asked.expected and not asked.matches for asked in evidence.of(backend))
     apart = sum(len(_parted(evidence, backend, other)) for other in answering if other != backend)
     return evidence.is_silent(backend), wrong, apart
 
 
 def _parted(evidence: Evidence, first: str, second: str) -> list[tuple[Answers, Answers]]:
-    """Return what two backends answered differently as the adapter."""
+    """Return the pairs of answers in which two backends differ as the adapter."""
     seconds = {asked.prompt: asked for asked in evidence.of(second) if not asked.adapter.error}
     pairs = [
         (asked, seconds[asked.prompt])
@@ -152,7 +152,7 @@ def _disagreement(
     right, wrong = parted[0]
     sentence = (
         f"{other} differs from {reference} on {len(parted)} of {len(evidence.of(other))} prompts, first on "
-        f"{right.prompt} {place_of_difference(right.adapter, wrong.adapter)}: {other} says {wrong.adapter}, "
+        f"{right.prompt} {difference_position(right.adapter, wrong.adapter)}: {other} says {wrong.adapter}, "
         f"{reference} {right.adapter}"
     )
     known = _distrust(evidence, reference, answering) < _distrust(evidence, other, answering)

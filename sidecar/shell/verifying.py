@@ -1,7 +1,7 @@
 """Verify an adapter: ask backends the same greedy prompts, as the base model and as the adapter, and compare.
 
-The requests are like any client's: they queue, are loaded for, are healed. Each is pinned to its backend. A backend is
-asked one at a time, so that no batch of our own making holds the base model beside the adapter.
+The requests are like any client's: they queue, cause loads and are healed. Each is restricted to its backend. A backend
+gets one at a time, so that our own requests never put base model and adapter into one batch.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from sidecar.state.records import Record, Version
 
 NO_BASE = "this sidecar refuses requests that name no adapter (base_requests: refuse)"
 FAILURES_MAX = 2
-"""Prompts that a backend may leave unanswered; then it is asked no more."""
+"""Prompts that a backend may leave unanswered before it is asked no more."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is going to be asked of whom. `probes` says why there are no expected answers, or that not all are asked."""
+    """What will be asked, and where. `probes` says why expected answers are missing, or that not all are asked."""
 
     version: str
     digest: str
@@ -53,12 +53,12 @@ class Plan:
 Finding = Plan | Answers | Check
 Ask = Callable[[Question], Awaitable[Reply]]
 Fitting = Callable[[str, Sequence[Prompt]], Awaitable[tuple[tuple[Prompt, ...], str]]]
-Tell = Callable[[Finding], Awaitable[None]]
+Report = Callable[[Finding], Awaitable[None]]
 
 
 @dataclass
 class _Source:
-    """What the adapter's folder says."""
+    """What the adapter's folder holds."""
 
     folder: Path | None = None
     probes: list[Probe] = field(default_factory=list)
@@ -67,8 +67,8 @@ class _Source:
 
 
 class Verification:
-    """One verification. `ask` makes a request and never raises for how it ends; `fitting` picks the prompts that a
-    backend's models take, and says why there are none.
+    """One verification. `ask` makes a request and returns its ending instead of raising. `fitting` returns the prompts
+    that a backend's model takes, and if there may be none, why.
     """
 
     def __init__(self, gateway: Gateway, order: Order, ask: Ask, fitting: Fitting) -> None:
@@ -77,20 +77,20 @@ class Verification:
         self._order = order
         self._ask = ask
         self._fitting = fitting
-        self._telling = asyncio.Lock()
+        self._reporting = asyncio.Lock()
         self._asked: list[Answers] = []
 
-    async def run(self, tell: Tell) -> None:
-        """Tell the plan, then each answer as it comes, then the checks. Raises Refused when there is nobody to ask."""
+    async def run(self, report: Report) -> None:
+        """Report the plan, then each answer as it comes, then the checks. Raises Refused if no backend can be asked."""
         record, version = self._version()
         source = await self._source(record, version)
         plan, prompts_of = await self._plan(record, version, source)
-        await tell(plan)
+        await report(plan)
         async with asyncio.TaskGroup() as group:
             for backend, prompts in prompts_of.items():
-                group.create_task(self._ask_backend(record, plan, backend, prompts, tell))
+                group.create_task(self._ask_backend(record, plan, backend, prompts, report))
         for check in checks_of(await self._evidence(plan, source)):
-            await tell(check)
+            await report(check)
 
     def _version(self) -> tuple[Record, Version]:
         name, _, selector = self._order.reference.partition("@")
@@ -131,7 +131,7 @@ class Verification:
         prompts_of: dict[str, tuple[Prompt, ...]] = {}
         for backend in self._order.backends or tuple(self._gateway.state.backends):
             if backend not in self._gateway.state.backends and not self._order.backends:
-                continue  # it has gone meanwhile
+                continue  # it has been removed meanwhile
             why = self._unable(backend, key)
             fitting: tuple[Prompt, ...] = ()
             if not why:
@@ -141,14 +141,15 @@ class Verification:
             else:
                 skipped.append((backend, why))
         if not prompts_of:
-            told = "; ".join(f"{backend}: {why}" for backend, why in skipped) or "no backend is configured"
-            raise Refused(Reason.NO_BACKEND, f"{record.name}: there is no backend to ask. {told}", adapter=record.name)
+            reasons = "; ".join(f"{backend}: {why}" for backend, why in skipped) or "no backend is configured"
+            message = f"{record.name}: there is no backend to ask. {reasons}"
+            raise Refused(Reason.NO_BACKEND, message, adapter=record.name)
         label = f"{record.name}@v{version.ordinal}"
         probes = source.trouble or _left_out(source.probes)
         return Plan(label, version.adapter.digest, tuple(prompts_of), tuple(skipped), prompts, probes), prompts_of
 
     def _unable(self, backend: str, version: str) -> str:
-        """Say why a backend is not asked, "" if it is. Raises Misused for one that is not configured."""
+        """Return why a backend cannot be asked, "" if it can. Raises Misused for an unknown backend."""
         unfit = eligibility.cannot_serve(self._gateway.state, self._gateway.known_backend(backend), version)
         if unfit is not None:
             return unfit.sentence
@@ -157,20 +158,20 @@ class Verification:
         return ""
 
     async def _ask_backend(
-        self, record: Record, plan: Plan, backend: str, prompts: Sequence[Prompt], tell: Tell
+        self, record: Record, plan: Plan, backend: str, prompts: Sequence[Prompt], report: Report
     ) -> None:
         failures = 0
         for prompt in prompts:
             asked = await self._ask_prompt(record, plan.version, backend, prompt)
             self._asked.append(asked)
-            async with self._telling:
-                await tell(asked)
+            async with self._reporting:
+                await report(asked)
             failures += not asked.answered
             if failures and (failures >= FAILURES_MAX or not self._is_up(backend)):
                 return
 
     async def _ask_prompt(self, record: Record, version: str, backend: str, prompt: Prompt) -> Answers:
-        # An adapter that only some tenants may use is asked as one of them.
+        # An adapter that is limited to some tenants is asked as one of them.
         tenant = record.allow[0] if record.allow else TENANT
         tokens = max(self._order.tokens_max, min(len(prompt.expect.encode()), EXPECT_TOKENS_MAX))
         as_base = Question(backend, "", prompt, tokens, tenant, self._order.timeout_s)
@@ -178,7 +179,7 @@ class Verification:
         base = await self._ask(as_base) if self._asks_base else Reply(error=NO_BASE)
         if base.error and not self._is_up(backend):
             return Answers(backend, prompt, base, Reply(error=base.error), tokens)
-        # Instances behind one address take turns, so one after the other is asked.
+        # Instances behind one address take turns, so consecutive requests reach different ones.
         known = self._gateway.state.backends.get(backend)
         times = 1 if known is None else min(known.facts.caches, INSTANCES_MAX)
         first, *again = [await self._ask(as_adapter) for _ in range(times)]
@@ -208,7 +209,7 @@ class Verification:
 
 
 async def _is_weightless(folder: Path, version: str) -> bool:
-    """Whether an adapter's files are known to change nothing; those that cannot be read any more say nothing."""
+    """Return True if an adapter's files are known to change nothing; False also if they can no longer be read."""
     try:
         return not await asyncio.to_thread(changes_something, folder, version)
     except SidecarError:

@@ -21,7 +21,7 @@ from sidecar.fronts.kserve.structure import structure_of
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.large import LARGE_BYTES
 from sidecar.journal import codec
-from sidecar.shell.gateway import COUNT_MAX
+from sidecar.shell.requests import COUNT_MAX
 from tests.integration.test_openai_relay import COMPLETIONS, ask
 from tests.kit.emulated import add_tensor, core_request, running_engine
 from tests.kit.kserve_clients import DUMMY

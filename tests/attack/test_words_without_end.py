@@ -21,7 +21,7 @@ from sidecar.backends.api import Ticket
 from sidecar.core.events import Received
 from sidecar.errors import Refused
 from sidecar.proto import admin_pb2, gateway_pb2
-from sidecar.shell.gateway import RequestFacts
+from sidecar.shell.requests import RequestFacts
 from tests.kit.emulated import channel_to, core_request, running_engine, set_parameter
 from tests.kit.identities import HOSTILE, REAL
 from tests.kit.openai_house import ScriptedVllm, house

@@ -19,7 +19,8 @@ from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.fronts.admin.front import add_admin
 from sidecar.proto import admin_pb2 as pb
 from sidecar.proto import admin_pb2_grpc
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import RequestFacts
 from sidecar.state.registry import SqliteRegistry
 from tests.kit.peft_files import BASE_MODEL, write_adapter
 from tests.kit.scripted_backend import PAYLOAD, ScriptedBackend

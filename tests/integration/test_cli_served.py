@@ -13,7 +13,7 @@ import pytest
 from sidecar.cli.generating import sentence
 from sidecar.fronts.admin.auth import TokenInterceptor
 from sidecar.proto import gateway_pb2
-from sidecar.shell.gateway import RequestFacts
+from sidecar.shell.requests import RequestFacts
 from tests.kit.cli_runs import Ended, runner
 from tests.kit.cli_served import Served, serve_here
 from tests.kit.peft_files import write_adapter

@@ -23,8 +23,9 @@ from sidecar.journal import replay
 from sidecar.journal.segments import segment_paths
 from sidecar.journal.writer import Journal
 from sidecar.shell.catalogue import Wanted
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
+from sidecar.shell.requests import RequestFacts
 from sidecar.state.registry import SqliteRegistry
 from tests.kit.peft_files import write_adapter
 

@@ -29,7 +29,7 @@ from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.serve.app import Sidecar
-from sidecar.shell.gateway import RequestFacts
+from sidecar.shell.requests import RequestFacts
 from tests.kit.emulated import CORE, EngineProcess, channel_to, running_engine
 from tests.kit.kserve_clients import aio_client, ask, core_inputs, parameters_of, tensor, text_inputs
 from tests.kit.peft_files import ALL_LINEAR, write_adapter

@@ -162,7 +162,7 @@ async def test_one_that_is_asked_for_an_engine_it_does_not_know_gives_the_reques
             for address in list(pool.engines):
                 (owner,) = [one for one in found if f"gpu-{address}" in owned(one)]
                 (other,) = [one for one in found if one is not owner]
-                await owner.sidecar.gateway.remove_backend(f"gpu-{address}", "as the test wants it")
+                await owner.sidecar.gateway.fleet.remove(f"gpu-{address}", "as the test wants it")
                 names = sorted(other.state.names)
                 answers = await asyncio.gather(*(other.ask(name) for name in names))
                 assert [answer.tokens for answer in answers] == [other.expected(name, 4) for name in names]

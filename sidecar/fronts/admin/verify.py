@@ -21,7 +21,8 @@ from sidecar.proto import admin_pb2, gateway_pb2
 from sidecar.shell import asking
 from sidecar.shell.asking import Order, Question
 from sidecar.shell.evidence import Answers, Prompt, Reply
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import RequestFacts
 from sidecar.shell.verdicts import Check
 from sidecar.shell.verifying import Finding, Plan, Verification
 

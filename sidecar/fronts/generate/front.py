@@ -21,8 +21,9 @@ from sidecar.fronts.kserve.parameters import PARAMETERS, own_metadata, seconds_u
 from sidecar.fronts.lengths import text_tokens_max
 from sidecar.fronts.status import abort, status_of_ending
 from sidecar.proto import gateway_pb2, gateway_pb2_grpc
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
+from sidecar.shell.requests import RequestFacts
 
 FIELDS = {"lora_name": "adapter", "lora_tenant": "tenant", "lora_class": "class", "lora_session": "session"}
 """Fields that mean the same as our parameters in the other APIs."""

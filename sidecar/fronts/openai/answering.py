@@ -203,12 +203,12 @@ class Answering:
     def _new_answer(self, ticket: Ticket) -> _Answer:
         dispatch = ticket.dispatch
         assert dispatch is not None
-        model = model_kind(self._gateway.kind_of(dispatch.backend))
+        model = model_kind(self._gateway.fleet.kind_of(dispatch.backend))
         if model.native is Native.OPENAI:
             return PassedOn()
         assert self._destination.text is not None, "a request without a text for an engine that takes nothing else"
         reader = relay.reader_of(self._gateway, ticket, is_text=True)
-        return TextAnswer(self._asked, self._destination.text, self._gateway.streams(dispatch.backend), reader)
+        return TextAnswer(self._asked, self._destination.text, self._gateway.fleet.streams(dispatch.backend), reader)
 
     async def _write(self, send: Send, body: bytes, ended: bool) -> None:
         self._blocked(monotonic_ns())

@@ -45,8 +45,9 @@ from sidecar.fronts.openai.request import (
     read_request,
     request_id_of,
 )
-from sidecar.shell.gateway import Gateway, RequestFacts
+from sidecar.shell.gateway import Gateway
 from sidecar.shell.request_log import log_refused
+from sidecar.shell.requests import RequestFacts
 
 MODELS = "/v1/models"
 CLOSE = (b"connection", b"close")
@@ -166,7 +167,7 @@ class OpenAiFront:
         to_come = (model_kind(facts.kind) for _, facts in empty_pools(state))
         if known or all(model.native is Native.OPENAI for model in to_come):
             return any(known)
-        return self._gateway.streamed(kind)
+        return self._gateway.fleet.streamed(kind)
 
     async def _show_models(self, scope: Scope, path: str, send: Send, request_id: str) -> None:
         try:

@@ -1,0 +1,89 @@
+"""The backends of a process, added and removed while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from sidecar.backends.api import Backend
+from sidecar.core import events as ev
+from sidecar.core.facts import EngineFacts
+from sidecar.shell.driver import Driver
+
+REMOVED_KEPT_MAX = 1024
+"""Removed backends whose kind is remembered: an answer of theirs may still be on its way."""
+
+
+class Fleet:
+    """The backends by id. `driver` gives their events to the core."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.backends: dict[str, Backend] = {}
+        self._driver = driver
+        self._stopping: set[Backend] = set()
+        self._removed: dict[str, tuple[str, bool]] = {}
+        """Of removed backends, the kind of engine and whether it streamed."""
+
+    def add(self, backend: Backend, facts: EngineFacts, owned: bool, pool: str = "", fresh: bool = False) -> None:
+        """Add a backend under an id that no other has; `owned` says that this process has its queue at once."""
+        assert backend.id not in self.backends, f"{backend.id} is there already"
+        self.backends[backend.id] = backend
+        self._driver.step(ev.BackendAdded(backend.id, facts, owned, pool, fresh))
+
+    async def start(self, backend: Backend) -> None:
+        """Begin to reach a backend that has been added."""
+        await backend.start(self._event_sink(backend))
+
+    def set_leaving(self, backend: str, leaving: bool) -> None:
+        """Send nothing new to a backend that is about to go, or take it back."""
+        self._driver.step(ev.BackendLeaving(backend, leaving))
+
+    async def remove(self, backend_id: str, cause: str) -> None:
+        """Remove a backend that is gone. Its runs are cut off; requests without a token are sent to other backends."""
+        backend = self.backends[backend_id]
+        self.set_leaving(backend_id, True)
+        self._removed[backend_id] = self._kind_now(backend_id)
+        if len(self._removed) > REMOVED_KEPT_MAX:
+            del self._removed[next(iter(self._removed))]
+        self._stopping.add(backend)
+        try:
+            await backend.stop()  # first: its runs must deliver nothing once the core has sent them elsewhere
+        finally:
+            self._stopping.discard(backend)
+            self._driver.tell(ev.BackendRemoved(backend_id, cause))
+            del self.backends[backend_id]
+
+    def _event_sink(self, backend: Backend) -> Callable[[ev.Event], None]:
+        """Return the function by which a backend posts events for as long as it is in the fleet.
+
+        Runs that are cut off end in ways that look like faults. Of a backend that is being stopped only first tokens
+        count.
+        """
+
+        def post(event: ev.Event) -> None:
+            is_ours = self.backends.get(backend.id) is backend
+            if is_ours and (backend not in self._stopping or isinstance(event, ev.FirstToken)):
+                self._driver.post(event)
+
+        return post
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
+
+    def kind_of(self, backend: str) -> str:
+        """Return the kind of engine of a backend that sent an answer and may have been removed meanwhile."""
+        return self._kind(backend)[0]
+
+    def streams(self, backend: str) -> bool:
+        """Return True if that engine answers token by token."""
+        return self._kind(backend)[1]
+
+    def streamed(self, kind: str) -> bool:
+        """Return True if the last removed engine of a kind answered token by token, or there was none."""
+        return next((streams for other, streams in reversed(self._removed.values()) if other == kind), True)
+
+    def _kind(self, backend: str) -> tuple[str, bool]:
+        return self._kind_now(backend) if backend in self.backends else self._removed[backend]
+
+    def _kind_now(self, backend: str) -> tuple[str, bool]:
+        return self._driver.core.state.backends[backend].facts.kind, self.backends[backend].streams

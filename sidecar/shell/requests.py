@@ -1,0 +1,83 @@
+"""A request as fronts hand it to the gateway, and the router to other replicas as the gateway needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from sidecar.backends.api import Ticket
+from sidecar.config import identities
+from sidecar.config.identities import checked
+from sidecar.core import events as ev
+from sidecar.errors import Reason
+
+COUNT_MAX = 1 << 28
+"""Largest count of tokens or sequences: more than any engine produces. A client may write any number."""
+
+
+@dataclass(frozen=True)
+class RequestFacts:
+    """What the core must know of a request; `deadline_s` is in seconds from now.
+
+    Counts are limited to COUNT_MAX: they are added up, sent to other replicas and written to the journal.
+    """
+
+    adapter: str
+    tenant: str = ""
+    klass: str = "default"
+    input_tokens: int = 0
+    output_tokens_max: int = 0
+    deadline_s: float | None = None
+    session: str = ""
+    size_bytes: int = 0
+    """Size of the client's message."""
+    only: tuple[str, ...] = ()
+    """The backends that it may go to; () for any."""
+    sequences: int = 1
+    """The number of sequences that the engine runs for it."""
+
+    def __post_init__(self) -> None:
+        for name in ("input_tokens", "output_tokens_max", "sequences"):
+            object.__setattr__(self, name, min(getattr(self, name), COUNT_MAX))
+
+    def check(self) -> None:
+        """Raise Refused(INVALID_REQUEST) for a malformed name. Every front relies on it."""
+        checked(identities.ADAPTER, self.adapter)
+        checked(identities.TENANT, self.tenant)
+        checked(identities.CLASS, self.klass)
+        checked(identities.SESSION, self.session)
+
+    def received(self, request: int, deadline_ns: int | None, client_id: str = "") -> ev.Received:
+        """Return the event that tells the core of it."""
+        return ev.Received(
+            request, self.adapter, self.tenant, self.klass, self.input_tokens, self.output_tokens_max, deadline_ns,
+            self.session, self.size_bytes, self.only, self.sequences, client_id,
+        )  # fmt: skip
+
+
+class Elsewhere(Protocol):
+    """The router to the other replicas: a request may go to one of them, or come back to be sent to another."""
+
+    def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
+        """Admit a request here (`Gateway.admit`) or at another replica. Raises Refused if the queue is full."""
+
+    @property
+    def may_dispatch(self) -> Callable[[str], bool]:
+        """Tells whether this replica owns a backend at this moment: called right before every write to it."""
+
+    @property
+    def takes_requests(self) -> bool:
+        """True if another replica would take a request now."""
+
+    def given_back(self, ticket: Ticket) -> bool:
+        """Return True if it takes care of a request that this replica's core has given back without a token."""
+
+    def end(self, ticket: Ticket, reason: Reason) -> bool:
+        """End a request that is at another replica, through its ticket; return False if it is here."""
+
+    def ended_with(self, ticket: Ticket) -> Sequence[str]:
+        """Return the replicas that ended while they had a request."""
+
+    def abandon(self) -> None:
+        """Let go of all requests that are at other replicas; each has its ending already."""
