@@ -65,6 +65,8 @@ class EngineFacts:
     """It answers wrongly when base and adapter requests share a batch, so they run alternately."""
     reads_files: bool = False
     """It reads adapters from a folder shared with the sidecar; other engines are sent packed weights."""
+    base_only: bool = False
+    """It serves its base model and takes no adapter: it reads them from files, and no folder is shared with it."""
 
     @property
     def layout(self) -> Layout:
@@ -228,7 +230,8 @@ class Misfit:
 def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
     """Return why an engine cannot serve an adapter, or None. A check whose facts are unknown is skipped."""
     return (
-        _wrong_base(adapter, facts)
+        _takes_none(facts)
+        or _wrong_base(adapter, facts)
         or _wrong_rank(adapter, facts)
         or _wrong_layers(adapter, facts)
         or (None if facts.layout.files else _unpackable(adapter, facts))
@@ -242,6 +245,16 @@ def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
         or _wrong_heads(adapter, facts)
         or _wrong_modules(adapter, facts)
         or _too_large(adapter, facts)
+    )
+
+
+def _takes_none(facts: EngineFacts) -> Misfit | None:
+    if not facts.base_only:
+        return None
+    return Misfit(
+        "base model only",
+        "the engine reads adapters from files and shares no folder with the sidecar, so it serves its base model only; "
+        "name a folder that both see with backends[].adapters_dir",
     )
 
 

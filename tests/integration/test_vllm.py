@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -236,3 +237,18 @@ async def test_an_engine_without_room_for_the_base_model_beside_adapters(tmp_pat
         for name, answer in zip(asked, answers, strict=True):
             right = answer_of(served, tmp_path, name, 6) if name else expected("", None, 6)
             assert answer.tokens == right
+
+
+async def test_without_a_shared_folder_it_serves_its_base_model_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An adapter is refused with the way out, and the sidecar goes on: 0.1 ended with exit code 70."""
+    write_adapters(tmp_path / "adapters", 1)
+    caplog.set_level(logging.ERROR, "sidecar.serve.served_folders")
+    async with (
+        running_vllm(**DUMMY) as (engine, _),
+        fronted([engine], tmp_path, backend={"adapters_dir": None}) as served,
+    ):
+        (refused,) = (record.getMessage() for record in caplog.records)
+        assert "serves its base model only; name a folder that both see with backends[].adapters_dir" in refused
+        assert (await served.ask("")).tokens == expected("", None, 4)

@@ -86,7 +86,12 @@ class Server:
             await self._probe.answer_once(self.dialect, self.decoupled)
         found = await self._facts_of(config)
         reads_files = not isinstance(self.dialect, TensorRtLlm)
-        declared = replace(self._sought.facts, kind=self.dialect.kind, reads_files=reads_files)
+        declared = replace(
+            self._sought.facts,
+            kind=self.dialect.kind,
+            reads_files=reads_files,
+            base_only=reads_files and not self.dialect.serves_adapters,
+        )
         facts = merge(self._sought.id, declared, found)
         self.pulse.begin(monotonic())
         self.gauges = None

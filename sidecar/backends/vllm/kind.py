@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from sidecar.backends.api import Backend
@@ -56,7 +57,7 @@ class VllmEntry(Entry):
 
 
 def _declare(entry: VllmEntry, declared: EngineFacts, all_of_kind: Sequence[VllmEntry]) -> EngineFacts:
-    return with_kind(declared, MODEL)
+    return replace(with_kind(declared, MODEL), base_only=entry.adapters_dir is None)
 
 
 def _connect(entry: VllmEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
