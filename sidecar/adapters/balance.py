@@ -1,8 +1,8 @@
-"""Keeping B·A inside a small float's range: what one side has too much of, the other takes over.
+"""Keep B·A inside a small float's range by moving a power of two between A and B.
 
 (2^k · A, 2^-k · B) has the same product as (A, B), exactly, because a power of two only moves the exponent. So where
 values overflow, or are so small that the dtype keeps few of their digits, one power of two is moved between A and B:
-the one nearest to none. Where one power cannot serve all ranks of the pair, each rank gets its own: row j of A and
+the smallest that suffices. Where one power cannot serve all ranks of the pair, each rank gets its own: row j of A and
 column j of B meet nowhere else, so D·A and B·D^-1 with a diagonal D of powers have the same product too.
 """
 
@@ -28,11 +28,11 @@ _FULL_DIGITS = {"float16": 2.0**-14, "bfloat16": 2.0**-126}
 """The smallest magnitude that keeps all digits of the dtype; below it each binade has one less."""
 
 _NEGLIGIBLE = 2.0**-13
-"""A rank whose largest product is this share of the largest adds less than the dtype's rounding of it."""
+"""A rank is ignored if its largest product is below this share of the pair's largest: rounding loses more than that."""
 
 
 def exponents_for(pair: Pair, tops_a: Floats, tops_b: Floats, dtype: str, adapter: str) -> Exponents | None:
-    """Return the k of each rank's 2^k on A and 2^-k on B, or None where nothing has to move.
+    """Return the exponent k [rank] of each rank (2^k on A, 2^-k on B), or None if no rank needs one.
 
     `tops_a` and `tops_b` [rank] are the largest magnitudes in each row of A and each column of B as scaled. Raises
     Invalid with the tensor's name and its largest value when no powers of two hold the product in `dtype`.
@@ -64,12 +64,12 @@ def _fit(tops: Floats, end: float) -> bool:
 
 
 def _allowed(tops_a: Floats, tops_b: Floats, end: float) -> tuple[Exponents, Exponents]:
-    """Return the least and the greatest k for which neither side leaves the range."""
+    """Return the least and the greatest k for which neither A nor B leaves the range."""
     return -_powers_below(tops_b, end), _powers_below(tops_a, end)
 
 
 def _powers_below(tops: Floats, end: float) -> Exponents:
-    """Return the greatest k with top · 2^k < end; a large one for 0."""
+    """Return the greatest k with top · 2^k < end; `_FAR` for a top of 0."""
     return np.array([_power_below(float(top), end) for top in tops], np.int64)
 
 
@@ -83,11 +83,11 @@ def _power_below(top: float, end: float) -> int:
 
 
 _FAR = 1 << 12
-"""More than the exponents of any two float32 numbers are apart."""
+"""More than the difference between the exponents of any two float32 numbers."""
 
 
 def _full(tops_a: Floats, tops_b: Floats, full: float) -> tuple[Exponents, Exponents]:
-    """Return the least and the greatest k for which the largest values of both sides keep all digits."""
+    """Return the least and the greatest k for which the largest values of A and of B keep all digits."""
     floor = math.frexp(full)[1]
     exponents_a, exponents_b = np.frexp(tops_a)[1].astype(np.int64), np.frexp(tops_b)[1].astype(np.int64)
     return floor - exponents_a, exponents_b - floor
@@ -113,7 +113,7 @@ def _check_range(
 def _check_digits(
     pair: Pair, products: Floats, tops_b: Floats, lost: npt.NDArray[np.bool_], dtype: str, adapter: str
 ) -> None:
-    """Refuse a pair whose largest product is too small: it would come out coarse, or as nothing at all."""
+    """Raise Invalid for a pair whose largest product is so small that rounding would coarsen it or make it zero."""
     top = int(np.argmax(products))
     if products[top] > 0 and lost[top]:
         _refuse_small(pair, float(products[top]), float(tops_b[top]), dtype, adapter)

@@ -1,7 +1,7 @@
-"""What a base model's own `config.json` says of its sizes, in TensorRT-LLM's modules.
+"""Read a base model's sizes from its `config.json`, as dimensions of TensorRT-LLM's modules.
 
-It stands in for an engine's declaration: every tensor of an adapter is checked against it, and it tells where q, k and
-v begin in a fused projection. Names of fields differ from model to model; each is looked for under all its names.
+The sizes replace an engine's declaration: every tensor of an adapter is checked against them, and they give the offsets
+of q, k and v in a fused projection. Models name the fields differently; each field is looked up under all its names.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class BaseModel:
 
 
 def read_base_model(path: Path) -> BaseModel:
-    """Read a model's config.json, given it or its folder. Raises Misused(CONFIG_INVALID) with what is missing."""
+    """Read a model's config.json; `path` is the file or its folder. Raises Misused(CONFIG_INVALID) naming the field."""
     file = path / "config.json" if path.is_dir() else path
     try:
         with file.open("rb") as opened:
@@ -57,7 +57,7 @@ def read_base_model(path: Path) -> BaseModel:
 
 
 def with_base_model(facts: EngineFacts, base: BaseModel | None) -> EngineFacts:
-    """Fill what an engine's declaration leaves open about heads and layers from its base model."""
+    """Fill in the heads and layers that an engine's declaration omits from its base model."""
     if base is None:
         return facts
     return replace(
@@ -70,7 +70,7 @@ def with_base_model(facts: EngineFacts, base: BaseModel | None) -> EngineFacts:
 
 
 def unlike(adapter: Adapter, base: BaseModel) -> str | None:
-    """Say where an adapter's dimensions are not those of the base model that it names, None when all agree."""
+    """Return how an adapter's dimensions differ from those of the base model that it names, or None if all agree."""
     for row in adapter.rows:
         dims = base.modules.get(row.module)
         if row.layer >= base.layers:

@@ -1,9 +1,8 @@
-"""Blobs: packed adapters as mapped memory that is written once, sealed, and lent out read-only.
+"""Blobs: packed adapters in mapped memory that is written once, sealed, and leased read-only.
 
-A blob is an anonymous memory file where the system has them, else (or when a mount is given, for an
-engine that reads shared memory) a file that is unlinked with the blob. Another process of the same user can
-open `path` while the blob lives: that is how the loader process sends weights without a copy passing
-through this one.
+A blob is an anonymous memory file where the system has them. Without them, or when a mount is given (for an
+engine that reads shared memory), it is a file that is unlinked with the blob. Another process of the same user can
+open `path` while the blob lives: the loader process sends weights this way, without a copy through this process.
 
 All of the memory is reserved at once. A sparse file that meets a full disk later would end the process with
 SIGBUS; a reservation that fails is an error with a message.
@@ -34,11 +33,11 @@ _CONTAINER = Path("/sys/fs/cgroup")
 
 
 class NoRoom(Refused):
-    """The memory, or the mount, has no room for a blob."""
+    """The memory or the mount has no room for a blob."""
 
 
 class Blob:
-    """`size_bytes` of mapped memory: writable until `seal`, read-only after it, gone with its last lease.
+    """`size_bytes` of mapped memory: writable until `seal`, read-only afterwards, freed with its last lease.
 
     The creator holds the first lease. `lease` and `release` may be called from any thread. Arrays keep the
     memory itself alive, so an array that outlives the last lease stays valid; only `path` is gone.
@@ -164,9 +163,7 @@ def _discard(descriptor: int, unlink: Path | None) -> None:
 
 
 def available_bytes(machine: Path = _MACHINE, container: Path = _CONTAINER) -> int | None:
-    """Return what could be had now: Linux's estimate, within the container's limit (cgroup v2); None if
-    unknown.
-    """
+    """Return the bytes available now: Linux's estimate within the container's limit (cgroup v2); None if unknown."""
     known = [value for value in (_of_machine(machine), _of_container(container)) if value is not None]
     return min(known, default=None)
 

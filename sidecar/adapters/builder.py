@@ -1,4 +1,4 @@
-"""From a folder to bytes that can be sent: read, check, pack into a blob, seal. Runs in a thread."""
+"""Build a sealed blob from a PEFT folder: read, check, pack, seal. Runs in a thread."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def build(
     expected_digest: str | None = None,
     mount: Mount | None = None,
 ) -> Built:
-    """Read a PEFT folder and pack it into a new blob; nothing is left behind when it fails.
+    """Read a PEFT folder and pack it into a new blob; a failed build leaves nothing behind.
 
-    `expected_digest` is that of the version being built: other content in the folder is refused.
-    `mount` is where the blob lies (None: anonymous memory). Raises Invalid for the adapter, Refused for
-    want of memory.
+    `expected_digest` is the digest of the version being built: other content in the folder is refused.
+    `mount` holds the blob (None: anonymous memory). Raises Invalid for a faulty adapter, Refused when memory
+    is short.
     """
     started_ns = monotonic_ns()
     with read_adapter(path, name=name, progress=_phase(progress, "fetch")) as source:
@@ -78,7 +78,7 @@ def _fill(blob: Blob, source: AdapterSource, packing: PackPlan, progress: Progre
 
 
 def check_digest(source: AdapterSource, expected: str | None) -> None:
-    """Raise Invalid unless a source is the version that is expected, None for any."""
+    """Raise Invalid unless the source has the expected digest; None accepts any."""
     if expected is not None and source.digest != expected:
         raise malformed(
             source.name,

@@ -1,11 +1,11 @@
-"""Multiplying by a factor and rounding once to the engine's dtype, as fast as memory allows.
+"""Multiply by a factor and round once to the engine's dtype, as fast as memory allows.
 
-Three ways that give the same bits; the first that applies is taken. Costs are nanoseconds an element on one core,
+Four ways give the same bits; the first that applies is taken. Costs are nanoseconds per element on one core,
 where a warm memcpy of 2-byte elements takes 0.14 to 0.3:
 
 * `Copied` 0.05: the dtype stays and the factor is 1.
 * `Shifted` 0.3: bfloat16 to float16 times a power of two, which most scales are (and A's always is). A normal number
-  only has its exponent moved, in 16-bit integers; the few below float16's normal range are rounded one by one.
+  only has its exponent moved, in 16-bit integers; the few below float16's normal range are rounded individually.
 * `Tabled` 0.7: any factor. A 16-bit number has 65,536 values, so product and rounding are one `take` from a table.
 * `Computed` 2 and more: float32 arithmetic in NumPy, for 32-bit tensors and ones too small for a table.
 """
@@ -25,17 +25,17 @@ Array = npt.NDArray[Any]
 Bits = npt.NDArray[np.uint16]
 
 SMALL_ELEMENTS = 16_384
-"""Below this a table costs more than it saves."""
+"""A tensor with fewer elements is not worth a table."""
 
 
 class Cast(Protocol):
-    """How one tensor's elements become the engine's."""
+    """One way to convert a tensor's elements to the engine's dtype."""
 
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
         """Write the products into `out` and return the sum of the squares of the values that became zero.
 
-        `magnitudes` are the values' bits without their signs, overwritten at will; `out` is contiguous. What leaves the
-        dtype's range comes out as anything: the caller knows the largest magnitude.
+        `magnitudes` holds the values' bits without their signs and may be overwritten; `out` is contiguous. Products
+        outside the dtype's range give arbitrary bits: the caller checks the largest magnitude.
         """
 
 
@@ -51,7 +51,7 @@ def cast_for(source: str, elements: int, factor: np.float32, target: np.dtype[An
 
 
 class Copied:
-    """Nothing changes."""
+    """Copy the bits."""
 
     def convert(self, values: Array, magnitudes: Array, out: Bits) -> float:
         np.copyto(out, values.view(np.uint16))
@@ -59,7 +59,7 @@ class Copied:
 
 
 class Computed:
-    """Multiply in float32, round once to the nearest, ties to even."""
+    """Multiply in float32 and round once to the nearest, ties to even."""
 
     def __init__(self, factor: np.float32, target: np.dtype[Any]) -> None:
         self._factor, self._target = factor, target
@@ -72,13 +72,13 @@ class Computed:
 
 
 class Tabled:
-    """Look every product up."""
+    """Look up every product."""
 
     def __init__(self, source: np.dtype[Any], factor: np.float32, target: np.dtype[Any]) -> None:
         rounded = rounded_product(np.arange(1 << 16, dtype=np.uint16).view(source), factor, target)
         self._bits: Bits = rounded.view(np.uint16)
         zeros = (self._bits[: 1 << 15] & 0x7FFF) == 0
-        # Magnitudes from 1 to this one become zero. With a factor of 0 all do, and nothing is lost that was meant.
+        # Magnitudes from 1 to this one become zero. A factor of 0 makes all of them zero on purpose: no loss.
         self._flushed_end = 0 if factor == 0 else int(np.argmin(zeros)) - 1 if not zeros.all() else (1 << 15) - 1
 
     def look_up(self, values: Array) -> Bits:
@@ -151,7 +151,7 @@ _SEVEN = np.array([7], np.uint16)
 
 
 def rounded_product(values: Array, factor: np.float32, target: np.dtype[Any]) -> Array:
-    """Multiply in float32 and round once to `target`; what leaves its range becomes infinite."""
+    """Multiply in float32 and round once to `target`; products outside its range become infinite."""
     with np.errstate(all="ignore"):
         wide = values.astype(np.float32)
         if factor != 1:

@@ -1,14 +1,14 @@
-"""Who needs what in a folder that several sidecars share, so that nobody removes what another one still needs.
+"""Claims on the entries of a folder that several sidecars share, so that none removes an entry another still needs.
 
-Beside `.lora-sidecar/lock`, held for a moment by whoever changes what is claimed, each process is an instance with a
-directory of its own there, in which are
+A process that changes claims holds `.lora-sidecar/lock` for that moment. Each process is an instance with its own
+directory beside that lock:
 
-    owner         locked for as long as the instance lives, however it ends
-    claims/<key>  the instance needs what has this name
-    work          what it is making or removing
+    owner         a file locked while the instance lives; the kernel unlocks it however the process ends
+    claims/<key>  the instance needs the entry of this name
+    work          entries that the instance is making or removing
 
-A thing goes when the last living instance has released it. An instance whose lock is free lives no more: what it has
-left goes when the next one starts, and so does everything of ours that nobody claims then.
+An entry is removed when the last living instance releases it. An instance whose `owner` lock is free is dead: the next
+instance to start removes its directory, and every entry of ours that no instance claims.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ DIRECTORY_MODE, LOCK_MODE = 0o775, 0o664
 LOCK_WAIT_S = 30.0
 LOCK_POLL_S = 0.01
 OURS = re.compile(r"[0-9a-f]{64}\.[A-Za-z0-9.+]+\.p\d+\.g\d+\Z")
-"""Packed keys. What has another kind of name in the folder is not ours and is never touched."""
+"""Matches packed keys. Entries with other names are not ours and are never touched."""
 
 Rename = Callable[[Path, Path], object]
 
 
 class Claims:
-    """One process's part in a shared folder. Every method blocks; those that change something raise OSError."""
+    """One process's claims in a shared folder. Every method blocks; those that change something raise OSError."""
 
     def __init__(self, directory: Path, rename: Rename = Path.rename) -> None:
         self.directory = directory
@@ -54,11 +54,11 @@ class Claims:
 
     @property
     def work(self) -> Path:
-        """Where this process makes what it will move into the folder, on the same file system."""
+        """The directory, on the folder's file system, in which this process prepares entries before moving them in."""
         return self._own / "work"
 
     def open(self) -> None:
-        """Take part, and sweep away what nobody needs any more. Raises Misused with what is wrong with the folder."""
+        """Join the folder and remove entries that nobody needs. Raises Misused if the folder cannot be used."""
         try:
             for made in (self.directory, self._hidden):
                 if not made.is_dir():
@@ -77,7 +77,7 @@ class Claims:
             self.discard(folder)
 
     def close(self) -> None:
-        """Release everything and leave."""
+        """Release every claim and leave the folder."""
         if self._owner is None:
             return
         try:
@@ -92,7 +92,7 @@ class Claims:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep all other threads and processes from changing what is claimed. Raises OSError when that takes long."""
+        """Keep all other threads and processes from changing claims. Raises OSError if the lock stays taken."""
         descriptor = os.open(self._hidden / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, LOCK_MODE)
         try:
             with suppress(PermissionError):  # another user's of our group made it
@@ -103,12 +103,12 @@ class Claims:
             os.close(descriptor)
 
     def claim(self, key: str) -> None:
-        """Keep others from removing what has this name, or will have."""
+        """Keep others from removing the entry of this name, which may not exist yet."""
         with self.alone():
             (self._own / "claims" / key).touch()
 
     def release(self, key: str) -> None:
-        """Give a claim up; what has the name goes unless another living instance claims it."""
+        """Give up a claim, and remove the entry unless another living instance claims it."""
         with self.alone():
             (self._own / "claims" / key).unlink(missing_ok=True)
             gone = None if self._is_claimed(key) else self._take_out(key)
@@ -116,7 +116,7 @@ class Claims:
             self.discard(gone)
 
     def discard(self, folder: Path) -> None:
-        """Remove a folder of the hidden part; one that resists is left for the next start."""
+        """Remove a folder from the instance's directory; if that fails, the next start removes it."""
         try:
             shutil.rmtree(folder)
         except OSError as error:
@@ -131,7 +131,7 @@ class Claims:
         return descriptor
 
     def _sweep(self) -> Iterator[Path]:
-        """Take out of the folder what no living instance needs; what is yielded is to be removed."""
+        """Move out of the folder what no living instance needs, and yield each moved folder for removal."""
         for instance in self._instances():
             if not _lives(instance):
                 gone = self._out_of_the_way()
@@ -151,7 +151,7 @@ class Claims:
         return any((instance / "claims" / key).exists() and _lives(instance) for instance in self._instances())
 
     def _take_out(self, key: str) -> Path | None:
-        """Move what has a name into our work folder: quick, unlike removing it. None if there is nothing."""
+        """Move an entry into our work folder, which is quicker than removing it. Return None if it does not exist."""
         gone = self._out_of_the_way()
         try:
             self._rename(self.directory / key, gone / key)
@@ -165,7 +165,7 @@ class Claims:
 
 
 def _lock(descriptor: int, where: Path) -> None:
-    """Lock a file, but do not wait for ever for a process that is stopped with the lock in its hand."""
+    """Lock a file; give up after `LOCK_WAIT_S`, since a stopped process may hold the lock for ever."""
     until = monotonic() + LOCK_WAIT_S
     while True:
         try:
@@ -180,6 +180,6 @@ def _lock(descriptor: int, where: Path) -> None:
 
 
 def _lives(instance: Path) -> bool:
-    """Whether the process of an instance lives: then its lock cannot be had."""
+    """Return True if the process of an instance lives: it then holds the instance's lock."""
     with if_dead(instance / "owner") as dead:
         return not dead

@@ -1,10 +1,10 @@
-"""Packed rows as the two files that TensorRT-LLM's `hf_lora_convert.py` writes.
+"""Write packed rows as the two files that TensorRT-LLM's `hf_lora_convert.py` writes.
 
 `model.lora_weights.npy` [1, N, W] and `model.lora_config.npy` int32 [1, N, 3]. NumPy has no bfloat16, so
 NVIDIA's tool stores it as a 2-byte void; its readers recognise exactly that dtype (`|V2`) as bfloat16. We
 write the same: with uint16 they would take the bits for integers.
 
-Both files are written beside their places and renamed when complete, the config last: a reader that waits
+Both files are written under temporary names and renamed when complete, the config last: a reader that waits
 for the config never sees half an adapter.
 """
 
@@ -33,7 +33,7 @@ _STORED_AS = {"float16": "<f2", "bfloat16": "|V2"}
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """Where the files are, their shape, and what rounding cost."""
+    """The paths and shape of the files, and the rounding loss."""
 
     weights: Path
     config: Path
@@ -52,13 +52,13 @@ def convert(
     base: BaseModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConvertReport:
-    """Write an adapter in the engine's file form; `out_dir` is made if missing, older files there are replaced.
+    """Write an adapter in the engine's file form; make `out_dir` if it is missing and replace older files there.
 
-    `layout` says more of an engine than `dtype` and `rank_multiple`, as fused projections need; every tensor is checked
-    against `base`.
+    `layout` replaces `dtype` and `rank_multiple` where the engine's heads must be known, as for fused projections.
+    Every tensor is checked against `base`.
 
-    Raises Invalid for the adapter and Misused(CONFIG_INVALID) when the folder cannot be written; then no
-    file is left behind or replaced.
+    Raises Invalid for a faulty adapter and Misused(CONFIG_INVALID) if the folder cannot be written; neither leaves
+    or replaces a file.
     """
     layout = layout or Layout(dtype, rank_multiple)
     with read_adapter(src, base=base) as source:
@@ -104,7 +104,7 @@ def _write_weights(
         )
         start = file.tell()
         file.flush()
-        # A mapped file on a full disk ends the process; space that cannot be had is an error here.
+        # Writing to a mapped file on a full disk kills the process (SIGBUS); reserving the space first raises an error.
         os.ftruncate(file.fileno(), start + packing.size_bytes)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), start, packing.size_bytes)

@@ -1,9 +1,9 @@
-"""The disk tier's files: packed blobs that survive a restart, whole or not at all.
+"""The disk tier's files: packed blobs that survive a restart, complete or not at all.
 
-A blob is one file: the packed rows, then what they are and their SHA-256 as JSON, then that text's length and a mark.
-It is written beside its place, flushed, and renamed into it; the folder is flushed too. So after a crash at any moment
-a file with a blob's name is complete, and what is not is swept away at the next start. The checksum is verified when a
-blob is first read, never at start: finding 500 blobs reads 500 file tails.
+A blob is one file: the packed rows, a JSON footer with their layout and SHA-256, the footer's length, and a mark.
+It is written under another name, flushed, and renamed; then the folder is flushed. After a crash at any moment, a file
+with a blob's name is therefore complete, and the next start removes the others. The checksum is verified when a blob is
+first read, never at start: finding 500 blobs reads 500 file tails.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Found(NamedTuple):
 
 
 class DiskTier:
-    """Blobs in one folder. Every method blocks: call them in threads, each key by one at a time."""
+    """Blobs in one folder. Every method blocks: call them in threads, and never two at a time for one key."""
 
     def __init__(self, directory: Path, files: Files | None = None) -> None:
         self._directory = directory
         self._files = files or Files()
 
     def scan(self) -> list[Found]:
-        """Sweep away what a crash left unfinished and return what is there, least recently written first."""
+        """Remove files that a crash left unfinished and return the blobs, least recently written first."""
         self._directory.mkdir(parents=True, exist_ok=True)
         found: list[tuple[int, Found]] = []
         for path in sorted(self._directory.iterdir()):
@@ -71,7 +71,7 @@ class DiskTier:
         return [held for _, held in sorted(found)]
 
     def write(self, key: str, built: Built) -> None:
-        """Write a blob, whole or not at all. Raises OSError: no room, read-only, broken."""
+        """Write a blob, completely or not at all. Raises OSError if the disk is full, read-only or broken."""
         place, part = self._path(key), self._path(key).with_suffix(UNFINISHED)
         descriptor = self._files.create(part)
         try:
@@ -94,9 +94,10 @@ class DiskTier:
         self._files.sync_directory(self._directory)
 
     def read(self, key: str, layout: Layout, mount: Mount | None = None) -> Built:
-        """Return a verified blob in memory, a mount's if one is given; the key says that it has this layout.
+        """Read a blob into memory (into a mount's if one is given) and verify its checksum.
 
-        Raises Refused(ADAPTER_UNAVAILABLE) for one that is damaged or gone.
+        `layout` is the layout that the key stands for. Raises Refused(ADAPTER_UNAVAILABLE) if the blob is damaged or
+        missing.
         """
         try:
             with self._path(key).open("rb") as file:
@@ -133,7 +134,7 @@ class DiskTier:
         return self._directory / f"{key}{SUFFIX}"
 
     def _found(self, path: Path) -> Found | None:
-        """Return what a file is by its tail, None if it is no blob."""
+        """Return the blob that a file's tail describes, or None if it is no blob."""
         try:
             with path.open("rb") as file:
                 size, _ = _read_footer(file.fileno())

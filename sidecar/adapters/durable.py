@@ -1,4 +1,4 @@
-"""The file operations that durability rests on, one by one, so that a test can put a crash before any of them."""
+"""The file operations that durability rests on, as separate methods, so that a test can crash before any of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class DurableFiles:
-    """Writes, and makes what was written stay."""
+    """Writes files and flushes them to the disk."""
 
     def write(self, descriptor: int, data: memoryview) -> None:
         while data:

@@ -1,4 +1,4 @@
-"""What an adapter is and what each engine dtype would make of it, for people (`sidecar adapters inspect`)."""
+"""Describe an adapter and what each engine dtype would make of it (`sidecar adapters inspect`)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def inspect(
     base: BaseModel | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a PEFT folder as plain JSON values: modules, ranks, scales, value ranges, and for each layout
-    its size, identity and expected loss, or why it is refused.
+    its size, identity and expected loss, or why the packer refuses it.
 
-    `backends` are asked too, by their names: which of them could serve it, in how many cache pages, and why not. Every
-    tensor is checked against `base`. Raises Invalid if no engine could serve it.
+    `backends` maps names to engine facts: the result says for each whether it could serve the adapter, in how many
+    cache pages, or why not. Every tensor is checked against `base`. Raises Invalid if no engine could serve it.
     """
     with read_adapter(src, base=base) as source:
         largest = check_values(source)

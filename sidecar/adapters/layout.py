@@ -1,4 +1,4 @@
-"""What a backend wants packed rows to look like, as NumPy sees it."""
+"""The NumPy dtypes of packed rows."""
 
 from __future__ import annotations
 

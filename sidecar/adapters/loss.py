@@ -1,8 +1,8 @@
-"""What rounding to the engine's dtype cost: how much of an adapter fell to zero, and how far the rest moved.
+"""Measure the loss of rounding to the engine's dtype: how much of an adapter became zero, and how far the rest moved.
 
-A and B are counted apart, because B alone may be tiny: an adapter whose B became zero answers as the base
-model, however large its A is. Values count as they were in the file, B times its scale; what balancing moved between
-them is taken out again.
+A and B are counted separately, because B alone may be tiny: an adapter whose B became zero answers as the base
+model, however large its A is. Values count as they were in the file, B times its scale, without the power of two that
+balancing moved between them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Sums:
-    """Sums of squares: of all values, of those that became zero, and of the changes (if asked for)."""
+    """Sums of squares: of all values, of those that became zero, and of the rounding errors (if requested)."""
 
     norm: float = 0.0
     flushed: float = 0.0
@@ -48,7 +48,7 @@ class Loss:
     worst_share: float = 0.0
 
     def add_tensor(self, side: str, name: str, sums: Sums, scale: float) -> None:
-        """Count a finished tensor, its values times `scale`."""
+        """Add a finished tensor, with its values times `scale`."""
         self.sides[side].merge(sums, scale * scale)
         if sums.flushed_share > self.worst_share:
             self.worst_tensor, self.worst_share = name, sums.flushed_share
@@ -67,19 +67,19 @@ def _share(part: float, whole: float) -> float:
 
 
 _MODEST = {"F16": (0x0001, 0x7C00), "BF16": (0x2690, 0x5863), "F32": (0x2690_1D7D, 0x5863_5FA9)}
-"""The bits of magnitudes (1e-15 and 1e15, or all there are) whose squares are far from the ends of float32."""
+"""The bits of the bounds (1e-15 and 1e15, or the dtype's own) between which squares are safely inside float32."""
 
 ROOM_ELEMENTS = 64 << 10
-"""How many float32 numbers `squares_of` wants room for: they stay in the core's cache."""
+"""The size of the buffer that `squares_of` takes, in float32 numbers: it stays in the core's cache."""
 
 _DOT_MAX = 8192
-"""Longer products are shared out among threads by BLAS, which would then add up in another order."""
+"""BLAS splits longer products among threads, which would change the order of the sum and so its last digits."""
 
 
 def squares_of(values: Array, dtype: str, top: int, room: npt.NDArray[np.float32]) -> float:
-    """Return the sum of squares of a tensor's values, of which `top` has the bits of the largest magnitude.
+    """Return the sum of squares of a tensor's values; `top` holds the bits of the largest magnitude.
 
-    In float32, unless squares could leave its range; `room` is for `ROOM_ELEMENTS` of them.
+    The sum is computed in float32, unless squares could leave its range. `room` is a buffer of `ROOM_ELEMENTS`.
     """
     least, most = _MODEST[dtype]
     if not least < top < most:
@@ -103,7 +103,7 @@ _HALF, _UPPER = np.array([16], np.uint32), np.array([0xFFFF_0000], np.uint32)
 
 
 def _dot_of_halves(pairs: npt.NDArray[np.uint32], room: npt.NDArray[np.float32]) -> float:
-    """Two bfloat16 lie in a word, and each is the upper half of a float32: no element is converted by itself."""
+    """Sum the squares of bfloat16 pairs. A bfloat16 is the upper half of a float32: shift and mask convert two."""
     words = room.view(np.uint32)[: pairs.size]
     np.left_shift(pairs, _HALF, out=words)
     low = _dot(words.view(np.float32))
@@ -112,7 +112,7 @@ def _dot_of_halves(pairs: npt.NDArray[np.uint32], room: npt.NDArray[np.float32])
 
 
 def _dot(values: npt.NDArray[np.float32]) -> float:
-    """Return the sum of squares: all pieces in one call, which lets go of the interpreter once."""
+    """Return the sum of squares, in one call for all pieces: the interpreter lock is released once."""
     even = values.size // _DOT_MAX * _DOT_MAX
     pieces, rest = values[:even].reshape(-1, _DOT_MAX), values[even:]
     return float(np.matmul(pieces[:, None, :], pieces[:, :, None]).sum(dtype=np.float64)) + float(np.dot(rest, rest))

@@ -1,8 +1,8 @@
-"""Which module of a decoder a tensor of a PEFT file belongs to, and what TensorRT-LLM calls it.
+"""Map the tensors of a PEFT file to the modules of a decoder, by TensorRT-LLM's names and ids.
 
 The names follow TensorRT-LLM's `hf_lora_convert.py` and `lora_manager.py`: Hugging Face's gate_proj is
 mlp_h_to_4h and up_proj is mlp_gate, although the engine's documentation says it the other way round.
-Ids are those of `loraModule.h`. What has no id there is refused by name.
+Ids are those of `loraModule.h`. A module without an id there is refused by name.
 """
 
 from __future__ import annotations
@@ -104,15 +104,17 @@ _CHATGLM = {
     ("self_attention", "query_key_value"): Projection("attn_qkv"),
     ("mlp", "dense_h_to_4h"): Projection("mlp_gate_up"),
 }
-"""The same names as in other models, with another meaning; told by `transformer.encoder.layers`."""
+"""Names that other models use with another meaning; ChatGLM is recognised by `transformer.encoder.layers`."""
 
 PROJECTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 
 
 @dataclass(frozen=True)
 class TensorPosition:
-    """Where a tensor belongs. `path` is the module's name in the base model, which PEFT's patterns are matched on;
-    `expert` is the number of the expert in a mixture.
+    """The module, layer and side of a tensor.
+
+    `path` is the module's name in the base model, which PEFT's patterns match; `expert` is the number of the expert in
+    a mixture.
     """
 
     path: str
@@ -131,7 +133,7 @@ _LORA_WEIGHT = re.compile(
     re.ASCII,
 )
 _WRAPPERS = re.compile(r"\b(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|\Amodule\.", re.ASCII)
-"""What torch.compile, FSDP and DDP leave in names when a training loop saves the wrapped model."""
+"""Name parts that torch.compile, FSDP and DDP add when a training loop saves the wrapped model."""
 
 # In this order: a DoRA magnitude of a fused module is refused as DoRA.
 _REFUSED = (
@@ -165,13 +167,13 @@ _REFUSED = (
     ),
     (
         re.compile(r"\.(?:vera_|ia3_|prompt_embeddings|hada_|lokr_|oft_|lora_E\b)"),
-        "is not LoRA's but another method's; merge it into the base model, or train a LoRA",
+        "belongs to another method than LoRA; merge it into the base model, or train a LoRA",
     ),
 )
 
 
-def place_of(tensor_name: str, adapter: str) -> TensorPosition:
-    """Return where a tensor belongs; raises Invalid with its name and the way out when it has no place."""
+def locate(tensor_name: str, adapter: str) -> TensorPosition:
+    """Return the location of a tensor. Raises Invalid, with the tensor's name and the way out, for an unknown one."""
     match = _LORA_WEIGHT.match(_WRAPPERS.sub("", tensor_name))
     projection = _projection(match) if match else None
     if match is None or projection is None:
@@ -196,5 +198,5 @@ def _refuse(tensor_name: str, adapter: str) -> NoReturn:
         adapter,
         f"tensor {shown(tensor_name, 160)} is not known; expected "
         f"base_model.model.model.layers.<n>.<self_attn|mlp>.<{', '.join(PROJECTION_NAMES)}>.lora_<A|B>.weight, or "
-        "the like of another decoder",
+        "the names of another supported decoder",
     )

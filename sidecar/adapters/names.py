@@ -1,7 +1,7 @@
-"""What may be an adapter's name, and how a stranger's text is shown.
+"""Check adapter names, and quote untrusted text for messages.
 
 A name is a path-like word, safe in a folder, a label and a log line. A name of digits only is refused,
-because engines take such a word for a task id.
+because engines would read it as a task id.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESERVED = ("base",)
 
 
 def check_name(name: str) -> str:
-    """Return the name, or raise Invalid(INVALID_NAME) with the rule that it breaks."""
+    """Return the name if it is valid. Raises Invalid(INVALID_NAME) with the rule that it breaks."""
     if not name:
         raise _invalid(name, f"it is empty; {_RULE}")
     if len(name) > NAME_LENGTH_MAX:
@@ -46,7 +46,7 @@ def check_name(name: str) -> str:
 
 
 def is_base_name(text: str) -> bool:
-    """Whether a text can be a base model's name: a hub's, a folder's, or any other that fits on a line."""
+    """Return True if a text can name a base model: a hub's id, a folder, or any other text that fits on a line."""
     return bool(text.strip()) and len(text) <= BASE_NAME_LENGTH_MAX and text.isprintable()
 
 

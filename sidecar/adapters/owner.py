@@ -1,4 +1,4 @@
-"""Owner files: locked by a process for as long as it lives, however it ends, so that others can tell."""
+"""Owner files: a process holds a lock on its file while it lives, so that other processes can tell when it has died."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def if_dead(owner: Path) -> Iterator[bool]:
-    """Say whether whoever locked a file lives no more, and keep it from coming back meanwhile.
+    """Yield True if the process that locked an owner file is dead, and keep a successor from locking it meanwhile.
 
-    Whoever has no owner file is dead; a file that this user may not open is another's to judge. The lock is shared, so
-    that those who only look do not take each other for the owner.
+    A missing file yields True; a file that this user may not open yields False. The lock taken here is shared, so that
+    processes that only look do not take each other for the owner.
     """
     try:
         descriptor = os.open(owner, os.O_RDWR | os.O_CLOEXEC)
@@ -25,12 +25,12 @@ def if_dead(owner: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        yield _can_be_had(descriptor)
+        yield _is_free(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _can_be_had(descriptor: int) -> bool:
+def _is_free(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

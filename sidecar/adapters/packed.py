@@ -1,15 +1,16 @@
-"""The packer: a PEFT adapter as the rows that TensorRT-LLM's LoRA cache takes.
+"""The packer: it turns a PEFT adapter into the rows that TensorRT-LLM's LoRA cache takes.
 
-One row for each (layer, module), flattened row-major (TensorRT-LLM's `loraCache.cpp`, `loraUtils.cpp`):
+There is one row for each (layer, module), flattened row-major (TensorRT-LLM's `loraCache.cpp`, `loraUtils.cpp`):
 
     A [rank, in] | B [out, rank], the scale multiplied in | zeros up to the widest row
 
 A mixture of experts has all its A's, then all its B's. The scale is multiplied in float32 and the product rounded
-once, to the nearest, ties to even. Ranks are padded with zero rows of A and zero columns of B, which leaves B·A as it
-is. Rows are sent whole: the engine cuts them for its tensor-parallel ranks (for fused ones see `rows`).
+once, to the nearest, ties to even. Ranks are padded with zero rows of A and zero columns of B, which does not change
+B·A. Rows are sent whole: the engine cuts them for its tensor-parallel ranks (for fused modules see `rows`).
 
-The work is done in small pieces straight into the caller's buffer: it runs in a thread beside an event loop that must
-not stall, and needs little memory beyond the buffer. NumPy lets go of the interpreter in each, so threads add up.
+The packer works in small pieces, straight into the caller's buffer: it runs in a thread beside an event loop that must
+not stall, and needs little memory beyond the buffer. NumPy releases the interpreter lock in each piece, so threads run
+in parallel.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PackPlan:
     rows: tuple[tuple[int, int, int], ...]
     width: int
     made_of: tuple[PackedRow, ...] = field(default=(), repr=False)
-    """Where each row comes from."""
+    """The source of each row."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,7 +59,7 @@ class PackPlan:
 class Rebalanced:
     """A row whose A was multiplied by 2**exponent and whose B by 2**-exponent to fit the dtype's range.
 
-    Where each rank has its own exponent, it is the largest by magnitude, and `per_rank` is set.
+    Where each rank has its own exponent, `exponent` is the largest by magnitude, and `per_rank` is set.
     """
 
     module: str
@@ -69,11 +70,11 @@ class Rebalanced:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What packing did and cost.
+    """The rounding loss and the times of one packing.
 
     `flushed_share` is the share of the norm that rounding turned into zero, of all A or of all B, whichever
-    lost more; `worst_tensor` lost the largest share of its own. `relative_error` is measured by `measure`
-    only. The key and the times of the phases are filled in by the builder.
+    lost more; `worst_tensor` lost the largest share of its own norm. Only `measure` sets `relative_error`.
+    The builder fills in the key and the times of the phases.
     """
 
     rebalanced: tuple[Rebalanced, ...] = ()
@@ -109,11 +110,11 @@ def pack(
     *,
     threads: int = 1,
 ) -> PackReport:
-    """Write the packed rows into `out`, every element of it; `progress(done_bytes, total_bytes)` after each row.
+    """Write the packed rows into every element of `out`, calling `progress(done_bytes, total_bytes)` after each row.
 
-    `out` is C-contiguous [N, W] of the layout's dtype (bfloat16 also as uint16). `threads` changes nothing but the
-    time. Raises Invalid, with the tensor's name, for a NaN, an Inf or a value that does not fit the dtype; `out` is
-    then half written.
+    `out` is C-contiguous [N, W] of the layout's dtype (bfloat16 also as uint16). The bytes do not depend on `threads`.
+    Raises Invalid, with the tensor's name, for a NaN, an Inf or a value that does not fit the dtype; `out` is then
+    half written.
     """
     rows, totals = _writable(plan, out), _Totals()
     packer = _Packer(source, plan)
@@ -126,7 +127,7 @@ def pack(
 
 
 def measure(source: AdapterSource, layout: Layout) -> PackReport:
-    """Return what packing would cost, `relative_error` included, in the memory of one row."""
+    """Return the report of a packing, `relative_error` included, using the memory of one row only."""
     packing = plan(source, layout)
     out, totals = np.empty(packing.width, dtype=numpy_dtype(layout)), _Totals()
     packer = _Packer(source, packing, with_error=True)
@@ -173,7 +174,7 @@ def _in_threads(packer: _Packer, plan: PackPlan, rows: Array, threads: int) -> I
 
 
 class _Totals:
-    """Adds up what rows report, in their order, so that threads change no digit."""
+    """Adds up the rows' losses in the order of the rows, so that the sums do not depend on threads."""
 
     def __init__(self) -> None:
         self.loss = Loss()

@@ -1,8 +1,8 @@
-"""A PEFT directory, read: which rows it gives which layer, at what scale, and what it is called.
+"""Read a PEFT directory: the targets that it adapts, their scales, and its digest.
 
 Reading checks everything except the values themselves (`values.check_values`): files, header, config, names,
-pairs, ranks and shapes. Nothing is ever dropped: a tensor or a setting that has no place in packed rows
-refuses the adapter, with its name and the way out.
+pairs, ranks and shapes. Nothing is ever dropped: an adapter with a tensor or a setting that packed rows cannot
+carry is refused, with an error that names it and the way out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.bin.index.json", "adapter_model.
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """A checked PEFT directory. Its file stays open until `close`; use it as a context.
+    """A checked PEFT directory. Its files stay open until `close`; use it as a context manager.
 
     `targets` are in layer-major order, by module id inside a layer. Rows packed in this order fill an
     engine's cache pages best: a layer's rows lie together, and every layer repeats the same sequence of
@@ -72,12 +72,12 @@ def read_adapter(
     base_model: str | None = None,
     base: BaseModel | None = None,
 ) -> AdapterSource:
-    """Read and check a PEFT directory (adapter_config.json and safetensors, one file or sharded), digest included.
+    """Read and check a PEFT directory: adapter_config.json and safetensors, one file or sharded. Compute its digest.
 
-    `name` is what errors call it (default: the folder's name); `progress(done_bytes, total_bytes)` follows the
-    hashing. `base_model` replaces the name that the config gives (trained on a local path or a quantised twin is
-    normal); the digest is of the files as they are. `base` is what the base model's config.json says; every tensor is
-    checked against it. Reads every byte once, so it belongs in a thread. Raises Invalid.
+    Errors call the adapter `name` (default: the folder's name); `progress(done_bytes, total_bytes)` follows the
+    hashing. `base_model` replaces the name in the config, which is often a local path or a quantised twin; the digest
+    does not depend on it. Every tensor is checked against `base`, if given. Reads every byte once: call it in a thread.
+    Raises Invalid for a faulty adapter.
     """
     adapter = name if name is not None else path.name
     directory = _directory(path, adapter)
@@ -115,7 +115,7 @@ def _read_config(directory: Path, adapter: str) -> bytes:
 def _read_bounded(path: Path, limit: int, adapter: str) -> bytes:
     try:
         with os.fdopen(open_regular(path, adapter), "rb") as file:
-            # What is asked for is reserved, however little there is.
+            # read() reserves as many bytes as it is asked for, however small the file is.
             data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     except OSError as error:
         raise unreadable(adapter, f"{path.name} cannot be read: {error.strerror}") from error
@@ -143,8 +143,9 @@ def _open_weights(directory: Path, adapter: str) -> Tensors:
 
 
 def _file_inside(directory: Path, file_name: str, adapter: str) -> Path | None:
-    """Return the file's resolved path, None if there is none; links out of the folder and odd files are
-    refused.
+    """Return the file's resolved path, or None if it does not exist.
+
+    Raises Invalid for a link that leads out of the folder and for anything but a regular file.
     """
     try:
         path = (directory / file_name).resolve(strict=True)
@@ -168,10 +169,9 @@ def digest_of(
     config_identity: Mapping[str, Any],
     progress: Callable[[int, int], None] | None = None,
 ) -> str:
-    """Return the SHA-256 (hex) over base model, config fields, and each tensor's name, dtype, shape and
-    bytes.
+    """Return the SHA-256 (hex) over base model, config fields, and each tensor's name, dtype, shape and bytes.
 
-    Tensors are taken in the order of their names, not of the file. `progress(done_bytes, total_bytes)`.
+    Tensors are hashed in the order of their names, not of the file. Calls `progress(done_bytes, total_bytes)`.
     """
     tensors = [file.tensors[name] for name in sorted(file.tensors)]
     head = {
@@ -179,7 +179,7 @@ def digest_of(
         "config": config_identity,
         "tensors": [[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors],
     }
-    # The head says how many bytes each tensor has, so what follows cannot be read in two ways.
+    # The head gives the size of each tensor, so the bytes that follow cannot be split in two ways.
     digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
     done, total = 0, sum(tensor.size_bytes for tensor in tensors)
     for tensor in tensors:

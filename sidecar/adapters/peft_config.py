@@ -1,8 +1,8 @@
-"""adapter_config.json: the few fields that change what an adapter does; what we cannot honour is refused.
+"""Parse adapter_config.json: use the fields that change an adapter's effect, and refuse those that rows cannot carry.
 
-Every field is either known to change nothing in the saved weights' meaning, or used, or refused when it is
-set. A field that nobody here has heard of is refused too unless it is empty: it may change the weights'
-meaning, and an adapter that is served slightly wrong is worse than one that is not served.
+Each known field is either without effect on the meaning of the saved weights, or used, or refused when it is set. An
+unknown field is refused too unless it is empty: it may change the weights' meaning, and an adapter that is served
+slightly wrong is worse than one that is not served.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _CHANGES_NOTHING = frozenset(
         "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type", "velora_config",
     }
 )  # fmt: skip
-"""How the adapter was trained, or where: the saved A and B already are the result. With fan_in_fan_out the base model's
-weight lies the other way round; A and B do not."""
+"""Fields about how or where the adapter was trained: the saved A and B are the result already. fan_in_fan_out
+transposes the base model's weight, not A and B."""
 
 _USED = frozenset(
     {
@@ -66,10 +66,11 @@ _OTHER_METHODS = {
 }
 
 _PLAIN_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
-"""They choose where training starts and leave the base model alone."""
+"""Initialisations that choose where training starts and do not change the base model."""
 
 _RESIDUAL_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
-"""They subtract the start from the base model's weights, so the saved A and B are not the difference to it."""
+"""Initialisations that subtract the start from the base model's weights: the saved A and B are not the difference to
+the original model."""
 ENTRIES_MAX = 4096
 KEY_LENGTH_MAX = 256
 _COST_MAX = 64**3
@@ -78,10 +79,10 @@ _TOTAL_COST_MAX = 4 * _COST_MAX
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of adapter_config.json decides the adapter's effect."""
+    """The fields of adapter_config.json that decide the adapter's effect."""
 
     base_model: str
-    """"" where the config names none, as PEFT saves it for a model that was made in memory."""
+    """"" if the config names none: PEFT saves it so for a model that was made in memory."""
     rank: int
     alpha: float
     use_rslora: bool
@@ -90,7 +91,7 @@ class PeftConfig:
     targeting: Targeting
 
     def check_targeted(self, path: str, layer: int, is_expert: bool, adapter: str) -> None:
-        """Raise Invalid for a module that has tensors although the config says that it was not trained."""
+        """Raise Invalid for a module that has tensors although the config excludes it."""
         if field := self.targeting.contradiction(path, layer, is_expert):
             raise malformed(
                 adapter,
@@ -99,17 +100,17 @@ class PeftConfig:
             )
 
     def rank_of(self, path: str) -> int:
-        """Return the rank that the config gives a module, by its name in the base model."""
+        """Return the rank that the config gives a module; `path` is its name in the base model."""
         found = self.rank_pattern.value_for(path)
         return self.rank if found is None else int(found)
 
     def scale_of(self, path: str, rank: int) -> float:
-        """Return what B is multiplied by: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
+        """Return the factor of B: alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
         found = self.alpha_pattern.value_for(path)
         return (self.alpha if found is None else found) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def identity(self) -> dict[str, Any]:
-        """Return the fields that change the weights' effect, in one spelling, for the digest."""
+        """Return the fields that change the weights' effect, normalised, for the digest."""
         return {
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -237,8 +238,9 @@ def _required(fields: Mapping[str, Any], name: str, adapter: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    """Zero is allowed: PEFT serves such an adapter as the base model. Beyond 1e30 a float32 scale has no
-    room.
+    """Return True for a finite number of at most 1e30, which float32 can hold.
+
+    Zero is allowed: PEFT serves such an adapter as the base model.
     """
     return type(value) in (int, float) and (value == 0 or 1e-30 <= abs(value) <= 1e30)
 
@@ -283,9 +285,9 @@ def _compile(key: str) -> re.Pattern[str]:
 
 
 def _cost(key: str) -> int:
-    """Bound how many ways the matcher can try `key`: alternatives multiply, and so do repetitions."""
+    """Return a bound on the ways in which the matcher can try `key`: alternatives and repetitions multiply."""
     bare = re.sub(r"\[\^?\]?[^\]]*\]", "c", re.sub(r"\\[^1-9]", "c", key))
-    # Sets within sets mean something else in a later Python, which warns of them.
+    # A later Python may read nested sets differently, and this one warns of them.
     if re.search(r"\\|\)[*+?{]|\(\?(?!:)", bare) or re.search(r"\[[^\]]*(?:\[|--|&&|~~|\|\|)", key):
         return _COST_MAX + 1
     bare = bare.replace("(?:", "(")

@@ -1,7 +1,7 @@
-"""`probe.jsonl` beside an adapter's weights: prompts, and how the adapter answers them when it is in force.
+"""Read `probe.jsonl` beside an adapter's weights: prompts, and the adapter's expected answers.
 
-Each line is {"prompt": …, "expect": …}; `expect` is the beginning of the greedy answer. The file is no part of a
-version: the same weights with another probe.jsonl are the same content.
+Each line is {"prompt": …, "expect": …}; `expect` is the beginning of the greedy answer. The file is not part of a
+version: the same weights with another probe.jsonl are the same version.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ BYTES_MAX = 1 << 20
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt, and what the answer to it begins with."""
+    """A prompt, and the beginning of the expected answer."""
 
     prompt: str
     expect: str
 
 
 def read_probes(folder: Path, adapter: str) -> list[Probe] | None:
-    """Return the lines of a folder's probe.jsonl, None if it has none. Raises Invalid naming the line that is wrong."""
+    """Return the probes of a folder's probe.jsonl, or None if it has none. Raises Invalid naming a faulty line."""
     data = _read(folder, adapter)
     if data is None:
         return None

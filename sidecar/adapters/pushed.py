@@ -1,4 +1,4 @@
-"""Files that a client sends: announced, held against the limits, written as they come, and compared at the end."""
+"""Receive files that a client pushes: check the announcement, write the chunks, and verify the checksums."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 @dataclass(frozen=True)
 class PushedFile:
-    """A file as its sender announces it."""
+    """A file as the client announces it."""
 
     name: str
     size_bytes: int
@@ -37,7 +37,7 @@ class PushedFile:
 
 
 def check_announced(name: str, files: Sequence[PushedFile], limits: Limits) -> None:
-    """Raise Refused or Invalid unless these files can be an adapter within the limits."""
+    """Raise Refused or Invalid unless the files can make an adapter within the limits."""
     names = [file.name for file in files]
     if len(files) > limits.shards_max + 3 or len(dict.fromkeys(names)) != len(names):
         raise wrong(name, f"it lists {len(files)} files, too many or one of them twice")
@@ -66,7 +66,7 @@ def _bytes_max(name: str, limits: Limits) -> int:
 
 
 def wrong(name: str, why: str) -> Refused:
-    """The client does not send what the interface says."""
+    """Return the error for a client that breaks the push protocol."""
     return Refused(Reason.INVALID_REQUEST, f"push of {shown(name)}: {why}", adapter=name[:128])
 
 
@@ -80,12 +80,12 @@ class Receiver:
         self._number = 0
         self._offset = 0
         self._file: FileIO | None = None
-        """Unbuffered: what a full disk did not take would fail once more when the file is closed."""
+        """Unbuffered: bytes that a full disk refused would fail again when the file is closed."""
         self._sha256 = hashlib.sha256()
         check_room(folder, sum(file.size_bytes for file in files), name)
 
     def take(self, number: int, offset: int, data: bytes) -> None:
-        """Append a chunk. Raises Refused for one that does not come next, is too long, or does not fit the disk."""
+        """Append a chunk. Raises Refused if it is not the next one, is too long, or does not fit on the disk."""
         self._end_files()
         if self._number == len(self._files):
             raise wrong(self._name, "more is sent than was announced")
@@ -108,7 +108,7 @@ class Receiver:
         self._offset += len(data)
 
     def finish(self) -> None:
-        """Everything was sent. Raises Refused if it is not what was announced."""
+        """End the push. Raises Refused unless every announced byte was received."""
         self._end_files()
         if self._number < len(self._files):
             announced = self._files[self._number]
@@ -122,7 +122,7 @@ class Receiver:
             self._file = None
 
     def _end_files(self) -> None:
-        """Close each file that is whole, compared and on the disk; empty ones have no chunk of their own."""
+        """Verify, flush and close each complete file, empty ones included, which have no chunk of their own."""
         while self._number < len(self._files) and self._offset == self._files[self._number].size_bytes:
             announced = self._files[self._number]
             if self._sha256.hexdigest() != announced.sha256:

@@ -1,4 +1,4 @@
-"""Why an adapter is turned away: its files cannot be read, are not what they claim, or say too much."""
+"""The errors that refuse an adapter: its files are unreadable, malformed, or unsupported."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from sidecar.errors import Invalid, Reason
 
 
 def malformed(adapter: str, message: str) -> Invalid:
-    """The files are damaged, lie, or contradict each other."""
+    """Return the error for files that are damaged, false, or contradict each other."""
     return _invalid(Reason.ADAPTER_MALFORMED, adapter, message)
 
 
 def unsupported(adapter: str, message: str) -> Invalid:
-    """The files are sound, but an engine given packed rows would not compute what they mean."""
+    """Return the error for sound files whose effect packed rows cannot express."""
     return _invalid(Reason.ADAPTER_UNSUPPORTED, adapter, message)
 
 
 def unreadable(adapter: str, message: str) -> Invalid:
-    """The files are not there, or may not be read."""
+    """Return the error for files that are missing or may not be read."""
     return _invalid(Reason.ORIGIN_UNREADABLE, adapter, message)
 
 

@@ -1,4 +1,4 @@
-"""From a checked PEFT folder to what the core and the registry keep of it: identity and shape, no weights."""
+"""Read from a PEFT folder what the core and the registry keep of it: identity and shapes, no weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sidecar.core.facts import Adapter, Row
 
 @dataclass(frozen=True)
 class Registration:
-    """What a registration found in a folder."""
+    """The adapter in a folder, and the size of its files."""
 
     adapter: Adapter
     size_bytes: int
@@ -22,9 +22,9 @@ class Registration:
 def read_registration(
     name: str, directory: Path, *, base_model: str | None = None, base: BaseModel | None = None
 ) -> Registration:
-    """Read and check a folder. Raises Invalid with what is wrong with it. Reads every byte: run it in a thread.
+    """Read and check a folder. Reads every byte: call it in a thread. Raises Invalid with the fault.
 
-    `base_model` replaces the name that the config gives; every tensor is checked against `base`.
+    `base_model` replaces the name in the config; every tensor is checked against `base`.
     """
     with read_adapter(directory, name=name, base_model=base_model, base=base) as source:
         check_values(source)
@@ -32,10 +32,21 @@ def read_registration(
 
 
 def adapter_of(source: AdapterSource) -> Adapter:
-    """Return what a source is without its weights; its dtype is F32 where tensors differ."""
+    """Return the identity and shapes of a source; its dtype is F32 where the tensors' dtypes differ."""
     rows = tuple(
         Row(target.module, target.module_id, target.layer, target.rank, target.in_dim, target.out_dim)
         for target in source.targets
     )
     dtypes = sorted({target.dtype for target in source.targets})
     return Adapter(source.digest, source.base_model, rows, dtypes[0] if len(dtypes) == 1 else "F32")
+
+
+def changes_something(folder: Path, adapter: str) -> bool:
+    """Return True if scale · B·A can differ from zero in some module.
+
+    Reads every byte: call it in a thread. Raises Invalid for a faulty adapter.
+    """
+    with read_adapter(folder, name=adapter) as source:
+        largest = check_values(source)
+        pairs = [pair for target in source.targets for pair in target.pairs]
+        return any(pair.scale and largest[pair.a.name] and largest[pair.b.name] for pair in pairs)

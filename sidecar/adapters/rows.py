@@ -1,8 +1,8 @@
-"""Which rows an adapter becomes for an engine: fused projections taken apart, or put together as its ranks cut them.
+"""Map targets to an engine's rows: split fused projections, or order their parts as tensor-parallel ranks cut them.
 
-A row's B is made of ranges of the file's B, in the order the engine wants. TensorRT-LLM cuts it into equal pieces, one
+A row's B consists of ranges of the file's B, in the engine's order. TensorRT-LLM cuts it into equal pieces, one
 for each tensor-parallel rank, so a fused module's parts are interleaved: q0 k0 v0, then q1 k1 v1. Its fused MLP
-multiplies the first half by the activated second one (`swiglu` of `functional.py`), so up comes before gate there,
+multiplies the first half by the activated second half (`swiglu` of `functional.py`), so up comes before gate there,
 while Hugging Face's files have gate before up.
 """
 
@@ -18,12 +18,12 @@ from sidecar.adapters.targets import Target
 from sidecar.core.layout import FUSED, Heads, Layout
 
 Range = tuple[int, int]
-"""The first row and the number of rows."""
+"""A first row and a number of rows."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row to be sent: the ranges of rows of `target`'s B that it takes, and its rank as padded."""
+    """One row to be sent: the ranges of `target`'s B that it takes, and its padded rank."""
 
     target: Target
     module: str
@@ -33,17 +33,17 @@ class PackedRow:
 
     @property
     def out_rows(self) -> int:
-        """Rows of B, of one expert."""
+        """The rows of one expert's B."""
         return sum(count for _, count in self.ranges)
 
     @property
     def elements(self) -> int:
-        """How much of the row is used."""
+        """The elements of the row that are used; the rest is padding."""
         return self.rank * len(self.target.pairs) * (self.target.a.shape[1] + self.out_rows)
 
 
 def rows_of(target: Target, layout: Layout, adapter: str) -> list[PackedRow]:
-    """Return the rows that a target becomes. Raises Invalid where a fused one's parts cannot be placed."""
+    """Return the rows of a target. Raises Invalid if the parts of a fused target cannot be placed."""
     rank, whole = layout.padded(target.rank), target.b.shape[0]
     if target.module not in FUSED:
         return [PackedRow(target, target.module, target.module_id, rank, ((0, whole),))]

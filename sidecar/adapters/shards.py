@@ -1,7 +1,7 @@
 """The tensors of an adapter, in one safetensors file or in several that an index names.
 
 The index (`adapter_model.safetensors.index.json`, as transformers writes it for large models) maps each tensor to its
-file. It is believed only where the files agree: each tensor in the file that the index names, nothing beside.
+file. The files must agree with it: each holds exactly the tensors that the index assigns to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors\Z")
 
 
 class Tensors:
-    """The open files of an adapter as one; it closes with `close` or with the object. `adapter` is what errors name."""
+    """The open files of an adapter as one. They close with `close` or with the object; errors name `adapter`."""
 
     def __init__(self, files: Sequence[TensorFile], adapter: str) -> None:
         self.adapter = adapter
@@ -64,12 +64,12 @@ class Tensors:
 
 
 def open_single(path: Path, adapter: str) -> Tensors:
-    """Open an adapter of one file. Raises Invalid for a header that is not true."""
+    """Open an adapter of one file. Raises Invalid for a false header."""
     return Tensors([TensorFile(path, adapter)], adapter)
 
 
 def open_sharded(index: bytes, find: Callable[[str], Path | None], adapter: str, index_name: str) -> Tensors:
-    """Open the files that an index names, each found by `find`. Raises Invalid where index and files disagree."""
+    """Open the files that an index names; `find` returns a file's path. Raises Invalid if index and files disagree."""
     try:
         owners = _owners(parse_object(index))
     except ValueError as error:
@@ -79,7 +79,7 @@ def open_sharded(index: bytes, find: Callable[[str], Path | None], adapter: str,
             stack.enter_context(closing(_opened(name, find, owners, adapter)))
             for name in sorted(frozenset(owners.values()))
         ]
-        stack.pop_all()  # all are open: they are the caller's
+        stack.pop_all()  # all files are open: the caller closes them
     return Tensors(files, adapter)
 
 

@@ -1,8 +1,9 @@
-"""Blobs where an engine on the same machine can read them: files in a shared-memory mount, named by their owner.
+"""Blobs that an engine on the same machine can read: files in a shared-memory mount, named by their owner.
 
 Every process that keeps blobs in a mount is an instance with an id. Its files are `lora-sidecar-<id>-…`, and it holds
-a lock on `lora-sidecar-<id>.owner` for as long as it lives, however it ends. So a file whose owner's lock is free is a
-leftover, and whoever starts next removes it; a file of a living instance is never touched by another.
+a lock on `lora-sidecar-<id>.owner` while it lives. The kernel frees the lock however the process ends. A file whose
+owner's lock is free is therefore a leftover, which the next instance to start removes; no instance touches the files of
+another living one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from sidecar.adapters.owner import if_dead
 PREFIX = "lora-sidecar-"
 DIRECTORY = Path("/dev/shm")
 MODE = 0o660
-"""The engine opens regions for writing, and in a pod it may be another user of the same group."""
+"""The engine opens regions for writing, and in a pod it may run as another user of the same group."""
 
 _OWNED = re.compile(rf"{PREFIX}([0-9a-f]{{16}})[-.].+")
 
@@ -35,23 +36,23 @@ class Mount:
 
     @property
     def prefix(self) -> str:
-        """What the names of this process's files begin with."""
+        """The prefix of the names of this process's files."""
         return f"{PREFIX}{self.instance}-"
 
     @property
     def free_bytes(self) -> int:
-        """The bytes that the mount has left."""
+        """The free bytes of the mount."""
         usage = os.statvfs(self.directory)
         return usage.f_bavail * usage.f_frsize
 
     def create(self) -> tuple[int, Path]:
-        """Make an empty file of this instance; return its descriptor and path. Raises OSError."""
+        """Create an empty file of this instance; return its descriptor and path. Raises OSError."""
         descriptor, name = tempfile.mkstemp(prefix=self.prefix, dir=self.directory)
         os.fchmod(descriptor, MODE)
         return descriptor, Path(name)
 
     def is_leftover(self, name: str) -> bool:
-        """Whether a name is that of a file of an instance that lives no more."""
+        """Return True if the name is that of a dead instance's file."""
         owned = _OWNED.fullmatch(name)
         if owned is None or owned[1] == self.instance:
             return False
@@ -59,7 +60,7 @@ class Mount:
             return dead
 
     def sweep(self) -> int:
-        """Remove the files of instances that live no more; return how many bytes they had."""
+        """Remove the files of dead instances; return the bytes freed."""
         freed = 0
         instances = {owned[1] for path in self.directory.iterdir() if (owned := _OWNED.fullmatch(path.name))}
         for instance in instances - {self.instance}:
@@ -67,11 +68,11 @@ class Mount:
             with if_dead(owner) as dead:
                 if dead:
                     freed += _remove(self.directory, instance)
-                    owner.unlink(missing_ok=True)  # last: a sweep that is cut short is taken up by the next
+                    owner.unlink(missing_ok=True)  # last, so that the next sweep finishes one that was cut short
         return freed
 
     def close(self) -> None:
-        """Remove what is left of this instance, and its lock."""
+        """Remove the files that are left of this instance, and its owner file."""
         _remove(self.directory, self.instance)
         _owner_file(self.directory, self.instance).unlink(missing_ok=True)
         os.close(self._lock)
@@ -89,7 +90,7 @@ def _claim(directory: Path) -> tuple[str, int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return instance, descriptor
-        os.close(descriptor)  # a sweep came between the two lines and took it for a leftover
+        os.close(descriptor)  # a sweep ran between open and lock and removed the file as a leftover
 
 
 def _remove(directory: Path, instance: str) -> int:

@@ -1,8 +1,8 @@
-"""The spool: source folders that were brought here, by digest, and those that are still on their way.
+"""The spool: fetched source folders by digest, and folders that are still being fetched.
 
-`sources/<digest>` holds whole, checked folders only: each gets its name by a rename, after its files and itself are on
-the disk. `incoming/<random>` is for what is under way and is emptied at start, so whatever ends the process leaves
-no half folder behind. Without a data directory all of this is in a private temporary one.
+`sources/<digest>` holds complete, checked folders only: a folder is flushed to the disk before it is renamed to its
+digest. `incoming/<random>` holds fetches in progress and is emptied at start, so a crash leaves no incomplete folder
+behind. Without a data directory, the spool is in a private temporary one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 Point = Callable[[str], None]
-"""Called with the name of each step that must survive a kill; a test ends the process there."""
+"""Takes the name of each point of the spool's work that must survive a kill; a test ends the process there."""
 
 
 class Spool:
     """Folders by digest, for one process; any thread may use it."""
 
     def __init__(self, directory: Path | None, at: Point = lambda point: None) -> None:
-        """Open or make the folders; None: a temporary directory, made when first needed and gone with `close`."""
+        """Open or make the folders. None stands for a temporary directory, made on first use and removed by `close`."""
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._at = at
@@ -62,30 +62,30 @@ class Spool:
             self._temporary.cleanup()
 
     def folder(self, digest: str) -> Path:
-        """Return where a version's source is, or would be."""
+        """Return the path of a version's source, which may not exist."""
         return self.directory / "sources" / digest
 
     def holds(self, digest: str) -> bool:
         return self._directory is not None and self.folder(digest).is_dir()
 
     def digests(self) -> list[str]:
-        """Return what the spool holds, sorted."""
+        """Return the digests that the spool holds, sorted."""
         if self._directory is None:
             return []
         return sorted(path.name for path in (self._directory / "sources").iterdir() if _DIGEST.match(path.name))
 
     def make_incoming(self) -> Path:
-        """Return a new empty folder for something that is on its way; `remove` or `adopt` it."""
+        """Return a new empty folder for a fetch; pass it to `adopt` or `remove` afterwards."""
         try:
             return Path(tempfile.mkdtemp(dir=self.directory / "incoming"))
         except OSError as error:
             raise no_room("a new folder", self.directory, error) from error
 
     def adopt(self, folder: Path, digest: str) -> Path:
-        """Make a checked incoming folder the source of a digest and return where it is now.
+        """Make a checked incoming folder the source of a digest and return its new path.
 
-        If a sound one is there already it stays, with the new one's probe.jsonl, and the new one is removed; a damaged
-        one is replaced.
+        A sound source that is there already stays, takes over the new folder's probe.jsonl, and the new folder is
+        removed. A damaged source is replaced.
         """
         target = self.folder(digest)
         try:
@@ -107,11 +107,11 @@ class Spool:
         return target
 
     def discard(self, digest: str) -> None:
-        """Forget a source; nothing happens if it is not there."""
+        """Remove a source, if it is there."""
         self.remove(self.take_out(digest))
 
     def take_out(self, digest: str) -> Path:
-        """Move a source, if it is there, into an incoming folder that is to be removed: quick, unlike removing it."""
+        """Move a source, if it is there, into an incoming folder and return that: quicker than removing it."""
         gone = self.make_incoming()
         with suppress(FileNotFoundError):
             self.folder(digest).rename(gone / digest)
@@ -123,7 +123,7 @@ class Spool:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Return the digest of what a folder holds, "" if it is not a sound adapter. Reads every byte."""
+    """Return the digest of the adapter in a folder, or "" if it is not a sound adapter. Reads every byte."""
     try:
         with read_adapter(folder) as source:
             return source.digest
@@ -146,5 +146,5 @@ def _remove(folder: Path) -> None:
         pass
     except NotADirectoryError:
         folder.unlink(missing_ok=True)
-    except OSError as error:  # a disk that has become read-only must not end what goes on
+    except OSError as error:  # a disk that has become read-only must not end the caller's work
         logger.warning("%s could not be removed: %s", folder, error.strerror)

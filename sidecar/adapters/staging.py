@@ -1,8 +1,8 @@
-"""Adapters as files, in a folder that engines read: for engines that load from a path instead of taking weights.
+"""Stage adapters as files in a folder that engines read, for engines that load from a path.
 
 A version lies in `<folder>/<key>/` as PEFT saved it: `adapter_config.json` and the safetensors, nothing else. It gets
-that name by a rename after all of it is on the disk, so it is whole or not there, whatever ends the process. Several
-sidecars may share a folder; `claims.py` says how they keep out of each other's way.
+that name by a rename after all files are on the disk, so it is complete or absent, however the process ends. Several
+sidecars may share a folder; `claims.py` explains how they avoid removing each other's versions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from sidecar.errors import Reason, Refused
 
 CHUNK_BYTES = 1 << 20
 FOLDER_MODE, FILE_MODE, OTHERS_READ = 0o755, 0o644, 0o004
-"""The engine may be another user."""
+"""The engine may run as another user."""
 
 
 @dataclass(frozen=True)
 class AdaptersDir:
-    """One folder as its two users call it: `ours` is where it is written, `engine` what the engine is told."""
+    """One folder under two paths: `ours` is this process's path of it, `engine` the engine's."""
 
     ours: Path
     engine: str
@@ -42,11 +42,11 @@ class AdaptersDir:
 
 
 class Files(DurableFiles):
-    """The file operations that staging rests on; a test puts a crash before, or a failure in place of, any of them."""
+    """The file operations of staging; a test puts a crash before, or a failure in place of, any of them."""
 
     def make_directory(self, path: Path) -> None:
         path.mkdir()
-        path.chmod(FOLDER_MODE)  # whatever the umask says
+        path.chmod(FOLDER_MODE)  # mkdir's mode is subject to the umask
 
     def link(self, source: Path, target: Path) -> None:
         target.hardlink_to(source)
@@ -59,7 +59,7 @@ class Files(DurableFiles):
 
 @dataclass(frozen=True)
 class _Mark:
-    """What tells that a file is the one that was staged: a link shares its source's bytes, so its time counts too."""
+    """Identifies a staged file. The time counts too: a hard link shares its source's bytes, which may be rewritten."""
 
     inode: int
     size_bytes: int
@@ -67,7 +67,7 @@ class _Mark:
 
 
 class Staging:
-    """What one process has in one folder. Every method blocks: call them in threads, each key by one at a time."""
+    """One process's versions in one folder. Every method blocks: call it in a thread, one call at a time per key."""
 
     def __init__(self, directory: Path, files: Files | None = None) -> None:
         self.directory = directory
@@ -77,22 +77,22 @@ class Staging:
         self._lock = threading.Lock()
 
     def open(self) -> None:
-        """Take part in the folder, which is made if only it is missing, and sweep away what nobody needs any more.
+        """Join the folder and remove versions that nobody needs. Makes the folder if its parent exists.
 
-        Raises Misused with what is wrong with the folder.
+        Raises Misused if the folder cannot be used.
         """
         self._claims.open()
 
     def close(self) -> None:
-        """Give everything up and leave."""
+        """Release every version and leave the folder."""
         self._claims.close()
 
     def path(self, key: str) -> Path:
-        """Return where a version is staged, or would be."""
+        """Return the path of a staged version, which may not exist."""
         return self.directory / key
 
     def is_whole(self, key: str) -> bool:
-        """Whether a version that this process staged is there as it was then: a look at each file, no reading."""
+        """Return True if this process staged the version and its files are unchanged, by their metadata."""
         with self._lock:
             marks = self._marks.get(key)
         try:
@@ -101,10 +101,10 @@ class Staging:
             return False
 
     def stage(self, source: Path, key: str, digest: str, *, link: bool = False) -> Path:
-        """Put the version that a folder holds in its place and return that; nothing is done if it is there already.
+        """Stage the version in the folder `source`, unless it is staged already, and return its path.
 
-        `link` allows hard links where the file system does: for sources whose files are never written to again. Raises
-        Invalid if the folder holds other content, Refused for want of room; nothing is left behind then.
+        `link` allows hard links where the file system does: set it for sources whose files are never rewritten. Raises
+        Invalid if the folder holds other content, Refused if there is no room; neither leaves anything behind.
         """
         if self.is_whole(key):
             return self.path(key)
@@ -121,14 +121,14 @@ class Staging:
         return self.path(key)
 
     def remove(self, key: str) -> None:
-        """Give a version up; it goes if nobody else claims it. Raises OSError when it resists."""
+        """Release a version, and remove it if nobody else claims it. Raises OSError if it cannot be moved."""
         with self._lock:
             self._marks.pop(key, None)
         self._claims.release(key)
 
     @contextmanager
     def _claimed(self, key: str) -> Iterator[None]:
-        """Claim a version, and give it up again if it cannot be staged."""
+        """Claim a version, and release it again if staging fails."""
         self._claims.claim(key)
         try:
             yield
@@ -156,12 +156,12 @@ class Staging:
         self._files.sync_directory(made)
 
     def _linked(self, source: Path, target: Path) -> bool:
-        """Make a hard link if the file system and the file's mode allow it; a link has its source's mode."""
+        """Make a hard link if the file system and the source's mode, which the link shares, allow it."""
         if not source.stat().st_mode & OTHERS_READ:
             return False
         try:
             self._files.link(source, target)
-        except OSError:  # another file system, too many links, or somebody else's file: a copy does as well
+        except OSError:  # another file system, too many links, or another user's file: the caller copies it
             return False
         return True
 
@@ -176,7 +176,7 @@ class Staging:
             os.close(descriptor)
 
     def _move_in(self, work: Path, key: str, before: int | None) -> None:
-        """Give what was made its name. What was there `before` is damaged; what has come since is sound."""
+        """Rename a prepared version to its key. An inode seen `before` is damaged; a newer one is sound and stays."""
         with self._claims.alone():
             now = _inode(self.path(key))
             if now is not None and now != before:
@@ -188,7 +188,7 @@ class Staging:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """Return the files that make up an adapter which `read_adapter` takes."""
+    """Return the names of the files of an adapter that `read_adapter` accepts."""
     if (folder / WEIGHTS_FILE_NAME).exists():
         return [peft_config.FILE_NAME, WEIGHTS_FILE_NAME]
     index = parse_object((folder / INDEX_FILE_NAME).read_bytes())

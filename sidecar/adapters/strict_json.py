@@ -1,4 +1,4 @@
-"""JSON from strangers: no duplicate keys, no NaN, bounded depth, and every failure is one ValueError."""
+"""Parse untrusted JSON: no duplicate keys, no NaN, bounded depth; every failure is a ValueError."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ITEMS_MAX = 1 << 18
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parse UTF-8 bytes that hold one JSON object; raises ValueError with a reason fit for a message."""
-    # Small things of JSON are large in memory: a list of nothing takes twenty times its three characters.
+    """Parse UTF-8 bytes that hold one JSON object. Raises ValueError with a reason to show to the user."""
+    # Small JSON can be large in memory: an empty list takes twenty times its two or three characters.
     if sum(map(data.count, (b",", b"[", b"{"))) > ITEMS_MAX:
         raise ValueError(f"it holds more than {ITEMS_MAX} items")
     try:

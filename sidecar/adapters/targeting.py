@@ -1,8 +1,8 @@
-"""Which modules a PEFT config says were trained, so far as it can contradict the tensors beside it.
+"""Detect tensors that contradict the modules and layers that a PEFT config targets.
 
-PEFT takes the tensors that its config targets and passes over the rest; engines take whatever tensors there are. Where
-the two differ nobody can say which is meant. A regular expression in target_modules or exclude_modules is not tried: it
-comes from a stranger, can take exponential time, and is matched on the whole name, which newer libraries have changed.
+PEFT loads the tensors that its config targets and ignores the rest; engines load every tensor. Where the two differ,
+the intent is unknown. A regular expression in target_modules or exclude_modules is not evaluated: it is untrusted, can
+take exponential time, and matches the whole name, which newer libraries have changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Targeting:
-    """Ends of module names that are in and out, and layers that are in; None where the config does not say."""
+    """Endings of module names that are targeted or excluded, and targeted layers; None where the config has none."""
 
     included: frozenset[str] | None = None
     excluded: frozenset[str] | None = None
@@ -27,8 +27,8 @@ class Targeting:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Targeting:
-        """Read it from the config's fields; raises ValueError with the field's name."""
-        return cls(_words(fields, "target_modules"), _words(fields, "exclude_modules"), _layers(fields))
+        """Read the targeting from the config's fields. Raises ValueError with the field's name."""
+        return cls(_names(fields, "target_modules"), _names(fields, "exclude_modules"), _layers(fields))
 
     def contradiction(self, path: str, layer: int, is_expert: bool) -> str | None:
         """Return the name of the field that leaves a module out, or None."""
@@ -42,13 +42,13 @@ class Targeting:
         return None
 
 
-def _is_among(path: str, words: frozenset[str]) -> bool:
-    """Return whether the path is one of the words, or ends in one."""
+def _is_among(path: str, names: frozenset[str]) -> bool:
+    """Return True if the path is one of the names, or ends in one."""
     parts = path.split(".")
-    return any(".".join(parts[first:]) in words for first in range(len(parts)))
+    return any(".".join(parts[first:]) in names for first in range(len(parts)))
 
 
-def _words(fields: Mapping[str, Any], name: str) -> frozenset[str] | None:
+def _names(fields: Mapping[str, Any], name: str) -> frozenset[str] | None:
     value = fields.get(name)
     if value is None or isinstance(value, str) or value == []:
         return None

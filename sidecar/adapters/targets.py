@@ -1,7 +1,7 @@
-"""What an adapter's tensors are together: for each module of each layer its A, its B and its scale.
+"""Group an adapter's tensors into targets: for each module of each layer its A, its B and its scale.
 
-Nothing is ever dropped: a tensor without a place, a half pair, a rank or a layer that the config does not give refuses
-the adapter.
+Nothing is ever dropped: an unknown tensor, an A without B, or a rank or layer that contradicts the config makes the
+adapter invalid.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sidecar.adapters import peft_config
-from sidecar.adapters.modules import Order, TensorPosition, place_of
+from sidecar.adapters.modules import Order, TensorPosition, locate
 from sidecar.adapters.names import shown
 from sidecar.adapters.peft_config import PeftConfig
 from sidecar.adapters.refusal import malformed, unsupported
@@ -20,7 +20,7 @@ from sidecar.core.layout import FUSED
 
 @dataclass(frozen=True)
 class Pair:
-    """One A [rank, in] and B [out, rank] of the files, and what B·A is multiplied by."""
+    """One A [rank, in] and B [out, rank] of the files, and the factor of B·A."""
 
     a: TensorInfo
     b: TensorInfo
@@ -35,7 +35,7 @@ class Pair:
 class Target:
     """One module of one layer: y += scale · B·A·x. A mixture of experts has a pair for each expert, others have one.
 
-    `order` says how the parts of a fused module lie. Dimensions are TensorRT-LLM's: over all experts.
+    `order` is the order of the parts of a fused module. Dimensions are TensorRT-LLM's: over all experts.
     """
 
     module: str
@@ -80,19 +80,21 @@ class Target:
 
 Side = tuple[TensorPosition, TensorInfo]
 Experts = dict[int, dict[str, Side]]
-"""By the expert's number (0 where there is no mixture) and "A" or "B"."""
+"""Keyed by the expert's number (0 without a mixture), then by "A" or "B"."""
 
 
 def targets_of(tensors: Mapping[str, TensorInfo], config: PeftConfig, adapter: str) -> tuple[Target, ...]:
-    """Return the targets in layer-major order, by module id inside a layer. Raises Invalid for what does not fit."""
+    """Return the targets in layer-major order, by module id inside a layer. Raises Invalid for misfits."""
     found: dict[tuple[int, int], Experts] = {}
     for tensor in tensors.values():
-        place = place_of(tensor.name, adapter)
-        sides = found.setdefault((place.layer, place.projection.module_id), {}).setdefault(place.expert or 0, {})
-        if place.side in sides:
-            twice = f"{shown(sides[place.side][1].name, 160)} and {shown(tensor.name, 160)}"
+        location = locate(tensor.name, adapter)
+        sides = found.setdefault((location.layer, location.projection.module_id), {}).setdefault(
+            location.expert or 0, {}
+        )
+        if location.side in sides:
+            twice = f"{shown(sides[location.side][1].name, 160)} and {shown(tensor.name, 160)}"
             raise malformed(adapter, f"{twice} are the same tensor; keep one of them")
-        sides[place.side] = place, tensor
+        sides[location.side] = location, tensor
     if not found:
         raise malformed(adapter, "the folder holds no LoRA tensor; save the adapter again")
     targets = tuple(_target(found[key], config, adapter) for key in sorted(found))
@@ -104,14 +106,14 @@ def targets_of(tensors: Mapping[str, TensorInfo], config: PeftConfig, adapter: s
 def _target(experts: Experts, config: PeftConfig, adapter: str) -> Target:
     for number, expected in zip(sorted(experts), range(len(experts)), strict=True):
         if number != expected:
-            (place, tensor) = next(iter(experts[number].values()))
+            (location, tensor) = next(iter(experts[number].values()))
             raise unsupported(
                 adapter,
-                f"tensor {shown(tensor.name, 160)} adapts expert {number} of {place.projection.module} but expert "
+                f"tensor {shown(tensor.name, 160)} adapts expert {number} of {location.projection.module} but expert "
                 f"{expected} has none; rows hold all experts or none, so train on all of them",
             )
     pairs = tuple(_pair(experts[number], config, adapter) for number in sorted(experts))
-    place, first = next(iter(experts[0].values()))
+    location, first = next(iter(experts[0].values()))
     for pair in pairs:
         if (pair.a.shape[1], pair.b.shape[0]) != (pairs[0].a.shape[1], pairs[0].b.shape[0]):
             raise malformed(
@@ -119,8 +121,8 @@ def _target(experts: Experts, config: PeftConfig, adapter: str) -> Target:
                 f"tensors {shown(pair.a.name, 160)} and {shown(first.name, 160)} are of experts of two sizes; save the "
                 "adapter again",
             )
-    projection = place.projection
-    return Target(projection.module, projection.module_id, place.layer, pairs, projection.order)
+    projection = location.projection
+    return Target(projection.module, projection.module_id, location.layer, pairs, projection.order)
 
 
 def _pair(sides: Mapping[str, Side], config: PeftConfig, adapter: str) -> Pair:
@@ -131,11 +133,11 @@ def _pair(sides: Mapping[str, Side], config: PeftConfig, adapter: str) -> Pair:
             adapter,
             f"tensor {shown(present[1].name, 160)} has no {missing} beside it; save the adapter again",
         )
-    (place, a), (_, b) = sides["A"], sides["B"]
+    (location, a), (_, b) = sides["A"], sides["B"]
     _check_matrices((a, b), adapter)
-    config.check_targeted(place.path, place.layer, place.expert is not None, adapter)
-    rank = _checked_rank(place.path, a, b, config, adapter)
-    return Pair(a, b, config.scale_of(place.path, rank))
+    config.check_targeted(location.path, location.layer, location.expert is not None, adapter)
+    rank = _checked_rank(location.path, a, b, config, adapter)
+    return Pair(a, b, config.scale_of(location.path, rank))
 
 
 def _check_matrices(tensors: Iterable[TensorInfo], adapter: str) -> None:

@@ -1,12 +1,11 @@
-"""A safetensors file that is believed only after every claim of its header was checked.
+"""Read untrusted safetensors files: every claim of the header is checked before a tensor is read.
 
-The file is 8 bytes of header length (little-endian), a JSON header, and the tensors' bytes. Checked before a
-byte is used: the header's length against the file's, duplicate keys, each tensor's dtype x shape against its
-byte range, and that the ranges cover the data exactly once, without holes.
+The file is 8 bytes of header length (little-endian), a JSON header, and the tensors' bytes. The checks cover the
+header's length against the file's, duplicate keys, each tensor's dtype x shape against its byte range, and that the
+ranges cover the data exactly once, without holes.
 
-Bytes are read with `pread`, never through a mapping of the file: a mapped file that somebody truncates
-kills the process with SIGBUS, a short read is an error that names the adapter. Both are served by the page
-cache.
+Bytes are read with `pread`, never through a mapping of the file: truncating a mapped file kills the process with
+SIGBUS, while a short read is an error that names the adapter. Both are served by the page cache.
 """
 
 from __future__ import annotations
@@ -30,13 +29,11 @@ from sidecar.adapters.refusal import malformed, unreadable
 from sidecar.adapters.strict_json import parse_object
 
 HEADER_BYTES_MAX = 4 << 20
-"""A LoRA of 126 layers and 7 modules has a header of about 0.4 MB; parsing holds the interpreter lock."""
+"""Parsing holds the interpreter lock. A LoRA of 126 layers and 7 modules has a header of about 0.4 MB."""
 
 TENSORS_MAX = 16_384
 CHUNK_BYTES = 512 << 10
-"""How much one read, and so one NumPy call on it, touches: a thread beside an event loop works in small
-bites.
-"""
+"""The size of one read, and so of one NumPy call: a thread beside an event loop works in small pieces."""
 
 NUMPY_DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {"F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
@@ -55,9 +52,7 @@ _SIZE_LIMIT = 1 << 48
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: its safetensors dtype, shape, and where its bytes are (`offset` from the file's
-    start).
-    """
+    """One tensor of a file: its safetensors dtype, shape, and byte range (`offset` counts from the file's start)."""
 
     name: str
     dtype: str
@@ -65,7 +60,7 @@ class TensorInfo:
     offset: int
     size_bytes: int
     shard: int = 0
-    """Which of an adapter's files it is in."""
+    """The index of the adapter's file that holds the tensor."""
 
     @property
     def elements(self) -> int:
@@ -73,10 +68,10 @@ class TensorInfo:
 
 
 class TensorFile:
-    """An open safetensors file whose header was checked; `adapter` is the name that errors carry.
+    """An open safetensors file whose header was checked; errors name `adapter`.
 
-    Raises Invalid(ADAPTER_MALFORMED) for a header that is not true, Invalid(ORIGIN_UNREADABLE) for a file
-    that cannot be opened. The file closes with `close` or with the object.
+    Raises Invalid(ADAPTER_MALFORMED) for a false header, Invalid(ORIGIN_UNREADABLE) for a file that cannot be
+    opened. The file closes with `close` or with the object.
     """
 
     def __init__(self, path: Path, adapter: str) -> None:
@@ -123,7 +118,7 @@ class TensorFile:
             yield self._read(tensor.offset + start, min(CHUNK_BYTES, tensor.size_bytes - start))
 
     def check_unchanged(self) -> None:
-        """Raise Invalid if the file was written to since it was opened: what was read may be a mixture."""
+        """Raise Invalid if the file was written to since it was opened: the bytes read may mix two versions."""
         if self._stamp() != self._identity:
             raise malformed(self.adapter, f"{self.path.name} was changed while it was read; register it again")
 
@@ -164,7 +159,7 @@ class TensorFile:
 
 
 def open_regular(path: Path, adapter: str) -> int:
-    """Open a file to read, whatever has taken its place since it was looked at. Raises Invalid for what is none."""
+    """Open a regular file for reading and return its descriptor. Raises Invalid for anything else at the path."""
     try:
         # Without O_NONBLOCK a FIFO in the file's place would hang the open.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)

@@ -1,7 +1,7 @@
-"""How large a tensor's values are, and whether all of them are numbers.
+"""Find a tensor's largest magnitude, and refuse NaN and Inf.
 
-The bits of an IEEE float without its sign order like its magnitude, with Inf and NaN on top, so one integer
-maximum answers both questions, for bfloat16 as well, without a conversion.
+Without its sign, the bits of an IEEE float order like its magnitude, with Inf and NaN on top. One integer maximum
+therefore does both, for bfloat16 as well, without a conversion.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 UNSIGNED: dict[str, type[np.unsignedinteger[Any]]] = {"F16": np.uint16, "BF16": np.uint16, "F32": np.uint32}
 INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000}
-"""The bits of Inf by safetensors dtype; those of NaN are above."""
+"""The bits of Inf by safetensors dtype; NaN has larger bits."""
 
 WITHOUT_SIGN = {name: np.array([np.iinfo(unsigned).max >> 1], unsigned) for name, unsigned in UNSIGNED.items()}
 
 
 class Readable(Protocol):
-    """Where tensors are read from; `adapter` is what errors name."""
+    """A source of tensors; errors name `adapter`."""
 
     adapter: str
 
@@ -36,7 +36,7 @@ class Readable(Protocol):
 
 
 def check_values(source: AdapterSource, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
-    """Return the largest magnitude of each tensor; raises Invalid with the tensor's name for a NaN or Inf."""
+    """Return the largest magnitude of each tensor, by name. Raises Invalid with the tensor's name for a NaN or Inf."""
     found: dict[str, float] = {}
     done = 0
     for target in source.targets:
@@ -49,7 +49,7 @@ def check_values(source: AdapterSource, progress: Callable[[int, int], None] | N
 
 
 def largest_magnitude(file: Readable, tensor: TensorInfo) -> float:
-    """Return the largest |x| of a tensor; raises Invalid with the place of the first NaN or Inf."""
+    """Return the largest |x| of a tensor. Raises Invalid with the index of the first NaN or Inf."""
     per_chunk = CHUNK_BYTES // NUMPY_DTYPES[tensor.dtype].itemsize
     unsigned = UNSIGNED[tensor.dtype]
     top = 0
@@ -66,9 +66,9 @@ def _refuse(file: Readable, tensor: TensorInfo, first: int, bits: npt.NDArray[An
     infinity = INFINITY[tensor.dtype]
     index = int(np.argmax(bits >= infinity))
     what = "Inf" if int(bits[index]) == infinity else "NaN"
-    place = tuple(int(axis) for axis in np.unravel_index(first + index, tensor.shape))
+    index_in_tensor = tuple(int(axis) for axis in np.unravel_index(first + index, tensor.shape))
     raise malformed(
         file.adapter,
-        f"tensor {shown(tensor.name, 160)} holds {what} at {list(place)}; its training diverged, export "
+        f"tensor {shown(tensor.name, 160)} holds {what} at {list(index_in_tensor)}; its training diverged, export "
         "an earlier checkpoint",
     )

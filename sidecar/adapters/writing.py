@@ -1,9 +1,8 @@
-"""Writing one packed row: A and B through the cast, with what they reach and what the cast cost counted on the way.
+"""Write one packed row: cast A and B, and count their magnitudes and the rounding loss in the same pass.
 
 The work is done in pieces of `CHUNK_ELEMENTS`, each read from the file straight into a buffer that stays in the core's
-cache, so that a number is fetched from memory once: its magnitude, its product, its square all come from there. A row
-is first written as if nothing had to be balanced, which nearly always is so; only where the magnitudes then say
-otherwise it is written again.
+cache, so that each number is fetched from memory once for its magnitude, product and square. A row is first written
+without balancing, which is nearly always enough; if the magnitudes need balancing, the row is written again.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from sidecar.adapters.tensors import NUMPY_DTYPES, TensorInfo
 from sidecar.adapters.values import INFINITY, UNSIGNED, WITHOUT_SIGN, Readable, largest_magnitude
 
 CHUNK_ELEMENTS = 512 << 10
-"""Large enough that threads seldom wait for the interpreter, small enough for a core's caches."""
+"""Large enough that threads seldom wait for the interpreter lock, small enough for a core's caches."""
 
 Array = npt.NDArray[Any]
 
 
 class Source(Readable, Protocol):
-    """Where tensors are read from in place."""
+    """A source that reads tensors into a given array."""
 
     def read_into(self, tensor: TensorInfo, first: int, out: Array) -> None: ...
 
 
 class Scratch:
-    """The buffers of one thread, for tensors of at most so many elements of at most so many bytes."""
+    """The buffers of one thread, for tensors of at most `elements` elements of at most `element_bytes` bytes each."""
 
     def __init__(self, elements: int, element_bytes: int) -> None:
         self.elements = min(CHUNK_ELEMENTS, elements)
@@ -46,7 +45,7 @@ class Scratch:
         self._packed = np.empty(0, np.uint16)
 
     def packed(self, size: int) -> npt.NDArray[np.uint16]:
-        """Return room for what cannot be written in place: ranks that are padded."""
+        """Return a buffer for elements that cannot be written in place because ranks are padded."""
         if self._packed.size < size:
             self._packed = np.empty(self.elements, np.uint16)
         return self._packed[:size]
@@ -54,7 +53,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a matrix: `rows` rows from `row` on, `width` columns from `column` on; it begins at `first`."""
+    """A piece of a matrix: `rows` rows from `row`, `width` columns from `column`; `first` is its first element."""
 
     first: int
     row: int
@@ -64,7 +63,10 @@ class Span:
 
 
 def spans_of(ranges: Sequence[Range], width: int, limit: int) -> Iterator[Span]:
-    """Cut ranges of rows into pieces of at most `limit` elements: whole rows, or parts of one. Rows count on."""
+    """Cut ranges of rows into pieces of at most `limit` elements: whole rows, or parts of one.
+
+    `Span.row` counts rows over all ranges.
+    """
     at, step = 0, max(1, limit // width)
     for start, count in ranges:
         for offset in range(0, count, step):
@@ -78,9 +80,10 @@ def spans_of(ranges: Sequence[Range], width: int, limit: int) -> Iterator[Span]:
 
 @dataclass
 class Side:
-    """A or B of one pair: the tensor, which of its rows are wanted, and what they are multiplied by.
+    """A or B of one pair: the tensor, the ranges of its rows to write, and their factor.
 
-    `by_row` tells whether a rank is a row (A) or a column (B). `tops` are the bits of each rank's largest magnitude.
+    `by_row` is True if a rank is a row (A), False if it is a column (B). `tops` holds the bits of each rank's largest
+    magnitude.
     """
 
     tensor: TensorInfo
@@ -97,12 +100,12 @@ class Side:
 
     @property
     def magnitudes(self) -> Floats:
-        """The largest magnitude of each rank, in the file's units."""
+        """The largest magnitude of each rank, before the factor."""
         wide: Floats = self.tops.view(NUMPY_DTYPES[self.tensor.dtype]).astype(np.float64)
         return wide
 
     def write(self, source: Source, out: npt.NDArray[np.uint16], dtype: np.dtype[Any], scratch: Scratch) -> None:
-        """Write the rows into `out` [rows, at least the width]; raises Invalid for a NaN or Inf."""
+        """Write the rows into `out` [rows, at least the width]. Raises Invalid for a NaN or Inf."""
         cast = cast_for(self.tensor.dtype, self.tensor.elements, self.factor, dtype)
         for span, values in _read(source, self.tensor, self.ranges, scratch):
             place = out[span.row : span.row + span.rows, span.column : span.column + span.width]
@@ -119,7 +122,7 @@ class Side:
     def write_balanced(
         self, source: Source, out: npt.NDArray[np.uint16], dtype: np.dtype[Any], scratch: Scratch, powers: Exponents
     ) -> None:
-        """Write the rows again, each rank times its own power of two: in float64, which holds all of them."""
+        """Write the rows again, each rank times its own power of two, in float64, which holds all the products."""
         self.sums = Sums()
         factors = np.ldexp(np.float64(self.factor), powers.astype(np.int32))
         for span, values in _read(source, self.tensor, self.ranges, scratch, ROOM_ELEMENTS):
@@ -136,7 +139,7 @@ class Side:
                 self._count_error(wide, packed, own)
 
     def _measure(self, span: Span, values: Array, scratch: Scratch) -> Array:
-        """Count the norm and each rank's top; return the values' bits without their signs."""
+        """Update the norm and each rank's top; return the values' bits without their signs."""
         unsigned = UNSIGNED[self.tensor.dtype]
         magnitudes = scratch.magnitudes[: values.nbytes].view(unsigned)
         np.bitwise_and(values.view(unsigned), WITHOUT_SIGN[self.tensor.dtype], out=magnitudes)
@@ -159,9 +162,9 @@ class Side:
 def write_row(
     source: Source, row: PackedRow, dtype: np.dtype[Any], out: Array, scratch: Scratch, with_error: bool
 ) -> tuple[list[tuple[Pair, Sums, Sums]], Exponents | None]:
-    """Write a row into `out`, all of it; return what each pair lost in A and B, and the exponents that were moved.
+    """Write a row into all of `out`; return each pair's losses in A and B, and the exponents that balancing moved.
 
-    `out` is flat, of the width of all rows. Raises Invalid for a NaN, an Inf or a product that does not fit `dtype`.
+    `out` is flat, as wide as the widest row. Raises Invalid for a NaN, an Inf or a product that does not fit `dtype`.
     """
     bits, experts = out.view(np.uint16), len(row.target.pairs)
     in_dim = row.target.a.shape[1]
@@ -212,7 +215,7 @@ def _read(
 
 
 def _column_tops(magnitudes: Array, span: Span) -> Array:
-    """Return the largest of each column. Folded into long rows first: NumPy is slow on many short ones."""
+    """Return the maximum of each column. Short rows are first folded into long ones, on which NumPy is faster."""
     fold = max(1, 2048 // span.width)
     long = span.rows // fold * fold * span.width
     tops: Array = magnitudes[long:].reshape(-1, span.width).max(axis=0, initial=0)

@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sidecar.adapters.effect import changes_something
 from sidecar.adapters.probes import Probe, read_probes
+from sidecar.adapters.registration import changes_something
 from sidecar.core import eligibility
 from sidecar.core.enums import Phase
 from sidecar.core.facts import version_id

@@ -56,7 +56,7 @@ def test_urls_have_one_spelling(text: str, written: str) -> None:
         ("https://example.com/\n", "spaces"),
         ("https:///a", "no host"),
         ("https://exämple.com/a", "xn--"),
-        ("https://example.com:99999/a", "no host that could be asked"),
+        ("https://example.com:99999/a", "no host to connect to"),
         ("https://[::1/a", "not a URL"),
         ("https://example.com/" + "a" * 8192, "longer than 8192"),
         ("s3:///a", "no bucket"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sidecar.adapters.effect import changes_something
 from sidecar.adapters.probes import BYTES_MAX, Probe, read_probes
+from sidecar.adapters.registration import changes_something
 from sidecar.errors import Invalid, Reason
 from sidecar.shell.evidence import Answers, Prompt, Reply, place_of_difference, quoted
 from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors

@@ -1,1 +1,1 @@
-"""Origins: where adapters come from, and how they are brought here in one piece or not at all."""
+"""Origins: where adapters come from, and how they are fetched, completely or not at all."""

@@ -1,11 +1,10 @@
-"""Which addresses a download may connect to: public ones, unless the allow list names the host.
+"""Check the addresses that a download may connect to: public ones, unless the allow list names the host.
 
-A registration is a request that makes this process open connections. Without this check it could be made to
-ask a cloud's metadata service or a neighbour that trusts this network. A name is resolved once and the
-connection goes to the very address that was checked, so a name that resolves differently a moment later
-changes nothing.
+A registration makes this process open connections. Without this check, a client could use it to reach a cloud's
+metadata service or a neighbour that trusts this network. A name is resolved once and the connection goes to the
+address that was checked, so a name that resolves differently a moment later changes nothing.
 
-The blocks are IANA's, written down here: `ipaddress.is_global` knows other ones in each release of Python.
+The blocks are IANA's, listed here because `ipaddress.is_global` differs between releases of Python.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ import socket
 from collections.abc import Callable
 
 Resolve = Callable[[str, int], list[str]]
-"""Called with host and port, returns addresses in the order to try them. Raises OSError."""
+"""Takes host and port, returns addresses in the order to try them. Raises OSError."""
 
 _TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
-"""IPv4 behind a NAT64 gateway; the last 32 bits are the address that is really reached."""
+"""IPv4 behind a NAT64 gateway; the last 32 bits are the IPv4 address that the gateway reaches."""
 _UNICAST = ipaddress.IPv6Network("2000::/3")
-"""All that IANA has given out for use in the internet. What lies outside is loopback, local, reserved or IPv4's."""
+"""The block that IANA assigns for the public internet. Other addresses are loopback, local, reserved or IPv4."""
 _NOT_PUBLIC_6 = tuple(
     map(
         ipaddress.IPv6Network,
         (
-            "2001::/23",  # protocols' own: Teredo, anycast to the nearest gateway, ORCHID, benchmarks
+            "2001::/23",  # protocol assignments: Teredo, anycast to the nearest gateway, ORCHID, benchmarks
             "2001:db8::/32",  # documentation
             "2002::/16",  # 6to4: stands for any IPv4 address, and for a network behind it
             "3fff::/20",  # documentation
@@ -42,7 +41,7 @@ _NOT_PUBLIC_4 = tuple(
             "127.0.0.0/8",  # loopback
             "169.254.0.0/16",  # link-local; most clouds' metadata
             "172.16.0.0/12",  # private
-            "192.0.0.0/24",  # protocols' own, among them anycast to the nearest NAT
+            "192.0.0.0/24",  # protocol assignments, among them anycast to the nearest NAT
             "192.0.2.0/24",  # documentation
             "192.88.99.0/24",  # 6to4 relays
             "192.168.0.0/16",  # private
@@ -56,16 +55,16 @@ _NOT_PUBLIC_4 = tuple(
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """Ask the system for a host's addresses."""
+    """Return a host's addresses from the system's resolver."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the internet at large: not loopback, private, link-local or reserved.
+    """Return True for an address of the public internet: not loopback, private, link-local or reserved.
 
-    False for what is no address, for one with a zone (it is of a link), and for IPv6 forms of IPv4 other than NAT64's:
-    there is the IPv4 address itself to ask.
+    Returns False for text that is no address, for an address with a zone (it belongs to a link), and for IPv6 forms of
+    IPv4 addresses other than NAT64's.
     """
     try:
         address = ipaddress.ip_address(text) if "%" not in text else None

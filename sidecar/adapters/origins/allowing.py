@@ -1,4 +1,4 @@
-"""The allow list: prefixes of URLs and folders of this machine. What it does not name is never opened."""
+"""The allow list: URL prefixes and folders of this machine. Nothing outside it is ever opened."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sidecar.errors import Invalid, Misused, Reason
 
 @dataclass(frozen=True)
 class AllowList:
-    """What may be registered from. Empty: nothing."""
+    """The folders and URL prefixes that adapters may be registered from. An empty list allows nothing."""
 
     roots: tuple[Path, ...] = ()
     prefixes: tuple[Origin, ...] = ()
 
     @classmethod
     def of(cls, allow: Iterable[str] = (), roots: Iterable[Path] = ()) -> AllowList:
-        """Parse the configured prefixes; those without a scheme are folders. Raises Misused(CONFIG_INVALID)."""
+        """Parse the configured prefixes; a prefix without a scheme is a folder. Raises Misused(CONFIG_INVALID)."""
         entries = list(allow)
         folders = [*roots, *(Path(text) for text in entries if not is_url(text))]
         try:
@@ -30,7 +30,7 @@ class AllowList:
         return cls(tuple(folder.expanduser().resolve() for folder in folders), prefixes)
 
     def check_path(self, name: str, path: str) -> Path:
-        """Return a local path as it really is. Raises Invalid for one outside the roots, or that is no path."""
+        """Return a local path with its links resolved. Raises Invalid if it is no path or lies outside the roots."""
         try:
             resolved = Path(path).expanduser().resolve()
         except (OSError, RuntimeError, ValueError) as error:  # links in a circle, no such user, a zero byte
@@ -50,7 +50,7 @@ class AllowList:
         return resolved
 
     def check(self, origin: Origin, how: str = "is") -> None:
-        """Raise Invalid(ORIGIN_NOT_ALLOWED) for a URL that no prefix covers; `how` says what led there."""
+        """Raise Invalid(ORIGIN_NOT_ALLOWED) for a URL that no prefix covers; `how` is the verb of the message."""
         if not any(origin.is_within(prefix) for prefix in self.prefixes):
             prefixes = ", ".join(str(prefix) for prefix in self.prefixes) or "no URL"
             raise Invalid(
@@ -59,5 +59,5 @@ class AllowList:
             )
 
     def names_host(self, origin: Origin) -> bool:
-        """Whether a prefix names the host itself: then its address may be private."""
+        """Return True if a prefix names the host itself: its address may then be private."""
         return any(prefix.host == origin.host and origin.is_within(prefix) for prefix in self.prefixes)

@@ -1,8 +1,8 @@
 """Folders in object stores and repositories, through fsspec: s3, gs, az and hf.
 
-The libraries find credentials and endpoints by their own chains (environment, profile, instance role); nothing
-of that passes through here. Each file is read in ranges, so going on after a failure is asking for the next
-range; what the store says of the file is asked again at the end, and must be what it said at the beginning.
+The libraries find credentials and endpoints by their own chains (environment, profile, instance role); this module
+sees neither. Each file is read in ranges, so a download resumes by requesting the next range. The file's metadata is
+requested again at the end and must equal that of the beginning.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INFO_OPTIONS: Mapping[str, Mapping[str, bool]] = {
     "s3": {"refresh": True},
     "gs": {},
     "az": {"refresh": True},
-    "hf": {"refresh": True, "expand_info": True},  # without the latter it is name, size and type only
+    "hf": {"refresh": True, "expand_info": True},  # without expand_info: name, size and type only
 }
 _VALIDATORS = (
     "VersionId",
@@ -40,21 +40,21 @@ _VALIDATORS = (
 
 
 class BucketFolder:
-    """A folder that fsspec reaches; `filesystem` is the store's client, made by `client_of`."""
+    """A folder in a store that fsspec reaches; `filesystem` is the store's client from `client_of`."""
 
     def __init__(self, origin: Origin, filesystem: Any) -> None:
         self._origin = origin
         self._filesystem = filesystem
 
     def close(self) -> None:
-        """The client closes its connections when nobody refers to it any more."""
+        """Do nothing: the client closes its connections when it is garbage-collected."""
 
     @contextmanager
     def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
-        """Ask for a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
+        """Request a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
         file = self._origin.file(file_name)
         path = f"{file.host}/{file.path}"
-        with _told(file):
+        with _translated_errors(file):
             info = self._info(path)
             size_bytes, validator = int(info["size"]), _validator(info)
             checksum = _CHECKSUMS[file.scheme](self._filesystem, path, info)
@@ -72,7 +72,7 @@ class BucketFolder:
             raise Transient("the file was changed while it was fetched", restart=True)
 
     def _info(self, path: str) -> Mapping[str, Any]:
-        """Return what the store says of a file now, past any listing that the client remembers."""
+        """Return a file's metadata from the store, bypassing the client's cache."""
         self._filesystem.invalidate_cache()
         info: Mapping[str, Any] = self._filesystem.info(path, **_INFO_OPTIONS[self._origin.scheme])
         if info.get("type", "file") != "file":
@@ -81,7 +81,7 @@ class BucketFolder:
 
 
 def client_of(origin: Origin) -> Any:
-    """Return fsspec's client for a store. Raises Invalid naming the extra that is not installed."""
+    """Return fsspec's client for a store. Raises Invalid naming the extra to install if it is missing."""
     try:
         return fsspec.filesystem(origin.scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
@@ -95,8 +95,8 @@ def client_of(origin: Origin) -> Any:
 
 
 @contextmanager
-def _told(file: Origin) -> Iterator[None]:
-    """Turn whatever a store's library raises into a failure of ours."""
+def _translated_errors(file: Origin) -> Iterator[None]:
+    """Turn any exception of a store's library into Missing, Transient or Invalid."""
     try:
         yield
     except (SidecarError, Transient, Missing, Stopped, GeneratorExit):
@@ -107,7 +107,7 @@ def _told(file: Origin) -> Iterator[None]:
         raise unreadable(file, f"access is denied: {error}; give this process credentials that may read it") from error
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "ClientAuthenticationError"):
-            raise unreadable(file, f"{error}; give this process credentials the way the store's tools want") from error
+            raise unreadable(file, f"{error}; give this process credentials as the store's own tools take") from error
         raise Transient(str(error) or type(error).__name__) from error
 
 
@@ -116,7 +116,7 @@ def _validator(info: Mapping[str, Any]) -> str:
 
 
 def _of_s3(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
-    """S3 keeps SHA-256 and others when the writer sent them; an ETag is an MD5 if one part, no key of its own."""
+    """S3 keeps the checksums that the writer sent. An ETag is an MD5 for a one-part object without a key of its own."""
     bucket, key, _ = filesystem.split_path(path)
     head = filesystem.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
     found: dict[str, Checksum | None] = {}
@@ -140,7 +140,7 @@ def _of_azure(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum |
 
 
 def _of_hugging_face(filesystem: Any, path: str, info: Mapping[str, Any]) -> Checksum | None:
-    """Large files have their SHA-256, those that live in Git have Git's name for them."""
+    """Return the SHA-256 of a large file, or the Git blob id of a file kept in Git."""
     large = info.get("lfs")
     if large:
         return from_hex("sha256", large["sha256"])

@@ -1,4 +1,4 @@
-"""Checksums that an origin gives of a file, and the comparison with what arrived."""
+"""Checksums that an origin gives for a file, and those computed over the received bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PREFERRED = ("sha256", "sha1", "md5", "crc32")
 
 @dataclass(frozen=True)
 class Checksum:
-    """An algorithm and the value, in lower-case hex, that the whole file should have under it."""
+    """An algorithm and the expected value of the whole file, in lower-case hex."""
 
     algorithm: str
     value: str
 
 
 class Running(Protocol):
-    """A checksum of the bytes so far."""
+    """A checksum of the bytes received so far."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -44,14 +44,14 @@ class _Crc32:
 
 class _Nothing:
     def update(self, data: bytes, /) -> None:
-        """Nothing is known of the file that its bytes could be compared with."""
+        """Do nothing: the origin gives no checksum to compare with."""
 
     def hexdigest(self) -> str:
         return ""
 
 
 def running(checksum: Checksum | None, size_bytes: int | None) -> Running:
-    """Begin to compute a checksum; Git's (of files that Hugging Face keeps in Git itself) begins with the size."""
+    """Start computing a checksum. Git's (for files that Hugging Face keeps in Git) starts with `size_bytes`."""
     if checksum is None:
         return _Nothing()
     if checksum.algorithm == "crc32":
@@ -62,14 +62,14 @@ def running(checksum: Checksum | None, size_bytes: int | None) -> Running:
 
 
 def from_hex(algorithm: str, text: object) -> Checksum | None:
-    """Return a checksum of a hex text, None if it is not one."""
+    """Return the checksum in a hex text, or None if it is not one."""
     value = str(text).strip('"').lower()
     length = _HEX_LENGTHS["sha1" if algorithm == "git" else algorithm]
     return Checksum(algorithm, value) if re.fullmatch(f"[0-9a-f]{{{length}}}", value) else None
 
 
 def from_base64(algorithm: str, text: object) -> Checksum | None:
-    """Return a checksum of a base64 text, None if it is not one: "…-3" is that of three parts' checksums."""
+    """Return the checksum in a base64 text, or None if it is not one: "…-3" is a checksum of three parts' checksums."""
     try:
         return from_hex(algorithm, base64.b64decode(str(text), validate=True).hex())
     except (binascii.Error, ValueError):
@@ -77,14 +77,14 @@ def from_base64(algorithm: str, text: object) -> Checksum | None:
 
 
 def best(found: Mapping[str, Checksum | None]) -> Checksum | None:
-    """Return the strongest one of those that are there."""
+    """Return the strongest checksum found, or None."""
     return next((found[name] for name in _PREFERRED if found.get(name) is not None), None)
 
 
 def of_headers(headers: Mapping[str, str]) -> Checksum | None:
-    """Return the checksum that a web server's answer carries for the whole file.
+    """Return the checksum of the whole file that a web server's headers carry, or None.
 
-    `headers` is any mapping that ignores case. An ETag counts as MD5 only where S3 makes it one: an object of one
+    `headers` is any mapping that ignores case. An ETag counts as MD5 only where S3 makes it one: for an object of one
     part that is not encrypted with a key of its own.
     """
     composite = headers.get("x-amz-checksum-type", "").upper() == "COMPOSITE"

@@ -1,6 +1,6 @@
-"""One file: attempts until it is whole, each going on where the last one got to, then checked and put in place.
+"""Download one file: each attempt resumes where the last one ended, until the file is complete, checked and renamed.
 
-What is under way is `<name>.part`; a file with its own name is whole, checked and on the disk.
+A download in progress is `<name>.part`; a file under its own name is complete, checked and flushed to the disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sidecar.errors import Reason, Refused
 
 @dataclass
 class _Part:
-    """What there is of a file, and how it may be gone on with."""
+    """The bytes received of a file, and what the next attempt needs to resume."""
 
     file: IO[bytes]
     offset: int = 0
@@ -36,9 +36,9 @@ class _Part:
 
 
 def download(remote: Remote, file_name: str, directory: Path, bytes_max: int, errand: Errand) -> int:
-    """Bring a file into a directory and return its size. Nothing of it is left behind when that fails.
+    """Download a file into a directory and return its size in bytes. A failed download leaves nothing behind.
 
-    Raises Missing, Invalid for what is wrong with it, Refused for what may be right later.
+    Raises Missing if the origin lacks the file, Invalid for a permanent failure, Refused for one that may pass.
     """
     path = directory / f"{file_name}.part"
     try:
@@ -69,7 +69,7 @@ def _attempts(remote: Remote, file_name: str, part: _Part, bytes_max: int, erran
             return
         except Transient as error:
             attempt += 1
-            # An attempt that got further than any before it was worth its while.
+            # An attempt that got further than any before it does not count as a failure.
             failed = 1 if part.furthest > reached else failed + 1
             if failed >= errand.limits.attempts_max:
                 raise unavailable(errand.origin, f"{file_name}: {error.why} ({failed} attempts in a row)") from error
@@ -79,7 +79,7 @@ def _attempts(remote: Remote, file_name: str, part: _Part, bytes_max: int, erran
 
 
 def _begin(part: _Part, body: Body, file_name: str, bytes_max: int, errand: Errand) -> None:
-    """Make ready for what comes: go on, or throw away what there is."""
+    """Prepare for the next chunk: resume, or discard the bytes received so far."""
     if body.size_bytes is not None:
         errand.announce(file_name, body.size_bytes, bytes_max)
         check_room(Path(part.file.name).parent, body.size_bytes - body.offset, file_name)
@@ -118,11 +118,11 @@ def _check_whole(part: _Part, body: Body, file_name: str) -> None:
 
 
 def check_room(directory: Path, missing_bytes: int, what: str) -> None:
-    """Raise Refused if the disk has no room for what is to come."""
+    """Raise Refused if the disk has no room for the missing bytes."""
     free_bytes = shutil.disk_usage(directory).free
     if missing_bytes > free_bytes:
         raise Refused(
             Reason.ADAPTER_UNAVAILABLE,
-            f"no room for {what} on the disk of {directory}: {missing_bytes} bytes are to come and {free_bytes} are "
+            f"no room for {what} on the disk of {directory}: {missing_bytes} bytes are needed and {free_bytes} are "
             "free; free some or move the data directory",
         )

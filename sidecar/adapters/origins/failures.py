@@ -1,4 +1,4 @@
-"""How a download fails: for now (tried again), for good (told at once), or for want of room."""
+"""The failures of a download: transient (retried), permanent (reported at once), or no room on the disk."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TEXT_LENGTH_MAX = 300
 
 
 class Transient(Exception):
-    """An attempt failed and another may not: a cut connection, a server that is busy.
+    """An attempt failed and another may succeed: a cut connection, a busy server.
 
-    `retry_after_s` is what the server asked for; `restart` says that what has come so far is of no use.
+    `retry_after_s` is the wait that the server asked for; `restart` discards the bytes received so far.
     """
 
     def __init__(self, why: str, retry_after_s: float = 0.0, restart: bool = False) -> None:
@@ -28,21 +28,21 @@ class Missing(Exception):
 
 
 class Stopped(Exception):
-    """Nobody waits for the download any more."""
+    """The download was cancelled: nobody waits for it any more."""
 
 
 def unreadable(origin: Origin, why: str) -> Invalid:
-    """The origin will not give the file, and asking again will not help."""
+    """Return the error for a file that the origin refuses for good: a retry will not help."""
     return Invalid(Reason.ORIGIN_UNREADABLE, f"{origin}: {without_secrets(why)[:TEXT_LENGTH_MAX]}")
 
 
 def unavailable(origin: Origin, why: str) -> Refused:
-    """The origin could not give the file now."""
+    """Return the error for an origin that cannot give the file now."""
     return Refused(Reason.ADAPTER_UNAVAILABLE, f"{origin} could not be fetched: {why}; try again later")
 
 
 def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
-    """More bytes than are allowed, claimed or received."""
+    """Return the error for a file or adapter that has, or claims, more bytes than are allowed."""
     return Invalid(
         Reason.ADAPTER_TOO_LARGE,
         f"{what} has {size_bytes} bytes or more and {bytes_max} are allowed; raise origins.size_bytes_max if it is "
@@ -51,7 +51,7 @@ def too_large(what: str, size_bytes: int, bytes_max: int) -> Invalid:
 
 
 def no_room(what: str, folder: Path, error: OSError) -> Refused:
-    """The disk of a folder will not take it: it is full, or may not be written to."""
+    """Return the error for a folder whose disk is full or not writable."""
     return Refused(
         Reason.ADAPTER_UNAVAILABLE,
         f"no room for {what} on the disk of {folder} ({error.strerror or error}); free some, or give this process a "

@@ -1,7 +1,6 @@
-"""A whole adapter: which files of an origin belong to it, and all of them brought into a directory.
+"""Fetch a whole adapter from an origin into a directory.
 
-Only files that an adapter consists of are asked for, by name; a listing is never needed, so a plain web server
-will do.
+Files are requested by the names that an adapter's files have. No listing is needed, so a plain web server suffices.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PICKLE_FILE_NAME = "adapter_model.bin"
 
 
 def open_remote(origin: Origin, allow: AllowList, limits: Limits, surroundings: Surroundings) -> Remote:
-    """Return the store that a URL's scheme means."""
+    """Return a client for the folder, by the URL's scheme."""
     if origin.is_web:
         return WebFolder(origin, allow, limits, surroundings)
     return BucketFolder(origin, client_of(origin))
@@ -48,12 +47,12 @@ def fetch(
     allow: AllowList,
     surroundings: Surroundings | None = None,
 ) -> int:
-    """Bring adapter_config.json and the weights, whole or in shards, into an empty directory; return their bytes.
+    """Fetch adapter_config.json and the weights (one file or shards) into an empty directory; return the bytes fetched.
 
-    A probe.jsonl is brought too where there is one; an adapter is whole without it.
+    A probe.jsonl is fetched too if the origin has one; the adapter is complete without it.
 
-    Runs in a thread. What `progress` raises ends it. Raises Invalid for what will not be right, Refused for what
-    may be right later; every file in the directory is whole even then.
+    Runs in a thread. An exception of `progress` ends the fetch. Raises Invalid for a permanent failure, Refused for
+    one that may pass; every file in the directory is complete even then.
     """
     allow.check(origin)
     around = surroundings or Surroundings()
@@ -76,7 +75,7 @@ def _fetch_probes(remote: Remote, directory: Path, errand: Errand) -> None:
         download(remote, PROBE_FILE_NAME, directory, errand.limits.probe_bytes_max, errand)
     except Missing:
         return
-    except SidecarError as error:  # some origins refuse what is not there
+    except SidecarError as error:  # some origins answer a missing file with a refusal
         logger.warning("%s: its %s is left out: %s", errand.origin, PROBE_FILE_NAME, error.message)
 
 

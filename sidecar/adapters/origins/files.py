@@ -1,4 +1,4 @@
-"""The files that an adapter consists of, by name: all that is ever asked for or taken."""
+"""The names of an adapter's files. No other file is ever requested or accepted."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ __all__ = [
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a folder that make an adapter, also what should be there and is not.
+    """Return the paths of an adapter's files in a folder, required ones also when they are missing.
 
-    The config, the weights or their index and shards, and a probe.jsonl if there is one.
+    They are the config, the weights or their index and shards, and a probe.jsonl if there is one.
     """
     if (folder / WEIGHTS_FILE_NAME).is_file():
         weights = [folder / WEIGHTS_FILE_NAME]
@@ -41,17 +41,17 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether an adapter may have a file of this name."""
+    """Return True if an adapter may have a file of this name."""
     return name in (CONFIG_FILE_NAME, INDEX_FILE_NAME, PROBE_FILE_NAME) or is_shard_name(name)
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether a file of this name may hold weights: a plain name, no path."""
+    """Return True if a file of this name may hold weights: a plain name, no path."""
     return _SHARD.match(name) is not None
 
 
 def shard_names(index: bytes, shards_max: int) -> list[str]:
-    """Return the files that an index names, sorted. Raises ValueError for an index that is not one."""
+    """Return the files that an index names, sorted. Raises ValueError for a malformed index."""
     weight_map = parse_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError("it has no weight_map")

@@ -1,4 +1,4 @@
-"""The bounds of a download, what it needs of the world, and the bookkeeping of one that is under way."""
+"""The limits of a download, its clock and resolver, and the state of a download in progress."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ BACKOFF_FIRST_S = 0.5
 BACKOFF_S_MAX = 15.0
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes done and the bytes in all, None while those are not known. What it raises ends the download."""
+"""Takes the bytes done and the total (None while unknown). An exception that it raises ends the download."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much, how often and how long."""
+    """The limits of a download: sizes, attempts and times."""
 
     size_bytes_max: int = 4 << 30
     config_bytes_max: int = 1 << 20
@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Clock, waiting, chance and name service; a test brings its own. `wait` may raise Stopped."""
+    """The clock, wait, randomness and resolver of a download; tests pass their own. `wait` may raise Stopped."""
 
     now_s: Callable[[], float] = time.monotonic
     wait: Callable[[float], None] = time.sleep
@@ -43,7 +43,7 @@ class Surroundings:
 
 
 class Errand:
-    """One download of one origin: how much has come, and when patience ends."""
+    """The download of one origin: the bytes received so far, and the deadline."""
 
     def __init__(self, origin: Origin, limits: Limits, surroundings: Surroundings, progress: Progress) -> None:
         self.origin = origin
@@ -55,19 +55,19 @@ class Errand:
         self.total_bytes: int | None = None
 
     def announce(self, what: str, size_bytes: int, bytes_max: int) -> None:
-        """Check a file's size as its origin claims it, before any of it is taken."""
+        """Check the size that the origin claims for a file, before any of it is read."""
         if size_bytes > bytes_max:
             raise too_large(what, size_bytes, bytes_max)
 
     def advance(self, count: int) -> None:
-        """Count bytes; negative ones are thrown away again. Raises when the download has taken too long."""
+        """Count received bytes (negative: discarded ones). Raises Refused once the download has taken too long."""
         self.done_bytes += count
         self._progress(self.done_bytes, self.total_bytes)
         if self.surroundings.now_s() > self._ends_s:
             raise unavailable(self.origin, f"it took longer than {self.limits.duration_s_max:g} s")
 
     def pause(self, attempt: int, error: Transient) -> None:
-        """Wait before the next attempt: exponential, with jitter, at least what the server asked for (bounded)."""
+        """Wait before the next attempt: exponential with jitter, and at least as long as the server asked (bounded)."""
         bound_s = min(BACKOFF_S_MAX, BACKOFF_FIRST_S * 2.0 ** (attempt - 1))
         wait_s = bound_s * (0.5 + self.surroundings.random() / 2)
         self.surroundings.wait(max(wait_s, min(error.retry_after_s, BACKOFF_S_MAX)))

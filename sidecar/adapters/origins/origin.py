@@ -1,7 +1,7 @@
-"""Where an adapter comes from, as a value: a folder on this machine, or a URL of a folder somewhere else.
+"""Parse the URL of the folder that an adapter comes from.
 
-A URL is taken apart once and refused if it could be read in two ways (dot segments, encoded slashes, a user
-name), because the allow list compares what was parsed here and the stores open the same parts.
+A URL is parsed once and refused if it could be read in two ways (dot segments, encoded slashes, a user
+name): the allow list compares the parsed parts, and the stores open the same parts.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sidecar.errors import Invalid, Reason
 WEB = ("http", "https")
 BUCKETS = ("hf", "s3", "gs", "az")
 PUSHED = "push"
-"""The scheme of what a client sent: `push://<digest>` is a note of where it came from, nothing to fetch."""
+"""The scheme of files that a client pushed: `push://<digest>` records their source and cannot be fetched."""
 
 SHOWN_LENGTH_MAX = 200
 URL_LENGTH_MAX = 8192
-"""Signed ones are long."""
+"""Long, because signed URLs are."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]{0,252}[a-z0-9])?\Z")
 _PORTS = {"http": 80, "https": 443}
@@ -34,8 +34,8 @@ _FORBIDDEN = re.compile(r"[\x00-\x20\x7f\\]")
 class Origin:
     """A folder behind a URL. `host` is a host with its port, a bucket, or the owner of a repository.
 
-    `path` has no slash at either end. `query` goes with every file that is asked for and nowhere else: it may
-    be a signature.
+    `path` has no slash at either end. `query` is sent with every file request and nowhere else: it may be a
+    signature.
     """
 
     scheme: str
@@ -44,7 +44,7 @@ class Origin:
     query: str = ""
 
     def __str__(self) -> str:
-        """The URL without its query, fit for the registry, a log and a message."""
+        """Return the URL without its query, safe for the registry, a log and a message."""
         return f"{self.scheme}://{self.host}" + (f"/{self.path}" if self.path else "")
 
     @property
@@ -56,7 +56,10 @@ class Origin:
         return replace(self, path=f"{self.path}/{name}" if self.path else name)
 
     def is_within(self, prefix: Origin) -> bool:
-        """Whether this is the prefix or lies below it; "/a" is no prefix of "/ab". No host: every host."""
+        """Return True if this equals the prefix or lies below it; "/a" is no prefix of "/ab".
+
+        A prefix without a host covers every host.
+        """
         if self.scheme != prefix.scheme or (prefix.host and self.host != prefix.host):
             return False
         below = self.path.removeprefix(prefix.path) if self.path.startswith(prefix.path) else None
@@ -66,12 +69,12 @@ class Origin:
 
 
 def is_url(text: str) -> bool:
-    """Whether a text names something that is not a path of this machine."""
+    """Return True if a text is a URL, not a path of this machine."""
     return _URL.match(text) is not None
 
 
 def parse_origin(text: str) -> Origin:
-    """Take a URL apart. Raises Invalid(ORIGIN_NOT_ALLOWED) for one that nobody may fetch from."""
+    """Parse a URL. Raises Invalid(ORIGIN_NOT_ALLOWED) for a malformed, ambiguous or unsupported one."""
     scheme = text.partition("://")[0].lower()
     if scheme not in WEB + BUCKETS:
         raise _refused(text, f'"{scheme[:20]}" is not one of {", ".join(WEB + BUCKETS)}; give one, or a path')
@@ -84,7 +87,7 @@ def parse_origin(text: str) -> Origin:
     except ValueError as error:  # also what is no UTF-8
         raise _refused(text, "it is not a URL") from error
     if "@" in parts.netloc:
-        raise _refused(text, "a URL with a user name is not taken; put credentials where the store's own tools look")
+        raise _refused(text, "a URL with a user name is not accepted; put credentials where the store's own tools look")
     path = parts.path.strip("/")
     _check_path(text, path, encoded_slashes=scheme == "hf")
     if scheme in WEB:
@@ -95,13 +98,13 @@ def parse_origin(text: str) -> Origin:
 
 
 def parse_prefix(text: str) -> Origin:
-    """Take apart what an allow list names: as an origin, but `https://` alone stands for every host."""
+    """Parse an entry of the allow list: an origin, or `https://` alone, which covers every host."""
     scheme, _, rest = text.partition("://")
     return Origin(scheme, "", "") if scheme in WEB + BUCKETS and not rest else parse_origin(text)
 
 
 def without_secrets(text: str) -> str:
-    """Return a foreign text with the query and the user name cut out of each URL in it."""
+    """Return a text with the query and the user name removed from each URL in it."""
     return _SECRETS.sub(r"\1\2", text)
 
 
@@ -114,7 +117,7 @@ def _check_path(text: str, path: str, encoded_slashes: bool) -> None:
 
 
 def _web_host(text: str) -> str:
-    """Return host:port as it will be asked: in lower case, the default port left out."""
+    """Return host:port as the request will name it: in lower case, without a default port."""
     parts = urlsplit(text)
     try:
         host, port = parts.hostname or "", parts.port
@@ -123,7 +126,7 @@ def _web_host(text: str) -> str:
         elif not _HOST.match(host):
             raise ValueError("write international names in their ASCII form, xn--…")
     except ValueError as error:
-        raise _refused(text, f"it names no host that could be asked ({error})") from error
+        raise _refused(text, f"it names no host to connect to ({error})") from error
     return host if port in (None, _PORTS[parts.scheme]) else f"{host}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""What a download asks of a store: open a file, at its beginning or where an earlier attempt got to."""
+"""The interface between a download and a store: open a file at its beginning, or where an earlier attempt ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.adapters.origins.checksums import Checksum
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on, and what says that it is still the same file."""
+    """The offset to resume at, and the validator that shows that the file is unchanged."""
 
     offset: int
     validator: str
@@ -22,8 +22,8 @@ class Resume:
 class Body:
     """A file that is being read from `offset` on.
 
-    `size_bytes` is that of the whole file, None where the end is marked in the stream; an empty `validator` means
-    that a later attempt must begin again.
+    `size_bytes` is the size of the whole file, or None where the stream marks its end. An empty `validator` means
+    that a later attempt must start over.
     """
 
     offset: int
@@ -34,7 +34,7 @@ class Body:
 
 
 class Remote(Protocol):
-    """One folder of one store. Failures are Missing, Transient (try again) or a SidecarError (for good)."""
+    """One folder of one store. Methods raise Missing, Transient (retry) or a SidecarError (permanent)."""
 
     def open(self, file_name: str, resume: Resume | None, attempt: int) -> AbstractContextManager[Body]: ...
 

@@ -1,9 +1,9 @@
 """Folders on web servers.
 
-Redirects are followed by hand. Every hop is held against the allow list, its host is resolved, the addresses
-are checked, and the connection is made to a checked address under the host's own name (SNI, certificate, Host),
-so that nothing can change between the check and the connection. Proxies from the environment are not used: behind
-one the check would mean nothing.
+This module follows redirects itself. Each hop is checked against the allow list, its host is resolved, the addresses
+are checked, and the connection goes to a checked address under the host's own name (SNI, certificate, Host), so
+nothing can change between the check and the connection. Proxies from the environment are not used: a proxy would
+connect to an address of its own choice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _VALIDATOR_LENGTH_MAX = 256
 
 @dataclass(frozen=True)
 class _Answer:
-    """The last hop's answer. `checksum` may come from any hop: Hugging Face gives it with the redirect."""
+    """The last hop's response. `checksum` may come from any hop: Hugging Face sends it with the redirect."""
 
     response: httpx.Response
     hop: Origin
@@ -66,9 +66,9 @@ class WebFolder:
     def _client(self, scheme: str) -> httpx.Client:
         client = self._clients.get(scheme)
         if client is None:
-            # A kept connection could be used for another host at the same address, under the first one's certificate.
+            # A kept connection could serve another host at the same address under the first host's certificate.
             none_kept = httpx.Limits(max_keepalive_connections=0)
-            # Reading the certificates of all authorities takes a while and is of no use without TLS.
+            # Loading the authorities' certificates takes a while and is useless without TLS.
             transport = httpx.HTTPTransport(verify=scheme == "https", limits=none_kept)
             client = httpx.Client(transport=transport, timeout=self._timeout, follow_redirects=False)
             self._clients[scheme] = client
@@ -76,13 +76,13 @@ class WebFolder:
 
     @contextmanager
     def open(self, file_name: str, resume: Resume | None, attempt: int) -> Iterator[Body]:
-        """Ask for a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
+        """Request a file. Raises Missing, Transient or Invalid, also while its chunks are read."""
         answer: _Answer | None = None
         try:
             answer = self._follow(self._origin.file(file_name), _headers(resume), attempt)
             yield _body(answer, resume)
         except httpx.HTTPError as error:
-            raise Transient(_said(error)) from error
+            raise Transient(_describe(error)) from error
         finally:
             if answer is not None:
                 answer.response.close()
@@ -113,7 +113,10 @@ class WebFolder:
         return client.send(request, stream=True, auth=_netrc(url.host))
 
     def _address(self, hop: Origin, url: httpx.URL, attempt: int) -> str:
-        """Return an address of the host, another one for each attempt; refuses hosts with one that is not public."""
+        """Return an address of the host, a different one for each attempt.
+
+        Raises Invalid if any address is not public and no prefix names the host.
+        """
         try:
             addresses = self._surroundings.resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
         except (OSError, UnicodeError) as error:
@@ -131,7 +134,7 @@ class WebFolder:
 
 
 def _headers(resume: Resume | None) -> dict[str, str]:
-    # Sizes, ranges and checksums are of the file, not of a compressed form of it.
+    # Sizes, ranges and checksums must be those of the file, not of a compressed form.
     headers = {"Accept-Encoding": "identity", "Accept": "*/*"}
     if resume is not None:
         headers |= {"Range": f"bytes={resume.offset}-", "If-Range": resume.validator}
@@ -139,9 +142,9 @@ def _headers(resume: Resume | None) -> dict[str, str]:
 
 
 def _netrc(host: str) -> httpx.Auth | None:
-    """Return what the user's own .netrc holds for a host: looked up anew for each hop, so nothing is carried along."""
+    """Return the credentials that the user's .netrc holds for a host. Each hop looks up its own."""
     with suppress(OSError, netrc.NetrcParseError):
-        found = netrc.netrc().hosts.get(host)  # no default entry: it would answer any host that asks
+        found = netrc.netrc().hosts.get(host)  # no default entry: it would send credentials to any host
         if found is not None:
             return httpx.BasicAuth(found[0], found[2])
     return None
@@ -152,7 +155,7 @@ def _redirected(hop: Origin, response: httpx.Response) -> Origin:
     try:
         target = httpx.URL(f"{hop}").join(location)
     except (httpx.InvalidURL, ValueError) as error:
-        raise unreadable(hop, "it redirects to what is not a URL") from error
+        raise unreadable(hop, "it redirects to a location that is not a URL") from error
     if target.scheme not in ("http", "https"):
         raise Invalid(Reason.ORIGIN_NOT_ALLOWED, f"{hop} redirects to {target.scheme[:20]}://, which is never followed")
     return parse_origin(str(target))
@@ -162,13 +165,13 @@ def _body(answer: _Answer, resume: Resume | None) -> Body:
     response, headers = answer.response, answer.response.headers
     _check_status(answer)
     if headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise unreadable(answer.hop, "it sends the file compressed although it was asked not to")
+        raise unreadable(answer.hop, "it sends the file compressed although the request forbids it")
     offset, size_bytes = _extent(answer, resume)
     return Body(offset, size_bytes, _validator(headers), answer.checksum, response.iter_raw())
 
 
 def _validator(headers: httpx.Headers) -> str:
-    """Return what can be sent back to ask whether it is still the same file."""
+    """Return the value that If-Range takes to check that the file is unchanged, or "" if there is none."""
     tag = headers.get("etag", "")
     if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
         tag = headers.get("last-modified", "")
@@ -198,14 +201,14 @@ def _extent(answer: _Answer, resume: Resume | None) -> tuple[int, int | None]:
     if answer.response.status_code == 206:
         found = _CONTENT_RANGE.match(headers.get("content-range", ""))
         if found is None or resume is None or int(found[1]) != resume.offset:
-            raise Transient("the server sends another part than it was asked for", restart=True)
+            raise Transient("the server sends another part than requested", restart=True)
         return resume.offset, int(found[2])
     length = headers.get("content-length", "")
     if _NUMBER.match(length):
         return 0, int(length)
     if "chunked" in headers.get("transfer-encoding", "").lower():
         return 0, None
-    raise unreadable(answer.hop, "the server does not say how large the file is, so half of it could not be told")
+    raise unreadable(answer.hop, "the server does not give the file's size, so a cut-off file could not be detected")
 
 
 def _retry_after_s(response: httpx.Response) -> float:
@@ -213,7 +216,7 @@ def _retry_after_s(response: httpx.Response) -> float:
     return float(text) if _NUMBER.match(text) else 0.0
 
 
-def _said(error: httpx.HTTPError) -> str:
+def _describe(error: httpx.HTTPError) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "the server was silent for too long"
     return str(error) or type(error).__name__
