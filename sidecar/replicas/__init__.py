@@ -1,1 +1,1 @@
-"""Several replicas of one pool: who owns which backend, and requests that go to another's."""
+"""Several replicas of one pool: backend ownership, and requests forwarded to the owning replica."""

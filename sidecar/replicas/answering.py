@@ -1,4 +1,4 @@
-"""The other end of a line between two replicas: requests that another one received, answered in its place."""
+"""The owner's end of a Forward call: answer requests that another replica received."""
 
 from __future__ import annotations
 
@@ -20,81 +20,81 @@ from sidecar.shell.gateway import Gateway
 logger = logging.getLogger(__name__)
 
 UNSENT_BYTES_MAX = 1 << 20
-"""Above this, engines are read no further: the other replica does not take what it is sent."""
+"""With more unsent bytes, engines are not read further: the other replica does not read its replies."""
 GATHER_S = 0.001
-"""What is said within this after a message leaves with the next one: the tokens of one engine step come in a burst."""
+"""Replies within this time after a message go into the next one: the tokens of one engine step come in a burst."""
 
 
 class PassedOn(Ticket):
-    """A request of another replica. What comes of it goes straight onto the line that it came by."""
+    """A request of another replica. Its replies go straight onto the call that it came by."""
 
-    __slots__ = ("_has_told", "line", "number", "paused")
+    __slots__ = ("_has_sent_origin", "answers", "number", "paused")
 
-    def __init__(self, request: int, payload: Payload, client_id: str, line: Answers, number: int) -> None:
-        super().__init__(request, payload, client_id, AnswerBuffers())  # what waits, waits where the client is
-        self.line = line
+    def __init__(self, request: int, payload: Payload, client_id: str, answers: Answers, number: int) -> None:
+        super().__init__(request, payload, client_id, AnswerBuffers())  # replies are buffered where the client is
+        self.answers = answers
         self.number = number
         self.paused = False
-        self._has_told = False
+        self._has_sent_origin = False
 
     def dispatched(self, effect: Dispatch) -> None:
         super().dispatched(effect)
-        self.line.say_dispatched(self.number)
+        self.answers.send_dispatched(self.number)
 
     def deliver(self, reply: Reply) -> None:
         if self.settled is not None:
             return
         self.came = reply
-        sent = self.line.say(self.number, "last" if reply.final else "part", reply.raw)
-        if not self._has_told:
-            self._tell(sent)
+        sent = self.answers.send(self.number, "last" if reply.final else "part", reply.raw)
+        if not self._has_sent_origin:
+            self._add_origin(sent)
 
     def settle(self, effect: Settle) -> None:
         super().settle(effect)
-        told = forms.ending(effect, self.rejected_with, self.line.is_bystander(effect))
-        sent = self.line.say(self.number, "ending", told)
-        if not self._has_told:
-            self._tell(sent)
-        self.line.ended(self)
+        told = forms.ending(effect, self.rejected_with, self.answers.is_bystander(effect))
+        sent = self.answers.send(self.number, "ending", told)
+        if not self._has_sent_origin:
+            self._add_origin(sent)
+        self.answers.ended(self)
 
     @property
     def has_room(self) -> bool:
-        return not self.paused and self.line.has_room
+        return not self.paused and self.answers.has_room
 
-    def look(self) -> None:
-        """Go on if there is room again."""
+    def resume_if_room(self) -> None:
+        """Resume reading the engine if there is room again."""
         if self.has_room:
             self._open_room()
 
-    def _tell(self, sent: Any) -> None:
-        """Say where the answer comes from, once that is known."""
+    def _add_origin(self, sent: Any) -> None:
+        """Add the answer's origin to a reply, once it is known."""
         if self.dispatch is not None:
-            self._has_told = True
+            self._has_sent_origin = True
             sent.origin.CopyFrom(forms.origin(self.dispatch))
 
 
 class Answers:
-    """One line, for as long as its call lasts."""
+    """The owner's end of one Forward call."""
 
     def __init__(self, gateway: Gateway, context: Any) -> None:
         self._gateway = gateway
         self._context = context
         self._tickets: dict[int, PassedOn] = {}
         self._over: list[PassedOn] = []
-        """Those whose ending is still to be sent: the process must not go before."""
+        """Tickets whose ending is not sent yet: they stay open, so that the process does not exit before."""
         self._outbox = peers_pb2.ForwardReplies()
         self._unsent_bytes = 0
-        self._said = asyncio.Event()
-        self._is_last = self._leaves = False
+        self._outbox_changed = asyncio.Event()
+        self._is_read = self._leaves = False
 
     async def run(self, messages: AsyncIterator[Any]) -> None:
-        """Answer until the other replica says that there is nothing more, or this one leaves."""
+        """Answer until the other replica ends the call, or this one leaves."""
         reading = asyncio.create_task(self._read(messages))
-        await self._context.send_initial_metadata(())  # so the other one knows that it is here what it sends
+        await self._context.send_initial_metadata(())  # tells the other replica that the call has arrived
         try:
             while not self._is_over:
-                await self._said.wait()
-                self._said.clear()
+                await self._outbox_changed.wait()
+                self._outbox_changed.clear()
                 await self._write()
                 await asyncio.sleep(GATHER_S)
         finally:
@@ -103,13 +103,13 @@ class Answers:
                 self._gateway.close(ticket)
 
     def leave(self) -> None:
-        """End the call once what was said has been sent."""
+        """End the call once all replies are sent."""
         self._leaves = True
-        self._said.set()
+        self._outbox_changed.set()
 
     @property
     def _is_over(self) -> bool:
-        return not self._has_more and (self._leaves or (self._is_last and not self._tickets))
+        return not self._has_more and (self._leaves or (self._is_read and not self._tickets))
 
     @property
     def _has_more(self) -> bool:
@@ -119,25 +119,25 @@ class Answers:
     def has_room(self) -> bool:
         return self._unsent_bytes < UNSENT_BYTES_MAX
 
-    def say(self, number: int, what: str, content: Any) -> Any:
-        """Have a reply sent, with all that is said meanwhile; return it."""
+    def send(self, number: int, what: str, content: Any) -> Any:
+        """Put a reply into the next message and return it."""
         if what != "ending":
             self._unsent_bytes += len(content)
-        self._said.set()
+        self._outbox_changed.set()
         return self._outbox.replies.add(number=number, **{what: content})
 
-    def say_dispatched(self, number: int) -> None:
-        """Have it said that an engine is given a request."""
+    def send_dispatched(self, number: int) -> None:
+        """Report in the next message that a request was dispatched to an engine."""
         self._outbox.dispatched.append(number)
-        self._said.set()
+        self._outbox_changed.set()
 
     def is_bystander(self, effect: Settle) -> bool:
-        """Whether a request ends because of another one, on which this process has failed."""
+        """Return True if a request ends because this process crashed on another request."""
         raised = self._gateway.crash.raised
         return effect.reason is Reason.CRASHED and raised is not None and raised.request is not None
 
     def ended(self, ticket: PassedOn) -> None:
-        """A request has ended and said so."""
+        """Keep an ended ticket until its ending is sent."""
         if self._tickets.pop(ticket.number, None) is not None:
             self._over.append(ticket)
 
@@ -153,7 +153,7 @@ class Answers:
         self._unsent_bytes -= size_bytes
         if was_full:
             for ticket in list(self._tickets.values()):
-                ticket.look()
+                ticket.resume_if_room()
 
     async def _read(self, messages: AsyncIterator[Any]) -> None:
         async for message in messages:
@@ -167,8 +167,8 @@ class Answers:
                 self._pause(number, True)
             for number in message.resumed:
                 self._pause(number, False)
-        self._is_last = True
-        self._said.set()
+        self._is_read = True
+        self._outbox_changed.set()
 
     def _begin(self, request: Any) -> None:
         facts = forms.facts_of(request)
@@ -178,7 +178,7 @@ class Answers:
         except Refused as refused:
             told = ended(0, facts, refused.reason, refused.message, request.backend, refused.retry_after_s)
             self._refuse(request.number, told)
-        except Exception as error:  # what one request says, others on the same line must not suffer from
+        except Exception as error:  # a malformed request must not end the others on this call
             called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
             logger.exception("a request (id %s) that another replica passed on cannot be read", called)
             message = f"the sidecar failed: {error}"
@@ -191,7 +191,7 @@ class Answers:
 
     def _refuse(self, number: int, told: Settle) -> None:
         self._tickets.pop(number, None)
-        self.say(number, "ending", forms.ending(told, None))
+        self.send(number, "ending", forms.ending(told, None))
 
     def _close(self, number: int, moved: bool = False) -> None:
         ticket = self._tickets.pop(number, None)
@@ -202,4 +202,4 @@ class Answers:
         ticket = self._tickets.get(number)
         if ticket is not None:
             ticket.paused = paused
-            ticket.look()
+            ticket.resume_if_room()

@@ -1,4 +1,4 @@
-"""What is known here of all backends: who owns them, and how they stand, as their owners tell."""
+"""What this replica knows of all backends, as their owners report: owner, state and load."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from policies.routing.rendezvous import Rankings
 
 SERVING, JOINING, STALLED, DRAINING, DOWN = "serving", "joining", "stalled", "draining", "down"
 STALE_S = 5.0
-"""An owner that has said nothing for so long is the owner still, but what it said of its load counts no more."""
+"""After so long without a report, an owner still owns its backends, but its last load figures are ignored."""
 
 TOLD_KEPT_MAX = 1000
-"""Of so many members, former ones among them, it is known when they told something last."""
+"""The number of members, former ones included, whose last report's time is kept."""
 BETWEEN_S = 10.0
-"""For so long a backend that has lost its owner is planned for as it stood: it will have another in a moment."""
+"""For so long, the planner uses the last standing of a backend without an owner: it will soon have another."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A backend as its owner told of it. `resident` are version ids; `arrived` counts requests by version, of late."""
+    """A backend as its owner reports it. `resident` are version ids; `arrived` counts recent requests by version."""
 
     owner: str
     epoch: int
@@ -62,17 +62,17 @@ class Board:
     standings: dict[str, Standing] = field(default_factory=dict)
     plan: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     planned: tuple[int, int] = (0, 0)
-    """The epoch of its leader and its number."""
+    """The epoch of the plan's leader and the plan's number."""
     leader: str = ""
-    """Whose plan it is."""
+    """The member that made the plan."""
     former: dict[str, Standing] = field(default_factory=dict)
-    """How backends stood under owners that have them no more."""
+    """The last standings of backends under owners that have lost them."""
     told_s: dict[str, float] = field(default_factory=dict)
-    """When each member told something last, the one that told last at the end; those that are lost stay."""
+    """The time of each member's last report, latest last; lost members stay."""
     _rankings: Rankings = field(default_factory=Rankings)
 
     def heard(self, told: Any, now_s: float) -> None:
-        """Take in all that a member has to tell. The newest epoch says who owns a backend."""
+        """Replace a member's standings with those of its report. The newest epoch decides who owns a backend."""
         self.lost(told.member)
         self.told_s.pop(told.member, None)
         self.told_s[told.member] = now_s
@@ -89,12 +89,12 @@ class Board:
             self.leader = told.member
 
     def lost(self, member: str) -> None:
-        """A member has gone, or cannot be reached: what it owned has no owner as far as is known."""
+        """Drop the standings of a member that has left or cannot be reached: its backends have no known owner."""
         self.former |= {backend: known for backend, known in self.standings.items() if known.owner == member}
         self.standings = {backend: known for backend, known in self.standings.items() if known.owner != member}
 
     def to_plan_by(self, now_s: float) -> dict[str, Standing]:
-        """Return the standings, and those of backends between two owners as they were: their adapters stay there."""
+        """Return the standings, with the last ones of backends between two owners: their adapters stay resident."""
         self.former = {backend: known for backend, known in self.former.items() if now_s - known.heard_s < BETWEEN_S}
         return {**self.former, **self.standings}
 
@@ -103,26 +103,26 @@ class Board:
         return None if known is None else known.owner
 
     def serves(self, backend: str) -> bool:
-        """Whether a backend's owner says that it serves."""
+        """Return True if a backend's owner reports that it serves."""
         known = self.standings.get(backend)
         return known is not None and known.state == SERVING
 
     def is_up(self, backend: str) -> bool:
-        """Whether a backend's owner says that it can be sent a request, be it that another should be."""
+        """Return True if a backend's owner reports that it takes requests, even if another backend is preferable."""
         known = self.standings.get(backend)
         return known is not None and known.state in (SERVING, JOINING, STALLED)
 
     def drains(self, backend: str) -> bool:
-        """Whether a backend's owner says that it is on its way out."""
+        """Return True if a backend's owner reports that it drains."""
         known = self.standings.get(backend)
         return known is not None and known.state == DRAINING
 
     def pick(self, version: str, backends: Sequence[str], now_s: float) -> str:
-        """Return the backend that a request goes to, one of those that can serve it.
+        """Return the backend for a request of a version, one of `backends`, which can serve it.
 
-        The plan's, and of several the one with the least backlog. What is not planned goes where it is resident, else
-        by rendezvous hashing, so that all replicas send it to the same place; that may be one without an owner, which
-        will have one soon. One that joins, or is suspected to be stalled, is picked only if none serves.
+        A planned version goes to the planned backend with the least backlog. Any other goes to a backend where it is
+        resident, else by rendezvous hashing, so that all replicas send it to the same backend; that backend may have no
+        owner yet. A joining or possibly stalled backend is picked only if none serves.
         """
         up = [one for one in backends if self.serves(one)] or [one for one in backends if self.is_up(one)]
         among = [host for host in self.plan.get(version, ()) if host in up]

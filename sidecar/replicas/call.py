@@ -1,4 +1,4 @@
-"""The call between two replicas by which one passes requests on to the other: all of them, and their answers."""
+"""The call by which one replica forwards all its requests for another, and receives their answers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ logger = logging.getLogger(__name__)
 
 
 class Waits(Protocol):
-    """A request that was passed on, as its line sees it."""
+    """A forwarded request, as its call sees it."""
 
     def take(self, reply: Any) -> bool:
-        """Take a part of the answer; return whether it was the ending."""
+        """Handle a part of the answer. Return True if it was the ending."""
 
     def dispatched(self) -> None:
-        """Be told that an engine is given it."""
+        """Note that the owner dispatched the request to an engine."""
 
     def broke(self, why: str, broke_off: bool) -> None:
-        """Be told that no more will come.
+        """End the request: the call carries no more replies.
 
-        `broke_off` says whether the other replica may have ended with it: the connection to it was there and is not.
+        `broke_off` is True if an established connection was lost: the other replica may have crashed.
         """
 
 
 class ForwardCall:
-    """One call to one replica, open for as long as it is used; `is_over` says that it carries nothing any more.
+    """One call to one replica, open while it is used; `is_over` is True once it has ended.
 
-    What is said within one turn of the event loop, or while a message is being sent, leaves in one message: a request
-    costs no call of its own and an answer's part no message.
+    All that is sent within one iteration of the event loop, or while a message is being written, shares one message: a
+    request needs no call of its own, and a part of an answer no message.
     """
 
     def __init__(self, stub: Any) -> None:
@@ -45,49 +45,49 @@ class ForwardCall:
         self._numbers = count(1)
         self._leaves = False
         self._outbox = peers_pb2.ForwardRequests()
-        self._said = asyncio.Event()
+        self._outbox_changed = asyncio.Event()
         self._writing = asyncio.create_task(self._write())
         self.reading = asyncio.create_task(self._read())
 
     def open(self, waits: Waits, request: Any) -> int:
-        """Pass a request on and return its number; what comes of it is given to `waits`."""
+        """Forward a request and return its number; `waits` receives its replies."""
         number = request.number = next(self._numbers)
         self._requests[number] = waits
         self._outbox.requests.append(request)
-        self._said.set()
+        self._outbox_changed.set()
         return number
 
     def close(self, number: int, moved: bool) -> None:
-        """Nobody waits for a request here any more: it is cancelled there, unless it has ended."""
+        """Stop waiting for a request: the other replica cancels it, unless it has ended."""
         if self._requests.pop(number, None) is not None:
             (self._outbox.moved if moved else self._outbox.ended).append(number)
-            self._said.set()
+            self._outbox_changed.set()
         elif self._leaves:
-            self._said.set()
+            self._outbox_changed.set()
 
     def pause(self, number: int) -> None:
-        """Ask for no more of an answer for now."""
+        """Ask the other replica to pause an answer."""
         self._outbox.paused.append(number)
-        self._said.set()
+        self._outbox_changed.set()
 
     def resume(self, number: int) -> None:
-        """Ask for the rest of an answer."""
+        """Ask the other replica to resume an answer."""
         self._outbox.resumed.append(number)
-        self._said.set()
+        self._outbox_changed.set()
 
     def leave(self) -> None:
-        """End the call once nothing is open on it."""
+        """End the call once no request is open on it."""
         self._leaves = True
-        self._said.set()
+        self._outbox_changed.set()
 
     async def _write(self) -> None:
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reader learns why
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # _read() gets the error too and handles it
             while not (self._leaves and not self._requests):
-                await self._said.wait()
-                self._said.clear()
-                said, self._outbox = self._outbox, peers_pb2.ForwardRequests()
-                if said.ByteSize():
-                    await self._call.write(said)
+                await self._outbox_changed.wait()
+                self._outbox_changed.clear()
+                message, self._outbox = self._outbox, peers_pb2.ForwardRequests()
+                if message.ByteSize():
+                    await self._call.write(message)
             await self._call.done_writing()
 
     async def _read(self) -> None:
@@ -107,8 +107,8 @@ class ForwardCall:
         finally:
             self.is_over = True
             self._writing.cancel()
-            left, self._requests = self._requests, {}
-            for each in left.values():
+            unanswered, self._requests = self._requests, {}
+            for each in unanswered.values():
                 each.broke(why, broke_off)
 
     def _take(self, reply: Any) -> None:

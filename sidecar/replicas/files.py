@@ -1,4 +1,4 @@
-"""Adapters' files between replicas: what one has, the others need not fetch, and a push is not one replica's alone."""
+"""Copy adapters' files between replicas: one fetch serves all replicas, and a push reaches all of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 KEEP_S = 300.0
-"""How long another replica may take to fetch what it is to keep."""
+"""How long another replica may take to fetch files that it is asked to keep."""
 
 
 class PeerFiles:
@@ -49,7 +49,7 @@ class PeerFiles:
         return False
 
     async def _receive(self, chunks: AsyncIterator[Any], folder: Path) -> None:
-        """Write files as they come. Raises ValueError for what no adapter has, and for more than is taken."""
+        """Write files from chunks. Raises ValueError for a file that no adapter has, and for too many bytes."""
         file: IO[bytes] | None = None
         name, size_bytes = "", 0
         try:
@@ -82,18 +82,18 @@ class PeerFiles:
         if stubs:
             raise Refused(
                 Reason.STATE_UNAVAILABLE,
-                "it is registered, and its files are on one replica only: none of the others took them; push it again",
+                "it is registered, but its files are on one replica only: no other replica took them; push it again",
             )
 
 
 class FilesHere:
-    """The files that this replica has, for the others."""
+    """Serves this replica's files to the other replicas."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
     async def send(self, digest: str, context: Any) -> None:
-        """Send a version's files over a call; NOT_FOUND if they are not here."""
+        """Send a version's files over a call. Aborts with NOT_FOUND if this replica does not have them."""
         versions = self._gateway.state.versions.values()
         origins = [held.origin for held in versions if held.adapter.digest == digest and not is_url(held.origin)]
         folder = await asyncio.to_thread(self._folder, digest, origins)
@@ -109,7 +109,7 @@ class FilesHere:
                     await context.write(peers_pb2.SourceChunk(name=path.name, data=data))
 
     async def keep(self, digest: str) -> None:
-        """Bring a version's files here. Raises SidecarError."""
+        """Fetch a version's files to this replica. Raises SidecarError."""
         await self._gateway.sources.locate(f"{PUSHED}://{digest}", digest)
 
     def _folder(self, digest: str, origins: list[str]) -> Path | None:

@@ -1,4 +1,4 @@
-"""A request, its answer and its ending as they travel between two replicas."""
+"""Convert requests, answers and endings to and from the messages between replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, client_id: str) -> Any:
-    """Return the message that passes a request on to a backend's owner."""
+    """Return the message that forwards a request to a backend's owner."""
     return peers_pb2.ForwardRequest(
         member=member,
         backend=backend,
@@ -46,7 +46,7 @@ def forwarded(member: str, backend: str, facts: RequestFacts, payload: Payload, 
 
 
 def facts_of(request: Any) -> RequestFacts:
-    """Return what the owner's core must know of a request that was passed on: it may go to that backend only."""
+    """Return the facts of a forwarded request for the owner's core; the request may go to that backend only."""
     return RequestFacts(
         request.adapter,
         request.tenant,
@@ -57,7 +57,7 @@ def facts_of(request: Any) -> RequestFacts:
         request.session,
         request.size_bytes,
         (request.backend,),
-        max(1, request.sequences),  # an older replica does not say
+        max(1, request.sequences),  # an older replica omits it
     )
 
 
@@ -93,7 +93,7 @@ def _form_of(sent: Any) -> Form:
 
 
 def origin(dispatch: Dispatch) -> Any:
-    """Return where an answer comes from."""
+    """Return the origin of an answer: the backend and the version."""
     return peers_pb2.ForwardedOrigin(
         backend=dispatch.backend,
         name=dispatch.name,
@@ -107,7 +107,7 @@ def origin(dispatch: Dispatch) -> Any:
 
 
 def dispatch_of(request: int, sent: Any) -> Dispatch:
-    """Return it as a front looks at it; `request` is the receiving replica's own number."""
+    """Return the dispatch that an origin describes, for the fronts; `request` is the receiving replica's number."""
     return Dispatch(
         request, 1, sent.backend, sent.name, sent.digest, sent.ordinal, 0, Cache(sent.cache), sent.queue_ns,
         sent.load_ns, sent.heals,
@@ -115,15 +115,15 @@ def dispatch_of(request: int, sent: Any) -> Dispatch:
 
 
 def reply_of(raw: bytes, final: bool, unary: bool) -> Reply:
-    """Return a part of an answer. What a stream's is made of is read when somebody asks for it."""
+    """Return a part of an answer. A stream's part is parsed only when its fields are read."""
     message = wire.ModelInferResponse.FromString(raw) if unary else None
     return Reply(raw, message, final)
 
 
 def ending(settled: Settle, rejection: Any, is_bystander: bool = False) -> Any:
-    """Return how a request ended, with the engine's own refusal (`Ticket.rejected_with`) if that was it.
+    """Return the message for a request's ending, with the engine's own refusal (`Ticket.rejected_with`), if any.
 
-    `is_bystander`: this replica ends, on another request.
+    `is_bystander` is True if this replica crashed on another request.
     """
     sent = peers_pb2.ForwardedEnding(
         reason="" if settled.reason is None else settled.reason.value,
@@ -150,7 +150,7 @@ def settle_of(request: int, facts: RequestFacts, backend: str, sent: Any) -> Set
 
 
 def rejection_of(sent: Any) -> grpc.StatusCode | HttpRejection | None:
-    """Return an engine's own refusal, if the request ended with one."""
+    """Return the engine's own refusal, or None if the request ended otherwise."""
     if sent.HasField("http_status"):
         return HttpRejection(sent.http_status, sent.http_body)
     return CODES[sent.grpc_code] if sent.HasField("grpc_code") else None

@@ -1,4 +1,4 @@
-"""Pass a request on to the owner of its backend, and its answer back as it comes."""
+"""Forward a request to the owner of its backend, and deliver the answer as it arrives."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from sidecar.replicas.call import ForwardCall
 from sidecar.shell.requests import RequestFacts
 
 AGAIN = frozenset({Reason.NOT_OWNER, Reason.DRAINING, Reason.CRASHED})
-"""An owner gives a request back with these: it may be sent to the next one."""
+"""Reasons with which an owner gives a request back; another owner may then get it."""
 
 
 SUSPECT_S = 5.0
-"""An owner that breaks off may have ended of a request that came to it, or went to its engine, so short a time before.
+"""If an owner breaks off, requests that it received or dispatched so recently are suspected to have crashed it.
 
-Who has waited there for longer has had nothing done to it that could end a process. Else whoever kills two owners, one
-after the other, would make poison of all that waits for long.
+The owner did nothing with older ones that could crash a process. Without this limit, killing two owners one after the
+other would make every request that waits for long count as poisonous.
 """
 
 
 class Owner(Enum):
-    """What is known of an owner by which a request was given back."""
+    """How the owner that gave a request back ended, if it did."""
 
     SOUND = "sound"
     SILENT = "silent"
-    """It broke off soon after it was given something to do: it may have ended of it, or the network has."""
+    """It broke off soon after it got or dispatched the request: a crash that the request caused, or the network."""
     FAILED = "failed"
-    """It said that it ends and cannot say on which request."""
+    """It reported that it crashed and cannot tell on which request."""
     FAILED_ON_ANOTHER = "failed on another"
-    """It said that it ends, on another request."""
+    """It reported that it crashed on another request."""
 
 
 @dataclass(frozen=True)
 class GivenBack:
-    """A request that no owner has answered a token of: it is to be sent to the next one."""
+    """A request that an owner gave back before the first token: another owner may get it."""
 
     why: str
     owner: Owner = Owner.SOUND
 
 
 class Forward:
-    """One request at another replica."""
+    """One request that another replica answers."""
 
     def __init__(self, ticket: Ticket, facts: RequestFacts, backend: str, owner: str) -> None:
         self._ticket = ticket
@@ -63,25 +63,28 @@ class Forward:
         self._has_origin = False
         self._end: asyncio.Future[GivenBack | None] = asyncio.get_running_loop().create_future()
         self._resuming: asyncio.Task[None] | None = None
-        self._line: ForwardCall | None = None
+        self._call: ForwardCall | None = None
         self._number = 0
         self._busy_s = monotonic()
-        """When the owner had something to do with it last."""
+        """The time at which the owner last worked on it: received or dispatched it."""
 
-    async def run(self, line: ForwardCall, member: str) -> GivenBack | None:
-        """Have it answered, its ending through the ticket; cancelling this cancels it there."""
+    async def run(self, call: ForwardCall, member: str) -> GivenBack | None:
+        """Forward the request and settle its ticket; return GivenBack if the owner gives it back.
+
+        Cancelling this coroutine cancels the request at the owner.
+        """
         ticket = self._ticket
         request = forms.forwarded(member, self.backend, self._facts, ticket.payload, ticket.client_id)
-        self._line, self._number, self._busy_s = line, line.open(self, request), monotonic()
+        self._call, self._number, self._busy_s = call, call.open(self, request), monotonic()
         try:
             return await self._end
         finally:
-            line.close(self._number, self._is_taken_back)
+            call.close(self._number, self._is_taken_back)
             if self._resuming is not None:
                 self._resuming.cancel()
 
     def take_back(self, why: str) -> None:
-        """Have it given back, unless its answer has begun: that may go on."""
+        """Take the request back from its owner, unless its answer has begun."""
         if not self._has_begun and not self._end.done():
             self._is_taken_back = True
             self._ended(GivenBack(why))
@@ -90,17 +93,17 @@ class Forward:
         self._busy_s = monotonic()
 
     def take(self, reply: Any) -> bool:
-        """Deliver a part of the answer; return whether it was the ending."""
-        if self._end.done():  # nobody waits for it any more, of which the owner is about to hear
+        """Deliver a part of the answer. Return True if it was the ending."""
+        if self._end.done():  # nobody waits for it any more; the owner is being told
             return False
         try:
             return self._take(reply)
-        except (ValueError, KeyError, DecodeError) as error:  # others on the same line must not suffer from it
+        except (ValueError, KeyError, DecodeError) as error:  # must not end the other requests of this call
             self._end.set_exception(error)
             return False
 
     def broke(self, why: str, broke_off: bool) -> None:
-        """The owner is gone, or cannot be reached. What has begun is never repeated."""
+        """Handle the loss of the owner: give the request back, or fail it if its answer has begun."""
         if self._end.done():
             return
         if not self._has_begun:
@@ -136,12 +139,12 @@ class Forward:
         return False
 
     async def _pause(self) -> None:
-        """The client is slow: its answer waits where it comes from, and nobody else's does."""
-        assert self._line is not None
-        self._line.pause(self._number)
+        """Pause the answer at its owner until the client has caught up; other answers continue."""
+        assert self._call is not None
+        self._call.pause(self._number)
         await self._ticket.room()
         self._resuming = None
-        self._line.resume(self._number)
+        self._call.resume(self._number)
 
     def _take_ending(self, sent: Any) -> GivenBack | None:
         ticket = self._ticket
@@ -167,7 +170,7 @@ def ended(
     backend: str = "",
     retry_after_s: float | None = None,
 ) -> Settle:
-    """Return an ending that this replica gives a request that was not, or not only, its own to answer."""
+    """Return the ending that this replica gives a request which another replica was to answer."""
     return Settle(
         request, outcome_of(reason), facts.adapter, facts.tenant, facts.klass, 0, facts.input_tokens, reason=reason,
         message=message, backend=backend, retry_after_ns=None if retry_after_s is None else int(retry_after_s * 1e9),

@@ -1,6 +1,6 @@
-"""Acts for `sidecar.ownership`: beats and leases in Redis, questions to other members, and the core that is told.
+"""Carry out the effects of `sidecar.ownership`: beats and leases in Redis, questions to members, events to the core.
 
-One step at a time on the event loop; what has to be waited for is a task, whose outcome is the next event.
+Steps run one at a time on the event loop. An effect that must wait runs as a task, whose result is the next event.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Leases(Protocol):
 
 
 class Keeper:
-    """What one replica owns.
+    """Carries out the effects of `Ownership` for one replica.
 
-    `tell` gives the core an event, `in_flight` says what it has at a backend's engine, `changed` is called when there
-    is something new to tell the others. What a step of ownership raises is a `crash`.
+    `tell` passes an event to the core, `in_flight` returns the requests at a backend's engine, `changed` is called when
+    the other replicas need a new report. An exception in a step of ownership is a `crash`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Keeper:
         self._crash = crash
         self._raise_on = raise_on
         self.leads_since: int | None = None
-        """The epoch under which this replica leads, None while another one does."""
+        """The epoch under which this replica leads, or None while another one leads."""
         self.changes = {"taken": 0, "given_up": 0}
         self._ownership = ownership
         self._leases = leases
@@ -91,15 +91,15 @@ class Keeper:
 
     @property
     def members(self) -> Mapping[str, Member]:
-        """The live members as Redis told of them last."""
+        """The live members as of the last answer of Redis."""
         return self._ownership.know.members
 
     def may_dispatch(self, backend: str) -> bool:
-        """Whether a request may be sent to a backend in this very moment."""
+        """Return True if a request may be sent to a backend now."""
         return self._ownership.may_dispatch(backend, monotonic_ns()) is not None
 
     async def answer(self, request: Any) -> Any:
-        """Answer what another member asks about a backend. Raises Failed when nobody can say any more."""
+        """Answer another member's question about a backend. Raises Failed after a crash."""
         number = next(self._numbers)
         future: asyncio.Future[do.Answer] = asyncio.get_running_loop().create_future()
         self._asked[number] = future
@@ -115,15 +115,15 @@ class Keeper:
         )
 
     def found(self, backend: str) -> None:
-        """There is a backend more, which the core knows already."""
+        """Add a backend, which the core must know already."""
         self._step(ev.BackendFound(backend))
 
     def gone(self, backend: str) -> None:
-        """There is a backend less, which the core has forgotten."""
+        """Remove a backend, which the core must have forgotten."""
         self._step(ev.BackendGone(backend))
 
     async def drain(self) -> None:
-        """Give up everything, one backend after the other as its work ends, and leave."""
+        """Give up each backend as its work ends, then leave the pool. Returns once left."""
         self._step(ev.DrainBegun())
         await self._left.wait()
 
@@ -136,9 +136,9 @@ class Keeper:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def give_up(self) -> None:
-        """Give all leases back at once, within `GIVE_UP_S`, without asking ownership, which may be what has broken.
+        """Release all leases at once, within `GIVE_UP_S`, without a step of ownership, which may have crashed.
 
-        Nothing runs at the engines any more by now. What Redis does not hear of ends by itself.
+        Call it when nothing runs at the engines any more. Leases that Redis does not hear of expire.
         """
         await self.stop()
         with suppress(TimeoutError):
@@ -169,7 +169,7 @@ class Keeper:
     def _wake_at(self, effect: do.WakeAt) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        delay_s = max(0, effect.at_ns - monotonic_ns()) / 1e9 + 0.0005  # past the point, whatever the timer's grain
+        delay_s = max(0, effect.at_ns - monotonic_ns()) / 1e9 + 0.0005  # a timer may fire early
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._step, ev.Tick())
 
     # Redis.
@@ -180,8 +180,8 @@ class Keeper:
     async def _beat(self, effect: do.SendBeat) -> None:
         try:
             answered, addresses = await self._leases.beat(effect)
-        except Exception as error:  # noqa: BLE001 — whatever it was, it was no answer
-            _told("beat", error)
+        except Exception as error:  # noqa: BLE001 — any error means no answer
+            _log_no_answer("beat", error)
             self._step(ev.BeatFailed(effect.number))
             return
         addresses.pop(effect.member.id, None)
@@ -197,8 +197,8 @@ class Keeper:
     async def _lease(self, number: int, call: Callable[[], Coroutine[Any, Any, ev.LeaseAnswered]]) -> None:
         try:
             answered = await call()
-        except Exception as error:  # noqa: BLE001 — whatever it was, it was no answer
-            _told("lease", error)
+        except Exception as error:  # noqa: BLE001 — any error means no answer
+            _log_no_answer("lease", error)
             self._step(ev.LeaseFailed(number))
         else:
             self._step(answered)
@@ -217,7 +217,7 @@ class Keeper:
         try:
             await call()
         except Refused as refused:
-            logger.info("not told to Redis, where it ends by itself: %s", refused.message)
+            logger.info("not told to Redis, where it will expire: %s", refused.message)
 
     # Other members.
 
@@ -272,8 +272,8 @@ class Keeper:
         self._step(ev.InFlightEnded(backend))
 
 
-def _told(what: str, error: Exception) -> None:
-    """Say why Redis gave no answer. A fault of ours is one too: without any this member would wait for it for ever."""
+def _log_no_answer(what: str, error: Exception) -> None:
+    """Log why Redis gave no answer. A bug of ours counts as no answer too, or this member would wait for ever."""
     if isinstance(error, Refused):
         logger.info("no %s: %s", what, error.message)
     else:

@@ -1,4 +1,4 @@
-"""Members and leases in Redis, as the keeper of one replica calls for them."""
+"""Members and leases in Redis, for the keeper of one replica."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class RedisLeases:
-    """`keeper.Leases`. `address` is where the member is reached, `applied` says which change it has read.
+    """Implements `keeper.Leases`. `address` is the member's address, `applied` returns the last change it has read.
 
-    A Redis that has not answered for a quarter of a lease, `ttl_s`, counts as away: an owner that is about to renew has
-    two thirds of one left, in which it finds that out, and then those that it asks do.
+    A Redis that has not answered for a quarter of a lease (`ttl_s`) counts as unreachable. An owner renews with two
+    thirds of its lease left: enough for it, and then for the members that it asks, to find Redis unreachable.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The other replicas: a connection to each, and what each of them tells."""
+"""The connections to the other replicas, and their reports."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 RETRY_S, RETRY_S_MAX = 0.1, 0.5
 ANSWER_S = 3600.0
-"""How long an answer that has begun may still come from a former member; one that is dead is found out by gRPC."""
+"""How long a begun answer may still come from a former member; gRPC detects a dead one sooner."""
 ASK_S = 0.5
-"""How long an answer is waited for; to an owner that has to decide, none is as good as a late one."""
+"""The timeout of a question; an owner that must decide has no use for a later answer."""
 
 
 LARGE_BYTES = 1 << 20
-"""A request of so many has a call of its own: nobody's answer waits until it is through."""
+"""A larger request gets a call of its own, so that no other request's answer waits while it is sent."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Peer:
     channel: grpc.aio.Channel
     stub: Any
     watch: asyncio.Task[None]
-    line: ForwardCall | None = None
+    call: ForwardCall | None = None
 
 
 class Peers:
@@ -47,13 +47,13 @@ class Peers:
         self._open_channel = open_channel
         self._peers: dict[str, _Peer] = {}
         self._left: set[grpc.aio.Channel] = set()
-        """Channels to former members: answers that have begun still come by them."""
-        self._lines: set[ForwardCall] = set()
+        """Channels to former members, which still carry begun answers."""
+        self._calls: set[ForwardCall] = set()
         self.gone: Callable[[str], None] = lambda member: None
-        """Called with each member that is one no more."""
+        """Called with the id of each member that leaves."""
 
     def are(self, addresses: Mapping[str, str]) -> None:
-        """Be told which other members there are, and where."""
+        """Set the other members and their addresses: connect to new ones, close the connections to former ones."""
         for member in [known for known in self._peers if known not in addresses]:
             self._forget(member)
         for member, address in addresses.items():
@@ -64,20 +64,20 @@ class Peers:
                 self._peers[member] = _Peer(address, channel, stub, watch)
 
     def addresses(self) -> dict[str, str]:
-        """Return where each of the others is reached."""
+        """Return the address of each other member."""
         return {member: peer.address for member, peer in self._peers.items()}
 
     def stubs(self) -> dict[str, Any]:
-        """Return what each of the others is called by."""
+        """Return the gRPC stub of each other member."""
         return {member: peer.stub for member, peer in self._peers.items()}
 
     def stub(self, member: str) -> Any:
-        """Return what a member is called by, None if no such member is known."""
+        """Return a member's gRPC stub, or None if the member is unknown."""
         peer = self._peers.get(member)
         return None if peer is None else peer.stub
 
-    def line(self, member: str, size_bytes: int) -> ForwardCall | None:
-        """Return the way to a member for a request of so many bytes, None if no such member is known."""
+    def forward_call(self, member: str, size_bytes: int) -> ForwardCall | None:
+        """Return the Forward call to a member for a request of `size_bytes`, or None if the member is unknown."""
         peer = self._peers.get(member)
         if peer is None:
             return None
@@ -85,18 +85,18 @@ class Peers:
             own = self._open(peer)
             own.leave()
             return own
-        if peer.line is None or peer.line.is_over:
-            peer.line = self._open(peer)
-        return peer.line
+        if peer.call is None or peer.call.is_over:
+            peer.call = self._open(peer)
+        return peer.call
 
     def _open(self, peer: _Peer) -> ForwardCall:
-        line = ForwardCall(peer.stub)
-        self._lines.add(line)
-        line.reading.add_done_callback(lambda _: self._lines.discard(line))
-        return line
+        call = ForwardCall(peer.stub)
+        self._calls.add(call)
+        call.reading.add_done_callback(lambda _: self._calls.discard(call))
+        return call
 
     async def ask(self, member: str, request: Any) -> Any | None:
-        """Return a member's answer, None if there is none in time."""
+        """Return a member's answer, or None if none comes in time."""
         stub = self.stub(member)
         if stub is None:
             return None
@@ -116,8 +116,8 @@ class Peers:
     def _forget(self, member: str) -> None:
         peer = self._peers.pop(member)
         peer.watch.cancel()
-        if peer.line is not None:
-            peer.line.leave()
+        if peer.call is not None:
+            peer.call.leave()
         self._board.lost(member)
         self._left.add(peer.channel)
         closing = asyncio.get_running_loop().create_task(peer.channel.close(ANSWER_S))
@@ -125,7 +125,7 @@ class Peers:
         self.gone(member)
 
     async def _watch(self, member: str, stub: Any) -> None:
-        """Follow what a member tells for as long as it is one."""
+        """Follow a member's reports while it is a member."""
         pause_s = RETRY_S
         while True:
             try:

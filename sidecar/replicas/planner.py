@@ -1,8 +1,8 @@
-"""Where each version is to live, decided for all replicas by the one that leads: with the routing policy in use.
+"""Plan the backends of each version for all replicas, in the replica that leads, with the routing policy in use.
 
-The policy is asked about the requests that all owners have told of, a sample of each version's, as if it stood in front
-of the whole pool; where it sends them is the plan. So one policy routes, whether there is one replica or several, and
-replicas that are asked at random send a version to the same place.
+The policy routes a sample of each version's requests, as all owners report them, as if it stood in front of the whole
+pool; the backends that it picks are the plan. The same policy thus routes one replica or several, and whichever replica
+a client asks, a version goes to the same backends.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from sidecar.core.state import State
 from sidecar.replicas.board import JOINING, SERVING, STALLED, Board, Standing
 
 WINDOW_S = 10
-"""Of how many seconds owners tell the requests."""
+"""Owners report the requests of so many seconds."""
 PICKS_MAX = 16
-"""Requests of one version that the policy is asked about at a time."""
+"""The most requests of one version that the policy routes for one plan."""
 PLANS = 3
-"""So many new plans are waited for: the first may have been made before its leader knew of the backend, and policies
-take a moment to give it its share.
+"""A joining backend waits for so many new plans: the leader may have made the first before it knew of the backend, and
+policies take a moment to give it its share.
 """
 
 
 class Planner:
-    """Plans for as long as this replica leads; a new leader begins with what is resident where."""
+    """Makes plans while this replica leads; a new leader starts from the adapters' residency."""
 
     def __init__(self, state: State, routing: Routing) -> None:
         self._state = state
@@ -38,7 +38,7 @@ class Planner:
         self._requests = 0
 
     def plan(self, standings: Mapping[str, Standing], now_ns: int) -> dict[str, tuple[str, ...]]:
-        """Return the backends of each version that was asked for of late."""
+        """Return the backends of each version that had requests recently."""
         arrived: dict[str, int] = {}
         for known in standings.values():
             for version, count in known.arrived.items():
@@ -50,7 +50,7 @@ class Planner:
         return {version: found for version, found in hosts.items() if found}
 
     def gone(self, backend: str) -> None:
-        """Plan without a backend that is gone for good."""
+        """Tell the policy that a backend was removed."""
         if isinstance(self._routing, HearsOfRemovals):
             self._routing.backend_removed(backend)
 
@@ -62,7 +62,7 @@ class Planner:
         )
         if not serving:
             return ()
-        offered = _Offered(self._state, version, serving, standings)
+        offered = _PoolCandidates(self._state, version, serving, standings)
         found: dict[str, None] = {}
         for _ in range(min(PICKS_MAX, math.ceil(arrived / WINDOW_S))):
             found[self._routing.pick(self._asked(version, now_ns), offered, now_ns).backend] = None
@@ -75,8 +75,8 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class _Offered:
-    """The backends of all replicas, as their owners told of them (`policies.views.Candidates`)."""
+class _PoolCandidates:
+    """The backends of all replicas, as their owners report them (`policies.views.Candidates`)."""
 
     state: State
     version: str
@@ -127,10 +127,10 @@ class Newcomers:
         self._state = state
         self._board = board
         self._seen: dict[str, set[tuple[int, int]]] = {}
-        """The plans seen since each of them began to join."""
+        """The plans seen since each backend began to join."""
 
     def look(self) -> Iterator[BackendPlanned]:
-        """Yield the plans that have come; to be asked now and then."""
+        """Yield an event for each backend whose plan has come; call it periodically."""
         joining = [
             backend
             for backend, each in self._state.joining.items()
@@ -143,7 +143,7 @@ class Newcomers:
                 yield BackendPlanned(backend, self._planned_for(backend))
 
     def _planned_for(self, backend: str) -> tuple[str, ...]:
-        """Return the versions that are to live on a backend, those that are asked for most first."""
+        """Return the versions planned for a backend, those with the most requests first."""
         asked: dict[str, int] = {}
         for known in self._board.standings.values():
             for version, count in known.arrived.items():
@@ -153,7 +153,7 @@ class Newcomers:
 
 
 class Arrivals:
-    """Counts what the core admits (`shell.driver.Observer`)."""
+    """Counts the requests that the core admits (`shell.driver.Observer`)."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -169,7 +169,7 @@ class Arrivals:
         self._seconds.append(Counter())
 
     def of(self, backend: str) -> dict[str, int]:
-        """Return the requests of the last seconds by version."""
+        """Return a backend's requests of the last `WINDOW_S` seconds by version."""
         found: Counter[str] = Counter()
         for second in self._seconds:
             for (at, version), count in second.items():

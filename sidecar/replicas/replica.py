@@ -1,4 +1,4 @@
-"""This process as one of several replicas: the parts put together."""
+"""One of several replicas: assembles the keeper, the router, the planner and the service for other replicas."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ logger = logging.getLogger(__name__)
 
 TELL_S = 1.0
 LEAVE_S = 1.0
-"""How long the others may take to hear the last of this replica."""
+"""How long the other replicas may take to receive the last replies of this one."""
 
 
 class Replica:
     """One of several replicas.
 
-    `address` is where the others reach this one. `backends` names for each backend the replica that it belongs to, ""
-    for any. `jitter` in [0, 1) spreads the times at which replicas do things. `routing` makes the policy that the
-    leader plans with.
+    The others reach this one at `address`. `backends` maps each backend to the replica that must own it, "" for any.
+    `jitter` in [0, 1) spreads the replicas' periodic work over time. `routing` makes the policy that the leader plans
+    with.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Replica:
             gateway,
             self.board,
             member.id,
-            self.peers.line,
+            self.peers.forward_call,
             self.keeper.may_dispatch,
             lambda other: self.peers.stub(other) is not None,
         )
@@ -90,7 +90,7 @@ class Replica:
         self._arrivals = Arrivals(gateway.state)
         self._newcomers = Newcomers(gateway.state, self.board)
         self._spared = (0, 0)
-        """How many backends joined when the others were told last."""
+        """The number of joining backends at the last report."""
         gateway.observe(self._arrivals)
         gateway.observe(self)
         self._watchers: set[asyncio.Event] = set()
@@ -98,38 +98,38 @@ class Replica:
         self._telling: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Serve the other replicas."""
-        self._service = PeersService(self._gateway, self._told, self.keeper.answer)
+        """Add the service for other replicas to a gRPC server."""
+        self._service = PeersService(self._gateway, self._reports, self.keeper.answer)
         self._server = server
         peers_pb2_grpc.add_PeersServicer_to_server(self._service, server)
 
     def start(self) -> None:
-        """Be one of the members, and own what falls to this one."""
-        self._telling = asyncio.create_task(self._tell_now_and_then())
+        """Join the members, and own the backends that fall to this replica."""
+        self._telling = asyncio.create_task(self._report_periodically())
         self.keeper.start()
 
     def found(self, backend: str) -> None:
-        """Own a backend that has been found, if it falls to this replica. The core must know it."""
+        """Add a discovered backend, and own it if it falls to this replica. The core must know it already."""
         self.keeper.found(backend)
 
     def gone(self, backend: str) -> None:
-        """Have nothing to do any more with a backend that the core has forgotten."""
+        """Remove a backend that the core has forgotten."""
         if self._planner is not None:
             self._planner.gone(backend)
         self.keeper.gone(backend)
 
     async def drain(self) -> None:
-        """Give up all backends as their work ends, and leave."""
+        """Give up each backend as its work ends, then leave the pool."""
         await self.keeper.drain()
 
     async def give_up(self) -> None:
-        """Give up all backends at once, after a crash: whatever runs there has been cancelled."""
+        """Give up all backends at once, after a crash. Their requests must have been cancelled."""
         if self._telling is not None:
             self._telling.cancel()
         await self.keeper.give_up()
 
     async def leave(self) -> None:
-        """Serve the other replicas no more: what was said to them reaches them first."""
+        """Stop serving the other replicas once pending replies are sent."""
         self._leaves = True
         for changed in self._watchers:
             changed.set()
@@ -143,22 +143,22 @@ class Replica:
         await self.peers.close()
 
     def members(self) -> list[Member]:
-        """Return the live members as last known, this one among them, by name."""
+        """Return the live members as last known, including this one, by name."""
         known = {self.member.id: self.member, **self.keeper.members}
         return sorted(known.values(), key=lambda member: (member.name, member.id))
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        """Tell the others at once of an engine that has gone, come, joined or stalled (`shell.driver.Observer`)."""
+        """Report at once if an engine went, came, joined or stalled (`shell.driver.Observer`)."""
         state = self._gateway.state
         spared = len(state.joining), sum(backend.silence.suspected for backend in state.backends.values())
         if isinstance(event, BackendLost | BackendUp | BackendLeaving | BackendRemoved) or spared != self._spared:
             self._spared = spared
             asyncio.get_running_loop().call_soon(self._changed)
 
-    # What the others are told.
+    # Reports to the other replicas.
 
-    async def _told(self) -> AsyncIterator[Any]:
-        """Yield the whole of what there is to tell, now and whenever it has changed."""
+    async def _reports(self) -> AsyncIterator[Any]:
+        """Yield this replica's whole board, now and whenever it changes."""
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
@@ -169,12 +169,12 @@ class Replica:
         finally:
             self._watchers.discard(changed)
 
-    async def _tell_now_and_then(self) -> None:
+    async def _report_periodically(self) -> None:
         while True:
             self._arrivals.next_second()
             try:
                 self._make_plan()
-            except Exception:  # a policy's fault: the others must still be told what is owned
+            except Exception:  # a policy's bug: the other replicas still need the report
                 logger.exception("no plan could be made; the last one stays")
             self._changed()
             for planned in self._newcomers.look():
@@ -202,7 +202,7 @@ class Replica:
         return told
 
     def _make_plan(self) -> None:
-        """Plan for all while this replica leads."""
+        """Make a new plan for all replicas if this replica leads."""
         epoch = self.keeper.leads_since
         if epoch is None:
             self._planner = self._plan = None
@@ -223,7 +223,7 @@ class Replica:
 
 
 def standing(state: State, backend: Backend, arrived: Mapping[str, int]) -> Any:
-    """Return what is told of a backend that this replica owns."""
+    """Return the report about a backend that this replica owns."""
     seen = candidate(state, backend, BASE)
     known = backend.facts.device_pages is not None or backend.pages_learned is not None
     return peers_pb2.BoardBackend(

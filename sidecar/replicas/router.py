@@ -1,4 +1,4 @@
-"""Where each request of this replica goes: to its own core, or to the replica that owns the backend."""
+"""Route each request of this replica to its own core, or to the replica that owns the backend."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from sidecar.shell.requests import RequestFacts
 logger = logging.getLogger(__name__)
 
 AGAIN_S, AGAIN_S_MAX = 0.02, 0.5
-"""Between two looks for an owner, growing."""
+"""The pause between two attempts to find an owner, which grows."""
 LEAVING_S = 5.0
-"""How long a replica that drains looks for an owner: if all of them leave there will be none."""
+"""How long a draining replica looks for an owner: if all replicas leave, there will be none."""
 MESSAGES = {
     Reason.CANCELLED: "the client cancelled the request or went away",
     Reason.CLIENT_STALLED: STALLED,
@@ -35,7 +35,7 @@ MESSAGES = {
 
 @dataclass
 class Trip:
-    """A request on its way: until when an owner is looked for, and when it came."""
+    """The routing state of a request: when it came, and until when an owner is looked for."""
 
     facts: RequestFacts
     came_s: float
@@ -43,13 +43,13 @@ class Trip:
     task: asyncio.Task[None] | None = None
     why: str = "no replica owns it at the moment"
     backend: str = ""
-    """The one that it waits for in our own core."""
+    """The backend that it waits for in our own core."""
     moves: int = 0
-    """How often it was taken back from an engine that was down."""
+    """How many times it was taken back from an engine that was down."""
     suspicion: Suspicion = field(default_factory=Suspicion)
 
     def facts_now(self, backend: str, now_s: float) -> RequestFacts:
-        """Return the request as it is to be submitted now: for one backend, with what is left of its time."""
+        """Return the request's facts for submission now: one backend, and the rest of the deadline."""
         left_s = self.facts.deadline_s
         return replace(
             self.facts, only=(backend,), deadline_s=None if left_s is None else max(0.0, self.came_s + left_s - now_s)
@@ -57,10 +57,10 @@ class Trip:
 
 
 class Router:
-    """Sees to the requests of one replica among several (`shell.requests.Elsewhere`).
+    """Routes the requests of one replica among several (implements `shell.requests.Elsewhere`).
 
-    `line` returns the way to a member for a request of so many bytes, None for one that is not known; `may_dispatch`
-    says whether a backend's lease holds in this very moment, `is_member` whether a replica is one still.
+    `forward_call` returns the Forward call to a member for a request of so many bytes, or None for an unknown member.
+    `may_dispatch` returns True if a backend's lease holds now, `is_member` if a replica is still a member.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Router:
         gateway: Gateway,
         board: Board,
         member: str,
-        line: Callable[[str, int], ForwardCall | None],
+        forward_call: Callable[[str, int], ForwardCall | None],
         may_dispatch: Callable[[str], bool],
         is_member: Callable[[str], bool],
     ) -> None:
@@ -82,10 +82,10 @@ class Router:
         self._gateway = gateway
         self._board = board
         self._member = member
-        self._line = line
+        self._forward_call = forward_call
 
     def submit(self, ticket: Ticket, facts: RequestFacts) -> None:
-        """Send a request where it belongs. What names nothing there is, or comes too late, our own core refuses."""
+        """Route a request. Our own core refuses one that names an unknown adapter or comes too late."""
         now_s = monotonic()
         classes = self._gateway.state.config.classes
         patience_s = classes[facts.klass].queue_wait_ns_max / 1e9 if facts.klass in classes else 0.0
@@ -94,7 +94,7 @@ class Router:
         trip = Trip(facts, now_s, now_s + patience_s)
         backend = None if self._gateway.state.draining else self._pick(facts)
         if backend is None:
-            ticket.trip = trip  # a backend that is found later may be another replica's
+            ticket.trip = trip  # a backend that is discovered later may belong to another replica
             self._gateway.admit(ticket, facts)
         elif self._board.owner_of(backend) == self._member:
             ticket.trip = trip
@@ -102,7 +102,7 @@ class Router:
             self._gateway.admit(ticket, trip.facts_now(backend, now_s))
         else:
             ticket.trip = trip
-            self._carry(ticket, trip)
+            self._start_forwarding(ticket, trip)
 
     @property
     def takes_requests(self) -> bool:
@@ -112,7 +112,7 @@ class Router:
         if ticket.trip is None:
             return False
         ticket.dispatch = None
-        self._carry(ticket, ticket.trip, AGAIN_S)
+        self._start_forwarding(ticket, ticket.trip, AGAIN_S)
         return True
 
     def end(self, ticket: Ticket, reason: Reason) -> bool:
@@ -134,10 +134,10 @@ class Router:
             if trip is not None and trip.task is not None:
                 trip.task.cancel()
 
-    def _carry(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
-        trip.task = asyncio.create_task(self._see_to(ticket, trip, after_s))
+    def _start_forwarding(self, ticket: Ticket, trip: Trip, after_s: float = 0.0) -> None:
+        trip.task = asyncio.create_task(self._forward_or_fail(ticket, trip, after_s))
 
-    async def _see_to(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
+    async def _forward_or_fail(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
         try:
             await self._until_answered(ticket, trip, after_s)
         except Exception as error:
@@ -148,7 +148,7 @@ class Router:
                 ticket.settle(ended(ticket.request, trip.facts, Reason.BACKEND_FAILED, message))
 
     async def _until_answered(self, ticket: Ticket, trip: Trip, after_s: float) -> None:
-        """Give a request to one owner after the other until one keeps it, or there is no more time."""
+        """Forward a request to one owner after another until one keeps it or the time is up."""
         pause_s = AGAIN_S
         await asyncio.sleep(after_s)
         while True:
@@ -165,11 +165,11 @@ class Router:
             if backend is None or owner == self._member:
                 self._admit_again(ticket, trip, backend)
                 return
-            line = None if owner is None else self._line(owner, trip.facts.size_bytes)
-            if owner is not None and line is not None:
+            call = None if owner is None else self._forward_call(owner, trip.facts.size_bytes)
+            if owner is not None and call is not None:
                 self.forwards += 1
                 forward = Forward(ticket, trip.facts_now(backend, monotonic()), backend, owner)
-                given = await self._given_back_by(ticket, forward, line)
+                given = await self._forward_once(ticket, forward, call)
                 if given is None:
                     return
                 trip.why = given.why
@@ -183,26 +183,27 @@ class Router:
         message = f"{backend}: {trip.why}; send the request again"
         ticket.settle(ended(ticket.request, trip.facts, Reason.NOT_OWNER, message, backend))
 
-    async def _given_back_by(self, ticket: Ticket, forward: Forward, line: ForwardCall) -> GivenBack | None:
+    async def _forward_once(self, ticket: Ticket, forward: Forward, call: ForwardCall) -> GivenBack | None:
         self._forwards[ticket] = forward
         try:
-            return await forward.run(line, self._member)
+            return await forward.run(call, self._member)
         finally:
             del self._forwards[ticket]
 
     def gone(self, member: str) -> None:
-        """Take back from a former member what it has not begun to answer."""
+        """Take back the requests that a former member has not begun to answer."""
         for forward in self._forwards.values():
             if forward.owner == member:
                 forward.take_back("it is no member any more")
 
     def look(self) -> None:
-        """Send what waits for an engine that is down to one that serves, each request once: it may be the cause.
+        """Move requests that wait for an engine that is down to a serving one.
 
-        An engine that is about to go is nobody's fault.
+        The number of moves of a request is limited, because it may be the cause; leaving a draining engine does not
+        count.
         """
         if all(self._board.is_up(backend) for backend in self._gateway.state.backends):
-            return  # as nearly always, and there may be many tickets
+            return  # nearly always true, and there may be many tickets
         for ticket in list(self._gateway.tickets.values()):
             trip: Trip | None = ticket.trip
             if trip is None or ticket.settled is not None:
@@ -212,10 +213,10 @@ class Router:
                 forward.take_back(f"{forward.backend} is down")
             elif ticket.request in self._gateway.state.unrouted and self._may_move(trip, trip.backend):
                 self._gateway.withdraw(ticket)
-                self._carry(ticket, trip)
+                self._start_forwarding(ticket, trip)
 
     def _may_move(self, trip: Trip, backend: str) -> bool:
-        """Whether a request is to be taken back from a backend; counted if it may be why that is down."""
+        """Return True if a request must leave a backend. Counts the move if the request may be why it is down."""
         is_fault = bool(backend) and not self._board.drains(backend)
         if self._board.is_up(backend) or (is_fault and trip.moves + 1 >= self._gateway.state.config.visits_max):
             return False
@@ -226,14 +227,14 @@ class Router:
         return True
 
     def _is_over(self, trip: Trip) -> bool:
-        """Whether no owner is looked for any more."""
+        """Return True if the time to look for an owner is up."""
         now_s = monotonic()
         if self._gateway.state.draining:
             self._drains_since_s = min(self._drains_since_s, now_s)
         return now_s >= min(trip.until_s, self._drains_since_s + LEAVING_S)
 
     def _admit_again(self, ticket: Ticket, trip: Trip, backend: str | None) -> None:
-        """It is ours after all."""
+        """Submit the request to our own core."""
         trip.task = None
         trip.backend = backend or ""
         facts = trip.facts if backend is None else trip.facts_now(backend, monotonic())
@@ -243,7 +244,7 @@ class Router:
             ticket.settle(ended(ticket.request, trip.facts, refused.reason, refused.message))
 
     def _pick(self, facts: RequestFacts) -> str | None:
-        """Return the backend that a request is for; None where our own core knows why it has none."""
+        """Return the backend for a request, or None if our own core must refuse or hold it."""
         try:
             version, places = admission.places(self._gateway.state, facts.received(0, None))
         except Refused:

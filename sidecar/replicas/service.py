@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - names are those of the generated servicer
-"""What a replica does for the others: answers in their place, says what it knows of a backend, tells how it stands."""
+"""The gRPC service for other replicas: answers forwarded requests, answers questions, and streams reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Asked = Callable[[Any], Awaitable[Any]]
 
 
 class PeersService(peers_pb2_grpc.PeersServicer):
-    """Serves other replicas. `told` yields this replica's boards, `asked` answers what is asked about a backend."""
+    """Serves other replicas. `told` yields this replica's boards, `asked` answers a question about a backend."""
 
     def __init__(self, gateway: Gateway, told: Told, asked: Asked) -> None:
         self._gateway = gateway
@@ -29,7 +29,7 @@ class PeersService(peers_pb2_grpc.PeersServicer):
         self._answers: set[Answers] = set()
 
     async def Forward(self, messages: AsyncIterator[Any], context: Any) -> None:
-        """Answer requests to their ends; when the call is cancelled, so are they."""
+        """Answer requests until they end; cancelling the call cancels them."""
         answers = Answers(self._gateway, context)
         self._answers.add(answers)
         try:
@@ -38,7 +38,7 @@ class PeersService(peers_pb2_grpc.PeersServicer):
             self._answers.discard(answers)
 
     def leave(self) -> None:
-        """End what is open between the others and this replica, after what was said has been sent."""
+        """End the open calls once their pending replies are sent."""
         for answers in self._answers:
             answers.leave()
 

@@ -1,9 +1,9 @@
-"""Whether a request may be what replicas end of: one that may have ended two of them is given to no third.
+"""Detect poisonous requests: one that may have crashed two replicas is not sent to a third.
 
-A replica whose core raises says on which request, so that all others are innocent. Of one that is killed nobody knows
-why, and at first not even that it is: only what it had just been given something to do with is suspected
-(`forwarding.SUSPECT_S`), and it has ended if its connection broke off, it is no member any more and has told nothing
-since. One that is cut off tells something again, or is a member still; one that drains says so.
+A replica whose core raises reports the request, so that all others are cleared. If a replica is killed, neither the
+cause nor, at first, the death is known: only requests that it had just worked on (`forwarding.SUSPECT_S`) are
+suspected. It counts as dead if its connection broke off, it is no longer a member, and it has reported nothing since. A
+replica that was only cut off reports again or stays a member; one that drains says so.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from sidecar.replicas.board import Board
 from sidecar.replicas.forwarding import GivenBack, Owner
 
 OWNERS_ENDED_MAX = 2
-"""So many replicas that ended with a request are enough."""
+"""A request is given up after so many replicas ended with it."""
 
 
 class Verdict(Enum):
-    """What is to become of a request that was given back."""
+    """What to do with a request that was given back."""
 
     GO = "it may be sent to an owner"
-    WAIT = "it is not known yet whether its owners have ended"
-    POISONOUS = "it may be what they ended of"
-    ENOUGH = "it was with so many that failed on others that its client is to decide"
+    WAIT = "it is not known yet whether its owners are dead"
+    POISONOUS = "it may have crashed its owners"
+    ENOUGH = "several owners crashed on other requests; the client decides whether to repeat it"
 
 
 @dataclass
 class Suspicion:
-    """Of one request: the owners that may have ended of it, in order, and those that failed on others.
+    """The owners that one request may have crashed, in order, and those that crashed on other requests.
 
-    `silent` are those that broke off and when, `failed` those that said so.
+    `silent` maps owners that broke off to the time; `failed` lists those that reported a crash.
     """
 
     silent: dict[str, float] = field(default_factory=dict)
@@ -41,9 +41,10 @@ class Suspicion:
     failed_on_others: set[str] = field(default_factory=set)
 
     def given_back(self, owner: str, given: GivenBack, now_s: float) -> None:
-        """Note how an owner has given it back. One that has failed may be asked again before all know, and counts once.
+        """Note how an owner gave the request back.
 
-        One that is heard of again later, and breaks off again, is suspected anew.
+        A failed owner may get the request again before all replicas know, but counts once. An owner that reports again
+        and breaks off again is suspected anew.
         """
         if given.owner is Owner.FAILED_ON_ANOTHER:
             self.failed_on_others.add(owner)
@@ -57,11 +58,14 @@ class Suspicion:
 
     @property
     def suspected_of(self) -> tuple[str, ...]:
-        """The owners that it may have ended."""
+        """The owners that the request may have crashed."""
         return (*self.failed, *self.silent)
 
     def verdict(self, board: Board, is_member: Callable[[str], bool]) -> Verdict:
-        """Say what is known by now. A member that is missing for a while only, as when Redis loses all, comes back."""
+        """Return the verdict as of now. It is WAIT while a silent owner is a member.
+
+        A member that vanished only for a while, as when Redis loses its data, comes back.
+        """
         for owner, since_s in list(self.silent.items()):
             if board.told_s.get(owner, -inf) > since_s:
                 del self.silent[owner]

@@ -1,1 +1,1 @@
-"""What outlives the process: which names stand for which adapters, and who may write that down."""
+"""The registry of adapters' names, which outlives the process, and the members and leases that replicas share."""

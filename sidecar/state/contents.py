@@ -1,4 +1,4 @@
-"""All that a registry holds, to be moved from one place to another, and what a place must be able to do for that."""
+"""Move a whole registry from one store to another."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sidecar.state.registry import SCHEMA, Change, lock_data_directory, read_or_
 from sidecar.state.sqlite_faults import in_words
 from sidecar.state.written import UnreadableRecord, from_json, to_json
 
-Told = Callable[[int, int], None]
-"""Called with how many entries are done, of how many."""
+Progress = Callable[[int, int], None]
+"""Takes the number of entries done and their total."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Records with the number of the change that wrote each, the log as far as it is kept, and the last number."""
+    """A registry's records with the number of the change that wrote each, the kept changes, and the last number."""
 
     records: tuple[tuple[int, Record], ...]
     changes: tuple[Change, ...]
@@ -36,23 +36,23 @@ class Contents:
 
 
 class RegistryStore(Protocol):
-    """Somewhere that a registry can be. Use it as a context: nobody else may work on it meanwhile."""
+    """A place that can hold a registry. Use it as a context manager: nobody else may work on it meanwhile."""
 
     async def __aenter__(self) -> RegistryStore: ...
 
     async def __aexit__(self, *error: object) -> None: ...
 
     async def read(self) -> Contents:
-        """Return all that is there. Raises Misused when there is no registry."""
+        """Return the store's contents. Raises Misused if it holds no registry."""
 
     async def is_empty(self) -> bool: ...
 
-    async def write(self, contents: Contents, told: Told) -> None:
-        """Put contents in the place of whatever is there."""
+    async def write(self, contents: Contents, told: Progress) -> None:
+        """Replace the store's contents."""
 
 
 class SqliteFile:
-    """A registry's file, by its own path or its data directory's; a sidecar must not run on it."""
+    """A registry's file, given by its own path or its data directory's. No sidecar may run on it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,7 +95,7 @@ class SqliteFile:
         except UnreadableRecord as error:
             raise unreadable(name, str(self), str(error)) from error
 
-    async def write(self, contents: Contents, told: Told) -> None:
+    async def write(self, contents: Contents, told: Progress) -> None:
         with in_words(self.path):
             self._replace(contents)
         told(contents.size, contents.size)
@@ -127,7 +127,7 @@ class SqliteFile:
 
 
 def unreadable(name: str, where: str, why: str) -> Misused:
-    """A name would be lost on the way."""
+    """Return the error for a record that cannot be read and would be lost by a move."""
     return Misused(
         Reason.STATE_INCOMPATIBLE,
         f"what {where} has of {name} cannot be read ({why}); register it anew there first, or let the release that "
@@ -135,10 +135,10 @@ def unreadable(name: str, where: str, why: str) -> Misused:
     )
 
 
-async def move(source: RegistryStore, target: RegistryStore, *, force: bool, dry_run: bool, told: Told) -> Contents:
-    """Copy a registry; the numbers of changes go on from the source's. The source stays as it is.
+async def move(source: RegistryStore, target: RegistryStore, *, force: bool, dry_run: bool, told: Progress) -> Contents:
+    """Copy a registry; change numbers continue from the source's. The source stays unchanged.
 
-    Raises Misused(STATE_NOT_EMPTY) when the target has something already, unless `force`.
+    Raises Misused(STATE_NOT_EMPTY) if the target is not empty, unless `force` is set.
     """
     async with source, target:
         contents = await source.read()

@@ -1,7 +1,7 @@
-"""What is known of a name: its versions, which of them it stands for, who looks after it. And how that may change.
+"""The record of a name: its versions, the current one, its owner; and the functions that change a record.
 
-A record is immutable; each change gives a new one or raises with the reason. The registry writes records down, the core
-is told what a name is from then on.
+A record is immutable; each change returns a new one or raises with the reason. The registry stores records, and the
+core is told of each change.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Reason, Refused
 
 VERSIONS_MAX = 10
-"""Versions that a name keeps; past that the oldest that is neither current, previous nor tried out is forgotten."""
+"""The most versions of a name. Beyond it, the oldest one that is neither current, previous nor canary is dropped."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of a name. `labels` are the operator's own words about it; `generation` is raised by refresh."""
+    """One version of a name. `labels` are free text of the operator; a refresh raises `generation`."""
 
     ordinal: int
     adapter: Adapter
@@ -31,11 +31,12 @@ class Version:
 
 @dataclass(frozen=True)
 class Declared:
-    """What an object of a cluster said of a name when that was last done.
+    """A cluster object's declaration of a name, as it was last applied.
 
-    `said` is a hash of the source and of what else may bring new content, `digest` the content that it brought.
-    `prefetch` are the backends that are to have it loaded, by id or pattern, all if empty; None: when it is asked for.
-    A name answers for `grace_s` after its object has gone, which was at `gone_at` (Unix seconds), 0 while it is there.
+    `said` is a hash of the source and of the other fields that may bring new content, `digest` the content found there.
+    `prefetch` lists the backends that must have the version loaded, by id or pattern (empty: all; None: load on
+    request). A name keeps answering for `grace_s` seconds after its object was deleted at `gone_at` (Unix seconds, 0
+    while it exists).
     """
 
     said: str
@@ -49,9 +50,9 @@ class Declared:
 class Record:
     """A registered name.
 
-    `current` and `previous` are ordinals; `canary` is (ordinal, percent). `managed_by` says who declares it: "cli",
-    "config", "push", or an object of a cluster, of which `declared` says more; until `held_until` (Unix seconds) what
-    another one changed stands all the same.
+    `current` and `previous` are ordinals; `canary` is (ordinal, percent). `managed_by` is the name's owner: "cli",
+    "config", "push", or a cluster object, whose declaration is `declared`. Until `held_until` (Unix seconds), a change
+    made by somebody else overrides the owner.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Record:
 
     @property
     def version(self) -> Version:
-        """The version that the name stands for."""
+        """The current version."""
         return self.of(self.current)
 
     @property
@@ -79,7 +80,7 @@ class Record:
         return self.version.origin
 
     def of(self, ordinal: int) -> Version:
-        """Return a version. Raises Refused(UNKNOWN_ADAPTER) with those there are."""
+        """Return a version. Raises Refused(UNKNOWN_ADAPTER), which lists the existing versions."""
         for version in self.versions:
             if version.ordinal == ordinal:
                 return version
@@ -89,11 +90,11 @@ class Record:
         )
 
     def with_content(self, digest: str) -> Version | None:
-        """Return the newest version of this content."""
+        """Return the newest version with this digest, or None."""
         return next((version for version in reversed(self.versions) if version.adapter.digest == digest), None)
 
     def event(self) -> AdapterRegistered:
-        """Return what the core is told."""
+        """Return the event that tells the core of the record."""
         current = self.version
         return AdapterRegistered(
             name=self.name,
@@ -122,10 +123,10 @@ def added(
     labels: Iterable[tuple[str, str]] = (),
     stage: bool = False,
 ) -> tuple[Record, bool]:
-    """Return the record with a version of this content, and whether nothing changed.
+    """Return the record with a version of this content, and True if nothing changed.
 
-    New content is a new version, and the name moves to it unless `stage`. Content that the name stands for already is
-    unchanged; content of another of its versions is that version again, not a new one.
+    New content becomes a new version, which becomes current unless `stage` is set. The content of the current version
+    changes nothing; the content of another version reuses that version.
     """
     if record is None:
         first = Version(1, adapter, origin, labels=tuple(labels), registered_at=now)
@@ -144,7 +145,7 @@ def added(
 
 
 def promoted(record: Record, ordinal: int, percent: int = 100) -> Record:
-    """Let the name stand for a version, or give a share of its requests to it."""
+    """Make a version current, or make it the canary with `percent` of the name's requests."""
     record.of(ordinal)
     if not 0 < percent <= 100:
         raise Refused(Reason.INVALID_REQUEST, f"{record.name}: the weight is {percent}; it must be 1 to 100")
@@ -162,7 +163,7 @@ def promoted(record: Record, ordinal: int, percent: int = 100) -> Record:
 
 
 def rolled_back(record: Record) -> Record:
-    """Undo the last promotion: end a share that is being tried out, or go back to the version before."""
+    """Undo the last promotion: end a canary, or make the previous version current."""
     if record.canary is not None:
         return replace(record, canary=None)
     if record.previous is None:
@@ -175,9 +176,9 @@ def rolled_back(record: Record) -> Record:
 
 
 def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str, ...], pinned: bool) -> Record:
-    """Return a name as an owner's declaration says, which has brought a version of it; no override stands any more.
+    """Return the record as its owner's declaration wants it, which ends any override.
 
-    Raises Refused(UNKNOWN_ADAPTER) if that version is forgotten.
+    Raises Refused(UNKNOWN_ADAPTER) if the declaration's version was dropped.
     """
     version = record.with_content(declared.digest)
     if version is None:
@@ -195,7 +196,7 @@ def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str
 
 
 def refreshed(record: Record, ordinal: int) -> Record:
-    """Raise a version's generation: every engine takes a fresh copy under a new task id."""
+    """Raise a version's generation, so that every engine loads a fresh copy under a new task id."""
     version = record.of(ordinal)
     return _replaced(record, replace(version, generation=version.generation + 1))
 
@@ -206,7 +207,7 @@ def _replaced(record: Record, version: Version) -> Record:
 
 
 def _trimmed(record: Record) -> Record:
-    """Forget the oldest versions that nothing stands for, past `VERSIONS_MAX`."""
+    """Drop the oldest versions beyond `VERSIONS_MAX` that are neither current, previous nor canary."""
     tried = record.canary[0] if record.canary else None
     newest = record.versions[-1].ordinal
     in_use = (record.current, record.previous, tried, newest)

@@ -1,10 +1,10 @@
-"""The registry: names and what they are, with a log of what changed. Here in a SQLite file of the data directory.
+"""The registry: adapters' names and records, with a log of changes; and its SQLite implementation.
 
-Reads are answered from memory. A write says what it found before it: where that is not so any more it is refused, so
-two writers never undo each other unseen. Every change, one's own too, comes to those who subscribed.
+Reads are answered from memory. A write names the record that it replaces and is refused if the registry holds another
+one, so two writers never undo each other unnoticed. Subscribers receive every change, their own included.
 
-One process owns a data directory. `serve` holds a lock on it for as long as it lives; a second one is told which
-process that is and leaves.
+One process owns a data directory: `serve` holds a lock on it while it lives, and a second process exits with an error
+that names the first.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CREATE TABLE IF NOT EXISTS changes (
 ) STRICT;
 """
 REGISTRY_FILE = "registry.sqlite"
-"""The file's name in a data directory."""
+"""The name of the file in a data directory."""
 CHANGES_MAX = 10_000
-"""Changes that can be resumed from; older tokens have to list anew."""
+"""The number of changes kept. A watcher with an older token must list the adapters anew."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change of a name; `record` is None when it was forgotten. `number` is the token to resume after."""
+    """One change of a name; `record` is None if the name was forgotten. `number` is the token to resume after."""
 
     number: int
     name: str
@@ -45,10 +45,10 @@ class Change:
 
 
 class Registry(Protocol):
-    """Where registered names are kept."""
+    """A store of registered names."""
 
     async def start(self) -> None:
-        """Have in memory what is written down; nothing is read or written before."""
+        """Load the stored records into memory. Call it before any read or write."""
 
     def all(self) -> list[Record]:
         """Return every record, by name."""
@@ -56,45 +56,45 @@ class Registry(Protocol):
     def get(self, name: str) -> Record | None: ...
 
     async def put(self, record: Record, before: Record | None) -> int:
-        """Write a record down in the place of `before`, None for a new name; return the change's number.
+        """Store a record in place of `before` (None: a new name); return the change's number.
 
-        When the call returns, every subscriber of every live replica has been told. Raises Refused(CHANGED_MEANWHILE)
-        when `before` is not what is there (`get` then knows what is), Refused(STATE_UNAVAILABLE) when nothing can be
-        written, or when it was and not everybody is known to know.
+        When the call returns, every subscriber of every live replica has received the change. Raises
+        Refused(CHANGED_MEANWHILE) if the registry holds another record than `before` (`get` returns it), and
+        Refused(STATE_UNAVAILABLE) if the write failed, or succeeded but not every replica is known to have it.
         """
 
     async def delete(self, name: str, before: Record) -> int:
-        """Forget a name; as `put` otherwise."""
+        """Forget a name; otherwise like `put`."""
 
     async def acknowledged(self, number: int) -> None:
-        """Return when every live replica knows of a change. Raises Refused(STATE_UNAVAILABLE) with who does not."""
+        """Wait until every live replica has a change. Raises Refused(STATE_UNAVAILABLE) naming those that do not."""
 
     async def changes_after(self, number: int) -> list[Change]:
-        """Return what changed since, up to `last_change`. Raises Refused(TOKEN_TOO_OLD) when that is not known."""
+        """Return the changes after a number, up to `last_change`. Raises Refused(TOKEN_TOO_OLD) if some are dropped."""
 
     @property
     def set_aside(self) -> Mapping[str, str]:
-        """Names whose records cannot be read, and why: `get` does not know them. Writing such a name replaces it."""
+        """Names with unreadable records, and the reasons. `get` returns None for them; a write replaces the record."""
 
     @property
     def last_change(self) -> int: ...
 
     @property
     def lag(self) -> int:
-        """How many changes are known to be written that this replica has not read."""
+        """The number of changes known to be written that this replica has not read."""
 
     @property
     def away_since(self) -> float | None:
-        """Since when (Unix seconds) the place where names are kept has not answered; None while it does."""
+        """The time (Unix seconds) since which the store has not answered, or None while it answers."""
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
-        """Have `tell` called with each change from now on, once and in order; what comes back ends that."""
+        """Call `tell` with each further change, once and in order; return a function that ends the subscription."""
 
     async def close(self) -> None: ...
 
 
 class Subscribers:
-    """Those who are told of changes."""
+    """The subscribers to changes."""
 
     def __init__(self) -> None:
         self._listeners: list[Callable[[Change], None]] = []
@@ -109,16 +109,16 @@ class Subscribers:
 
 
 class SqliteRegistry:
-    """A registry in one SQLite file; records are also held in memory, so that looking one up costs nothing."""
+    """A registry in one SQLite file; records are also in memory, so that a lookup costs nothing."""
 
     def __init__(self, path: Path | None) -> None:
         """Open or create the file; None keeps the registry in memory only.
 
-        Raises Refused(STATE_UNAVAILABLE) for a file that cannot be used, here and wherever it is read or written.
+        This and all methods that read or write raise Refused(STATE_UNAVAILABLE) if the file cannot be used.
         """
         self._path = path
         with in_words(path):
-            # No waiting for locks: the event loop would stand still, and nobody else has business with the file.
+            # Do not wait for locks: that would block the event loop, and no other process should use the file.
             self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
             try:
                 rows = self._opened()
@@ -135,13 +135,13 @@ class SqliteRegistry:
         self._subscribers = Subscribers()
 
     def _opened(self) -> list[tuple[str, str]]:
-        """Make what is missing of the tables, and return the rows of names."""
+        """Create missing tables, and return the rows of names."""
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.executescript(SCHEMA)
         return self._database.execute("SELECT name, record FROM adapters ORDER BY name").fetchall()
 
     async def start(self) -> None:
-        """Everything was read when the file was opened."""
+        """Do nothing: opening the file read everything."""
 
     def all(self) -> list[Record]:
         return [self._records[name] for name in sorted(self._records)]
@@ -185,7 +185,7 @@ class SqliteRegistry:
         return number
 
     async def acknowledged(self, number: int) -> None:
-        """There is one replica only."""
+        """Return at once: there is only one replica."""
 
     @property
     def last_change(self) -> int:
@@ -214,7 +214,7 @@ class SqliteRegistry:
 
 
 def read_or_forget(name: str, text: str | None) -> Record | None:
-    """Return what a change wrote; one that cannot be read any more is as good as forgotten."""
+    """Return the record that a change wrote, or None if it is unreadable or the name was forgotten."""
     try:
         return None if text is None else from_json(name, text)
     except UnreadableRecord:
@@ -238,7 +238,7 @@ def token_too_old(number: int, first: int, last: int) -> Refused:
 
 
 def lock_data_directory(directory: Path) -> IO[str]:
-    """Take the directory for this process; hold the returned file for as long as it is needed.
+    """Lock the directory for this process; the lock lasts while the returned file is open.
 
     Raises Misused(DATA_DIRECTORY_IN_USE) with the holder's pid.
     """
@@ -256,7 +256,7 @@ def lock_data_directory(directory: Path) -> IO[str]:
             f"the data directory {directory} is in use by process {holder}; stop that one, or give this one "
             "another with --data",
         ) from error
-    with suppress(OSError):  # a full disk: the lock holds without the number, which is for people
+    with suppress(OSError):  # a full disk: the lock holds without the pid, which only serves the message
         file.truncate(0)
         os.write(file.fileno(), str(os.getpid()).encode())
     return file

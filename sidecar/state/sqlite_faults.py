@@ -1,4 +1,4 @@
-"""What SQLite fails with, in an operator's words: which file and disk, what is wrong, what to do."""
+"""Turn SQLite's errors into messages that name the file, the fault and the way out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from sidecar.errors import Reason, Refused
 
 FULL_BELOW_BYTES = 1 << 16
-"""What a write may need at once: with less, a disk that fails is taken for a full one, whatever SQLite calls it."""
+"""The most that a write may need at once. With less free, a failing disk counts as full, whatever SQLite reports."""
 
 _PRIMARY = 0xFF
 _DAMAGED = "is damaged or no registry; put back a copy of it, or move it away and register the adapters again"
@@ -24,13 +24,13 @@ _WORDS = {
     sqlite3.SQLITE_IOERR: "could not be read or written because its disk failed; look into the kernel's log",
     sqlite3.SQLITE_CORRUPT: _DAMAGED,
     sqlite3.SQLITE_NOTADB: _DAMAGED,
-    sqlite3.SQLITE_ERROR: _DAMAGED,  # a statement of ours that another schema does not take
+    sqlite3.SQLITE_ERROR: _DAMAGED,  # a file with another schema rejects our statement
 }
 
 
 @contextmanager
 def in_words(path: Path | None) -> Iterator[None]:
-    """Have what SQLite raises told as Refused(STATE_UNAVAILABLE). `path` is the database's file, None for memory."""
+    """Turn SQLite's errors into Refused(STATE_UNAVAILABLE). `path` is the database's file, None for memory."""
     try:
         yield
     except sqlite3.Error as error:

@@ -1,4 +1,4 @@
-"""Records as they are written down, in a file or in a Redis."""
+"""Convert records to and from the JSON that the registry's file and Redis store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.errors import SidecarError
 from sidecar.state.records import Declared, Record, Version
 
 LAYERS_MAX = 10_000
-"""As many as the names of tensors can number."""
+"""The number of layers that tensors' names can have: four digits."""
 WHY_LENGTH_MAX = 300
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
@@ -53,11 +53,11 @@ def _version_to_json(version: Version) -> dict[str, Any]:
 
 
 class UnreadableRecord(ValueError):
-    """What is written down is damaged, or of a release that writes more than this one reads."""
+    """A stored record is damaged, or from a newer release with fields that this one cannot read."""
 
 
 def from_json(name: str, text: str) -> Record:
-    """Return a record that was written down. Raises UnreadableRecord with what is wrong with it."""
+    """Return a stored record. Raises UnreadableRecord with the fault."""
     try:
         record = _record(name, json.loads(text))
         check_sound(record)
@@ -82,7 +82,7 @@ def _record(name: str, fields: dict[str, Any]) -> Record:
 
 
 def _declared_from_json(fields: dict[str, Any] | None) -> Declared | None:
-    """Return what is written of a declaration. Nothing is of names without one, nor before there were any."""
+    """Return the stored declaration, or None: names without one, and older releases, store none."""
     if fields is None:
         return None
     prefetch = fields["prefetch"]
@@ -102,9 +102,9 @@ def _version_from_json(fields: dict[str, Any]) -> Version:
 
 @lru_cache(maxsize=1024)
 def _written(rows: tuple[Row, ...]) -> list[list[Any]] | dict[str, Any]:
-    """Return rows as they are written: where all layers are alike the rows of one, and how many layers there are.
+    """Return rows as stored: if all layers are equal, the rows of one layer and the number of layers.
 
-    They are most of what a record weighs, and of what reading it takes.
+    Rows are the bulk of a record's size and of the time to read it.
     """
     layer = [(row.module, row.module_id, row.rank, row.in_dim, row.out_dim) for row in rows if row.layer == 0]
     count = len(rows) // len(layer) if layer else 0
@@ -114,7 +114,7 @@ def _written(rows: tuple[Row, ...]) -> list[list[Any]] | dict[str, Any]:
 
 
 def check_sound(record: Record) -> None:
-    """Raise ValueError, TypeError or Refused unless a record's parts are of their kinds and fit together."""
+    """Raise ValueError, TypeError or Refused unless a record's parts have the right types and fit together."""
     numbers = [version.ordinal for version in record.versions]
     if len(frozenset(numbers)) != len(numbers):
         raise ValueError(f"its versions are numbered {numbers}")
@@ -131,7 +131,7 @@ def check_sound(record: Record) -> None:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise TypeError(f"{shown(repr(value)[:200])} is no {kind}")
         if isinstance(value, str):
-            value.encode()  # half a character in one record would fail the answer that lists them all
+            value.encode()  # a lone surrogate in one record would break the answer that lists all of them
 
 
 def _parts_of(version: Version) -> Iterator[tuple[Any, Any]]:
@@ -165,7 +165,7 @@ def _read(written: list[list[Any]] | dict[str, Any]) -> tuple[Row, ...]:
 
 @lru_cache(maxsize=1024)
 def _alike(layers: int, each: tuple[tuple[Any, ...], ...]) -> tuple[Row, ...]:
-    """Return the rows of layers that are alike; adapters of one make share them in memory."""
+    """Return the rows of equal layers; adapters of the same shape share them in memory."""
     return tuple(
         Row(module, module_id, layer, rank, in_dim, out_dim)
         for layer in range(layers)

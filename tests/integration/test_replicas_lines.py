@@ -96,12 +96,12 @@ async def test_a_large_request_has_a_call_of_its_own(
     """It ends with the request, and the shared one stays."""
     async with owner_and_other(tmp_path, adapters) as (_, other):
         await other.ask("a00")
-        shared = set(other.sidecar.replica.peers._lines)
+        shared = set(other.sidecar.replica.peers._calls)
         assert len(shared) == 1
         monkeypatch.setattr(peers, "LARGE_BYTES", 0)
         answers = await asyncio.gather(*(other.ask("a01") for _ in range(8)))
         assert all(answer.tokens == other.expected("a01", 4) for answer in answers)
-        await until(lambda: set(other.sidecar.replica.peers._lines) == shared)
+        await until(lambda: set(other.sidecar.replica.peers._calls) == shared)
 
 
 async def test_engines_are_read_no_further_than_the_other_replica_takes(

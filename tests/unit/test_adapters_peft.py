@@ -216,9 +216,9 @@ def test_a_config_that_is_not_json_is_refused(tmp_path: Path, text: str, why: st
         ("base_model.model.model.layers.0.mlp.experts.lora_A.weight", "as one parameter (target_parameters)"),
         ("base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight", "as one parameter"),
         ("base_model.model.model.layers.0.self_attn.q_a_proj.lora_A.weight", "multi-head latent attention"),
-        (f"{Q_PROJ}.vera_lambda_b", "is not LoRA's but another method's; merge it"),
-        (f"{Q_PROJ}.ia3_l", "is not LoRA's but another method's"),
-        ("prompt_encoder.prompt_embeddings", "is not LoRA's but another method's"),
+        (f"{Q_PROJ}.vera_lambda_b", "belongs to another method than LoRA; merge it"),
+        (f"{Q_PROJ}.ia3_l", "belongs to another method than LoRA"),
+        ("prompt_encoder.prompt_embeddings", "belongs to another method than LoRA"),
     ],
 )
 def test_a_tensor_that_has_no_place_is_refused_by_name(tmp_path: Path, name: str, why: str) -> None:

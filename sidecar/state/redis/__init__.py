@@ -1,15 +1,15 @@
-"""The state that several replicas share in a Redis, a Valkey, behind Sentinels or in a cluster.
+"""The state that several replicas share in Redis or Valkey, standalone, behind Sentinels or in a cluster.
 
-    address   what the configuration says about where it is, and nothing secret
-    link      the connection: clients, credentials, scripts run once and only once
-    scripts   what happens inside Redis, each script in one step that nothing comes between
-    entries   one name as it is written down there
-    copy      what one replica holds of it in memory, and which of two entries wins
-    history   asking Redis whether it still has what this replica has read, and putting back what it lost
-    registry  the registry over all of it
-    contents  a whole registry, read or put there
-    members   who is there, and who holds which lease; their scripts are in member_scripts
+    link      the connection: clients, credentials, scripts
+    scripts   the registry's Lua scripts, each of which Redis runs atomically
+    entries   one name as Redis stores it
+    copy      one replica's copy in memory, and the rule for which of two entries wins
+    history   detect that Redis lost data that this replica has read, and restore it
+    feed      follow the stream of changes
+    registry  the registry on top of these
+    contents  read or write a whole registry
+    members   members and leases; their scripts are in member_scripts
 
-All keys carry one hash tag, so they lie in one slot of a cluster and a script may touch them together. Commands are
-those of Redis 6.2.
+All keys carry one hash tag, so they lie in one slot of a cluster and a script may use all of them. Commands are those
+of Redis 6.2.
 """

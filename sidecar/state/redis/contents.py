@@ -1,4 +1,4 @@
-"""A whole registry read from a Redis, or put into one, while no replica is at work on it."""
+"""Read or write a whole registry in Redis while no replica works on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from time import time
 from typing import TypeVar
 
 from sidecar.errors import Misused, Reason
-from sidecar.state.contents import Contents, Told, unreadable
+from sidecar.state.contents import Contents, Progress, unreadable
 from sidecar.state.records import Record
 from sidecar.state.redis.entries import Entry, Head, entry_of, value_of
 from sidecar.state.redis.history import SCHEMA, Position, look
@@ -20,13 +20,13 @@ from sidecar.state.registry import Change
 T = TypeVar("T")
 
 UNFINISHED = "unfinished"
-"""The schema while a registry is being put there: no replica starts on half of one."""
+"""The schema number during a write: it keeps replicas from starting on an incomplete registry."""
 WRITTEN_A_TURN = 500
 NUMBER_MAX = 2**53
 
 
 class RedisRegistryStore:
-    """A registry in a Redis. Entering it refuses while replicas beat there."""
+    """A registry in Redis. Entering the context raises Misused while live replicas use it."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
@@ -75,10 +75,10 @@ class RedisRegistryStore:
             ]
         return Contents(tuple(records[name] for name in sorted(records)), tuple(changes), last)
 
-    async def write(self, contents: Contents, told: Told) -> None:
+    async def write(self, contents: Contents, told: Progress) -> None:
         await self._asked(self._write(contents, told))
 
-    async def _write(self, contents: Contents, told: Told) -> None:
+    async def _write(self, contents: Contents, told: Progress) -> None:
         link = self._link
         await link.erase()
         await link.set_meta(schema=UNFINISHED)
@@ -104,12 +104,14 @@ class RedisRegistryStore:
             return await question
         except FAULTS as error:
             if is_final(error):
-                raise Misused(Reason.CONFIG_INVALID, f"{self} does not let us in: {self._link.words(error)}") from error
+                raise Misused(
+                    Reason.CONFIG_INVALID, f"{self} rejects the connection: {self._link.describe(error)}"
+                ) from error
             raise self._link.refused(error) from error
 
 
 def _entries(contents: Contents) -> Iterator[tuple[str, Entry]]:
-    """Yield what is to be written of each name, of the forgotten ones in the log too."""
+    """Yield the entry of each name, forgotten names of the change log included."""
     now_ms = int(time() * 1000)
     live = {record.name for _, record in contents.records}
     for number, record in contents.records:

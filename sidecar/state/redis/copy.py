@@ -1,7 +1,7 @@
-"""What one replica holds in memory of the shared names. No I/O.
+"""One replica's copy of the shared names, in memory. No I/O.
 
-Of two entries of a name the one with the higher revision wins, whichever comes first and wherever it comes from: a
-change as it happens, a list read whole, or another replica's copy after Redis lost data. So all replicas end alike.
+Of two entries of a name, the one with the higher revision wins, whichever comes first and wherever it comes from: a
+change from the stream, a full read, or another replica's copy after Redis lost data. All replicas therefore converge.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from sidecar.state.registry import Change
 
 TOMBSTONES_MAX = 10_000
 TOMBSTONES_MS = 7 * 24 * 3600 * 1000
-"""How many forgotten names are remembered, and for how long, so that no old copy brings one back."""
+"""How many forgotten names are kept as tombstones, and for how long, so that no old copy restores one."""
 
 
 class Copy:
-    """Entries by name, those of forgotten names among them."""
+    """Entries by name, forgotten names included."""
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
@@ -39,16 +39,16 @@ class Copy:
         return entry.record if entry is not None else None
 
     def head(self, name: str) -> Head:
-        """Return how new a name's entry is, NOTHING for one that was never heard of."""
+        """Return the head of a name's entry, or NOTHING for an unknown name."""
         entry = self._entries.get(name)
         return entry.head if entry is not None else NOTHING
 
     def live_revision(self, name: str) -> int:
-        """Return the revision of a name's record, readable or not, 0 where it has none."""
+        """Return the revision of a name's record, readable or not, or 0 if it has none."""
         return self.head(name).revision if self.get(name) is not None or name in self.set_aside else 0
 
     def take(self, name: str, entry: Entry) -> Change | None:
-        """Take an entry if it is newer; return the change to tell of, None where nothing changed."""
+        """Take an entry if it is newer; return the change to announce, or None if nothing changed."""
         if not newer(entry.head, self.head(name)):
             return None
         had = self.get(name)
@@ -64,14 +64,14 @@ class Copy:
         return Change(entry.head.number, name, entry.record)
 
     def drop(self, name: str, number: int) -> Change | None:
-        """Forget a name that is not written down any more, not even as a forgotten one."""
+        """Drop a name that Redis no longer has, not even as a tombstone."""
         had = self._entries.pop(name).record
         self._buried.pop(name, None)
         self.set_aside.pop(name, None)
         return Change(number, name, None) if had is not None else None
 
     def newer_than(self, stored: dict[str, Head]) -> Iterator[tuple[str, Entry]]:
-        """Yield what is newer here than written down, oldest first."""
+        """Yield the entries that are newer here than in Redis, oldest first."""
         mine = [pair for pair in self._entries.items() if newer(pair[1].head, stored.get(pair[0], NOTHING))]
         yield from sorted(mine, key=lambda pair: pair[1].head)
 

@@ -1,10 +1,10 @@
-"""One name as it is written down in Redis: a head for the scripts, then the record, nothing for a forgotten name.
+"""One name as Redis stores it: a head for the scripts, then the record, which is empty for a forgotten name.
 
     <revision>:<token>:<number>:<milliseconds>:<record as JSON>
 
-`revision` tells how new the content is and stays what it is for as long as the content does; `number` is the change
-that announced it last, a later one when a replica has put the entry back into a Redis that had lost it. `token` is
-random: with it a write that is sent twice is taken once, and two contents with one revision have an order.
+`revision` orders contents by age and changes only with the content. `number` is the change that last announced the
+entry; it grows when a replica restores an entry that Redis had lost. `token` is random: it makes a write that is sent
+twice count once, and orders two contents of one revision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HEAD = re.compile(r"(\d+):(\w+):(\d+):(\d+):")
 
 
 class Head(NamedTuple):
-    """What is known of an entry without reading its record. `time_ms` is when it was written, by Redis' clock."""
+    """The fields of an entry before its record. `time_ms` is the time of the write by Redis' clock."""
 
     revision: int
     token: str
@@ -28,9 +28,10 @@ class Head(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A name's record and how new it is; `record` is None for a name that was forgotten.
+    """A name's record and head; `record` is None for a forgotten name.
 
-    A record that cannot be read is None too: `unread` is its text, which is kept as it is, and `why` what is wrong.
+    `record` is None for an unreadable record too: `unread` is then its text, which is kept as it is, and `why` the
+    fault.
     """
 
     head: Head
@@ -43,12 +44,12 @@ NOTHING = Head(0, "", 0, 0)
 
 
 def newer(one: Head, other: Head) -> bool:
-    """Whether the content of one entry is newer than another's. The scripts decide alike."""
+    """Return True if the content of one entry is newer than the other's. The scripts use the same rule."""
     return (one.revision, one.token) > (other.revision, other.token)
 
 
 def head_of(value: str) -> Head:
-    """Return how new a value is, NOTHING for a damaged one."""
+    """Return the head of a stored value, or NOTHING if it is damaged."""
     match = _HEAD.match(value)
     if match is None:
         return NOTHING

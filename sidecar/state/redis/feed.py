@@ -1,6 +1,6 @@
-"""Following what changes: the copy in memory, kept up to date by the stream of changes, whatever happens to Redis.
+"""Keep the copy in memory up to date by following Redis' stream of changes, through outages and data loss.
 
-Own changes come by that stream as everybody else's do, so there is one path and one order.
+A replica's own changes come by the stream too, so there is one path and one order.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ logger = logging.getLogger(__name__)
 BLOCK_MS = 1000
 LOOK_EVERY_S = 1.0
 START_S = 20.0
-"""How long a start waits for a Redis that is not there yet."""
+"""How long a start waits for Redis to become reachable."""
 DELAY_S, DELAY_S_MAX = 0.05, 1.0
 CANCEL_S = 0.05
 
 
 class Feed:
-    """What this replica has read. `member` is the name under which it says how far that is."""
+    """Reads the changes for this replica. It reports its progress under the name `member`."""
 
     def __init__(self, link: Link, member: str = "") -> None:
         self.copy = Copy()
         self.position = Position()
         self.subscribers = Subscribers()
         self.revision = 0
-        """The last change that is known to be written, read or not."""
+        """The last change known to be written, read or not."""
         self.trouble = "it has not been reached yet"
         self._link = link
         self._member = member
@@ -44,13 +44,13 @@ class Feed:
         self._moved = asyncio.Event()
         self._look_at = 0.0
         self.away_since: float | None = time()
-        """Since when (Unix seconds) Redis has not answered; None while it does."""
+        """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
 
     async def start(self) -> None:
-        """Read everything and follow the changes from then on.
+        """Read everything, then follow the changes.
 
-        Raises Misused(STATE_INCOMPATIBLE), Misused(CONFIG_INVALID) when Redis does not let us in, and
-        Refused(STATE_UNAVAILABLE) when it is not there for a while.
+        Raises Misused(STATE_INCOMPATIBLE), Misused(CONFIG_INVALID) if Redis rejects the credentials, and
+        Refused(STATE_UNAVAILABLE) if it stays unreachable for `START_S`.
         """
         until, delay_s = monotonic() + START_S, DELAY_S
         while self.away_since is not None:
@@ -61,8 +61,8 @@ class Feed:
                 if is_final(error):
                     raise Misused(
                         Reason.CONFIG_INVALID,
-                        f"state: Redis at {self._link} does not let us in: {self._link.words(error)}; see state.url's "
-                        "user, state.password_file and state.tls",
+                        f"state: Redis at {self._link} rejects the connection: {self._link.describe(error)}; see the user in "
+                        "state.url, state.password_file and state.tls",
                     ) from error
                 if monotonic() > until:
                     raise self._link.refused(error) from error
@@ -74,15 +74,15 @@ class Feed:
 
     async def close(self) -> None:
         while self._task is not None and not self._task.done():
-            self._task.cancel()  # more than once: one that meets a time limit of the client is lost
+            self._task.cancel()  # more than once: the client's timeout can swallow a cancellation
             await asyncio.wait([self._task], timeout=CANCEL_S)
 
     async def has_read(self, number: int, limit_s: float) -> None:
-        """Return when a change has been read. Raises TimeoutError."""
+        """Wait until a change has been read. Raises TimeoutError."""
         await self._until(lambda: self.position.applied >= number, limit_s)
 
     async def has_moved(self, position: Position, limit_s: float) -> None:
-        """Return when the position is another one: after a loss, once Redis has been read anew. Raises TimeoutError."""
+        """Wait until the position changes, as when Redis has been read anew after a loss. Raises TimeoutError."""
         self._look_at = 0.0
         await self._until(lambda: self.position != position, limit_s)
 
@@ -92,7 +92,7 @@ class Feed:
                 await self._moved.wait()
 
     async def _follow(self) -> None:
-        """Take changes as they come, for ever. What goes wrong is waited out."""
+        """Apply changes as they come, for ever. After a failure, wait and go on."""
         delay_s = DELAY_S
         while True:
             try:
@@ -100,11 +100,11 @@ class Feed:
                 delay_s = DELAY_S
             except (*FAULTS, SidecarError) as error:
                 self._is_away(error)
-            except Exception as error:  # an entry that cannot be read; everything else must go on
+            except Exception as error:  # an unreadable entry must not stop the feed
                 logger.exception("the feed of changes from Redis at %s failed", self._link)
                 self._is_away(error)
             if self.away_since is not None:
-                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # not all replicas at the same moment
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # replicas retry at different times
                 delay_s = min(2 * delay_s, DELAY_S_MAX)
 
     async def _take_some(self) -> None:
@@ -125,7 +125,7 @@ class Feed:
             await self._report()
 
     async def _report(self) -> None:
-        """Say how far this replica has read: writers wait for that."""
+        """Report how far this replica has read: writers wait for that."""
         if self._member:
             await self._link.set_applied(self._member, self.position.applied)
 
@@ -147,11 +147,11 @@ class Feed:
     def _tell(self, change: Change) -> None:
         try:
             self.subscribers.tell(change)
-        except Exception:  # the next change must come to the others all the same
+        except Exception:  # a faulty subscriber must not keep changes from the others
             logger.exception("a subscriber failed on the change %d of %s", change.number, change.name)
 
     def _wake(self) -> None:
-        """Let those go on who wait for a change, or for Redis."""
+        """Wake the tasks that wait for a change, or for Redis."""
         self._moved.set()
         self._moved = asyncio.Event()
 
@@ -162,7 +162,7 @@ class Feed:
         self.away_since = None
 
     def _is_away(self, error: Exception) -> None:
-        self.trouble = self._link.words(error)
+        self.trouble = self._link.describe(error)
         if self.away_since is None:
             self.away_since = time()
             logger.warning("Redis at %s is away: %s", self._link, self.trouble)

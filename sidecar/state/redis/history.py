@@ -1,9 +1,10 @@
-"""Asking Redis whether it still has what this replica has read, reading it whole, and putting back what it lost.
+"""Detect that Redis lost data that this replica has read, read all names anew, and restore what was lost.
 
-A Redis loses data when it is emptied, comes back from an older dump, or fails over to a server that had not got the
-last writes. Each replica notices by itself (see `scripts`) and then merges: it takes what is newer there, and puts back
-what is newer here, forgotten names too. An entry that is put back keeps its revision, so a replica that had read less
-cannot pass an old content off as new, and it is announced under a new number, so those who merged before hear of it.
+Redis loses data when it is emptied, comes back from an older dump, or fails over to a server without the last writes.
+Each replica detects this by itself (see `scripts`) and merges: it takes the entries that are newer in Redis, and
+restores those that are newer here, forgotten names included. A restored entry keeps its revision, so a replica that had
+read less cannot restore an old content over a newer one. It is announced under a new number, so replicas that merged
+earlier see it.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from sidecar.state.registry import CHANGES_MAX, Change
 
 SCHEMA = "1"
 LIMITS = (CHANGES_MAX, TOMBSTONES_MS, TOMBSTONES_MAX)
-READ_A_TURN = 50
-"""Records read before the event loop gets to do something else."""
+READ_AT_ONCE = 50
+"""Records read before the event loop runs other tasks."""
 RESTORED_A_TURN = 100
 
 
 class Position(NamedTuple):
-    """Up to where a replica has read: which state it was, the last change's number and its mark."""
+    """How far a replica has read: the state's incarnation, and the last change's number and mark."""
 
     incarnation: str = ""
     applied: int = 0
@@ -38,7 +39,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """What a look at Redis showed: the state, its last change, and whether what was read of it is lost."""
+    """The result of LOOK: the state, its last change, and whether Redis lost what this replica has read."""
 
     incarnation: str
     revision: int
@@ -52,7 +53,7 @@ class View:
 
 
 async def look(link: Link, position: Position) -> View:
-    """Look at Redis, and begin the state where there is none. Raises FAULTS, Misused(STATE_INCOMPATIBLE)."""
+    """Run LOOK, which creates the state if there is none. Raises FAULTS, Misused(STATE_INCOMPATIBLE)."""
     found = await link.run(LOOK, SCHEMA, token_hex(8), *position)
     if found[0] != SCHEMA:
         raise Misused(
@@ -65,22 +66,22 @@ async def look(link: Link, position: Position) -> View:
 
 
 async def reread(link: Link, copy: Copy, position: Position, tell: Callable[[Change], None]) -> Position:
-    """Read everything, put back what only this replica has, and return from where to follow the changes.
+    """Read everything, restore entries that only this replica has, and return the position to follow changes from.
 
-    Raises FAULTS, Misused(STATE_INCOMPATIBLE); it may be tried again then.
+    Raises FAULTS, Misused(STATE_INCOMPATIBLE); a retry is safe.
     """
     view = await look(link, position)
     if view.last != view.revision or view.revision < position.applied:
-        await _restore(link, view.incarnation, position.applied, [])  # the numbers go on from what was read here
+        await _restore(link, view.incarnation, position.applied, [])  # numbers continue from the last one read here
         view = replace(await look(link, position), lost=view.lost)
     stored, found = await _read_all(link, copy)
     for number, (name, entry) in enumerate(sorted(found.items(), key=lambda pair: pair[1].head.number)):
         change = copy.take(name, entry)
         if change is not None:
             tell(change)
-        if number % READ_A_TURN == 0:
+        if number % READ_AT_ONCE == 0:
             await asyncio.sleep(0)
-    if not view.lost:  # what is not written down any more was forgotten long ago
+    if not view.lost:  # names that Redis does not have were forgotten long ago
         for name in copy.unknown_to(stored):
             change = copy.drop(name, view.revision)
             if change is not None:
@@ -90,7 +91,7 @@ async def reread(link: Link, copy: Copy, position: Position, tell: Callable[[Cha
 
 
 async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, Entry]]:
-    """Return how new each name is there, and those entries that are newer than here."""
+    """Return the head of each name in Redis, and the entries that are newer than here."""
     stored: dict[str, Head] = {}
     found: dict[str, Entry] = {}
     read = 0
@@ -105,7 +106,7 @@ async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, 
             if newer(head, copy.head(name)):
                 found[name] = entry_of(name, value)
                 read += 1
-                if read % READ_A_TURN == 0:
+                if read % READ_AT_ONCE == 0:
                     await asyncio.sleep(0)
     return stored, found
 

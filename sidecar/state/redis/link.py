@@ -1,7 +1,6 @@
-"""The connection to a Redis: the client for each kind of address, credentials, and scripts.
+"""The connection to Redis: the client for each kind of address, credentials, and scripts.
 
-Every script may be sent twice without harm (a write carries a token, the others come to the same), so the client may
-send again what got no answer.
+Every script is idempotent (a write carries a token), so the client may resend a script that got no answer.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from sidecar.state.redis.entries import Entry, value_of
 from sidecar.state.redis.scripts import Script
 
 FAULTS = (RedisError, OSError, asyncio.TimeoutError, RuntimeError)
-"""What a command may raise when Redis is not there or does not do it.
+"""The errors that a command may raise when Redis is unreachable or refuses it.
 
-The last is uvloop's for a write to a connection that was closed this very moment, which the client passes on.
+The last one is uvloop's, for a write to a connection that was just closed; the client passes it on.
 """
 CONNECT_S, ANSWER_S = 2.0, 3.0
-"""How long a connection, and an answer, may take; a blocking read blocks for less."""
-SCANNED_A_TURN = 500
+"""The timeouts of a connection and of an answer; a blocking read blocks for less."""
+SCANNED_AT_ONCE = 500
 
 
 class Announced(NamedTuple):
-    """An entry of the stream of changes. `before` and `after` are the number and the mark of the one before it."""
+    """An entry of the stream of changes. `before` and `after` are the number and the mark of the preceding entry."""
 
     number: int
     before: int
@@ -46,14 +45,14 @@ class Announced(NamedTuple):
 
 
 class PasswordFile(CredentialProvider):
-    """A user name, and the password that a file holds at the time."""
+    """A user name, and a file that holds the password; it is read for each connection."""
 
     def __init__(self, user: str, path: Path | None) -> None:
         self._user = user
         self._path = path
 
     def password(self) -> str:
-        """Return the password, "" without a file. Raises Misused."""
+        """Return the password, or "" without a file. Raises Misused if the file cannot be read."""
         if self._path is None:
             return ""
         try:
@@ -66,7 +65,7 @@ class PasswordFile(CredentialProvider):
 
 
 class Link:
-    """A Redis and the keys in it that are ours."""
+    """A Redis and our keys in it."""
 
     def __init__(self, place: RedisLocation) -> None:
         self.place = place
@@ -84,38 +83,38 @@ class Link:
         given = (len(script.keys), *(self.key(name) for name in script.keys), *arguments)
         try:
             return await self._client.evalsha(script.digest, *given)
-        except NoScriptError:  # a Redis that is new, or was restarted
+        except NoScriptError:  # a new or restarted Redis does not know the script
             return await self._client.eval(script.text, *given)
 
     async def read(self, after: int, block_ms: int) -> list[Announced]:
-        """Return the next changes, [] when none comes for a while. Raises FAULTS."""
+        """Return the next changes, or [] if none comes within `block_ms`. Raises FAULTS."""
         key = self.key("changes")
-        found = await self._client.xread({key: f"{after}-0"}, count=SCANNED_A_TURN, block=block_ms)
+        found = await self._client.xread({key: f"{after}-0"}, count=SCANNED_AT_ONCE, block=block_ms)
         return [_announced(number, fields) for _, entries in found or () for number, fields in entries]
 
     async def changes(self, first: int, last: int) -> list[Announced]:
-        """Return the first few changes of a range. Raises FAULTS."""
-        found = await self._client.xrange(self.key("changes"), str(first), str(last), count=SCANNED_A_TURN)
+        """Return the first changes of a range, at most a page of them. Raises FAULTS."""
+        found = await self._client.xrange(self.key("changes"), str(first), str(last), count=SCANNED_AT_ONCE)
         return [_announced(number, fields) for number, fields in found]
 
     async def first_change(self) -> int:
-        """Return the number of the oldest change that is kept, 0 where none is. Raises FAULTS."""
+        """Return the number of the oldest kept change, or 0 if there is none. Raises FAULTS."""
         found = await self._client.xrange(self.key("changes"), "-", "+", count=1)
         return int(found[0][0].partition("-")[0]) if found else 0
 
     async def entries(self) -> AsyncIterator[Mapping[str, str]]:
-        """Yield the names' values, some at a time; one that changes meanwhile may come twice. Raises FAULTS."""
+        """Yield the names' values, in pages; one that changes meanwhile may come twice. Raises FAULTS."""
         cursor = -1
         while cursor != 0:
-            cursor, values = await self._client.hscan(self.key("adapters"), max(cursor, 0), count=SCANNED_A_TURN)
+            cursor, values = await self._client.hscan(self.key("adapters"), max(cursor, 0), count=SCANNED_AT_ONCE)
             yield values
 
     async def set_applied(self, member: str, number: int) -> None:
-        """Let it be known up to which change a member has read. Raises FAULTS."""
+        """Store the last change that a member has read. Raises FAULTS."""
         await self._client.hset(self.key("applied"), member, str(number))
 
     async def schema(self) -> str | None:
-        """Return the schema of the state that is there, None where there is none. Raises FAULTS."""
+        """Return the schema of the state, or None if there is no state. Raises FAULTS."""
         found = await self._client.hget(self.key("meta"), "schema")
         return None if found is None else str(found)
 
@@ -123,14 +122,14 @@ class Link:
         await self._client.hset(self.key("meta"), mapping=fields)
 
     async def put_entries(self, entries: list[tuple[str, Entry]]) -> None:
-        """Write entries into a state that nobody else works on. Raises FAULTS."""
+        """Write entries into a state that nobody else uses. Raises FAULTS."""
         await self._client.hset(self.key("adapters"), mapping={name: value_of(entry) for name, entry in entries})
         buried = {name: entry.head.time_ms for name, entry in entries if entry.record is None}
         if buried:
             await self._client.zadd(self.key("tombstones"), buried)
 
     async def put_changes(self, changes: list[Announced]) -> None:
-        """Append changes to the stream of a state that nobody else works on. Raises FAULTS."""
+        """Append changes to the stream of a state that nobody else uses. Raises FAULTS."""
         async with self._client.pipeline(transaction=False) as pipeline:
             for number, before, after, mark, name, value in changes:
                 fields = {"before": before, "after": after, "mark": mark, "name": name, "value": value}
@@ -138,15 +137,15 @@ class Link:
             await pipeline.execute()
 
     async def erase(self) -> None:
-        """Remove everything of ours but who is there. Raises FAULTS."""
+        """Remove all our keys except those of members and leases. Raises FAULTS."""
         await self._client.delete(*(self.key(name) for name in ("meta", "adapters", "changes", "tombstones")))
 
     async def close(self) -> None:
         for client in (self._client, *self._others):
             await client.aclose()
 
-    def words(self, error: BaseException) -> str:
-        """Return what an error says, without our password whatever a server may repeat."""
+    def describe(self, error: BaseException) -> str:
+        """Return an error's text with our password removed, which a server may repeat."""
         text = " ".join(str(error).split()) or type(error).__name__
         try:
             password = self._credentials.password()
@@ -155,13 +154,13 @@ class Link:
         return text.replace(password, "(hidden)") if password else text
 
     def refused(self, error: BaseException) -> Refused:
-        """Return the ending of something that needed Redis now."""
-        return Refused(Reason.STATE_UNAVAILABLE, f"this needs Redis at {self}: {self.words(error)}; try again")
+        """Return the error for an operation that failed because Redis is unavailable."""
+        return Refused(Reason.STATE_UNAVAILABLE, f"this needs Redis at {self}: {self.describe(error)}; try again")
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether trying again cannot help: somebody must change the configuration first."""
-    below = error.__cause__ or error.__context__  # the client wraps what TLS says
+    """Return True if a retry cannot help because the configuration must change first."""
+    below = error.__cause__ or error.__context__  # the client wraps TLS errors
     final = isinstance(error, AuthenticationError | NoPermissionError | ssl.SSLCertVerificationError)
     return final or (below is not None and is_final(below))
 
@@ -178,12 +177,12 @@ def _announced(number: str, fields: dict[str, str]) -> Announced:
 
 
 def _clients(place: RedisLocation, credentials: PasswordFile) -> list[Any]:
-    """Return the client that commands go to, and after it those that only say where that is."""
+    """Return the client for commands, followed by clients that only locate it (Sentinels)."""
     address = place.address
     host, port = address.hosts[0]
     options: dict[str, Any] = _transport(place) | {
         "decode_responses": True,
-        "encoding_errors": "surrogateescape",  # a damaged value must not keep all others from being read
+        "encoding_errors": "surrogateescape",  # a damaged value must not keep the others from being read
         "protocol": 2,
     }
     if place.password_file is not None or address.user:

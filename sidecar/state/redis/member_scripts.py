@@ -1,9 +1,9 @@
-"""Members and leases inside Redis; times are in µs of its clock, which a double of Lua holds exactly.
+"""The Lua scripts for members and leases. Times are in µs of Redis' clock, which a Lua double holds exactly.
 
-A generation is one life of one process as a primary, known by its `run_id` and `master_replid`. The first script that
-finds itself in another one than is written down begins it: leases of earlier ones are then not known to be true, and
-nobody is taken for dead before having had the time to beat. `tests/worlds/ownership/redis.py` is the same as a model and
-says why; the tests run both side by side.
+A generation is one run of one process as a primary, identified by its `run_id` and `master_replid`. The first script in
+a new generation records it: leases of earlier generations no longer count as certain, and every member gets the time of
+a beat before it counts as dead. `tests/worlds/ownership/redis.py` is a model of these scripts and explains the reasons;
+tests run both side by side.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ local state = redis.call('HMGET', META, 'revision', 'incarnation')
 return {generation, digits(now), digits(born + grace - now), members, leases, state[1] or '0', state[2] or ''}
 """,
 )
-"""Say that a member lives, what it is and what it has read; forget leases that were given back long ago.
+"""Record a member's beat, info and last change read; remove leases that were released long ago.
 
-Backends come and go, and names of pods are never used again. An epoch that is forgotten was of this clock's
-milliseconds, and so will be the next one of that backend.
+Removal keeps the list short: backends come and go, and pods' names are never reused. It is safe, because epochs start
+from this clock's milliseconds: the backend's next epoch will exceed the removed one.
 
-Return [generation, now, when backends without a lease may be had, live members, leases of this generation, the last
-change of the registry, its incarnation or ""]. A member is [id, what it told, what it has read].
+Return [generation, now, µs until backends without a lease may be acquired, live members, leases of this generation, the
+last change of the registry, its incarnation or ""]. A member is [id, info, last change read].
 """
 
 LEAVE = Script(
@@ -113,7 +113,7 @@ end
 return 1
 """,
 )
-"""Take a member off at once, and give back all its leases: one whose release got lost would be waited for."""
+"""Remove a member at once and release all its leases, so that nobody waits for one whose release got lost."""
 
 LAGGING = Script(
     ("applied", "beats"),
@@ -171,7 +171,7 @@ keep(backend, {holder = holder, name = name, token = token, epoch = digits(epoch
 return answer(true, epoch, holder)
 """,
 )
-"""Take a lease where that is safe; return [whether, epoch, holder or "", generation, now]."""
+"""Acquire a lease if that is safe; return [1 if granted else 0, epoch, holder or "", generation, now]."""
 
 RENEW = Script(
     _KEYS,
@@ -187,7 +187,7 @@ end
 return answer(true, tonumber(record.epoch), record.holder)
 """,
 )
-"""Prolong a lease that this token holds, unless a later number did; return as ACQUIRE does."""
+"""Renew the lease that this token holds, unless a later number did; return the same as ACQUIRE."""
 
 RELEASE = Script(
     _KEYS,
@@ -201,4 +201,4 @@ end
 return 1
 """,
 )
-"""Give a lease back; its epoch stays."""
+"""Release a lease; its epoch stays."""

@@ -1,7 +1,4 @@
-"""Who is there, and who holds which lease, as Redis has it. Who wants which one is decided in `sidecar.ownership`.
-
-Its effects go in here and come out as its events: this is the hand that does what it asks of Redis.
-"""
+"""Members and leases in Redis: carries out the effects of `sidecar.ownership` and returns its events."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from sidecar.state.redis.member_scripts import ACQUIRE, BEAT, LEAVE, RELEASE, RE
 from sidecar.state.redis.scripts import Script
 
 MEMBER_TTL_S = Bounds().ttl_ns / 1e9
-"""How long after its last beat a member counts as live."""
+"""How long a member counts as live after its last beat."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What a live member said besides: its `info` (where it is reached), and up to which change it has read."""
+    """A live member, its `info` (its address), and the last change that it has read."""
 
     member: Member
     info: str
@@ -32,9 +29,9 @@ class Standing:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a beat brought back: for ownership, of each live member, and of the registry.
+    """The answer to a beat: the event for ownership, the live members, and the state of the registry.
 
-    `incarnation` is "" where there is no registry in this Redis yet.
+    `incarnation` is "" while this Redis holds no registry.
     """
 
     answered: BeatAnswered
@@ -44,9 +41,9 @@ class Beat:
 
 
 class RedisMembers:
-    """Members and leases in a Redis. All methods raise Refused(STATE_UNAVAILABLE) while it is away.
+    """Members and leases in Redis. All methods raise Refused(STATE_UNAVAILABLE) while it is unreachable.
 
-    A lease that was given back is forgotten `released_kept_s` after it was renewed last.
+    A released lease is removed `released_kept_s` after its last renewal.
     """
 
     def __init__(self, link: Link, bounds: Bounds | None = None, released_kept_s: float = 3600.0) -> None:
@@ -56,7 +53,7 @@ class RedisMembers:
         self._ttl_us, self._grace_us = self._bounds.ttl_ns // 1000, self._bounds.grace_ns // 1000
 
     async def beat(self, call: SendBeat, info: str, applied: int) -> Beat:
-        """Say that a member lives, what it is and what it has read."""
+        """Send a member's beat, with its info and the last change that it has read."""
         member = call.member
         told = json.dumps([member.name, member.weight, member.draining, info])
         generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
@@ -74,11 +71,11 @@ class RedisMembers:
         return Beat(answered, standings, int(revision), incarnation)
 
     async def leave(self, call: SendLeave) -> None:
-        """Take a member off at once, and give back what it had: nobody waits for it any more."""
+        """Remove a member at once and release its leases."""
         await self._ask(LEAVE, call.member)
 
     async def acquire(self, call: SendAcquire, member: Member) -> LeaseAnswered:
-        """Take a lease for a member, where that is safe."""
+        """Acquire a lease for a member, if that is safe."""
         return await self._answered(
             call.number,
             ACQUIRE,
@@ -98,13 +95,13 @@ class RedisMembers:
         )
 
     async def renew(self, call: SendRenew) -> LeaseAnswered:
-        """Prolong a lease that its token holds."""
+        """Renew a lease."""
         return await self._answered(
             call.number, RENEW, call.backend, call.token, call.number, json.dumps(call.witnesses)
         )
 
     async def release(self, call: SendRelease) -> None:
-        """Give a lease back."""
+        """Release a lease."""
         await self._ask(RELEASE, call.backend, call.token)
 
     def _lease(self, backend: str, text: str, now_us: int) -> Lease:

@@ -1,7 +1,7 @@
-"""The registry that several replicas share, behind the same interface as the one in a file.
+"""The registry that several replicas share, with the same interface as the one in a file.
 
-A write is one script: it is refused where the record is not what the writer saw, and it returns when this replica has
-read its own change and every other live member has too. While Redis is away reads go on and writes are refused.
+A write is one script. It is refused if the record is not the one that the writer saw, and it returns when this replica
+and every other live member have read the change. While Redis is unreachable, reads go on and writes are refused.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from sidecar.state.registry import Change, changed_meanwhile, token_too_old
 from sidecar.state.written import to_json
 
 WRITE_S = 10.0
-"""How long a write waits to see its own change."""
+"""How long a write waits to read its own change from the stream."""
 POLL_S, POLL_S_MAX = 0.002, 0.1
-TURNS_MAX = 3
-"""Times that a write is begun anew because Redis had lost data and was being refilled."""
+ATTEMPTS_MAX = 3
+"""How many times a write is attempted while lost data is being restored."""
 
 
 class RedisRegistry:
-    """The registry in a Redis. `member` is who this replica is among those that wait for each other.
+    """The registry in Redis. `member` is this replica's id among those that wait for each other.
 
-    A member that has not beaten for `member_ttl_s` (see `members`) is not waited for.
+    Writes do not wait for a member whose last beat is older than `member_ttl_s` (see `members`).
     """
 
     def __init__(self, link: Link, member: str = "", member_ttl_s: float = MEMBER_TTL_S) -> None:
@@ -44,14 +44,14 @@ class RedisRegistry:
         self._feed = Feed(link, member)
 
     async def start(self) -> None:
-        """Read everything and follow the changes from then on; raises as `Feed.start` does."""
+        """Read everything, then follow the changes. Raises the errors of `Feed.start`."""
         await self._feed.start()
 
     async def close(self) -> None:
         await self._feed.close()
         await self._link.close()
 
-    # What is known.
+    # Reading.
 
     def all(self) -> list[Record]:
         return self._feed.copy.records()
@@ -69,17 +69,17 @@ class RedisRegistry:
 
     @property
     def incarnation(self) -> str:
-        """Which state this is; it is another one after Redis was emptied."""
+        """The id of the state; it changes when Redis was emptied."""
         return self._feed.position.incarnation
 
     @property
     def away_since(self) -> float | None:
-        """Since when (Unix seconds) Redis has not answered; None while it does."""
+        """The time (Unix seconds) since which Redis has not answered, or None while it answers."""
         return self._feed.away_since
 
     @property
     def lag(self) -> int:
-        """How many changes are known to be written that this replica has not read."""
+        """The number of changes known to be written that this replica has not read."""
         return max(0, self._feed.revision - self.last_change)
 
     def subscribe(self, tell: Callable[[Change], None]) -> Callable[[], None]:
@@ -109,7 +109,7 @@ class RedisRegistry:
 
     async def _write(self, name: str, text: str, before: Record | None) -> int:
         token = token_hex(8)
-        for _ in range(TURNS_MAX):
+        for _ in range(ATTEMPTS_MAX):
             if self.away_since is not None:
                 raise self._unavailable()
             if self.get(name) != before:
@@ -123,7 +123,7 @@ class RedisRegistry:
         raise self._unavailable("it lost data and is being refilled")
 
     async def _try(self, name: str, text: str, token: str) -> tuple[str, int]:
-        """Write once, and return what came of it when this replica has read as much as that took into account."""
+        """Attempt one write. Return its result once this replica has read all that the result depends on."""
         feed, position = self._feed, self._feed.position
         outcome, digits = await self._ask(WRITE, *position, name, feed.copy.live_revision(name), token, text, *LIMITS)
         number = int(digits)
@@ -140,7 +140,7 @@ class RedisRegistry:
         return outcome, number
 
     async def acknowledged(self, number: int) -> None:
-        """Wait for the other live members, for a little longer than a dead one counts as live."""
+        """Wait until the other live members have read a change, for a little longer than a dead one counts as live."""
         until, pause_s = monotonic() + self._member_ttl_s + WRITE_S / 2, POLL_S
         while others := await self._ask(LAGGING, number, int(self._member_ttl_s * 1e6), self._member):
             if monotonic() > until:

@@ -1,12 +1,12 @@
-"""What happens inside Redis. A script is one step: nothing comes between its commands, and all keys are in one slot.
+"""The registry's Lua scripts. Redis runs a script atomically, and all keys are in one slot.
 
-`changes` is a stream whose ids are the changes' numbers. Each of its entries has a `mark` of its own and says which
-number and mark came before it. So a reader sees a gap, and a replica that finds another mark, or none, at the number
-that it read last knows that this Redis has lost writes and perhaps taken others since, as after a failover. That is
-asked before every write too: nothing is written on top of a loss before somebody has put back what was lost.
+`changes` is a stream whose ids are the changes' numbers. Each entry has its own `mark` and carries the number and mark
+of the preceding entry, so a reader detects a gap. A replica that finds another mark, or none, at the number that it
+read last knows that this Redis lost writes and may have taken others since, as after a failover. Every write checks
+this first: nothing is written on top of a loss before a replica has restored the lost entries.
 
-A process that finds the state written by another one, as after a failover, lets the numbers leap. So what is written to
-it is newer than all that the one before may have taken and lost: that was acknowledged to nobody who does not have it.
+A process that finds the state written by another process, as after a failover, lets the numbers leap. Its writes are
+therefore newer than all that the former process took and lost; only replicas that have read those were told of them.
 
 The clock is Redis' own.
 """
@@ -26,7 +26,7 @@ class Script:
 
     @property
     def digest(self) -> str:
-        """The name under which Redis keeps it."""
+        """The SHA-1 under which Redis caches the script."""
         return sha1(self.text.encode(), usedforsecurity=False).hexdigest()
 
 
@@ -129,10 +129,10 @@ return {schema, redis.call('HGET', META, 'incarnation'), digits(counter()), digi
   lost(incarnation, applied, mark) and 1 or 0}
 """,
 )
-"""Return [schema, incarnation, revision, the last change's number and its mark, whether what was read is lost].
+"""Return [schema, incarnation, revision, the last change's number and mark, 1 if data that was read is lost else 0].
 
-Creates the state where there is none. Where entries are missing it gives a new incarnation, so that every replica, not
-only the one that noticed, puts back what it has. Of another schema only that is returned, and nothing is touched.
+Creates the state if there is none. If entries are missing, it sets a new incarnation, so that every replica, not only
+the one that noticed, restores what it has. For another schema it returns only the schema and changes nothing.
 """
 
 WRITE = Script(
@@ -160,10 +160,10 @@ announce(number, before, token, changes_max, name, value)
 return {'written', digits(number)}
 """,
 )
-"""Write a record, or nothing to forget a name, where the live record's revision is the expected one (0: none).
+"""Write a record (empty: forget the name) if the live record's revision is the expected one (0: no record).
 
-Return [what came of it, a number]: "written" with the change's number; "conflict" with the last change's; "lost" when
-this Redis has not what the writer has read.
+Return [result, number]: "written" with the change's number; "conflict" with the last change's; "lost" if this Redis
+lacks data that the writer has read.
 """
 
 RESTORE = Script(
@@ -195,8 +195,8 @@ end
 return 1
 """,
 )
-"""Put back entries that are newer than what is there, and announce them under new numbers; names and values in turn.
+"""Restore entries that are newer than those in Redis, and announce them under new numbers.
 
-Before them the numbers leap past what any replica may have read, so none is given twice. Return 1, or 0 when the
-incarnation is another one by now.
+The arguments alternate names and values. The numbers first leap past those that any replica may have read, so none is
+used twice. Return 1, or 0 if the incarnation has changed.
 """
