@@ -61,8 +61,8 @@ class Feed:
                 if is_final(error):
                     raise Misused(
                         Reason.CONFIG_INVALID,
-                        f"state: Redis at {self._link} rejects the connection: {self._link.describe(error)}; see the user in "
-                        "state.url, state.password_file and state.tls",
+                        f"state: Redis at {self._link} rejects the connection: {self._link.describe(error)}; see "
+                        "the user in state.url, state.password_file and state.tls",
                     ) from error
                 if monotonic() > until:
                     raise self._link.refused(error) from error
