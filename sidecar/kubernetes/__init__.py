@@ -1,1 +1,1 @@
-"""A pool that lives in a Kubernetes cluster: its engines, and the adapters that are declared there."""
+"""Kubernetes: discover a Service's engines, and serve the adapters that a namespace declares."""

@@ -1,4 +1,4 @@
-"""Where the API of a Kubernetes cluster is, and as whom it is asked: as a pod's service account, or by a kubeconfig."""
+"""Find the address and credentials of a Kubernetes API server: a pod's service account, or a kubeconfig."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HOST, PORT = "KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"
 
 @dataclass(frozen=True)
 class Access:
-    """One API server, as one user. `namespace` is the one that is meant when none is named.
+    """One API server and one user of it. `namespace` is the default namespace.
 
-    `token` returns the bearer token of this moment, "" if there is none: a service account's changes every hour or so.
+    `token` returns the current bearer token, or "" if there is none. A service account's token changes about hourly.
     """
 
     url: str
@@ -35,17 +35,16 @@ class Access:
 
 
 def find_access(environment: Mapping[str, str] = os.environ, account: Path = SERVICE_ACCOUNT) -> Access:
-    """Return the access of this process: by KUBECONFIG if that is set, else as the pod that it runs in.
+    """Return the access of this process: from KUBECONFIG if that is set, else from the pod that it runs in.
 
-    Raises Misused when there is neither, or when one cannot be used.
+    Raises Misused if there is neither, or if it cannot be used.
     """
     if environment.get(KUBECONFIG):
         return from_kubeconfig(Path(environment[KUBECONFIG].split(os.pathsep)[0]).expanduser())
     if environment.get(HOST):
         return _from_pod(environment, account)
     raise _misused(
-        f"this process runs in no pod of a cluster ({HOST} is not set); run it in one, or name a kubeconfig with "
-        f"{KUBECONFIG}"
+        f"this process runs in no pod ({HOST} is not set); run it in one, or name a kubeconfig with {KUBECONFIG}"
     )
 
 
@@ -66,7 +65,7 @@ def _from_pod(environment: Mapping[str, str], account: Path) -> Access:
 
 
 def from_kubeconfig(path: Path) -> Access:
-    """Return the access that a kubeconfig's current context gives. Raises Misused with what is missing."""
+    """Return the access of a kubeconfig's current context. Raises Misused naming the missing field."""
     try:
         record = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -96,7 +95,7 @@ def _named(record: dict[str, Any], kind: str, name: Any, path: Path) -> dict[str
 
 
 def _tls(cluster: dict[str, Any], user: dict[str, Any], folder: Path) -> ssl.SSLContext:
-    """Return how the server is known, and the client's certificate if it has one."""
+    """Return the TLS context that verifies the server and carries the client's certificate, if any."""
     ca = _pem(cluster, "certificate-authority", folder)
     certificate, key = _pem(user, "client-certificate", folder), _pem(user, "client-key", folder)
     try:
@@ -104,7 +103,7 @@ def _tls(cluster: dict[str, Any], user: dict[str, Any], folder: Path) -> ssl.SSL
         if cluster.get("insecure-skip-tls-verify"):
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if certificate and key:
-            with tempfile.NamedTemporaryFile() as file:  # readable by this user only; ssl takes both as a file alone
+            with tempfile.NamedTemporaryFile() as file:  # readable by this user only; ssl reads both only from a file
                 file.write(certificate + b"\n" + key)
                 file.flush()
                 context.load_cert_chain(file.name)
@@ -114,7 +113,7 @@ def _tls(cluster: dict[str, Any], user: dict[str, Any], folder: Path) -> ssl.SSL
 
 
 def _pem(record: dict[str, Any], key: str, folder: Path) -> bytes:
-    """Return a certificate or key that is inline as `KEY-data`, or in a file; empty if it is neither."""
+    """Return a certificate or key given inline as `KEY-data` or as a file, or b"" if it is neither."""
     try:
         if record.get(f"{key}-data"):
             return base64.b64decode(record[f"{key}-data"], validate=True)
@@ -124,7 +123,7 @@ def _pem(record: dict[str, Any], key: str, folder: Path) -> bytes:
 
 
 class _TokenFile:
-    """A token in a file that is replaced now and then; it is read again when that has happened."""
+    """A token in a file that is replaced from time to time; it is read again after each change."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""A Kubernetes API server as far as it is needed here: get, list, watch, patch, create."""
+"""A small client for a Kubernetes API server: get, list, watch, patch, create."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from sidecar.kubernetes.failures import GONE, ApiError, from_status, refusal, un
 
 FIELD_MANAGER = "lora-sidecar"
 PAGE_MAX = 500
-"""Objects of one answer to a list."""
+"""The number of objects in one page of a list."""
 TIMEOUT = httpx.Timeout(30.0, connect=10.0)
 WATCH_S = (120.0, 240.0)
-"""After how many seconds, by chance, the server is to end a watch: it begins anew, maybe at another server."""
+"""The range in seconds of a watch's random timeout: the next watch may reach another API server."""
 SILENCE_S = 30.0
-"""How much later than it should end a watch may be silent: then the connection is taken for dead."""
+"""A connection counts as dead if its watch is silent for so long after its timeout."""
 LINE_BYTES_MAX = 16 << 20
-"""A watch's event; the server keeps no object of more than a tenth of this."""
+"""The size limit of a watch's event; the server stores no object larger than a tenth of it."""
 
 Object = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Collection:
-    """The objects of one kind in one namespace: `group` is "" for the core API; `selector` picks by label."""
+    """The objects of one kind in one namespace. `group` is "" for the core API; `selector` selects by label."""
 
     group: str
     version: str
@@ -50,7 +50,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Listing:
-    """All objects of a collection at one moment, whose `resource_version` a watch goes on from."""
+    """All objects of a collection at one moment; a watch continues from `resource_version`."""
 
     items: tuple[Object, ...]
     resource_version: str
@@ -58,7 +58,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Event:
-    """What a watch tells: ADDED, MODIFIED and DELETED with the object, BOOKMARK with its metadata only."""
+    """An event of a watch: ADDED, MODIFIED and DELETED with the object, BOOKMARK with its metadata only."""
 
     kind: str
     object: Object
@@ -69,7 +69,7 @@ class Event:
 
 
 class Api:
-    """One API server. Every question raises ApiError when it is not answered as it should be."""
+    """One API server. Every request raises ApiError if it fails."""
 
     def __init__(self, access: Access) -> None:
         self.access = access
@@ -87,13 +87,16 @@ class Api:
         return await self._ask("POST", collection.path, {"fieldManager": FIELD_MANAGER}, json.dumps(made))
 
     async def patch_status(self, collection: Collection, name: str, patch: Object) -> Object:
-        """Merge a patch into an object's status; one that names a resource version is refused (409) for any other."""
+        """Merge a patch into an object's status.
+
+        A patch that names a resource version raises ApiError 409 if the object has another one.
+        """
         path = f"{collection.path}/{name}/status"
         kind = "application/merge-patch+json"
         return await self._ask("PATCH", path, {"fieldManager": FIELD_MANAGER}, json.dumps(patch), kind)
 
     async def list(self, collection: Collection) -> Listing:
-        """Return all objects as of one moment. One whose pages have expired meanwhile is begun anew, once."""
+        """Return all objects as of one moment. A list whose pages expire meanwhile is restarted once."""
         try:
             return await self._list(collection)
         except ApiError as error:
@@ -113,7 +116,10 @@ class Api:
             query["continue"] = metadata["continue"]
 
     async def watch(self, collection: Collection, resource_version: str) -> AsyncGenerator[Event, None]:
-        """Yield what has changed since, until the server ends it. Raises ApiError, with 410 if that is forgotten."""
+        """Yield the changes since a resource version, until the server ends the watch.
+
+        Raises ApiError, with code 410 if the server no longer has that version.
+        """
         what = f"watching {collection}"
         limit_s = uniform(*WATCH_S)
         query = _selecting(collection) | {
@@ -164,7 +170,7 @@ def _selecting(collection: Collection) -> dict[str, str]:
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """Yield the whole lines of a body as they come; what is cut off in one is dropped."""
+    """Yield the complete lines of a body as they arrive; an incomplete last line is dropped."""
     rest = bytearray()
     async for part in answer.aiter_bytes():
         rest += part
@@ -195,4 +201,4 @@ _KEEPALIVE = [
         if hasattr(socket, option)
     ),
 ]
-"""A watch is silent for minutes: that the other side is gone is noticed in half a minute all the same."""
+"""TCP keepalive: a watch may be silent for minutes, but a dead peer is detected within half a minute."""

@@ -1,39 +1,39 @@
-"""What all objects of a cluster declare together: of each name one declaration."""
+"""Choose one declaration for each name from all objects of a cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sidecar.kubernetes.declarations import Declaration, Said
+from sidecar.kubernetes.declarations import Declaration, DeclaringObject
 
 
 @dataclass(frozen=True)
 class Desired:
-    """What is declared, by name.
+    """The chosen declarations, by name.
 
-    `unread` are objects, by owner, of which something could not be read: what they declared before is left as it is.
+    `unread` maps owners to objects with unreadable parts: the names that they declared before stay as they are.
     """
 
     chosen: dict[str, Declaration] = field(default_factory=dict)
     losers: tuple[tuple[Declaration, Declaration], ...] = ()
-    """Declarations of a name that another one has, with that one."""
-    unread: dict[str, Said] = field(default_factory=dict)
+    """Pairs of a declaration that lost its name, and the one that has the name."""
+    unread: dict[str, DeclaringObject] = field(default_factory=dict)
 
 
 @dataclass
 class Cluster:
-    """What is known of a cluster: what it declares, None until all of it has been read, and each object by owner."""
+    """What is known of a cluster: the chosen declarations (None until everything was read), and objects by owner."""
 
     desired: Desired | None = None
-    said: dict[str, Said] = field(default_factory=dict)
+    said: dict[str, DeclaringObject] = field(default_factory=dict)
 
 
-def desired(all_said: Iterable[Said]) -> Desired:
-    """Choose who declares each name: the oldest object that does."""
+def desired(all_said: Iterable[DeclaringObject]) -> Desired:
+    """Choose for each name the declaration of the oldest object that has one."""
     found: dict[str, Declaration] = {}
     losers: list[tuple[Declaration, Declaration]] = []
-    unread: dict[str, Said] = {}
+    unread: dict[str, DeclaringObject] = {}
     for said in sorted((said for said in all_said if not said.source.leaving), key=lambda said: said.source.age_key):
         if said.problem:
             unread[said.source.owner] = said

@@ -1,4 +1,4 @@
-"""What there is to do about a name, from what is declared and what the registry has. Time is an argument."""
+"""Decide what to do about a name, from its declaration and its record. The time is an argument; no I/O."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from sidecar.state.records import Declared, Record, as_declared
 
 
 class Do(Enum):
-    """What is done about one name."""
+    """The next action for one name."""
 
     NOTHING = "nothing"
     BRING = "bring"
-    """Read the source, and let the name stand for what it holds."""
+    """Read the source, and make its content the name's current version."""
     SET = "set"
-    """Let the name be as declared, from the versions that it has."""
+    """Set the name as declared, from its existing versions."""
     MARK = "mark"
-    """Write down that its declaration has gone."""
+    """Record that its declaration was deleted."""
     FORGET = "forget"
 
 
 def is_held(record: Record | None, now: float) -> bool:
-    """Whether an operator has overridden a declaration, for now."""
+    """Return True while an operator's override of the declaration lasts."""
     return record is not None and record.declared is not None and now < record.held_until
 
 
 def belongs_elsewhere(declaration: Declaration, record: Record | None, now: float) -> str:
-    """Say who else has a declared name, and how the declaration can get it; "" if it may have it."""
+    """Return who else owns a declared name and how the declaration can get it, or "" if it may have the name."""
     if record is None or is_held(record, now):
         return ""
     try:
@@ -42,26 +42,26 @@ def belongs_elsewhere(declaration: Declaration, record: Record | None, now: floa
 
 
 def to_do(declaration: Declaration, record: Record | None, now: float) -> Do:
-    """Return what there is to do about a name that is declared."""
+    """Return the next action for a declared name."""
     if declaration.problem or is_held(record, now) or belongs_elsewhere(declaration, record, now):
         return Do.NOTHING
     if record is None or record.declared is None or record.declared.said != declaration.declared.said:
         return Do.BRING
     try:
         return Do.NOTHING if set_back(declaration, record) == record else Do.SET
-    except Refused:  # the version was forgotten, behind others that an operator has tried
+    except Refused:  # the version was dropped after an operator had tried many others
         return Do.BRING
 
 
 def set_back(declaration: Declaration, record: Record) -> Record:
-    """Return a record as its declaration says. Raises Refused(UNKNOWN_ADAPTER) if that needs the source."""
+    """Return a record set as declared. Raises Refused(UNKNOWN_ADAPTER) if that needs the source."""
     digest = record.declared.digest if record.declared is not None else ""
     declared = replace(declaration.declared, digest=digest)
     return as_declared(record, declared, declaration.source.owner, declaration.tenants, declaration.pinned)
 
 
 def to_do_without(record: Record, desired: Desired, now: float) -> Do:
-    """Return what there is to do about a name that was declared and is not any more."""
+    """Return the next action for a name whose declaration was deleted."""
     if record.managed_by in desired.unread or now < record.held_until:
         return Do.NOTHING
     said = record.declared or Declared("", grace_s=GRACE_S)
@@ -71,12 +71,12 @@ def to_do_without(record: Record, desired: Desired, now: float) -> Do:
 
 
 def marked_gone(record: Record, now: float) -> Record:
-    """Return a record whose declaration has gone."""
+    """Return a record with the time at which its declaration was deleted."""
     return replace(record, declared=replace(record.declared or Declared("", grace_s=GRACE_S), gone_at=now))
 
 
 def next_look(record: Record | None, now: float) -> float:
-    """Return when (Unix seconds) there may be something to do about a name although nothing has changed."""
+    """Return the time (Unix seconds) at which a name may need an action although nothing has changed."""
     if record is None:
         return float("inf")
     said = record.declared

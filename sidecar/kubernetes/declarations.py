@@ -1,4 +1,4 @@
-"""What objects of a cluster declare: LoraAdapters, and ConfigMaps with a list of adapters."""
+"""Parse the objects that declare adapters: LoraAdapters, and ConfigMaps with a list of adapters."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ GROUP, VERSION, KIND = "lora-sidecar.io", "v1alpha1", "LoraAdapter"
 ADAPTERS_KEY = "adapters.yaml"
 ADAPTERS_LABEL = "lora-sidecar.io/adapters=true"
 TAKE_OVER = "lora-sidecar.io/take-over"
-"""An annotation: `"true"` lets its declarations have names that were registered by hand."""
+"""An annotation: `"true"` lets an object's declarations take over names that were registered by hand."""
 GRACE_S = 30.0
-"""How long a name answers after its declaration has gone, where that does not say: long enough to put it back."""
+"""The default time in seconds for which a name answers after its declaration was deleted: enough to restore it."""
 PROBLEM_LENGTH_MAX = 500
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})\Z")
 
 
 def loras_in(namespace: str) -> Collection:
-    """Return the LoraAdapters of a namespace."""
+    """Return the collection of LoraAdapters of a namespace."""
     return Collection(GROUP, VERSION, "loraadapters", namespace)
 
 
 def config_maps_in(namespace: str, label: str) -> Collection:
-    """Return the ConfigMaps of a namespace that have labels, of the form `key=value,key=value`."""
+    """Return the collection of ConfigMaps of a namespace with labels; `label` has the form `key=value,key=value`."""
     return Collection("", "v1", "configmaps", namespace, label)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The object that a declaration is in."""
+    """The object that contains a declaration."""
 
     kind: str
     namespace: str
@@ -53,7 +53,7 @@ class Source:
     generation: int = 0
     resource_version: str = ""
     leaving: bool = False
-    """It is being deleted: what it declares counts no more."""
+    """True while the object is being deleted: its declarations no longer count."""
 
     @property
     def owner(self) -> str:
@@ -61,13 +61,13 @@ class Source:
 
     @property
     def age_key(self) -> tuple[datetime, str, str]:
-        """Sorts older objects first; those of one second by kind and name."""
+        """A key that sorts older objects first, and objects of one second by kind and name."""
         return datetime.fromisoformat(self.created or "9999-12-31T00:00:00Z"), self.kind, self.name
 
 
 @dataclass(frozen=True)
 class Declaration:
-    """One adapter as it is declared. `problem` says what is wrong with that, "" if nothing is."""
+    """One declared adapter. `problem` is the fault of the declaration, "" if it has none."""
 
     source: Source
     name: str
@@ -83,13 +83,13 @@ class Declaration:
 
     @property
     def declared(self) -> Declared:
-        """Return what the registry writes down of it, without the content that it comes to."""
+        """Return what the registry stores of the declaration, without the digest of its content."""
         said = json.dumps([self.origin, self.digest, self.rev]).encode()
         return Declared(hashlib.sha256(said).hexdigest()[:16], "", self.prefetch, self.grace_s)
 
 
 def wish_of(declaration: Declaration | None) -> tuple[object, ...] | None:
-    """Return what makes a declaration another one: not that its object has a new status."""
+    """Return the part of a declaration whose change needs work; a new status of its object is not part of it."""
     if declaration is None:
         return None
     return (
@@ -103,14 +103,14 @@ def wish_of(declaration: Declaration | None) -> tuple[object, ...] | None:
 
 
 @dataclass(frozen=True)
-class Said:
-    """All that one object declares. `problem` says what of it could not be read: then it may declare more than this."""
+class DeclaringObject:
+    """One object and its declarations. With a `problem`, parts were unreadable, and it may declare more than this."""
 
     source: Source
     declarations: tuple[Declaration, ...] = ()
     problem: str = ""
     status: Object = field(default_factory=dict, compare=False)
-    """What the object's status says already."""
+    """The object's current status."""
 
 
 class _Part(BaseModel):
@@ -126,7 +126,7 @@ class _Removal(_Part):
 
 
 class _Entry(_Part):
-    """What both forms say."""
+    """The fields that a LoraAdapter and an entry of a ConfigMap share."""
 
     source: str = Field(min_length=1)
     digest: str = ""
@@ -165,8 +165,8 @@ class _MapEntry(_Entry):
     removal_grace_seconds: float = Field(GRACE_S, ge=0)
 
 
-def of_lora(found: Object) -> Said:
-    """Return what a LoraAdapter declares. One that is wrong declares its name all the same, with what is wrong."""
+def of_lora(found: Object) -> DeclaringObject:
+    """Return the declaration of a LoraAdapter. A faulty one still declares its name, with the fault as `problem`."""
     source = _source(KIND, found)
     spec, status = found.get("spec") or {}, found.get("status") or {}
     name = str(spec.get("name") or source.name)
@@ -174,31 +174,31 @@ def of_lora(found: Object) -> Said:
         read = _Spec.model_validate(spec)
         check_name(name)
     except (ValidationError, Invalid) as error:
-        return Said(source, (Declaration(source, name, problem=_words(error)),), status=status)
+        return DeclaringObject(source, (Declaration(source, name, problem=_describe(error)),), status=status)
     prefetch = None if read.prefetch is None else read.prefetch.backends
     grace_s = read.removal.grace_seconds
-    return Said(source, (_declaration(source, name, read, found, grace_s, prefetch),), status=status)
+    return DeclaringObject(source, (_declaration(source, name, read, found, grace_s, prefetch),), status=status)
 
 
-def of_config_map(found: Object) -> Said:
-    """Return what a ConfigMap declares. An entry that is wrong declares its name all the same, if it has one."""
+def of_config_map(found: Object) -> DeclaringObject:
+    """Return the declarations of a ConfigMap. A faulty entry still declares its name, if it has one."""
     source = _source("ConfigMap", found)
     text = (found.get("data") or {}).get(ADAPTERS_KEY)
     if text is None:
-        return Said(source, problem=f"it has no key {ADAPTERS_KEY}")
+        return DeclaringObject(source, problem=f"it has no key {ADAPTERS_KEY}")
     try:
         entries = yaml.safe_load(text)
     except yaml.YAMLError as error:
         words = " ".join(str(error).split())
-        return Said(source, problem=f"{ADAPTERS_KEY} is not YAML: {words}"[:PROBLEM_LENGTH_MAX])
+        return DeclaringObject(source, problem=f"{ADAPTERS_KEY} is not YAML: {words}"[:PROBLEM_LENGTH_MAX])
     if entries is None:
-        return Said(source)
+        return DeclaringObject(source)
     if not isinstance(entries, list):
-        return Said(source, problem=f"{ADAPTERS_KEY} must be a list of entries with name and source")
+        return DeclaringObject(source, problem=f"{ADAPTERS_KEY} must be a list of entries with name and source")
     nameless = [number for number, entry in enumerate(entries, 1) if not _name_of(entry)]
     declarations = tuple(_of_entry(source, entry, found) for entry in entries if _name_of(entry))
     problem = f"entry {nameless[0]} of {ADAPTERS_KEY} has no name" if nameless else ""
-    return Said(source, declarations, problem)
+    return DeclaringObject(source, declarations, problem)
 
 
 def _name_of(entry: Any) -> str:
@@ -211,7 +211,7 @@ def _of_entry(source: Source, entry: Any, found: Object) -> Declaration:
         read = _MapEntry.model_validate(entry)
         check_name(read.name)
     except (ValidationError, Invalid) as error:
-        return Declaration(source, entry["name"], problem=_words(error))
+        return Declaration(source, entry["name"], problem=_describe(error))
     return _declaration(source, read.name, read, found, read.removal_grace_seconds, None)
 
 
@@ -247,7 +247,7 @@ def _source(kind: str, found: Object) -> Source:
     )
 
 
-def _words(error: ValidationError | Invalid) -> str:
+def _describe(error: ValidationError | Invalid) -> str:
     if isinstance(error, Invalid):
         return error.message
     problems = (

@@ -1,4 +1,4 @@
-"""Declared adapters, as a serving process has them: a cluster is followed, the registry brought to what it says."""
+"""Declared adapters in a serving process: follow the cluster's declarations and reconcile the registry with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from sidecar.kubernetes.access import Access
 from sidecar.kubernetes.api import Api, Collection, Object
 from sidecar.kubernetes.choosing import Cluster, desired
-from sidecar.kubernetes.declarations import Said, config_maps_in, loras_in, of_config_map, of_lora
+from sidecar.kubernetes.declarations import DeclaringObject, config_maps_in, loras_in, of_config_map, of_lora
 from sidecar.kubernetes.mirror import Mirror
 from sidecar.kubernetes.placement import View
 from sidecar.kubernetes.prefetching import Prefetching
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 RESTART_S = 5.0
 FIRST_LOOK_S = 30.0
 
-Read = Callable[[Object], Said]
+Read = Callable[[Object], DeclaringObject]
 
 
 class DeclaredAdapters:
-    """Follows one namespace. `leads` says whether this process is the one that reconciles; `instance` is its name.
+    """Follows one namespace. `leads` returns True while this process reconciles; `instance` is its name.
 
-    `label` picks ConfigMaps, None if these declare nothing; `custom_resources` says whether LoraAdapters do.
+    `label` selects ConfigMaps (None: read none); `custom_resources` is True to read LoraAdapters.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class DeclaredAdapters:
             self._sources.append((loras_in(namespace), of_lora))
         if label is not None:
             self._sources.append((config_maps_in(namespace, label), of_config_map))
-        self._said: dict[str, dict[str, Said]] = {}
-        """What each collection that was read declares: by plural, by owner."""
+        self._said: dict[str, dict[str, DeclaringObject]] = {}
+        """The objects of each collection that was read: by plural, then by owner."""
         self._tasks: list[asyncio.Task[None]] = []
         gateway.catalogue.reconciled = f"{CLUSTER}{namespace}/"
 
     @property
     def phases(self) -> Mapping[str, int]:
-        """How many declarations are in each phase, as far as this process reconciles."""
+        """The number of declarations in each phase; empty unless this process reconciles."""
         return self._reconciler.phases
 
     def start(self) -> None:
@@ -76,9 +76,9 @@ class DeclaredAdapters:
         self._tasks = [asyncio.create_task(_kept_up(part)) for part in parts]
 
     async def first_look(self) -> None:
-        """Return when what is declared is registered, or had its turn: clients that know a name find it from the start.
+        """Wait until every declaration was registered or tried once, so that clients find declared names at once.
 
-        It is not waited for when names are there from before, nor where another process may be the one to do it.
+        Returns at once if names are registered from before, or if another process may be the one that reconciles.
         """
         if self._reconciler.has_names or not self._leads():
             return
@@ -86,7 +86,7 @@ class DeclaredAdapters:
             async with asyncio.timeout(FIRST_LOOK_S):
                 await self._reconciler.settled.wait()
         except TimeoutError:
-            logger.warning("not all that the cluster declares is registered after %.0f s; serving begins", FIRST_LOOK_S)
+            logger.warning("not all declared adapters are registered after %.0f s; serving begins", FIRST_LOOK_S)
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -95,8 +95,8 @@ class DeclaredAdapters:
         await self._api.close()
 
     async def _follow(self, collection: Collection, read: Read) -> None:
-        """Read what a collection declares, again whenever it has changed."""
-        known: dict[str, tuple[str, Said]] = {}
+        """Read a collection's declarations, at first and after each change."""
+        known: dict[str, tuple[str, DeclaringObject]] = {}
         async with aclosing(Mirror(self._api, collection).watch()) as snapshots:
             async for objects in snapshots:
                 known = {name: _read_once(found, read, known.get(name)) for name, found in objects.items()}
@@ -104,24 +104,24 @@ class DeclaredAdapters:
                 self._tell()
 
     def _tell(self) -> None:
-        """Hand on what is declared, once all of it has been read: what is missing might declare a name, too."""
+        """Pass the declarations on once every collection was read: an unread one might declare a name too."""
         if len(self._said) < len(self._sources):
             return
         said = {owner: each for found in self._said.values() for owner, each in found.items()}
         self._reconciler.take(Cluster(desired(said.values()), said))
 
 
-def _read_once(found: Object, read: Read, before: tuple[str, Said] | None) -> tuple[str, Said]:
-    """Return an object's resource version and what it declares, read only if that is another than before."""
+def _read_once(found: Object, read: Read, before: tuple[str, DeclaringObject] | None) -> tuple[str, DeclaringObject]:
+    """Return an object's resource version and its declarations, parsed only if the version has changed."""
     version = str(found["metadata"].get("resourceVersion", ""))
     return before if before is not None and before[0] == version else (version, read(found))
 
 
 async def _kept_up(part: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a part for ever; a fault of ours that ends it is told, and it begins anew."""
+    """Run a coroutine for ever: log a bug that ends it, and start it again."""
     while True:
         try:
             await part()
         except Exception:
-            logger.exception("what follows the cluster's declarations broke; it begins anew in %s s", RESTART_S)
+            logger.exception("following the cluster's declarations failed; it restarts in %s s", RESTART_S)
         await asyncio.sleep(RESTART_S)

@@ -1,4 +1,4 @@
-"""The engines behind a Service, as its EndpointSlices tell: each pod at an address of its own, ready or leaving."""
+"""Find the engines behind a Service from its EndpointSlices: each pod's own address, ready or leaving."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 SERVICE_LABEL = "kubernetes.io/service-name"
 FAMILIES = ("IPv4", "IPv6")
-"""Address types of slices, those first that are preferred where a pod has both; names (FQDN) are not read."""
+"""The address types that are read, in order of preference for a pod with both; names (FQDN) are ignored."""
 
 
 class EndpointSlices:
-    """Finds the engines of one Service (`discovery.found.Finder`).
+    """Finds the engines of one Service (implements `discovery.found.Finder`).
 
-    `port` is what the Service calls it ("" where it has one without a name), or its number in the pods.
+    `port` is the port's name in the Service ("" for an unnamed one), or its number in the pods.
     """
 
     def __init__(self, access: Access, namespace: str, service: str, port: str | int) -> None:
@@ -33,33 +33,33 @@ class EndpointSlices:
 
     @classmethod
     def in_cluster(cls, service: str, port: str | int, namespace: str | None = None) -> EndpointSlices:
-        """Return those of the cluster that this process belongs to. Raises Misused if there is none."""
+        """Return the slices of a Service in the cluster of this process. Raises Misused outside a cluster."""
         access = find_access()
         return cls(access, namespace or access.namespace, service, port)
 
     async def watch(self) -> AsyncGenerator[frozenset[Found], None]:
-        """Yield the whole set, at first and whenever it has changed, for ever."""
+        """Yield the whole set of engines, at first and after each change, for ever."""
         known: frozenset[Found] | None = None
         api = Api(self._access)
         try:
             async with aclosing(Mirror(api, self._collection).watch()) as all_slices:
                 async for slices in all_slices:
                     found = found_in(slices.values(), self._port)
-                    self._tell(slices, found)
+                    self._log_missing(slices, found)
                     if found != known:
                         known = found
                         yield found
         finally:
             await api.close()
 
-    def _tell(self, slices: dict[str, Object], found: frozenset[Found]) -> None:
-        """Say once what may be wrong with a Service that has no engine."""
+    def _log_missing(self, slices: dict[str, Object], found: frozenset[Found]) -> None:
+        """Log once why a Service may have no engine."""
         where = f"the Service {self._service} in {self._collection.namespace}"
         why = ""
         if not slices:
             why = f"{where} has no EndpointSlice; is that its name, and its namespace?"
         elif not found and any(part.get("endpoints") for part in slices.values()):
-            offered = sorted({_port_words(port) for part in slices.values() for port in part.get("ports") or ()})
+            offered = sorted({_describe_port(port) for part in slices.values() for port in part.get("ports") or ()})
             why = f"{where} has no port {self._port}; it has {', '.join(offered) or 'none'}"
         if why and why != self._told:
             logger.warning("%s", why)
@@ -67,15 +67,15 @@ class EndpointSlices:
 
 
 def slices_of(namespace: str, service: str) -> Collection:
-    """Return the slices of a Service."""
+    """Return the collection of a Service's EndpointSlices."""
     return Collection("discovery.k8s.io", "v1", "endpointslices", namespace, f"{SERVICE_LABEL}={service}")
 
 
 def found_in(slices: Iterable[Object], port: str | int) -> frozenset[Found]:
     """Return the endpoints of all slices of a Service that have the port, each pod once.
 
-    A pod that is in several slices, because it has addresses of both families or is just being moved between two, is
-    taken at its IPv4 address where it has one; of equal ones at that which is ready.
+    A pod may be in several slices, because it has addresses of both families or is being moved between slices. Its IPv4
+    address is preferred, then the endpoint that is ready.
     """
     best: dict[str, tuple[tuple[int, bool, bool, str], Found]] = {}
     for part in slices:
@@ -103,13 +103,13 @@ def _endpoints(part: Object, port: str | int) -> Iterator[Found]:
         yield Found(
             name=target["name"] if target.get("kind") == "Pod" and target.get("name") else addresses[0],
             address=f"{host}:{number}",
-            ready=conditions.get("ready") is not False,  # not said means yes
+            ready=conditions.get("ready") is not False,  # unset means ready
             terminating=conditions.get("terminating") is True,
         )
 
 
 def _number_of(part: Object, port: str | int) -> int | None:
-    """Return the number that a port has in a slice; a name may have another one in each."""
+    """Return the port's number in a slice; one name may have different numbers in different slices."""
     for offered in part.get("ports") or ():
         number = offered.get("port")
         if number is not None and str(port) in (offered.get("name") or "", str(number)):
@@ -117,5 +117,5 @@ def _number_of(part: Object, port: str | int) -> int | None:
     return None
 
 
-def _port_words(port: Object) -> str:
+def _describe_port(port: Object) -> str:
     return f"{port.get('name') or 'unnamed'} ({port.get('port')})"

@@ -1,4 +1,4 @@
-"""How a Kubernetes API server fails to give what it was asked for."""
+"""The failures of requests to a Kubernetes API server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFLICT, GONE, FORBIDDEN, NOT_FOUND = 409, 410, 403, 404
 
 
 class ApiError(Exception):
-    """It answered with an error, or did not answer (`code` 0). `retry_after_s` is what it asked for."""
+    """The server answered with an error, or not at all (`code` 0). `retry_after_s` is the wait that it asked for."""
 
     def __init__(self, code: int, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -24,13 +24,13 @@ class ApiError(Exception):
 
 
 def is_final(error: ApiError) -> bool:
-    """Whether the server will not take the same later either; what it does not allow (401, 403) it may come to."""
+    """Return True if a retry cannot succeed. Missing permissions (401, 403) are not final: they may be granted."""
     return 400 <= error.code < 500 and error.code not in (401, FORBIDDEN, CONFLICT, 429)
 
 
 def refusal(what: str, answer: httpx.Response) -> ApiError:
-    """Return what an answer with a status of 400 or more means; its body must have been read."""
-    words = _words(answer.content)
+    """Return the error for an answer with a status of 400 or more; its body must have been read."""
+    words = _describe(answer.content)
     advice = ""
     if answer.status_code == FORBIDDEN:
         advice = "; give the service account a Role that allows it"
@@ -45,18 +45,18 @@ def refusal(what: str, answer: httpx.Response) -> ApiError:
 
 
 def from_status(what: str, status: dict[str, Any]) -> ApiError:
-    """Return what an ERROR event of a watch means; its object is a Status."""
+    """Return the error for an ERROR event of a watch, whose object is a Status."""
     code = status.get("code")
     return ApiError(code if isinstance(code, int) else 0, f"{what}: {status.get('message', '')}"[:TEXT_LENGTH_MAX])
 
 
 def unanswered(what: str, error: Exception) -> ApiError:
-    """Return that nothing came, or that what came was cut off or is not to be understood."""
+    """Return the error for a request without an answer, or with a cut-off or unintelligible one."""
     told = error.message if isinstance(error, SidecarError) else str(error) or type(error).__name__
     return ApiError(0, f"{what}: no answer from the API server: {told}"[:TEXT_LENGTH_MAX])
 
 
-def _words(body: bytes) -> str:
+def _describe(body: bytes) -> str:
     try:
         message = json.loads(body).get("message", "")
     except (ValueError, AttributeError):

@@ -1,4 +1,4 @@
-"""All objects of a collection, kept like the API server's: listed once, then watched."""
+"""Mirror all objects of a collection: list them once, then watch."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from sidecar.kubernetes.pauses import Pauses
 logger = logging.getLogger(__name__)
 
 WATCHES_FAILED_MAX = 3
-"""Watches that fail in a row before all is listed anew: the server may have lost what was known of it."""
+"""After so many failed watches in a row, all objects are listed anew: the server may have lost its history."""
 
 Objects = dict[str, Object]
-"""By name."""
+"""Objects by name."""
 
 
 class Mirror:
-    """Follows one collection. `listing` and `watching` are the pauses after lists and watches that failed.
+    """Follows one collection. `listing` and `watching` are the pauses after failed lists and watches.
 
-    What it has seen stays as it is while the server does not answer, refuses, or forgets where the watch was: only a
-    complete list or a DELETED event takes an object away.
+    Known objects stay while the server does not answer, refuses, or loses the watch's position: only a complete list or
+    a DELETED event removes an object.
     """
 
     def __init__(
@@ -36,19 +36,19 @@ class Mirror:
         self._watching = watching or Pauses()
         self._failed_since_list = 0
         self._told: set[str] = set()
-        """What was logged since a watch told of something last."""
+        """The failures logged since the last event."""
         self._objects: Objects = {}
         self._position: str | None = None
-        """The resource version that the next watch goes on from; None: all must be listed."""
+        """The resource version from which the next watch continues; None if a list must come first."""
 
     async def watch(self) -> AsyncGenerator[Objects, None]:
-        """Yield all objects, at first and whenever one has changed, for ever. Do not change what is yielded."""
+        """Yield all objects, at first and after each change, for ever. Do not modify the yielded mapping."""
         while True:
             if self._position is None:
                 try:
                     await self._list()
                 except ApiError as error:
-                    self._tell(error)
+                    self._log_once(error)
                     await asyncio.sleep(self._listing.next_s(error.retry_after_s))
                     continue
                 yield dict(self._objects)
@@ -62,7 +62,7 @@ class Mirror:
             except ApiError as error:
                 await self._watch_failed(error)
             else:
-                if not was_told:  # something between us may end every watch at once
+                if not was_told:  # a proxy may end every watch at once
                     await asyncio.sleep(self._watching.next_s())
 
     async def _list(self) -> None:
@@ -73,7 +73,7 @@ class Mirror:
         self._listing.end()
 
     def _take(self, event: Event) -> bool:
-        """Take in what happened; return whether an object is another now."""
+        """Apply an event. Return True if it changed an object."""
         self._position = event.resource_version or self._position
         self._watching.end()
         self._failed_since_list = 0
@@ -87,18 +87,18 @@ class Mirror:
         return event.kind == "DELETED" and self._objects.pop(name, None) is not None
 
     async def _watch_failed(self, error: ApiError) -> None:
-        """Wait before the next one; have all listed anew if the server has forgotten where this one was."""
+        """Wait before the next watch; list all objects anew if the server has lost the watch's position."""
         self._failed_since_list += 1
         if error.code == GONE or self._failed_since_list >= WATCHES_FAILED_MAX:
             self._position = None
         if error.code == GONE or (error.code == 0 and not self._watching.failures):
-            logger.debug("%s; it goes on in a moment", error.message)  # as it must now and then; nothing is wrong
+            logger.debug("%s; it goes on in a moment", error.message)  # the server's history expired, which is normal
         else:
-            self._tell(error)
+            self._log_once(error)
         await asyncio.sleep(self._watching.next_s(error.retry_after_s))
 
-    def _tell(self, error: ApiError) -> None:
+    def _log_once(self, error: ApiError) -> None:
         """Log a failure, each different one once."""
         if error.message not in self._told:
             self._told.add(error.message)
-            logger.warning("%s; what is known of it stays, and it is asked again", error.message)
+            logger.warning("%s; its last known objects stay, and it is retried", error.message)

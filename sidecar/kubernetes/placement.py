@@ -1,4 +1,4 @@
-"""On which backends a declared adapter is to be, and on which it is."""
+"""The backends on which a declared adapter is wanted, and those on which it is ready."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from sidecar.state.records import Record
 
 @dataclass(frozen=True)
 class Seen:
-    """A backend as whoever owns it tells: whether it serves, and the versions that are resident there."""
+    """A backend as its owner reports it: whether it serves, and the versions resident there."""
 
     serves: bool
     resident: frozenset[str]
 
 
 View = Callable[[], Mapping[str, Seen]]
-"""What is known of all backends, by id, at this moment."""
+"""Returns the known state of all backends, by id."""
 
 
 def seen_here(state: State) -> dict[str, Seen]:
-    """Return the backends of a process that owns them all."""
+    """Return the view of a process that owns all backends."""
     return {
         backend.id: Seen(backend.takes_requests, frozenset(backend.shadow.host.held))
         for backend in state.backends.values()
@@ -33,7 +33,7 @@ def seen_here(state: State) -> dict[str, Seen]:
 
 @dataclass(frozen=True)
 class Placement:
-    """`wanted` are the backends that are to serve a version, `ready` those of them that would at once."""
+    """`wanted` are the backends that must serve a version, `ready` those of them that would serve it at once."""
 
     wanted: tuple[str, ...] = ()
     ready: tuple[str, ...] = ()
@@ -44,9 +44,10 @@ NOWHERE = Placement()
 
 
 def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Placement:
-    """Return where a name's version is. All backends that can serve it are to, or those that it is to be loaded on.
+    """Return the placement of a name's current version.
 
-    On these it is ready when it is resident; on others it is loaded when it is asked for.
+    It is wanted on the backends of its `prefetch`, where it is ready once resident; without one, on all backends that
+    can serve it, where it loads on request.
     """
     name = state.names.get(record.name)
     if name is None:
@@ -60,5 +61,5 @@ def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Placeme
 
 
 def matches(backend: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a backend is one of those that are named, by id or by a pattern such as `triton-*`; all are, by none."""
+    """Return True if an id or a pattern such as `triton-*` matches the backend; no patterns match every backend."""
     return not patterns or any(fnmatchcase(backend, pattern) for pattern in patterns)

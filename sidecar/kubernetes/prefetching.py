@@ -1,4 +1,4 @@
-"""Loads what is declared with `prefetch` ahead of the first request: each replica on the backends that it owns."""
+"""Load adapters declared with `prefetch` before their first request; each replica loads on its own backends."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 2.0
 ASK_AGAIN_S = 60.0
-"""When a version that was asked for and has not come is asked for again: its load failed, or it was crowded out."""
+"""The pause before the load of a version is requested again, if the load failed or the version was evicted."""
 
 
 class Prefetching:
-    """One process's. A version is brought once to each backend, and again when that has restarted."""
+    """Prefetches for one process. A version is loaded once on each backend, and again after the backend restarts."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._asked: dict[tuple[str, str], float] = {}
-        """When (monotonic seconds) a version was asked for on a backend; infinite once it was there."""
+        """The time (monotonic seconds) at which a version was requested on a backend; infinite once it was resident."""
 
     async def run(self) -> None:
-        """Look now and then, for ever."""
+        """Check all declared names periodically, for ever."""
         while True:
             known = self._gateway.state.versions
             self._asked = {key: at for key, at in self._asked.items() if key[0] in known}
             for record in self._gateway.catalogue.registry.all():
                 if record.declared is not None and record.declared.prefetch is not None:
-                    await self._see_to(record, record.declared.prefetch)
+                    await self._prefetch(record, record.declared.prefetch)
             await asyncio.sleep(LOOK_S)
 
-    async def _see_to(self, record: Record, patterns: tuple[str, ...]) -> None:
+    async def _prefetch(self, record: Record, patterns: tuple[str, ...]) -> None:
         state = self._gateway.state
         name = state.names.get(record.name)
         if name is None:
@@ -54,10 +54,10 @@ class Prefetching:
         try:
             await self._gateway.prefetch(record.name, to)
         except SidecarError as error:
-            logger.info("%s is not loaded ahead: %s", record.name, error.message)
+            logger.info("%s is not prefetched: %s", record.name, error.message)
 
     def _lacks(self, version: str, backend: Backend, patterns: tuple[str, ...]) -> bool:
-        """Whether a version is to be asked for on a backend now."""
+        """Return True if a version must be requested on a backend now."""
         key = version, backend.id
         if not backend.takes_requests:
             self._asked.pop(key, None)

@@ -1,7 +1,7 @@
-"""Brings the registry to what the cluster declares, for as long as this process leads.
+"""Reconcile the registry with the cluster's declarations while this process leads.
 
-Level-triggered: each pass compares all that is declared with all that is registered, whatever has happened before, and
-begins a step for each name where they differ. It touches no name that its namespace's declarations do not own.
+The reconciler is level-triggered: each pass compares all declarations with all records, whatever happened before, and
+starts work on each name where they differ. It changes only names that its namespace's declarations own.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from sidecar.state.records import Record
 logger = logging.getLogger(__name__)
 
 LOOK_S = 5.0
-"""How often all is looked at although nothing is known to have changed: where adapters are does not tell of itself."""
+"""The time between passes without a known change: adapters' residency changes without an event."""
 GATHER_S = 0.1
 """How long changes are gathered before a pass, which costs some 50 µs a name."""
 LEAD_S = 0.5
-NAMES_A_TURN = 20
-"""Names looked at before the event loop gets to do something else."""
+NAMES_AT_ONCE = 20
+"""Names compared before the event loop runs other tasks."""
 
 
 class Reconciler:
-    """One process's. `leads` says whether it is the one; `view` what is known of the backends."""
+    """Reconciles in one process. `leads` returns True while this process leads; `view` returns the known backends."""
 
     def __init__(
         self,
@@ -59,18 +59,18 @@ class Reconciler:
         self._loaded: dict[str, str] = {}
         self._steps = Steps(catalogue, self._may_change, reporter)
         self.settled = asyncio.Event()
-        """Set once there was nothing to do, or nothing that did not have to wait."""
+        """Set after the first pass that left no work running."""
         self._wake = asyncio.Event()
         self.phases: Counter[str] = Counter()
-        """How many declarations are in each phase; none while another process leads."""
+        """The number of declarations in each phase; empty while another process leads."""
 
     @property
     def has_names(self) -> bool:
-        """Whether names are registered that the namespace declares, or has declared."""
+        """True if names are registered that the namespace declares, or once declared."""
         return any(self._is_owned(record) for record in self._catalogue.registry.all())
 
     def take(self, cluster: Cluster) -> None:
-        """Take in what is declared now."""
+        """Replace the declarations."""
         self._cluster = cluster
         self._wake.set()
 
@@ -79,32 +79,32 @@ class Reconciler:
         unsubscribe = self._catalogue.registry.subscribe(lambda change: self._wake.set())
         try:
             while True:
-                while not self._may_look():
+                while not self._may_reconcile():
                     await asyncio.sleep(LEAD_S)
-                await self._let_all_know()
-                while self._may_look():
+                await self._wait_for_replicas()
+                while self._may_reconcile():
                     self._wake.clear()
-                    await self._until(await self._pass())
-                await self._rest()
+                    await self._wait(await self._pass())
+                await self._stand_down()
         finally:
             unsubscribe()
-            await self._rest()
+            await self._stand_down()
 
-    def _may_look(self) -> bool:
+    def _may_reconcile(self) -> bool:
         return self._cluster.desired is not None and self._leads()
 
-    async def _let_all_know(self) -> None:
-        """Wait until every replica has what the one that led before wrote down: it may not have come to that itself."""
-        while self._may_look():
+    async def _wait_for_replicas(self) -> None:
+        """Wait until every replica has the former leader's writes, which it may not have waited for itself."""
+        while self._may_reconcile():
             try:
                 await self._catalogue.registry.acknowledged(self._catalogue.registry.last_change)
                 return
             except Refused as refused:
-                logger.info("what is declared is not looked at yet: %s", refused.message)
+                logger.info("declarations are not reconciled yet: %s", refused.message)
                 await asyncio.sleep(LEAD_S)
 
-    async def _rest(self) -> None:
-        """Another leads: leave what is under way."""
+    async def _stand_down(self) -> None:
+        """Stop all work: another process leads."""
         self._reporter.forget()
         self.phases.clear()
         works = list(self._works.values())
@@ -112,8 +112,8 @@ class Reconciler:
         self._loaded.clear()
         await asyncio.gather(*(work.stop() for work in works))
 
-    async def _until(self, seconds: float) -> None:
-        """Wait for a change, or for so long; look now and then whether this process leads still."""
+    async def _wait(self, seconds: float) -> None:
+        """Wait for a change, a timeout, or the loss of the lead."""
         until = monotonic() + seconds
         while not self._wake.is_set() and self._leads() and (left := until - monotonic()) > 0:
             try:
@@ -124,23 +124,23 @@ class Reconciler:
         await asyncio.sleep(GATHER_S)
 
     async def _pass(self) -> float:
-        """Look at every name; return in how many seconds to do so again."""
+        """Reconcile every name; return the seconds until the next pass."""
         desired, phases = self._cluster.desired, Counter[str]()
         assert desired is not None
         next_s = LOOK_S
         names = self._names(desired)
         for number, name in enumerate(names, 1):
-            standing, again_s = self._look(name, desired)
+            standing, again_s = self._reconcile(name, desired)
             next_s = min(next_s, again_s)
             phases[standing.phase.value] += 1
-            if number % NAMES_A_TURN == 0:
+            if number % NAMES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         for declaration, winner in desired.losers:
             standing = loser(declaration, winner)
             self._report(declaration, standing)
             phases[standing.phase.value] += 1
         for said in desired.unread.values():
-            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; what it declared before stays")
+            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; its earlier declarations stay")
             self._reporter.tell(said.source, "", standing, {})
             phases[standing.phase.value] += 1
         for name in [name for name in self._works if name not in names]:
@@ -153,21 +153,21 @@ class Reconciler:
         return next_s
 
     def _names(self, desired: Desired) -> list[str]:
-        """Return all names that are declared, or were."""
+        """Return all names that are declared, or once were."""
         managed = (record.name for record in self._catalogue.registry.all() if self._is_owned(record))
         return sorted({*desired.chosen, *managed})
 
     def _is_owned(self, record: Record) -> bool:
         return record.managed_by.startswith(self._owned)
 
-    def _look(self, name: str, desired: Desired) -> tuple[Standing, float]:
-        """Begin what there is to do about a name; return how it stands, and in how many seconds to look again."""
+    def _reconcile(self, name: str, desired: Desired) -> tuple[Standing, float]:
+        """Start the work on a name that is needed; return its standing, and the seconds until the next check."""
         record, now = self._catalogue.registry.get(name), time()
         declaration = desired.chosen.get(name)
         work = self._works.setdefault(name, Work(name, self._wake.set))
         work.about(wish_of(declaration))
         if declaration is None:
-            standing = self._look_without(name, record, work, desired, now)
+            standing = self._reconcile_removed(name, record, work, desired, now)
         else:
             do = to_do(declaration, record, now)
             if do is Do.NOTHING and work.is_unknown_to_others and not is_held(record, now):
@@ -185,19 +185,21 @@ class Reconciler:
         return standing, max(0.0, min(next_look(record, now) - now, retry_s))
 
     def _may_change(self, name: str, declaration: Declaration | None) -> bool:
-        """Whether this process leads still, and a name is declared so, or not at all: a step may take a while."""
+        """Return True if this process still leads and the name's declaration is unchanged since a step began."""
         desired = self._cluster.desired
         return self._leads() and desired is not None and wish_of(desired.chosen.get(name)) == wish_of(declaration)
 
     def _loaded_of(self, declaration: Declaration) -> str:
-        """Return the content that was Ready last, by this process or by the one that led before."""
+        """Return the digest that was last Ready, according to this process or the former leader."""
         said = self._cluster.said.get(declaration.source.owner)
         if declaration.name in self._loaded or said is None or said.status.get("phase") != Phase.READY.value:
             return self._loaded.get(declaration.name, "")
         return str(said.status.get("digest", ""))
 
-    def _look_without(self, name: str, record: Record | None, work: Work, desired: Desired, now: float) -> Standing:
-        """Look at a name whose declaration has gone."""
+    def _reconcile_removed(
+        self, name: str, record: Record | None, work: Work, desired: Desired, now: float
+    ) -> Standing:
+        """Start the work on a name whose declaration was deleted; return its standing."""
         if record is None:
             return Standing(Phase.REMOVING, "Removed", f"{name} is forgotten")
         if record.managed_by in desired.unread:
@@ -206,7 +208,7 @@ class Reconciler:
         do = to_do_without(record, desired, now)
         if do is not Do.NOTHING:
             work.begin(lambda: self._steps.away(do, record))
-        return Standing(Phase.REMOVING, "Removing", f"{name} is declared no more")
+        return Standing(Phase.REMOVING, "Removing", f"{name} is no longer declared")
 
     def _report(self, declaration: Declaration, standing: Standing) -> None:
         said = self._cluster.said.get(declaration.source.owner)

@@ -1,7 +1,7 @@
-"""Tells the cluster how declared adapters stand: the status of LoraAdapters, and an event for each transition.
+"""Report the standing of declared adapters to the cluster: the status of LoraAdapters, and an event per transition.
 
-Both are written behind the reconciler's back and may be late; what could not be written is tried again. Status is
-compared with what is there, so that a new leader writes only what is not so.
+Both are written in the background and may be late; a failed write is retried. A status is compared with the object's
+current one, so that a new leader writes only differences.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from sidecar.kubernetes.api import FIELD_MANAGER, Api, Collection
 from sidecar.kubernetes.declarations import GROUP, KIND, VERSION, Source, loras_in
 from sidecar.kubernetes.failures import CONFLICT, FORBIDDEN, NOT_FOUND, ApiError, is_final
 from sidecar.kubernetes.pauses import Pauses
-from sidecar.kubernetes.standings import Phase, Standing, status_of, turn_of
+from sidecar.kubernetes.standings import Phase, Standing, status_of, transition_of
 
 logger = logging.getLogger(__name__)
 
 COUNTS_EVERY_S = 10.0
-"""How often a status is written anew at most if only counts and places have changed."""
+"""The least time between two writes of a status if only counts and backends have changed."""
 EVENTS_MAX = 1000
-"""Events that may wait to be written; past that they are dropped, and the log has them."""
+"""The most events that wait to be written; further ones are dropped, and only logged."""
 CONFLICTS_MAX = 3
 WORTH_AN_EVENT = (Phase.READY, Phase.HELD, Phase.FAILED, Phase.REMOVING)
 COUNTED = ("desired", "ready", "residentOn", "message")
-"""The fields of a status that may change without anything having turned."""
+"""The fields of a status whose change is not a transition."""
 
 Status = dict[str, Any]
 NOTE_LENGTH_MAX = 1000
 
 
 class Change(Enum):
-    """How a status differs from what is there: in nothing, in counts and places, or in something that has turned."""
+    """How a status differs from the object's: not at all, in counts and backends only, or by a transition."""
 
     NONE = "none"
     COUNTS = "counts"
-    TURN = "turn"
+    TRANSITION = "transition"
 
 
 @dataclass
 class _Written:
-    """What is known of one LoraAdapter's status: what it says, and when it was last written."""
+    """The known status of one LoraAdapter, the wanted standing, and the time of the last write."""
 
     source: Source
     status: Status
@@ -55,28 +55,28 @@ class _Written:
 
 
 class Reporter:
-    """Writes for the one that leads. `instance` is this process's name."""
+    """Writes statuses and events while this process leads. `instance` is this process's name."""
 
     def __init__(self, api: Api, namespace: str, instance: str) -> None:
         self._api = api
         self._namespace = namespace
         self._instance = instance
-        self._turns: dict[str, tuple[str, str, str]] = {}
+        self._transitions: dict[str, tuple[str, str, str]] = {}
         self._written: dict[str, _Written] = {}
         self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue(EVENTS_MAX)
         self._due: dict[str, None] = {}
-        """LoraAdapters whose status may have to be written."""
+        """The names of LoraAdapters whose status may have to be written."""
         self._changed = asyncio.Event()
 
     def forget(self) -> None:
-        """Write no status any more that was told of, and forget them: another process may say other things now."""
-        self._turns.clear()
+        """Drop all pending statuses: another process leads and reports its own."""
+        self._transitions.clear()
         self._written.clear()
         self._due.clear()
 
     def tell(self, source: Source, name: str, standing: Standing, status: Status) -> None:
-        """Take in how a name stands. `status` is what its LoraAdapter says already, as far as is known."""
-        self._tell_turn(source, name, standing, status)
+        """Report a name's standing. `status` is its LoraAdapter's last known status."""
+        self._announce_transition(source, name, standing, status)
         if source.kind != KIND or source.leaving:
             return
         known = self._written.get(source.name)
@@ -89,12 +89,12 @@ class Reporter:
             self._changed.set()
 
     def gone(self, owner: str, name: str) -> None:
-        """Forget a declaration that is there no more."""
-        self._turns.pop(f"{owner} {name}", None)
+        """Forget a deleted declaration."""
+        self._transitions.pop(f"{owner} {name}", None)
         self._written = {each: known for each, known in self._written.items() if known.source.owner != owner}
 
     def say(self, source: Source, name: str, standing: Standing) -> None:
-        """Write a log line and an event about a declaration."""
+        """Log a declaration's standing and queue an event."""
         level = logging.WARNING if standing.phase is Phase.FAILED else logging.INFO
         logger.log(level, "%s %s: %s: %s", source.kind, source.name, standing.reason, note_of(source, name, standing))
         try:
@@ -102,21 +102,21 @@ class Reporter:
         except asyncio.QueueFull:
             logger.warning("too many events wait for the API server; this one is not written")
 
-    def _tell_turn(self, source: Source, name: str, standing: Standing, status: Status) -> None:
-        """Say it if a standing is another than before: than what the status says, for one who did not see before."""
+    def _announce_transition(self, source: Source, name: str, standing: Standing, status: Status) -> None:
+        """Log and queue an event if a standing is a transition from the last one, or, at first, from the status."""
         key = f"{source.owner} {name}"
-        before = self._turns.get(key) or _turn_in(status)
-        self._turns[key] = standing.turn
-        if standing.phase not in WORTH_AN_EVENT or standing.turn == before:
+        before = self._transitions.get(key) or _transition_in(status)
+        self._transitions[key] = standing.transition
+        if standing.phase not in WORTH_AN_EVENT or standing.transition == before:
             return
-        if before is None and standing.phase is Phase.READY:  # as it was when this one began to look
+        if before is None and standing.phase is Phase.READY:  # unchanged since this process began to lead
             return
         self.say(source, name, standing)
 
     # Writing.
 
     async def run(self) -> None:
-        """Write what there is to write, for ever."""
+        """Write pending events and statuses, for ever."""
         await asyncio.gather(self._write_events(), self._write_statuses())
 
     async def _write_events(self) -> None:
@@ -143,7 +143,7 @@ class Reporter:
             self._changed.clear()
             try:
                 for name in list(self._due):
-                    await self._see_to(name)
+                    await self._write_if_due(name)
                 pauses.end()
             except ApiError as error:
                 if not pauses.failures:
@@ -153,16 +153,16 @@ class Reporter:
             try:
                 async with asyncio.timeout(COUNTS_EVERY_S / 5 if self._due else None):
                     await self._changed.wait()
-            except TimeoutError:  # counts that have changed may be due now
+            except TimeoutError:  # changed counts may be due now
                 continue
 
-    async def _see_to(self, name: str) -> None:
-        """Write a LoraAdapter's status if it is to be, and is due."""
+    async def _write_if_due(self, name: str) -> None:
+        """Write a LoraAdapter's status if it has changed and is due."""
         known = self._written.get(name)
         change = Change.NONE if known is None else _change(known, time())
         if known is not None and change is Change.COUNTS and monotonic() - known.wrote_s < COUNTS_EVERY_S:
             return
-        self._due.pop(name, None)  # before it is written: meanwhile another standing may be told of
+        self._due.pop(name, None)  # before the write, during which another standing may be reported
         await asyncio.sleep(0)
         if known is not None and change is not Change.NONE:
             try:
@@ -172,7 +172,7 @@ class Reporter:
                 raise
 
     async def _write_or_refuse(self, known: _Written) -> None:
-        """Write one status; one that is refused for what it says is left until there is another to write."""
+        """Write one status. One that the server refuses for its content is not retried until it changes."""
         try:
             await self._write(known)
         except ApiError as error:
@@ -182,7 +182,7 @@ class Reporter:
             known.refused = known.wanted
 
     async def _write(self, known: _Written) -> None:
-        """Write one status, over again if the object has changed meanwhile and declares what it did."""
+        """Write one status; retry if the object has changed meanwhile with the same declaration."""
         source, collection = known.source, loras_in(self._namespace)
         version, before = source.resource_version, known.status
         for _ in range(CONFLICTS_MAX):
@@ -200,7 +200,7 @@ class Reporter:
                 found = await self._found(collection, source.name)
                 metadata = found.get("metadata", {})
                 if metadata.get("uid") != source.uid or metadata.get("generation") != source.generation:
-                    return  # it declares something else by now, which the reconciler will hear of
+                    return  # its declaration has changed, which the reconciler will see
                 version, before = metadata["resourceVersion"], found.get("status") or {}
             else:
                 known.status, known.wrote_s = status, monotonic()
@@ -216,14 +216,14 @@ class Reporter:
 
 
 def _change(known: _Written, now: float) -> Change:
-    """Return how what a status is to say differs from what it says."""
+    """Return how the wanted status differs from the object's."""
     if known.wanted is None or known.wanted == known.refused:
         return Change.NONE
     wanted = status_of(known.wanted, known.source.generation, known.status, now)
     before = {key: known.status.get(key) for key in wanted}
     if wanted == before:
         return Change.NONE
-    return Change.COUNTS if _without_counts(wanted) == _without_counts(before) else Change.TURN
+    return Change.COUNTS if _without_counts(wanted) == _without_counts(before) else Change.TRANSITION
 
 
 def _without_counts(status: Status) -> Status:
@@ -234,16 +234,18 @@ def _without_counts(status: Status) -> Status:
     return {key: value for key, value in status.items() if key not in COUNTED} | {"conditions": conditions}
 
 
-def _turn_in(status: Status) -> tuple[str, str, str] | None:
-    """Return the turn that a status tells of, None if it tells of none."""
+def _transition_in(status: Status) -> tuple[str, str, str] | None:
+    """Return the transition that a status records, or None."""
     if not status.get("phase"):
         return None
     reasons = {condition.get("type"): condition.get("reason") for condition in status.get("conditions") or ()}
-    return turn_of(status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", ""))
+    return transition_of(
+        status["phase"], str(reasons.get("Ready")), status.get("version", ""), status.get("message", "")
+    )
 
 
 def note_of(source: Source, name: str, standing: Standing) -> str:
-    """Return a message that says which adapter is meant: a ConfigMap declares several."""
+    """Return a standing's message, with the adapter's name if the object is a ConfigMap, which declares several."""
     is_named = not name or source.name == name or standing.message.startswith(name)
     return standing.message if is_named else f"{name}: {standing.message}"
 

@@ -1,6 +1,6 @@
-"""Whether a backend's address is a Service with several endpoints behind one address of its own, which DNS hides.
+"""Detect a backend's address that is a Service with several endpoints behind one cluster IP, which DNS hides.
 
-Each request and each load would go to one of them by chance, and what is resident where could not be known.
+Each request and each load would go to a random endpoint, so the sidecar could not know which adapters are resident.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sidecar.kubernetes.endpoint_slices import found_in, slices_of
 from sidecar.kubernetes.failures import ApiError
 
 PATIENCE_S = 5.0
-"""How long the cluster is asked for in all; one that does not say is not waited for."""
+"""The timeout of all requests to the cluster together; without an answer, no problem is reported."""
 _LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _SERVICE = re.compile(rf"({_LABEL})(?:\.({_LABEL})(?:\.svc(?:\.[a-z0-9.-]+)?)?)?\.?\Z")
 
 
 def service_of(host: str, namespace: str) -> tuple[str, str] | None:
-    """Return the Service and the namespace that a host could be in a cluster: `triton`, `triton.ml`, `triton.ml.svc`…
+    """Return the Service and namespace that a host name could mean: `triton`, `triton.ml`, `triton.ml.svc`…
 
-    `namespace` is the asker's own. None for addresses and other names.
+    `namespace` is the caller's own. Returns None for addresses and other names.
     """
     found = _SERVICE.match(host.lower())
     if found is None or _is_address(host):
@@ -35,9 +35,9 @@ def service_of(host: str, namespace: str) -> tuple[str, str] | None:
 
 
 def problems(places: Mapping[str, str]) -> dict[str, str]:
-    """Say what is wrong with places, HOST:PORT by a key of the caller's, that are several engines, and the way out.
+    """Return, by the caller's keys, the problem and the way out for each HOST:PORT that is several engines.
 
-    Nothing is wrong with any where this process belongs to no cluster, or may not look at its Services.
+    Returns nothing if this process is outside a cluster, or may not read its Services.
     """
 
     async def ask() -> dict[str, str]:
@@ -59,9 +59,9 @@ def problems(places: Mapping[str, str]) -> dict[str, str]:
 
 
 async def problem_of(api: Api, host: str, port: int) -> str | None:
-    """Say what is wrong with a backend at a Service that has several endpoints, and what to write instead.
+    """Return the problem of a backend at a Service with several endpoints, and the configuration to use instead.
 
-    `port` is the Service's. None for every other host, and when the cluster does not say.
+    `port` is the Service's. Returns None for any other host, or if the cluster does not answer.
     """
     service = service_of(host, api.access.namespace)
     if service is None:
@@ -88,7 +88,7 @@ def _host_and_port(place: str) -> tuple[str, int]:
 
 
 def _target(service: Object, port: int) -> str | None:
-    """Return what a Service's port is called in its slices: "" if it has one port only."""
+    """Return the name of a Service's port in its slices: "" if it has only one port."""
     for offered in service.get("spec", {}).get("ports") or ():
         if offered.get("port") == port:
             return str(offered.get("name") or "")

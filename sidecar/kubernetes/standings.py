@@ -1,4 +1,4 @@
-"""How a declared adapter stands, in the words that its status, events, log and metrics share."""
+"""The standing of a declared adapter, as its status, events, log and metrics show it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INVALID_DECLARATION = "InvalidDeclaration"
 
 
 class Phase(Enum):
-    """One word for a declaration; `Removing` is a name whose declaration has gone."""
+    """The phase of a declaration; `Removing` is the phase of a name whose declaration was deleted."""
 
     PENDING = "Pending"
     LOADING = "Loading"
@@ -29,14 +29,14 @@ class Phase(Enum):
     REMOVING = "Removing"
 
 
-def turn_of(phase: str, reason: str, version: str, message: str) -> tuple[str, str, str]:
-    """Return what makes another standing a transition. What is wrong with a declaration differs by its message only."""
+def transition_of(phase: str, reason: str, version: str, message: str) -> tuple[str, str, str]:
+    """Return the part of a standing whose change is a transition. Faults of a declaration differ by message only."""
     return phase, reason, message if reason == INVALID_DECLARATION else version
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How one declaration stands. `reason` is a word for machines, in CamelCase."""
+    """The standing of one declaration. `reason` is machine-readable, in CamelCase."""
 
     phase: Phase
     reason: str
@@ -47,14 +47,14 @@ class Standing:
     accepted: bool = True
 
     @property
-    def turn(self) -> tuple[str, str, str]:
-        """What makes another standing a transition worth telling."""
-        return turn_of(self.phase.value, self.reason, self.version, self.message)
+    def transition(self) -> tuple[str, str, str]:
+        """The part of the standing whose change is a transition."""
+        return transition_of(self.phase.value, self.reason, self.version, self.message)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """How the work on a name goes: whether it is under way, and what the last one failed with."""
+    """The state of the work on a name: whether a step is running, and the error of the last one."""
 
     running: bool = False
     error: SidecarError | None = None
@@ -68,9 +68,9 @@ def standing_of(
     now: float,
     loaded: str = "",
 ) -> Standing:
-    """Return how the chosen declaration of a name stands.
+    """Return the standing of the chosen declaration of a name.
 
-    `loaded` is the content that was Ready before: what has been loaded ahead once may be evicted for others later.
+    `loaded` is the digest that was Ready before: once prefetched, a version may be evicted and still counts as Ready.
     """
     if declaration.problem:
         return Standing(Phase.FAILED, INVALID_DECLARATION, declaration.problem, accepted=False)
@@ -86,20 +86,20 @@ def standing_of(
         message = f"{attempt.error.message}; {record.name} still answers with {version}"
         return Standing(Phase.FAILED, in_camel_case(attempt.error.reason.value), message, version, digest, places)
     if to_do(declaration, record, now) is not Do.NOTHING:
-        message = f"{record.name} answers with {version} until what is declared is there"
+        message = f"{record.name} answers with {version} until the declared version is there"
         return Standing(Phase.LOADING, "Fetching", message, version, digest, places)
     message = f"{record.name} stands for {version}"
     if record.declared.prefetch is not None:
         if not places.wanted:
-            message += "; no backend that could serve it is one of those that it is to be loaded on"
+            message += "; none of the backends to prefetch it on can serve it"
         elif loaded != digest and len(places.ready) < len(places.wanted):
-            message += " and is being loaded ahead"
+            message += " and is being prefetched"
             return Standing(Phase.LOADING, "Prefetching", message, version, digest, places)
     return Standing(Phase.READY, "Registered", message, version, digest, places)
 
 
 def loser(declaration: Declaration, winner: Declaration) -> Standing:
-    """Return how a declaration stands whose name another one has."""
+    """Return the standing of a declaration whose name another one has."""
     source = winner.source
     return Standing(
         Phase.FAILED,
@@ -120,7 +120,7 @@ def _first(attempt: Attempt) -> Standing:
 
 def _held(record: Record) -> str:
     until = datetime.fromtimestamp(record.held_until, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return f"an operator holds {record.name} at v{record.current} until {until}; then it is as declared again"
+    return f"an operator holds {record.name} at v{record.current} until {until}; then the declaration applies again"
 
 
 def in_camel_case(reason: str) -> str:
@@ -128,7 +128,7 @@ def in_camel_case(reason: str) -> str:
 
 
 def status_of(standing: Standing, generation: int, before: dict[str, Any], now: float) -> dict[str, Any]:
-    """Return the status of a LoraAdapter. `before` is what it says already; times stay where nothing has turned."""
+    """Return the status of a LoraAdapter. `before` is its last status; times stay without a transition."""
     places = standing.places
     is_ready = standing.phase is Phase.READY
     is_held = standing.phase is Phase.HELD

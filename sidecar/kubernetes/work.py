@@ -1,4 +1,4 @@
-"""The work on one declared name: one step at a time, tried again after a while when it fails."""
+"""The work on one declared name: one step at a time, retried after a pause if it fails."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 300.0
 READ_AT_ONCE_MAX = 4
-"""Adapters on disk that are read at once: every byte of each is, in threads that others need, too."""
+"""Adapters on disk that are read at a time: reading them takes threads that others need too."""
 
 MayChange = Callable[[str, "Declaration | None"], bool]
-"""Whether a name is still to be brought to a declaration, None if it is to have none."""
+"""Returns True if a name's declaration (None: it has none) is unchanged since a step began."""
 
 
 class Work:
-    """What is done about a name. `changed` is called when a step has ended."""
+    """The steps of one name. `changed` is called when a step has ended."""
 
     def __init__(self, name: str, changed: Callable[[], None]) -> None:
         self._name = name
@@ -41,7 +41,7 @@ class Work:
         self._about: Hashable = None
         self._error: SidecarError | None = None
         self.due_s = 0.0
-        """When (monotonic seconds) it may be tried again."""
+        """The earliest time (monotonic seconds) of a retry."""
 
     @property
     def attempt(self) -> Attempt:
@@ -53,11 +53,11 @@ class Work:
 
     @property
     def is_unknown_to_others(self) -> bool:
-        """Whether the last step may have been written down without every replica knowing of it."""
+        """True if the last step may have been stored without reaching every replica."""
         return self._error is not None and self._error.reason is Reason.STATE_UNAVAILABLE
 
     def about(self, wish: Hashable) -> None:
-        """Say what is wished for now: when that is another than before, a step towards that one is given up."""
+        """Set the wanted declaration. If it has changed, cancel a step towards the former one."""
         if wish == self._about:
             return
         self._about = wish
@@ -67,12 +67,12 @@ class Work:
             self._task.cancel()
 
     def begin(self, step: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Take a step, unless one is being taken or the last one failed a moment ago."""
+        """Start a step, unless one is running or the pause after a failed one lasts."""
         if not self.is_running and monotonic() >= self.due_s:
             self._task = asyncio.create_task(self._take(step))
 
     def rest(self) -> None:
-        """There is nothing to do."""
+        """Note that nothing is to be done."""
         self._error = None
 
     async def stop(self) -> None:
@@ -100,7 +100,7 @@ class Work:
 
 
 class Steps:
-    """Takes steps in the registry. `may_change` is asked right before anything is written down."""
+    """Carries out steps in the registry, checking `may_change` right before each write."""
 
     def __init__(self, catalogue: Catalogue, may_change: MayChange, reporter: Reporter) -> None:
         self._catalogue = catalogue
@@ -109,7 +109,7 @@ class Steps:
         self._reading = asyncio.Semaphore(READ_AT_ONCE_MAX)
 
     async def towards(self, do: Do, declaration: Declaration) -> None:
-        """Take one step towards a declaration."""
+        """Carry out one step towards a declaration."""
         name, owner = declaration.name, declaration.source.owner
         if do is Do.SET:
 
@@ -128,12 +128,12 @@ class Steps:
             declared=declaration.declared,
             confirm=lambda: self._confirm(name, declaration),
         )
-        turn = nullcontext() if is_url(declaration.origin) else self._reading  # downloads have a bound of their own
-        async with turn:
+        limit = nullcontext() if is_url(declaration.origin) else self._reading  # downloads have their own limit
+        async with limit:
             await self._catalogue.register(name, declaration.origin, wanted)
 
     async def away(self, do: Do, record: Record) -> None:
-        """Take one step towards forgetting a name."""
+        """Carry out one step towards forgetting a name."""
         name, owner = record.name, record.managed_by
         if do is Do.MARK:
 
@@ -151,7 +151,7 @@ class Steps:
         self._reporter.gone(owner, name)
 
     def _confirm(self, name: str, declaration: Declaration | None) -> None:
-        """Raise Dropped if this is not what is wanted any more."""
+        """Raise Dropped if the name's declaration has changed."""
         if not self._may_change(name, declaration):
             raise Dropped(Reason.CANCELLED, f"{name} is not declared so any more")
 

@@ -58,5 +58,5 @@ async def test_without_a_cluster_it_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         "backends": [{"id": "gpu", "kind": "triton", "discover": discover}],
         "listeners": {"data": FREE, "admin": FREE, "http": FREE},
     }
-    with pytest.raises(Misused, match="runs in no pod of a cluster"):
+    with pytest.raises(Misused, match="runs in no pod"):
         await Sidecar.start(parse(config, "the test"))

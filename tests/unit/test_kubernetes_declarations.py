@@ -11,7 +11,7 @@ from sidecar.kubernetes.choosing import Desired, desired
 from sidecar.kubernetes.deciding import Do, marked_gone, next_look, set_back, to_do, to_do_without
 from sidecar.kubernetes.declarations import (
     Declaration,
-    Said,
+    DeclaringObject,
     of_config_map,
     of_lora,
 )
@@ -197,7 +197,7 @@ def test_a_name_goes_when_its_grace_is_over() -> None:
 def test_a_name_stays_while_it_is_held_or_its_object_cannot_be_read() -> None:
     """Whatever its grace."""
     gone = marked_gone(registered(), NOW - 1000)
-    unread = Desired(unread={SOURCE.owner: Said(SOURCE, problem="not YAML")})
+    unread = Desired(unread={SOURCE.owner: DeclaringObject(SOURCE, problem="not YAML")})
     assert to_do_without(gone, unread, NOW) is Do.NOTHING
     assert to_do_without(replace(gone, held_until=NOW + 1), Desired(), NOW) is Do.NOTHING
     assert to_do_without(gone, Desired(), NOW) is Do.FORGET

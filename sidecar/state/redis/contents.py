@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 UNFINISHED = "unfinished"
 """The schema number during a write: it keeps replicas from starting on an incomplete registry."""
-WRITTEN_A_TURN = 500
+WRITTEN_AT_ONCE = 500
 NUMBER_MAX = 2**53
 
 
@@ -84,16 +84,16 @@ class RedisRegistryStore:
         await link.set_meta(schema=UNFINISHED)
         done = 0
         entries = list(_entries(contents))
-        for start in range(0, len(entries), WRITTEN_A_TURN):
-            turn = entries[start : start + WRITTEN_A_TURN]
-            await link.put_entries(turn)
-            done += len(turn)
+        for start in range(0, len(entries), WRITTEN_AT_ONCE):
+            page = entries[start : start + WRITTEN_AT_ONCE]
+            await link.put_entries(page)
+            done += len(page)
             told(done, len(entries) + len(contents.changes))
         changes = list(_announced(contents))
-        for start in range(0, len(changes), WRITTEN_A_TURN):
-            turn_of_changes = changes[start : start + WRITTEN_A_TURN]
-            await link.put_changes(turn_of_changes)
-            done += len(turn_of_changes)
+        for start in range(0, len(changes), WRITTEN_AT_ONCE):
+            page = changes[start : start + WRITTEN_AT_ONCE]
+            await link.put_changes(page)
+            done += len(page)
             told(done, len(entries) + len(contents.changes))
         await link.set_meta(
             revision=str(contents.last_change), entries=str(len(entries)), incarnation=token_hex(8), schema=SCHEMA

@@ -26,7 +26,7 @@ SCHEMA = "1"
 LIMITS = (CHANGES_MAX, TOMBSTONES_MS, TOMBSTONES_MAX)
 READ_AT_ONCE = 50
 """Records read before the event loop runs other tasks."""
-RESTORED_A_TURN = 100
+RESTORED_AT_ONCE = 100
 
 
 class Position(NamedTuple):
@@ -112,8 +112,8 @@ async def _read_all(link: Link, copy: Copy) -> tuple[dict[str, Head], dict[str, 
 
 
 async def _restore(link: Link, incarnation: str, applied: int, entries: list[tuple[str, Entry]]) -> None:
-    for start in range(0, len(entries) or 1, RESTORED_A_TURN):
-        turn = entries[start : start + RESTORED_A_TURN]
-        values = [text for name, entry in turn for text in (name, value_of(entry))]
+    for start in range(0, len(entries) or 1, RESTORED_AT_ONCE):
+        page = entries[start : start + RESTORED_AT_ONCE]
+        values = [text for name, entry in page for text in (name, value_of(entry))]
         await link.run(RESTORE, incarnation, applied, token_hex(8), *LIMITS, *values)
         await asyncio.sleep(0)
