@@ -1,15 +1,15 @@
-"""Every way a request, an adapter or a command can end badly, in one table.
+"""All errors of requests, adapters and commands, in one table.
 
     SidecarError
-    ├── Refused   never dispatched: safe to send elsewhere or again
+    ├── Refused   never dispatched: safe to send again, here or elsewhere
     ├── Dropped   expired or cancelled while it waited in the queue
     ├── Failed    dispatched, so it may have run
     ├── Invalid   an adapter that cannot be served as it is
-    └── Misused   a command, a configuration or a machine that is not as it must be
+    └── Misused   a faulty command, configuration or machine
 
-The first question is always "may it have run?"; the family answers it. A `Reason` names the cause for machines;
-the table maps it to its family, its gRPC code, whether sending it again can help, and so to every front's form.
-Messages are for people: they name the thing, the reason and the way out.
+The family tells whether the request may have run. A `Reason` is the machine-readable cause; the table maps it to its
+family, its gRPC code and whether a retry can help, from which each front derives its own form. Messages are for people:
+they name the thing, the reason and the way out.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 CRASHED_EXIT = 70
-"""The exit code of a process that ends because its own state can be trusted no more (sysexits' EX_SOFTWARE)."""
+"""The exit code of a process that ends because it can no longer trust its own state (EX_SOFTWARE of sysexits)."""
 
 
 class Family(Enum):
-    """Who is to blame and whether the request may have run."""
+    """The families of errors; the family tells whether the request may have run."""
 
     REFUSED = "refused"
     DROPPED = "dropped"
@@ -33,7 +33,7 @@ class Family(Enum):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: the family, the gRPC status code's name, and whether a retry can help."""
+    """A row of the table: the family, the name of the gRPC status code, and whether a retry can help."""
 
     family: Family
     code: str
@@ -41,7 +41,7 @@ class Row:
 
 
 class Reason(Enum):
-    """The closed set of causes; `value` is what `google.rpc.ErrorInfo.reason` carries."""
+    """The closed set of causes; `value` goes into `google.rpc.ErrorInfo.reason`."""
 
     # Refused: never dispatched.
     QUEUE_FULL = "QUEUE_FULL"
@@ -139,9 +139,9 @@ TABLE: dict[Reason, Row] = {
 
 
 class SidecarError(Exception):
-    """An ending with a reason for machines and a message for people.
+    """An error with a machine-readable reason and a message for people.
 
-    `details` go into ErrorInfo's metadata (adapter, version, backend); `retry_after_s` into RetryInfo.
+    `details` go into ErrorInfo's metadata (adapter, version, backend), `retry_after_s` into RetryInfo.
     """
 
     family: Family
@@ -179,5 +179,5 @@ _CLASSES = {cls.family: cls for cls in (Refused, Dropped, Failed, Invalid, Misus
 
 
 def error_for(reason: Reason, message: str, *, retry_after_s: float | None = None, **details: str) -> SidecarError:
-    """Return the error of the reason's own family."""
+    """Return an error of the reason's family."""
     return _CLASSES[reason.row.family](reason, message, retry_after_s=retry_after_s, **details)

@@ -1,1 +1,1 @@
-"""Where engines are: what names the members of a pool that nobody has listed one by one."""
+"""Discover the engines of a pool that are not listed one by one in the configuration."""

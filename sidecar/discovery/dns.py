@@ -1,7 +1,7 @@
-"""Engines found by DNS: a name with an address for each of them, as a headless Service has.
+"""Find engines by DNS: a name with one address for each engine, as a headless Service has.
 
-The resolver is the system's. A dual-stack name has two addresses for every engine and nothing says which two are one
-engine's, so IPv6 is asked for only where there is no IPv4.
+The resolver is the system's. A dual-stack name has two addresses for every engine, and nothing tells which two belong
+together, so IPv6 is resolved only if there is no IPv4 address.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ logger = logging.getLogger(__name__)
 NONE_THERE = frozenset(
     code for name in ("EAI_NONAME", "EAI_NODATA") if (code := getattr(socket, name, None)) is not None
 )
-"""What the resolver says when a name server has answered that there is no such name, or no address of it."""
+"""The resolver's errors when a name server answered that the name does not exist or has no address."""
 Resolve = Callable[[str, int, socket.AddressFamily], Awaitable[list[str]]]
 
 
 async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[str]:
     """Return a name's addresses of one family. Raises socket.gaierror as the system's resolver does.
 
-    It is asked in a thread that nobody waits for at the end: a name server that is away is given up after half a minute
-    only, and a process that stops must not take so long.
+    The lookup runs in a daemon thread: it times out only after half a minute if the name server is unreachable, and a
+    stopping process must not wait for that.
     """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[list[str]] = loop.create_future()
@@ -42,7 +42,7 @@ async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[st
             told = functools.partial(_fail, answer, error)
         else:
             told = functools.partial(_succeed, answer, sorted({str(address[0]) for *_, address in found}))
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(told)
 
     threading.Thread(target=ask, name="resolve", daemon=True).start()
@@ -60,10 +60,10 @@ def _fail(answer: asyncio.Future[list[str]], error: OSError) -> None:
 
 
 class DnsFinder:
-    """Asks for the addresses of a name, again and again (`found.Finder`).
+    """Resolves a name periodically (implements `found.Finder`).
 
-    An answer without addresses is believed once it has come for `empty_s` on end: a name server that has just been
-    started knows nothing yet.
+    An answer without addresses counts only after it has lasted for `empty_s`: a name server that has just started
+    knows no names yet.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class DnsFinder:
             await asyncio.sleep(self._every_s)
 
     async def _look(self) -> frozenset[Found] | None:
-        """Return what there is, None while that is not known for certain."""
+        """Return the engines found, or None while the answer is uncertain."""
         try:
             addresses = await self._addresses()
         except OSError as error:
             self._empty_since_s = None
-            self._tell(f"{self._host} cannot be resolved: {error.strerror or error}; what was found stays")
+            self._tell(f"{self._host} cannot be resolved: {error.strerror or error}; engines that were found stay")
             return None
         if addresses:
             self._empty_since_s = None
@@ -124,7 +124,7 @@ class DnsFinder:
         return []
 
     def _tell(self, trouble: str) -> None:
-        """Log what is wrong, once until something else is."""
+        """Log a problem, once until another one occurs."""
         if trouble and trouble != self._trouble:
             logger.warning("%s", trouble)
         self._trouble = trouble

@@ -1,11 +1,11 @@
-"""Keeps the backends of one pool as its engines are found.
+"""Keep the backends of one pool in step with the discovered engines.
 
     found, ready                →  added
-    not ready, or terminating   →  takes nothing new; what runs there goes on
-    found no more               →  the same, and after a grace it is removed as soon as nothing runs there
+    not ready, or terminating   →  gets no new requests; running ones go on
+    no longer found             →  the same, and removed after a grace period, once nothing runs there
     found at another address    →  another engine: the old one is removed first
 
-One that is found again before it was removed stays what it was: a name server may have left it out for a moment.
+An engine that is found again before its removal stays: a name server may have left it out for a moment.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ AGAIN_S = 5.0
 
 
 class Engines(Protocol):
-    """What is done with the engines of a pool, by their names."""
+    """The operations on the engines of a pool, by name."""
 
     async def add(self, found: Found, fresh: bool) -> None:
-        """Take in an engine. `fresh`: it has come while this process ran. Raises SidecarError."""
+        """Add an engine. `fresh` is True if it appeared while this process ran. Raises SidecarError."""
 
     def leave(self, name: str, leaving: bool) -> None:
-        """Send nothing new to an engine, or take it back."""
+        """Stop sending new requests to an engine, or resume with `leaving=False`."""
 
     def is_done(self, name: str) -> bool:
-        """Whether nothing runs at an engine any more."""
+        """Return True if nothing runs at an engine any more."""
 
     async def remove(self, name: str, cause: str) -> None:
-        """Forget an engine; what still runs there is lost."""
+        """Remove an engine; requests that still run there are lost."""
 
 
 class Follower:
-    """Follows one finder. What runs at an engine that is gone is waited for `drain_s` at most, then cut off."""
+    """Follows one finder. Requests at a vanished engine get at most `drain_s` to end, then they are cut off."""
 
     def __init__(self, finder: Finder, engines: Engines, grace_s: float, drain_s: float) -> None:
         self._finder = finder
@@ -60,7 +60,7 @@ class Follower:
         self._spawn(self._follow())
 
     async def stop(self) -> None:
-        """Follow no more; what is known stays as it is."""
+        """Stop following; known engines stay as they are."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -78,11 +78,11 @@ class Follower:
                 async for found in self._finder.watch():
                     await self.see(found)
             except Exception:
-                logger.exception("engines cannot be looked for; that is tried again in %s s", AGAIN_S)
+                logger.exception("discovery failed; it is retried in %s s", AGAIN_S)
             await asyncio.sleep(AGAIN_S)
 
     async def see(self, found: frozenset[Found]) -> None:
-        """Take in what is there now."""
+        """Compare the found engines with the known ones: add new ones, and drain or restore the others."""
         async with self._turn:
             fresh, self._last = self._last is not None, found
             there = {each.name: each for each in sorted(found, key=lambda each: each.name)}
@@ -115,7 +115,7 @@ class Follower:
             self._known[found.name] = found
 
     async def _see_off(self, gone: Found, grace_s: float) -> None:
-        """Remove an engine once it has nothing left to do, and look again at what is there: it may be back."""
+        """Remove an engine once nothing runs there, then compare again: it may be back."""
         name = gone.name
         await asyncio.sleep(grace_s)
         until_s = monotonic() + self._drain_s
@@ -123,7 +123,7 @@ class Follower:
             await asyncio.sleep(LOOK_S)
         self._removing.add(name)
         try:
-            await self._engines.remove(name, f"{gone.address} is found no more")
+            await self._engines.remove(name, f"{gone.address} is no longer found")
         finally:
             self._removing.discard(name)
             del self._known[name], self._going[name]

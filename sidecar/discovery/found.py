@@ -1,4 +1,4 @@
-"""What every way to find engines answers with: the whole set of them, again and again."""
+"""The interface of every way to find engines: it yields the whole set after each change."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ class Found:
     """One engine's endpoint."""
 
     name: str
-    """What tells it from the others of its pool for as long as it lives: a pod's name, or its address."""
+    """Its id in the pool while it lives: a pod's name, or the address."""
     address: str
     """`host:port`."""
     ready: bool = True
-    """Whether whoever runs it says that it may be sent requests."""
+    """True if its platform reports it as ready for requests."""
     terminating: bool = False
-    """Whether it is about to go: it ends what it has and takes nothing new."""
+    """True if it is shutting down: it ends running requests and takes no new ones."""
 
 
 class Finder(Protocol):
     """One way to find the engines of one pool."""
 
     def watch(self) -> AsyncIterator[frozenset[Found]]:
-        """Yield the whole set, at first and whenever it has changed, for ever.
+        """Yield the whole set of engines, at first and after each change, for ever.
 
-        What cannot be asked is not an empty set: nothing is yielded until it answers again, so that a name server that
-        is away takes no engine from anybody. The iterator logs why, once for each different reason.
+        While the source does not answer, nothing is yielded, so that an unreachable name server removes no engine. The
+        iterator logs the reason, once for each different one.
         """

@@ -1,7 +1,7 @@
-"""Whether an address that stands for one engine is several by DNS: a headless Service, or another name with many.
+"""Detect a backend's host that DNS resolves to several engines: a headless Service, or another name with addresses.
 
-Each request and each load would go to one of them by chance, and what is resident where could not be known. Where a
-Service has one address for several engines only the cluster can tell: `kubernetes.services`.
+Each request and each load would go to a random one of them, so the sidecar could not know which adapters are resident.
+A Service with one cluster IP for several engines is detected by `kubernetes.services`.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import monotonic
 
 PATIENCE_S = 3.0
-"""How long names are looked up for in all. One that takes longer may be known to another network than this one's."""
+"""The timeout of all lookups together. A name that takes longer may belong to a network that this host cannot reach."""
 Resolve = Callable[[str], Iterable[str]]
-"""From a host to its addresses. Raises OSError when it has none."""
+"""Takes a host, returns its addresses. Raises OSError if it has none."""
 
 
 def resolve(host: str) -> set[str]:
-    """Return the addresses of a host as the system's resolver knows them. Raises OSError."""
+    """Return the addresses of a host from the system's resolver. Raises OSError."""
     return {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
 
 
 def addresses_of(hosts: Sequence[str], ask: Resolve = resolve, patience_s: float = PATIENCE_S) -> dict[str, set[str]]:
-    """Return the addresses of those hosts that can be resolved in time, all asked at once."""
+    """Return the addresses of the hosts that resolve in time; all lookups run concurrently."""
     found: dict[str, set[str]] = {}
 
     def look(host: str) -> None:
         try:
             found[host] = set(ask(host))
         except OSError:
-            return  # it may be a name that only the machine that serves can resolve
+            return  # only the serving machine may be able to resolve it
 
     threads = [threading.Thread(target=look, args=(host,), daemon=True) for host in dict.fromkeys(hosts)]
     for thread in threads:
@@ -43,9 +43,9 @@ def addresses_of(hosts: Sequence[str], ask: Resolve = resolve, patience_s: float
 
 
 def several(addresses: Iterable[str]) -> list[str]:
-    """Return the addresses of a host that is more than one machine, none for one. One of each family is one machine.
+    """Return the addresses of a host that is several machines, or () for one machine.
 
-    So is all that is this machine itself: localhost may be any of its addresses.
+    One address of each family counts as one machine, and so do this machine's own addresses, as localhost has.
     """
     known = sorted(map(ipaddress.ip_address, addresses), key=str)
     if all(address.is_loopback for address in known):
@@ -55,7 +55,7 @@ def several(addresses: Iterable[str]) -> list[str]:
 
 
 def problems(places: Mapping[str, str], ask: Resolve = resolve, patience_s: float = PATIENCE_S) -> dict[str, str]:
-    """Say what is wrong with places, HOST:PORT by a key of the caller's, that are several engines, and the way out."""
+    """Return, by the caller's keys, the problem and the way out for each HOST:PORT that is several engines."""
     hosts = {key: place.rpartition(":")[0].strip("[]") for key, place in places.items()}
     known = addresses_of(list(hosts.values()), ask, patience_s)
     wrong = {}
@@ -67,7 +67,7 @@ def problems(places: Mapping[str, str], ask: Resolve = resolve, patience_s: floa
 
 
 def problem(what: str, engines: Sequence[str], discover: str) -> str:
-    """Say what is wrong with one address of these engines, and how they are found instead."""
+    """Return the problem of one address for several engines, and the configuration that finds them."""
     shown = ", ".join(engines[:3]) + (", …" if len(engines) > 3 else "")
     return (
         f"{what} ({shown}), so each request and each load would reach another engine; "

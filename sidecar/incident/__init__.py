@@ -1,1 +1,1 @@
-"""After something went wrong: what to keep of it, and what the journal tells of one request."""
+"""Incidents: capture what is needed to study one elsewhere, and explain a request's wait from its journal."""

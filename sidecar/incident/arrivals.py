@@ -1,6 +1,6 @@
-"""What a journal holds of its requests: where each arrived, and all that is needed to let them arrive once more.
+"""Read the arrivals of a journal's requests, and the state of the pool that they met, to repeat them in a simulation.
 
-Nothing is replayed here. Lines are looked at as bytes first, so a hundred megabytes take a second or two.
+Nothing is replayed here. Lines are filtered as bytes first, so a hundred megabytes take a second or two.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SETTING_EVENTS = ("AdapterRegistered", "BackendAdded", "BackendUp", "BackendMeas
 
 
 class Arrival(NamedTuple):
-    """One Received event and what became of it. `request` is unique in one life of the process, `life` counts those.
+    """One Received event and its outcome. `request` is unique within one life of the process; `life` counts lives.
 
-    `output_tokens` is what the engine answered in the end; None when the journal does not tell: refused, expired, still
-    running, or lost.
+    `output_tokens` is the length of the engine's answer, or None if the journal does not have it: the request was
+    refused, expired, still running, or lost.
     """
 
     life: int
@@ -51,10 +51,9 @@ class Arrival(NamedTuple):
 
 @dataclass
 class Setting:
-    """What a run began with: the core's configuration, the engines, and what names stood for.
+    """What a run began with: the core's configuration, the engines, and the registered names.
 
-    Facts are those that engines were last measured to have; of each name the last registration, which lists its older
-    versions too.
+    Engines' facts are the last measured ones. Each name has its last registration, which lists its older versions too.
     """
 
     config: CoreConfig
@@ -63,7 +62,7 @@ class Setting:
 
 
 class JournalEntry(NamedTuple):
-    """A line of a journal that was picked by the name of its event. `event` is as it is written."""
+    """A line of a journal, selected by the name of its event. `event` is the written form."""
 
     segment: Path
     life: int
@@ -72,10 +71,10 @@ class JournalEntry(NamedTuple):
 
 
 def arrivals_of(path: Path) -> Iterator[Arrival]:
-    """Yield every request that a journal holds the arrival of, in the order of arrival.
+    """Yield every request whose arrival a journal holds, in the order of arrival.
 
-    `path` is what `sidecar replay` takes: a segment, a journal, a data directory, an incident. Raises Misused for what
-    is none of them. Reads twice, because an answer's length stands behind its arrival.
+    `path` is what `sidecar replay` takes: a segment, a journal, a data directory, an incident. Raises Misused for
+    anything else. Reads the journal twice, because an answer's length comes after its arrival.
     """
     with opened(path) as place:
         segments = segments_of(place)
@@ -106,7 +105,7 @@ def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
 
 
 def setting_of(path: Path) -> Setting:
-    """Return what a journal's requests met. Raises Misused as `arrivals_of` does."""
+    """Return the setting that a journal's requests met. Raises Misused as `arrivals_of` does."""
     with opened(path) as place:
         segments = segments_of(place)
         state = SegmentFile(segments[0]).core.state
@@ -132,7 +131,7 @@ def _take_in(setting: Setting, event: Any) -> None:
 
 
 def _registration(state: State, name: Name) -> AdapterRegistered:
-    """Return the event after which a name stands as it does."""
+    """Return the event that registers a name as the state has it."""
     current = state.versions[name.digest]
     others = []
     for ordinal, digest in sorted(name.versions.items()):
@@ -153,9 +152,9 @@ def _registration(state: State, name: Name) -> AdapterRegistered:
 
 
 def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalEntry]:
-    """Yield the steps whose event is one of these, over several lives of the process, oldest first.
+    """Yield the steps with one of these events, over several lives of the process, oldest first.
 
-    A line that was cut off or is no JSON is passed over: whether a journal is sound is the replay's question.
+    A line that is cut off or no JSON is skipped: checking the journal is the replay's task.
     """
     marks = [f'"event":{{"!":"{name}"'.encode() for name in events]
     life, steps = 0, 0
@@ -181,13 +180,13 @@ def _record(text: bytes) -> dict[str, Any] | None:
 
 
 def header_of(segment: Path) -> dict[str, Any]:
-    """Return what a segment's first line says; empty when it is no segment."""
+    """Return the header in a segment's first line, or {} if the file is no segment."""
     with segment.open("rb") as file:
         return header_in(file.readline())
 
 
 def header_in(line: bytes) -> dict[str, Any]:
-    """Return what a segment's first line says; empty when it is none."""
+    """Return the header in a segment's first line, or {} if it is none."""
     try:
         header = json.loads(line)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Capture an incident: one compressed file that somebody elsewhere can replay, explain and read.
+"""Capture an incident: one compressed file that can be replayed, explained and read elsewhere.
 
-What goes in: the journal's segments of the last while, the configuration and the engines' configs without secrets, the
-running process's metrics, and versions; what could not be had stands in the manifest with the reason. No prompt, no
-token of an answer and no weight is ever written to a journal, so none can be in here; adapters', tenants' and
-backends' names are, and the file is readable by its owner only.
+It contains the journal's recent segments, the configuration and the engines' configs without secrets, the running
+process's metrics, and versions; the manifest lists what is missing with the reasons. A journal never contains prompts,
+tokens of answers or weights, so neither does a capture. It does contain the names of adapters, tenants and backends, so
+only its owner may read the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sidecar.incident.parts import Missing, Part, Segment
 from sidecar.journal.archive import FORMAT, MANIFEST
 
 Progress = Callable[[int, int], None]
-"""Told bytes done and bytes in all."""
+"""Takes the bytes done and the total."""
 
 HOLDS = (
     "ids, names of adapters, tenants and backends, lengths and times; never prompts, tokens of answers, weights or "
@@ -39,23 +39,23 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to capture. Each of the sources may be absent; the manifest then says so."""
+    """What to capture. Each source may be absent; the manifest then lists it as missing."""
 
     last: timedelta
     data: Path | None = None
     config: Config | None = None
     http: parts.HttpListener | None = None
     why_not: tuple[tuple[str, str], ...] = ()
-    """What the caller could not find, and why."""
+    """The sources that the caller could not find, and the reasons."""
     redact_ids: bool = False
-    """Whether the ids by which clients know their requests are cut out of the journal."""
+    """Whether to remove clients' request ids from the journal."""
 
 
 def capture(wanted: Wanted, out: Path, progress: Progress | None = None) -> dict[str, Any]:
     """Write an incident and return its manifest. Works beside a running sidecar, and after its death.
 
-    Raises Misused when nothing at all could be had, or `out` exists; OSError when it cannot be written. Nothing is left
-    behind then.
+    Raises Misused if every source is missing or `out` exists, and OSError if `out` cannot be written. A failure leaves
+    no file behind.
     """
     missing = Missing()
     for what, why in wanted.why_not:
@@ -156,7 +156,7 @@ def _member(name: str, size_bytes: int) -> tarfile.TarInfo:
 
 
 class _Counted(io.RawIOBase):
-    """Reads from one file after the other and tells how far it has come."""
+    """Reads one file after another and reports the progress."""
 
     def __init__(self, total_bytes: int, progress: Progress | None) -> None:
         self.file: IO[bytes] = io.BytesIO()

@@ -1,7 +1,7 @@
 """Explain a request: replay its journal and ask the core, step by step, why it waits.
 
-The answer is the core's own, `asks.why_waiting`, the same that the queue command shows; so an explanation can be no
-other than what was decided. Only steps that can have changed something for the request's backend are looked at.
+The answer is the core's own, `eligibility.why_waiting`, which the queue command shows too, so the explanation always
+agrees with the decision. Only steps that may have changed something for the request's backend are examined.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sidecar.journal.archive import opened
 from sidecar.journal.replay import Replayed, SegmentFile, segments_of
 
 Progress = Callable[[int, int], None]
-"""Told how many of the segments' bytes have been replayed, and of how many."""
+"""Takes the number of replayed bytes of the segments, and their total."""
 
 
 def explain(path: Path, request: int | str, progress: Progress | None = None) -> Timeline:
@@ -27,7 +27,7 @@ def explain(path: Path, request: int | str, progress: Progress | None = None) ->
 
     `request` is its number or its client's id.
 
-    Raises Misused where `path` is none of them, and for a request that it does not tell of.
+    Raises Misused if `path` is none of them, or if it does not contain the request.
     """
     with opened(path) as journal:
         place = place_of(path, segments_of(journal), str(request))
@@ -56,7 +56,7 @@ class _Telling:
         self._differs = False
 
     def read(self, segment: SegmentFile, arrived_before: bool) -> bool:
-        """Replay a segment; return whether the story is over."""
+        """Replay a segment. Return True if the request's story is over."""
         state = segment.core.state
         self._begin(segment, state, arrived_before)
         witness = Witness(state.routing, self._request)
@@ -84,7 +84,7 @@ class _Telling:
             self.story.resumed(state)
 
     def _check(self, segment: SegmentFile, step: Replayed) -> None:
-        """Note the first step that this version takes otherwise than the one that wrote the journal."""
+        """Note the first step whose replay differs from the journal."""
         self._last_step = step.step
         if step.failure and step.same:
             self.notes.append(f"the sidecar ended here: the core raised {step.failure} at step {step.step}")

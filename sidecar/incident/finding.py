@@ -1,4 +1,4 @@
-"""Where in a journal a request is: the segments to replay, or which requests there are instead."""
+"""Find a request's segments in a journal, or list the requests that the journal has instead."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"([0-9]{1,18})(?:\.[0-9]+)?")
 
 @dataclass(frozen=True)
 class RequestSegments:
-    """A request by its number, the segments that tell of it, oldest first, and whether it came before the first."""
+    """A request's number, the segments that contain it, oldest first, and whether it arrived before the first."""
 
     request: int
     segments: list[Path]
@@ -29,7 +29,7 @@ class RequestSegments:
 
 @dataclass(frozen=True)
 class Clock:
-    """Turns a segment's monotonic times into times of day, to within a fraction of a second."""
+    """Converts a segment's monotonic times to times of day, within a fraction of a second."""
 
     began: datetime
     first_ns: int
@@ -40,13 +40,13 @@ class Clock:
 
 
 def clock_of(header: dict[str, Any], first_ns: int) -> Clock | None:
-    """Return the clock of a segment whose first step was at `first_ns`; None when its header has no time of day."""
+    """Return the clock of a segment whose first step was at `first_ns`, or None if its header has no time of day."""
     began = began_of(header)
     return None if began is None else Clock(began, first_ns)
 
 
 def began_of(header: dict[str, Any]) -> datetime | None:
-    """Return the time of day at which a segment was begun."""
+    """Return the time of day at which a segment begins."""
     try:
         began = datetime.fromisoformat(str(header.get("began")))
     except ValueError:
@@ -55,10 +55,10 @@ def began_of(header: dict[str, Any]) -> datetime | None:
 
 
 def place_of(path: Path, segments: list[Path], asked: str) -> RequestSegments:
-    """Return where a request is: by its number, as the log writes it (17) or an engine's log (17.2), or by its id.
+    """Return the segments of a request, given by its number in the log (17) or an engine's log (17.2), or by its id.
 
-    A number is looked for in the latest life of the process that had it. Ids are their clients', and several requests
-    may have the same: it is the last of them then, and the note names the others. Raises Misused for what is not there.
+    A number refers to the latest life of the process that had it. Clients choose ids, so several requests may share
+    one: the last of them is returned, and the note names the others. Raises Misused if the journal has no such request.
     """
     called = [line for line in lines_of(segments, ("Received",)) if line.event.get("client_id") == asked]
     number = _NUMBER.fullmatch(asked)
@@ -118,7 +118,7 @@ def _by_number(path: Path, segments: list[Path], request: int) -> RequestSegment
 
 
 def _boundaries(segments: list[Path]) -> list[int]:
-    """Return the segments that begin with something other than what the one before them ended with."""
+    """Return the segments whose first state differs from the last state of the preceding segment."""
     found, steps = [], -1
     for index, segment in enumerate(segments):
         if first_step_of(segment) != steps + 1:

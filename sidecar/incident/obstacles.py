@@ -1,6 +1,6 @@
-"""What exactly is in the way of a waiting request, in one sentence for each reason of the closed set.
+"""Describe the obstacle of a waiting request, in one sentence for each reason to wait.
 
-Read between steps; nothing is changed.
+Call these functions between steps; they change nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from sidecar.core.state import Backend, Request, State
 from sidecar.core.waiting import seconds
 
 NAMED_MAX = 6
-"""Adapters and backends that a sentence names; the rest is counted."""
+"""The most adapters or backends that a sentence names; it counts the rest."""
 
 
 def in_the_way(state: State, request: Request, why: Why, now_ns: int) -> str:
-    """Say what keeps a waiting request from running; `why` is what `eligibility.why_waiting` said of it."""
+    """Return what keeps a waiting request from running; `why` is the result of `eligibility.why_waiting`."""
     if request.backend is None:
         return _no_backend(state, request)
     return _SENTENCES[why](state, state.backends[request.backend], request, now_ns)
 
 
 def name_of(state: State, digest: str) -> str:
-    """Return a version as people know it; the digest's start when no name stands for it any more."""
+    """Return a version's name and ordinal, or the start of its digest if no name refers to it any more."""
     if digest == BASE:
         return "base model"
     version = state.versions.get(digest)

@@ -1,7 +1,6 @@
-"""The parts of an incident, each gathered apart from the others: what cannot be had is noted with the reason.
+"""Gather the parts of an incident independently of each other; a missing part is noted with the reason.
 
-Nothing here needs the sidecar to run, and nothing disturbs one that does: files are only read, and `/metrics` is asked
-for once.
+The sidecar need not run, and a running one is not disturbed: files are only read, and `/metrics` is requested once.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
 
 @dataclass(frozen=True)
 class Part:
-    """A small file of an incident, and what it is for people."""
+    """A small file of an incident, and its description."""
 
     name: str
     content: bytes
@@ -51,7 +50,7 @@ class Part:
 
 @dataclass
 class Segment:
-    """A journal segment that is held open: it can be read to `size_bytes` even when the sidecar deletes it."""
+    """An open journal segment: it can be read up to `size_bytes` even if the sidecar deletes it."""
 
     name: str
     file: IO[bytes]
@@ -62,7 +61,7 @@ class Segment:
 
 @dataclass
 class Missing:
-    """What could not be had, and why; in the order in which it was missed."""
+    """The missing parts with their reasons, in order."""
 
     found: list[dict[str, str]] = field(default_factory=list)
 
@@ -74,10 +73,10 @@ class Missing:
 
 
 def journal_of(data: Path, last: timedelta, missing: Missing) -> list[Segment]:
-    """Open the segments that cover the last while of what was journaled, oldest first.
+    """Open the segments that cover the last `last` seconds of the journal, oldest first.
 
-    The while ends at the last write, so a sidecar that died an hour ago is captured as it died. Segments stand alone:
-    each begins with all that was known then. The caller closes the files.
+    The time ends at the last write, so a sidecar that died an hour ago is captured as it died. Each segment begins with
+    a snapshot, so it can be replayed alone. The caller closes the files.
     """
     directory = data if segment_paths(data) else data / "journal"
     held = [segment for path in segment_paths(directory) if (segment := _held(path, missing)) is not None]
@@ -96,7 +95,7 @@ def journal_of(data: Path, last: timedelta, missing: Missing) -> list[Segment]:
 def _held(path: Path, missing: Missing) -> Segment | None:
     try:
         file = path.open("rb")
-    except OSError as error:  # rotated away in this very moment, or not ours to read
+    except OSError as error:  # just rotated away, or not readable by this user
         missing.note(f"journal/{path.name}", error.strerror or error)
         return None
     status = os.fstat(file.fileno())
@@ -106,11 +105,11 @@ def _held(path: Path, missing: Missing) -> Segment | None:
 
 
 def without_ids(segments: list[Segment]) -> list[Segment]:
-    """Copy segments without the ids that clients made up; those that are given are closed."""
+    """Return copies of segments without clients' request ids, and close the given ones."""
     redact = ids_redactor()
     copies = []
     for segment in segments:
-        copy = TemporaryFile()  # noqa: SIM115 — the caller closes it, as it would the segment's own
+        copy = TemporaryFile()  # noqa: SIM115 — the caller closes it, like the segment's own
         with segment.file as file:
             copy.writelines(redact(_lines_of(file, segment.size_bytes)))
         size_bytes = copy.tell()
@@ -120,7 +119,7 @@ def without_ids(segments: list[Segment]) -> list[Segment]:
 
 
 def _lines_of(file: IO[bytes], size_bytes: int) -> Iterator[bytes]:
-    """Yield the lines of a file up to a size; the last one may be cut off there."""
+    """Yield the lines of a file up to a size, which may cut off the last one."""
     while size_bytes and (line := file.readline(size_bytes)):
         size_bytes -= len(line)
         yield line
@@ -130,14 +129,14 @@ def _lines_of(file: IO[bytes], size_bytes: int) -> Iterator[bytes]:
 
 
 def configuration_of(config: Config) -> tuple[Part, list[str]]:
-    """Return the configuration as it is served, without its secrets, and the keys of what was cut."""
+    """Return the effective configuration without its secrets, and the keys that were redacted."""
     record, cut = redacted(full_record(config))
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
     return Part("config.yaml", text.encode(), "the configuration, environment and defaults included"), cut
 
 
 def engine_configs_of(config: Config, missing: Missing) -> Iterator[Part]:
-    """Yield the files that the configuration names about each backend's engine and its base model."""
+    """Yield the files that the configuration names for each backend's engine and base model."""
     for number, backend in enumerate(entries_of(config)):
         folder = f"backends/{number:02}-{_UNSAFE.sub('_', backend.identity)[:80]}"
         named = False
@@ -176,10 +175,10 @@ def _engine_config(path: Path, name: str, backend: str, missing: Missing) -> Par
 
 @dataclass(frozen=True)
 class HttpListener:
-    """An http listener's HOST:PORT, and what it takes to reach it.
+    """The address of an http listener (HOST:PORT), and the TLS files to reach it.
 
-    `tls` are PEM files: `ca` (without it this machine's CAs are trusted), `certificate` and `key`, which may be absent.
-    It is None where no TLS is spoken. `asks_back` says that clients are asked for a certificate.
+    `tls` holds PEM files: `ca` (without it, this machine's CAs are trusted), `certificate` and `key`, which may be
+    absent. It is None for a listener without TLS. `asks_back` is True if the listener requires a client's certificate.
     """
 
     address: str
@@ -191,7 +190,7 @@ class HttpListener:
         return f"{'http' if self.tls is None else 'https'}://{self.address}"
 
     def way_out(self, error: Exception) -> str:
-        """Return what helps where it was not reached."""
+        """Return advice for a listener that was not reached."""
         if self.tls is None:
             return "--http names another address, --ca turns TLS on"
         if self.asks_back and "certificate" not in self.tls:
@@ -204,9 +203,9 @@ class HttpListener:
 
 
 def answers_of(listener: HttpListener, missing: Missing) -> Iterator[Part]:
-    """Yield what a running sidecar's http listener says of itself; each page that it does not give is noted.
+    """Yield the pages of a running sidecar's http listener; each page that fails is noted as missing.
 
-    Raises Misused for TLS files that cannot be used.
+    Raises Misused for unusable TLS files.
     """
     verify = False if listener.tls is None else tls_context(listener.tls, "http/1.1")
     for page, name, codes in (("metrics", "metrics.txt", (200,)), ("readyz", "readiness.txt", (200, 503))):
@@ -215,7 +214,7 @@ def answers_of(listener: HttpListener, missing: Missing) -> Iterator[Part]:
             yield Part(name, _get(url, codes, verify), f"{url} at the time of the capture")
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             missing.note(page, f"{url}: {error or type(error).__name__}; {listener.way_out(error)}")
-            return  # where one page is not answered the other will not be either
+            return  # the other page would not be answered either
 
 
 def _get(url: str, codes: tuple[int, ...], verify: ssl.SSLContext | bool) -> bytes:
@@ -234,14 +233,14 @@ def _get(url: str, codes: tuple[int, ...], verify: ssl.SSLContext | bool) -> byt
 
 
 def http_address(listened: str) -> str:
-    """Return where to ask a listener: an address that stands for all of a machine's is asked on the loopback."""
+    """Return the address to reach a listener at: the loopback for one that listens on all addresses."""
     host, _, port = listened.rpartition(":")
     loopback = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}
     return f"{loopback.get(host, host)}:{port}"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what this command runs on; each segment tells the version that wrote it."""
+    """Return the versions that this command runs with; each segment names the version that wrote it."""
     found = {"lora-sidecar": product_version(), "python": sys.version.split()[0], "platform": platform.platform()}
     for requirement in requires("lora-sidecar") or ():
         named = _REQUIREMENT.match(requirement)

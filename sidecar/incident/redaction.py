@@ -1,7 +1,7 @@
-"""Cut out what must not leave a machine: passwords, tokens and keys in a configuration, secrets in URLs, clients' ids.
+"""Redact secrets: passwords, tokens and keys in a configuration, secrets in URLs, and clients' request ids.
 
-Whoever sends an incident to somebody else has no time to read it through first, so in doubt more is cut than need be:
-anything under a key that sounds like a secret, the user name and the query of every URL, and every PEM block.
+A user who sends an incident has no time to check it first, so redaction errs on the safe side: it removes every value
+under a key that sounds like a secret, the user name and query of every URL, and every PEM block.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _USER = re.compile(r"(?!hf://)(\b[A-Za-z][\w+.-]*://)[^\s'\"?#]*@")
 _QUERY = re.compile(r"(\b[A-Za-z][\w+.-]*://[^\s'\"?#]*)[?#][^\s'\"]*")
 _PEM = "-----BEGIN"
 _CLIENT_ID = re.compile(rb'(?<=[{,])"client_id":("(?:[^"\\]|\\.)+")')
-"""As a journal has it; inside of a text its quotation marks are escaped."""
+"""A client's id as a journal writes it; inside a text, the quotation marks are escaped."""
 
 
 def redacted(record: Any) -> tuple[Any, list[str]]:
-    """Return JSON values without their secrets, and the dotted keys of what was cut."""
+    """Return JSON values without their secrets, and the dotted keys that were redacted."""
     cut: list[str] = []
     return _value(record, "", False, cut), cut
 
 
 def redacted_text(text: str) -> str:
-    """Return a text without the user names and queries of the URLs in it, and nothing of one that holds a key."""
+    """Return a text without the user names and queries of its URLs; a text with a key is replaced as a whole."""
     if _PEM in text:
         return CUT
     return _QUERY.sub(rf"\1?{CUT}", _USER.sub(rf"\1{CUT}@", text))
 
 
 def ids_redactor() -> Callable[[Iterable[bytes]], Iterator[bytes]]:
-    """Return what yields a journal's lines without the ids that clients made up.
+    """Return a generator function that yields a journal's lines without clients' ids.
 
-    Equal ids stay equal in all that one redactor has seen, and cannot be found out by trying. A last line that was cut
-    off is left out: it may end in the middle of an id.
+    Within one redactor, equal ids get equal replacements, which cannot be reversed by trying ids. A cut-off last line
+    is left out: it may end in the middle of an id.
     """
     key = token_bytes(32)
 
@@ -60,7 +60,7 @@ def ids_redactor() -> Callable[[Iterable[bytes]], Iterator[bytes]]:
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key names a secret itself; `token_file` does not, it names a file."""
+    """Return True if a key names a secret itself; `token_file` does not, it names a file."""
     words = [word.lower() for word in _WORD.findall(key)]
     return bool(words) and (words[-1] in _SECRET_WORDS or "_".join(words[-2:]) in _SECRET_KEYS)
 

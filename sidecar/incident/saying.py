@@ -1,4 +1,4 @@
-"""The sentences of a request's own moments."""
+"""Describe the moments of a request's life, one sentence each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CANDIDATES_NAMED_MAX = 4
 
 
 def arrived(state: State, request: Request | None) -> str:
-    """Say where in which queue a request stands that has just arrived; `state` is the one after."""
+    """Return the position of a new request in its queue; `state` is the state after its arrival."""
     if request is None:
         return "arrived"
     if request.running:
@@ -27,7 +27,7 @@ def arrived(state: State, request: Request | None) -> str:
 
 
 def routed(choice: Routed) -> str:
-    """Say where the routing policy sent a request, why, and what else it could have chosen."""
+    """Return the routing policy's choice for a request, its reason, and the other candidates."""
     chosen = choice.choice
     others = [_candidate(candidate) for candidate in choice.candidates]
     return f"routed to {chosen.backend} ({chosen.reason}) of {listed(others, CANDIDATES_NAMED_MAX)}"
@@ -54,7 +54,7 @@ LEFT = "its client cancelled it or went away"
 
 
 def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | None:
-    """Return what an event of the request's own is called, and its sentence; None for all others."""
+    """Return the kind and the sentence of an event of the request itself, or None for any other event."""
     if isinstance(event, ev.ClientLeft) and event.request == request:
         return ("moved", "it moved to another replica") if event.moved else ("client_left", LEFT)
     if isinstance(event, ev.ClientStalled) and event.request == request:
@@ -67,7 +67,7 @@ def own_event(event: ev.Event, request: int, attempt: int) -> tuple[str, str] | 
 
 
 def duration(duration_ns: int) -> str:
-    """Return a duration to three or so digits, however short."""
+    """Format a duration with about three digits, however short it is."""
     if 0 < duration_ns < 1_000_000:
         return f"{duration_ns / 1e6:.2f} ms"
     if duration_ns < 100_000_000_000 and duration_ns >= 1_000_000_000:

@@ -1,4 +1,4 @@
-"""One request's way through a replay, step by step, until it has ended.
+"""Follow one request through a replay, step by step, until it ends.
 
 Every instant between its arrival and its last dispatch belongs to exactly one period: waiting for a reason, at an
 engine in vain, or not journaled.
@@ -21,13 +21,13 @@ from sidecar.journal.replay import Replayed
 
 
 class Story:
-    """Takes the steps of a replay and makes a timeline of those that concern one request."""
+    """Builds a timeline from the steps of a replay that concern one request."""
 
     def __init__(self, request: int) -> None:
         self.timeline = Timeline(request)
         self.over = False
         self.known = False
-        """Whether it has arrived."""
+        """True once the request has arrived."""
         self._request = request
         self._waits = Waits(self.timeline)
         self._surroundings = Surroundings(request)
@@ -35,10 +35,10 @@ class Story:
         self._attempt = 0
         self._last_ns = 0
 
-    # Where the journal begins, goes on after a gap, and ends.
+    # The journal's begin, gaps and end.
 
     def arrived_before(self, state: State) -> None:
-        """Begin with a request that had arrived before the first segment."""
+        """Begin with a request that arrived before the first segment."""
         request = state.requests[self._request]
         self._know(request)
         self.timeline.adapter = request.view.name
@@ -48,7 +48,7 @@ class Story:
         self.resumed(state)
 
     def resumed(self, state: State) -> None:
-        """Go on after steps that the journal left out."""
+        """Continue after steps that the journal left out."""
         request = state.requests.get(self._request)
         if request is None or request.settled or request.view.arrived_ns != self.timeline.arrived_ns:
             self._lost_sight("it ended in steps that the journal left out, so how it ended is not known")
@@ -68,7 +68,7 @@ class Story:
             self._waits.begin(NOT_JOURNALED, since_ns, request.backend or "", "the journal left steps out")
 
     def process_ended(self) -> None:
-        """The next segment is of another life of the process, which knows nothing of this request."""
+        """End the story: the next segment belongs to another life of the process, which does not know the request."""
         self._lost_sight("the process ended before it did, and the next one knew nothing of it")
 
     def _lost_sight(self, note: str) -> None:
@@ -76,7 +76,7 @@ class Story:
         self.over = True
 
     def finished(self) -> Timeline:
-        """Return the timeline; what still lasts ends with the last step."""
+        """Return the timeline; a period that still lasts ends with the last step."""
         self._waits.end(self._last_ns)
         if self.known and not self.over:
             doing = "waits" if self._sent_ns is None else "runs"
@@ -87,7 +87,7 @@ class Story:
     # Steps.
 
     def took(self, step: Replayed, state: State, routed: Sequence[Routed]) -> None:
-        """Take in one step; `state` is the one after it, `routed` what the routing policy said of the request in it."""
+        """Add one step; `state` is the state after it, `routed` the routing policy's choices for the request in it."""
         event, request = step.event, state.requests.get(self._request)
         if not self.known:
             if not (isinstance(event, ev.Received) and event.request == self._request):
@@ -129,7 +129,7 @@ class Story:
         self._promised(request, view.arrived_ns)
 
     def _promised(self, request: Request, now_ns: int) -> None:
-        """Keep what the request was promised, and tell when that becomes void."""
+        """Keep the request's promise, and add a moment when it becomes void."""
         line = self.timeline
         if request.promise is not None:
             line.promised_ns = request.promise.bound_ns
@@ -146,7 +146,7 @@ class Story:
                 self._waits.moment(now_ns, what, text)
 
     def _was_queued_again(self, step: Replayed, request: Request | None) -> bool:
-        """Whether the request, sent before, has gone back to the queue in this step, however it left it again."""
+        """Return True if a dispatched request went back to the queue in this step, even if it left again at once."""
         if self._sent_ns is None:
             return False
         if request is not None:
@@ -165,7 +165,7 @@ class Story:
         self._sent_ns = None
 
     def _tell(self, step: Replayed, state: State) -> None:
-        """Tell what the step's effects mean, in their order: what comes before its own dispatch went before it."""
+        """Add moments for the step's effects, in order: effects before the request's own dispatch preceded it."""
         for effect in step.effects:
             if isinstance(effect, do.Settle) and effect.request == self._request:
                 self._settled(effect, step.at_ns)
@@ -192,7 +192,7 @@ class Story:
         self.over = True
 
     def _look(self, step: Replayed, state: State, request: Request) -> None:
-        """Ask the core why the request waits, unless this step cannot have changed it."""
+        """Ask the core why the request waits, unless the step cannot have changed that."""
         backend = request.backend or ""
         waits = self._waits
         if waits.reason and waits.backend == backend and not may_concern(step, state, backend):

@@ -1,6 +1,6 @@
-"""What happens around a waiting request that concerns it: its version's way to an engine, and its backend's slots.
+"""Watch the surroundings of a waiting request: its version's way to an engine, and its backend's slots.
 
-What happens to its own version is told moment by moment; what others got meanwhile is counted.
+Each event of its own version becomes a moment; what other requests and versions got meanwhile is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sidecar.incident.timeline import IDS_KEPT_MAX, Tally
 from sidecar.journal.replay import Replayed
 
 Told = tuple[str, str]
-"""What a moment is, in a word, and the sentence."""
+"""The kind of a moment, in a word, and its sentence."""
 
 _CHANGES_THE_CACHE = (ev.LoadDone, ev.LoadFailed, ev.RunFailed, ev.BackendUp, ev.BackendLost)
 _OF_A_REQUEST = (ev.Received, ev.FirstToken, ev.RunEnded, ev.RunFailed)
@@ -39,18 +39,18 @@ class Surroundings:
 
     @property
     def backend(self) -> str:
-        """The backend that is watched; "" while the request has none."""
+        """The watched backend, or "" while the request has none."""
         return self._backend
 
     def settle_in(self, state: State, request: Request) -> None:
-        """Watch the backend at which the request is now. Nothing happens when it is watched already."""
+        """Watch the request's current backend, unless it is watched already."""
         if request.version == self._version and (request.backend or "") == self._backend:
             return
         self._version, self._backend = request.version, request.backend or ""
         self.look_anew(state)
 
     def look_anew(self, state: State) -> None:
-        """Take things as they stand, counting nothing: what changed before was not seen."""
+        """Take the current state as the base of comparison, without counting changes that were not seen."""
         backend = state.backends.get(self._backend)
         if backend is None:
             self._key = ""
@@ -62,10 +62,10 @@ class Surroundings:
         if load is not None:
             self._loads[load] = None
 
-    # What is told.
+    # Moments.
 
     def of_event(self, event: ev.Event) -> Iterator[Told]:
-        """Yield what an event means for the request."""
+        """Yield the moments of an event that concerns the request."""
         if isinstance(event, ev.Fetched) and event.key == self._key:
             yield "fetched", "its weights are in the host store"
         elif isinstance(event, ev.FetchFailed) and event.key == self._key:
@@ -78,11 +78,11 @@ class Surroundings:
             yield "backend", _standing(event)
 
     def _backends(self, event: ev.BackendUp | ev.BackendLost | ev.DrainSet) -> tuple[str, ...]:
-        """Return the backends it hears of: its own, or any while it has none."""
+        """Return the backends whose events concern the request: its own, or all while it has none."""
         return (self._backend,) if self._backend else (event.backend,)
 
     def of_effect(self, effect: do.Effect, step: Replayed) -> Iterator[Told]:
-        """Yield what an effect means for the request."""
+        """Yield the moments of an effect that concerns the request."""
         if isinstance(effect, do.Fetch) and effect.key == self._key:
             dropped = sum(isinstance(other, do.Drop) for other in step.effects)
             room = f", for which {dropped} of others had to go" if dropped else ""
@@ -98,10 +98,10 @@ class Surroundings:
         elif isinstance(effect, do.Quarantine) and self._version.startswith(effect.digest):
             yield "quarantine", f"its version was quarantined: {effect.text}"
 
-    # What is counted.
+    # Counts.
 
     def count_effect(self, effect: do.Effect, state: State, tally: Tally) -> None:
-        """Count what another request or version got at this backend."""
+        """Count an effect for another request or version at this backend."""
         if isinstance(effect, do.Load) and effect.backend == self._backend and effect.digest != self._version:
             _count(tally.loaded, effect.name)
         if not isinstance(effect, do.Dispatch) or effect.backend != self._backend:
@@ -115,7 +115,7 @@ class Surroundings:
                 tally.own_version_ids.append(effect.request)
 
     def look(self, step: Replayed, state: State, tally: Tally) -> Iterator[Told]:
-        """Compare the backend's slots and cache with what they were; yield what happened to the request's version."""
+        """Compare the backend's slots and cache with the last ones; yield the moments of the request's version."""
         backend = state.backends.get(self._backend)
         if backend is None:
             return
@@ -161,7 +161,7 @@ def _count(names: dict[str, int], name: str) -> None:
 
 
 def may_concern(step: Replayed, state: State, backend: str) -> bool:
-    """Whether a step may have changed what holds at a backend. `state` is the one after it."""
+    """Return True if a step may have changed a reason to wait at a backend. `state` is the state after it."""
     if _place_of(step, state) in ("", backend):
         return True
     # A fetch, a drop, a load, a heal, a timer: any of them may reach this backend.
@@ -169,7 +169,7 @@ def may_concern(step: Replayed, state: State, backend: str) -> bool:
 
 
 def _place_of(step: Replayed, state: State) -> str:
-    """Return the one backend that a step's event belongs to; "" when it is not known or there is none."""
+    """Return the backend of a step's event, or "" if it is unknown or there is none."""
     event = step.event
     if isinstance(event, _OF_A_BACKEND):
         return event.backend

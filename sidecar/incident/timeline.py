@@ -1,8 +1,8 @@
-"""The life of one request as a timeline: moments, and between them periods of waiting with what was in the way.
+"""The life of one request as a timeline: moments, and between them periods of waiting, each with its obstacle.
 
-The periods cover the whole wait, from the arrival to the last dispatch or the ending, without a hole: their durations
-add up to it to the nanosecond. A wait of ten minutes can change its reason a hundred thousand times, seats full, next,
-seats full; neighbours that are short beside the whole are folded into one period that keeps each reason's time apart.
+The periods cover the whole wait, from the arrival to the last dispatch or the ending, without gaps: their durations add
+up to it to the nanosecond. The reason of a ten-minute wait can change a hundred thousand times (seats full, next, seats
+full); neighbouring periods that are short relative to the wait are folded into one, which keeps each reason's time.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 AT_AN_ENGINE = "at an engine, in vain"
-"""Dispatched, and queued again because the engine failed before the first token."""
+"""The reason of a period at an engine that failed before the first token, after which the request was queued again."""
 NOT_JOURNALED = "not journaled"
-"""The journal begins later, or left steps out."""
+"""The reason of a period that the journal does not cover: it begins later, or left steps out."""
 
 IDS_KEPT_MAX = 8
 PERIODS_HELD_MAX = 4_000
-"""More than that are folded while the journal is still read, to as many as PERIODS_KEPT_MAX makes."""
+"""More periods than this are folded while the journal is still being read, as far as PERIODS_KEPT_MAX asks for."""
 PERIODS_KEPT_MAX = 500
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Something that happened to the request, or to what it waited for. `what` is one word of a closed set."""
+    """An event of the request, or of what it waited for. `what` is one word of a closed set."""
 
     at_ns: int
     what: str
@@ -33,14 +33,14 @@ class Moment:
 
 @dataclass
 class Tally:
-    """What was done at the request's backend while it waited there, by adapter name."""
+    """What happened at the request's backend while it waited there, by adapter name."""
 
     sent: dict[str, int] = field(default_factory=dict)
-    """Requests that were dispatched before it."""
+    """Requests dispatched before it."""
     arrived_later: int = 0
-    """How many of those had arrived after it."""
+    """The number of these that had arrived after it."""
     own_version: int = 0
-    """How many of those were of its own version; the first few ids are in `own_version_ids`."""
+    """The number of these for its own version; the first few ids are in `own_version_ids`."""
     own_version_ids: list[int] = field(default_factory=list)
     opened: dict[str, int] = field(default_factory=dict)
     closed: dict[str, int] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Tally:
 
 @dataclass
 class Period:
-    """A time in which the request waited. `durations_ns` has one reason, or several once periods were folded.
+    """A period of waiting. `durations_ns` has one reason, or several after folding.
 
-    While it lasts `ended_ns` and its duration are those of its begin.
+    While the period lasts, `ended_ns` equals `begun_ns`.
     """
 
     begun_ns: int
@@ -75,10 +75,10 @@ class Period:
     backend: str
     durations_ns: dict[str, int]
     because: str
-    """What was in the way when the period began."""
+    """The obstacle when the period began."""
     tally: Tally = field(default_factory=Tally)
     changes: int = 0
-    """How often the reason changed inside."""
+    """The number of times that the reason changed within the period."""
 
     @property
     def duration_ns(self) -> int:
@@ -89,7 +89,7 @@ class Period:
         return max(self.durations_ns.items(), key=lambda pair: (pair[1], pair[0]))[0]
 
     def add(self, later: Period) -> None:
-        """Take in the period that follows."""
+        """Fold the following period into this one."""
         assert later.begun_ns == self.ended_ns, "only neighbours can be folded"
         if later.duration_ns > self.duration_ns:
             self.because = later.because
@@ -105,7 +105,7 @@ Entry = Moment | Period
 
 @dataclass
 class Timeline:
-    """What the journal tells of one request."""
+    """One request's life, as far as the journal has it."""
 
     request: int
     client_id: str = ""
@@ -120,16 +120,16 @@ class Timeline:
     arrived_ns: int = 0
     arrived_utc: str = ""
     bound_ns: int | None = None
-    """The longest wait, after which it ends as expired."""
+    """The longest wait, after which it expires."""
     promised_ns: int | None = None
-    """What the ordering policy promised at admission: its first token by then."""
+    """The longest time to the first token that the ordering policy promised at admission."""
     voided: str = ""
-    """Why that no longer held."""
+    """Why the promise became void."""
     deadline_ns: int | None = None
     ended_ns: int | None = None
     waited_ns: int = 0
     outcome: str = ""
-    """How it ended; "" when the journal ends first."""
+    """How it ended, or "" if the journal ends first."""
     reason: str = ""
     message: str = ""
     entries: list[Entry] = field(default_factory=list)
@@ -139,7 +139,7 @@ class Timeline:
         return (entry for entry in self.entries if isinstance(entry, Period))
 
     def reasons_ns(self) -> dict[str, int]:
-        """Return how long it waited for each reason, longest first; together the whole wait."""
+        """Return the time waited for each reason, longest first; the sum is the whole wait."""
         found: dict[str, int] = {}
         for period in self.periods():
             for reason, duration_ns in period.durations_ns.items():
@@ -148,9 +148,9 @@ class Timeline:
 
 
 def folded(entries: list[Entry], periods_kept_max: int) -> list[Entry]:
-    """Return the entries with short neighbouring periods folded: those shorter than the wait's share of one.
+    """Return the entries with short neighbouring periods folded: those shorter than the wait / `periods_kept_max`.
 
-    About twice `periods_kept_max` periods are left at most, besides those that moments stand between. The entries are
+    At most about twice `periods_kept_max` periods are left, besides those that moments separate. The given entries are
     not changed.
     """
     whole_ns = sum(entry.duration_ns for entry in entries if isinstance(entry, Period))
@@ -174,18 +174,18 @@ def _fold(last: Period, entry: Period, short_ns: float) -> bool:
 
 
 class Waits:
-    """Adds moments and periods to a timeline. A period without duration is left out, its tally goes to the next."""
+    """Adds moments and periods to a timeline. A period without duration is dropped; its tally goes to the next one."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
         self._open: Period | None = None
         self._periods = 0
         self.tally = Tally()
-        """Of the period that lasts, or else of the next one."""
+        """The tally of the current period, or of the next one if none lasts."""
 
     @property
     def reason(self) -> str:
-        """Why it waits; "" while nothing lasts."""
+        """The reason of the current period, or "" if none lasts."""
         return "" if self._open is None else self._open.main_reason
 
     @property
@@ -196,12 +196,12 @@ class Waits:
         self._timeline.entries.append(Moment(at_ns, what, text))
 
     def begin(self, reason: str, at_ns: int, backend: str, because: str) -> None:
-        """End what lasts and begin a period."""
+        """End the current period and begin a new one."""
         self.end(at_ns)
         self._open = Period(at_ns, at_ns, backend, {reason: 0}, because, self.tally)
 
     def end(self, at_ns: int) -> None:
-        """End what lasts, if anything does."""
+        """End the current period, if there is one."""
         period, self._open = self._open, None
         if period is None or at_ns <= period.begun_ns:
             return
@@ -217,7 +217,7 @@ class Waits:
             self._periods = sum(isinstance(entry, Period) for entry in self._timeline.entries)
 
     def put_in_order(self) -> None:
-        """Sort by time. What was added first stays first among equals: what led to something stands before it."""
+        """Sort the entries by time. The sort is stable, so a cause stays before its consequence."""
         self._timeline.entries.sort(key=_begun_ns)
 
 

@@ -1,4 +1,4 @@
-"""A routing policy that is listened to: why a request went where it went is said once, in the policy's answer."""
+"""Wrap a routing policy to record its choices for one request: only the policy's answer gives the reason."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from policies.views import Candidate, Candidates, Choice, Routing, Waiting
 
 @dataclass(frozen=True)
 class Routed:
-    """A policy's choice for the request, and what it chose from."""
+    """A policy's choice for the request, and the candidates."""
 
     choice: Choice
     candidates: tuple[Candidate, ...]
 
 
 class Witness:
-    """Stands before a routing policy, hands everything on, and keeps what was chosen for one request."""
+    """Delegates to a routing policy and keeps its choices for one request."""
 
     def __init__(self, inner: Routing, request: int) -> None:
         self._inner = inner
@@ -27,7 +27,7 @@ class Witness:
     def pick(self, request: Waiting, candidates: Candidates, now_ns: int) -> Choice:
         choice = self._inner.pick(request, candidates, now_ns)
         if request.id == self._request:
-            self._seen.append(Routed(choice, tuple(candidates)))  # as they are now: they are built when looked at
+            self._seen.append(Routed(choice, tuple(candidates)))  # a copy: candidates are built when read
         return choice
 
     def snapshot(self) -> Any:

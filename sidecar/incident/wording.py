@@ -1,4 +1,4 @@
-"""A timeline as people read it, and as JSON."""
+"""Format a timeline as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sidecar.incident.saying import duration
 from sidecar.incident.timeline import Entry, Moment, Period, Tally, Timeline, folded
 
 PERIODS_SHOWN_MAX = 24
-"""Short neighbouring periods are folded until about twice as many are left at most."""
+"""Short neighbouring periods are folded until at most about twice as many are left."""
 
 
 def lines_of(timeline: Timeline) -> Iterator[str]:
-    """Yield the timeline for people, one line an entry and one for what others got meanwhile."""
+    """Yield the timeline as lines: one for each entry, and one for what others got meanwhile."""
     yield from _head(timeline)
     yield ""
     for entry in folded(timeline.entries, PERIODS_SHOWN_MAX):
@@ -27,7 +27,7 @@ def lines_of(timeline: Timeline) -> Iterator[str]:
 
 
 def record_of(timeline: Timeline) -> dict[str, Any]:
-    """Return the timeline as JSON values: times in nanoseconds since the arrival, the entries in their order."""
+    """Return the timeline as JSON values: times in nanoseconds since the arrival, entries in order."""
     left_out = ("entries", "deadline_ns", "arrived_ns", "ended_ns")
     record = {name: value for name, value in asdict(timeline).items() if name not in left_out}
     record["deadline_after_ns"] = _since(timeline, timeline.deadline_ns)

@@ -81,7 +81,7 @@ async def test_a_name_server_that_is_away_takes_no_engine(code: int, caplog: pyt
     script = Script(["10.0.0.1"], *[away] * 50, ["10.0.0.2"])
     assert await first(script.finder(empty_s=0.0).watch(), 2) == [{"10.0.0.1:8001"}, {"10.0.0.2:8001"}]
     assert [record.getMessage() for record in caplog.records] == [
-        "engines cannot be resolved: told by the test; what was found stays"
+        "engines cannot be resolved: told by the test; engines that were found stay"
     ]
 
 

@@ -100,11 +100,11 @@ async def test_one_that_is_gone_is_removed_when_nothing_runs_there() -> None:
         await follower.see(frozenset({at("a"), at("b")}))
         ledger.busy.add("a")
         await follower.see(frozenset())
-        await until(lambda: "removed b: b:1 is found no more" in ledger.done)
+        await until(lambda: "removed b: b:1 is no longer found" in ledger.done)
         assert ledger.leaving == {"a"}
         assert "removing a" not in ledger.done
         ledger.busy.clear()
-        await until(lambda: "removed a: a:1 is found no more" in ledger.done)
+        await until(lambda: "removed a: a:1 is no longer found" in ledger.done)
 
 
 async def test_what_runs_there_is_not_waited_for_for_ever() -> None:
@@ -112,7 +112,7 @@ async def test_what_runs_there_is_not_waited_for_for_ever() -> None:
         await follower.see(frozenset({at("a")}))
         ledger.busy.add("a")
         await follower.see(frozenset())
-        await until(lambda: "removed a: a:1 is found no more" in ledger.done)
+        await until(lambda: "removed a: a:1 is no longer found" in ledger.done)
 
 
 async def test_one_that_is_found_again_in_time_stays_what_it_was() -> None:
@@ -135,7 +135,7 @@ async def test_one_that_comes_back_while_it_is_being_removed_is_added_after_that
         assert ledger.done[-1] == "removing a"
         ledger.may_remove.set()
         await until(lambda: ledger.done[-1] == "new a a:1")
-        assert ledger.done[-2] == "removed a: a:1 is found no more"
+        assert ledger.done[-2] == "removed a: a:1 is no longer found"
 
 
 async def test_a_name_at_another_address_is_another_engine() -> None:
@@ -144,7 +144,7 @@ async def test_a_name_at_another_address_is_another_engine() -> None:
         await follower.see(frozenset({at("a")}))
         await follower.see(frozenset({at("a", "elsewhere:1")}))
         await until(lambda: ledger.done[-1] == "new a elsewhere:1")
-        assert ledger.done[1:3] == ["removing a", "removed a: a:1 is found no more"]
+        assert ledger.done[1:3] == ["removing a", "removed a: a:1 is no longer found"]
 
 
 async def test_one_that_cannot_be_had_keeps_nobody_else_away(caplog: pytest.LogCaptureFixture) -> None:
@@ -165,5 +165,5 @@ async def test_a_finder_that_fails_is_asked_again(
     for told in (frozenset({at("a")}), RuntimeError("as the test wants it"), frozenset({at("a"), at("b")})):
         finder.sets.put_nowait(told)
     await until(lambda: ledger.done == ["first a a:1", "new b b:1"])
-    assert "engines cannot be looked for" in caplog.text
+    assert "discovery failed" in caplog.text
     await follower.stop()

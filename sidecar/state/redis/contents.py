@@ -91,9 +91,9 @@ class RedisRegistryStore:
             told(done, len(entries) + len(contents.changes))
         changes = list(_announced(contents))
         for start in range(0, len(changes), WRITTEN_AT_ONCE):
-            page = changes[start : start + WRITTEN_AT_ONCE]
-            await link.put_changes(page)
-            done += len(page)
+            announced = changes[start : start + WRITTEN_AT_ONCE]
+            await link.put_changes(announced)
+            done += len(announced)
             told(done, len(entries) + len(contents.changes))
         await link.set_meta(
             revision=str(contents.last_change), entries=str(len(entries)), incarnation=token_hex(8), schema=SCHEMA
