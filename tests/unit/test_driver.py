@@ -64,7 +64,7 @@ async def test_what_is_told_is_taken_at_once_and_after_what_engines_reported() -
     assert order.events[3:] == [received(1)]
 
 
-async def test_a_full_inbox_refuses_at_the_door() -> None:
+async def test_a_full_inbox_refuses() -> None:
     """Requests are refused with a retry delay; engine events and cancellations never are."""
     driver, door = driver_of([], inbox_max=2), Order()
     driver.observe(door, of_refused=True)

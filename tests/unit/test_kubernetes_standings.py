@@ -20,7 +20,7 @@ from sidecar.kubernetes.declarations import (
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.kubernetes.placement import NOWHERE, Placement
 from sidecar.kubernetes.standings import Attempt, Phase, Standing, loser, standing_of, status_of
-from sidecar.shell.managing import Wanted, in_words, taken_over
+from sidecar.shell.managing import Wanted, owner_phrase, taken_over
 from sidecar.shell.metrics import DECLARED_PHASES
 from sidecar.state.records import Record
 from sidecar.state.written import from_json, to_json
@@ -46,10 +46,10 @@ def test_who_has_the_say() -> None:
         assert caught.value.reason is Reason.MANAGED_ELSEWHERE
 
 
-def test_owners_in_words() -> None:
+def test_owners_as_phrases() -> None:
     """Those of a cluster are said as a person would."""
-    assert in_words("cli") == "cli"
-    assert in_words("k8s:ml/ConfigMap/a") == "the ConfigMap a in Kubernetes' namespace ml"
+    assert owner_phrase("cli") == "cli"
+    assert owner_phrase("k8s:ml/ConfigMap/a") == "the ConfigMap a in Kubernetes' namespace ml"
 
 
 def test_what_is_declared_is_written_down() -> None:

@@ -11,7 +11,7 @@ import pytest
 from sidecar.adapters.probes import BYTES_MAX, Probe, read_probes
 from sidecar.adapters.registration import changes_something
 from sidecar.errors import Invalid, Reason
-from sidecar.shell.evidence import Answers, Prompt, Reply, place_of_difference, quoted
+from sidecar.shell.evidence import Answers, Prompt, Reply, difference_position, quoted
 from tests.kit.peft_files import read_tensors, write_adapter, write_safetensors
 
 FILE = "probe.jsonl"
@@ -101,9 +101,9 @@ def test_when_an_answer_is_the_expected_one(answer: str, expect: str, tokens_max
 
 def test_how_answers_are_told() -> None:
     """Where two part is counted from 1; texts are one line, and cut."""
-    assert place_of_difference(Reply("abc"), Reply("abd")) == "at character 3"
-    assert place_of_difference(Reply("ab"), Reply("abd")) == "at character 3"
-    assert place_of_difference(Reply(token_ids=(1, 2)), Reply(token_ids=(3,))) == "at token 1"
+    assert difference_position(Reply("abc"), Reply("abd")) == "at character 3"
+    assert difference_position(Reply("ab"), Reply("abd")) == "at character 3"
+    assert difference_position(Reply(token_ids=(1, 2)), Reply(token_ids=(3,))) == "at token 1"
     assert quoted('two\nlines "') == '"two\\nlines ""'
     assert len(quoted("x" * 500)) == 62
     assert str(Reply(token_ids=(1, 2))) == "[1, 2]"
