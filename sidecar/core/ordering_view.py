@@ -10,7 +10,7 @@ from sidecar.core.state import Backend, Slot, State
 
 
 class LiveOrderingView:
-    """One backend between two decisions; implements `policies.views.Room`."""
+    """One backend between two decisions; implements `policies.views.OrderingView`."""
 
     __slots__ = ("_backend", "_now_ns", "_pages", "_state", "open")
 
