@@ -1,1 +1,1 @@
-"""The journal: what the core was told, kept in segments, and run again."""
+"""The journal: the events of the core in segments on disk, from which its decisions can be replayed."""

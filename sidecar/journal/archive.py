@@ -1,8 +1,8 @@
-"""An incident as a file: its layout, and how it is opened again without trusting it.
+"""An incident archive: its layout, and how to open one without trusting it.
 
-An archive comes from somebody else's machine by mail or chat, so nothing of it is believed: only regular files that
-are named as journal segments are written, into a folder of our own; a name that leads elsewhere, a link, a device or a
-sparse file refuses the whole; and bytes are counted as they come out of the compression, headers too.
+An archive comes from another machine by mail or chat, so nothing in it is trusted. Only regular files named as journal
+segments are written, into a new folder. A name that leads elsewhere, a link, a device or a sparse file makes the whole
+archive invalid. Bytes are counted as they are decompressed, headers included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 UNPACKED_BYTES_MAX = 2 << 30
 MEMBERS_MAX = 4096
 HEADER_BYTES_MAX = 1 << 20
-"""Of one member: a long name is a header of its own, and a hostile one could be gigabytes."""
+"""Limit for one member: a long name is a header of its own, and a hostile one could take gigabytes."""
 PIECE_BYTES = 1 << 20
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -31,19 +31,19 @@ _SEGMENT = re.compile(r"segment-\d{1,20}\.jsonl\Z")
 
 
 def is_archive(path: Path) -> bool:
-    """Whether a file is compressed, as an incident is and a segment is not."""
+    """Return True if a file is compressed: an incident archive is, a segment is not."""
     try:
         with path.open("rb") as file:
             return file.read(2) == _GZIP_MAGIC
     except OSError:
-        return False  # whoever opens it next says why
+        return False  # opening it later reports the reason
 
 
 @contextmanager
 def opened(path: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> Iterator[Path]:
-    """Give the folder in which a path's journal lies: that of an archive is unpacked for as long as this is open.
+    """Yield the folder with a path's journal. An archive is unpacked into a temporary one while this is open.
 
-    Anything but an archive is given as it is. Raises Misused(NOT_A_JOURNAL) for one that is damaged, hostile, or
+    Any other path is yielded as it is. Raises Misused(NOT_A_JOURNAL) for an archive that is damaged or hostile, or that
     unpacks to more than `bytes_max`.
     """
     if path.is_dir() or not is_archive(path):
@@ -55,11 +55,11 @@ def opened(path: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> Iterator[Path]:
 
 
 def unpack(path: Path, folder: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> list[Path]:
-    """Write an archive's journal segments into a folder and return them, in the archive's order. Raises Misused."""
+    """Write an archive's journal segments into a folder and return them in the archive's order. Raises Misused."""
     try:
         with gzip.open(path) as compressed:
             segments = list(_segments(path, compressed, folder, bytes_max))
-            # The checksum stands behind the padding, which a tar's reader need not read.
+            # The checksum is behind the padding, which a tar reader need not read.
             if len(compressed.read(tarfile.RECORDSIZE + 1)) > tarfile.RECORDSIZE:
                 raise _bad(path, "something follows its end; have it sent again, or capture it again")
             return segments
@@ -68,7 +68,7 @@ def unpack(path: Path, folder: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> lis
 
 
 class _Counted:
-    """A stream that gives no more bytes than it was last allowed to."""
+    """A stream that raises once it has given more bytes than allowed."""
 
     def __init__(self, path: Path, stream: gzip.GzipFile) -> None:
         self._path = path
@@ -109,14 +109,14 @@ def _segments(path: Path, compressed: gzip.GzipFile, folder: Path, bytes_max: in
                 found += 1
                 yield target
     counted.allow(0)
-    while counted.read():  # to the checksum at the very end
+    while counted.read():  # up to the checksum at the very end
         pass
     if not found:
         raise _bad(path, "there is no journal/segment-*.jsonl in it; it was captured without a journal")
 
 
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-    """Raise Misused for a member that `sidecar debug capture` would never write."""
+    """Raise Misused for a member that `sidecar debug capture` never writes."""
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name:
         raise _bad(path, f'a member of it leads out of the folder ("{member.name[:80]}")')
@@ -125,7 +125,7 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
 
 
 def _target(member: tarfile.TarInfo, folder: Path) -> Path | None:
-    """Return where a segment is written to; None for what is no segment."""
+    """Return where a segment is written; None for a member that is no segment."""
     name = PurePosixPath(member.name)
     if member.isdir() or name.parent.name != "journal" or not _SEGMENT.match(name.name):
         return None

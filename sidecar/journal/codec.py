@@ -1,9 +1,9 @@
-"""Events, effects and the whole state as JSON values and back, by walking the dataclasses themselves.
+"""Encode events, effects and the whole state as JSON values and decode them, by walking the dataclasses.
 
-A dataclass becomes `{"!": name, field: value, …}`; tuples, dicts with keys that are not strings, deques and lines
-carry a tag of their own, so that what is read is equal to what was written. Derived fields are left out; a policy
-writes its own snapshot. Insertion order is kept everywhere: the same state always gives the same bytes. What classes
-and fields are called there is `written_names`' to say, not Python's.
+A dataclass becomes `{"!": name, field: value, …}`. Tuples, dicts, deques and id queues carry a tag of their own, so
+that decoding returns an equal value. Derived fields are left out; a policy writes its own snapshot. Insertion order is
+kept everywhere, so the same state always gives the same bytes. The names of classes and fields come from
+`written_names`, not from Python.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Return the value that `encode` was given. Raises KeyError for a class that is not the core's."""
+    """Return the value that `encode` was given. Raises KeyError for a class that is not one of the core's."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -41,7 +41,7 @@ def decode(value: Any) -> Any:
 
 
 def encoder_of(cls: Any, form: Form) -> Convert:
-    """Return what encodes a class's instances, or an enum's members. Raises TypeError where the form does not fit."""
+    """Return the encoder of a class's instances or of an enum's members. Raises TypeError if the form does not fit."""
     if found := problems(cls, form):
         raise TypeError("; ".join(found))
     tag = form.name
@@ -62,9 +62,9 @@ def encoder_of(cls: Any, form: Form) -> Convert:
 
 
 def decoder_of(cls: Any, form: Form) -> Convert:
-    """Return what decodes what `encoder_of` encodes.
+    """Return the decoder for what `encoder_of` encodes.
 
-    What an earlier release did not write yet is derived or keeps its default: its journals stay readable.
+    A field that an earlier release did not write is derived or keeps its default, so old journals stay readable.
     """
     if issubclass(cls, Enum):
         members = {written: cls[name] for name, written in form.names.items()}
@@ -111,7 +111,7 @@ assert len(_DECODERS) == 4 + len(WRITTEN), "two classes have one written name"
 
 
 def dumps(value: Any) -> str:
-    """Return the one line of JSON that stands for a value."""
+    """Return a value as one line of JSON."""
     return json.dumps(encode(value), separators=(",", ":"))
 
 
@@ -120,7 +120,7 @@ def loads(line: str) -> Any:
 
 
 def restore(record: Any, policies: Policies) -> Core:
-    """Return a core in the state that `encode(core.state)` was taken of."""
+    """Return a core in the state that `encode(core.state)` recorded."""
     held = decode(record)
     core = Core(held.config, policies)
     held.store.policy = _restored(policies.eviction(), held.store.policy)

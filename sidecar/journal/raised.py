@@ -1,4 +1,4 @@
-"""What raised, and on what, as crashes, the journal and the log say it."""
+"""Exceptions of the core, an effect or ownership, as crash reports, the journal and the log describe them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
 
-WORDS_MAX = 500
+LENGTH_MAX = 500
 _ADDRESS = re.compile("0x[0-9a-f]+")
 
 
-def words_of(error: BaseException) -> str:
-    """Return an exception in the words that a journal has of it: short, and the same whenever it is raised again."""
-    return _ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")[:WORDS_MAX]
+def describe(error: BaseException) -> str:
+    """Return an exception as a journal records it: short, and equal whenever the same exception is raised again."""
+    return _ADDRESS.sub("0x…", f"{type(error).__name__}: {error}")[:LENGTH_MAX]
 
 
 @dataclass(frozen=True)
 class Raised:
-    """What raised, and on what: an event of the core, an effect of that event, or an event of ownership by name."""
+    """An exception, and what raised it: an event of the core, an effect of that event, or an event of ownership."""
 
     error: BaseException
     at_ns: int
@@ -29,7 +29,7 @@ class Raised:
 
     @property
     def request(self) -> int | None:
-        """The request that it happened with, if there is one."""
+        """The request concerned, if there is one."""
         for part in (self.effect, self.event):
             number = getattr(part, "request", None)
             if isinstance(number, int):
@@ -37,12 +37,12 @@ class Raised:
         return None
 
     @property
-    def words(self) -> str:
-        """What raised what, as a part of a sentence."""
+    def sentence(self) -> str:
+        """What raised the exception, as a clause of a sentence."""
         if self.effect is not None:
             where = f"carrying out {type(self.effect).__name__}"
         elif self.event is not None:
             where = f"the core on {type(self.event).__name__}"
         else:
             where = f"ownership on {self.ownership}"
-        return f"{where} raised {words_of(self.error)}"
+        return f"{where} raised {describe(self.error)}"

@@ -1,8 +1,8 @@
-"""Run a journal again: the same events, from the state that the segment begins with, to the same effects.
+"""Replay a journal: the same events, from the state at the beginning of a segment, must give the same effects.
 
-Each segment stands alone: what is retained can be replayed, whatever came before it is gone. A step whose effects
-differ from what was recorded means that the code or a policy is another one, or that a decision rests on something
-that is not in the event. Where the core raised, it must raise the same again.
+Each segment stands alone, so what is retained can be replayed whatever came before it. A step whose effects differ from
+the recorded ones means that the code or a policy has changed, or that a decision depends on something outside the
+event. Where the core raised, the replay must raise the same exception.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from sidecar.core.events import Event
 from sidecar.errors import CRASHED_EXIT, Misused, Reason
 from sidecar.journal import codec
 from sidecar.journal.archive import opened
-from sidecar.journal.raised import words_of
+from sidecar.journal.raised import describe
 from sidecar.journal.segments import FORMAT, effects_digest, product_version, segment_paths
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One step that was taken again."""
+    """One replayed step."""
 
     segment: str
     step: int
@@ -35,11 +35,11 @@ class Replayed:
     event: Event
     effects: Sequence[Effect]
     recorded: str
-    """The digest of the effects when the journal was written, or what the core raised then."""
+    """The recorded digest of the effects, or the recorded exception of the core."""
     raised: bool = False
-    """Whether it raised then."""
+    """True if the core raised when the journal was written."""
     failure: str = ""
-    """What the core raises now instead of returning effects."""
+    """The exception that the core raises now instead of returning effects."""
 
     @property
     def digest(self) -> str:
@@ -57,7 +57,7 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Ending:
-    """A process that ended because its core, an effect or ownership raised, as its journal has it."""
+    """The end of a process whose core, effect or ownership raised, as its journal records it."""
 
     segment: str
     step: int
@@ -66,24 +66,24 @@ class Ending:
     on: str
     by_core: bool
     obstacle: str = ""
-    """Why what the core raised cannot be had again."""
+    """Why the exception of the core cannot be reproduced."""
 
     @property
-    def is_had_again(self) -> bool:
-        """Whether a replay raises it, unless it finds a difference."""
+    def is_reproducible(self) -> bool:
+        """True if a replay raises it, unless an earlier step differs."""
         return self.by_core and not self.obstacle
 
     def sentence(self) -> str:
-        """Say what it was, and what a replay makes of it."""
+        """Return what raised, and whether a replay reproduces it."""
         if not self.by_core:
-            return f"{self.segment}: after step {self.step} {self.on} raised {self.raised}, of which no replay can tell"
-        end = f"; {self.obstacle}, so this cannot be had again" if self.obstacle else ", as it did then"
+            return f"{self.segment}: after step {self.step} {self.on} raised {self.raised}, which a replay cannot show"
+        end = f"; {self.obstacle}, so it cannot be reproduced" if self.obstacle else ", as it did then"
         return f"{self.segment}: the core raised {self.raised} at step {self.step} ({self.on}){end}"
 
 
 @dataclass
 class Summary:
-    """What came of a replay. `notes` are for people: a line cut off, steps left out, a journal of another version."""
+    """The result of a replay. `notes` are for people: a cut-off line, missing steps, a journal of another version."""
 
     segments: int = 0
     steps: int = 0
@@ -91,18 +91,18 @@ class Summary:
     notes: list[str] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
     next_step: int | None = None
-    """The one behind the last that was taken."""
+    """The number after that of the last replayed step."""
 
 
 class SegmentFile:
-    """One segment, opened to be replayed. Raises Misused where it is not what a segment must be."""
+    """One segment, opened for a replay. Raises Misused if the file is no valid segment."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cut_off = False
-        """The last line was not written in full. Known once all steps were taken."""
+        """The last line is incomplete. Known once all steps were replayed."""
         self.ending: Ending | None = None
-        """Why the process ended, if the journal says so. Known once all steps were taken."""
+        """Why the process ended, if the journal says so. Known once all steps were replayed."""
         self._lines = enumerate(_lines_of(path), 1)
         self.header = self._read_header()
         self.core = self._restored()
@@ -112,11 +112,11 @@ class SegmentFile:
         return str(self.header.get("version", ""))
 
     def steps(self) -> Iterator[Replayed]:
-        """Take each recorded step again. Ends after a step in which the core raised."""
+        """Replay and yield each recorded step. Ends after a step in which the core raised."""
         for step, record in enumerate(self._records(), self.header["first_step"]):
             if "raised" in record:
                 self.ending = self._ending(step, record)
-                if self.ending.is_had_again:
+                if self.ending.is_reproducible:
                     yield self._replayed(step, record, self._decoded(record))
                 return
             replayed = self._replayed(step, record, self._decoded(record))
@@ -134,7 +134,7 @@ class SegmentFile:
                 return Ending(*place, f"ownership, on {record['ownership']},", False)
             event, left_out = record["event"], record["step"] - next_step
             if event is None:
-                return Ending(*place, "an event", True, "what it raised on has no written form")
+                return Ending(*place, "an event", True, "its event could not be encoded")
             obstacle = f"the journal lacks {left_out} step{'s' if left_out > 1 else ''} before it" if left_out else ""
             return Ending(*place, event["!"], True, obstacle)
         except (KeyError, TypeError) as error:
@@ -147,7 +147,7 @@ class SegmentFile:
         try:
             effects = self.core.step(event, record["at"])
         except Exception as error:  # noqa: BLE001 — whatever the core raises here is the difference to report
-            return Replayed(*place, (), recorded, raised, words_of(error))
+            return Replayed(*place, (), recorded, raised, describe(error))
         return Replayed(*place, effects, recorded, raised)
 
     def _decoded(self, record: dict[str, Any]) -> Event:
@@ -231,11 +231,11 @@ def segments_of(path: Path) -> list[Path]:
 
 
 def replay(path: Path, summary: Summary | None = None) -> Generator[Replayed, None, None]:
-    """Yield every step of a segment file, a journal's directory, a data directory or an incident, taken again.
+    """Yield every replayed step of a segment file, a journal's directory, a data directory or an incident archive.
 
-    Nothing stops at a difference: the caller sees it and decides. `summary` counts along and keeps the first. Raises
-    Misused for a file that is no segment, or that this version cannot read. An incident is unpacked for as long as the
-    iterator is open.
+    A difference does not end the replay: the caller decides. `summary` is kept up to date and records the first
+    difference. Raises Misused for a file that is no segment, or that this version cannot read. An archive is unpacked
+    while the iterator is open.
     """
     with opened(path) as journal:
         yield from _replay(segments_of(journal), summary if summary is not None else Summary())
@@ -263,7 +263,7 @@ def _replay(paths: Sequence[Path], summary: Summary) -> Iterator[Replayed]:
 
 
 def _note_left_out(summary: Summary, segment: SegmentFile) -> None:
-    """Note the steps that the journal lacks before a segment; one that counts anew is of another life."""
+    """Note the steps that are missing before a segment. One that counts from lower numbers is of another process."""
     first, expected = segment.header["first_step"], summary.next_step
     if expected is not None and first > expected:
         steps = f"step {expected} is" if first == expected + 1 else f"steps {expected} to {first - 1} are"
@@ -274,12 +274,12 @@ def _note_left_out(summary: Summary, segment: SegmentFile) -> None:
 def run(
     path: Path, show_effects: bool, as_json: bool, write: Callable[[str], None], tell: Callable[[str], None]
 ) -> int:
-    """Replay and report, as the command does; return the exit code.
+    """Replay and report, as `sidecar replay` does; return the exit code.
 
-    0 the same, `CRASHED_EXIT` the same up to an exception of the core that was raised again, 1 a difference or an
-    exception that could not be had again.
+    0: the same. `CRASHED_EXIT`: the same up to an exception of the core that was raised again. 1: a difference, or an
+    exception that could not be reproduced.
 
-    `write` takes result lines: with `show_effects` one line of JSON a step. `tell` takes what is for people; the
+    `write` takes result lines; with `show_effects` one line of JSON per step. `tell` takes notes for people. The
     verdict goes to `write` unless effects go there.
     """
     summary = Summary()
@@ -295,7 +295,7 @@ def run(
     (tell if show_effects else write)(verdict)
     if summary.difference is not None or any(ending.obstacle for ending in summary.endings):
         return 1
-    return CRASHED_EXIT if any(ending.is_had_again for ending in summary.endings) else 0
+    return CRASHED_EXIT if any(ending.is_reproducible for ending in summary.endings) else 0
 
 
 def _verdict(summary: Summary) -> dict[str, Any]:
@@ -312,7 +312,7 @@ def _verdict(summary: Summary) -> dict[str, Any]:
                 "at_ns": ending.at_ns,
                 "on": ending.on,
                 "raised": ending.raised,
-                "again": ending.is_had_again,
+                "again": ending.is_reproducible,
                 "obstacle": ending.obstacle,
             }
             for ending in summary.endings
@@ -333,7 +333,7 @@ def _sentence(summary: Summary) -> str:
     different = summary.difference
     if different is None:
         plural = "" if summary.segments == 1 else "s"
-        steps = summary.steps - sum(ending.is_had_again for ending in summary.endings)
+        steps = summary.steps - sum(ending.is_reproducible for ending in summary.endings)
         same = f"{steps} steps in {summary.segments} segment{plural} gave the recorded effects, byte for byte"
         return "\n".join([same, *(ending.sentence() for ending in summary.endings)])
     actual = f"the core raised {different.failure}" if different.failure else f"actual {different.digest}"

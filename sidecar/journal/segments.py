@@ -1,10 +1,10 @@
 """Segment files of the journal, and the thread that writes them.
 
-A segment can be replayed alone. Its first line says what it was made with and holds the core's state; what is many in
-that state, versions and requests, follows in pieces, because ten thousand of them are megabytes and whoever encodes a
-megabyte at once keeps the interpreter from the event loop. Then comes one line for each step: the time, the event, and
-a digest of the effects. A file gets its own name once the state is written in full, so a segment never lacks its
-beginning; only its last line may be cut off, by a crash.
+A segment can be replayed alone. Its first line says how it was made and holds the core's state. The numerous parts of
+the state, versions and requests, follow in pieces: ten thousand of them are megabytes, and encoding a megabyte at once
+would keep the interpreter from the event loop. Then follows one line per step: the time, the event, and a digest of the
+effects. A file gets its final name once the state is written in full, so a segment never lacks its beginning; a crash
+can cut off only its last line.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PIECE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Opening:
-    """Begin a segment: the copied state, and the number of the first step that will be written to it."""
+    """Begins a segment: the copied state, and the number of the first step that follows."""
 
     state: State
     first_step: int
@@ -46,14 +46,14 @@ class Opening:
 
 @dataclass(frozen=True)
 class Last:
-    """A line with which the journal ends."""
+    """The last line of the journal."""
 
     line: bytes
 
 
 @dataclass(frozen=True)
 class Barrier:
-    """Say when everything before this has been written."""
+    """Sets an event once everything before it has been written."""
 
     reached: threading.Event
 
@@ -63,7 +63,7 @@ def product_version() -> str:
 
 
 def effects_digest(effects: Iterable[Any]) -> str:
-    """Return the digest that a step's line carries of the step's effects."""
+    """Return the digest of a step's effects that the step's line carries."""
     return blake2b(codec.dumps(list(effects)).encode(), digest_size=8).hexdigest()
 
 
@@ -73,7 +73,7 @@ def segment_paths(directory: Path) -> list[Path]:
 
 
 def header_lines(opening: Opening) -> Iterator[bytes]:
-    """Yield a segment's first lines. Other threads get their turn between the pieces."""
+    """Yield a segment's first lines. Other threads can run between the pieces."""
     state = opening.state
     config = state.config
     yield _line(
@@ -93,7 +93,7 @@ def header_lines(opening: Opening) -> Iterator[bytes]:
 
 
 def _field_lines(name: str, held: dict[Any, Any]) -> Iterator[bytes]:
-    """Yield the items of a dict of the state, as many a line as make a piece."""
+    """Yield the items of a dict of the state, as many per line as make a piece."""
     pieces: list[str] = []
     size_bytes = 0
     for item in held.items():
@@ -117,9 +117,9 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 class SegmentWriter:
-    """A thread with a bounded queue in front of it. Only the event loop calls `begin` and `append`.
+    """A thread behind a bounded queue. Only the event loop calls `begin` and `append`.
 
-    After a failure everything up to the next `begin` is thrown away: a segment with a hole could not be replayed.
+    After a failure everything up to the next `begin` is discarded: a segment with a hole could not be replayed.
     """
 
     def __init__(self, directory: Path, segments_max: int, queued_bytes_max: int) -> None:
@@ -137,7 +137,7 @@ class SegmentWriter:
         self._complained = False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self.failed = False
-        """The segment that was begun last is lost."""
+        """The current segment is lost."""
         self.header_bytes = 0
         self.written_bytes = 0
         self.errors = 0
@@ -146,7 +146,7 @@ class SegmentWriter:
         self._thread.start()
 
     def stop(self) -> None:
-        """Write what is queued and end the thread. Nothing happens when it was never started."""
+        """Write what is queued and end the thread. Does nothing if it was never started."""
         self._stopping = True
         self._wake.set()
         if self._thread.ident is not None:
@@ -154,7 +154,7 @@ class SegmentWriter:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is queued."""
+        """True if nothing is queued."""
         return not self._queue
 
     def begin(self, opening: Opening) -> None:
@@ -164,7 +164,7 @@ class SegmentWriter:
         self._wake.set()
 
     def append(self, line: bytes) -> bool:
-        """Queue a line. False, and nothing queued, when the queue is full."""
+        """Queue a line; return False, with nothing queued, if the queue is full."""
         if self._appended_bytes - self._taken_bytes + len(line) > self._queued_bytes_max:
             return False
         self._appended_bytes += len(line)
@@ -175,27 +175,27 @@ class SegmentWriter:
         return True
 
     def end(self, line: bytes) -> None:
-        """Queue the very last line: it is written behind whatever of the last segment could be written."""
+        """Queue the very last line. It is written even if the current segment is lost, behind what could be written."""
         self._queue.append(Last(line))
         self._wake.set()
 
     def flush(self) -> None:
-        """Wait until all that was queued is in the file. Blocks: for the end of the process and for tests."""
+        """Wait until everything queued is in the file. Blocks: for the end of the process and for tests."""
         barrier = Barrier(threading.Event())
         self._queue.append(barrier)
         self._wake.set()
         barrier.reached.wait()
 
-    # What the thread does.
+    # The thread's part.
 
     def _run(self) -> None:
         while not (self._stopping and not self._queue):
             self._wake.wait(FLUSH_S)
             self._wake.clear()
-            self._write_what_is_queued()
+            self._write_queued()
         self._close()
 
-    def _write_what_is_queued(self) -> None:
+    def _write_queued(self) -> None:
         lines: list[bytes] = []
         while self._queue:
             item = self._queue.popleft()
@@ -238,7 +238,7 @@ class SegmentWriter:
         self._close()
         try:
             self._file = self._begun(opening)
-        except Exception as error:  # noqa: BLE001 — a plug-in's snapshot may be at fault; serving goes on
+        except Exception as error:  # noqa: BLE001 — a plug-in's snapshot may be at fault; serving continues
             self._fail(error)
             return
         if self._complained:
@@ -272,7 +272,7 @@ class SegmentWriter:
         return int(paths[-1].stem.removeprefix(PREFIX)) + 1 if paths else 1
 
     def _fail(self, error: Exception) -> None:
-        """Give the segment up. Said once until it works again: a full disk must not fill the log too."""
+        """Give up the segment. Logged once until writing works again: a full disk must not fill the log too."""
         self.errors += 1
         self.failed = True
         self._close()
@@ -291,6 +291,6 @@ class SegmentWriter:
 
 
 def _reopened(path: Path) -> BufferedWriter:
-    """Return a segment to write on behind its last whole line."""
+    """Return a segment opened for appending behind its last whole line."""
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return path.open("ab")

@@ -1,8 +1,8 @@
-"""A copy of the core's state that another thread can take its time to write.
+"""A copy of the core's state that another thread can write at leisure.
 
-The event loop must not stand still while ten thousand queued requests are turned into JSON, so the loop copies and a
-thread encodes. What cannot change (numbers, words, frozen dataclasses) is shared; the rest is copied by functions that
-are put together once from the types of the fields, so a field that is added to the core is copied without a line here.
+Turning ten thousand queued requests into JSON must not block the event loop. So the loop copies and a thread encodes.
+Immutable values (numbers, strings, frozen dataclasses) are shared. The rest is copied by functions that are built once
+from the types of the fields, so a new field of the core needs no line here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATOMS = (int, float, str, bool, type(None), None)
 
 @dataclass(frozen=True)
 class PolicySnapshot:
-    """Stands for a policy in a copied state: what its `snapshot()` said then."""
+    """Stands for a policy in a copied state: the result of its `snapshot()`."""
 
     held: Any
 
@@ -35,9 +35,9 @@ class PolicySnapshot:
 
 
 def snapshot_of(state: State) -> State:
-    """Return a copy that later steps do not change. Take it between steps, on the loop that owns the core."""
+    """Return a copy that later steps do not change. Call it between steps, on the loop that owns the core."""
     was_enabled = gc.isenabled()
-    gc.disable()  # none of these thousands of new objects is garbage, and looking costs more than copying
+    gc.disable()  # none of these thousands of new objects is garbage, and a collection costs more than the copy
     try:
         copied: State = _dataclass_copier(State)(state)
     finally:
@@ -47,7 +47,7 @@ def snapshot_of(state: State) -> State:
 
 
 def _copier(hint: Any) -> Copier | None:
-    """Return how a value of this type is copied; None when it can be shared."""
+    """Return the copier for values of a type; None if they can be shared."""
     if hint in _ATOMS or (isinstance(hint, type) and issubclass(hint, Enum)):
         return None
     origin, arguments = get_origin(hint), get_args(hint)
@@ -65,7 +65,7 @@ def _copier(hint: Any) -> Copier | None:
         return _deque_copier(_copier(arguments[0]))
     if hint is IdQueue:
         return IdQueue
-    assert is_dataclass(hint), f"the core's state holds a {hint}, which nobody taught to be copied"
+    assert is_dataclass(hint), f"the core's state holds a {hint}, for which there is no copier"
     cls: Any = hint
     return None if cls.__dataclass_params__.frozen else _dataclass_copier(cls)
 

@@ -1,12 +1,12 @@
-"""The journal: every event that the core took, so that its decisions can be had again, byte for byte.
+"""The journal: every event that the core took, so that its decisions can be replayed byte for byte.
 
-Ids, names, lengths and times only; no prompt, token or weight ever enters the core, so none can be written here. A
-step costs the event loop one short encoding; files are a thread's business. When that thread cannot keep up or the
-disk fails, steps are left out and a new segment is begun with a fresh state: there is never a hole inside a segment,
-and the event loop never waits. A kill loses what was queued for the thread, about a tenth of a second.
+It holds ids, names, lengths and times only: no prompt, token or weight enters the core, so none can be written. A step
+costs the event loop one short encoding; a thread handles the files. When that thread cannot keep up or the disk fails,
+steps are left out and a new segment begins with a fresh state: a segment never has a hole, and the event loop never
+waits. A kill loses what was queued for the thread, about a tenth of a second.
 
-When the core raises, the last record is what it raised and on what: a replay raises the same. Nothing is written
-behind that, and no segment is begun from a state that may be half changed.
+When the core raises, the last record holds the exception and its event: a replay raises the same. Nothing is written
+after that, and no segment begins with a state that may be half changed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.core.core import Core
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
 from sidecar.journal import codec
-from sidecar.journal.raised import Raised, words_of
+from sidecar.journal.raised import Raised, describe
 from sidecar.journal.segments import Opening, SegmentWriter, effects_digest
 from sidecar.journal.snapshot import snapshot_of
 
@@ -34,7 +34,7 @@ RETRY_NS = 10_000_000_000
 
 @dataclass(frozen=True)
 class JournalFigures:
-    """What the metrics tell of the journal, counted since the start."""
+    """What the metrics report of the journal, counted since the start."""
 
     written_bytes: int
     segments: int
@@ -45,8 +45,8 @@ class JournalFigures:
 class Journal:
     """An observer that records every step of a core.
 
-    `segment_bytes` bounds a segment's steps and state together; where the state alone is more than half of that, as
-    many bytes of steps as of state are written before the next. `segments_max` segments are kept.
+    `segment_bytes` bounds a segment's steps and state together. If the state alone is more than half of it, a segment
+    takes as many bytes of steps as of state. `segments_max` segments are kept.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Journal:
         return JournalFigures(writer.written_bytes, self._segments, self._gaps, writer.errors)
 
     def start(self) -> None:
-        """Begin the first segment with the core as it is now; call it between steps."""
+        """Begin the first segment with the core as it is now. Call it between steps."""
         self._writer.start()
         self._begin()
 
@@ -86,7 +86,7 @@ class Journal:
         self._writer.flush()
 
     def observed(self, event: Event, effects: Sequence[Effect], now_ns: int) -> None:
-        """Record a step, or look whether recording can be taken up again."""
+        """Record a step, or resume recording after a gap."""
         self._steps += 1
         if self._writer.failed and self._recording:
             self._interrupt(now_ns + RETRY_NS)
@@ -95,7 +95,7 @@ class Journal:
             return
         try:
             line = _step_line(event, effects, now_ns)
-        except Exception:  # a step that has no written form is left out as one that finds no room is: said, not hidden
+        except Exception:  # a step that cannot be encoded is left out like one that finds the queue full, and logged
             logger.exception("step %d (%s) cannot be journaled", self._steps, type(event).__name__)
             line = None
         if line is None or not self._writer.append(line):
@@ -106,9 +106,9 @@ class Journal:
             self._begin()
 
     def ended(self, raised: Raised) -> None:
-        """Write down what raised, and end: the state is not one to begin a segment with.
+        """Write the exception as the last record; the state is no longer one to begin a segment with.
 
-        `step` is the one that raised, whose effect did, or behind which ownership did.
+        Its `step` is the step that raised, whose effect raised, or after which ownership raised.
         """
         step, part = self._steps, "ownership"
         what: Any = raised.ownership
@@ -116,10 +116,10 @@ class Journal:
             part, what = "effect", raised.effect
         elif raised.event is not None:
             step, part, what = self._steps + 1, "event", raised.event
-        record = {"raised": words_of(raised.error), "step": step, "at": raised.at_ns}
+        record = {"raised": describe(raised.error), "step": step, "at": raised.at_ns}
         try:
             line = _line(record | {part: codec.encode(what)})
-        except Exception:  # what has no written form may be what it raised on
+        except Exception:  # the event that raised may be one that cannot be encoded
             logger.exception("what the sidecar ends of cannot be journaled in full")
             line = _line(record | {part: None})
         self._writer.end(line)
@@ -140,7 +140,7 @@ class Journal:
         self._gaps += 1
 
     def _resume(self, now_ns: int) -> None:
-        """Begin anew after a gap, once the thread has caught up and a failed disk has had time to be seen to."""
+        """Begin anew after a gap, once the thread has caught up and a failed disk has had time to recover."""
         if self._writer.idle and now_ns >= self._resume_ns:
             self._begin()
 

@@ -1,17 +1,17 @@
-"""What classes, their fields and members of enums are called in journals.
+"""The names of classes, fields and enum members in journals.
 
-A journal outlives the code that wrote it, so its names stand here, apart from Python's: a class, field or member can
-be renamed without a change of a byte on disk. The digest of a step's effects is made of these names too.
+A journal outlives the code that wrote it, so its names are kept here, apart from Python's: a class, field or member can
+be renamed without changing a byte on disk. The digest of a step's effects uses these names too.
 
 To change the core:
 
 * A new class: add its row.
 * A new field or member: add its name at the end of the row. A field also needs a default, which is its value in
   journals that lack it, or a function in `derived`.
-* A renamed class, field or member: keep the written name. `"new=old"` says that Python's `new` is written as `old`.
-* A field that is gone: take its name out. What old journals have of it is passed over.
+* A renamed class, field or member: keep the written name. `"new=old"` means that Python's `new` is written as `old`.
+* A removed field: remove its name. Its values in old journals are ignored.
 
-`python -m tests.golden.make_journals` then adds a sample of what is new to those that every later version must read.
+`python -m tests.golden.make_journals` then adds a sample of the new parts to those that every later version must read.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ from sidecar.core import effects as do
 from sidecar.core import events as ev
 
 Record = Mapping[str, Any]
-"""A dataclass as it is written: `{"!": class, field: value, …}`."""
+"""A dataclass as written: `{"!": class, field: value, …}`."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a class is written: its name, and those of its fields or members in the order in which they are written.
+    """The written form of a class: its name, and the names of its fields or members in the order of writing.
 
-    `derived` has functions for fields that old journals lack and whose value follows from what they have: each takes
-    the written record and returns the field's value. It is asked only where the field is not written.
+    `derived` has functions for fields that old journals lack and whose value follows from others: each takes the
+    written record and returns the field's value. It is called only if the field is not in the record.
     """
 
     name: str
-    words: str
+    written: str
     derived: Mapping[str, Callable[[Record], Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> dict[str, str]:
-        """The written name by Python's."""
-        pairs = (word.partition("=") for word in self.words.split())
+        """The written names by Python's names."""
+        pairs = (entry.partition("=") for entry in self.written.split())
         return {python: written or python for python, _, written in pairs}
 
 
 def problems(cls: Any, form: Form) -> list[str]:
-    """Say what has to be done until a row fits its class; nothing is returned where it does."""
+    """Return what must be changed so that a row fits its class; an empty list if it fits."""
     row, names = f"WRITTEN[{cls.__name__}] in {__name__}", form.names
     if issubclass(cls, Enum):
         what, known = "member", set(cls.__members__)
@@ -76,7 +76,7 @@ def problems(cls: Any, form: Form) -> list[str]:
         "called OLD before"
         for name in sorted(lacking)
     ]
-    found += [f'{cls.__name__} has no {what} "{name}": change or take out the word of {row}' for name in strange]
+    found += [f'{cls.__name__} has no {what} "{name}": rename or remove it in {row}' for name in strange]
     twice = {written for written in names.values() if list(names.values()).count(written) > 1}
     found += [f'two {what}s of {cls.__name__} are written as "{written}" by {row}' for written in sorted(twice)]
     found += [f'{row} derives "{name}", which is no {what}' for name in form.derived if name not in names]

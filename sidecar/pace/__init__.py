@@ -1,1 +1,1 @@
-"""What an engine's step costs: published tables, a plane through them, and what is declared of an engine."""
+"""The time of an engine's step: published tables, a plane through them, and the pace of a configured engine."""

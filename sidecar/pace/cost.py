@@ -1,12 +1,12 @@
-"""How long a step takes: measured times interpolated, published LoRA overhead on top.
+"""The duration of a step: measured times interpolated, published LoRA overhead on top.
 
-A step's time is that of its decoding part (by batch and mean context) plus that of its prompts (by their
-number and mean length), the fixed part once; bilinear between measured points, linear beyond the last.
-Adapters stretch a step by how many kinds of projection they change, by the rank that the engine was built
-for and, slightly, by how many of them are in the batch; the extra time is linear between the published
-points (SqueezeBits, 2024-12). The rank is the engine's largest and not an adapter's own: where it matters,
-in vLLM, the kernels run over buffers of that rank. Called for every iteration of simulations with millions
-of requests, so what depends on whole numbers only is computed once.
+A step takes the time of its decoding part (by batch and mean context) plus that of its prompts (by their number and
+mean length), with the fixed part counted once; bilinear between measured points, linear beyond the last. Adapters
+stretch a step by how many kinds of projection they change, by the rank that the engine was built for and, slightly, by
+how many of them are in the batch; the extra time is linear between the published points (SqueezeBits, 2024-12). The
+rank is the engine's largest and not an adapter's own: where it matters, in vLLM, the kernels run over buffers of that
+rank. It is called for every iteration of simulations with millions of requests, so what depends on integers only is
+computed once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DATA = Path(__file__).parent / "data"
 A100_TABLE = DATA / "cost_llama-3.1-8b_a100_sxm_trtllm.json"
 LINEAR_TABLE = DATA / "cost_linear.json"
 LORA_RANK = 16
-"""The largest rank that vLLM is started with unless told otherwise."""
+"""vLLM's default largest rank."""
 
 _PREFIX, _SUFFIX = "cost_", ".json"
 
@@ -31,8 +31,8 @@ _PREFIX, _SUFFIX = "cost_", ".json"
 class StepBatch(NamedTuple):
     """What one step computes.
 
-    Tokens of prompts, requests in either phase, the contexts of the decoding ones summed, and the adapters
-    among them: `modules` is the largest number of distinct module kinds of one adapter.
+    Prompt tokens, requests in either phase, the summed contexts of the decoding ones, and the adapters among them;
+    `modules` is the largest number of distinct module kinds of one adapter.
     """
 
     context_tokens: int
@@ -45,26 +45,26 @@ class StepBatch(NamedTuple):
 
 
 class StepCost(Protocol):
-    """How long the parts of an iteration take. Must depend on its arguments only."""
+    """The durations of the parts of an iteration, in ns. They must depend on the arguments only."""
 
     def step_ns(self, batch: StepBatch) -> int:
-        """One step of the model; with longer contexts no more than a hundredth shorter."""
+        """Return the duration of one step; a longer context may shorten it by at most a hundredth."""
 
     def adapter_copy_ns(self, size_bytes: int) -> int:
-        """Host cache to device cache, one adapter."""
+        """Return the duration of copying one adapter from the host cache to the device cache."""
 
     def adapter_put_ns(self, size_bytes: int) -> int:
-        """Request to host cache, one adapter, by one put worker."""
+        """Return the duration of copying one adapter from a request to the host cache, by one put worker."""
 
 
 class NoCostTable(BadCostTable):
-    """No cost table for what was asked; the message lists what there is and how to make one."""
+    """There is no cost table for this model, GPU and engine. The message lists the known ones and how to make one."""
 
 
 def find_cost(model: str, gpu: str, engine: str, folder: Path = DATA) -> Path:
-    """Return the cost table of a model on a GPU in an engine, as `llama-3.1-8b`, `a100_sxm`, `vllm`.
+    """Return the cost table of a model on a GPU in an engine, e.g. `llama-3.1-8b`, `a100_sxm`, `vllm`.
 
-    Raises NoCostTable when the folder has none.
+    Raises NoCostTable if the folder has none.
     """
     name = cost_name(model, gpu, engine)
     known = {path.name: path for path in sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))}
@@ -78,15 +78,15 @@ def find_cost(model: str, gpu: str, engine: str, folder: Path = DATA) -> Path:
 
 
 def cost_name(model: str, gpu: str, engine: str) -> str:
-    """Return the file name that a cost table is found by."""
+    """Return the file name of a cost table."""
     return f"{_PREFIX}{model}_{gpu}_{engine}{_SUFFIX}"
 
 
 class CostModel:
     """The engine's `StepCost` from a table of measured times.
 
-    `scale` stretches all times: 1 is real time, 0 makes everything instantaneous. `lora_rank` is the largest
-    rank that the engine was built or started for.
+    `scale` multiplies all times: 1 is real time, 0 makes everything instantaneous. `lora_rank` is the largest rank that
+    the engine was built or started for.
     """
 
     def __init__(self, table: CostTable, scale: float = 1.0, lora_rank: int = LORA_RANK) -> None:
@@ -104,11 +104,11 @@ class CostModel:
 
     @classmethod
     def from_file(cls, path: Path = A100_TABLE, scale: float = 1.0, lora_rank: int = LORA_RANK) -> CostModel:
-        """Return the model behind a table's file; raises BadCostTable when it cannot be used."""
+        """Return the model of a table's file. Raises BadCostTable if it cannot be used."""
         return cls(load_cost_table(path), scale, lora_rank)
 
     def step_ns(self, batch: StepBatch) -> int:
-        """Return the duration of one step; 0 for a batch in which nothing is computed."""
+        """Return the duration of one step in ns; 0 for an empty batch."""
         decoding, prompts = batch.decoding, batch.context_requests
         step_ms = 0.0
         if decoding:
@@ -123,34 +123,34 @@ class CostModel:
         return int(step_ms * self._ns_per_ms + 0.5)
 
     def adapter_copy_ns(self, size_bytes: int) -> int:
-        """Return the duration of an adapter's copy from the engine's host cache to the GPU."""
+        """Return the duration in ns of copying an adapter from the engine's host cache to the GPU."""
         return self._copy_ns(size_bytes, self.table.to_device)
 
     def adapter_put_ns(self, size_bytes: int) -> int:
-        """Return the duration of the put worker's copy from a request into the engine's host cache."""
+        """Return the duration in ns of the put worker's copy from a request into the engine's host cache."""
         return self._copy_ns(size_bytes, self.table.to_host)
 
     def kv_tokens(self, adapter_bytes: int = 0) -> int:
-        """Return how many tokens of keys and values fit beside so many bytes of adapter pages; 0 or more."""
+        """Return how many tokens of keys and values fit beside `adapter_bytes` of adapter pages; 0 or more."""
         return max(0, self.table.kv_tokens - math.ceil(adapter_bytes / self.table.kv_token_bytes))
 
     def plane(self) -> Plane:
         """Return a step's time as a plane that is nowhere below the table in its used range; see `plane_above`.
 
-        Without adapters: their overhead multiplies a step. Takes a millisecond; keep the result.
+        It excludes adapters, whose overhead multiplies a step. It takes a millisecond, so keep the result.
         """
         table = self.table
         return plane_above(self._decode.at, self._prefill.at, table.kv_tokens).times(self._ns_per_ms)
 
     def adapted_plane(self, adapters: int, modules: int) -> Plane:
-        """Return the plane of steps all of whose requests have adapters: so many, of so many module kinds."""
+        """Return the plane of steps whose requests all have adapters: `adapters` in the batch, of `modules` kinds."""
         return self.plane().times(1 + self._slowdown(modules, adapters)) if adapters else self.plane()
 
     def _copy_ns(self, size_bytes: int, copy: Copy) -> int:
         return int((copy.overhead_us * 1e3 + size_bytes / copy.gb_per_s) * self.scale + 0.5)
 
     def _slowdown(self, modules: int, adapters: int) -> float:
-        """Return the extra time of a step, as a share of the base model's, when all its requests have adapters."""
+        """Return the extra time of a step, as a fraction of the base model's, when all its requests have adapters."""
         slowdown = self._slowdowns.get((modules, adapters))
         if slowdown is None:
             lora = self.table.lora
@@ -161,19 +161,19 @@ class CostModel:
 
 
 def _extra_time(lora: LoraLoss) -> Grid:
-    """Return a step's extra time as a share of the base model's, over module kinds and ranks; none for no module."""
+    """Return a step's extra time as a fraction of the base model's, over module kinds and ranks; 0 for no module."""
     rows = tuple(tuple(loss / (1 - loss) for loss in row) for row in lora.loss)
     return Grid((0.0, *lora.modules), lora.ranks, ((0.0,) * len(lora.ranks), *rows))
 
 
 def _spread(lora: LoraLoss, adapters: float) -> float:
-    """Return the throughput with so many adapters relative to that with two; equal steps for equal ratios."""
+    """Return the throughput with this many adapters relative to that with two; equal steps for equal ratios."""
     doublings = math.log2(max(adapters, 1) / 2)
     return max(0.1, 1 - lora.loss_from_2_to_64 * doublings / math.log2(64 / 2))
 
 
 class _Surface:
-    """Bilinear interpolation over a grid whose first coordinate is a whole number."""
+    """Bilinear interpolation over a grid whose first coordinate is an integer."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -182,7 +182,7 @@ class _Surface:
         self._rows: dict[int, tuple[list[float], list[float]]] = {}
 
     def at(self, first: int, second: float) -> float:
-        """Return the value there; constant before the first point of each axis, linear beyond the last."""
+        """Return the value at a point; constant before the first point of each axis, linear beyond the last."""
         row = self._rows.get(first)
         if row is None:
             row = self._rows[first] = self._row(first)
@@ -193,7 +193,7 @@ class _Surface:
         return values[here] + (second - self._second[here]) * slopes[here]
 
     def _row(self, first: int) -> tuple[list[float], list[float]]:
-        """Return values over the second axis, and the slope after each."""
+        """Return the values over the second axis, and the slope after each."""
         axis = self._grid.first
         here = min(max(bisect_right(axis, first) - 1, 0), len(axis) - 2)
         share = max(0.0, (first - axis[here]) / (axis[here + 1] - axis[here]))

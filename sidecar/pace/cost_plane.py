@@ -1,4 +1,4 @@
-"""A step's time as a plane: what a scheduler needs to bound a wait before the step has run."""
+"""A step's time as a plane, by which a scheduler bounds a wait before the step has run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Times = Callable[[int, float], float]
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 CONTEXTS = (256.0, 512.0, 1024.0, 1536.0, 2048.0, 3072.0, 4096.0)
 PROMPTS = (1024.0, 2048.0, 4096.0)
-"""The used range: batches, mean contexts, and prompts whose length and not whose number counts."""
+"""The used range: batches, mean contexts, and prompts long enough for their length and not their number to matter."""
 
 
 class Plane(NamedTuple):
-    """A step's time: a fixed part, and so much for each decoding request, token of context and token of a prompt."""
+    """A step's time in ns: a fixed part, and parts per decoding request, per token of context and per prompt token."""
 
     fixed_ns: float
     per_seat_ns: float
@@ -25,11 +25,11 @@ class Plane(NamedTuple):
     per_prompt_token_ns: float
 
     def times(self, factor: float) -> Plane:
-        """Return the plane with all its parts multiplied."""
+        """Return the plane with all parts multiplied by a factor."""
         return Plane(*(part * factor for part in self))
 
     def step_ns(self, seats: float, context_tokens: float, prompt_tokens: float = 0) -> float:
-        """Return the time of a step that decodes `seats` requests with so many tokens of context in all."""
+        """Return the time of a step that decodes `seats` requests with `context_tokens` tokens of context in all."""
         decoding_ns = self.per_seat_ns * seats + self.per_context_token_ns * context_tokens
         return self.fixed_ns + decoding_ns + self.per_prompt_token_ns * prompt_tokens
 
@@ -37,11 +37,11 @@ class Plane(NamedTuple):
 def plane_above(decode: Times, prefill: Times, kv_tokens: int) -> Plane:
     """Return the plane that touches a table from above, in the table's unit.
 
-    The plane of least squares of the relative error over the used range, as far as the keys and values of a
-    batch fit into `kv_tokens`, then raised by the factor that puts it nowhere below a decode step of that
-    range: so it overestimates where steps are curved most, by about a third for a GPU's measured steps. A
-    prompt token costs what it costs at most in prompts of 1,024 to 4,096 tokens; shorter prompts may cost
-    more a token where each prompt has a price of its own.
+    It is the least-squares plane of the relative error over the used range, as far as the keys and values of a batch
+    fit into `kv_tokens`, raised by the factor that puts it nowhere below a decode step of that range. So it
+    overestimates where steps are curved most, by about a third for a GPU's measured steps. A prompt token costs its
+    maximum over prompts of 1,024 to 4,096 tokens; shorter prompts may cost more per token if each prompt has a fixed
+    cost.
     """
     points = [(batch, context) for batch in BATCHES for context in CONTEXTS if batch * context <= kv_tokens]
     points = points or [(batch, CONTEXTS[0]) for batch in BATCHES]
@@ -53,7 +53,7 @@ def plane_above(decode: Times, prefill: Times, kv_tokens: int) -> Plane:
 
 
 def fit_above_zero(terms: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the coefficients of least squares, none below zero: a term that would be is left out."""
+    """Return least-squares coefficients of which none is negative: a term that would be negative is left out."""
     kept = list(range(terms.shape[1]))
     result = np.zeros(terms.shape[1])
     while kept:

@@ -41,16 +41,16 @@ from typing import Any
 FORMAT = "step-cost"
 VERSION = 2
 UNLIMITED_TOKENS = 1 << 50
-"""Room for keys and values where the file says that there always is: more than any run can ask for."""
+"""The KV tokens of a table that gives no limit: more than any run can ask for."""
 
 
 class BadCostTable(ValueError):
-    """A cost table that cannot be used; the message names the file, the field and what was expected."""
+    """A cost table that cannot be used. The message names the file, the field and what was expected."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Step times in ms over two rising axes; one row for each point of the first."""
+    """Step times in ms over two rising axes; a row for each point of the first."""
 
     first: tuple[float, ...]
     second: tuple[float, ...]
@@ -59,7 +59,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Copy:
-    """Bandwidth of one way that an adapter takes, and what every copy takes whatever its size."""
+    """The bandwidth of one copy path of adapters, and the fixed time of every copy."""
 
     gb_per_s: float
     overhead_us: float
@@ -67,9 +67,9 @@ class Copy:
 
 @dataclass(frozen=True)
 class LoraLoss:
-    """Share of throughput lost to adapters: a row for each number of module kinds, a column for each rank.
+    """Fraction of throughput lost to adapters: a row for each number of module kinds, a column for each rank.
 
-    `loss` holds for so many `adapters` in the batch and grows with their number.
+    `loss` holds for `adapters` adapters in the batch and grows with their number.
     """
 
     modules: tuple[float, ...]
@@ -82,7 +82,7 @@ class LoraLoss:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Everything in the file that is computed with."""
+    """Everything in the file that enters a computation."""
 
     model: str
     gpu: str
@@ -100,7 +100,7 @@ class CostTable:
 
 
 def load_cost_table(path: Path) -> CostTable:
-    """Return the table in a file; raises BadCostTable for what is missing, unknown or out of range."""
+    """Return the table in a file. Raises BadCostTable for missing, unknown or out-of-range fields."""
     try:
         return read_cost_table(json.loads(path.read_text("utf-8")))
     except OSError as error:
@@ -112,13 +112,13 @@ def load_cost_table(path: Path) -> CostTable:
 
 
 def cost_table_text(table: CostTable) -> str:
-    """Return a table's file: what `load_cost_table` reads, a row of numbers on each line."""
+    """Return a table as the text that `load_cost_table` reads, a row of numbers on each line."""
     text = json.dumps(_plain(_document(table)), indent=2, ensure_ascii=False)
     return re.sub(r"\[\s+([-\d.,e\s]+?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
 
 
 def read_cost_table(document: Any) -> CostTable:
-    """Return the table in a file's JSON value; raises BadCostTable, which names the field."""
+    """Return the table in a file's JSON value. Raises BadCostTable, which names the field."""
     words = ("model", "gpu", "engine", "dtype")
     parts = ("source", "fixed_ms", "decode", "prefill", "kv", "copies", "lora")
     if not isinstance(document, dict) or (document.get("format"), document.get("version")) != (FORMAT, VERSION):
@@ -141,7 +141,7 @@ def read_cost_table(document: Any) -> CostTable:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with whole numbers written as such."""
+    """Return the value with integral floats as integers."""
     if isinstance(value, dict):
         return {key: _plain(held) for key, held in value.items()}
     if isinstance(value, tuple):
@@ -200,7 +200,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def _number_or_0(value: Any, name: str) -> float:
-    """Return a number that may be zero, and not below."""
+    """Return a number that is zero or more."""
     return 0.0 if value == 0 and not isinstance(value, bool) else _number(value, name)
 
 

@@ -1,7 +1,7 @@
-"""How fast a configured engine is, by the cost file that `backends[].engine.cost` names.
+"""The pace of a configured engine, from the cost file that `backends[].engine.cost` names.
 
-The simulator and the emulated engine read the same files, so what is promised to live requests rests on the figures
-that plans are made with.
+The simulator and the emulated engine read the same files, so promises to live requests and plans rest on the same
+figures.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sidecar.pace.cost import LORA_RANK, CostModel, find_cost
 from sidecar.pace.cost_table import BadCostTable
 
 MODULES_USUAL = 7
-"""Kinds of projection that adapters change where the engine's are not known: the linear ones of a decoder."""
+"""Kinds of projection that adapters are assumed to change if the engine's are unknown: a decoder's linear ones."""
 
 
 def pace_from_cost(cost: str, facts: EngineFacts, scale: float = 1.0) -> Pace:
-    """Return the pace of an engine with all its slots in use, every time multiplied by `scale`.
+    """Return the pace of an engine with all slots in use, with every time multiplied by `scale`.
 
-    `cost` is a path, or `model/gpu/engine` for a file of ours, as `llama-3.1-8b/a100_sxm/trtllm`. Raises Misused with
-    what is wrong with it.
+    `cost` is a path, or `model/gpu/engine` for a packaged file, e.g. `llama-3.1-8b/a100_sxm/trtllm`. Raises Misused if
+    the file is missing or invalid.
     """
     try:
         model = CostModel.from_file(_path_of(cost), scale, facts.rank_max or LORA_RANK)

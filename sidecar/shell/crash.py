@@ -35,7 +35,7 @@ class Crash:
         if self.raised is not None:
             return
         self.raised = raised
-        logger.critical("the sidecar ends: %s; it must be started anew", raised.words, exc_info=raised.error)
+        logger.critical("the sidecar ends: %s; it must be started anew", raised.sentence, exc_info=raised.error)
         for do in self._then:
             try:
                 do(raised)
@@ -45,7 +45,7 @@ class Crash:
     def error(self) -> Failed:
         """Return the error for a caller whose own event raised, or came too late."""
         assert self.raised is not None
-        return Failed(Reason.SIDECAR_FAILED, f"the sidecar has failed and ends: {self.raised.words}")
+        return Failed(Reason.SIDECAR_FAILED, f"the sidecar has failed and ends: {self.raised.sentence}")
 
     def refused(self) -> Refused:
         """Return the refusal of a request that comes after the crash."""

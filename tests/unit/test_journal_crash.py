@@ -17,7 +17,7 @@ from sidecar.core.core import Core
 from sidecar.core.state import NEVER_NS
 from sidecar.incident.explain import explain
 from sidecar.journal import replay
-from sidecar.journal.raised import Raised, words_of
+from sidecar.journal.raised import Raised, describe
 from sidecar.journal.segments import segment_paths
 from sidecar.journal.writer import Journal
 from sidecar.shell.driver import Driver
@@ -119,7 +119,9 @@ def test_behind_a_gap_the_exception_cannot_be_had_again_and_replay_says_so(tmp_p
     code, verdict, said = replayed(tmp_path)
     assert (code, verdict["same"], verdict["raised"][0]["again"]) == (1, True, False)
     assert verdict["steps"] == len(script) - 3
-    assert f"at step {len(script) + 1} (Received); the journal lacks 3 steps before it, so this cannot be had" in said
+    assert (
+        f"at step {len(script) + 1} (Received); the journal lacks 3 steps before it, so it cannot be reproduced" in said
+    )
 
 
 def test_a_disk_that_fails_before_the_core_does(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_an_effect_that_raised_is_named(tmp_path: Path) -> None:
     code, verdict, said = replayed(tmp_path)
     assert (code, verdict["same"]) == (0, True)
     assert verdict["raised"][0]["step"] == verdict["steps"]
-    assert "carrying out Dispatch raised OSError: the backend's wire, of which no replay can tell" in said
+    assert "carrying out Dispatch raised OSError: the backend's wire, which a replay cannot show" in said
 
 
 def test_ownership_that_raised_is_named(tmp_path: Path) -> None:
@@ -164,7 +166,7 @@ def test_ownership_that_raised_is_named(tmp_path: Path) -> None:
     life.over()
     code, _, said = replayed(tmp_path)
     assert code == 0
-    assert "ownership, on LeaseAnswered, raised KeyError: 'b7', of which no replay can tell" in said
+    assert "ownership, on LeaseAnswered, raised KeyError: 'b7', which a replay cannot show" in said
 
 
 def test_an_event_without_a_written_form_is_said_to_be_one(tmp_path: Path) -> None:
@@ -174,7 +176,7 @@ def test_an_event_without_a_written_form_is_said_to_be_one(tmp_path: Path) -> No
     life.over()
     code, _, said = replayed(tmp_path)
     assert code == 1
-    assert "what it raised on has no written form, so this cannot be had again" in said
+    assert "its event could not be encoded, so it cannot be reproduced" in said
 
 
 def test_a_step_that_cannot_be_written_is_a_gap(tmp_path: Path) -> None:
@@ -203,4 +205,4 @@ def test_each_life_says_what_it_ended_of(tmp_path: Path) -> None:
 
 def test_an_address_in_an_exception_is_no_difference() -> None:
     """The same object lies elsewhere in the process that replays."""
-    assert words_of(OSError(object())) == "OSError: <object object at 0x…>"
+    assert describe(OSError(object())) == "OSError: <object object at 0x…>"

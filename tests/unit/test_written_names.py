@@ -101,7 +101,7 @@ def test_a_renamed_field_without_its_written_name_is_refused() -> None:
     row = "WRITTEN[RunEnded] in sidecar.journal.written_names"
     assert str(refused.value) == (
         f'RunEnded has a field without a written name: add "generated" to {row}, or "generated=OLD" if it was called '
-        f'OLD before; RunEnded has no field "output_tokens": change or take out the word of {row}'
+        f'OLD before; RunEnded has no field "output_tokens": rename or remove it in {row}'
     )
 
 
@@ -154,6 +154,6 @@ def test_what_is_not_written_is_derived_or_keeps_its_default(written: dict[str, 
 
 
 def test_only_fields_can_be_derived() -> None:
-    assert problems(RunEnded, Form("RunEnded", RUN_ENDED.words, derived={"seats": lambda _: 1})) == [
+    assert problems(RunEnded, Form("RunEnded", RUN_ENDED.written, derived={"seats": lambda _: 1})) == [
         'WRITTEN[RunEnded] in sidecar.journal.written_names derives "seats", which is no field'
     ]

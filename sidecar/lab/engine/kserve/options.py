@@ -2,86 +2,151 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sidecar.lab.engine.shape import ALL_LINEAR, SHAPES
-from sidecar.lab.engine.spec import GUARANTEED_NO_EVICT, VLLM, EngineSpec
+from sidecar.lab.engine.spec import GUARANTEED_NO_EVICT, SCHEDULERS, VLLM, EngineSpec
 
 WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
 DATATYPE_OF_DTYPE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 COMPUTES = ("llama", "none")
 TRITON, LLMAPI = "triton", "llmapi"
 PROTOCOLS = (TRITON, LLMAPI, VLLM)
+PANELS = SERVER, ENGINE, LORA, VLLM_ONLY, FAULTS = "Server", "Engine", "LoRA caches", "vLLM", "Faults"
+"""The panels of `sidecar emulate --help`."""
+
+
+def cli(panel: str, text: str, *flags: str, **default: Any) -> dict[str, Any]:
+    """Return the metadata of a field that is an option of `sidecar emulate`, with a help text in a panel.
+
+    `default` is the default there if it differs from the field's; None leaves the choice to the kind of engine.
+    """
+    return {"panel": panel, "help": text, "flags": flags, **default}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """All options of one emulated server; the defaults serve the tiny model in real time.
 
-    Ports of 0 are chosen by the system; `metrics_port` None serves no metrics. `compute` None runs the
-    executor for the tiny shape and makes dummy tokens for larger ones. `time_scale` multiplies the modelled
-    durations of `cost_table` (None: an A100 with an 8B model; scale 0: as fast as the machine can).
-    `lora_weights` is the tensor's type in the model's config.pbtxt ("fp16" or "bf16"; None: the engine's
-    dtype); it may contradict `dtype`, as deployments do. `exclude_input_in_output` is the default of the
-    input of that name: as in the executor's OutputConfig, a whole answer begins with the prompt unless it is
-    excluded, and a streamed one never does. `seats` is the engine's batch, `triton_max_batch_size` the
-    model's. `separate_final` answers as Python models do: the last data
-    response does not carry the final flag, and the empty final one comes only to clients that ask for it.
-    `instances` model instances stand behind the one address, each with an engine of its own; `text_model` False
-    leaves out the ensemble. `ignore_lora` takes every adapter, whatever the type of its weights, and computes as the
-    base model. With `protocol` "llmapi" the server has the LLM-API model instead, which loads adapters from paths.
-    Raises ValueError where options contradict each other.
+    The help texts below define them; beyond those:
+
+    * Ports of 0 are chosen by the system; `metrics_port` None serves no metrics.
+    * `compute` None runs the executor for the tiny shape and makes dummy tokens for larger ones.
+    * `time_scale` multiplies the durations of `cost_table`.
+    * `lora_weights` is the tensor's type in the model's config.pbtxt and may contradict `dtype`, as deployments do.
+    * `exclude_input_in_output` is the default of the input of that name: as in the executor's OutputConfig, a whole
+      answer begins with the prompt unless it is excluded, and a streamed one never does.
+    * `seats` is the engine's batch size, `triton_max_batch_size` the model's.
+    * With `separate_final` the last data response does not carry the final flag, as with Python models, and the empty
+      final response goes only to clients that ask for it.
+    * All `instances` stand behind one address.
+    * `ignore_lora` accepts adapters with any type of weights.
+
+    Raises ValueError if options contradict each other.
     """
 
-    host: str = "127.0.0.1"
-    grpc_port: int = 0
-    metrics_port: int | None = 0
-    shape: str = "tiny"
-    compute: str | None = None
-    seed: int = 0
-    dtype: str = "float16"
-    lora_weights: str | None = None
-    decoupled: bool = True
-    separate_final: bool = False
+    host: str = field(default="127.0.0.1", metadata=cli(SERVER, "Address to listen on."))
+    grpc_port: int = field(
+        default=0, metadata=cli(SERVER, "Port of the gRPC service; 0 takes a free one.", default=8001)
+    )
+    metrics_port: int | None = field(
+        default=0, metadata=cli(SERVER, "Port of the metrics; 0 takes a free one.", default=8002)
+    )
+    decoupled: bool = field(default=True, metadata=cli(SERVER, "Serve decoupled models (streams only) or not."))
+    separate_final: bool = field(default=False, metadata=cli(SERVER, "Mark ends with an empty response of its own."))
     exclude_input_in_output: bool = False
-    triton_max_batch_size: int = 64
-    instances: int = 1
-    text_model: bool = True
-    protocol: str = TRITON
-    lora_modules: tuple[str, ...] = ALL_LINEAR
-    max_lora_rank: int = 64
-    seats: int = 64
-    max_input_tokens: int = 4096
-    max_seq_tokens: int = 8192
-    max_tokens_per_step: int = 8192
-    kv_blocks: int = 4096
-    tokens_per_block: int = 64
-    scheduler: str = GUARANTEED_NO_EVICT
-    tp: int = 1
-    lora_optimal_rank: int = 8
-    lora_max_rank_cached: int = 64
-    lora_host_bytes: int = 1 << 30
-    lora_device_bytes: int = 1 << 30
+    triton_max_batch_size: int = field(default=64, metadata=cli(SERVER, "max_batch_size of the models."))
+    instances: int = field(
+        default=1, metadata=cli(SERVER, "Model instances, each with an engine and caches of its own.")
+    )
+    text_model: bool = field(default=True, metadata=cli(SERVER, "Serve the text model (ensemble) as well."))
+    protocol: str = field(
+        default=TRITON,
+        metadata=cli(SERVER, "triton: the core model; llmapi: the one that loads from paths; vllm: an OpenAI API."),
+    )
+    write_engine_config: Path | None = field(
+        default=None, metadata=cli(SERVER, "Write the engine's config.json there, for backends to read.")
+    )
+    served_log: Path | None = field(
+        default=None, metadata=cli(SERVER, "Append a JSON line for each request that ends.")
+    )
+    tls_certificate: Path | None = field(
+        default=None, metadata=cli(SERVER, "PEM file; with a key, the service speaks TLS.")
+    )
+    tls_key: Path | None = field(default=None, metadata=cli(SERVER, "PEM file."))
+    tls_client_ca: Path | None = field(
+        default=None, metadata=cli(SERVER, "PEM file; clients must show a certificate of its.")
+    )
+
+    shape: str = field(default="tiny", metadata=cli(ENGINE, f"Model: {', '.join(SHAPES)}."))
+    compute: str | None = field(
+        default=None, metadata=cli(ENGINE, "llama computes tokens, none makes dummy ones; default: llama for tiny.")
+    )
+    seed: int = field(default=0, metadata=cli(ENGINE, "Seed of the base model."))
+    dtype: str = field(default="float16", metadata=cli(ENGINE, "Engine dtype: float16, bfloat16, float32."))
+    tp: int = field(default=1, metadata=cli(ENGINE, "Tensor-parallel ranks, for page sizes."))
+    seats: int = field(default=64, metadata=cli(ENGINE, "Requests that run at a time.", "--seats", "--max-num-seqs"))
+    max_input_tokens: int = field(default=4096, metadata=cli(ENGINE, "Longest prompt."))
+    max_seq_tokens: int = field(
+        default=8192, metadata=cli(ENGINE, "Longest prompt and answer together.", "--max-seq-tokens", "--max-model-len")
+    )
+    max_tokens_per_step: int = field(
+        default=8192,
+        metadata=cli(ENGINE, "Tokens that one step computes.", "--max-tokens-per-step", "--max-num-batched-tokens"),
+    )
+    kv_blocks: int = field(default=4096, metadata=cli(ENGINE, "Blocks of the KV cache."))
+    tokens_per_block: int = field(
+        default=64, metadata=cli(ENGINE, "Tokens in a KV block; default: 64, vllm: 128.", default=None)
+    )
+    scheduler: str = field(
+        default=GUARANTEED_NO_EVICT,
+        metadata=cli(ENGINE, f"TensorRT-LLM's capacity scheduler: {', '.join(SCHEDULERS)}; vllm has its own."),
+    )
+    time_scale: float = field(
+        default=1.0, metadata=cli(ENGINE, "1: as slow as the modelled GPU; 0: as fast as possible.")
+    )
+    cost_table: Path | None = field(
+        default=None, metadata=cli(ENGINE, "Step times to model; default: an A100 with an 8B model.")
+    )
+
+    lora_modules: tuple[str, ...] = field(
+        default=ALL_LINEAR, metadata=cli(LORA, "LoRA modules of the engine, by commas.", default=",".join(ALL_LINEAR))
+    )
+    lora_weights: str | None = field(
+        default=None, metadata=cli(LORA, "Type of lora_weights in ModelConfig: fp16, bf16; default: dtype.")
+    )
+    max_lora_rank: int = field(
+        default=64, metadata=cli(LORA, "Rank limit of the engine; default: 64, vllm: 16.", default=None)
+    )
+    lora_optimal_rank: int = field(default=8, metadata=cli(LORA, "lora_cache_optimal_adapter_size: sizes a page."))
+    lora_max_rank_cached: int = field(default=64, metadata=cli(LORA, "lora_cache_max_adapter_size."))
+    lora_host_bytes: int = field(default=1 << 30, metadata=cli(LORA, "lora_cache_host_memory_bytes."))
+    lora_device_bytes: int = field(default=1 << 30, metadata=cli(LORA, "Bytes of the device cache."))
     lora_gpu_memory_fraction: float = 0.05
-    lora_host_pages: int | None = None
-    lora_device_pages: int | None = None
-    time_scale: float = 1.0
-    cost_table: Path | None = None
-    write_engine_config: Path | None = None
-    served_log: Path | None = None
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    max_queue: int = 0
-    crash_on_load: tuple[str, ...] = ()
-    crash_on_weights: tuple[str, ...] = ()
-    fail_step_on_load: tuple[str, ...] = ()
-    full_errors: int = 0
-    claim_errors: int = 0
-    freeze_after: int | None = None
-    slow_factor: float = 1.0
-    ignore_lora: bool = False
+    lora_host_pages: int | None = field(default=None, metadata=cli(LORA, "Pages of the host cache, instead of bytes."))
+    lora_device_pages: int | None = field(
+        default=None, metadata=cli(LORA, "Pages of the device cache, instead of bytes.")
+    )
+
+    max_queue: int = field(default=0, metadata=cli(FAULTS, "Limit of the executor's queue; 0: none."))
+    crash_on_load: tuple[str, ...] = field(
+        default=(), metadata=cli(FAULTS, "Crash when this adapter (parameter lora_name, or task id) is loaded.")
+    )
+    crash_on_weights: tuple[str, ...] = field(
+        default=(), metadata=cli(FAULTS, "Crash when weights with this SHA-256 prefix are loaded.")
+    )
+    fail_step_on_load: tuple[str, ...] = field(
+        default=(), metadata=cli(FAULTS, "Fail the step after this adapter is loaded, once.")
+    )
+    full_errors: int = field(default=0, metadata=cli(FAULTS, "Answer this many loads with a full cache."))
+    claim_errors: int = field(default=0, metadata=cli(FAULTS, "Then this many with a failed page claim."))
+    freeze_after: int | None = field(default=None, metadata=cli(FAULTS, "Stop iterating after this many steps."))
+    slow_factor: float = field(default=1.0, metadata=cli(FAULTS, "Multiply the time of every step."))
+    ignore_lora: bool = field(
+        default=False, metadata=cli(FAULTS, "Take every adapter and answer as the base model.", "--ignore-lora")
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -1,14 +1,14 @@
-"""How an emulated vLLM is started: the options that it shares with the other face, and vLLM's own."""
+"""The options of an emulated vLLM: those of the emulated Triton that apply, and vLLM's own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
-from sidecar.lab.engine.kserve.options import Options, spec_of
+from sidecar.lab.engine.kserve.options import FAULTS, SERVER, VLLM_ONLY, Options, cli, spec_of
 from sidecar.lab.engine.spec import VLLM, EngineSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+"""The values that vLLM accepts for --max-lora-rank."""
 _OTHERS = (
     "instances",
     "write_engine_config",
@@ -18,41 +18,59 @@ _OTHERS = (
     "claim_errors",
     "ignore_lora",
 )
-"""Options that an emulated vLLM has no use for, and that would be missed."""
+"""Options that an emulated vLLM refuses: a user would miss their effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmOptions(Options):
-    """All options of one emulated vLLM; of `Options` those that speak of Triton or of cache bytes change nothing.
+    """All options of one emulated vLLM. Those of `Options` about Triton or the bytes of caches have no effect.
 
-    `seats` is --max-num-seqs, `max_seq_tokens` --max-model-len, `max_tokens_per_step` --max-num-batched-tokens.
-    `served_model_name` are the names of the base model, the first one that answers carry; without any it is the
-    shape's. `max_cpu_loras` None is as many as `max_loras`. `runtime_lora` is VLLM_ALLOW_RUNTIME_LORA_UPDATING: without
-    it there are no routes to load and unload. `stream_interval` tokens come in one chunk of a stream, except for the
-    first; the real one joins more when it is pressed. `api_key` is what clients must bring. `fail_load` names adapters
-    whose load calls fail. With `mixing_breaks_base` requests of the base model come out wrong in a step that has
-    requests of adapters too, as in vLLM's build for CPUs. Raises ValueError where options contradict each other.
+    The help texts below define them; beyond those:
+
+    * `seats` is vLLM's --max-num-seqs, `max_seq_tokens` --max-model-len, `max_tokens_per_step`
+      --max-num-batched-tokens.
+    * Answers carry the first `served_model_name`.
+    * Without `runtime_lora` there are no routes to load and unload.
+    * The real vLLM joins more than `stream_interval` tokens in a chunk under load.
+    * With `mixing_breaks_base` base requests are wrong in a step with adapter requests, as in vLLM's CPU build.
+
+    Raises ValueError if options contradict each other.
     """
 
     protocol: str = VLLM
     scheduler: str = VLLM
-    http_port: int = 0
-    served_model_name: tuple[str, ...] = ()
     max_lora_rank: int = 16
-    max_loras: int = 1
-    max_cpu_loras: int | None = None
     tokens_per_block: int = 128
-    runtime_lora: bool = True
-    stream_interval: int = 1
-    api_key: str | None = None
-    fail_load: tuple[str, ...] = ()
-    mixing_breaks_base: bool = False
+    http_port: int = field(
+        default=0, metadata=cli(SERVER, "Port of vLLM's API and metrics; 0 takes a free one.", default=8000)
+    )
+    served_model_name: tuple[str, ...] = field(
+        default=(), metadata=cli(VLLM_ONLY, "Name of the base model, may be given again; default: the shape.")
+    )
+    max_loras: int = field(default=1, metadata=cli(VLLM_ONLY, "Adapters in one batch."))
+    max_cpu_loras: int | None = field(
+        default=None, metadata=cli(VLLM_ONLY, "Adapters in the CPU cache; default: max_loras.")
+    )
+    runtime_lora: bool = field(
+        default=True, metadata=cli(VLLM_ONLY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.")
+    )
+    stream_interval: int = field(
+        default=1, metadata=cli(VLLM_ONLY, "Tokens in a chunk of a stream, the first chunk aside.")
+    )
+    api_key: str | None = field(default=None, metadata=cli(VLLM_ONLY, "What clients must bring as bearer token."))
+    fail_load: tuple[str, ...] = field(default=(), metadata=cli(FAULTS, "Fail vLLM's load calls of this adapter."))
+    mixing_breaks_base: bool = field(
+        default=False,
+        metadata=cli(
+            FAULTS, "Answer base requests wrongly in vLLM batches that have adapters.", "--mixing-breaks-base"
+        ),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank {self.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}")
-        defaults = {field.name: field.default for field in fields(Options)}
+        defaults = {each.name: each.default for each in fields(Options)}
         for name in _OTHERS:
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} is an option of the engine behind Triton; an emulated vLLM has none of it")
@@ -69,7 +87,7 @@ class VllmOptions(Options):
 
 
 def vllm_spec_of(options: VllmOptions) -> EngineSpec:
-    """Return the engine's numbers; ValueError where they contradict each other."""
+    """Return the engine's spec. Raises ValueError if its numbers contradict each other."""
     return spec_of(
         replace(
             options,
