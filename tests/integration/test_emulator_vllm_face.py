@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from sidecar.lab.engine.openai.text import Said, Stops
+from sidecar.lab.engine.openai.text import GeneratedText, Stops
 from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from tests.kit.serving import until
 from tests.kit.vllm_emulated import BASE, DONE, Client, expected, running_vllm, texts_of
@@ -216,7 +216,7 @@ def test_characters_appear_when_they_are_complete() -> None:
     """As vLLM's detokenizer was seen to do it, broken bytes and a stop string's held back ones included."""
 
     def deltas(tokens: Sequence[int], stops: Stops) -> list[str]:
-        said = Said(stops)
+        said = GeneratedText(stops)
         told = []
         for place, token in enumerate(tokens):
             ended = said.add(token)

@@ -1,4 +1,4 @@
-"""What an engine's planner hands to it: the next batch, and who it asks for it."""
+"""The interface between an engine and its planner: the next batch, and what a planner can be asked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sidecar.pace.cost import StepBatch
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """An iteration: whose prompts it ends, what its step costs from, and how often it can be run again unchanged.
+    """An iteration: the requests whose prompts it ends, the work its step costs, and how often it repeats unchanged.
 
-    `waited_ns` is the time until its adapters were on the device: part of its first run only.
+    `waited_ns` is the time until its adapters were on the device; it belongs to the first run only.
     """
 
     context_ids: tuple[int, ...]
@@ -25,14 +25,14 @@ class Batch:
     waited_ns: int = 0
 
     def grow(self, steps: int) -> None:
-        """So many steps have run: what decodes has longer contexts."""
+        """Note that `steps` steps have run: the decoding contexts are longer."""
         step = self.step
         self.step = step._replace(decoding_context_tokens=step.decoding_context_tokens + steps * step.decoding)
 
 
 @dataclass(frozen=True)
 class Use:
-    """What the active requests and the adapter caches occupy now, and who waits beside the queue; for reports."""
+    """What the active requests and the adapter caches occupy now, for reports."""
 
     active: int
     waiting: int = 0
@@ -45,53 +45,53 @@ class Use:
 
 
 class Planning(Protocol):
-    """Which requests run next. An engine asks for a batch, and tells when a step of it is over."""
+    """Decides which requests run next. An engine asks for a batch, and reports when a step of it is over."""
 
     queue: WaitingQueue
     failures: list[Failure]
     fault: str | None
 
     def plan(self, now_ns: int) -> Batch | None:
-        """The next batch, its adapters on the device; None when nothing can run until something changes."""
+        """Return the next batch with its adapters on the device; None if nothing can run until something changes."""
 
     def generation_ids(self) -> tuple[int, ...]:
-        """Who decodes in the batch that was planned last."""
+        """Return the ids of the requests that decode in the last planned batch."""
 
     def take_tokens(self, now_ns: int, ended: Collection[int]) -> tuple[Sequence[int], Sequence[Ending]]:
-        """A step of that batch is over: who had their first token, and who their last one."""
+        """Account for a step of that batch; return (ids with their first token, endings)."""
 
     def steps_to_ending(self) -> int:
-        """Steps of that batch up to the one with which its first request ends."""
+        """Return the number of steps of that batch up to the first ending."""
 
     def skip(self, steps: int) -> None:
-        """So many steps of that batch have run in which nothing but its lengths changed."""
+        """Account for steps of that batch in which only lengths changed."""
 
     def is_active(self, request_id: int) -> bool:
-        """Whether a request is here and no longer in the queue."""
+        """Return True if a request was fetched and has not ended."""
 
     def drop(self, request_id: int, now_ns: int) -> bool:
-        """End an active request without an ending; False when it is not active."""
+        """End an active request without an ending; return False if it is not active."""
 
     def prefetch(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
-        """Put an adapter into the host cache before any request; raises StoreError when there is no room."""
+        """Put an adapter into the host cache before any request. Raises StoreError if it does not fit."""
 
     def lose_idle_adapters(self) -> None:
         """Evict from the host cache every adapter that no request holds."""
 
     def drain_reads(self) -> list[int]:
-        """Adapters that the last plan read from their files; none where requests bring them."""
+        """Return the adapters that the last plan read from files; none if requests bring them."""
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter."""
+        """Return True if a request with this id alone would find its adapter."""
 
     def payload(self, task_id: int) -> object | None:
-        """The weights that a task is computed with; None without any."""
+        """Return the weights that a task is computed with, or None."""
 
     def generated(self, request_id: int) -> int:
-        """Tokens that a request has; 0 when it is not active."""
+        """Return how many tokens a request has; 0 if it is not active."""
 
     def progress(self) -> dict[int, int]:
-        """Tokens of each active request by id."""
+        """Return the tokens of each active request by id."""
 
     def use(self) -> Use:
-        """What is occupied now."""
+        """Return what is occupied now."""

@@ -1,12 +1,11 @@
 """One of TensorRT-LLM's two LoRA caches: pages, and two lists of tasks.
 
-A task (an adapter, in our words) is *in progress* while requests may need it and *done* after its last one
-completed. Only done tasks are evicted, the least recently completed first. After `loraCache.cpp`, with its
-two ways of being full:
+A task (an adapter) is *in progress* while requests may need it and *done* after its last one completed. Only done
+tasks are evicted, the least recently completed first. After `loraCache.cpp`, with its two ways of being full:
 
 * nothing is done: the claim fails and nothing changes;
-* something is done, but not enough: **every** done task is evicted and then the claim fails all the same,
-  because the engine's emptiness test looks at an iterator that its loop shadows.
+* something is done, but not enough: **every** done task is evicted and the claim fails all the same, because the
+  engine's emptiness test looks at an iterator that its loop shadows.
 
 Lists are ordered dicts whose last key is the list's front.
 """
@@ -30,7 +29,7 @@ class ClaimError(Exception):
 
 
 class Status(Enum):
-    """What a cache knows about a task."""
+    """The state of a task in a cache."""
 
     MISSING = "missing"
     PROCESSING = "processing"
@@ -39,7 +38,7 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A cached adapter: where it lies, how large it is, and whether it may be evicted.
+    """A cached adapter: its pages, its size, and whether it may be evicted.
 
     `done` on an entry that is not loaded yet takes effect when its load ends.
     """
@@ -56,7 +55,7 @@ class Entry:
 
     @property
     def size(self) -> Footprint:
-        """What it takes in any cache of the same geometry."""
+        """The adapter's size in any cache of the same geometry."""
         return Footprint(len(self.page_ids), self.slots, self.module_kinds)
 
 
@@ -71,13 +70,13 @@ class PageList:
         return len(self._free)
 
     def claim(self, count: int) -> tuple[int, ...] | None:
-        """The next `count` pages, or None when there are fewer."""
+        """Return the next `count` pages, or None if there are fewer."""
         if count > len(self._free):
             return None
         return tuple(self._free.popleft() for _ in range(count))
 
     def release(self, page_ids: Iterable[int]) -> None:
-        """Give pages back; the last one given is the next one claimed."""
+        """Give pages back; the last one given back is claimed next."""
         self._free.extendleft(page_ids)
 
 
@@ -115,30 +114,29 @@ class LoraCache:
 
     @property
     def done(self) -> tuple[int, ...]:
-        """Tasks that can be evicted, most recently completed first: victims come from the end."""
+        """Tasks that can be evicted, most recently completed first; victims come from the end."""
         return tuple(reversed(self._done))
 
     def entry(self, task_id: int) -> Entry | None:
-        """The cached adapter."""
+        """Return the entry of a task, or None."""
         return self._entries.get(task_id)
 
     def status(self, task_id: int) -> Status:
-        """Whether a task is here, and whether its weights are."""
+        """Return whether a task is here, and whether its weights are."""
         entry = self._entries.get(task_id)
         if entry is None:
             return Status.MISSING
         return Status.LOADED if entry.loaded else Status.PROCESSING
 
     def is_done(self, task_id: int) -> bool:
-        """Whether a task is here and may be evicted, or will be when its load ends."""
+        """Return True if a task is here and may be evicted, or may be when its load ends."""
         entry = self._entries.get(task_id)
         return entry is not None and entry.done
 
     def put(self, task_id: int, rows: tuple[Row, ...], payload: object | None, size: Footprint | None = None) -> bool:
-        """Claim pages for an adapter, of a `size` that follows from `rows`; True if it is new and must be loaded.
+        """Claim pages for an adapter of a `size` that follows from `rows`; return True if it is new and must be loaded.
 
-        A task that is here already is bumped and keeps its weights: those given are ignored. Raises
-        ClaimError.
+        A task that is here already is bumped and keeps its weights; the given ones are ignored. Raises ClaimError.
         """
         if task_id in self._entries:
             self.bump(task_id)
@@ -150,14 +148,14 @@ class LoraCache:
         return True
 
     def finish_load(self, task_id: int) -> None:
-        """The weights are in their pages; a task completed meanwhile becomes done now."""
+        """Note that the weights are in their pages; a task completed meanwhile becomes done now."""
         entry = self._entries[task_id]
         entry.loaded = True
         if entry.done:
             self.mark_done(task_id)
 
     def bump(self, task_id: int) -> None:
-        """A task is needed: to the front of those in progress."""
+        """Move a needed task to the front of those in progress."""
         entry = self._entries.get(task_id)
         if entry is None:
             return
@@ -171,7 +169,7 @@ class LoraCache:
         entry.done = False
 
     def mark_done(self, task_id: int) -> None:
-        """A task's last request completed; unknown tasks and those done already stay where they are."""
+        """Note that a task's last request completed; unknown and done tasks stay as they are."""
         entry = self._entries.get(task_id)
         if entry is None:
             return
@@ -183,7 +181,7 @@ class LoraCache:
             entry.in_progress = False
 
     def mark_all_done(self) -> None:
-        """All tasks in progress become done, in the same order."""
+        """Mark all tasks in progress as done, in the same order."""
         for task_id in tuple(self._in_progress):
             self.mark_done(task_id)
 
@@ -193,7 +191,7 @@ class LoraCache:
             self._evict(self._done_pages)
 
     def table(self, task_id: int) -> tuple[Placement, ...]:
-        """Where each row of a task lies; pages are ids of this cache."""
+        """Return the placement of each row of a task; pages are ids of this cache."""
         entry = self._entries[task_id]
         placements = pages.place(entry.rows, self.geometry)
         return tuple(replace(row, page=entry.page_ids[row.page]) for row in placements)

@@ -1,16 +1,14 @@
-"""The pure model of an engine's loop: queue, adapter caches, scheduler, iterations; TensorRT-LLM's, or vLLM's.
+"""The pure model of an engine's loop: queue, adapter caches, scheduler, iterations; TensorRT-LLM's or vLLM's.
 
-Time is an argument. There are three ways to drive an engine, and one engine is driven in one of them:
+Time is an argument. An engine is driven in one of three ways:
 
 * `begin` and `finish`, around an executor that computes tokens, in real time;
-* `advance`, which runs on the cost model alone. While the batch stays the same it neither fetches nor
-  schedules nor moves adapters: it only adds up step times. The outputs and their times are those of single
-  steps;
-* `run`, which is `advance` for a simulator: it stops at the first step end at which somebody started or
-  ended, before the next iteration, and says nothing of the steps in between.
+* `advance`, on the cost model alone. While the batch stays the same it does not fetch, schedule or move adapters: it
+  only adds up step times. The outputs and their times are those of single steps;
+* `run`, which is `advance` for a simulator: it stops at the first step end at which a request started or ended,
+  before the next iteration, and reports nothing of the steps in between.
 
-Not modelled: chunked context in TensorRT-LLM, KV reuse, beams, pipeline parallelism, more than one
-micro-batch.
+Not modelled: chunked context in TensorRT-LLM, KV reuse, beams, pipeline parallelism, more than one micro-batch.
 """
 
 from __future__ import annotations
@@ -47,9 +45,9 @@ STEADY = 0.99
 
 
 class Engine:
-    """An engine without its GPU: the spec's scheduler says which.
+    """An engine without its GPU, of the kind that the spec's scheduler names.
 
-    With `jump` false every iteration plans anew: the reference that jumping must equal.
+    With `jump` False every iteration is planned anew: the reference that jumping must equal.
     """
 
     def __init__(self, spec: EngineSpec, cost: StepCost, jump: bool = True) -> None:
@@ -70,8 +68,8 @@ class Engine:
     def submit(self, request: Request, now_ns: int) -> None:
         """Queue a request; it is checked when it is fetched.
 
-        When driving with `advance`, call `advance(now_ns)` first; an engine that is driven with `run` catches
-        up with `now_ns` by itself. Raises QueueFull, and ValueError for an id in use.
+        When driving with `advance`, call `advance(now_ns)` first; an engine driven with `run` catches up with `now_ns`
+        by itself. Raises QueueFull, and ValueError for an id in use.
         """
         self._catch_up(now_ns)
         queue, limit = self._planner.queue, self.spec.max_queue
@@ -83,9 +81,9 @@ class Engine:
         self._disturb(now_ns)
 
     def cancel(self, request_id: int, now_ns: int) -> None:
-        """Drop a request: at once when it waits, after the running iteration when it is active.
+        """Drop a request: at once if it waits, after the running iteration if it is active.
 
-        Ids that are not known are ignored. Its adapter is released as if it had finished.
+        Unknown ids are ignored. The adapter is released as if the request had finished.
         """
         self._catch_up(now_ns)
         if self._planner.queue.discard(request_id):
@@ -101,17 +99,17 @@ class Engine:
     def prefetch(self, task_id: int, rows: tuple[Row, ...], weights: object | None) -> None:
         """Put an adapter into the host cache at start, as `lora_prefetch_dir` does.
 
-        It cannot be evicted before a request of its id has ended. Raises StoreError when the cache is full.
+        It cannot be evicted before a request of its id has ended. Raises StoreError if the cache is full.
         """
         self._planner.prefetch(task_id, rows, weights)
 
     def break_next_step(self, text: str) -> None:
-        """Make the next step fail as a whole with this text: a fault, to test clients with."""
+        """Inject a fault: make the next step fail as a whole with this text."""
         self._planner.fault = text
         self._is_settled = False
 
     def freeze(self, now_ns: int, for_ns: int) -> None:
-        """Let so much time pass without the engine, as when its process is stopped: a fault, to test clients with."""
+        """Inject a fault: let `for_ns` pass without the engine, as if its process were stopped."""
         self._catch_up(now_ns)
         if self._running is not None:
             self._ends_ns += for_ns
@@ -119,27 +117,27 @@ class Engine:
             self._clock_ns = max(self._clock_ns, now_ns) + for_ns
 
     def lose_idle_adapters(self) -> None:
-        """Evict from the host cache every adapter that no request holds: a fault, to test clients with."""
+        """Inject a fault: evict every adapter from the host cache that no request holds."""
         self._planner.lose_idle_adapters()
 
     def drain_failures(self) -> list[Failure]:
-        """What ended without finishing since the last call."""
+        """Return the requests that ended without finishing since the last call."""
         failures, self._planner.failures = self._planner.failures, []
         return failures
 
     def drain_reads(self) -> list[int]:
-        """Adapters that the iteration just begun read from their files, which only a vLLM engine does."""
+        """Return the adapters that the iteration just begun read from files; only a vLLM engine does that."""
         return self._planner.drain_reads()
 
     def begin(self, now_ns: int) -> Iteration | None:
-        """Fetch, schedule and move adapters; None when nothing can run. Look at `drain_failures` after it."""
+        """Fetch, schedule and move adapters; return None if nothing can run. Call `drain_failures` afterwards."""
         batch = self._begin(now_ns)
         if batch is None:
             return None
         return Iteration(self._iterations, batch.context_ids, self._planner.generation_ids(), self._ends_ns - now_ns)
 
     def finish(self, iteration: Iteration, now_ns: int, ended: Collection[int] = ()) -> list[Ending]:
-        """The step is over: each of its requests has one more token, and `ended` had their last one.
+        """End the step: each of its requests has one more token, and `ended` have their last one; return the endings.
 
         Requests that reach their limit of new tokens end too.
         """
@@ -148,7 +146,7 @@ class Engine:
         return list(self._finish(self._running, now_ns, ended)[1])
 
     def advance(self, until_ns: int) -> list[Output]:
-        """Run up to a time. An iteration that began by then and ends later is finished by a later call."""
+        """Run up to a time and return the outputs. An iteration that ends later is finished by a later call."""
         outputs: list[Output] = []
         while True:
             if self._running is None:
@@ -166,9 +164,9 @@ class Engine:
     def run(self, until_ns: int) -> Event | None:
         """Run to the first step end up to a time at which a first token or an ending came out; None without one.
 
-        The next iteration has not begun then: what is submitted at the event's time takes part in it. Requests
-        that fail when they are fetched are an event of their own, at the beginning of the iteration that
-        fetched them, which has begun.
+        The next iteration has not begun then, so a request submitted at the event's time takes part in it. Requests
+        that fail when they are fetched are an event of their own, at the beginning of the iteration that fetched them,
+        which has begun.
         """
         self._is_run = True
         if self._events:
@@ -176,9 +174,9 @@ class Engine:
         return self._run(until_ns, until_ns)
 
     def next_event_ns(self) -> int | None:
-        """A lower bound on the time of the next event of `run`; None until someone submits or cancels.
+        """Return a lower bound on the time of the next event of `run`; None until a request is submitted or cancelled.
 
-        It is exact for a step in which somebody starts, and else as close as step times that only grow allow.
+        It is exact for a step in which a request starts, and otherwise as close as growing step times allow.
         """
         if self._events:
             return self._events[0].at_ns
@@ -191,30 +189,30 @@ class Engine:
         return self._ends_ns + (int(steps * self._cost.step_ns(batch.step) * STEADY) if steps else 0)
 
     def generated(self, request_id: int) -> int:
-        """Tokens that a request has; 0 while it waits, and for an id that is not here."""
+        """Return how many tokens a request has; 0 while it waits and for an unknown id."""
         return self._planner.generated(request_id)
 
     def progress(self) -> dict[int, int]:
-        """Tokens of each active request by id."""
+        """Return the tokens of each active request by id."""
         return self._planner.progress()
 
     def next_change_ns(self) -> int | None:
-        """The earliest time at which `advance` can have output; None until someone submits or cancels."""
+        """Return the earliest time at which `advance` can have output; None until something is submitted or ends."""
         if self._running is not None:
             return self._ends_ns
         return None if self._is_idle() else self._clock_ns
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter."""
+        """Return True if a request with this id alone would find its adapter."""
         return self._planner.has_adapter(task_id)
 
     def payload(self, task_id: int) -> object | None:
-        """The weights that the engine computes a task with; None when it has none."""
+        """Return the weights that the engine computes a task with, or None."""
         return self._planner.payload(task_id)
 
     @property
     def counters(self) -> Counters:
-        """What the engine's gauges show now."""
+        """The values that the engine's gauges show now."""
         batch, use = self._batch, self._planner.use()
         context = len(batch.context_ids) if batch else 0
         generation = batch.step.decoding if batch else 0
@@ -252,7 +250,7 @@ class Engine:
         return batch
 
     def _finish(self, batch: Batch, now_ns: int, ended: Collection[int] = ()) -> tuple[Sequence[int], Sequence[Ending]]:
-        """End the running iteration: who had their first token, and who their last one."""
+        """End the running iteration; return (ids with their first token, endings)."""
         self._running, self._clock_ns = None, now_ns
         started, endings = self._planner.take_tokens(now_ns, ended)
         batch.grow(1)
@@ -264,7 +262,7 @@ class Engine:
         return self._is_settled and self._batch is None and not self._planner.failures
 
     def _start(self, until_ns: int) -> list[Event]:
-        """Begin an iteration at the clock if that is by `until_ns`; the failures of its fetch, if there are any."""
+        """Begin an iteration at the clock if that is by `until_ns`; return its fetch failures as an event, if any."""
         at_ns = self._clock_ns
         if at_ns > until_ns or self._is_idle():
             return []
@@ -272,7 +270,7 @@ class Engine:
         return [Event(at_ns, failures=tuple(self.drain_failures()))] if self._planner.failures else []
 
     def _run(self, until_ns: int, begin_until_ns: int) -> Event | None:
-        """The next event up to a time, with iterations that begin up to a time."""
+        """Return the next event up to a time, with iterations that begin up to another time."""
         while True:
             if self._running is None:
                 for event in self._start(begin_until_ns):
@@ -286,7 +284,7 @@ class Engine:
             self._repeat(until_ns)
 
     def _repeat(self, until_ns: int) -> list[int]:
-        """Run the batch again while nothing can change and steps end by `until_ns`; returns when they ended."""
+        """Repeat the batch while nothing can change and steps end by `until_ns`; return when the steps ended."""
         batch = self._batch
         if batch is None or not self._is_settled:
             return []
@@ -301,7 +299,7 @@ class Engine:
         return ends
 
     def _quiet_ends(self, step: StepBatch, limit: int, until_ns: int) -> list[int]:
-        """When up to `limit` steps end that only decode, those that end by `until_ns`."""
+        """Return the end times, up to `until_ns`, of at most `limit` steps that only decode."""
         ends: list[int] = []
         end_ns, step_ns = self._clock_ns, self._cost.step_ns
         _, _, decoding, contexts, distinct, adapted, modules = step
@@ -314,9 +312,9 @@ class Engine:
         return ends
 
     def _catch_up(self, now_ns: int) -> None:
-        """Run to a time at which something comes from outside; it takes part in an iteration that begins then.
+        """Run to a time at which a call comes from outside, which takes part in an iteration that begins then.
 
-        A caller that keeps to `next_event_ns` finds no events on the way; those there are wait for `run`.
+        A caller that keeps to `next_event_ns` causes no events here; any are kept for `run`.
         """
         if not self._is_run:
             return
@@ -331,7 +329,7 @@ class Engine:
                 self._is_settled = False
 
     def _disturb(self, now_ns: int) -> None:
-        """Something changed from outside: plan anew, and not before now if there was nothing to do."""
+        """Note a change from outside: plan anew, and not before now if the engine was idle."""
         self._is_settled = False
         if self._running is None and self._batch is None:
             self._clock_ns = max(self._clock_ns, now_ns)

@@ -1,4 +1,4 @@
-"""The kinds of engine by the name of their scheduler: how each one plans, the plain way and by changes."""
+"""The kinds of engine by scheduler name, each with a plain and an incremental way of planning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Plans = Callable[[EngineSpec, StepCost], Planning]
 
 @dataclass(frozen=True)
 class Flavour:
-    """`plain` plans every step anew; `quick` gives the same steps for less work, where all that run fit a step."""
+    """`plain` plans every step anew; `quick` plans the same steps with less work, if all that run fit a step."""
 
     plain: Plans
     quick: Plans
@@ -47,7 +47,7 @@ FLAVOURS: dict[str, Flavour] = {
 
 
 def planning_of(spec: EngineSpec, cost: StepCost, jump: bool) -> Planning:
-    """How an engine plans; without `jump` the plain way, which the other must equal."""
+    """Return an engine's planner; without `jump` the plain one, which the other must equal."""
     flavour = FLAVOURS[spec.scheduler]
     is_quick = jump and spec.max_batch_size <= spec.max_tokens_per_step
     return flavour.quick(spec, cost) if is_quick else flavour.plain(spec, cost)

@@ -1,6 +1,6 @@
-"""How a request gets from the engine's queue to the active ones, and lets go of its adapter again.
+"""How requests move from the engine's queue to the active ones and later release their adapters.
 
-What TensorRT-LLM's executor does when it fetches (`executorImpl.cpp`): an error there ends one request.
+It does what TensorRT-LLM's executor does when it fetches (`executorImpl.cpp`): an error there ends one request.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Intake(ABC):
         self._room = Room(spec.max_batch_size, spec.kv_blocks, spec.tokens_per_block, spec.device_pages)
 
     def prefetch(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
-        """Put an adapter into the host cache before any request; raises StoreError when there is no room."""
+        """Put an adapter into the host cache before any request. Raises StoreError if it does not fit."""
         if self.peft is not None:
             self._choose_dtype(self.spec.dtype)
             self.peft.prefetch(task_id, rows, payload)
@@ -63,41 +63,41 @@ class Intake(ABC):
             self.peft.host.evict_done()
 
     def drain_reads(self) -> list[int]:
-        """Nothing: requests bring their adapters."""
+        """Return nothing: requests bring their adapters."""
         return []
 
     @abstractmethod
     def release(self, request: Active, now_ns: int) -> None:
-        """A request is over: its seat, its KV blocks and its hold on its adapter are free."""
+        """Free the seat, the KV blocks and the adapter of a request that is over."""
 
     @abstractmethod
     def _active(self) -> list[Active]:
-        """The active requests by priority and arrival, their tokens up to date."""
+        """Return the active requests by priority and arrival, with current token counts."""
 
     def is_active(self, request_id: int) -> bool:
-        """Whether a request was fetched and has not ended."""
+        """Return True if a request was fetched and has not ended."""
         return request_id in self.by_id
 
     def generated(self, request_id: int) -> int:
-        """Tokens that a request has; 0 when it is not active."""
+        """Return how many tokens a request has; 0 if it is not active."""
         request = self.by_id.get(request_id)
         return 0 if request is None else request.generated
 
     def progress(self) -> dict[int, int]:
-        """Tokens of each active request by id."""
+        """Return the tokens of each active request by id."""
         return {request.request_id: request.generated for request in self._active()}
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter."""
+        """Return True if a request with this id alone would find its adapter."""
         return self.peft is not None and self.peft.is_cached(task_id)
 
     def payload(self, task_id: int) -> object | None:
-        """The weights that a task is computed with, the device's copy or else the host's; None without any."""
+        """Return the weights that a task is computed with, the device's copy or else the host's; None without any."""
         entry = self.peft.entry(task_id) if self.peft is not None else None
         return entry.payload if entry is not None else None
 
     def use(self) -> Use:
-        """What the active requests and the adapter caches occupy now."""
+        """Return what the active requests and the adapter caches occupy now."""
         active, peft = self._active(), self.peft
         return Use(
             active=len(active),
@@ -110,7 +110,7 @@ class Intake(ABC):
         )
 
     def drop(self, request_id: int, now_ns: int) -> bool:
-        """End an active request without an ending; False when it is not active."""
+        """End an active request without an ending; return False if it is not active."""
         request = self.by_id.get(request_id)
         if request is not None:
             self.release(request, now_ns)
@@ -118,17 +118,17 @@ class Intake(ABC):
 
     @abstractmethod
     def _join(self, request: Active) -> None:
-        """A fetched request waits to be scheduled."""
+        """Add a fetched request to those that wait to be scheduled."""
 
     @abstractmethod
     def _lowest_priority(self) -> float | None:
-        """The lowest priority among the active requests."""
+        """Return the lowest priority among the active requests."""
 
     def _fetch(self, now_ns: int) -> int:
-        """Move requests from the queue to the active list; returns how many were taken, failed ones included.
+        """Move requests from the queue to the active list; return how many were taken, failed ones included.
 
-        Up to the free seats, and beyond them those of a higher priority than the lowest active one. A failed
-        one does not free its place for this pass.
+        Requests are taken up to the free seats; beyond them, only those of a higher priority than the lowest active
+        one. A failed one does not free its seat in this pass.
         """
         if not self.queue:
             return 0
@@ -141,7 +141,7 @@ class Intake(ABC):
         return taken
 
     def _window(self) -> tuple[int, float | None]:
-        """Free seats, and the lowest priority among the active requests."""
+        """Return the free seats and the lowest priority among the active requests."""
         return self.spec.max_batch_size - len(self.by_id), self._lowest_priority()
 
     def _may_fetch(self, seats: int, lowest: float | None) -> bool:
@@ -187,7 +187,7 @@ class Intake(ABC):
         return self.peft.pages_of(request.task_id)
 
     def _check_adapter(self, request: Request) -> None:
-        """Refuse rows that the engine cannot use; those that its cache holds were not refused before."""
+        """Refuse rows that the engine cannot use; rows in its cache have passed before."""
         cached = (
             self.peft.host.entry(request.task_id) if self.peft is not None and request.task_id is not None else None
         )
@@ -195,19 +195,19 @@ class Intake(ABC):
             check_adapter(request, self.spec)
 
     def _choose_dtype(self, dtype: str) -> None:
-        """The first weights decide the dtype of both caches, which are still empty: their bytes hold other pages."""
+        """Fix the dtype of both caches by the first weights. Both are empty then: their bytes hold other pages."""
         check_dtype(dtype, self.spec.dtype, self._cache_dtype)
         if self._cache_dtype is None and dtype != self.spec.dtype:
             self._size_caches(replace(self.spec, dtype=dtype))
         self._cache_dtype = dtype
 
     def _let_go(self, request: Active, now_ns: int) -> None:
-        """The request no longer holds its adapter."""
+        """Release the request's hold on its adapter."""
         if self.peft is not None:
             self.peft.mark_request_done(request.request_id, request.task_id, now_ns)
 
     def _check_step(self, context: list[Active]) -> None:
-        """Raise ForwardError for a fault that was asked for, or a prompt that no step can hold."""
+        """Raise ForwardError for an injected fault, or for a prompt that no step can hold."""
         if self.fault is not None:
             text, self.fault = self.fault, None
             raise ForwardError(text)
@@ -235,7 +235,7 @@ class Intake(ABC):
 
 
 def ending_of(request: Active, ended: Collection[int]) -> Ending:
-    """How a request ended: at its limit, or before it at the end of its text."""
+    """Return how a request ended: at its limit, or before it at the end of its text."""
     is_over = request.request_id in ended or request.stop_after == request.generated
     return Ending(request.request_id, request.generated, "eos" if is_over else "length")
 

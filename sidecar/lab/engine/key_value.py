@@ -1,8 +1,8 @@
-"""Keys and values of the running sequences, kept so that a decode step reads many sequences at once.
+"""Keys and values of the running sequences, arranged so that a decode step reads many sequences at once.
 
-Sequences of similar length share a *shelf*: one array with a seat for each. A sequence that outgrows its
-shelf moves to the next, twice as deep. So a batch of n sequences costs one read a shelf and layer instead of
-n, and no sequence is padded to more than about twice its length.
+Sequences of similar length share a *shelf*: one array with a seat for each. A sequence that outgrows its shelf moves to
+the next, twice as deep. So a batch of n sequences costs one read per shelf and layer instead of n, and no sequence is
+padded to more than about twice its length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIRST_SEATS = 4
 
 @dataclass(eq=False)
 class Shelf:
-    """Room for sequences of up to `depth` tokens: keys, values [layer, seat, kv head, token, head size]."""
+    """Storage for sequences of up to `depth` tokens: keys and values [layer, seat, kv head, token, head size]."""
 
     shape: ModelShape
     depth: int
@@ -38,7 +38,7 @@ class Shelf:
         return np.zeros((shape.layers, seats, shape.kv_heads, self.depth, shape.head_size), np.float32)
 
     def take(self) -> int:
-        """Return a free seat; the shelf doubles its seats when none is free."""
+        """Return a free seat; the shelf doubles its seats if none is free."""
         if not self.free:
             seats = self.keys.shape[1]
             self.keys = np.concatenate([self.keys, self._empty(seats)], axis=1)
@@ -49,7 +49,7 @@ class Shelf:
 
 @dataclass
 class CachedSequence:
-    """Where a sequence's keys and values are, and how many tokens of it are there."""
+    """The shelf and seat of a sequence's keys and values, and how many tokens of it are there."""
 
     shelf: Shelf
     seat: int
@@ -64,29 +64,29 @@ class KeyValueCache:
         self._shelves: dict[int, Shelf] = {}
 
     def open(self, tokens: int) -> CachedSequence:
-        """Return an empty place with room for so many tokens."""
+        """Return an empty seat for a sequence of up to `tokens` tokens."""
         depth = max(_SHALLOWEST, 1 << (tokens - 1).bit_length())
         shelf = self._shelves.setdefault(depth, Shelf(self._shape, depth))
         return CachedSequence(shelf, shelf.take())
 
-    def extend(self, place: CachedSequence) -> None:
-        """Make room for one more token, moving the place to a deeper shelf when its own is too shallow."""
-        if place.length < place.shelf.depth:
+    def extend(self, sequence: CachedSequence) -> None:
+        """Make space for one more token; move the sequence to a deeper shelf if its own is full."""
+        if sequence.length < sequence.shelf.depth:
             return
-        wider = self.open(place.length + 1)
-        for old, new in ((place.shelf.keys, wider.shelf.keys), (place.shelf.values, wider.shelf.values)):
-            new[:, wider.seat, :, : place.length] = old[:, place.seat]
-        self.close(place)
-        place.shelf, place.seat = wider.shelf, wider.seat
+        wider = self.open(sequence.length + 1)
+        for old, new in ((sequence.shelf.keys, wider.shelf.keys), (sequence.shelf.values, wider.shelf.values)):
+            new[:, wider.seat, :, : sequence.length] = old[:, sequence.seat]
+        self.close(sequence)
+        sequence.shelf, sequence.seat = wider.shelf, wider.seat
 
-    def close(self, place: CachedSequence) -> None:
+    def close(self, sequence: CachedSequence) -> None:
         """Give the seat back."""
-        place.shelf.free.append(place.seat)
+        sequence.shelf.free.append(sequence.seat)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a decode step whose sequences sit on one shelf."""
+    """Rows of a decode step whose sequences are on one shelf."""
 
     shelf: Shelf
     rows: NDArray[np.intp]
@@ -94,17 +94,17 @@ class Group:
     positions: NDArray[np.intp]
 
 
-def grouped(places: list[CachedSequence]) -> list[Group]:
-    """Return the rows of a decode step by shelf; row i belongs to place i, its new token at its length."""
+def grouped(sequences: list[CachedSequence]) -> list[Group]:
+    """Return the rows of a decode step by shelf; row i belongs to sequence i, its new token at its length."""
     rows: dict[int, list[int]] = {}
-    for row, place in enumerate(places):
-        rows.setdefault(place.shelf.depth, []).append(row)
+    for row, sequence in enumerate(sequences):
+        rows.setdefault(sequence.shelf.depth, []).append(row)
     return [
         Group(
-            shelf=places[members[0]].shelf,
+            shelf=sequences[members[0]].shelf,
             rows=np.array(members, np.intp),
-            seats=np.array([places[row].seat for row in members], np.intp),
-            positions=np.array([places[row].length for row in members], np.intp),
+            seats=np.array([sequences[row].seat for row in members], np.intp),
+            positions=np.array([sequences[row].length for row in members], np.intp),
         )
         for members in rows.values()
     ]

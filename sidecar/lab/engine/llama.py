@@ -1,9 +1,9 @@
-"""A small real Llama in NumPy, with LoRA from packed rows, batched over sequences of different adapters.
+"""A small real Llama in NumPy, with LoRA from packed rows, batched over sequences with different adapters.
 
-Grouped-query attention, rotary positions, RMS norms, SwiGLU and a key-value cache; float32 arithmetic over
-weights rounded to the engine's dtype. One step serves any mix of sequences: those that decode bring one row
-each, new ones all rows of their prompt, and every row is multiplied with the base weights at once. What a
-sequence answers does not depend on its company, up to the last bits of float32.
+Grouped-query attention, rotary positions, RMS norms, SwiGLU and a key-value cache; float32 arithmetic over weights
+rounded to the engine's dtype. One step serves any mix of sequences: decoding ones contribute one row each, new ones all
+rows of their prompt, and all rows are multiplied with the base weights at once. A sequence's answer does not depend on
+the other sequences, up to the last bits of float32.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ _QUERIES_AT_ONCE = 256
 
 @dataclass(eq=False)
 class _Sequence:
-    """A sequence: tokens that are not in its cache yet (the prompt, then the last token), and the last
-    logits.
-    """
+    """A sequence: the tokens that are not in its cache yet (the prompt, then the last token), and the last logits."""
 
     pending: list[int]
     adapter: PackedAdapter | None
@@ -42,7 +40,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class _Step:
-    """The rows of one step: first one for each decoding sequence, then those of each new prompt."""
+    """The rows of one step: one for each decoding sequence, then those of each new prompt."""
 
     decoding: list[_Sequence]
     opening: list[_Sequence]
@@ -62,7 +60,7 @@ class _Step:
 
 
 class Llama:
-    """A model and its running sequences. Not for use from more than one thread at a time."""
+    """A model and its running sequences. Not thread-safe."""
 
     def __init__(self, shape: ModelShape, weights: Weights) -> None:
         self.shape = shape
@@ -85,7 +83,7 @@ class Llama:
         self._sequences[request_id] = _Sequence(list(tokens), adapter, place)
 
     def close(self, request_id: int) -> None:
-        """Forget a sequence and free its cache; an id that is not open is ignored."""
+        """Forget a sequence and free its cache; an unknown id is ignored."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._cache.close(sequence.place)
@@ -108,7 +106,7 @@ class Llama:
         return {request_id: sequence.pending[0] for request_id, sequence in chosen.items()}
 
     def logits_of(self, request_id: int) -> Float32:
-        """Return the logits [vocab] behind the sequence's last token; ValueError before its first step."""
+        """Return the logits [vocab] behind the sequence's last token. Raises ValueError before its first step."""
         logits = self._sequences[request_id].logits
         if logits is None:
             raise ValueError(f"request {request_id} has made no step yet")
@@ -156,7 +154,7 @@ class Llama:
         return scaled
 
     def _project(self, step: _Step, layer: int, name: str, inputs: Float32) -> Float32:
-        """Return the projection of all rows: base weights for all, then each row's adapter on top."""
+        """Return the projection of all rows: the base weights for all, plus each row's adapter."""
         output: Float32 = inputs @ self._weights[f"layers.{layer}.{name}"].T
         step.adapters.add(output, inputs, (layer, name))
         return output
@@ -205,7 +203,7 @@ def attend_cached(group: Group, layer: int, queries: Float32, keys: Float32, val
     shared = own.reshape(len(own), keys.shape[1], -1, own.shape[-1])  # [row, kv head, queries on it, head size]
     scores = shared @ shelf_keys[group.seats, :, :longest].swapaxes(-1, -2)
     weights = _softmax(np.where(visible[:, None, None, :], scores, _MASKED), own.shape[-1])
-    # A seat keeps what an earlier sequence left behind: NaN times a weight of zero would still be NaN.
+    # A seat keeps values of an earlier sequence: NaN times a weight of zero would still be NaN.
     past = np.where(visible[:, None, :, None], shelf_values[group.seats, :, :longest], np.float32(0))
     return (weights @ past).reshape(own.shape)
 

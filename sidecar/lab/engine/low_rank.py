@@ -1,9 +1,8 @@
 """LoRA products for one step over rows of many adapters.
 
-A step's rows are the decoding sequences, one row each, and then the prompts, many rows each. Decoding rows
-are served by one product over a stack of all adapters in the step, each row with its own factors; a prompt
-has rows enough for a product of its own. Rows never meet another row's factors, so an adapter of NaNs harms
-nobody but itself.
+A step's rows are the decoding sequences, one row each, then the prompts, many rows each. Decoding rows take one product
+over a stack of all adapters in the step, each row with its own factors; each prompt has enough rows for a product of
+its own. A row never meets another row's factors, so an adapter of NaNs affects only itself.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Stack:
         self.A[projection], self.B[projection] = A, B
 
     def holds(self, adapters: Sequence[PackedAdapter]) -> bool:
-        """Say whether every one of the adapters is in the stack."""
+        """Return True if every one of the adapters is in the stack."""
         return all(adapter in self.index for adapter in adapters)
 
 
@@ -61,7 +60,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class StepAdapters:
-    """Which rows use which adapter; `rows` and `members` pair decoding rows with stack positions."""
+    """The adapter of each row; `rows` and `members` pair decoding rows with stack positions."""
 
     stack: Stack
     rows: NDArray[np.intp]
@@ -81,7 +80,7 @@ class StepAdapters:
 
 
 class AdapterRows:
-    """Makes the `StepAdapters` of each step, keeping the last stack while it holds all that are needed."""
+    """Makes the `StepAdapters` of each step and reuses the last stack while it holds all adapters needed."""
 
     def __init__(self) -> None:
         self._stack = Stack(())

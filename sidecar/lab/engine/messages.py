@@ -1,4 +1,4 @@
-"""What goes into and comes out of an emulated engine."""
+"""The inputs and outputs of an emulated engine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class QueueFull(Exception):
 class Request:
     """One request as the executor receives it.
 
-    `rows` is its lora_config: None means that only the id was sent. `weights` is an opaque payload kept with
-    the cached adapter; None with rows is an adapter that is sized but not computed. Higher priorities are
-    fetched first. `stop_after` is how many tokens its text really has, where a simulation knows it: the engine
-    reserves for `max_new_tokens` and ends the request after so many.
+    `rows` is its lora_config; None means that only the id was sent. `weights` is an opaque payload kept with the cached
+    adapter; None with rows is an adapter that is sized but not computed. Higher priorities are fetched first.
+    `stop_after` is the true number of output tokens, where a simulation knows it: the engine reserves for
+    `max_new_tokens` and ends the request after that many.
     """
 
     request_id: int
@@ -54,7 +54,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that ended without finishing, and the engine's text; a cancelled one was left by its client."""
+    """A request that ended without finishing, with the engine's text; `cancelled` if its client left."""
 
     request_id: int
     text: str
@@ -62,7 +62,7 @@ class Failure:
 
 
 class Output(NamedTuple):
-    """What left the engine at one time: one token for each id in `tokens`, endings, failures."""
+    """The output of the engine at one time: one token for each id in `tokens`, endings, failures."""
 
     at_ns: int
     tokens: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Output(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What an observer of an engine learns at one time: whose first token came out, who ended, who failed."""
+    """What an observer learns at one time: the ids with their first token, endings, failures."""
 
     at_ns: int
     started: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Counters:
-    """What the engine's metrics show, and what they do not: the pages and evictions of the adapter caches."""
+    """The values of the engine's metrics, plus the pages and evictions of the adapter caches, which no metric shows."""
 
     active: int
     waiting: int

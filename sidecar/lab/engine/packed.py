@@ -1,7 +1,7 @@
 """LoRA adapters as TensorRT-LLM receives them: one packed row for each (layer, module).
 
 A row holds A [rank, in], then B [out, rank] already multiplied by the scale, then zeros up to the row width
-(loraCache.cpp, copyToPages). Weights come for all ranks of a tensor-parallel engine, unsharded.
+(loraCache.cpp, copyToPages). Weights come unsharded for all ranks of a tensor-parallel engine.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class PackedAdapter:
 def unpack(weights: NDArray[Any], config: NDArray[Any], shape: ModelShape) -> PackedAdapter:
     """Return the adapter in packed rows: weights [N, W] and config [N, 3] of (module id, layer, rank).
 
-    Weights are float16, float32, or bfloat16 as uint16 bits. Fused attn_qkv rows are taken apart (unsharded
-    order). Raises ValueError for what this model cannot apply: shapes that don't fit together, rows too short
-    for their rank, layers out of range, unknown modules, two rows for one projection.
+    Weights are float16, float32, or bfloat16 as uint16 bits. Fused attn_qkv rows are split (unsharded order). Raises
+    ValueError for what this model cannot apply: shapes that do not match, rows too short for their rank, layers out of
+    range, unknown modules, two rows for one projection.
     """
     if weights.ndim != 2 or config.ndim != 2 or config.shape != (weights.shape[0], 3):
         raise ValueError(f"lora_weights {weights.shape} and lora_config {config.shape}: expected [N, W] and [N, 3]")

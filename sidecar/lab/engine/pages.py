@@ -1,9 +1,8 @@
 """The arithmetic of TensorRT-LLM's LoRA cache pages, as pure functions.
 
-A cache is an array of pages, a page is `slots_per_page` slots of `page_width` elements. Each row of an
-adapter (one module in one layer) takes whole slots inside one page. The formulas are those of
-`peftCacheManager.cpp` (getMaxNumSlots, getPageManagerConfig) and `loraCache.cpp` (determineNumPages,
-copyToPages).
+A cache is an array of pages, a page is `slots_per_page` slots of `page_width` elements. Each row of an adapter (one
+module in one layer) takes whole slots inside one page. The formulas are those of `peftCacheManager.cpp`
+(getMaxNumSlots, getPageManagerConfig) and `loraCache.cpp` (determineNumPages, copyToPages).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one row lies in a cache; sizes are elements of this rank's share, `slots` is what it takes in the page."""
+    """The position of one row in a cache; sizes are elements of this tensor-parallel rank, `slots` is in the page."""
 
     page: int
     slot: int
@@ -52,8 +51,8 @@ class Footprint:
 class Geometry:
     """The page geometry that an engine's host and device caches share.
 
-    `dims` maps a module id to its (in, out) dims on one tensor-parallel rank; `layers` is the range of layers
-    held here.
+    `dims` maps a module id to its (in, out) dims on one tensor-parallel rank; `layers` is the range of layers held
+    here.
     """
 
     dims: Mapping[int, tuple[int, int]]
@@ -63,19 +62,19 @@ class Geometry:
 
 
 def ceil_div(amount: int, unit: int) -> int:
-    """The number of units that hold `amount`."""
+    """Return the number of units that hold `amount`."""
     return -(-amount // unit)
 
 
 def local_dims(modules: Iterable[ModuleDims], tp: int) -> dict[int, tuple[int, int]]:
-    """Module id to (in, out) on one of `tp` ranks."""
+    """Return the (in, out) dims on one of `tp` ranks by module id."""
     return {module.module_id: module.local(tp) for module in modules}
 
 
 def geometry(modules: Iterable[ModuleDims], layers: int, tp: int, optimal_rank: int, max_rank: int) -> Geometry:
-    """The geometry in which one adapter of `optimal_rank` on all modules and layers fills one page.
+    """Return the geometry in which one adapter of `optimal_rank` on all modules and layers fills one page.
 
-    Both ranks are capped by the caller at the engine's max_lora_rank.
+    The caller caps both ranks at the engine's max_lora_rank.
     """
     dims = local_dims(modules, tp)
     widths = [in_dim + out_dim for in_dim, out_dim in dims.values()]
@@ -86,31 +85,31 @@ def geometry(modules: Iterable[ModuleDims], layers: int, tp: int, optimal_rank: 
 
 
 def slots_of_bytes(size_bytes: int, page_width: int, dtype: str) -> int:
-    """Slots in a cache configured by bytes; a partial slot is lost."""
+    """Return slots in a cache configured by bytes; a partial slot is lost."""
     return size_bytes // (page_width * DTYPE_BYTES[dtype])
 
 
 def slots_of_module_layers(module_layers: int, widest: int, page_width: int) -> int:
-    """Slots in a cache configured as a number of (module, layer, rank) rows of the widest module."""
+    """Return slots in a cache configured as a number of (module, layer, rank) rows of the widest module."""
     return module_layers * ceil_div(widest, page_width)
 
 
 def slots_minimum(geometry: Geometry, max_rank: int) -> int:
-    """Slots below which the engine refuses to start: one adapter of the largest rank on everything."""
+    """Return the slots below which the engine refuses to start: one adapter of the largest rank on everything."""
     elements = max_rank * sum(i + o for i, o in geometry.dims.values()) * len(geometry.layers)
     return ceil_div(elements, geometry.page_width)
 
 
 def pages_of_slots(slots: int, slots_per_page: int) -> int:
-    """Pages in a cache of `slots`: rounded up, so a little more than was configured."""
+    """Return pages in a cache of `slots`: rounded up, so a little more than was configured."""
     return ceil_div(slots, slots_per_page)
 
 
 def place(rows: Iterable[Row], geometry: Geometry) -> tuple[Placement, ...]:
     """Lay an adapter's rows into pages numbered from 0, in the order of its config.
 
-    A row never spans pages: what is left of the page is lost. Rows of layers held elsewhere are skipped. A
-    row larger than a page is not handled, as in the engine, where the max rank rules it out.
+    A row never spans pages: the rest of the page is lost. Rows of layers held elsewhere are skipped. A row larger than
+    a page is not handled, as in the engine, where the max rank rules it out.
     """
     placements: list[Placement] = []
     page = slot = 0
@@ -128,7 +127,7 @@ def place(rows: Iterable[Row], geometry: Geometry) -> tuple[Placement, ...]:
 
 
 def footprint(rows: Iterable[Row], geometry: Geometry) -> Footprint:
-    """What an adapter takes in a cache: the same walk as `place`, without the table."""
+    """Return what an adapter takes in a cache: the walk of `place` without the table."""
     page = slot = slots_used = 0
     width, room, dims, layers = geometry.page_width, geometry.slots_per_page, geometry.dims, geometry.layers
     kinds: dict[int, None] = {}
@@ -146,5 +145,5 @@ def footprint(rows: Iterable[Row], geometry: Geometry) -> Footprint:
 
 
 def pages_needed(rows: Iterable[Row], geometry: Geometry) -> int:
-    """Pages that an adapter takes: at least one."""
+    """Return the pages that an adapter takes: at least one."""
     return footprint(rows, geometry).pages

@@ -1,10 +1,9 @@
-"""The pair of LoRA caches of an engine and the requests that hold them, after `peftCacheManager.cpp`.
+"""The pair of LoRA caches of an engine and the requests that hold their adapters, after `peftCacheManager.cpp`.
 
-An adapter enters the host cache when a request with weights is fetched, and the device cache when a batch
-needs it. It stays in progress on the host while any request of it is active or paused, on the device only
-while one is active; every batch begins with all of the device done. Loads into the host cache run on put
-workers: a load that has ended is noticed at the next call, which comes to the same as when it ended, because
-nothing else looks at it.
+An adapter enters the host cache when a request with weights is fetched, and the device cache when a batch needs it. It
+stays in progress on the host while any request of it is active or paused, on the device only while one is active; every
+batch begins with all of the device done. Loads into the host cache run on put workers. A load that has ended is noticed
+at the next call, which is equivalent, because nothing else looks at it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from sidecar.lab.engine.pages import Geometry, Row
 
 
 class TaskNotCached(Exception):
-    """A request came with an id only and the host cache does not have it; the text goes out as it is."""
+    """A request brought an id only and the host cache does not have it; the client gets the text unchanged."""
 
 
 class StoreError(Exception):
@@ -32,7 +31,7 @@ class EnsureError(Exception):
 
 @dataclass(frozen=True)
 class Ensured:
-    """What bringing a batch's adapters to the device took: the time its loads end, and the slots of each copy."""
+    """The result of bringing a batch's adapters to the device: the time its loads end, and the slots of each copy."""
 
     ready_ns: int
     copied_slots: tuple[int, ...]
@@ -52,18 +51,18 @@ class PeftCache:
         self._workers = [0] * put_workers
 
     def is_cached(self, task_id: int) -> bool:
-        """Whether the host has an adapter or is loading it."""
+        """Return True if the host has an adapter or is loading it."""
         return self.host.status(task_id) is not Status.MISSING
 
     def pages_of(self, task_id: int, rows: Iterable[Row] | None = None) -> int:
-        """Pages of an adapter: the cached one's, else computed from `rows`."""
+        """Return the pages of an adapter: the cached one's, else computed from `rows`."""
         entry = self.host.entry(task_id)
         if entry is not None:
             return len(entry.page_ids)
         return pages.pages_needed(rows or (), self.host.geometry)
 
     def entry(self, task_id: int) -> Entry | None:
-        """What the engine computes with: the device's copy, else the host's.
+        """Return the entry that the engine computes with: the device's copy, else the host's.
 
         They differ after an id was sent again with other weights while only the host had lost it.
         """
@@ -80,7 +79,7 @@ class PeftCache:
     ) -> None:
         """Let a fetched request hold its adapter, storing it if the request brought it.
 
-        While an earlier put of the same id waits for its first batch, the weights given are not used. Raises
+        While an earlier put of the same id waits for its first batch, the given weights are not used. Raises
         TaskNotCached and changes nothing, or StoreError; after either the request holds nothing.
         """
         self.settle(now_ns)
@@ -110,10 +109,9 @@ class PeftCache:
         self.host.finish_load(task_id)
 
     def ensure_batch(self, task_ids: Iterable[int], now_ns: int = 0, reset: bool = True) -> Ensured:
-        """Bring a batch's adapters to the device, evicting done ones, in the order of their ids.
+        """Bring a batch's adapters to the device in the order of their ids, evicting done ones.
 
-        With `reset` every task of the device becomes done first. Raises the first EnsureError after all were
-        tried.
+        With `reset` every task of the device becomes done first. Raises the first EnsureError after trying all.
         """
         if reset:
             self.reset_device()
@@ -133,10 +131,10 @@ class PeftCache:
         return Ensured(ready_ns, tuple(copied))
 
     def change_batch(self, entering: Sequence[int], leaving: Sequence[int], now_ns: int = 0) -> Ensured | None:
-        """What `ensure_batch` does, for a batch that differs from the last one by these tasks, in order of id.
+        """Do what `ensure_batch` does for a batch that differs from the last one by these tasks, in order of id.
 
-        None, and nothing is done, when pages might have to come from tasks of the last batch: then a task
-        that stays can lose its place to one with a lower id, and `ensure_batch` has to tell.
+        Returns None and does nothing if pages might have to come from tasks of the last batch: then a task that stays
+        can lose its pages to one with a lower id, and `ensure_batch` must decide.
         """
         if sum(map(self._pages_on_device, entering)) > self.device.pages_claimable:
             return None
@@ -146,20 +144,20 @@ class PeftCache:
         return ensured
 
     def reset_device(self) -> None:
-        """Every task of the device may be evicted: those of the last batch behind the others, in order of id."""
+        """Make every task of the device evictable: those of the last batch behind the others, in order of id."""
         for task_id in sorted(self.device.in_progress):
             self.device.mark_done(task_id)
 
     def mark_request_done(self, request_id: int, task_id: int | None, now_ns: int = 0, pause: bool = False) -> None:
-        """A request ended, or with `pause` lost its place: it lets go of its adapter as far as that allows."""
+        """Release the adapter of a request that ended or, with `pause`, was paused, as far as that allows."""
         if task_id is not None:
             self.settle(now_ns)
             self.update_task_state(task_id, request_id, terminate=True, pause=pause)
 
     def update_task_state(self, task_id: int, request_id: int, terminate: bool = False, pause: bool = False) -> None:
-        """Move a request between active, paused and gone, and release its adapter when it was the last.
+        """Move a request between active, paused and gone, and release its adapter if it was the last.
 
-        No active request left: done on the device. No paused one either: done on the host.
+        With no active request left the task is done on the device, with no paused one either also on the host.
         """
         if not terminate:
             self.active.setdefault(task_id, {})[request_id] = None
@@ -178,7 +176,7 @@ class PeftCache:
             self.host.mark_done(task_id)
 
     def settle(self, now_ns: int) -> None:
-        """Take note of the loads that have ended by now."""
+        """Note the loads that have ended by now."""
         while self._loads and self._loads[0][0] <= now_ns:
             self.host.finish_load(heapq.heappop(self._loads)[2])
 
@@ -193,7 +191,7 @@ class PeftCache:
         return next((ready_ns for ready_ns, _, loading in self._loads if loading == task_id), 0)
 
     def _pages_on_device(self, task_id: int) -> int:
-        """Return the pages that an adapter takes there: one that is there stays as it is, whatever the host has now."""
+        """Return the pages that an adapter takes on the device: a copy there stays whatever the host has now."""
         entry = self.device.entry(task_id)
         return self.pages_of(task_id) if entry is None else len(entry.page_ids)
 

@@ -1,7 +1,7 @@
-"""Reads an adapter's folder as an engine does that loads adapters from its own disk: PEFT files to packed rows.
+"""Reads an adapter's folder as an engine that loads adapters from its own disk does: PEFT files to packed rows.
 
-Written apart from everything that serves. It takes plain LoRA on a Llama's linear layers, in one safetensors file or
-in several, and names what it does not take.
+It is deliberately independent of the code that serves. It takes plain LoRA on a Llama's linear layers, in one or
+several safetensors files, and names what it does not take.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PackedFiles(NamedTuple):
 
 
 def read_peft(folder: Path, shape: ModelShape, dtype: str) -> PackedFiles:
-    """Return the adapter in a folder. Raises OSError for files that cannot be read, ValueError for what they hold."""
+    """Return the adapter in a folder. Raises OSError for unreadable files, ValueError for unsupported content."""
     config = json.loads((folder / CONFIG).read_text())
     pairs: dict[tuple[int, int], dict[str, Any]] = {}
     for name, values in sorted(_tensors(folder).items()):

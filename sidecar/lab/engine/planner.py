@@ -1,9 +1,8 @@
 """Which requests run next: fetch from the queue, schedule, pause, bring the batch's adapters to the device.
 
-One pass of TensorRT-LLM's executor loop before its step (`executorImpl.cpp`,
-`trtGptModelInflightBatching.cpp`). An error of a fetch ends one request; an error after it ends every active
-request. Every batch is planned from all active requests: the only way for `max_utilization`, and what
-`Roster` must equal for the schedulers that it keeps up to date.
+It is one pass of TensorRT-LLM's executor loop before its step (`executorImpl.cpp`, `trtGptModelInflightBatching.cpp`).
+An error in a fetch ends one request; an error after it ends every active request. Every batch is planned from all
+active requests: the only way for `max_utilization`, and the reference for `Roster`, which plans incrementally.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sidecar.pace.cost import StepBatch, StepCost
 
 
 class Planner(Intake):
-    """Plans each batch anew; with `jump` it says how often a batch can be run again unchanged."""
+    """Plans each batch anew; with `jump` it tells how often a batch can be repeated unchanged."""
 
     def __init__(self, spec: EngineSpec, cost: StepCost, jump: bool) -> None:
         super().__init__(spec, cost)
@@ -40,7 +39,7 @@ class Planner(Intake):
         self._generation: list[Active] = []
 
     def plan(self, now_ns: int) -> Batch | None:
-        """The next batch, its adapters on the device; None when nothing can run until something changes."""
+        """Return the next batch with its adapters on the device; None if nothing can run until something changes."""
         while True:
             is_changed = self._fetch(now_ns) > 0
             batch = None
@@ -57,19 +56,19 @@ class Planner(Intake):
                 return batch
 
     def generation_ids(self) -> tuple[int, ...]:
-        """Who decodes in the batch that was planned last."""
+        """Return the ids of the requests that decode in the last planned batch."""
         return tuple(request.request_id for request in self._generation)
 
     def release(self, request: Active, now_ns: int) -> None:
-        """A request is over: its seat, its KV blocks and its hold on its adapter are free."""
+        """Free the seat, the KV blocks and the adapter of a request that is over."""
         del self.by_id[request.request_id]
         self.active.remove(request)
         self._let_go(request, now_ns)
 
     def take_tokens(self, now_ns: int, ended: Collection[int] = ()) -> tuple[list[int], list[Ending]]:
-        """A step is over: each request has one more token; who had the first one, and who ended.
+        """Account for a step in which each request got one token; return (ids with their first token, endings).
 
-        Endings are in the order of the active list: it decides which adapter counts as completed last.
+        Endings are in the order of the active list, which decides the adapter that counts as completed last.
         """
         started = [request.request_id for request in self._context if request.generated == 0]
         over = []
@@ -85,11 +84,11 @@ class Planner(Intake):
         return started, [ending_of(request, ended) for request in over]
 
     def steps_to_ending(self) -> int:
-        """Steps of the batch up to the one with which its first request ends."""
+        """Return the number of steps of the batch up to the first ending."""
         return min(request.ends_after - request.generated for request in chain(self._context, self._generation))
 
     def skip(self, steps: int) -> None:
-        """So many steps of the batch have run in which nothing but its lengths changed."""
+        """Account for steps of the batch in which only lengths changed."""
         for request in self._generation:
             request.generated += steps
 
@@ -124,7 +123,7 @@ class Planner(Intake):
         )
 
     def _repeats(self, fitting: list[Active]) -> int:
-        """How often after this time the batch can run unchanged, if nothing ends."""
+        """Return how often after this time the batch can run unchanged if nothing ends."""
         if self._context or not self._jump or self._may_fetch(*self._window()):
             return 0
         first_end = self.steps_to_ending()

@@ -1,10 +1,9 @@
-"""guaranteed_no_evict and its strict kin, kept up to date instead of planned anew.
+"""Incremental planning for guaranteed_no_evict and strict_fifo.
 
-A started request decodes in every step until it ends, and nothing else changes its neighbours' places. So a
-step costs no work for each request: lengths follow from the number of steps, endings lie in a heap by the
-step they come with, reservations and adapters are counted when a request starts and ends. The walk over
-pending requests goes on where it stopped: those it passed over lack adapter pages, which only appear when
-the last request of some adapter ends.
+A started request decodes in every step until it ends, and nothing else changes its neighbours' positions. So a step
+needs no work per request: lengths follow from the number of steps, endings are in a heap by the step of their end,
+reservations and adapters are counted when a request starts and ends. The walk over pending requests continues where it
+stopped: those it passed over lack adapter pages, which only appear when the last request of some adapter ends.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from sidecar.pace.cost import StepBatch, StepCost
 
 
 class Roster(Intake):
-    """What `Planner` does for these schedulers, by changes; with `is_strict` nobody is passed over.
+    """Plans what `Planner` plans for these schedulers, by changes; with `is_strict` no request is passed over.
 
-    The seats must not be more than the tokens of a step: then all that started decode in every step.
+    The seats must not exceed the tokens of a step: then everything that started decodes in every step.
     """
 
     def __init__(self, spec: EngineSpec, cost: StepCost, is_strict: bool = False) -> None:
         super().__init__(spec, cost)
         self._is_strict = is_strict
         self._steps = 0
-        # The steps before its first token, by id, in the order of starting.
+        # The steps before each started request's first token, by id, in the order of starting.
         self._begun: dict[int, int] = {}
         self._ends: list[tuple[int, int]] = []
         self._context: list[Active] = []
@@ -47,7 +46,7 @@ class Roster(Intake):
         self._passed_blocks = 0
 
     def plan(self, now_ns: int) -> Batch | None:
-        """The next batch, its adapters on the device; None when nothing can run until something changes."""
+        """Return the next batch with its adapters on the device; None if nothing can run until something changes."""
         while True:
             is_changed = self._fetch(now_ns) > 0
             decoding, contexts_tokens = len(self._begun), self._contexts_tokens
@@ -62,13 +61,13 @@ class Roster(Intake):
                 return None
 
     def generation_ids(self) -> tuple[int, ...]:
-        """Who decodes in the batch that was planned last."""
+        """Return the ids of the requests that decode in the last planned batch."""
         context = {request.request_id for request in self._context}
         decoding = [self.by_id[request_id] for request_id in self._begun if request_id not in context]
         return tuple(request.request_id for request in sorted(decoding, key=_decoding_order))
 
     def release(self, request: Active, now_ns: int) -> None:
-        """A request is over: its seat, its KV blocks and its hold on its adapter are free."""
+        """Free the seat, the KV blocks and the adapter of a request that is over."""
         request_id = request.request_id
         del self.by_id[request_id]
         self._count_priority(request.priority, -1)
@@ -85,7 +84,7 @@ class Roster(Intake):
         self._let_go(request, now_ns)
 
     def take_tokens(self, now_ns: int, ended: Collection[int] = ()) -> tuple[list[int], list[Ending]]:
-        """A step is over: who had the first token, and who ended, in the order of the active list."""
+        """Account for a step; return (ids with their first token, endings in the order of the active list)."""
         self._steps += 1
         self._contexts_tokens += len(self._begun)
         started = []
@@ -106,18 +105,18 @@ class Roster(Intake):
         return started, [ending_of(request, ended) for request in ordered]
 
     def steps_to_ending(self) -> int:
-        """Steps of the batch up to the one with which its first request ends."""
+        """Return the number of steps of the batch up to the first ending."""
         while not self._is_true_end():
             heappop(self._ends)
         return self._ends[0][0] - self._steps
 
     def skip(self, steps: int) -> None:
-        """So many steps of the batch have run in which nothing but its lengths changed."""
+        """Account for steps of the batch in which only lengths changed."""
         self._steps += steps
         self._contexts_tokens += steps * len(self._begun)
 
     def generated(self, request_id: int) -> int:
-        """Tokens that a request has; 0 when it is not active."""
+        """Return how many tokens a request has; 0 if it is not active."""
         begun = self._begun.get(request_id)
         return 0 if begun is None else self._steps - begun
 
@@ -146,11 +145,11 @@ class Roster(Intake):
             del self._priorities[priority]
 
     def _look_again(self) -> None:
-        """Pending requests that were passed over may fit now."""
+        """Reset the walk: pending requests that were passed over may fit now."""
         self._passed = self._passed_blocks = 0
 
     def _start_pending(self) -> list[Active]:
-        """The pending requests that join the batch, sorted by adapter."""
+        """Start the pending requests that fit; return them sorted by adapter."""
         spec, pending = self.spec, self._pending
         if self._passed_blocks > self._blocks_free:
             return []
@@ -192,7 +191,7 @@ class Roster(Intake):
             self._pages_free -= request.pages
 
     def _is_true_end(self) -> bool:
-        """Whether the first of the endings is that of a request which runs: not of one that was cancelled."""
+        """Return True if the first of the endings is that of a running request and not of a cancelled one."""
         end, request_id = self._ends[0]
         begun = self._begun.get(request_id)
         return begun is not None and begun + max(1, self.by_id[request_id].ends_after) == end

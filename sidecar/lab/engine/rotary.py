@@ -1,4 +1,4 @@
-"""Rotary positions in the half-split form that Hugging Face checkpoints use."""
+"""Rotary positions in the half-split form of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASE = 10000.0
 
 
 class Rotary:
-    """Sines and cosines for each position, made when first needed."""
+    """Sines and cosines for each position, computed when first needed."""
 
     def __init__(self, head_size: int) -> None:
         self._frequencies = BASE ** (-np.arange(0, head_size, 2) / head_size)
@@ -27,7 +27,7 @@ class Rotary:
 
 
 def rotated(heads: Float32, angles: tuple[Float32, Float32]) -> Float32:
-    """Return [row, head, head size] with the two halves of each head turned by the row's angles."""
+    """Return [row, head, head size] with the two halves of each head rotated by the row's angles."""
     cosines, sines = angles
     first, second = np.split(heads, 2, axis=-1)
     return np.concatenate([first * cosines - second * sines, second * cosines + first * sines], axis=-1)

@@ -1,6 +1,6 @@
 """The engine's 16-bit number formats in plain NumPy, which has no bfloat16.
 
-Arrays of bfloat16 are held as their bits in `uint16`: the upper half of the float32 of the same value.
+Arrays of bfloat16 are held as bits in `uint16`: the upper half of the float32 of the same value.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """The capacity and micro-batch schedulers of TensorRT-LLM: which active requests run in this iteration.
 
-After `capacityScheduler.cpp` and `microBatchScheduler.cpp`. An adapter's pages count once however many
-requests share it, against **all** device pages, because a batch may evict what is not in it. The policies
-differ when something does not fit:
+After `capacityScheduler.cpp` and `microBatchScheduler.cpp`. An adapter's pages count once however many requests share
+it, against **all** device pages, because a batch may evict what is not in it. The policies differ when something does
+not fit:
 
-* guaranteed_no_evict (and static_batch): a started request can always finish. A pending one that lacks KV
-  blocks stops the walk; one that lacks only adapter pages is skipped, so later ones overtake it.
-* max_utilization: what does not fit pauses the last started request behind it and tries again; with none
-  behind it, the walk stops. So a lack of adapter pages blocks the line and can pause running requests.
-* max_requests, for models without a KV cache: seats only; adapter pages are not looked at.
-* strict_fifo, which TensorRT-LLM has not: guaranteed_no_evict without overtaking, to compare with.
+* guaranteed_no_evict (and static_batch): a started request can always finish. A pending one that lacks KV blocks stops
+  the walk; one that lacks only adapter pages is skipped, so later ones overtake it.
+* max_utilization: a request that does not fit pauses the last started request behind it and tries again; with none
+  behind it, the walk stops. So a lack of adapter pages blocks the queue and can pause running requests.
+* max_requests, for models without a KV cache: seats only; adapter pages are ignored.
+* strict_fifo, which TensorRT-LLM does not have: guaranteed_no_evict without overtaking, for comparison.
 
 Not modelled: chunked context, KV reuse, beams, draft tokens.
 """
@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 class Active:
     """A fetched request. `started` means that its KV blocks are held; a paused one is not started.
 
-    `length` is the tokens of its prompt and of what it generated: the whole of it is computed again after a
-    pause. It may generate `max_new_tokens` and ends by itself after `stop_after` of them, if that is known.
+    `length` is the tokens of its prompt and of its output: all are computed again after a pause. It may generate
+    `max_new_tokens` and ends by itself after `stop_after` of them, if that is known.
     """
 
     request_id: int
@@ -42,7 +42,7 @@ class Active:
 
     @property
     def ends_after(self) -> int:
-        """Tokens with which it ends by itself."""
+        """The output tokens after which it ends by itself."""
         return self.max_new_tokens if self.stop_after is None else min(self.stop_after, self.max_new_tokens)
 
     @property
@@ -73,37 +73,37 @@ Scheduler = Callable[[Sequence[Active], Room], Schedule]
 
 
 def arrival_order(active: Active) -> tuple[float, int]:
-    """The order of the active list: priority first, then arrival."""
+    """Return the sort key of the active list: priority first, then arrival."""
     return (-active.priority, active.arrival)
 
 
 def blocks_held(active: Active, tokens_per_block: int) -> int:
-    """KV blocks that a request occupies between two iterations; its newest token is not in the cache yet."""
+    """Return the KV blocks of a request between two iterations; its newest token is not in the cache yet."""
     return -(-(active.length - 1) // tokens_per_block) if active.started else 0
 
 
 def blocks_after_step(active: Active, tokens_per_block: int) -> int:
-    """KV blocks that it occupies once the next iteration has run."""
+    """Return the KV blocks of a request once the next iteration has run."""
     return -(-active.length // tokens_per_block)
 
 
 def blocks_to_completion(active: Active, tokens_per_block: int) -> int:
-    """KV blocks that it occupies if it generates all it may."""
+    """Return the KV blocks of a request that generates all it may."""
     return -(-(active.input_tokens + active.max_new_tokens) // tokens_per_block)
 
 
 def guaranteed_no_evict(active: Sequence[Active], room: Room) -> Schedule:
-    """All started requests, then pending ones that can run to completion beside them."""
+    """Schedule all started requests, then pending ones that can run to completion beside them."""
     return _no_evict(active, room)
 
 
 def strict_fifo(active: Sequence[Active], room: Room) -> Schedule:
-    """As guaranteed_no_evict, but nothing overtakes a request that lacks adapter pages."""
+    """Schedule as guaranteed_no_evict, but let nothing overtake a request that lacks adapter pages."""
     return _no_evict(active, room, is_strict=True)
 
 
 def static_batch(active: Sequence[Active], room: Room) -> Schedule:
-    """As guaranteed_no_evict, but pending requests wait until nothing runs."""
+    """Schedule as guaranteed_no_evict, but let pending requests wait until nothing runs."""
     return _no_evict(active, room, is_static=True)
 
 
@@ -136,7 +136,7 @@ def _no_evict(active: Sequence[Active], room: Room, is_static: bool = False, is_
 
 
 def max_utilization(active: Sequence[Active], room: Room) -> Schedule:
-    """As many as fit for one step; the last started ones give way to those before them."""
+    """Schedule as many as fit for one step; the last started ones give way to those before them."""
     size = room.tokens_per_block
     free = room.kv_blocks - sum(blocks_held(request, size) for request in active)
     pages = room.device_pages
@@ -168,7 +168,7 @@ def _last_started(active: Sequence[Active], begin: int, end: int) -> int:
 
 
 def max_requests(active: Sequence[Active], room: Room) -> Schedule:
-    """The first ones, up to the seats."""
+    """Schedule the first requests, up to the seats."""
     return Schedule(list(active[: room.seats]))
 
 
@@ -182,14 +182,14 @@ SCHEDULERS: dict[str, Scheduler] = {
 
 
 def steps_that_fit(fitting: Sequence[Active], running: Sequence[Active], room: Room, limit: int) -> int:
-    """How many further steps of `running` keep all of `fitting` inside the KV blocks; at most `limit`."""
+    """Return how many further steps of `running` keep all of `fitting` inside the KV blocks; at most `limit`."""
     size = room.tokens_per_block
     grows = {request.request_id for request in running}
     fixed = sum(blocks_after_step(request, size) for request in fitting if request.request_id not in grows)
     lengths = [request.length for request in running]
 
     def fits(steps: int) -> bool:
-        # Its last step finds a sequence `steps - 1` tokens longer than now.
+        # The last step finds a sequence `steps - 1` tokens longer than now.
         return fixed + sum(-(-(length + steps - 1) // size) for length in lengths) <= room.kv_blocks
 
     if fits(limit):
@@ -202,7 +202,7 @@ def steps_that_fit(fitting: Sequence[Active], running: Sequence[Active], room: R
 
 
 def micro_batch(fitting: Sequence[Active], seats: int, tokens_max: int) -> tuple[list[Active], list[Active]]:
-    """The (context, generation) requests of one step, each sorted by adapter; the first that is too much ends it."""
+    """Return the (context, generation) requests of one step, each sorted by adapter; the first too large ends it."""
     context: list[Active] = []
     generation: list[Active] = []
     tokens = 0

@@ -1,7 +1,7 @@
-"""The shapes of the decoders that an emulated engine serves, and the LoRA modules that a shape has.
+"""The shapes of the decoders that an emulated engine serves, and their LoRA modules.
 
-Module ids, names and dims follow TensorRT-LLM's `loraModule.h` and `loraModule.cpp`. For Llama-style models
-the names are a trap: Hugging Face's `gate_proj` is `mlp_h_to_4h` and `up_proj` is `mlp_gate`.
+Module ids, names and dims follow TensorRT-LLM's `loraModule.h` and `loraModule.cpp`. For Llama-style models the names
+are a trap: Hugging Face's `gate_proj` is `mlp_h_to_4h` and `up_proj` is `mlp_gate`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ModuleDims:
     split: str
 
     def local(self, tp: int) -> tuple[int, int]:
-        """The (in, out) dims that one of `tp` ranks holds."""
+        """Return the (in, out) dims that one of `tp` ranks holds."""
         in_dim = self.in_dim // tp if self.split == "in" else self.in_dim
         out_dim = self.out_dim // tp if self.split == "out" else self.out_dim
         return in_dim, out_dim
@@ -50,7 +50,7 @@ LLAMA_2_7B = ModelShape(
 
 SHAPES: dict[str, ModelShape] = {"tiny": TINY, "llama-3.1-8b": LLAMA_31_8B, "llama-2-7b": LLAMA_2_7B}
 
-# What each Hugging Face projection of a Llama-style model is called in TensorRT-LLM.
+# TensorRT-LLM's names of the Hugging Face projections of a Llama-style model.
 HF_MODULES: dict[str, str] = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -74,10 +74,9 @@ ALL_LINEAR: tuple[str, ...] = (
 
 
 def module_dims(shape: ModelShape) -> dict[str, ModuleDims]:
-    """The LoRA modules of a shape by TensorRT-LLM name, in the order of their ids.
+    """Return the LoRA modules of a shape by TensorRT-LLM name, in the order of their ids.
 
-    `attn_dense` is hidden to hidden as in the engine's own table, although o_proj's true input is heads *
-    head_size.
+    `attn_dense` is hidden to hidden as in the engine's own table, although o_proj's true input is heads * head_size.
     """
     hidden, ffn = shape.hidden, shape.ffn
     query, key = shape.heads * shape.head_size, shape.kv_heads * shape.head_size

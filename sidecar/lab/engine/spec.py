@@ -1,4 +1,4 @@
-"""What an emulated engine was built with and how its runtime is configured, and TensorRT-LLM's `config.json` for it."""
+"""How an emulated engine was built and how its runtime is configured, and TensorRT-LLM's `config.json` for it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS, 
 class EngineSpec:
     """An engine as pure numbers.
 
-    `max_batch_size` is the number of seats. `lora_host_bytes` and `lora_device_bytes` size the two adapter
-    caches unless `lora_host_pages` or `lora_device_pages` says directly how many pages there are. `max_queue`
-    0 is unlimited. Without `lora_modules` the engine knows no adapters and ignores task ids. The scheduler
-    `max_requests` is what the engine uses for models without a KV cache: it looks at seats only.
+    `max_batch_size` is the number of seats. `lora_host_bytes` and `lora_device_bytes` size the two adapter caches
+    unless `lora_host_pages` or `lora_device_pages` give the pages directly. A `max_queue` of 0 is unlimited. Without
+    `lora_modules` the engine knows no adapters and ignores task ids. The scheduler `max_requests` is for models without
+    a KV cache: it considers seats only.
 
-    The scheduler `vllm` makes it a vLLM engine. There an adapter takes one page whatever its rank:
-    `lora_device_pages` is `max_loras` and `lora_host_pages` is `max_cpu_loras`, and both must be given;
-    `max_tokens_per_step` is `max_num_batched_tokens`.
+    The scheduler `vllm` makes it a vLLM engine. There an adapter takes one page whatever its rank: `lora_device_pages`
+    is `max_loras` and `lora_host_pages` is `max_cpu_loras`, and both must be given; `max_tokens_per_step` is
+    `max_num_batched_tokens`.
 
-    Raises ValueError when the numbers contradict each other.
+    Raises ValueError if the numbers contradict each other.
     """
 
     shape: ModelShape
@@ -160,7 +160,7 @@ class EngineSpec:
 
 
 def engine_config_json(spec: EngineSpec) -> dict[str, Any]:
-    """The engine's `config.json` as TensorRT-LLM writes it, as far as a reader needs it."""
+    """Return the engine's `config.json` as TensorRT-LLM writes it, as far as a reader needs it."""
     hf_of = {ours: theirs for theirs, ours in HF_MODULES.items()}
     shape = spec.shape
     return {
@@ -198,10 +198,9 @@ def engine_config_json(spec: EngineSpec) -> dict[str, Any]:
 
 
 def spec_from_engine_config(config: dict[str, Any], **runtime: Any) -> EngineSpec:
-    """The spec of a built engine; `runtime` gives what is not part of a build (`kv_blocks`, cache sizes,
-    scheduler).
+    """Return the spec of a built engine; `runtime` gives what is not built in (`kv_blocks`, cache sizes, scheduler).
 
-    Runtime values win over the built ones. Raises KeyError for a field that is missing in `config`.
+    Runtime values override built ones. Raises KeyError for a field that is missing in `config`.
     """
     model, build = config["pretrained_config"], config["build_config"]
     built: dict[str, Any] = {

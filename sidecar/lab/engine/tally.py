@@ -1,4 +1,4 @@
-"""Which adapters the running requests use, counted when a request starts and ends."""
+"""The adapters that running requests use, counted when a request starts and ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class Tally:
-    """Running requests by adapter, the adapters that came and went since one last looked, and their widths.
+    """Running requests by adapter, the adapters that came and went since the last look, and their module counts.
 
     `requests` is the number of running requests with an adapter.
     """
@@ -20,7 +20,7 @@ class Tally:
         self._left: dict[int, None] = {}
 
     def enter(self, task_id: int, modules_of: Callable[[int], int]) -> bool:
-        """A request of an adapter starts; True if it is the only one."""
+        """Count a request of an adapter that starts; return True if it is the only one."""
         self.requests += 1
         count = self.counts.get(task_id, 0)
         self.counts[task_id] = count + 1
@@ -33,7 +33,7 @@ class Tally:
         return True
 
     def leave(self, task_id: int) -> bool:
-        """A request of an adapter is over; True if it was the last."""
+        """Count a request of an adapter that is over; return True if it was the last."""
         self.requests -= 1
         count = self.counts[task_id] - 1
         if count:
@@ -49,13 +49,13 @@ class Tally:
         return True
 
     def modules(self) -> int:
-        """The largest number of module kinds of one adapter in use."""
+        """Return the largest number of module kinds of one adapter in use."""
         return max(self._having, default=0)
 
     def drain_changes(self) -> tuple[list[int], list[int]]:
-        """The adapters that are in use and were not when this was last called, and those the other way round.
+        """Return the adapters that came into use since the last call, and those that went out of use.
 
-        One that left and came back in between counts as having come.
+        An adapter that left and came back in between counts as having come.
         """
         changes = list(self._entered), list(self._left)
         self._entered.clear()

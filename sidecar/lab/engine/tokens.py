@@ -1,4 +1,4 @@
-"""Text to token ids and back, one byte a token, so that the emulated engine needs no vocabulary file."""
+"""Text to token ids and back, one token per byte, so that the emulated engine needs no vocabulary file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The checks a request passes when it is fetched, with the engine's texts.
+"""The checks of a request when it is fetched, with the engine's texts.
 
-After `llmRequest.h` (lengths) and `loraUtils.cpp` (rows). Shapes and dtypes of tensors are checked where the
-tensors are: at the wire.
+After `llmRequest.h` (lengths) and `loraUtils.cpp` (rows). Shapes and dtypes of tensors are checked where the tensors
+are: at the wire.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from sidecar.lab.engine.messages import Request
 from sidecar.lab.engine.pages import Row
 from sidecar.lab.engine.spec import EngineSpec
 
-# TensorRT-LLM's names by module id, including those that no Llama has: an error names what was asked for.
+# TensorRT-LLM's names by module id, including those that no Llama has: an error names the requested one.
 MODULE_NAMES = (
     "attn_qkv",
     "attn_q",
@@ -49,7 +49,7 @@ def check_lengths(request: Request, spec: EngineSpec) -> None:
 
 
 def check_adapter(request: Request, spec: EngineSpec) -> None:
-    """Raise Rejected for adapter tensors that the engine cannot use; also when it has the adapter already."""
+    """Raise Rejected for adapter tensors that the engine cannot use, even if it has the adapter already."""
     if request.rows is None and request.weights is None:
         return
     if request.task_id is None:
@@ -76,7 +76,7 @@ def _check_row(row: Row, spec: EngineSpec) -> None:
 
 
 def check_model_length(request: Request, spec: EngineSpec) -> None:
-    """Raise Rejected for a prompt that leaves vLLM no room for a token."""
+    """Raise Rejected for a prompt that leaves vLLM no space for an output token."""
     if request.input_tokens >= spec.longest_sequence_tokens:
         raise Rejected(
             f"This model's maximum context length is {spec.longest_sequence_tokens} tokens. However, your prompt "
@@ -109,5 +109,5 @@ def check_dtype(dtype: str, engine_dtype: str, cache_dtype: str | None) -> None:
 
 
 def tokens_allowed(request: Request, spec: EngineSpec) -> int:
-    """New tokens that a request may generate: what it asks for, cut at the engine's longest sequence."""
+    """Return the output tokens that a request may generate: its own limit, cut at the engine's longest sequence."""
     return max(1, min(request.max_new_tokens, spec.longest_sequence_tokens - request.input_tokens))

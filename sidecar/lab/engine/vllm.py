@@ -1,9 +1,9 @@
-"""What the two ways of planning for vLLM share: its requests, what it refuses, and its adapters.
+"""The common part of both ways of planning for vLLM: requests, refusals, and adapters.
 
-vLLM has no fetch window: all requests wait in its scheduler, first come first served whatever their
-priority. Adapters are registered by a load call (here a request with rows and no new tokens, which takes no
-seat) or by rows that come with a request; a registered one that left the CPU cache is read again when a step
-needs it, and the step waits for that. Prefix caching, speculation and pipelines are not modelled.
+vLLM has no fetch window: all requests wait in its scheduler, first come first served whatever their priority. Adapters
+are registered by a load call (here a request with rows and no new tokens, which takes no seat) or by rows that come
+with a request; a registered one that left the CPU cache is read again when a step needs it, and the step waits for
+that. Prefix caching, speculation and pipelines are not modelled.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ ENGINE_DIED = "EngineCore encountered an issue. See stack trace (above) for the 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request in the scheduler. `order` is its place in the line; `computed` tokens of it are in KV `blocks`.
+    """A request in the scheduler. `order` is its position in the queue; `computed` tokens of it are in KV `blocks`.
 
-    A preempted one loses its blocks and is computed again with what it had generated.
+    A preempted one loses its blocks and is computed again, including its output so far.
     """
 
     request_id: int
@@ -52,7 +52,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Registered:
-    """An adapter that was loaded once: what its copies move, and how many kinds of projection it changes."""
+    """An adapter that was loaded once: the bytes that its copies move, and its number of module kinds."""
 
     size_bytes: int
     modules: int
@@ -76,51 +76,51 @@ class VllmIntake(ABC):
         self._reads: list[int] = []
 
     def is_active(self, request_id: int) -> bool:
-        """Whether a request is in the scheduler."""
+        """Return True if a request is in the scheduler."""
         return request_id in self._by_id
 
     def drop(self, request_id: int, now_ns: int) -> bool:
-        """End a request without an ending; False when it is not here."""
+        """End a request without an ending; return False if it is not here."""
         sequence = self._by_id.get(request_id)
         if sequence is not None:
             self._release(sequence)
         return sequence is not None
 
     def prefetch(self, task_id: int, rows: tuple[Row, ...], payload: object | None) -> None:
-        """Register an adapter and bring it in, at once."""
+        """Register an adapter and load it at once."""
         self._register(task_id, rows, payload)
         self._slots.load(task_id)
 
     def lose_idle_adapters(self) -> None:
-        """Nothing: a vLLM finds an adapter that left its CPU cache again by itself."""
+        """Do nothing: vLLM by itself finds an adapter again that left its CPU cache."""
         return
 
     def drain_reads(self) -> list[int]:
-        """Adapters that the last plan read into the CPU cache: for load calls and for its step."""
+        """Return the adapters that the last plan read into the CPU cache, for load calls and for its step."""
         reads, self._reads = self._reads, []
         return reads
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter."""
+        """Return True if a request with this id alone would find its adapter."""
         return task_id in self._registered
 
     def payload(self, task_id: int) -> object | None:
-        """The weights that a task is computed with; None without any."""
+        """Return the weights that a task is computed with, or None."""
         registered = self._registered.get(task_id)
         return None if registered is None else registered.payload
 
     def generated(self, request_id: int) -> int:
-        """Tokens that a request has; 0 when it is not here."""
+        """Return how many tokens a request has; 0 if it is not here."""
         sequence = self._by_id.get(request_id)
         return 0 if sequence is None else self._current(sequence).generated
 
     def progress(self) -> dict[int, int]:
-        """Tokens of each request that has some, by id."""
+        """Return the tokens of each request that has any, by id."""
         sequences = [self._current(sequence) for sequence in self._by_id.values()]
         return {sequence.request_id: sequence.generated for sequence in sequences if sequence.generated}
 
     def use(self) -> Use:
-        """What the sequences and the adapters occupy now."""
+        """Return what the sequences and the adapters occupy now."""
         sequences = [self._current(sequence) for sequence in self._by_id.values()]
         running = self._running_count()
         return Use(
@@ -136,25 +136,25 @@ class VllmIntake(ABC):
 
     @abstractmethod
     def _release(self, sequence: Sequence) -> None:
-        """A sequence is over: its seat, its KV blocks and its use of its adapter are free."""
+        """Free the seat, the KV blocks and the adapter of a sequence that is over."""
 
     @abstractmethod
     def _join(self, sequence: Sequence) -> None:
-        """A request is at the end of the line."""
+        """Add a request to the end of the queue."""
 
     @abstractmethod
     def _running_count(self) -> int:
-        """Sequences that hold a seat."""
+        """Return how many sequences hold a seat."""
 
     @abstractmethod
     def _current(self, sequence: Sequence) -> Sequence:
-        """The sequence with its counts up to date."""
+        """Return the sequence with its counts up to date."""
 
     def _blocks(self, tokens: int) -> int:
         return ceil_div(tokens, self.spec.tokens_per_block)
 
     def _fetch(self) -> bool:
-        """Take all requests from the queue; whether there were any."""
+        """Take all requests from the queue; return True if there were any."""
         self._reads.clear()
         if not self.queue:
             return False
@@ -200,31 +200,31 @@ class VllmIntake(ABC):
         return self._registered[task_id].modules
 
     def _moved_ns(self, moved: Moved) -> int:
-        """A step waits for all reads and copies, one after another."""
+        """Return the time of all reads and copies, for which a step waits one after another."""
         sizes = self._registered
         self._reads += moved.read
         read_ns = sum(self._cost.adapter_put_ns(sizes[task_id].size_bytes) for task_id in moved.read)
         return read_ns + sum(self._cost.adapter_copy_ns(sizes[task_id].size_bytes) for task_id in moved.copied)
 
     def _fail_all(self) -> bool:
-        """Everything in the scheduler is lost to a fault that was asked for; whether there was one."""
+        """Fail everything in the scheduler after an injected fault; return True if there was one."""
         if self.fault is None or not self._by_id:
             return False
         text, self.fault = self.fault, None
-        for sequence in sorted(self._by_id.values(), key=line_order):
+        for sequence in sorted(self._by_id.values(), key=queue_order):
             self._release(sequence)
             self.failures.append(Failure(sequence.request_id, f"{ENGINE_DIED} {text}"))
         return True
 
     def _drain_loads(self) -> list[Ending]:
-        """The load calls that ended with this iteration."""
+        """Return the load calls that ended with this iteration."""
         loads, self._loading = self._loading, []
         self._loading_ns = 0
         return [Ending(request_id, 0, "loaded") for request_id in loads]
 
 
-def line_order(sequence: Sequence) -> int:
-    """First come first served, preempted ones before all."""
+def queue_order(sequence: Sequence) -> int:
+    """Return the sort key of the queue: first come first served, preempted ones before all."""
     return sequence.order
 
 
@@ -240,7 +240,7 @@ class Moved(NamedTuple):
 
 
 class AdapterSlots:
-    """Which adapters are on the GPU and in the CPU cache."""
+    """The adapters on the GPU and in the CPU cache."""
 
     def __init__(self, on_gpu: int, on_cpu: int) -> None:
         self.gpu_evictions = 0
@@ -248,7 +248,7 @@ class AdapterSlots:
         self._gpu_size = on_gpu
         self._cpu_size = on_cpu
         self._in_use: dict[int, None] = {}
-        # Not in use, the least recently used first: on the GPU, and on the CPU only.
+        # Not in use, least recently used first: on the GPU, and on the CPU only.
         self._gpu: OrderedDict[int, None] = OrderedDict()
         self._cpu: OrderedDict[int, None] = OrderedDict()
 
@@ -259,13 +259,13 @@ class AdapterSlots:
 
     @property
     def on_cpu(self) -> int:
-        """Adapters in the CPU cache: those on the GPU too."""
+        """Adapters in the CPU cache, including those on the GPU."""
         return self.on_gpu + len(self._cpu)
 
     def change(self, entering: Collection[int], leaving: Collection[int]) -> Moved:
-        """Some adapters are in use now and others are not; both in order of id.
+        """Change which adapters are in use, both lists in order of id, and return what moved.
 
-        One that is in use may enter again. That there are slots for all in use is the caller's part.
+        One in use may enter again. The caller ensures that there are slots for all in use.
         """
         moved = Moved([], [])
         for task_id in leaving:
@@ -279,7 +279,7 @@ class AdapterSlots:
         return moved
 
     def load(self, task_id: int) -> Moved:
-        """An adapter is wanted soon: the most recently used one that is not in use."""
+        """Load an adapter that will be needed soon, as the most recently used one that is not in use."""
         moved = Moved([], [])
         if task_id not in self._in_use:
             self._bring(task_id, moved)

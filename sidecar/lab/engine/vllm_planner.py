@@ -1,13 +1,13 @@
 """vLLM V1's scheduler, planned anew from all requests for each step (`v1/core/sched/scheduler.py`).
 
-1. Running requests in order, each with what is left of its context or one token. One that lacks KV blocks
-   takes those of the last running request, which goes back to the head of the line and is computed again;
-   the last itself when nobody is behind it.
-2. Unless somebody lost its blocks, waiting requests in order. One whose adapter would be one too many beside
-   those of the running ones is passed over; a lack of seats, of the step's tokens or of KV blocks ends the walk.
+1. Running requests in order, each with the rest of its context or one token. One that lacks KV blocks takes those of
+   the last running request, which returns to the head of the queue and is computed again; it takes its own if it is
+   the last.
+2. Unless a request lost its blocks, waiting requests in order. One whose adapter would be one too many beside those of
+   the running ones is passed over; a lack of seats, of the step's tokens or of KV blocks ends the walk.
 
-A context that exceeds the tokens left goes on in the next step. Blocks are taken for what a step computes: no
-reservation.
+A context that exceeds the remaining tokens continues in the next step. Blocks are taken for what a step computes;
+nothing is reserved.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.pace.cost import StepBatch, StepCost
 
 
 class VllmPlanner(VllmIntake):
-    """The plain way; what `VllmRoster` must equal."""
+    """The plain planner, which `VllmRoster` must equal."""
 
     def __init__(self, spec: EngineSpec, cost: StepCost) -> None:
         super().__init__(spec, cost)
@@ -33,8 +33,8 @@ class VllmPlanner(VllmIntake):
         self._in_use: set[int] = set()
 
     def plan(self, now_ns: int) -> Batch | None:
-        """The next step, its adapters on the GPU; None when nothing can run until something changes."""
-        # What nobody uses any more can be pushed out by the loads that come now.
+        """Return the next step with its adapters on the GPU; None if nothing can run until something changes."""
+        # Adapters without users can be evicted by the loads that follow.
         still = self._in_use & {sequence.task_id for sequence in self._running}
         self._slots.change([], sorted(self._in_use - still))
         self._in_use = still
@@ -45,18 +45,18 @@ class VllmPlanner(VllmIntake):
             self._schedule_waiting(budget)
         if not self._chunks and not self._loading:
             return None
-        # The adapters of all who run, also of one that got none of the step's tokens.
+        # The adapters of all running sequences, including those that got none of the step's tokens.
         in_use = {sequence.task_id for sequence in self._running if sequence.task_id is not None}
         moved = self._slots.change(sorted(in_use - self._in_use), sorted(self._in_use - in_use))
         self._in_use = in_use
         return Batch(self._completing(), self._step(), 0, self._loading_ns + self._moved_ns(moved))
 
     def generation_ids(self) -> tuple[int, ...]:
-        """Who decodes in the step that was planned last."""
+        """Return the ids of the requests that decode in the last planned step."""
         return tuple(sequence.request_id for sequence, _ in self._chunks if sequence.is_decoding)
 
     def take_tokens(self, now_ns: int, ended: Collection[int] = ()) -> tuple[list[int], list[Ending]]:
-        """A step is over: whose context is complete has one more token."""
+        """Account for a step in which every sequence with a complete context got one token."""
         started, endings = [], self._drain_loads()
         for sequence, tokens in self._chunks:
             sequence.computed += tokens
@@ -74,11 +74,11 @@ class VllmPlanner(VllmIntake):
         return started, endings
 
     def steps_to_ending(self) -> int:
-        """Steps up to the one with which the first request ends: not looked ahead."""
+        """Return 1: this planner does not look ahead."""
         return 1
 
     def skip(self, steps: int) -> None:
-        """No step is skipped."""
+        """Raise AssertionError: no step is skipped."""
         raise AssertionError("every step is planned anew")
 
     def _release(self, sequence: Sequence) -> None:
@@ -96,7 +96,7 @@ class VllmPlanner(VllmIntake):
         return sequence
 
     def _schedule_running(self) -> int | None:
-        """Give running requests their blocks; the step's tokens that are left, None if somebody was preempted."""
+        """Give running requests their blocks; return the step's remaining tokens, None if a request was preempted."""
         self._chunks = []
         budget = self.spec.max_tokens_per_step
         is_complete = True
@@ -145,7 +145,7 @@ class VllmPlanner(VllmIntake):
         self._waiting.insert(0, sequence)
 
     def _completing(self) -> tuple[int, ...]:
-        """Whose context is complete after the step: they get a token."""
+        """Return the ids whose context is complete after the step: they get a token."""
         return tuple(
             sequence.request_id
             for sequence, tokens in self._chunks

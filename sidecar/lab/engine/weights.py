@@ -1,8 +1,8 @@
 """The base model of the emulated engine: Llama weights made from a seed.
 
-The output head reads the embedding of each token's *predecessor* in a seeded permutation, so that the model
-has a clear opinion of its own about what follows a token. Purely random weights put the two best logits as
-close together as float16 rounding moves them, and no answer could be checked byte for byte.
+The output head reads the embedding of each token's *predecessor* in a seeded permutation, so that the model clearly
+prefers one next token. Purely random weights make the two best logits differ by no more than float16 rounding, so that
+no answer could be checked byte for byte.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from sidecar.lab.engine.rounding import Float32, rounded
 from sidecar.lab.engine.shape import ALL_LINEAR, ModelShape, module_dims
 
 Weights = dict[str, Float32]
-"""Tensors by name: `embedding` and `head` [vocab, hidden], `norm` [hidden], and for each layer
-`layers.N.attn_norm`, `layers.N.mlp_norm` [hidden] and `layers.N.<module>` [out, in] for each module of
-`ALL_LINEAR`: `mlp_h_to_4h` is the one that SiLU is applied to, `mlp_gate` the one it is multiplied with."""
+"""Tensors by name: `embedding` and `head` [vocab, hidden], `norm` [hidden], and for each layer `layers.N.attn_norm`,
+`layers.N.mlp_norm` [hidden] and `layers.N.<module>` [out, in] for each module of `ALL_LINEAR`: SiLU is applied to
+`mlp_h_to_4h`, which `mlp_gate` is multiplied with."""
 
 _PRINTABLE = range(32, 127)
 
@@ -24,7 +24,7 @@ _PRINTABLE = range(32, 127)
 def seeded_weights(shape: ModelShape, seed: int, dtype: str) -> Weights:
     """Return the weights of a model for a seed: float32 arrays of values that the engine dtype can hold.
 
-    Equal on every machine and NumPy version: uniform numbers of the frozen legacy generator, no logarithms.
+    They are equal on every machine and NumPy version: uniform numbers of the frozen legacy generator, no logarithms.
     Raises ValueError for an unknown dtype.
     """
     random = np.random.RandomState(seed)
@@ -56,7 +56,7 @@ def _head(embedding: Float32, random: np.random.RandomState) -> Float32:
 
 
 def _predecessors(vocabulary: int, random: np.random.RandomState) -> NDArray[np.int64]:
-    """Return a permutation that keeps printable bytes among themselves: what the model says can be read."""
+    """Return a permutation that maps printable bytes to printable bytes, so that the model's output is readable."""
     result = np.zeros(vocabulary, np.int64)
     printable = np.array([token for token in _PRINTABLE if token < vocabulary], np.int64)
     others = np.setdiff1d(np.arange(vocabulary), printable)

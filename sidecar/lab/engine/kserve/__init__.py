@@ -1,7 +1,6 @@
-"""The emulated engine's face: TensorRT-LLM behind Triton, as a client sees it over KServe v2 gRPC.
+"""The emulated TensorRT-LLM behind Triton, as a client sees it over KServe v2 gRPC.
 
-`serve(Options())` starts one: a gRPC server over one engine model, a metrics port, and the task that drives
-both.
+`serve(Options())` starts one: a gRPC server over one engine model, a metrics port, and the task that drives both.
 """
 
 from sidecar.lab.engine.kserve.options import Options

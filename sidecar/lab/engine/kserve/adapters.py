@@ -22,7 +22,7 @@ from sidecar.lab.engine.validation import Rejected, check_adapter
 
 
 def adapter_fault(work: Work, spec: EngineSpec, weights_datatype: str) -> str | None:
-    """Return the executor's text for an adapter that this engine does not take, or None."""
+    """Return the executor's error text for an adapter that this engine refuses, or None."""
     lora = work.generation.lora
     fault = None if lora is None else _fault(work, lora, spec, weights_datatype)
     return None if fault is None else f"{FETCH_ERROR}{fault}"
@@ -51,7 +51,7 @@ def _short_row(weights: NDArray[Any], config: NDArray[np.int32], spec: EngineSpe
 
 
 def packed_of(lora: LoraTensors, spec: EngineSpec) -> PackedAdapter | None:
-    """Return the weights as the executor applies them, copied: what a client overwrites later does not matter."""
+    """Return the weights as the executor applies them, copied, since the client may overwrite its own later."""
     if lora.weights is None or lora.config is None:
         return None
     return unpack(lora.weights, lora.config, spec.shape)

@@ -1,6 +1,6 @@
 """One inference request from message to responses, the same for unary calls and streams.
 
-The steps and their refusals come in the server's order: model, front end, core, then the model itself.
+The steps and their refusals follow the server's order: model, front end, core, then the model itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Answering:
         self.statistics = {name: Statistics() for name in models}
 
     def model(self, name: str, version: str = "") -> Model:
-        """Return a model. Raises Rejection when there is none of this name and version."""
+        """Return a model. Raises Rejection if there is none of this name and version."""
         if version and not _is_whole(version):
             raise Rejection(
                 f"failed to get model version from specified version string '{version}' (details: stol), version "
@@ -89,7 +89,7 @@ def _parameters(request: Any) -> dict[str, Parameter]:
 
 @dataclass
 class Statistics:
-    """Requests that ended well and badly, and responses in all."""
+    """Counts of requests that ended well and badly, and of responses."""
 
     succeeded: int = 0
     failed: int = 0

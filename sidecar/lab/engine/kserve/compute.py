@@ -1,4 +1,4 @@
-"""Where tokens come from: the real executor in a thread, or numbers that cost nothing."""
+"""The sources of tokens: the real executor in a thread, or numbers that cost nothing."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _MASK = (1 << 64) - 1
 
 
 class Compute(Protocol):
-    """Makes one token for each scheduled request. `has_log_probs` says whether `log_prob_of` can be asked."""
+    """Makes one token for each scheduled request. `has_log_probs` tells whether `log_prob_of` works."""
 
     has_log_probs: bool
 
     def payload_of(self, work: Work) -> object | None:
-        """Return what the host cache keeps for the weights that the request brings, None for sizes only."""
+        """Return what the host cache keeps for the request's weights; None keeps sizes only."""
 
     def open(self, work: Work, payload: object | None) -> None:
         """Begin a request with what the host cache holds for its adapter."""
 
     async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
-        """Return the next token of each."""
+        """Return the next token of each request."""
 
     def log_prob_of(self, request_id: int, token: int) -> float:
         """Return the natural logarithm of the probability that the request's last step gave a token."""
@@ -51,7 +51,7 @@ def dummy_token(task_id: int, position: int) -> int:
 
 
 class DummyCompute:
-    """Tokens derived from the task id and the position: another adapter's answer can be told apart."""
+    """Tokens derived from the task id and the position, so that answers of different adapters differ."""
 
     has_log_probs = False
 
@@ -108,7 +108,7 @@ class LlamaCompute:
 
 
 class BaseOnly:
-    """Another compute without its adapters: they are unpacked, kept and found as usual, and change nothing."""
+    """Another compute without its adapters: they are unpacked, kept and found as usual, but change nothing."""
 
     def __init__(self, compute: Compute) -> None:
         self.has_log_probs = compute.has_log_probs

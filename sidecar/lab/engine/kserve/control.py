@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - names and arguments are those of the generated servicer
-"""The calls that are not inference: health, metadata, configuration, statistics, shared memory."""
+"""The calls other than inference: health, metadata, configuration, statistics, shared memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sidecar.lab.engine.kserve.models import model_config, model_metadata
 from sidecar.lab.engine.kserve.shared_memory import Regions
 
 VERSION = "2.51.0"
-"""The Triton whose behaviour this face was measured against."""
+"""The Triton version whose behaviour was measured."""
 EXTENSIONS = (
     "classification",
     "sequence",
@@ -29,7 +29,7 @@ EXTENSIONS = (
 
 
 class Control(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Everything of the service but ModelInfer and ModelStreamInfer; what it does not offer is UNIMPLEMENTED."""
+    """The service except ModelInfer and ModelStreamInfer; calls that it does not offer are UNIMPLEMENTED."""
 
     def __init__(self, answering: Answering, regions: Regions) -> None:
         self._answering = answering

@@ -1,7 +1,7 @@
-"""What Triton's core checks before a model sees a request, in its order and with its texts.
+"""The checks of Triton's core before a model sees a request, in its order and with its texts.
 
-Source: `core/src/infer_request.cc`, InferenceRequest::Normalize. Where the server walks an unordered map,
-this walks the inputs in the order of the request.
+Source: `core/src/infer_request.cc`, InferenceRequest::Normalize. Where the server walks an unordered map, this walks
+the inputs in the order of the request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sidecar.lab.engine.kserve.models import Model, TensorSpec
 from sidecar.lab.engine.kserve.tensors import Tensor
 
 _NAMES_IN_STEPS = {"text_input": "QUERY", "bad_words": "BAD_WORDS_DICT", "stop_words": "STOP_WORDS_DICT"}
-"""What the first step of the ensemble, which is where its strings are read, calls them."""
+"""Names of the string inputs in the first step of the ensemble, where they are read."""
 _BATCH_NOTE = (
     "NOTE: Setting a non-zero max_batch_size in the model config requires a batch dimension to be prepended to each "
     "input shape. If you want to specify the full shape including the batch dim in your input dims config, try "
@@ -25,7 +25,7 @@ _BATCH_NOTE = (
 
 
 def check_request(request: Any, model: Model, tensors: dict[str, Tensor]) -> None:
-    """Raise Rejection for the first thing about the request that the model's config does not allow."""
+    """Raise Rejection for the first thing in the request that the model's config does not allow."""
     prefix = id_prefix(request.id)
     for output in request.outputs:
         if output.name not in model.outputs:
@@ -37,7 +37,7 @@ def check_request(request: Any, model: Model, tensors: dict[str, Tensor]) -> Non
 
 
 def cut_string(model: Model, tensors: Iterable[Tensor]) -> str | None:
-    """Return the text for a string whose data ends too early, which a model finds when it reads its inputs."""
+    """Return the error text for a string whose data ends too early; a model finds it when it reads its inputs."""
     for tensor in tensors:
         if tensor.datatype.numpy is not None or isinstance(tensor.data, list):
             continue
@@ -56,7 +56,7 @@ def _check_count(model: Model, tensors: dict[str, Tensor], prefix: str) -> None:
     missing = [name for name in model.required_inputs if name not in tensors]
     if len(model.required_inputs) <= len(tensors) <= len(model.inputs):
         return
-    # Few entries of the server's hash table come out the newest first.
+    # Few entries of the server's hash table come out newest first.
     got = _listed(reversed(tensors))
     raise Rejection(
         f"{prefix}expected number of inputs between {len(model.required_inputs)} and {len(model.inputs)} but got "
@@ -106,7 +106,7 @@ def _check_tensor(model: Model, tensor: Tensor, spec: TensorSpec, prefix: str) -
 def _check_size(model: Model, tensor: Tensor, prefix: str) -> None:
     elements = math.prod(tensor.shape)
     if model.max_batch_size and not tensor.shape[0]:
-        # A batch of none is measured as one of one.
+        # An empty batch is measured like one of one.
         elements = math.prod(tensor.shape[1:])
     if tensor.datatype.numpy is None:
         _check_strings(model, tensor, elements, prefix)
@@ -120,7 +120,7 @@ def _check_size(model: Model, tensor: Tensor, prefix: str) -> None:
 
 
 def _check_strings(model: Model, tensor: Tensor, elements: int, prefix: str) -> None:
-    """Count the elements; that the last one is whole, nobody sees before the model does."""
+    """Check the number of elements; whether the last one is complete is only seen by the model."""
     where = f"for inference input '{tensor.name}' for model '{model.name}'"
     found = 0
     lefts = (
@@ -142,7 +142,7 @@ def _check_strings(model: Model, tensor: Tensor, elements: int, prefix: str) -> 
 
 
 def _starts(data: bytes | memoryview) -> Iterator[tuple[int, int]]:
-    """Yield for each string how much data there is from its beginning on, and its length without the indicator."""
+    """Yield for each string how much data there is from its beginning, and its length without the indicator."""
     at = 0
     while at < len(data):
         length = int.from_bytes(data[at : at + BYTES_LENGTH_SIZE], "little")

@@ -1,4 +1,4 @@
-"""Triton's tensor types: their protocol names, element sizes, NumPy forms and typed `contents` fields."""
+"""Triton's tensor types: protocol names, element sizes, NumPy forms and typed `contents` fields."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DATATYPES: dict[str, Datatype] = {datatype.name: datatype for datatype in _ALL}
 def split_bytes(data: bytes | memoryview) -> list[bytes]:
     """Return the elements of a serialized BYTES tensor: each has a 4-byte little-endian length before it.
 
-    Raises ValueError when the data ends inside an element.
+    Raises ValueError if the data ends inside an element.
     """
     view, elements, at = memoryview(data), [], 0
     while at < len(view):

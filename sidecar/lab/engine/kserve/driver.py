@@ -1,7 +1,7 @@
 """The task that owns the engine: begin an iteration, execute it, wait until its time is over, deliver.
 
-Front-end handlers leave commands in an inbox that is emptied between iterations, as the executor's own loop
-looks at its queue and at cancellations; nothing else touches the engine.
+Handlers leave commands in an inbox that is emptied between iterations, as the executor's own loop looks at its queue
+and at cancellations; nothing else touches the engine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from sidecar.lab.engine.kserve.work import Progress, Work
 from sidecar.lab.engine.messages import Failure, Iteration, QueueFull, Request
 
 _LATE_NS = 5_000_000
-"""A step right after another begins where that one was planned to end, if it is no later: sleeps overshoot."""
+"""A step begins where the last one was planned to end if it is no later than this: sleeps overshoot."""
 _IDLE_NS = 1_000_000
-"""The shortest wait when the engine has work that it can't schedule."""
+"""The shortest wait while the engine has work that it cannot schedule."""
 
 
 class Executor(Protocol):
-    """What runs requests: one engine's driver, or several instances that are alike."""
+    """Runs requests: one engine's driver, or several equal instances."""
 
     @property
     def engine(self) -> Engine:
@@ -36,23 +36,23 @@ class Executor(Protocol):
 
     @property
     def has_log_probs(self) -> bool:
-        """Whether requests may ask for log probabilities."""
+        """True if requests may ask for log probabilities."""
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter, whichever engine it goes to."""
+        """Return True if a request with this id alone would find its adapter, whichever engine it goes to."""
 
     async def submit(self, work: Work) -> None:
-        """Hand over a request. Raises BackendError when the queue is full or nobody looks at it."""
+        """Hand over a request. Raises BackendError if the queue is full or the executor has stopped."""
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """Ask for requests to be ended; those that are not here are ignored."""
+        """Ask for requests to be ended; unknown ones are ignored."""
 
 
 class Driver:
-    """Runs one engine in real time. Made and used in one event loop.
+    """Runs one engine in real time. It is made and used in one event loop.
 
-    `check` returns the executor's error text for a request that its tensors rule out, before it is queued. `instance`
-    is the engine's number among those of its server, for the log.
+    `check` returns the executor's error text for a request whose tensors are refused before it is queued. `instance` is
+    the engine's number in its server, for the log.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Driver:
     ) -> None:
         self.engine = engine
         self.reported_ns = 0
-        """When the last iteration ended, after which an engine writes its gauges."""
+        """When the last iteration ended; an engine writes its gauges then."""
         self._instance = instance
         self._compute = compute
         self._faults = faults
@@ -85,15 +85,15 @@ class Driver:
 
     @property
     def has_log_probs(self) -> bool:
-        """Whether requests may ask for log probabilities."""
+        """True if requests may ask for log probabilities."""
         return self._compute.has_log_probs
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether a request with this id alone would find its adapter."""
+        """Return True if a request with this id alone would find its adapter."""
         return self.engine.has_adapter(task_id)
 
     async def submit(self, work: Work) -> None:
-        """Hand a request to the executor's queue. Raises BackendError when it is full or nobody looks at it."""
+        """Hand a request to the executor's queue. Raises BackendError if it is full or the executor has stopped."""
         if self._broken is not None:
             raise BackendError(self._broken)
         taken = asyncio.get_running_loop().create_future()
@@ -105,21 +105,21 @@ class Driver:
             del self._taking[work.request_id]
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """Ask the executor to end requests; those that it does not have are ignored."""
+        """Ask the executor to end requests; unknown ones are ignored."""
         for request_id in request_ids:
             self._post(partial(self._cancel, request_id))
 
     async def run(self) -> None:
-        """Run until cancelled. Every request ends with the text of an error that ends the loop."""
+        """Run until cancelled. An error ends the loop and every request with its text."""
         try:
             while not self._faults.frozen(self._iterations):
-                await self._turn()
+                await self._iterate()
             await asyncio.Event().wait()
         except Exception as error:
             self._break(f"Encountered an error in forwardAsync function: {error}")
             raise
 
-    async def _turn(self) -> None:
+    async def _iterate(self) -> None:
         while self._inbox:
             self._inbox.popleft()()
         iteration = self.engine.begin(_now_ns())
@@ -179,7 +179,7 @@ class Driver:
             self._end_with_error(work, error)
 
     def _queue(self, work: Work, taken: asyncio.Future[None]) -> str | None:
-        """Queue a request that passed its checks; returns the executor's error if its adapter can't be computed."""
+        """Queue a request that passed its checks; return the executor's error if its adapter cannot be computed."""
         try:
             payload = self._compute.payload_of(work) if work.brings_weights else None
         except ValueError as error:
@@ -240,7 +240,7 @@ class Driver:
         self._wake.set()
 
     async def _idle(self) -> None:
-        """Wait for a command, or until the engine's own clockwork (loads in its put workers) moves on."""
+        """Wait for a command, or until a load in the engine's put workers ends."""
         self._planned_end_ns = 0
         self._wake.clear()
         if self._inbox:

@@ -1,7 +1,7 @@
-"""The two ways Triton refuses a request; they differ in their form on the wire.
+"""The two ways in which Triton refuses a request; they differ in their form on the wire.
 
-Rejection     the front end or the core: nothing reached the model. On a stream: a message and the id only
-BackendError  the model's own: on a stream it also carries the model's name and the final flag
+Rejection     by the front end or the core: nothing reached the model. On a stream: a message and the id only
+BackendError  by the model: on a stream it also carries the model's name and the final flag
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import grpc
 
 FETCH_ERROR = "Encountered an error when fetching new request: "
-"""What the executor puts before the text of every error of a fetch, except the engine miss."""
+"""The executor puts this before the text of every fetch error except the engine miss."""
 
 
 _UNKNOWN_ID = "<id_unknown>"
 
 
 def id_prefix(request_id: str) -> str:
-    """Return what most of the core's texts begin with."""
+    """Return the beginning of most of the core's error texts."""
     return f"[request id: {request_id or _UNKNOWN_ID}] "
 
 

@@ -1,4 +1,4 @@
-"""Faults that an engine can be told to have, each as a real one would show it."""
+"""Faults that an engine can be told to show, each as a real engine shows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ABORTED = 134
 
 
 class Faults:
-    """Decides, load by load and step by step, whether this engine fails now."""
+    """Decides at each load and step whether the engine fails now."""
 
     def __init__(self, options: Options) -> None:
         self._crash_names = options.crash_on_load
@@ -26,7 +26,7 @@ class Faults:
         self._freeze_after = options.freeze_after
 
     def at_put(self, work: Work) -> str | None:
-        """Return the error that storing the request's adapter ends with, if any; the process may die here."""
+        """Return the error with which storing the request's adapter fails, or None; the process may die here."""
         if not work.brings_weights:
             return None
         if self._crashes(work):
@@ -40,7 +40,7 @@ class Faults:
         return None
 
     def at_first_step(self, work: Work) -> str | None:
-        """Return the error that the step after this load ends with as a whole, if any; once for each name."""
+        """Return the error with which the step after this load fails as a whole, or None; once for each name."""
         name = _name_of(work)
         if not work.brings_weights or name not in self._step_names:
             return None
@@ -48,7 +48,7 @@ class Faults:
         return f"can't move a processing task taskId={work.task_id}"
 
     def frozen(self, iterations: int) -> bool:
-        """Whether the executor has stopped for good after this many iterations."""
+        """Return True if the executor has stopped for good after this many iterations."""
         return self._freeze_after is not None and iterations >= self._freeze_after
 
     def _crashes(self, work: Work) -> bool:

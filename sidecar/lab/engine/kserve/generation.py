@@ -1,8 +1,8 @@
-"""From a request's tensors to what the executor is asked to do, with the checks that the backend makes.
+"""From a request's tensors to an executor request, with the checks of the backend.
 
 Source: `inflight_batcher_llm/src/utils.cc` and `model_instance_state.cc` (createExecutorRequests). Generation is
 greedy: sampling tensors, stop words and bad words are accepted and change nothing. Beams, several sequences and logits
-are refused, because an answer without them would be a lie.
+are refused, because an answer without them would be wrong.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class LoraTensors:
-    """A request's LoRA inputs without their batch dimension: weights [N, W] and config [N, 3], each may be missing."""
+    """A request's LoRA inputs without the batch dimension: weights [N, W] and config [N, 3]; either may be missing."""
 
     task_id: int
     weights: NDArray[Any] | None
@@ -36,7 +36,7 @@ class LoraTensors:
 
 @dataclass(frozen=True)
 class Generation:
-    """One executor request. `tokens` is the prompt; `end_id` None never ends before `max_new_tokens`."""
+    """One executor request. `tokens` is the prompt; with `end_id` None it runs to `max_new_tokens`."""
 
     tokens: list[int]
     max_new_tokens: int
@@ -47,7 +47,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the client wants to be answered."""
+    """The form of the answer that the client wants."""
 
     streaming: bool
     exclude_input: bool
@@ -80,7 +80,7 @@ class Reader:
         return default if array is None or array.size == 0 else int(array[row].reshape(-1)[0])
 
     def required(self, name: str, row: int) -> int:
-        """Return the element of one batch row. Raises BackendError when the input is missing."""
+        """Return the element of one batch row. Raises BackendError if the input is missing."""
         value = self.number(name, row)
         if value is None:
             raise BackendError(f"{name} is not present in the request")
@@ -106,7 +106,7 @@ def read_wanted(model: Model, reader: Reader, exclude_input_default: bool) -> Wa
 
 
 def read_generations(model: Model, reader: Reader, spec: EngineSpec, has_log_probs: bool) -> list[Generation]:
-    """Return the executor requests, one for each batch row. Raises BackendError with the backend's text."""
+    """Return one executor request per batch row. Raises BackendError with the backend's text."""
     rows = reader.batch_size()
     if rows > 1 and not model.decoupled:
         raise BackendError("Batch size > 1 requires the tensorrt_llm backend to be using decoupled transaction policy")
@@ -129,7 +129,7 @@ def _read_row(model: Model, reader: Reader, row: int, spec: EngineSpec, lora: Lo
             f"[TensorRT-LLM][ERROR] Assertion failed: input_ids must be in the range [0, {spec.shape.vocab})"
         )
     end_id = reader.number("end_id", row, EOS if model.is_text else None)
-    # The executor shortens an answer that would not fit instead of refusing it (llmRequest.h, validate).
+    # The executor shortens an answer that does not fit instead of refusing it (llmRequest.h, validate).
     fitting = max(1, min(asked, spec.max_seq_tokens - len(tokens)))
     return Generation(tokens, fitting, end_id if end_id != -1 else None, lora, reader.flag("return_log_probs"))
 
@@ -151,7 +151,7 @@ def _text_tokens(reader: Reader, row: int) -> list[int]:
 
 
 def _read_lora(reader: Reader, rows: int) -> LoraTensors | None:
-    """Return the LoRA inputs; None without a task id, with which alone the backend looks for the others."""
+    """Return the LoRA inputs; None without a task id, since the backend reads the others only with one."""
     if reader.array("lora_task_id") is None:
         return None
     task_id = reader.required("lora_task_id", 0)

@@ -1,7 +1,7 @@
-"""What the model does with a request that Triton let through: executor requests, their progress, its answers.
+"""How a model runs a request that Triton let through: executor requests, their progress, its answers.
 
 Tensors come as arrays and answers leave as values, so that the emulated server and a Python model inside a real one
-share this. The refusals come in the order of the backend, then the executor.
+share this. Refusals follow the order of the backend, then the executor.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from sidecar.lab.engine.kserve.work import Parameter, Progress, Work
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: output tensors, or the backend's error text instead; with neither it is an empty final one."""
+    """One response: output tensors, or the backend's error text instead; with neither, an empty final one."""
 
     values: Sequence[Values] | None
     error: str | None
     final: bool
     code: grpc.StatusCode = grpc.StatusCode.INTERNAL
-    """What an error ends a unary call with."""
+    """The status with which an error ends a unary call."""
 
 
 Emit = Callable[[Answer], Awaitable[None]]
-"""Sends one response on."""
+"""Sends one response."""
 
 
 @dataclass(eq=False)
 class Query:
     """A request as its model sees it. `tensors` is emptied once the executor has what it keeps of them.
 
-    `requested` are the outputs that the client listed; none means all. `taken` is called when nothing of the tensors
-    is read any more, at the latest when the request ends.
+    `requested` are the outputs that the client listed; empty means all. `taken` is called when the tensors are no
+    longer read, at the latest when the request ends.
     """
 
     model: Model
@@ -61,13 +61,13 @@ class Query:
 
 @dataclass(eq=False)
 class RunningQuery:
-    """A query that passed the backend's checks, and the executor requests that it became."""
+    """A query that passed the backend's checks, with its executor requests."""
 
     query: Query
     wanted: Wanted
     works: list[Work]
     progress: asyncio.Queue[Progress]
-    told: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
     """The tokens of the responses so far, where each response repeats them."""
 
 
@@ -132,7 +132,7 @@ class Inference:
         return RunningQuery(query, wanted, works, progress)
 
     def _stop(self, query: Query) -> Answer:
-        """Cancel an earlier request with this id; one that is unknown may have ended and is no error."""
+        """Cancel an earlier request with this id; an unknown one may have ended and is no error."""
         if not query.triton_id:
             raise BackendError("Trying to stop a request but request ID is not provided")
         self._driver.cancel([work.request_id for work in self._live.get(query.triton_id, [])])
@@ -166,9 +166,9 @@ class Inference:
         if wanted.streaming:
             # A streamed answer never contains the prompt.
             tokens = [] if progress.token is None else [progress.token]
-            work.told += len(tokens)
+            work.sent += len(tokens)
         else:
-            work.told = len(work.tokens)
+            work.sent = len(work.tokens)
             tokens = [*([] if wanted.exclude_input else work.generation.tokens), *work.tokens]
         values = answer_values(
             asked.query.model, work, tokens, wanted, len(asked.works), self._options.tokens_per_block

@@ -1,8 +1,8 @@
-"""The LLM-API model of TensorRT-LLM behind Triton: text in, text out, and adapters that it loads from its own disk.
+"""The LLM-API model of TensorRT-LLM behind Triton: text in, text out, and adapters loaded from its own disk.
 
 Source: `triton_backend/all_models/llmapi/tensorrt_llm/` (config.pbtxt, 1/model.py, 1/helpers.py). Its tensors have no
-batch dimension. A streamed answer carries the whole text so far in every response. An adapter is read from its path
-when the engine's host cache has not got it, at first or again; the path must be there for every request.
+batch dimension. Every response of a streamed answer carries the whole text so far. An adapter is read from its path
+whenever the engine's host cache does not have it; the path must exist for every request.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _STOPPED = "Request cancelled by client"
 
 
 def inference_of(driver: Executor, options: Options) -> Inference:
-    """Return what runs queries to the models that these options make."""
+    """Return the inference of the models that these options make."""
     return LlmApiInference(driver, options) if options.protocol == LLMAPI else Inference(driver, options)
 
 
@@ -54,7 +54,7 @@ class LlmApiInference(Inference):
             query.let_go()
 
     def _stop(self, query: Query) -> Answer:
-        """Cancel earlier requests with this id; unlike the core model this one answers with an error, always."""
+        """Cancel earlier requests with this id; unlike the core model this one always answers with an error."""
         if not query.triton_id:
             return Answer(None, "A request id must be provided for request cancellation", final=True)
         super()._stop(query)
@@ -89,7 +89,7 @@ class LlmApiInference(Inference):
         return Generation(tokens, fitting, EOS, lora)
 
     async def _adapter(self, tensors: dict[str, Tensor]) -> LoraTensors | None:
-        """Return what goes to the executor: the id alone while the host cache has the adapter, else all of it."""
+        """Return the LoRA tensors for the executor: the id alone while the host cache has the adapter, else all."""
         parts = [_scalar(tensors, name) for name in ("lora_id", "lora_name", "lora_path")]
         if all(part is None for part in parts):
             return None
@@ -114,9 +114,9 @@ class LlmApiInference(Inference):
     def _values(self, asked: RunningQuery, progress: Progress) -> list[Values]:
         work, wanted = progress.work, asked.wanted
         if progress.token is not None:
-            asked.told.append(progress.token)
+            asked.sent.append(progress.token)
         before = [] if wanted.exclude_input or wanted.streaming else work.generation.tokens
-        text = ByteTokenizer().decode([*before, *(asked.told if wanted.streaming else work.tokens)])
+        text = ByteTokenizer().decode([*before, *(asked.sent if wanted.streaming else work.tokens)])
         values = [Values("text_output", (1,), [text.encode()])]
         if wanted.finish_reason:
             values.append(Values("finish_reason", (1,), [_finish_reason(work, progress.final)]))
@@ -148,7 +148,7 @@ def _prompt(tensors: dict[str, Tensor]) -> str:
 
 
 def _scalar(tensors: dict[str, Tensor], name: str) -> Any:
-    """Return a tensor's only element, None if it is not there. Raises BackendError for several."""
+    """Return a tensor's only element, None if it is missing. Raises BackendError for several."""
     tensor = tensors.get(name)
     if tensor is None:
         return None
@@ -159,7 +159,7 @@ def _scalar(tensors: dict[str, Tensor], name: str) -> Any:
 
 
 def _refuse_unsupported(tensors: dict[str, Tensor]) -> None:
-    """Refuse what this engine cannot do and the client could not tell; other sampling fields change nothing."""
+    """Refuse what this engine cannot do and the client could not notice; other sampling fields change nothing."""
     if _scalar(tensors, "return_cumulative_logprob"):
         raise BackendError("return_cumulative_logprob: this engine has no probabilities")
     if "image_url" in tensors:
@@ -176,7 +176,7 @@ def _finish_reason(work: Work, final: bool) -> bytes:
 
 
 def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:
-    """Blocks, times and drafts of the request so far; this engine neither reuses blocks nor drafts."""
+    """Return blocks, times and drafts of the request so far; this engine neither reuses blocks nor drafts."""
     blocks = -(-(len(work.generation.tokens) + len(work.tokens)) // tokens_per_block)
     numbers: dict[str, float] = {
         "kv_cache_reused_block": 0,

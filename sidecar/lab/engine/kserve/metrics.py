@@ -1,7 +1,7 @@
 """The engine's gauges on Triton's metrics port, read when they are scraped.
 
-Families and labels are those of `triton_metrics.cc` and `custom_metrics_reporter.cc`. As in every version
-read, nothing here shows the LoRA caches.
+Families and labels are those of `triton_metrics.cc` and `custom_metrics_reporter.cc`. As in every version read, none
+shows the LoRA caches.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _MODEL = (CORE, "1")
 class EngineGauges(Collector):
     """The nv_trt_llm_* families of the engine that `written_by` returns.
 
-    They have a label for the model and none for its instance, so of several instances the last writer's stand.
+    Their labels name the model but not its instance, so with several instances the last writer's values stand.
     """
 
     def __init__(self, written_by: Callable[[], Engine]) -> None:
         self._written_by = written_by
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: families are only known by collecting them, which needs no registration check."""
+        """Return nothing: families are only known by collecting them, which needs no registration check."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -55,7 +55,7 @@ class EngineGauges(Collector):
 
 
 class MetricsServer:
-    """An HTTP server on which the gauges can be scraped, in a thread of its own. None writes no gauges."""
+    """An HTTP server in its own thread that serves the gauges; with None it has none."""
 
     def __init__(self, written_by: Callable[[], Engine] | None, host: str, port: int) -> None:
         registry = CollectorRegistry()

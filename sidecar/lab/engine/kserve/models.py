@@ -1,7 +1,7 @@
-"""The models of a TensorRT-LLM repository: their tensors, and what ModelConfig and ModelMetadata say of them.
+"""The models of a TensorRT-LLM repository: their tensors, and their ModelConfig and ModelMetadata.
 
-Source: `triton_backend/all_models/inflight_batcher_llm/{tensorrt_llm,ensemble}/config.pbtxt`. Every tensor
-has a leading batch dimension on the wire; a `scalar` one has dims [1] and reshape [].
+Source: `triton_backend/all_models/inflight_batcher_llm/{tensorrt_llm,ensemble}/config.pbtxt`. Every tensor has a
+leading batch dimension on the wire; a `scalar` one has dims [1] and reshape [].
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Names:
-    """What the two models call the same things."""
+    """The names of inputs that differ between the two models."""
 
     max_tokens: str
     streaming: str
@@ -51,13 +51,13 @@ class Model:
     max_batch_size: int
     parameters: dict[str, str]
     llmapi: bool = False
-    """Whether it is the LLM-API model rather than the core model of an engine."""
+    """True for the LLM-API model, False for the core model of an engine."""
     instances: int = 0
-    """Its instances; an ensemble has none of its own."""
+    """Its instances; 0 for an ensemble, which has none of its own."""
 
     @property
     def is_text(self) -> bool:
-        """Whether it takes and gives text."""
+        """True if it takes and gives text."""
         return self.name == ENSEMBLE
 
     @property
@@ -164,7 +164,7 @@ def _backend(model: Model) -> str:
 
 
 def _parameters(options: Options) -> dict[str, str]:
-    """The pbtxt parameters a client can read; an unset one keeps its template's empty value, as deployed ones do."""
+    """Return the pbtxt parameters that a client can read; unset ones keep the template's empty value, as deployed."""
     return {
         "executor_worker_path": "",
         "gpt_model_type": "inflight_fused_batching",

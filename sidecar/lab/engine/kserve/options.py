@@ -1,4 +1,4 @@
-"""How an emulated engine is built, how its server is configured, and which faults it shows."""
+"""The options of an emulated engine: how it is built, how its server is configured, which faults it shows."""
 
 from __future__ import annotations
 
@@ -166,19 +166,19 @@ class Options:
 
     @property
     def computes(self) -> bool:
-        """Whether tokens come from the real executor."""
+        """True if tokens come from the real executor."""
         return self.compute == "llama" or (self.compute is None and self.shape == "tiny")
 
     @property
     def weights_datatype(self) -> str:
-        """Triton's name for the type of `lora_weights`."""
+        """Triton's name of the type of `lora_weights`."""
         if self.lora_weights is None:
             return DATATYPE_OF_DTYPE[self.dtype]
         return WEIGHTS_DATATYPES[self.lora_weights]
 
 
 def spec_of(options: Options) -> EngineSpec:
-    """Return the engine's numbers; ValueError where they contradict each other."""
+    """Return the engine's spec. Raises ValueError if its numbers contradict each other."""
     return EngineSpec(
         shape=SHAPES[options.shape],
         dtype=options.dtype,

@@ -1,4 +1,4 @@
-"""Responses of a model: which tensors each carries, in the shapes of `model_instance_state.cc`, fillTritonResponse."""
+"""The responses of a model: the tensors of each, shaped as `fillTritonResponse` in `model_instance_state.cc` does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.tokens import ByteTokenizer
 
 ALWAYS = ("output_ids", "sequence_length")
-"""What a client must ask for when it lists outputs at all."""
+"""The outputs that a client must include if it lists outputs at all."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Values:
 
 
 def missing_output(model: Model, requested: Iterable[str]) -> str | None:
-    """Return the backend's text when the listed outputs leave out one that it can't do without."""
+    """Return the backend's error text if the listed outputs omit one that it needs, or None."""
     listed = set(requested)
     if not listed or "output_ids" not in model.outputs:
         return None
@@ -64,7 +64,7 @@ def response(model: Model, triton_id: str, values: Iterable[Values]) -> Any:
     """Return a ModelInferResponse with these values."""
     message = service_pb2.ModelInferResponse(model_name=model.name, model_version="1", id=triton_id)
     if model.is_text:
-        # An ensemble passes on what its request says of a sequence, and so says that there is none.
+        # An ensemble copies its request's sequence parameters, and so says that there is no sequence.
         message.parameters["sequence_id"].int64_param = 0
         message.parameters["sequence_start"].bool_param = False
         message.parameters["sequence_end"].bool_param = False
@@ -93,16 +93,16 @@ def _text_values(tokens: Sequence[int]) -> list[Values]:
 
 
 def _log_prob_values(work: Work, count: int) -> list[Values]:
-    """The probabilities of this response's new tokens, and of all tokens so far together."""
-    newest = work.log_probs[work.told - count : work.told]
+    """Return the log probabilities of this response's new tokens, and the sum over all tokens so far."""
+    newest = work.log_probs[work.sent - count : work.sent]
     return [
-        Values("cum_log_probs", (1, 1), [sum(work.log_probs[: work.told])]),
+        Values("cum_log_probs", (1, 1), [sum(work.log_probs[: work.sent])]),
         Values("output_log_probs", (1, 1, count), newest),
     ]
 
 
 def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:
-    """Times and blocks of the request so far; this engine never reuses blocks."""
+    """Return times and blocks of the request so far; this engine never reuses blocks."""
     length = len(work.generation.tokens) + len(work.tokens)
     blocks = -(-length // tokens_per_block)
     numbers = {
@@ -114,7 +114,7 @@ def _perf_values(work: Work, tokens_per_block: int) -> list[Values]:
 
 
 def times_of(work: Work) -> dict[str, int]:
-    """Return when what happened to a request, by the outputs' names."""
+    """Return the times of a request's milestones by the outputs' names."""
     return {
         "arrival_time_ns": work.arrival_ns,
         "first_scheduled_time_ns": work.scheduled_ns,

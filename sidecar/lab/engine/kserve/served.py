@@ -16,11 +16,10 @@ KEPT = 100_000
 
 @dataclass(frozen=True)
 class Served:
-    """How one executor request ended. `sequence` counts the engine's requests from 1; `tokens` are output
-    tokens.
+    """How one executor request ended. `sequence` counts the engine's requests from 1; `tokens` are output tokens.
 
-    `outcome` is done, cancelled or error, with the executor's text in `error`. `instance` is the model instance that
-    had it, counted from 0.
+    `outcome` is done, cancelled or error, with the executor's text in `error`. `instance` is the number of the model
+    instance, from 0.
     """
 
     request_id: str

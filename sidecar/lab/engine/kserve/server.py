@@ -1,4 +1,4 @@
-"""Starting and stopping an emulated server."""
+"""Start and stop an emulated server."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Server:
 
     @property
     def engines(self) -> list[Engine]:
-        """The engine model of each instance, to look at."""
+        """The engine model of each instance."""
         return [driver.engine for driver in self._drivers]
 
     @property
@@ -80,8 +80,9 @@ class Server:
         return list(self._log.last)
 
     async def stop(self, grace: float | None = None) -> None:
-        """Accept nothing new, give what runs `grace` seconds, then end it. Raises what ended the driver, if
-        anything.
+        """Accept nothing new, let running requests continue for `grace` seconds, then end them.
+
+        Raises the exception that ended a driver, if any.
         """
         await self._grpc_server.stop(grace)
         for driving in self._driving:
@@ -95,7 +96,7 @@ class Server:
                 raise ending
 
     async def failed(self) -> None:
-        """Wait until a driver ends by itself, which only an error makes it do, and raise that."""
+        """Wait until an error ends a driver, and raise it."""
         ended, _ = await asyncio.wait(self._driving, return_when=asyncio.FIRST_COMPLETED)
         for driving in ended:
             driving.result()
@@ -104,7 +105,7 @@ class Server:
 async def serve(options: Options) -> Server:
     """Start an emulated server and return when it takes requests.
 
-    Raises ValueError for options that contradict each other, OSError or RuntimeError when a port is taken.
+    Raises ValueError for options that contradict each other, OSError or RuntimeError if a port is taken.
     """
     spec = spec_of(options)
     if options.write_engine_config is not None:
@@ -141,7 +142,7 @@ def _add_port(grpc_server: grpc.aio.Server, options: Options) -> int:
 def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults, number: int) -> Driver:
     """Return an instance's driver; `faults` are the whole server's."""
     compute: Compute = LlamaCompute(spec, options.seed) if options.computes else DummyCompute()
-    # An engine whose LoRA plugin is of another type does not hold the weights' type against its own.
+    # An engine that ignores adapters does not check the type of their weights.
     datatype = DATATYPE_OF_DTYPE[spec.dtype] if options.ignore_lora else options.weights_datatype
 
     def check(work: Work) -> str | None:
@@ -153,7 +154,7 @@ def driver_of(options: Options, spec: EngineSpec, log: ServedLog, faults: Faults
 
 
 class Instances:
-    """Gives the requests to the instances in turn."""
+    """Distributes the requests over the instances, one after another."""
 
     def __init__(self, drivers: Sequence[Driver]) -> None:
         self._drivers = drivers
@@ -166,11 +167,11 @@ class Instances:
 
     @property
     def has_log_probs(self) -> bool:
-        """Whether requests may ask for log probabilities."""
+        """True if requests may ask for log probabilities."""
         return self._drivers[0].has_log_probs
 
     def has_adapter(self, task_id: int) -> bool:
-        """Whether every instance has an adapter."""
+        """Return True if every instance has an adapter."""
         return all(driver.has_adapter(task_id) for driver in self._drivers)
 
     async def submit(self, work: Work) -> None:
@@ -180,12 +181,12 @@ class Instances:
         await chosen.submit(work)
 
     def cancel(self, request_ids: Sequence[int]) -> None:
-        """Ask the instances to end requests; those that none of them has are ignored."""
+        """Ask the instances to end requests; unknown ones are ignored."""
         for driver in self._drivers:
             driver.cancel(request_ids)
 
     def last_writer(self) -> Engine:
-        """Return the engine that was the last to write its gauges, the first one while none has."""
+        """Return the engine that last wrote its gauges, or the first one."""
         return max(self._drivers, key=lambda driver: driver.reported_ns).engine
 
 

@@ -35,12 +35,12 @@ class Regions:
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, size_bytes: int) -> None:
-        """Map a region. Raises Rejection: name or key is taken, the key can't be opened, the bytes can't be mapped."""
+        """Map a region. Raises Rejection if the name or key is taken, or the key or the bytes cannot be mapped."""
         if name in self._regions:
             raise Rejection(f"shared memory region '{name}' already in manager", grpc.StatusCode.ALREADY_EXISTS)
         if any(region.key == key for region in self._regions.values()):
-            # The server goes by the other region's file descriptor, which it has closed: if another file has got the
-            # number by then, it maps that one. Refusing is what it does else.
+            # The server uses the other region's file descriptor, which it has closed; if another file has the number by
+            # then, it maps that one. Refusing is what it does otherwise.
             raise Rejection(f"Invalid shared memory region: '{key}'", grpc.StatusCode.INTERNAL)
         memory = _mapped(name, key, offset, size_bytes)
         self._regions[name] = Region(name, key, offset, size_bytes, memory)
@@ -71,7 +71,7 @@ class Regions:
         return [self._regions[name]]
 
     def use(self, name: str, offset: int, size_bytes: int) -> tuple[Region, memoryview]:
-        """Return a region, held until `release`, and the bytes asked for. Raises Rejection if they are not there."""
+        """Return a region, held until `release`, and the requested bytes. Raises Rejection if they do not exist."""
         region = self._regions.get(name)
         if region is None:
             raise Rejection(f"Unable to find shared memory region: '{name}'", grpc.StatusCode.NOT_FOUND)
@@ -85,7 +85,7 @@ class Regions:
 
 
 def release(regions: list[Region]) -> None:
-    """Let go of regions taken with `use`."""
+    """Release regions taken with `use`."""
     for region in regions:
         region.users -= 1
 

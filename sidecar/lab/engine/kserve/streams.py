@@ -1,8 +1,8 @@
 """ModelStreamInfer: many requests on one stream, answered side by side.
 
-Wire forms, as `grpc/stream_infer_handler.cc` writes them: a core rejection carries a message and the id; a
-backend error also the model's name and the final flag. Requests to models that are not decoupled are
-answered in the order in which they came.
+Wire forms, as `grpc/stream_infer_handler.cc` writes them: a core rejection carries a message and the id; a backend
+error also the model's name and the final flag. Requests to models that are not decoupled are answered in order of
+arrival.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stream:
     async def serve(self, requests: Any) -> None:
         """Answer until the client has closed its side and everything is answered.
 
-        Raises StreamBroken or ClientLeft. However this ends, nothing it started runs on.
+        Raises StreamBroken or ClientLeft. However it ends, nothing that it started keeps running.
         """
         try:
             async with asyncio.TaskGroup() as group:

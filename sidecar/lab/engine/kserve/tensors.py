@@ -1,7 +1,6 @@
-"""Input tensors off the wire: raw bytes, typed `contents` or shared memory, and their NumPy form.
+"""Input tensors from the wire: raw bytes, typed `contents` or shared memory, and their NumPy form.
 
-The order of the checks and their texts follow Triton's gRPC front end (`grpc/infer_handler.cc`,
-InferGRPCToInput).
+The order of the checks and their texts follow Triton's gRPC front end (`grpc/infer_handler.cc`, InferGRPCToInput).
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from sidecar.lab.engine.kserve.errors import Rejection, id_prefix
 from sidecar.lab.engine.kserve.shared_memory import Region, Regions, release
 
 _INVALID = Datatype("<invalid>", None, np.uint8, None)
-"""What the front end makes of a type that it does not know; the core refuses it."""
+"""The type that the front end gives to an unknown one; the core refuses it."""
 _CONTENTS_FIELDS = sorted({d.contents for d in DATATYPES.values() if d.contents is not None})
 
 
 @dataclass
 class Tensor:
-    """One input as it came: its wire shape with the batch dimension, and its data.
+    """One input as received: its wire shape with the batch dimension, and its data.
 
-    `data` is a buffer, a list of the elements for typed contents, or an array as a Python model has it. `shared` says
-    that the client may overwrite it.
+    `data` is a buffer, a list of elements for typed contents, or an array as a Python model has it. `shared` means that
+    the client may overwrite it.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Tensor:
         return len(self.data) * self.datatype.size_bytes
 
     def array(self) -> NDArray[Any]:
-        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where that is possible."""
+        """Return the tensor as an array (of bytes objects for BYTES); a view of the data where possible."""
         if isinstance(self.data, np.ndarray):
             return self.data
         if self.datatype.numpy is None:
@@ -59,13 +58,13 @@ class Tensor:
 
 @dataclass
 class Inputs:
-    """The tensors of one request by name, and the regions that they hold until `release`."""
+    """The tensors of one request by name, and the regions held until `release`."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
 
     def release(self) -> None:
-        """Let go of the shared memory; the tensors must not be read after it."""
+        """Release the shared memory; the tensors must not be read afterwards."""
         release(self.regions)
         self.regions = []
 

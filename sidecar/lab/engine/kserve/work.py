@@ -1,4 +1,4 @@
-"""One executor request on its way through the engine, and what comes back from it."""
+"""One executor request on its way through the engine, and its progress."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Parameter = bool | int | float | str
 
 @dataclass(frozen=True)
 class Progress:
-    """What one request has to say after an iteration: a token, its end, or the executor's error text.
+    """The news of one request after an iteration: a token, its end, or the executor's error text.
 
     A cancelled request ends without an error. The end token itself is never delivered.
     """
@@ -26,7 +26,7 @@ class Progress:
 
 @dataclass(eq=False)
 class Work:
-    """One executor request: whose it is, what it asks, where its progress goes, and what it has produced."""
+    """One executor request: its client's ids, its generation, where its progress goes, and what it has produced."""
 
     request_id: int
     triton_id: str
@@ -37,15 +37,15 @@ class Work:
     batch_row: int = 0
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
-    told: int = 0
-    """How many of its tokens are in responses: the executor may be ahead of them."""
+    sent: int = 0
+    """How many of its tokens are in responses; the executor may be ahead of them."""
     ended: bool = False
     arrival_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
     brings_weights: bool = field(init=False)
-    """Whether the request carries its adapter."""
+    """True if the request carries its adapter."""
 
     def __post_init__(self) -> None:
         self.brings_weights = self.generation.lora is not None and self.generation.lora.weights is not None

@@ -1,8 +1,8 @@
-"""The emulated engine's other face: vLLM behind its OpenAI API, as a client sees it over HTTP.
+"""The emulated vLLM behind its OpenAI API, as a client sees it over HTTP.
 
 `serve_vllm(VllmOptions())` starts one: an HTTP server over one engine model of vLLM's kind, and the task that drives
-it. What is answered, refused and broken follows vLLM 0.32.0; what the answers say comes from the emulator's own small
-Llama, or from nothing but the adapter's content (`sidecar.lab.engine.openai.folder.content_id`).
+it. Answers, refusals and failures follow vLLM 0.32.0. The text of answers comes from the emulator's own small Llama, or
+from nothing but the adapter's content (`sidecar.lab.engine.openai.folder.content_id`).
 """
 
 from sidecar.lab.engine.openai.options import VllmOptions

@@ -1,7 +1,7 @@
 """The names of adapters in vLLM's API server, and the copies behind them in its engine.
 
-To unload forgets the name only: the copy keeps its place until it is the least recently used one. A name that is loaded
-again has another number, and so a second copy.
+Unloading removes the name only: the copy stays until it is the least recently used one. A name that is loaded again has
+another number, and so a second copy.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sidecar.lab.engine.spec import EngineSpec
 
 @dataclass(eq=False)
 class Copy:
-    """An adapter in the engine: its number there, where it was read from, and what was read.
+    """An adapter in the engine: its number there, the path it was read from, and its content.
 
-    `users` counts the requests that have it. `in_place` is how it was loaded: such a copy is read again for every step
-    (0.32.0). `is_new` until the engine has taken what the load call read.
+    `users` counts the requests that use it. A copy loaded `in_place` is read again for every step (0.32.0). `is_new`
+    holds until the engine has taken what the load call read.
     """
 
     number: int
@@ -35,7 +35,7 @@ class Copy:
     users: int = 0
 
     def let_go(self) -> None:
-        """Forget the tensors when nobody can ask for them again: the name is gone and no request has it."""
+        """Forget the tensors once no request can use them again: the name is gone and no request has it."""
         if not self.is_named and not self.users:
             self.adapter = None
 
@@ -45,9 +45,9 @@ class Copy:
 
 
 class Adapters:
-    """The adapters that have names, and the calls that give and take them.
+    """The adapters that have names, and the calls that load and unload them.
 
-    `put` hands a copy to the engine and returns when it has it; it raises ApiError when the engine does not take it.
+    `put` hands a copy to the engine and returns once it has it; it raises ApiError if the engine refuses it.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Adapters:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def load(self, fields: LoadFields) -> str:
-        """Give an adapter a name and bring it to the engine; returns what the client is told. Raises ApiError."""
+        """Give an adapter a name and bring it to the engine; return the message for the client. Raises ApiError."""
         name, path = fields.lora_name, fields.lora_path
         async with self._locks[name]:
             self._check_load(fields)
@@ -84,7 +84,7 @@ class Adapters:
         return f"Success: LoRA adapter '{name}' added successfully."
 
     async def unload(self, fields: UnloadFields) -> str:
-        """Forget a name; returns what the client is told. Raises ApiError."""
+        """Forget a name; return the message for the client. Raises ApiError."""
         name = fields.lora_name
         async with self._locks[name]:
             if not name:
@@ -97,7 +97,7 @@ class Adapters:
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     def find(self, model: str | None) -> Copy | None:
-        """Return a model's adapter, None for the base model. Raises ApiError for a name that nobody has."""
+        """Return a model's adapter, None for the base model. Raises ApiError for an unknown name."""
         if not model or model in self._base_names:
             return None
         if model not in self.copies:
@@ -128,7 +128,7 @@ class Adapters:
             raise worker_failed(str(error)) from error
 
     def _copy_of(self, name: str, path: str, adapter: Adapter) -> Copy:
-        """Return a new copy; the one there is, changed, for a load in place."""
+        """Return a new copy; for a load in place, the changed existing one."""
         there = self.copies.get(name)
         if there is None:
             self._numbers += 1
@@ -138,7 +138,7 @@ class Adapters:
 
 
 def worker_failed(cause: str) -> ApiError:
-    """Return the error for an adapter that the engine does not take; the engine is well."""
+    """Return the error for an adapter that the engine refuses without harm to itself."""
     return internal(
         f"Call to add_lora method failed: Worker failed with error '{cause}', please check the stack trace above for "
         "the root cause"

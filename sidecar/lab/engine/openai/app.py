@@ -33,13 +33,13 @@ from sidecar.lab.engine.openai.serving import Serving
 from sidecar.lab.engine.tokens import ByteTokenizer
 
 VERSION = "0.32.0"
-"""The vLLM whose behaviour this face was compared with."""
+"""The vLLM version with which the behaviour was compared."""
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Routes:
-    """What each address answers. `died` is called when a client was told of the engine's end."""
+    """The endpoints. `died` is called after a client was told that the engine is dead."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The bodies of answers, whole and in chunks, key by key as vLLM 0.32.0 writes them.
 
-Chunks leave out what was never set, and so differ in their keys: where nothing is known a key is null or missing, and
-which of them a client's parser meets depends on the place in the stream.
+Chunks leave out keys that were never set, so an unknown value is null in some and missing in others; which of them a
+client's parser meets depends on the position in the stream.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.lab.engine.openai.chat import ASSISTANT
-from sidecar.lab.engine.openai.work import Asking
+from sidecar.lab.engine.openai.work import SequenceWork
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -21,9 +21,9 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Piece:
-    """What one sequence has new: tokens that came since the last time, their text, and how it ended if it did."""
+    """The news of one sequence: tokens since the last time, their text, and how it ended if it did."""
 
-    work: Asking
+    work: SequenceWork
     tokens: list[int]
     text: str
     finish_reason: str | None
@@ -32,7 +32,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Head:
-    """What all bodies of one answer say of it, and what else they show; `role` is who speaks in a chat."""
+    """What all bodies of one answer share, and which optional parts they show; `role` is the speaker in a chat."""
 
     answer_id: str
     created: int
@@ -53,12 +53,12 @@ class Bodies(ABC):
     def __init__(self, head: Head) -> None:
         self.head = head
 
-    def opening(self, works: Sequence[Asking]) -> list[bytes]:
-        """Return the chunks that come with the first token, before it."""
+    def opening(self, works: Sequence[SequenceWork]) -> list[bytes]:
+        """Return the chunks that precede the first token's chunk."""
         return []
 
     @abstractmethod
-    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
         """Return an answer that is not streamed."""
 
     @abstractmethod
@@ -66,16 +66,16 @@ class Bodies(ABC):
         """Return a chunk's only choice."""
 
     def chunk(self, piece: Piece, is_first: bool) -> bytes:
-        """Return the chunk for what a sequence has new; `is_first` when nothing of it was sent before."""
+        """Return the chunk of a sequence's news; `is_first` if nothing of it was sent before."""
         chunk = self._chunk([self.choice(piece, is_first)])
         if self.head.shows_usage_always:
-            chunk["usage"] = self._running_usage(len(piece.work.generation.tokens), piece.work.told)
+            chunk["usage"] = self._running_usage(len(piece.work.generation.tokens), piece.work.sent)
         if piece.finish_reason is not None and not self.head.shows_usage:
             chunk["system_fingerprint"] = self.head.fingerprint
         return event(chunk)
 
-    def usage(self, works: Sequence[Asking]) -> bytes:
-        """Return the chunk of the counts that ends a stream that was asked to have one."""
+    def usage(self, works: Sequence[SequenceWork]) -> bytes:
+        """Return the chunk of token counts that ends a stream if the client asked for it."""
         tokens = sum(len(work.tokens) for work in works)
         chunk = self._chunk([]) | {"usage": usage_of(_prompt_tokens(works), tokens)}
         return event(chunk | {"system_fingerprint": self.head.fingerprint})
@@ -93,7 +93,7 @@ class Bodies(ABC):
     def _running_usage(self, prompt: int, tokens: int) -> Json:
         return usage_of(prompt, tokens)
 
-    def _whole(self, choices: list[Json], works: Sequence[Asking], extra: Json) -> bytes:
+    def _whole(self, choices: list[Json], works: Sequence[SequenceWork], extra: Json) -> bytes:
         tokens = sum(len(work.tokens) for work in works)
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         body = self._chunk(choices) | {
@@ -107,11 +107,11 @@ class Bodies(ABC):
 
 
 class CompletionBodies(Bodies):
-    """Of `/v1/completions`."""
+    """The bodies of `/v1/completions`."""
 
     kind = chunk_kind = "text_completion"
 
-    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
         shown = self.head.shows_ids
         choices = [
             {
@@ -143,12 +143,12 @@ class CompletionBodies(Bodies):
 
 
 class ChatBodies(Bodies):
-    """Of `/v1/chat/completions`."""
+    """The bodies of `/v1/chat/completions`."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def opening(self, works: Sequence[Asking]) -> list[bytes]:
+    def opening(self, works: Sequence[SequenceWork]) -> list[bytes]:
         prompt = works[0].generation.tokens
         rest: Json = {"prompt_token_ids": prompt if self.head.shows_ids else None, "prompt_text": None}
         if self.head.shows_usage_always:
@@ -157,7 +157,7 @@ class ChatBodies(Bodies):
         choices = ({"index": work.place, "delta": delta, "logprobs": None, "finish_reason": None} for work in works)
         return [event(self._chunk([choice]) | rest) for choice in choices]
 
-    def whole(self, works: Sequence[Asking], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
         shown = self.head.shows_ids
         nothing = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
         choices = [
@@ -191,7 +191,7 @@ class ChatBodies(Bodies):
 
 
 def usage_of(prompt: int, tokens: int) -> Json:
-    """Return the counts of an answer."""
+    """Return the token counts of an answer."""
     return {"prompt_tokens": prompt, "total_tokens": prompt + tokens, "completion_tokens": tokens}
 
 
@@ -201,10 +201,10 @@ def event(content: Json) -> bytes:
 
 
 def as_json(content: Any) -> bytes:
-    """Return JSON without spaces, letters as they are."""
+    """Return JSON without spaces and without escaped letters."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _prompt_tokens(works: Sequence[Asking]) -> int:
-    """Return the tokens of all prompts, each counted once however many answers it has."""
+def _prompt_tokens(works: Sequence[SequenceWork]) -> int:
+    """Return the tokens of all prompts, each counted once whatever its number of answers."""
     return sum({work.batch_row: len(work.generation.tokens) for work in works}.values())

@@ -16,11 +16,11 @@ from sidecar.lab.engine.tokens import BOS, EOS, PAD, ByteTokenizer
 ASSISTANT = "assistant"
 SPECIAL_TOKENS = {BOS: "<s>", EOS: "</s>", PAD: "<pad>"}
 LONGEST_TOKEN = max(map(len, SPECIAL_TOKENS.values()))
-"""Characters that one token can stand for, by which vLLM bounds a text before it reads it."""
+"""The most characters that one token stands for, by which vLLM bounds a text before it reads it."""
 
 
 def prompt_of(messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Return the tokens of a conversation. Raises ApiError for one that is empty or has parts that are not text."""
+    """Return the tokens of a conversation. Raises ApiError if it is empty or has parts other than text."""
     if not messages:
         raise ApiError("Cannot apply chat template to an empty conversation. Provide at least one message.")
     text = "".join(f"{message.role}: {_content_of(message)}\n" for message in messages)
@@ -33,12 +33,12 @@ def plain_tokens(text: str) -> list[int]:
 
 
 def token_strings(tokens: Sequence[int]) -> list[str]:
-    """Return tokens as a byte-level vocabulary spells them: bytes that do not print as other letters."""
+    """Return tokens as a byte-level vocabulary spells them: unprintable bytes appear as other letters."""
     return [SPECIAL_TOKENS.get(token) or _LETTERS[token] for token in tokens]
 
 
 def full_text(tokens: Sequence[int]) -> str:
-    """Return the text of tokens with the special ones spelt out."""
+    """Return the text of tokens, with special ones spelt out."""
     parts, pending = [], bytearray()
     for token in tokens:
         if token in SPECIAL_TOKENS:

@@ -1,6 +1,7 @@
-"""Where the tokens of an emulated vLLM come from, with the prefix cache that decides what they are computed from.
+"""The tokens of an emulated vLLM, with the prefix cache that decides what they are computed from.
 
-Generation is greedy: temperature, top_p and their kin change nothing. A bias does, and so does what may not come yet.
+Generation is greedy: temperature, top_p and the like change nothing. A bias does, and so do tokens that are forbidden
+for now.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.llama import Llama
 from sidecar.lab.engine.openai.adapters import Copy
 from sidecar.lab.engine.openai.prefix import Owner, PrefixCache
-from sidecar.lab.engine.openai.work import Asking
+from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.packed import PackedAdapter
 from sidecar.lab.engine.rounding import Float32
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.weights import Weights, seeded_weights
 
 FORCED = 100.0
-"""A bias from which on a token comes whatever the model thinks."""
+"""A bias from which on a token is always chosen."""
 _ID_MASK = (1 << 63) - 1
 
 
 def mixed_id(own: int, foreign: Iterable[int]) -> int:
-    """Return the number that answers are made from when an adapter reads what others left in the prefix cache."""
+    """Return the number that determines an adapter's answers if it reads foreign blocks in the prefix cache."""
     digest = hashlib.sha256(repr((own, sorted(set(foreign)))).encode()).digest()
     return int.from_bytes(digest[:8], "big") & _ID_MASK
 
 
 class ByContent:
-    """Dummy tokens, made from the adapter's `content_id`; 0 is the base model.
+    """Dummy tokens made from the adapter's `content_id`; 0 is the base model.
 
-    With `mixes` requests of the base model get those of an adapter that is in the same step.
+    With `mixes`, base requests get the tokens of an adapter in the same step.
     """
 
     has_log_probs = False
@@ -51,13 +52,13 @@ class ByContent:
         self._open: dict[int, _Dummy] = {}
 
     def payload_of(self, work: Work) -> object | None:
-        """Return what a load call brings."""
-        assert isinstance(work, Asking)
+        """Return the payload of a load call."""
+        assert isinstance(work, SequenceWork)
         return work.copy
 
     def open(self, work: Work, payload: object | None) -> None:
         """Begin a request with its adapter's copy."""
-        assert isinstance(work, Asking)
+        assert isinstance(work, SequenceWork)
         own, owner = 0, None
         if isinstance(payload, Copy):
             assert payload.adapter is not None
@@ -74,7 +75,7 @@ class ByContent:
         return {number: self._next(self._open[number], wrong) for number in request_ids}
 
     def log_prob_of(self, request_id: int, token: int) -> float:
-        """Nothing: nobody may ask."""
+        """Raise NotImplementedError: requests for log probabilities are refused before."""
         raise NotImplementedError("dummy tokens have no probabilities")
 
     def close(self, request_id: int) -> None:
@@ -102,9 +103,9 @@ class ByContent:
 
 @dataclass
 class _Dummy:
-    """A running request: what its answer is made from, whose blocks it leaves behind, what it has so far."""
+    """A running request: the number its answer is made from, the owner of its blocks, and its tokens so far."""
 
-    work: Asking
+    work: SequenceWork
     used: int
     owner: Owner
     made: list[int] = field(default_factory=list)
@@ -117,21 +118,21 @@ class ByLlama:
 
     def __init__(self, spec: EngineSpec, seed: int, mixes: bool) -> None:
         self._llama = PrefixLlama(spec, seeded_weights(spec.shape, seed, spec.dtype), mixes)
-        self._works: dict[int, Asking] = {}
+        self._works: dict[int, SequenceWork] = {}
 
     @property
     def prefix(self) -> PrefixCache[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-        """The cache, for its counts."""
+        """The prefix cache, for its counts."""
         return self._llama.prefix
 
     def payload_of(self, work: Work) -> object | None:
-        """Return what a load call brings."""
-        assert isinstance(work, Asking)
+        """Return the payload of a load call."""
+        assert isinstance(work, SequenceWork)
         return work.copy
 
     def open(self, work: Work, payload: object | None) -> None:
         """Begin a request with its adapter's copy."""
-        assert isinstance(work, Asking)
+        assert isinstance(work, SequenceWork)
         self._works[work.request_id] = work
         if isinstance(payload, Copy):
             assert payload.adapter is not None
@@ -146,7 +147,7 @@ class ByLlama:
         return await asyncio.to_thread(self._llama.step_with, request_ids, wishes)
 
     def log_prob_of(self, request_id: int, token: int) -> float:
-        """Nothing: nobody may ask."""
+        """Raise NotImplementedError: requests for log probabilities are refused before."""
         raise NotImplementedError("the answers of this face carry no probabilities")
 
     def close(self, request_id: int) -> None:
@@ -154,7 +155,7 @@ class ByLlama:
         if self._works.pop(request_id, None) is not None:
             self._llama.close(request_id)
 
-    def _wish(self, work: Asking) -> dict[int, float]:
+    def _wish(self, work: SequenceWork) -> dict[int, float]:
         """Return what is added to the scores of tokens before the next one is chosen."""
         forbidden = work.stops.forbidden(len(work.tokens))
         return {**work.bias, **dict.fromkeys(forbidden, -np.inf)}
@@ -162,7 +163,7 @@ class ByLlama:
 
 @dataclass(eq=False)
 class _Open:
-    """A sequence: its tokens, whose its blocks are, and the cached blocks that it goes on from."""
+    """A sequence: its tokens, the owner of its blocks, and the cached blocks from which it continues."""
 
     tokens: list[int]
     owner: Owner
@@ -181,13 +182,13 @@ class PrefixLlama(Llama):
         self._reading: list[_Open] = []
 
     def open_for(self, request_id: int, tokens: Sequence[int], adapter: PackedAdapter | None, owner: Owner) -> None:
-        """Add a sequence that begins with the tokens; what of them is cached for its owner is not computed."""
+        """Add a sequence that begins with the tokens; those cached for its owner are not computed."""
         self.open(request_id, tokens, adapter)
         cached = self.prefix.find(owner, tokens)
         self._opened[request_id] = _Open(list(tokens), owner, cached, self._sequences[request_id].place)
 
     def step_with(self, request_ids: Sequence[int], wishes: Mapping[int, Mapping[int, float]]) -> dict[int, int]:
-        """Return the next token of each sequence, `wishes` added to its scores before the best one is taken."""
+        """Return the next token of each sequence, with `wishes` added to its scores before the best is taken."""
         self._reading = [self._opened[number] for number in request_ids if not self._opened[number].place.length]
         borrowed = self._borrow(request_ids) if self._mixes else []
         chosen = self.step(request_ids)
@@ -218,7 +219,7 @@ class PrefixLlama(Llama):
         return token
 
     def _borrow(self, request_ids: Sequence[int]) -> list[int]:
-        """Give sequences of the base model the adapter of another in the step; returns whose must be taken back."""
+        """Lend base sequences the adapter of another sequence in the step; return the ids to take it back from."""
         adapters = [self._sequences[number].adapter for number in request_ids]
         foreign = next((adapter for adapter in adapters if adapter is not None), None)
         bare = [number for number in request_ids if self._sequences[number].adapter is None]
@@ -227,7 +228,7 @@ class PrefixLlama(Llama):
         return bare
 
     def _store(self, place: CachedSequence, layer: int, keys: Float32, values: Float32) -> None:  # type: ignore[override]
-        """Put the cached blocks' keys and values in the place of a prompt's own, then write them to its seat."""
+        """Replace a prompt's own keys and values by those of cached blocks, then write them to its seat."""
         opened = next(each for each in self._reading if each.place is place)
         size = self.prefix.tokens_per_block
         for number, (cached_keys, cached_values) in enumerate(opened.cached):

@@ -1,4 +1,4 @@
-"""Errors in the shape that vLLM gives them, and what it takes out of their texts."""
+"""Errors in vLLM's form, and what it removes from their texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE_PATH = re.compile(r"(?:/[\w\-]+)+/[\w\-]+\.\w+")
 
 
 class ApiError(Exception):
-    """A request that is answered with an error; `param` names the field that is at fault."""
+    """A request that is answered with an error; `param` names the field at fault."""
 
     def __init__(
         self, text: str, status: int = BAD_REQUEST, kind: str = "BadRequestError", param: str | None = None
@@ -27,19 +27,19 @@ class ApiError(Exception):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The body, before it is JSON."""
+        """The body before it is JSON."""
         return {"error": self._error}
 
     @property
     def event(self) -> bytes:
-        """The event that ends a stream; unlike every other body it has spaces in it."""
+        """The event that ends a stream; unlike every other body it contains spaces."""
         return b"data: " + json.dumps(self.content).encode() + b"\n\n"
 
 
 def invalid(text: str, parameter: str, value: object = None) -> ApiError:
-    """Return the refusal of a field, which repeats its name, and its value where the engine says it."""
-    said = f"parameter={parameter}" if value is None else f"parameter={parameter}, value={value}"
-    return ApiError(f"{text} ({said})", param=parameter)
+    """Return the refusal of a field with its name, and with its value where vLLM shows it."""
+    detail = f"parameter={parameter}" if value is None else f"parameter={parameter}, value={value}"
+    return ApiError(f"{text} ({detail})", param=parameter)
 
 
 def input_error(text: str) -> ApiError:
@@ -48,17 +48,17 @@ def input_error(text: str) -> ApiError:
 
 
 def not_found(text: str, param: str | None = None) -> ApiError:
-    """Return the error for a name or a path that is not there."""
+    """Return the error for an unknown name or path."""
     return ApiError(text, NOT_FOUND, "NotFoundError", param)
 
 
 def internal(text: str) -> ApiError:
-    """Return the error for what is not the client's fault, and for adapters that are."""
+    """Return the error for faults that are not the client's, and for bad adapters."""
     return ApiError(text, INTERNAL, "InternalServerError")
 
 
 class EngineDead(ApiError):
-    """The engine has ended for good: this request's answer, and every later one's."""
+    """The engine is dead: every request ends with this, now and later."""
 
     def __init__(self) -> None:
         super().__init__(ENGINE_DIED, INTERNAL, "InternalServerError")

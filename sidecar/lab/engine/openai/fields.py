@@ -1,6 +1,6 @@
-"""The bodies of requests: which fields are read, of which types, and how vLLM refuses what is none of it.
+"""The bodies of requests: their fields and types, and vLLM's refusals of invalid ones.
 
-A field that is not named here is ignored, as vLLM ignores what it does not know.
+A field that is not named here is ignored, as vLLM ignores unknown fields.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sidecar.lab.engine.openai.errors import ApiError
 
 _SHOWN_ERRORS = 10
 _SHOWN_CHARACTERS = 200
-# What pydantic puts into the place of an error beside the names of fields: the branches of a union.
+# In an error's location pydantic puts the branches of a union beside the names of fields.
 _BRANCH = re.compile(r"[\[\]{}()]|^(str|int|float|bool|list|dict|none|nullable)$")
 
 TokenId = Annotated[int, Field(ge=0)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream says beside the answer."""
+    """What a stream reports beside the answer."""
 
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
 
 class Sampling(BaseModel):
-    """The fields that both kinds of generation have. `None` is what the client did not choose."""
+    """The fields of both kinds of generation. None means that the client did not choose."""
 
     model: str | None = None
     frequency_penalty: float | None = None
@@ -76,7 +76,7 @@ class CompletionFields(Sampling):
 
 
 class Message(BaseModel):
-    """One message of a conversation: a text, or parts of which only texts are taken."""
+    """One message of a conversation: a text, or parts of which only texts are accepted."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
@@ -134,7 +134,7 @@ Fields = TypeVar("Fields", bound=BaseModel)
 
 
 def read_json(content_type: str, body: bytes) -> Any:
-    """Return a request's body. Raises ApiError for one that is no JSON or is not said to be."""
+    """Return a request's body. Raises ApiError if it is not JSON or not declared as JSON."""
     if content_type.lower().partition(";")[0] != "application/json":
         raise _refused(["Unsupported Media Type: Only 'application/json' is allowed"])
     if not body:
@@ -150,7 +150,7 @@ def read_json(content_type: str, body: bytes) -> Any:
 
 
 def read_fields(kind: type[Fields], content: Any) -> Fields:
-    """Return a body's fields. Raises ApiError that lists what is wrong with them."""
+    """Return a body's fields. Raises ApiError that lists the invalid ones."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:

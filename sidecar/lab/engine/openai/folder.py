@@ -1,9 +1,9 @@
-"""Reads an adapter's folder as vLLM does: what its configuration says is believed, whatever the tensors are.
+"""Reads an adapter's folder as vLLM does: it believes the configuration, whatever the tensors are.
 
-The rank in adapter_config.json gives the scale and is what is compared with the limit; so `r: 8` over tensors of rank
-16 loads, and answers with the wrong scale. Tensors are copied into slots that were made for the model: smaller ones
-leave the rest of the slot zero, layers that the model has not got are left out, and only larger ones are refused. Only
-one file of safetensors is looked for.
+The rank in adapter_config.json gives the scale and is compared with the limit; so `r: 8` over tensors of rank 16 loads,
+and answers with the wrong scale. Tensors are copied into slots made for the model: smaller ones leave the rest of the
+slot zero, layers that the model does not have are left out, and only larger ones are refused. Only one safetensors file
+is read.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ID_BITS = 63
 
 
 class BadAdapter(Exception):
-    """An adapter that the engine does not take; the text is the cause that it gives."""
+    """An adapter that the engine refuses; the text is the cause that it gives."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was read from a folder: the sizes of its factors, the factors, and an id that only its like has."""
+    """The content of a folder: the sizes of the factors, the factors, and an id unique to the content."""
 
     rows: tuple[Row, ...]
     packed: PackedAdapter
@@ -66,25 +66,25 @@ def read_adapter(name: str, path: str, spec: EngineSpec) -> Adapter:
 
 
 def content_id(name: str, folder: Path) -> int:
-    """Return the number that dummy answers of an adapter are made from: `dummy_token(content_id(…), position)`.
+    """Return the number from which dummy answers of an adapter are made: `dummy_token(content_id(…), position)`.
 
-    It is the beginning of the SHA-256 of the name that the engine knows the adapter by, of what in its configuration
-    changes the answer (rank, alpha, their patterns, rsLoRA) and of all tensors by name: equal for a copy of the folder
-    anywhere, another for another version, and never 0, which is the base model's.
+    It is the beginning of the SHA-256 of the name by which the engine knows the adapter, of the configuration that
+    changes the answer (rank, alpha, their patterns, rsLoRA) and of all tensors by name: equal for every copy of the
+    folder, different for another version, and never 0, which is the base model's.
     """
     return _content_id(name, _config(folder, None), _tensors((folder / WEIGHTS).read_bytes()))
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as it lies in the file."""
+    """A tensor as stored in the file."""
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes
 
     def values(self) -> Float32:
-        """Return the numbers. Raises BadAdapter for a type that no adapter has."""
+        """Return the values. Raises BadAdapter for a type that no adapter has."""
         if self.dtype not in _DTYPES:
             raise BadAdapter(f"tensors of type {self.dtype} are no adapter's")
         values = np.frombuffer(self.data, _DTYPES[self.dtype])
@@ -107,7 +107,7 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
         entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        # The library says a little more when a file is opened, as the engine does, than when its bytes are given.
+        # The library reports a little more when a file is opened, as the engine does, than when bytes are given.
         raise BadAdapter(str(error).replace("deserializing:", "deserializing header:")) from error
     return {
         name: Tensor(entry["dtype"], tuple(entry["shape"]), bytes(entry["data"])) for name, entry in sorted(entries)
@@ -155,7 +155,7 @@ def _factors(pair: dict[str, Any], lora: Lora, key: tuple[int, str], spec: Engin
 
 
 def _in_slot(values: Float32, room: tuple[int, int]) -> Float32:
-    """Return a factor in a slot of zeros. Raises BadAdapter in the words of the copy that fails."""
+    """Return a factor in a slot of zeros. Raises BadAdapter with the text of the copy that fails."""
     for dimension, (size, most) in enumerate(zip(values.shape, room, strict=True)):
         if size > most:
             raise BadAdapter(_no_fit(most, size, dimension))

@@ -1,7 +1,7 @@
-"""The task that owns a vLLM engine: as for the other face, and what is vLLM's own.
+"""The task that owns a vLLM engine: the driver of the Triton emulation, plus what is vLLM's own.
 
-Between the plan of a step and its work the adapters that it needs are read from their files, if the CPU cache has lost
-them. Files that are gone or broken by then are the end of the engine and of everything in it.
+Between the plan of a step and its computation, the adapters that it needs are read from their files if the CPU cache
+has lost them. If the files are missing or broken by then, the engine and everything in it ends.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from sidecar.lab.engine.openai.compute import ByContent, ByLlama
 from sidecar.lab.engine.openai.folder import BadAdapter
 from sidecar.lab.engine.openai.metrics import Metrics, Scheduled
 from sidecar.lab.engine.openai.prefix import PrefixCache
-from sidecar.lab.engine.openai.work import LENGTH, STOP, Asking, Token
+from sidecar.lab.engine.openai.work import LENGTH, STOP, SequenceWork, Token
 from sidecar.lab.engine.vllm import ENGINE_DIED
 
 
 class EngineDied(RuntimeError):
-    """The engine's process is over; the text says what of."""
+    """The engine's process has ended; the text says why."""
 
 
 class VllmDriver(Driver):
-    """Runs one vLLM engine in real time. Its works are `Asking`s, its progress is `Token`s."""
+    """Runs one vLLM engine in real time. Its works are `SequenceWork`s, its progress is `Token`s."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class VllmDriver(Driver):
 
     @property
     def is_dead(self) -> bool:
-        """Whether the engine has ended for good."""
+        """True if the engine has ended for good."""
         return self._broken is not None
 
     async def submit(self, work: Work) -> None:
-        """Hand a request to the engine. Raises BackendError when there is none any more."""
+        """Hand a request to the engine. Raises BackendError if the engine is dead."""
         copy = _copy_of(work)
         if copy is not None:
             copy.users += 1
         try:
             await super().submit(work)
         finally:
-            # A request that never became the engine's is not forgotten by it either.
+            # A request that the engine never took is not released by it either.
             if copy is not None and work.request_id not in self._works and not work.ended:
                 _leave(copy)
 
@@ -94,8 +94,8 @@ class VllmDriver(Driver):
 
     def _deliver(self, iteration: Iteration, tokens: dict[int, int]) -> None:
         now_ns = time.monotonic_ns()
-        works = {request_id: self._asking(request_id) for request_id in tokens}
-        ended = [request_id for request_id, token in tokens.items() if works[request_id].said.add(token)]
+        works = {request_id: self._sequence_of(request_id) for request_id in tokens}
+        ended = [request_id for request_id, token in tokens.items() if works[request_id].output.add(token)]
         endings = {ending.request_id: ending.reason for ending in self.engine.finish(iteration, now_ns, ended)}
         for request_id, token in tokens.items():
             work = works[request_id]
@@ -106,13 +106,13 @@ class VllmDriver(Driver):
             if reason is not None:
                 self._metrics.ended(work, reason)
                 self._forget(work, "done")
-            text = work.said.delta(reason is not None)
-            work.sink(Token(work, token, reason is not None, None, text, reason, work.said.stop_reason))
+            text = work.output.delta(reason is not None)
+            work.sink(Token(work, token, reason is not None, None, text, reason, work.output.stop_reason))
         for request_id in endings.keys() - tokens.keys():
-            self._loaded(self._asking(request_id))
+            self._loaded(self._sequence_of(request_id))
         self._fail(self.engine.drain_failures())
 
-    def _loaded(self, work: Asking) -> None:
+    def _loaded(self, work: SequenceWork) -> None:
         assert work.copy is not None
         work.copy.is_new = False
         self._forget(work, "done")
@@ -135,14 +135,14 @@ class VllmDriver(Driver):
         if copy is not None:
             _leave(copy)
 
-    def _asking(self, request_id: int) -> Asking:
+    def _sequence_of(self, request_id: int) -> SequenceWork:
         work = self._works[request_id]
-        assert isinstance(work, Asking)
+        assert isinstance(work, SequenceWork)
         return work
 
     def _scheduled(self) -> Scheduled:
-        """Who runs and who waits, and why. A request waits for a slot when others' adapters take all of them."""
-        works = [work for work in map(self._asking, self._works) if not work.is_load]
+        """Return what runs and what waits, and why. A request waits for a slot if other adapters take all of them."""
+        works = [work for work in map(self._sequence_of, self._works) if not work.is_load]
         running = [work for work in works if work.request_id in self._opened]
         waiting = [work for work in works if work.request_id not in self._opened]
         slots = {work.task_id for work in running if work.task_id is not None}
@@ -157,7 +157,7 @@ class VllmDriver(Driver):
 
 
 def _copy_of(work: Work) -> Copy | None:
-    assert isinstance(work, Asking)
+    assert isinstance(work, SequenceWork)
     return work.copy
 
 

@@ -1,8 +1,8 @@
-"""vLLM's metrics. They change when a step ends or requests leave, as the real ones do, and not when they are scraped.
+"""vLLM's metrics. Like the real ones they change when a step ends or requests leave, not when they are scraped.
 
-`vllm:lora_requests_info` has one series for each combination of labels that ever was, with the time at which it was so
-last; both lists name the adapters of the requests that have begun to answer. Neither those that only wait nor those
-that lie in a slot are told. A request that its client left counts as no kind of ending.
+`vllm:lora_requests_info` has one series for each combination of labels that ever occurred, with the time at which it
+last held. Both lists name the adapters of requests that have begun to answer; waiting requests and adapters that only
+hold a slot are not reported. A request whose client left counts as no kind of ending.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from sidecar.lab.engine.openai.prefix import PrefixCache
-from sidecar.lab.engine.openai.work import Asking
+from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.spec import EngineSpec
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -24,7 +24,7 @@ _REASONS = ("stop", "length", "abort", "error")
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Requests in the engine: those that run, those that wait for room, those that wait for an adapter's slot."""
+    """Requests in the engine: running, waiting for space, and waiting for an adapter's slot."""
 
     running: int
     waiting: int
@@ -34,7 +34,7 @@ class Scheduled:
 
 
 class Metrics:
-    """All families of one server; `scrape` gives them as text."""
+    """All metric families of one server."""
 
     def __init__(self, model: str, spec: EngineSpec) -> None:
         self._registry = CollectorRegistry()
@@ -66,7 +66,7 @@ class Metrics:
             self._success.labels(**self._labels, finished_reason=reason)
 
     def stepped(self, outputs: int, context_tokens: int, prefix: PrefixCache[Any], scheduled: Scheduled) -> None:
-        """A step is over; only one from which something came out is counted."""
+        """Account for a step; only one with output is counted."""
         self._queries.inc(prefix.queries - self._looked_up)
         self._hits.inc(prefix.hits - self._found)
         self._looked_up, self._found = prefix.queries, prefix.hits
@@ -78,7 +78,7 @@ class Metrics:
             self.scheduled(scheduled)
 
     def scheduled(self, scheduled: Scheduled) -> None:
-        """Who runs and who waits now."""
+        """Set the gauges of running and waiting requests."""
         self._running.set(scheduled.running)
         self._waiting.set(scheduled.waiting + scheduled.deferred)
         self._by_reason.labels(**self._labels, reason="capacity").set(scheduled.waiting)
@@ -87,8 +87,8 @@ class Metrics:
         names = ",".join(scheduled.adapters)
         self._loras.labels(self._max_lora, names, names).set_to_current_time()
 
-    def ended(self, work: Asking, reason: str) -> None:
-        """A request has its last token."""
+    def ended(self, work: SequenceWork, reason: str) -> None:
+        """Count a request that has its last token."""
         self._success.labels(**self._labels, finished_reason=reason).inc()
         self._first.observe((work.first_token_ns - work.arrival_ns) / 1e9)
         self._whole.observe((work.last_token_ns - work.arrival_ns) / 1e9)

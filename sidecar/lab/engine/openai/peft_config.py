@@ -1,4 +1,4 @@
-"""adapter_config.json as vLLM reads it: the fields that it believes, and those that it refuses an adapter for."""
+"""adapter_config.json as vLLM reads it: the fields that it believes, and those for which it refuses an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Lora:
-    """What of a configuration changes the answers."""
+    """The parts of a configuration that change the answers."""
 
     rank: int
     alpha: float
@@ -29,7 +29,7 @@ class Lora:
     is_rank_stabilized: bool = False
 
     def scale(self, path: str) -> float:
-        """Return what the change of a projection is multiplied by; `path` is the projection's name in the model."""
+        """Return the factor of a projection's change; `path` is the projection's name in the model."""
         rank = _match(self.ranks, path, self.rank)
         return float(_match(self.alphas, path, self.alpha) / (rank**0.5 if self.is_rank_stabilized else rank))
 
@@ -47,7 +47,7 @@ class Lora:
 def read_config(content: Any, max_rank: int | None) -> Lora:
     """Return what a configuration says. Raises ValueError with all causes for which vLLM refuses it.
 
-    Without `max_rank` only what is missing is refused.
+    Without `max_rank` only missing fields are refused.
     """
     if not isinstance(content, dict):
         raise ValueError(f"adapter_config.json holds a {type(content).__name__} instead of an object")
@@ -111,7 +111,7 @@ def _foreign_init(init: str) -> str:
 
 
 def _match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the first pattern's value that matches the end of a path at a dot."""
+    """Return the value of the first pattern that matches the end of a path at a dot."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value

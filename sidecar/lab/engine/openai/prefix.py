@@ -1,7 +1,7 @@
-"""vLLM's prefix cache: what blocks of tokens left behind, found again by their tokens, the adapter's name and its path.
+"""vLLM's prefix cache: the results of token blocks, keyed by the tokens, the adapter's name and its path.
 
-That an adapter's files have changed since does not show in the key: a block that the old weights made is taken for a
-prompt that the new ones read. Only whole blocks are kept, and the last token of a prompt is always computed.
+A change of an adapter's files does not change the key: a block computed with the old weights is used for a prompt read
+with the new ones. Only whole blocks are kept, and the last token of a prompt is always computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Owner = tuple[str, str] | None
 
 
 class PrefixCache(Generic[Kept]):
-    """So many blocks, the least recently used one goes first. `queries` and `hits` count tokens of prompts."""
+    """A cache of blocks with LRU eviction. `queries` and `hits` count tokens of prompts."""
 
     def __init__(self, tokens_per_block: int, blocks: int) -> None:
         self.tokens_per_block = tokens_per_block
@@ -29,7 +29,7 @@ class PrefixCache(Generic[Kept]):
         self._blocks: OrderedDict[bytes, Kept] = OrderedDict()
 
     def find(self, owner: Owner, prompt: Sequence[int]) -> list[Kept]:
-        """Return what the first blocks of a prompt left behind, as far as there is no gap."""
+        """Return the results of the first blocks of a prompt up to the first gap."""
         found: list[Kept] = []
         for key in self._keys(owner, prompt, (len(prompt) - 1) // self.tokens_per_block):
             if key not in self._blocks:
@@ -41,12 +41,12 @@ class PrefixCache(Generic[Kept]):
         return found
 
     def missing(self, owner: Owner, tokens: Sequence[int]) -> list[tuple[int, bytes]]:
-        """Return the whole blocks of a sequence that are not here, as their places and keys."""
+        """Return the whole blocks of a sequence that are not cached, as (position, key) pairs."""
         keys = self._keys(owner, tokens, len(tokens) // self.tokens_per_block)
         return [(place, key) for place, key in enumerate(keys) if key not in self._blocks]
 
     def keep(self, key: bytes, kept: Kept) -> None:
-        """Remember what a block leaves behind."""
+        """Keep the result of a block."""
         self._blocks[key] = kept
         while len(self._blocks) > self._room:
             self._blocks.popitem(last=False)

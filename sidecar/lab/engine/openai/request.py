@@ -1,6 +1,7 @@
-"""From a request's fields to sequences: the checks that vLLM makes, in its order and with its texts.
+"""From a request's fields to sequences: vLLM's checks, in its order and with its texts.
 
-Some it makes so late that a stream has begun: `Asked.fault` is what they found, and a stream says it as an event.
+Some checks run so late that a stream has begun: `EngineRequest.fault` holds their result, and a stream sends it as an
+event.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """What one HTTP request asks of the engine: prompts, `n` answers to each, and when they end; or what is wrong."""
+    """What one HTTP request asks of the engine: prompts, `n` answers to each, and their ends; or the late fault."""
 
     prompts: tuple[list[int], ...]
     max_tokens: tuple[int, ...]
@@ -30,7 +31,7 @@ class EngineRequest:
 
 
 def check_completion_body(content: object) -> None:
-    """Raise ApiError for what is refused before the fields are looked at."""
+    """Raise ApiError for what is refused before the fields are read."""
     if not isinstance(content, dict):
         return
     prompt = content.get("prompt")
@@ -46,7 +47,7 @@ def check_stream_options(content: object) -> None:
 
 
 def completion_of(fields: CompletionFields, spec: EngineSpec) -> EngineRequest:
-    """Return the sequences of a completion. Raises ApiError."""
+    """Return the engine request of a completion. Raises ApiError."""
     _refuse(fields, {"echo": fields.echo, "logprobs": fields.logprobs is not None})
     if fields.suffix:
         raise ApiError("suffix is only supported for models with FIM completion rendering", param="suffix")
@@ -56,7 +57,7 @@ def completion_of(fields: CompletionFields, spec: EngineSpec) -> EngineRequest:
 
 
 def chat_of(fields: ChatFields, spec: EngineSpec) -> EngineRequest:
-    """Return the sequences of a chat completion. Raises ApiError."""
+    """Return the engine request of a chat completion. Raises ApiError."""
     _refuse(fields, {"echo": fields.echo, "logprobs": bool(fields.logprobs)})
     if fields.tools and fields.tool_choice != "none":
         raise ApiError('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set')
@@ -146,7 +147,7 @@ def _fitting(tokens: list[int], spec: EngineSpec) -> list[int]:
 
 
 def _check_length(tokens: Sequence[int], spec: EngineSpec, is_text: bool) -> None:
-    """A text is read no further than one token past the limit, so how long it is nobody knows."""
+    """Check the length. A text is read no further than one token past the limit, so its true length is unknown."""
     longest = spec.longest_sequence_tokens
     count = min(len(tokens), longest + 1) if is_text else len(tokens)
     if count > longest:
@@ -161,7 +162,7 @@ def _check_length(tokens: Sequence[int], spec: EngineSpec, is_text: bool) -> Non
 
 
 def _refuse(fields: Sampling, given: dict[str, bool | None]) -> None:
-    """Refuse what this engine cannot do and an answer without it would not show."""
+    """Refuse what this engine cannot do if an answer without it would not show that."""
     given = given | {
         "prompt_logprobs": fields.prompt_logprobs is not None,
         "use_beam_search": fields.use_beam_search,

@@ -1,4 +1,4 @@
-"""Starting and stopping an emulated vLLM."""
+"""Start and stop an emulated vLLM."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sidecar.lab.engine.spec import EngineSpec
 from sidecar.pace.cost import A100_TABLE, CostModel
 
 WATCHDOG_S = 5.0
-"""How often vLLM looks whether its engine has died without a client that was told so."""
+"""How often vLLM checks whether its engine has died without a client being told."""
 _KEEP_ALIVE_S = 5
 
 
 class VllmServer:
-    """A running emulated vLLM; made by `serve_vllm`. When its engine dies it ends by itself."""
+    """A running emulated vLLM; made by `serve_vllm`. It ends by itself when its engine dies."""
 
     def __init__(self, options: VllmOptions, listening: socket.socket) -> None:
         self.options = options
@@ -53,16 +53,16 @@ class VllmServer:
 
     @property
     def engine(self) -> Engine:
-        """The engine model, to look at."""
+        """The engine model."""
         return self._driver.engine
 
     @property
     def served(self) -> list[Served]:
-        """The endings so far, oldest first, of load calls too; the last 100,000 are kept."""
+        """The endings so far, oldest first, including load calls; the last 100,000 are kept."""
         return list(self._log.last)
 
     async def start(self) -> None:
-        """Begin to take requests."""
+        """Start to take requests."""
         self._driving = asyncio.create_task(self._driver.run())
         self._serving = asyncio.create_task(self._http.serve(sockets=[self._socket]))
         self._watching = asyncio.create_task(self._watch())
@@ -72,14 +72,14 @@ class VllmServer:
             self._serving.result()
 
     async def failed(self) -> None:
-        """Wait until the server has ended because its engine died, and raise what of: EngineDied, or an error."""
+        """Wait until the server has ended because its engine died, and raise the cause: EngineDied or another error."""
         await asyncio.wait([self._serving])
         self._driving.result()
 
     async def stop(self, grace: float | None = None) -> None:
-        """Accept nothing new, give what runs `grace` seconds, then end it. Raises an error that ended the driver.
+        """Accept nothing new, let running requests continue for `grace` seconds, then end them.
 
-        That the engine died of an adapter is no error but what was asked for.
+        Raises an error that ended the driver, except EngineDied, which a test may have caused on purpose.
         """
         self._http.should_exit = True
         await asyncio.wait([self._serving], timeout=grace or 0)
@@ -95,7 +95,7 @@ class VllmServer:
                 raise ending
 
     def _end(self) -> None:
-        """A client was told that the engine is dead: the server goes too."""
+        """Stop the server after a client was told that the engine is dead."""
         self._http.should_exit = True
 
     async def _watch(self) -> None:
@@ -106,7 +106,7 @@ class VllmServer:
 
 
 class _Http(uvicorn.Server):
-    """A server in somebody else's event loop, whose signals are not its own."""
+    """A server in another program's event loop, which leaves signals alone."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -116,10 +116,10 @@ class _Http(uvicorn.Server):
 async def serve_vllm(options: VllmOptions) -> VllmServer:
     """Start an emulated vLLM and return when it takes requests.
 
-    Raises ValueError for options that contradict each other, OSError when a port is taken.
+    Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    # Named, so that asyncio switches Nagle's delay off.
+    # IPPROTO_TCP is named so that asyncio switches Nagle's delay off.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

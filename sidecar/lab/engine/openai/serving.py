@@ -1,7 +1,7 @@
-"""Generation over HTTP: a request's sequences go to the engine, what comes back goes to the client.
+"""Generation over HTTP: a request's sequences go to the engine, and their progress goes to the client.
 
-A client that leaves takes its sequences with it. The engine's end is a 500 before an answer has begun, and an event of
-the stream after that.
+When a client leaves, its sequences are cancelled. The engine's death is a 500 before an answer has begun, and an event
+of the stream afterwards.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from sidecar.lab.engine.openai.request import (
     check_stream_options,
     completion_of,
 )
-from sidecar.lab.engine.openai.work import Asking, Token, load_call
+from sidecar.lab.engine.openai.work import SequenceWork, Token, load_call
 from sidecar.lab.engine.vllm import ENGINE_DIED
 
 Answer = TypeVar("Answer")
 LEFT = Response(status_code=499)
-"""What nobody reads."""
+"""A response that no client reads."""
 
 
 class Serving:
@@ -70,12 +70,12 @@ class Serving:
         copy = self._find(fields)
         asked = chat_of(fields, self._driver.engine.spec)
         head = self._head("chatcmpl", request, fields)
-        # Without a place for the assistant's answer it goes on with the last message.
+        # Without a generation prompt the answer continues the last message.
         role = head.role if fields.add_generation_prompt else fields.messages[-1].role
         return await self._answer(request, fields, asked, copy, ChatBodies(replace(head, role=role)))
 
     async def put(self, copy: Copy) -> None:
-        """Bring an adapter to the engine. Raises ApiError when the engine does not take it."""
+        """Bring an adapter to the engine. Raises ApiError if the engine refuses it."""
         ended: asyncio.Queue[Progress] = asyncio.Queue()
         await self._submit([load_call(next(self._numbers), copy, ended.put_nowait)])
         progress = await ended.get()
@@ -116,10 +116,10 @@ class Serving:
 
     def _works(
         self, asked: EngineRequest, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]
-    ) -> list[Asking]:
+    ) -> list[SequenceWork]:
         lora = None if copy is None else LoraTensors(copy.number, None, None)
         return [
-            Asking(
+            SequenceWork(
                 request_id=next(self._numbers),
                 triton_id=head.answer_id,
                 model=head.model,
@@ -136,17 +136,19 @@ class Serving:
             for number in range(asked.n)
         ]
 
-    async def _whole(self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies) -> Response:
+    async def _whole(
+        self, works: Sequence[SequenceWork], progress: asyncio.Queue[Progress], bodies: Bodies
+    ) -> Response:
         last: dict[int, Piece] = {}
         async with aclosing(self._pieces(works, progress)) as pieces:
             async for piece in pieces:
                 last[piece.work.place] = piece
         ended = [last[work.place] for work in works]
-        whole = [Piece(p.work, p.work.tokens, p.work.said.text, p.finish_reason, p.stop_reason) for p in ended]
+        whole = [Piece(p.work, p.work.tokens, p.work.output.text, p.finish_reason, p.stop_reason) for p in ended]
         return Response(bodies.whole(works, whole), media_type="application/json")
 
     async def _stream(
-        self, works: Sequence[Asking], progress: asyncio.Queue[Progress], bodies: Bodies, fault: ApiError | None
+        self, works: Sequence[SequenceWork], progress: asyncio.Queue[Progress], bodies: Bodies, fault: ApiError | None
     ) -> AsyncGenerator[bytes]:
         begun: set[int] = set()
         try:
@@ -165,10 +167,10 @@ class Serving:
             yield error.event
         yield DONE
 
-    async def _pieces(self, works: Sequence[Asking], progress: asyncio.Queue[Progress]) -> AsyncGenerator[Piece]:
-        """Yield what the sequences have new until all have ended.
+    async def _pieces(self, works: Sequence[SequenceWork], progress: asyncio.Queue[Progress]) -> AsyncGenerator[Piece]:
+        """Yield the sequences' news until all have ended.
 
-        Raises ApiError for the engine's end. Closing this takes the sequences out of the engine.
+        Raises ApiError if the engine dies. Closing this cancels the sequences.
         """
         try:
             await self._submit(works)
@@ -178,14 +180,14 @@ class Serving:
                 token = _good(await progress.get())
                 tokens = held.setdefault(token.place, [])
                 tokens.append(token)
-                is_first = not token.asking.told
+                is_first = not token.sequence.sent
                 if token.final or is_first or len(tokens) >= self._options.stream_interval:
                     left -= token.final
                     yield _piece(held.pop(token.place))
         finally:
             self._driver.cancel([work.request_id for work in works if not work.ended])
 
-    async def _submit(self, works: Sequence[Asking]) -> None:
+    async def _submit(self, works: Sequence[SequenceWork]) -> None:
         try:
             await asyncio.gather(*map(self._driver.submit, works))
         except BackendError as error:
@@ -195,7 +197,7 @@ class Serving:
 class _Streamed(StreamingResponse):
     """A stream that is closed at once when its client leaves.
 
-    The library's own way to leave waits for a moment in which the stream has nothing to send; an engine without time
+    The library's own way waits for a moment in which the stream has nothing to send; an engine without simulated time
     has none.
     """
 
@@ -210,7 +212,7 @@ class _Streamed(StreamingResponse):
 
 
 def _good(progress: Progress) -> Token:
-    """Return a token. Raises ApiError for what a sequence failed with."""
+    """Return a token. Raises ApiError for a failed sequence."""
     if progress.error is not None:
         raise EngineDead() if progress.error == ENGINE_DIED else internal(progress.error)
     assert isinstance(progress, Token)
@@ -218,16 +220,16 @@ def _good(progress: Progress) -> Token:
 
 
 def _piece(tokens: Sequence[Token]) -> Piece:
-    """Return tokens of one sequence that go out together."""
+    """Join tokens of one sequence that are sent together."""
     last = tokens[-1]
-    work = last.asking
-    work.told += len(tokens)
+    work = last.sequence
+    work.sent += len(tokens)
     ids = [token.token for token in tokens if token.token is not None]
     return Piece(work, ids, "".join(token.text for token in tokens), last.finish_reason, last.stop_reason)
 
 
 async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """Return what an answer comes to; None when its client has gone before."""
+    """Return the result of an answer; None if its client left before."""
     tasks = answer, leaving = asyncio.create_task(answering), asyncio.create_task(_left(receive))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -235,12 +237,12 @@ async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer])
         is_over = answer.done()
         for task in (answer, leaving):
             task.cancel()
-        # What an answer that nobody waits for ends with is nobody's business.
+        # The result of an answer that no client waits for is ignored.
         await asyncio.gather(*tasks, return_exceptions=True)
     return answer.result() if is_over else None
 
 
 async def _left(receive: Receive) -> None:
-    """Return when the client has gone; its body has been read."""
+    """Return when the client has left; its body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

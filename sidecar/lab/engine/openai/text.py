@@ -1,7 +1,7 @@
-"""What one sequence has said so far: tokens to text as they come, and where a text ends.
+"""The text of one sequence: tokens to text as they come, and where a text ends.
 
-A character appears when its last byte is there. While stop strings are looked for, as many characters are held back
-as the longest of them could still take away.
+A character appears when its last byte is there. While stop strings are possible, as many characters are held back as
+the longest of them could still remove.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _UNFINISHED = "\ufffd"
 class Stops:
     """What ends an answer before its limit.
 
-    `end_id` None goes on past the end of the text. Below `min_tokens` nothing ends it. `keeps` leaves the stop string,
-    or the token that stopped, in the text.
+    With `end_id` None it continues past the end token. Below `min_tokens` nothing ends it. `keeps` leaves the stop
+    string or token in the text.
     """
 
     strings: tuple[str, ...] = ()
@@ -28,13 +28,13 @@ class Stops:
     keeps: bool = False
 
     def forbidden(self, generated: int) -> frozenset[int]:
-        """Return the tokens that may not come yet."""
+        """Return the tokens that are forbidden so far."""
         if generated >= self.min_tokens:
             return frozenset()
         return frozenset(self.token_ids if self.end_id is None else (*self.token_ids, self.end_id))
 
 
-class Said:
+class GeneratedText:
     """The tokens and the text of an answer. `stop_reason` is the stop string or token that ended it."""
 
     def __init__(self, stops: Stops) -> None:
@@ -43,11 +43,11 @@ class Said:
         self.stop_reason: str | int | None = None
         self._stops = stops
         self._pending = bytearray()
-        self._told = 0
+        self._sent = 0
         self._held_back = 0 if stops.keeps else max(map(len, stops.strings), default=1) - 1
 
     def add(self, token: int) -> bool:
-        """Take the next token; whether the answer ends with it."""
+        """Add the next token; return True if the answer ends with it."""
         stops = self._stops
         self.tokens.append(token)
         may_end = len(self.tokens) > stops.min_tokens
@@ -62,10 +62,10 @@ class Said:
         return (may_end and self._found(len(self.text) - before)) or stopped
 
     def delta(self, final: bool) -> str:
-        """Return the text that was not told yet; all of it with the last token."""
-        end = len(self.text) if final else max(self._told, len(self.text) - self._held_back)
-        told, self._told = self._told, end
-        return self.text[told:end]
+        """Return the text that was not sent yet; all of it with the last token."""
+        end = len(self.text) if final else max(self._sent, len(self.text) - self._held_back)
+        start, self._sent = self._sent, end
+        return self.text[start:end]
 
     def _read(self, token: int) -> None:
         if token >= BOS:
@@ -77,7 +77,7 @@ class Said:
             self._pending.clear()
 
     def _found(self, new: int) -> bool:
-        """Look for stop strings that end in the newest characters; the one that is complete first counts."""
+        """Look for stop strings that end in the newest characters; the one that completes first counts."""
         ends = []
         for place, string in enumerate(self._stops.strings):
             at = self.text.find(string, max(0, len(self.text) - new - len(string) + 1)) if new else -1

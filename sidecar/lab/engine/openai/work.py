@@ -1,4 +1,4 @@
-"""One sequence on its way through an emulated vLLM, or one load call, and what comes back from it."""
+"""One sequence in an emulated vLLM, or one load call, and its progress."""
 
 from __future__ import annotations
 
@@ -10,57 +10,57 @@ import numpy as np
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
 from sidecar.lab.engine.kserve.work import Progress, Work
 from sidecar.lab.engine.openai.adapters import Copy
-from sidecar.lab.engine.openai.text import Said, Stops
+from sidecar.lab.engine.openai.text import GeneratedText, Stops
 
 LENGTH, STOP = "length", "stop"
 
 
 @dataclass(frozen=True)
 class Token(Progress):
-    """A token that came out, with the text that it lets appear; the last one says why it is the last."""
+    """A token with the text that it completes; the last one has the reason for the end."""
 
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
     @property
-    def asking(self) -> Asking:
-        """The sequence whose token it is."""
-        assert isinstance(self.work, Asking)
+    def sequence(self) -> SequenceWork:
+        """The sequence of the token."""
+        assert isinstance(self.work, SequenceWork)
         return self.work
 
     @property
     def place(self) -> int:
-        """The sequence's number among those of its request."""
-        return self.asking.place
+        """The sequence's number in its request."""
+        return self.sequence.place
 
 
 @dataclass(eq=False, kw_only=True)
-class Asking(Work):
-    """A sequence that was asked for. `place` is its number among those of its request, `copy` its adapter's."""
+class SequenceWork(Work):
+    """A sequence of a request. `place` is its number in the request, `copy` its adapter."""
 
     copy: Copy | None = None
     stops: Stops = field(default_factory=Stops)
     bias: Mapping[int, float] = field(default_factory=dict)
     place: int = 0
-    said: Said = field(init=False)
+    output: GeneratedText = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.said = Said(self.stops)
+        self.output = GeneratedText(self.stops)
 
     @property
     def is_load(self) -> bool:
-        """Whether this is a load call."""
+        """True for a load call."""
         return self.brings_weights
 
 
-def load_call(number: int, copy: Copy, sink: Callable[[Progress], None]) -> Asking:
+def load_call(number: int, copy: Copy, sink: Callable[[Progress], None]) -> SequenceWork:
     """Return the request that brings an adapter to the engine: its rows, and no token."""
     assert copy.adapter is not None
     rows = np.array([[row.module_id, row.layer, row.rank] for row in copy.adapter.rows], np.int32).reshape(-1, 3)
     lora = LoraTensors(copy.number, np.empty(0, np.float32), rows)
-    return Asking(
+    return SequenceWork(
         request_id=number,
         triton_id=f"load-{copy.name}",
         model=copy.name,
