@@ -12,14 +12,13 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from sidecar.adapters.shared_memory import DIRECTORY
-from sidecar.backends.triton import transport
+from sidecar.backends.triton import kind, transport
 from sidecar.config import parse
 from sidecar.core.effects import Heal, Load
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused
 from sidecar.lab.engine.kserve import shared_memory
 from sidecar.proto import admin_pb2
-from sidecar.serve import pool
 from sidecar.serve.app import Sidecar
 from tests.kit.emulated import EngineProcess, channel_to, regions_of, running_engine
 from tests.kit.peft_files import write_adapter
@@ -287,7 +286,7 @@ async def test_an_adapter_over_the_message_cap_goes_where_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By gRPC it is refused with the number and the way out; by reference its size is no matter."""
-    for module in (pool, transport):
+    for module in (kind, transport):
         monkeypatch.setattr(module, "MESSAGE_BYTES_MAX", (1 << 16) + 1000)
     write_adapter(tmp_path / "big", seed=1)
     async with running_engine(**DUMMY) as engine:
