@@ -1,4 +1,4 @@
-"""The command line, `sidecar`. `commands` lists the commands; a file here has one of them, or a few."""
+"""The command line, `sidecar`. `commands` lists the commands; each other file implements one or a few of them."""
 
 from __future__ import annotations
 
@@ -37,19 +37,17 @@ def _print_version(wanted: bool) -> None:
 def options(
     show_version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print which version this is, and exit."
-        ),
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """What goes before any command."""
+    """The options that precede any command."""
 
 
 HOLD, HOLD_DEFAULT = "--hold", "1h"
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; what is expected to go wrong is told in one line."""
+    """Run one command and return its exit code; an expected failure prints one line."""
     as_json = "--json" in arguments
     try:
         code = get_command(app).main(with_times(arguments), prog_name="sidecar", standalone_mode=False)
@@ -68,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def with_times(arguments: Sequence[str]) -> list[str]:
-    """Return a command line in which a --hold that no time follows has one."""
+    """Return the command line with a duration added to a --hold that has none."""
     following = [*arguments[1:], "-"]
     return [
         f"{HOLD}={HOLD_DEFAULT}" if word == HOLD and after.startswith("-") else word
@@ -77,7 +75,7 @@ def with_times(arguments: Sequence[str]) -> list[str]:
 
 
 def _misused(error: Any, as_json: bool) -> int:
-    """Tell a usage error; a group that was called without a command shows its help."""
+    """Print a usage error; a group that was called without a command prints its help."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
         return Exit.MISUSED
@@ -87,13 +85,13 @@ def _misused(error: Any, as_json: bool) -> int:
 
 
 def _leave_quietly() -> int:
-    """Nobody reads on: let the interpreter's own flush at exit go nowhere."""
+    """Redirect stdout to /dev/null after a broken pipe, so that the interpreter's flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return Exit.FAILED
 
 
 def main() -> None:
-    """Run the command of this process's arguments; what a terminal cannot show is shown as "?"."""
+    """Run the command in this process's arguments; characters that the terminal cannot show are printed as "?"."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

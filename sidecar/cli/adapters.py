@@ -1,4 +1,4 @@
-"""`sidecar adapters list, show, evict, …`: where the weights are, and what an operator can do about it."""
+"""`sidecar adapters list, show, evict, …`: show where adapters' weights are, and move or drop them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _notes(adapter: Any) -> str | Text:
 
 @admin_command
 def show(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Show one adapter: its facts, its copies in the host store, and each backend's belief with age and source."""
+    """Show one adapter: its facts, its copies in the host store, and its state on each backend with age and source."""
     adapter = client.ask(client.adapters.Get, pb.AdapterRequest(name=name))
     if as_json:
         print_json(adapter)
@@ -129,7 +129,7 @@ def _belief(place: Any) -> tuple[str, str]:
 
 @admin_command
 def evict(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Drop an adapter's weights now. The name stays; the answer says what could not be done where."""
+    """Drop an adapter's weights now and keep its name; print where that was not possible."""
     _print_places(client.ask(client.adapters.Evict, pb.AdapterRequest(name=name)), as_json)
 
 
@@ -139,11 +139,11 @@ def prefetch(
     name: Name,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A backend to load it on as well; repeat it.", autocompletion=completing.backend_ids),
+        typer.Option(help="A backend to load it on as well; repeatable.", autocompletion=completing.backend_ids),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring an adapter into the host store, and onto the backends that are named."""
+    """Load an adapter into the host store, and onto the given backends."""
     request = pb.PrefetchRequest(name=name, backends=backend)
     _print_places(client.ask(client.adapters.Prefetch, request), as_json)
 
@@ -157,7 +157,7 @@ def _print_places(answer: Any, as_json: bool) -> None:
 
 @admin_command
 def unregister(client: Client, name: Name, hold: versions.Hold = "", as_json: AsJson = False) -> None:
-    """Take nothing new for a name, wait until what is under way is answered, then forget it."""
+    """Refuse new requests for a name, wait until its running ones end, then forget it."""
     request = pb.UnregisterRequest(name=name, hold_s=versions.seconds_of(hold))
     with working(f"waiting for requests of {name}"):
         answer = client.ask(client.adapters.Unregister, request, timeout_s=None)
@@ -175,13 +175,13 @@ def pin(client: Client, name: Name, as_json: AsJson = False) -> None:
 
 @admin_command
 def unpin(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Let the eviction policy have an adapter again."""
+    """Undo a pin: the eviction policy may evict the adapter again."""
     _print_done(client.ask(client.adapters.Unpin, pb.AdapterRequest(name=name)), "may be evicted again", as_json)
 
 
 @admin_command
 def release(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Lift a quarantine: the adapter's next load is its first, alone in the whole pool."""
+    """Lift a quarantine: the adapter's next load is tried alone in the whole pool."""
     _print_done(client.ask(client.adapters.Release, pb.AdapterRequest(name=name)), "is served again", as_json)
 
 

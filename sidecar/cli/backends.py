@@ -1,4 +1,4 @@
-"""`sidecar backends`: how the engines stand, and taking them out of service and back."""
+"""`sidecar backends`: show the engines' states, check them, and drain or restore them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sidecar.proto import admin_pb2 as pb
 ENGINE = "Engine"
 COLUMNS = ("BACKEND", "STATE", ">SEATS", ">QUEUED", ">PAGES", ">OPEN", ">RESIDENT", ">HEALS", "DETAIL")
 GOOD = ("up", "joining")
-"""States of a backend that serves, or is about to."""
+"""The states of a backend that serves, or is about to."""
 
 PACES = {
     "calibrated": "calibrated from its cost file",
@@ -82,7 +82,7 @@ def _pages(backend: Any) -> str:
 
 @admin_command
 def show(client: Client, backend: Identity, as_json: AsJson = False) -> None:
-    """Show one backend: seats, pages, open adapters, what is pinned by what, and its last heals."""
+    """Show one backend: seats, pages, open adapters, what pins them, and its last heals."""
     _print(client.ask(client.backends.Get, pb.BackendRequest(backend=backend)), as_json)
 
 
@@ -96,7 +96,7 @@ def check(
         ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A sidecar's configuration that has this backend.", rich_help_panel=ENGINE)
+        Path | None, typer.Option(help="A sidecar's configuration with this backend.", rich_help_panel=ENGINE)
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="The core model.", rich_help_panel=ENGINE, show_default="tensorrt_llm")
@@ -112,19 +112,19 @@ def check(
         Path | None, typer.Option(help="The base model's config.json or folder.", rich_help_panel=ENGINE)
     ] = None,
     adapters: Annotated[
-        Path | None, typer.Option(help="Folder of the PEFT adapters that it is to serve.", rich_help_panel=ENGINE)
+        Path | None, typer.Option(help="Folder of the PEFT adapters that it must serve.", rich_help_panel=ENGINE)
     ] = None,
     adapters_dir: Annotated[
         str | None,
         typer.Option(
-            help="Folder that the engine reads adapters from: PATH, or PATH:PATH on its side.", rich_help_panel=ENGINE
+            help="Folder from which the engine reads adapters: PATH, or PATH:ENGINE_PATH.", rich_help_panel=ENGINE
         ),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the API key of a vLLM.", rich_help_panel=ENGINE)
     ] = None,
     ca: Annotated[
-        Path | None, typer.Option(help="PEM file of the CA that signed whoever is asked.", rich_help_panel=PANEL)
+        Path | None, typer.Option(help="PEM file of the CA of the server's certificate.", rich_help_panel=PANEL)
     ] = None,
     certificate: Annotated[
         Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
@@ -141,11 +141,11 @@ def check(
     allow_cleartext: AllowCleartext = False,
     as_json: AsJson = False,
 ) -> int:
-    """Look at a live engine, check by check, and say what to change; exit 1 when something fails.
+    """Check a live engine step by step and say what to change; exit 1 if a check fails.
 
-    No sidecar need run. An engine that serves is not disturbed: a few requests of one token, two tiny adapters.
+    No sidecar need run. A serving engine is not disturbed: it gets a few one-token requests and two tiny adapters.
 
-    Without URL a running sidecar says of each of its backends whether it serves.
+    Without URL, ask a running sidecar whether each of its backends serves.
     """
     if url is None:
         variable = os.environ.get(CA_VARIABLE)
@@ -162,7 +162,7 @@ def check(
 
 
 def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
-    """Say of each backend whether it serves, and what is known of it and what is not."""
+    """Print for each backend whether it serves, and which of its facts are known."""
     backends = client.ask(client.backends.List, pb.ListBackendsRequest()).backends
     if as_json:
         print_json(list(backends))
@@ -178,7 +178,7 @@ def _seen_by_a_sidecar(client: Client, as_json: bool) -> int:
 
 @admin_command
 def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
-    """Send nothing new to a backend. What runs there ends there; what waits goes elsewhere."""
+    """Stop sending requests to a backend. Running ones end there; waiting ones go elsewhere."""
     answer = client.ask(client.backends.Drain, pb.BackendRequest(backend=backend))
     if as_json:
         print_json(answer)
@@ -188,7 +188,7 @@ def drain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
 
 @admin_command
 def undrain(client: Client, backend: Identity, as_json: AsJson = False) -> None:
-    """Take a drained backend back."""
+    """Return a drained backend to service."""
     answer = client.ask(client.backends.Undrain, pb.BackendRequest(backend=backend))
     if as_json:
         print_json(answer)
@@ -262,7 +262,7 @@ def _wait(backend: Any) -> str:
 
 
 def _page_facts(backend: Any, kind: Any) -> str:
-    """Say how many pages there are and in use."""
+    """Return the number of pages, and of pages in use."""
     in_use = sum(version.pages for version in backend.open)
     places = kind.pages.format(host=backend.host_pages or "?", device=backend.device_pages or "?")
     return f"{in_use} open, at most {backend.page_limit or '?'} at once; {places}"

@@ -1,4 +1,4 @@
-"""`sidecar calibrate`: how long an engine's steps take, from published measurements or from a run of your own."""
+"""`sidecar calibrate`: derive an engine's step times from published measurements or from a live run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sidecar.cli.show import AsJson, console, facts, print_json
 from sidecar.pace.cost import CostModel, cost_name
 from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, cost_table_text
 
-Told = Callable[[str, int, int], None]
+Advance = Callable[[str, int, int], None]
+"""Takes what is counted, the number done and the total."""
 
 
 def calibrate(
@@ -29,14 +30,14 @@ def calibrate(
         typer.Option(help="Measure a live run instead: its journal or data directory.", show_default=False),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="Which engine of the run, if it had several.", show_default=False)
+        str | None, typer.Option(help="The engine of the run, if it had several.", show_default=False)
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File to write; cost_MODEL_GPU_ENGINE.json unless given.", show_default=False)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a cost file: what emulated and simulated engines take their time from, and schedulers their estimates."""
+    """Write a cost file: the step times for emulated and simulated engines, and for schedulers' estimates."""
     if from_journal is not None:
         table, report, name = _from_journal(from_journal, backend, model, gpu, engine)
     else:
@@ -83,7 +84,7 @@ def _from_journal(
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     begun = path.with_name(f".{path.name}.unfinished")
     try:
         begun.write_text(text, "utf-8")
@@ -140,8 +141,8 @@ def _fit_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _telling() -> Iterator[Told]:
-    """Give a callback that draws a bar on stderr for each thing that is counted; it is silent when nobody looks."""
+def _telling() -> Iterator[Advance]:
+    """Yield a progress callback that draws a bar on stderr for each counter, if stderr is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield lambda what, done, total: None

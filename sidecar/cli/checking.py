@@ -1,4 +1,4 @@
-"""Commands that look before anything runs: `config check`, `policies check`."""
+"""Commands that check before anything runs: `config check`, `policies check`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from sidecar.config.backends import Backend as Entry
 
 CONTEXT_TOKENS = 1024
-"""The context of the request that a calibrated pace is told for."""
+"""The context length in tokens for which a calibrated pace is printed."""
 
 MARKS = {"eviction": "victims", "ordering": "choose", "routing": "pick", "prefetch": "advise"}
-"""The method that each kind of policy has and no other."""
+"""The method that only this kind of policy has."""
 
 
 def check_config(
     file: Annotated[Path, typer.Argument(help="Configuration file (YAML).", show_default=False)],
     connect: Annotated[
-        bool, typer.Option("--connect", help="Look at the engines themselves instead, at all of them side by side.")
+        bool, typer.Option("--connect", help="Check the engines themselves instead, all of them at the same time.")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Print the configuration as it would be served, defaults and environment included; exit 2 with what is wrong.
+    """Print the effective configuration, defaults and environment included; exit 2 with the fault.
 
-    With --connect each engine is looked at, as by `backends check URL`; exit 1 when something fails at one.
+    With --connect, check each engine, as `backends check URL` does; exit 1 if a check fails.
     """
     from sidecar.backends.registry import entries_of, full_record
     from sidecar.config import plugins
@@ -62,7 +62,7 @@ def check_config(
 
 
 def _paces(entries: Sequence[Entry]) -> Iterator[str]:
-    """Say of each backend what the promises about waits will rest on. Raises Misused for a bad cost file."""
+    """Return for each backend what its wait promises will rest on. Raises Misused for a faulty cost file."""
     from sidecar.serve.pool import facts_of
 
     facts = facts_of(entries)
@@ -82,7 +82,7 @@ def _paces(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
-    """Say of each backend what its kind needs and is not given."""
+    """Return for each backend the settings that its kind needs and the configuration omits."""
     from sidecar.backends.registry import kind_named
     from sidecar.serve.pool import facts_of
 
@@ -93,7 +93,7 @@ def _undeclared(entries: Sequence[Entry]) -> Iterator[str]:
 
 
 def _check_addresses(entries: Sequence[Entry]) -> None:
-    """Raise Misused for a backend whose one address is several engines', by DNS or else by the cluster."""
+    """Raise Misused for a backend whose address stands for several engines, by DNS or in the cluster."""
     from sidecar.discovery import several
     from sidecar.kubernetes import services
 
@@ -105,7 +105,7 @@ def _check_addresses(entries: Sequence[Entry]) -> None:
 
 
 def _check_files(config: Config, entries: Sequence[Entry]) -> None:
-    """Raise Misused for the first file that the configuration names and that is not there."""
+    """Raise Misused for the first file that the configuration names and that does not exist."""
     for key, path in _files(config, entries):
         if not Path(path).expanduser().is_file():
             raise Misused(Reason.CONFIG_INVALID, f"{key}: there is no file {path}")
@@ -140,7 +140,7 @@ def check_policy(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Run a policy through conformance, purity and a golden trace."""
+    """Check a policy for conformance, purity and a golden trace."""
     from sidecar.lab import conformance
 
     kind, cls = find_policy(name)
@@ -159,12 +159,12 @@ def check_policy(
 
 
 def find_policy(name: str) -> tuple[str, type[Any]]:
-    """Return a policy's kind and class. Raises Misused, or CommandError when the name could be several."""
+    """Return a policy's kind and class. Raises Misused, or CommandError if the name is ambiguous."""
     from sidecar.config import plugins
 
     if ":" in name:
         if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))  # as for `python -m`: a policy in a file beside you is found
+            sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: find a policy in the current directory
         cls = plugins.resolve("policy", name)
         kinds = [kind for kind, mark in MARKS.items() if hasattr(cls, mark)]
         if not kinds:

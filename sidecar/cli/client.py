@@ -1,4 +1,4 @@
-"""A connection to a running sidecar: how it is spoken to, and what its errors mean."""
+"""The connection to a running sidecar, and the messages for its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ANSWER_TIMEOUT_S = 30.0
 
 
 class Client:
-    """A connection to a sidecar; `ask` makes one call and waits for its answer."""
+    """A connection to a sidecar; `ask` makes one call and waits for the answer."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
@@ -80,7 +80,7 @@ def _read(path: Path | None) -> bytes | None:
 
 @contextmanager
 def connected(endpoint: Endpoint) -> Iterator[Client]:
-    """Give a client for a while; what a call fails with becomes a CommandError."""
+    """Yield a client; failed calls raise CommandError."""
     client = Client(endpoint)
     try:
         yield client
@@ -91,7 +91,7 @@ def connected(endpoint: Endpoint) -> Iterator[Client]:
 
 
 def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
-    """Say why a call failed: in the sidecar's own words, or that no sidecar was found."""
+    """Return the error for a failed call: the sidecar's own message, or that no sidecar was reached."""
     info, retry_after_ms = _details(error)
     if info is not None:
         details: dict[str, Any] = dict(sorted(info.metadata.items()))
@@ -104,10 +104,10 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
         cause = said.rpartition(": ")[2]
         return CommandError(f"cannot reach {where} {_why_unreached(cause, endpoint)}", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return CommandError(f"{where} took longer than it may to answer", Exit.UNREACHABLE, code=code.name)
+        return CommandError(f"{where} did not answer in time", Exit.UNREACHABLE, code=code.name)
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return CommandError(
-            f"what answers at {endpoint.address} is not {where}; {endpoint.option} names another address",
+            f"the server at {endpoint.address} is not {where}; {endpoint.option} names another address",
             Exit.UNREACHABLE,
             code=code.name,
         )
@@ -115,13 +115,13 @@ def call_failed(error: Any, endpoint: Endpoint) -> CommandError:
 
 
 def _why_unreached(cause: str, endpoint: Endpoint) -> str:
-    """Say what gRPC's words mean where they mean TLS, and the way out."""
+    """Return the reason and the way out for a failed connection, if gRPC's message means a TLS problem."""
     host = endpoint.address.rpartition(":")[0]
     if not endpoint.speaks_tls and (cause == "Socket closed" or "reset by peer" in cause):
         return f"({cause}): it may speak TLS; give the CA that signed it with --ca"
     if endpoint.speaks_tls and ("Hostname Verification" in cause or "Peer name" in cause):
         return f"by TLS: its certificate does not name {host}; give {endpoint.option} a name that it has"
-    if endpoint.speaks_tls and cause == "OK":  # gRPC's whole answer to a handshake that failed
+    if endpoint.speaks_tls and cause == "OK":  # gRPC's complete message for a failed handshake
         return "by TLS: the CA of --ca did not sign its certificate, or it does not speak TLS, or asks for --cert"
     return f'({cause}); start one with "sidecar serve" or name its address with {endpoint.option}'
 
@@ -134,7 +134,7 @@ def _details(error: Any) -> tuple[Any, int | None]:
     info, retry_after_ms = None, None
     try:
         status = rpc_status.from_call(error)
-    except ValueError:  # the details tell of another ending than the call: whoever is between us made a new one
+    except ValueError:  # the details belong to another error: a proxy replaced the call's
         status = None
     for detail in () if status is None else status.details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):

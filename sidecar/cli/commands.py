@@ -1,7 +1,7 @@
-"""Which commands there are. The file of a command is imported when that command is run or asked for its help.
+"""The table of commands. A command's file is imported only when the command runs or prints its help.
 
-So `sidecar queue` imports nothing of what `simulate` needs. Each file here imports at its top what all of its commands
-need; what one of them needs alone, and takes long to import, is imported in its function.
+So `sidecar queue` imports nothing that only `simulate` needs. Each file imports at its top what all of its commands
+need; a slow import that only one of them needs is in that command's function.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typer.main import get_command
 COMMANDS = {
     "serve": (
         "sidecar.cli.serving:serve",
-        "Serve adapters in front of engines until SIGTERM; then finish what is in flight and leave. Exit 70 says that "
-        "the sidecar failed and must be started anew.",
+        "Serve adapters in front of engines until SIGTERM, then finish running requests. Exit 70: the sidecar failed; "
+        "restart it.",
     ),
     "demo": (
         "sidecar.cli.demo:demo",
-        "Show it all on this machine: emulated engines, eight adapters, and clients that know names only.",
+        "Run a demo on this machine: emulated engines, eight adapters, and clients that know only names.",
     ),
     "emulate": (
         "sidecar.lab.engine.command:emulate",
@@ -30,39 +30,39 @@ COMMANDS = {
     ),
     "calibrate": (
         "sidecar.cli.calibrating:calibrate",
-        "Write a cost file: what emulated and simulated engines take their time from, and schedulers their estimates.",
+        "Write a cost file: the step times for emulated and simulated engines, and for schedulers' estimates.",
     ),
     "generate": (
         "sidecar.cli.generating:generate",
-        "Send a prompt to an adapter and print the answer as it comes.",
+        "Send a prompt to an adapter and print the answer as it arrives.",
     ),
     "queue": (
         "sidecar.cli.queue:queue",
-        "Say who waits, how long, against which bound, and why. The first line is the verdict.",
+        "Show which requests wait, how long, their bounds, and why. The first line is the verdict.",
     ),
     "replay": (
         "sidecar.cli.incidents:replay",
-        "Run a journal again; exit 1 if any step does not give the effects that were recorded.",
+        "Replay a journal; exit 1 if any step gives other effects than the recorded ones.",
     ),
     "simulate": (
         "sidecar.cli.simulating:simulate",
-        "Simulate a pool of engines and what stands before them: throughput, waits and bounds, in virtual time.",
+        "Simulate a pool of engines and the sidecar in front of it in virtual time: throughput, waits and bounds.",
     ),
     "plan": (
         "sidecar.cli.planning:plan",
-        "Plan a pool: engines, adapter slots, cache fractions and bytes that a load needs for what its users expect.",
+        "Plan a pool: the engines, adapter slots, cache fractions and bytes with which a load meets its goals.",
     ),
     "adapters promote": (
         "sidecar.cli.versions:promote",
-        "Let a name stand for one of its versions, or give that version a share of the requests.",
+        "Make one of a name's versions current, or give it a share of the requests.",
     ),
     "adapters rollback": (
         "sidecar.cli.versions:rollback",
-        "Undo the last promotion: end a share, or go back to the version before.",
+        "Undo the last promotion: end a canary, or make the previous version current.",
     ),
     "adapters refresh": (
         "sidecar.cli.versions:refresh",
-        "Have every engine take a fresh copy of a version, under a new task id.",
+        "Make every engine load a fresh copy of a version, under a new task id.",
     ),
     "adapters watch": (
         "sidecar.cli.versions:watch",
@@ -70,11 +70,11 @@ COMMANDS = {
     ),
     "adapters verify": (
         "sidecar.cli.verifying:verify",
-        "Ask the backends whether an adapter is really in force: exit 0 if it is.",
+        "Verify by the backends' answers that an adapter takes effect; exit 0 if it does.",
     ),
     "adapters register": (
         "sidecar.cli.registering:register",
-        "Check an adapter's files and let a name stand for them. New content is a new version.",
+        "Check an adapter's files and register them under a name. New content becomes a new version.",
     ),
     "adapters list": (
         "sidecar.cli.adapters:list_adapters",
@@ -82,19 +82,19 @@ COMMANDS = {
     ),
     "adapters show": (
         "sidecar.cli.adapters:show",
-        "Show one adapter: its facts, its copies in the host store, and each backend's belief with age and source.",
+        "Show one adapter: its facts, its copies in the host store, and its state on each backend with age and source.",
     ),
     "adapters evict": (
         "sidecar.cli.adapters:evict",
-        "Drop an adapter's weights now. The name stays; the answer says what could not be done where.",
+        "Drop an adapter's weights now and keep its name; print where that was not possible.",
     ),
     "adapters prefetch": (
         "sidecar.cli.adapters:prefetch",
-        "Bring an adapter into the host store, and onto the backends that are named.",
+        "Load an adapter into the host store, and onto the given backends.",
     ),
     "adapters unregister": (
         "sidecar.cli.adapters:unregister",
-        "Take nothing new for a name, wait until what is under way is answered, then forget it.",
+        "Refuse new requests for a name, wait until its running ones end, then forget it.",
     ),
     "adapters pin": (
         "sidecar.cli.adapters:pin",
@@ -102,15 +102,15 @@ COMMANDS = {
     ),
     "adapters unpin": (
         "sidecar.cli.adapters:unpin",
-        "Let the eviction policy have an adapter again.",
+        "Undo a pin: the eviction policy may evict the adapter again.",
     ),
     "adapters release": (
         "sidecar.cli.adapters:release",
-        "Lift a quarantine: the adapter's next load is its first, alone in the whole pool.",
+        "Lift a quarantine: the adapter's next load is tried alone in the whole pool.",
     ),
     "adapters inspect": (
         "sidecar.cli.folders:inspect",
-        "Show what a PEFT folder holds, what each engine dtype would make of it, and which backends could serve it.",
+        "Show the contents of a PEFT folder, its loss in each engine dtype, and which backends could serve it.",
     ),
     "adapters convert": (
         "sidecar.cli.folders:convert",
@@ -122,43 +122,43 @@ COMMANDS = {
     ),
     "backends show": (
         "sidecar.cli.backends:show",
-        "Show one backend: seats, pages, open adapters, what is pinned by what, and its last heals.",
+        "Show one backend: seats, pages, open adapters, what pins them, and its last heals.",
     ),
     "backends check": (
         "sidecar.cli.backends:check",
-        "Look at a live engine, check by check, and say what to change; exit 1 when something fails.",
+        "Check a live engine step by step and say what to change; exit 1 if a check fails.",
     ),
     "backends drain": (
         "sidecar.cli.backends:drain",
-        "Send nothing new to a backend. What runs there ends there; what waits goes elsewhere.",
+        "Stop sending requests to a backend. Running ones end there; waiting ones go elsewhere.",
     ),
     "backends undrain": (
         "sidecar.cli.backends:undrain",
-        "Take a drained backend back.",
+        "Return a drained backend to service.",
     ),
     "replicas list": (
         "sidecar.cli.replicas:list_replicas",
-        "List the replicas, as the one that is asked knows them: which backends each owns, and who leads.",
+        "List the replicas that this one knows: the backends that each owns, and the leader.",
     ),
     "config check": (
         "sidecar.cli.checking:check_config",
-        "Print the configuration as it would be served, defaults and environment included; exit 2 with what is wrong.",
+        "Print the effective configuration, defaults and environment included; exit 2 with the fault.",
     ),
     "policies check": (
         "sidecar.cli.checking:check_policy",
-        "Run a policy through conformance, purity and a golden trace.",
+        "Check a policy for conformance, purity and a golden trace.",
     ),
     "state migrate": (
         "sidecar.cli.state:migrate",
-        "Copy all names, with their versions, pins and log of changes, from a file to a Redis or back.",
+        "Copy all names, with their versions, pins and changes, from a file to Redis or back.",
     ),
     "debug capture": (
         "sidecar.cli.incidents:capture",
         "Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.",
     ),
 }
-"""By its words: the function that is the command, and what the help of its group says of it. That is the first
-paragraph of the function's docstring (a test compares the two), which need not be imported for it.
+"""Maps a command's words to its function and its line in the group's help. The line repeats the first paragraph of the
+function's docstring (a test compares the two), so that the help needs no import.
 """
 
 GROUPS = {
@@ -173,9 +173,9 @@ GROUPS = {
 
 
 class Group(TyperGroup):
-    """A group of commands that are imported one by one; `words` are the group's own, the root has none.
+    """A group of commands that are imported one by one; `words` is the group's path, empty for the root.
 
-    `commands` has no more than their names and help lines. `get_command` returns the command itself.
+    `commands` holds only names and help lines; `get_command` imports and returns a command.
     """
 
     def __init__(self, *, words: str = "", **attributes: Any) -> None:
@@ -204,7 +204,7 @@ class Group(TyperGroup):
         return outline.shell_complete(typer.Context(outline, info_name=ctx.info_name, parent=ctx.parent), incomplete)
 
     def _outline(self) -> TyperGroup:
-        """Return this group with commands that know their names and help lines only."""
+        """Return this group with placeholder commands that have only names and help lines."""
         outline = TyperGroup()
         vars(outline).update(vars(self))
         return outline
@@ -212,7 +212,7 @@ class Group(TyperGroup):
 
 @cache
 def imported(words: str) -> Any:
-    """Return the click command of these words."""
+    """Import and return the click command at these words."""
     module, _, name = COMMANDS[words][0].partition(":")
     alone = typer.Typer(add_completion=False)
     alone.command(words.rpartition(" ")[2])(getattr(import_module(module), name))

@@ -1,6 +1,6 @@
-"""Names that the shell completes: those of the adapters and backends of the sidecar that the command line names.
+"""Shell completion of adapters' and backends' names, from the sidecar that the command line names.
 
-A completer gets the options that were typed so far. Without an answer in time it offers nothing and prints nothing.
+A completer gets the options typed so far. Without an answer in time, it offers nothing and prints nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ANSWER_TIMEOUT_S = 1.0
 BASE = ("base", "the base model")
 
 Offer = tuple[str, str]
-"""A word that completes what was typed, and what it stands for."""
+"""A completion, and its description."""
 
 
 def adapter_names(ctx: typer.Context, incomplete: str) -> list[Offer]:
@@ -31,7 +31,7 @@ def adapter_names(ctx: typer.Context, incomplete: str) -> list[Offer]:
 
 
 def adapter_versions(ctx: typer.Context, incomplete: str) -> list[Offer]:
-    """Return the adapters' names, or once a name is there, its versions: sql@v7."""
+    """Return the adapters' names, or, after a complete name, its versions: sql@v7."""
     if "@" not in incomplete:
         return adapter_names(ctx, incomplete)
     return [
@@ -42,7 +42,7 @@ def adapter_versions(ctx: typer.Context, incomplete: str) -> list[Offer]:
 
 
 def models(ctx: typer.Context, incomplete: str) -> list[Offer]:
-    """Return what a request can be sent to: adapters, their versions, and the base model."""
+    """Return the possible targets of a request: adapters, their versions, and the base model."""
     return [*adapter_versions(ctx, incomplete), BASE]
 
 
@@ -58,8 +58,8 @@ def _adapters(ctx: typer.Context) -> Iterable[Any]:
 
 
 def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:
-    """Return the answer of the admin listener, None if there is none."""
-    os.environ["GRPC_VERBOSITY"] = "NONE"  # what gRPC would log of a listener that is not there stands in the prompt
+    """Return the admin listener's answer, or None."""
+    os.environ["GRPC_VERBOSITY"] = "NONE"  # gRPC would log an unreachable listener into the prompt
     try:
         with connected(_endpoint(ctx)) as client:
             return ask(client)
@@ -68,7 +68,7 @@ def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:
 
 
 def _endpoint(ctx: typer.Context) -> Endpoint:
-    """Return where the admin listener is, by the command's options, or by the environment if they are for another."""
+    """Return the admin listener's endpoint, from the options, or from the environment if they name another listener."""
     given = dict(ctx.params)
     if "token_file" not in given:  # a command for the data listener: `queue` is one for the admin listener
         files = {name: given[name] for name in ("ca", "certificate", "key") if given.get(name)}

@@ -1,4 +1,4 @@
-"""Where a sidecar is: its listeners, and the options of commands that talk to one of them."""
+"""A sidecar's listeners, and the options of commands that connect to one of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKEN_FILE_VARIABLE = "LORA_SIDECAR_TOKEN_FILE"
 CA_VARIABLE = "LORA_SIDECAR_CA"
 CLEARTEXT_VARIABLE = "LORA_SIDECAR_ALLOW_CLEARTEXT"
 CLIENT_VARIABLES = (SERVER_VARIABLE, ADMIN_VARIABLE, TOKEN_FILE_VARIABLE, CA_VARIABLE, CLEARTEXT_VARIABLE)
-"""Variables of client commands; they are no keys of the server's configuration."""
+"""Environment variables of client commands; they are not keys of the server's configuration."""
 PANEL = "Connection"
 
 Command = Callable[..., "int | None"]
@@ -41,12 +41,12 @@ class Endpoint:
 
 
 def admin_command(body: Command) -> Command:
-    """Make a function a command that talks to the admin listener; its first parameter is the `Client`."""
+    """Turn a function into a command that connects to the admin listener; its first parameter is the `Client`."""
     return _command(body, "admin", "--admin", ADMIN_DEFAULT, ADMIN_VARIABLE, (_TOKEN_FILE, *_TLS_FILES, _CLEARTEXT))
 
 
 def data_command(body: Command) -> Command:
-    """Make a function a command that talks to the data listener; its first parameter is the `Client`."""
+    """Turn a function into a command that connects to the data listener; its first parameter is the `Client`."""
     return _command(body, "data", "--server", SERVER_DEFAULT, SERVER_VARIABLE, _TLS_FILES)
 
 

@@ -1,4 +1,4 @@
-"""How commands end: the exit codes, and one line on stderr for what went wrong."""
+"""The exit codes of commands, and the one line on stderr for an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sidecar.errors import CRASHED_EXIT, Reason, SidecarError
 
 
 class Exit(IntEnum):
-    """What scripts can tell apart."""
+    """The exit codes, for scripts."""
 
     OK = 0
     FAILED = 1
@@ -24,7 +24,7 @@ class Exit(IntEnum):
 
 EXPLAINED = (
     "Exit codes: 0 done · 1 failed · 2 wrong usage or configuration · 3 the data directory is in use by another "
-    "process · 4 no sidecar answers · 70 the sidecar's own state could be trusted no more · 130 interrupted"
+    "process · 4 no sidecar answers · 70 the sidecar could no longer trust its own state · 130 interrupted"
 )
 
 _EXITS = {
@@ -36,10 +36,10 @@ _EXITS = {
 
 
 class CommandError(Exception):
-    """An ending that is told in one line.
+    """An error that is printed as one line.
 
-    `reason` is the one that a sidecar gave; without one the exit code's name stands for it. `details` are what a
-    machine may want beside it.
+    `reason` is the sidecar's reason; without one, the exit code's name is used. `details` are further fields for
+    machines.
     """
 
     def __init__(self, message: str, exit_code: Exit = Exit.FAILED, reason: str = "", **details: Any) -> None:
@@ -51,7 +51,7 @@ class CommandError(Exception):
 
 
 def command_error_of(error: SidecarError | OSError) -> CommandError:
-    """Return the ending for an error that happened in this process."""
+    """Return the CommandError for an exception of this process."""
     if isinstance(error, SidecarError):
         exit_code = _EXITS.get(error.reason, Exit.FAILED)
         return CommandError(error.message, exit_code, error.reason.value, **error.details)

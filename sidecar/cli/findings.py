@@ -1,4 +1,4 @@
-"""How the findings of a look at engines are drawn: a line a check, and a table of many backends."""
+"""Print the findings of engine checks: a line for each check, and a table of many backends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME_WIDTH = max(len(step.name) for kind in kinds() if kind.checks is not None f
 
 @dataclass
 class Report:
-    """What was found at one backend."""
+    """The findings at one backend."""
 
     backend: str
     url: str
@@ -34,15 +34,15 @@ class Report:
         return result_of(self.findings)
 
     def record(self) -> dict[str, Any]:
-        """Return it as JSON values."""
+        """Return the report as JSON values."""
         findings = [
             {"check": each.check, "state": each.state.value, "text": each.text, "fix": each.fix.splitlines()}
             for each in self.findings
         ]
         return {"backend": self.backend, "url": self.url, "result": self.result.value, "findings": findings}
 
-    def words(self) -> str:
-        """Return how many checks ended how."""
+    def summary(self) -> str:
+        """Return the number of checks by result, as text."""
         counts = Counter(finding.state for finding in self.findings)
         parts = (
             f"{counts[State.FAILED]} failed" if counts[State.FAILED] else "",
@@ -54,7 +54,7 @@ class Report:
 
 
 class Lines:
-    """Prints findings as they come; checks that are skipped one after another for one cause make one line."""
+    """Prints findings as they come; consecutive checks that are skipped for one cause share a line."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -70,7 +70,7 @@ class Lines:
         self._console.print(line(finding))
 
     def flush(self) -> None:
-        """Print what was skipped so far."""
+        """Print the checks skipped so far."""
         skipped, self._skipped = self._skipped, []
         if skipped:
             self._console.print(line(_together(skipped)))
@@ -84,7 +84,7 @@ def _together(skipped: Sequence[Finding]) -> Finding:
 
 
 def line(finding: Finding) -> RenderableType:
-    """Return a finding as a mark, a name and a text, and below them what to change."""
+    """Return a finding as a mark, a name and a text, with the changes to make below them."""
     style = STYLES[finding.state]
     made = Table.grid(padding=(0, 1, 0, 0))
     made.add_column(width=1)
@@ -107,7 +107,7 @@ def _fix(fix: str) -> RenderableType:
 
 
 def drawn(reports: Sequence[Report]) -> Iterator[RenderableType]:
-    """Yield what is wrong at each backend, and then a line for each."""
+    """Yield the problems of each backend, then a line for each backend."""
     for report in reports:
         troubles = list(_troubles(report.findings))
         if troubles:
@@ -125,4 +125,4 @@ def _row(report: Report) -> tuple[str | Text, ...]:
     state = report.result
     first = next((finding.check for finding in report.findings if finding.state is state), "")
     result = Text(f"{MARKS[state]} {state.value}", STYLES[state])
-    return report.backend, result, report.words(), "" if state is State.OK else first
+    return report.backend, result, report.summary(), "" if state is State.OK else first

@@ -1,4 +1,4 @@
-"""`sidecar adapters inspect` and `convert`: work on a PEFT folder here, without a sidecar."""
+"""`sidecar adapters inspect` and `convert`: commands on a local PEFT folder, without a sidecar."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ Base = Annotated[
 def inspect(
     source: Source,
     config: Annotated[
-        Path | None, typer.Option(help="A sidecar's configuration: its backends are asked, too.", show_default=False)
+        Path | None,
+        typer.Option(help="A sidecar's configuration: show which backends could serve it.", show_default=False),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a PEFT folder holds, what each engine dtype would make of it, and which backends could serve it."""
+    """Show the contents of a PEFT folder, its loss in each engine dtype, and which backends could serve it."""
     from sidecar.adapters.base_model import read_base_model
     from sidecar.adapters.inspect import inspect as inspect_folder
     from sidecar.backends.registry import entries_of

@@ -1,4 +1,4 @@
-"""`sidecar generate`: one request, its answer as it comes."""
+"""`sidecar generate`: send one request and print the answer as it arrives."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" reads stdin.', show_default=False)] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids instead of a prompt: 1,2,3.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens at most.")] = 128,
-    stats: Annotated[bool, typer.Option("--stats", help="Say on stderr where the answer came from.")] = False,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Ask for the whole answer at once.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print on stderr where the answer came from.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Request the whole answer at once.")] = False,
     temperature: Annotated[float | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
     top_k: Annotated[int | None, typer.Option(min=0, rich_help_panel=SAMPLING)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, rich_help_panel=SAMPLING)] = None,
@@ -52,21 +52,21 @@ def generate(
     request_id: Annotated[
         str,
         typer.Option(
-            help="What logs are to call it; made up if not given.", rich_help_panel=CALLER, show_default=False
+            help="Id of the request in logs; random if not given.", rich_help_panel=CALLER, show_default=False
         ),
     ] = "",
     deadline_ms: Annotated[
-        int, typer.Option(min=0, help="Of no use after so long; 0: never.", rich_help_panel=CALLER)
+        int, typer.Option(min=0, help="Deadline in milliseconds; 0: none.", rich_help_panel=CALLER)
     ] = 0,
     compare: Annotated[
-        str | None, typer.Option(help="Versions to ask side by side: sql@v7,sql@v8,base.", rich_help_panel=COMPARING)
+        str | None, typer.Option(help="Versions to compare: sql@v7,sql@v8,base.", rich_help_panel=COMPARING)
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file of prompts, one a line.", rich_help_panel=COMPARING)
+        Path | None, typer.Option(help="A file of prompts, one per line.", rich_help_panel=COMPARING)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Send a prompt to an adapter and print the answer as it comes."""
+    """Send a prompt to an adapter and print the answer as it arrives."""
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     fields: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     fields["class"] = klass
@@ -107,7 +107,7 @@ def _prompt(prompt: str | None, tokens: str | None) -> dict[str, Any]:
 
 
 def _print(messages: Iterable[Any]) -> Any:
-    """Write what comes as it comes; return where it came from."""
+    """Print the answer as it arrives; return its origin."""
     origin = None
     line_open = False
     try:
@@ -126,7 +126,7 @@ def _print(messages: Iterable[Any]) -> Any:
 
 
 def _collect(messages: Iterable[Any]) -> Any:
-    """Print the whole answer as one JSON object; return where it came from."""
+    """Print the whole answer as one JSON object; return its origin."""
     text, token_ids, origin = "", [], None
     for message in messages:
         text += message.text
@@ -137,7 +137,7 @@ def _collect(messages: Iterable[Any]) -> Any:
 
 
 def sentence(origin: Any) -> str:
-    """Say where an answer came from and what it took."""
+    """Return a sentence about an answer's origin and timing."""
     where = f" from {origin.backend}" if origin.backend else ""
     cache = CACHE_WORDS.get(origin.cache, origin.cache)
     if origin.load_ms:
@@ -151,7 +151,7 @@ def sentence(origin: Any) -> str:
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
-    """Return the one prompt, or the lines of a file. Raises CommandError when there is none, or both."""
+    """Return the one prompt, or the lines of a file. Raises CommandError for neither or both."""
     if (prompt is None) == (file is None):
         raise CommandError("--compare wants a prompt or --prompts FILE, one of the two", Exit.MISUSED)
     if file is None:
@@ -169,7 +169,7 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
 def _compare(
     client: Client, versions: Sequence[str], prompts: Sequence[str], fields: dict[str, Any], as_json: bool
 ) -> None:
-    """Ask every version each prompt and show what they say."""
+    """Send each prompt to every version and print the answers side by side."""
     for prompt in prompts:
         answers = {version: _answer(client, version, prompt, fields) for version in versions}
         reference = answers[versions[0]]
@@ -189,7 +189,7 @@ def _answer(client: Client, version: str, prompt: str, fields: dict[str, Any]) -
 
 
 def first_difference(reference: Sequence[str], answer: Sequence[str]) -> int | None:
-    """Return the index of the first token that differs, None for equal answers."""
+    """Return the index of the first token that differs, or None for equal answers."""
     for index, (left, right) in enumerate(zip(reference, answer, strict=False)):
         if left != right:
             return index

@@ -1,4 +1,4 @@
-"""Commands for after something went wrong: `debug capture` keeps it, `replay` runs it again and explains it."""
+"""Commands for incidents: `debug capture` writes one, `replay` replays a journal and explains a request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def capture(
-    last: Annotated[str, typer.Option(help="How much of the journal's end: 30s, 10m, 2h.")] = "10m",
+    last: Annotated[str, typer.Option(help="How much of the journal's end to include: 30s, 10m, 2h.")] = "10m",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write.", show_default="incident-TIME.tgz")
     ] = None,
@@ -36,7 +36,7 @@ def capture(
     ] = None,
     http: Annotated[
         str | None,
-        typer.Option(help="Address of its listener with the metrics.", show_default="the configuration's"),
+        typer.Option(help="Address of the listener that serves the metrics.", show_default="the configuration's"),
     ] = None,
     ca: Annotated[
         Path | None,
@@ -51,14 +51,12 @@ def capture(
         Path | None, typer.Option("--cert", help="PEM file of our own certificate.", rich_help_panel=PANEL)
     ] = None,
     key: Annotated[Path | None, typer.Option(help="PEM file of our own key.", rich_help_panel=PANEL)] = None,
-    redact_ids: Annotated[
-        bool, typer.Option("--redact-ids", help="Cut out the ids by which clients know their requests.")
-    ] = False,
+    redact_ids: Annotated[bool, typer.Option("--redact-ids", help="Remove clients' request ids.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write journal, redacted configuration, engines' configs, metrics and versions into one file; never a prompt.
 
-    The sidecar may run or be dead. What cannot be had is left out, and the file's manifest says why.
+    The sidecar may be running or dead. The file's manifest lists missing parts with the reasons.
     """
     from sidecar.incident.capture import capture as write
 
@@ -84,7 +82,7 @@ def _duration(text: str) -> timedelta:
 
 
 def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | None, tls: dict[str, str]) -> Any:
-    """Return what to capture: what is not named is looked for in the configuration, and that in the environment."""
+    """Return what to capture; sources that are not named come from the configuration, and that from the environment."""
     from sidecar.config import Config
     from sidecar.incident.capture import Wanted
     from sidecar.incident.parts import HttpListener, http_address
@@ -112,7 +110,7 @@ def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None,
     except Misused as error:
         if path is not None and not path.exists():
             raise
-        return None, (("config", error.message),)  # a broken one may be what went wrong
+        return None, (("config", error.message),)  # a broken configuration may be the incident
     if path is None and config == Config():
         if data is None:
             raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)
@@ -132,18 +130,18 @@ def replay(
         Path,
         typer.Argument(help="A journal segment, a journal, a data directory, or an incident.", show_default=False),
     ],
-    effects: Annotated[bool, typer.Option("--effects", help="Print each step's effects, a JSON line each.")] = False,
+    effects: Annotated[bool, typer.Option("--effects", help="Print each step's effects, one JSON line each.")] = False,
     explain: Annotated[
         str | None,
         typer.Option(
             metavar="ID",
-            help="Tell what this request waited for, moment by moment: its id, or its number.",
+            help="Explain what this request (its id or number) waited for, moment by moment.",
             show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Run a journal again; exit 1 if any step does not give the effects that were recorded."""
+    """Replay a journal; exit 1 if any step gives other effects than the recorded ones."""
     from sidecar.journal import replay as replaying
 
     if explain is None:

@@ -1,4 +1,4 @@
-"""`sidecar simulate --journal`: a live run's requests once more, at engines like those, under any policy."""
+"""`sidecar simulate --journal`: repeat a live run's requests with similar engines under any policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASE_NAMES = ("", "base")
 
 
 def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
-    """Return the runs that a journal and the options make, and the figures of what was. Raises Misused."""
+    """Return the runs that a journal and the options describe, and the live run's figures. Raises Misused."""
     setting, recorded = setting_of(path), list(arrivals_of(path))
     if not recorded or not setting.backends:
         raise Misused(Reason.CONFIG_INVALID, f"{path} has no {'backend' if recorded else 'request'} in it")
@@ -51,14 +51,14 @@ def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
 
 
 class _Load:
-    """A journal's arrivals as a simulation sends them. Those whose adapter nobody had registered are left out."""
+    """A journal's arrivals as a simulation sends them, without those whose adapter was not registered."""
 
     def __init__(self, setting: Setting, recorded: Sequence[Recorded]) -> None:
         self._setting = setting
         self.adapters: dict[str, Adapter] = {}
         self.arrivals: list[Arrival] = []
         self.names: dict[tuple[int, int], str] = {}
-        """What each recorded request asked for, by its life and number."""
+        """The adapter of each recorded request, by life and number."""
         self.guessed = 0
         self.left_out = 0
         self._answers = _Answers()
@@ -66,7 +66,7 @@ class _Load:
             self._answers.learn(each)
         shift_ns, before_ns = -recorded[0].at_ns, 0
         for each in recorded:
-            if each.at_ns + shift_ns < before_ns:  # another life of the process, with a clock of its own
+            if each.at_ns + shift_ns < before_ns:  # another life of the process, with its own clock
                 shift_ns = before_ns - each.at_ns
             before_ns = each.at_ns + shift_ns
             self._take_in(each, before_ns)
@@ -87,7 +87,7 @@ class _Load:
         self.arrivals.append(sent)
 
     def _name_of(self, reference: str) -> str | None:
-        """Return the name that a version goes by here, and keep it; None for one that nobody registered."""
+        """Return the simulated name of a version and note it, or None for an unregistered one."""
         name, _, selector = reference.partition("@")
         registered = self._setting.adapters.get(name)
         if registered is None:
@@ -112,7 +112,7 @@ class _Load:
 
 @dataclass
 class _Answers:
-    """How long answers were, of each adapter and in all."""
+    """The lengths of answers, by adapter and overall."""
 
     tokens: dict[str, int] = field(default_factory=dict)
     known: dict[str, int] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class _Answers:
                 self.known[key] = self.known.get(key, 0) + 1
 
     def expected(self, recorded: Recorded) -> int:
-        """Return the length of an answer; where it is not known the mean, and else what was asked for."""
+        """Return an answer's length; if unknown, the mean; without a mean, the requested length."""
         if recorded.output_tokens is not None:
             return recorded.output_tokens
         key = recorded.adapter if recorded.adapter in self.known else ""
@@ -157,7 +157,7 @@ def _pool_told(backends: dict[str, EngineFacts], engine: EngineSetup, is_alike: 
 
 
 def _sidecar(options: Options, order: str, config: CoreConfig) -> Sidecar | None:
-    """Return what stood before the engines, with what was said to be otherwise."""
+    """Return the live run's sidecar, with the options' changes."""
     if order == BARE:
         return None
     ran = Sidecar(
@@ -173,7 +173,7 @@ def _sidecar(options: Options, order: str, config: CoreConfig) -> Sidecar | None
     return replace(ran, **policies_said(options))
 
 
-# What was.
+# The live run.
 
 
 def _live(path: Path, recorded: Sequence[Recorded], load: _Load) -> Figures:

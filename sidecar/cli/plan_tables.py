@@ -1,4 +1,4 @@
-"""A plan as tables and sentences for people, made from the JSON object that scripts get."""
+"""Format a plan's JSON object as tables and sentences."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def summary(told: Record) -> str:
 
 
 def missed(told: Record) -> str:
-    """Return why there is no plan: what comes nearest and what binds."""
+    """Return why there is no plan: the nearest one and what limits it."""
     return (
         f"nothing that was tried meets {_wanted(told)}; nearest: {_pool(told['plan'])} ({_reached(told)}), bound by "
         f"{told['binds_because']}; what would help: {told['would_help']}"
@@ -36,7 +36,7 @@ def missed(told: Record) -> str:
 
 
 def engine_lines(told: Record) -> Iterator[tuple[str, str]]:
-    """Yield an engine's settings, and what they leave."""
+    """Yield an engine's settings, and the room that they leave."""
     plan = told["plan"]
     yield "engines", f"{plan['backends']:,}"
     fit = plan["adapters_fit"]
@@ -65,7 +65,7 @@ def sidecar_lines(told: Record) -> Iterator[tuple[str, str]]:
 
 
 def curve(told: Record) -> RenderableType:
-    """Return throughput and waits by slots, the plan marked."""
+    """Return throughput and waits by slots, with the plan marked."""
     rows = [
         [
             f"{point['slots']:,}{' ◄' if point['slots'] == told['plan']['slots'] else ''}",
@@ -86,7 +86,7 @@ def curve(told: Record) -> RenderableType:
 
 
 def trust(told: Record) -> Iterator[tuple[str, str]]:
-    """Yield what a plan rests on, and how far it can be trusted."""
+    """Yield the basis of a plan, and its uncertainty."""
     rests, samples = told["rests_on"], told["predicted"]["samples"]
     yield (
         "samples",
@@ -181,7 +181,7 @@ def _range(spread: Record, form: Any) -> str:
 
 
 def _seconds(value: float | None) -> str:
-    """Return a wait: of several minutes too in seconds, as limits are given."""
+    """Return a wait in seconds, even for several minutes, because limits are in seconds."""
     if value is None:
         return "no end"
     return f"{value:,.0f} s" if value >= 9.95 else duration(value)

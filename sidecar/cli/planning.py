@@ -1,4 +1,4 @@
-"""`sidecar plan`: how many engines, slots and bytes a load needs for what its users expect."""
+"""`sidecar plan`: find the engines, slots and bytes with which a load meets its goals."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plan(
     skew: Skew = None,
     drift: Drift = None,
     tenants: Tenants = None,
-    seeds: Annotated[str | None, of_load("One for each sample; a trace has as many stretches.", "1,2,3")] = None,
+    seeds: Annotated[str | None, of_load("A seed per sample; a trace is cut into as many parts.", "1,2,3")] = None,
     engine: Annotated[str | None, of_engines(f"{', '.join(ENGINES)}.", "trtllm")] = None,
     model: Model = None,
     gpu: Gpu = None,
@@ -79,9 +79,9 @@ def plan(
     model_config: Annotated[
         Path | None, of_engines("The model's config.json or its folder: it says how large an adapter is.")
     ] = None,
-    backends: Annotated[int | None, of_engines("So many engines, and no others are looked at.")] = None,
+    backends: Annotated[int | None, of_engines("Consider only pools of so many engines.")] = None,
     backends_max: Annotated[int, of_engines("No more engines than these.", str(BACKENDS_MAX))] = BACKENDS_MAX,
-    slots: Annotated[int | None, of_engines("So many slots, and no others are looked at.")] = None,
+    slots: Annotated[int | None, of_engines("Consider only so many slots.")] = None,
     seats: Seats = None,
     host_memory: Annotated[
         int | None, of_engines("Bytes of host memory for an engine's cache and the store.", str(HOST_MEMORY_BYTES))
@@ -93,10 +93,10 @@ def plan(
     plot: Annotated[Path | None, _output("Draw the curve into this file, .svg or .html; needs the extra lab.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Plan a pool: engines, adapter slots, cache fractions and bytes that a load needs for what its users expect.
+    """Plan a pool: the engines, adapter slots, cache fractions and bytes with which a load meets its goals.
 
-    Closed forms narrow what could be; the rest is simulated by the core that serves. Exit 1 says that nothing meets
-    the goal, with what comes nearest and what stands in the way.
+    Closed forms narrow the candidates; the rest are simulated with the core that serves. Exit 1: no pool meets the
+    goals; the output names the nearest one and what limits it.
     """
     goal = Goal(wait_p99_s=p99_wait, wait_max_s=wait_max, tokens_per_s=throughput)
     _check(emit, engine, lora_modules, plot, backends_max, host_memory)
@@ -129,7 +129,7 @@ def _check(
     backends_max: int,
     host_memory: int | None,
 ) -> None:
-    """Raise Misused for what is wrong whatever the load."""
+    """Raise Misused for options that are wrong for any load."""
     check_known("emit", emit, EMITTED)
     check_known("engine", engine, ENGINES)
     check_known("lora_modules", lora_modules, MODULES)
@@ -137,7 +137,7 @@ def _check(
     if host_memory is not None and host_memory < 1:
         raise Misused(Reason.CONFIG_INVALID, f"--host-memory {host_memory}: expected bytes, 1 or more")
     if plot is not None:
-        from sidecar.lab.plan.drawing import check_plot  # raises Misused where what draws is not installed
+        from sidecar.lab.plan.drawing import check_plot  # raises Misused if the plotting library is not installed
 
         check_plot(plot)
     planned = engine or "trtllm"
@@ -169,7 +169,7 @@ def _search(
 
 
 def _check_reachable(goal: Goal, asked_tokens_per_s: float | None) -> None:
-    """Raise Misused for more throughput than is asked for: no pool gives that."""
+    """Raise Misused for a throughput goal above the requested tokens, which no pool can reach."""
     wanted = goal.tokens_per_s
     if wanted is not None and asked_tokens_per_s is not None and wanted > 1.05 * asked_tokens_per_s:
         raise Misused(
@@ -201,7 +201,7 @@ def _show(told: Record, lines: str | None, plot: Path | None, as_json: bool) -> 
 
 @contextmanager
 def _telling() -> Iterator[Callable[[str], None]]:
-    """Give what tells on stderr what is being simulated. It is silent when nobody looks."""
+    """Yield a progress callback that shows on stderr what is being simulated, if stderr is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield lambda what: None

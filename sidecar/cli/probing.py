@@ -1,4 +1,4 @@
-"""`sidecar backends check URL` and `config check --connect`: look at live engines, without a running sidecar."""
+"""`sidecar backends check URL` and `config check --connect`: check live engines without a running sidecar."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a command line says of one engine: each wins over what the configuration says."""
+    """The command line's settings for one engine; each overrides the configuration's."""
 
     config: Path | None = None
     model: str | None = None
@@ -51,7 +51,7 @@ class Wanted:
     api_key_file: Path | None = None
 
     def applied_to(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Return a backend's section of the configuration with all this in it."""
+        """Return a backend's section of the configuration with these settings."""
         engine = {"config": _text(self.engine_config), "dtype": self.dtype}
         engine = {key: value for key, value in engine.items() if value is not None}
         given = {
@@ -76,7 +76,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
-    """Look at the engine at a URL, or at the configured backend of that id or URL; print a line for each check."""
+    """Check the engine at a URL, or the configured backend of that id or URL; print a line for each check."""
     config = Config() if wanted.config is None else resolve(wanted.config)
     record = wanted.applied_to(_record(url, config, wanted.config))
     (backend,) = entries_of(parse({"backends": [record]}, "the command line"), "the command line")
@@ -95,7 +95,7 @@ def check_url(url: str, wanted: Wanted, as_json: bool) -> Exit:
 
 
 def _record(url: str, config: Config, file: Path | None) -> dict[str, Any]:
-    """Return the section of the backend that is meant; without a configuration one that has the URL only."""
+    """Return the section of the chosen backend; without a configuration, a section with the URL only."""
     full = url if "://" in url else f"{next(iter(KINDS))}://{url}"
     if file is None:
         return {"url": full}
@@ -130,7 +130,7 @@ def _checks_of(backend: Backend) -> Checks | None:
 
 
 def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
-    """Read the shapes of the adapters in a folder; one that is wrong is told on stderr and left out."""
+    """Read the shapes of the adapters in a folder; a faulty one is reported on stderr and left out."""
     if folder is None:
         return ()
     found = []
@@ -147,14 +147,14 @@ def _served(folder: str | Path | None) -> tuple[Adapter, ...]:
 
 
 async def _unless_told_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await something; what was loaded for a look is taken away again when SIGTERM or Ctrl-C ends it."""
+    """Await the checks; if SIGTERM or Ctrl-C ends them, unload the adapters that they loaded."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         return await work
     except asyncio.CancelledError:
-        raise CommandError("ended before everything was looked at", Exit.INTERRUPTED) from None
+        raise CommandError("interrupted before all checks were done", Exit.INTERRUPTED) from None
 
 
 async def _show(target: Target, report: Report, as_json: bool) -> None:
@@ -168,12 +168,12 @@ async def _show(target: Target, report: Report, as_json: bool) -> None:
                     lines.show(finding)
     if lines is not None:
         lines.flush()
-        out.print(f"\n{target.id}: {report.words()}")
+        out.print(f"\n{target.id}: {report.summary()}")
 
 
 @contextmanager
 def _spinner(out: Console, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal which check is under way."""
+    """Show the running check, on a terminal."""
     if quiet or not out.is_terminal:
         yield lambda name: None
         return
@@ -182,9 +182,9 @@ def _spinner(out: Console, quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def check_all(config: Config, as_json: bool) -> Exit:
-    """Look at all the backends of a configuration side by side, and print what is wrong and a line for each."""
+    """Check all backends of a configuration concurrently; print the problems, and a line for each backend."""
     if not config.backends:
-        raise CommandError("no backend is configured, so there is nothing to connect to", Exit.MISUSED)
+        raise CommandError("no backend is configured: there is nothing to connect to", Exit.MISUSED)
     served = _served(config.adapters.serve)
     reports = asyncio.run(_unless_told_to_end(_look_at_all(config, served)))
     if as_json:
@@ -232,7 +232,7 @@ async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], b
 
 @contextmanager
 def _bars() -> Iterator[Callable[[Backend], Callable[[str], None]]]:
-    """Give a maker of progress callbacks, which draw a bar for each backend on stderr; they draw none unseen."""
+    """Yield a function that makes a progress callback for each backend: a bar on stderr, if that is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield lambda backend: lambda name: None

@@ -1,4 +1,4 @@
-"""`sidecar queue`: who waits, how long, against which bound, and why."""
+"""`sidecar queue`: show the waiting requests, how long they wait, their bounds, and why."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def queue(
         typer.Option(help="Only requests on this backend.", show_default=False, autocompletion=completing.backend_ids),
     ] = "",
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Requests listed, oldest first.")] = 20,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again until interrupted.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until interrupted.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between refreshes.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Say who waits, how long, against which bound, and why. The first line is the verdict."""
+    """Show which requests wait, how long, their bounds, and why. The first line is the verdict."""
     request = pb.QueueRequest(adapter=adapter, backend=backend, limit=limit)
 
     def look() -> Any:
@@ -67,7 +67,7 @@ def _watch(look: Any, interval_s: float) -> None:
 
 
 def shown(view: Any) -> RenderableType:
-    """Return the queue as people see it: verdict, requests, and how many more there are."""
+    """Return the queue as text: the verdict, the requests, and the number of further ones."""
     parts: list[RenderableType] = [Text(view.verdict, style="bold")]
     if view.requests:
         columns = (">WAITED", ">BOUND", ">EXPIRES", "ADAPTER", "TENANT", "CLASS", "BACKEND", "WHY", ">REQUEST", "ID")

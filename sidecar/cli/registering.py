@@ -1,4 +1,4 @@
-"""`sidecar adapters register`: let a name stand for a folder that the sidecar sees, for a URL, or for a folder here."""
+"""`sidecar adapters register`: register a folder that the sidecar sees, a URL, or a local folder under a name."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def register(
     path: Annotated[
         str, typer.Argument(help="PEFT folder, as the sidecar sees it, or the URL of one.", show_default=False)
     ],
-    allow: Annotated[list[str] | None, typer.Option(help="A tenant that may use it; repeat it. None: all.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A tenant that may use it; repeatable. Default: all.")] = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it in the host store.")] = False,
     pushed: Annotated[
-        bool, typer.Option("--push", help="Send the folder of this machine; the sidecar need not see it.")
+        bool, typer.Option("--push", help="Send a local folder, which the sidecar need not see.")
     ] = False,
-    label: Annotated[list[str] | None, typer.Option(help="key=value about this version; repeat it.")] = None,
-    stage: Annotated[bool, typer.Option("--stage", help="Add the version without moving the name.")] = False,
-    base: Annotated[str, typer.Option(help="The base model's name, if not the one it was trained under.")] = "",
+    label: Annotated[list[str] | None, typer.Option(help="key=value about this version; repeatable.")] = None,
+    stage: Annotated[bool, typer.Option("--stage", help="Add the version without making it current.")] = False,
+    base: Annotated[str, typer.Option(help="The base model's name, if the adapter's config names another one.")] = "",
     hold: versions.Hold = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check an adapter's files and let a name stand for them. New content is a new version."""
+    """Check an adapter's files and register them under a name. New content becomes a new version."""
     here = Path(path).expanduser()
     fields: dict[str, Any] = {"name": name, "allow": allow, "pin": pin, "stage": stage, "base": base}
     fields |= {"labels": versions.labels_of(label), "hold_s": versions.seconds_of(hold)}
@@ -65,7 +65,7 @@ def _registered(answer: Any) -> str:
     return f"{version} {done}: rank {adapter.rank}, {', '.join(adapter.modules)}, {digest}"
 
 
-# A folder that is sent.
+# Pushing a local folder.
 
 
 def _push(client: Client, folder: Path, **fields: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`sidecar replicas`: who there is, and who owns which backend."""
+"""`sidecar replicas`: show the replicas and the backends that each owns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.proto import admin_pb2 as pb
 
 @admin_command
 def list_replicas(client: Client, as_json: AsJson = False) -> None:
-    """List the replicas, as the one that is asked knows them: which backends each owns, and who leads."""
+    """List the replicas that this one knows: the backends that each owns, and the leader."""
     replicas = client.ask(client.replicas.List, pb.ListReplicasRequest()).replicas
     if as_json:
         print_json(list(replicas))
@@ -28,5 +28,5 @@ def _row(replica: Any) -> tuple[str, ...]:
     said += ["leads"] if replica.leads else []
     said += ["draining"] if replica.draining else []
     if replica.self and replica.forwards:
-        said.append(f"passed on {replica.forwards} requests, {replica.reroutes} of them again")
+        said.append(f"forwarded {replica.forwards} requests, {replica.reroutes} of them again")
     return replica.id, replica.address, owns or "nothing", f"{replica.weight:g}", "; ".join(said)

@@ -1,4 +1,4 @@
-"""`sidecar serve`: from options, environment and file to a serving process."""
+"""`sidecar serve`: run a serving process configured by options, environment and file."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 LISTENERS = "Listeners"
 FILES_BESIDE = 1024
-"""For engines, the registry, adapters that are read, and connections beyond a listener's limit, which are closed."""
+"""Files for engines, the registry, adapters being read, and connections beyond a listener's limit, which are closed."""
 CRASH_S = 6.0
-"""How long a process that has crashed may take to end: then it is ended, whatever holds it up."""
+"""How long a crashed process may take to end before it is killed."""
 
 
 def serve(
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).", show_default=False)] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="An engine, triton://HOST:PORT or vllm://HOST:PORT; repeat it.", show_default=False),
+        typer.Option(help="An engine, triton://HOST:PORT or vllm://HOST:PORT; repeatable.", show_default=False),
     ] = None,
     adapters: Annotated[
         str | None, typer.Option(help="Folder; each PEFT subfolder becomes a name.", show_default=False)
@@ -45,7 +45,7 @@ def serve(
     adapters_dir: Annotated[
         str | None,
         typer.Option(
-            help="Folder that engines read adapters from, as vLLM does: PATH, or PATH:PATH on their side.",
+            help="Folder from which engines such as vLLM read adapters: PATH, or PATH:ENGINE_PATH.",
             show_default=False,
         ),
     ] = None,
@@ -73,16 +73,14 @@ def serve(
     ] = None,
     admin_token_file: Annotated[
         str | None,
-        typer.Option(
-            help="Tokens that operators must send, one a line.", rich_help_panel=LISTENERS, show_default=False
-        ),
+        typer.Option(help="File of operators' tokens, one per line.", rich_help_panel=LISTENERS, show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line, and errors, as JSON.")] = False,
 ) -> None:
-    """Serve adapters in front of engines until SIGTERM; then finish what is in flight and leave. Exit 70 says that the
-    sidecar failed and must be started anew.
+    """Serve adapters in front of engines until SIGTERM, then finish running requests. Exit 70: the sidecar failed;
+    restart it.
 
-    Options win over the environment (LORA_SIDECAR_STORE__MEMORY_BYTES), which wins over the file.
+    Options override the environment (LORA_SIDECAR_STORE__MEMORY_BYTES), which overrides the file.
     """
     options = {
         "backends": _backends(backend or [], adapters_dir),
@@ -99,7 +97,7 @@ def serve(
 
 
 def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]] | None:
-    """Return the sections of engines that are named by their URLs. Raises Misused for a folder without an engine."""
+    """Return the sections of engines given by URL. Raises Misused for a folder without an engine."""
     if adapters_dir is None:
         return [{"url": url} for url in urls] or None
     if not urls:
@@ -110,7 +108,7 @@ def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]]
 
 
 def shared_folder(text: str) -> dict[str, str]:
-    """Return a folder as the configuration names it, from PATH or PATH:PATH on the engine's side."""
+    """Return a folder's section of the configuration, from PATH or PATH:ENGINE_PATH."""
     ours, _, engine = text.partition(":")
     ours = str(Path(ours).expanduser().absolute())
     return {"ours": ours, "engine": engine or ours}
@@ -165,7 +163,7 @@ async def _serve(config: Config, as_json: bool) -> None:
     crash.then(lambda _: crashed.set())
     threading.Thread(target=_end_for_certain, args=(crashed,), name="end for certain", daemon=True).start()
     logs = configure_logging(config.log_format)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every scrape of an engine's metrics
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs every scrape of an engine's metrics
     open_files_for(config)
     try:
         sidecar = await Sidecar.start(config, crash=crash)
@@ -177,8 +175,9 @@ async def _serve(config: Config, as_json: bool) -> None:
 
 
 def open_files_for(config: Config) -> None:
-    """Let the process open a file for each connection that its listeners may take, as far as the hard limit goes: a
-    process without a file left accepts nobody on any listener, the one for probes included.
+    """Raise the limit of open files to one for each connection that the listeners may take, up to the hard limit.
+
+    A process without a free file accepts no connection on any listener, not even probes.
     """
     listeners = config.listeners
     taken = (each.connections_max for each in (listeners.data, listeners.admin, listeners.http, listeners.probes))
@@ -197,22 +196,22 @@ def open_files_for(config: Config) -> None:
 
 
 def _end_for_certain(crashed: threading.Event) -> None:
-    """End the process some time after a crash: neither a task that hangs nor another thread keeps it."""
+    """Kill the process some time after a crash, even if a task or another thread hangs."""
     crashed.wait()
     time.sleep(CRASH_S)
     os._exit(Exit.CRASHED)
 
 
 def _spare_collections() -> None:
-    """Leave what start-up made out of every later garbage collection: a full one over all modules takes 40–80 ms,
-    and the event loop, and with it every stream, would stand still for as long.
+    """Exclude the objects of start-up from garbage collection: a full collection over all modules takes 40–80 ms,
+    during which the event loop, and with it every stream, would stall.
     """
     gc.collect()
     gc.freeze()
 
 
 def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
-    """Return the line that whoever started this process waits for."""
+    """Return the ready line, which the starter of this process waits for."""
     addresses = {
         "data": sidecar.data_address,
         "admin": sidecar.admin_address,
@@ -232,7 +231,7 @@ def _ready(sidecar: Any, config: Config, as_json: bool) -> str:
 
 
 def _run(serving: Any) -> None:
-    """Run on uvloop where there is one: it takes some tenths off the cost of a message."""
+    """Run on uvloop if it is installed: it makes a message some tenths cheaper."""
     try:
         import uvloop
     except ImportError:

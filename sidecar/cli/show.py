@@ -1,4 +1,4 @@
-"""How results look: tables for people, JSON for scripts."""
+"""Print results: tables for people, JSON for scripts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from rich.text import Text
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
 WIDTH_UNBOUNDED = 10_000
-"""Into a pipe or a file nothing is wrapped: whoever reads it there cuts columns, not lines."""
+"""The width of a pipe or a file: nothing is wrapped, so that tools can cut columns."""
 
 GAP = 2
 """Blanks between two columns."""
 
 FOLDED_WIDTH_MIN = 30
-"""Below which a column is not folded but stands below its row."""
+"""A column that would be narrower is not folded but moved below its row."""
 
 
 def console() -> Console:
-    """Return a console on stdout that takes text as it is: no markup, no highlighting."""
+    """Return a console on stdout that prints text as it is: no markup, no highlighting."""
     return Console(width=None if sys.stdout.isatty() else WIDTH_UNBOUNDED, markup=False, highlight=False, emoji=False)
 
 
@@ -60,10 +60,10 @@ def print_json(value: Any, indent: int | None = 2) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
-    """Return a table without lines; a column whose name begins with ">" is set to the right.
+    """Return a table without rules; a column whose name begins with ">" is right-aligned.
 
-    Where the terminal is too narrow the last column is folded, and where that leaves it too little, the columns that do
-    not fit stand below their row. No other cell is broken, so that ids and names can be copied.
+    On a narrow terminal, the last column is folded; if that is not enough, columns that do not fit move below their
+    row. No other cell is broken, so that ids and names can be copied.
     """
     return _Table(columns, [[Text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows])
 
@@ -95,7 +95,7 @@ class _Table:
             yield from self._below(row, kept, options.max_width - GAP)
 
     def _below(self, row: Sequence[Text], kept: int, width: int) -> Iterator[RenderableType]:
-        """Yield the cells that do not fit beside the others, named, as many on a line as it holds."""
+        """Yield the cells that do not fit in the row, with their names, as many per line as fit."""
         line = Text()
         for name, cell in zip(self._names[kept:], row[kept:], strict=True):
             if cell.plain in ("", "-"):
@@ -109,7 +109,7 @@ class _Table:
             yield _indented(line, width)
 
     def _width(self, count: int) -> int:
-        """Return what so many columns take."""
+        """Return the width of the first `count` columns."""
         return sum(self._widths[:count]) + GAP * max(count - 1, 0)
 
     def _grid(self) -> Table:
@@ -122,7 +122,7 @@ class _Table:
         return made
 
     def _line(self, cells: Sequence[Text]) -> Text:
-        """Return the first cells of a row, or of the head, one below the other."""
+        """Return the first cells of a row or of the head."""
         line = Text(no_wrap=True, overflow="ignore")
         for index, cell in enumerate(cells):
             room = " " * (self._widths[index] - cell.cell_len)
@@ -133,7 +133,7 @@ class _Table:
 
 
 def _indented(line: Text, width: int) -> RenderableType:
-    """Return a line a little to the right; a longer one is folded between words, one word never."""
+    """Return an indented line, folded between words if it is too long."""
     if line.cell_len > width and line.plain.count(" ") == 1:
         line.no_wrap, line.overflow = True, "ignore"
         return line
@@ -142,7 +142,7 @@ def _indented(line: Text, width: int) -> RenderableType:
 
 
 def facts(pairs: Iterable[tuple[str, str | Text]]) -> Table:
-    """Return names and values below each other; what has no value is left out."""
+    """Return names and values below each other, without those that have no value."""
     made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
@@ -153,7 +153,7 @@ def facts(pairs: Iterable[tuple[str, str | Text]]) -> Table:
 
 
 def titled(title: str, content: RenderableType) -> Iterator[RenderableType]:
-    """Yield a blank line, a title and what stands under it."""
+    """Yield a blank line, a title and its content."""
     yield ""
     yield Text(title, style="bold underline")
     yield content
@@ -165,7 +165,7 @@ def bad(text: str) -> Text:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on stderr that something takes its time; nothing when nobody looks."""
+    """Show a spinner on stderr, if that is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield
@@ -176,7 +176,7 @@ def working(what: str) -> Iterator[None]:
 
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a progress callback (bytes done, bytes in all) that draws a bar on stderr; none when nobody looks."""
+    """Yield a progress callback (bytes done, total) that draws a bar on stderr, or None if that is no terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield None
@@ -191,7 +191,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def size(size_bytes: int) -> str:
-    """Return bytes as people read them, in decimal units."""
+    """Format bytes in decimal units."""
     if size_bytes < 1000:
         return f"{size_bytes} B"
     value = float(size_bytes)
@@ -203,7 +203,7 @@ def size(size_bytes: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people read it."""
+    """Format a duration in readable units."""
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 120:

@@ -1,4 +1,4 @@
-"""`sidecar simulate`: what a pool would do with a load, in virtual time, by the core that runs in production."""
+"""`sidecar simulate`: simulate a pool under a load in virtual time, with the core that runs in production."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from sidecar.lab.sim.simulate import simulate as run_simulation
 from sidecar.lab.sim.tables import Figures, meaning, over, tables, title
 
 Beginning = Callable[[str, int], Callable[[int], None] | None]
-"""Told a run's label and how many requests it has; gives who is told how many of them have ended."""
+"""Takes a run's label and its number of requests; returns a callback that takes the number of ended ones, or None."""
 
 
 def _names(kind: str) -> str:
@@ -63,7 +63,7 @@ def simulate(
         of_load("CSV of arrival_s,adapter,input_tokens,output_tokens[,tenant], gzip too, instead of a workload."),
     ] = None,
     journal: Annotated[
-        Path | None, of_load("A live run's journal, data directory or incident: what would it have been, with --order?")
+        Path | None, of_load("A live run's journal, data directory or incident, to repeat its load.")
     ] = None,
     adapters: Adapters = None,
     requests: Annotated[int | None, of_load("Requests in all.", "1024; all of a trace")] = None,
@@ -72,8 +72,8 @@ def simulate(
     load: Annotated[
         float | None,
         of_load(
-            "The same as a share of capacity: of the tokens/s that the engines would give if every adapter had a slot "
-            "and the backlog no end, over the tokens of an answer."
+            "The rate as a share of capacity: of the tokens/s of the engines if every adapter had a slot and the "
+            "backlog were endless, divided by the tokens of an answer."
         ),
     ] = None,
     arrival_cv: ArrivalVariation = None,
@@ -85,8 +85,8 @@ def simulate(
     skew: Skew = None,
     drift: Drift = None,
     tenants: Tenants = None,
-    seed: Annotated[int | None, of_load("What is random comes from it.", "1")] = None,
-    seeds: Annotated[str | None, of_load("Several, one after the other: 1,2,3.")] = None,
+    seed: Annotated[int | None, of_load("Seed of everything random.", "1")] = None,
+    seeds: Annotated[str | None, of_load("Several seeds, run one after the other: 1,2,3.")] = None,
     engine: Annotated[str | None, of_engines(f"{', '.join(FLAVOURS)}.", "trtllm_no_evict")] = None,
     model: Model = None,
     gpu: Gpu = None,
@@ -98,7 +98,7 @@ def simulate(
     host_slots: Annotated[int | None, of_engines("Adapters that fit the host cache of each.", "1024")] = None,
     seats: Seats = None,
     rank: Annotated[
-        int | None, of_engines("Rank that the engine is built for, and of the adapters.", "16; the largest of --ranks")
+        int | None, of_engines("Rank of the adapters, and the engine's maximum.", "16; the largest of --ranks")
     ] = None,
     ranks: Ranks = None,
     lora_modules: Annotated[
@@ -108,24 +108,24 @@ def simulate(
     order: Annotated[
         str | None, _sidecar(f"{_names('ordering')}, or {BARE}: the bare engine.", Sidecar.ordering)
     ] = None,
-    compare: Annotated[str | None, _sidecar(f"Several on the same arrivals, side by side: {BARE},skip.")] = None,
+    compare: Annotated[str | None, _sidecar(f"Several orders on the same arrivals, side by side: {BARE},skip.")] = None,
     route: Annotated[str | None, _sidecar(f"{_names('routing')}.", Sidecar.routing)] = None,
     store: Annotated[str | None, _sidecar(f"Eviction from the store: {_names('eviction')}.", Sidecar.eviction)] = None,
     store_bytes: Annotated[int | None, _sidecar("Size of the store.", str(Sidecar.store_bytes))] = None,
     prefetch: Annotated[str | None, _sidecar(f"{_names('prefetch')}.", Sidecar.prefetch)] = None,
     wait_limit: Annotated[
         float | None,
-        _sidecar("Seconds that a request may wait; who would wait longer is refused.", "600; a closed loop: for ever"),
+        _sidecar("Longest wait in seconds; longer ones are refused.", "600; a closed loop: for ever"),
     ] = None,
     patience: Annotated[
-        float | None, _sidecar("Seconds that one waits before others are held back for it.", "20")
+        float | None, _sidecar("Seconds that a request waits before others are held back for it.", "20")
     ] = None,
     report: Annotated[Path | None, _output("Write a page with plots into this directory; needs the extra lab.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Simulate a pool of engines and what stands before them: throughput, waits and bounds, in virtual time.
+    """Simulate a pool of engines and the sidecar in front of it in virtual time: throughput, waits and bounds.
 
-    Left alone it is SqueezeBits' measurement: Llama-3.1-8B on an A100, 64 adapters in turn, 1,024 tokens in and out,
+    The defaults repeat SqueezeBits' measurement: Llama-3.1-8B on an A100, 64 adapters in turn, 1,024 tokens in and out,
     256 seats, 256 requests in flight. The core and its policies are those that serve; the engine is the emulated one.
     """
     options = Options(
@@ -149,7 +149,7 @@ def simulate(
 
 
 def _writing(directory: Path) -> Callable[[Sequence[Result], Path], Path]:
-    """Return what writes a report. Raises Misused, before anything is simulated, where none could be written."""
+    """Return a function that writes a report. Raises Misused, before any simulation, if none could be written."""
     if directory.exists() and not directory.is_dir():
         raise Misused(Reason.CONFIG_INVALID, f"--report {directory}: expected a directory, and it is a file")
     from sidecar.lab.sim.report import write_report
@@ -158,7 +158,7 @@ def _writing(directory: Path) -> Callable[[Sequence[Result], Path], Path]:
 
 
 def _runs(options: Options, journal: Path | None) -> tuple[Sequence[Run], Figures | None]:
-    """Return what to simulate, and the figures of the live run whose journal is named."""
+    """Return the runs to simulate, and the figures of the live run, if a journal is given."""
     if journal is None:
         return list(runs_of(options)), None
     from sidecar.cli.journaled import journaled
@@ -184,7 +184,7 @@ def _results(runs: Sequence[Run]) -> list[Result]:
 
 
 def _figures(results: Sequence[Result], live: Figures | None) -> list[Figures]:
-    """Return the JSON objects, each with what it has of the bare engine and of the live run, where there was one."""
+    """Return the JSON objects, each compared with the bare engine and with the live run, if there is one."""
     figures = [result.as_json() for result in results]
     bare = {each["seed"]: each for each in figures if each["label"] == BARE}
     for each in figures:
@@ -211,7 +211,7 @@ def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
 
 @contextmanager
 def _telling() -> Iterator[Beginning]:
-    """Give what draws a bar on stderr for each run: the requests that have ended. It is silent when nobody looks."""
+    """Yield a function that draws a bar of ended requests on stderr for each run, if stderr is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
         yield lambda label, total: None

@@ -1,4 +1,4 @@
-"""`sidecar state`: where names are kept, moved from one place to another."""
+"""`sidecar state`: move the registry of names from one store to another."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ OF_REDIS = "The Redis"
 
 def migrate(
     source: Annotated[str, typer.Argument(metavar="FROM", help="A data directory, its registry.sqlite, or a URL.")],
-    target: Annotated[str, typer.Argument(metavar="TO", help="As FROM: redis://HOST:PORT/DB and its like.")],
-    force: Annotated[bool, typer.Option("--force", help="Put it in the place of what TO holds.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Look at both and write nothing.")] = False,
+    target: Annotated[str, typer.Argument(metavar="TO", help="Like FROM; a URL is redis://HOST:PORT/DB or similar.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the contents of TO.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check both and write nothing.")] = False,
     password_file: Annotated[
         Path | None, typer.Option(help="File with its password.", rich_help_panel=OF_REDIS, show_default=False)
     ] = None,
@@ -41,9 +41,9 @@ def migrate(
     key: Annotated[Path | None, typer.Option(help="Its key.", rich_help_panel=OF_REDIS, show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Copy all names, with their versions, pins and log of changes, from a file to a Redis or back.
+    """Copy all names, with their versions, pins and changes, from a file to Redis or back.
 
-    No sidecar may be at work on either. FROM stays as it is; watchers go on with the tokens that they have.
+    No sidecar may run on either. FROM is not changed; watchers can continue with their tokens.
     """
     options = {
         "key_prefix": key_prefix,
@@ -78,7 +78,7 @@ def migrate(
 
 
 def _place(text: str, options: dict[str, Any], is_there: bool) -> RegistryStore:
-    """Return the place that an argument names. Raises Misused, never with a password."""
+    """Return the store that an argument names. Raises Misused; the message never contains a password."""
     if "://" not in text:
         path = Path(text).expanduser()
         file = path / REGISTRY_FILE if path.is_dir() or not path.suffix else path
@@ -97,7 +97,7 @@ def _place(text: str, options: dict[str, Any], is_there: bool) -> RegistryStore:
 
 @contextmanager
 def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a callback (done, in all) that draws a bar on stderr while somebody looks."""
+    """Yield a progress callback (done, total) that draws a bar on stderr, if that is a terminal."""
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:

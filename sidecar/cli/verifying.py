@@ -1,4 +1,4 @@
-"""`sidecar adapters verify`: whether an adapter is really in force on the backends, by what they answer."""
+"""`sidecar adapters verify`: verify by the backends' answers that an adapter takes effect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING_COMPARED = (
 
 @dataclass
 class Findings:
-    """What a verification has found so far."""
+    """The findings of a verification so far."""
 
     plan: Any = None
     answers: list[Any] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Findings:
 
     @property
     def compared(self) -> bool:
-        """Whether anything was found that says more than that the backends answer."""
+        """True if any answers could be compared."""
         return any(check.result == "passed" and check.check != "answered" for check in self.checks)
 
     @property
@@ -53,23 +53,23 @@ def verify(
     ],
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="A backend to ask; repeat it. None: all.", autocompletion=completing.backend_ids),
+        typer.Option(help="A backend to ask; repeatable. Default: all.", autocompletion=completing.backend_ids),
     ] = None,
     all_backends: Annotated[bool, typer.Option("--all", help="All backends that are up and can serve it.")] = False,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt to ask; repeat it. None: a few general ones.")
+        list[str] | None, typer.Option(help="A prompt to send; repeatable. Default: a few general ones.")
     ] = None,
     prompt_tokens: Annotated[
         list[str] | None, typer.Option(help="A prompt as token ids, 1,2,3, for servers without a text model.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Output tokens of each answer at most.")] = 24,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum output tokens of each answer.")] = 24,
     timeout: Annotated[int, typer.Option(min=1, help="Seconds for each request, its load included.")] = 120,
     as_json: AsJson = False,
 ) -> int:
-    """Ask the backends whether an adapter is really in force: exit 0 if it is.
+    """Verify by the backends' answers that an adapter takes effect; exit 0 if it does.
 
-    Each is asked greedy prompts, those of the adapter's own probe.jsonl too, as the base model and as the adapter. Exit
-    1 if the adapter changes nothing, if backends disagree, or if an answer is not the one that is expected.
+    Each backend answers greedy prompts, including those of the adapter's own probe.jsonl, with the base model and with
+    the adapter. Exit 1 if the adapter changes nothing, if backends disagree, or if an answer is not the expected one.
     """
     if backend and all_backends:
         raise CommandError("give --backend or --all, one of the two", Exit.MISUSED)
@@ -103,7 +103,7 @@ def _ids(text: str) -> list[int]:
 
 
 def _collect(messages: Iterable[Any], told: bool) -> Findings:
-    """Take what is found, and print it as it comes if it is to be told."""
+    """Collect the findings, and print them as they come if `told` is True."""
     findings = Findings()
     for message in messages:
         kind = message.WhichOneof("finding")

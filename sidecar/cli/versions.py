@@ -1,4 +1,4 @@
-"""`sidecar adapters promote, rollback, refresh, watch`: which of its versions a name stands for."""
+"""`sidecar adapters promote, rollback, refresh, watch`: choose a name's current version, and watch changes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DURATION = re.compile(r"(\d+)([smhd])\Z")
 Hold = Annotated[
     str,
     typer.Option(
-        help="Let the change stand for so long (30m, 2h) though another manages the name; alone, at the end: 1h.",
+        help="Keep the change for so long (30m, 2h) although another manages the name; without a time: 1h.",
         metavar="[TIME]",
     ),
 ]
 
 
 def seconds_of(hold: str) -> int:
-    """Return the seconds of "30m" or "2h", 0 for "". Raises CommandError for anything else."""
+    """Return the seconds in "30m" or "2h", or 0 for "". Raises CommandError for anything else."""
     if not hold:
         return 0
     found = _DURATION.match(hold)
@@ -38,7 +38,7 @@ def seconds_of(hold: str) -> int:
 
 
 def labels_of(labels: list[str] | None) -> dict[str, str]:
-    """Return `key=value` options as a dict. Raises CommandError for one that is not of that form."""
+    """Return `key=value` options as a dict. Raises CommandError for any other form."""
     found = {}
     for label in labels or []:
         key, equals, value = label.partition("=")
@@ -57,11 +57,11 @@ def promote(
             help="name@v8 or name@<digest>.", show_default=False, autocompletion=completing.adapter_versions
         ),
     ],
-    weight: Annotated[int, typer.Option(min=1, max=100, help="Percent of requests; less than 100 tries it out.")] = 100,
+    weight: Annotated[int, typer.Option(min=1, max=100, help="Percent of requests; below 100 it is a canary.")] = 100,
     hold: Hold = "",
     as_json: AsJson = False,
 ) -> None:
-    """Let a name stand for one of its versions, or give that version a share of the requests."""
+    """Make one of a name's versions current, or give it a share of the requests."""
     name, selector = _selected(version)
     request = pb.PromoteRequest(name=name, version=selector, weight=weight, hold_s=seconds_of(hold))
     adapter = client.ask(client.adapters.Promote, request)
@@ -82,7 +82,7 @@ def rollback(
     hold: Hold = "",
     as_json: AsJson = False,
 ) -> None:
-    """Undo the last promotion: end a share, or go back to the version before."""
+    """Undo the last promotion: end a canary, or make the previous version current."""
     adapter = client.ask(client.adapters.Rollback, pb.RollbackRequest(name=name, hold_s=seconds_of(hold)))
     if as_json:
         print_json(adapter)
@@ -101,19 +101,19 @@ def refresh(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Have every engine take a fresh copy of a version, under a new task id."""
+    """Make every engine load a fresh copy of a version, under a new task id."""
     name, _, selector = version.partition("@")
     adapter = client.ask(client.adapters.Refresh, pb.RefreshRequest(name=name, version=selector))
     if as_json:
         print_json(adapter)
     else:
-        print(f"{version} is loaded anew where it is asked for")
+        print(f"{version} is loaded anew on its next request")
 
 
 @admin_command
 def watch(
     client: Client,
-    token: Annotated[str, typer.Option(help="The token of the last change that was seen; none: all names first.")] = "",
+    token: Annotated[str, typer.Option(help="Token of the last change seen; without: all names first.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Print changes of names as they happen, until interrupted."""

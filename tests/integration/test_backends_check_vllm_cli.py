@@ -72,7 +72,7 @@ async def test_a_check_that_is_told_to_end(tmp_path: Path) -> None:
             assert process.returncode is None
         process.send_signal(signal.SIGTERM)
         _, err = await process.communicate()
-        assert (process.returncode, err.decode()) == (130, "error: ended before everything was looked at\n")
+        assert (process.returncode, err.decode()) == (130, "error: interrupted before all checks were done\n")
         assert set(await client.models()) == {BASE}
         assert list(shared.iterdir()) == []
 
