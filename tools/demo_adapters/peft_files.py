@@ -1,4 +1,4 @@
-"""Writes an adapter as PEFT does: adapter_config.json and adapter_model.safetensors, in bfloat16."""
+"""Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors, in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sidecar.lab.engine.rounding import bfloat16_bits
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
 from sidecar.lab.engine.shape import HF_MODULES
 from tools.demo_adapters.gradients import Key, Trainable
 from tools.demo_adapters.recipes import ATTENTION, Recipe
@@ -19,7 +22,7 @@ def write_adapter(folder: Path, recipe: Recipe, factors: dict[Key, Trainable], b
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(recipe, base_model), indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(config + "\n")
-    (folder / "adapter_model.safetensors").write_bytes(_safetensors(_tensors(factors)))
+    save_file(_tensors(factors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _config(recipe: Recipe, base_model: str) -> dict[str, Any]:
@@ -60,25 +63,13 @@ def _config(recipe: Recipe, base_model: str) -> dict[str, Any]:
     }
 
 
-def _tensors(factors: dict[Key, Trainable]) -> dict[str, tuple[list[int], bytes]]:
-    """Return shape and bfloat16 bytes of each tensor, by PEFT's names, sorted."""
+def _tensors(factors: dict[Key, Trainable]) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the tensors in bfloat16, by PEFT's names."""
     tensors = {}
     for (layer, name), pair in factors.items():
         module = _HF_NAMES[name]
         block = "self_attn" if module in ATTENTION else "mlp"
         for letter, values in (("A", pair.A), ("B", pair.B)):
             key = f"base_model.model.model.layers.{layer}.{block}.{module}.lora_{letter}.weight"
-            tensors[key] = (list(values.shape), bfloat16_bits(values).astype("<u2").tobytes())
-    return dict(sorted(tensors.items()))
-
-
-def _safetensors(tensors: dict[str, tuple[list[int], bytes]]) -> bytes:
-    """Return the file: length of the header, header padded to 8 bytes, tensors one after the other."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (shape, data) in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + len(data)]}
-        end += len(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(data for _, data in tensors.values())
+            tensors[key] = values.astype(ml_dtypes.bfloat16)
+    return tensors

@@ -1,7 +1,7 @@
-"""The reference answers: base weights merged with a PEFT adapter's change, and a plain forward pass.
+"""Compute the demo's reference answers: merge a PEFT adapter into the base weights, and run a plain forward pass.
 
-Written apart from everything that serves: it reads the PEFT files itself, knows no packed rows, and its
-forward pass has no cache, no batch and no adapters. Agreement with it is therefore evidence.
+This module shares no code with what serves: it reads PEFT's names, patterns and scales itself, knows no packed rows,
+and its forward pass has no cache, no batch and no adapters. Agreement with it is therefore evidence.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
+from safetensors.numpy import load_file
 
 from sidecar.lab.demo.model import SHAPE, base_weights
 from sidecar.lab.engine.rounding import Float32
@@ -29,13 +29,12 @@ _BASE_NAMES = {
     "up_proj": "mlp_gate",
     "down_proj": "mlp_4h_to_h",
 }
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _TENSOR = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.\w+\.(\w+))\.lora_A\.weight")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter adds to one weight: scale · B [out, rank] · A [rank, in]."""
+    """The change that an adapter makes to one weight: scale · B [out, rank] · A [rank, in]."""
 
     name: str
     A: Float32
@@ -67,7 +66,8 @@ def merged_weights(weights: Weights, adapter: list[Change]) -> Weights:
 def changes(adapter_dir: Path) -> list[Change]:
     """Return the changes of a PEFT directory, in float32, with the scale of each from its configuration."""
     config = json.loads((adapter_dir / "adapter_config.json").read_text())
-    tensors = _safetensors(adapter_dir / "adapter_model.safetensors")
+    stored = load_file(adapter_dir / "adapter_model.safetensors")
+    tensors = {name: values.astype(np.float32) for name, values in stored.items()}
     result = []
     for key in sorted(tensors):
         match = _TENSOR.fullmatch(key)
@@ -93,20 +93,6 @@ def _by_pattern(patterns: dict[str, float], module: str, default: float) -> floa
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _safetensors(path: Path) -> dict[str, Float32]:
-    """Return the tensors of a file as float32."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        values = np.frombuffer(data[start + begin : start + end], _DTYPES[entry["dtype"]])
-        tensors[name] = values.astype(np.float32).reshape(entry["shape"])
-    return tensors
 
 
 def logits(weights: Weights, tokens: list[int]) -> Float32:
@@ -140,7 +126,7 @@ def _attention(part: dict[str, Float32], x: Float32) -> Float32:
     for head in range(SHAPE.heads):
         own = slice(head * size, (head + 1) * size)
         shared = slice(head // shared_by * size, (head // shared_by + 1) * size)
-        scores = _turned(queries[:, own]) @ _turned(keys[:, shared]).T / np.float32(size**0.5)
+        scores = _rotated(queries[:, own]) @ _rotated(keys[:, shared]).T / np.float32(size**0.5)
         scores[later] = -np.inf
         powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
         heads.append(powers / powers.sum(axis=-1, keepdims=True) @ values[:, shared])
@@ -148,10 +134,10 @@ def _attention(part: dict[str, Float32], x: Float32) -> Float32:
     return result
 
 
-def _turned(rows: Float32) -> Float32:
-    """Return one head's rows with each pair (i, i + half) turned by position / 10000^(2i / size)."""
+def _rotated(rows: Float32) -> Float32:
+    """Return one head's rows with each pair (i, i + half) rotated by position / 10000^(2i / size)."""
     half = rows.shape[1] // 2
     speeds = 10000.0 ** (-np.arange(half) / half)
-    turns = np.exp(1j * np.arange(len(rows))[:, None] * speeds)
-    pairs = (rows[:, :half] + 1j * rows[:, half:]) * turns
+    rotations = np.exp(1j * np.arange(len(rows))[:, None] * speeds)
+    pairs = (rows[:, :half] + 1j * rows[:, half:]) * rotations
     return np.concatenate([pairs.real, pairs.imag], axis=1).astype(np.float32)
