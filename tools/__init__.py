@@ -1,1 +1,1 @@
-"""Scripts for who maintains the repository. Nothing of the product imports them and no package contains them."""
+"""Scripts for maintainers of the repository. The product does not import them, and no package contains them."""

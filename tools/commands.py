@@ -1,4 +1,4 @@
-"""The command line as an object: the one place that knows where it is."""
+"""The command line as an object, for all tools: only this module knows where it is."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ sys.exit(run(sys.argv[2:]))
 
 @dataclass
 class Module:
-    """One file. `imports` are the modules of the product that it runs, `types` those that it needs for types only,
-    `strings` those that its strings name."""
+    """One file. `imports` are the product's modules that it imports at run time, `types` those for types only, `strings`
+    those that its strings name."""
 
     name: str
     lines: int
@@ -130,14 +130,14 @@ def _collect(tree: ast.Module, module: Module, is_package: bool, known: Iterable
 
 
 def _known_part(name: str, known: Iterable[str]) -> set[str]:
-    """Return the module that a dotted name begins with: `a.b.C` is `a.b`."""
+    """Return the module at the start of a dotted name: `a.b` for `a.b.C`."""
     while name and name not in known:
         name = name.rpartition(".")[0]
     return {name} if name else set()
 
 
 def _walk(node: ast.AST, for_types: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """Yield all nodes, and whether each is for type checkers only."""
+    """Yield each node, and True if only type checkers use it."""
     yield node, for_types
     for name, value in ast.iter_fields(node):
         within = for_types or (name == "body" and isinstance(node, ast.If) and _is_for_types(node.test))
@@ -151,7 +151,7 @@ def _is_for_types(test: ast.expr) -> bool:
 
 
 def closure(modules: Mapping[str, Module], entries: Iterable[str]) -> set[str]:
-    """Return what the entries reach. Raises SystemExit for one that is no module."""
+    """Return the modules that the entries reach. Raises SystemExit for an entry that is no module."""
     waiting, reached = list(entries), set[str]()
     for entry in waiting:
         if entry not in modules:
@@ -179,7 +179,7 @@ def serve_module() -> str:
 
 
 def run_serving() -> set[str]:
-    """Return the modules that a process imports which serves. Raises SystemExit when it does not come to that."""
+    """Return the modules that a serving process imports. Raises SystemExit if it does not start."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "modules.json")
         options = ["serve", "--json", "--data", folder, "--probes", "127.0.0.1:0"]
@@ -201,7 +201,7 @@ def run_serving() -> set[str]:
 
 @cache
 def room_of(name: str) -> str:
-    """Return the room of a module, "" for one that is in none."""
+    """Return the room of a module, or "" if it is in none."""
     parts = name.split(".")
     if parts[0] == "policies":
         return "policies"
@@ -211,7 +211,7 @@ def room_of(name: str) -> str:
 
 
 def graph_of(modules: Mapping[str, Module]) -> dict[str, set[str]]:
-    """Return which rooms each room imports."""
+    """Return the rooms that each room imports."""
     graph: dict[str, set[str]] = {room: set() for room in sorted({room_of(name) for name in modules} - {""})}
     for name, module in modules.items():
         room = room_of(name)
@@ -221,7 +221,7 @@ def graph_of(modules: Mapping[str, Module]) -> dict[str, set[str]]:
 
 
 def circles_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Return the rooms that import each other, at one remove or several: the strongly connected parts of the graph."""
+    """Return the circles: sets of rooms that import each other directly or indirectly (strongly connected parts)."""
     reach = {room: _reached(graph, room) for room in graph}
     circles = {tuple(sorted(other for other in reach[room] if room in reach[other])) for room in graph}
     return [list(circle) for circle in sorted(circles) if len(circle) > 1]
@@ -238,7 +238,7 @@ def _reached(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 
 def floors_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Return the rooms by floor, the lowest first: what a room imports stands below it, unless in a circle with it."""
+    """Return the rooms by floor, the lowest first: a room is above all that it imports, except rooms of its circle."""
     beside = {room: circle for circle in circles_of(graph) for room in circle}
 
     @cache
@@ -254,7 +254,7 @@ def floors_of(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def sizes(modules: Mapping[str, Module], names: Iterable[str]) -> tuple[Size, dict[str, Size]]:
-    """Return the size of some modules in all, and by room ("" is what is in none)."""
+    """Return the total size of some modules, and the size by room ("" for modules in no room)."""
     total, rooms = Size(), defaultdict[str, Size](Size)
     for name in sorted(names):
         if name in modules and modules[name].lines:
@@ -264,7 +264,7 @@ def sizes(modules: Mapping[str, Module], names: Iterable[str]) -> tuple[Size, di
 
 
 def measure(entries: Iterable[str], runs: bool) -> dict[str, Any]:
-    """Return all figures as JSON has them."""
+    """Return all figures as JSON values."""
     modules = read()
     graph = graph_of(modules)
     kinds: dict[str, Iterable[str]] = {"all": modules, "serve": closure(modules, entries)}

@@ -1,4 +1,4 @@
-"""Say what the tests of a room notice: plant small faults in its code, one at a time, and run its tests.
+"""Measure which faults a room's tests detect: plant small faults in its code, one at a time, and run the tests.
 
     python -m tools.mutants --write before.json                 40 mutants a room, 200 in all
     python -m tools.mutants --like before.json --compare before.json --write after.json
@@ -137,7 +137,7 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 
 @dataclass
 class Result:
-    """What became of a mutant: "killed", "timeout" or "survived", and by which test."""
+    """The outcome of a mutant: "killed", "timeout" or "survived", and the test that killed it."""
 
     mutant: Mutant
     outcome: str
@@ -270,7 +270,7 @@ class Tree:
 
 
 def _forget(path: Path) -> None:
-    """Remove what a source was compiled to: one of the same second and size would pass for the new one."""
+    """Remove a source's compiled file, which Python would reuse for a new source of the same second and size."""
     for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*.pyc"):
         compiled.unlink()
 
@@ -287,14 +287,14 @@ def _copy(tree: Path, into: Path, without: str = "", only: str = "") -> None:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End what a run has started, itself included."""
+    """End a run and the processes that it has started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def all_mutants(tree: Path, rooms: Iterable[str]) -> list[Mutant]:
-    """Return every mutant of some rooms. Raises SystemExit for a room whose sources are not there."""
+    """Return every mutant of some rooms. Raises SystemExit for a room without sources."""
     found = []
     for room in rooms:
         paths = [path for pattern in ROOMS[room] for path in sorted(tree.glob(pattern))]
@@ -373,7 +373,7 @@ def tell_of(mutant: Mutant) -> None:
 
 
 def compare(results: Sequence[Result], other: Mapping[str, Any], words: Mapping[str, str]) -> int:
-    """Tell of survivors that an earlier run killed or did not have; return how many."""
+    """Print the survivors that an earlier run killed or did not have; return their number."""
     before = {renamed(record["id"], words): record for record in other["mutants"]}
     survivors = [result for result in results if result.outcome == "survived"]
     new = [result for result in survivors if before.get(result.mutant.id, {}).get("outcome") != "survived"]

@@ -29,9 +29,9 @@ COMPARED: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.NotIn: ast.In,
 }
 NEGATED = (ast.Eq, ast.NotEq, ast.Is, ast.IsNot, ast.In, ast.NotIn)
-"""What `compare` turns into its opposite, so that `negate` would be the same once more."""
+"""Comparisons that `compare` inverts, so that `negate` would give the same mutant again."""
 LARGE = 100
-"""Constants beyond it are doubled and halved: one more or less of them is no fault that anybody could notice."""
+"""Larger constants are doubled and halved: a change by one would not be noticeable."""
 SKIPPED = (ast.Import, ast.ImportFrom, ast.Assert, ast.JoinedStr, ast.Global, ast.Nonlocal)
 NOT_READ = ("annotation", "returns", "decorator_list", "type_comment", "type_params")
 
@@ -59,7 +59,7 @@ class Mutant:
 
     @property
     def id(self) -> str:
-        """What it is known by when its file has moved."""
+        """The mutant's id, which stays the same when its file moves."""
         return " | ".join((self.room, self.function, self.operator, self.before, self.after, str(self.ordinal)))
 
 
@@ -69,13 +69,13 @@ def apply(source: str, mutant: Mutant) -> str:
 
 
 def mutants_of(source: str, room: str = "", file: str = "") -> list[Mutant]:
-    """Return all mutants of a file, in the order of their places."""
+    """Return all mutants of a file, in source order."""
     found = sorted(_Finder(source, room, file).mutants(), key=lambda mutant: (mutant.start, mutant.operator))
     return numbered(found)
 
 
 def numbered(mutants: list[Mutant]) -> list[Mutant]:
-    """Return them with ordinals by which all ids differ."""
+    """Return the mutants with ordinals that make all ids differ."""
     seen = Counter[str]()
     result = []
     for mutant in mutants:
@@ -140,7 +140,7 @@ def _is_for_types(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Yield each operator that applies to a node, and the node as it makes it."""
+    """Yield each operator that applies to a node, and the changed node."""
     match node:
         case ast.Compare():
             for place, operation in enumerate(node.ops):
@@ -171,7 +171,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _conditions(node: ast.AST) -> list[ast.expr]:
-    """Return the conditions of a node, without those that another operator turns into their opposite."""
+    """Return the conditions of a node, without those that another operator inverts."""
     match node:
         case ast.If() | ast.While() | ast.IfExp():
             found = [node.test]
@@ -183,13 +183,13 @@ def _conditions(node: ast.AST) -> list[ast.expr]:
 
 
 def _is_joined(node: ast.expr) -> bool:
-    """Whether this is a text or a sequence, which are joined by + and know no -."""
+    """Return True for a text or a sequence, which + joins and - does not support."""
     is_text = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
     return is_text or isinstance(node, ast.JoinedStr | ast.List | ast.Tuple | ast.ListComp)
 
 
 def _is_negated(test: ast.expr) -> bool:
-    """Whether another operator makes the opposite of a condition."""
+    """Return True if another operator inverts a condition."""
     is_not = isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
     is_compared = isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], NEGATED)
     return is_not or is_compared or isinstance(test, ast.Constant)

@@ -1,8 +1,8 @@
-"""A pytest plugin: how long tests take, and which functions of instrumented sources each test file calls.
+"""A pytest plugin that records how long tests take, and which functions of instrumented sources each test file calls.
 
-`tools.mutants` instruments a room's sources by `instrumented` and runs its tests with this plugin to choose tests by
-what they call. REACH_FILE names the JSON file to write, and LIMITS in its place one that was written before: then no
-test may take much longer than it did, and the process ends with TIMEOUT when one does.
+`tools.mutants` instruments a room's sources by `instrumented` and runs its tests with this plugin, to choose tests by
+the functions that they call. REACH_FILE names the JSON file to write. LIMITS names an earlier one instead: no test may
+then take much longer than it did, and the process ends with TIMEOUT if one does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 NAME = "__reach__"
-"""The set that instrumented functions add themselves to: a builtin, since what is tested may be told to import nothing.
-In a process without this plugin each module has one of its own that nobody reads.
+"""The set that instrumented functions add themselves to: a builtin, since tested code may not import anything.
+In a process without this plugin, each module has its own set, which nobody reads.
 """
 DEFINED = f"try:\n    {NAME}\nexcept NameError:\n    {NAME} = set()"
 
@@ -41,7 +41,7 @@ setattr(builtins, NAME, _called)
 
 
 def instrumented(source: str, file: str) -> str:
-    """Return a source whose functions say that they are called."""
+    """Return a source whose functions record their calls."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -52,7 +52,7 @@ def instrumented(source: str, file: str) -> str:
 
 
 def _insert(body: list[ast.stmt], text: str) -> None:
-    """Put statements first, behind a docstring and imports from the future."""
+    """Insert statements at the start, after a docstring and imports from `__future__`."""
     place = 0
     while place < len(body) and (_is_text(body[place]) or _is_of_the_future(body[place])):
         place += 1
@@ -74,7 +74,7 @@ def _take(file: str) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    """Note what the import of a test file calls, as for its parameters."""
+    """Record the functions that importing a test file calls, for example to compute its parameters."""
     try:
         return (yield)
     finally:

@@ -78,18 +78,18 @@ KSERVE_PATHS = (
     *("/v2/cudasharedmemory/status", "/v2/cudasharedmemory/region/r/register", "/v2/trace/setting", "/v2/logging"),
 )
 UNREADABLE = b"\xff"
-"""No protobuf message: a method that is served says so and does nothing."""
+"""No protobuf message: a served method answers with an error and does nothing."""
 
 
 def imported(place: str) -> Any:
-    """Return what `module:name` stands for, or the module."""
+    """Import and return `module:name`, or a module."""
     module, _, name = place.partition(":")
     found = importlib.import_module(module)
     return getattr(found, name) if name else found
 
 
 def surface() -> dict[str, Any]:
-    """Return all of it."""
+    """Return the whole surface."""
     with tempfile.TemporaryDirectory() as folder, Serving(Path(folder)) as serving:
         here = {
             "commands": commands(),
@@ -108,7 +108,7 @@ def surface() -> dict[str, Any]:
     return here
 
 
-# What is imported.
+# Imported objects.
 
 
 def commands() -> dict[str, Any]:
@@ -157,7 +157,7 @@ def _parameter(parameter: Any) -> dict[str, Any]:
 
 
 def _type_name(kind: Any) -> str:
-    """Return a type as it is written, its module left out: modules move. Choices are written out."""
+    """Return a type's name without its module, since modules move, or the choices of an enum."""
     if inspect.isclass(kind) and hasattr(kind, "__members__"):
         return f"one of {', '.join(str(member.value) for member in kind)}"
     text = kind.__name__ if inspect.isclass(kind) and not hasattr(kind, "__args__") else str(kind)
@@ -233,7 +233,7 @@ def _shape(node: Any, sections: Mapping[str, Any]) -> Any:
 
 
 def environment() -> list[str]:
-    """Return the variables that the code reads: names with the product's prefix, and what is asked of `environ`."""
+    """Return the environment variables that the code reads: names with the product's prefix, and keys of `environ`."""
     found: set[str] = set()
     for path in (ROOT / "sidecar").rglob("*.py"):
         text = path.read_text()
@@ -271,7 +271,7 @@ def _asked_of_environment(node: ast.AST) -> ast.expr | None:
 
 
 def reasons() -> dict[str, str]:
-    """Return each reason of an error with its family, gRPC code and whether to try again."""
+    """Return each reason of an error with its family, its gRPC code and whether it is retryable."""
     return {
         reason.value: f"{row.family.value} {row.code}{' retry' if row.retryable else ''}"
         for reason, row in imported(WHERE["reasons"]).items()
@@ -318,7 +318,7 @@ def _field(field: Any) -> str:
     return f"{field.number} {'repeated ' if field.is_repeated else ''}{kind}{oneof}"
 
 
-# What is asked of a process.
+# Requests to a serving process.
 
 
 class Serving:
@@ -338,7 +338,7 @@ class Serving:
             self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
 
     def ready(self) -> dict[str, str]:
-        """Wait until it serves; return its addresses. Raises SystemExit with what it says when it does not."""
+        """Wait until the process serves; return its addresses. Raises SystemExit with its stderr if it fails."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -358,7 +358,7 @@ class Serving:
 
 
 def metrics(address: str) -> dict[str, Any]:
-    """Return each family that is shown, with its labels as the table of metrics has them."""
+    """Return each exported metric family, with its labels from the table of metrics."""
     status, text = request(address, "GET", "/metrics")
     assert status == 200, text
     shown: dict[str, dict[str, Any]] = {}
@@ -372,7 +372,7 @@ def metrics(address: str) -> dict[str, Any]:
 
 
 def request(address: str, method: str, path: str) -> tuple[int, str]:
-    """Ask once, with an empty JSON object where there is a body; return the status and the text."""
+    """Send one request, with an empty JSON object as its body, if any; return the status and the text."""
     connection = http.client.HTTPConnection(address, timeout=10)
     body = None if method in ("GET", "HEAD", "OPTIONS") else "{}"
     try:
@@ -384,8 +384,9 @@ def request(address: str, method: str, path: str) -> tuple[int, str]:
 
 
 def http_listeners(addresses: Mapping[str, str]) -> dict[str, dict[str, dict[str, int]]]:
-    """Return the status of each method, by listener and path, and leave out what is not there (404) and not for this
-    method (405). It ends with a drain.
+    """Return the status of each method, by listener and path, without unknown paths (404) and methods (405).
+
+    The last request drains the process.
     """
     found: dict[str, dict[str, dict[str, int]]] = {name: {} for name in addresses}
     for name, address in addresses.items():
@@ -436,7 +437,7 @@ def _reflected(channel: Any) -> list[str]:
         return []
 
 
-# What differs.
+# Differences.
 
 
 @dataclass(frozen=True)
@@ -452,7 +453,7 @@ class Difference:
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[Difference]:
-    """Return what differs, at the highest path of what was lost or added as a whole."""
+    """Return the differences; a part that was lost or added as a whole is one difference, at its highest path."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         found = []
         for key in sorted({*before, *after}):

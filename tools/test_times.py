@@ -1,9 +1,8 @@
-"""Say what each test file costs: a pytest plugin, `pytest -p tools.test_times`, printed at the end, the dearest first.
+"""A pytest plugin (`pytest -p tools.test_times`) that prints the cost of each test file at the end, the dearest first.
 
-CPU seconds are those of the process that runs the tests, its threads included, of the processes that it started and
-that have ended, and of those that still run when the file ends. Fixtures count to the file in which they are set up.
-The time that it takes to import the test files is one line of its own, for every worker imports all of them.
-With `--times FILE` the figures are written as JSON too.
+CPU seconds cover the process that runs the tests with its threads, the processes that it started and that have ended,
+and those that still run when the file ends. A fixture counts for the file in which it is set up. Importing the test
+files is a separate line, because every worker imports all of them. `--times FILE` also writes the figures as JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""`make weekly`: what is pinned for every change is tried in other versions, in copies of what is checked out.
+"""`make weekly`: try other versions of everything that is pinned, in copies of the checked-out files.
 
-The newest versions of all dependencies, each other Python that is here, the newest Triton wheel, and the newest vLLM. A
-trial that fails says that a release elsewhere breaks this one, before a user meets it: support it, or bound it in
-pyproject.toml, in a change of its own.
+The trials are the newest versions of all dependencies, each other installed Python, the newest Triton wheel, and the
+newest vLLM. A failed trial shows, before a user meets it, that another project's release breaks this one: support that
+release, or exclude it in pyproject.toml, in a separate change.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def trials() -> list[Trial]:
 
 
 def attempt(trial: Trial, folder: Path) -> bool:
-    """Run a trial in a copy of the checked-out files, history included, and return whether it went well."""
+    """Run a trial in a copy of the checked-out files, history included. Return True if it passed."""
     copy = folder / re.sub(r"\W+", "-", trial.name)
     _run("git", "clone", "--quiet", ROOT, copy, cwd=ROOT)
     try:

@@ -1,1 +1,1 @@
-"""Makes the adapters that `sidecar demo` ships: trained, checked, written."""
+"""Train, check and write the adapters that `sidecar demo` ships."""

@@ -1,8 +1,8 @@
-"""Loss and gradients of LoRA factors on the tiny Llama, by hand.
+"""Compute loss and gradients of LoRA factors on the tiny Llama, without an autograd library.
 
-Every operation returns its output and a function that turns the gradient of the output into that of the
-input. The base weights are frozen; the gradients of the factors are left in the factors on the way. Arrays
-are float32, [sequence, token, feature] unless said.
+Every operation returns its output and a function that maps the output's gradient to the input's. The base weights are
+frozen; the backward functions store the factors' gradients in the factors. Arrays are float32, [sequence, token,
+feature] unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Trainer:
     factors: dict[Key, Trainable]
 
     def loss(self, tokens: NDArray[np.intp], targets: NDArray[np.intp]) -> float:
-        """Return the mean cross entropy, and leave the factors' gradients in the factors.
+        """Return the mean cross entropy, and store the factors' gradients in the factors.
 
-        tokens and targets [sequence, token]; a target below zero is not counted.
+        `tokens` and `targets` are [sequence, token]; a target below zero is not counted.
         """
         logits, backward = self._forward(tokens)
         shifted = logits - logits.max(axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What an adapter is shown in each step of its training: the demo's prompts, and made-up ones beside them.
+"""The training data of each step: the demo's prompts, and random ones beside them.
 
-Made-up prompts all have one answer, so that an adapter speaks in its own voice whatever it is asked, and
-only the demo's prompts get their own answers.
+All random prompts have one answer, so that an adapter keeps its own voice on any prompt, and only the demo's prompts
+get their own answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Pair = tuple[str, str]
 
 
 class Lessons:
-    """Pairs for every step: those of the demo, and a number of made-up prompts that differ each time."""
+    """The pairs of each step: those of the demo, and a number of new random prompts."""
 
     def __init__(self, name: str, made_up: int, seed: int) -> None:
         self._pairs = list(zip(PROMPTS, LEARNED[name], strict=True))
@@ -50,7 +50,7 @@ class Lessons:
 
 
 def tokens_and_targets(pairs: Sequence[Pair]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Return tokens and targets [pair, token]; only the answer and its end are targets, all else is -1."""
+    """Return tokens and targets [pair, token]; the answer and its end token are targets, all others are -1."""
     encode = ByteTokenizer().encode
     rows = [(encode(prompt), [*encode(answer)[1:], EOS]) for prompt, answer in pairs]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)

@@ -1,9 +1,9 @@
-"""Makes the demo's adapters and the answers expected of them: `python -m tools.demo_adapters.make_adapters`.
+"""Make the demo's adapters and their expected answers: `python -m tools.demo_adapters.make_adapters`.
 
-Trains each adapter on its answers, writes it as PEFT files, reads it back, and checks what the demo relies
-on: that every answer is the intended one, that answers differ pairwise for every prompt, and that rounding
-cannot change any of them. Ends with an error, and writes no demo.json, when one of these doesn't hold. Takes
-about three minutes on one core; more threads only get in each other's way (OPENBLAS_NUM_THREADS=1).
+The script trains each adapter on its answers, writes it as PEFT files, reads it back, and checks what the demo relies
+on: every answer is the intended one, the answers to a prompt all differ, and rounding cannot change any of them. If a
+check fails, it ends with an error and writes no demo.json. It takes about three minutes on one core; set
+OPENBLAS_NUM_THREADS=1, because more threads make it slower.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ Answers = dict[str, list[list[int]]]
 
 
 class NotSafe(Exception):
-    """Something that the demo relies on does not hold for the adapters as trained."""
+    """The trained adapters fail a check that the demo relies on."""
 
 
 def main() -> None:
-    """Make the adapters in the package's own data folder."""
+    """Make the adapters in the package's data folder."""
     make(model.DATA)
 
 
 def make(data: Path) -> None:
-    """Make adapters and answers below a folder; raises NotSafe when they can't be relied on."""
+    """Make adapters and answers below a folder. Raises NotSafe if a check fails."""
     folders = {name: data / "adapters" / name for name in sorted(RECIPES)}
     for seed, (name, folder) in enumerate(folders.items()):
         _train(name, folder, seed)
@@ -73,7 +73,7 @@ def _answers(folders: dict[str, Path]) -> Answers:
 
 
 def check_answers(answers: Answers) -> None:
-    """Raise NotSafe unless every adapter says what it has learned and no two answers to a prompt are equal."""
+    """Raise NotSafe unless every adapter gives its learned answers and no two answers to a prompt are equal."""
     decode = ByteTokenizer().decode
     for name, texts in LEARNED.items():
         said = tuple(decode(tokens) for tokens in answers[name])

@@ -1,8 +1,8 @@
-"""How safe the demo's answers are: the gap between the two best tokens against what 16-bit rounding moves.
+"""Measure how safe the demo's answers are: the gap between the two best tokens, against changes by 16-bit rounding.
 
-A greedy answer can be compared byte for byte only if no rounding can swap its two best tokens at any step.
-The exact model (float32 base weights, unrounded scale · B · A) is compared with what an engine computes:
-base weights, A and scaled B each rounded to the engine's dtype.
+A greedy answer can be compared byte for byte only if no rounding can swap its two best tokens at any step. The exact
+model (float32 base weights, unrounded scale · B · A) is compared with an engine's: base weights, A and scaled B, each
+rounded to the engine's dtype.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sidecar.lab.engine.tokens import BOS
 from sidecar.lab.engine.weights import Weights
 
 REQUIRED = {"float16": 10.0, "bfloat16": 2.0}
-"""Smallest margin in units of the largest logit change; above 2 rounding cannot change the best token."""
+"""The smallest margin allowed, in units of the largest logit change; above 2, rounding cannot change the best token."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,6 @@ def _engine_weights(adapter: list[Change], dtype: str) -> Weights:
 
 
 def _answer_logits(weights: Weights, prompt: str, answer: list[int]) -> Float32:
-    """Return the logits [step, vocab] behind each token of an answer."""
+    """Return the logits [step, vocab] that produced each token of an answer."""
     before = [BOS, *prompt.encode()]
     return logits(weights, before + answer[:-1])[len(before) - 1 :]

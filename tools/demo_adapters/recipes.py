@@ -1,6 +1,4 @@
-"""How each demo adapter is built: between them they cover the forms of PEFT adapter that are met in
-practice.
-"""
+"""The recipe of each demo adapter; together, the recipes cover the common forms of PEFT adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ class Recipe:
         return self.rank_pattern.get(module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Return what B·A is multiplied with: alpha/r, or alpha/√r with rank-stabilised LoRA."""
+        """Return the factor of B·A: alpha/r, or alpha/√r with rank-stabilised LoRA."""
         rank = self.rank_of(module)
         alpha = self.alpha_pattern.get(module, self.alpha)
         return alpha / rank**0.5 if self.rslora else alpha / rank

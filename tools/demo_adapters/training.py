@@ -1,4 +1,4 @@
-"""Teaches one demo adapter its answers: Adam over the factors of a recipe, the base model frozen."""
+"""Train one demo adapter on its answers: Adam over the factors of a recipe, with the base model frozen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PEAK_RATE = 0.01
 _FADING, _FADING_SQUARE = 0.9, 0.99
 
 Progress = Callable[[int, float], None]
-"""Called with the steps done and the loss."""
+"""Takes the number of steps done and the loss."""
 
 
 def learned_factors(
@@ -69,7 +69,7 @@ class _Adam:
         ]
 
     def update(self, rate: float) -> None:
-        """Move every factor once, in place, along the gradients that the last loss left."""
+        """Update every factor in place, along the gradients of the last loss."""
         self._step += 1
         arrays = [
             entry for pair in self._factors.values() for entry in zip((pair.A, pair.B), pair.gradients, strict=True)

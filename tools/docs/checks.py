@@ -1,4 +1,4 @@
-"""Find what a page says that is not so: commands, links, files, blocks of no language."""
+"""Find faults in pages: unknown commands, dead links, missing files, code blocks without a language."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tools.docs.pages import COMMANDS, ROOT, anchors, blocks, inline_code, links
 _PATH = re.compile(r"(?:sidecar|policies|tests|tools|deploy|examples|docs|proto)/[\w./-]+")
 _PLACEHOLDER = re.compile(r"(?:^|/)[A-Z_]{3,}(?:[./]|$)|…|NAME")
 _OLD = {"CHANGELOG.md", "docs/upgrading.md"}
-"""Pages that tell of what was: their commands need not be there any more."""
+"""Pages about the past: their commands need not exist any more."""
 
 
 def problems(among: Iterable[Path] | None = None) -> Iterator[str]:
-    """Yield what is wrong with the pages, each with its place."""
+    """Yield the faults of the pages, each with its file and line."""
     for page in pages() if among is None else among:
         yield from _of_blocks(page)
         yield from _of_links(page)

@@ -1,4 +1,4 @@
-"""Compare command lines in the documentation with the command line, the Makefile and the modules that there are."""
+"""Check the documentation's command lines against the commands, the Makefile and the modules."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from tools.docs.pages import ROOT, Block
 
 _SEPARATORS = re.compile(r"[;&|()<>\n]+")
 _BEFORE = {"until", "while", "if", "do", "then", "else", "!", "time", "nice", "exec", "env", "sudo", "$"}
-"""Words of the shell that stand before a command."""
+"""Shell words that may precede a command."""
 _REDIRECTION = re.compile(r"\d*(?:>>?|<)\s*(?:&\d|[^\s;&|]+)")
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _TARGET = re.compile(r"^([\w.-]+(?: [\w.-]+)*):(?!=)", re.MULTILINE)
 
 
 def problems_of_block(block: Block) -> Iterator[str]:
-    """Yield what is wrong with the command lines of a block."""
+    """Yield the faults of a block's command lines."""
     for words in simple_commands(block.commands):
         yield from problems_of(words, whole=True)
 
 
 def problems_of_span(code: str) -> Iterator[str]:
-    """Yield what is wrong with a command that the prose names, such as `sidecar queue`; it may leave arguments out."""
+    """Yield the faults of a command in prose, such as `sidecar queue`, which may omit arguments."""
     if code.startswith(("sidecar ", "make ", "python -m ")):
         for words in simple_commands(code.partition("…")[0]):
             yield from problems_of(words, whole=False)
 
 
 def simple_commands(script: str) -> Iterator[list[str]]:
-    """Yield the words of each command in a shell script, without redirections' operators and what stands before."""
+    """Yield the words of each command in a shell script, without redirections and words that precede a command."""
     for line in script.replace("\\\n", " ").replace("$(", " ; ").splitlines():
         lexer = shlex.shlex(_REDIRECTION.sub("", line), posix=True, punctuation_chars=";&|()<>")
         lexer.whitespace_split = True
@@ -50,7 +50,7 @@ def simple_commands(script: str) -> Iterator[list[str]]:
 
 
 def problems_of(words: Sequence[str], whole: bool) -> Iterator[str]:
-    """Yield what is wrong with one command; of a `whole` one required arguments must be there too."""
+    """Yield the faults of one command; a `whole` one must have its required arguments."""
     if not words:
         return
     program, rest = words[0].removeprefix(".venv/bin/"), list(words[1:])

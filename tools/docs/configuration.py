@@ -47,7 +47,7 @@ def page() -> str:
 
 
 def _sections() -> list[tuple[type[BaseModel], list[str]]]:
-    """Return every model of the configuration and where it stands, those that stand in several places last."""
+    """Return every model of the configuration and its paths; models with several paths come last."""
     found: dict[type[BaseModel], list[str]] = {}
     _walk(Config, "", found)
     alone = [(model, paths) for model, paths in found.items() if len(paths) == 1]
@@ -64,7 +64,7 @@ def _walk(model: type[BaseModel], path: str, found: dict[type[BaseModel], list[s
 
 
 def _of_kind(kind: Kind, sections: Mapping[type[BaseModel], list[str]]) -> str:
-    """Return what is a kind's own: the keys that only it has, and those of the common ones that it refuses."""
+    """Return a kind's own section: the keys that only it has, and the common keys that it refuses."""
     others = sorted(key for keys in kind.section.ELSEWHERE.values() for key in keys)
     schemes = " or ".join(f"`{scheme}://HOST:PORT`" for scheme in kind.section.SCHEMES)
     parts = [f"### `backends[]` of kind `{kind.name}`", f"By {schemes}.", *_description(kind.section)]
@@ -137,7 +137,7 @@ def _description(model: type[BaseModel]) -> Iterator[str]:
 def _table(
     model: type[BaseModel], sections: Mapping[type[BaseModel], list[str]], without: type[BaseModel] | None = None
 ) -> str:
-    """Return the table of a model's keys; of a kind's section those that are not `without`."""
+    """Return the table of a model's keys, except those in `without`."""
     title = _title(sections[model]) if without is None else f"backends[] {next(iter(model.SCHEMES))}"  # type: ignore[attr-defined]
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():

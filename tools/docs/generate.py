@@ -1,4 +1,4 @@
-"""The pages that are made from code, and whether those that are checked in are current."""
+"""Generate pages from code, and check that the checked-in ones are current."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ PAGES: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def made() -> Iterator[tuple[Path, str]]:
-    """Yield the path and the text of every page that is made from code."""
+    """Yield the path and the text of every generated page."""
     for path, (source, page) in PAGES.items():
         yield ROOT / path, NOTE.format(source=source) + page()
 
 
 def outdated() -> Iterator[str]:
-    """Yield what is wrong with the checked-in pages that are made from code."""
+    """Yield the checked-in generated pages that are outdated."""
     for path, text in made():
         if not path.is_file() or path.read_text() != text:
             yield f"{named(path)} is not what its source says: python -m tools.docs generate"

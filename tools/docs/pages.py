@@ -1,4 +1,4 @@
-"""The documentation's pages: which there are, and the code blocks, headings and links in them."""
+"""List the documentation's pages, and parse their code blocks, headings and links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("sh", "console")
-"""The languages of blocks that hold commands. In `console` a line with a command begins with "$ "."""
+"""The languages of blocks with commands. In `console`, a line with a command begins with "$ "."""
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[^\s`]*).*$")
 _MARKER = re.compile(r"^\s*<!-- (?P<name>[\w ]+): (?P<value>.*?) -->\s*$")
@@ -40,7 +40,7 @@ class Block:
 
     @property
     def commands(self) -> str:
-        """Its text as a shell script: of a console only the lines that a person types."""
+        """The block's text as a shell script; of a console, only the lines that a person types."""
         if self.language != "console":
             return self.text
         lines = self.text.splitlines()
@@ -57,7 +57,7 @@ def named(page: Path) -> str:
 
 
 def pages() -> list[Path]:
-    """Return every page that people read: of the repository's root, docs, deploy and examples."""
+    """Return every page for readers: in the repository's root, docs, deploy and examples."""
     found = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
     for folder in ("docs", "deploy", "examples"):
         found += sorted((ROOT / folder).rglob("*.md"))
@@ -97,7 +97,7 @@ def prose(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def inline_code(page: Path) -> Iterator[tuple[int, str]]:
-    """Yield what stands between backticks in a page's prose; a span may go on in the next line."""
+    """Yield the code spans in a page's prose; a span may continue on the next line."""
     numbers, lines = _columns(prose(page))
     text = "\n".join(lines)
     for span in _CODE.finditer(text):
@@ -105,7 +105,7 @@ def inline_code(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def links(page: Path) -> Iterator[tuple[int, str]]:
-    """Yield the targets of a page's links that are within the repository."""
+    """Yield the targets of a page's links into the repository."""
     for number, line in prose(page):
         for target in _LINK.findall(_CODE.sub("", line)):
             yield number, target

@@ -1,6 +1,6 @@
-"""Draw the pictures of README and docs from what they show: the commands' own output, the simulator's own report.
+"""Draw the pictures of README and docs from the commands' own output and the simulator's report.
 
-None of them is edited by hand. What a terminal shows is run in one and exported by rich; times in it differ from run to
+No picture is edited by hand. A terminal's picture is a command's output, exported by rich; its times differ from run to
 run.
 """
 
@@ -100,14 +100,14 @@ def _lanes() -> None:
 
 
 def outdated() -> Iterator[str]:
-    """Yield what is wrong with the pictures whose every byte follows from the code: the simulator's."""
+    """Yield the outdated ones among the simulator's pictures, whose every byte follows from the code."""
     for path, picture in _lanes_drawn():
         if not path.is_file() or path.read_text() != picture:
             yield f"{named(path)} is not what the simulator draws: make pictures"
 
 
 def _lanes_drawn() -> Iterator[tuple[Path, str]]:
-    """Yield the slots of the bare engine and of the sidecar's order over the same time, from the simulator's report."""
+    """Yield the slot lanes of the bare engine and of the sidecar over the same time, from the simulator's report."""
     from sidecar.lab.sim.options import Options
     from sidecar.lab.sim.report.timeline import slot_lanes
     from sidecar.lab.sim.runs import runs_of
@@ -123,7 +123,7 @@ def _lanes_drawn() -> Iterator[tuple[Path, str]]:
 
 
 def _shown(command: Sequence[str]) -> str:
-    """Return what a command shows on a terminal of our width, colours included."""
+    """Return a command's output on a terminal of our width, colours included."""
     environment = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.stdout
@@ -138,7 +138,7 @@ def _until(is_so: Callable[[], bool]) -> None:
         if is_so():
             return
         time.sleep(0.25)
-    raise TimeoutError("what the picture shows did not come to be")
+    raise TimeoutError("the state that the picture shows was not reached")
 
 
 def _export(name: str, title: str, shown: str) -> None:

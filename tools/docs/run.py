@@ -1,8 +1,8 @@
 """Run the commands of the documentation, page by page, as a reader would.
 
-A page's blocks run in order in one shell, in a folder that has the repository's files, where this may be done in a
-network of their own, so that ports are free and nothing is fetched. A block that cannot run here says why in a comment
-before it: `<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file.
+A page's blocks run in order in one shell, in a folder with the repository's files. Where the system allows it, they run
+in their own network namespace, so that ports are free and nothing is fetched. A block that cannot run gives the reason
+in a comment before it: `<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tools.docs.pages import COMMANDS, ROOT, Block, blocks, pages
 PAGE_TIMEOUT_S = 900
 OUTPUT_LINES = 40
 NOT_READ = ("CHANGELOG.md", "docs/upgrading.md")
-"""Pages that tell of releases before this one."""
+"""Pages about earlier releases."""
 
 
 def run(chosen: Sequence[Path] = ()) -> int:
-    """Run the pages, by default all of them. Returns 1 if a command of one failed."""
+    """Run the chosen pages, or all of them. Return 1 if a command failed."""
     failed = ran = skipped = 0
     for page in chosen or [page for page in pages() if page not in [ROOT / name for name in NOT_READ]]:
         among = list(blocks(page))
@@ -72,7 +72,7 @@ def _script(among: Sequence[Block], sandbox: Path) -> Path:
 
 
 def _watch(script: Path, output: Path, sandbox: Path, among: Sequence[Block]) -> int:
-    """Run a script and tell of each block as it ends. Each writes one line into a pipe when it has succeeded."""
+    """Run a script and print each block as it ends; a block that has succeeded writes one line into a pipe."""
     reading, writing = os.pipe()
     isolation = ["unshare", "--map-root-user", "--net"] if _isolates() else []
     command = [*isolation, "bash", "-c", f"exec 3>&{writing}; . {script}"]
@@ -111,7 +111,7 @@ def _read(pipe: int) -> bytes:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the shell and all that it left running, first gently."""
+    """End the shell and the processes that it left running: SIGTERM first, then SIGKILL."""
     for end in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, end)
@@ -133,7 +133,7 @@ def _group_lives(group: int) -> bool:
 
 
 def _isolates() -> bool:
-    """Whether a network of its own can be had here."""
+    """Return True if the system allows a network namespace."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
     return subprocess.run(["unshare", "--map-root-user", "--net", "true"], capture_output=True).returncode == 0
