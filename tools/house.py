@@ -55,8 +55,11 @@ sys.exit(run(sys.argv[2:]))
 
 @dataclass
 class Module:
-    """One file. `imports` are the product's modules that it imports at run time, `types` those for types only, `strings`
-    those that its strings name."""
+    """One file of the product.
+
+    `imports` are the product's modules that it imports at run time, `types` those for types only, `strings` those that
+    its strings name.
+    """
 
     name: str
     lines: int

@@ -1,4 +1,4 @@
-"""A certificate authority of a test's own, by the openssl command line."""
+"""A certificate authority for tests, made with the openssl command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="cert
 
 @dataclass
 class Authority:
-    """A certificate authority of the test's own, and the files it signed."""
+    """A certificate authority, and the files that it signed."""
 
     folder: Path
 

@@ -1,4 +1,4 @@
-"""Commands of the command line run here and now, and what they left behind."""
+"""Run commands of the command line in this process, and keep their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sidecar.cli import run
 
 @dataclass
 class Ended:
-    """What a command left behind."""
+    """The result of a command: exit code and output."""
 
     code: int
     out: str
@@ -29,7 +29,7 @@ class Ended:
 
 
 def runner(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Return a function that runs one command here and now."""
+    """Return a function that runs one command in this process."""
 
     def command(*arguments: str) -> Ended:
         code = run(arguments)

@@ -1,4 +1,4 @@
-"""A sidecar's listeners over scripted engines, and the command line that knows where they are."""
+"""A sidecar's listeners over scripted engines, and a command line with their addresses."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def text_response(text: str) -> Any:
 
 @dataclass
 class Served:
-    """A sidecar's listeners over scripted engines; `cli` runs a command that knows where it is."""
+    """A sidecar's listeners over scripted engines; `cli` runs a command with their addresses."""
 
     gateway: Gateway
     address: str
@@ -71,7 +71,7 @@ class Served:
 async def serve_here(
     tmp_path: Path, command: Callable[..., Ended], interceptors: tuple[Any, ...] = ()
 ) -> AsyncIterator[Served]:
-    """Serve both APIs on one free port until the test is done."""
+    """Serve both APIs on one free port until the test ends."""
     config, registry = CoreConfig(), SqliteRegistry(None)
     gateway = Gateway(config, policies_of(config), registry, [tmp_path])
     backends = (EchoingBackend("trt-0"), EchoingBackend("trt-1", up=False))

@@ -1,4 +1,4 @@
-"""Compare a closed set with what handles its members: unions, enums, tables by member, and the cases of a match."""
+"""Compare a closed set with the handlers of its members: unions, enums, tables by member, and cases of a match."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 
 def members_of(closed: Any) -> list[str]:
-    """Return the names of a set's members: of an enum, of a union of classes, or of whatever is given one by one."""
+    """Return the names of the members of an enum, of a union of classes, or of an iterable."""
     if isinstance(closed, type) and issubclass(closed, Enum):
         return list(closed.__members__)
     return [_name_of(member) for member in get_args(closed) or closed]
@@ -28,7 +28,7 @@ def _name_of(member: Any) -> str:
 
 
 def differences(closed: Any, handled: Any, what: str) -> list[str]:
-    """Say what a set and its handlers lack of each other, in a sentence each; nothing where they agree."""
+    """Return a sentence for each member that the set or its handlers lack; nothing if they agree."""
     members, names = members_of(closed), members_of(handled)
     lacking = [f"{name} is not among {what}: add it" for name in members if name not in names]
     strange = [f"{what} name {name}, which is no member any more" for name in names if name not in members]
@@ -36,7 +36,7 @@ def differences(closed: Any, handled: Any, what: str) -> list[str]:
 
 
 def cases_of(function: Callable[..., Any]) -> list[str]:
-    """Return the names of the classes and enum members for which a function's match statements have a case."""
+    """Return the names of the classes and enum members in the cases of a function's match statements."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     patterns = [each for each in ast.walk(tree) if isinstance(each, ast.MatchClass | ast.MatchValue)]
     named = [each.cls if isinstance(each, ast.MatchClass) else each.value for each in patterns]
@@ -50,17 +50,17 @@ def classes_in(module: ModuleType) -> list[type]:
 
 
 def made_in(*folders: Path) -> set[str]:
-    """Return the names of the classes that Python files below some folders make something of."""
+    """Return the names of the classes that Python files below some folders instantiate."""
     texts = (path.read_text() for folder in folders for path in folder.rglob("*.py"))
     return {name for text in texts for name in re.findall(r"\b([A-Z]\w+)\(", text)}
 
 
 def named_in(closed: type[Enum], folder: Path) -> set[str]:
-    """Return the members of an enum that Python files below a folder name, as in `Fault.MISS`, but where it is made."""
+    """Return the members of an enum that Python files below a folder name, as in `Fault.MISS`, but its definition."""
     texts = (path.read_text() for path in folder.rglob("*.py") if path != Path(inspect.getfile(closed)))
     return {name for text in texts for name in re.findall(rf"\b{closed.__name__}\.([A-Z_]+)\b", text)}
 
 
 def without(names: Iterable[Any], *left_out: Any) -> list[Any]:
-    """Return what is in a table but for members that are handled elsewhere."""
+    """Return a table's members without those that are handled elsewhere."""
     return [name for name in names if name not in left_out]

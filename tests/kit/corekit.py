@@ -1,8 +1,8 @@
 """A small world in virtual time around `Core`: engines, an adapter store and clients that answer its effects.
 
-Everything is deterministic. The engine cache here is written from TensorRT-LLM's behaviour and apart from
-`sidecar/core/shadow.py`: pages, eviction by least recent completion, a miss error for what is not there. After every
-step the world checks what must always hold.
+Everything is deterministic. The engine cache is written from TensorRT-LLM's behaviour and independently of
+`sidecar/core/shadow.py`: pages, eviction by least recent completion, a miss error for absent weights. After every step
+the world checks the invariants.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass
 class Engine:
-    """One backend as it really is. `host_pages` may differ from what the core was told."""
+    """The actual state of one backend. `host_pages` may differ from what the core was told."""
 
     id: str
     facts: EngineFacts
@@ -74,7 +74,7 @@ class Engine:
     first_token_ns: int = 10 * MS
     run_ns: int = 30 * MS
     queue_max: int | None = None
-    """More requests than this at once are refused as "queue full"."""
+    """Beyond so many requests at once, the engine refuses with "queue full"."""
     up: bool = False
     epoch: int = 0
     done: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -92,9 +92,9 @@ class Engine:
     """Faults for the next Loads: of any version, or of one."""
     fault_rate: float = 0.0
     silent: bool = False
-    """Takes everything and answers nothing."""
+    """Accepts everything and never answers."""
     frozen: bool = False
-    """Says nothing until it is no more (`World.thaw`); takes everything meanwhile."""
+    """Accepts everything, and answers only after `World.thaw`."""
     unsaid: list[Callable[[], None]] = field(default_factory=list)
     misses: int = 0
     evicted: int = 0
@@ -103,7 +103,7 @@ class Engine:
         return digest == "" or digest in self.done or digest in self.active
 
     def lie(self) -> None:
-        """Lose every idle entry without telling."""
+        """Lose every idle entry silently."""
         self.done.clear()
 
     def restart(self) -> None:
@@ -114,7 +114,7 @@ class Engine:
         self.loads.clear()
 
     def put(self, digest: str, pages: int) -> Fault | None:
-        """Bring weights into the host cache, or say how the engine fails to."""
+        """Load weights into the host cache, or return the engine's fault."""
         if self.holds(digest):
             return None
         free = self.host_pages - sum(self.done.values()) - sum(pages for pages, _ in self.active.values())
@@ -146,7 +146,7 @@ class Engine:
 
 
 class World:
-    """The core among its surroundings. `run()` lets time pass until nothing more happens."""
+    """The core and its environment. `run()` lets time pass until nothing more happens."""
 
     def __init__(self, config: CoreConfig | None = None, engines: int = 1, seed: int = 0, **facts: int | None) -> None:
         self.config = config or CoreConfig(store_bytes=64 * BLOB_BYTES)
@@ -166,7 +166,7 @@ class World:
         self.patient: dict[int, None] = {}
         """Requests that nothing but a stuck core would let expire."""
         self.nearest_to_bound = 0.0
-        """The longest wait as a part of the bound that was promised and stood."""
+        """The longest wait, as a share of its promised bound, among promises that stood."""
         self.voided: dict[str, int] = {}
         self._agenda: list[tuple[int, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -201,7 +201,7 @@ class World:
         self.feed(ev.BackendUp(backend, engine.facts))
 
     def lose(self, backend: str, cause: str = "connection reset", wires_first: bool = False) -> None:
-        """Have an engine die. `wires_first`: its streams break before anyone says that the backend is gone."""
+        """Kill an engine. With `wires_first`, its streams break before the backend is reported as gone."""
         engine = self.engines[backend]
         engine.up = False
         runs, loads = list(engine.runs), list(engine.loads)
@@ -216,12 +216,12 @@ class World:
         self.feed(ev.BackendLost(backend, cause))
 
     def leave(self, backend: str, leaving: bool = True) -> None:
-        """Have a backend be about to go, or stay after all."""
+        """Report that a backend is leaving, or stays after all."""
         self._leaving.add(backend) if leaving else self._leaving.discard(backend)
         self.feed(ev.BackendLeaving(backend, leaving))
 
     def thaw(self, backend: str) -> None:
-        """Have a frozen engine go on where it was."""
+        """Resume a frozen engine."""
         engine = self.engines[backend]
         engine.frozen = False
         unsaid, engine.unsaid = engine.unsaid, []
@@ -229,7 +229,7 @@ class World:
             say()
 
     def remove(self, backend: str, late: bool = False) -> None:
-        """Have a backend go for good. `late`: what it had to say still comes afterwards."""
+        """Remove a backend. With `late`, its pending answers still arrive afterwards."""
         engine = self.engines.pop(backend)
         runs, loads = list(engine.runs), list(engine.loads)
         self._known_down.add(backend)
@@ -281,7 +281,7 @@ class World:
         return next(e for e in self.by_step[-1] if isinstance(e, fx.Answer))
 
     def feed(self, event: ev.Event) -> list[fx.Effect]:
-        """Give the core one event now, act on what it wants, and check what must hold."""
+        """Pass one event to the core, carry out its effects, and check the invariants."""
         self.events.append((self.now_ns, event))
         made = self.core.step(event, self.now_ns)
         self.by_step.append(made)
@@ -296,7 +296,7 @@ class World:
         return made
 
     def run(self, for_ns: int | None = None, steps_max: int = 200_000) -> None:
-        """Let time pass until nothing is left to happen, or for so long."""
+        """Let time pass for `for_ns`, or until nothing is left to happen."""
         until = None if for_ns is None else self.now_ns + for_ns
         for _ in range(steps_max):
             if not self._agenda or (until is not None and self._agenda[0][0] > until):
@@ -482,7 +482,7 @@ class World:
             self.feed(ev.RunEnded(request, attempt, run.answered_tokens))
 
     def fail_run(self, request: int, fault: Fault, tokens: int = 0) -> None:
-        """Have the engine end a running request with an error."""
+        """End a running request with an engine error."""
         last = self.dispatches[request][-1]
         engine = self.engines[last.backend]
         run = engine.runs.pop((request, last.attempt))
@@ -518,7 +518,7 @@ class World:
                 pass
 
     def _check_spared(self, request_id: int) -> None:
-        """A backend that joins is given only what no other can take."""
+        """Check that a joining backend gets only requests that no other backend can take."""
         state = self.core.state
         request = state.requests.get(request_id)
         if request is None or request.backend not in state.joining:
@@ -549,7 +549,7 @@ class World:
         self._check_wait(effect.request, "was dispatched")
 
     def _check_wait(self, request_id: int, what: str) -> None:
-        """Hold a promise that is not void: it is of the first token, so of the dispatch too."""
+        """Check a promise that is not void: it covers the first token, and so the dispatch."""
         request = self.core.state.requests[request_id]
         if request.promise is not None:
             waited_ns, bound_ns = self.now_ns - request.view.arrived_ns, request.promise.bound_ns
@@ -557,7 +557,7 @@ class World:
             self.nearest_to_bound = max(self.nearest_to_bound, waited_ns / bound_ns)
 
     def _check_ending(self, effect: fx.Settle) -> None:
-        """Hold a promise to those that had no token, and void it for one reason, once."""
+        """Check the promise of a request that ended without a token, and that a promise is voided only once."""
         assert effect.bound_ns is None or not effect.voided, f"request {effect.request} has a bound that is void"
         if effect.bound_ns is not None and effect.request not in self._had_token:
             assert effect.queue_ns <= effect.bound_ns, f"request {effect.request} waited for longer than its bound"
@@ -604,7 +604,7 @@ class World:
 
 
 def check_books(core: Core) -> None:
-    """Assert that the core's counts agree with one another."""
+    """Assert that the core's counts are consistent."""
     state = core.state
     store = state.store
     assert store.bytes_used <= store.budget_bytes

@@ -1,7 +1,7 @@
-"""Emulated engines for tests: in this process, or in one of their own that can be killed and started again.
+"""Emulated engines for tests: in this process, or in a process that can be killed and restarted.
 
-`start_engine(**options)` takes the fields of `sidecar.lab.engine.kserve.Options`; time stands still by default (every
-step takes as long as it computes). `EngineProcess` takes the options of `sidecar emulate`.
+`start_engine(**options)` takes the fields of `sidecar.lab.engine.kserve.Options`; by default, time is not simulated
+(every step takes as long as it computes). `EngineProcess` takes the options of `sidecar emulate`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ async def running_engine(**options: Any) -> AsyncIterator[Server]:
 
 @asynccontextmanager
 async def channel_to(address: str) -> AsyncIterator[service_pb2_grpc.GRPCInferenceServiceStub]:
-    """Give a stub of the raw service, for tests that look at the messages themselves."""
+    """Yield a stub of the raw service, for tests of the messages themselves."""
     options = [
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -57,17 +57,17 @@ async def channel_to(address: str) -> AsyncIterator[service_pb2_grpc.GRPCInferen
 
 
 async def regions_of(engine: Any) -> set[str]:
-    """Return the names of the shared-memory regions that a server has."""
+    """Return the names of the shared-memory regions registered at a server."""
     async with channel_to(engine.grpc_address) as stub:
         reply = await stub.SystemSharedMemoryStatus(service_pb2.SystemSharedMemoryStatusRequest())
         return set(reply.regions)
 
 
 class EngineProcess:
-    """`python -m sidecar.lab.engine` in a process of its own.
+    """`python -m sidecar.lab.engine` as a separate process.
 
-    `arguments` are options of `sidecar emulate`, as they would stand on a command line. After `kill` (SIGKILL) a
-    `start` comes up on the same ports, cold.
+    `arguments` are options of `sidecar emulate`, as on a command line. A `start` after `kill` (SIGKILL) uses the same
+    ports, with empty caches.
     """
 
     def __init__(self, *arguments: str, time_scale: float = 0.0, grpc_port: int = 0) -> None:
@@ -140,7 +140,7 @@ class EngineProcess:
 
 
 def read_served(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a served log: one for each executor request that ended, in that order."""
+    """Return the lines of a served log: one for each ended executor request, in that order."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -187,7 +187,7 @@ def add_lora(
     adapter: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None = None,
     datatype: str = "FP16",
 ) -> Any:
-    """Add a task id, and weights and config if there are any; returns the request."""
+    """Add a task id, and weights and config if given; return the request."""
     add_tensor(request, "lora_task_id", "UINT64", np.array([[task_id]], np.uint64))
     if adapter is not None:
         add_tensor(request, "lora_weights", datatype, adapter[0][np.newaxis])
@@ -270,5 +270,5 @@ def text_of(response: Any) -> str:
 
 
 def is_final(message: Any) -> bool:
-    """Whether a stream message carries the final flag, set."""
+    """Return True if a stream message's final flag is set."""
     return bool(message.infer_response.parameters["triton_final_response"].bool_param)

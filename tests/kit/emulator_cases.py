@@ -43,7 +43,7 @@ def reference_rows(rank: int = 8) -> tuple[Row, ...]:
 
 
 class FlatCost:
-    """Every step costs the same, plus something for each token; copies and puts cost a little."""
+    """A constant cost per step, plus a cost per token; copies and puts cost little."""
 
     def step_ns(self, batch: StepBatch) -> int:
         """A thousand, ten a prompt token, one a decoding request and a hundredth of the contexts."""

@@ -1,4 +1,4 @@
-"""Backends of a configuration as their kinds read them."""
+"""Backends of a configuration, validated by their kinds."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from sidecar.config.backends import Backend
 
 
 def entries(*records: Any) -> tuple[Backend, ...]:
-    """Return the backends that a configuration would have of these. Raises Misused."""
+    """Return the backends of a configuration with these entries. Raises Misused."""
     return entries_of(parse({"backends": list(records)}, "the test"), "the test")

@@ -1,4 +1,4 @@
-"""What the tests of faults share: other clients of an engine, answers that may fail, and proof that nothing is left."""
+"""Helpers for tests of faults: other clients of an engine, answers that may fail, and checks that nothing is left."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.kit.serving import Serving, until
 
 DUMMY: dict[str, Any] = {"compute": "none", "shape": "tiny"}
 LONG = 900_000
-"""Tokens of a request that only ends by being cancelled, on an engine with the options of `ENDLESS`."""
+"""The tokens of a request that ends only when cancelled, on an engine with the options of `ENDLESS`."""
 ENDLESS: dict[str, Any] = {"max_seq_tokens": 1_000_000, "kv_blocks": 1 << 20, "time_scale": 0.2}
 
 
 @dataclass
 class Tried:
-    """What a client got: tokens, one origin if the answer is whole, else the error."""
+    """A client's result: tokens, and the origin of a complete answer or the error."""
 
     name: str
     tokens: list[int] = field(default_factory=list)
@@ -39,7 +39,7 @@ class Tried:
 
 
 async def attempt(served: Serving, name: str, tokens: int = 4, **fields: Any) -> Tried:
-    """Ask once, and keep what came even if the answer breaks off."""
+    """Send one request, and keep the tokens received even if the answer breaks off."""
     tried = Tried(name)
     ids = gateway_pb2.TokenIds(ids=[BOS, 1, 2, 3])
     request = gateway_pb2.GenerateRequest(adapter=name, tokens=ids, max_tokens=tokens, **fields)
@@ -54,14 +54,14 @@ async def attempt(served: Serving, name: str, tokens: int = 4, **fields: Any) ->
 
 
 def assert_right(served: Serving, tried: Tried, tokens: int = 4) -> None:
-    """The answer is whole, the adapter's own, and was given once."""
+    """Assert that the answer is complete, the adapter's own, and was given once."""
     assert tried.error is None, tried.words
     assert tried.tokens == served.expected(tried.name, tokens)
     assert len(tried.origins) == 1
 
 
 def assert_broken_off(served: Serving, tried: Tried) -> None:
-    """The answer had begun, right so far, and its error says that it is not repeated."""
+    """Assert that the answer broke off after right tokens, and that its error says that it is not repeated."""
     assert tried.error is not None
     assert tried.tokens, f"failed without a token: {tried.words}"
     assert tried.tokens == served.expected(tried.name, len(tried.tokens))
@@ -71,7 +71,7 @@ def assert_broken_off(served: Serving, tried: Tried) -> None:
 
 
 async def assert_nothing_left(served: Serving) -> None:
-    """No request, seat, load or pin is held once everything has ended."""
+    """Assert that no request, seat, load or pin is held once everything has ended."""
     try:
         await until(lambda: not served.state.requests and not served.sidecar.gateway.tickets)
     except TimeoutError:
@@ -97,7 +97,7 @@ def heals(served: Serving) -> list[str]:
 
 @asynccontextmanager
 async def occupied(engine: Any, count: int = 1, adapter: int | None = None) -> AsyncIterator[None]:
-    """Have another client hold seats of an engine, and with `adapter` a page of its host cache, for a block."""
+    """Let another client hold seats of an engine, and with `adapter` a page of its host cache, for a block."""
     before = _inside(engine)
     async with channel_to(engine.grpc_address) as stub:
         calls = []
@@ -121,7 +121,7 @@ def _inside(engine: Any) -> int:
 
 
 async def fill_cache(engine: Any, *task_ids: int) -> None:
-    """Have another client load adapters under some task ids."""
+    """Let another client load adapters under some task ids."""
     async with channel_to(engine.grpc_address) as stub:
         for task_id in task_ids:
             answers = await stream_answers(stub, add_lora(core_request(tokens=1), task_id, random_adapter(task_id)))
@@ -129,5 +129,5 @@ async def fill_cache(engine: Any, *task_ids: int) -> None:
 
 
 async def gathered(*asks: Any) -> list[Tried]:
-    """Run attempts at once."""
+    """Run attempts concurrently."""
     return list(await asyncio.gather(*asks))

@@ -1,6 +1,6 @@
-"""A web server that goes wrong as it is told to: it cuts connections, lies about sizes, redirects, stalls.
+"""A web server with injected faults: it cuts connections, sends wrong sizes, redirects, stalls.
 
-It serves files of its own (with ranges, ETags and If-Range), or what a server behind it answers.
+It serves its own files (with ranges, ETags and If-Range), or relays a server behind it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PASSED_ON = ("etag", "last-modified", "content-range", "accept-ranges", "content
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one answer. `body_max` cuts the connection after so many bytes of the body; a garbled body
-    has the right length.
+    """The fault of one answer. `body_max` cuts the connection after so many bytes of the body; a garbled body has the
+    right length.
     """
 
     status: int | None = None
@@ -37,7 +37,7 @@ class Fault:
 
 @dataclass
 class Asked:
-    """One request as it arrived."""
+    """One received request."""
 
     method: str
     path: str
@@ -47,7 +47,7 @@ class Asked:
 
 @dataclass
 class FaultyServer:
-    """`faults` are used up one by one by requests whose path ends so; `always` stays."""
+    """Requests whose path ends with a key use up its `faults` one by one; `always` faults stay."""
 
     address: str = ""
     files: dict[str, bytes] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""Emulated engines behind one name: each at an address of its own on this machine, all at one port.
+"""Emulated engines behind one name: each at its own address on this machine, all at one port.
 
-The name server is played by `Names`, which the sidecar's own finder asks; the tests change what it answers.
+`Names` plays the name server for the sidecar's own finder; tests change its answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FREE = {"address": "127.0.0.1:0"}
 
 
 class Names:
-    """What a name server answers for the one name: `addresses`, or `trouble` for everything."""
+    """A name server's answer for the one name: `addresses`, or the error `trouble`."""
 
     def __init__(self) -> None:
         self.addresses: list[str] = []
@@ -45,14 +45,14 @@ class Names:
         return list(self.addresses)
 
     def finder(self, discover: Discover) -> DnsFinder:
-        """Return the finder of a configured pool, which asks here, and often."""
+        """Return the finder of a configured pool, which resolves here, and often."""
         assert discover.dns is not None
         host, _, port = discover.dns.rpartition(":")
         return DnsFinder(host, int(port), every_s=0.02, empty_s=discover.empty_s, ask=self.ask)
 
 
 class Pool:
-    """Engines by address. They start at `port`, the first one's, which the system chose."""
+    """Engines by address. All use `port`, which the system chose for the first one."""
 
     def __init__(self, names: Names, **options: Any) -> None:
         self.names = names
@@ -79,7 +79,7 @@ class Pool:
         await self.engines.pop(address).stop()
 
     def config(self, adapters: Path, **record: Any) -> dict[str, Any]:
-        """Return the configuration of a sidecar before these engines; `discover` is added to what its pool has."""
+        """Return the configuration of a sidecar in front of these engines; `discover` adds fields to its pool."""
         discover = {"dns": f"{HOST}:{self.port}", "grace_s": 0.1, "empty_s": 0.2} | record.pop("discover", {})
         return {
             "backends": [{"id": "gpu", "kind": "triton", "discover": discover}],
@@ -90,7 +90,7 @@ class Pool:
 
 @asynccontextmanager
 async def pool_of(count: int, **options: Any) -> AsyncIterator[Pool]:
-    """Run so many engines, each with a name, for the length of a block; all that run at its end are stopped."""
+    """Run `count` named engines for the length of a block; all running ones are stopped at its end."""
     pool = Pool(Names(), **options)
     try:
         for _ in range(count):
@@ -103,7 +103,7 @@ async def pool_of(count: int, **options: Any) -> AsyncIterator[Pool]:
 
 @asynccontextmanager
 async def in_front(config: dict[str, Any], find: Callable[[Discover], Finder] = finder_of) -> AsyncIterator[Serving]:
-    """Run a sidecar for the length of a block, which ends as if it were killed."""
+    """Run a sidecar for the length of a block; it ends as if killed."""
     sidecar = await Sidecar.start(parse(config, "the test"), find)
     recorder = Recorder()
     sidecar.gateway.observe(recorder)
@@ -119,18 +119,18 @@ async def in_front(config: dict[str, Any], find: Callable[[Discover], Finder] = 
 
 @asynccontextmanager
 async def served(pool: Pool, config: dict[str, Any], names: Names | None = None) -> AsyncIterator[Serving]:
-    """Run a sidecar that asks these names, by default the pool's."""
+    """Run a sidecar that resolves these names, by default the pool's."""
     async with in_front(config, (names or pool.names).finder) as serving:
         yield serving
 
 
 def up(serving: Serving) -> set[str]:
-    """Return the addresses of the engines that take requests from a sidecar."""
+    """Return the addresses of the engines to which a sidecar sends requests."""
     return {backend.id.removeprefix("gpu-") for backend in serving.state.backends.values() if backend.takes_requests}
 
 
 class Load:
-    """Clients of one or several sidecars, that ask again and again and look at every answer."""
+    """Clients of one or several sidecars that send requests continuously and check every answer."""
 
     def __init__(self, pool: Sequence[Serving], clients: int = 12, tokens: int = 6) -> None:
         self._pool = pool

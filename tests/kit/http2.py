@@ -1,6 +1,6 @@
-"""HTTP/2 as a hostile client speaks it to a gRPC listener: half messages, resets, connections that say nothing.
+"""A hostile HTTP/2 client of a gRPC listener: partial messages, resets, silent connections.
 
-The frames are made by `h2`, which knows nothing of gRPC.
+The frames are made by `h2`, which does not know gRPC.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class RawConnection:
         return stream
 
     async def send(self, stream: int, said_bytes: int, sent_bytes: int) -> None:
-        """Send the length of a message and some of its bytes, zeros; return when they are sent or the call is over."""
+        """Send a message's length and some zero bytes of it; return when they are sent or the call is over."""
         left = bytearray(struct.pack(">BI", 0, said_bytes) + bytes(sent_bytes))
         while left and stream not in self.ended and not self.closed.is_set():
             size = min(self._h2.local_flow_control_window(stream), len(left), FRAME_BYTES)
@@ -77,7 +77,7 @@ class RawConnection:
         return self.ended.get(stream, {})
 
     async def drained(self) -> None:
-        """Wait until what was written is on its way, and let others run."""
+        """Wait until written bytes are sent, and let other tasks run."""
         with suppress(ConnectionError):
             await self._writer.drain()
         await asyncio.sleep(0)

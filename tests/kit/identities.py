@@ -1,4 +1,4 @@
-"""Words that say who somebody is, as real systems write them, and others that no system must be sent."""
+"""Identities (tenants, users, request ids) as real systems write them, and hostile ones that must be refused."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ REAL = (
     "a=b;c=d,e",
     "spiffe://" + "example.org/" * 28 + "sa/default",
 )
-"""Any of these is one identity; which is a tenant, a user or a request does not matter to their shape."""
+"""Valid identities; tenants, users and request ids have the same form."""
 
 HEADER_SAFE = tuple(word for word in REAL if word.isascii())
-"""Those that gRPC metadata takes as they are."""
+"""The identities that gRPC metadata accepts unchanged."""
 
 HOSTILE = (
     "two\nlines",
@@ -48,4 +48,4 @@ HOSTILE = (
     "é" * 257,
     "🦙" * 129,
 )
-"""Of these none may reach a label, a line of a log, a journal or a header."""
+"""Hostile identities, which may never reach a label, a log line, a journal or a header."""

@@ -1,4 +1,4 @@
-"""Journals of a world in virtual time, written as a serving process writes them."""
+"""Write journals of a world in virtual time, as a serving process does."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sidecar.journal.writer import Journal
 from tests.kit.corekit import World
 
 Waits = dict[int, dict[str, int]]
-"""For each request how long it waited for each reason."""
+"""The time that each request waited for each reason."""
 
 
 def write_journal(
     world: World, directory: Path, segment_bytes: int = 1 << 20, leave_out: Callable[[int], bool] | None = None
 ) -> None:
-    """Write the journal of all that a world's core was told; `leave_out` says of which steps the thread is behind."""
+    """Write the journal of a world's core; `leave_out` selects steps that the journal's thread drops."""
     core = Core(world.config, policies_of(world.config))
     journal = Journal(core, directory, segment_bytes, segments_max=10_000)
     journal.start()
@@ -35,7 +35,7 @@ def write_journal(
 
 
 def waits_of(world: World, events: Sequence[tuple[int, Event]]) -> Waits:
-    """Return how long each request waited for what, by asking the core of every one of them after every step."""
+    """Return the waits of all requests, by asking the core about each of them after every step."""
     core = Core(world.config, policies_of(world.config))
     waits: Waits = {}
     asked: dict[int, str] = {}

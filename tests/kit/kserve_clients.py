@@ -1,4 +1,4 @@
-"""Unmodified tritonclient programs, as tests drive them: by asyncio, and by threads with a stream's callback."""
+"""Drive the unmodified tritonclient: with asyncio, and with threads and a stream's callback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE_S = 60
 
 
 def tensor(name: str, values: Any, dtype: Any) -> triton.InferInput:
-    """Return an input of the wire shape that the values have."""
+    """Return an input with the shape of the values."""
     array = np.array(values, dtype)
     made = triton.InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
     made.set_data_from_numpy(array)
@@ -58,13 +58,13 @@ def inputs_of(model: str, tokens: int = 4, streaming: bool = True) -> list[trito
 
 
 def stop_inputs() -> list[triton.InferInput]:
-    """Return what cancels an earlier request of the same id: the required tensors are dummies."""
+    """Return the inputs that cancel an earlier request of the same id, with dummy tensors."""
     return [*core_inputs(1, 1)[:3], tensor("stop", [[True]], bool)]
 
 
 @dataclass
 class Told:
-    """What a client was told by one request or one stream."""
+    """The answers to one request, or on one stream."""
 
     responses: list[Any] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ async def ask(
     headers: dict[str, str] | None = None,
     **request: Any,
 ) -> Told:
-    """Send one request on a stream of its own and take all that comes."""
+    """Send one request on its own stream and collect its answers."""
     parameters = ({} if name is None else {"lora_name": name}) | request.pop("parameters", {})
     fields = {"model_name": model, "inputs": inputs_of(model, tokens), "parameters": parameters} | request
     return await ask_all(client, [fields], headers)
@@ -128,7 +128,7 @@ async def ask(
 async def ask_all(
     client: triton_aio.InferenceServerClient, requests: Sequence[dict[str, Any]], headers: dict[str, str] | None = None
 ) -> Told:
-    """Send requests on one stream and take all that comes until all are answered."""
+    """Send requests on one stream and collect answers until all have ended."""
 
     async def each() -> AsyncIterator[dict[str, Any]]:
         for request in requests:
@@ -141,7 +141,7 @@ async def ask_all(
 
 
 class OpenStream:
-    """A stream that stays open: requests go as they are sent, answers are taken as they come."""
+    """An open stream: send requests and take answers at any time."""
 
     def __init__(self, client: triton_aio.InferenceServerClient) -> None:
         self._requests: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
@@ -184,7 +184,7 @@ class OpenStream:
                 return told
 
     async def rest(self) -> Told:
-        """Close our side and take all that is left."""
+        """Close our side and collect the remaining answers."""
         self._requests.put_nowait(None)
         told = Told()
         async with asyncio.timeout(PATIENCE_S):
@@ -198,7 +198,7 @@ class OpenStream:
 
 @contextmanager
 def sync_stream(address: str, **options: Any) -> Iterator[tuple[triton.InferenceServerClient, queue.Queue[Any]]]:
-    """Open a stream of the threaded client; what its callback gets comes out of the queue."""
+    """Open a stream of the threaded client; its callback puts answers into the queue."""
     client = triton.InferenceServerClient(address, **options)
     answers: queue.Queue[Any] = queue.Queue()
     client.start_stream(lambda result, error: answers.put((result, error)))
@@ -210,7 +210,7 @@ def sync_stream(address: str, **options: Any) -> Iterator[tuple[triton.Inference
 
 
 def sync_told(answers: queue.Queue[Any], finals: int) -> Told:
-    """Take what a callback got until so many requests have ended."""
+    """Collect a callback's answers until `finals` requests have ended."""
     told = Told()
     while finals:
         result, error = answers.get(timeout=PATIENCE_S)
@@ -225,7 +225,7 @@ async def in_thread(work: Callable[[], Any]) -> Any:
 
 
 async def status_of(call: Any) -> grpc.aio.AioRpcError:
-    """Return the error that a call of grpc.aio ends with."""
+    """Return the error with which a call of grpc.aio ends."""
     try:
         await call
     except grpc.aio.AioRpcError as error:
@@ -234,7 +234,7 @@ async def status_of(call: Any) -> grpc.aio.AioRpcError:
 
 
 async def restrict(served: Any, folder: Path, tenant: str) -> None:
-    """Let only one tenant use the adapter of a folder, under the folder's name, whatever manages it."""
+    """Allow only one tenant to use the adapter of a folder, under the folder's name, even if it is managed."""
     await served.adapters.Register(
         admin_pb2.RegisterRequest(name=folder.name, path=str(folder), allow=[tenant], hold_s=3600)
     )

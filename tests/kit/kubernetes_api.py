@@ -1,7 +1,7 @@
-"""A Kubernetes API server over HTTP that goes wrong as it is told to, and one that is real where KUBECONFIG names it.
+"""A fake Kubernetes API server over HTTP with injected faults.
 
 It forgets its history (410, as a status or as an event), cuts connections in the middle of an event, restarts, is slow,
-has too much to do (429), allows nothing (403), and hands lists out page by page.
+overloaded (429) or forbidding (403), and serves lists in pages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GONE = Failure(410, "Expired", "too old resource version")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the next `times` requests of a verb: get, list, watch, create, replace, patch or delete."""
+    """The fault of the next `times` requests of a verb: get, list, watch, create, replace, patch or delete."""
 
     verb: str
     plural: str = ""
@@ -43,7 +43,7 @@ class Fault:
 
 @dataclass
 class Asked:
-    """One request as it came."""
+    """One received request."""
 
     verb: str
     kind: Kind
@@ -54,14 +54,14 @@ class Asked:
 
 @dataclass
 class FakeServer:
-    """`address` stays when it restarts. `gone_as` says how a watch that is too old ends: by "status" or "event"."""
+    """A fake server; a restart keeps its address. `gone_as` is how a too old watch ends: by "status" or "event"."""
 
     objects: Objects = field(default_factory=Objects)
     address: str = ""
     gone_as: str = "event"
     page_max: int = 1000
     token: str = ""
-    """The bearer token that is wanted, if any."""
+    """The required bearer token, if any."""
     tls: ssl.SSLContext | None = None
     asked: list[Asked] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
@@ -82,7 +82,7 @@ class FakeServer:
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        """Go away; nothing that is kept is lost."""
+        """Stop the server; its objects are kept."""
         assert self._server is not None
         self._server.close()
         self._released.set()
@@ -99,7 +99,7 @@ class FakeServer:
             writer.transport.abort()
 
     def cut_in_an_event(self) -> None:
-        """End every watch in the middle of an event that was never to be trusted: it names an object that is not."""
+        """Cut every watch in the middle of an event about an object that does not exist."""
         lie = {"type": "ADDED", "object": {"metadata": {"name": "never-was", "resourceVersion": "999999"}}}
         for writer in list(self._watchers):
             with suppress(OSError):
@@ -110,7 +110,7 @@ class FakeServer:
             writer.close()
 
     async def bookmark(self) -> None:
-        """Tell every watch how far it is."""
+        """Send a bookmark to every watch."""
         self.objects.number += 1
         mark = {"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": str(self.objects.number)}}}
         for writer in list(self._watchers):
@@ -121,7 +121,7 @@ class FakeServer:
         return sum(asked.verb == verb and plural in ("", asked.kind[2]) for asked in self.asked)
 
     def watching(self, plural: str) -> bool:
-        """Whether somebody watches a kind in this moment."""
+        """Return True if a client watches a kind now."""
         return plural in self._watchers.values()
 
     # Answers.
@@ -258,7 +258,7 @@ def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
 def _answer(
     writer: asyncio.StreamWriter, code: int, found: Any, headers: dict[str, str] | None = None, cut: bool = False
 ) -> bool:
-    """Write an answer; return whether another may follow it."""
+    """Write an answer. Return True if another may follow on the connection."""
     body = json.dumps(found).encode()
     extra = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
     head = f"HTTP/1.1 {code} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n{extra}\r\n"

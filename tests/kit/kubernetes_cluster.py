@@ -1,4 +1,4 @@
-"""A cluster to try things in: a fake API server's, or a namespace of a real one where KUBECONFIG names it."""
+"""A cluster for tests: a fake API server's, or a namespace of a real one if KUBECONFIG names it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CRDS = Path(__file__).parents[2] / "deploy" / "helm" / "lora-sidecar" / "crds"
 
 @dataclass
 class Cluster:
-    """One namespace, written to as kubectl would. `server` is the fake one, to be told what to do wrong."""
+    """One namespace, written to as kubectl would. `server` is the fake one, for injecting faults."""
 
     access: Access
     client: httpx.AsyncClient
@@ -77,7 +77,7 @@ class Cluster:
     # What is made most.
 
     async def add_slice(self, name: str, service: str, addresses: list[str], **fields: Any) -> Object:
-        """Create an EndpointSlice with a ready endpoint for each address, port `grpc` 8001 unless told otherwise."""
+        """Create an EndpointSlice with a ready endpoint for each address; the default port is `grpc` 8001."""
         made: Object = {
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
@@ -99,7 +99,7 @@ class Cluster:
         return await self.create("loraadapters", made)
 
     async def declare_in_map(self, name: str, entries: Any) -> Object:
-        """Create a ConfigMap with declarations; text is taken as it is."""
+        """Create a ConfigMap with declarations, given as entries or as text."""
         text = entries if isinstance(entries, str) else yaml.safe_dump(entries)
         label, _, value = ADAPTERS_LABEL.partition("=")
         metadata = {"name": name, "labels": {label: value}}
@@ -111,7 +111,7 @@ class Cluster:
         return [event["reason"] for event in sorted(await self.list("events"), key=lambda event: event["eventTime"])]
 
     async def tells(self, *reasons: str) -> None:
-        """Wait until there is an event for each of these reasons; fails when there are others by then."""
+        """Wait until there is an event for each of these reasons; fail if there are others."""
         async with asyncio.timeout(60):
             while len(found := await self.reasons()) < len(reasons):
                 await asyncio.sleep(0.02)
@@ -120,7 +120,7 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(kind: str = "fake", **fields: Any) -> AsyncIterator[Cluster]:
-    """Give a cluster for the length of a block; `fields` are the fake server's."""
+    """Yield a cluster for the length of a block; `fields` are the fake server's."""
     if kind == "fake":
         async with fake_server(**fields) as server, _client(server.access) as client:
             yield Cluster(server.access, client, server)
@@ -155,6 +155,6 @@ def _client(access: Access) -> httpx.AsyncClient:
 
 
 needs_faults = pytest.mark.parametrize("kind", ["fake"])
-"""Of a test that makes the server go wrong."""
+"""The mark of a test that injects faults into the server."""
 on_clusters = pytest.mark.parametrize("kind", CLUSTERS)
-"""Of a test that runs against a real cluster, too, where there is one."""
+"""The mark of a test that also runs against a real cluster, if there is one."""

@@ -1,4 +1,4 @@
-"""A declaration for tests, and the record of a name that was brought by it."""
+"""A declaration for tests, and the record that results from it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DECLARED = Declaration(SOURCE, "sql", "s3://loras/sql", grace_s=60.0)
 
 
 def registered(declaration: Declaration = DECLARED, seed: int = 1, **fields: Any) -> Record:
-    """Return the record of a declaration that has been brought."""
+    """Return the record of a declaration whose source was registered."""
     made = record(declaration.name, seed)
     declared = replace(declaration.declared, digest=made.adapter.digest)
     owner = declaration.source.owner

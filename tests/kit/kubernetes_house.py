@@ -27,7 +27,7 @@ BOTH = {"config_maps": True, "custom_resources": True}
 
 @dataclass
 class House:
-    """A sidecar that follows a cluster, and a folder of adapters that it may read."""
+    """A sidecar that follows a cluster, and its folder of adapters."""
 
     home: Cluster
     served: Serving
@@ -41,7 +41,7 @@ class House:
         return found
 
     async def reaches(self, name: str, phase: str, **fields: Any) -> dict[str, Any]:
-        """Wait until a LoraAdapter's status says so."""
+        """Wait until a LoraAdapter's status has this phase."""
         async with asyncio.timeout(60):
             while True:
                 status = await self.status(name)
@@ -55,7 +55,7 @@ class House:
         return str(caught.value.details())
 
     async def answers(self, name: str) -> str:
-        """Ask by name; return the digest that the answer is of, having checked that its tokens are that version's."""
+        """Send a request by name; check that the tokens are the answering version's, and return its digest."""
         answer = await self.served.ask(name, 3)
         (origin,) = answer.origins
         assert answer.tokens == self.served.expected(name, 3)

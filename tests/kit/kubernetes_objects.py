@@ -1,8 +1,8 @@
-"""What a Kubernetes API server keeps: objects with resource versions, and a history of changes that ends somewhere.
+"""The store of a fake Kubernetes API server: objects with resource versions, and a limited history of changes.
 
-`tests.kit.kubernetes_api` serves it. It does what the real one promises: every change has a number of its own, a write
-that names another resource version than the object's is a conflict,
-a watch goes on from any number that is not forgotten.
+`tests.kit.kubernetes_api` serves it. It keeps the real server's guarantees: every change has its own number, a write
+that names another resource version than the object's is a conflict, and a watch continues from any number that is not
+forgotten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Failure(Exception):
 
 @dataclass
 class Changed:
-    """One change: what a watch tells of it."""
+    """One change, as a watch reports it."""
 
     number: int
     kind: Kind
@@ -49,7 +49,7 @@ class Objects:
     history: list[Changed] = field(default_factory=list)
     number: int = 1000
     forgotten: int = 1000
-    """The last change that no watch can begin before."""
+    """The number of the last forgotten change: no watch can begin before it."""
     made: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     news: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -86,7 +86,7 @@ class Objects:
         return self._write(kind, "MODIFIED", new)
 
     def patch(self, kind: Kind, name: str, patch: Object, status: bool) -> Object:
-        """Merge a patch; of `status` into that alone."""
+        """Merge a patch into an object, or only into its status."""
         old = self.get(kind, name)
         self._check(old, patch.get("metadata", {}).get("resourceVersion"))
         new = copy.deepcopy(old)
@@ -108,7 +108,7 @@ class Objects:
         self.forgotten = self.number
 
     def lose(self, numbers: int) -> None:
-        """Count from an earlier number on: what was told of later ones is from a time that never was."""
+        """Continue numbering from an earlier number, as if the later changes had never happened."""
         self.number -= numbers
         self.forget()
 
@@ -126,13 +126,13 @@ class Objects:
         return new
 
     async def tell(self) -> None:
-        """Wake all who watch."""
+        """Wake all watches."""
         async with self.news:
             self.news.notify_all()
 
 
 def seen_by(change: Changed, selector: str) -> tuple[str, Object] | None:
-    """Return what a watch with a selector is told of a change: an object may come into its sight, or leave it."""
+    """Return a change as a watch with a selector sees it: an object may enter or leave the selection."""
     now = change.event != "DELETED" and matches(change.object, selector)
     was = change.before is not None and matches(change.before, selector)
     if change.event == "DELETED":
@@ -143,14 +143,14 @@ def seen_by(change: Changed, selector: str) -> tuple[str, Object] | None:
 
 
 def matches(found: Object, selector: str) -> bool:
-    """Whether an object has all labels of a selector of the form `a=b,c=d`."""
+    """Return True if an object has all labels of a selector of the form `a=b,c=d`."""
     labels = found["metadata"].get("labels") or {}
     wanted = (part.partition("=") for part in selector.split(",") if part)
     return all(labels.get(key) == value for key, _, value in wanted)
 
 
 def _merged(old: Any, patch: Any) -> Any:
-    """Return what a JSON merge patch (RFC 7386) makes of a value."""
+    """Return a value after a JSON merge patch (RFC 7386)."""
     if not isinstance(patch, dict):
         return patch
     new = dict(old) if isinstance(old, dict) else {}

@@ -1,7 +1,7 @@
-"""The last release, which the next one is upgraded from, from the history of this repository.
+"""The files of the last release, from this repository's history, for upgrade tests.
 
-Tests upgrade from it and go back to it (`make e2e-release`) and run it beside this code (`make e2e-replicas`). Whoever
-releases moves `LAST_RELEASE`.
+Tests upgrade from it and go back to it (`make e2e-release`) and run it beside this code (`make e2e-replicas`). Each
+release updates `LAST_RELEASE`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROOT = Path(__file__).parents[2]
 def source_of_last_release(folder: Path, *paths: str) -> Path:
     """Write the release's files below `paths`, or all of them, into a folder and return it.
 
-    A clone that is too shallow to have it skips the test on a laptop and fails it in CI.
+    If the clone is too shallow, the test is skipped on a laptop and fails in CI.
     """
     found = subprocess.run(["git", "archive", LAST_RELEASE, *paths], cwd=_ROOT, capture_output=True, check=False)
     if found.returncode:

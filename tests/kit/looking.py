@@ -1,4 +1,4 @@
-"""Looks at emulated engines as `sidecar backends check` does, and servers that are something else."""
+"""Check emulated engines as `sidecar backends check` does, and servers that are no engines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OF_TRITON = names_of("triton")
 
 @asynccontextmanager
 async def engine_and_target(folder: Path, **options: Any) -> AsyncIterator[tuple[Server, Target]]:
-    """Run an engine, and give the target that a complete configuration would make of it."""
+    """Run an engine, and yield the check target of a complete configuration."""
     config = folder / "engine.json"
     async with running_engine(**{**DUMMY, "metrics_port": 0, "write_engine_config": config, **options}) as engine:
         target = Target("trt-0", engine.grpc_address, facts=from_engine_config(config), store_bytes=1 << 20)
@@ -50,7 +50,7 @@ async def engine_and_target(folder: Path, **options: Any) -> AsyncIterator[tuple
 
 
 async def look(target: Target) -> dict[str, Finding]:
-    """Return all findings by their checks; every check ends in exactly one."""
+    """Return all findings by check; every check has exactly one."""
     found = [finding async for finding in check(target)]
     assert [finding.check for finding in found] == OF_TRITON
     return {finding.check: finding for finding in found}
@@ -66,13 +66,13 @@ class EmulatedVllm:
     target: Target
 
     async def is_as_before(self) -> bool:
-        """Whether nothing of a check is left: no name at the engine, nothing in the folder."""
+        """True if a check left nothing behind: no name at the engine, nothing in the folder."""
         return set(await self.client.models()) == {BASE} and list(self.shared.iterdir()) == []
 
 
 @asynccontextmanager
 async def vllm_and_target(folder: Path, **options: Any) -> AsyncIterator[EmulatedVllm]:
-    """Run an emulated vLLM, and give the target that a complete configuration would make of it."""
+    """Run an emulated vLLM, and yield the check target of a complete configuration."""
     shared = folder / "shared"
     shared.mkdir(exist_ok=True)
     facts = EngineFacts(
@@ -92,14 +92,14 @@ async def vllm_and_target(folder: Path, **options: Any) -> AsyncIterator[Emulate
 
 
 async def look_at_vllm(target: Target) -> dict[str, Finding]:
-    """Return all findings at a vLLM by their checks; every check ends in exactly one."""
+    """Return all findings at a vLLM by check; every check has exactly one."""
     found = [finding async for finding in check(target)]
     assert [finding.check for finding in found] == names_of("vllm")
     return {finding.check: finding for finding in found}
 
 
 def worse(found: dict[str, Finding]) -> dict[str, State]:
-    """Return the checks that did not end well."""
+    """Return the checks whose result is not OK."""
     return {name: finding.state for name, finding in found.items() if finding.state is not State.OK}
 
 
@@ -112,7 +112,7 @@ async def regions_of(address: str) -> list[str]:
 
 @asynccontextmanager
 async def http_server(body: bytes) -> AsyncIterator[int]:
-    """Serve one body over HTTP/1.1 whatever is asked for by GET, and give the port."""
+    """Serve one body over HTTP/1.1 for every GET, and yield the port."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if (await reader.readline()).startswith(b"GET "):

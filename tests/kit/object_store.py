@@ -1,4 +1,4 @@
-"""A real HTTP S3 server (moto's) in a process of its own, empty buckets on demand."""
+"""A real HTTP S3 server (moto's) in a separate process, with empty buckets on demand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ sys.stdin.read()
 
 @contextmanager
 def object_store() -> Iterator[str]:
-    """Run the server and give its address; it ends with its standard input."""
+    """Run the server and yield its address; it ends when its stdin is closed."""
     command = [sys.executable, "-c", SERVER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
@@ -34,7 +34,7 @@ def object_store() -> Iterator[str]:
 
 
 def client(address: str) -> Any:
-    """Return a client that goes straight to the server."""
+    """Return a client of the server."""
     import boto3
 
     return boto3.client(

@@ -1,4 +1,4 @@
-"""A gateway with its http listener and the OpenAI API, in front of backends that answer what a test tells them."""
+"""A gateway with its http listener and the OpenAI API, in front of backends whose answers a test scripts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ScriptedVllm(ScriptedBackend):
-    """Of the kind that has this API of its own. `forms` is what it was asked, and nothing ends by itself."""
+    """A scripted backend of kind vllm. `forms` are the requests received; a test ends each of them."""
 
     def __init__(self, backend_id: str = "v0", seats: int = 4, kind: str = "vllm") -> None:
         super().__init__(backend_id, seats=seats)
@@ -53,7 +53,7 @@ class ScriptedVllm(ScriptedBackend):
         super().cancel(request, attempt)
 
     def deliver(self, raw: bytes, final: bool = False) -> None:
-        """Give the oldest running request a reply."""
+        """Deliver a reply to the oldest running request."""
         request, effect = next(iter(self.running.items()))
         self._tickets[request].deliver(Reply(raw, None, final))
         if final:
@@ -74,7 +74,7 @@ class ScriptedVllm(ScriptedBackend):
 
 @dataclass
 class House:
-    """What runs, and a client for it."""
+    """The running parts, and a client."""
 
     gateway: Gateway
     front: HttpFront

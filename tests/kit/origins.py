@@ -1,4 +1,4 @@
-"""Downloads in tests: a folder to bring, limits that fail soon, and a world in which waiting takes no time."""
+"""Helpers for downloads: a folder to fetch, small limits, and a world in which waiting takes no time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMITS = Limits(attempts_max=3, timeout_s=10.0)
 
 @dataclass
 class World:
-    """Waits are noted and over at once; every name has the addresses of this machine, unless said otherwise."""
+    """Records waits, which end at once; every name resolves to this machine, unless `addresses` says otherwise."""
 
     addresses: dict[str, Sequence[str]] = field(default_factory=dict)
     waits_s: list[float] = field(default_factory=list)
@@ -39,7 +39,7 @@ class World:
 
 @dataclass
 class Brought:
-    """What a download did."""
+    """The result of a download."""
 
     directory: Path
     world: World
@@ -76,7 +76,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
 
 
 def write_shards(folder: Path) -> None:
-    """Cut a folder's weights file into two shards and an index, as transformers writes them."""
+    """Split a folder's weights file into two shards and an index, as transformers writes them."""
     import json
 
     import numpy as np

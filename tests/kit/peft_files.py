@@ -1,4 +1,4 @@
-"""Makes PEFT adapter folders for tests: plain NumPy and a hand-written safetensors file, nothing of the product.
+"""Make PEFT adapter folders for tests with plain NumPy and a hand-written safetensors writer, without the product.
 
 The default is an adapter for the tiny llama that the emulated engine runs.
 """
@@ -135,7 +135,7 @@ def default_config(modules: Sequence[str], rank: int, alpha: float) -> dict[str,
 
 
 def open_descriptors() -> int:
-    """Return how many file descriptors this process has open."""
+    """Return the number of open file descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -155,13 +155,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def write_raw_safetensors(path: Path, header: bytes, data: bytes, header_length: int | None = None) -> None:
-    """Write a safetensors file from its parts, true or not."""
+    """Write a safetensors file from its parts, which may be inconsistent."""
     length = len(header) if header_length is None else header_length
     path.write_bytes(struct.pack("<Q", length) + header + data)
 
 
 def read_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """Read the tensors of a folder that `write_adapter` made, by a reader of its own."""
+    """Read the tensors of a folder that `write_adapter` made, without the product's reader."""
     data = (directory / "adapter_model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])

@@ -1,4 +1,4 @@
-"""Ports for servers of tests."""
+"""Free ports for servers of tests."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 import socket
 
 PORTS = range(20_000, 32_000)
-"""Below those that the kernel gives to clients: a server that starts again on its port finds it free."""
+"""Ports below those that the kernel gives to clients: a restarted server finds its port free."""
 
 
 def free_port() -> int:
-    """Return a port where nobody listens."""
+    """Return a port on which nothing listens."""
     while True:
         port = random.SystemRandom().choice(PORTS)
         with socket.socket() as free:

@@ -1,6 +1,6 @@
-"""A protobuf encoder of a few lines that also writes what no library would: fields twice, unknown ones, odd varints.
+"""A small protobuf encoder that can also write what no library would: repeated fields, unknown ones, odd varints.
 
-It knows the wire format and KServe's field numbers, and nothing of the sidecar.
+It knows the wire format and KServe's field numbers, and is independent of the sidecar.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ VARINT, FIXED64, LENGTH, GROUP, GROUP_END, FIXED32 = range(6)
 MODEL, VERSION, ID, PARAMETERS, INPUTS, OUTPUTS, RAW = range(1, 8)
 """The fields of a ModelInferRequest."""
 NAME, DATATYPE, SHAPE, TENSOR_PARAMETERS, CONTENTS = range(1, 6)
-"""Those of an input."""
+"""The fields of an input."""
 BOOL, INT64, STRING, DOUBLE, UINT64 = range(1, 6)
 """The choices of an InferParameter."""
 INT_CONTENTS, UINT64_CONTENTS, BYTES_CONTENTS = 2, 5, 8
 
 
 def varint(value: int, longer_by: int = 0) -> bytes:
-    """Encode a number; with more bytes than it needs where asked."""
+    """Encode a number, with `longer_by` more bytes than needed."""
     value &= (1 << 64) - 1
     out = bytearray()
     while True:

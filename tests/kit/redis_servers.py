@@ -1,6 +1,6 @@
-"""Real Redis and Valkey servers on free ports, alone, behind a Sentinel or as a cluster, and a way to cut them off.
+"""Real Redis and Valkey servers on free ports, alone, behind a Sentinel or as a cluster, and a proxy to cut them off.
 
-A server that this machine does not have skips the test on a laptop and fails it in CI.
+If a server is not installed, the test is skipped on a laptop and fails in CI.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def program(name: str) -> str:
 
 
 def missing(reason: str) -> None:
-    """Skip the test for what a laptop may lack and CI may not."""
+    """Skip the test on a laptop, and fail it in CI, for a missing program."""
     pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
@@ -62,7 +62,7 @@ class Server:
         return f"redis://{self.address}"
 
     async def start(self) -> None:
-        """Start, again on the same port; what was only in memory is gone. Returns when it accepts connections."""
+        """Start on the same port, without data that was only in memory. Return when it accepts connections."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = self.port or free_port()
         ports = () if "--tls-port" in self.options else ("--port", str(self.port))
@@ -97,7 +97,7 @@ class Server:
         return True
 
     def signal(self, number: signal.Signals) -> None:
-        """SIGSTOP lets it stand still with its connections open, SIGCONT go on."""
+        """Send a signal: SIGSTOP freezes the server with its connections open, SIGCONT resumes it."""
         assert self.process is not None
         self.process.send_signal(number)
 
@@ -131,7 +131,7 @@ async def running(folder: Path, name: str = "redis-server", *options: str) -> As
 
 @dataclass
 class Watched:
-    """A master, its replica, and the Sentinel that makes the replica the master when that is gone."""
+    """A master, its replica, and the Sentinel that promotes the replica when the master fails."""
 
     master: Server
     replica: Server
@@ -201,7 +201,7 @@ async def cluster(folder: Path) -> AsyncIterator[list[Server]]:
 
 
 class Proxy:
-    """A way to a server that can be cut: connections break and new ones are refused until it is mended."""
+    """A proxy to a server that can be cut: connections break and new ones are refused until it is mended."""
 
     def __init__(self, target: int) -> None:
         self.port = 0

@@ -1,4 +1,4 @@
-"""Requests that Triton refuses before a model sees them, with the words of its front end or core; their id is r1."""
+"""Requests that Triton's front end or core refuses before a model sees them, with its messages; their id is r1."""
 
 from __future__ import annotations
 
@@ -220,4 +220,4 @@ REJECTIONS: list[tuple[Callable[[], Any], str]] = [
 ]
 
 NOT_FOUND = (unknown_model, unknown_region, unknown_version)
-"""Those whose status is NOT_FOUND; the others' is INVALID_ARGUMENT."""
+"""The requests whose status is NOT_FOUND; that of the others is INVALID_ARGUMENT."""

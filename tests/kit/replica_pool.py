@@ -1,4 +1,4 @@
-"""Several sidecars in the test's own event loop, in front of the same engines, that share a real Redis."""
+"""Several sidecars in the test's event loop, in front of the same engines, sharing a real Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.kit.serving import Recorder, Serving, place_of, until
 
 LEASE_S = 1.0
 CALM_S = 3.0
-"""A lease for tests in which none is to end, however seldom they get to run; a pool takes that long to begin."""
+"""A lease duration for tests in which no lease may expire on a busy machine; a pool takes that long to begin."""
 FREE = {"address": "127.0.0.1:0"}
 
 
@@ -23,9 +23,9 @@ FREE = {"address": "127.0.0.1:0"}
 async def replica(
     number: int, url: str, engines: Sequence[Any], adapters: Path, **record: Any
 ) -> AsyncIterator[Serving]:
-    """Run one replica for a block. It owns nothing yet when that begins, and ends as if it were killed.
+    """Run one replica for a block. It owns nothing yet when the block begins, and ends as if killed.
 
-    `record` is configuration, but for `lease_s`; its `backend` (a dict) goes into every backend's entry.
+    `record` is configuration, except `lease_s`; its `backend` (a dict) goes into every backend's entry.
     """
     lease_s, backend = record.pop("lease_s", LEASE_S), record.pop("backend", {})
     config = {
@@ -49,7 +49,7 @@ async def replica(
 async def replicas(
     count: int, url: str, engines: Sequence[Any], adapters: Path, **record: Any
 ) -> AsyncIterator[list[Serving]]:
-    """Run replicas for the length of a block; it begins when all know who owns each backend."""
+    """Run replicas for the length of a block, which begins when all know the owner of each backend."""
     async with AsyncExitStack() as stack:
         pool = [
             await stack.enter_async_context(replica(number, url, engines, adapters, **record))
@@ -65,7 +65,7 @@ def owned(served: Serving) -> set[str]:
 
 
 def settled(pool: Sequence[Serving]) -> bool:
-    """Whether each backend is served by one replica, and all know by which."""
+    """Return True if one replica serves each backend, and all replicas know which."""
     owners = {backend: served.sidecar.replica.member.id for served in pool for backend in owned(served)}
     return set(owners) == set(pool[0].state.backends) and all(
         served.sidecar.replica.board.owner_of(backend) == owner for served in pool for backend, owner in owners.items()

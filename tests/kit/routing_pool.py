@@ -1,8 +1,8 @@
-"""A pool of engines in miniature, to see what a routing policy does to balance, loads and moves.
+"""A miniature pool of engines, to measure a routing policy's balance, loads and moves.
 
-Each engine runs what its slots and seats allow, oldest first; what does not fit is passed over, but not for more than
-`PATIENCE_S`. A step of b requests takes 11 ms + 0.13 ms x b, as in many an 8B model. Clients are a closed loop:
-whenever one of `in_flight` requests ends, the next one comes.
+Each engine runs the requests that its slots and seats allow, oldest first; a request that does not fit is passed over
+for at most `PATIENCE_S`. A step of b requests takes 11 ms + 0.13 ms x b, as with many 8B models. Clients are a closed
+loop: when one of `in_flight` requests ends, the next one comes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Engine:
         )  # fmt: skip
 
     def advance(self, dt_s: float) -> int:
-        """Run for a while; return how many requests ended."""
+        """Run for `dt_s` seconds; return the number of ended requests."""
         self._admit()
         for request in self.queue:
             request[2] += dt_s
@@ -83,7 +83,7 @@ class Engine:
 
 
 class Offered:
-    """The candidates of one request (`policies.views.Candidates`); counts how many were looked at."""
+    """The candidates of one request (`policies.views.Candidates`); counts how many were read."""
 
     def __init__(self, pool: Pool, version: str) -> None:
         self.pool, self.version, self.looked = pool, version, 0
@@ -115,7 +115,7 @@ class Pool:
     looked: list[int] = field(default_factory=list)
 
     def run(self, seconds: float, in_flight: int, dt_s: float = 0.1) -> Figures:
-        """Go on for so long and return what happened meanwhile."""
+        """Run for `seconds` and return the figures of that time."""
         before = self._figures()
         for _ in range(round(seconds / dt_s)):
             outstanding = sum(len(engine.queue) + len(engine.running) for engine in self.engines.values())
@@ -145,7 +145,7 @@ class Pool:
         self.engines[choice.backend].queue.append(request)
 
     def lose(self, backend: str) -> None:
-        """Take an engine away; what it had is routed again."""
+        """Remove an engine; its requests are routed again."""
         engine = self.engines[backend]
         engine.up = False
         stranded = [*engine.running, *engine.queue]
@@ -162,7 +162,7 @@ class Pool:
 
 @dataclass
 class Figures:
-    """Tokens a second (as a snapshot: tokens), and counts."""
+    """Tokens per second (in a snapshot: tokens), and counts."""
 
     tokens: float
     loads: int

@@ -1,4 +1,4 @@
-"""A backend that takes every Load at once and holds every run until it is cancelled."""
+"""A backend that completes every load at once and holds every run until it is cancelled."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ScriptedBackend:
         pass
 
     def register_regions(self) -> None:
-        """There are none."""
+        """Return at once: there are no regions."""
 
     def probe(self, within_s: float) -> None:
         self._post(BackendProbed(self.id, True))
@@ -67,7 +67,7 @@ class ScriptedBackend:
         return "scripted"
 
     async def running_are(self, count: int) -> None:
-        """Wait until so many requests run here."""
+        """Wait until `count` requests run here."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self.running) == count)
 

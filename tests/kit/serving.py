@@ -1,4 +1,4 @@
-"""A whole sidecar in the test's own event loop, in front of emulated engines, and clients that ask it things."""
+"""A whole sidecar in the test's event loop, in front of emulated engines, and its clients."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from sidecar.serve.app import Sidecar
 from tests.kit.peft_files import write_adapter
 
 PATIENCE_S = 60.0
-"""How long a test waits for something that must happen; far longer than it takes."""
+"""How long a test waits for something that must happen; much longer than it takes."""
 
 
 class Recorder:
-    """An observer that keeps every event and effect of a sidecar's core."""
+    """An observer that records every event and effect of a sidecar's core."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -45,7 +45,7 @@ class Recorder:
 
 @dataclass
 class Serving:
-    """A running sidecar, what it did, and stubs to reach it by."""
+    """A running sidecar, its recorded events and effects, and gRPC stubs."""
 
     sidecar: Sidecar
     recorder: Recorder
@@ -72,12 +72,12 @@ class Serving:
         return task_id_of(packed_key(self.state.names[name].digest, Layout("float16")))
 
     def expected(self, name: str, count: int) -> list[int]:
-        """Return the tokens that an engine with dummy compute gives for an adapter; "" is the base model."""
+        """Return the tokens that an engine with dummy compute answers for an adapter; "" is the base model."""
         task_id = self.task_id(name) if name else 0
         return [dummy_token(task_id, position) for position in range(count)]
 
     async def ask(self, adapter: str, tokens: int = 4, prompt: int = 5, **fields: Any) -> Answer:
-        """Generate from a prompt of some token ids. Raises AioRpcError when the sidecar does."""
+        """Generate from a prompt of token ids. Raises AioRpcError if the sidecar answers with an error."""
         ids = gateway_pb2.TokenIds(ids=[BOS, *range(prompt - 1)])
         answer = Answer()
         request = gateway_pb2.GenerateRequest(adapter=adapter, tokens=ids, max_tokens=tokens, **fields)
@@ -91,7 +91,7 @@ class Serving:
 
 @dataclass
 class Answer:
-    """What a client was told. `origins` has one entry: more would be an answer that ended twice."""
+    """A client's answer. `origins` must have one entry: two mean that the answer ended twice."""
 
     tokens: list[int] = field(default_factory=list)
     origins: list[Any] = field(default_factory=list)
@@ -133,7 +133,7 @@ def place_of(engine: Any, number: int) -> dict[str, str]:
 
 
 async def until(holds: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-    """Wait until something holds; fails when it does not in a long time."""
+    """Wait until a condition holds; fail after `patience_s`."""
     async with asyncio.timeout(patience_s):
         while not holds():
             await asyncio.sleep(0.005)

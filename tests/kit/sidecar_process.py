@@ -1,4 +1,4 @@
-"""A sidecar in a process of its own, to be killed as the kernel kills it."""
+"""A sidecar in a separate process, which tests kill as the kernel would."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ asyncio.run(main())
 
 @dataclass
 class SidecarProcess:
-    """One that is up, with the addresses of its data and http listeners."""
+    """A running sidecar process, with the addresses of its data and http listeners."""
 
     process: asyncio.subprocess.Process
     address: str
@@ -58,7 +58,7 @@ class SidecarProcess:
             return [token async for answer in answers for token in answer.token_ids]
 
     def memory_bytes(self, row: str) -> int:
-        """Return a row of its memory, as `RssAnon`, `RssShmem` or `VmHWM`."""
+        """Return a row of the process's memory status, such as `RssAnon`, `RssShmem` or `VmHWM`, in bytes."""
         rows = dict(line.split(":", 1) for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines())
         return int(rows[row].split()[0]) * 1024
 

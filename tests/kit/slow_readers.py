@@ -1,6 +1,6 @@
-"""Clients that ask for a long answer and read nothing of it, on each gRPC front. Each call is one client's own.
+"""Clients that request a long answer and do not read it, on each gRPC front. Each call belongs to its own client.
 
-Of the http listener the kernel alone takes megabytes on loopback, more than a test's answers have.
+The http listener is left out: the kernel buffers megabytes on loopback, more than a test's answers have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096
 
 @asynccontextmanager
 async def unread(front: str, address: str, count: int, tokens: int, model: str) -> AsyncIterator[None]:
-    """Have so many calls open, each of a connection that takes next to nothing, and read none of them."""
+    """Keep `count` calls open, each on a connection with a tiny window, and read none of them."""
     options = (*SMALL_WINDOW, ("grpc.use_local_subchannel_pool", 1))
     channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(count)]
     calls = await asyncio.gather(*(_call(front, channel, tokens, model) for channel in channels))

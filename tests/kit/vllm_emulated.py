@@ -1,11 +1,11 @@
-"""Emulated vLLMs for tests: in this process, or in one of their own that can be killed and started again.
+"""Emulated vLLMs for tests: in this process, or in a process that can be killed and restarted.
 
-`start_vllm(**options)` takes the fields of `sidecar.lab.engine.openai.VllmOptions`; time stands still by default (every
-step takes as long as it computes). `VllmProcess` takes the options of `sidecar emulate --protocol vllm`.
+`start_vllm(**options)` takes the fields of `sidecar.lab.engine.openai.VllmOptions`; by default, time is not simulated
+(every step takes as long as it computes). `VllmProcess` takes the options of `sidecar emulate --protocol vllm`.
 
-With `compute="none"` an answer is made from the adapter: `expected(engine_name, folder, count)` are its tokens, where
-`engine_name` is what the engine was told to call it, and `folder` any copy of what it loaded. `expected("", None, n)`
-are the base model's. An answer that began from another adapter's prefix blocks is like neither.
+With `compute="none"`, an answer depends on the adapter: `expected(engine_name, folder, count)` returns its tokens.
+`engine_name` is the adapter's name at the engine, and `folder` any copy of the loaded files. `expected("", None, n)`
+returns the base model's tokens. An answer that used another adapter's prefix blocks equals neither.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ async def running_vllm(**options: Any) -> AsyncIterator[tuple[VllmServer, Client
 
 
 def expected(engine_name: str, folder: Path | None, count: int, start: int = 0) -> list[int]:
-    """Return the tokens that an engine with dummy compute answers with; without a folder the base model's."""
+    """Return the tokens of an engine with dummy compute; without a folder, the base model's."""
     number = 0 if folder is None else content_id(engine_name, folder)
     return [dummy_token(number, position) for position in range(start, start + count)]
 
 
 class Client:
-    """Asks an OpenAI API, whoever speaks it, and says what came back."""
+    """A client of any OpenAI API."""
 
     def __init__(self, address: str, patience_s: float = 60.0) -> None:
         self.http = httpx.AsyncClient(base_url=f"http://{address}", timeout=patience_s)
 
     async def load(self, name: str, path: Path | str, **fields: Any) -> httpx.Response:
-        """Ask to load an adapter."""
+        """Request the load of an adapter."""
         return await self.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(path)} | fields)
 
     async def unload(self, name: str) -> httpx.Response:
-        """Ask to forget an adapter's name."""
+        """Request the unload of an adapter."""
         return await self.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     async def models(self) -> dict[str, dict[str, Any]]:
-        """Return what is listed, by id."""
+        """Return the listed models, by id."""
         listed = (await self.http.get("/v1/models")).json()["data"]
         return {card["id"]: card for card in listed}
 
     async def complete(self, model: str, prompt: Any = "hello", tokens: int = 4, **fields: Any) -> httpx.Response:
-        """Ask for a completion that is not streamed."""
+        """Request a completion without streaming."""
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
         return await self.http.post("/v1/completions", json=body | fields)
 
@@ -85,7 +85,7 @@ class Client:
         return made
 
     async def stream(self, path: str, **body: Any) -> AsyncIterator[Any]:
-        """Yield the events of a stream, parsed, `DONE` as it is; fails on an error status."""
+        """Yield the parsed events of a stream, and `DONE` unparsed; fail on an error status."""
         async with self.http.stream("POST", path, json={"temperature": 0, "stream": True} | body) as answer:
             if answer.status_code != 200:
                 raise AssertionError((await answer.aread()).decode())
@@ -100,7 +100,7 @@ class Client:
         return [event async for event in self.stream("/v1/completions", **body)]
 
     async def samples(self, family: str) -> dict[tuple[str, ...], float]:
-        """Return a family's samples by the values of the labels that are not the engine's, in the labels' order."""
+        """Return a family's samples, keyed by the values of all labels but the engine's, in the labels' order."""
         text = (await self.http.get("/metrics")).text
         found = {}
         for metric in text_string_to_metric_families(text):
@@ -123,10 +123,10 @@ class Client:
 
 
 class VllmProcess:
-    """`python -m sidecar.lab.engine --protocol vllm` in a process of its own.
+    """`python -m sidecar.lab.engine --protocol vllm` as a separate process.
 
-    `arguments` are options of `sidecar emulate`, as they would stand on a command line. After `kill` (SIGKILL) or its
-    own end a `start` comes up on the same port, with no adapter.
+    `arguments` are options of `sidecar emulate`, as on a command line. A `start` after `kill` (SIGKILL) or after its
+    own end uses the same port, without adapters.
     """
 
     def __init__(self, *arguments: str, time_scale: float = 0.0, http_port: int = 0) -> None:
