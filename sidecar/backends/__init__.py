@@ -1,1 +1,1 @@
-"""Act on engines: run requests, load adapters, watch that they live."""
+"""Engines: run requests on them, load adapters into them, and watch whether they live."""

@@ -1,7 +1,7 @@
-"""What the shell asks of every kind of backend, and what passes between a backend, a front and the shell.
+"""The protocol that every backend implements, and the values passed between backends, fronts and the shell.
 
-A front makes a `Ticket` with the request's bytes; the core decides; the backend that is told to run it delivers
-`Reply` after `Reply` into the ticket, and posts what the core must know. Tokens never enter the core.
+A front makes a `Ticket` with the request's bytes, and the core decides. The backend that runs the request delivers each
+`Reply` to the ticket, and posts the events that the core needs. Tokens never enter the core.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sidecar.core.enums import Fault
 from sidecar.core.events import Event
 
 WRITE_BYTES = 64 << 10
-"""Of an answer that a front writes at once; what it has taken counts as waiting until it comes for more."""
+"""Bytes of an answer that a front writes at once. They count as waiting until it asks for more."""
 
 
 class Prompt(Enum):
-    """What a request may ask with."""
+    """The kinds of prompt."""
 
     TEXT = "text"
     TOKENS = "tokens"
@@ -34,10 +34,10 @@ class Prompt(Enum):
 
 @dataclass(frozen=True, slots=True)
 class HttpForm:
-    """A request for an engine's OpenAI API: its JSON body around the model's name, which is put in at dispatch.
+    """A request for an engine's OpenAI API: its JSON body around the model's name, which is added at dispatch.
 
-    `before` and `after` are the body up to and behind that JSON string. `model` is what the client wrote there, and
-    the answer says again; `streams` says that the body asks for events.
+    `before` and `after` are the body's bytes before and after that JSON string. `model` is the client's own name for
+    it, which the answer repeats. `streams` says that the body asks for events.
     """
 
     path: str
@@ -48,14 +48,14 @@ class HttpForm:
 
 
 Form = bytes | HttpForm
-"""A request as one kind of model takes it: an HTTP body, or bytes that only that kind reads. Bytes for a model that is
-native to KServe are a serialized `ModelInferRequest`.
+"""A request as one kind of model takes it: an HTTP body, or bytes that only that kind reads. For a model that is native
+to KServe the bytes are a serialized `ModelInferRequest`.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class HttpRejection:
-    """An engine's own error, to reach a client of the same API unchanged."""
+    """An engine's own error, passed unchanged to a client of the same API."""
 
     status: int
     body: bytes
@@ -63,10 +63,10 @@ class HttpRejection:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A request in the engine's own form, without id and adapter: those are put in as bytes at dispatch.
+    """A request in the engine's form, without id and adapter: these are added as bytes at dispatch.
 
-    `head` is the request for engines of one `kind`; `forms` is the same for those of other kinds. `raw` says that its
-    tensors travel in `raw_input_contents`, so that an appended input must too.
+    `head` is the request for models of `kind`; `forms` has it for models of other kinds. With `raw` its tensors are in
+    `raw_input_contents`, and an added input must be there, too.
     """
 
     model: str
@@ -75,32 +75,32 @@ class Payload:
     unary: bool
     metadata: tuple[tuple[str, str], ...] = ()
     prompt: Prompt | None = None
-    """What a request of ours carries, so that each backend's own model for that answers; None for a client's own."""
+    """The prompt of a request of ours, by which each backend picks its model; None for a client's own request."""
     kind: str = "triton"
     forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of model that it can go to."""
+        """The kinds of model that it is written for."""
         return (self.kind, *self.forms)
 
     def spent(self) -> Payload:
-        """Return what is left to know of a request that is sent no more: everything but its bytes."""
+        """Return the payload without its bytes, for a request that will not be sent again."""
         return replace(self, head=b"", forms=dict.fromkeys(self.forms, b""))
 
     def head_for(self, kind: str) -> Form:
-        """Return the request as an engine of one of its kinds takes it."""
+        """Return the request for one of its kinds of model."""
         return self.head if kind == self.kind else self.forms[kind]
 
 
 class Reply:
-    """One response of the engine, and whether it is the last.
+    """One response of the engine, `final` if it is the last.
 
-    `raw` is what the reader of the model's kind reads. Of a model that is native to an API it is what a client of that
-    API gets: for OpenAI the body, or one event of a stream; for KServe a serialized `ModelInferResponse` where the
-    request is `unary`, else a `ModelStreamInferResponse` that says by `triton_final_response` whether it is the last.
+    The reader of the model's kind reads `raw`. For a model that is native to an API, `raw` is what a client of that API
+    gets. For OpenAI: the body, or one event of a stream. For KServe: a serialized `ModelInferResponse` if the request
+    is `unary`, else a `ModelStreamInferResponse` whose parameter `triton_final_response` says whether it is the last.
 
-    `message` is the parsed `ModelInferResponse`, for KServe only; where it is None, `raw` is parsed when it is needed.
+    `message` is the parsed `ModelInferResponse`, for KServe only; without one, `raw` is parsed on demand.
     """
 
     __slots__ = ("_message", "final", "raw")
@@ -118,9 +118,9 @@ class Reply:
 
 
 class Ticket:
-    """One request between its front, the shell and its backend. All three live on one event loop.
+    """One request between its front, the shell and its backend, all on one event loop.
 
-    The engine's answer is taken at the engine's pace and waits here for its client, as far as `buffers` allow.
+    The engine's answer is taken at the engine's pace and waits here for its client, within the limits of `buffers`.
     """
 
     __slots__ = (
@@ -153,15 +153,15 @@ class Ticket:
         self.settled_ns = 0
         self.replies: deque[Reply] = deque()
         self.came: Reply | None = None
-        """What has come of the answer last."""
+        """The last reply that has come."""
         self.behind_since_ns: int | None = None
-        """Since when the engine is not read from, because of what waits for the client."""
+        """Since when the engine is not being read because too much waits for the client."""
         self.blocked_since_ns: int | None = None
-        """Since when the front has been waiting for its client to take a message."""
+        """Since when the front has been waiting for its client to read."""
         self.rejected_with: Any = None
-        """The gRPC status code of an engine's unary error, or an `HttpRejection`: it reaches the client unchanged."""
+        """The gRPC status code of an engine's unary error, or an `HttpRejection`: passed on to the client unchanged."""
         self.trip: Any = None
-        """What the router between replicas has to remember of it."""
+        """The router's own record of the request, if there are other replicas."""
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._buffers = buffers
@@ -169,11 +169,11 @@ class Ticket:
         self._is_dropped = False
 
     def dispatched(self, effect: Dispatch) -> None:
-        """Be told that an engine is given the request now."""
+        """Note that the request is being given to an engine."""
         self.dispatch = effect
 
     def deliver(self, reply: Reply) -> None:
-        """Hand a reply to the front; of one whose client has left nothing is kept."""
+        """Hand a reply to the front; it is dropped if the client has left."""
         if self._is_dropped:
             return
         self.came = reply
@@ -191,11 +191,11 @@ class Ticket:
 
     @property
     def has_room(self) -> bool:
-        """Whether more of the answer may be taken. One reply may always wait, so that no answer ever stands still."""
+        """True if more of the answer may be taken. One reply may always wait, so no answer stands still."""
         return not self._held_bytes or self._held_bytes < self._buffers.allowance()
 
     async def room(self) -> None:
-        """Wait until another reply may be taken."""
+        """Wait until another reply may be taken, or the request is settled."""
         self.behind_since_ns = monotonic_ns()
         try:
             while not self.has_room and self.settled is None:
@@ -204,16 +204,16 @@ class Ticket:
         finally:
             self.behind_since_ns = None
 
-    def look(self) -> None:
-        """Take more of the answer if half of what is allowed is free again, of its own bytes or of all."""
+    def resume(self) -> None:
+        """Take more of the answer if half of the allowance is free again, through this answer or others."""
         if self._room is not None and 2 * self._held_bytes <= self._buffers.allowance():
             self._open_room()
 
     async def next(self) -> Reply | Settle:
-        """Return the next reply; the ending once all replies are taken. What was taken before has been written."""
+        """Return the next reply, or the ending after the last one. Replies taken before count as written."""
         self._count(-self._taken_bytes)
         self._taken_bytes = 0
-        self.look()
+        self.resume()
         while True:
             if self.replies:
                 return self._take()
@@ -224,11 +224,11 @@ class Ticket:
             await self._reader
 
     def another(self) -> Reply | None:
-        """Return a reply that has come already and is to be written along with the last; None to write first."""
+        """Return a reply that is already here, to be written with the last one; None if that must be written first."""
         return self._take() if self.replies and self._taken_bytes < WRITE_BYTES else None
 
     def drop(self) -> None:
-        """Free what waits: nobody takes it any more."""
+        """Free the waiting replies: the client has left."""
         self._is_dropped = True
         self.replies.clear()
         self._count(-self._held_bytes)
@@ -256,11 +256,11 @@ class Ticket:
 
 
 class Weights(Protocol):
-    """A packed blob as a Load needs it: leased for as long as the Load is under way."""
+    """An adapter's weights for a load. They are leased until `release`."""
 
     @property
     def path(self) -> str:
-        """A path under which another process of this machine can map the blob."""
+        """A path by which another process of this machine can map the blob, or the folder of files."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -277,17 +277,17 @@ class Weights(Protocol):
         """The int32 rows of `lora_config`, `[N, 3]`, as bytes."""
 
     async def ready(self) -> None:
-        """Return when the engine can read it. Raises SidecarError."""
+        """Return once the engine can read them. Raises SidecarError."""
 
     def release(self) -> None: ...
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """How a load ended. `error` is None when it came through, else why not.
+    """How a load ended. `error` is None if it succeeded.
 
-    `lost`: its wire broke. `unanswered`: the engine did not get to it in time, or it was never sent. Neither: the text
-    is the engine's own, and `means` says what it stands for; None has it looked up in `backends.faults`.
+    With `lost` the connection broke. With `unanswered` the engine did not answer in time, or it was never sent. Else
+    the text is the engine's own, and `means` is its fault; if that is None, `backends.faults` classifies the text.
     """
 
     error: str | None
@@ -297,7 +297,7 @@ class LoadResult:
 
     @property
     def fault(self) -> Fault:
-        """What the error of a load that did not come through means."""
+        """The fault of a load that failed."""
         if self.lost:
             return Fault.LOST
         if self.unanswered:
@@ -306,50 +306,50 @@ class LoadResult:
 
 
 class Backend(Protocol):
-    """One engine endpoint. Every method returns at once; what comes of it is posted as an event."""
+    """One engine endpoint. Its synchronous methods return at once and post their results as events."""
 
     id: str
     address: str
 
     @property
     def streams(self) -> bool:
-        """Whether the engine answers token by token, as far as is known."""
+        """True if the engine answers token by token, as far as is known."""
 
     async def start(self, post: Callable[[Event], None]) -> None:
-        """Begin to watch the engine; `BackendUp` is posted when it answers."""
+        """Begin to watch the engine; posts `BackendUp` when it answers."""
 
     async def stop(self) -> None:
-        """Cancel what runs and close."""
+        """Cancel all runs and close."""
 
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
-        """Send a request, its weights along with it if any are given; posts FirstToken, RunEnded, RunFailed."""
+        """Send a request, with its weights if given; posts FirstToken, RunEnded or RunFailed."""
 
     def cancel(self, request: int, attempt: int) -> None:
-        """Stop a run; its end is posted as usual."""
+        """Cancel a run; its end is posted as usual."""
 
     def load(self, effect: Load, weights: Weights) -> None:
-        """Load a packed adapter; posts LoadDone, LoadFailed."""
+        """Load an adapter; posts LoadDone or LoadFailed."""
 
     def register_regions(self) -> None:
-        """Register shared-memory regions anew, the clients' and ours; runs that follow wait for it.
+        """Register all shared-memory regions again, clients' and ours; later runs wait for that.
 
-        Nothing to do for an engine that has none.
+        Does nothing for an engine without regions.
         """
 
     def probe(self, within_s: float) -> None:
         """Find out within a time whether the engine lives; posts BackendProbed, unless it is lost meanwhile."""
 
     async def forget(self, key: str) -> None:
-        """Return when the engine no longer refers to an adapter of the store, or is gone: its files or bytes go next.
+        """Return once the engine no longer refers to an adapter, or is gone. Then the adapter's bytes are freed.
 
         `key` is the packed key of files in a shared folder, or the name of a blob's shared-memory region.
         """
 
     async def call(self, verb: str, request: Any) -> Any:
-        """Pass a KServe verb on as it is. Asked of engines only whose model is native to KServe.
+        """Pass on a KServe verb unchanged. Called only for engines whose model is native to KServe.
 
-        Raises grpc.aio.AioRpcError with the server's own status, UNIMPLEMENTED for a verb that it does not have.
+        Raises grpc.aio.AioRpcError with the server's own status; UNIMPLEMENTED for a verb that it lacks.
         """
 
     def detail(self) -> str:
-        """Say in a few words what the operator should know: how it was found, or why it is down."""
+        """Return a phrase for operators: how the engine was found, or why it is down."""

@@ -1,8 +1,8 @@
-"""Look at a live engine and say, check by check, whether it serves adapters, and what to change where it does not.
+"""Check a live engine step by step: does it serve adapters, and if not, what must be changed.
 
-The checks go from the wire inwards, each within a bounded time; one that is ruled out by an earlier failure is skipped
-and says so. A serving engine is not disturbed: a few requests of one token, and up to two tiny adapters, which take a
-page of its cache each, or one of vLLM's slots.
+The checks go from the network inwards, each within a time limit. A check that rests on a failed one is skipped and says
+so. A serving engine is hardly disturbed: it gets a few requests of one token and up to two tiny adapters, each of which
+takes a page of its cache, or one of vLLM's slots.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import httpx
 from sidecar.backends.checks.finding import Finding, State, Target, failed, skipped
 from sidecar.backends.kind import Checks, CheckStep
 from sidecar.backends.registry import kind_of
-from sidecar.backends.triton.probe import words
+from sidecar.backends.triton.probe import describe
 from sidecar.errors import SidecarError
 
 LOOK_S = 15.0
-"""The longest that one of the small checks may take in all its parts."""
+"""Time limit of one small check."""
 SPARE_S = 10.0
-"""What a check may take beyond the requests that it waits for."""
+"""Time limit of a check on top of the requests that it waits for."""
 
 
 def checks_of(model_kind: str) -> Checks | None:
-    """Return the checks for a kind of model; None where there are none."""
+    """Return the checks for a kind of model; None if there are none."""
     kind = kind_of(model_kind)
     return None if kind is None or kind.checks is None else kind.checks()
 
@@ -41,9 +41,9 @@ def names_of(model_kind: str) -> list[str]:
 
 
 async def check(target: Target, begun: Callable[[str], None] = lambda name: None) -> AsyncGenerator[Finding, None]:
-    """Yield what each check found, in order, as soon as it is known; `begun` hears the name of each before.
+    """Yield the finding of each check as soon as it is known; `begun` is called with each check's name before.
 
-    Raises Misused for TLS files or a key that are not there.
+    Raises Misused for missing TLS files or a missing key.
     """
     checks = checks_of(target.facts.kind)
     assert checks is not None, f"no checks for {target.facts.kind}"
@@ -63,25 +63,25 @@ async def _all(steps: Sequence[CheckStep], look: Any, begun: Callable[[str], Non
 
 
 async def _carry_out(step: CheckStep, look: Any, blamed: dict[str, str]) -> Finding:
-    """Run one check, unless one that it needs has failed; `blamed` has the failed ones, each with the first cause."""
+    """Run one check unless one that it needs has failed. `blamed` maps each failed check to the first cause."""
     causes = [blamed[name] for name in step.needs if name in blamed]
     if causes:
         blamed[step.name] = causes[0]
         return skipped(f'not looked at, because of "{causes[0]}"')
-    finding = await _within_its_time(step, look)
+    finding = await _within_limit(step, look)
     if finding.state in (State.FAILED, State.SKIPPED):
         blamed[step.name] = step.name
     return finding
 
 
-async def _within_its_time(step: CheckStep, look: Any) -> Finding:
+async def _within_limit(step: CheckStep, look: Any) -> Finding:
     try:
         async with asyncio.timeout(step.limit_s):
             return await step.run(look)
     except TimeoutError:
         return failed(f"it took longer than {step.limit_s:g} s", "check again when the engine is less busy")
     except grpc.aio.AioRpcError as error:
-        return failed(f"the server does not answer it: {words(error)}")
+        return failed(f"the server does not answer it: {describe(error)}")
     except httpx.HTTPError as error:
         return failed(f"the server does not answer it: {str(error) or type(error).__name__}")
     except SidecarError as error:
@@ -91,6 +91,6 @@ async def _within_its_time(step: CheckStep, look: Any) -> Finding:
 
 
 def result_of(findings: list[Finding]) -> State:
-    """Return the worst of what was found; a skipped check counts as what it was skipped for."""
+    """Return the worst state. A skipped check counts as the one for which it was skipped."""
     states = {finding.state for finding in findings}
     return next((state for state in (State.FAILED, State.WARNING) if state in states), State.OK)

@@ -1,4 +1,4 @@
-"""gRPC channels and HTTP clients to engines, and their credentials from files."""
+"""Open gRPC channels and HTTP clients to engines, with credentials from files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sidecar.errors import Misused, Reason
 
 
 def channel_credentials(tls: Mapping[str, str]) -> grpc.ChannelCredentials:
-    """Return credentials from the PEM files `ca`, `certificate` and `key`; each may be absent."""
+    """Return credentials from the PEM files `ca`, `certificate` and `key`; each is optional."""
     return grpc.ssl_channel_credentials(*(read_pem(tls.get(name)) for name in ("ca", "key", "certificate")))
 
 
 def read_pem(path: str | None) -> bytes | None:
-    """Return a PEM file's bytes, None for no path. Raises Misused with the path and the cause."""
+    """Return a PEM file's bytes; None without a path. Raises Misused naming the path and the cause."""
     if path is None:
         return None
     try:
@@ -30,17 +30,17 @@ def read_pem(path: str | None) -> bytes | None:
 
 
 def open_channel(address: str, tls: Mapping[str, str] | None) -> grpc.aio.Channel:
-    """Return a channel to a backend, with TLS if files are named."""
+    """Return a channel to a backend, with TLS if files are given."""
     if tls is None:
         return grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
     return grpc.aio.secure_channel(address, channel_credentials(tls), options=wire.CHANNEL_OPTIONS)
 
 
 def tls_context(tls: Mapping[str, str], protocol: str) -> ssl.SSLContext:
-    """Return a client's TLS context from PEM files. Raises Misused with the file that cannot be read."""
+    """Return a client's TLS context from PEM files. Raises Misused naming the files if one cannot be used."""
     try:
         context = ssl.create_default_context(cafile=tls.get("ca"))
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the server's own certificate will do as its CA
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # like gRPC: accept the server's own certificate as CA
         if "certificate" in tls:
             context.load_cert_chain(tls["certificate"], tls.get("key"))
     except (OSError, ssl.SSLError) as error:
@@ -53,7 +53,7 @@ def tls_context(tls: Mapping[str, str], protocol: str) -> ssl.SSLContext:
 def open_http_client(
     address: str, tls: Mapping[str, str] | None, api_key_file: str | None, timeout: httpx.Timeout, kept_s: float
 ) -> httpx.AsyncClient:
-    """Return a client of an HTTP/1.1 server, with as many connections as are used at a time, idle ones `kept_s`."""
+    """Return a client of an HTTP/1.1 server with unlimited connections; idle ones are kept for `kept_s`."""
     return httpx.AsyncClient(
         base_url=f"{'http' if tls is None else 'https'}://{address}",
         headers=_authorization(api_key_file),

@@ -1,14 +1,12 @@
-"""What every kind of backend does the same way: keep runs and loads by id, watch the engine, lose it and take it back.
+"""The base class of backends: keeps runs and loads by id, watches the engine, loses it and takes it back.
 
-A kind says how its engine is reached, looked at, loaded and asked; here is what follows from that. Everything returns
-at once and what comes of it is posted; one watcher task looks at the engine every second, and a run whose wire breaks
-has it looked at there and then.
+All public methods return at once and post what comes of them. One watcher task looks at the engine every second; a run
+whose connection breaks makes it look at once.
 
-A kind's subclass implements the abstract methods, sets `WIRE_ERRORS` and `streams`, and overrides `forget` where
-engines keep what the store drops, and `call` where their models are native to KServe. It tells the pulse that it has
-begun (`_reach`), was seen and has counted steps (`_look`). A run tells `_heard` of each reply, delivers the reply to
-its ticket before it posts what the core must know of it, and posts exactly one end, unless `_wire_broke` says that the
-backend's loss ends the run.
+A subclass implements the abstract methods, and sets `WIRE_ERRORS` and `streams`. It overrides `forget` if its engines
+refer to what the store drops, and `call` if its models are native to KServe. It tells the pulse when it has begun
+(`_reach`), and when it was seen and has counted steps (`_look`). A run calls `_heard` for each reply, delivers the
+reply to its ticket before it posts the event for the core, and posts exactly one end unless `_wire_broke` is true.
 """
 
 from __future__ import annotations
@@ -49,11 +47,11 @@ T = TypeVar("T")
 PROGRESS_S = 0.1
 REACH_S = 0.2
 STEPS_AGAIN_S = 0.1
-"""Between two looks at the steps of an engine that may be stalled."""
+"""Interval of reading the steps of an engine that may be stalled."""
 
 
 class Running(Protocol):
-    """One dispatched request on its way through an engine."""
+    """One dispatched request on an engine."""
 
     effect: Dispatch
     tokens: int
@@ -61,14 +59,14 @@ class Running(Protocol):
     waits_for_client: bool
 
     def cancel(self) -> None:
-        """Stop it: its end is posted all the same."""
+        """Cancel it. Its end is posted all the same."""
 
 
 class Endpoint(ABC):
-    """One engine endpoint. `look_s` is the time between two looks, `patience_s` how long it may not answer them."""
+    """One engine endpoint, looked at every `look_s` seconds; it may leave looks unanswered for `patience_s`."""
 
     WIRE_ERRORS: ClassVar[tuple[type[Exception], ...]]
-    """What the kind's own library raises when an engine does not answer."""
+    """The exceptions of the kind's client library for an engine that does not answer."""
 
     def __init__(self, identity: str, address: str, look_s: float, patience_s: float, pulse: Pulse) -> None:
         self.id = identity
@@ -89,69 +87,69 @@ class Endpoint(ABC):
         self._checking: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
 
-    # What a kind says.
+    # Implemented by each kind.
 
     @property
     @abstractmethod
     def streams(self) -> bool:
-        """Whether the engine answers token by token, as far as is known; a class attribute where all engines do."""
+        """True if the engine answers token by token; a class attribute if all engines of the kind do."""
 
     @abstractmethod
     async def _reach(self) -> EngineFacts:
-        """Find out what the engine is. Raises Misused when it cannot be used as it is, WIRE_ERRORS when it is away."""
+        """Return the facts of the engine. Raises Misused if it cannot be used, WIRE_ERRORS if it is unreachable."""
 
     @abstractmethod
     async def _look(self) -> str | None:
-        """Return why an engine that is up must be taken for a new one, None if it need not. Raises as `_reach`."""
+        """Return why an engine that is up must be treated as a new one, None if it need not. Raises as `_reach`."""
 
     @abstractmethod
     async def _hangs(self) -> bool:
-        """Whether an engine with something in flight has been silent for so long that it must be taken for hung."""
+        """Return True if an engine with something in flight has been silent for so long that it must hang."""
 
     @abstractmethod
     async def _steps(self) -> int | None:
-        """Return how many steps the engine has made so far, None where it does not say. Raises WIRE_ERRORS."""
+        """Return the engine's step count; None if it does not publish one. Raises WIRE_ERRORS."""
 
     @abstractmethod
     async def _answers(self, within_s: float) -> bool:
-        """Whether the engine answers when it is asked for a token of its own."""
+        """Return True if the engine answers a request of ours for one token."""
 
     @abstractmethod
     async def _look_after(self, text: str) -> None:
-        """Look at an engine of which there is bad news; call `_lose` or `_close` if they are true."""
+        """Look at an engine after bad news; call `_lose` or `_close` if they are true."""
 
     @abstractmethod
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
-        """Load an adapter. Raises SidecarError with what keeps it from being loaded."""
+        """Load an adapter and return how that ended. Raises SidecarError if it cannot be sent."""
 
     @abstractmethod
     def _begin(self, effect: Dispatch, ticket: Ticket) -> Running:
-        """Return a run, not begun."""
+        """Return a run that has not begun."""
 
     @abstractmethod
     async def _go(self, run: Any, weights: Weights | None) -> None:
-        """Carry out a run. Raises CancelledError when it is cancelled."""
+        """Carry out a run to its end. Raises CancelledError if it is cancelled."""
 
     @abstractmethod
     async def _leave(self) -> None:
-        """Close what was opened."""
+        """Close connections."""
 
     @abstractmethod
     def _describe(self) -> str:
-        """Say what an operator should know of an engine that is up."""
+        """Return a phrase for operators about an engine that is up."""
 
     async def forget(self, key: str) -> None:  # noqa: B027 — there may be nothing to do
-        """Most engines keep a copy of what they were given, and refer to nothing of the store."""
+        """Do nothing: most engines copy what they load and refer to nothing of the store."""
 
     def register_regions(self) -> None:  # noqa: B027 — most engines have none
-        """There are none."""
+        """Do nothing: most engines have no regions."""
 
     async def call(self, verb: str, request: Any) -> Any:
-        text, nothing = f"{self.id} does not speak KServe, and has no {verb}", grpc.aio.Metadata()
-        raise grpc.aio.AioRpcError(grpc.StatusCode.UNIMPLEMENTED, nothing, nothing, text, None)
+        text, empty = f"{self.id} does not speak KServe, and has no {verb}", grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.UNIMPLEMENTED, empty, empty, text, None)
 
     def _measures(self) -> BackendMeasured | None:
-        """Return how much the engine takes and how full it is, None where that is not known."""
+        """Return the engine's capacity and load; None if they are unknown."""
         return None
 
     def _was_lost(self) -> None:  # noqa: B027 — most kinds have nothing to give up
@@ -159,14 +157,14 @@ class Endpoint(ABC):
 
     @staticmethod
     def _is_late(error: Exception) -> bool:
-        """Whether the engine did not answer in time, which a busy one may do once."""
+        """Return True for a timeout, which a busy engine may cause once."""
         return False
 
     @staticmethod
-    def _words(error: Exception) -> str:
+    def _error_text(error: Exception) -> str:
         return str(error) or type(error).__name__
 
-    # What the shell asks.
+    # Called by the shell.
 
     async def start(self, post: Callable[[Event], None]) -> None:
         self._post = post
@@ -191,7 +189,7 @@ class Endpoint(ABC):
     def run(self, effect: Dispatch, ticket: Ticket, weights: Weights | None = None) -> None:
         if not self._takes:
             _release(weights)
-            return  # the loss that the core is about to hear of ends this run too
+            return  # the core is about to hear of the loss, which ends this run too
         self._quiet_ends()
         run = self._runs[effect.request, effect.attempt] = self._begin(effect, ticket)
         task = self._spawn(self._run(run, ticket.client_id, weights))
@@ -229,10 +227,10 @@ class Endpoint(ABC):
     def _load_ended(self, load: int, weights: Weights) -> None:
         del self._loads[load]
         self._sent.discard(load)
-        weights.release()  # here: a task that is cancelled before it begins never gets to a finally
+        weights.release()  # here: a task that is cancelled before it begins never reaches a `finally`
 
     def _load_sent(self, load: int) -> None:
-        """From now on it is the engine that this load waits for: sending a large one takes its time."""
+        """Note that a load has been sent: until then the silence was ours, since sending a large one takes time."""
         self._quiet_ends()
         self._sent.add(load)
 
@@ -255,7 +253,7 @@ class Endpoint(ABC):
             self._probing = self._spawn(self._probe(within_s))
 
     async def _probe(self, within_s: float) -> None:
-        """Look for a sign of life: a step while something is in flight, if steps are counted, else a token of ours."""
+        """Look for a sign of life: a counted step if something is in flight, else a token for a request of ours."""
         begun_s, by_steps = monotonic(), self.pulse.is_counted and self._waits_for_engine
         alive = False
         with suppress(TimeoutError, Misused, *self.WIRE_ERRORS):
@@ -281,12 +279,15 @@ class Endpoint(ABC):
             await asyncio.sleep(STEPS_AGAIN_S)
 
     async def _says_something(self, within_s: float) -> bool:
-        """A token of ours may wait behind answers that come all at once: where there are only such, silence is none."""
+        """Return True if the engine answers one token, or could not: runs that answer all at once are not silent.
+
+        A request of ours might wait behind them.
+        """
         held = [run for run in self._runs.values() if not run.waits_for_client]
         return bool(held and not any(run.tokens for run in held)) or await self._answers(within_s)
 
     async def _explained(self, result: LoadResult) -> bool:
-        """Whether a load failed because the engine is gone, or is another than it was: that ends all its loads."""
+        """Return True if a load failed because the engine is lost or closing: that ends all its loads."""
         assert result.error is not None
         if result.fault is Fault.LOST:
             return await self._wire_broke(result.error)
@@ -296,7 +297,7 @@ class Endpoint(ABC):
 
     @property
     def _takes(self) -> bool:
-        """Whether anything is sent. What the core has sent meanwhile ends with the loss that it is about to hear of."""
+        """True if requests may be sent. Those sent meanwhile end with the loss that the core is about to hear of."""
         return self._up and not self._closing
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -311,13 +312,13 @@ class Endpoint(ABC):
             self._progress[request] = self._progress.get(request, 0) + tokens
 
     def _quiet_ends(self) -> None:
-        """Begin to count silence when the first thing is sent, not when the last one was heard."""
+        """Restart the count of silence at the first request or load, instead of at the last reply before."""
         if not self._waits_for_engine:
             self.pulse.heard(monotonic())
 
     @property
     def _waits_for_engine(self) -> bool:
-        """Whether something is in flight that only the engine can move."""
+        """True if something is in flight that only the engine can advance."""
         return bool(self._sent) or any(not run.waits_for_client for run in self._runs.values())
 
     async def _report_progress(self) -> None:
@@ -338,16 +339,16 @@ class Endpoint(ABC):
             except Misused as error:
                 self._down(error.message)
             except self.WIRE_ERRORS as error:
-                late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be, a little
+                late_s = monotonic() - self.pulse.seen_at_s  # a busy server may be late once
                 if not self._up or not self._is_late(error) or late_s > self._patience_s:
-                    self._down(f"{self.address} does not answer: {self._words(error)}")
+                    self._down(f"{self.address} does not answer: {self._error_text(error)}")
             except Exception as error:
                 logger.exception("looking at %s failed", self.id)
                 self._down(f"the sidecar failed to look at it: {error}")
             await asyncio.sleep(self._look_s if self._up else min(REACH_S, self._look_s))
 
     def _down(self, trouble: str) -> None:
-        """Note why the engine is not up, once."""
+        """Record why the engine is not up, and log it once."""
         if self._up:
             self._lose(trouble)
         elif trouble != self._trouble:
@@ -363,7 +364,7 @@ class Endpoint(ABC):
     async def _look_once(self) -> None:
         replaced = await self._look()
         if not self._up:
-            return  # it was lost while it was being looked at
+            return  # lost during the look
         if self._waits_for_engine and await self._hangs():
             self._hung()
         elif replaced is not None:
@@ -379,7 +380,7 @@ class Endpoint(ABC):
             )
 
     def _close(self, cause: str) -> None:
-        """Send nothing more, and report the backend lost when what runs has ended: the engine lets it."""
+        """Send nothing more, and report the backend lost once its runs have ended: the engine finishes them."""
         if self._takes:
             logger.warning("%s takes nothing new: %s", self.id, cause)
             self._closing = cause
@@ -390,16 +391,16 @@ class Endpoint(ABC):
             self._lose(self._closing)
 
     def _report_measures(self) -> None:
-        """Tell the core how much the engine takes and how full it is, when that is not what it was told last."""
+        """Tell the core the engine's capacity and load if they have changed."""
         measured = self._measures()
         if measured is not None and measured != self._measured:
             self._measured = measured
             self._post(measured)
 
     async def _wire_broke(self, text: str, begun: bool = False) -> bool:
-        """Find out whether the engine is gone, or only one stream; return whether the backend's loss ends it too.
+        """Find out whether the engine is gone or only one stream broke; return True if the backend's loss ends the run.
 
-        An answer that has begun is not kept waiting until the others have ended.
+        A run whose answer has begun is ended at once, without waiting for the others.
         """
         if self._takes:
             if self._checking is None or self._checking.done():
@@ -408,7 +409,7 @@ class Endpoint(ABC):
         return not self._up or (bool(self._closing) and not begun)
 
     def _lose(self, cause: str) -> None:
-        """Report the backend lost and give up all that ran there; abandoned runs are cancelled where they can be."""
+        """Report the backend lost and give up all runs and loads; what can be cancelled is cancelled."""
         logger.warning("%s is lost: %s", self.id, cause)
         self._up, self._closing = False, ""
         self._trouble = cause

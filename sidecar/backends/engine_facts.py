@@ -1,7 +1,7 @@
-"""What an engine is: from its own `config.json`, from the configuration, from Triton's ModelConfig.
+"""Collect an engine's facts from its own `config.json`, from the configuration, and from Triton's ModelConfig.
 
-Sources are merged in that order; two that contradict each other are refused at start with both values. What no source
-says stays unknown, and the checks that need it are off.
+Sources are merged in that order. Two that contradict each other are refused at start, with both values. What no source
+says is unknown, and the checks that need it are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRITON_DTYPES = {"TYPE_FP16": "float16", "TYPE_BF16": "bfloat16", "TYPE_FP32": "
 
 
 def from_engine_config(path: Path) -> EngineFacts:
-    """Read TensorRT-LLM's engine `config.json`. Raises Misused with what is missing or malformed."""
+    """Read TensorRT-LLM's engine `config.json`. Raises Misused naming what is missing or malformed."""
     try:
         facts = _from_record(json.loads(path.read_text()))
     except OSError as error:
@@ -44,7 +44,7 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
     tp = int(model.get("mapping", {}).get("tp_size", 1))
     dims, heads = module_dims(model), heads_of(model)
     targets = lora.get("lora_target_modules") or []
-    # A module whose sizes are not known here would make pages come out wrong: then none of them is known.
+    # A module of unknown size would make page counts wrong: then treat all modules as unknown.
     known = bool(targets) and all(name in dims for name in targets)
     return EngineFacts(
         dtype=model["dtype"],
@@ -62,14 +62,14 @@ def _from_record(record: Mapping[str, Any]) -> EngineFacts:
 
 
 def heads_of(model: Mapping[str, Any]) -> Heads:
-    """Return the attention heads of a decoder; raises ValueError for what is no attention."""
+    """Return the attention heads of a decoder. Raises ValueError or KeyError if they are malformed."""
     heads = int(model["num_attention_heads"])
     size = model.get("head_size") or model["hidden_size"] // heads
     return Heads(heads, int(model.get("num_key_value_heads") or heads), int(size))
 
 
 def module_dims(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return (in, out) of every module of a decoder by TensorRT-LLM's name, before tensor parallelism."""
+    """Return (in, out) of every module of a decoder, by TensorRT-LLM's name and before tensor parallelism."""
     moe = model.get("moe") or {}
     return decoder_dims(
         model["hidden_size"],
@@ -82,7 +82,7 @@ def module_dims(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 def from_model_config(config: Any) -> EngineFacts:
-    """Read what Triton's ModelConfig of the core model says: the weights' dtype and the `lora_cache_*` parameters."""
+    """Read Triton's ModelConfig of the core model: the weights' dtype and the `lora_cache_*` parameters."""
     parameters = {name: value.string_value for name, value in config.parameters.items()}
     queue_max = config.dynamic_batching.default_queue_policy.max_queue_size
     dtype = None
@@ -100,12 +100,12 @@ def from_model_config(config: Any) -> EngineFacts:
 
 
 def from_llmapi_config() -> EngineFacts:
-    """Return what is known of an LLM-API model: it keeps its caches itself, and loads again whatever they lost."""
+    """Return the known facts of an LLM-API model. It manages its caches itself, and reloads what they have lost."""
     return EngineFacts(kind=TRITON_LLMAPI, reads_files=True)
 
 
 def _number(parameters: Mapping[str, str], name: str) -> int | None:
-    """Return an integer parameter; None when it is absent or a template that was never filled in."""
+    """Return an integer parameter; None if it is absent or an unfilled template."""
     text = parameters.get(name, "").strip()
     return int(text) if text.isdigit() else None
 
@@ -113,7 +113,7 @@ def _number(parameters: Mapping[str, str], name: str) -> int | None:
 def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFacts:
     """Fill what is not declared with what was found.
 
-    Raises Misused when the dtypes contradict each other, or are of a kind that no adapter is packed in.
+    Raises Misused if the dtypes contradict each other, or adapters cannot be packed in them.
     """
     _check_dtype(backend, declared.dtype or found.dtype)
     if declared.dtype and found.dtype and declared.dtype != found.dtype:
@@ -132,8 +132,8 @@ def merge(backend: str, declared: EngineFacts, found: EngineFacts) -> EngineFact
     return replace(declared, **filled)
 
 
-def unknown_words(facts: EngineFacts) -> str:
-    """Name what is not known of an engine, for an operator: the checks that need it are off. Empty when all is."""
+def unknown_phrase(facts: EngineFacts) -> str:
+    """Return a phrase naming the unknown facts of an engine, whose checks are skipped; "" if all are known."""
     needed = {
         "base model": facts.base_models or None,
         "max rank": facts.rank_max,

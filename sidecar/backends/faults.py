@@ -1,12 +1,12 @@
-"""What an engine's error text means.
+"""Classify an engine's error text.
 
-Texts arrive wrapped: in the backend's `Executor failed process requestId …`, in `in ensemble '…', `, in a whole Python
-traceback, in an older assertion's file and stack. So they are matched by substring, and in an order: the text of a
-failed step quotes the cause, which may be the text of something harmless. A path that is gone is a miss as well: the
-adapter's files are to be brought there again. A model that is unloaded, and one whose process has died, are lost: their
-server stays ready and says so of each request.
+Texts arrive wrapped: in the backend's `Executor failed process requestId …`, in `in ensemble '…', `, in a Python
+traceback, in an assertion's file and stack. So they are matched by substring, and in order: the text of a failed step
+quotes its cause, which may itself be harmless. A missing path counts as a miss: the adapter's files must be brought
+there again. A model that is unloaded, or whose process has died, counts as lost: its server stays ready and answers
+each request with that text.
 
-What the client wrote itself does not count: see `quoting.py`.
+Text that the client wrote itself does not count: see `quoting.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from sidecar.core.enums import Fault
 
 Wrote = Callable[[str], bool]
-"""Whether a client wrote a text, ASCII without quotes and backslashes, somewhere in its request."""
+"""Returns True if a client wrote a text (ASCII, without quotes and backslashes) anywhere in its request."""
 
 _TEXTS: tuple[tuple[str, Fault], ...] = (
     ("Encountered an error in forwardAsync function", Fault.WHOLE_ENGINE),
@@ -32,12 +32,12 @@ _TEXTS: tuple[tuple[str, Fault], ...] = (
 
 
 def nobody_wrote(part: str) -> bool:
-    """Stand for a request without a client's words."""
+    """Return False: for requests that no client wrote."""
     return False
 
 
 def classify(text: str, wrote: Wrote = nobody_wrote) -> Fault:
-    """Return the fault that an engine's words stand for; REJECTED for words that are not known, or are its client's."""
+    """Return the fault of an engine's error text; REJECTED if it is unknown or the client's own."""
 
     def says(part: str) -> bool:
         return part in text and not wrote(part)

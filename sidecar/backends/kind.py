@@ -1,7 +1,7 @@
-"""A kind of backend as one record: whatever depends on the kind of an engine asks it, and nobody else knows.
+"""The record of a backend kind: whatever depends on an engine's kind asks it.
 
-A `Kind` is what a configuration names; its engines serve models of one or several kinds (`ModelKind`), which may not be
-known before an engine is reached. `EngineFacts.kind` is a model's.
+A configuration names a `Kind`. Its engines serve models of one or several kinds (`ModelKind`); which one may be unknown
+until an engine is reached. `EngineFacts.kind` is the name of a `ModelKind`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from sidecar.core.facts import EngineFacts
 
 
 class Native(Enum):
-    """The API whose requests a model takes as its client sent them, but for the adapter.
+    """The API whose requests a model takes as clients send them, apart from the adapter.
 
-    Its backends answer in that API's own bytes (`api.Reply`). Those of KServe are asked its other verbs too
-    (`Backend.call`).
+    Its backends answer in that API's bytes (`api.Reply`). Those of KServe also get its other verbs (`Backend.call`).
     """
 
     KSERVE = "kserve"
@@ -33,9 +32,9 @@ class Native(Enum):
 
 @dataclass(frozen=True)
 class Ask:
-    """A request in the words of no engine. `text` or else `token_ids` is the prompt.
+    """A request independent of any engine. The prompt is `text`, or else `token_ids`.
 
-    None is the engine's own default. `model` is the name that its client gave, for answers that repeat it.
+    None means the engine's default. `model` is the client's own name for the model, which answers repeat.
     """
 
     text: str | None
@@ -54,7 +53,7 @@ class Ask:
 
 
 class Piece(NamedTuple):
-    """What one reply adds to an answer: text or token ids, and how many tokens that is."""
+    """What one reply adds to an answer: text or token ids, and their number of tokens."""
 
     text: str = ""
     token_ids: Sequence[int] = ()
@@ -71,11 +70,11 @@ class Reader(Protocol):
 class Asking:
     """How an `Ask` is put to a model, and its answer read.
 
-    `write(ask, streams)` gives the request without its adapter, which the backend adds when it is sent; `why_not(ask)`
-    says what of it the model has no input for, "" if nothing: then all of it is written. `prompts` are the kinds of
-    prompt that the model takes. `reader(is_text)` reads one answer: `is_text` for a text prompt, whose answer is text.
+    `write(ask, streams)` returns the request without its adapter, which the backend adds at dispatch. `why_not(ask)`
+    says which part of it the model has no input for, "" if none; only then is it written. `prompts` are the kinds of
+    prompt that the model takes. `reader(is_text)` returns a reader for one answer, which is text if the prompt is.
 
-    What is written here may be written in another process, so all three are functions of a module.
+    Another process may call them, so all three must be functions or classes of a module.
     """
 
     write: Callable[[Ask, bool], Form]
@@ -86,35 +85,35 @@ class Asking:
 
 @dataclass(frozen=True, eq=False)
 class ModelKind:
-    """A kind of model: what it can be asked, and how. One with neither `native` nor `asking` can be asked nothing."""
+    """A kind of model: what it can be asked, and how. Without `native` and `asking` it can be asked nothing."""
 
     name: str
-    """Its name, which no other kind's model has: `EngineFacts.kind`, and `Payload.kind` of what is written for it."""
+    """Unique name: `EngineFacts.kind`, and `Payload.kind` of requests written for it."""
     title: str = ""
-    """What people call it, in errors."""
+    """Name for people, in errors."""
     native: Native | None = None
     asking: Asking | None = None
-    """How requests of ours are put to it: by `Generate`, and by the OpenAI API where it is not native to that."""
+    """How our own requests are put to it: `Generate`'s, and those of the OpenAI API unless it is native to that."""
     recognises: Callable[[Callable[[str], int | None]], bool] | None = None
-    """Whether a client's KServe request is for this model, where engines of several may have it: by the rank of its
-    inputs, `rank(name)`, which is None for an input that is not there. The first model that says yes gets it.
+    """Returns True if a client's KServe request is for this model, by `rank(name)`, the rank of an input or None. The
+    request goes to the first model that returns True.
     """
     text_model: str = ""
-    """The model beside it that takes text for it, where it may be absent."""
+    """The model beside it that takes text for it and may be absent."""
     reads_files: bool = False
-    """Whether it reads adapters from a folder, in place of being sent packed weights."""
+    """True if it reads adapters from a folder instead of taking packed weights."""
     page_is_adapter: bool = False
-    """Whether a page of its cache is room for one adapter, of any size."""
+    """True if a page of its cache holds one adapter of any size."""
     pages: str = "the engine has {host} in its host cache and {device} on the device"
-    """Says how many pages there are."""
+    """Phrase for its number of pages."""
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What a process lends to its backends: most kinds need none of it.
+    """What the process provides for its backends. Most kinds need none of it.
 
-    `loader` sends packed weights to Triton by another process, `memory` is where they lie for engines of this machine;
-    `owner` is this replica's id, "" where there is one only.
+    `loader` sends packed weights to Triton from another process. `memory` holds them for engines of this machine.
+    `owner` is this replica's id, "" if there is only one.
     """
 
     loader: LoaderProcess
@@ -124,7 +123,7 @@ class Wiring:
 
 @dataclass(frozen=True)
 class CheckStep:
-    """One check: the earlier ones that it rests on, the kind of model that it is for, the seconds that it may take."""
+    """One check: the checks that it needs, its time limit in seconds, and the kind of model that it is limited to."""
 
     name: str
     run: Callable[[Any], Awaitable[Finding]]
@@ -135,10 +134,10 @@ class CheckStep:
 
 @dataclass(frozen=True)
 class Checks:
-    """What is asked of a live engine before it is trusted.
+    """The checks of a live engine.
 
-    `open` makes the look that the steps share; its `facts` are those declared, filled with what was found. `target`
-    gives the fields of a `Target` that are this kind's own.
+    `open` opens the look that the steps share; its `facts` are the declared ones, filled with those found. `target`
+    returns the fields of a `Target` that only this kind has.
     """
 
     steps: tuple[CheckStep, ...]
@@ -154,32 +153,32 @@ def _declared_as_it_is(entry: Any, declared: EngineFacts, all_of_kind: Sequence[
 class Kind:
     """A kind of backend.
 
-    `declare(entry, declared, all_of_kind)` adds to what is declared of an engine what follows from its entry and the
-    others of this kind; at least the kind of model to expect (`with_kind`), until the engine has said.
+    `declare(entry, declared, all_of_kind)` adds the facts that follow from an engine's entry and the other entries of
+    this kind: at least the expected kind of model (`with_kind`).
 
-    `connect(entry, declared, wiring)` makes its backend, which reaches for the engine when it is started, and returns
-    with it what is known of the engine until then: `declared`, or more.
+    `connect(entry, declared, wiring)` makes the backend, which reaches for its engine once it is started, and returns
+    with it the facts to assume until then: `declared`, or more.
     """
 
     name: str
-    """What a configuration calls it: the first of its section's `SCHEMES`."""
+    """Its name in a configuration: the first of its section's `SCHEMES`."""
     section: type[Entry]
-    """How its entries of `backends` are read: a subclass with its own keys, `SCHEMES` and `ELSEWHERE`."""
+    """How its entries of `backends` are read: a subclass with the kind's keys, `SCHEMES` and `ELSEWHERE`."""
     models: tuple[ModelKind, ...]
     connect: Callable[[Any, EngineFacts, Wiring], tuple[Backend, EngineFacts]]
     declare: Callable[[Any, EngineFacts, Sequence[Any]], EngineFacts] = _declared_as_it_is
     checks: Callable[[], Checks] | None = None
-    """What `backends check` looks at; None where there is nothing to look at yet."""
+    """The checks of `backends check`; None if there are none."""
     notes: Callable[[Any, EngineFacts], Iterator[str]] = lambda entry, declared: iter(())
-    """What `config check` says of an entry: what it needs and is not given."""
+    """Yields the notes of `config check` on an entry: what it needs and lacks."""
     unchecked: Callable[[Sequence[str]], str] | None = None
-    """Says of backends that adapters are loaded into, and whose base model's files nobody named, what follows."""
+    """Returns the warning for backends whose base model's files are not named, so adapters cannot be checked."""
 
 
 def write_for(ask: Ask, streams: Mapping[ModelKind, bool]) -> tuple[dict[str, Form], dict[str, str]]:
-    """Return a request as each kind of model takes it that can answer it, and why each of the others can not.
+    """Write a request for each kind of model that can answer it; return also why each other kind cannot.
 
-    `streams` says of each kind whether it is to stream.
+    `streams` says for each kind whether it is to stream.
     """
     forms: dict[str, Form] = {}
     why_not: dict[str, str] = {}
@@ -195,5 +194,5 @@ def write_for(ask: Ask, streams: Mapping[ModelKind, bool]) -> tuple[dict[str, Fo
 
 
 def with_kind(facts: EngineFacts, kind: ModelKind) -> EngineFacts:
-    """Return the facts of an engine that serves a model of this kind."""
+    """Return the facts of an engine with a model of this kind."""
     return replace(facts, kind=kind.name, reads_files=kind.reads_files)

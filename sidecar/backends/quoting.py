@@ -1,7 +1,7 @@
-"""Which words of an engine's error its client wrote.
+"""Find out which parts of an engine's error its client wrote.
 
-Engines quote what they refuse: an unexpected input by its name, an odd value as it stands. So words that stand in the
-request prove nothing of the engine when its error has them, too.
+Engines quote what they refuse: an unexpected input by name, an odd value as it is. So text in an error that also stands
+in the request proves nothing about the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sidecar.backends.faults import Wrote
 
 
 def wrote_in(form: Form) -> Wrote:
-    """Return what tells which texts a client wrote in a request."""
+    """Return a function that tells whether a client wrote a text in a request."""
 
     def wrote(part: str) -> bool:
         if isinstance(form, bytes):
@@ -26,6 +26,6 @@ def wrote_in(form: Form) -> Wrote:
 
 @lru_cache(64)
 def _in_json(part: str) -> re.Pattern[bytes]:
-    """Return what finds a text in JSON, each letter as itself or escaped: a body is large, and is not copied for it."""
+    """Return a pattern for a text in JSON, escaped or not. It avoids copying the body, which may be large."""
     letters = (letter.encode() for letter in part)
     return re.compile(b"".join(b"(?:%b|(?i:\\\\u%04x))" % (re.escape(letter), letter[0]) for letter in letters))

@@ -1,6 +1,6 @@
-"""Which kinds of backends there are, and a configuration's backends as their kinds read them.
+"""The kinds of backends, and a configuration's backends as their kinds read them.
 
-A kind costs its folder and a line in `KINDS`. One of another package is named in the configuration as
+A kind is a folder and a line in `KINDS`. A kind of another package is named in the configuration as
 `kind: package.module:KIND`, or offered by the entry point group `lora_sidecar.plugins` as `backend.NAME`.
 """
 
@@ -27,19 +27,19 @@ _from_elsewhere: dict[str, Kind] = {}
 
 
 def kinds() -> list[Kind]:
-    """Return ours, and those of other packages that a configuration has named, each once."""
+    """Return our kinds and those of other packages that a configuration has named, each once."""
     return list(dict.fromkeys((*map(kind_named, KINDS), *_from_elsewhere.values())))
 
 
 def elsewhere() -> tuple[str, ...]:
-    """Return the names of other packages' kinds that this process knows, for `kind_named` in another process."""
+    """Return the names of other packages' kinds in this process, for `kind_named` in another process."""
     return tuple(_from_elsewhere)
 
 
 def kind_named(name: str) -> Kind:
-    """Return a kind by its name, or by `package.module:KIND`. Raises Misused with the names that there are.
+    """Return a kind by its name or by `package.module:KIND`. Raises Misused naming those that exist.
 
-    One that was named by its module once is known by its name, too.
+    A kind that was once named by its module is also known by its name.
     """
     if name in KINDS:
         return _ours(name, KINDS[name])
@@ -74,7 +74,7 @@ def _ours(name: str, target: str) -> Kind:
 
 
 def models() -> Mapping[str, ModelKind]:
-    """Return every kind of model by its name."""
+    """Return every kind of model by name."""
     return _models(tuple(kinds()))
 
 
@@ -84,17 +84,17 @@ def _models(kinds: tuple[Kind, ...]) -> Mapping[str, ModelKind]:
 
 
 def model_kind(name: str) -> ModelKind:
-    """Return the kind of model that `EngineFacts.kind` names; of one that is not known here nothing but its name."""
+    """Return the kind of model by the name in `EngineFacts.kind`; for an unknown name, one that has only its name."""
     return models().get(name) or ModelKind(name, name)
 
 
 def kind_of(model: str) -> Kind | None:
-    """Return the kind whose backends have this kind of model; None for one that is not known here."""
+    """Return the kind whose backends have this kind of model; None for an unknown name."""
     return next((kind for kind in kinds() if any(model == one.name for one in kind.models)), None)
 
 
 def url_of(name: str, address: str) -> str:
-    """Return the URL that a backend is configured by, from its kind of model and its address as an operator sees it."""
+    """Return the URL that configures a backend, from its kind of model and its address as operators see it."""
     protocol, separator, host = address.rpartition("://")
     kind = kind_of(name)
     schemes = {} if kind is None else kind.section.SCHEMES
@@ -103,28 +103,28 @@ def url_of(name: str, address: str) -> str:
 
 
 def siblings(names: Sequence[str]) -> list[ModelKind]:
-    """Return the kinds of model that engines of these kinds may turn out to have; all there are for no names."""
+    """Return the kinds of model that engines of these kinds may turn out to have; all kinds if `names` is empty."""
     return [
         model for kind in kinds() if not names or any(one.name in names for one in kind.models) for model in kind.models
     ]
 
 
 def written_for(rank: Callable[[str], int | None]) -> ModelKind:
-    """Return the kind of model that a KServe request is written for, by the rank of its inputs."""
+    """Return the kind of model for which a KServe request is written, by the rank of its inputs."""
     natives = [model for model in models().values() if model.native is not None]
     return next((model for model in natives if model.recognises is not None and model.recognises(rank)), natives[0])
 
 
 def urls(of: Callable[[Kind], bool] = lambda kind: True) -> str:
-    """Return the form of each kind's URL, for people; of some kinds only."""
+    """Return the form of each kind's URL, for people; `of` selects kinds."""
     schemes = [scheme for kind in filter(of, kinds()) for scheme, secure in kind.section.SCHEMES.items() if not secure]
     return " or ".join(f"{scheme}://HOST:PORT" for scheme in schemes)
 
 
 def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
-    """Return the backends of a configuration, each as its kind reads it.
+    """Return a configuration's backends, each as its kind reads it.
 
-    Raises Misused naming each key that is wrong, the value and what is expected; `source` is where they are written.
+    Raises Misused naming each wrong key, its value and what is expected; `source` is where they are written.
     """
     found: list[Entry] = []
     wrong: list[str] = []
@@ -145,7 +145,7 @@ def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
 
 
 def full_record(config: Config) -> dict[str, Any]:
-    """Return a configuration as JSON, defaults included, those of its backends too. Raises Misused."""
+    """Return a configuration as JSON with all defaults, also of its backends. Raises Misused."""
     return config.model_dump(mode="json") | {"backends": [each.model_dump(mode="json") for each in entries_of(config)]}
 
 
@@ -171,7 +171,7 @@ def _section_of(record: Mapping[str, Any]) -> type[Entry]:
 
 
 def _own(section: type[Entry], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an entry without the keys of other kinds that are at their defaults, as a configuration in full has."""
+    """Return an entry without other kinds' keys at their defaults, which a full record has."""
     others = [kind.section.model_fields for kind in kinds() if kind.section is not section]
 
     def is_anothers_default(key: str, value: Any) -> bool:

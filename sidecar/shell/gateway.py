@@ -263,7 +263,7 @@ class Gateway:
             if now_ns - since_ns > self._client_stall_ns:
                 self._end(ticket, ev.ClientStalled(ticket.request), Reason.CLIENT_STALLED)
             else:
-                ticket.look()  # other answers may have left room
+                ticket.resume()  # other answers may have left room
 
     # Effects.
 

@@ -279,8 +279,8 @@ def test_an_engines_words_become_one_line() -> None:
     """A traceback says what matters at its end; the fault is read from all of it."""
     trace = "Traceback (most recent call last):\n  File x\nValueError: There are no done tasks to evict\n\n"
     answer = Answer(trace, 0.1)
-    assert (answer.words, answer.fault) == ("ValueError: There are no done tasks to evict", Fault.FULL)
-    assert len(Answer("x" * 1000, 0.1).words) == TEXT_MAX + 1
+    assert (answer.line, answer.fault) == ("ValueError: There are no done tasks to evict", Fault.FULL)
+    assert len(Answer("x" * 1000, 0.1).line) == TEXT_MAX + 1
     assert Answer("no answer", 1.0, in_time=False).fault is Fault.NO_ANSWER
 
 

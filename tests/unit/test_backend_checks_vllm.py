@@ -97,9 +97,9 @@ def test_what_a_configuration_leaves_out() -> None:
 
 
 def test_an_errors_words_are_one_line() -> None:
-    assert Reply(500, "a\n  b", 0.1).words == "a b"
-    assert Reply(502, "", 0.1).words == "status 502"
-    assert len(Reply(500, "x" * 1000, 0.1).words) == TEXT_MAX + 1
+    assert Reply(500, "a\n  b", 0.1).line == "a b"
+    assert Reply(502, "", 0.1).line == "status 502"
+    assert len(Reply(500, "x" * 1000, 0.1).line) == TEXT_MAX + 1
 
 
 def test_each_kind_has_its_checks() -> None:

@@ -1,1 +1,1 @@
-"""What is asked of a live engine before it is trusted: one small function a check, in files by subject."""
+"""Parts shared by the checks of all kinds: findings, and what answers at an address."""

@@ -1,4 +1,4 @@
-"""What a check found, and which engine it looks at."""
+"""The result of a check, and the engine to check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sidecar.core.facts import Adapter, EngineFacts
 
 
 class State(Enum):
-    """How a check ended. A warning serves, with a drawback that the text names."""
+    """How a check ended. An engine with a warning serves, with the drawback that the text names."""
 
     OK = "ok"
     WARNING = "warning"
@@ -21,7 +21,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found. `fix` holds the exact lines that would change it, one a line; "" where nothing is to be done."""
+    """A check's result. `fix` has the exact lines that would change it, one a line; "" if nothing is to be done."""
 
     state: State
     text: str
@@ -47,7 +47,7 @@ def skipped(text: str, *fix: str) -> Finding:
 
 @dataclass(frozen=True)
 class Target:
-    """The engine to look at, and what is declared of it. `tls` are PEM files by name: ca, certificate, key."""
+    """The engine to check, and what is declared of it. `tls` are PEM files by name: ca, certificate, key."""
 
     id: str
     address: str
@@ -55,23 +55,23 @@ class Target:
     facts: EngineFacts = field(default_factory=EngineFacts)
     metrics_url: str | None = None
     usual_metrics_url: str | None = None
-    """Where metrics are looked for when no URL is configured."""
+    """Where metrics are tried if no URL is configured."""
     tls: dict[str, str] | None = None
     store_bytes: int | None = None
-    """The host store's budget in memory; None where there is no configuration."""
+    """The host store's memory budget; None without a configuration."""
     transport: str = "auto"
-    """How weights are to travel: auto, grpc or shared_memory."""
+    """How weights are to be sent: auto, grpc or shared_memory."""
     adapters_dir: AdaptersDir | None = None
-    """Where PEFT files are staged for an engine that reads them itself."""
+    """Folder for PEFT files, for an engine that reads them itself."""
     base: BaseModel | None = None
-    """The base model's own config, where its files are named."""
+    """The base model's own config, if its files are named."""
     served: tuple[Adapter, ...] = ()
-    """The adapters that it is to serve, where they are known."""
+    """The adapters that it is to serve, as far as they are known."""
     api_key_file: str | None = None
     old_versions: bool = False
-    """Whether an engine of a version that is not to be trusted is to be used all the same."""
+    """True to use an engine although its version is not to be trusted."""
 
     @property
     def host(self) -> str:
-        """The host as it stands in a URL."""
+        """The host in the form that URLs have."""
         return self.address.rpartition(":")[0]

@@ -1,6 +1,6 @@
-"""What answers at an address that does not answer as it should: nobody, another port of Triton's, vLLM, TLS, or none.
+"""Find out what answers at an address instead of the engine: nothing, another port of Triton's, vLLM, TLS or no TLS.
 
-Each answer is for people: what is there, and the line to change.
+Each result is for people: what was found, and the line to change.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from sidecar.backends.credentials import tls_context
 
 CONNECT_S = 3.0
 GRPC_PORT, HTTP_PORT, METRICS_PORT = 8001, 8000, 8002
-"""Triton's defaults."""
+"""Triton's default ports."""
 GRPC, HTTP = "h2", "http/1.1"
-"""What is spoken, as TLS calls it."""
+"""Protocol names of TLS (ALPN)."""
 _LISTEN = {
     GRPC: ("triton", "tritonserver --grpc-address=0.0.0.0 --grpc-port={port}   (docker run -p {port}:{port})"),
     HTTP: ("vllm", "vllm serve … --host 0.0.0.0 --port {port}   (docker run -p {port}:{port})"),
 }
-"""The scheme of a URL, and what makes an engine listen there."""
+"""The scheme of a URL, and the command that makes an engine listen there."""
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -33,7 +33,7 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 
 async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str] | None:
-    """Return what stands in the way of gRPC at an address, and the line that would change it; None if nothing does."""
+    """Return what prevents gRPC at an address, and the line to change; None if nothing was found."""
     found = await nobody(address, GRPC)
     if found is not None:
         return found
@@ -41,7 +41,7 @@ async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str
 
 
 async def nobody(address: str, protocol: str) -> tuple[str, str] | None:
-    """Return why there is no connection to an address, and the line that would change it; None where there is one."""
+    """Return why no connection to an address can be opened, and the line to change; None if one can."""
     host, port = host_and_port(address)
     scheme, listen = _LISTEN[protocol]
     try:
@@ -56,7 +56,7 @@ async def nobody(address: str, protocol: str) -> tuple[str, str] | None:
         return f'there is no host "{host}" ({error.strerror})', f"config.yaml: url: {scheme}://HOST:{port}"
     except OSError as error:
         return (
-            f"nothing listens at {host}:{port} ({_words_of(error)})",
+            f"nothing listens at {host}:{port} ({os.strerror(error.errno) if error.errno else error})",
             listen.format(port=port),
         )
     writer.close()
@@ -81,7 +81,7 @@ async def _without_tls(address: str) -> tuple[str, str] | None:
 
 
 async def not_vllm(client: httpx.AsyncClient, address: str) -> tuple[str, str]:
-    """Return what an HTTP server is that is no vLLM, and the line that would change it. Raises httpx.HTTPError."""
+    """Describe an HTTP server that is no vLLM, with the line to change. Raises httpx.HTTPError."""
     host = address.rpartition(":")[0]
     triton = f"config.yaml: url: triton://{host}:{GRPC_PORT}   (the port of --grpc-port, by default {GRPC_PORT})"
     if _is_triton(await client.get("/v2")):
@@ -96,7 +96,7 @@ async def not_vllm(client: httpx.AsyncClient, address: str) -> tuple[str, str]:
 
 
 async def unasked_tls(address: str, protocol: str) -> tuple[str, str] | None:
-    """Return the words for a server that speaks TLS where none is configured, None for one that does not."""
+    """Describe a server that speaks TLS although none is configured; None if it does not."""
     if await _handshake(address, _unverified(protocol), waits=False) is not None:
         return None
     scheme = "" if protocol == GRPC else f", or url: vllms://{address} where this machine knows that CA"
@@ -107,7 +107,7 @@ async def unasked_tls(address: str, protocol: str) -> tuple[str, str] | None:
 
 
 async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple[str, str] | None:
-    """Return what is wrong with TLS at an address, and the line that would change it; None if nothing is."""
+    """Return what is wrong with TLS at an address, and the line to change; None if nothing is."""
     problem = await _handshake(address, tls_context(tls, protocol))
     if isinstance(problem, ssl.SSLCertVerificationError):
         against = tls.get("ca") or "this machine's own CAs"
@@ -124,16 +124,12 @@ async def with_tls(address: str, tls: Mapping[str, str], protocol: str) -> tuple
             "config.yaml: tls: {ca: …, certificate: PEM file of ours, key: PEM file of its key}",
         )
     return (
-        f"{address} does not speak TLS ({_words(problem)})",
+        f"{address} does not speak TLS ({_describe(problem)})",
         f"config.yaml: take tls out of this backend's entry{'' if protocol == GRPC else ', and url: vllm://'}",
     )
 
 
-def _words_of(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else str(error)
-
-
-def _words(problem: Exception) -> str:
+def _describe(problem: Exception) -> str:
     reason = getattr(problem, "reason", None) or str(problem) or type(problem).__name__
     return str(reason).lower().replace("_", " ")
 
@@ -147,10 +143,10 @@ def _unverified(protocol: str) -> ssl.SSLContext:
 
 
 async def _handshake(address: str, context: ssl.SSLContext, waits: bool = True) -> Exception | None:
-    """Shake hands and wait for what a gRPC server says first; return what went wrong.
+    """Shake hands and wait for a gRPC server's first bytes; return what went wrong.
 
-    With TLS 1.3 a client is told only then that its certificate is missing or not accepted. An HTTP server says nothing
-    else, so that waiting for it ends with TimeoutError.
+    With TLS 1.3 only these tell a client that its certificate is missing or refused. An HTTP server sends nothing
+    first, so waiting for it ends with TimeoutError.
     """
     host, port = host_and_port(address)
     try:

@@ -1,1 +1,1 @@
-"""The backend kinds `triton` and `triton_llmapi`: TensorRT-LLM behind Triton."""
+"""The backend kind `triton`: TensorRT-LLM's core model or its LLM-API model, behind Triton."""

@@ -1,7 +1,7 @@
-"""How requests of ours are put to TensorRT-LLM's models behind Triton, and their answers read.
+"""Put our own requests to TensorRT-LLM's models behind Triton, and read their answers.
 
-The ensemble takes text, the core model token ids, the LLM-API model text under names of its own. An `Ask` that a model
-has no input for is not put to it: an answer without it is not the one that was wanted.
+The ensemble takes text, the core model token ids, and the LLM-API model text under other names. An `Ask` that needs an
+input which a model lacks is not put to it: the answer would not be the one that was wanted.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _SAMPLING = (
 )
 _PENALTIES = ("presence_penalty", "frequency_penalty")
 _LLMAPI_LACKS = ("repetition_penalty", "ignore_eos")
-"""What the LLM-API model has no input for."""
+"""Fields for which the LLM-API model has no input."""
 NO_END = -1
-"""The id of no token: an answer that ends by its length only."""
+"""The id of no token: the answer ends by its length only."""
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a character whose last bytes are still to come looks like at the end of a text."""
+"""The end of a text whose last character is still incomplete."""
 
 
 def _why_not_core(ask: Ask) -> str:
@@ -92,7 +92,7 @@ def _write_llmapi(ask: Ask, streams: bool) -> bytes:
 
 
 def _add_sampling(message: Any, ask: Ask, names: dict[str, str]) -> None:
-    """Add the sampling fields that the client set, under the model's names; the rest is the engine's default."""
+    """Add the sampling fields that are set, under the model's names; the engine has defaults for the others."""
     for field, datatype, form in _SAMPLING:
         value = getattr(ask, field)
         if value is not None:
@@ -129,8 +129,8 @@ def _bool(value: bool) -> bytes:
     return b"\1" if value else b"\0"
 
 
-class _Reads:
-    """Replies of the core model and of the ensemble: each is what is new."""
+class _Reader:
+    """Reads replies of the core model and of the ensemble: each has what is new."""
 
     def __init__(self, is_text: bool) -> None:
         self._is_text = is_text
@@ -152,31 +152,31 @@ class _Reads:
         return Piece(text, ids, tokens)
 
 
-class _ReadsTextSoFar(_Reads):
-    """Replies of the LLM-API model: each has the whole text so far."""
+class _WholeTextReader(_Reader):
+    """Reads replies of the LLM-API model: each has the whole text so far."""
 
     def __init__(self, is_text: bool) -> None:
         super().__init__(is_text)
-        self._told = 0
+        self._read_characters = 0
         self._held = ""
 
     def read(self, reply: Reply) -> Piece:
         piece = super().read(reply)
-        return piece._replace(text=self._news(piece.text, piece.tokens > 0, reply.final)) if self._is_text else piece
+        return piece._replace(text=self._added(piece.text, piece.tokens > 0, reply.final)) if self._is_text else piece
 
-    def _news(self, text: str, has_text: bool, final: bool) -> str:
-        """Return what is new, in order; a character that may still become another is held back to the end."""
+    def _added(self, text: str, has_text: bool, final: bool) -> str:
+        """Return the new text. A character that may still be incomplete is held back until the end."""
         if not has_text:
             text = self._held  # an end without data
         self._held = text
         settled = text if final else text.rstrip(INCOMPLETE)
-        piece = settled[self._told :]
-        self._told = max(self._told, len(settled))
+        piece = settled[self._read_characters :]
+        self._read_characters = max(self._read_characters, len(settled))
         return piece
 
 
 def _strings(data: bytes) -> list[bytes]:
-    """Split a BYTES tensor: each element is its length in four bytes and its content."""
+    """Split a BYTES tensor; each element is a length in four bytes and its content."""
     found, at = [], 0
     while at < len(data):
         (size,) = struct.unpack_from("<I", data, at)
@@ -185,5 +185,5 @@ def _strings(data: bytes) -> list[bytes]:
     return found
 
 
-CORE = Asking(_write_core, _why_not_core, _Reads)
-LLMAPI = Asking(_write_llmapi, _why_not_llmapi, _ReadsTextSoFar, frozenset({Prompt.TEXT}))
+CORE = Asking(_write_core, _why_not_core, _Reader)
+LLMAPI = Asking(_write_llmapi, _why_not_llmapi, _WholeTextReader, frozenset({Prompt.TEXT}))

@@ -1,9 +1,9 @@
-"""The backend kinds `triton` and `triton_llmapi`: TensorRT-LLM behind Triton, over KServe v2 gRPC.
+"""The backend of Triton servers, over KServe v2 gRPC.
 
-A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose wire
-breaks asks at once whether the server still answers. An engine that hangs while its server stays live and ready is
-found by its pulse. One that was lost is trusted again when it has answered a token. A server that unloads its model,
-or puts another in its place, lets its requests end first, and so do we: meanwhile nothing new is sent.
+A watcher task reaches the server, reads what it is, and looks at it once a second (`server.py`). A run whose connection
+breaks has it looked at once. The pulse finds an engine that hangs while its server stays live and ready. A backend that
+was lost is trusted again once it has answered a token. A server that unloads or replaces its model lets its requests
+finish, and so does the backend: it sends nothing new meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import LlmApi
 from sidecar.backends.triton.loads import LoaderProcess, Target
-from sidecar.backends.triton.probe import answer_of, is_late, words
+from sidecar.backends.triton.probe import answer_of, describe, is_late
 from sidecar.backends.triton.regions import Regions
 from sidecar.backends.triton.server import CHANGED, Server, Sought
 from sidecar.backends.triton.streams import Run, StreamPool
@@ -63,11 +63,11 @@ class TritonOptions:
     progress_timeout_s: float = 30.0
     load_timeout_s: float = 120.0
     owner: str = ""
-    """This replica, one of several; "" where there is one only."""
+    """This replica's id; "" if there is only one."""
 
     @property
     def sought(self) -> Sought:
-        """What the watching needs of it."""
+        """The part that watching needs."""
         return Sought(
             self.id,
             self.address,
@@ -80,7 +80,7 @@ class TritonOptions:
 
     @property
     def look_s(self) -> float:
-        """Seconds between two looks: several in the time after which silence is a fault."""
+        """Seconds between two looks: several within the time after which silence is a fault."""
         return min(self.watch_interval_s, self.progress_timeout_s / 4)
 
 
@@ -102,7 +102,7 @@ class TritonBackend(Endpoint):
 
     @property
     def streams(self) -> bool:
-        """Whether the model is decoupled; taken to be until the server says."""
+        """True if the model is decoupled; assumed until the server says."""
         return self._server.decoupled
 
     def _describe(self) -> str:
@@ -120,7 +120,7 @@ class TritonBackend(Endpoint):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._transport.close()
         except (grpc.RpcError, TimeoutError):
-            logger.info("%s did not let go of our regions; whoever reaches it next clears them away", self.id)
+            logger.info("%s did not let go of our regions; the next sidecar that reaches it removes them", self.id)
 
     # Runs.
 
@@ -144,13 +144,13 @@ class TritonBackend(Endpoint):
             await run.stream(self._pool)
 
     def _model_of(self, ticket: Ticket) -> str:
-        """Return the model that answers a request of ours; "" for a client's own, which names it."""
+        """Return the model for a request of ours; "" for a client's own, which names its model."""
         prompt = ticket.payload.prompt
         takes_text = prompt is Prompt.TEXT and not isinstance(self._server.dialect, LlmApi)
         return "" if prompt is None else self.options.text_model if takes_text else self.options.model
 
     async def _attached(self, run: Run, weights: Weights) -> bytes:
-        """Return what names a run's weights, or holds them; nothing where a client's typed contents leave no way."""
+        """Return a fragment that names or holds a run's weights; b"" if a client's typed contents allow neither."""
         region, raw = await self._transport.refer(weights), run.ticket.payload.raw
         if region is None and not raw:
             return b""
@@ -176,10 +176,10 @@ class TritonBackend(Endpoint):
         try:
             return await self._server.changed()
         except (grpc.RpcError, Misused):
-            return False  # the watcher judges that
+            return False  # left to the watcher
 
     async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
-        """Send a blob, or name the region that it is in; once more if the server has forgotten the region."""
+        """Send a blob or name its region; try once more if the server has forgotten the region."""
         target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls, self.options.owner)
         sent = partial(self._load_sent, effect.load)
         region = await self._transport.refer(weights)
@@ -191,7 +191,7 @@ class TritonBackend(Endpoint):
         return result
 
     async def _load_files(self, dialect: LlmApi, effect: Load, weights: Weights) -> LoadResult:
-        """Have the engine answer a token with an adapter whose files it can read."""
+        """Make the engine answer a token with an adapter whose files it can read."""
         await weights.ready()
         self._load_sent(effect.load)
         request = dialect.load(self.options.model, effect)
@@ -207,7 +207,7 @@ class TritonBackend(Endpoint):
             return LoadResult(text, lost=wire.is_lost(failed.code(), text))
         return LoadResult(error)
 
-    # Shared memory: the clients' own regions, and the store's.
+    # Shared memory: clients' regions and the store's.
 
     def register_regions(self) -> None:
         self._transport.doubt()
@@ -219,12 +219,12 @@ class TritonBackend(Endpoint):
                 await self._transport.forget(region)
                 return
             except grpc.RpcError as error:
-                logger.info("%s does not let go of %s yet: %s", self.id, region, words(error))
+                logger.info("%s does not let go of %s yet: %s", self.id, region, describe(error))
             await asyncio.sleep(FORGET_AGAIN_S)
         self._transport.lost(region)
 
     async def call(self, verb: str, request: Any) -> Any:
-        """Pass a KServe verb on as it is. Raises grpc.RpcError with the server's own status."""
+        """Pass on a KServe verb unchanged. Raises grpc.RpcError with the server's own status."""
         reply = await getattr(self._stub, verb)(request, timeout=VERB_TIMEOUT_S)
         self._regions.note(verb, request)
         return reply
@@ -253,7 +253,7 @@ class TritonBackend(Endpoint):
         return self._server.measured()
 
     async def _look_after(self, text: str) -> None:
-        """Look at a server of which there is bad news: a broken wire, or words that its engine may be gone."""
+        """Look at a server after bad news: a broken connection, or an error that may mean its engine is gone."""
         try:
             await self._server.ready()
             if await self._server.changed():
@@ -277,5 +277,5 @@ class TritonBackend(Endpoint):
         return isinstance(error, grpc.RpcError) and is_late(error)
 
     @staticmethod
-    def _words(error: Exception) -> str:
-        return words(error) if isinstance(error, grpc.RpcError) else str(error)
+    def _error_text(error: Exception) -> str:
+        return describe(error) if isinstance(error, grpc.RpcError) else str(error)

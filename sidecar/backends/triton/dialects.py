@@ -1,8 +1,8 @@
 """The two ways in which TensorRT-LLM's models behind Triton take a request and an adapter.
 
-The core model takes token ids, a task id and packed weights; the LLM-API model takes text and, for an adapter, an id,
-a name and a path that its own process can read. It loads from the path by itself and does so again after it has
-evicted the adapter, so the path goes along with every request. Its tensors have no batch dimension.
+The core model takes token ids, a task id and packed weights. The LLM-API model takes text and, for an adapter, an id, a
+name and a path that its own process can read. It loads from that path by itself, and again after it has evicted the
+adapter, so every request has the path. Its tensors have no batch dimension.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DUMMY_TEXT = b"a"
 
 
 class Dialect(Protocol):
-    """How one model wants to be asked. `serves_adapters` is False for a model that has no inputs for them."""
+    """How one model is asked. `serves_adapters` is False for a model without inputs for them."""
 
     @property
     def kind(self) -> str: ...
@@ -33,9 +33,9 @@ class Dialect(Protocol):
         """Return a `ModelInferRequest` of ours: a dummy token or two in, one out, by the base model."""
 
     def fragment(self, engine_id: str, effect: Dispatch, raw: bool, stream: bool) -> bytes:
-        """Return what makes a client's request ours, to be appended to it: our id, and the adapter.
+        """Return the bytes to append to a client's request: our id, and the adapter.
 
-        `raw` says that the client's tensors travel in `raw_input_contents`; `stream` asks to be told of the end.
+        With `raw` the client's tensors are in `raw_input_contents`; with `stream` the end is to be reported.
         """
 
 
@@ -55,7 +55,7 @@ class TensorRtLlm:
 
 @dataclass(frozen=True)
 class LlmApi:
-    """The LLM-API model: `text_input`, `lora_id`, `lora_name`, `lora_path`; None: it serves the base model only."""
+    """The LLM-API model: `text_input`, `lora_id`, `lora_name`, `lora_path`. With None it serves only the base model."""
 
     adapters_dir: AdaptersDir | None
     kind = TRITON_LLMAPI
@@ -72,7 +72,7 @@ class LlmApi:
         return request
 
     def load(self, model: str, effect: Load) -> Any:
-        """Return the request whose answer says that the engine has the adapter. Its files must be staged."""
+        """Return the request whose answer proves that the engine has the adapter. Its files must be staged."""
         request = self.probe(model, f"lora-sidecar-load-{effect.load}")
         request.parameters["lora_name"].string_param = effect.name
         self._add_adapter(request, effect.packed.task_id, effect.name, effect.packed.key, raw=True)
@@ -103,10 +103,10 @@ class LlmApi:
 
 
 def dialect_of(config: Any, adapters_dir: AdaptersDir | None) -> TensorRtLlm | LlmApi:
-    """Find out from a model's ModelConfig how it wants to be asked.
+    """Return the dialect of a model, by its ModelConfig.
 
-    Raises Misused when it cannot be asked as things are: it reads adapters from files and there is no shared folder,
-    or it would want a batch dimension that its own code refuses.
+    Raises Misused if the model cannot be asked: it reads adapters from files and there is no shared folder, or it has a
+    batch dimension that its own code refuses.
     """
     inputs = {tensor.name for tensor in config.input}
     if not inputs & {"lora_path", "sampling_param_max_tokens"}:

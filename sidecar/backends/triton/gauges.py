@@ -1,4 +1,4 @@
-"""What a Triton server's metrics say of its TensorRT-LLM engine."""
+"""Read the gauges of a TensorRT-LLM engine from its Triton server's metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRAPE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Gauges:
-    """Seats and KV tokens of the engine, all and in use, and its iterations so far; None for what is not published."""
+    """Seats and KV tokens of the engine, total and in use, and its iterations so far; None if not published."""
 
     seats: int | None = None
     kv_tokens: int | None = None
@@ -27,12 +27,12 @@ class Scraper:
     def __init__(self, url: str, model: str) -> None:
         self._url = url
         self._model = model
-        # Reading the machine's certificates takes tens of milliseconds: only where they are needed.
+        # Reading the machine's certificates takes tens of milliseconds: do it only for https.
         verify = url.startswith("https:")
         self._client = httpx.AsyncClient(timeout=SCRAPE_TIMEOUT_S, trust_env=False, verify=verify)
 
     async def scrape(self) -> Gauges | None:
-        """Read the gauges; None when the metrics cannot be had, which is no reason to call the engine lost."""
+        """Return the gauges; None if they cannot be read, which does not make the engine lost."""
         try:
             reply = await self._client.get(self._url)
             reply.raise_for_status()
@@ -45,7 +45,7 @@ class Scraper:
 
 
 def parse(text: str, model: str) -> Gauges:
-    """Pick a model's gauges out of a scrape. Raises ValueError for what is no scrape."""
+    """Return a model's gauges from the text of a scrape. Raises ValueError if it is malformed."""
     ours = "\n".join(line for line in text.splitlines() if line.startswith(PREFIX))
     found: dict[tuple[str, str], float] = {}
     for family in text_string_to_metric_families(ours):
@@ -71,5 +71,5 @@ def _whole(value: float | None) -> int | None:
 
 
 def _positive(value: float | None) -> int | None:
-    """An engine that has not reported yet says 0 seats: that is not known rather than none."""
+    """Return a positive number; None for 0, which an engine publishes before its first report."""
     return int(value) if value else None

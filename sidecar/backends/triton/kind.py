@@ -1,4 +1,4 @@
-"""The backend kind `triton`: its keys in the configuration, how it is connected to, what its models can be asked."""
+"""The backend kind `triton`: its configuration, how it is connected, and what its models can be asked."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TritonEntry(Entry):
 
     @property
     def shared_memory(self) -> Literal["never", "auto", "must"]:  # type: ignore[override]
-        """Whether its weights are to lie where it can read them."""
+        """Whether its weights are kept in memory that it can read."""
         wanted: dict[str, Literal["never", "auto", "must"]] = {"grpc": "never", "shared_memory": "must"}
         return wanted.get(self.weights_transport, "auto")
 
@@ -75,7 +75,7 @@ class TritonEntry(Entry):
 
 
 def _declare(entry: TritonEntry, declared: EngineFacts, all_of_kind: Sequence[TritonEntry]) -> EngineFacts:
-    # Which of the models a server has is known when it is reached; a shared folder says which is meant.
+    # The server says which model it has once it is reached. Until then a shared folder means the LLM-API model.
     declared = with_kind(declared, CORE if entry.adapters_dir is None else LLMAPI)
     several = len({each.model for each in all_of_kind}) > 1 or any(each.models for each in all_of_kind)
     return replace(declared, models=(entry.model, entry.text_model, *entry.models)) if several else declared
@@ -85,7 +85,7 @@ def _connect(entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> tuple
     from sidecar.backends.triton.backend import TritonBackend, TritonOptions
 
     if entry.weights_transport == "grpc" or wiring.memory.mount is None:
-        declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # known before it is reached
+        declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # certain before it is reached
     options = TritonOptions(
         id=entry.identity,
         address=entry.address,
@@ -111,7 +111,7 @@ def _checks() -> Checks:
 
 
 def usual_metrics_url(address: str) -> str | None:
-    """Return where a Triton server on its usual gRPC port has its metrics, None for one on another port."""
+    """Return the metrics URL of a Triton server on the default gRPC port; None for one on another port."""
     host, _, port = address.rpartition(":")
     return f"http://{host}:{METRICS_PORT}/metrics" if port == str(GRPC_PORT) else None
 

@@ -1,8 +1,8 @@
-"""The loader process: it maps packed weights and sends them, so that the serving process never touches them.
+"""The loader process maps packed weights and sends them, so that the serving process never touches them.
 
-Sending 300 MB by gRPC holds a Python process's event loop for the better part of a second, building the message for
-two. So loads are sent from a process of their own. It reads one JSON order a line from standard input and writes one
-JSON result a line to standard output; both ends are ours, and it ends with its parent.
+Sending 300 MB by gRPC blocks a Python process's event loop for nearly a second, and building the message for two. So a
+process of its own sends loads. It reads one JSON order a line from standard input and writes one JSON result a line to
+standard output. Its parent is the only one that runs it, and it ends with its parent.
 
     python -m sidecar.backends.triton.loader
 """
@@ -31,7 +31,7 @@ TEXT_MAX = 100_000
 
 
 class Loader:
-    """Carries out orders on a few threads. Channels are kept by address; a failed one reconnects by itself."""
+    """Carries out orders on a few threads. Channels are kept by address, and reconnect by themselves."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.Channel] = {}
@@ -40,7 +40,7 @@ class Loader:
         self._threads = ThreadPoolExecutor(LOADS_AT_ONCE)
 
     def serve(self) -> None:
-        """Read orders until the parent closes the pipe, then leave at once."""
+        """Read orders until the parent closes the pipe, then exit at once."""
         for line in sys.stdin:
             order = json.loads(line)
             if "cancel" in order:
@@ -56,40 +56,40 @@ class Loader:
             call.cancel()
 
     def _carry_out(self, order: dict[str, Any]) -> None:
-        """Send a load and say how it ended: whatever happens, the parent gets its one line."""
+        """Send a load and report how it ended. Whatever happens, the parent gets one line."""
         try:
             result: dict[str, Any] = {"error": self._send(order)}
         except grpc.RpcError as failure:
             result = _broken(failure, order["timeout_s"])
-        except Exception as failure:  # noqa: BLE001 — the parent waits for an answer; it logs what went wrong
+        except Exception as failure:  # noqa: BLE001 — the parent waits for an answer, and logs this one
             result = {"error": f"the loader process: {type(failure).__name__}: {failure}", "unanswered": True}
         if result["error"] is not None:
             result["error"] = _short(result["error"])
         with self._lock:
             self._calls.pop(order["load"], None)
-        self._tell(order["load"], **result)
+        self._report(order["load"], **result)
 
-    def _tell(self, load: int, **record: Any) -> None:
+    def _report(self, load: int, **record: Any) -> None:
         with self._lock:
             print(json.dumps({"load": load, **record}), flush=True)
 
     def _sending(self, order: dict[str, Any], message: bytes) -> Iterator[bytes]:
-        """Give gRPC the message; it asks for another when it has sent this one, and then the engine has it."""
+        """Yield the message to gRPC. It asks for another one once this one is sent: then the engine has it."""
         yield message
-        self._tell(order["load"], sent=True)
+        self._report(order["load"], sent=True)
 
     def _send(self, order: dict[str, Any]) -> str | None:
-        """Send one load and return the engine's error text, None when it came through.
+        """Send one load. Return the engine's error text, or None if it succeeded.
 
-        The serving process has just reached the server, so a channel of ours that still backs off from an earlier
-        failure waits for it instead of failing.
+        The serving process has just reached the server, so a channel that still backs off from an earlier failure waits
+        for it instead of failing.
         """
         message = message_of(order)
         channel = self._channel(order)
         if order["decoupled"]:
             method = channel.stream_stream(
                 f"{wire.SERVICE}/ModelStreamInfer",
-                request_serializer=_as_they_are,
+                request_serializer=_unchanged,
                 response_deserializer=wire.ModelStreamInferResponse.FromString,
             )
             call = method(self._sending(order, message), timeout=order["timeout_s"], wait_for_ready=True)
@@ -102,12 +102,12 @@ class Loader:
             return "the stream ended without an answer"
         unary = channel.unary_unary(
             f"{wire.SERVICE}/ModelInfer",
-            request_serializer=_as_they_are,
+            request_serializer=_unchanged,
             response_deserializer=wire.ModelInferResponse.FromString,
         )
         future = unary.future(message, timeout=order["timeout_s"], wait_for_ready=True)
         self._keep(order["load"], future)
-        self._tell(order["load"], sent=True)
+        self._report(order["load"], sent=True)
         future.result()
         return None
 
@@ -125,7 +125,7 @@ class Loader:
 
 
 def _broken(failure: Any, timeout_s: float) -> dict[str, Any]:
-    """Say how a call that gRPC itself ended is to be told: the engine's own error, its wire, or no answer in time."""
+    """Return the result for a call that gRPC ended: the engine's error, a broken connection, or no answer in time."""
     code, text = failure.code(), failure.details() or str(failure.code())
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return {"error": f"the engine did not take the adapter within {timeout_s:g} s", "unanswered": True}
@@ -133,11 +133,11 @@ def _broken(failure: Any, timeout_s: float) -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """Cut a long text in its middle: a traceback says what matters at its end."""
+    """Cut a long text in its middle: the important part of a traceback is its end."""
     return text if len(text) <= TEXT_MAX else f"{text[: TEXT_MAX // 2]} … {text[-TEXT_MAX // 2 :]}"
 
 
-def _as_they_are(message: bytes) -> bytes:
+def _unchanged(message: bytes) -> bytes:
     return message
 
 
@@ -151,7 +151,7 @@ def _open_channel(order: dict[str, Any]) -> grpc.Channel:
 
 
 def message_of(order: dict[str, Any]) -> bytes:
-    """Return the serialized request: its weights named by their region, or joined in from the mapping, copied once."""
+    """Return the serialized request. Its weights are named by region, or copied once from the mapped file."""
     size, region = order["size_bytes"], order["region"]
     request = wire.load_head(order["model"], order["id"], order["parameters"])
     request.inputs.add(name="lora_task_id", datatype="UINT64", shape=[1, 1])
@@ -165,6 +165,7 @@ def message_of(order: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group, as from a terminal or systemd: for the parent,
-        signal.signal(number, signal.SIG_IGN)  # which drains first; this process ends when the parent closes its pipe
+    # Signals to the whole group, as from a terminal or systemd, are for the parent: it drains, then closes the pipe.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     Loader().serve()

@@ -1,4 +1,4 @@
-"""The serving process's end of the loader process: orders out, results in, a new process when one dies."""
+"""The serving process's side of the loader process: send orders, await results, replace a process that died."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 LINE_BYTES_MAX = 1 << 22
 TRIES = 2
-"""Processes that one load is given to: if both end under it, it is told to the core."""
+"""Processes that one load is given to. If both end during it, the core is told."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where and how a backend takes loads."""
+    """The server and model that takes a backend's loads."""
 
     address: str
     model: str
@@ -35,7 +35,7 @@ class Target:
 
 
 class LoaderProcess:
-    """Sends loads through one child process, started anew when it dies."""
+    """Sends loads through one child process, which is restarted if it dies."""
 
     def __init__(self) -> None:
         self._child: _Child | None = None
@@ -43,7 +43,7 @@ class LoaderProcess:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, None while there is none."""
+        """The child's process id; None while there is none."""
         return self._child.process.pid if self._child is not None and self._child.lives else None
 
     async def load(
@@ -55,14 +55,15 @@ class LoaderProcess:
         sent: Callable[[], None],
         region: str | None = None,
     ) -> LoadResult:
-        """Send one load and return how it ended. `sent` is called when its weights have left; cancelling cancels it.
+        """Send one load and return how it ended. Cancelling this cancels the load.
 
-        With a `region` the engine reads them there, else they travel in the message.
+        The engine reads the weights from `region`, or from the message if that is None. `sent` is called once they have
+        been sent.
         """
         order = _order(effect, weights, target, timeout_s) | {"region": region}
         for _ in range(TRIES):
             try:
-                child = await self._living()
+                child = await self._running()
             except OSError as error:
                 return LoadResult(f"the loader process cannot be started: {error}", unanswered=True)
             result = await child.load(order, sent)
@@ -71,15 +72,15 @@ class LoaderProcess:
         return LoadResult(f"the loader process ended {TRIES} times under this load", unanswered=True)
 
     async def start(self) -> None:
-        """Have a process ready before the first load asks for one: starting takes some tenths of a second."""
-        await self._living()
+        """Start the process before the first load needs it: that takes some tenths of a second."""
+        await self._running()
 
     async def close(self) -> None:
         """End the process. No load may be under way."""
         if self._child is not None:
             await self._child.close()
 
-    async def _living(self) -> _Child:
+    async def _running(self) -> _Child:
         async with self._starting:
             if self._child is None or not self._child.lives:
                 self._child = _Child(await _start())
@@ -98,7 +99,7 @@ async def _start() -> asyncio.subprocess.Process:
 
 
 class _Child:
-    """One process and the loads it has been given."""
+    """One process and the loads that it was given."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
@@ -112,15 +113,15 @@ class _Child:
         return self.process.returncode is None and not self._reader.done()
 
     async def load(self, order: dict[str, Any], sent: Callable[[], None]) -> LoadResult | None:
-        """Give an order and return its result; None when the process ended under it."""
+        """Send an order and return its result; None if the process ended meanwhile."""
         future: asyncio.Future[LoadResult | None] = asyncio.get_running_loop().create_future()
         self._waiting[order["load"]] = future
         self._sent[order["load"]] = sent
         try:
-            self._tell(order)
+            self._send(order)
             return await future if self.lives else None
         except asyncio.CancelledError:
-            self._tell({"cancel": order["load"]})
+            self._send({"cancel": order["load"]})
             raise
         finally:
             del self._waiting[order["load"]], self._sent[order["load"]]
@@ -131,8 +132,8 @@ class _Child:
         self.process.stdin.close()
         await self._reader
 
-    def _tell(self, record: dict[str, Any]) -> None:
-        """Write a line. Orders are few and small, and are bounded by what is in flight: no need to wait for room."""
+    def _send(self, record: dict[str, Any]) -> None:
+        """Write a line without waiting for room: orders are small, and bounded by the loads in flight."""
         stdin = self.process.stdin
         assert stdin is not None
         if not stdin.is_closing():

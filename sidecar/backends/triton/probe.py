@@ -1,4 +1,4 @@
-"""What a Triton server is asked to find out whether it is there, and what its model is."""
+"""Questions to a Triton server: is it there, and what is its model?"""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_ID = "lora-sidecar-probe"
 
 
 class Probe:
-    """Asks one server about one model. Every question raises grpc.RpcError when the server does not answer it."""
+    """Asks one server about one model. Every question raises grpc.RpcError if the server does not answer."""
 
     def __init__(self, backend: str, address: str, model: str, stub: Any) -> None:
         self._backend = backend
@@ -26,14 +26,14 @@ class Probe:
         self._stub = stub
 
     async def ready(self) -> None:
-        """Return if the model is ready. Raises Misused when the server answers that it is not."""
+        """Return if the model is ready. Raises Misused if the server says that it is not."""
         request = service_pb2.ModelReadyRequest(name=self._model)
         reply = await self._stub.ModelReady(request, timeout=PROBE_TIMEOUT_S)
         if not reply.ready:
             raise self._not_ready()
 
     async def config(self) -> Any:
-        """Return the model's ModelConfig. Raises Misused when the server answers that there is none any more."""
+        """Return the model's ModelConfig. Raises Misused if the server says that it has no such model."""
         request = service_pb2.ModelConfigRequest(name=self._model)
         try:
             return (await self._stub.ModelConfig(request, timeout=PROBE_TIMEOUT_S)).config
@@ -49,7 +49,7 @@ class Probe:
         )
 
     async def answer_once(self, dialect: Dialect, decoupled: bool, timeout_s: float = PROBE_TIMEOUT_S) -> None:
-        """Have the engine answer one token. Raises Misused with its words when it answers with an error."""
+        """Make the engine answer one token. Raises Misused with the engine's text if it answers with an error."""
         request = dialect.probe(self._model, PROBE_ID)
         error = await answer_of(self._stub, request, decoupled, timeout_s)
         if error is not None:
@@ -59,11 +59,9 @@ class Probe:
 
 
 async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) -> str | None:
-    """Send a small request of ours; return the model's error text, None for an answer.
+    """Send a small request of ours; return the model's error text, or None if it was answered.
 
-    Raises grpc.RpcError when the server does not answer.
-
-    A call of its own for each: Triton cancels whole streams.
+    Raises grpc.RpcError if the server does not answer. Each request is a call of its own: Triton cancels whole streams.
     """
     if not decoupled:
         try:
@@ -86,16 +84,16 @@ async def answer_of(stub: Any, request: Any, decoupled: bool, timeout_s: float) 
 
 
 def is_silence(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a call ended without a word of the server's own."""
+    """Return True if a call ended without an answer from the server."""
     return is_late(error) or wire.is_lost(error.code(), error.details() or "")
 
 
 def is_late(error: grpc.RpcError) -> bool:
-    """Whether the server did not answer in time, which a busy one may do once."""
+    """Return True for a timeout, which a busy server may cause once."""
     return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
-def words(error: grpc.RpcError) -> str:
+def describe(error: grpc.RpcError) -> str:
     """Return an error's code and text for people."""
     if isinstance(error, grpc.aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"

@@ -1,6 +1,6 @@
-"""The shared-memory regions that clients registered at a server, kept so that they can be registered again.
+"""Remember the shared-memory regions that clients registered at a server, to register them again.
 
-A server that restarts forgets them, and its clients do not know: the sidecar stands between.
+A restarted server has forgotten them, and its clients do not notice the restart: the sidecar is between.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REGISTER_TIMEOUT_S = 2.0
 
 
 class Regions:
-    """What one server was told of regions. `stub` is its KServe stub."""
+    """The clients' regions at one server. `stub` is its KServe stub."""
 
     def __init__(self, backend: str, stub: Any) -> None:
         self._backend = backend
@@ -27,7 +27,7 @@ class Regions:
         self._restoring: asyncio.Task[None] | None = None
 
     def note(self, verb: str, request: Any) -> None:
-        """Remember a verb that the server has carried out."""
+        """Note a verb that the server has carried out."""
         if verb == "SystemSharedMemoryRegister":
             self._requests[request.name] = request
         elif verb == "SystemSharedMemoryUnregister" and request.name:

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_words
+from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_phrase
 from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
@@ -64,7 +64,7 @@ class Server:
         metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
         caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
         known = "" if self.gauges is not None else metrics
-        return f"reached, {self._transport.words}{known}{caches}{self._unknown}"
+        return f"reached, {self._transport.summary}{known}{caches}{self._unknown}"
 
     @property
     def _remedy(self) -> str:
@@ -98,7 +98,7 @@ class Server:
         await self.measure()
         facts = self._with_gauges(facts)
         self._config, self._distrusted = config.SerializeToString(deterministic=True), False
-        self._unknown, self._caches = unknown_words(facts), facts.caches
+        self._unknown, self._caches = unknown_phrase(facts), facts.caches
         return facts
 
     async def _facts_of(self, config: Any) -> EngineFacts:

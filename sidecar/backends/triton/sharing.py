@@ -1,8 +1,8 @@
-"""Packed weights that a Triton server reads where they lie: which blobs of the store it has registered as regions.
+"""Register blobs of the store as shared-memory regions at a Triton server, which reads the weights in place.
 
-A region lives longer than any Load: it is registered for the first one, referred to by all, and unregistered before
-its file goes, because a server that still maps a file that is cut short dies of it. Names are a process's own, so a
-server that was restarted is told anew, and what a process that died had registered is cleared away.
+A region outlives any load: the first load registers it, all refer to it, and it is unregistered before its file is
+removed, because a server that still maps a truncated file dies of it. Names are unique to a process, so a restarted
+server is told again, and what a dead process had registered is removed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ logger = logging.getLogger(__name__)
 
 VERB_TIMEOUT_S = 5.0
 IN_USE_WAIT_S = 0.005
-"""Right after the final response of a request the server may still count its region as in use."""
+"""First wait: right after a request's final response the server may still count its region as in use."""
 IN_USE_WAIT_S_MAX = 0.25
 PROBE_BYTES = 64
 
 
 class RegionRefused(Exception):
-    """The server does not take a region; the text is its own."""
+    """The server refuses a region; the message is the server's own."""
 
 
 class SharedBlobs:
-    """The regions of this process at one server. `stub` is its KServe stub."""
+    """This process's regions at one server. `stub` is its KServe stub."""
 
     def __init__(self, backend: str, stub: Any, mount: Mount) -> None:
         self._backend = backend
@@ -46,13 +46,13 @@ class SharedBlobs:
         return len(self._registered)
 
     def has(self, path: str) -> bool:
-        """Whether a blob lies in the mount: one for which that had no room does not."""
+        """Return True if a blob lies in the mount; a blob for which it had no room does not."""
         return Path(path).parent == self._mount.directory
 
     async def probe(self) -> None:
-        """Return if the server reads our mount. Raises RegionRefused with why not, grpc.RpcError if it does not answer.
+        """Return if the server reads our mount. Raises RegionRefused with the cause; grpc.RpcError without an answer.
 
-        It is shown a file with a name that nobody else has: another machine, or another mount, has no such file.
+        The server gets a file with a unique name, which another machine or another mount does not have.
         """
         descriptor, path = self._mount.create()
         try:
@@ -66,9 +66,9 @@ class SharedBlobs:
             path.unlink(missing_ok=True)
 
     async def settle(self) -> None:
-        """Compare with what the server has, after it was reached: a restart, or a connection that was lost.
+        """Compare our regions with the server's after it was reached, since it may have restarted.
 
-        What the dead had registered, and what of ours has gone meanwhile, is unregistered.
+        Unregisters regions of dead processes, and ours whose blobs have gone meanwhile.
         """
         reply = await self._stub.SystemSharedMemoryStatus(
             service_pb2.SystemSharedMemoryStatusRequest(), timeout=VERB_TIMEOUT_S
@@ -81,7 +81,7 @@ class SharedBlobs:
                 await self._unregister(name)
 
     async def refer(self, path: str, size_bytes: int) -> str:
-        """Have a blob registered; return its region's name. Raises RegionRefused, grpc.RpcError."""
+        """Register a blob unless it is registered; return its region's name. Raises RegionRefused, grpc.RpcError."""
         name = Path(path).name
         known = self._registered.get(name)
         if known is None:
@@ -96,11 +96,11 @@ class SharedBlobs:
             del self._registered[name]
 
     def doubt(self) -> None:
-        """Believe no more that the server has any region: it said so of one."""
+        """Assume that the server has no region: it has reported one as unknown."""
         self._registered.clear()
 
     async def forget(self, name: str) -> None:
-        """Return when the server no longer refers to a region. Raises grpc.RpcError when it does not answer."""
+        """Return once the server no longer refers to a region. Raises grpc.RpcError if it does not answer."""
         known = self._registered.get(name)
         if known is None:
             return
@@ -110,11 +110,11 @@ class SharedBlobs:
         self.lost(name)
 
     def lost(self, name: str) -> None:
-        """Forget a region without a word to the server, which is gone."""
+        """Forget a region of a server that is gone."""
         self._registered.pop(name, None)
 
     async def close(self) -> None:
-        """Unregister all that is registered. Raises grpc.RpcError when the server does not answer."""
+        """Unregister all regions. Raises grpc.RpcError if the server does not answer."""
         await asyncio.gather(*(self.forget(name) for name in list(self._registered)))
 
     async def _register(self, name: str, size_bytes: int) -> None:
@@ -123,7 +123,7 @@ class SharedBlobs:
             await self._stub.SystemSharedMemoryRegister(request, timeout=VERB_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.ALREADY_EXISTS:
-                return  # our names are used once: it is this very file
+                return  # names are unique, so it is this very file
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise
             raise RegionRefused(error.details() or error.code().name) from error

@@ -1,7 +1,7 @@
-"""Runs at a Triton server: a pool of streams with one live request each, and unary calls.
+"""Run requests at a Triton server: on a pool of streams with one live request each, or as unary calls.
 
-Triton cancels whole streams, and `ensemble` has no `stop` input: so a stream carries one live request, is used again
-after a clean end, and is cancelled when its client leaves.
+Triton cancels whole streams, and `ensemble` has no `stop` input. So a stream has one live request; it is reused after a
+clean end, and cancelled when its client leaves.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ IDLE_STREAMS_MAX = 256
 END_OF_STREAM: Any = grpc.aio.EOF  # type: ignore[attr-defined]
 
 
-def as_they_are(message: bytes) -> bytes:
+def unchanged(message: bytes) -> bytes:
     return message
 
 
 class EngineGone(Exception):
-    """A server's words on a request, which may mean that its model or its process is gone, or another."""
+    """The server's error may mean that its model or process is gone or replaced."""
 
 
 class StreamPool:
-    """Open `ModelStreamInfer` calls that nobody uses at the moment, by client metadata."""
+    """Idle `ModelStreamInfer` calls."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._method: Any = channel.stream_stream(
-            f"{wire.SERVICE}/ModelStreamInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+            f"{wire.SERVICE}/ModelStreamInfer", request_serializer=unchanged, response_deserializer=unchanged
         )
         self._idle: deque[Any] = deque()
 
@@ -53,7 +53,7 @@ class StreamPool:
         return self._method()
 
     def give_back(self, call: Any) -> None:
-        """Keep a stream that ended its request cleanly."""
+        """Keep a stream whose request ended cleanly."""
         if not call.done() and len(self._idle) < IDLE_STREAMS_MAX:
             self._idle.append(call)
         else:
@@ -65,11 +65,10 @@ class StreamPool:
 
 
 class Run:
-    """One dispatched request on its way through the engine.
+    """One dispatched request on the engine.
 
-    `heard` is called with each response, so that the backend knows that the engine lives; `broken` when the wire broke
-    or the engine's words say that it is gone, and says whether the backend's loss ends this run; it is told whether the
-    answer has begun.
+    `heard(request, tokens)` is called for each response. `broken(text, has_begun)` is called when the connection broke
+    or the engine's error suggests that it is gone; it returns True if the backend's loss ends this run.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class Run:
         self.effect = effect
         self.ticket = ticket
         self._payload = ticket.payload
-        """The ticket's own is gone once the request is settled."""
+        """Kept here: the ticket drops its payload's bytes when the request is settled."""
         self.tokens = 0
         self.cancelled = False
         self.waits_for_client = False
@@ -97,9 +96,9 @@ class Run:
         self._dialect = dialect
         self._model = wire.model_field(model) if model else b""
         self.owner = b""
-        """What names the replica that sends it."""
+        """Fragment naming the replica that sends the request."""
         self.attached = b""
-        """What names its weights, where they go along."""
+        """Fragment naming or holding its weights, if they are sent along."""
         self.engine_id = f"{effect.request}.{effect.attempt}"
         """The id that the engine sees: clients' ids may collide, ours do not."""
         self._wire_id = wire.id_field(self.engine_id)
@@ -111,7 +110,7 @@ class Run:
         return head + self._model + fragment + self.owner + self.attached
 
     def refused(self) -> bool:
-        """Whether the request was written for another kind of model, as may be where this one was not known yet."""
+        """Post a failure and return True if the request was written for another kind of model than this one."""
         kinds = self._payload.kinds
         if self._dialect.kind in kinds:
             return False
@@ -120,10 +119,10 @@ class Run:
         return True
 
     def cancel(self) -> None:
-        """Stop the run: the engine frees its seat when its stream is cancelled.
+        """Cancel the run: the engine frees its seat when the stream is cancelled.
 
-        The task is cancelled too: a read or write that was under way when its call is cancelled may never return, and
-        a client that is gone takes nothing from the ticket any more.
+        The task is cancelled too. A read or write under way may never return once its call is cancelled, and a client
+        that has left takes nothing from the ticket.
         """
         self.cancelled = True
         if self._call is not None:
@@ -132,11 +131,11 @@ class Run:
             self._work.cancel()
 
     def abandon(self) -> None:
-        """End a run that was cancelled."""
+        """Post the end of a run that was cancelled."""
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def stream(self, pool: StreamPool) -> None:
-        """Run on a stream of the pool. Raises CancelledError when it is cancelled."""
+        """Run on a stream of the pool. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
         call = self._call = pool.take()
         try:
@@ -162,14 +161,14 @@ class Run:
                 pool.give_back(call)
 
     async def _room(self) -> None:
-        """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
+        """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""
         self.waits_for_client = True
         await self.ticket.room()
         self.waits_for_client = False
         self._heard(self.effect.request, 0)
 
     def _take(self, raw: bytes) -> bool:
-        """Deliver one response; return whether it was the last. What comes after a cancel is nobody's any more."""
+        """Deliver one response; return True if it was the last. Nothing is delivered after a cancel."""
         if self.cancelled:
             raise asyncio.CancelledError
         if self.tokens and wire.is_one_of_many(raw, self._wire_id):
@@ -181,7 +180,7 @@ class Run:
         response = message.infer_response
         if response.id not in ("", self.engine_id):
             self._heard(self.effect.request, 0)
-            return False  # the stream's earlier request had more to say than its end
+            return False  # the stream's previous request sent more after its end
         if message.error_message:
             self._heard(self.effect.request, 0)
             fault = self._fault(message.error_message)
@@ -193,7 +192,7 @@ class Run:
         is_first = tokens > 0 and self.tokens == 0
         self.tokens += tokens
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(raw, response, final))  # before the core hears of it: the client is served first
+        self.ticket.deliver(Reply(raw, response, final))  # before the core's event: the client is served first
         if final:
             self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
         elif is_first:
@@ -201,10 +200,10 @@ class Run:
         return final
 
     async def unary(self, channel: grpc.aio.Channel) -> None:
-        """Run as one `ModelInfer` call. Raises CancelledError when it is cancelled."""
+        """Run as one `ModelInfer` call. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
         method = channel.unary_unary(
-            f"{wire.SERVICE}/ModelInfer", request_serializer=as_they_are, response_deserializer=as_they_are
+            f"{wire.SERVICE}/ModelInfer", request_serializer=unchanged, response_deserializer=unchanged
         )
         call = self._call = method(self.message(stream=False))
         try:
@@ -240,7 +239,7 @@ class Run:
     async def _ended_with(self, code: grpc.StatusCode | None, text: str) -> None:
         fault = self._fault(text, code)
         if self._doubts_engine(fault) and await self._broken(text, self.tokens > 0):
-            return  # the loss of the backend ends this run too
+            return  # the backend's loss ends this run, too
         self._failed(fault, text, code)
 
     def _fault(self, text: str, code: grpc.StatusCode | None = None) -> Fault:
@@ -250,9 +249,7 @@ class Run:
         return Fault.LOST if is_lost else fault
 
     def _doubts_engine(self, fault: Fault) -> bool:
-        """Whether an error may mean another engine: one that was put in its place has no adapters yet, or refuses the
-        weights that go along.
-        """
+        """Return True if an error may mean a replaced engine, which has no adapters yet or refuses attached weights."""
         return fault in (Fault.LOST, Fault.MISS) or (fault is Fault.REJECTED and bool(self.attached))
 
     def _failed(self, fault: Fault, text: str, code: grpc.StatusCode | None = None) -> None:

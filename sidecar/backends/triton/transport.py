@@ -1,4 +1,4 @@
-"""How packed weights get to one Triton server: named where they lie in shared memory, or in a gRPC message."""
+"""Send packed weights to one Triton server: by naming their shared-memory region, or in a gRPC message."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class SharedMemory:
-    """Where the store's blobs lie: in `mount`, or, where that is None, somewhere else, and `why_not` says why."""
+    """Where the store's blobs lie: in `mount`; if that is None, in private memory, for the reason `why_not`."""
 
     mount: Mount | None = None
     why_not: str = "the store is not in shared memory"
@@ -36,7 +36,7 @@ NOT_SHARED = SharedMemory()
 
 
 def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedMemory:
-    """Take part in a shared-memory mount, if it has room for so much after what the dead have left is removed."""
+    """Open a shared-memory mount and remove what dead processes left, if it then has room for `size_bytes`."""
     try:
         mount = Mount(directory)
         freed = mount.sweep()
@@ -55,10 +55,10 @@ def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedM
 
 
 class Transport:
-    """The way to one server, chosen anew whenever it is reached. `words` says for people what was chosen and why."""
+    """The way to one server, chosen anew whenever it is reached. `summary` tells people what was chosen and why."""
 
     def __init__(self, backend: str, wanted: Wanted, memory: SharedMemory, stub: object) -> None:
-        self.words = ""
+        self.summary = ""
         self._backend = backend
         self._wanted = wanted
         self._why_not = memory.why_not
@@ -68,34 +68,34 @@ class Transport:
 
     @property
     def by_reference(self) -> bool:
-        """Whether weights are named instead of sent."""
+        """True if weights are named instead of sent."""
         return self._by_reference
 
     def described(self, facts: EngineFacts) -> EngineFacts:
-        """Add to an engine's facts how its weights get there."""
+        """Return an engine's facts with how its weights are sent."""
         limit = None if self._by_reference else MESSAGE_BYTES_MAX
         return replace(facts, by_reference=self._by_reference, message_bytes_max=limit)
 
     async def choose(self) -> None:
-        """Find out what the server, just reached, can do.
+        """Find out what the server, which was just reached, can do.
 
-        Raises Misused when shared memory is wanted and not to be had, grpc.RpcError when the server does not answer.
+        Raises Misused if shared memory is required and impossible, grpc.RpcError if the server does not answer.
         """
         if self._wanted == "grpc":
             self._choose(False, "weights by gRPC, as configured")
             return
         try:
-            await self._find_out()
+            await self._probe()
         except RegionRefused as refused:
             self._refused(str(refused))
         else:
             self._choose(True, "weights by shared memory")
 
-    async def _find_out(self) -> None:
+    async def _probe(self) -> None:
         if self._shared is None:
             raise RegionRefused(self._why_not)
         await self._shared.probe()
-        await self._shared.settle()  # only now: what is not of this mount is not ours to clear away
+        await self._shared.settle()  # after the probe: regions of another mount are not ours to remove
 
     def _refused(self, why: str) -> None:
         if self._wanted == "shared_memory":
@@ -104,16 +104,16 @@ class Transport:
             )
         self._choose(False, f"weights by gRPC: {why}")
 
-    def _choose(self, by_reference: bool, words: str) -> None:
+    def _choose(self, by_reference: bool, summary: str) -> None:
         self._by_reference = by_reference
-        if words != self.words:
-            self.words = words
-            logger.info("%s: %s", self._backend, words)
+        if summary != self.summary:
+            self.summary = summary
+            logger.info("%s: %s", self._backend, summary)
 
     async def refer(self, weights: Weights) -> str | None:
-        """Return the region that weights are in, None when they must be sent.
+        """Return the region that holds weights; None if they must be sent.
 
-        Raises Misused when the server refuses the region and shared memory is wanted.
+        Raises Misused if the server refuses the region and shared memory is required.
         """
         if not self._by_reference or self._shared is None or not self._shared.has(weights.path):
             return None
@@ -122,25 +122,25 @@ class Transport:
         except RegionRefused as refused:
             self._refused(str(refused))
         except grpc.RpcError as error:
-            logger.warning("%s did not answer to a registration: %s", self._backend, error)
+            logger.warning("%s did not answer a registration: %s", self._backend, error)
         return None
 
     def doubt(self) -> None:
-        """Have every region registered anew: the server does not know one."""
+        """Register every region again before its next use: the server has reported one as unknown."""
         if self._shared is not None:
             self._shared.doubt()
 
     async def forget(self, region: str) -> None:
-        """Return when the server refers to a region no more. Raises grpc.RpcError when it does not answer."""
+        """Return once the server no longer refers to a region. Raises grpc.RpcError if it does not answer."""
         if self._shared is not None:
             await self._shared.forget(region)
 
     def lost(self, region: str) -> None:
-        """The server is gone: what it had is cleared away when it is back."""
+        """Forget a region of a server that is gone; what it had is removed when it is back."""
         if self._shared is not None:
             self._shared.lost(region)
 
     async def close(self) -> None:
-        """Unregister all. Raises grpc.RpcError when the server does not answer."""
+        """Unregister all regions. Raises grpc.RpcError if the server does not answer."""
         if self._shared is not None:
             await self._shared.close()

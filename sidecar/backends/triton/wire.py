@@ -1,8 +1,8 @@
-"""KServe v2 messages as bytes: what is appended to a client's request and to an engine's response.
+"""KServe v2 messages as bytes: fragments to append to a client's request and to an engine's response.
 
-A protobuf parser joins repeated fields that come in pieces, lets a later scalar win and merges a message field that
-comes twice. So an id, a task id or a response parameter is added by appending a small serialized fragment, and a
-client's tensors are never parsed again.
+A protobuf parser concatenates repeated fields, lets a later scalar win, and merges a message field that comes twice. So
+an id, a task id or a response parameter is added by appending a small serialized fragment, and a client's tensors are
+never parsed again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ ModelStreamInferResponse = service_pb2.ModelStreamInferResponse
 _WIRE_CODES = frozenset(
     (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK)
 )
-"""OK ends a stream before its answer is complete; CANCELLED is a server that goes away, where we did not cancel."""
+"""OK ends a stream before its answer is complete; CANCELLED, if we did not cancel, comes from a server that stops."""
 
 _WIRE_TEXTS = ("RST_STREAM", "Internal error from Core")
-"""INTERNAL in gRPC's own words: a reset stream, and a write that met a call already ended."""
+"""Texts of gRPC's own INTERNAL errors: a reset stream, and a write to a call that had ended."""
 
 SERVICE = "/inference.GRPCInferenceService"
 TRITON_DATATYPES = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
@@ -39,7 +39,7 @@ MESSAGE_BYTES_MAX = 2**31 - 1
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # An engine quotes its client in its errors, and a status travels in the metadata.
+    # Engines quote clients in their errors, and a status travels in the metadata.
     ("grpc.max_metadata_size", 1 << 20),
     ("grpc.absolute_max_metadata_size", 1 << 20),
     ("grpc.keepalive_time_ms", 20_000),
@@ -58,7 +58,7 @@ def engine_id(request: int, attempt: int) -> str:
 
 
 def request_fragment(request_id: str, task_id: int, raw: bool, stream: bool) -> bytes:
-    """Return what makes a client's request ours: our id, and the adapter's task id unless it is 0."""
+    """Return the fragment for a client's request: our id, and the adapter's task id unless it is 0."""
     fragment = ModelInferRequest(id=request_id)
     if stream:
         fragment.parameters[EMPTY_FINAL].bool_param = True
@@ -72,15 +72,15 @@ def request_fragment(request_id: str, task_id: int, raw: bool, stream: bool) -> 
 
 
 def response_fragment(client_id: str, parameters: Mapping[str, str | int | float] | None = None) -> bytes:
-    """Return what makes an engine's `ModelInferResponse` the client's: its own id back, and where it came from."""
+    """Return the fragment for an engine's `ModelInferResponse`: the client's own id, and the answer's origin."""
     fragment = ModelInferResponse()
     set_parameters(fragment, parameters or {})
-    # An empty id has to be written out too, or ours would stay; proto3 leaves empty strings away.
+    # proto3 omits empty strings, but an empty id must be written or ours would stay.
     return _string_field(3, client_id) + bytes(fragment.SerializeToString())
 
 
 def set_parameters(message: Any, parameters: Mapping[str, str | int | float]) -> None:
-    """Set parameters of a request or a response, each as what it is."""
+    """Set parameters of a request or a response, each by its type."""
     for name, value in parameters.items():
         field = message.parameters[name]
         if isinstance(value, str):
@@ -92,16 +92,16 @@ def set_parameters(message: Any, parameters: Mapping[str, str | int | float]) ->
 
 
 def owner_parameters(owner: str, epoch: int) -> dict[str, str | int]:
-    """Return what tells an engine's log which replica sent a request and under which epoch it owned the engine.
+    """Return parameters for an engine's log: the replica that sent a request, and its epoch as the engine's owner.
 
-    Nothing where there is one replica only: its epoch is 0.
+    Empty if there is only one replica: its epoch is 0.
     """
     return {OWNER: owner, EPOCH: epoch} if epoch else {}
 
 
 @lru_cache(maxsize=256)
 def owner_fragment(owner: str, epoch: int) -> bytes:
-    """Return `owner_parameters` as they are appended to a client's request."""
+    """Return `owner_parameters` as a fragment for a client's request."""
     fragment = ModelInferRequest()
     set_parameters(fragment, owner_parameters(owner, epoch))
     return bytes(fragment.SerializeToString())
@@ -130,7 +130,7 @@ def varint(value: int) -> bytes:
 
 
 def is_lost(code: grpc.StatusCode, text: str, wrote: Wrote = nobody_wrote) -> bool:
-    """Whether a call was ended by its wire rather than by the server's word."""
+    """Return True if a call was ended by its connection and not by the server."""
     if code is grpc.StatusCode.INTERNAL:
         return any(part in text and not wrote(part) for part in _WIRE_TEXTS)
     return code in _WIRE_CODES
@@ -140,39 +140,39 @@ def is_final(parameters: Any) -> bool:
     return FINAL in parameters and bool(parameters[FINAL].bool_param)
 
 
-# `triton_final_response` as it stands in a serialized response, false and true.
+# `triton_final_response` in a serialized response, false and true.
 _GOES_ON = FINAL.encode() + b"\x12\x02\x08\x00"
 _ENDS = FINAL.encode() + b"\x12\x02\x08\x01"
 _RESPONSE_FIRST = b"\x12"
-"""A stream message begins with the response; one with an error begins with its text."""
+"""First byte of a stream message with a response; one with an error begins with its text."""
 
 
 def is_one_of_many(raw: bytes, id_written: bytes) -> bool:
-    """Whether a stream message is a token of this request, neither its last nor an error, without parsing it.
+    """Return True if a stream message is a token of this request, neither the last nor an error, without parsing it.
 
-    Most messages are, and parsing is a quarter of what passing one on costs beside gRPC itself. Anything in doubt says
-    no and is parsed: a text may contain the bytes that are looked for, but an end or an error always has its own.
+    Most messages are, and parsing takes a quarter of the time of passing one on, gRPC aside. Any doubt returns False
+    and is parsed: a text may contain the bytes that are looked for, but an end or an error always has its own.
     """
     return raw[:1] == _RESPONSE_FIRST and _GOES_ON in raw and _ENDS not in raw and id_written in raw
 
 
 def id_field(text: str) -> bytes:
-    """Return a response's `id` as it is serialized."""
+    """Return a response's serialized `id`."""
     return _string_field(3, text)
 
 
 def model_field(name: str) -> bytes:
-    """Return a request's `model_name` as it is serialized: appended, it stands for the one before."""
+    """Return a request's serialized `model_name`; appended, it replaces the one before."""
     return _string_field(1, name)
 
 
 def output_tokens(response: Any) -> int:
-    """Return how many tokens a response carries: `sequence_length` summed, 1 for a response that does not say.
+    """Return the number of tokens in a response: the sum of `sequence_length`, or 1 if it does not say.
 
-    What lies in a region of the client's own has no content here: then the shape of `output_ids` says it.
+    Outputs in a client's own region have no content here: then the shape of `output_ids` is used.
     """
     outputs = response.outputs
-    # Every message of a stream comes through here, and a generator or an enumerate would show.
+    # Every message of a stream comes through here; a generator or an enumerate would be noticeable.
     for output, data in zip(outputs, response.raw_output_contents, strict=False):
         if output.name == "sequence_length" and data:
             lengths: tuple[int, ...] = struct.unpack_from(f"<{len(data) // 4}i", data)
@@ -186,7 +186,7 @@ def output_tokens(response: Any) -> int:
 def add_weights(
     request: Any, shape: tuple[int, int], dtype: str, config: bytes, region: str | None, size_bytes: int
 ) -> None:
-    """Add the rows' config and their weights: those of a region, or, where there is none, the last content to come."""
+    """Add the rows' config and their weights: in a region, or without one as the last content, which must follow."""
     rows, width = shape
     request.inputs.add(name="lora_config", datatype="INT32", shape=[1, rows, 3])
     request.raw_input_contents.append(config)
@@ -199,9 +199,9 @@ def add_weights(
 def attached(
     shape: tuple[int, int], dtype: str, config: bytes, region: str | None, size_bytes: int, raw: bool
 ) -> bytes:
-    """Return what makes a client's request bring its adapter along; to be appended after the task id.
+    """Return the fragment that adds an adapter's weights to a client's request, to be appended after the task id.
 
-    Where no region is named the weights are the last content to come, and the request's own contents must be raw.
+    Without a region the weights must follow as the last content, and the request's own contents must be raw.
     """
     fragment = ModelInferRequest()
     add_weights(fragment, shape, dtype, config, region, size_bytes)
@@ -212,12 +212,12 @@ def attached(
 
 
 def content_head(size_bytes: int) -> bytes:
-    """Return what stands before one more raw content of so many bytes."""
+    """Return the bytes before one more raw content of this size."""
     return bytes([7 << 3 | 2]) + varint(size_bytes)
 
 
 def load_head(model: str, request_id: str, parameters: Mapping[str, str | int] | None = None) -> Any:
-    """Return a request of ours for the core model: one dummy token in, one out, its end told in any case."""
+    """Return a request of ours for the core model: one dummy token in, one out, its end reported in any case."""
     request = ModelInferRequest(model_name=model, id=request_id)
     request.parameters[EMPTY_FINAL].bool_param = True
     set_parameters(request, parameters or {})

@@ -1,4 +1,4 @@
-"""What vLLM's OpenAI server is asked beside generating, and what its answers mean (texts of 0.32 and 0.33)."""
+"""Questions to vLLM's OpenAI server besides generating, and the meaning of its answers (texts of 0.32 and 0.33)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sidecar.errors import Misused, Reason
 
 PROBE_TIMEOUT_S = 5.0
 OLDEST = (0, 32)
-"""In older ones a load under traffic could serve another adapter's weights (vllm#47724)."""
+"""In older versions a load under traffic could serve another adapter's weights (vllm#47724)."""
 NO_SUCH_MODEL = re.compile(r"The model `.*` does not exist")
 ALREADY = "has already been loaded"
 DEAD = "EngineCore encountered an issue"
@@ -24,9 +24,9 @@ DEAD = "EngineCore encountered an issue"
 
 @dataclass(frozen=True)
 class Measures:
-    """What the metrics say: steps so far, KV tokens in all and in use, adapter slots, when the process began.
+    """Values of the metrics: steps so far, KV tokens in total and in use, adapter slots, the process's start time.
 
-    None for what is not published.
+    None for a value that is not published.
     """
 
     steps: int | None = None
@@ -38,7 +38,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Served:
-    """The base model as it is called there, its longest sequence, and the adapters by name with their folders."""
+    """The base model's name on the server, its longest sequence, and the adapters' names with their folders."""
 
     base: str
     sequence_tokens_max: int | None
@@ -46,20 +46,20 @@ class Served:
 
 
 class VllmApi:
-    """One server. Every question raises httpx.HTTPError when it is not answered."""
+    """One server. Every question raises httpx.HTTPError if it is not answered."""
 
     def __init__(self, backend: str, client: httpx.AsyncClient) -> None:
         self._backend = backend
         self._client = client
 
     async def healthy(self) -> None:
-        """Return if the engine lives. Raises Misused when the server answers that it does not."""
+        """Return if the engine lives. Raises Misused if the server says that it does not."""
         reply = await self._client.get("/health", timeout=PROBE_TIMEOUT_S)
         if reply.status_code != httpx.codes.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
 
     async def version(self) -> str:
-        """Return the server's version. Raises Misused for what is no vLLM."""
+        """Return the server's version. Raises Misused if it is no vLLM."""
         reply = await self._client.get("/version", timeout=PROBE_TIMEOUT_S)
         try:
             return str(reply.json()["version"])
@@ -69,7 +69,7 @@ class VllmApi:
             ) from error
 
     async def models(self) -> Served:
-        """Return what is served. Raises Misused when the answer is not vLLM's."""
+        """Return what is served. Raises Misused if the answer is not vLLM's."""
         reply = await self._client.get("/v1/models", timeout=PROBE_TIMEOUT_S)
         try:
             entries = reply.json()["data"]
@@ -83,7 +83,7 @@ class VllmApi:
             ) from error
 
     async def measures(self) -> Measures:
-        """Return what the metrics say; nothing when there are none, which is no reason to call the engine lost."""
+        """Return the metrics' values; all None if there are no metrics, which does not make the engine lost."""
         try:
             reply = await self._client.get("/metrics", timeout=PROBE_TIMEOUT_S)
             reply.raise_for_status()
@@ -100,13 +100,13 @@ class VllmApi:
         return await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout_s)
 
     async def answer_once(self, model: str, timeout_s: float) -> None:
-        """Have the engine answer one token; an error of its own is an answer too. Raises httpx.HTTPError."""
+        """Make the engine answer one token; an error of its own is an answer, too. Raises httpx.HTTPError."""
         body = {"model": model, "prompt": "a", "max_tokens": 1}
         await self._client.post("/v1/completions", json=body, timeout=timeout_s)
 
 
 def parse(text: str) -> Measures:
-    """Pick what is used out of a scrape. Raises ValueError for what is no scrape."""
+    """Return the values used of a scrape's text. Raises ValueError if it is malformed."""
     wanted = ("vllm:", "process_start_time_seconds")
     lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted)) + "\n"
     samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
@@ -140,18 +140,18 @@ def _whole(text: str | None) -> int | None:
 
 
 def is_too_old(version: str) -> bool:
-    """Whether a version is older than what can be trusted with a load under traffic; what cannot be read is not."""
+    """Return True if a version is too old to load under traffic; False if it cannot be parsed."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST
 
 
 def epoch_header(epoch: int) -> dict[str, str]:
-    """Return what tells an engine's log under which epoch a replica sent a request; nothing where there is one only."""
+    """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
     return {"x-lora-epoch": str(epoch)} if epoch else {}
 
 
 def message_of(body: bytes) -> str:
-    """Return an error body's own words."""
+    """Return the message in an error's body."""
     try:
         record: Any = json.loads(body)
         return str(record["error"]["message"])
@@ -160,8 +160,8 @@ def message_of(body: bytes) -> str:
 
 
 def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
-    """Return what an error of a generating request means. A 5xx says nothing of the engine's health by itself, a 4xx
-    nothing at all.
+    """Return the fault of a generating request's error. A 5xx by itself says nothing about the engine's health, and a
+    4xx never does.
     """
     is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and DEAD in text and not wrote(DEAD)
     if is_dead or status == httpx.codes.SERVICE_UNAVAILABLE:

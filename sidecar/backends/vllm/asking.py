@@ -1,4 +1,4 @@
-"""How requests of ours are put to vLLM, and its answers read: its completions take text and token ids."""
+"""Put our own requests to vLLM, and read its answers: its completions take text and token ids."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _write(ask: Ask, streams: bool) -> HttpForm:
     return HttpForm(COMPLETIONS, b'{"model":', b"," + json.dumps(body).encode()[1:], ask.model, streams)
 
 
-class _Reads:
-    """Events of a stream, or a whole answer that came with its token ids."""
+class _Reader:
+    """Reads events of a stream, or a whole answer, with token ids."""
 
     def __init__(self, is_text: bool) -> None:
         self._is_text = is_text
@@ -45,4 +45,4 @@ class _Reads:
         return Piece(choices[0].get("text") or "", (), len(ids)) if self._is_text else Piece("", ids, len(ids))
 
 
-ASKING = Asking(_write, lambda ask: "", _Reads)
+ASKING = Asking(_write, lambda ask: "", _Reader)

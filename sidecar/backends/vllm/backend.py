@@ -1,9 +1,9 @@
-"""The backend kind `vllm`: vLLM's OpenAI server, over HTTP/1.1 connections that are kept.
+"""The backend of vLLM's OpenAI server, over HTTP/1.1 connections that are kept.
 
-An adapter is a folder of its own for each version, on a file system that the engine sees, and a name that says which:
-`sql@3f0c2e9a1b7d`. Names are loaded before requests use them and unloaded before their files go: an engine that finds
-the files of a registered name gone dies of it. Changed files at a path that it has seen give wrong answers out of its
-prefix cache, so nothing is ever loaded in place, nor are two contents from one path.
+Each version of an adapter has a folder of its own on a file system that the engine sees, and a name of its own there:
+`sql@3f0c2e9a1b7d`. A name is loaded before requests use it, and unloaded before its files are removed: an engine that
+misses the files of a registered name dies of it. Changed files at a path that the engine has seen give wrong answers
+out of its prefix cache, so nothing is ever loaded in place, and no path ever holds two contents.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
-from sidecar.backends.engine_facts import unknown_words
+from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.vllm.api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
 from sidecar.backends.vllm.kind import MODEL
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
 KEEP_S = 2.0
-"""vLLM's server closes a connection that was idle for 5 s: ours must be given up before."""
+"""vLLM's server closes a connection after 5 idle seconds: ours must be given up before."""
 UNLOAD_TIMEOUT_S = 30.0
 FORGET_AGAIN_S = 0.05
 DIGEST_CHARACTERS = 12
@@ -42,7 +42,7 @@ DIGEST_CHARACTERS = 12
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """How to reach and watch one server. `base_model` is the name to ask it by, if not the first that it lists."""
+    """How to reach and watch one server."""
 
     id: str
     address: str
@@ -57,7 +57,7 @@ class VllmOptions:
 
     @property
     def look_s(self) -> float:
-        """Seconds between two looks: several in the time after which silence is a fault."""
+        """Seconds between two looks: several within the time after which silence is a fault."""
         return min(self.watch_interval_s, self.progress_timeout_s / 4)
 
 
@@ -100,16 +100,16 @@ class VllmBackend(Endpoint):
         self._seen = await self._api.measures()
         if self._distrusted or not (self.options.facts.device_pages or self._seen.slots):
             await self._api.answer_once(self._base, self._patience_s)
-            self._seen = await self._api.measures()  # how many adapters it runs is said from the first answer on
+            self._seen = await self._api.measures()  # the slots are published from the first answer on
         self.pulse.begin(monotonic())
         self.pulse.counted(self._seen.steps, monotonic())
         self._distrusted = False
         facts = self._facts(served)
-        self._unknown = unknown_words(facts)
+        self._unknown = unknown_phrase(facts)
         return facts
 
     def _facts(self, served: Served) -> EngineFacts:
-        """Return what is declared, filled in with what the server says. A page is one adapter here."""
+        """Return the declared facts, filled with what the server says. A page is one adapter here."""
         declared, seen = self.options.facts, self._seen
         slots = declared.device_pages or seen.slots
         return replace(
@@ -124,7 +124,7 @@ class VllmBackend(Endpoint):
         )
 
     async def _clear_away(self, adapters: dict[str, str]) -> None:
-        """Forget names that went with a restart, and have those forgotten whose files are no longer there."""
+        """Forget names that a restart has lost, and unload those whose files are gone."""
         self._registered = {key: name for key, name in self._registered.items() if name in adapters}
         ours = set(self._registered.values())
         self._others = 0
@@ -138,7 +138,7 @@ class VllmBackend(Endpoint):
                 self._others += 1
 
     def _is_gone(self, engine_path: str) -> bool:
-        """Whether the engine was told of a folder in the shared place that is not there any more."""
+        """Return True if the engine knows a folder in the shared place that no longer exists."""
         place = self.options.adapters_dir
         if place is None or not engine_path.startswith(place.engine.rstrip("/") + "/"):
             return False
@@ -214,7 +214,7 @@ class VllmBackend(Endpoint):
             text = f"the engine did not take the adapter within {self.options.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)
         except httpx.HTTPError as error:
-            return LoadResult(self._words(error), lost=True)
+            return LoadResult(self._error_text(error), lost=True)
         text = message_of(reply.content)
         if reply.status_code == httpx.codes.OK or ALREADY in text:
             return LoadResult(None)
@@ -224,9 +224,9 @@ class VllmBackend(Endpoint):
     async def forget(self, key: str) -> None:
         while self._up and key in self._registered:
             try:
-                await self._api.unload(self._registered[key], UNLOAD_TIMEOUT_S)  # a 404 says that it is gone already
+                await self._api.unload(self._registered[key], UNLOAD_TIMEOUT_S)  # 404: it is gone already
             except httpx.HTTPError as error:
-                logger.info("%s does not forget %s yet: %s", self.id, key, self._words(error))
+                logger.info("%s does not forget %s yet: %s", self.id, key, self._error_text(error))
                 await asyncio.sleep(FORGET_AGAIN_S)
             else:
                 break
@@ -237,6 +237,7 @@ class VllmBackend(Endpoint):
             return  # a process that crashes stops its backends whatever was stopped already
         await self._unload_all()
         await self._client.aclose()
+        """Unload all adapters: their files are removed with this process."""
 
     async def _unload_all(self) -> None:
         """Have the server forget what it would look for in vain: the files go with this process."""
@@ -245,7 +246,7 @@ class VllmBackend(Endpoint):
                 for name in self._registered.values():
                     await self._api.unload(name, CLOSE_TIMEOUT_S)
         except (httpx.HTTPError, TimeoutError) as error:
-            logger.info("%s was not told to forget its adapters: %s", self.id, self._words(error))
+            logger.info("%s was not told to forget its adapters: %s", self.id, self._error_text(error))
 
     def _was_lost(self) -> None:
         self._distrusted = True  # until it has answered a token
@@ -253,6 +254,8 @@ class VllmBackend(Endpoint):
     @staticmethod
     def _is_late(error: Exception) -> bool:
         return isinstance(error, httpx.TimeoutException)
+
+    """Return the engine's name for a version: the digest identifies it, the adapter's name is for people."""
 
 
 def _name(effect: Load | Dispatch) -> str:

@@ -1,4 +1,4 @@
-"""One request on its way through a vLLM engine: an HTTP body out, events or one body back, as bytes."""
+"""Run a request on a vLLM engine: send an HTTP body, pass on events or one body as bytes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CHOICES = b'"choices":[{'
 ROLE, NO_CONTENT = b'"delta":{"role":', b'"content":""'
 IDS = b'"token_ids":['
 USAGE = b'"usage":{'
-# None of these can stand in a text of an answer: there every quote has a backslash before it.
+# None of these can occur in the text of an answer: there a backslash precedes every quote.
 _index = re.compile(rb'"choices":\[\{"index":(\d+)').search
 _completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
 HEADERS = {"content-type": "application/json"}
 PIECE_BYTES = 1 << 18
-"""What is copied and handed to the wire at once: a larger body goes in pieces, between which others have their turn."""
+"""Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
 
 
 class VllmRun:
-    """A run. `name` is what the engine calls the model; `heard` and `broken` are as for Triton's runs."""
+    """A run. `name` is the engine's name for the model; `heard` and `broken` are as for Triton's runs."""
 
     def __init__(
         self,
@@ -58,16 +58,16 @@ class VllmRun:
         self._work: asyncio.Task[Any] | None = None
         self._has_begun = False
         self._count = StreamedTokens()
-        self._said = _named(name), _named(form.model)
+        self._model_fields = _named(name), _named(form.model)
 
     def cancel(self) -> None:
-        """Stop the run: vLLM frees its seat when the connection is closed."""
+        """Cancel the run: vLLM frees its seat when the connection is closed."""
         self.cancelled = True
         if self._work is not None:
             self._work.cancel()
 
     async def go(self, client: httpx.AsyncClient) -> None:
-        """Send the request and deliver what comes. Raises CancelledError when it is cancelled."""
+        """Send the request and deliver the answer. Raises CancelledError if it is cancelled."""
         self._work = asyncio.current_task()
         if self.cancelled:
             raise asyncio.CancelledError
@@ -112,12 +112,12 @@ class VllmRun:
         else:
             tokens = self._corrected(event)
         self._heard(self.effect.request, tokens)
-        self.ticket.deliver(Reply(event.replace(*self._said, 1) + END_OF_EVENT, None, final))
+        self.ticket.deliver(Reply(event.replace(*self._model_fields, 1) + END_OF_EVENT, None, final))
         if is_first:
             self._post(FirstToken(self.effect.request, self.effect.attempt))
 
     def _corrected(self, event: bytes) -> int:
-        """Return how many tokens more there are than were counted, where the engine says how many in all."""
+        """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""
         total = completion_tokens(event)
         if total is None:
             return 0
@@ -129,11 +129,11 @@ class VllmRun:
         found = completion_tokens(body)
         self.tokens = 1 if found is None else found
         self._heard(self.effect.request, self.tokens)
-        self.ticket.deliver(Reply(body.replace(*self._said, 1), None, True))
+        self.ticket.deliver(Reply(body.replace(*self._model_fields, 1), None, True))
         self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
 
     async def _room(self) -> None:
-        """Wait for the client. Meanwhile nothing is read, so the engine's silence is not its own."""
+        """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""
         self.waits_for_client = True
         await self.ticket.room()
         self.waits_for_client = False
@@ -153,7 +153,7 @@ class VllmRun:
 
     async def _failed(self, fault: Fault, text: str) -> None:
         if fault is Fault.LOST and await self._broken(text, self._has_begun):
-            return  # the loss of the backend ends this run too
+            return  # the backend's loss ends this run, too
         self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
 
 
@@ -164,7 +164,7 @@ async def _in_pieces(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
 
 
 async def _split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the events of a stream, without the empty line that ends each."""
+    """Yield the events of a stream, without the empty line after each."""
     rest = b""
     async for piece in pieces:
         *events, rest = (rest + piece).split(END_OF_EVENT)
@@ -174,15 +174,15 @@ async def _split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def _named(model: str) -> bytes:
-    """Return the field that says which model answered, as vLLM writes it."""
+    """Return the field with the answering model's name, as vLLM writes it."""
     return b'"model":' + json.dumps(model, ensure_ascii=False).encode()
 
 
 class StreamedTokens:
-    """Counts the tokens of events: vLLM puts several into one when it is behind, by its stream_interval, or guesses.
+    """Counts the tokens in events. vLLM puts several into one when it lags, by its stream_interval, or when it guesses.
 
-    Their ids are counted where the request asked for them, else the usage is read where it comes with every event, else
-    each event is one, but for those that begin a chat.
+    It counts token ids if the request asked for them, else reads the usage if every event has one, else counts one for
+    each event except those that begin a chat.
     """
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class StreamedTokens:
         self._by_choice: dict[bytes, int] = {}
 
     def added(self, event: bytes, choice: int) -> int:
-        """Return how many tokens come with an event whose choice begins at a place."""
+        """Return the number of tokens in an event whose choice begins at this index."""
         begin = event.find(IDS, choice)
         if begin >= 0:
             return _ids_in(event, begin + len(IDS))
@@ -202,7 +202,7 @@ class StreamedTokens:
         return 1
 
     def _used(self, event: bytes) -> int:
-        """Return by how much the usage of the event's choice has grown: each choice has one of its own."""
+        """Return by how much the usage of the event's choice has grown: each choice has its own."""
         total, choice = completion_tokens(event), _index(event)
         if total is None or choice is None:
             return 1
@@ -217,7 +217,7 @@ def _ids_in(event: bytes, begin: int) -> int:
 
 
 def completion_tokens(body: bytes) -> int | None:
-    """Return the number of tokens that an answer's usage says, None where it says none."""
+    """Return the number of tokens in an answer's usage; None if it has none."""
     begin = body.rfind(b'"usage"')
     found = _completion(body, begin) if begin >= 0 else None
     return None if found is None else int(found[1])

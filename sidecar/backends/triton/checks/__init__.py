@@ -1,4 +1,4 @@
-"""What is asked of a live Triton before it is trusted."""
+"""The checks of a live Triton server: one small function each, in files by subject."""
 
 from __future__ import annotations
 

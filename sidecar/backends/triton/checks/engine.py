@@ -1,4 +1,4 @@
-"""What is known of the engine, and how many adapters its caches hold."""
+"""Check what is known of the engine, and how many adapters its caches hold."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sidecar.core.facts import DTYPE_BYTES, Adapter, EngineFacts, PageShape, Row
 
 DECLARE = "config.yaml: engine: {config: /path/to/the/engine's/config.json}   (or --engine-config)"
 ADAPTERS_WANTED = 2
-"""Fewer than this in the cache and every other adapter's request is a load."""
+"""With fewer in the cache, every other adapter's request is a load."""
 _WAYS = 8
 """How many adapters of the largest rank the proposed cache holds."""
 
 
 def facts_from(target: Target, config: Any) -> EngineFacts:
-    """Fill what is declared with what the model's config says; of two dtypes the model's counts: it is what is sent."""
+    """Fill the declared facts with the model's config. Of two dtypes the model's counts: weights are sent in it."""
     kind = kind_of(config)
     declared, found = target.facts, from_llmapi_config() if kind == TRITON_LLMAPI else from_model_config(config)
     merged = merge(target.id, replace(declared, dtype=None), replace(found, dtype=None))
@@ -29,7 +29,7 @@ def facts_from(target: Target, config: Any) -> EngineFacts:
 
 
 async def engine(look: Look) -> Finding:
-    """What the engine was built for: its largest rank, modules and layers."""
+    """Check what is known of the engine's build: its largest rank, modules and layers."""
     facts = look.facts
     if look.is_llm_api:
         return _base_model(look.target)
@@ -68,7 +68,7 @@ def _known(facts: EngineFacts) -> str:
 
 
 async def cache(look: Look) -> Finding:
-    """How many adapters fit the engine's host cache."""
+    """Check how many adapters fit the engine's host cache."""
     facts = replace(look.facts, dtype=look.facts.dtype if look.facts.dtype in DTYPE_BYTES else "float16")
     page, total = facts.page, facts.host_pages_total
     if page is None or total is None:

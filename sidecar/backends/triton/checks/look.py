@@ -1,4 +1,4 @@
-"""One look at a Triton: its channel, and what the checks so far have learned."""
+"""A look at a Triton: its channel, and what earlier checks have learned."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass
 class Look:
-    """One look at a target: its channel, and what the checks so far have learned."""
+    """A look at a target: its channel, and what earlier checks have learned."""
 
     target: Target
     channel: grpc.aio.Channel
     stub: Any
     facts: EngineFacts
-    """What is declared, filled with what was found."""
+    """The declared facts, filled with those found."""
     server: str = ""
-    """Name and version of the server."""
+    """The server's name and version."""
     config: Any = None
     """The model's ModelConfig."""
     gauges: Gauges | None = None
     sees_our_memory: bool = False
     loaded: TinyAdapter | None = None
-    """The adapter that was loaded over gRPC."""
+    """The adapter that was loaded by gRPC."""
 
     @property
     def is_llm_api(self) -> bool:
-        """Whether the model reads adapters from files instead of taking packed weights."""
+        """True if the model reads adapters from files instead of taking packed weights."""
         return self.facts.reads_files
 
 
 @asynccontextmanager
 async def open_look(target: Target) -> AsyncIterator[Look]:
-    """Give a look at a target for the length of a block. Raises Misused for TLS files that are not there."""
+    """Open a look at a target for the length of a block. Raises Misused for missing TLS files."""
     channel = open_channel(target.address, target.tls)
     try:
         yield Look(target, channel, service_pb2_grpc.GRPCInferenceServiceStub(channel), target.facts)

@@ -1,4 +1,4 @@
-"""Whether the server reads our shared memory, and whether the mount has room for the host store."""
+"""Check that the server reads our shared memory, and that the mount has room for the host store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARE_FIX = (
 
 
 async def shared_memory(look: Look) -> Finding:
-    """Whether the server maps a file of ours, and how large the mount is; on another machine it cannot."""
+    """Check that the server maps a file of ours, which fails on another machine, and that the mount is large enough."""
     try:
         async with region(look, SAMPLE):
             look.sees_our_memory = True
@@ -37,7 +37,7 @@ async def shared_memory(look: Look) -> Finding:
 
 
 def _usable_bytes() -> int:
-    """Return what the mount has for blobs: what is free, and what sidecars have there now."""
+    """Return the bytes that the mount has for blobs: the free ones, and those that sidecars use now."""
     usage = os.statvfs(DIRECTORY)
     held = 0
     for path in DIRECTORY.glob(f"{PREFIX}*"):
@@ -53,7 +53,7 @@ def _not_shared(look: Look, text: str) -> Finding:
 
 
 def room(usable_bytes: int, store_bytes: int | None) -> Finding:
-    """Judge the room in the mount that the host store's blobs are to be in, where its budget is known."""
+    """Judge the mount's room for the host store, if the store's budget is known."""
     text = f"the server reads our /dev/shm, which has room for {usable_bytes / 2**30:.3g} GiB"
     if store_bytes is None:
         return ok(text)
@@ -69,10 +69,10 @@ def room(usable_bytes: int, store_bytes: int | None) -> Finding:
 
 @asynccontextmanager
 async def region(look: Look, data: bytes) -> AsyncIterator[str]:
-    """Register a region of ours with some content for the length of a block, and give its name.
+    """Register a region with this content for the length of a block; yield its name.
 
-    Raises RegionRefused when the server does not map it, OSError when we cannot make it. However the block ends, the
-    region is unregistered, and then its file goes.
+    Raises RegionRefused if the server does not map it, OSError if it cannot be made. However the block ends, the region
+    is unregistered and then its file removed.
     """
     mount = Mount()
     try:
@@ -91,7 +91,7 @@ async def region(look: Look, data: bytes) -> AsyncIterator[str]:
 def _write(mount: Mount, data: bytes) -> Path:
     descriptor, path = mount.create()
     try:
-        os.posix_fallocate(descriptor, 0, len(data))  # a mount that is full is an error here, not a signal later
+        os.posix_fallocate(descriptor, 0, len(data))  # a full mount is an error here, not a signal later
         with path.open("r+b") as file:
             file.write(data)
     finally:

@@ -1,4 +1,4 @@
-"""Whether the engine's metrics can be read, and what stays unknown without them."""
+"""Check that the engine's metrics can be read; say what is unknown without them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNKNOWN = "seats and KV size are guessed, and an engine that hangs or restarts i
 
 
 async def metrics(look: Look) -> Finding:
-    """Whether seats, KV tokens and the iteration counter are published."""
+    """Check that seats, KV tokens and the iteration counter are published."""
     target = look.target
     url = target.metrics_url or target.usual_metrics_url
     if url is None:
@@ -35,14 +35,14 @@ async def metrics(look: Look) -> Finding:
 
 
 async def _not_configured(look: Look) -> Finding:
-    """Say what a backend without metrics lacks, and whether they are where Triton has them by default."""
+    """Return the warning for a backend without metrics, and whether they are at Triton's default address."""
     usual = f"http://{look.target.host}:{METRICS_PORT}/metrics"
     try:
         found = gauges.parse(await _read(usual), look.target.model)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         found = Gauges()
-    there = "" if found == Gauges() else f", and {usual} has them"
-    return warning(f"none are configured{there}: {UNKNOWN}", f"config.yaml: metrics: {usual}   (or --metrics)")
+    elsewhere = "" if found == Gauges() else f", and {usual} has them"
+    return warning(f"none are configured{elsewhere}: {UNKNOWN}", f"config.yaml: metrics: {usual}   (or --metrics)")
 
 
 def _take(look: Look, url: str, found: Gauges) -> Finding:
@@ -50,7 +50,7 @@ def _take(look: Look, url: str, found: Gauges) -> Finding:
     facts = look.facts
     look.facts = replace(
         facts,
-        # Each instance has a batch of its own, and the gauges are those of one.
+        # Each instance has a batch of its own, and the gauges are those of one instance.
         seats=facts.seats or (found.seats and found.seats * facts.caches),
         kv_tokens=facts.kv_tokens or (found.kv_tokens and found.kv_tokens * facts.caches),
     )

@@ -1,6 +1,6 @@
-"""What a model's ModelConfig says: its kind, its LoRA inputs, how it answers, its instances and its queue.
+"""Check a model's ModelConfig: its kind, its LoRA inputs, how it answers, its instances and its queue.
 
-All of it is judged from the message alone; the lines to change are those of the model's config.pbtxt.
+The checks need nothing but that message. The lines to change are those of the model's config.pbtxt.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _LORA = {
         '{ name: "lora_config" data_type: TYPE_INT32 dims: [ -1, 3 ] optional: true allow_ragged_batch: true }',
     ),
 }
-"""The LoRA inputs: the types and dims that serve, and the line of config.pbtxt."""
+"""The LoRA inputs: their valid types and dims, and their line in config.pbtxt."""
 
 
 def kind_of(config: Any) -> str:
-    """Return the backend kind of a model: one that takes a path on its own disk, or one that takes packed weights."""
+    """Return the kind of a model: one that takes a path on its own disk, or one that takes packed weights."""
     unbatched = model_config_pb2.ModelConfig()
     unbatched.CopyFrom(config)
-    unbatched.max_batch_size = 0  # what is wrong with it is another check's to say
+    unbatched.max_batch_size = 0  # the check "batch" judges it
     return dialect_of(unbatched, AdaptersDir(Path("/"), "/")).kind
 
 
 async def kind(look: Look) -> Finding:
-    """Which kind of engine it is, by its inputs."""
+    """Check the kind of model, by its inputs."""
     inputs = _inputs(look.config)
     if look.is_llm_api:
         return ok("triton_llmapi: the engine reads adapters from a folder that it shares with the sidecar")
@@ -60,7 +60,7 @@ async def kind(look: Look) -> Finding:
 
 
 async def lora_inputs(look: Look) -> Finding:
-    """Whether the three LoRA inputs are there, optional, with the types and shapes that are sent."""
+    """Check that the three LoRA inputs are present and optional, with the types and shapes that are sent."""
     if look.is_llm_api:
         return _llm_api_inputs(_inputs(look.config))
     inputs = _inputs(look.config)
@@ -101,7 +101,7 @@ def _llm_api_inputs(inputs: dict[str, Any]) -> Finding:
 
 
 async def dtype(look: Look) -> Finding:
-    """Whether the weights' dtype is one that adapters are packed in, and the one that is declared of the engine."""
+    """Check that adapters can be packed in the weights' dtype, and that it is the engine's declared one."""
     tensor = _inputs(look.config)["lora_weights"]
     found, declared = TRITON_DTYPES[model_config_pb2.DataType.Name(tensor.data_type)], look.target.facts.dtype
     if found == "float32":
@@ -131,7 +131,7 @@ async def dtype(look: Look) -> Finding:
 
 
 async def decoupled(look: Look) -> Finding:
-    """Whether answers can come token by token."""
+    """Check that answers can come token by token."""
     if look.config.model_transaction_policy.decoupled:
         return ok("decoupled: answers come token by token, and Triton refuses unary ModelInfer")
     return warning(
@@ -141,7 +141,7 @@ async def decoupled(look: Look) -> Finding:
 
 
 async def batch(look: Look) -> Finding:
-    """Whether requests may have the leading batch dimension that ours have."""
+    """Check that requests may have the leading batch dimension that ours have."""
     largest = look.config.max_batch_size
     if look.is_llm_api:
         return _unbatched(largest)
@@ -163,7 +163,7 @@ def _unbatched(largest: int) -> Finding:
 
 
 async def instances(look: Look) -> Finding:
-    """Whether the model has one engine and one adapter cache."""
+    """Check that the model has one engine and one adapter cache."""
     caches = look.facts.caches
     if caches == 1:
         return ok("1: one engine, one adapter cache")
@@ -176,7 +176,7 @@ async def instances(look: Look) -> Finding:
 
 
 async def queue(look: Look) -> Finding:
-    """Whether the engine's own queue takes what the sidecar sends at once."""
+    """Check that the engine's own queue takes what the sidecar sends at once."""
     policy = look.config.dynamic_batching.default_queue_policy
     longest, wait_us = policy.max_queue_size, policy.default_timeout_microseconds
     seats = look.facts.seats

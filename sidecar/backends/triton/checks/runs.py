@@ -1,6 +1,6 @@
-"""What the engine answers: the base model, a tiny adapter by each way that weights can go, and an id that it never got.
+"""Check the engine's answers: as the base model, with a tiny adapter by each transport, and to an unknown id.
 
-Every question is one token of one dummy prompt, with an id of its own and a bound on its time.
+Every question is one token of one dummy prompt, with an id of its own and a time limit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BY_GRPC, BY_SHARED_MEMORY = "gRPC", "shared memory"
 
 @dataclass(frozen=True)
 class Answer:
-    """How a question ended. `error` None: with a token; `in_time` False: not at all."""
+    """How a question ended. `error` is None for a token; `in_time` is False for no answer."""
 
     error: str | None
     took_s: float
@@ -45,8 +45,8 @@ class Answer:
         return faults.classify(self.error or "") if self.in_time else Fault.NO_ANSWER
 
     @property
-    def words(self) -> str:
-        """Return the engine's error as one line; a traceback says what matters at its end."""
+    def line(self) -> str:
+        """The engine's error as one line: the last one, where a traceback has its cause."""
         lines = [line.strip() for line in (self.error or "").splitlines() if line.strip()]
         line = lines[-1] if lines else "an error without a text"
         return line if len(line) <= TEXT_MAX else f"{line[:TEXT_MAX]}…"
@@ -64,7 +64,7 @@ async def ask(look: Look, request: Any, timeout_s: float) -> Answer:
 
 
 async def base(look: Look) -> Finding:
-    """Whether the engine answers one token as the base model."""
+    """Check that the engine answers one token as the base model."""
     dialect = LlmApi(None) if look.is_llm_api else TensorRtLlm()
     answer = await ask(look, dialect.probe(look.target.model, new_id()), RUN_S)
     if answer.error is None:
@@ -77,11 +77,11 @@ async def base(look: Look) -> Finding:
         )
     if answer.fault is Fault.QUEUE_FULL:
         return warning("its queue is full, so nothing is proven", BUSY_FIX)
-    return failed(f"the engine refuses a request of one token: {answer.words}", "read the end of the server's log")
+    return failed(f"the engine refuses a request of one token: {answer.line}", "read the end of the server's log")
 
 
 async def adapter(look: Look) -> Finding:
-    """Whether the engine takes a tiny adapter's weights by gRPC."""
+    """Check that the engine takes a tiny adapter's weights by gRPC."""
     tiny = tiny_adapter(look.facts)
     if tiny is None:
         return skipped("no adapter can be made for an engine whose modules and layers are not known", DECLARE)
@@ -92,7 +92,7 @@ async def adapter(look: Look) -> Finding:
 
 
 async def adapter_shared(look: Look) -> Finding:
-    """Whether the engine takes the weights from a region of ours."""
+    """Check that the engine takes the weights from a region of ours."""
     tiny = look.loaded
     if not look.sees_our_memory:
         return skipped("not looked at: the server does not see our shared memory")
@@ -129,8 +129,8 @@ def _loaded(look: Look, tiny: TinyAdapter, answer: Answer, way: str) -> Finding:
 
 
 def refused_load(look: Look, answer: Answer) -> Finding:
-    """Say why a load did not come through, and what would change it."""
-    text = f"the engine does not take it: {answer.words}"
+    """Return why a load failed, and what would change that."""
+    text = f"the engine does not take it: {answer.line}"
     if not answer.in_time:
         return failed(f"no answer to a load within {LOAD_S:g} s", BUSY_FIX)
     if answer.fault is Fault.FULL:
@@ -140,17 +140,17 @@ def refused_load(look: Look, answer: Answer) -> Finding:
         )
     if answer.fault is Fault.QUEUE_FULL:
         return warning("its queue is full, so nothing is proven", BUSY_FIX)
-    if "same data type as base model" in answer.words or "LoRA weights dtype" in answer.words:
+    if "same data type as base model" in answer.line or "LoRA weights dtype" in answer.line:
         sent = look.facts.dtype
         right = TYPE_OF_DTYPE["bfloat16" if sent == "float16" else "float16"]
         return failed(text, f"the engine is not {sent}: config.pbtxt, input lora_weights: data_type: {right}")
-    if any(part in answer.words for part in ("not enabled", "low_rank", "to few values", "layerId")):
+    if any(part in answer.line for part in ("not enabled", "low_rank", "to few values", "layerId")):
         return failed(f"{text}; what is declared of the engine is not what it was built with", DECLARE)
     return failed(text, "read the end of the server's log")
 
 
 async def resident(look: Look) -> Finding:
-    """Whether the adapter stays in the cache, so that its id alone is enough."""
+    """Check that the adapter stays in the cache, so that its id alone suffices."""
     if look.loaded is None:
         return skipped("not looked at: no adapter was loaded")
     answer = await ask(look, with_id(look, look.loaded.task_id(BY_GRPC)), RUN_S)
@@ -164,11 +164,11 @@ async def resident(look: Look) -> Finding:
             "loaded, and gone with the next request: the cache holds too few adapters for what runs there",
             "config.pbtxt: a larger lora_cache_host_memory_bytes",
         )
-    return failed(f"its id alone is refused: {answer.words}", "read the end of the server's log")
+    return failed(f"its id alone is refused: {answer.line}", "read the end of the server's log")
 
 
 async def unknown_id(look: Look) -> Finding:
-    """Whether an id that the engine never got is refused, in words that are recognised: heals rest on that."""
+    """Check that an unknown id is refused with a text that is recognised: heals rest on that."""
     answer = await ask(look, with_id(look, secrets.randbits(63) | 1), RUN_S)
     if answer.error is None:
         return failed(
@@ -178,16 +178,16 @@ async def unknown_id(look: Look) -> Finding:
     if answer.fault is Fault.MISS:
         return ok("an id that it never got is refused in known words, so evictions are healed")
     if answer.fault in (Fault.NO_ANSWER, Fault.QUEUE_FULL, Fault.FULL):
-        return warning(f"the engine is too busy, so nothing is proven: {answer.words}", BUSY_FIX)
+        return warning(f"the engine is too busy, so nothing is proven: {answer.line}", BUSY_FIX)
     return warning(
         "an id that it never got is refused in words that are not known, so that evictions would fail requests instead "
-        f"of being healed: {answer.words}",
+        f"of being healed: {answer.line}",
         "use a TensorRT-LLM of 0.9 or later, and report the text",
     )
 
 
 def new_id() -> str:
-    """Return a request id that nobody else has."""
+    """Return a unique request id."""
     return f"lora-sidecar-check-{secrets.token_hex(6)}"
 
 

@@ -1,4 +1,4 @@
-"""Whether the server is there, is ready, and has the model."""
+"""Check that the server is reachable and ready, and has the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sidecar.backends.checks.port import CONNECT_S, GRPC, host_and_port, what_an
 from sidecar.backends.credentials import tls_context
 from sidecar.backends.triton.checks.engine import facts_from
 from sidecar.backends.triton.checks.look import Look
-from sidecar.backends.triton.probe import words
+from sidecar.backends.triton.probe import describe
 
 ANSWER_S = 4.0
 MODELS_NAMED = 8
@@ -26,7 +26,7 @@ EXPIRES_SOON_DAYS = 14
 
 
 async def reachable(look: Look) -> Finding:
-    """Whether a Triton server answers gRPC there; else what does."""
+    """Check that a Triton server answers gRPC at the address; say what answers instead."""
     began = monotonic()
     try:
         reply = await _metadata(look)
@@ -35,12 +35,11 @@ async def reachable(look: Look) -> Finding:
         if judged is not None:
             return judged
         try:
-            reply = await _metadata(
-                look, patiently=True
-            )  # nothing is in its way: a connection may fail on a busy machine
+            # Nothing prevents it, and a connection may fail on a busy machine.
+            reply = await _metadata(look, patiently=True)
         except grpc.aio.AioRpcError as again:
             return failed(
-                f"{look.target.address} takes connections and does not answer gRPC: {words(again)}",
+                f"{look.target.address} takes connections and does not answer gRPC: {describe(again)}",
                 "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
             )
     look.server = f"{reply.name} {reply.version}".strip()
@@ -53,7 +52,7 @@ async def _metadata(look: Look, patiently: bool = False) -> Any:
 
 
 async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding | None:
-    """Say what is in the way of gRPC; None when nothing is to be seen."""
+    """Return what prevents gRPC; None if nothing was found."""
     target = look.target
     if "http2 header with status" in (error.details() or ""):
         return failed(
@@ -68,7 +67,7 @@ async def _unreachable(look: Look, error: grpc.aio.AioRpcError) -> Finding | Non
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         found = await what_answers(target.address, target.tls)
         return None if found is None else failed(*found)
-    return failed(f"{target.address} answers with {words(error)}")
+    return failed(f"{target.address} answers with {describe(error)}")
 
 
 def _service(error: grpc.aio.AioRpcError) -> str:
@@ -76,7 +75,7 @@ def _service(error: grpc.aio.AioRpcError) -> str:
 
 
 async def ready(look: Look) -> Finding:
-    """Whether the server says that it lives and is ready."""
+    """Check that the server is live and ready."""
     live = (await look.stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=ANSWER_S)).live
     if not live:
         return failed("the server says that it is not live", "restart tritonserver and read the end of its log")
@@ -89,7 +88,7 @@ async def ready(look: Look) -> Finding:
 
 
 async def model(look: Look) -> Finding:
-    """Whether the model is there and READY; reads its ModelConfig."""
+    """Check that the model is present and READY; read its ModelConfig."""
     name = look.target.model
     states = await _states(look)
     others = sorted(other for other in states if other != name)
@@ -109,7 +108,7 @@ async def model(look: Look) -> Finding:
 
 
 async def _states(look: Look) -> dict[str, str]:
-    """Return the state of each model of the repository, with the reason where one is given."""
+    """Return the state of each model in the repository, with its reason if there is one."""
     index = await look.stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(), timeout=ANSWER_S)
     states: dict[str, str] = {}
     for entry in index.models:
@@ -131,12 +130,12 @@ def _listed(names: list[str]) -> str:
 
 
 async def encrypted(look: Look) -> Finding:
-    """What TLS is in use, and until when the server's certificate holds."""
+    """Check the TLS in use, and until when the server's certificate is valid."""
     return await certificate_of(look.target, GRPC)
 
 
 async def certificate_of(target: Target, protocol: str) -> Finding:
-    """Look at the certificate of a server that speaks a protocol."""
+    """Check the certificate of a server that speaks this protocol."""
     tls = target.tls
     if tls is None:
         return ok("none, as configured: whoever sees the network sees prompts")
@@ -153,7 +152,7 @@ async def certificate_of(target: Target, protocol: str) -> Finding:
 
 
 def certificate_finding(certificate: Any, version: str, ours_too: bool, now: datetime) -> Finding:
-    """Judge a server's certificate, as Python's ssl gives it."""
+    """Judge a server's certificate in the form of Python's ssl."""
     ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
     days = (ends - now).days
     text = f"{version}{', with a certificate of ours' if ours_too else ''}; the server's is valid until {ends:%Y-%m-%d}"

@@ -1,7 +1,7 @@
-"""Whether an engine that reads adapters from files reads them where they are staged: a tiny PEFT adapter proves it.
+"""Check with a tiny PEFT adapter that an engine which reads adapters from files reads them from the shared folder.
 
-It lies in a folder of the check's own inside the shared one. Whoever takes part in the shared folder itself sweeps away
-what nobody claims, and a sidecar that was killed has left files there which its engine still knows by name.
+The adapter lies in a folder of the check's own inside the shared one. Every user of the shared folder itself removes
+what nobody claims, and a killed sidecar has left files there that its engine still knows by name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sidecar.core.facts import Layout, Packed, packed_key, task_id_of
 
 RANK = 8
 PREFIX = "lora-sidecar-check-"
-"""What the folders of checks begin with."""
+"""Prefix of the checks' folders."""
 FORGOTTEN_S = 3600.0
-"""The age of a folder whose check was killed: none lasts so long."""
+"""Age after which a folder's check was killed: none takes so long."""
 PROJECTIONS = {"attn_q": "self_attn.q_proj", "attn_dense": "self_attn.o_proj", "mlp_4h_to_h": "mlp.down_proj"}
 FOLDER_FIX = (
     "config.yaml: adapters_dir: {ours: path here, engine: path in the engine's container}",
@@ -42,7 +42,7 @@ FOLDER_FIX = (
 
 
 async def folder(look: Look) -> Finding:
-    """Whether there is a folder to stage adapters in, and we can write to it."""
+    """Check that there is a folder to stage adapters in, and that it can be written to."""
     places = look.target.adapters_dir
     if places is None:
         return failed("the engine reads adapters from files, and no folder is configured that both see", *FOLDER_FIX)
@@ -50,7 +50,7 @@ async def folder(look: Look) -> Finding:
 
 
 def folder_at(places: AdaptersDir) -> Finding:
-    """Judge a shared folder as it looks from here."""
+    """Judge a shared folder as this process sees it."""
     if not places.ours.is_dir():
         return failed(f"there is no folder {places.ours} here", *FOLDER_FIX)
     try:
@@ -64,9 +64,9 @@ def folder_at(places: AdaptersDir) -> Finding:
 
 @dataclass
 class Staged:
-    """A tiny adapter as it is staged. `places` is the folder that it lies in by its key.
+    """A tiny staged adapter. `places` is the folder that has it by its key.
 
-    `stays` is set where the engine may still look for the files: then they are left behind.
+    `stays` is set if the engine may still look for the files: then they are left in place.
     """
 
     key: str
@@ -76,7 +76,7 @@ class Staged:
 
 
 async def adapter(look: Look) -> Finding:
-    """Whether the engine loads a tiny PEFT adapter from there and answers with it."""
+    """Check that the engine loads a tiny PEFT adapter from the folder and answers with it."""
     places, base = look.target.adapters_dir, look.target.base
     assert places is not None
     if not can_be_made(base):
@@ -88,12 +88,12 @@ async def adapter(look: Look) -> Finding:
     if answer.error is None:
         return ok(f"staged, loaded by the engine and answered in {milliseconds(answer.took_s)}")
     if "does not exist" in (answer.error or ""):
-        return failed(f"the engine does not see what is staged in {places.ours}: {answer.words}", *FOLDER_FIX)
+        return failed(f"the engine does not see what is staged in {places.ours}: {answer.line}", *FOLDER_FIX)
     return refused_load(look, answer)
 
 
 def can_be_made(base: BaseModel | None) -> bool:
-    """Whether enough is known of a base model to make an adapter for it."""
+    """Return True if enough is known of a base model to make an adapter for it."""
     return base is not None and bool(set(PROJECTIONS) & set(base.modules))
 
 
@@ -106,7 +106,7 @@ def not_made() -> Finding:
 
 @asynccontextmanager
 async def staged(places: AdaptersDir, base: BaseModel, rank: int = RANK) -> AsyncIterator[Staged]:
-    """Have a tiny adapter staged for the length of a block. Raises SidecarError, OSError."""
+    """Stage a tiny adapter for the length of a block. Raises SidecarError, OSError."""
     own = await asyncio.to_thread(_own_folder, places.ours)
     tiny = Staged("", "", AdaptersDir(own, places.engine_path(own.name)))
     try:
@@ -127,7 +127,7 @@ async def staged(places: AdaptersDir, base: BaseModel, rank: int = RANK) -> Asyn
 
 
 def _own_folder(folder: Path) -> Path:
-    """Make a folder for one check, and remove what checks that were killed have left."""
+    """Make a folder for one check, and remove those of killed checks."""
     for path in folder.glob(f"{PREFIX}*"):
         if is_forgotten(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -137,7 +137,7 @@ def _own_folder(folder: Path) -> Path:
 
 
 def is_forgotten(path: Path) -> bool:
-    """Whether the folder of a check is gone, or its check was killed."""
+    """Return True if the folder of a check is gone, or its check was killed."""
     try:
         return time.time() - path.stat().st_mtime > FORGOTTEN_S
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def is_forgotten(path: Path) -> bool:
 
 
 def _write(source: Path, base: BaseModel, rank: int) -> str:
-    """Write a PEFT adapter of one projection on the first layer, its B zero; return its digest."""
+    """Write a PEFT adapter of one projection on the first layer, with a B of zeros; return its digest."""
     module = next(name for name in PROJECTIONS if name in base.modules)
     in_dim, out_dim = base.modules[module]
     prefix = f"base_model.model.model.layers.0.{PROJECTIONS[module]}"

@@ -1,7 +1,7 @@
-"""A tiny adapter that changes nothing, made for an engine's own modules: what a check loads.
+"""Make a tiny adapter for an engine's own modules that changes nothing.
 
-Its B is zero, so whatever answers with it answers as the base model. Its rows are on the first and the last layer: an
-engine that was built with other modules, sizes or fewer layers than are declared refuses it, and says why.
+Its B is zero, so answers with it are those of the base model. It has rows on the first and the last layer: an engine
+with other modules, other sizes or fewer layers than declared refuses it, and says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _A_BITS = {"float16": (np.uint16, 0x2400), "bfloat16": (np.uint16, 0x3C80), "flo
 
 @dataclass(frozen=True)
 class TinyAdapter:
-    """Packed rows as an engine takes them: `weights` are [rows, width] of `dtype`, `config` int32 [rows, 3]."""
+    """Packed rows as an engine takes them: `weights` [rows, width] of `dtype`, `config` int32 [rows, 3]."""
 
     dtype: str
     shape: tuple[int, int]
@@ -31,16 +31,16 @@ class TinyAdapter:
     config: bytes
 
     def task_id(self, way: str) -> int:
-        """Return the id that it is loaded under by a way of transport.
+        """Return the id for loading it by one transport.
 
-        It is the same at every check, so that checks take a page each and not another one every time.
+        It is equal in every check, so that repeated checks take one page each time, and not more and more.
         """
         content = hashlib.sha256(self.config + self.weights).hexdigest()
         return task_id_of(f"lora-sidecar check {self.dtype} {content} {way}")
 
 
 def tiny_adapter(facts: EngineFacts) -> TinyAdapter | None:
-    """Return an adapter for an engine, None while its modules or layers are not known."""
+    """Return an adapter for an engine; None if its modules or layers are unknown."""
     if not facts.modules or not facts.layers or facts.dtype not in _A_BITS:
         return None
     rank = min(RANK, facts.rank_max or RANK)

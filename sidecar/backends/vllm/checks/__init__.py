@@ -1,4 +1,4 @@
-"""What is asked of a live vLLM before it is trusted, in the form of the checks beside it."""
+"""The checks of a live vLLM server."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ STEPS = (
     CheckStep("seats", declared.seats, ("reachable",)),
     CheckStep("rank", declared.rank, ("reachable",)),
 )
-"""Slots come late: the metrics have them once something has been asked."""
+"""Slots come late: the metrics have them after the first request."""
 
 CHECKS = Checks(STEPS, open_look, _target)

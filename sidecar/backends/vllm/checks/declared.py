@@ -1,6 +1,6 @@
-"""What vLLM was started with: what its metrics say of it, what is declared, and what follows where neither does.
+"""Check how vLLM was started: what its metrics say, what is declared, and what follows if neither does.
 
-Slots are its `max_loras`, the adapters that it keeps in memory its `max_cpu_loras`, seats its `max_num_seqs`.
+Slots are its `max_loras`, adapters kept in memory its `max_cpu_loras`, seats its `max_num_seqs`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sidecar.core.config import CoreConfig
 from sidecar.core.facts import Adapter, EngineFacts
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as its max_lora_rank."""
+"""The values that vLLM takes as max_lora_rank."""
 ADAPTERS_FIX = "config.yaml: adapters_dir: PATH   (or {ours: PATH here, engine: PATH in the engine's container})"
 SLOTS_FIX = "config.yaml: engine: {device_pages: the engine's --max-loras}"
 MEMORY_FIX = "config.yaml: engine: {host_pages: the engine's --max-cpu-loras}"
@@ -36,12 +36,12 @@ SIZES_FIX = "config.yaml: base_model: {name: …, config: the folder of the mode
 
 
 def sizes_unknown(backends: Iterable[str]) -> str:
-    """Say of backends that no adapter's sizes can be checked for them."""
+    """Return the warning that adapters' sizes cannot be checked for these backends."""
     return f"{', '.join(backends)}: {SIZES_UNKNOWN}; {_key(SIZES_FIX)}"
 
 
 def undeclared(facts: EngineFacts, has_folder: bool) -> Iterator[str]:
-    """Yield what a configuration does not say of a vLLM, what follows, and the key that says it."""
+    """Yield what a vLLM's entry does not declare, what follows, and the key to set."""
     if not has_folder:
         yield f"no folder is shared with the engine, so it serves its base model only; {_key(ADAPTERS_FIX)}"
     if facts.device_pages is None:
@@ -71,7 +71,7 @@ def _seats_unknown() -> str:
 
 
 async def metrics(look: VllmLook) -> Finding:
-    """Whether steps and KV are published."""
+    """Check that steps and KV size are published."""
     found = await look.api.measures()
     if found == Measures():
         return warning(
@@ -95,12 +95,12 @@ async def metrics(look: VllmLook) -> Finding:
 
 
 async def slots(look: VllmLook) -> Finding:
-    """Whether its slots are those that are declared; its metrics say so after its first request."""
+    """Check that the declared slots are right; the metrics have them after the first request."""
     return judged_slots(look.facts.device_pages, (await look.api.measures()).slots)
 
 
 def judged_slots(declared: int | None, found: int | None) -> Finding:
-    """Judge max_loras: what is declared against what is published."""
+    """Judge max_loras: the declared number against the published one."""
     if declared is None and found is None:
         return warning(SLOTS_UNKNOWN, SLOTS_FIX)
     if declared is None:
@@ -126,7 +126,7 @@ def judged_slots(declared: int | None, found: int | None) -> Finding:
 
 
 async def memory(look: VllmLook) -> Finding:
-    """How many adapters it keeps in memory, and whether those to be served are more."""
+    """Check how many adapters are kept in memory, and whether that is enough for those to be served."""
     found = look.facts.device_pages or (await look.api.measures()).slots
     return judged_memory(look.facts.host_pages, found, look.target.served)
 
@@ -149,18 +149,18 @@ def judged_memory(declared: int | None, slots: int | None, served: tuple[Adapter
 
 
 async def seats(look: VllmLook) -> Finding:
-    """Whether it is known how many requests run at once."""
+    """Check that it is known how many requests run at once."""
     declared = look.facts.seats
     return warning(_seats_unknown(), SEATS_FIX) if declared is None else ok(f"{declared} declared (max_num_seqs)")
 
 
 async def rank(look: VllmLook) -> Finding:
-    """Whether the largest rank is known, and whether the adapters to be served are below it."""
+    """Check that the largest rank is known, and that the adapters to be served do not exceed it."""
     return judged_rank(look.facts.rank_max, look.target.served)
 
 
 def judged_rank(declared: int | None, served: tuple[Adapter, ...]) -> Finding:
-    """Judge max_lora_rank against the adapters that are to be served."""
+    """Judge max_lora_rank against the adapters to be served."""
     largest = max((adapter.rank_max for adapter in served), default=0)
     if declared is None:
         of_served = f"; the served adapters' is {largest}" if largest else ""

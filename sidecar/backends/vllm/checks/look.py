@@ -1,4 +1,4 @@
-"""One look at a vLLM server: its connection, and what the checks so far have learned."""
+"""A look at a vLLM server: its connection, and what earlier checks have learned."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ from sidecar.backends.vllm.kind import MODEL
 from sidecar.core.facts import EngineFacts
 
 CHECK_NAME = "lora-sidecar-check"
-"""What the names that a check loads begin with."""
+"""Prefix of the names that checks load."""
 TEXT_MAX = 240
 KEPT_S = 1.0
-"""vLLM closes what was idle for five seconds, even when a request is just on its way to it."""
+"""vLLM closes connections after five idle seconds, even if a request is just on its way."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer of the server to something that was posted. `text` is the error's own, "" for a success."""
+    """The answer to a POST. `text` is the error's own, "" for a success."""
 
     status: int
     text: str
     took_s: float
     is_vllms: bool = True
-    """Whether an error has the form that vLLM's own have; a route that is not there answers in another."""
+    """True if an error has the form of vLLM's; a missing route answers in another form."""
 
     @property
     def is_ok(self) -> bool:
         return self.status == httpx.codes.OK
 
     @property
-    def words(self) -> str:
-        """Return the error as one line."""
+    def line(self) -> str:
+        """The error as one line."""
         line = " ".join(self.text.split()) or f"status {self.status}"
         return line if len(line) <= TEXT_MAX else f"{line[:TEXT_MAX]}…"
 
 
 @dataclass
 class VllmLook:
-    """One look at a target."""
+    """A look at a target."""
 
     target: Target
     client: httpx.AsyncClient
     api: VllmApi
     facts: EngineFacts
-    """What is declared of it."""
+    """The declared facts."""
     name: str = field(default_factory=lambda: f"{CHECK_NAME}-{secrets.token_hex(6)}")
-    """What the adapter of this look is called there: no other look uses it."""
+    """The name of this look's adapter, which no other look uses."""
     version: str = ""
     base: str = ""
-    """What the server calls its base model."""
+    """The server's name for its base model."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """The names that are registered there, with the paths that the engine was told."""
+    """The registered names, each with the path that the engine was given."""
     without_files: tuple[str, ...] = ()
-    """Those of them whose files have gone."""
+    """Registered names whose files are gone."""
     is_asking: bool = False
-    """Whether something was asked by the name of our adapter that is not answered."""
+    """True while a request by our adapter's name is unanswered."""
 
     async def post(self, path: str, body: dict[str, Any], timeout_s: float) -> Reply:
-        """Post JSON. Raises httpx.HTTPError when it is not answered."""
+        """Post JSON. Raises httpx.HTTPError if it is not answered."""
         began = monotonic()
         reply = await self.client.post(path, json=body, timeout=timeout_s)
         took_s = monotonic() - began
@@ -79,13 +79,13 @@ class VllmLook:
         return Reply(reply.status_code, message_of(reply.content), took_s, _has_error(reply.content))
 
     async def answer(self, model: str, timeout_s: float) -> Reply:
-        """Have one token answered. Raises httpx.HTTPError when nothing is."""
+        """Make the engine answer one token. Raises httpx.HTTPError if it does not answer."""
         return await self.post("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1}, timeout_s)
 
 
 @asynccontextmanager
 async def open_look(target: Target) -> AsyncIterator[VllmLook]:
-    """Give a look at a target for the length of a block. Raises Misused for files that are not there."""
+    """Open a look at a target for the length of a block. Raises Misused for missing files."""
     client = open_http_client(target.address, target.tls, target.api_key_file, httpx.Timeout(CONNECT_S), KEPT_S)
     async with client:
         facts = with_kind(target.facts, MODEL)

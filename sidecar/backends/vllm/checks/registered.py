@@ -1,4 +1,4 @@
-"""Whether adapters can be loaded into a vLLM that serves, and which ones are there already."""
+"""Check that adapters can be loaded into a vLLM that serves, and which ones are registered already."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ _OF_A_SIDECAR = re.compile(r".+@[0-9a-f]{12}(\.g\d+)?\Z")
 
 
 async def updating(look: VllmLook) -> Finding:
-    """Whether adapters can be loaded while it serves.
+    """Check that adapters can be loaded while it serves.
 
-    It is asked for one without a name, and, where no adapter will be loaded later, for one whose folder is nowhere: the
-    engine itself answers that one, and complains at length in its log.
+    It is asked for an adapter without a name. If no adapter will be loaded later, it is also asked for one in a missing
+    folder: only the engine itself answers that, with a long complaint in its log.
     """
     reply = await look.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LOAD_NOTHING_S)
     if not reply.is_vllms and reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
         return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
     if reply.status != httpx.codes.BAD_REQUEST:
-        return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+        return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
     target = look.target
     if target.adapters_dir is None or not can_be_made(target.base):
         reply = await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
         if NOT_ENABLED in reply.text:
             return failed("the engine was started without LoRA", LORA_FIX)
         if NOT_FOUND not in reply.text:
-            return failed(f"it does not load adapters: {reply.words}", LOG_FIX)
+            return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
     return ok("adapters are loaded and unloaded while it serves")
 
 
 def nowhere(look: VllmLook) -> dict[str, str]:
-    """Return a load that asks the engine itself and changes nothing: it finds no adapter there."""
+    """Return a load that reaches the engine and changes nothing: there is no adapter at its path."""
     return {"lora_name": look.name, "lora_path": f"/nowhere/{look.name}"}
 
 
 async def registered(look: VllmLook) -> Finding:
-    """Which names are registered there, all of them left alone; and whether the engine would miss their files."""
+    """Check the registered names, none of which is touched, and that the files of each exist."""
     await _forget_checks(look)
     without = await asyncio.to_thread(_without_files, look.target, look.adapters)
     if without:
-        # Names are forgotten before their files go, so one that is still there was not just on its way out.
+        # A name is unloaded before its files go. One that is still there was not just being removed.
         look.adapters = (await look.api.models()).adapters
     look.without_files = tuple(name for name in without if name in look.adapters)
     if look.without_files:
@@ -69,7 +69,7 @@ async def registered(look: VllmLook) -> Finding:
 
 
 async def _forget_checks(look: VllmLook) -> None:
-    """Unload what checks that were killed have left, before their files go."""
+    """Unload what killed checks have left, before their files go."""
     for name, path in list(look.adapters.items()):
         if name.startswith(CHECK_NAME) and await asyncio.to_thread(_is_forgotten, look.target, path):
             await look.api.unload(name, LOAD_NOTHING_S)
@@ -97,7 +97,7 @@ def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:
 
 
 def _ours(places: AdaptersDir | None, engine_path: str) -> Path | None:
-    """Return where a folder lies that the engine was told of, None for one that is not in the shared place."""
+    """Return our path of a folder by the engine's path; None if it is not in the shared place."""
     if places is None:
         return None
     within = f"{places.engine.rstrip('/')}/"
@@ -105,7 +105,7 @@ def _ours(places: AdaptersDir | None, engine_path: str) -> Path | None:
 
 
 def unload_line(look: VllmLook, name: str) -> str:
-    """Return the command line that has the engine forget a name."""
+    """Return the command that makes the engine forget a name."""
     key = "" if look.target.api_key_file is None else f' -H "Authorization: Bearer $(cat {look.target.api_key_file})"'
     json = '-H "Content-Type: application/json"' + f""" -d '{{"lora_name": "{name}"}}'"""
     return f"curl {look.client.base_url}/v1/unload_lora_adapter{key} {json}".replace("//v1", "/v1")

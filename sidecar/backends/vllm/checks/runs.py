@@ -1,7 +1,7 @@
-"""What a vLLM answers: the base model, and a tiny adapter that is staged, loaded, asked and taken away again.
+"""Check a vLLM's answers: as the base model, and with a tiny adapter that is staged, loaded, asked and removed.
 
-A name that is registered whose files have gone is what kills this engine: so files go after the name, and only when no
-request of ours can still be on its way to them.
+This engine dies if the files of a registered name are gone. So the name is unloaded first, and the files are removed
+only when no request of ours can still be on its way to them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHER_MODULES = ("expected target modules", "unexpected modules")
 
 
 async def folder(look: VllmLook) -> Finding:
-    """Whether there is a folder to stage adapters in; without one the base model is served all the same."""
+    """Check that there is a folder to stage adapters in; without one only the base model is served."""
     places = look.target.adapters_dir
     if places is None:
         return warning(
@@ -44,7 +44,7 @@ async def folder(look: VllmLook) -> Finding:
 
 
 async def base(look: VllmLook) -> Finding:
-    """Whether the engine answers one token as the base model."""
+    """Check that the engine answers one token as the base model."""
     try:
         reply = await look.answer(look.base, RUN_S)
     except httpx.TimeoutException:
@@ -55,12 +55,12 @@ async def base(look: VllmLook) -> Finding:
     if reply.is_ok:
         return ok(f"one token in {milliseconds(reply.took_s)}")
     if DEAD in reply.text:
-        return failed(f"the engine is dead: {reply.words}", "start vLLM again, and read the end of its log")
-    return failed(f"the engine refuses a request of one token: {reply.words}", LOG_FIX)
+        return failed(f"the engine is dead: {reply.line}", "start vLLM again, and read the end of its log")
+    return failed(f"the engine refuses a request of one token: {reply.line}", LOG_FIX)
 
 
 async def adapter(look: VllmLook) -> Finding:
-    """Whether the engine loads a tiny PEFT adapter from the shared folder and answers by its name."""
+    """Check that the engine loads a tiny PEFT adapter from the shared folder and answers by its name."""
     places, base_model = look.target.adapters_dir, look.target.base
     if places is None:
         return skipped("not looked at: no folder is named that both see")
@@ -106,12 +106,12 @@ async def _loaded_and_answered(look: VllmLook, tiny: Staged) -> Finding:
         )
     look.is_asking = False
     if not reply.is_ok:
-        return failed(f"loaded, and a request by its name is refused: {reply.words}", LOG_FIX)
+        return failed(f"loaded, and a request by its name is refused: {reply.line}", LOG_FIX)
     return ok(f"staged, loaded in {milliseconds(loaded.took_s)}, one token in {milliseconds(reply.took_s)}, unloaded")
 
 
 def _not_loaded(look: VllmLook, reply: Reply) -> Finding:
-    text = f"the engine does not take it: {reply.words}"
+    text = f"the engine does not take it: {reply.line}"
     places = look.target.adapters_dir
     assert places is not None
     if NOT_FOUND in reply.text:
@@ -124,7 +124,7 @@ def _not_loaded(look: VllmLook, reply: Reply) -> Finding:
     if any(words in reply.text for words in OTHER_MODULES):
         return warning(
             "the engine reads what is staged; its model's modules are called otherwise than a Llama's, so no answer "
-            f"is proven: {reply.words}",
+            f"is proven: {reply.line}",
             "sidecar adapters verify NAME   (with an adapter of yours)",
         )
     if "size mismatch" in reply.text or "shape" in reply.text:
@@ -137,7 +137,7 @@ def _not_loaded(look: VllmLook, reply: Reply) -> Finding:
 
 @asynccontextmanager
 async def _forgotten(look: VllmLook, tiny: Staged) -> AsyncIterator[None]:
-    """However the block ends, have the engine forget the name; else the files stay."""
+    """Make the engine forget the name however the block ends; otherwise keep the files."""
     try:
         yield
     finally:
@@ -148,13 +148,13 @@ async def _forget(look: VllmLook, tiny: Staged) -> None:
     try:
         reply = await look.post("/v1/unload_lora_adapter", {"lora_name": look.name}, UNLOAD_S)
         if look.is_asking:
-            # What was asked and not answered is taken back by the engine before it looks at anything that comes later.
+            # The engine withdraws our unanswered request before it looks at anything that comes later.
             await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
         tiny.stays = not (reply.is_ok or reply.status == httpx.codes.NOT_FOUND)
     except httpx.TimeoutException:
         tiny.stays = True
     except httpx.HTTPError:
-        tiny.stays = await _lives(look)  # what it knew has gone with it
+        tiny.stays = await _lives(look)  # a dead engine has forgotten everything
 
 
 async def _lives(look: VllmLook) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a vLLM server is there, is one to be trusted, lives, lets us in, and serves the model that is meant."""
+"""Check that a vLLM server is reachable, recent enough, alive, lets us in, and serves the intended model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OLDEST_WORDS = ".".join(map(str, OLDEST))
 
 
 async def reachable(look: VllmLook) -> Finding:
-    """Whether a vLLM answers HTTP there; else what does."""
+    """Check that a vLLM answers HTTP at the address; say what answers instead."""
     began = monotonic()
     address = look.target.address
     try:
@@ -32,7 +32,7 @@ async def reachable(look: VllmLook) -> Finding:
         if not look.version:
             return failed(*await not_vllm(look.client, address))
     except httpx.HTTPError as error:
-        return failed(*(await _in_the_way(look) or _mute(address, error)))
+        return failed(*(await _obstacle(look) or _mute(address, error)))
     return ok(f"vLLM {look.version} at {address}, {milliseconds(took_s)}")
 
 
@@ -44,8 +44,8 @@ def _version_of(reply: httpx.Response) -> str:
     return str(record.get("version") or "") if isinstance(record, dict) else ""
 
 
-async def _in_the_way(look: VllmLook) -> tuple[str, str] | None:
-    """Return why HTTP is not answered, and what to change; None when nothing is to be seen."""
+async def _obstacle(look: VllmLook) -> tuple[str, str] | None:
+    """Return why HTTP is not answered, and what to change; None if nothing was found."""
     address, tls = look.target.address, look.target.tls
     found = await nobody(address, HTTP)
     if found is not None:
@@ -79,7 +79,7 @@ async def _is_triton(look: VllmLook) -> bool:
 
 
 async def version(look: VllmLook) -> Finding:
-    """Whether a load under traffic leaves the other adapters' answers alone."""
+    """Check that a load under traffic leaves other adapters' answers alone."""
     if not is_too_old(look.version):
         return ok(f"{look.version}, and {OLDEST_WORDS} is needed")
     text = (
@@ -93,7 +93,7 @@ async def version(look: VllmLook) -> Finding:
 
 
 async def health(look: VllmLook) -> Finding:
-    """Whether the engine behind the API server lives."""
+    """Check that the engine behind the API server lives."""
     status = (await look.client.get("/health")).status_code
     if status == httpx.codes.OK:
         return ok("the engine lives")
@@ -104,12 +104,12 @@ async def health(look: VllmLook) -> Finding:
 
 
 async def encrypted(look: VllmLook) -> Finding:
-    """What TLS is in use, and until when the server's certificate holds."""
+    """Check the TLS in use, and until when the server's certificate is valid."""
     return await certificate_of(look.target, HTTP)
 
 
 async def api_key(look: VllmLook) -> Finding:
-    """Whether we are let in, and whether anybody is."""
+    """Check that our key is accepted, and that no one is let in without one."""
     has_one = look.target.api_key_file is not None
     status = (await look.client.get("/v1/models")).status_code
     if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
@@ -133,7 +133,7 @@ async def api_key(look: VllmLook) -> Finding:
 
 
 async def model(look: VllmLook) -> Finding:
-    """Whether the base model that is served is the one that is declared; and how long its sequences may be."""
+    """Check that the served base model is the declared one, and how long its sequences may be."""
     served = await look.api.models()
     look.base, look.adapters = served.base, served.adapters
     names = _names(await look.client.get("/v1/models"))
@@ -161,7 +161,7 @@ async def model(look: VllmLook) -> Finding:
 
 
 def _names(reply: httpx.Response) -> list[str]:
-    """Return what the base model is called there: the names that it is served by, and where it was read from."""
+    """Return the base model's names: those it is served by, and where it was read from."""
     bases = [entry for entry in reply.json()["data"] if not entry.get("parent")]
     found = [str(entry["id"]) for entry in bases] + [str(entry["root"]) for entry in bases if entry.get("root")]
     return list(dict.fromkeys(found))
