@@ -117,7 +117,7 @@ def _target(backend: Backend, config: Config | None, served: tuple[Adapter, ...]
         facts=facts,
         tls=backend.tls_files,
         store_bytes=None if config is None else config.store.memory_bytes,
-        adapters_dir=backend.places,
+        adapters_dir=backend.shared_dir,
         base=base_model_of(backend),
         served=served,
         **(checks.target(backend) if (checks := _checks_of(backend)) is not None else {}),

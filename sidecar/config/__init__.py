@@ -1,8 +1,8 @@
-"""The one configuration file: YAML, unknown keys refused, each key overridable from the environment.
+"""The configuration file: YAML, with unknown keys refused and every key overridable from the environment.
 
 `LORA_SIDECAR_STORE__MEMORY_BYTES=1073741824` sets `store.memory_bytes`; two underscores step into a section.
-Command-line options win over the environment, which wins over the file. What Kubernetes tells of a Service that is
-called lora-sidecar sets nothing.
+Command-line options override the environment, which overrides the file. Variables that Kubernetes sets for a Service
+named lora-sidecar are ignored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Config(Section):
 
     listeners: Listeners = Listeners()
     backends: tuple[dict[str, Any], ...] = ()
-    """As they are written: `backends.registry.entries_of` checks each by its kind."""
+    """As written: `backends.registry.entries_of` validates each by its kind."""
     adapters: Adapters = Adapters()
     origins: Origins = Origins()
     store: Store = Store()
@@ -51,7 +51,7 @@ class Config(Section):
     adapter_labels_max: int = Field(200, ge=0)
     log_format: Literal["text", "json"] = "text"
     raise_on: str = ""
-    """A fault on purpose, for tests and for who wants to see a crash; see `core.injected`."""
+    """A deliberate fault, to test or to see a crash; see `core.injected`."""
 
     @model_validator(mode="after")
     def _certificates_are_asked_for(self) -> Config:
@@ -67,7 +67,7 @@ class Config(Section):
         return self
 
     def core(self) -> CoreConfig:
-        """Return the part that the core works with: keys of `store` and `queue` that it has, under the same names."""
+        """Return the core's part: the keys of `store` and `queue` that it has under the same names, and some more."""
         names = {field.name for field in fields(CoreConfig)}
         own = {"classes", "tenant_weights", "disk_bytes"}
         shared = {

@@ -1,4 +1,4 @@
-"""Where adapters come from, and how much of them is kept here."""
+"""Where adapters come from, and how many bytes of them are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sidecar.errors import Misused
 
 
 class Adapters(Section):
-    """`roots` are the folders that may be registered from; each PEFT subfolder of `serve` is a name at start."""
+    """`roots` are folders that adapters may be registered from; each PEFT subfolder of `serve` is a name at start."""
 
     roots: tuple[str, ...] = ()
     serve: str | None = None
@@ -18,10 +18,10 @@ class Adapters(Section):
 
 
 class Origins(Section):
-    """Where adapters may be fetched from: `allow` lists prefixes of URLs (and folders); `adapters.roots` always count.
+    """Origins from which adapters may be fetched. `allow` lists prefixes of URLs and folders, besides `adapters.roots`.
 
-    `https://` alone allows every public host; a host that has a private address must be named. Credentials are found by
-    the stores' own libraries and are no part of this.
+    `https://` alone allows every public host; a host with a private address must be named. The stores' own libraries
+    find credentials, which are not configured here.
     """
 
     allow: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class Origins(Section):
 
 
 class Store(Section):
-    """Two tiers of packed adapters. The disk tier is there when there is a data directory."""
+    """Two tiers of packed adapters. The disk tier needs a data directory."""
 
     memory_bytes: int = Field(4 << 30, ge=1)
     disk_bytes: int = Field(32 << 30, ge=0)

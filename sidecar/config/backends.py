@@ -1,4 +1,4 @@
-"""One backend: the keys that every kind of backend has. A kind's own section adds its own (`backends.registry`)."""
+"""One backend: the keys of every kind of backend. Each kind's own section adds its keys (`backends.registry`)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sidecar.config.section import Section, Tls
 from sidecar.core.facts import EngineFacts
 
 HOST = "{host}"
-"""What stands in `metrics` for the host of an engine that was found."""
+"""Placeholder in `metrics` for the host of a discovered engine."""
 
 
 class Engine(Section):
-    """What an engine is, inline; `config` names its TensorRT-LLM config.json. What is not said is asked or unknown.
+    """The engine's facts; `config` names its TensorRT-LLM config.json. Those not given are asked, or unknown.
 
-    `cost` is a cost file or `model/gpu/engine` for one of ours, and `cost_scale` multiplies all its times. In vLLM a
-    page is an adapter: `device_pages` is its max_loras, `host_pages` its max_cpu_loras, `seats` its max_num_seqs.
-    `base_apart` keeps the base model and adapters out of one batch, for engines that then answer wrongly.
+    `cost` is a cost file, or `model/gpu/engine` for a built-in one, and `cost_scale` multiplies all its times. In vLLM
+    a page is an adapter: `device_pages` is its max_loras, `host_pages` its max_cpu_loras, `seats` its max_num_seqs.
+    `base_apart` keeps the base model and adapters out of one batch, for engines that answer wrongly otherwise.
     """
 
     config: str | None = None
@@ -51,7 +51,7 @@ class BaseModelNames(Section):
     """The model that an engine serves: the name that adapters were trained on, its other names, and its files.
 
     `config` is its `config.json` or folder: every adapter's dimensions are checked against it. `chat_template` is a
-    Jinja2 file, a `tokenizer_config.json` or the folder of one: with it an engine that takes text only answers chats.
+    Jinja2 file, a `tokenizer_config.json` or the folder of one; with it a text-only engine can answer chats.
     """
 
     name: str
@@ -61,7 +61,7 @@ class BaseModelNames(Section):
 
 
 class SharedFolder(Section):
-    """A folder for adapters' files: where this process writes them, and what the engine calls the same place."""
+    """A folder for adapters' files: its path in this process, and its path in the engine."""
 
     ours: str
     engine: str
@@ -74,25 +74,25 @@ class SharedFolder(Section):
         return path
 
     @property
-    def places(self) -> AdaptersDir:
+    def shared_dir(self) -> AdaptersDir:
         return AdaptersDir(Path(self.ours), self.engine)
 
 
 class Backend(Section):
-    """`url` is `SCHEME://HOST:PORT`; its scheme names the `kind`, which a plug-in's may be named by in its place. Keys
-    that mean something to another kind of engine only are refused.
+    """`url` is `SCHEME://HOST:PORT`. Its scheme names the kind of engine; a plug-in's kind may be named by `kind`.
+    Keys of other kinds are refused.
 
     An engine that reads adapters from files needs `adapters_dir`, a folder that it shares with this process: one path
-    where it is the same on both sides, else `ours` and `engine`.
+    if that is the same on both sides, else `ours` and `engine`.
 
-    `discover` in place of a url says where engines of this `kind` are found that come and go: all else here is of each
-    of them, and its id begins with this one's.
+    `discover` in place of a url says where to find engines of this `kind` that come and go. All other keys apply to
+    each of them, and their ids begin with this one's.
     """
 
     SCHEMES: ClassVar[Mapping[str, bool]] = {}
-    """The schemes of its URLs, and whether each means TLS. The first one is the kind's name."""
+    """The schemes of its URLs; True if one means TLS. The first is the kind's name."""
     ELSEWHERE: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    """Keys that other kinds have, by a URL of those, with the reason why this kind has them not: `engine.tp`."""
+    """Keys of other kinds (such as `engine.tp`), by a URL of theirs, with the reason why this kind lacks them."""
     shared_memory: ClassVar[Literal["never", "auto", "must"]] = "never"
 
     url: str = ""
@@ -112,18 +112,18 @@ class Backend(Section):
 
     @property
     def identity(self) -> str:
-        """The id that it is known by: given, or its address; of a pool the name that is looked for."""
+        """Its id: as given, or its address; for a pool the name that is looked up."""
         return self.id or (self.address if self.discover is None else label_of(self.discover.name))
 
     @property
     def kind_name(self) -> str:
-        """The kind: given, or the one that the URL's scheme is of."""
+        """Its kind: as given, or by the URL's scheme."""
         return self.kind or next(iter(self.SCHEMES), "")
 
     @property
-    def places(self) -> AdaptersDir | None:
+    def shared_dir(self) -> AdaptersDir | None:
         """The folder that it shares with its engine."""
-        return None if self.adapters_dir is None else self.adapters_dir.places
+        return None if self.adapters_dir is None else self.adapters_dir.shared_dir
 
     @property
     def tls_files(self) -> dict[str, str] | None:
@@ -131,11 +131,11 @@ class Backend(Section):
         return None if self.tls is None else self.tls.model_dump(exclude_none=True)
 
     def files(self) -> dict[str, str | None]:
-        """Return the files that it names and that must be there, by their keys."""
+        """Return the files that it names and that must exist, by their keys."""
         return {"engine.config": self.engine.config}
 
     def at(self, name: str, address: str) -> Self:
-        """Return the entry of one engine of this pool. Equal names give equal ids, whichever replica found it."""
+        """Return the entry of one engine of this pool. Equal names give equal ids, on every replica."""
         secure = self.tls is not None
         schemes = list(self.SCHEMES) or [self.kind_name]
         scheme = next((scheme for scheme in schemes if self.SCHEMES.get(scheme) == secure), schemes[0])
@@ -143,7 +143,7 @@ class Backend(Section):
         return self.model_copy(update=found | self._at_host(address.rpartition(":")[0]))
 
     def _at_host(self, host: str) -> dict[str, Any]:
-        """Return what else of an entry names the host of an engine that was found."""
+        """Return the other keys of an entry that contain the host of a discovered engine."""
         return {}
 
     @model_validator(mode="before")
@@ -158,7 +158,7 @@ class Backend(Section):
     @model_validator(mode="before")
     @classmethod
     def _has_keys_of_its_kind(cls, record: Any) -> Any:
-        """Refuse another kind's keys with the reason, before they are found to be unknown: all of them at once."""
+        """Refuse all keys of other kinds, each with the reason, before they are reported as unknown."""
         given = set(record) - set(cls.model_fields) if isinstance(record, dict) else set()
         engine = record.get("engine") if isinstance(record, dict) else None
         if isinstance(engine, dict):
@@ -196,7 +196,7 @@ class Backend(Section):
     @classmethod
     def _is_a_url(cls, url: str) -> str:
         if not url:
-            return url  # as it is printed where engines are found
+            return url  # a full record of a pool has an empty one
         scheme, separator, address = url.partition("://")
         host, _, port = address.rpartition(":")
         if not (scheme and separator and host and port.isdigit()):
@@ -205,7 +205,7 @@ class Backend(Section):
 
 
 def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> EngineFacts:
-    """Return what is declared of an engine: its config.json's facts, those given inline on top."""
+    """Return the declared facts of an engine: those of its config.json, overridden by those given inline."""
     facts = from_engine_config or EngineFacts()
     base = backend.base_model
     names = (base.name, *base.aliases) if base is not None else ()

@@ -1,4 +1,4 @@
-"""Where a pool's engines are found, in place of one engine's address."""
+"""How a pool's engines are found, in place of one engine's address."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._-]")
 
 
 class EndpointSlices(BaseModel):
-    """The endpoints of a Kubernetes Service, read from its EndpointSlices: `port` is a port's name or number.
+    """The endpoints of a Kubernetes Service, read from its EndpointSlices. `port` is a port's name or number.
 
-    `namespace` is by default the one that this process runs in.
+    `namespace` defaults to that of this process.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,10 +25,10 @@ class EndpointSlices(BaseModel):
 class Discover(BaseModel):
     """One way to find engines that come and go.
 
-    `dns` is HOST:PORT, the host a name with an address for each engine, as a headless Service has: it is asked every
-    `every_s`. An answer without any address must come for `empty_s` on end before it is believed.
+    `dns` is HOST:PORT; the host has an address for each engine, as a headless Service does, and is resolved every
+    `every_s`. Answers without any address are believed only after `empty_s`.
 
-    An engine that is found no more takes nothing new; after `grace_s` it is forgotten as soon as nothing runs there.
+    An engine that is no longer found gets nothing new. After `grace_s` it is forgotten once nothing runs there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,12 +55,12 @@ class Discover(BaseModel):
 
     @property
     def name(self) -> str:
-        """Return what it looks for: the host, or the Service."""
+        """The name that is looked up: the host, or the Service."""
         if self.endpoint_slices is not None:
             return self.endpoint_slices.service
         return (self.dns or "").rpartition(":")[0]
 
 
 def label_of(name: str) -> str:
-    """Return a found engine's name as a part of its backend's id: for metrics, file names and shells."""
+    """Return a discovered engine's name in a form fit for backend ids, metrics, file names and shells."""
     return _NOT_IN_IDS.sub("-", name)

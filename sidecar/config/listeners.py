@@ -1,4 +1,4 @@
-"""Where the process listens, and how much of it one client can take."""
+"""Where the process listens, and how much one client can take of each listener."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class Listener(Section):
 
 
 def is_local(address: str) -> bool:
-    """Whether only this machine reaches a HOST:PORT."""
+    """Return True if only this machine reaches a HOST:PORT."""
     return address.rpartition(":")[0].strip("[]") in ("127.0.0.1", "localhost", "::1")
 
 
 class GrpcListener(Listener):
-    """How much of it one client can take. A connection that asks for nothing is closed after `idle_s`, one that does
-    not come to HTTP/2 after `handshake_s`; past `connections_max` new ones are closed at once.
+    """Limits of a gRPC listener's connections. One without calls is closed after `idle_s`, one that has not begun
+    HTTP/2 after `handshake_s`; beyond `connections_max` new ones are closed at once.
     """
 
     connections_max: int = Field(4096, ge=1)
@@ -29,9 +29,9 @@ class GrpcListener(Listener):
 
 
 class AdminListener(GrpcListener):
-    """Loopback, unless it has TLS and a token file, or TLS that asks its clients for certificates. `allow_cleartext`
-    lets tokens come without TLS, for a network that encrypts by itself. `message_bytes_max` bounds one message; an
-    adapter is pushed in messages of at most 1 MiB.
+    """The listener for operators. It must be on loopback unless it has TLS and a token file, or TLS with client
+    certificates. `allow_cleartext` allows tokens without TLS, for a network that encrypts. `message_bytes_max` bounds
+    one message; an adapter is pushed in messages of at most 1 MiB.
     """
 
     address: str = "127.0.0.1:9001"
@@ -57,9 +57,9 @@ class AdminListener(GrpcListener):
 
 
 class DataListener(GrpcListener):
-    """`max_connection_age_s`, give or take a tenth: from then on a connection takes no new calls, and a stream is
-    closed when nothing is in flight on it. So clients come back to a load balancer, and find replicas that are new.
-    `message_bytes_max` bounds one message, of which weights that clients send themselves are a part.
+    """The listener for gRPC clients. After `max_connection_age_s` (±10%) a connection takes no new calls, and a stream
+    is closed when nothing is in flight on it, so that clients reconnect through a load balancer and find new replicas.
+    `message_bytes_max` bounds one message, weights that a client sends included.
     """
 
     address: str = "0.0.0.0:9000"
@@ -68,8 +68,8 @@ class DataListener(GrpcListener):
 
 
 class HttpListener(Listener):
-    """The OpenAI API. `body_bytes_max` bounds one request of it, `prompts_max` how many prompts a completion may ask
-    for at once. With `probes` health and metrics are here as well, which is so for one more release.
+    """The listener of the OpenAI API. `body_bytes_max` bounds one request, `prompts_max` the prompts of one completion.
+    With `probes` it also has health and metrics, for one more release.
     """
 
     address: str = "0.0.0.0:9002"
@@ -80,7 +80,8 @@ class HttpListener(Listener):
 
 
 class ProbesListener(Section):
-    """Liveness, readiness and metrics, which name adapters and tenants: where clients are not. Off without an address.
+    """The listener of liveness, readiness and metrics, apart from clients, since metrics name adapters and tenants. Off
+    without an address.
 
     It takes few connections, each for one answer.
     """
@@ -91,8 +92,8 @@ class ProbesListener(Section):
 
 
 class DrainListener(Section):
-    """`POST /drain`, answered when nothing runs any more: for who stops the engine beside this process. Off without
-    an address, and on loopback only.
+    """The listener of `POST /drain`, which returns once idle; call it from the engine's preStop hook. Off without an
+    address, and on loopback only.
     """
 
     address: str | None = None
@@ -106,8 +107,8 @@ class DrainListener(Section):
 
 
 class Listeners(Section):
-    """`arriving_bytes_max` bounds what is on its way in over all of them: messages and bodies that have not come in
-    full. One that has not after `arrival_s` is given up.
+    """`arriving_bytes_max` bounds the incomplete messages and bodies of all listeners together. One that is incomplete
+    after `arrival_s` is given up.
     """
 
     arriving_bytes_max: int = Field(256 << 20, ge=1 << 20)

@@ -1,4 +1,4 @@
-"""Turn the name of a policy or backend kind into its class: ours, a plug-in's, or `package.module:Class`.
+"""Resolve the name of a policy or backend kind: one of ours, a plug-in's, or `package.module:Class`.
 
 Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for example `eviction.mine`.
 """
@@ -18,7 +18,7 @@ GROUP = "lora_sidecar.plugins"
 
 
 def known(kind: str) -> dict[str, str]:
-    """Return every name of a kind and the class it stands for, plug-ins included."""
+    """Return all names of a kind with their targets (`package.module:Class`), plug-ins included."""
     named = dict(POLICIES.get(kind, {}))
     for point in entry_points(group=GROUP):
         point_kind, _, name = point.name.partition(".")
@@ -28,7 +28,7 @@ def known(kind: str) -> dict[str, str]:
 
 
 def resolve(kind: str, name: str) -> type[Any]:
-    """Return the class that `name` stands for. Raises Misused with the known names, or with what failed to import."""
+    """Return the class of that name. Raises Misused naming the known names, or what failed to import."""
     target = name if ":" in name else known(kind).get(name)
     if target is None:
         raise Misused(
@@ -43,7 +43,7 @@ def resolve(kind: str, name: str) -> type[Any]:
 
 
 def imported(what: str, target: str) -> Any:
-    """Return what `package.module:name` stands for. Raises Misused, which begins with `what` it was to be."""
+    """Return the object at `package.module:name`. Raises Misused, whose message begins with `what`."""
     module, _, attribute = target.partition(":")
     try:
         return getattr(import_module(module), attribute)
@@ -52,7 +52,7 @@ def imported(what: str, target: str) -> Any:
 
 
 def policies_of(config: CoreConfig) -> Policies:
-    """Return the makers of the policies that a configuration names."""
+    """Return the classes of the policies that a configuration names."""
     return Policies(
         eviction=resolve("eviction", config.eviction),
         disk_eviction=resolve("eviction", config.disk_eviction),

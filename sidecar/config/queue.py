@@ -13,16 +13,16 @@ ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX = 4 << 20, 256 << 20
 
 
 class RequestClass(Section):
-    """How long a request may wait, and how long it does before others are held back for it."""
+    """A class's longest wait, and its patience: the wait after which other requests are held back for it."""
 
     queue_wait_s_max: float = Field(600.0, gt=0)
     patience_s: float = Field(20.0, ge=0)
 
 
 class Queue(Section):
-    """`joining_s_max`: how long an engine that has just come up is spared, at most, until it has the adapters that are
-    planned for it; 0 sends it its share at once. `answer_bytes_max` of an answer, and `answers_bytes_max` of all of
-    them, may wait for clients that are slower than their engine; what does not fit keeps its seat at the engine.
+    """The queue's bounds and policies. `joining_s_max` is the longest time that an engine which has just come up is
+    spared, until it has the adapters planned for it; with 0 it gets its full share at once. Answers that wait for slow
+    clients may take `answer_bytes_max` each and `answers_bytes_max` in all; the rest waits in its seat at the engine.
     """
 
     ordering: str = "soft_gated"

@@ -1,4 +1,4 @@
-"""Where a Redis is, as a URL says it. Passwords have no place there: URLs are shown, logged and kept."""
+"""The address of a Redis as a URL. Passwords are not allowed in it: URLs are shown, logged and stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _USER = re.compile(r"://.*@", re.DOTALL)
 
 @dataclass(frozen=True)
 class Address:
-    """One server, the Sentinels that know which server is `master`, or some nodes of a cluster."""
+    """One server, the Sentinels that know the server of `master`, or some nodes of a cluster."""
 
     kind: Literal["single", "sentinel", "cluster"]
     hosts: tuple[tuple[str, int], ...]
@@ -34,14 +34,14 @@ class Address:
     tls: bool = False
 
     def __str__(self) -> str:
-        """Return what people are told: no user name and no password."""
+        """Return the address for people, without user name and password."""
         hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
         return f'the master "{self.master}" of the Sentinels at {hosts}' if self.kind == "sentinel" else hosts
 
 
 @dataclass(frozen=True)
 class RedisLocation:
-    """Where the shared state is. Files are PEM; `password_file` is read for every connection, so it may be changed."""
+    """Where the shared state is. Files are PEM. `password_file` is read for every connection, so it may change."""
 
     address: Address
     key_prefix: str = KEY_PREFIX
@@ -52,17 +52,17 @@ class RedisLocation:
 
 
 def parse_address(url: str) -> Address:
-    """Return what a URL says; those with `rediss` use TLS. Raises ValueError, which does not repeat the URL."""
+    """Parse a URL; schemes with `rediss` use TLS. Raises ValueError, which does not repeat the URL."""
     scheme, separator, rest = url.partition("://")
     if not separator or scheme not in SCHEMES:
         raise ValueError(f"it must be of the form {FORMS}; with TLS the scheme begins with rediss")
     kind, tls = SCHEMES[scheme]
     if "?" in rest or "#" in rest:
         raise ValueError("what is behind ? or # is not understood; the keys of state are the options")
-    user, _, place = rest.rpartition("@")
+    user, _, location = rest.rpartition("@")
     if ":" in user:
         raise ValueError("a password has no place in a URL; put it into a file and name that with password_file")
-    netloc, *path = place.rstrip("/").split("/")
+    netloc, *path = location.rstrip("/").split("/")
     hosts = tuple(_host(text, SENTINEL_PORT if kind == "sentinel" else PORT) for text in netloc.split(","))
     if kind == "single" and len(hosts) > 1:
         raise ValueError("redis:// takes one host; redis+sentinel:// and redis+cluster:// take several")
@@ -84,5 +84,5 @@ def _host(text: str, default_port: int) -> tuple[str, int]:
 
 
 def without_users(text: str) -> str:
-    """Return a text without what stands before an @ of a URL: a password may have been put there, of any letters."""
+    """Return a text with everything before the @ of a URL hidden: it may be a password, with any characters."""
     return _USER.sub("://(hidden)@", text)

@@ -1,4 +1,4 @@
-"""What all sections of the configuration are, and how problems with them are told."""
+"""The base class of configuration sections, and the messages for problems in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sidecar.config.redis_address import without_users
 
 
 class Section(BaseModel):
+    """A part of the configuration: immutable, unknown keys refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -24,14 +26,14 @@ class Tls(Section):
 
 
 def changed(section: Section) -> set[str]:
-    """Return the keys that are not at their defaults, whether these are written out or not."""
+    """Return the keys that are not at their defaults."""
     return {name for name, field in type(section).model_fields.items() if getattr(section, name) != field.default}
 
 
 def problems(error: ValidationError, model: type[BaseModel], within: Sequence[str] = ()) -> Iterator[str]:
-    """Yield each problem as "key: what is wrong", with the nearest known key for one that is unknown.
+    """Yield each problem as "key: what is wrong", with the nearest known key for an unknown one.
 
-    `within` is the path of the section in the configuration.
+    `within` is the section's path in the configuration.
     """
     for problem in error.errors():
         key = ".".join(str(part) for part in (*within, *problem["loc"]))

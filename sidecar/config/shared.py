@@ -1,4 +1,4 @@
-"""What outlives the process, and what it shares: journal, state, replicas, the cluster that it belongs to."""
+"""What outlives the process or is shared with others: journal, state, replicas, the cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sidecar.config.section import Section, Tls, changed
 
 
 class Journal(Section):
-    """Off without a data directory. Ids, names, lengths and times; never prompts, tokens, weights or secrets."""
+    """Needs a data directory. It has ids, names, lengths and times; never prompts, tokens, weights or secrets."""
 
     enabled: bool = True
     segment_bytes: int = Field(16 << 20, ge=4096)
@@ -20,12 +20,13 @@ class Journal(Section):
 
 
 class State(Section):
-    """Where names are kept: without `url` in the data directory, for one replica; with it in a Redis for several.
+    """Where names are kept: in the data directory for one replica, or with `url` in a Redis for several.
 
-    It is redis://HOST:PORT/DB, redis+sentinel://HOST:PORT,HOST:PORT/MASTER/DB or redis+cluster://HOST:PORT,HOST:PORT,
-    with a USER@ if need be, and rediss for TLS. Installations that share a Redis have different key prefixes.
+    `url` is redis://HOST:PORT/DB, redis+sentinel://HOST:PORT,HOST:PORT/MASTER/DB or
+    redis+cluster://HOST:PORT,HOST:PORT, with USER@ if needed, and rediss for TLS. Installations that share a Redis need
+    different key prefixes.
 
-    A replica that says nothing for `member_ttl_s` is not waited for any more when a name changes.
+    A change of a name no longer waits for a replica that has been silent for `member_ttl_s`.
     """
 
     url: str | None = None
@@ -53,8 +54,8 @@ class State(Section):
         return self
 
     @property
-    def place(self) -> RedisLocation:
-        """Where the Redis is; there must be one."""
+    def location(self) -> RedisLocation:
+        """The location of the Redis. `url` must be set."""
         assert self.url is not None
         tls = self.tls or Tls()
         files = (self.password_file, tls.ca, tls.certificate, tls.key)
@@ -63,12 +64,12 @@ class State(Section):
 
 
 class Replicas(Section):
-    """Several replicas in front of one pool, each backend's queue in one of them. Off without an address.
+    """Several replicas in front of one pool; each backend's queue is in one of them. Off without an address.
 
-    They listen to each other at `address` and are reached at `advertise`, by default that, with this machine's name if
-    it stands for all of the machine's addresses.
-    `name` is whose life this is when it is started again, by default this machine's. What a replica owns falls to
-    another `lease_s` after it was lost.
+    They listen to each other at `address` and are reached at `advertise`, which defaults to `address`, with this
+    machine's name for a wildcard.
+    `name` identifies a replica across restarts; the default is this machine's name. `lease_s` after a replica was lost,
+    another takes its backends.
     """
 
     address: str | None = None
@@ -80,13 +81,13 @@ class Replicas(Section):
 
     @property
     def listener(self) -> Listener:
-        """Where the others are listened to; there must be an address."""
+        """The listener for the other replicas. `address` must be set."""
         assert self.address is not None
         return Listener(address=self.address, tls=self.tls)
 
 
 class ClusterAdapters(Section):
-    """What declares adapters: ConfigMaps that have `label`, of the form key=value,key=value, and LoraAdapters."""
+    """Objects that declare adapters: ConfigMaps with `label`, of the form key=value,key=value, and LoraAdapters."""
 
     config_maps: bool = False
     custom_resources: bool = False
@@ -94,7 +95,7 @@ class ClusterAdapters(Section):
 
 
 class Kubernetes(Section):
-    """The cluster that this process belongs to, as a pod or by KUBECONFIG. `namespace` is its own if none is named."""
+    """The cluster of this process, as a pod or by KUBECONFIG. `namespace` defaults to its own."""
 
     namespace: str = Field("", pattern=r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)?$")
     adapters: ClusterAdapters = ClusterAdapters()

@@ -1,1 +1,1 @@
-"""The wiring of one serving process: from a configuration to its listeners and a clean exit."""
+"""The wiring of one serving process, from its configuration to its listeners and a clean exit."""

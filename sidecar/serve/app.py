@@ -1,4 +1,4 @@
-"""Put the parts together: one process with its three listeners, from a configuration to a clean exit."""
+"""A serving process: start it from a configuration, drain it, stop it, and end it after a crash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sidecar.journal.writer import Journal
 from sidecar.kubernetes.placement import Seen, seen_here
 from sidecar.replicas.board import SERVING
 from sidecar.replicas.replica import Replica
-from sidecar.serve.discovered import DiscoveredPools, Workshop, finder_of
+from sidecar.serve.discovered import BackendMaker, DiscoveredPools, finder_of
 from sidecar.serve.listening import Listening
 from sidecar.serve.membership import figures_of, join, link_of, member_of
 from sidecar.serve.pool import base_models, make_backends, pools_of, shared_memory_for, stagings_of
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TELL_S = 0.5
-"""How long a listener's calls may take to end after a crash: their endings are on the way."""
+"""How long a listener's calls may take to end: after a drain or a crash their last answers are on the way."""
 
 
 class Sidecar:
     """A serving process. `start` makes one; `stop` ends it at once, `drain` first lets everything finish.
 
-    `find` returns what finds the engines of a pool. `crash` is where it happens that nothing can go on.
+    `find(discover)` returns the finder of a pool's engines. `crash` reports that the process has to end.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Sidecar:
 
     @property
     def _owner(self) -> str:
-        """Return what this replica is called by the engines that it owns, "" if it is the only one."""
+        """The name of this replica in its engines' logs; "" if it is the only one."""
         return "" if self.config.replicas.address is None else self._member.id
 
     def _data_directory(self) -> Path | None:
@@ -130,7 +130,7 @@ class Sidecar:
         return data
 
     def _registry(self, data: Path | None) -> Registry:
-        """Return the registry: in the Redis that is named, else in the data directory, else in memory only."""
+        """Return the registry: in the Redis that is configured, else in the data directory, else in memory."""
         if self._link is None:
             return SqliteRegistry(None if data is None else data / REGISTRY_FILE)
         from sidecar.state.redis.registry import RedisRegistry
@@ -139,8 +139,8 @@ class Sidecar:
         ttl_s = state.member_ttl_s if replicas.address is None else replicas.lease_s
         return RedisRegistry(self._link, self._owner, ttl_s)
 
-    def _tell_of_another_registry(self) -> None:
-        """Say where names from before are when there are none in the Redis: they do not move by themselves."""
+    def _warn_of_unread_names(self) -> None:
+        """Warn of names in the data directory if the Redis has none: they are not moved by themselves."""
         if self.config.data_directory is not None and not self.registry.all():
             file = Path(self.config.data_directory).expanduser() / REGISTRY_FILE
             if file.exists():
@@ -165,7 +165,7 @@ class Sidecar:
     async def start(
         cls, config: Config, find: Callable[[Discover], Finder] = finder_of, crash: Crash | None = None
     ) -> Sidecar:
-        """Start to serve. Raises Misused naming what is in the way; nothing is left behind then."""
+        """Start to serve. Raises Misused naming the obstacle; nothing is left behind then."""
         sidecar = cls(config, find, crash)
         try:
             await sidecar._start()
@@ -175,14 +175,14 @@ class Sidecar:
         return sidecar
 
     async def _start(self) -> None:
-        await self._loader.start()  # first: gRPC's threads are told of on the terminal by every fork that comes later
+        await self._loader.start()  # first: gRPC's threads print a warning for every later fork
         wiring = Wiring(self._loader, self._memory, self._owner)
         backends = make_backends(self.entries, wiring)
         if self._journal is not None:
             self._journal.start()
         await self.registry.start()
         if self.config.state.url is not None:
-            self._tell_of_another_registry()
+            self._warn_of_unread_names()
         if self._link is not None and self.config.replicas.address is not None:
             self._join(self._link)
         adapters = self.config.kubernetes.adapters
@@ -191,8 +191,8 @@ class Sidecar:
         await self.gateway.start(backends)
         if self.replica is not None:
             self.replica.start()
-        workshop = Workshop(self.gateway, self.replica, wiring)
-        self._pools = DiscoveredPools(self.entries, workshop, self._find, self.config.drain_timeout_s)
+        maker = BackendMaker(self.gateway, self.replica, wiring)
+        self._pools = DiscoveredPools(self.entries, maker, self._find, self.config.drain_timeout_s)
         self._pools.start()
         if not self.entries:
             logger.warning("no backend is configured: name one with --backend triton://HOST:PORT, or under backends")
@@ -208,7 +208,7 @@ class Sidecar:
         self.metrics.replica = lambda: figures_of(replica, self.registry)
 
     def _follow_cluster(self) -> None:
-        """Have adapters that are declared in the cluster registered. Raises Misused when there is no cluster."""
+        """Follow the adapters that the cluster declares. Raises Misused if there is no cluster."""
         from sidecar.kubernetes.access import find_access
         from sidecar.kubernetes.declared import DeclaredAdapters
 
@@ -227,32 +227,32 @@ class Sidecar:
         self.metrics.declared = lambda: declared.phases
 
     def _seen(self) -> dict[str, Seen]:
-        """Return all backends as their owners tell of them."""
+        """Return all backends as their owners report them."""
         if self.replica is None:
             return seen_here(self.gateway.state)
         standings = self.replica.board.standings
         return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
 
     async def run_until_signalled(self) -> None:
-        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal ends that at once.
+        """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal stops at once.
 
-        Or until somebody has had all finish by the drain listener. Raises Failed(SIDECAR_FAILED) when the process has
-        to end because its state can be trusted no more; no signal holds that up.
+        Also returns after a drain by the drain listener. Raises Failed(SIDECAR_FAILED) if the process crashed; it does
+        not wait for a signal then.
         """
         signals: asyncio.Queue[None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
-        told, crashed = asyncio.create_task(self._until_told(signals)), asyncio.create_task(self._crashed.wait())
-        await asyncio.wait((told, crashed), return_when=asyncio.FIRST_COMPLETED)
-        for task in (told, crashed):
+        stopped, crashed = asyncio.create_task(self._until_stopped(signals)), asyncio.create_task(self._crashed.wait())
+        await asyncio.wait((stopped, crashed), return_when=asyncio.FIRST_COMPLETED)
+        for task in (stopped, crashed):
             task.cancel()
         await self._stop_after_all()
         if self.crash.raised is not None:
             raise self.crash.error()
 
-    async def _until_told(self, signals: asyncio.Queue[None]) -> None:
-        if not await self._is_told_to_stop(signals):
+    async def _until_stopped(self, signals: asyncio.Queue[None]) -> None:
+        if not await self._first_signal(signals):
             return
         logger.warning(
             "draining: nothing new is admitted, %s requests finish within %.0f s; signal again to stop now",
@@ -264,8 +264,8 @@ class Sidecar:
         for task in pending:
             task.cancel()
 
-    async def _is_told_to_stop(self, signals: asyncio.Queue[None]) -> bool:
-        """Wait for the first signal, or for a drain that is over; return whether it was a signal."""
+    async def _first_signal(self, signals: asyncio.Queue[None]) -> bool:
+        """Wait for the first signal or the end of a drain; return True if it was a signal."""
         signal_, drained = asyncio.create_task(signals.get()), asyncio.create_task(self.listening.drained.wait())
         await asyncio.wait((signal_, drained), return_when=asyncio.FIRST_COMPLETED)
         for task in (signal_, drained):
@@ -273,9 +273,9 @@ class Sidecar:
         return signal_.done()
 
     async def drain(self) -> None:
-        """Admit nothing new and wait for what is here, at most `drain_timeout_s`; then no stream is open any more.
+        """Admit nothing new, and wait at most `drain_timeout_s` until all requests and streams have ended.
 
-        Asked again, the same drain is waited for.
+        Further calls wait for the same drain.
         """
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
@@ -300,12 +300,12 @@ class Sidecar:
     # A crash.
 
     def _on_crash(self, raised: Raised) -> None:
-        """Begin to end: nothing is taken any more by now."""
+        """Begin to end. Nothing is admitted any more."""
         self._crashed.set()
         self._ending = asyncio.create_task(self._end_open(raised))
 
     async def _end_open(self, raised: Raised) -> None:
-        """Say so, stop what runs at engines, and only then let others have them; then tell who waits here."""
+        """Refuse probes, stop runs at engines, only then give backends up to other replicas, and end all requests."""
         await _tried(self.listening.refuse())
         await _tried(self.gateway.abandon())
         if self.replica is not None:
@@ -314,14 +314,14 @@ class Sidecar:
         await self.gateway.told()
 
     async def _stop_after_all(self) -> None:
-        """Stop; after a crash as far as that can be done."""
+        """Stop; after a crash as far as that is possible."""
         if self.crash.raised is None:
             await self.stop()
         else:
             await _tried(self.stop())
 
     async def stop(self) -> None:
-        """End at once: calls that are still open are cancelled."""
+        """Stop at once; open calls are cancelled."""
         if self._ending is not None:
             await _tried(self._ending)
         self.served.stop()
@@ -332,13 +332,13 @@ class Sidecar:
             await self._pools.stop()
         if self.replica is not None:
             await self.replica.leave()
-        # Whoever asks in the last moment of a drain is still told that it is over.
+        # A call that came at the last moment of a drain still gets its answer.
         await self.listening.close(TELL_S if is_drained or self.crash.raised is not None else 0)
         if self._declared is not None:
             await self._declared.stop()
         if self.replica is not None:
             await self.replica.stop()
-        await self.registry.close()  # before the gateway, which takes no change any more once it has stopped
+        await self.registry.close()  # before the gateway, which takes no changes once it has stopped
         await self.gateway.stop()
         await self._loader.close()
         if self._memory.mount is not None:
@@ -350,7 +350,7 @@ class Sidecar:
 
 
 async def _tried(work: Awaitable[None]) -> None:
-    """Do a part of an ending. What comes behind it must be done whatever becomes of it."""
+    """Carry out one part of an ending, and log its failure: the parts after it must follow in any case."""
     try:
         await work
     except Exception:

@@ -1,4 +1,4 @@
-"""The pools whose engines come and go: what finds them, and the backends that are made of what is found."""
+"""Pools whose engines come and go: their finders, and the backends made of the engines found."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def finder_of(discover: Discover) -> Finder:
-    """Return what finds the engines of a pool. Raises Misused where it cannot look for them."""
+    """Return the finder of a pool's engines. Raises Misused if it cannot work here."""
     if discover.dns is not None:
         host, _, port = discover.dns.rpartition(":")
         return DnsFinder(host.strip("[]"), int(port), discover.every_s, discover.empty_s)
@@ -33,7 +33,7 @@ def finder_of(discover: Discover) -> Finder:
 
 
 async def found_now(entry: Entry, patience_s: float = 5.0) -> list[Entry]:
-    """Return an entry for each engine of a pool that is there and ready; none if none is found in time."""
+    """Return an entry for each engine of a pool that is ready now; [] if none is found in time."""
     assert entry.discover is not None
     try:
         async with asyncio.timeout(patience_s):
@@ -48,7 +48,7 @@ async def found_now(entry: Entry, patience_s: float = 5.0) -> list[Entry]:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class BackendMaker:
     """What is needed to make a backend and to have it served."""
 
     gateway: Gateway
@@ -57,24 +57,24 @@ class Workshop:
 
 
 class PoolEngines:
-    """The backends of one pool (`discovery.following.Engines`). `entry` is what is configured of each of them."""
+    """The backends of one pool (`discovery.following.Engines`), each configured as `entry` says."""
 
-    def __init__(self, entry: Entry, workshop: Workshop) -> None:
+    def __init__(self, entry: Entry, maker: BackendMaker) -> None:
         self._entry = entry
-        self._workshop = workshop
-        self._gateway = workshop.gateway
+        self._maker = maker
+        self._gateway = maker.gateway
         self._ids: dict[str, str] = {}
 
     async def add(self, found: Found, fresh: bool) -> None:
         pool = self._entry.identity
         entry = self._entry.at(found.name, found.address)
         declared = self._gateway.state.config.pools[pool]
-        backend, facts = make_backend(entry, declared, self._workshop.wiring)
+        backend, facts = make_backend(entry, declared, self._maker.wiring)
         logger.info("%s is found at %s", backend.id, found.address)
         await self._gateway.add_backend(backend, facts, pool, fresh)
         self._ids[found.name] = backend.id
-        if self._workshop.replica is not None:
-            self._workshop.replica.found(backend.id)
+        if self._maker.replica is not None:
+            self._maker.replica.found(backend.id)
 
     def leave(self, name: str, leaving: bool) -> None:
         backend = self._ids[name]
@@ -90,23 +90,23 @@ class PoolEngines:
         backend = self._ids.pop(name)
         logger.info("%s is removed: %s", backend, cause)
         await self._gateway.fleet.remove(backend, cause)
-        if self._workshop.replica is not None:
-            self._workshop.replica.gone(backend)
+        if self._maker.replica is not None:
+            self._maker.replica.gone(backend)
 
 
 class DiscoveredPools:
-    """Follows all pools of a configuration. `drain_s` is how long what runs at an engine that is gone may go on."""
+    """Follows all pools of a configuration. Runs at an engine that is gone may go on for `drain_s` seconds."""
 
     def __init__(
         self,
         configured: Sequence[Entry],
-        workshop: Workshop,
+        maker: BackendMaker,
         find: Callable[[Discover], Finder] = finder_of,
         drain_s: float = 300.0,
     ) -> None:
-        """Raises Misused for a pool that cannot be looked for."""
+        """Raises Misused if the engines of a pool cannot be found this way."""
         self._followers = [
-            Follower(find(entry.discover), PoolEngines(entry, workshop), entry.discover.grace_s, drain_s)
+            Follower(find(entry.discover), PoolEngines(entry, maker), entry.discover.grace_s, drain_s)
             for entry in configured
             if entry.discover is not None
         ]

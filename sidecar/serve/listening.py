@@ -1,4 +1,4 @@
-"""The listeners of one process: for clients, operators, HTTP, probes and other replicas, and for who drains it."""
+"""The listeners of one process: for clients, operators, HTTP, probes, other replicas, and draining."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    # No compression: 64 KB would become 64 MB before anything of ours has a say.
+    # No compression: 64 KB could become 64 MB before any of our limits applies.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     *PENDING_OPTIONS,
 )
 
 
 class Listening:
-    """What a gateway is reached by. Addresses are HOST:PORT, and known once it is `open`."""
+    """The listeners of a gateway. Addresses are HOST:PORT, known once it is `open`."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class Listening:
     ) -> None:
         self.data = self.admin = self.http = self.probes = self.drain = ""
         self.streams: Lifetimes | None = None
-        """Of clients' KServe streams."""
+        """Lifetimes of clients' KServe streams."""
         self.drained = asyncio.Event()
-        """Set once somebody who asked by the drain listener has been told that nothing runs any more."""
+        """Set once a caller of the drain listener has been told that nothing runs any more."""
         self._config = config
         self._entries = entries
         self._gateway = gateway
@@ -81,12 +81,12 @@ class Listening:
         self._drain_front: HttpDrain | None = None
 
     def server(self, listener: Listener, name: str) -> tuple[grpc.aio.Server, str]:
-        """Return one more server, which starts with the others, and its address. Raises Misused(PORT_IN_USE)."""
+        """Return another server, which is started with the others, and its address. Raises Misused(PORT_IN_USE)."""
         server = self._server()
         return server, _bind(server, listener, name)
 
     async def open(self, replica: Replica | None) -> None:
-        """Listen. Raises Misused naming the listener that cannot be had."""
+        """Listen. Raises Misused naming a listener whose address cannot be bound."""
         self._open_data()
         self._open_admin(replica)
         await self._open_http()
@@ -96,11 +96,11 @@ class Listening:
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
     async def refuse(self) -> None:
-        """Say to who asks that this process serves no more."""
+        """Report NOT_SERVING to health checks."""
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def close(self, grace_s: float = 0) -> None:
-        """Listen no more: calls that are still open after `grace_s` are cancelled."""
+        """Stop listening; calls that are still open after `grace_s` are cancelled."""
         if self._drain_front is not None:
             await self._drain_front.stop()
         await asyncio.gather(*(server.stop(grace_s) for server in self._servers))
@@ -162,14 +162,14 @@ class Listening:
         return BoundedCalls(self.intake, listener.calls_per_connection_max)
 
     def _server(self, interceptors: Sequence[Any] = (), options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Server:
-        # Of an option that is given twice gRPC takes the first.
+        # If an option is given twice, gRPC takes the first.
         server = grpc.aio.server(interceptors=list(interceptors), options=(*options, *SERVER_OPTIONS))
         self._servers.append(server)
         return server
 
 
 def chat_templates(configured: Sequence[Entry]) -> dict[str, ChatTemplate]:
-    """Read the chat templates that are named, by backend. Raises Misused with what is wrong with one."""
+    """Read the configured chat templates, by backend. Raises Misused naming one that is malformed."""
     return {
         backend.identity: read_chat_template(Path(backend.base_model.chat_template).expanduser())
         for backend in configured
@@ -182,7 +182,7 @@ def _http_tls(tls: Tls | None, address: str) -> ssl.SSLContext | None:
 
 
 def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, int], ...]:
-    """Return gRPC's options for the bounds of a listener's connections."""
+    """Return gRPC's options for the limits of a listener's connections."""
     return (
         ("grpc.max_receive_message_length", message_bytes_max),
         ("grpc.max_allowed_incoming_connections", listener.connections_max),
@@ -192,7 +192,7 @@ def _bounds(listener: GrpcListener, message_bytes_max: int) -> tuple[tuple[str, 
 
 
 def _bind(server: grpc.aio.Server, listener: Listener, name: str, calls: BoundedCalls | None = None) -> str:
-    """Open a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
+    """Bind a listener's port and return its address. Raises Misused(PORT_IN_USE)."""
     try:
         if listener.tls is None:
             port = server.add_insecure_port(listener.address)

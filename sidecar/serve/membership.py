@@ -1,4 +1,4 @@
-"""This process as one of several replicas, as it is configured: who it is, and where the others reach it."""
+"""This process as one of several replicas: its identity, its listener for the others, and its figures."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 
 def member_of(replicas: Replicas) -> Member:
-    """Return this life of this replica."""
+    """Return the identity of this replica for the life of this process."""
     name = replicas.name or gethostname()
     return Member(f"{name}-{token_hex(4)}", name, replicas.weight)
 
 
 def link_of(config: Config) -> Link | None:
-    """Return the way to the Redis that names are kept in, None without one."""
+    """Return the connection to the Redis that holds the names; None without one."""
     if config.state.url is None:
         return None
-    from sidecar.state.redis.link import Link  # the client is loaded only where there is a Redis
+    from sidecar.state.redis.link import Link  # the client is imported only if there is a Redis
 
-    return Link(config.state.place)
+    return Link(config.state.location)
 
 
 def join(
@@ -48,7 +48,7 @@ def join(
     member: Member,
     listening: Listening,
 ) -> Replica:
-    """Return this replica, which has a listener for the others and is one of them once it is started."""
+    """Return this replica with its listener for the others; once started, it is one of them."""
     from sidecar.replicas.leases import RedisLeases
     from sidecar.state.redis.members import RedisMembers
 
@@ -74,7 +74,7 @@ def join(
 
 
 def figures_of(replica: Replica, registry: Registry) -> ReplicaFigures:
-    """Return what is counted between replicas."""
+    """Return the figures between replicas."""
     away_since = registry.away_since
     return ReplicaFigures(
         replica.keeper.changes["taken"],
@@ -89,6 +89,6 @@ def figures_of(replica: Replica, registry: Registry) -> ReplicaFigures:
 
 
 def _reached_at(address: str) -> str:
-    """Return where others reach a listener: by this machine's name, if it listens at all of its addresses."""
+    """Return the address for other replicas: by this machine's name if the listener has all of its addresses."""
     host, _, port = address.rpartition(":")
     return f"{gethostname()}:{port}" if host in ("", "0.0.0.0", "[::]") else address

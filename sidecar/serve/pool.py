@@ -1,4 +1,4 @@
-"""From a configuration to its backends: what each is told, and what is declared of its engine."""
+"""Make the backends of a configuration, with what is declared of their engines."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def shared_memory_for(entries: Sequence[Entry], store_bytes: int) -> SharedMemory:
-    """Return where the store's blobs are to lie so that engines on this machine can read them there.
+    """Return the memory for the store's blobs, shared if engines on this machine can read it there.
 
-    What processes that live no more have left there is removed. Raises Misused where a backend insists on shared memory
-    and there is not enough.
+    What dead processes have left there is removed. Raises Misused if a backend requires shared memory and there is not
+    enough.
     """
     wanted = {entry.shared_memory for entry in entries} - {"never"}
     if not wanted:
@@ -39,31 +39,31 @@ def shared_memory_for(entries: Sequence[Entry], store_bytes: int) -> SharedMemor
 
 
 def make_backends(entries: Sequence[Entry], wiring: Wiring) -> list[tuple[Backend, EngineFacts]]:
-    """Return the backends of the entries that have an address, each with what is known of its engine."""
+    """Return the backends of the entries that have an address, each with the known facts of its engine."""
     facts = facts_of(entries)
     _warn_of_unchecked(entries)
     return [make_backend(entry, facts[entry.identity], wiring) for entry in entries if entry.discover is None]
 
 
 def make_backend(entry: Entry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
-    """Return the backend of one entry that has an address."""
+    """Return the backend of an entry that has an address, with the known facts of its engine."""
     return kind_named(entry.kind_name).connect(entry, declared, wiring)
 
 
 def pools_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
-    """Return what is declared of the engines of each pool in which they come and go."""
+    """Return the declared facts of the engines of each pool whose engines come and go."""
     facts = facts_of(entries)
     return {entry.identity: facts[entry.identity] for entry in entries if entry.discover is not None}
 
 
 def stagings_of(entries: Sequence[Entry]) -> list[Staging]:
-    """Return the folders that engines read adapters' files from, each once."""
-    shared = [entry.places.ours for entry in entries if entry.places is not None]
+    """Return the folders from which engines read adapters' files, each once."""
+    shared = [entry.shared_dir.ours for entry in entries if entry.shared_dir is not None]
     return [Staging(folder) for folder in dict.fromkeys(shared)]
 
 
 def facts_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
-    """Return what is declared of each backend's engine, by the backend's id; nothing is asked of anyone."""
+    """Return the declared facts of each backend's engine, by the backend's id. Asks no engine."""
     found = {}
     for entry in entries:
         engine = entry.engine
@@ -78,7 +78,7 @@ def facts_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
 
 
 def base_models(entries: Sequence[Entry]) -> dict[str, BaseModel]:
-    """Return the base models whose files are named, by every name that they have."""
+    """Return the base models whose files are configured, by all their names."""
     found: dict[str, BaseModel] = {}
     for entry in entries:
         model = base_model_of(entry)
@@ -88,13 +88,13 @@ def base_models(entries: Sequence[Entry]) -> dict[str, BaseModel]:
 
 
 def base_model_of(entry: Entry) -> BaseModel | None:
-    """Read the base model's own config. Raises Misused with what is wrong with it."""
+    """Read the base model's own config; None if it is not configured. Raises Misused if it is malformed."""
     base = entry.base_model
     return None if base is None or base.config is None else read_base_model(Path(base.config).expanduser())
 
 
 def _warn_of_unchecked(entries: Sequence[Entry]) -> None:
-    """Name the engines whose adapters' sizes are checked against nothing, where their kind knows no other way."""
+    """Warn of engines for which adapters' sizes are not checked, if their kind has a warning for that."""
     known = base_models(entries)
     without: dict[str, list[str]] = {}
     for entry in entries:

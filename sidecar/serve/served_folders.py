@@ -1,4 +1,4 @@
-"""The folder of adapters that the configuration names: each subfolder is served under its own name."""
+"""The configured folder of adapters: each subfolder is registered under its own name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AGAIN_S = 1.0
 
 
 class ServedFolders:
-    """Registers them, and sees to it that their names stay as they are configured."""
+    """Registers the adapters of the folder, and restores their names when an override has run out."""
 
     def __init__(self, wanted: Adapters, catalogue: Catalogue) -> None:
         self._folder = wanted.serve
@@ -28,7 +28,7 @@ class ServedFolders:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Register all; those that cannot be yet are tried again. Raises Misused when there is no such folder."""
+        """Register all; a failure that may pass is tried again. Raises Misused if the folder does not exist."""
         self._paths = _adapters_in(self._folder)
         await asyncio.gather(*(self._register(path) for path in self._paths))
         self._task = asyncio.create_task(self._reconcile())
@@ -38,10 +38,10 @@ class ServedFolders:
             self._task.cancel()
 
     async def _register(self, path: Path) -> None:
-        """Register one under its own name; a wrong one is told and left out.
+        """Register one adapter under its folder's name; a bad one is logged and left out.
 
-        What others keep from being written down, or have not read in time, is tried again: a replica must not need them
-        to start.
+        A failure that may pass, such as a registry that does not answer, is tried again: a replica must not need it to
+        start.
         """
         self.left.discard(path)
         try:
@@ -54,13 +54,13 @@ class ServedFolders:
             self.left.add(path)
 
     async def _reconcile(self) -> None:
-        """Set a name to what the configuration says: one that could not be yet, or whose override has run out."""
+        """Register again those that failed, and those whose override has run out."""
         while True:
             await asyncio.sleep(AGAIN_S)
             for path in self._paths:
                 try:
                     ended = await self._catalogue.hold_ended(path.name)
-                except Refused as refused:  # for now: it is looked at again in a moment
+                except Refused as refused:  # may pass: it is tried again in a moment
                     logger.warning("%s is not yet as configured again: %s", path.name, refused.message)
                     continue
                 if ended:

@@ -120,13 +120,13 @@ async def test_a_staged_adapter_goes_with_its_folder(tmp_path: Path) -> None:
     stray = tmp_path / f"{'0' * 64}.files.p1.g0"
     stray.mkdir()
     async with staged(AdaptersDir(tmp_path, "/engine"), TINY_BASE, rank=1) as tiny:
-        folder = tiny.places.ours / tiny.key
-        assert tiny.places.engine_path(tiny.key) == f"/engine/{tiny.places.ours.name}/{tiny.key}"
-        assert tiny.places.ours.name.startswith(PREFIX)
+        folder = tiny.shared_dir.ours / tiny.key
+        assert tiny.shared_dir.engine_path(tiny.key) == f"/engine/{tiny.shared_dir.ours.name}/{tiny.key}"
+        assert tiny.shared_dir.ours.name.startswith(PREFIX)
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 1
         with read_adapter(folder, base=TINY_BASE) as source:
             assert source.digest == tiny.digest
-        assert folder.stat().st_mode & 0o777 == tiny.places.ours.stat().st_mode & 0o777 == 0o755
+        assert folder.stat().st_mode & 0o777 == tiny.shared_dir.ours.stat().st_mode & 0o777 == 0o755
     assert inside(tmp_path) == [stray.name]
 
 
@@ -134,7 +134,7 @@ async def test_a_staged_adapter_stays_where_it_may_be_looked_for(tmp_path: Path)
     """An engine that still knows its name would miss it."""
     async with staged(AdaptersDir(tmp_path, "/engine"), TINY_BASE) as tiny:
         tiny.stays = True
-    assert (tiny.places.ours / tiny.key / "adapter_config.json").is_file()
+    assert (tiny.shared_dir.ours / tiny.key / "adapter_config.json").is_file()
 
 
 async def test_an_error_leaves_nothing_staged(tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def test_the_shared_folder_in_the_configuration() -> None:
     two = shared_folder({"ours": "/mnt/a", "engine": "/models/a"}).adapters_dir
     assert same is not None
     assert two is not None
-    assert same.places == AdaptersDir(Path("/mnt/a"), "/mnt/a")
-    assert two.places == AdaptersDir(Path("/mnt/a"), "/models/a")
+    assert same.shared_dir == AdaptersDir(Path("/mnt/a"), "/mnt/a")
+    assert two.shared_dir == AdaptersDir(Path("/mnt/a"), "/models/a")
     for wrong, words in (
         ("relative", "it must be an absolute path"),
         ({"ours": "/a"}, "adapters_dir.engine: Field required"),

@@ -29,7 +29,7 @@ from sidecar.backends.triton.dialects import LlmApi
 from sidecar.backends.triton.loads import LoaderProcess, Target
 from sidecar.backends.triton.probe import answer_of, describe, is_late
 from sidecar.backends.triton.regions import Regions
-from sidecar.backends.triton.server import CHANGED, Server, Sought
+from sidecar.backends.triton.server import CHANGED, Server, WatchOptions
 from sidecar.backends.triton.streams import Run, StreamPool
 from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory, Transport, Wanted
 from sidecar.core.effects import Dispatch, Load
@@ -66,9 +66,9 @@ class TritonOptions:
     """This replica's id; "" if there is only one."""
 
     @property
-    def sought(self) -> Sought:
+    def watched(self) -> WatchOptions:
         """The part that watching needs."""
-        return Sought(
+        return WatchOptions(
             self.id,
             self.address,
             self.model,
@@ -97,7 +97,7 @@ class TritonBackend(Endpoint):
         self._pool = StreamPool(self._channel)
         self._regions = Regions(options.id, self._stub)
         self._transport = Transport(options.id, options.transport, options.memory, self._stub)
-        self._server = Server(options.sought, self._stub, self._transport)
+        self._server = Server(options.watched, self._stub, self._transport)
         super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, self._server.pulse)
 
     @property

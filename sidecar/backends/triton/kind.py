@@ -96,7 +96,7 @@ def _connect(entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> tuple
         tls=entry.tls_files,
         transport=entry.weights_transport,
         memory=wiring.memory,
-        adapters_dir=entry.places,
+        adapters_dir=entry.shared_dir,
         progress_timeout_s=entry.progress_timeout_s,
         load_timeout_s=entry.load_timeout_s,
         owner=wiring.owner,

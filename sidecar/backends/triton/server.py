@@ -1,4 +1,4 @@
-"""One Triton server as it is watched: what it is when it is reached, and whether it still is that, and lives."""
+"""Watch one Triton server: what it is when it is reached, whether it has changed since, and whether it lives."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CHANGED = "its model's configuration has changed"
 
 
 @dataclass(frozen=True)
-class Sought:
-    """Which model of which server is meant, and what is declared of it. `adapters_dir` is for models that need one."""
+class WatchOptions:
+    """The server and model to watch, and what is declared of it. `adapters_dir` is for models that read files."""
 
     id: str
     address: str
@@ -38,13 +38,13 @@ class Sought:
 
 
 class Server:
-    """The other side of one backend. `stub` is its KServe stub."""
+    """The server of one backend. `stub` is its KServe stub."""
 
-    def __init__(self, sought: Sought, stub: Any, transport: Transport) -> None:
-        self._sought = sought
+    def __init__(self, options: WatchOptions, stub: Any, transport: Transport) -> None:
+        self._options = options
         self._transport = transport
-        self._probe = Probe(sought.id, sought.address, sought.model, stub)
-        self._scraper = Scraper(sought.metrics_url, sought.model) if sought.metrics_url else None
+        self._probe = Probe(options.id, options.address, options.model, stub)
+        self._scraper = Scraper(options.metrics_url, options.model) if options.metrics_url else None
         self._config = b""
         self._unknown = ""
         self._caches = 1
@@ -52,15 +52,15 @@ class Server:
         self.decoupled = True
         self.dialect: Dialect = TensorRtLlm()
         self.gauges: Gauges | None = None
-        self.pulse = Pulse(sought.progress_timeout_s, monotonic())
+        self.pulse = Pulse(options.progress_timeout_s, monotonic())
 
     async def close(self) -> None:
         if self._scraper is not None:
             await self._scraper.close()
 
     def detail(self) -> str:
-        """Say what an operator should know of a server that is up."""
-        url = self._sought.metrics_url
+        """Return a phrase for operators about a server that is up."""
+        url = self._options.metrics_url
         metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
         caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
         known = "" if self.gauges is not None else metrics
@@ -77,22 +77,22 @@ class Server:
         await self._probe.ready()
 
     async def reach(self) -> EngineFacts:
-        """Find out what the server is. Raises Misused when it cannot be used so, grpc.RpcError when it is away."""
+        """Return the facts of the server. Raises Misused if it cannot be used, grpc.RpcError if it is unreachable."""
         await self._probe.ready()
         config = await self._probe.config()
-        self.dialect = dialect_of(config, self._sought.adapters_dir)
+        self.dialect = dialect_of(config, self._options.adapters_dir)
         self.decoupled = config.model_transaction_policy.decoupled
         if self._distrusted:
             await self._probe.answer_once(self.dialect, self.decoupled)
         found = await self._facts_of(config)
         reads_files = not isinstance(self.dialect, TensorRtLlm)
         declared = replace(
-            self._sought.facts,
+            self._options.facts,
             kind=self.dialect.kind,
             reads_files=reads_files,
             base_only=reads_files and not self.dialect.serves_adapters,
         )
-        facts = merge(self._sought.id, declared, found)
+        facts = merge(self._options.id, declared, found)
         self.pulse.begin(monotonic())
         self.gauges = None
         await self.measure()
@@ -113,22 +113,22 @@ class Server:
         return replace(facts, seats=facts.seats or gauges.seats, kv_tokens=facts.kv_tokens or gauges.kv_tokens)
 
     def _gauges_of_all(self, caches: int) -> Gauges:
-        """Return what all instances take: each has a batch of its own, and the gauges are those of one."""
+        """Return the gauges for all instances: each has a batch of its own, and published are those of one."""
         gauges = self.gauges or Gauges()
         seats, kv_tokens = gauges.seats and gauges.seats * caches, gauges.kv_tokens and gauges.kv_tokens * caches
         return replace(gauges, seats=seats, kv_tokens=kv_tokens, kv_used=gauges.kv_used if caches == 1 else None)
 
     def measured(self) -> BackendMeasured | None:
-        """Return how much the engine takes and how full it is, None where that is not known."""
+        """Return the engine's capacity and load; None if they are unknown."""
         if self.gauges is None:
             return None
-        gauges, facts = self._gauges_of_all(self._caches), self._sought.facts
+        gauges, facts = self._gauges_of_all(self._caches), self._options.facts
         return BackendMeasured(
-            self._sought.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
+            self._options.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
         )
 
     async def measure(self) -> bool:
-        """Read the gauges; return whether they say that the engine has restarted."""
+        """Read the gauges; return True if they show that the engine has restarted."""
         gauges = None if self._scraper is None else await self._scraper.scrape()
         if gauges is None:
             return False
@@ -137,12 +137,12 @@ class Server:
         return restarted
 
     async def changed(self) -> bool:
-        """Whether the model's configuration is another than when it was reached. Raises Misused, grpc.RpcError."""
+        """Return True if the model's configuration has changed since it was reached. Raises Misused, grpc.RpcError."""
         config = await self._probe.config()
         return bool(config.SerializeToString(deterministic=True) != self._config)
 
     async def look(self) -> str | None:
-        """Return why a server that is up must be taken for a new one, None if it need not. Raises grpc.RpcError."""
+        """Return why a server that is up must be treated as a new one, None if it need not. Raises grpc.RpcError."""
         restarted = await self.measure()
         try:
             await self._probe.ready()
@@ -155,33 +155,33 @@ class Server:
         return CHANGED if changed else None
 
     async def hangs(self) -> bool:
-        """Whether an engine that has been silent for too long, with something in flight, hangs.
+        """Return True if an engine with something in flight hangs.
 
-        One whose steps are counted makes none. One of which that is not known may be busy with one long answer that
-        comes all at once: it is asked for a token of its own.
+        A silent engine whose steps are counted makes none. One without a count may be busy with a long answer that
+        comes all at once, so it is asked for one token.
         """
         if not self.pulse.is_still(monotonic()):
             return False
-        if not self.pulse.is_counted and await self.answers(self._sought.progress_timeout_s):
+        if not self.pulse.is_counted and await self.answers(self._options.progress_timeout_s):
             self.pulse.heard(monotonic())
             return False
         return True
 
     def distrust(self) -> None:
-        """Trust it again only when it has answered a token: it was lost."""
+        """Trust a lost engine again only once it has answered a token."""
         self._distrusted = True
 
     async def steps(self) -> int | None:
-        """Return how many steps the engine has made, None where its metrics do not say or cannot be had."""
+        """Return the engine's step count; None if its metrics lack it or cannot be read."""
         gauges = None if self._scraper is None else await self._scraper.scrape()
         return None if gauges is None else gauges.iterations
 
     async def answers(self, within_s: float) -> bool:
-        """Whether the engine answers when it is asked for a token."""
+        """Return True if the engine answers a request of ours for one token."""
         try:
             await self._probe.answer_once(self.dialect, self.decoupled, within_s)
-        except Misused as said:
-            return classify(said.message) is not Fault.LOST  # any other error is an answer
+        except Misused as error:
+            return classify(error.message) is not Fault.LOST  # any other error is an answer
         except grpc.RpcError:
             return False
         return True

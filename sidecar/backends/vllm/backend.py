@@ -139,10 +139,10 @@ class VllmBackend(Endpoint):
 
     def _is_gone(self, engine_path: str) -> bool:
         """Return True if the engine knows a folder in the shared place that no longer exists."""
-        place = self.options.adapters_dir
-        if place is None or not engine_path.startswith(place.engine.rstrip("/") + "/"):
+        shared_dir = self.options.adapters_dir
+        if shared_dir is None or not engine_path.startswith(shared_dir.engine.rstrip("/") + "/"):
             return False
-        return not (place.ours / Path(engine_path).name).is_dir()
+        return not (shared_dir.ours / Path(engine_path).name).is_dir()
 
     async def _look(self) -> str | None:
         await self._api.healthy()
@@ -203,12 +203,12 @@ class VllmBackend(Endpoint):
 
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
         await weights.ready()
-        place = self.options.adapters_dir
-        assert place is not None, "an adapter for a server without a shared folder"
+        shared_dir = self.options.adapters_dir
+        assert shared_dir is not None, "an adapter for a server without a shared folder"
         name = self._registered.setdefault(effect.packed.key, _name(effect))
         self._load_sent(effect.load)
         try:
-            path = place.engine_path(effect.packed.key)
+            path = shared_dir.engine_path(effect.packed.key)
             reply = await self._api.load(name, path, self.options.load_timeout_s, effect.epoch)
         except httpx.TimeoutException:
             text = f"the engine did not take the adapter within {self.options.load_timeout_s:g} s"

@@ -1,4 +1,4 @@
-"""The backend kind `vllm`: its keys in the configuration, how it is connected to, what it can be asked."""
+"""The backend kind `vllm`: its configuration, how it is connected, and what it can be asked."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _connect(entry: VllmEntry, declared: EngineFacts, wiring: Wiring) -> tuple[B
     options = VllmOptions(
         id=entry.identity,
         address=entry.address,
-        adapters_dir=entry.places,
+        adapters_dir=entry.shared_dir,
         facts=declared,
         tls=entry.tls_files,
         api_key_file=entry.api_key_file,

@@ -84,7 +84,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Evict(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places(await self._gateway.evict(request.name))
+        return _places_message(await self._gateway.evict(request.name))
 
     @answers_errors
     async def Pin(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -98,7 +98,7 @@ class AdaptersService(admin_pb2_grpc.AdaptersServicer):
 
     @answers_errors
     async def Prefetch(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return _places(await self._gateway.prefetch(request.name, tuple(request.backends)))
+        return _places_message(await self._gateway.prefetch(request.name, tuple(request.backends)))
 
     @answers_errors
     async def Release(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -230,18 +230,18 @@ def _live_message(view: queries.AdapterView) -> Any:
         ],
         backends=[
             admin_pb2.Residency(
-                backend=place.backend,
-                tier=place.tier,
-                age_s=place.age_ns / 1e9,
-                source=place.source,
-                unfit=place.unfit,
+                backend=residency.backend,
+                tier=residency.tier,
+                age_s=residency.age_ns / 1e9,
+                source=residency.source,
+                unfit=residency.unfit,
             )
-            for place in view.backends
+            for residency in view.backends
         ],
     )
 
 
-def _places(answer: Answer) -> Any:
+def _places_message(answer: Answer) -> Any:
     return admin_pb2.PlacesResponse(
-        places=[admin_pb2.Place(place=place, result=result) for place, result in answer.lines]
+        places=[admin_pb2.Place(place=backend, result=result) for backend, result in answer.lines]
     )

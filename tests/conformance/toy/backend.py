@@ -218,10 +218,10 @@ class ToyBackend(Endpoint):
 
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
         await weights.ready()
-        places = self.entry.places
-        assert places is not None, "an adapter for an engine without a shared folder"
+        shared_dir = self.entry.shared_dir
+        assert shared_dir is not None, "an adapter for an engine without a shared folder"
         self._load_sent(effect.load)
-        path = places.engine_path(effect.packed.key)
+        path = shared_dir.engine_path(effect.packed.key)
         try:
             reply = await ask(self.address, do="load", name=effect.packed.key, path=path)
         except TimeoutError:

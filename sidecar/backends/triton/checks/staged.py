@@ -43,52 +43,52 @@ FOLDER_FIX = (
 
 async def folder(look: Look) -> Finding:
     """Check that there is a folder to stage adapters in, and that it can be written to."""
-    places = look.target.adapters_dir
-    if places is None:
+    shared_dir = look.target.adapters_dir
+    if shared_dir is None:
         return failed("the engine reads adapters from files, and no folder is configured that both see", *FOLDER_FIX)
-    return folder_at(places)
+    return folder_at(shared_dir)
 
 
-def folder_at(places: AdaptersDir) -> Finding:
+def folder_at(shared: AdaptersDir) -> Finding:
     """Judge a shared folder as this process sees it."""
-    if not places.ours.is_dir():
-        return failed(f"there is no folder {places.ours} here", *FOLDER_FIX)
+    if not shared.ours.is_dir():
+        return failed(f"there is no folder {shared.ours} here", *FOLDER_FIX)
     try:
-        with tempfile.TemporaryFile(dir=places.ours):
+        with tempfile.TemporaryFile(dir=shared.ours):
             pass
     except OSError as error:
-        return failed(f"{places.ours} cannot be written to: {error.strerror}", f"chown or chmod u+rwx {places.ours}")
-    same = "" if str(places.ours) == places.engine.rstrip("/") else f", which the engine calls {places.engine}"
-    return ok(f"{places.ours}{same}")
+        return failed(f"{shared.ours} cannot be written to: {error.strerror}", f"chown or chmod u+rwx {shared.ours}")
+    same = "" if str(shared.ours) == shared.engine.rstrip("/") else f", which the engine calls {shared.engine}"
+    return ok(f"{shared.ours}{same}")
 
 
 @dataclass
 class Staged:
-    """A tiny staged adapter. `places` is the folder that has it by its key.
+    """A tiny staged adapter. `shared_dir` is the folder that has it by its key.
 
     `stays` is set if the engine may still look for the files: then they are left in place.
     """
 
     key: str
     digest: str
-    places: AdaptersDir
+    shared_dir: AdaptersDir
     stays: bool = False
 
 
 async def adapter(look: Look) -> Finding:
     """Check that the engine loads a tiny PEFT adapter from the folder and answers with it."""
-    places, base = look.target.adapters_dir, look.target.base
-    assert places is not None
+    shared_dir, base = look.target.adapters_dir, look.target.base
+    assert shared_dir is not None
     if not can_be_made(base):
         return not_made()
     assert base is not None
-    async with staged(places, base) as tiny:
+    async with staged(shared_dir, base) as tiny:
         load = Load(0, look.target.id, "lora-sidecar-check", tiny.digest, Packed(tiny.key, task_id_of(tiny.key), 0, 0))
-        answer = await ask(look, LlmApi(tiny.places).load(look.target.model, load), LOAD_S)
+        answer = await ask(look, LlmApi(tiny.shared_dir).load(look.target.model, load), LOAD_S)
     if answer.error is None:
         return ok(f"staged, loaded by the engine and answered in {milliseconds(answer.took_s)}")
     if "does not exist" in (answer.error or ""):
-        return failed(f"the engine does not see what is staged in {places.ours}: {answer.line}", *FOLDER_FIX)
+        return failed(f"the engine does not see what is staged in {shared_dir.ours}: {answer.line}", *FOLDER_FIX)
     return refused_load(look, answer)
 
 
@@ -105,10 +105,10 @@ def not_made() -> Finding:
 
 
 @asynccontextmanager
-async def staged(places: AdaptersDir, base: BaseModel, rank: int = RANK) -> AsyncIterator[Staged]:
+async def staged(shared_dir: AdaptersDir, base: BaseModel, rank: int = RANK) -> AsyncIterator[Staged]:
     """Stage a tiny adapter for the length of a block. Raises SidecarError, OSError."""
-    own = await asyncio.to_thread(_own_folder, places.ours)
-    tiny = Staged("", "", AdaptersDir(own, places.engine_path(own.name)))
+    own = await asyncio.to_thread(_own_folder, shared_dir.ours)
+    tiny = Staged("", "", AdaptersDir(own, shared_dir.engine_path(own.name)))
     try:
         staging = Staging(own)
         await asyncio.to_thread(staging.open)

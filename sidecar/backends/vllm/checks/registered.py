@@ -89,19 +89,19 @@ def _count(adapters: dict[str, str]) -> str:
 
 
 def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:
-    places = target.adapters_dir
-    if places is None or not places.ours.is_dir():
+    shared_dir = target.adapters_dir
+    if shared_dir is None or not shared_dir.ours.is_dir():
         return ()
-    found = {name: _ours(places, path) for name, path in adapters.items()}
+    found = {name: _ours(shared_dir, path) for name, path in adapters.items()}
     return tuple(name for name, path in found.items() if path is not None and not path.is_dir())
 
 
-def _ours(places: AdaptersDir | None, engine_path: str) -> Path | None:
+def _ours(shared_dir: AdaptersDir | None, engine_path: str) -> Path | None:
     """Return our path of a folder by the engine's path; None if it is not in the shared place."""
-    if places is None:
+    if shared_dir is None:
         return None
-    within = f"{places.engine.rstrip('/')}/"
-    return places.ours / engine_path.removeprefix(within) if engine_path.startswith(within) else None
+    within = f"{shared_dir.engine.rstrip('/')}/"
+    return shared_dir.ours / engine_path.removeprefix(within) if engine_path.startswith(within) else None
 
 
 def unload_line(look: VllmLook, name: str) -> str:

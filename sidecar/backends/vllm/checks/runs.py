@@ -33,14 +33,14 @@ OTHER_MODULES = ("expected target modules", "unexpected modules")
 
 async def folder(look: VllmLook) -> Finding:
     """Check that there is a folder to stage adapters in; without one only the base model is served."""
-    places = look.target.adapters_dir
-    if places is None:
+    shared_dir = look.target.adapters_dir
+    if shared_dir is None:
         return warning(
             "no folder is named that the sidecar and the engine both see, so that no adapter can be loaded",
             *FOLDER_FIX,
             "or --adapters-dir PATH (or PATH:PATH in the engine's container)   (of this command)",
         )
-    return folder_at(places)
+    return folder_at(shared_dir)
 
 
 async def base(look: VllmLook) -> Finding:
@@ -61,8 +61,8 @@ async def base(look: VllmLook) -> Finding:
 
 async def adapter(look: VllmLook) -> Finding:
     """Check that the engine loads a tiny PEFT adapter from the shared folder and answers by its name."""
-    places, base_model = look.target.adapters_dir, look.target.base
-    if places is None:
+    shared_dir, base_model = look.target.adapters_dir, look.target.base
+    if shared_dir is None:
         return skipped("not looked at: no folder is named that both see")
     if look.without_files:
         return skipped(
@@ -74,20 +74,20 @@ async def adapter(look: VllmLook) -> Finding:
     if not can_be_made(base_model):
         return not_made()
     rank = min(RANK, look.facts.rank_max or RANK)
-    async with staged(places, base_model, rank) as tiny, _forgotten(look, tiny):
+    async with staged(shared_dir, base_model, rank) as tiny, _forgotten(look, tiny):
         finding = await _loaded_and_answered(look, tiny)
     if tiny.stays:
         return warning(
             f"{finding.text}; the engine did not say that it has forgotten {look.name}, so its files stay in "
-            f"{tiny.places.ours}",
+            f"{tiny.shared_dir.ours}",
             unload_line(look, look.name),
-            f"rm -r {tiny.places.ours}   (after that)",
+            f"rm -r {tiny.shared_dir.ours}   (after that)",
         )
     return finding
 
 
 async def _loaded_and_answered(look: VllmLook, tiny: Staged) -> Finding:
-    body = {"lora_name": look.name, "lora_path": tiny.places.engine_path(tiny.key)}
+    body = {"lora_name": look.name, "lora_path": tiny.shared_dir.engine_path(tiny.key)}
     look.is_asking = True
     try:
         loaded = await look.post("/v1/load_lora_adapter", body, LOAD_S)
@@ -112,11 +112,11 @@ async def _loaded_and_answered(look: VllmLook, tiny: Staged) -> Finding:
 
 def _not_loaded(look: VllmLook, reply: Reply) -> Finding:
     text = f"the engine does not take it: {reply.line}"
-    places = look.target.adapters_dir
-    assert places is not None
+    shared_dir = look.target.adapters_dir
+    assert shared_dir is not None
     if NOT_FOUND in reply.text:
-        seen = "" if str(places.ours) == places.engine.rstrip("/") else f" as {places.engine}"
-        return failed(f"the engine does not see what is staged in {places.ours}{seen}", *FOLDER_FIX)
+        seen = "" if str(shared_dir.ours) == shared_dir.engine.rstrip("/") else f" as {shared_dir.engine}"
+        return failed(f"the engine does not see what is staged in {shared_dir.ours}{seen}", *FOLDER_FIX)
     if NOT_ENABLED in reply.text:
         return failed("the engine was started without LoRA", LORA_FIX)
     if "max_lora_rank" in reply.text:
