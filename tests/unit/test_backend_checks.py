@@ -290,7 +290,7 @@ def test_the_worst_finding_is_the_result() -> None:
     assert result_of([ok("a"), warning("b"), skipped("c")]) is State.WARNING
     assert result_of([warning("a"), failed("b"), ok("c")]) is State.FAILED
     report = Report("trt-0", "triton://gpu:8001", [warning("a", "b", "c"), failed("d"), ok("e")])
-    assert report.words() == "1 failed, 1 warning, 1 ok"
+    assert report.summary() == "1 failed, 1 warning, 1 ok"
     assert report.record()["findings"][0]["fix"] == ["b", "c"]
 
 
