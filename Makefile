@@ -1,5 +1,6 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests, by as many processes as there are cores (WORKERS=n)
+# make check   what was edited, in half a minute: lint, types and the nearest tests; SINCE=main for a branch
 # make bench-tests  the same tests, and what each file costs in CPU seconds; TESTS=tests/unit for some
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
@@ -44,7 +45,7 @@ LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -75,6 +76,9 @@ lint: $(DEVELOPING)
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+check: $(DEVELOPING)
+	$(BIN)/python -m tools.check $(if $(SINCE),--since $(SINCE))
 
 bench-tests: $(DEVELOPING)
 	$(BIN)/python -m pytest -p tools.test_times -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
