@@ -1,7 +1,8 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
 # make test    format, lint, types, import contract, tests, by as many processes as there are cores (WORKERS=n)
 # make check   what was edited, in half a minute: lint, types and the nearest tests; SINCE=main for a branch
-# make bench-tests  the same tests, and what each file costs in CPU seconds; TESTS=tests/unit for some
+# make test-slow  the tests that it leaves out: more worlds, whole pools of processes, large bodies; 10 minutes
+# make bench-tests  the tests of make test, and what each file costs in CPU seconds; TESTS=tests/unit CHOSEN='-m slow'
 # make e2e-triton  the tests that need a real Triton server, which .venv-triton holds; no GPU
 # make triton  that server with the emulated engine as its model, on the usual ports
 # make bench-triton  what the sidecar does and costs in front of it
@@ -35,6 +36,7 @@
 
 PYTHON ?= python3
 WORKERS ?= auto
+SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MINUTES ?= 10
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -45,7 +47,7 @@ LANES := helm-test e2e-replicas e2e-triton e2e-vllm
 
 COMPILE := pip compile pyproject.toml --universal --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet $(UPGRADE)
 
-.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
+.PHONY: docs docs-commands pictures .venv-docs ci nightly lanes weekly release bundle e2e-release demo test test-slow check bench-tests e2e-triton triton .venv-triton e2e-vllm vllm .venv-vllm e2e-replicas e2e-attack helm-test .venv-helm lint bench bench-triton bench-scheduling goldens fuzz fuzz-wire sim-faults chaos soak proto lock clean .venv
 
 .venv: $(INSTALLED)
 
@@ -75,13 +77,16 @@ lint: $(DEVELOPING)
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" $(SPREAD)
+
+test-slow: $(DEVELOPING)
+	$(BIN)/pytest -m slow $(SPREAD)
 
 check: $(DEVELOPING)
 	$(BIN)/python -m tools.check $(if $(SINCE),--since $(SINCE))
 
 bench-tests: $(DEVELOPING)
-	$(BIN)/python -m pytest -p tools.test_times -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(BIN)/python -m pytest -p tools.test_times $(SPREAD) $(or $(CHOSEN),-m "not slow") $(TESTS)
 
 e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton $(CHOSEN)
@@ -149,7 +154,7 @@ sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED))
 
 e2e-attack: $(DEVELOPING)
-	$(BIN)/pytest tests/e2e/attack -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest tests/e2e/attack $(SPREAD)
 
 e2e-replicas: $(DEVELOPING)
 	$(BIN)/pytest tests/e2e/replicas $(CHOSEN)
@@ -159,11 +164,11 @@ e2e-release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
 
 # CI says that what a lane needs must be there: its tests fail without it, instead of being skipped.
 ci:
-	$(MAKE) test docs e2e-attack
+	$(MAKE) test test-slow docs e2e-attack
 	CI=1 $(MAKE) $(LANES) CHOSEN='-m "not nightly"'
 
 nightly:
-	$(MAKE) --keep-going goldens test docs docs-commands e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
+	$(MAKE) --keep-going goldens test test-slow docs docs-commands e2e-attack sim-faults chaos soak fuzz fuzz-wire lanes
 
 lanes:
 	CI=1 $(MAKE) --keep-going $(LANES) e2e-release

@@ -26,6 +26,7 @@ from redis.asyncio import Redis
 
 from sidecar.cli import app
 from tests.kit.cli_runs import Ended, runner
+from tests.kit.forked import python
 from tests.kit.redis_servers import running as running_redis
 
 BEFORE = Path(__file__).parent / "before"
@@ -241,10 +242,9 @@ def test_every_command_takes_the_options_that_it_took() -> None:
 @asynccontextmanager
 async def process(*arguments: str) -> AsyncIterator[dict[str, Any]]:
     """Run a command of the product that serves; give the line in which it says that it is ready."""
-    started = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", *arguments, "--json",
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+    started = await python(
+        "-m", "sidecar", *arguments, "--json", stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
     try:
         assert started.stdout is not None
         yield json.loads(await started.stdout.readline())
@@ -252,7 +252,7 @@ async def process(*arguments: str) -> AsyncIterator[dict[str, Any]]:
         if started.returncode is None:
             started.send_signal(signal.SIGKILL)
         await started.wait()
-        started._transport.close()  # type: ignore[attr-defined]
+        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 from sidecar.backends.checks.finding import Target
+from tests.kit.forked import python
 from tests.kit.looking import engine_and_target
 from tests.kit.ports import free_port
 from tests.kit.serving import write_adapters
@@ -85,9 +85,7 @@ def configuration(folder: Path, target: Target, more: str = "") -> Path:
 
 async def sidecar(*arguments: str) -> tuple[int, str, str]:
     """Run a command in a process of its own; return its exit code and what it printed."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-    )
+    process = await python("-m", "sidecar", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
     out, err = await process.communicate()
     return process.returncode or 0, out.decode(), err.decode()
 

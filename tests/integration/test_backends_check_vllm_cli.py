@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from sidecar.config import parse
 from sidecar.serve.app import Sidecar
 from tests.integration.test_backends_check_cli import sidecar
+from tests.kit.forked import python
 from tests.kit.looking import EmulatedVllm, vllm_and_target
 from tests.kit.ports import free_port
 from tests.kit.serving import PATIENCE_S, until, write_adapters
@@ -64,8 +64,8 @@ async def test_a_check_that_is_told_to_end(tmp_path: Path) -> None:
     shared = tmp_path / "shared"
     shared.mkdir()
     async with VllmProcess("--compute", "none", "--freeze-after", "2") as engine, Client(engine.http_address) as client:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "backends", "check", f"vllm://{engine.http_address}", "--adapters-dir",
+        process = await python(
+            "-m", "sidecar", "backends", "check", f"vllm://{engine.http_address}", "--adapters-dir",
             str(shared), "--base-model", str(config), stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         while len(await client.models()) < 2:
@@ -109,8 +109,8 @@ async def test_serve_by_options(tmp_path: Path) -> None:
     async with vllm_and_target(tmp_path) as engine:
         options = ("--backend", f"vllm://{engine.target.address}", "--adapters-dir", str(engine.shared), "--json")
         ports = ("--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--http", "127.0.0.1:0")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "serve", *options, *ports, "--adapters", str(tmp_path / "loras"),
+        process = await python(
+            "-m", "sidecar", "serve", *options, *ports, "--adapters", str(tmp_path / "loras"),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         assert process.stdout is not None

@@ -6,7 +6,6 @@ import asyncio
 import json
 import socket
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.proto import admin_pb2
 from sidecar.serve.app import Sidecar
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter, write_raw_safetensors
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -178,8 +178,8 @@ async def test_a_data_directory_in_use_names_the_process(tmp_path: Path) -> None
     record = {"listeners": {"data": free, "admin": free, "http": free}, "data_directory": str(tmp_path)}
     sidecar = await Sidecar.start(parse(record, "the test"))
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "serve", "--data", str(tmp_path), "--listen", "127.0.0.1:0", "--admin",
+        process = await python(
+            "-m", "sidecar", "serve", "--data", str(tmp_path), "--listen", "127.0.0.1:0", "--admin",
             "127.0.0.1:0", "--http", "127.0.0.1:0", stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         _, error = await process.communicate()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 
 from sidecar.proto import admin_pb2 as pb
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving
 
@@ -77,8 +77,8 @@ async def test_inspect_says_which_backends_could_serve_it(tmp_path: Path) -> Non
         {"url": "triton://two:8001", "engine": narrow},
     ]
     config.write_text(json.dumps({"backends": backends}))
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "adapters", "inspect", str(adapter), "--config", str(config), "--json",
+    process = await python(
+        "-m", "sidecar", "adapters", "inspect", str(adapter), "--config", str(config), "--json",
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, _ = await process.communicate()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
 from sidecar.fronts.admin.auth import TokenInterceptor
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import serve_here
+from tests.kit.forked import python
 
 TOKEN = "s3cret"
 
@@ -102,8 +102,9 @@ async def test_tab_by_options_alone(shell: Shell, tmp_path: Path) -> None:
 async def test_a_process_prints_the_offers_alone(port: int | None, offered: bytes, shell: Shell) -> None:
     """What a real shell gets: neither gRPC nor Python says anything beside the offers."""
     address = shell.address if port is None else f"127.0.0.1:{port}"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "sidecar"),
+    process = await python(
+        "-m",
+        "sidecar",
         env={**os.environ, **line(("adapters", "show", "--admin", address, ""))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 from sidecar.cli.generating import first_difference
 from sidecar.lab.demo.model import ADAPTERS, SEED
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.serving import Serving, serving
 
 
@@ -17,8 +17,8 @@ async def sidecar(served: Serving, *arguments: str) -> tuple[int, str, str]:
     """Run a command against the served sidecar."""
     listener = served.sidecar.data_address if arguments[0] == "generate" else served.sidecar.admin_address
     option = "--server" if arguments[0] == "generate" else "--admin"
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", *arguments, option, listener,
+    process = await python(
+        "-m", "sidecar", *arguments, option, listener,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, error = await process.communicate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sidecar.core.facts import packed_key
 from sidecar.errors import Refused
 from sidecar.proto import admin_pb2 as pb
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import Serving, serving, until, write_adapters
 
@@ -178,9 +178,7 @@ print(count)
 
 
 async def crashing(adapter: Path, folder: Path, point: int) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", CRASH, str(adapter), str(folder), str(point), stdout=asyncio.subprocess.PIPE
-    )
+    process = await python("-c", CRASH, str(adapter), str(folder), str(point), stdout=asyncio.subprocess.PIPE)
     out, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode()

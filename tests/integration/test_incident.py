@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from tests.integration.test_process import ask, sidecar
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter
 from tests.kit.serving import serving, write_adapters
 from tests.unit.test_capture import members_of
@@ -17,8 +17,8 @@ from tests.unit.test_capture import members_of
 
 async def command(*arguments: str) -> Any:
     """Run a command of the product in a process of its own, which must end with 0; return the JSON it prints."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", *arguments, "--json",
+    process = await python(
+        "-m", "sidecar", *arguments, "--json",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     out, error = await process.communicate()

@@ -16,7 +16,7 @@ from tests.kit.serving import serving, until, write_adapters
 
 END: Any = grpc.aio.EOF
 SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))
-TOKENS = 50_000
+TOKENS = 15_000
 
 
 @pytest.mark.parametrize("front", ["KServe", "Generate"])

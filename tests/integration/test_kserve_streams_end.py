@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from sidecar.core.effects import Settle
 from sidecar.core.enums import Outcome
 from sidecar.fronts.status import PUSHBACK
 from tests.kit.emulated import channel_to, core_request, is_final, running_engine, tokens_of
+from tests.kit.forked import python
 from tests.kit.kserve_clients import CORE, DUMMY, OpenStream, aio_client, in_thread, inputs_of, stop_inputs, sync_stream
 from tests.kit.kserve_clients import tokens_of as tokens_in
 from tests.kit.serving import PATIENCE_S, Serving, serving, until, write_adapters
@@ -469,8 +469,8 @@ async def test_sigterm_tells_idle_streams(tmp_path: Path) -> None:
     """The status leaves the process before it ends."""
     async with running_engine(**DUMMY) as engine:
         free = [f"{option}=127.0.0.1:0" for option in ("--listen", "--admin", "--http")]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "serve", "--json", *free, "--backend", f"triton://{engine.grpc_address}",
+        process = await python(
+            "-m", "sidecar", "serve", "--json", *free, "--backend", f"triton://{engine.grpc_address}",
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -488,4 +488,4 @@ async def test_sigterm_tells_idle_streams(tmp_path: Path) -> None:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-            process._transport.close()  # type: ignore[attr-defined]
+            process.close()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
 
 from sidecar.proto import admin_pb2 as pb
+from tests.kit.forked import python
 from tests.kit.kubernetes_cluster import on_clusters
 from tests.kit.kubernetes_house import LORAS, condition, house
 from tests.kit.serving import Serving
@@ -89,8 +88,8 @@ async def test_it_is_loaded_ahead_where_it_is_wanted(
 
 async def command(served: Serving, *arguments: str) -> tuple[int, str, str]:
     """Run `sidecar adapters …` against the served sidecar."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "adapters", *arguments, stdout=PIPE, stderr=PIPE,
+    process = await python(
+        "-m", "sidecar", "adapters", *arguments, stdout=PIPE, stderr=PIPE,
         env=os.environ | {"LORA_SIDECAR_ADMIN": served.sidecar.admin_address},
     )  # fmt: skip
     out, error = await process.communicate()

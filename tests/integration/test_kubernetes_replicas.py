@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -18,6 +17,7 @@ import pytest
 from sidecar.kubernetes.pauses import Pauses
 from sidecar.proto import admin_pb2 as pb
 from tests.kit.emulated import running_engine
+from tests.kit.forked import python
 from tests.kit.kubernetes_api import write_kubeconfig
 from tests.kit.kubernetes_cluster import Cluster, cluster, on_clusters
 from tests.kit.peft_files import write_adapter
@@ -178,9 +178,7 @@ async def process_of(engine: Any, folder: Path, home: Cluster, kubeconfig: Path)
         "kubernetes": {"namespace": home.namespace, "adapters": BOTH},
     }
     environment = os.environ | ({"KUBECONFIG": str(kubeconfig)} if home.server is not None else {})
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SERVE, json.dumps(config), "0", stdout=asyncio.subprocess.PIPE, env=environment
-    )
+    process = await python("-c", SERVE, json.dumps(config), "0", stdout=asyncio.subprocess.PIPE, env=environment)
     assert process.stdout is not None
     try:
         yield SidecarProcess(process, *(await process.stdout.readline()).decode().split())
@@ -188,7 +186,7 @@ async def process_of(engine: Any, folder: Path, home: Cluster, kubeconfig: Path)
         if process.returncode is None:
             process.kill()
         await process.wait()
-        process._transport.close()  # type: ignore[attr-defined]
+        process.close()
 
 
 async def refusal(process: SidecarProcess, name: str) -> grpc.StatusCode | None:

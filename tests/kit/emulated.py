@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from sidecar.lab.engine.kserve.server import MESSAGE_BYTES_MAX
 from sidecar.lab.engine.rounding import narrow
 from sidecar.lab.engine.shape import SHAPES, module_dims
 from sidecar.lab.engine.tokens import ByteTokenizer
+from tests.kit.forked import Forked, python
 from tests.kit.ports import free_port
 
 CORE, ENSEMBLE = "tensorrt_llm", "ensemble"
@@ -72,7 +72,7 @@ class EngineProcess:
 
     def __init__(self, *arguments: str, time_scale: float = 0.0, grpc_port: int = 0) -> None:
         self._arguments = (*arguments, "--time-scale", str(time_scale))
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Forked | None = None
         self._ports: tuple[int, int] = (grpc_port or free_port(), free_port())
 
     @property
@@ -88,10 +88,9 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process and return when it takes requests. Raises RuntimeError if it ends instead."""
         ports = ("--grpc-port", str(self._ports[0]), "--metrics-port", str(self._ports[1]))
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar.lab.engine", *self._arguments, *ports, "--json",
-            stdout=asyncio.subprocess.PIPE,
-        )  # fmt: skip
+        self._process = await python(
+            "-m", "sidecar.lab.engine", *self._arguments, *ports, "--json", stdout=asyncio.subprocess.PIPE
+        )
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line:
@@ -136,7 +135,7 @@ class EngineProcess:
     def _close(self) -> None:
         # Closing the pipes now keeps their transports from being finalized after the loop is gone.
         assert self._process is not None
-        self._process._transport.close()  # type: ignore[attr-defined]
+        self._process.close()
 
 
 def read_served(path: Path) -> list[dict[str, Any]]:

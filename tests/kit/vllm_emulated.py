@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
 from sidecar.lab.engine.openai.folder import content_id
+from tests.kit.forked import Forked, python
 
 BASE = "base"
 DONE = "[DONE]"
@@ -132,7 +132,7 @@ class VllmProcess:
     def __init__(self, *arguments: str, time_scale: float = 0.0, http_port: int = 0) -> None:
         self._arguments = ("--protocol", "vllm", "--served-model-name", BASE, *arguments)
         self._time_scale = time_scale
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: Forked | None = None
         self._port = http_port
 
     @property
@@ -148,8 +148,8 @@ class VllmProcess:
     async def start(self) -> None:
         """Start the process and return when it takes requests. Raises RuntimeError if it ends instead."""
         settings = ("--time-scale", str(self._time_scale), "--http-port", str(self._port), "--json")
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar.lab.engine", *self._arguments, *settings, stdout=asyncio.subprocess.PIPE
+        self._process = await python(
+            "-m", "sidecar.lab.engine", *self._arguments, *settings, stdout=asyncio.subprocess.PIPE
         )
         assert self._process.stdout is not None
         line = await self._process.stdout.readline()
@@ -175,7 +175,7 @@ class VllmProcess:
         assert self._process is not None
         status = await self._process.wait()
         # Closing the pipes now keeps their transports from being finalized after the loop is gone.
-        self._process._transport.close()  # type: ignore[attr-defined]
+        self._process.close()
         return status
 
     async def __aenter__(self) -> VllmProcess:
