@@ -10,8 +10,9 @@ function, the operator, the expression before and after, and an ordinal; no file
 mutants of an earlier run instead, and says which of them are gone. --words FILE is a JSON object of identifiers that
 were renamed since, {"old": "new"}, by which ids of --like and --compare are translated.
 
-Which tests: those of SUITES in the room, or the globs of --tests. --tree DIR has source and tests, this repository by
-default; --tests-from DIR takes the folder `tests` from another one, so that the same mutants meet other tests.
+Which tests: those of SUITES in the room, or the globs of --tests; with --suite after only those that `make test` runs.
+--tree DIR has source and tests, this repository by default; --tests-from DIR takes the folder `tests` from another one,
+so that the same mutants meet other tests.
 
 How: in copies of the tree, one for each of --jobs, never in place. First the room's tests run as they are: they must
 pass. By `tools.reach` that run says how long each test takes and which functions each file calls. A mutant meets the
@@ -130,6 +131,8 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """The tests of each room, before and after they were made quicker."""
 SUITES["after"] = SUITES["before"] | {}
+MARKS = {"before": "", "after": "not slow"}
+"""Which tests of those files: all, or those of `make test`."""
 
 HERE = Path(__file__).parents[1]
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
@@ -174,7 +177,8 @@ class Reach:
 class Tree:
     """A copy of a tree in which tests run; `close` removes it."""
 
-    def __init__(self, tree: Path, tests_from: Path | None) -> None:
+    def __init__(self, tree: Path, tests_from: Path | None, marks: str = "") -> None:
+        self._marks = ("-m", marks) if marks else ()
         self._folder = Path(tempfile.mkdtemp(prefix="mutants-"))
         self.reached = self._folder / "reach.json"
         self.path = self._folder / "tree"
@@ -200,7 +204,7 @@ class Tree:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "-rfE"]
         command += ["--hypothesis-seed=0", f"--basetemp={self._folder / 'tmp'}"]
         process = subprocess.Popen(
-            [*command, *more, *files],
+            [*command, *self._marks, *more, *files],
             cwd=self.path,
             env=environment,
             stdout=subprocess.PIPE,
@@ -437,7 +441,10 @@ def main() -> int:
             tell_of(mutant)
         return 0
     suite = {room: options.tests or SUITES[options.suite][room] for room in ROOMS}
-    trees = [Tree(options.tree, options.tests_from) for _ in range(options.jobs)]
+    trees = [
+        Tree(options.tree, options.tests_from, "" if options.tests else MARKS[options.suite])
+        for _ in range(options.jobs)
+    ]
     started = time.monotonic()
     try:
         results = run(mutants, trees, suite, lambda line: print(line, file=sys.stderr, flush=True))

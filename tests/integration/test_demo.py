@@ -31,6 +31,7 @@ async def test_every_answer_is_the_merged_models(capsys: pytest.CaptureFixture[s
     assert report["counts"]["engine_evictions"] > 0
 
 
+@pytest.mark.slow
 async def test_swapped_task_ids_are_caught(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two adapters' weights under each other's task id: both are named as wrong, and the exit code says so."""
     swap = {"pirate": "chef", "chef": "pirate"}
@@ -59,6 +60,7 @@ def without_b(source: Path, folder: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 async def test_a_zeroed_b_is_caught(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -209,14 +209,14 @@ async def test_a_client_that_takes_nothing_does_not_make_its_engine_look_stuck(t
     write_adapters(tmp_path, 1)
     facts = {"progress_timeout_s": 0.3}
     async with (
-        running_engine(**DUMMY, max_seq_tokens=100_000) as engine,
+        running_engine(**DUMMY, max_seq_tokens=20_000) as engine,
         serving([engine], tmp_path, backend=facts) as served,
     ):
         small_window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096))
         async with grpc.aio.insecure_channel(served.sidecar.data_address, options=small_window) as channel:
             ids = gateway_pb2.TokenIds(ids=[1, 2, 3])
             stalled = gateway_pb2_grpc.GatewayStub(channel).Generate(
-                gateway_pb2.GenerateRequest(adapter="a00", tokens=ids, max_tokens=50_000)
+                gateway_pb2.GenerateRequest(adapter="a00", tokens=ids, max_tokens=15_000)
             )
             await stalled.read()
             endpoint: Any = served.sidecar.gateway.backends["trt-0"]

@@ -19,6 +19,7 @@ from tests.kit.serving import serving, until, write_adapters
 BACKENDS = 8
 
 
+@pytest.mark.slow
 async def test_an_adapter_that_crashes_every_engine(tmp_path: Path) -> None:
     """Eight backends under load: at most two are lost, no other adapter's tokenless request fails, it is quarantined.
 

@@ -34,7 +34,7 @@ async def serve(adapters: Path, data: Path, requests: int) -> None:
     names = write_adapters(adapters, 16)
     async with (
         running_engine(compute="none", shape="tiny", lora_host_pages=4, lora_device_pages=4) as engine,
-        serving([engine], adapters, data_directory=str(data), journal={"segment_bytes": 1 << 16, "segments_max": 3})
+        serving([engine], adapters, data_directory=str(data), journal={"segment_bytes": 1 << 15, "segments_max": 3})
         as served,
     ):  # fmt: skip
         order = random.Random(3).choices(names, k=requests)
@@ -49,13 +49,12 @@ async def serve(adapters: Path, data: Path, requests: int) -> None:
 
 
 async def test_the_segments_of_a_served_workload_replay(tmp_path: Path) -> None:
-    """All that is kept of a rotated journal gives the same effects under three hash seeds, byte for byte."""
-    await serve(tmp_path / "adapters", tmp_path / "data", 600)
+    """All that is kept of a rotated journal gives the same effects under two hash seeds, byte for byte."""
+    await serve(tmp_path / "adapters", tmp_path / "data", 300)
     segments = segment_paths(tmp_path / "data" / "journal")
     assert len(segments) == 3
-    outputs = [replayed(tmp_path / "data", seed) for seed in ("0", "1", "2")]
+    outputs = [replayed(tmp_path / "data", seed) for seed in ("0", "1")]
     assert outputs[0].count(b"\n") > 100
     assert outputs[1] == outputs[0]
-    assert outputs[2] == outputs[0]
     assert segments[0].name != "segment-000000001.jsonl"
-    assert outputs[0].endswith(replayed(segments[-1], "1"))
+    assert outputs[0].endswith(replayed(segments[-1], "2"))

@@ -1,0 +1,51 @@
+"""Processes that are forked behave as those that the interpreter starts."""
+
+from __future__ import annotations
+
+import json
+import signal
+from asyncio.subprocess import PIPE
+from pathlib import Path
+
+import pytest
+
+from tests.kit.forked import python
+
+
+async def test_streams_arguments_and_status() -> None:
+    program = "import sys; print(sys.argv, input()); print('no', file=sys.stderr); sys.exit(7)"
+    process = await python("-c", program, "a", stdin=PIPE, stdout=PIPE, stderr=PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"b\n")
+    assert await process.communicate() == (b"['-c', 'a'] b\n", b"no\n")
+    assert process.returncode == 7
+
+
+async def test_its_own_environment_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = "import json, os; print(json.dumps([os.getcwd(), dict(os.environ)]))"
+    out, _ = await (await python("-c", program, stdout=PIPE, env={"ONLY": "this"})).communicate()
+    assert json.loads(out) == [str(tmp_path), {"ONLY": "this"}]
+
+
+async def test_a_signal_ends_it() -> None:
+    process = await python("-c", "print(1, flush=True); import time; time.sleep(600)", stdout=PIPE)
+    assert process.stdout is not None
+    await process.stdout.readline()
+    process.kill()
+    assert await process.wait() == -signal.SIGKILL
+    with pytest.raises(ProcessLookupError):
+        process.terminate()
+    process.close()
+
+
+async def test_an_error_is_told_and_is_one() -> None:
+    process = await python("-c", "1/0", stderr=PIPE)
+    _, error = await process.communicate()
+    assert process.returncode == 1
+    assert error.rstrip().endswith(b"ZeroDivisionError: division by zero")
+
+
+async def test_a_module_runs_as_main() -> None:
+    out, _ = await (await python("-m", "sidecar", "--version", stdout=PIPE)).communicate()
+    assert out.startswith(b"lora-sidecar ")
