@@ -96,7 +96,7 @@ def test_a_request_that_arrived_before_the_journal_begins(tmp_path: Path) -> Non
     segments = segment_paths(tmp_path)
     for path in segments[: len(segments) // 2]:
         path.unlink()
-    found = [request for request in range(1, 61) if _is_told(tmp_path, request) == "arrived before"]
+    found = [request for request in range(1, 61, 3) if _is_told(tmp_path, request) == "arrived before"]
     assert found
     for request in found:
         timeline = explain(tmp_path, request)
@@ -120,7 +120,7 @@ def test_steps_that_the_journal_left_out(tmp_path: Path) -> None:
     write_journal(world, tmp_path, leave_out=lambda number: middle <= number < middle + 25)
     assert len(segment_paths(tmp_path)) == 2
     holes = 0
-    for request in range(1, 61):
+    for request in range(1, 61, 3):
         try:
             timeline = explain(tmp_path, request)
         except Misused:
