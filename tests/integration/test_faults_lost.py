@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends.triton.probe import PROBE_ID
@@ -124,6 +125,7 @@ async def test_restarted_cold_under_load(tmp_path: Path) -> None:
         await assert_nothing_left(served)
 
 
+@pytest.mark.slow
 async def test_restarts_again_and_again(tmp_path: Path) -> None:
     """An engine that is killed while loads are under way costs loads, never an answer without a token."""
     names = write_adapters(tmp_path, 4)

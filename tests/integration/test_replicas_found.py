@@ -81,6 +81,7 @@ def ended_well(found: Sequence[Serving]) -> bool:
     return reasons <= {None, Reason.NOT_OWNER, Reason.CANCELLED}
 
 
+@pytest.mark.slow
 async def test_engines_come_and_go_under_load(adapters: Path, tmp_path: Path) -> None:
     """All replicas see it at about the same time; each engine is served by one of them all along."""
     async with running(tmp_path / "redis") as redis, pool_of(3, time_scale=0.02) as pool:
