@@ -34,12 +34,14 @@ def missed(readings: Sequence[Reading]) -> list[str]:
     return [f"{row.claim.what}: {row.worst:.3f}" for row in rows_of(readings) if row.is_met is False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("slots", "requests"), [(2, 2560), (8, 2560), (32, 4096)])
 def test_deep_backlog_gains_what_is_claimed(slots: int, requests: int) -> None:
     """Tokens/s over the bare engine, round robin over 64 adapters, 1,024 outstanding."""
     assert missed(deep.gain(slots, requests, SEED)) == []
 
 
+@pytest.mark.slow
 def test_nears_the_closed_form() -> None:
     """The part of what is reachable."""
     assert missed(deep.share_of_closed_form(16, 3072, SEED)) == []
@@ -50,11 +52,13 @@ def test_does_no_harm_with_everything_resident() -> None:
     assert missed(harmless.resident(256, 1024, SEED)) == []
 
 
+@pytest.mark.slow
 def test_does_no_harm_in_the_window_of_the_engine() -> None:
     """Nor where the engine sees all requests itself."""
     assert missed(harmless.in_window("round_robin", 128, 8, 1536, SEED)) == []
 
 
+@pytest.mark.slow
 def test_gains_with_varied_lengths() -> None:
     """Stragglers hold slots; the gain stays."""
     assert missed(varied.gain(2048, SEED)) == []
@@ -65,6 +69,7 @@ def test_cold_adapters_wait_less_and_within_their_bound() -> None:
     assert missed(two_hot.longest_wait(two_hot.TOKENS, 0.8, two_hot.REQUESTS, SEED)) == []
 
 
+@pytest.mark.slow
 def test_a_bound_a_hundred_times_larger_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A promise that says nothing is kept by every request, and noticed."""
     monkeypatch.setattr(SoftGated, "promise", _a_hundred_times(SoftGated.promise))
@@ -80,6 +85,7 @@ def _a_hundred_times(promise: Callable[..., Promise | None]) -> Callable[..., Pr
     return vague
 
 
+@pytest.mark.slow
 def test_overload_is_refused_and_the_rest_served_in_time() -> None:
     """At three times the capacity: throughput, goodput, a retry delay, every bound kept."""
     readings = overload.overloaded(256, 3.0, "zipf", 2500, SEED)
@@ -87,26 +93,31 @@ def test_overload_is_refused_and_the_rest_served_in_time() -> None:
     assert any("retry delay" in reading.claim.what for reading in readings), "nobody was refused"
 
 
+@pytest.mark.slow
 def test_routing_gains_over_a_random_spread() -> None:
     """Four backends, each adapter's requests where it lives; a load for each adapter and little more."""
     assert missed(pool.routed("round robin", 3584, SEED)) == []
 
 
+@pytest.mark.slow
 def test_tenants_that_wait_get_equal_shares() -> None:
     """One floods: Jain's index of those that are backlogged, and VTC's bound with the slack."""
     assert missed(tenants.flooded("zipf", (5.0, 1.0, 1.0), 2048, SEED)) == []
 
 
+@pytest.mark.slow
 def test_a_pool_recovers_from_a_lost_backend() -> None:
     """Throughput a minute after it is back, and how much moved for it."""
     assert missed(lost_backend.recovery("Zipf 1.0", 4600, SEED, lost_s=180)) == []
 
 
+@pytest.mark.slow
 def test_the_store_pays_little_more_than_the_best_policy() -> None:
     """On bursts, with the queue known and without; and less than LRU with it."""
     assert missed(stores.generated("bursts of CV 2, 60", 4000, SEED)) == []
 
 
+@pytest.mark.slow
 def test_many_requests_are_simulated_in_a_process_of_their_own() -> None:
     """The rate and the memory are read off that process; all are answered."""
     readings = million.simulated(1000, SEED)

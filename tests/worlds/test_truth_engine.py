@@ -56,12 +56,12 @@ def test_steps_of_a_real_vllm(in_flight: int, grouped: int, round_robin: int):
     ("scheduler", "input_tokens", "output_tokens", "in_flight", "requests", "tokens_per_s"),
     [
         (GUARANTEED_NO_EVICT, 1024, 1024, 32, 128, 1886),
-        (GUARANTEED_NO_EVICT, 1024, 1024, 256, 1024, 3836),
+        pytest.param(GUARANTEED_NO_EVICT, 1024, 1024, 256, 1024, 3836, marks=pytest.mark.slow),
         (GUARANTEED_NO_EVICT, 512, 128, 8, 64, 576),
         (GUARANTEED_NO_EVICT, 2048, 256, 32, 128, 1002),
-        (GUARANTEED_NO_EVICT, 128, 512, 256, 1024, 7818),
-        (VLLM, 1024, 1024, 128, 512, 3454),
-        (VLLM, 512, 128, 256, 1024, 2730),
+        pytest.param(GUARANTEED_NO_EVICT, 128, 512, 256, 1024, 7818, marks=pytest.mark.slow),
+        pytest.param(VLLM, 1024, 1024, 128, 512, 3454, marks=pytest.mark.slow),
+        pytest.param(VLLM, 512, 128, 256, 1024, 2730, marks=pytest.mark.slow),
         (VLLM, 128, 512, 32, 128, 2301),
     ],
 )

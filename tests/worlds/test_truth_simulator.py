@@ -34,6 +34,7 @@ from tests.worlds.measured import (
     simulated,
 )
 
+pytestmark = pytest.mark.slow
 ORDERS = ("none", "soft_gated")
 POINTS = (*((pool, slots) for pool in (128, 256) for slots in SLOTS), (1024, 2), (1024, 16), (2048, 8))
 
