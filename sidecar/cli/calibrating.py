@@ -144,11 +144,8 @@ def _fit_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _telling() -> Iterator[Advance]:
     """Yield a progress callback that draws a bar on stderr for each counter, if stderr is a terminal."""
     errors = Console(stderr=True)
-    if not errors.is_terminal:
-        yield lambda what, done, total: None
-        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
         def told(what: str, done: int, total: int) -> None:

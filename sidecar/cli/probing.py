@@ -234,11 +234,8 @@ async def _look(backend: Backend, config: Config, served: tuple[Adapter, ...], b
 def _bars() -> Iterator[Callable[[Backend], Callable[[str], None]]]:
     """Yield a function that makes a progress callback for each backend: a bar on stderr, if that is a terminal."""
     errors = Console(stderr=True)
-    if not errors.is_terminal:
-        yield lambda backend: lambda name: None
-        return
     columns = (TextColumn("{task.fields[backend]}", markup=False), BarColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
 
         def bar(backend: Backend) -> Callable[[str], None]:
             total = len(names_of(facts_of([backend])[backend.identity].kind))

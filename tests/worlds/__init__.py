@@ -1,1 +1,1 @@
-"""Faults by seed: a world drawn from a number, misfortune while it serves, then peace in which everything must end."""
+"""Fault simulation by seed: a world drawn from a number, faults while it serves, then peace, in which all must end."""

@@ -20,7 +20,7 @@ from tests.worlds.trial import SeedFailed, Verdict
 SEEDS = 1000
 BATCH = 20
 SHOWN = 3
-"""So many failing seeds are told in full; of the others one line."""
+"""The number of failing seeds printed in full; the others get one line."""
 Outcome = Verdict | tuple[int, str]
 """A verdict, or a seed and why it failed."""
 
@@ -108,7 +108,7 @@ def _summary(verdicts: list[Verdict], failures: list[tuple[int, str]], seconds: 
 
 
 def _bounds(verdicts: list[Verdict]) -> None:
-    """Tell how often each bound was reached in the worlds where all are small; one that never was is not tried."""
+    """Print how often each bound was reached in the worlds with small bounds; a bound never reached is not tested."""
     reached: Counter[str] = Counter(dict.fromkeys(NAMES, 0))
     for verdict in verdicts:
         reached.update(verdict.reached)

@@ -1,4 +1,4 @@
-"""Every bound on what the core and the policies remember or look at, made so small that each world crosses it.
+"""Make every bound of the core and the policies so small that each world crosses it.
 
 A bound that no test reaches is where the first thousandth tenant finds the mistake. So a world may set all of them to
 2 or 3, and it counts how often each was reached: one that never is tells that the worlds no longer try it.
@@ -24,7 +24,7 @@ SMALLEST, LARGEST = 2, 3
 
 
 class Counted(int):
-    """A bound that counts the comparisons which found something to be at it or past it; so do sums and multiples.
+    """A bound that counts comparisons with a value at or past it; sums and multiples of it count too.
 
     Python asks the right operand first when its class is the more special one, so `length > bound` comes here too.
     """
@@ -93,7 +93,7 @@ CONSTANTS: tuple[tuple[ModuleType, str], ...] = (
     (stealing, "VERSIONS_LOOKED_AT"),
     (waiting, "EXAMINED_MAX"),
 )
-"""Each is read from its module whenever it is needed, so that setting it there sets it."""
+"""Constants that are read from their modules on each use, so that setting them there takes effect."""
 CONFIGURED = (
     "queued_max", "queued_tokens_max", "tenant_queued_max", "tenant_queued_tokens_max", "heals_max", "visits_max",
     "fetches_max",
@@ -101,7 +101,7 @@ CONFIGURED = (
 
 
 def name_of(module: ModuleType, constant: str) -> str:
-    """Return what a bound is called in the table."""
+    """Return a bound's name in the table."""
     return f"{module.__name__.removeprefix('sidecar.')}.{constant}"
 
 
@@ -110,7 +110,7 @@ NAMES = (*(name_of(*each) for each in CONSTANTS), *(f"core.config.{field_}" for 
 
 @dataclass
 class Bounds:
-    """The bounds of one world; `reached` counts by name how often each was."""
+    """The bounds of one world; `reached` counts by name how often each was reached."""
 
     random: Random
     shrunk: bool
@@ -135,7 +135,7 @@ class Bounds:
             self.reached = {name: counter[0] for name, counter in self._counters.items()}
 
     def of(self, config: CoreConfig, footprint_tokens: int) -> CoreConfig:
-        """Return a configuration whose bounds are small, each in some worlds; a request takes about so many tokens."""
+        """Return a configuration with small bounds, each in some worlds; a request takes about `footprint_tokens`."""
         if not self.shrunk:
             return config
         chosen: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What must hold at every step, whatever fails: the promises of the product as a stranger sees them.
+"""The invariants of every step, whatever fails: the product's promises, seen from outside.
 
 Nothing here reads the core's books, apart from what a request was promised when it was admitted: all is counted from
 the events that went in and the effects that came out.
@@ -18,8 +18,8 @@ from sidecar.core.core import Core
 from sidecar.core.enums import Outcome
 from sidecar.errors import Reason
 from sidecar.lab.sim.setup import SECOND_NS
-from tests.worlds.flights import Flights, Tier
 from tests.worlds.idling import Idling
+from tests.worlds.in_flight import InFlight, Tier
 from tests.worlds.scenario import Scenario
 from tests.worlds.stalls import Stalls
 from tests.worlds.violation import hold
@@ -27,7 +27,7 @@ from tests.worlds.violation import hold
 BOOKS_EVERY = 32
 HISTORY = 60
 LONG_AGO_NS = 120 * SECOND_NS
-"""Longer than any run takes: when nothing has moved for so long in peace, nothing will."""
+"""Longer than any run takes: if nothing has moved for so long in peace, nothing will."""
 
 VOIDED_BY: dict[str, tuple[str, ...]] = {
     "backend lost": ("loss", "small", "stalls"),
@@ -51,7 +51,7 @@ ENDED_BY: dict[Reason, tuple[str, ...]] = {
 }
 """Why a request may end without an answer, and the kinds of fault that are a cause of it."""
 OF_THE_CLIENT = (Reason.EXPIRED, Reason.DEADLINE_EXCEEDED, Reason.DEADLINE_UNMEETABLE)
-"""Endings of those that would not wait for longer."""
+"""The endings of clients that would not wait any longer."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Client:
     attempt: int = 0
     backend: str = ""
     queued_at: str = ""
-    """Where it was promised what it was; another backend may have taken it over."""
+    """The backend that promised its bound; another may have taken the request over."""
     first_token_ns: int = 0
     bound_ns: int | None = None
     settled: do.Settle | None = None
@@ -76,24 +76,24 @@ class Client:
 
 @dataclass
 class Checks:
-    """Follows one run. `books` is asked now and then whether the core's own counts agree; raises Violation."""
+    """Follows one run and raises Violation. `books` checks the core's own counts from time to time."""
 
     scenario: Scenario
     books: Callable[[Core], None] = lambda _: None
     coming: ev.Event | None = None
-    """What the core is given now."""
+    """The event that the core gets now."""
     steps: int = 0
     moved_ns: int = 0
     peace_ns: int = 0
-    """When the faults had stopped; 0 while they have not."""
+    """The time at which the faults stopped, or 0 before."""
     served_ns: int = 0
-    """From then on whoever comes is answered."""
+    """The time from which every new request must be answered."""
     voided: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     nearest_to_bound: float = 0.0
     bounded: int = 0
     unnoticed: dict[int, None] = field(default_factory=dict)
-    """Requests whose bound was exceeded for a fault of their very backend that had not been noticed."""
+    """Requests whose bound was exceeded because of an undetected fault of their own backend."""
     history: deque[tuple[int, ev.Event, list[do.Effect]]] = field(default_factory=lambda: deque(maxlen=HISTORY))
     clients: dict[int, Client] = field(default_factory=dict)
     waiting: dict[int, None] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class Checks:
     def __post_init__(self) -> None:
         config = self.scenario.sidecar.core_config()
         self._digest = hashlib.sha256()
-        self._flights = Flights(config.seat_slack)
+        self._in_flight = InFlight(config.seat_slack)
         self._memory = Tier("host store", config.store_bytes)
         self._disk = Tier("disk", config.disk_bytes)
         self._idling = Idling()
@@ -113,11 +113,11 @@ class Checks:
             ev.FirstToken: self._first_token,
             ev.RunEnded: self._run_ended,
             ev.RunFailed: self._run_ended,
-            ev.LoadDone: lambda event: self._flights.load_ended(event.load, good=True),
-            ev.LoadFailed: lambda event: self._flights.load_ended(event.load, good=False),
-            ev.BackendAdded: lambda event: self._flights.added(event.backend, event.facts),
+            ev.LoadDone: lambda event: self._in_flight.load_ended(event.load, good=True),
+            ev.LoadFailed: lambda event: self._in_flight.load_ended(event.load, good=False),
+            ev.BackendAdded: lambda event: self._in_flight.added(event.backend, event.facts),
             ev.BackendUp: lambda event: self._set_down(event.backend, False),
-            ev.BackendLost: lambda event: self._flights.lost(event.backend),
+            ev.BackendLost: lambda event: self._in_flight.lost(event.backend),
             ev.DrainSet: self._drain_set,
             ev.Fetched: lambda event: self._memory.came(event.key),
             ev.FetchFailed: lambda event: self._memory.failed(event.key),
@@ -142,7 +142,7 @@ class Checks:
 
     def knows_down(self, backend: str) -> bool:
         """Whether the core has been told that a backend is down."""
-        return self._flights.places[backend].down
+        return self._in_flight.backends[backend].down
 
     def stepped(self, core: Core, event: ev.Event, effects: list[do.Effect], now_ns: int) -> None:
         """Check one step of the core."""
@@ -162,11 +162,11 @@ class Checks:
             self.books(core)
 
     def trouble(self, backend: str, for_ns: int) -> None:
-        """A backend does worse than promised from now on, and nobody says so."""
+        """Note that a backend does worse than promised for a while, without a report."""
         self._troubles[backend].append((self._now_ns, self._now_ns + for_ns))
 
     def peace(self, now_ns: int, served_ns: int) -> None:
-        """The faults have stopped; from `served_ns` on whoever comes is answered."""
+        """Note that the faults have stopped; from `served_ns` on, every new request must be answered."""
         self.peace_ns = self.moved_ns = now_ns
         self.served_ns = served_ns
 
@@ -177,7 +177,7 @@ class Checks:
         hold(not stuck, f"nothing has moved for {idle_s:.0f} s and {len(self.waiting)} wait: {list(self.waiting)[:5]}")
 
     def ended(self, core: Core) -> None:
-        """Check what must hold when nothing is left to happen."""
+        """Check the invariants of the end, when nothing is left to happen."""
         hold(not self.waiting, f"{len(self.waiting)} requests never ended: {list(self.waiting)[:5]}")
         hold(self.voided == core.state.voided, f"{self.voided} promises were void and {core.state.voided} were counted")
         self.books(core)
@@ -204,13 +204,13 @@ class Checks:
         client = self.clients[event.request]
         self.moved_ns = self._now_ns
         if client.backend:
-            self._flights.run_ended(client.backend, event.request, event.attempt)
+            self._in_flight.run_ended(client.backend, event.request, event.attempt)
 
     def _set_down(self, backend: str, down: bool) -> None:
-        self._flights.places[backend].down = down
+        self._in_flight.backends[backend].down = down
 
     def _drain_set(self, event: ev.DrainSet) -> None:
-        self._flights.places[event.backend].draining = event.draining
+        self._in_flight.backends[event.backend].draining = event.draining
 
     # Effects.
 
@@ -223,8 +223,8 @@ class Checks:
 
     def _load(self, effect: do.Load) -> None:
         hold(self._memory.holds(effect.packed.key), f"{effect.packed.key} is loaded and is not in the store")
-        stalled = [name for name in self._flights.places if self.stalls.stands_still(name, self._now_ns)]
-        self._flights.load(effect, stalled)
+        stalled = [name for name in self._in_flight.backends if self.stalls.stands_still(name, self._now_ns)]
+        self._in_flight.load(effect, stalled)
 
     def _dispatch(self, effect: do.Dispatch) -> None:
         client, request = self.clients[effect.request], effect.request
@@ -235,7 +235,7 @@ class Checks:
         hold(deadline_ns is None or self._now_ns < deadline_ns, f"request {request} is dispatched after its deadline")
         client.attempt, client.backend = effect.attempt, effect.backend
         self.moved_ns = self._now_ns
-        self._flights.dispatch(effect, client.event.input_tokens + client.event.output_tokens_max)
+        self._in_flight.dispatch(effect, client.event.input_tokens + client.event.output_tokens_max)
 
     def _cancel_run(self, effect: do.CancelRun) -> None:
         settled = self.clients[effect.request].settled
@@ -254,7 +254,7 @@ class Checks:
         self._check_ending(client, effect)
 
     def _check_time(self, client: Client) -> None:
-        """Check that nobody waited for longer than the client or the class allows."""
+        """Check that nobody waited longer than the client or the class allows."""
         event = client.event
         limit_ns = self.scenario.sidecar.classes[event.klass].queue_wait_ns_max
         due_ns = event.deadline_ns or (0 if client.attempt else client.arrived_ns + limit_ns)
@@ -281,11 +281,11 @@ class Checks:
         hold(waited_ns <= effect.bound_ns, f"{waited} {had}; its bound is {effect.bound_ns / SECOND_NS:.3f} s")
 
     def _was_in_trouble(self, effect: do.Settle, client: Client) -> bool:
-        """Whether a backend was slow, or dead and not yet known to be, while a client waited for it."""
+        """Return True if a backend was slow, or dead without being known to be, while a client waited for it."""
         until_ns = client.first_token_ns or self._now_ns
         return any(
             begin_ns < until_ns and client.arrived_ns < end_ns
-            for place in {client.queued_at, effect.backend, *self._flights.first_loads_at(effect.version)}
+            for place in {client.queued_at, effect.backend, *self._in_flight.first_loads_at(effect.version)}
             for begin_ns, end_ns in self._troubles.get(place, ())
         )
 
@@ -309,4 +309,4 @@ class Checks:
 
 
 def _ignored(_: object) -> None:
-    """Nothing follows from it."""
+    """Ignore an event that implies nothing."""

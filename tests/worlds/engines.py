@@ -1,4 +1,4 @@
-"""Engines that are not what was said of them, that are slow for a while, and that die and are started anew."""
+"""Engines that differ from what was configured, that are slow for a while, and that die and restart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FaultyWorld(World):
     def __init__(self, scenario: Scenario, workload: Workload, recorder: Recorder) -> None:
         self.scenario = scenario
         self.honest = False
-        """Engines that are started from now on are as the sidecar was told."""
+        """True: engines started from now on match the sidecar's configuration."""
         self._costs = {backend: ChangingCost(scenario.setup.engine.cost) for backend in scenario.setup.backends}
         super().__init__(scenario.setup, workload, recorder)
 
@@ -43,26 +43,26 @@ class FaultyWorld(World):
         return Engine(self.scenario.spec(backend, self.honest), self._costs[backend])
 
     def restart(self, backend: str) -> None:
-        """Start an engine anew, its caches and its queue empty."""
+        """Restart an engine with empty caches and an empty queue."""
         self.engines[backend] = self.build(backend)
 
     def pace(self, backend: str, factor: float) -> None:
-        """Have the steps that begin from now on take `factor` times as long as they should."""
+        """Make further steps take `factor` times as long."""
         event = self.engines[backend].run(self.now_ns)
         assert event is None, f"{backend} was not run up to now: {event}"
         self._costs[backend].factor = factor
 
     def freeze(self, backend: str, for_ns: int) -> None:
-        """Have an engine make no step for so long, and then go on where it was."""
+        """Stop an engine's steps for `for_ns`; then it continues where it was."""
         event = self.engines[backend].run(self.now_ns)
         assert event is None, f"{backend} was not run up to now: {event}"
         self.engines[backend].freeze(self.now_ns, for_ns)
 
     def queue_without_limit(self, backend: str) -> None:
-        """Have an engine take whatever comes."""
+        """Make an engine accept any number of requests."""
         engine = self.engines[backend]
         engine.spec = replace(engine.spec, max_queue=0)
 
     def is_busy(self, backend: str) -> bool:
-        """Whether an engine has something to step on."""
+        """Return True if an engine has work."""
         return bool(self.engines[backend].progress())

@@ -1,7 +1,7 @@
-"""No engine idles beside a request that waits and that it could serve.
+"""Check that no engine idles while a request waits that it could serve.
 
-What waits, what each engine holds and what keeps it from taking more is read from the core's state; what follows from
-it is said here anew, and not asked of the core.
+The facts (waiting requests, engines' contents and limits) come from the core's state; the conclusions are drawn here,
+independently of the core.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IDLE_NS_MAX = 2 * SECOND_NS
 
 @dataclass
 class Idling:
-    """For how long each idle engine could have served each request that waits."""
+    """Tracks for how long each idle engine could have served each waiting request."""
 
     since_ns: dict[tuple[str, int], int] = field(default_factory=dict)
     longest_ns: int = 0
@@ -60,7 +60,7 @@ def _idles(state: State, backend: Backend, now_ns: int) -> bool:
 
 
 def _could_serve(state: State, backend: Backend, request: Request, now_ns: int) -> bool:
-    """Whether a request that waits elsewhere could run here: its adapter is here, or its weights are at hand."""
+    """Return True if a request waiting elsewhere could run here: its adapter or its weights are available."""
     if request.running or request.settled or request.backend == backend.id or backend.id in request.losses:
         return False
     if request.backend is not None:

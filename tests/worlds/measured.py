@@ -1,4 +1,4 @@
-"""What others have measured or modelled of engines with adapters, and simulations of the same set-ups."""
+"""Published measurements and models of engines with adapters, and simulations of the same set-ups."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.worlds.steady import steady_tokens_per_s
 TRTLLM, VLLM = "trtllm_no_evict", "vllm"
 
 LINEAR = StepTimes(step_ms=lambda batch, context: 11 + 0.13 * batch, prefill_ms=lambda tokens: 95.0)
-"""The straight line that the closed form was worked out on; the linear cost file holds the same."""
+"""The linear cost model for which the closed form was derived; the linear cost file has the same."""
 POOLS = (128, 256, 1024, 2048)
 SLOTS = (1, 2, 4, 8, 16, 32, 64)
 POOL_TURNS = {128: 12, 256: 10, 1024: 6, 2048: 5}
 """How many requests of each pool are served, in pools: enough to settle and to look at for a while."""
 
 STRICT_TOKENS_PER_S = {2: 174, 4: 335, 8: 622, 16: 1087, 32: 1735}
-"""Nobody passes, 64 adapters in turn: as many run as there are slots. X(S) of the straight line."""
+"""Tokens per second in strict order with 64 adapters in turn, when one request runs per slot: X(S) of `LINEAR`."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ LOSSES = {
 SqueezeBits, "Serving Multiple LoRAs at Once", 2024-12: A100 80 GB, TensorRT-LLM 0.14 and vLLM 0.6.3.
 """
 FIGURE_SLOTS = (2, 4, 8, 16, 32, 64)
-"""Of SqueezeBits' figure of throughput by the GPU's room for adapters; 64 of them in turn."""
+"""The slots in SqueezeBits' figure of throughput by adapter memory; 64 adapters in turn."""
 
 
 @cache
 def simulated(**said: Any) -> Result:
-    """Return a run by the command line's options, those that are left out as they are there."""
+    """Return a run with the command line's options and defaults."""
     (run,) = runs_of(Options(**said))
     return simulate(run.setup, run.workload, run.label)
 
@@ -95,7 +95,7 @@ def reachable_tokens_per_s(in_flight: int, slots: int) -> float:
 
 
 def of_closed_form(order: str, in_flight: int, slots: int) -> float:
-    """Return what an order yields once it has settled, as a share of the closed form."""
+    """Return an order's settled throughput as a share of the closed form."""
     expected = reachable_tokens_per_s(in_flight, slots)
     return steady_tokens_per_s(linear_run(order, in_flight, slots, POOL_TURNS[in_flight]), expected) / expected
 

@@ -1,4 +1,4 @@
-"""Two phases: things go wrong at random, then nothing does and everything must come to its end."""
+"""Run two phases: random faults, then none, in which everything must end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.worlds.scenario import Scenario
 UNTOLD_S, DOWN_S, SLOW_S = 10.0, 20.0, 40.0
 STALL_S, BACK_S = (3.0, 40.0), 5.0
 GIVEN_UP_S = 30.0
-"""`progress_timeout_s`: what says nothing for so long is lost."""
+"""`progress_timeout_s`: a run without progress for so long is lost."""
 SLOWER = (2.0, 20.0)
 BURST = (10, 60)
 SETTLES_NS = 45 * SECOND_NS
-"""After the last fault, what is down is back and what is late is there by then."""
+"""By this time after the last fault, engines are back and late answers have arrived."""
 LOOK_EVERY_NS = 30 * SECOND_NS
 PROBES, PROBE_EVERY_NS = 30, SECOND_NS // 5
 STEP_FAILS = "CUDA runtime error in cudaEventSynchronize: an illegal memory access was encountered"
 
 
 class Misfortune:
-    """What happens to a world, by its seed."""
+    """The faults of a world, drawn from its seed."""
 
     def __init__(self, scenario: Scenario, world: FaultyWorld, product: FaultyProduct, checks: Checks) -> None:
         self.scenario = scenario
@@ -146,7 +146,7 @@ class Misfortune:
         return f"{backend} {'drains' if draining else 'takes requests again'}"
 
     def _send(self, adapter: str, output_tokens: int) -> None:
-        """Have a client send a request that allows for as much as those of the load do."""
+        """Send a request with the same limits as the load's."""
         load = self.scenario.parameters
         tenant, asked = "t0" if load.tenant_shares else "", load.output_tokens_max or output_tokens
         self._world.send(Arrival(None, adapter, load.input_tokens, output_tokens, asked, tenant))
@@ -154,7 +154,7 @@ class Misfortune:
     # Peace.
 
     def _make_peace(self) -> None:
-        """Stop every fault: what is left must be served or refused, and end."""
+        """Stop all faults: every remaining request must be served or refused, and end."""
         world, product, now_ns = self._world, self._product, self._world.now_ns
         self._note("the faults stop")
         product.peaceful = world.honest = True
@@ -173,7 +173,7 @@ class Misfortune:
         world.after(SETTLES_NS, self._settled)
 
     def _settled(self) -> None:
-        """Send what must be answered, and look now and then whether anything moves."""
+        """Send requests that must be answered, and check periodically that something moves."""
         for event in self._product.names.make_peace():  # a Load that was under way may have died late
             if isinstance(event, ev.ReleaseAsked):
                 self._product.feed(event)

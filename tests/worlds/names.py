@@ -1,4 +1,4 @@
-"""The adapters as their operators know them: names, versions, and what becomes of them by random acts."""
+"""Adapters' names and versions, and random acts of operators on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sidecar.core import events as ev
 from sidecar.core.facts import Adapter
 
 Make = Callable[[str, int], Adapter]
-"""From a name and an ordinal: that version."""
+"""Takes a name and an ordinal, returns the version."""
 KEPT_VERSIONS = 3
 
 
@@ -24,7 +24,7 @@ IDENTITIES = (
     "山田{}",
     'a "{}" {{b}}\\c',
 )
-"""What tenants are called where certificates, tokens and people say who they are."""
+"""Tenants' names as in certificates and tokens."""
 
 
 def identity(tenant: str) -> str:
@@ -35,7 +35,7 @@ def identity(tenant: str) -> str:
 
 @dataclass
 class Named:
-    """A name and its versions by ordinal; `ordinal` is the one that it stands for."""
+    """A name and its versions by ordinal; `ordinal` is the current one."""
 
     ordinal: int = 1
     versions: dict[int, Adapter] = field(default_factory=dict)
@@ -67,11 +67,11 @@ class Names:
         self.backends: tuple[str, ...] = ()
 
     def registrations(self) -> list[ev.AdapterRegistered]:
-        """Return what makes every name what it is."""
+        """Return the events that register every name."""
         return [self._registration(name, held) for name, held in self._held.items()]
 
     def act(self) -> ev.Event | None:
-        """Return what an operator does next: to a name that is gone, register it again."""
+        """Return the event of an operator's next act; a forgotten name is registered again."""
         if not self._held:
             return None
         name = self._random.choice(list(self._held))
@@ -82,7 +82,7 @@ class Names:
         return self._random.choice(self._acts)(name, held)
 
     def make_peace(self) -> list[ev.Event]:
-        """Return what makes every name servable: registered, not pinned, no version under suspicion."""
+        """Return the events that make every name servable: registered, not pinned, no version suspected."""
         events: list[ev.Event] = []
         for name, held in self._held.items():
             held.pinned, held.registered = False, True
@@ -90,7 +90,7 @@ class Names:
         return events
 
     def written(self, name: str, random: Random) -> str:
-        """Return how a client writes a name: now and then with one of its ordinals."""
+        """Return a name as a client writes it, sometimes with an ordinal."""
         held = self._held.get(name)
         if held is None or len(held.versions) < 2 or random.random() < 0.8:
             return name
@@ -128,7 +128,7 @@ class Names:
         return ev.PrefetchAsked(self._ask(), name, tuple(places))
 
     def _replace(self, name: str, held: Named) -> ev.Event:
-        """Register new content; the oldest version goes."""
+        """Register new content and drop the oldest version."""
         newest = max(held.versions) + 1
         held.versions[newest] = self._make(name, newest)
         held.ordinal, held.canary = newest, None

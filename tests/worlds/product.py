@@ -1,4 +1,4 @@
-"""The product among surroundings that fail: wires that break, origins that are late, clients that leave."""
+"""The product in a failing environment: wires break, origins are late, clients leave."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEADLINES_S = (0.5, 30.0)
 
 
 class FaultyProduct(Product):
-    """A core whose effects are carried out by a world in which they may fail."""
+    """A core whose effects may fail when the world carries them out."""
 
     def __init__(self, scenario: Scenario, world: FaultyWorld, checks: Checks) -> None:
         self.scenario = scenario
@@ -35,7 +35,7 @@ class FaultyProduct(Product):
         self._random = source(scenario.seed, "surroundings")
         self._up = dict.fromkeys(scenario.setup.backends, True)
         self._at: dict[str, dict[int, None]] = {backend: {} for backend in scenario.setup.backends}
-        """Engine ids of what each engine has and somebody listens for."""
+        """The engine ids of the requests and loads at each engine that somebody listens for."""
         super().__init__(world, scenario.sidecar)
         self.names = Names(world.workload.adapters, self._make, source(scenario.seed, "operators"))
         self.names.backends = scenario.setup.backends
@@ -63,7 +63,7 @@ class FaultyProduct(Product):
         self.feed(ev.Received(request_id, adapter, identity(arrival.tenant), klass, *tokens, deadline_ns))
 
     def observe(self, backend: str, event: Event) -> None:
-        """Pass on what somebody still listens for."""
+        """Pass on an event that somebody still listens for."""
         at = self._at[backend]
         heard = Event(
             event.at_ns,
@@ -78,7 +78,7 @@ class FaultyProduct(Product):
         super().observe(backend, heard)
 
     def register(self, event: ev.AdapterRegistered) -> None:
-        """Register a name, and have its versions' rows at hand for when they are loaded."""
+        """Register a name, and keep its versions' rows for their loads."""
         versions = ((event.adapter, event.generation), *((other.adapter, other.generation) for other in event.others))
         for adapter, generation in versions:
             version = version_id(adapter.digest, generation)
@@ -90,7 +90,7 @@ class FaultyProduct(Product):
 
     @property
     def up(self) -> list[str]:
-        """The backends that are there, whatever the core knows."""
+        """The backends that are up, whatever the core knows."""
         return [backend for backend, is_up in self._up.items() if is_up]
 
     def lose(self, backend: str, cause: str, untold_ns: int, down_ns: int, warm: bool, wires: bool) -> None:
@@ -124,7 +124,7 @@ class FaultyProduct(Product):
         self.feed(ev.BackendUp(backend, self.world.setup.engine.facts()))
 
     def _probe(self, effect: do.Probe) -> None:
-        """An engine that stands still is found so when the time for a probe is over."""
+        """Answer a probe; a frozen engine lets it time out."""
         backend, stalls = effect.backend, self.checks.stalls
         stalled = self._up[backend] and stalls.stands_still(backend, self.world.now_ns)
         delay_ns = effect.within_ns if stalled else PROBE_NS

@@ -1,4 +1,4 @@
-"""What a seed stands for: the pool, what stands before it, the load, and which kinds of fault there are.
+"""Draw a world from a seed: the pool, the sidecar, the load, and the kinds of faults.
 
 Each seed turns about half of the kinds off entirely, so that a rare path is not hidden behind a frequent one
 (tigerbeetle's simulator does so).
@@ -23,7 +23,7 @@ from sidecar.pace.cost_table import CostTable, load_cost_table
 
 T = TypeVar("T")
 CROWDED_EVERY, CROWD_TENANTS, CROWD_ADAPTERS = 100, 2_000, 1_000
-"""One world in so many has thousands of tenants and adapters."""
+"""One world in `CROWDED_EVERY` has thousands of tenants and adapters."""
 KINDS: dict[str, str] = {
     "loss": "backends are lost, with what they ran, and come back",
     "slow": "all steps of a backend take 2 to 20 times as long for a while",
@@ -43,9 +43,9 @@ KINDS: dict[str, str] = {
 }
 """Every kind of fault there is."""
 PATIENCE_NS = 3600 * SECOND_NS
-"""How long one of the usual class waits at most: far longer than all the work of any seed takes."""
+"""The longest wait of the usual class: much longer than all the work of any seed."""
 SLOT_TOKENS = 1024
-"""At least the KV tokens that an adapter's slot displaces."""
+"""At least as many as the KV tokens that an adapter's slot displaces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class FaultySidecar(Sidecar):
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """A world, and how much goes wrong in it."""
+    """The parameters of a world and of its faults."""
 
     seed: int
     setup: Setup
@@ -70,21 +70,21 @@ class Scenario:
     parameters: LoadParameters
     kinds: tuple[str, ...]
     host_slots: tuple[int, ...]
-    """What each engine's host cache really holds."""
+    """The actual capacity of each engine's host cache."""
     engine_queue_max: int
-    """What an engine queues before it refuses; 0 is without limit."""
+    """The engine's queue limit; 0 is unlimited."""
     fault_every_s: float
     peace_s: float
-    """When the faults stop."""
+    """The time at which the faults stop."""
     short_share: float
-    """The part of the requests that are of the class that does not wait for long."""
+    """The share of requests in the class with a short wait."""
     deadline_share: float
 
     def has(self, kind: str) -> bool:
         return kind in self.kinds
 
     def spec(self, backend: str, honest: bool) -> EngineSpec:
-        """Return an engine as it really is; `honest`: as the sidecar was told that it is."""
+        """Return an engine's actual specification, or with `honest` the one that the sidecar was told."""
         spec = self.setup.engine.spec()
         if honest:
             return spec
@@ -92,7 +92,7 @@ class Scenario:
         return replace(spec, lora_host_pages=host, max_queue=self.engine_queue_max)
 
     def describe(self) -> str:
-        """Return what was drawn, for people."""
+        """Return the drawn parameters as text."""
         engine, sidecar, load = self.setup.engine, self.sidecar, self.parameters
         blob_bytes = _blob_bytes(engine)
         return "\n".join(
@@ -162,7 +162,7 @@ def _load(random: Random, seed: int) -> tuple[str, LoadParameters]:
 
 
 def _crowded(parameters: LoadParameters) -> LoadParameters:
-    """Return a load of which most requests are their tenant's and their adapter's only one."""
+    """Return a load in which most requests are the only ones of their tenant and of their adapter."""
     return replace(
         parameters,
         adapters=CROWD_ADAPTERS,
@@ -225,7 +225,7 @@ def _sidecar(
 
 
 def _blob_bytes(engine: EngineSetup) -> int:
-    """Return what the largest adapter takes in the store."""
+    """Return the bytes of the largest adapter in the store."""
     adapter = adapter_named("any", engine.rank, engine.adapter_rows(engine.rank), engine.shape)
     return packed_for(adapter, engine.facts(), 0).size_bytes
 

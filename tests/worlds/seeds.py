@@ -1,4 +1,4 @@
-"""One fault seed with all that the tests know to ask of the core."""
+"""Run one fault seed with all the checks that the tests have."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.worlds.trial import Verdict, run_seed
 
 
 def run(seed: int) -> Verdict:
-    """Run a seed; raises SeedFailed with all that is needed to look into it."""
+    """Run a seed. Raises SeedFailed with all details."""
     return run_seed(seed, _look, assert_idle)
 
 

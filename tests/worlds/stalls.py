@@ -1,6 +1,6 @@
-"""An engine that makes no step is sent nothing new for longer than it may be silent and one probe takes.
+"""Check that a stalled engine gets no new requests after the allowed silence and one probe.
 
-Written apart from the core's own books, but for what it takes a step to be.
+The check is independent of the core's own state, except for the definition of a sign of life.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from tests.worlds.violation import hold
 
 SILENT_NS, SILENT_STEPS = 2 * SECOND_NS, 5
 DOUBLINGS_MAX = 4
-"""Answered so many probes since it last said something by itself, an engine is asked no more."""
+"""After so many answered probes without a sign of its own, an engine is no longer probed."""
 
 
 @dataclass
 class Stalls:
-    """Which engines stand still, from when until when, and since when each has had a run that somebody waits for."""
+    """The stalls of engines with their times, and since when each engine has had a run that somebody waits for."""
 
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     seen: int = 0
     """Stalls under which the core came to suspect the engine."""
     _busy_ns: dict[str, int] = field(default_factory=dict)
     _excused: dict[str, int] = field(default_factory=dict)
-    """How many probes each has answered since it was last told of tokens, or later."""
+    """The number of probes that each engine has answered since its last tokens, or later."""
 
     def begin(self, backend: str, now_ns: int, for_ns: int) -> bool:
-        """Note that an engine stands still; False if it does already."""
+        """Note that an engine stalls. Return False if it does already."""
         if self.stands_still(backend, now_ns):
             return False
         self.spans[backend] = now_ns, now_ns + for_ns

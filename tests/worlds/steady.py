@@ -1,4 +1,4 @@
-"""How much a run yields once it has settled: without its start, when no queue has grown yet, and without its tail.
+"""Measure a run's settled throughput: without its start, when no queue has grown yet, and without its tail.
 
 Answers of one length come in waves, and a window of any one length catches more or less of them. So the figure is the
 mean over all windows of half the settled time.
@@ -20,7 +20,7 @@ SAMPLES = 200
 
 @dataclass(frozen=True)
 class Sample:
-    """What had happened at a time: tokens generated, requests answered and sent."""
+    """The counts at a time: tokens generated, requests answered and sent."""
 
     at_s: float
     tokens: int
@@ -31,7 +31,7 @@ class Sample:
 def steady_tokens_per_s(run: Run, expected_tokens_per_s: float) -> float:
     """Return a closed loop's tokens per second from when all of the first pool were answered to its last arrival.
 
-    `expected_tokens_per_s` only says how often to look.
+    `expected_tokens_per_s` only sets the sampling interval.
     """
     tokens = sum(arrival.output_tokens for arrival in run.workload)
     samples = _sampled(run, round(1e9 * tokens / expected_tokens_per_s / SAMPLES))

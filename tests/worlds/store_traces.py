@@ -1,4 +1,4 @@
-"""Requests to a host store: who is asked for, in what order, how large it is and what a miss costs.
+"""Traces of requests to a host store: keys in order, their sizes, and the cost of a miss.
 
 Popularity alone makes independent requests, which favour whoever counts them. Real clients come in bursts: each has
 gaps of its own between its requests, with a spread above that of Poisson's, and the streams are merged.
@@ -33,7 +33,7 @@ RANK_BYTES = 5_250_000
 """Bytes of each rank of an adapter of all linear layers of an 8B model, in half precision."""
 RANKS = (8, 16, 32, 64, 128)
 VARIATIONS = (0.3, 8.0)
-"""The least and the most that is believed of a client's spread: in a window with few requests it means little."""
+"""The range to which a client's measured variation is clipped: in a window with few requests it means little."""
 WINDOW_S = 600.0
 
 
@@ -144,4 +144,4 @@ GENERATORS: dict[str, Callable[[int, int], list[Request]]] = {
     "bursts of CV 4, 200": lambda requests, seed: in_bursts(200, requests, seed, 0.8, 4.0),
     "bursts of CV 8, 200": lambda requests, seed: in_bursts(200, requests, seed, 0.8, 8.0),
 }
-"""What the store is tried on without a file: from the number of requests and the seed."""
+"""The traces that need no file; each takes the number of requests and the seed."""

@@ -1,4 +1,4 @@
-"""The host store alone, under any eviction policy: what its misses cost, beside what they cost at least.
+"""Run the host store alone under any eviction policy: the cost of its misses, beside a lower bound.
 
 The index is the product's own. Look-ahead is what the queue gives it: the next K requests of the trace are waiting
 while one is served, so an adapter that none of them wants goes first, and of those that are wanted the one whose turn
@@ -17,7 +17,7 @@ from sidecar.lab.sim.offline import Request, belady_by_size, least_miss_cost, ne
 
 
 def miss_cost(policy: Eviction, trace: Sequence[Request], capacity_bytes: int, look_ahead: int = 0) -> float:
-    """Return what the misses of a trace cost in a store of this capacity, which must hold each adapter alone."""
+    """Return the cost of a trace's misses in a store of this capacity, which must hold any single adapter."""
     store, paid = StoreIndex(capacity_bytes, policy), 0.0
     awaited = _Awaited(trace, look_ahead)
     for now, request in enumerate(trace):
@@ -41,7 +41,7 @@ def _fetch(store: StoreIndex, request: Request, now: int, next_position: Callabl
 
 
 class _Awaited:
-    """When each key is wanted next, as far as the look-ahead sees."""
+    """The next request of each key, within the look-ahead."""
 
     def __init__(self, trace: Sequence[Request], look_ahead: int) -> None:
         self.now = 0
@@ -65,13 +65,13 @@ class Trial:
     capacity_bytes: int
     look_ahead: int
     least: float
-    """PFOO-L; with look-ahead or without, nobody pays less."""
+    """PFOO-L, the lower bound for any policy, with or without look-ahead."""
     belady: float
     paid: Mapping[str, float]
-    """By eviction policy."""
+    """The costs by eviction policy."""
 
     def over_best(self, name: str) -> float:
-        """Return what a policy pays over what the best of the others pays."""
+        """Return a policy's cost relative to the best of the others."""
         return self.paid[name] / min(paid for other, paid in self.paid.items() if other != name)
 
 
@@ -94,7 +94,7 @@ def trial(trace: Sequence[Request], capacity_share: float, look_ahead: int = 0, 
 
 SHARES = (0.1, 0.3)
 LOOK_AHEADS = (0, 64, 1024)
-"""Nothing known, a short queue, and the backlog of a thousand that grouping needs."""
+"""No look-ahead, a short queue, and the backlog of a thousand that grouping needs."""
 JUDGED, BASELINE = "rate_per_byte", "lru"
 
 

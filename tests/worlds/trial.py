@@ -1,4 +1,4 @@
-"""One seed from its drawing to its verdict."""
+"""Run one seed, from its draw to its verdict."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ SHOWN = 40
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a seed that held came to."""
+    """The results of a seed without violations."""
 
     seed: int
     digest: str
-    """Over every effect and its time."""
+    """A hash over every effect and its time."""
     requests: int
     reasons: dict[str, int]
-    """How many ended how."""
+    """The number of requests by ending."""
     voided: dict[str, int]
     bounded: int
     nearest_to_bound: float
     unnoticed: int
-    """Bounds exceeded for a fault that was not noticed in time."""
+    """Bounds exceeded because of a fault that was not detected in time."""
     faults: int
     steps: int
     virtual_s: float
     reached: dict[str, int] = field(default_factory=dict)
-    """How often each bound was, where they are small."""
+    """How often each bound was reached, in worlds with small bounds."""
 
 
 class SeedFailed(Exception):
-    """A seed under which something did not hold; the message has all that is needed to look into it."""
+    """A seed with a violation; the message has all details."""
 
 
 def run_seed(seed: int, books: Books = lambda _: None, idle: Books = lambda _: None) -> Verdict:
@@ -90,7 +90,7 @@ def _run(scenario: Scenario, bounds: Bounds, books: Books, idle: Books) -> Verdi
 
 
 def _agree(checks: Checks, recorder: Recorder) -> None:
-    """Check that the simulator's own record tells the same."""
+    """Check that the simulator's own record agrees."""
     hold(not recorder.unfinished, f"{recorder.unfinished[:5]} have no ending in the record")
     hold(not recorder.counts["doubled"], f"{recorder.counts['doubled']} doubled in the record")
     over = [request for request, _, _ in recorder.over_bound if request not in checks.unnoticed]

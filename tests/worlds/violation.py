@@ -1,13 +1,13 @@
-"""What a check raises."""
+"""The exception of a failed check."""
 
 from __future__ import annotations
 
 
 class Violation(Exception):
-    """Something that must hold does not; the message says what, of whom."""
+    """An invariant is violated; the message names it and the object."""
 
 
 def hold(condition: bool, message: str) -> None:
-    """Raise a Violation unless a condition is met."""
+    """Raise Violation unless a condition holds."""
     if not condition:
         raise Violation(message)

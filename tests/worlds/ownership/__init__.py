@@ -1,1 +1,1 @@
-"""Ownership by seed: members, a Redis and a network that all fail, then peace in which everything has an owner."""
+"""Fault simulation of ownership by seed: members, Redis and the network fail; then every backend must be owned."""

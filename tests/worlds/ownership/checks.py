@@ -1,4 +1,4 @@
-"""What must hold, seen from outside: by who may dispatch, and by what the engines were sent.
+"""The invariants of ownership, seen from outside: who may dispatch, and what the engines received.
 
 Two things are counted apart. *Late*: a write whose process was stopped after the check. *The known hole*: Redis grants
 a backend, `grace_ns` after the last renewal, to a member that none of its owner's witnesses answered, while that owner,
@@ -25,11 +25,11 @@ HOLE = "known hole, granted beside a stray"
 HOLE_WRITES = "known hole, sent under an older epoch"
 LATE_WRITES = "dispatched late, after a stop"
 STOPPED_NS = 5 * MILLISECOND_NS
-"""Longer from the check to the write only if the process was stopped in between."""
+"""A longer time from the check to the write means that the process was stopped in between."""
 
 
 class Violation(Exception):
-    """Something that must hold does not."""
+    """An invariant is violated."""
 
 
 def hold(condition: bool, text: str) -> None:
@@ -43,9 +43,9 @@ class Checks:
     def __init__(self, world: World) -> None:
         self.world = world
         self.newest: dict[str, tuple[int, str]] = {}
-        """By backend: the newest epoch that its engine was sent, and by whom."""
+        """By backend: the newest epoch that its engine received, and the sender."""
         self.strays: dict[str, dict[str, int]] = {}
-        """By backend: who may dispatch to it besides its owner, because of the known hole, and under which epoch."""
+        """By backend: members that may dispatch besides the owner because of the known hole, with their epochs."""
         self._pledged: dict[tuple[str, str, str], int] = {}
         """By who agreed, with whom, and by backend: until when by its clock it keeps off."""
         self._moving: dict[tuple[str, str], int] = {}
@@ -64,7 +64,7 @@ class Checks:
                 self._is_alone(backend)
 
     def _is_unaware(self, process: Process, backend: str, epoch: int) -> None:
-        """Check that nobody goes on under an epoch that it knows to be over: a stray ends where it hears of another."""
+        """Check that no member uses an epoch that it knows to be over: a stray ends when it hears of a newer one."""
         seen = process.ownership.know.epochs.get(backend, 0)
         hold(seen <= epoch, f"{process.member.id} goes on with {backend} under {epoch} and has seen {seen}")
 
@@ -74,7 +74,7 @@ class Checks:
         hold(alone_ns < bounds.alone_ns, f"{process.member.id} has had {backend} for {alone_ns} ns without Redis")
 
     def _is_done_with(self, process: Process, backend: str) -> None:
-        """Check that what is handed over is kept until nothing is in flight, or the lease ends."""
+        """Check that a handed-over backend is kept until nothing is in flight or the lease ends."""
         key, hold_ = (process.member.id, backend), process.hold_of(backend)
         if process.ownership.is_handing_over(backend) and hold_ is not None:
             self._moving[key] = hold_.valid_ns
@@ -86,7 +86,7 @@ class Checks:
             )
 
     def forgets(self, process: Process, backend: str) -> None:
-        """Take in that a member takes a backend for gone: what is in flight there is no reason to keep it."""
+        """Note that a member considers a backend gone: requests in flight there no longer keep it."""
         self._moving.pop((process.member.id, backend), None)
 
     def _is_alone(self, backend: str) -> None:
@@ -98,7 +98,7 @@ class Checks:
         return [each for each in self.world.living() if each.owns(backend) is not None]
 
     def strays_of(self, backend: str) -> set[str]:
-        """Return who strays still, and forget who does no longer."""
+        """Return the current strays, and forget former ones."""
         strays = self.strays.pop(backend, {})
         left = {
             member: epoch for member, epoch in strays.items() if self.world.processes[member].keeps(backend) == epoch

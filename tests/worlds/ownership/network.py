@@ -1,4 +1,4 @@
-"""True time and a network that loses, delays, doubles and reorders, and that can be cut between any two places."""
+"""True time, and a network that loses, delays, duplicates and reorders messages, and can be cut anywhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ START_NS = 1_000 * SECOND_NS
 
 
 class Clock:
-    """A clock that began at a number of its own and runs at a rate of its own."""
+    """A clock with its own offset and rate."""
 
     def __init__(self, offset_ns: int, per_million: int, now_ns: int) -> None:
         self.offset_ns, self.per_million, self.began_ns = offset_ns, per_million, now_ns
@@ -22,19 +22,19 @@ class Clock:
         return self.offset_ns + (now_ns - self.began_ns) * self.per_million // 1_000_000
 
     def when(self, local_ns: int) -> int:
-        """Return the first true time at which this clock shows a time or a later one."""
+        """Return the first true time at which this clock shows at least `local_ns`."""
         return self.began_ns - (-(local_ns - self.offset_ns) * 1_000_000 // self.per_million)
 
 
 class Network:
-    """Everything that is still to happen, in the order of true time."""
+    """The pending events, in the order of true time."""
 
     def __init__(self, scenario: Scenario, random: Random) -> None:
         self.scenario, self.random = scenario, random
         self.now_ns = START_NS
         self.is_faulty = True
         self.cuts: dict[tuple[str, str], int] = {}
-        """From where to where nothing arrives, and until when."""
+        """The cut directions, each with its end time."""
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._count = 0
 
@@ -63,7 +63,7 @@ class Network:
                 self.after(self._delay_ns(), lambda: self._arrive(source, target, deliver, was_faulty))
 
     def _arrive(self, source: str, target: str, deliver: Callable[[], None], was_faulty: bool) -> None:
-        """Deliver what was sent, unless it is cut off, or comes from before a peace that began meanwhile."""
+        """Deliver a message, unless its direction is cut, or it was sent before a peace that began meanwhile."""
         if was_faulty == self.is_faulty and self.cuts.get((source, target), 0) <= self.now_ns:
             deliver()
 

@@ -1,4 +1,4 @@
-"""What a plot is told with: a world without chance, in which one thing is made to happen."""
+"""Helpers for plots: worlds without randomness, in which a test makes one thing happen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOUNDS = Bounds()
 LEASE_S = BOUNDS.ttl_ns / SECOND_NS
 GRACE_S = BOUNDS.grace_ns / SECOND_NS
 SERVED_S = LEASE_S + 2
-"""A backend that nobody owns is owned again within this time, whatever befell the fleet or Redis."""
+"""A backend without an owner is owned again within this time, whatever happened to the members or Redis."""
 BACKENDS = {f"engine-{index}": "" for index in range(4)}
 
 
@@ -31,7 +31,7 @@ def run(world: World, seconds: float) -> None:
 
 
 def until(world: World, is_so: Callable[[], bool], seconds: float) -> float:
-    """Run until something is so and return after how many seconds of true time; fail if it takes longer."""
+    """Run until a condition holds and return the seconds of true time it took; fail after `seconds`."""
     for tenths in range(int(10 * seconds) + 1):
         if is_so():
             return tenths / 10
@@ -67,7 +67,7 @@ def leases_lost(world: World) -> int:
 
 
 def stay(world: World, owners: dict[str, str], seconds: float) -> None:
-    """Run, and look at every lease that all owners are still the same."""
+    """Run for `seconds`, and check once per lease that the owners are unchanged."""
     for _ in range(int(seconds / LEASE_S)):
         run(world, LEASE_S)
         assert owners_of(world) == owners

@@ -1,4 +1,4 @@
-"""One process: the ownership of one member, the calls it makes, and the requests that it dispatches."""
+"""A simulated process: the ownership of one member, its calls, and the requests that it dispatches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Process:
-    """A life. While it is paused nothing in it moves, and all that comes waits."""
+    """One life of a process. While it is paused, nothing in it runs, and incoming messages wait."""
 
     def __init__(self, world: World, member: Member) -> None:
         self.world, self.member = world, member
@@ -29,11 +29,11 @@ class Process:
         self.alive, self.paused, self.draining = True, False, False
         self.in_flight: Counter[str] = Counter()
         self.ending: dict[str, None] = {}
-        """Backends that were disowned and whose work in flight has to end."""
+        """Disowned backends whose requests in flight must end."""
         self.unseen: set[str] = set()
-        """Backends that it takes for gone."""
+        """Backends that it considers gone."""
         self._addresses: set[str] = set()
-        """Whom Redis named as living when it answered last: others it cannot ask, but it can be asked by them."""
+        """The live members in Redis' last answer: it can ask only these, but any member can ask it."""
         self._backlog: list[Callable[[], None]] = []
         self._wakes = 0
         self.give(ev.Tick())
@@ -60,7 +60,7 @@ class Process:
         return self.holds(backend)
 
     def do(self, act: Callable[[], None]) -> None:
-        """Do something in this process: now, or once it is no longer paused."""
+        """Run `act` in this process: now, or once it is no longer paused."""
         if self.alive and self.paused:
             self._backlog.append(act)
         elif self.alive:
@@ -70,7 +70,7 @@ class Process:
         self.do(lambda: self._step(event))
 
     def sees(self, backend: str, sees: bool) -> None:
-        """Let a backend be there for this process, or be gone."""
+        """Make a backend visible to this process, or gone."""
         self.unseen.discard(backend) if sees else self.unseen.add(backend)
         self.do(lambda: self._look_for(backend))
 
@@ -87,7 +87,7 @@ class Process:
         return None if slot is None else slot.hold or slot.asking_hold
 
     def resume(self) -> None:
-        """Let it go on: with its clock first, or with what has come in first."""
+        """Resume the process, with its timer first or with its messages first."""
         self.paused = False
         backlog, self._backlog = self._backlog, []
         if self.world.random.random() < 0.5:
@@ -119,7 +119,7 @@ class Process:
         self.net.at(self.clock.when(effect.at_ns), lambda: self.do(tick))
 
     def call(self, effect: Any, run: Callable[[int], ev.Event | None], failed: ev.Event | None) -> None:
-        """Have a script run by the Redis that is there now; without an answer in time it has failed."""
+        """Run a script in the current Redis; without an answer in time it fails."""
         world, redis = self.world, self.world.redis
         if failed is not None:
             patience_ns = world.scenario.bounds.retry_ns if redis.up else MILLISECOND_NS
@@ -192,7 +192,7 @@ class Process:
     # Requests.
 
     def _dispatch(self) -> None:
-        """Now and then send a request to each backend that this member may dispatch to."""
+        """Periodically send a request to each backend that this member may dispatch to."""
         if not self.alive:
             return
         self.net.after(self.world.random.randint(50, 600) * MILLISECOND_NS, self._dispatch)

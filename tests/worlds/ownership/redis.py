@@ -1,4 +1,4 @@
-"""What Redis has to do for ownership, as a model: each method is one script, atomic, by Redis's own clock.
+"""A model of Redis' part in ownership: each method is one atomic script, by Redis' own clock.
 
 A generation is one life of one Redis process as a primary: a script tells it by `run_id` and `master_replid` of
 `INFO`. When a script finds another generation in the data, or none, it writes its own and the time: that is the birth.
@@ -18,7 +18,7 @@ MILLISECOND_NS = 1_000_000
 
 @dataclass
 class Record:
-    """A lease, held, ended or released. Only one that was released long ago is deleted."""
+    """A lease: held, ended or released. Only a lease released long ago is deleted."""
 
     holder: str
     holder_name: str
@@ -33,7 +33,7 @@ class Record:
 
 @dataclass
 class Data:
-    """Everything that a restart may keep, lose or turn back."""
+    """The data that a restart may keep, lose or revert."""
 
     generation: str = ""
     born_ns: int = 0
@@ -73,7 +73,7 @@ class Redis:
         return ev.BeatAnswered(number, data.generation, now_ns, self.newborn_ns(now_ns), members, leases)
 
     def leave(self, member: str, now_ns: int) -> None:
-        """Take a member off, and give back all its leases: one whose release got lost would be waited for."""
+        """Remove a member and release all its leases, so that nobody waits for one whose release got lost."""
         self._settle(now_ns)
         self.data.members.pop(member, None)
         for record in self.data.leases.values():

@@ -1,4 +1,4 @@
-"""A world of members drawn from a seed: half of them with a few kinds of faults that meet, half with any."""
+"""Draw a world of members from a seed: half of the worlds with a few kinds of related faults, half with any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from random import Random
 from sidecar.ownership.facts import SECOND_NS, Bounds
 
 SIGHTINGS = "sightings"
-"""Members take backends for gone, and find them again."""
+"""Members consider backends gone, and find them again."""
 KINDS = (
     "loss",
     "delay",
@@ -37,15 +37,15 @@ STORIES = (
     ("joins", "drains", "kills"),
     ("loss", "delay", "duplication", "redis failed over"),
 )
-"""Faults that only together show what a rule is for; where everything happens at once, that seldom comes about."""
+"""Faults that show only together what a rule is for; with all faults at once, such a combination is rare."""
 OTHERS_SHARE = 0.1
-"""Of the other kinds so many are in a story, too."""
+"""The share of the other kinds that are in a story too."""
 MILLISECOND_NS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is drawn before the world begins. Times in ns of true time."""
+    """The parameters of a world. Times are in ns of true time."""
 
     seed: int
     bounds: Bounds
@@ -55,9 +55,9 @@ class Scenario:
     is_new: bool
     """Redis has never been used."""
     faults_ns: int
-    """How long things go wrong."""
+    """The duration of the faults."""
     every_ns: int
-    """Between two misfortunes, about."""
+    """The mean time between two faults."""
     loss: float
     delay: float
 

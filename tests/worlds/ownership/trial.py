@@ -1,4 +1,4 @@
-"""One seed: misfortune, in which nothing may be owned twice, then peace, in which everything gets its owner."""
+"""Run one seed: faults, in which no backend may have two owners, then peace, in which every backend gets its owner."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ GRACE_NS = 2 * SECOND_NS
 SETTLED_LEASES = 30
 """After so many leases' time in peace everything is where it belongs."""
 STEADY_LEASES = 4
-"""What has been so for so long stays so: nothing that members do on their own takes longer than a lease to show."""
+"""Owners that have lasted so long stay: nothing that members do by themselves takes longer than a lease."""
 
 
 class SeedFailed(Exception):
-    """A world in which something that must hold did not; the text tells all."""
+    """An invariant was violated in a world; the text has all details."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def run_seed(seed: int, peace: bool = True) -> Verdict:
 
 
 def _peace(world: World) -> float:
-    """Heal, and check that each backend is owned in time, stays so but for a move, and ends where it belongs."""
+    """End all faults, and check that each backend is owned in time, stays owned except for a move, and ends where it
+    belongs.
+    """
     scenario, net = world.scenario, world.net
     world.heal()
     healed_ns, ttl_ns = net.now_ns, scenario.bounds.ttl_ns
@@ -101,7 +103,7 @@ def _bound_ns(world: World, backend: str) -> int:
 
 
 def _is_vouched_for(world: World, witnesses: set[str]) -> bool:
-    """Whether a witness is there to stay: who drains may leave before anybody asks."""
+    """Return True if a witness stays: a draining one may leave before anybody asks it."""
     return any(each.member.id in witnesses and not each.draining for each in world.living())
 
 

@@ -1,4 +1,4 @@
-"""Members, a Redis, a network, and what befalls them."""
+"""A world of members, Redis and a network, and its faults."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.worlds.ownership.scenario import Scenario
 
 HISTORY = 150
 STOPPED_SHARE = 0.001
-"""So many of the writes are held up by a stop of their process between the check and the write."""
+"""The share of writes before which their process is stopped, after the check."""
 EPOCH_NS = 1_700_000_000 * SECOND_NS
 
 
 class RedisProcess:
-    """A life of Redis on a host with a clock of its own."""
+    """One life of Redis, on a host with its own clock."""
 
     def __init__(self, world: World, process: str, data: Data, skew_ns: int) -> None:
         self.scripts = Redis(world.scenario.bounds, process, data)
@@ -36,7 +36,7 @@ class RedisProcess:
 
 
 class World:
-    """One world. `trace` keeps the last steps for whoever has to look into a failure."""
+    """One world. `trace` keeps the last steps, for the report of a failure."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -73,7 +73,7 @@ class World:
         self.processes[process.member.id] = process
 
     def heal(self) -> None:
-        """End all that is wrong. Who is dead stays dead, but one lives at least."""
+        """End all faults. Dead members stay dead, but at least one lives."""
         self.net.is_faulty = False
         self.net.cuts.clear()
         if not self.redis.up:
@@ -97,13 +97,13 @@ class World:
             self.random.choice(self._misfortunes)(self)
 
     def _copy(self) -> None:
-        """What a replica of Redis has got so far."""
+        """Update the data that a replica of Redis has received so far."""
         if self.net.is_faulty:
             self.net.after(self.random.randint(1, SECOND_NS), self._copy)
             self.copies.append(self.redis.scripts.data.copy())
 
     def _span_ns(self) -> int:
-        """Return how long something lasts: shorter than a lease, or longer, or as long as anybody goes on."""
+        """Return a duration: shorter than a lease, longer, or as long as an owner may go on without Redis."""
         bounds = self.scenario.bounds
         return self.random.randint(1, self.random.choice((bounds.ttl_ns, 2 * bounds.ttl_ns, 2 * bounds.alone_ns)))
 
@@ -112,7 +112,7 @@ class World:
         return self.random.choice(living) if living else None
 
     def pause(self, process: Process | None = None) -> None:
-        """Stop a process, as SIGSTOP does, and let it go on later."""
+        """Stop a process, as SIGSTOP does, and resume it later."""
         process = process or self._any()
         if process is not None and not process.paused:
             process.paused = True
@@ -120,7 +120,7 @@ class World:
             self.net.after(self._span_ns(), lambda: process.resume() if process.paused else None)
 
     def checked(self, process: Process) -> None:
-        """Now and then stop a process that is about to write what it has just checked."""
+        """Sometimes stop a process between a check and its write."""
         if self.net.is_faulty and self.scenario.has("pauses") and self.random.random() < STOPPED_SHARE:
             self.pause(process)
 
@@ -151,7 +151,7 @@ class World:
             process.give(ev.DrainBegun())
 
     def lose_sight(self) -> None:
-        """Have a member take a backend for gone, and find it again later."""
+        """Make a member consider a backend gone, and find it again later."""
         process, backend = self._any(), self.random.choice(sorted(self.scenario.backends))
         if process is not None and backend not in process.unseen:
             self.note(f"lost sight: {process.member.id} of {backend}")
@@ -190,7 +190,7 @@ class World:
             self.history.append((self.net.now_ns, "", f"{self.redis.scripts.process} starts", ""))
 
     def cut_redis(self) -> None:
-        """Some members do not reach Redis, or hear nothing from it; often an owner, for longer than its lease."""
+        """Cut some members off from Redis, in one or both directions; often an owner, for longer than its lease."""
         owners = [each for each in self.living() if any(each.owns(backend) for backend in self.scenario.backends)]
         if not owners or self.random.random() < 0.3:
             self._cut([(each, "redis") for each in self._some()])
@@ -202,13 +202,13 @@ class World:
         self._cut([(each, "redis") for each in (owner, *some)], ttl_ns, 3 * ttl_ns)
 
     def cut_members(self) -> None:
-        """Some members and the others do not reach each other, or only one way."""
+        """Cut some members off from the others, in one or both directions."""
         some = self._some()
         others = [each.member.id for each in self.living() if each.member.id not in some]
         self._cut([(one, other) for one in some for other in others])
 
     def cut_island(self) -> None:
-        """Some members, or all, reach each other and nothing else; Redis and the others may be joined by a newcomer."""
+        """Isolate some members, or all, from Redis and the others, which a newcomer may join."""
         island = [each.member.id for each in self.living()] if self.random.random() < 0.5 else self._some()
         if self.random.random() < 0.7:
             self.join()

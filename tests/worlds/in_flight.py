@@ -1,6 +1,6 @@
-"""What is in flight at each engine and what lies in the store, counted from events and effects alone.
+"""Count what is in flight at each engine and what is in the store, from events and effects alone.
 
-Written apart from the core's own books: a budget that both keep wrong in the same way is unlikely.
+The counts are independent of the core's own: both are unlikely to be wrong in the same way.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tests.worlds.violation import hold
 
 
 @dataclass
-class Place:
-    """One backend as the core has been told it is."""
+class BackendInFlight:
+    """One backend, as the core was told that it is."""
 
     facts: EngineFacts
     seats: int
@@ -27,14 +27,14 @@ class Place:
     loads: dict[int, int] = field(default_factory=dict)
     """Load → task id."""
     pages: dict[int, int] = field(default_factory=dict)
-    """Of every adapter that was loaded in this life, by task id."""
+    """The pages of every adapter loaded in this life of the engine, by task id."""
 
     def clear(self) -> None:
         for held in (self.runs, self.kv_tokens, self.loads, self.pages):
             held.clear()
 
     def check(self, backend: str) -> None:
-        """Hold the seats, the pages and the KV tokens in flight."""
+        """Check the seats, the pages and the KV tokens in flight."""
         in_flight = len(self.runs) + len(self.loads)
         hold(in_flight <= self.seats, f"{backend}: {in_flight} in flight and {self.seats} may be")
         tasks = dict.fromkeys((*self.runs.values(), *self.loads.values()))
@@ -45,36 +45,36 @@ class Place:
         hold(fits, f"{backend}: {tokens} KV tokens in flight and it holds {capacity}")
 
 
-class Flights:
-    """Every backend's flights."""
+class InFlight:
+    """The runs and loads in flight at every backend."""
 
     def __init__(self, seat_slack: float) -> None:
         self._seat_slack = seat_slack
-        self.places: dict[str, Place] = {}
+        self.backends: dict[str, BackendInFlight] = {}
         self._answered: dict[int, None] = {}
-        """Task ids that have been loaded anywhere: they are off probation."""
+        """Task ids that have answered anywhere: they are off probation."""
         self._at: dict[int, str] = {}
-        """Where each Load in flight is."""
+        """The backend of each load in flight."""
         self._first_loads: dict[str, list[str]] = {}
 
     def added(self, backend: str, facts: EngineFacts) -> None:
         seats = facts.seats or 0
-        self.places[backend] = Place(facts, seats + int(seats * self._seat_slack))
+        self.backends[backend] = BackendInFlight(facts, seats + int(seats * self._seat_slack))
 
     def lost(self, backend: str) -> None:
-        place = self.places[backend]
+        place = self.backends[backend]
         for load in place.loads:
             del self._at[load]
         place.clear()
         place.down = True
 
     def load(self, effect: do.Load, stalled: Collection[str]) -> None:
-        """Check a Load: of a version that has not answered there is one at a time, beside one that a stall holds up."""
-        backend, place, task = effect.backend, self.places[effect.backend], effect.packed.task_id
+        """Check a load: a version that has not answered loads once at a time, besides a load that a stall holds up."""
+        backend, place, task = effect.backend, self.backends[effect.backend], effect.packed.task_id
         hold(not place.down, f"a Load goes to {backend}, which is down")
         hold(task not in place.loads.values(), f"{effect.digest} is loaded twice at once on {backend}")
         if task not in self._answered:
-            elsewhere = [name for name, other in self.places.items() if task in other.loads.values()]
+            elsewhere = [name for name, other in self.backends.items() if task in other.loads.values()]
             alone = not elsewhere or (len(elsewhere) == 1 and elsewhere[0] in stalled)
             hold(alone, f"{effect.digest} is on probation and loads twice")
             self._first_loads.setdefault(effect.digest, []).append(backend)
@@ -84,19 +84,19 @@ class Flights:
         place.check(backend)
 
     def first_loads_at(self, digest: str) -> list[str]:
-        """Return where a version was loaded before it had answered: who wants it waits for that, wherever it is."""
+        """Return the backends of a version's loads before its first answer, for which its requests wait everywhere."""
         return self._first_loads.get(digest, [])
 
     def load_ended(self, load: int, good: bool) -> None:
         backend = self._at.pop(load, None)
         if backend is None:
             return
-        task = self.places[backend].loads.pop(load)
+        task = self.backends[backend].loads.pop(load)
         if good:
             self._answered[task] = None
 
     def dispatch(self, effect: do.Dispatch, kv_tokens: int) -> None:
-        backend, place = effect.backend, self.places[effect.backend]
+        backend, place = effect.backend, self.backends[effect.backend]
         hold(not place.down, f"request {effect.request} goes to {backend}, which is down")
         hold(not place.draining, f"request {effect.request} goes to {backend}, which is draining")
         known = not effect.task_id or effect.task_id in place.pages
@@ -107,13 +107,13 @@ class Flights:
         place.check(backend)
 
     def run_ended(self, backend: str, request: int, attempt: int) -> None:
-        place = self.places[backend]
+        place = self.backends[backend]
         place.runs.pop((request, attempt), None)
         place.kv_tokens.pop((request, attempt), None)
 
 
 class Tier:
-    """One tier of the store: what is held or on its way, within its bytes."""
+    """One tier of the store: checks that held and incoming entries stay within its bytes."""
 
     def __init__(self, name: str, budget_bytes: int) -> None:
         self.name = name
