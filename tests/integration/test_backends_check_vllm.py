@@ -12,8 +12,8 @@ import pytest
 
 from sidecar.adapters.base_model import base_model_of
 from sidecar.adapters.staging import AdaptersDir
+from sidecar.backends.checks import staged
 from sidecar.backends.checks.finding import State
-from sidecar.backends.triton.checks import staged
 from sidecar.backends.vllm.checks import runs
 from sidecar.lab.engine.openai import adapters as emulated_adapters
 from sidecar.lab.engine.openai import app as emulated_app

@@ -11,8 +11,8 @@ from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checking import names_of
 from sidecar.backends.checks.finding import State
+from sidecar.backends.checks.staged import PREFIX, staged
 from sidecar.backends.triton.checks import STEPS
-from sidecar.backends.triton.checks.staged import PREFIX, staged
 from sidecar.backends.vllm.checks import STEPS as VLLM_STEPS
 from sidecar.backends.vllm.checks.declared import judged_memory, judged_rank, judged_slots, undeclared
 from sidecar.backends.vllm.checks.look import TEXT_MAX, Reply

@@ -9,6 +9,10 @@ from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.core.facts import Adapter, EngineFacts
 
+RUN_S, LOAD_S = 15.0, 30.0
+"""Time limits of a request of one token, and of a load."""
+BUSY_FIX = "check again when the engine is less busy"
+
 
 class State(Enum):
     """How a check ended. An engine with a warning serves, with the drawback that the text names."""
@@ -75,3 +79,7 @@ class Target:
     def host(self) -> str:
         """The host in the form that URLs have."""
         return self.address.rpartition(":")[0]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"

@@ -1,4 +1,5 @@
-"""Find out what answers at an address instead of the engine: nothing, another port of Triton's, vLLM, TLS or no TLS.
+"""Find out what answers at an address instead of the engine (nothing, another port, another engine, TLS or none), and
+how long a server's certificate is valid.
 
 Each result is for people: what was found, and the line to change.
 """
@@ -10,13 +11,17 @@ import os
 import socket
 import ssl
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
 
 import httpx
 
+from sidecar.backends.checks.finding import Finding, Target, ok, warning
 from sidecar.backends.credentials import tls_context
 
 CONNECT_S = 3.0
-GRPC_PORT, HTTP_PORT, METRICS_PORT = 8001, 8000, 8002
+EXPIRES_SOON_DAYS = 14
+GRPC_PORT, METRICS_PORT = 8001, 8002
 """Triton's default ports."""
 GRPC, HTTP = "h2", "http/1.1"
 """Protocol names of TLS (ALPN)."""
@@ -34,13 +39,13 @@ def host_and_port(address: str) -> tuple[str, int]:
 
 async def what_answers(address: str, tls: Mapping[str, str] | None) -> tuple[str, str] | None:
     """Return what prevents gRPC at an address, and the line to change; None if nothing was found."""
-    found = await nobody(address, GRPC)
+    found = await no_connection(address, GRPC)
     if found is not None:
         return found
     return await (_without_tls(address) if tls is None else with_tls(address, tls, GRPC))
 
 
-async def nobody(address: str, protocol: str) -> tuple[str, str] | None:
+async def no_connection(address: str, protocol: str) -> tuple[str, str] | None:
     """Return why no connection to an address can be opened, and the line to change; None if one can."""
     host, port = host_and_port(address)
     scheme, listen = _LISTEN[protocol]
@@ -175,3 +180,30 @@ def _is_triton(reply: httpx.Response) -> bool:
     except ValueError:
         return False
     return isinstance(record, dict) and record.get("name") == "triton"
+
+
+async def certificate_of(target: Target, protocol: str) -> Finding:
+    """Check the certificate of a server that speaks this protocol."""
+    tls = target.tls
+    if tls is None:
+        return ok("none, as configured: whoever sees the network sees prompts")
+    host, port = host_and_port(target.address)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            _, writer = await asyncio.open_connection(host, port, ssl=tls_context(tls, protocol), server_hostname=host)
+    except (OSError, TimeoutError) as error:
+        return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
+    certificate = writer.get_extra_info("peercert")
+    version = writer.get_extra_info("ssl_object").version()
+    writer.close()
+    return certificate_finding(certificate, version, "certificate" in tls, datetime.now(UTC))
+
+
+def certificate_finding(certificate: Any, version: str, ours_too: bool, now: datetime) -> Finding:
+    """Judge a server's certificate in the form of Python's ssl."""
+    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
+    days = (ends - now).days
+    text = f"{version}{', with a certificate of ours' if ours_too else ''}; the server's is valid until {ends:%Y-%m-%d}"
+    if days < EXPIRES_SOON_DAYS:
+        return warning(f"{text}, {days} more days", "renew the server's certificate before then")
+    return ok(text)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.backends.checking import LOOK_S, SPARE_S
+from sidecar.backends.checks.finding import LOAD_S, RUN_S
 from sidecar.backends.kind import Checks, CheckStep
-from sidecar.backends.triton.checks import engine, memory, metrics, model, runs, server, staged
+from sidecar.backends.triton.checks import engine, memory, metrics, model, runs, server
 from sidecar.backends.triton.checks.look import open_look
-from sidecar.backends.triton.checks.runs import LOAD_S, RUN_S
 from sidecar.backends.triton.kind import CORE, LLMAPI, TritonEntry, usual_metrics_url
 
 
@@ -42,8 +42,8 @@ STEPS = (
     CheckStep("adapter, shared", runs.adapter_shared, ("adapter",), LOAD_S + SPARE_S, CORE.name),
     CheckStep("resident", runs.resident, ("adapter",), RUN_S + SPARE_S, CORE.name),
     CheckStep("unknown id", runs.unknown_id, ("LoRA inputs", "base model"), RUN_S + SPARE_S, CORE.name),
-    CheckStep("shared folder", staged.folder, ("LoRA inputs",), kind=LLMAPI.name),
-    CheckStep("adapter", staged.adapter, ("shared folder", "base model"), LOAD_S + SPARE_S, LLMAPI.name),
+    CheckStep("shared folder", runs.folder, ("LoRA inputs",), kind=LLMAPI.name),
+    CheckStep("adapter", runs.adapter_files, ("shared folder", "base model"), LOAD_S + SPARE_S, LLMAPI.name),
 )
 
 CHECKS = Checks(STEPS, open_look, _target)

@@ -1,4 +1,4 @@
-"""Check the engine's answers: as the base model, with a tiny adapter by each transport, and to an unknown id.
+"""Check the engine's answers: as the base model, with a tiny adapter by each transport or from files, to an unknown id.
 
 Every question is one token of one dummy prompt, with an id of its own and a time limit.
 """
@@ -14,7 +14,8 @@ from typing import Any
 import grpc.aio
 
 from sidecar.backends import faults
-from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
+from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
+from sidecar.backends.checks.staged import FOLDER_FIX, can_be_made, folder_at, not_made, staged
 from sidecar.backends.triton import wire
 from sidecar.backends.triton.checks.engine import DECLARE
 from sidecar.backends.triton.checks.look import Look
@@ -23,12 +24,11 @@ from sidecar.backends.triton.checks.model import CACHES_FIX, TYPE_OF_DTYPE
 from sidecar.backends.triton.checks.tiny import TinyAdapter, tiny_adapter
 from sidecar.backends.triton.dialects import LlmApi, TensorRtLlm
 from sidecar.backends.triton.probe import answer_of, is_late
+from sidecar.core.effects import Load
 from sidecar.core.enums import Fault
+from sidecar.core.facts import Packed, task_id_of
 
-RUN_S = 15.0
-LOAD_S = 30.0
 TEXT_MAX = 240
-BUSY_FIX = "check again when the engine is less busy"
 BY_GRPC, BY_SHARED_MEMORY = "gRPC", "shared memory"
 
 
@@ -191,5 +191,26 @@ def new_id() -> str:
     return f"lora-sidecar-check-{secrets.token_hex(6)}"
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"
+async def folder(look: Look) -> Finding:
+    """Check that there is a folder to stage adapters in, and that it can be written to."""
+    shared_dir = look.target.adapters_dir
+    if shared_dir is None:
+        return failed("the engine reads adapters from files, and no folder is configured that both see", *FOLDER_FIX)
+    return folder_at(shared_dir)
+
+
+async def adapter_files(look: Look) -> Finding:
+    """Check that the engine loads a tiny PEFT adapter from the folder and answers with it."""
+    shared_dir, base = look.target.adapters_dir, look.target.base
+    assert shared_dir is not None
+    if not can_be_made(base):
+        return not_made()
+    assert base is not None
+    async with staged(shared_dir, base) as tiny:
+        load = Load(0, look.target.id, "lora-sidecar-check", tiny.digest, Packed(tiny.key, task_id_of(tiny.key), 0, 0))
+        answer = await ask(look, LlmApi(tiny.shared_dir).load(look.target.model, load), LOAD_S)
+    if answer.error is None:
+        return ok(f"staged, loaded by the engine and answered in {milliseconds(answer.took_s)}")
+    if "does not exist" in (answer.error or ""):
+        return failed(f"the engine does not see what is staged in {shared_dir.ours}: {answer.line}", *FOLDER_FIX)
+    return refused_load(look, answer)

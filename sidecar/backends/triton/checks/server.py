@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ssl
-from asyncio import open_connection, timeout
-from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
@@ -13,16 +10,14 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.checks.finding import Finding, Target, failed, ok, warning
-from sidecar.backends.checks.port import CONNECT_S, GRPC, host_and_port, what_answers
-from sidecar.backends.credentials import tls_context
+from sidecar.backends.checks.finding import Finding, failed, milliseconds, ok, warning
+from sidecar.backends.checks.port import GRPC, certificate_of, what_answers
 from sidecar.backends.triton.checks.engine import facts_from
 from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.probe import describe
 
 ANSWER_S = 4.0
 MODELS_NAMED = 8
-EXPIRES_SOON_DAYS = 14
 
 
 async def reachable(look: Look) -> Finding:
@@ -43,7 +38,9 @@ async def reachable(look: Look) -> Finding:
                 "config.yaml: url: triton://HOST:PORT of tritonserver's --grpc-port",
             )
     look.server = f"{reply.name} {reply.version}".strip()
-    return ok(f"{look.server or 'a server without a name'} at {look.target.address}, {_ms(monotonic() - began)}")
+    return ok(
+        f"{look.server or 'a server without a name'} at {look.target.address}, {milliseconds(monotonic() - began)}"
+    )
 
 
 async def _metadata(look: Look, patiently: bool = False) -> Any:
@@ -132,34 +129,3 @@ def _listed(names: list[str]) -> str:
 async def encrypted(look: Look) -> Finding:
     """Check the TLS in use, and until when the server's certificate is valid."""
     return await certificate_of(look.target, GRPC)
-
-
-async def certificate_of(target: Target, protocol: str) -> Finding:
-    """Check the certificate of a server that speaks this protocol."""
-    tls = target.tls
-    if tls is None:
-        return ok("none, as configured: whoever sees the network sees prompts")
-    host, port = host_and_port(target.address)
-    try:
-        async with timeout(CONNECT_S):
-            _, writer = await open_connection(host, port, ssl=tls_context(tls, protocol), server_hostname=host)
-    except (OSError, TimeoutError) as error:
-        return warning(f"in use, but the server's certificate could not be looked at: {error or 'no answer in time'}")
-    certificate = writer.get_extra_info("peercert")
-    version = writer.get_extra_info("ssl_object").version()
-    writer.close()
-    return certificate_finding(certificate, version, "certificate" in tls, datetime.now(UTC))
-
-
-def certificate_finding(certificate: Any, version: str, ours_too: bool, now: datetime) -> Finding:
-    """Judge a server's certificate in the form of Python's ssl."""
-    ends = datetime.fromtimestamp(ssl.cert_time_to_seconds(certificate["notAfter"]), UTC)
-    days = (ends - now).days
-    text = f"{version}{', with a certificate of ours' if ours_too else ''}; the server's is valid until {ends:%Y-%m-%d}"
-    if days < EXPIRES_SOON_DAYS:
-        return warning(f"{text}, {days} more days", "renew the server's certificate before then")
-    return ok(text)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"

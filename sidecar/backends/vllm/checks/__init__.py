@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sidecar.backends.checking import LOOK_S, SPARE_S
+from sidecar.backends.checks.finding import LOAD_S, RUN_S
 from sidecar.backends.kind import Checks, CheckStep
-from sidecar.backends.triton.checks.runs import LOAD_S, RUN_S
 from sidecar.backends.vllm.checks import declared, registered, runs, server
 from sidecar.backends.vllm.checks.look import open_look
 from sidecar.backends.vllm.kind import VllmEntry

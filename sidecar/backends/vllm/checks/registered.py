@@ -10,7 +10,7 @@ import httpx
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
-from sidecar.backends.triton.checks.staged import can_be_made, is_forgotten
+from sidecar.backends.checks.staged import can_be_made, is_forgotten
 from sidecar.backends.vllm.checks.look import CHECK_NAME, VllmLook
 
 LOAD_NOTHING_S = 10.0

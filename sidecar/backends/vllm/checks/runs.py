@@ -11,9 +11,8 @@ from contextlib import asynccontextmanager
 
 import httpx
 
-from sidecar.backends.checks.finding import Finding, failed, ok, skipped, warning
-from sidecar.backends.triton.checks.runs import BUSY_FIX, LOAD_S, RUN_S, milliseconds
-from sidecar.backends.triton.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
+from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
+from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
 from sidecar.backends.vllm.api import DEAD
 from sidecar.backends.vllm.checks.declared import SIZES_FIX, SIZES_UNKNOWN
 from sidecar.backends.vllm.checks.look import Reply, VllmLook

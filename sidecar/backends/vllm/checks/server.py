@@ -9,11 +9,9 @@ import grpc.aio
 import httpx
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from sidecar.backends.checks.finding import Finding, failed, ok, warning
-from sidecar.backends.checks.port import GRPC_PORT, HTTP, nobody, not_vllm, unasked_tls, with_tls
+from sidecar.backends.checks.finding import Finding, failed, milliseconds, ok, warning
+from sidecar.backends.checks.port import GRPC_PORT, HTTP, certificate_of, no_connection, not_vllm, unasked_tls, with_tls
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.triton.checks.runs import milliseconds
-from sidecar.backends.triton.checks.server import certificate_of
 from sidecar.backends.vllm.api import OLDEST, is_too_old
 from sidecar.backends.vllm.checks.look import VllmLook
 
@@ -47,7 +45,7 @@ def _version_of(reply: httpx.Response) -> str:
 async def _obstacle(look: VllmLook) -> tuple[str, str] | None:
     """Return why HTTP is not answered, and what to change; None if nothing was found."""
     address, tls = look.target.address, look.target.tls
-    found = await nobody(address, HTTP)
+    found = await no_connection(address, HTTP)
     if found is not None:
         return found
     found = await (unasked_tls(address, HTTP) if tls is None else with_tls(address, tls, HTTP))

@@ -1,4 +1,4 @@
-"""Check with a tiny PEFT adapter that an engine which reads adapters from files reads them from the shared folder.
+"""Stage a tiny PEFT adapter for engines that read adapters from files, to check that they read the shared folder.
 
 The adapter lies in a folder of the check's own inside the shared one. Every user of the shared folder itself removes
 what nobody claims, and a killed sidecar has left files there that its engine still knows by name.
@@ -23,11 +23,7 @@ from sidecar.adapters.base_model import BaseModel
 from sidecar.adapters.peft import read_adapter
 from sidecar.adapters.staging import FOLDER_MODE, AdaptersDir, Staging
 from sidecar.backends.checks.finding import Finding, failed, ok, skipped
-from sidecar.backends.triton.checks.look import Look
-from sidecar.backends.triton.checks.runs import LOAD_S, ask, milliseconds, refused_load
-from sidecar.backends.triton.dialects import LlmApi
-from sidecar.core.effects import Load
-from sidecar.core.facts import Layout, Packed, packed_key, task_id_of
+from sidecar.core.facts import Layout, packed_key
 
 RANK = 8
 PREFIX = "lora-sidecar-check-"
@@ -39,14 +35,6 @@ FOLDER_FIX = (
     "config.yaml: adapters_dir: {ours: path here, engine: path in the engine's container}",
     "docker run -v /mnt/adapters:/mnt/adapters   (the same volume for the sidecar and for the engine)",
 )
-
-
-async def folder(look: Look) -> Finding:
-    """Check that there is a folder to stage adapters in, and that it can be written to."""
-    shared_dir = look.target.adapters_dir
-    if shared_dir is None:
-        return failed("the engine reads adapters from files, and no folder is configured that both see", *FOLDER_FIX)
-    return folder_at(shared_dir)
 
 
 def folder_at(shared: AdaptersDir) -> Finding:
@@ -73,23 +61,6 @@ class Staged:
     digest: str
     shared_dir: AdaptersDir
     stays: bool = False
-
-
-async def adapter(look: Look) -> Finding:
-    """Check that the engine loads a tiny PEFT adapter from the folder and answers with it."""
-    shared_dir, base = look.target.adapters_dir, look.target.base
-    assert shared_dir is not None
-    if not can_be_made(base):
-        return not_made()
-    assert base is not None
-    async with staged(shared_dir, base) as tiny:
-        load = Load(0, look.target.id, "lora-sidecar-check", tiny.digest, Packed(tiny.key, task_id_of(tiny.key), 0, 0))
-        answer = await ask(look, LlmApi(tiny.shared_dir).load(look.target.model, load), LOAD_S)
-    if answer.error is None:
-        return ok(f"staged, loaded by the engine and answered in {milliseconds(answer.took_s)}")
-    if "does not exist" in (answer.error or ""):
-        return failed(f"the engine does not see what is staged in {shared_dir.ours}: {answer.line}", *FOLDER_FIX)
-    return refused_load(look, answer)
 
 
 def can_be_made(base: BaseModel | None) -> bool:
