@@ -14,9 +14,8 @@ from enum import Enum
 from time import monotonic_ns
 from typing import Any, Protocol
 
-from sidecar.backends import faults
+from sidecar.backends import faults, wire
 from sidecar.backends.buffers import REPLY_BYTES, AnswerBuffers
-from sidecar.backends.triton import wire
 from sidecar.core.effects import Dispatch, Load, Settle
 from sidecar.core.enums import Fault
 from sidecar.core.events import Event

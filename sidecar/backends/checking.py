@@ -19,7 +19,7 @@ import httpx
 from sidecar.backends.checks.finding import Finding, State, Target, failed, skipped
 from sidecar.backends.kind import Checks, CheckStep
 from sidecar.backends.registry import kind_of
-from sidecar.backends.triton.probe import describe
+from sidecar.backends.wire import describe
 from sidecar.errors import SidecarError
 
 LOOK_S = 15.0

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 import httpx
 
-from sidecar.backends.triton import wire
+from sidecar.backends import wire
 from sidecar.errors import Misused, Reason
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import grpc
 
+from sidecar.backends import wire
 from sidecar.backends.api import Form, HttpForm, HttpRejection, Payload, Prompt, Reply
-from sidecar.backends.triton import wire
 from sidecar.core.effects import Dispatch, Settle
 from sidecar.core.enums import Cache, outcome_of
 from sidecar.errors import Reason

@@ -16,8 +16,8 @@ import pytest_asyncio
 from sidecar.backends.api import HttpForm
 from sidecar.backends.faults import classify
 from sidecar.backends.quoting import wrote_in
-from sidecar.backends.triton.wire import is_lost
 from sidecar.backends.vllm.api import DEAD, fault_of
+from sidecar.backends.wire import is_lost
 from sidecar.core.effects import Dispatch, Heal
 from sidecar.core.enums import Fault
 from sidecar.core.events import BackendLost

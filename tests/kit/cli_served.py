@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 
 from sidecar.backends.api import Reply, Ticket, Weights
-from sidecar.backends.triton.wire import ModelInferResponse
+from sidecar.backends.wire import ModelInferResponse
 from sidecar.config.plugins import policies_of
 from sidecar.core.config import CoreConfig
 from sidecar.core.effects import Dispatch

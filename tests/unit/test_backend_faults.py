@@ -5,9 +5,9 @@ from __future__ import annotations
 import grpc
 import pytest
 
+from sidecar.backends import wire
 from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.triton import wire
 from sidecar.backends.triton.gauges import Gauges, parse
 from sidecar.core.enums import Fault
 
@@ -148,7 +148,7 @@ def test_a_counter_that_goes_back_is_a_restart() -> None:
 
 def test_what_is_passed_on_unparsed_is_a_token_and_nothing_else() -> None:
     """A final response, an error, another's response and a text that imitates the flag are all parsed."""
-    from sidecar.backends.triton import wire
+    from sidecar.backends import wire
 
     def message(final: bool, request_id: str = "7.1", error: str = "", text: bytes = b"x") -> bytes:
         response = wire.ModelStreamInferResponse(error_message=error)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.triton.wire import output_tokens
+from sidecar.backends.wire import output_tokens
 from sidecar.fronts.kserve.structure import structure_of
 from sidecar.fronts.kserve.tensors import Tensors
 

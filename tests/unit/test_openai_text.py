@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.backends.triton.wire import ModelInferRequest
+from sidecar.backends.wire import ModelInferRequest
 from sidecar.errors import Family, Misused, Reason
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.chat_templates import ChatTemplate, plain_messages, read_chat_template

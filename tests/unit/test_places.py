@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from sidecar.backends import wire
 from sidecar.backends.api import Payload
-from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import TRITON, TRITON_LLMAPI
 from sidecar.core.config import CoreConfig
 from sidecar.errors import Refused

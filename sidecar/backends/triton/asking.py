@@ -13,7 +13,7 @@ import numpy as np
 
 from sidecar.backends.api import Prompt, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
-from sidecar.backends.triton.wire import ModelInferRequest
+from sidecar.backends.wire import ModelInferRequest
 
 _SAMPLING = (
     ("temperature", "FP32", "<f"),

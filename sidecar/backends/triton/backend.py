@@ -20,14 +20,13 @@ import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.backends import faults
+from sidecar.backends import faults, wire
 from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights
 from sidecar.backends.credentials import open_channel
 from sidecar.backends.endpoint import Endpoint
-from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import LlmApi
 from sidecar.backends.triton.loads import LoaderProcess, Target
-from sidecar.backends.triton.probe import answer_of, describe, is_late
+from sidecar.backends.triton.probe import answer_of, is_late
 from sidecar.backends.triton.regions import Regions
 from sidecar.backends.triton.server import CHANGED, Server, WatchOptions
 from sidecar.backends.triton.streams import Run, StreamPool
@@ -219,7 +218,7 @@ class TritonBackend(Endpoint):
                 await self._transport.forget(region)
                 return
             except grpc.RpcError as error:
-                logger.info("%s does not let go of %s yet: %s", self.id, region, describe(error))
+                logger.info("%s does not let go of %s yet: %s", self.id, region, wire.describe(error))
             await asyncio.sleep(FORGET_AGAIN_S)
         self._transport.lost(region)
 
@@ -278,4 +277,4 @@ class TritonBackend(Endpoint):
 
     @staticmethod
     def _error_text(error: Exception) -> str:
-        return describe(error) if isinstance(error, grpc.RpcError) else str(error)
+        return wire.describe(error) if isinstance(error, grpc.RpcError) else str(error)

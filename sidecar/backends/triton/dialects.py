@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sidecar.adapters.staging import AdaptersDir as AdaptersDir
-from sidecar.backends.triton import wire
+from sidecar.backends import wire
 from sidecar.core.effects import Dispatch, Load
 from sidecar.errors import Misused, Reason
 

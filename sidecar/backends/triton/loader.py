@@ -24,7 +24,7 @@ from typing import Any
 
 import grpc
 
-from sidecar.backends.triton import wire
+from sidecar.backends import wire
 
 LOADS_AT_ONCE = 8
 TEXT_MAX = 100_000

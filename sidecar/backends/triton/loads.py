@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.backends import wire
 from sidecar.backends.api import LoadResult, Weights
-from sidecar.backends.triton import wire
 from sidecar.core.effects import Load
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from sidecar.backends.triton import wire
+from sidecar.backends import wire
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.errors import Misused, Reason
 
@@ -91,10 +91,3 @@ def is_silence(error: grpc.aio.AioRpcError) -> bool:
 def is_late(error: grpc.RpcError) -> bool:
     """Return True for a timeout, which a busy server may cause once."""
     return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-
-
-def describe(error: grpc.RpcError) -> str:
-    """Return an error's code and text for people."""
-    if isinstance(error, grpc.aio.AioRpcError):
-        return f"{error.code().name}: {error.details()}"
-    return str(error)

@@ -14,10 +14,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from sidecar.backends import faults
+from sidecar.backends import faults, wire
 from sidecar.backends.api import Reply, Ticket
 from sidecar.backends.quoting import wrote_in
-from sidecar.backends.triton import wire
 from sidecar.backends.triton.dialects import Dialect
 from sidecar.core.effects import Dispatch
 from sidecar.core.enums import Fault

@@ -21,8 +21,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
-from sidecar.backends.triton import wire
 from sidecar.config import Config
 from sidecar.core.effects import Settle
 from sidecar.errors import Reason, Refused, SidecarError

@@ -10,8 +10,8 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.backends import wire
 from sidecar.backends.api import Ticket
-from sidecar.backends.triton import wire
 from sidecar.core.effects import Settle
 from sidecar.errors import SidecarError
 from sidecar.fronts.kserve.request import KServeRequest

@@ -12,7 +12,7 @@ from typing import Any
 
 from sidecar.backends.api import Payload
 from sidecar.backends.registry import written_for
-from sidecar.backends.triton.wire import EMPTY_FINAL
+from sidecar.backends.wire import EMPTY_FINAL
 from sidecar.config.identities import session_of
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.kserve.parameters import own_parameters, seconds_until

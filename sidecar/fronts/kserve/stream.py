@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
+from sidecar.backends import wire
 from sidecar.backends.api import Reply, Ticket
-from sidecar.backends.triton import wire
 from sidecar.core.effects import Settle
 from sidecar.errors import Failed, Reason
 from sidecar.fronts import callers, relay

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sidecar.backends.triton.wire import ModelInferRequest, content_head
+from sidecar.backends.wire import ModelInferRequest, content_head
 from sidecar.errors import Reason, Refused
 from sidecar.fronts.message_fields import UNCOUNTED_BYTES, check_fields, check_known, decoded, malformed
 

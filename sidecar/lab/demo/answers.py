@@ -15,7 +15,7 @@ import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
 from sidecar.backends.faults import classify
-from sidecar.backends.triton.wire import ModelInferRequest, is_final
+from sidecar.backends.wire import ModelInferRequest, is_final
 from sidecar.core.enums import Fault
 from sidecar.lab.demo import merged
 from sidecar.lab.demo.model import MAX_TOKENS

@@ -8,7 +8,7 @@ from typing import Any
 
 from sidecar.backends.api import Prompt, Reply
 from sidecar.backends.kind import Ask, Asking, Piece
-from sidecar.backends.triton.wire import ModelInferRequest
+from sidecar.backends.wire import ModelInferRequest
 
 SAMPLING = (
     "temperature", "top_k", "top_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty",

@@ -13,10 +13,9 @@ from typing import Any
 
 import grpc.aio
 
-from sidecar.backends import faults
+from sidecar.backends import faults, wire
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, can_be_made, folder_at, not_made, staged
-from sidecar.backends.triton import wire
 from sidecar.backends.triton.checks.engine import DECLARE
 from sidecar.backends.triton.checks.look import Look
 from sidecar.backends.triton.checks.memory import region

@@ -14,7 +14,7 @@ from sidecar.backends.checks.finding import Finding, failed, milliseconds, ok, w
 from sidecar.backends.checks.port import GRPC, certificate_of, what_answers
 from sidecar.backends.triton.checks.engine import facts_from
 from sidecar.backends.triton.checks.look import Look
-from sidecar.backends.triton.probe import describe
+from sidecar.backends.wire import describe
 
 ANSWER_S = 4.0
 MODELS_NAMED = 8

@@ -7,7 +7,7 @@ from typing import Any
 
 from sidecar.backends.api import Form, HttpForm, Prompt
 from sidecar.backends.kind import Ask, Asking, Kind, ModelKind, Native
-from sidecar.backends.triton.wire import ModelInferRequest
+from sidecar.backends.wire import ModelInferRequest
 
 ASKS = {
     Prompt.TEXT: Ask(text="two plus two", max_tokens=3, model="a name"),

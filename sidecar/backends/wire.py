@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import grpc
+import grpc.aio
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends.faults import Wrote, nobody_wrote
@@ -134,6 +135,13 @@ def is_lost(code: grpc.StatusCode, text: str, wrote: Wrote = nobody_wrote) -> bo
     if code is grpc.StatusCode.INTERNAL:
         return any(part in text and not wrote(part) for part in _WIRE_TEXTS)
     return code in _WIRE_CODES
+
+
+def describe(error: grpc.RpcError) -> str:
+    """Return an error's code and text for people."""
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error)
 
 
 def is_final(parameters: Any) -> bool:
