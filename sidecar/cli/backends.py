@@ -257,7 +257,7 @@ def _predicted(backend: Any) -> str:
 
 def _wait(backend: Any) -> str:
     if not backend.HasField("predicted_wait_s"):
-        return "wait nobody knows how long"
+        return "wait for an unknown time"
     return f"wait {duration(backend.predicted_wait_s)}" if backend.predicted_wait_s else "not wait"
 
 

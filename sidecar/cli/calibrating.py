@@ -63,7 +63,7 @@ def _from_measurements(model: str | None, gpu: str | None, engine: str | None) -
             Exit.MISUSED,
         )
     measured = Measured(model, gpu, engine)
-    with _telling() as told:
+    with _progress_bars() as told:
         table = measured_table(measured, told)
     return table, {}, cost_name(short_name(model), gpu, engine)
 
@@ -75,7 +75,7 @@ def _from_journal(
     from sidecar.lab.calibrate.live import Words, live_table
     from sidecar.lab.calibrate.measured import short_name
 
-    with _telling() as told:
+    with _progress_bars() as told:
         history = read_history(path, told)
     table, fit, chosen = live_table(history, backend, Words(model, gpu, engine))
     name = cost_name(short_name(model), gpu, engine) if model and gpu and engine else f"cost_{chosen}.json"
@@ -141,16 +141,16 @@ def _fit_lines(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _telling() -> Iterator[Advance]:
+def _progress_bars() -> Iterator[Advance]:
     """Yield a progress callback that draws a bar on stderr for each counter, if stderr is a terminal."""
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
-        def told(what: str, done: int, total: int) -> None:
+        def advance(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = progress.add_task(what, total=total)
             progress.update(tasks[what], completed=done)
 
-        yield told
+        yield advance

@@ -32,7 +32,7 @@ def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
     if not recorded or not setting.backends:
         raise Misused(Reason.CONFIG_INVALID, f"{path} has no {'backend' if recorded else 'request'} in it")
     load = _Load(setting, recorded[: options.requests])
-    pool, told = _pool(options, setting, load)
+    pool, notes = _pool(options, setting, load)
     workload = Workload(
         name=path.name,
         adapters=tuple(load.adapters),
@@ -42,10 +42,10 @@ def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
         seed=0,
         arrivals=lambda: load.sent(options.in_flight is None),
     )
-    told = (*told, f"the live run was ordered by {setting.config.ordering}")
+    notes = (*notes, f"the live run was ordered by {setting.config.ordering}")
     orders = options.compare or (options.order or setting.config.ordering,)
     runs = [
-        Run(order, replace(pool, sidecar=_sidecar(options, order, setting.config)), workload, told) for order in orders
+        Run(order, replace(pool, sidecar=_sidecar(options, order, setting.config)), workload, notes) for order in orders
     ]
     return runs, _live(path, recorded[: options.requests], load)
 
@@ -103,7 +103,7 @@ class _Load:
                 return label
         return None
 
-    def told(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
         if self.guessed:
             yield f"the journal lacks the answers of {count(self.guessed, 'request')}; the means of others are taken"
         if self.left_out:
@@ -144,10 +144,10 @@ def _pool(options: Options, setting: Setting, load: _Load) -> tuple[Setup, tuple
         in_flight=options.in_flight or 1,
         adapters=load.adapters if is_alike else {},
     )
-    return pool, (*load.told(), *_pool_told(setting.backends, engine, is_alike))
+    return pool, (*load.notes(), *_pool_notes(setting.backends, engine, is_alike))
 
 
-def _pool_told(backends: dict[str, EngineFacts], engine: EngineSetup, is_alike: bool) -> Iterator[str]:
+def _pool_notes(backends: dict[str, EngineFacts], engine: EngineSetup, is_alike: bool) -> Iterator[str]:
     first, *others = backends
     differing = [name for name in others if backends[name] != backends[first]]
     if differing:

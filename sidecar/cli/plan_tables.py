@@ -13,50 +13,50 @@ NONE = "–"
 Record = dict[str, Any]
 
 
-def summary(told: Record) -> str:
+def summary(result: Record) -> str:
     """Return the plan in a sentence or two."""
-    plan, load = told["plan"], told["load"]
+    plan, load = result["plan"], result["load"]
     pool = _pool(plan)
-    rate = told["predicted"]["throughput_tokens_per_s"]["median"]
+    rate = result["predicted"]["throughput_tokens_per_s"]["median"]
     one = plan["backends"] == 1
-    verdict = ("meets" if one else "meet") if told["meets"] else ("does not meet" if one else "do not meet")
-    engine = f"{told['model']} on {told['gpu']}, {told['engine']}"
+    verdict = ("meets" if one else "meet") if result["meets"] else ("does not meet" if one else "do not meet")
+    engine = f"{result['model']} on {result['gpu']}, {result['engine']}"
     return (
         f"{engine}; {count(load['adapters'], 'adapter')}, {load['workload']}\n"
-        f"{pool} {verdict} {_wanted(told)}: {rate:,.0f} output tokens/s, waits {_waits(told)}"
+        f"{pool} {verdict} {_wanted(result)}: {rate:,.0f} output tokens/s, waits {_waits(result)}"
     )
 
 
-def missed(told: Record) -> str:
+def missed(result: Record) -> str:
     """Return why there is no plan: the nearest one and what limits it."""
     return (
-        f"nothing that was tried meets {_wanted(told)}; nearest: {_pool(told['plan'])} ({_reached(told)}), bound by "
-        f"{told['binds_because']}; what would help: {told['would_help']}"
+        f"nothing that was tried meets {_wanted(result)}; nearest: {_pool(result['plan'])} ({_reached(result)}), bound by "
+        f"{result['binds_because']}; what would help: {result['would_help']}"
     )
 
 
-def engine_lines(told: Record) -> Iterator[tuple[str, str]]:
+def engine_lines(result: Record) -> Iterator[tuple[str, str]]:
     """Yield an engine's settings, and the room that they leave."""
-    plan = told["plan"]
+    plan = result["plan"]
     yield "engines", f"{plan['backends']:,}"
     fit = plan["adapters_fit"]
     most = "no limit is known" if fit is None else f"at most {fit:,} fit"
-    yield "adapter slots", f"{plan['slots']:,} of {told['load']['adapters']:,}; {most}"
-    yield "pages of an adapter", _pages(told)
-    for name, value in told["settings"]["engine"].items():
+    yield "adapter slots", f"{plan['slots']:,} of {result['load']['adapters']:,}; {most}"
+    yield "pages of an adapter", _pages(result)
+    for name, value in result["settings"]["engine"].items():
         yield name, NONE if value is None else "yes" if value is True else str(value)
     yield "GPU memory of adapters", size(plan["device_bytes"])
     kv = plan["kv_tokens"]
     yield "KV left", "no limit is known" if kv is None else f"{kv:,} tokens, {plan['kv_seats']:,.0f} requests"
-    yield "seats", f"{plan['seats']:,}, mean batch {told['predicted']['mean_batch']['median']:,.0f}"
-    yield "bound by", told["binds_because"]
-    if not told["meets"]:
-        yield "what would help", told["would_help"]
+    yield "seats", f"{plan['seats']:,}, mean batch {result['predicted']['mean_batch']['median']:,.0f}"
+    yield "bound by", result["binds_because"]
+    if not result["meets"]:
+        yield "what would help", result["would_help"]
 
 
-def sidecar_lines(told: Record) -> Iterator[tuple[str, str]]:
+def sidecar_lines(result: Record) -> Iterator[tuple[str, str]]:
     """Yield the sidecar's settings."""
-    settings = told["settings"]["sidecar"]
+    settings = result["settings"]["sidecar"]
     store, limits = settings["store"], settings["queue"]["classes"]["default"]
     yield "store.memory_bytes", f"{store['memory_bytes']} ({size(store['memory_bytes'])})"
     yield "store.disk_bytes", f"{store['disk_bytes']} ({size(store['disk_bytes'])}: every adapter in two versions)"
@@ -64,11 +64,11 @@ def sidecar_lines(told: Record) -> Iterator[tuple[str, str]]:
     yield "patience_s", f"{limits['patience_s']:g}"
 
 
-def curve(told: Record) -> RenderableType:
+def curve(result: Record) -> RenderableType:
     """Return throughput and waits by slots, with the plan marked."""
     rows = [
         [
-            f"{point['slots']:,}{' ◄' if point['slots'] == told['plan']['slots'] else ''}",
+            f"{point['slots']:,}{' ◄' if point['slots'] == result['plan']['slots'] else ''}",
             size(point["device_bytes"]),
             NONE if point["kv_tokens"] is None else f"{point['kv_tokens']:,}",
             NONE if point["kv_seats"] is None else f"{point['kv_seats']:,.0f}",
@@ -79,25 +79,25 @@ def curve(told: Record) -> RenderableType:
             _seconds(point["wait_max_s"]),
             point["binds"],
         ]
-        for point in told["curve"]
+        for point in result["curve"]
     ]
     heads = [">adapters", ">KV tokens", ">KV seats", ">bound tok/s", ">tok/s", ">batch", ">p99 wait", ">longest"]
     return table(["slots", *heads, "bound by"], rows)
 
 
-def trust(told: Record) -> Iterator[tuple[str, str]]:
+def trust(result: Record) -> Iterator[tuple[str, str]]:
     """Yield the basis of a plan, and its uncertainty."""
-    rests, samples = told["rests_on"], told["predicted"]["samples"]
+    rests, samples = result["rests_on"], result["predicted"]["samples"]
     yield (
         "samples",
         f"{len(samples)} of {rests['requests_of_a_sample']:,} requests; {rests['simulations']} simulations, "
         f"{rests['requests_simulated']:,} requests",
     )
-    yield "tokens/s", _range(told["predicted"]["throughput_tokens_per_s"], lambda value: f"{value:,.0f}")
-    yield "p99 wait", _range(told["predicted"]["wait_p99_s"], _seconds)
-    yield "longest wait", _range(told["predicted"]["wait_max_s"], _seconds)
-    yield "room to grow", _spare(told)
-    yield "if steps take 10 % longer", _slower(told)
+    yield "tokens/s", _range(result["predicted"]["throughput_tokens_per_s"], lambda value: f"{value:,.0f}")
+    yield "p99 wait", _range(result["predicted"]["wait_p99_s"], _seconds)
+    yield "longest wait", _range(result["predicted"]["wait_max_s"], _seconds)
+    yield "room to grow", _spare(result)
+    yield "if steps take 10 % longer", _slower(result)
     errors = rests["interpolation_error"]
     yield (
         "cost file",
@@ -105,9 +105,9 @@ def trust(told: Record) -> Iterator[tuple[str, str]]:
         f"{errors['prefill']:.0%} where `sidecar calibrate` made it; its sources are in --json",
     )
     yield "cost of adapters", _loss(rests["lora_loss"])
-    for warning in told["warnings"]:
+    for warning in result["warnings"]:
         yield "beware", warning
-    for note in told["notes"]:
+    for note in result["notes"]:
         yield "note", note
 
 
@@ -116,8 +116,8 @@ def _pool(plan: Record) -> str:
     return f"{count(plan['backends'], 'engine')} with {count(plan['slots'], 'adapter slot')}{each}"
 
 
-def _wanted(told: Record) -> str:
-    goal = told["goal"]
+def _wanted(result: Record) -> str:
+    goal = result["goal"]
     parts = [
         f"a p99 wait of {goal['wait_p99_s']:g} s" if goal["wait_p99_s"] is not None else "",
         f"a longest wait of {goal['wait_max_s']:g} s" if goal["wait_max_s"] is not None else "",
@@ -126,8 +126,8 @@ def _wanted(told: Record) -> str:
     return " and ".join(part for part in parts if part)
 
 
-def _reached(told: Record) -> str:
-    predicted = told["predicted"]
+def _reached(result: Record) -> str:
+    predicted = result["predicted"]
     worst = {key: predicted[key]["most"] for key in ("wait_p99_s", "wait_max_s")}
     return (
         f"p99 wait {_seconds(worst['wait_p99_s'])}, longest {_seconds(worst['wait_max_s'])}, "
@@ -135,29 +135,29 @@ def _reached(told: Record) -> str:
     )
 
 
-def _waits(told: Record) -> str:
-    predicted = told["predicted"]
+def _waits(result: Record) -> str:
+    predicted = result["predicted"]
     p99_s, longest_s = (predicted[key]["median"] for key in ("wait_p99_s", "wait_max_s"))
     return f"{_seconds(p99_s)} at p99, {_seconds(longest_s)} at most"
 
 
-def _pages(told: Record) -> str:
-    plan = told["plan"]
+def _pages(result: Record) -> str:
+    plan = result["plan"]
     each = ", ".join(f"rank {rank}: {pages}" for rank, pages in plan["pages_by_rank"].items())
     where = f"{plan['device_pages']:,} on the GPU, {plan['host_pages']:,} in host memory"
     return f"{each}, of {size(plan['page_bytes'])}; {where}"
 
 
-def _spare(told: Record) -> str:
-    load, spare = told["load"], told["predicted"]["spare_tokens_per_s"]
+def _spare(result: Record) -> str:
+    load, spare = result["load"], result["predicted"]["spare_tokens_per_s"]
     asked = load["asked_tokens_per_s"]
     if asked is None:
         return f"by the bound, {spare:,.0f} tokens/s with {load['in_flight']:,} in flight"
     return f"by the bound, {spare:,.0f} tokens/s, {spare / asked:.1f} × what is asked for"
 
 
-def _slower(told: Record) -> str:
-    slower = told["slower"]
+def _slower(result: Record) -> str:
+    slower = result["slower"]
     verdict = "meets the goal" if slower["meets"] else "misses the goal"
     reached = f"{slower['throughput_tokens_per_s']:,.0f} tokens/s, p99 wait {_seconds(slower['wait_p99_s'])}"
     return f"{verdict}: {reached} on the first sample"

@@ -110,15 +110,15 @@ def plan(
         lora_modules=lora_modules,
     )  # fmt: skip
     found, sidecar = _search(options, goal, model_config, host_memory or HOST_MEMORY_BYTES, backends_max)
-    told = record(found, sidecar)
+    found_plan = record(found, sidecar)
     lines = EMITTED[emit](found, sidecar) if emit is not None else None
     if plot is not None:
         from sidecar.lab.plan.drawing import write_plot
 
-        write_plot(told, plot)
-    _show(told, lines, plot, as_json)
+        write_plot(found_plan, plot)
+    _show(found_plan, lines, plot, as_json)
     if not found.meets:
-        raise CommandError(missed(told), Exit.FAILED, "GOAL_MISSED")
+        raise CommandError(missed(found_plan), Exit.FAILED, "GOAL_MISSED")
 
 
 def _check(
@@ -148,10 +148,10 @@ def _check(
 def _search(
     options: Options, goal: Goal, model_config: Path | None, host_memory_bytes: int, backends_max: int
 ) -> tuple[Found, Sidecar]:
-    with _telling() as telling:
-        telling("step times")
+    with _progress() as show:
+        show("step times")
         site = site_of(
-            options, model_config, host_memory_bytes, lambda what, done, total: telling(f"{what}: {done} of {total}")
+            options, model_config, host_memory_bytes, lambda what, done, total: show(f"{what}: {done} of {total}")
         )
         check_slots(site, options.slots)
         _check_reachable(goal, site.demand.asked_tokens_per_s)
@@ -163,7 +163,7 @@ def _search(
             backends=options.backends,
             slots=options.slots,
             backends_max=backends_max,
-            telling=telling,
+            telling=show,
         )
         return search.run(), sidecar
 
@@ -179,28 +179,28 @@ def _check_reachable(goal: Goal, asked_tokens_per_s: float | None) -> None:
         )
 
 
-def _show(told: Record, lines: str | None, plot: Path | None, as_json: bool) -> None:
+def _show(found_plan: Record, lines: str | None, plot: Path | None, as_json: bool) -> None:
     if as_json:
-        print_json({**told, **({} if lines is None else {"lines": lines})})
+        print_json({**found_plan, **({} if lines is None else {"lines": lines})})
         return
     if lines is not None:
         print(lines, end="", flush=True)
         return
     screen = console()
-    screen.print(Text(summary(told)))
-    for title, pairs in (("Engines", engine_lines(told)), ("Sidecar", sidecar_lines(told))):
+    screen.print(Text(summary(found_plan)))
+    for title, pairs in (("Engines", engine_lines(found_plan)), ("Sidecar", sidecar_lines(found_plan))):
         for part in titled(title, facts(pairs)):
             screen.print(part)
-    for part in titled("Adapter memory against keys and values", curve(told)):
+    for part in titled("Adapter memory against keys and values", curve(found_plan)):
         screen.print(part)
-    for part in titled("What it rests on", facts(trust(told))):
+    for part in titled("What it rests on", facts(trust(found_plan))):
         screen.print(part)
     if plot is not None:
         screen.print(Text(f"\nThe plot: {plot}"))
 
 
 @contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
+def _progress() -> Iterator[Callable[[str], None]]:
     """Yield a progress callback that shows on stderr what is being simulated, if stderr is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:

@@ -39,17 +39,17 @@ def queue(
     """Show which requests wait, how long, their bounds, and why. The first line is the verdict."""
     request = pb.QueueRequest(adapter=adapter, backend=backend, limit=limit)
 
-    def look() -> Any:
+    def fetch() -> Any:
         return client.ask(client.queues.Get, request)
 
     if not watch:
-        _print(look(), as_json)
+        _print(fetch(), as_json)
     elif as_json or not sys.stdout.isatty():
         while True:
-            _print(look(), as_json, indent=None)
+            _print(fetch(), as_json, indent=None)
             sleep(interval)
     else:
-        _watch(look, interval)
+        _watch(fetch, interval)
 
 
 def _print(view: Any, as_json: bool, indent: int | None = 2) -> None:
@@ -59,11 +59,11 @@ def _print(view: Any, as_json: bool, indent: int | None = 2) -> None:
         console().print(shown(view), crop=False)
 
 
-def _watch(look: Any, interval_s: float) -> None:
-    with Live(shown(look()), console=console(), auto_refresh=False, screen=True) as live:
+def _watch(fetch: Any, interval_s: float) -> None:
+    with Live(shown(fetch()), console=console(), auto_refresh=False, screen=True) as live:
         while True:
             sleep(interval_s)
-            live.update(shown(look()), refresh=True)
+            live.update(shown(fetch()), refresh=True)
 
 
 def shown(view: Any) -> RenderableType:

@@ -174,10 +174,10 @@ def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...] | None:
 
 def _results(runs: Sequence[Run]) -> list[Result]:
     results = []
-    with _telling() as beginning:
+    with _progress_bars() as beginning:
         for run in runs:
-            told = beginning(f"{run.label}, seed {run.workload.seed}", run.workload.requests)
-            result = run_simulation(run.setup, run.workload, run.label, told)
+            ended = beginning(f"{run.label}, seed {run.workload.seed}", run.workload.requests)
+            result = run_simulation(run.setup, run.workload, run.label, ended)
             result.notes.extend(run.notes)
             results.append(result)
     return results
@@ -210,7 +210,7 @@ def _show(figures: list[Figures], live: Figures | None, as_json: bool) -> None:
 
 
 @contextmanager
-def _telling() -> Iterator[Beginning]:
+def _progress_bars() -> Iterator[Beginning]:
     """Yield a function that draws a bar of ended requests on stderr for each run, if stderr is a terminal."""
     errors = Console(stderr=True)
     if not errors.is_terminal:

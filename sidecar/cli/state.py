@@ -52,9 +52,15 @@ def migrate(
         "certificate": certificate,
         "key": key,
     }
-    with _bar("copying") as told:
+    with _bar("copying") as progress:
         contents = asyncio.run(
-            move(_place(source, options, True), _place(target, options, False), force=force, dry_run=dry_run, told=told)
+            move(
+                _place(source, options, True),
+                _place(target, options, False),
+                force=force,
+                dry_run=dry_run,
+                progress=progress,
+            )
         )
     names = len(contents.records)
     if as_json:

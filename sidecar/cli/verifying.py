@@ -84,7 +84,7 @@ def verify(
         timeout_s=timeout,
     )
     messages = client.ask(client.adapters.Verify, request, timeout_s=None)
-    findings = _collect(messages, told=not as_json)
+    findings = _collect(messages, printed=not as_json)
     if as_json:
         print_json(_record(findings))
     elif not findings.compared:
@@ -102,8 +102,8 @@ def _ids(text: str) -> list[int]:
     return ids
 
 
-def _collect(messages: Iterable[Any], told: bool) -> Findings:
-    """Collect the findings, and print them as they come if `told` is True."""
+def _collect(messages: Iterable[Any], printed: bool) -> Findings:
+    """Collect the findings, and print them as they come if `printed` is True."""
     findings = Findings()
     for message in messages:
         kind = message.WhichOneof("finding")
@@ -112,7 +112,7 @@ def _collect(messages: Iterable[Any], told: bool) -> Findings:
             findings.plan = finding
         else:
             (findings.answers if kind == "answer" else findings.checks).append(finding)
-        if told:
+        if printed:
             console().print(*_TOLD[kind](finding), sep="\n")
     return findings
 
@@ -127,15 +127,15 @@ def _plan_lines(plan: Any) -> list[Text]:
 
 def _answer_lines(answer: Any) -> list[Text]:
     if answer.adapter.error:
-        said = bad(answer.adapter.error)
+        shown = bad(answer.adapter.error)
     else:
-        said = Text.assemble(
+        shown = Text.assemble(
             f"{_shown(answer.base)} → " if answer.changed else "",
             _shown(answer.adapter),
             ("" if answer.changed or answer.base.error else " as the base model", "yellow"),
             (f" and not {_cut(answer.expect)}" if answer.expect and not answer.matches else "", "red"),
         )
-    return [Text.assemble(f"  {answer.backend}  {_prompt(answer.prompt)}  ", said)]
+    return [Text.assemble(f"  {answer.backend}  {_prompt(answer.prompt)}  ", shown)]
 
 
 def _prompt(prompt: Any) -> str:

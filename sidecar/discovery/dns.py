@@ -39,11 +39,11 @@ async def resolve(host: str, port: int, family: socket.AddressFamily) -> list[st
         try:
             found = socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
         except OSError as error:
-            told = functools.partial(_fail, answer, error)
+            finish = functools.partial(_fail, answer, error)
         else:
-            told = functools.partial(_succeed, answer, sorted({str(address[0]) for *_, address in found}))
+            finish = functools.partial(_succeed, answer, sorted({str(address[0]) for *_, address in found}))
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(told)
+            loop.call_soon_threadsafe(finish)
 
     threading.Thread(target=ask, name="resolve", daemon=True).start()
     return await answer
@@ -87,25 +87,25 @@ class DnsFinder:
     async def watch(self) -> AsyncIterator[frozenset[Found]]:
         known: frozenset[Found] | None = None
         while True:
-            found = await self._look()
+            found = await self._resolve()
             if found is not None and found != known:
                 known = found
                 yield found
             await asyncio.sleep(self._every_s)
 
-    async def _look(self) -> frozenset[Found] | None:
+    async def _resolve(self) -> frozenset[Found] | None:
         """Return the engines found, or None while the answer is uncertain."""
         try:
             addresses = await self._addresses()
         except OSError as error:
             self._empty_since_s = None
-            self._tell(f"{self._host} cannot be resolved: {error.strerror or error}; engines that were found stay")
+            self._log_once(f"{self._host} cannot be resolved: {error.strerror or error}; engines that were found stay")
             return None
         if addresses:
             self._empty_since_s = None
-            self._tell("")
+            self._log_once("")
             return frozenset(Found(address, _joined(address, self._port)) for address in addresses)
-        self._tell(f"{self._host} has no address; engines that were found stay for {self._empty_s:g} s")
+        self._log_once(f"{self._host} has no address; engines that were found stay for {self._empty_s:g} s")
         now_s = self._clock_s()
         if self._empty_since_s is None:
             self._empty_since_s = now_s
@@ -123,7 +123,7 @@ class DnsFinder:
                     return addresses
         return []
 
-    def _tell(self, trouble: str) -> None:
+    def _log_once(self, trouble: str) -> None:
         """Log a problem, once until another one occurs."""
         if trouble and trouble != self._trouble:
             logger.warning("%s", trouble)

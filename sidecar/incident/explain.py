@@ -31,21 +31,21 @@ def explain(path: Path, request: int | str, progress: Progress | None = None) ->
     """
     with opened(path) as journal:
         place = place_of(path, segments_of(journal), str(request))
-        telling = _Telling(place.request)
+        explanation = _Explanation(place.request)
         sizes_bytes = [segment.stat().st_size for segment in place.segments]
         for number, segment in enumerate(place.segments):
             if progress is not None:
                 progress(sum(sizes_bytes[:number]), sum(sizes_bytes))
-            if telling.read(SegmentFile(segment), place.arrived_before):
+            if explanation.read(SegmentFile(segment), place.arrived_before):
                 break
-    timeline = telling.story.finished()
-    timeline.notes = [note for note in (place.note, *telling.notes, *timeline.notes) if note]
-    if not telling.story.known:
+    timeline = explanation.story.finished()
+    timeline.notes = [note for note in (place.note, *explanation.notes, *timeline.notes) if note]
+    if not explanation.story.known:
         raise Misused(Reason.NOT_A_JOURNAL, f"{path}: request {request} cannot be explained: {timeline.notes[-1]}")
     return timeline
 
 
-class _Telling:
+class _Explanation:
     """Replays segment after segment until the request's story is over."""
 
     def __init__(self, request: int) -> None:

@@ -102,9 +102,9 @@ class Story:
         if request is not None:
             self._surroundings.settle_in(state, request)
             self._promised(request, step.at_ns)
-        self._tell(step, state)
+        self._add_moments(step, state)
         if request is not None and not request.running and not self.over:
-            self._look(step, state, request)
+            self._ask_core(step, state, request)
         self._last_ns = step.at_ns
 
     def _arrives(self, event: ev.Received, now_ns: int, state: State, request: Request | None) -> None:
@@ -138,9 +138,9 @@ class Story:
             self._waits.moment(now_ns, "voided", f"what it was promised is void: {request.voided}")
 
     def _own_event(self, event: ev.Event, now_ns: int) -> None:
-        told = saying.own_event(event, self._request, self._attempt)
-        if told is not None:
-            self._waits.moment(now_ns, *told)
+        moment = saying.own_event(event, self._request, self._attempt)
+        if moment is not None:
+            self._waits.moment(now_ns, *moment)
         elif self._waits.reason or isinstance(event, ev.BackendLost):
             for what, text in self._surroundings.of_event(event):
                 self._waits.moment(now_ns, what, text)
@@ -164,7 +164,7 @@ class Story:
         self._waits.moment(now_ns, "queued_again", "queued again under its old place")
         self._sent_ns = None
 
-    def _tell(self, step: Replayed, state: State) -> None:
+    def _add_moments(self, step: Replayed, state: State) -> None:
         """Add moments for the step's effects, in order: effects before the request's own dispatch preceded it."""
         for effect in step.effects:
             if isinstance(effect, do.Settle) and effect.request == self._request:
@@ -191,7 +191,7 @@ class Story:
         line.message = settle.message
         self.over = True
 
-    def _look(self, step: Replayed, state: State, request: Request) -> None:
+    def _ask_core(self, step: Replayed, state: State, request: Request) -> None:
         """Ask the core why the request waits, unless the step cannot have changed that."""
         backend = request.backend or ""
         waits = self._waits

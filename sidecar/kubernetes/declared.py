@@ -56,7 +56,7 @@ class DeclaredAdapters:
             self._sources.append((loras_in(namespace), of_lora))
         if label is not None:
             self._sources.append((config_maps_in(namespace, label), of_config_map))
-        self._said: dict[str, dict[str, DeclaringObject]] = {}
+        self._objects: dict[str, dict[str, DeclaringObject]] = {}
         """The objects of each collection that was read: by plural, then by owner."""
         self._tasks: list[asyncio.Task[None]] = []
         gateway.catalogue.reconciled = f"{CLUSTER}{namespace}/"
@@ -100,15 +100,15 @@ class DeclaredAdapters:
         async with aclosing(Mirror(self._api, collection).watch()) as snapshots:
             async for objects in snapshots:
                 known = {name: _read_once(found, read, known.get(name)) for name, found in objects.items()}
-                self._said[collection.plural] = {said.source.owner: said for _, said in known.values()}
-                self._tell()
+                self._objects[collection.plural] = {each.source.owner: each for _, each in known.values()}
+                self._pass_on()
 
-    def _tell(self) -> None:
+    def _pass_on(self) -> None:
         """Pass the declarations on once every collection was read: an unread one might declare a name too."""
-        if len(self._said) < len(self._sources):
+        if len(self._objects) < len(self._sources):
             return
-        said = {owner: each for found in self._said.values() for owner, each in found.items()}
-        self._reconciler.take(Cluster(desired(said.values()), said))
+        objects = {owner: each for found in self._objects.values() for owner, each in found.items()}
+        self._reconciler.take(Cluster(desired(objects.values()), objects))
 
 
 def _read_once(found: Object, read: Read, before: tuple[str, DeclaringObject] | None) -> tuple[str, DeclaringObject]:

@@ -35,7 +35,7 @@ class Mirror:
         self._listing = listing or Pauses()
         self._watching = watching or Pauses()
         self._failed_since_list = 0
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         """The failures logged since the last event."""
         self._objects: Objects = {}
         self._position: str | None = None
@@ -77,9 +77,9 @@ class Mirror:
         self._position = event.resource_version or self._position
         self._watching.end()
         self._failed_since_list = 0
-        if self._told:
+        if self._logged:
             logger.info("%s: the API server answers again", self._collection)
-            self._told.clear()
+            self._logged.clear()
         name = event.object.get("metadata", {}).get("name", "")
         if event.kind in ("ADDED", "MODIFIED"):
             self._objects[name] = event.object
@@ -99,6 +99,6 @@ class Mirror:
 
     def _log_once(self, error: ApiError) -> None:
         """Log a failure, each different one once."""
-        if error.message not in self._told:
-            self._told.add(error.message)
+        if error.message not in self._logged:
+            self._logged.add(error.message)
             logger.warning("%s; its last known objects stay, and it is retried", error.message)

@@ -139,9 +139,11 @@ class Reconciler:
             standing = loser(declaration, winner)
             self._report(declaration, standing)
             phases[standing.phase.value] += 1
-        for said in desired.unread.values():
-            standing = Standing(Phase.FAILED, INVALID_DECLARATION, f"{said.problem}; its earlier declarations stay")
-            self._reporter.tell(said.source, "", standing, {})
+        for declaring in desired.unread.values():
+            standing = Standing(
+                Phase.FAILED, INVALID_DECLARATION, f"{declaring.problem}; its earlier declarations stay"
+            )
+            self._reporter.tell(declaring.source, "", standing, {})
             phases[standing.phase.value] += 1
         for name in [name for name in self._works if name not in names]:
             if not self._works[name].is_running:
@@ -191,10 +193,10 @@ class Reconciler:
 
     def _loaded_of(self, declaration: Declaration) -> str:
         """Return the digest that was last Ready, according to this process or the former leader."""
-        said = self._cluster.said.get(declaration.source.owner)
-        if declaration.name in self._loaded or said is None or said.status.get("phase") != Phase.READY.value:
+        declaring = self._cluster.said.get(declaration.source.owner)
+        if declaration.name in self._loaded or declaring is None or declaring.status.get("phase") != Phase.READY.value:
             return self._loaded.get(declaration.name, "")
-        return str(said.status.get("digest", ""))
+        return str(declaring.status.get("digest", ""))
 
     def _reconcile_removed(
         self, name: str, record: Record | None, work: Work, desired: Desired, now: float
@@ -211,5 +213,7 @@ class Reconciler:
         return Standing(Phase.REMOVING, "Removing", f"{name} is no longer declared")
 
     def _report(self, declaration: Declaration, standing: Standing) -> None:
-        said = self._cluster.said.get(declaration.source.owner)
-        self._reporter.tell(declaration.source, declaration.name, standing, {} if said is None else said.status)
+        declaring = self._cluster.said.get(declaration.source.owner)
+        self._reporter.tell(
+            declaration.source, declaration.name, standing, {} if declaring is None else declaring.status
+        )

@@ -51,8 +51,8 @@ class PassedOn(Ticket):
 
     def settle(self, effect: Settle) -> None:
         super().settle(effect)
-        told = forms.ending(effect, self.rejected_with, self.answers.is_bystander(effect))
-        sent = self.answers.send(self.number, "ending", told)
+        ending = forms.ending(effect, self.rejected_with, self.answers.is_bystander(effect))
+        sent = self.answers.send(self.number, "ending", ending)
         if not self._has_sent_origin:
             self._add_origin(sent)
         self.answers.ended(self)
@@ -176,8 +176,8 @@ class Answers:
             payload = forms.payload_of(request)
             self._gateway.submit_here(facts, lambda number: self._ticket(number, payload, request))
         except Refused as refused:
-            told = ended(0, facts, refused.reason, refused.message, request.backend, refused.retry_after_s)
-            self._refuse(request.number, told)
+            ending = ended(0, facts, refused.reason, refused.message, request.backend, refused.retry_after_s)
+            self._refuse(request.number, ending)
         except Exception as error:  # a malformed request must not end the others on this call
             called = request.client_id if is_fit(REQUEST_ID, request.client_id) else ""
             logger.exception("a request (id %s) that another replica passed on cannot be read", called)
@@ -189,9 +189,9 @@ class Answers:
         self._tickets[request.number] = ticket
         return ticket
 
-    def _refuse(self, number: int, told: Settle) -> None:
+    def _refuse(self, number: int, settle: Settle) -> None:
         self._tickets.pop(number, None)
-        self.send(number, "ending", forms.ending(told, None))
+        self.send(number, "ending", forms.ending(settle, None))
 
     def _close(self, number: int, moved: bool = False) -> None:
         ticket = self._tickets.pop(number, None)

@@ -12,7 +12,7 @@ SERVING, JOINING, STALLED, DRAINING, DOWN = "serving", "joining", "stalled", "dr
 STALE_S = 5.0
 """After so long without a report, an owner still owns its backends, but its last load figures are ignored."""
 
-TOLD_KEPT_MAX = 1000
+REPORTS_KEPT_MAX = 1000
 """The number of members, former ones included, whose last report's time is kept."""
 BETWEEN_S = 10.0
 """For so long, the planner uses the last standing of a backend without an owner: it will soon have another."""
@@ -37,20 +37,20 @@ class Standing:
     heard_s: float = 0.0
 
     @classmethod
-    def of(cls, owner: str, told: Any, now_s: float) -> Standing:
+    def of(cls, owner: str, report: Any, now_s: float) -> Standing:
         return cls(
             owner,
-            told.epoch,
-            told.state,
-            told.running,
-            told.queued,
-            told.backlog_s,
-            frozenset(told.resident),
-            dict(told.arrived),
-            told.seats,
-            told.pages if told.HasField("pages") else None,
-            told.work_tokens,
-            told.tokens_per_s,
+            report.epoch,
+            report.state,
+            report.running,
+            report.queued,
+            report.backlog_s,
+            frozenset(report.resident),
+            dict(report.arrived),
+            report.seats,
+            report.pages if report.HasField("pages") else None,
+            report.work_tokens,
+            report.tokens_per_s,
             now_s,
         )
 
@@ -67,26 +67,26 @@ class Board:
     """The member that made the plan."""
     former: dict[str, Standing] = field(default_factory=dict)
     """The last standings of backends under owners that have lost them."""
-    told_s: dict[str, float] = field(default_factory=dict)
+    reported_s: dict[str, float] = field(default_factory=dict)
     """The time of each member's last report, latest last; lost members stay."""
     _rankings: Rankings = field(default_factory=Rankings)
 
-    def heard(self, told: Any, now_s: float) -> None:
+    def heard(self, report: Any, now_s: float) -> None:
         """Replace a member's standings with those of its report. The newest epoch decides who owns a backend."""
-        self.lost(told.member)
-        self.told_s.pop(told.member, None)
-        self.told_s[told.member] = now_s
-        if len(self.told_s) > TOLD_KEPT_MAX:
-            del self.told_s[next(iter(self.told_s))]
-        for each in told.backends:
+        self.lost(report.member)
+        self.reported_s.pop(report.member, None)
+        self.reported_s[report.member] = now_s
+        if len(self.reported_s) > REPORTS_KEPT_MAX:
+            del self.reported_s[next(iter(self.reported_s))]
+        for each in report.backends:
             known = self.standings.get(each.backend)
             if known is None or each.epoch > known.epoch:
-                self.standings[each.backend] = Standing.of(told.member, each, now_s)
-        plan = told.plan
-        if told.HasField("plan") and (plan.epoch, plan.number) > self.planned:
+                self.standings[each.backend] = Standing.of(report.member, each, now_s)
+        plan = report.plan
+        if report.HasField("plan") and (plan.epoch, plan.number) > self.planned:
             self.plan = {version: tuple(hosts.backends) for version, hosts in plan.hosts.items()}
             self.planned = plan.epoch, plan.number
-            self.leader = told.member
+            self.leader = report.member
 
     def lost(self, member: str) -> None:
         """Drop the standings of a member that has left or cannot be reached: its backends have no known owner."""

@@ -107,11 +107,11 @@ class Keeper:
             self._step(ev.AskReceived(number, request.member, request.backend, Purpose[request.purpose], request.epoch))
             if self._crash.raised is not None:
                 raise self._crash.error()
-            told = await future
+            answer = await future
         finally:
             del self._asked[number]
         return peers_pb2.AskReply(
-            agreed=told.agreed, holds=told.holds, reaches_redis=told.reaches_redis, epoch=told.epoch
+            agreed=answer.agreed, holds=answer.holds, reaches_redis=answer.reaches_redis, epoch=answer.epoch
         )
 
     def found(self, backend: str) -> None:

@@ -95,7 +95,7 @@ class Replica:
         gateway.observe(self)
         self._watchers: set[asyncio.Event] = set()
         self._leaves = False
-        self._telling: asyncio.Task[None] | None = None
+        self._reporting: asyncio.Task[None] | None = None
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Add the service for other replicas to a gRPC server."""
@@ -105,7 +105,7 @@ class Replica:
 
     def start(self) -> None:
         """Join the members, and own the backends that fall to this replica."""
-        self._telling = asyncio.create_task(self._report_periodically())
+        self._reporting = asyncio.create_task(self._report_periodically())
         self.keeper.start()
 
     def found(self, backend: str) -> None:
@@ -124,8 +124,8 @@ class Replica:
 
     async def give_up(self) -> None:
         """Give up all backends at once, after a crash. Their requests must have been cancelled."""
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._reporting is not None:
+            self._reporting.cancel()
         await self.keeper.give_up()
 
     async def leave(self) -> None:
@@ -137,8 +137,8 @@ class Replica:
         await self._server.stop(LEAVE_S)
 
     async def stop(self) -> None:
-        if self._telling is not None:
-            self._telling.cancel()
+        if self._reporting is not None:
+            self._reporting.cancel()
         await self.keeper.stop()
         await self.peers.close()
 
@@ -189,7 +189,7 @@ class Replica:
 
     def _own_board(self) -> Any:
         state = self._gateway.state
-        told = peers_pb2.Board(
+        board = peers_pb2.Board(
             member=self.member.id,
             backends=[
                 standing(state, backend, self._arrivals.of(backend.id))
@@ -198,8 +198,8 @@ class Replica:
             ],
         )
         if self._plan is not None:
-            told.plan.CopyFrom(self._plan)
-        return told
+            board.plan.CopyFrom(self._plan)
+        return board
 
     def _make_plan(self) -> None:
         """Make a new plan for all replicas if this replica leads."""

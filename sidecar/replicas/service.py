@@ -14,17 +14,17 @@ from sidecar.replicas.answering import Answers
 from sidecar.replicas.files import FilesHere
 from sidecar.shell.gateway import Gateway
 
-Told = Callable[[], AsyncIterator[Any]]
-Asked = Callable[[Any], Awaitable[Any]]
+Boards = Callable[[], AsyncIterator[Any]]
+Answer = Callable[[Any], Awaitable[Any]]
 
 
 class PeersService(peers_pb2_grpc.PeersServicer):
-    """Serves other replicas. `told` yields this replica's boards, `asked` answers a question about a backend."""
+    """Serves other replicas. `boards` yields this replica's boards, `answer` answers a question about a backend."""
 
-    def __init__(self, gateway: Gateway, told: Told, asked: Asked) -> None:
+    def __init__(self, gateway: Gateway, boards: Boards, answer: Answer) -> None:
         self._gateway = gateway
-        self._told = told
-        self._asked = asked
+        self._boards = boards
+        self._answer = answer
         self._files = FilesHere(gateway)
         self._answers: set[Answers] = set()
 
@@ -44,7 +44,7 @@ class PeersService(peers_pb2_grpc.PeersServicer):
 
     async def Ask(self, request: Any, context: Any) -> Any:
         try:
-            return await self._asked(request)
+            return await self._answer(request)
         except SidecarError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, error.message)
 
@@ -59,5 +59,5 @@ class PeersService(peers_pb2_grpc.PeersServicer):
         return peers_pb2.KeepReply()
 
     async def Watch(self, request: Any, context: Any) -> None:
-        async for board in self._told():
+        async for board in self._boards():
             await context.write(board)

@@ -67,7 +67,7 @@ class Suspicion:
         A member that vanished only for a while, as when Redis loses its data, comes back.
         """
         for owner, since_s in list(self.silent.items()):
-            if board.told_s.get(owner, -inf) > since_s:
+            if board.reported_s.get(owner, -inf) > since_s:
                 del self.silent[owner]
         if len(self.suspected_of) >= OWNERS_ENDED_MAX:
             there = sum(is_member(owner) for owner in self.silent)

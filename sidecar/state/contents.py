@@ -47,7 +47,7 @@ class RegistryStore(Protocol):
 
     async def is_empty(self) -> bool: ...
 
-    async def write(self, contents: Contents, told: Progress) -> None:
+    async def write(self, contents: Contents, progress: Progress) -> None:
         """Replace the store's contents."""
 
 
@@ -95,10 +95,10 @@ class SqliteFile:
         except UnreadableRecord as error:
             raise unreadable(name, str(self), str(error)) from error
 
-    async def write(self, contents: Contents, told: Progress) -> None:
+    async def write(self, contents: Contents, progress: Progress) -> None:
         with in_words(self.path):
             self._replace(contents)
-        told(contents.size, contents.size)
+        progress(contents.size, contents.size)
 
     def _replace(self, contents: Contents) -> None:
         database = sqlite3.connect(self.path, isolation_level=None)
@@ -135,7 +135,9 @@ def unreadable(name: str, where: str, why: str) -> Misused:
     )
 
 
-async def move(source: RegistryStore, target: RegistryStore, *, force: bool, dry_run: bool, told: Progress) -> Contents:
+async def move(
+    source: RegistryStore, target: RegistryStore, *, force: bool, dry_run: bool, progress: Progress
+) -> Contents:
     """Copy a registry; change numbers continue from the source's. The source stays unchanged.
 
     Raises Misused(STATE_NOT_EMPTY) if the target is not empty, unless `force` is set.
@@ -147,5 +149,5 @@ async def move(source: RegistryStore, target: RegistryStore, *, force: bool, dry
                 Reason.STATE_NOT_EMPTY, f"{target} holds a registry already; --force puts another in its place"
             )
         if not dry_run:
-            await target.write(contents, told)
+            await target.write(contents, progress)
         return contents

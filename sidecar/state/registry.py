@@ -224,7 +224,7 @@ def read_or_forget(name: str, text: str | None) -> Record | None:
 def changed_meanwhile(name: str) -> Refused:
     return Refused(
         Reason.CHANGED_MEANWHILE,
-        f"{name} was changed by somebody else in this very moment; look at what it is now and ask again",
+        f"{name} was changed by another caller at the same time; read it again and retry",
         adapter=name,
     )
 

@@ -120,10 +120,10 @@ def test_who_gives_a_request_back_in_order_is_not_suspected() -> None:
     assert pool.verdict is Verdict.GO
 
 
-def test_of_so_many_members_only_it_is_known_when_they_told_something(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_so_many_members_only_it_is_known_when_they_reported_something(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names come and go; those that told something last are kept."""
-    monkeypatch.setattr(board_module, "TOLD_KEPT_MAX", 2)
+    monkeypatch.setattr(board_module, "REPORTS_KEPT_MAX", 2)
     pool = Pool()
     for at_s, member in enumerate(("a", "b", "a", "c")):
         pool.tells(member, at_s)
-    assert pool.board.told_s == {"a": 2, "c": 3}
+    assert pool.board.reported_s == {"a": 2, "c": 3}

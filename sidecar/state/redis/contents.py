@@ -75,10 +75,10 @@ class RedisRegistryStore:
             ]
         return Contents(tuple(records[name] for name in sorted(records)), tuple(changes), last)
 
-    async def write(self, contents: Contents, told: Progress) -> None:
-        await self._asked(self._write(contents, told))
+    async def write(self, contents: Contents, progress: Progress) -> None:
+        await self._asked(self._write(contents, progress))
 
-    async def _write(self, contents: Contents, told: Progress) -> None:
+    async def _write(self, contents: Contents, progress: Progress) -> None:
         link = self._link
         await link.erase()
         await link.set_meta(schema=UNFINISHED)
@@ -88,13 +88,13 @@ class RedisRegistryStore:
             page = entries[start : start + WRITTEN_AT_ONCE]
             await link.put_entries(page)
             done += len(page)
-            told(done, len(entries) + len(contents.changes))
+            progress(done, len(entries) + len(contents.changes))
         changes = list(_announced(contents))
         for start in range(0, len(changes), WRITTEN_AT_ONCE):
             announced = changes[start : start + WRITTEN_AT_ONCE]
             await link.put_changes(announced)
             done += len(announced)
-            told(done, len(entries) + len(contents.changes))
+            progress(done, len(entries) + len(contents.changes))
         await link.set_meta(
             revision=str(contents.last_change), entries=str(len(entries)), incarnation=token_hex(8), schema=SCHEMA
         )

@@ -130,7 +130,7 @@ class Feed:
             await self._link.set_applied(self._member, self.position.applied)
 
     async def _reread(self) -> None:
-        self.position = await reread(self._link, self.copy, self.position, self._tell)
+        self.position = await reread(self._link, self.copy, self.position, self._publish)
         self.revision = max(self.revision, self.position.applied)
         self._wake()
 
@@ -140,11 +140,11 @@ class Feed:
             if announced.name:
                 change = self.copy.take(announced.name, entry_of(announced.name, announced.value))
                 if change is not None:
-                    self._tell(change)
+                    self._publish(change)
         self.revision = max(self.revision, self.position.applied)
         self._wake()
 
-    def _tell(self, change: Change) -> None:
+    def _publish(self, change: Change) -> None:
         try:
             self.subscribers.tell(change)
         except Exception:  # a faulty subscriber must not keep changes from the others

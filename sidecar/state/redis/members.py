@@ -55,9 +55,9 @@ class RedisMembers:
     async def beat(self, call: SendBeat, info: str, applied: int) -> Beat:
         """Send a member's beat, with its info and the last change that it has read."""
         member = call.member
-        told = json.dumps([member.name, member.weight, member.draining, info])
+        report = json.dumps([member.name, member.weight, member.draining, info])
         generation, now_us, newborn_us, members, leases, revision, incarnation = await self._ask(
-            BEAT, member.id, told, applied, self._ttl_us, self._grace_us, self._kept_us
+            BEAT, member.id, report, applied, self._ttl_us, self._grace_us, self._kept_us
         )
         standings = tuple(sorted((_standing(*found) for found in members), key=lambda found: found.member.id))
         answered = BeatAnswered(
@@ -129,7 +129,7 @@ class RedisMembers:
             raise self._link.refused(error) from error
 
 
-def _standing(identity: str, told: str, applied: str) -> Standing:
-    found: Sequence[Any] = json.loads(told)
+def _standing(identity: str, report: str, applied: str) -> Standing:
+    found: Sequence[Any] = json.loads(report)
     name, weight, draining, info = found
     return Standing(Member(identity, name, weight, draining), info, int(applied))
