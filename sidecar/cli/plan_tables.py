@@ -30,7 +30,8 @@ def summary(result: Record) -> str:
 def missed(result: Record) -> str:
     """Return why there is no plan: the nearest one and what limits it."""
     return (
-        f"nothing that was tried meets {_wanted(result)}; nearest: {_pool(result['plan'])} ({_reached(result)}), bound by "
+        f"nothing that was tried meets {_wanted(result)}; "
+        f"nearest: {_pool(result['plan'])} ({_reached(result)}), bound by "
         f"{result['binds_because']}; what would help: {result['would_help']}"
     )
 
