@@ -1,4 +1,4 @@
-"""Faults by seed: what must hold in every world, and that it would be noticed if it did not."""
+"""Faults by seed: the invariants hold in every world, and the checks notice a violation."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ QUICK = (1, 2, 3)
     "seed", [pytest.param(seed, marks=pytest.mark.slow) if seed == LARGE or seed >= 30 else seed for seed in SEEDS]
 )
 def test_holds_under_faults_and_ends_in_peace(seed: int) -> None:
-    """Every request ends once, budgets and bounds hold, and once the faults stop everything comes to its end."""
+    """Every request ends once, budgets and bounds hold, and after the faults everything ends."""
     run(seed)
 
 
 def test_same_effects_from_the_same_seed() -> None:
-    """A failing seed runs alone to the same failure: no effect and no time differs, whatever the order of a hash."""
+    """A failing seed alone runs to the same failure: no effect and no time differs, whatever the hash seed."""
     told = [f"{seed} {run(seed).digest}" for seed in QUICK]
     assert told == [f"{seed} {run(seed).digest}" for seed in QUICK]
     program = f"from tests.worlds.seeds import run\nfor seed in {QUICK}: print(seed, run(seed).digest)"
@@ -50,7 +50,7 @@ def test_same_effects_from_the_same_seed() -> None:
 
 
 def test_every_kind_of_fault_is_drawn_and_missing() -> None:
-    """Among the seeds each kind of fault is there in some worlds and turned off in others."""
+    """Each kind of fault is present in some worlds and turned off in others."""
     drawn = [draw(seed) for seed in SEEDS]
     for kind in KINDS:
         assert 5 < sum(scenario.has(kind) for scenario in drawn) < 45, kind
@@ -70,7 +70,7 @@ def _fails() -> str:
 
 
 def test_a_failure_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The report names the seed, the time, what was drawn, what went wrong on purpose and the last steps."""
+    """The report has the seed, the time, the drawn parameters, the injected faults and the last steps."""
     monkeypatch.setattr(Step, "settle", _settled_twice(Step.settle))
     told = _fails()
     for part in ("seed 1 failed at", "ordering", "faults", "what went wrong, on purpose", "the last steps of the core"):
@@ -106,7 +106,7 @@ def _forgets_the_void(_: Any) -> Callable[..., None]:
 
 
 def _sends_twice(observe: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
-    """A wire that says the first token of each request twice."""
+    """A wire that reports the first token of each request twice."""
 
     def again(product: Any, backend: str, event: Any) -> None:
         observe(product, backend, event._replace(started=event.started * 2))
@@ -115,7 +115,7 @@ def _sends_twice(observe: Callable[[Any, str, Any], None]) -> Callable[[Any, str
 
 
 def _drops_waking(step: Callable[[Core, ev.Event, int], list[do.Effect]]) -> Callable[..., list[do.Effect]]:
-    """A core that never asks to be woken."""
+    """A core that never sets a timer."""
 
     def sleepy(core: Core, event: ev.Event, now_ns: int) -> list[do.Effect]:
         return [effect for effect in step(core, event, now_ns) if not isinstance(effect, do.WakeAt)]
@@ -128,7 +128,7 @@ def _twice_the_seats(seats: Callable[..., int]) -> Callable[..., int]:
 
 
 def _forgets_a_request(drop: Callable[..., None]) -> Callable[..., None]:
-    """A core that takes what has expired out of its queue and tells nobody."""
+    """A core that drops expired requests from its queue without an ending."""
 
     def silent(turn: Step, request: Any, *rest: Any, **more: Any) -> None:
         drop(turn, request, *rest, **more)
@@ -138,17 +138,17 @@ def _forgets_a_request(drop: Callable[..., None]) -> Callable[..., None]:
 
 
 def _never_reroutes(_: Any) -> Callable[..., None]:
-    """A core that leaves aside what no backend could take."""
+    """A core that never reroutes requests that no backend could take."""
     return lambda turn: None
 
 
 def _never_steals(_: Any) -> Callable[..., bool]:
-    """A core that leaves requests where they were routed, whoever idles."""
+    """A core that never moves queued requests to an idle backend."""
     return lambda turn: False
 
 
 def _never_suspects(_: Any) -> Callable[..., None]:
-    """A core that believes an engine until somebody says that it is lost."""
+    """A core that never suspects an engine of a stall."""
     return lambda turn, backend: None
 
 
@@ -169,7 +169,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that breaks one promise fails within a few seeds: the checks can fail."""
+    """A product that breaks one promise fails within a few seeds, so the checks can fail."""
     place, attribute, mutate = MUTANTS[name]
     monkeypatch.setattr(place, attribute, mutate(getattr(place, attribute)))
     assert _fails(), f"nobody noticed: {name}"

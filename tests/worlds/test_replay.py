@@ -1,4 +1,4 @@
-"""Journals of worlds in which things fail, cut into small segments: each segment replays to the same effects."""
+"""Journals of worlds with faults, in small segments: each segment replays to the same effects."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.kit.journals import write_journal
 from tests.worlds.trial import run_seed
 
 SEGMENT_BYTES = 40_000
-"""So that a world has several segments, each begun with a snapshot."""
+"""Small, so that a world has several segments, each with a snapshot at its beginning."""
 
 
 @pytest.mark.parametrize("seed", [35, 65, 95, 107])
 def test_each_segment_of_a_world_replays(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These four did not: policies kept what their snapshots left out, or shared it with the thread that writes."""
+    """Seeds that once failed: policies kept state outside their snapshots, or shared it with the writing thread."""
     taken: list[tuple[int, Event]] = []
     cores: list[Core] = []
     real = Core.step

@@ -1,4 +1,4 @@
-"""The page of a simulation: whole, safe, the same each time, small, and telling what happened."""
+"""A simulation's report page: complete, safe, reproducible, small, and informative."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOSTILE = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "n" * 
 
 
 class Reader(HTMLParser):
-    """Reads a page, and checks that each tag is closed by its own."""
+    """Parses a page, and checks that all tags are closed in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_every_page_is_well_formed(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_page_loads_nothing(case: str) -> None:
-    """It is whole: no address, no image, no style or script from elsewhere, and no font."""
+    """A page is self-contained: no external address, image, style, script or font."""
     made = page_of(case)
 
     assert not re.findall(r"[a-z]+://[^\"'\s<]*", made)
@@ -217,7 +217,7 @@ def test_the_headline_is_the_gain_over_the_bare_engine() -> None:
 
 
 def test_the_page_begins_with_what_is_to_be_known() -> None:
-    """The headline is its title, the sentences under it and what binds come before any figure."""
+    """The headline is the title; the sentences under it and the limit come before any figure."""
     runs = runs_of(compared())
     top = page_of("compared").partition("<main>")[0]
     assert f"<h1>{headline(runs)}</h1>" in top
@@ -237,7 +237,7 @@ def test_the_lead_tells_waits_of_both() -> None:
 
 
 def test_a_gain_is_only_told_on_the_same_arrivals() -> None:
-    """A bare engine that was asked for something else is no measure."""
+    """No gain is shown over a bare engine with other arrivals."""
     said = headline(runs_of([ran("none", requests=200), ran("soft_gated")]))
 
     assert "× the throughput of the bare engine" not in said
@@ -245,7 +245,7 @@ def test_a_gain_is_only_told_on_the_same_arrivals() -> None:
 
 
 def test_bounds_stand_first_in_the_table() -> None:
-    """Before any run comes what could be reached."""
+    """The reachable bounds come before any run."""
     results = compared()
     body = re.search(r'id="figures".*?<tbody>(.*?)</tbody>', page_of("compared"), flags=re.DOTALL)
     assert body is not None
@@ -256,7 +256,7 @@ def test_bounds_stand_first_in_the_table() -> None:
 
 
 def test_what_binds_is_told() -> None:
-    """By slots where they are few, by the requests in flight where all adapters are resident."""
+    """The limit is the slots where they are few, and the requests in flight where all adapters are resident."""
     assert "bound by the slots: 4 slots for 16 adapters with 128 in flight" in bindings(runs_of([ran("soft_gated")]))[0]
     assert "bound by the requests in flight, 128" in bindings(runs_of([ran("soft_gated", slots=32)]))[0]
 
@@ -270,7 +270,7 @@ def test_every_plot_is_there() -> None:
 
 
 def test_a_load_of_the_base_model_has_no_plot_of_adapters() -> None:
-    """No slots, no store, no timeline: and the page is still one."""
+    """Without slots, store and timeline, the page is still valid."""
     made = page_of("base model")
 
     assert re.findall(r'<section class="[^"]*" id="(\w+)"', made) == ["figures", "running", "waits"]
@@ -288,7 +288,7 @@ def test_waits_are_told_by_class_and_with_their_bound() -> None:
 
 
 def test_a_broken_promise_is_an_alert() -> None:
-    """A wait over its bound, a doubled answer: nobody should have to look for it."""
+    """A wait over its bound or a doubled answer is shown as an alert."""
     good = ran("soft_gated")
     counts = {**good.recorder.counts, "doubled": 2}
     bad = replace(good, recorder=replace(good.recorder, counts=counts, over_bound=[(7, 2.0, 1.0)]))
@@ -315,7 +315,7 @@ def test_what_is_fetched_again_is_told_apart() -> None:
 
 
 def test_the_store_is_told_with_its_bound() -> None:
-    """What was paid, and how much of the bound that is, stand on the drawing and in the table."""
+    """The cost of misses and its ratio to the bound are in the drawing and in the table."""
     result = ran("soft_gated")
     paid, bound = (result.as_json()["store"][key] for key in ("miss_cost", "bound"))
 
@@ -335,7 +335,7 @@ def test_runs_with_several_numbers_of_slots_are_a_line_of_throughput() -> None:
 
 @pytest.mark.parametrize("waited", [(0.0, 0.0), (0.07, 0.07), (6.0, 9.0), (0.06, 836.0), (1e-5, 4e6)])
 def test_all_waits_are_on_their_axis(waited: tuple[float, float]) -> None:
-    """Whatever they are, the curve lies within the drawing, and the axis has a label or more."""
+    """For any waits, the curve lies within the drawing, and the axis has at least one label."""
     result = ran("soft_gated")
     recorder = replace(result.recorder, waits_s=array("d", waited), waited_for=result.recorder.waited_for[:2])
 
@@ -362,7 +362,7 @@ def test_a_key_tells_each_run_and_its_throughput() -> None:
 
 
 def test_no_two_runs_are_drawn_alike() -> None:
-    """Not those of one name either, and not without colours where there are six or fewer."""
+    """This includes runs of one name, and, up to six runs, a drawing without colours."""
     bare = [ran("none", slots=slots) for slots in (2, 4, 8)]
     runs = runs_of([*bare, *(replace(ran("skip"), label=f"order {number}") for number in range(20)), ran("skip")])
 
@@ -414,7 +414,7 @@ def test_slot_lanes_are_pictures_that_stand_alone() -> None:
 
 
 def test_names_are_text_wherever_they_stand() -> None:
-    """Adapters and labels are called what a trace calls them; a page shows it and runs none of it."""
+    """Names of adapters and labels from a trace are shown as text and never executed."""
     arrivals = [Arrival(None, HOSTILE[number % 4], 64, 64) for number in range(80)]
     load = Workload(HOSTILE[0], HOSTILE, dict.fromkeys(HOSTILE, 16), 80, False, 1, lambda: iter(arrivals))
     setup = Setup(engine=EngineSetup(cost=CostModel.from_file(), slots=2), in_flight=16)
@@ -430,7 +430,7 @@ def test_names_are_text_wherever_they_stand() -> None:
 
 
 def test_the_same_results_give_the_same_bytes() -> None:
-    """And so does a second simulation: nothing of the machine or the clock is on the page."""
+    """A second simulation gives the same bytes too: the page contains nothing of the machine or the clock."""
     again = [simulate(result.setup, result.workload, result.label) for result in CASES["all resident"]()]
 
     assert page(again) == page_of("all resident")

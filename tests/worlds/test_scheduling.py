@@ -1,4 +1,4 @@
-"""What order, placement, admission and the store gain: the claims of `make bench-scheduling`, each in a small run.
+"""The gains by order, placement, admission and the store: the claims of `make bench-scheduling`, each in a small run.
 
 A run is as short as it can be with its goal still in reach; each is the same on every machine.
 """
@@ -30,7 +30,7 @@ SEED = 1
 
 
 def missed(readings: Sequence[Reading]) -> list[str]:
-    """Return the claims that a run does not keep to."""
+    """Return the claims that a run does not meet."""
     return [f"{row.claim.what}: {row.worst:.3f}" for row in rows_of(readings) if row.is_met is False]
 
 
@@ -43,7 +43,7 @@ def test_deep_backlog_gains_what_is_claimed(slots: int, requests: int) -> None:
 
 @pytest.mark.slow
 def test_nears_the_closed_form() -> None:
-    """The part of what is reachable."""
+    """The order reaches its claimed share of the closed form."""
     assert missed(deep.share_of_closed_form(16, 3072, SEED)) == []
 
 
@@ -54,7 +54,7 @@ def test_does_no_harm_with_everything_resident() -> None:
 
 @pytest.mark.slow
 def test_does_no_harm_in_the_window_of_the_engine() -> None:
-    """Nor where the engine sees all requests itself."""
+    """Nor is there a loss where the engine itself sees all requests."""
     assert missed(harmless.in_window("round_robin", 128, 8, 1536, SEED)) == []
 
 
@@ -71,7 +71,7 @@ def test_cold_adapters_wait_less_and_within_their_bound() -> None:
 
 @pytest.mark.slow
 def test_a_bound_a_hundred_times_larger_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A promise that says nothing is kept by every request, and noticed."""
+    """A meaningless promise is kept by every request, and the check notices it."""
     monkeypatch.setattr(SoftGated, "promise", _a_hundred_times(SoftGated.promise))
     (idle,) = missed(two_hot.longest_wait(two_hot.TOKENS, 0.8, two_hot.REQUESTS, SEED))
     assert idle.startswith("the wait nearest to its bound")
@@ -119,7 +119,7 @@ def test_the_store_pays_little_more_than_the_best_policy() -> None:
 
 @pytest.mark.slow
 def test_many_requests_are_simulated_in_a_process_of_their_own() -> None:
-    """The rate and the memory are read off that process; all are answered."""
+    """The rate and the memory are those of the process; all requests are answered."""
     readings = million.simulated(1000, SEED)
     assert missed(readings) == []
     assert all(reading.value > 0 for reading in readings)

@@ -1,4 +1,4 @@
-"""`sidecar simulate` from its options to what scripts and people get."""
+"""`sidecar simulate`, from its options to its output for scripts and people."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PROMISED = (
     "slot_openings_per_1k_requests", "jain_index", "requests.offered", "requests.answered", "requests.failed",
     "requests.refused", "requests.doubled", "store.miss_cost", "store.bound", "core_us_per_request", "seed",
 )  # fmt: skip
-"""What scripts read of a run, by its place."""
+"""The fields of a run that scripts read, by path."""
 
 
 @pytest.fixture
 def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Return a function that runs one command here and now."""
+    """Return a function that runs one command in this process."""
     return runner(capfd)
 
 
@@ -74,7 +74,7 @@ def test_one_run_is_one_object_with_the_promised_names(sidecar: Callable[..., En
 
 
 def test_every_option_that_scripts_rely_on(sidecar: Callable[..., Ended]) -> None:
-    """All of them at once are understood, and what was simulated is said."""
+    """All options together are accepted, and the output names what was simulated."""
     record = sidecar(
         "simulate", "--workload", "zipf", "--input-tokens", "64", "--output-tokens", "16", "--model", "llama-3.1-8b",
         "--gpu", "a100_sxm", "--adapters", "10", "--slots", "3", "--seats", "20", "--in-flight", "30", "--backends",
@@ -103,7 +103,7 @@ def test_several_runs_are_a_list_with_the_gain_over_the_bare_engine(sidecar: Cal
 
 
 def test_the_same_command_gives_the_same_json_in_any_process() -> None:
-    """Under two seeds of Python's hashing all is equal, but for what the machine's clock measures."""
+    """With two hash seeds of Python all is equal, except the times of the machine's clock."""
     command = (
         "simulate", "--workload", "zipf", "--compare", "none,skip,soft_gated", "--rate", "400", "--output-cv", "1",
         "--arrival-cv", "2", "--tenants", "3,1", "--ranks", "8,16", "--drift", "20", "--backends", "2", "--store-bytes",
@@ -135,7 +135,7 @@ def test_the_same_command_gives_the_same_json_in_any_process() -> None:
     ids=" ".join,
 )
 def test_every_name_can_be_simulated(options: tuple[str, ...], sidecar: Callable[..., Ended]) -> None:
-    """Of each kind each name runs, and every request is answered."""
+    """Each policy of each kind runs, and every request is answered."""
     counts = sidecar("simulate", *SMALL, *options, "--json").json()["requests"]
     assert (counts["answered"], counts["doubled"], counts["unfinished"]) == (60, 0, 0)
 
@@ -208,7 +208,7 @@ def test_a_report_is_written(tmp_path: Path, sidecar: Callable[..., Ended]) -> N
 def test_without_the_extra_nothing_is_simulated_for_plots(
     arguments: tuple[str, ...], sidecar: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which extra to install is said at once; the command without plots needs none."""
+    """The error names the extra to install before any simulation; the command without plots needs none."""
     for name in {"matplotlib", *sys.modules}:
         if name.partition(".")[0] == "matplotlib":
             monkeypatch.setitem(sys.modules, name, None)
@@ -224,7 +224,7 @@ def test_without_the_extra_nothing_is_simulated_for_plots(
 
 
 def test_a_long_run_tells_how_far_it_is() -> None:
-    """Now and then how many requests have ended, rising, by the bare engine and by the product."""
+    """The progress callback gets rising numbers of ended requests, for the bare engine and the product."""
     for run in runs_of(Options(compare=("none", "skip"), requests=700, input_tokens=8, output_tokens=4, adapters=4)):
         told: list[int] = []
         simulate(run.setup, run.workload, run.label, told.append)
@@ -232,7 +232,7 @@ def test_a_long_run_tells_how_far_it_is() -> None:
 
 
 def test_json_is_json_to_the_last_digit(sidecar: Callable[..., Ended]) -> None:
-    """No NaN and no infinity, which JSON does not know, even where nothing at all was answered."""
+    """There is no NaN and no infinity, which JSON lacks, even if nothing was answered."""
     ended = sidecar("simulate", *SMALL, "--order", "skip", "--store-bytes", "1", "--json")
 
     def refuse(constant: str) -> None:

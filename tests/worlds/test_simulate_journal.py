@@ -1,4 +1,4 @@
-"""A live run's journal simulated: the same requests at engines as they were, under any order, beside what was."""
+"""Simulate a live run's journal: the same requests at the same engines under any order, beside the live figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = CoreConfig(store_bytes=4 * BLOB_BYTES, ordering="skip", classes={"defau
 
 @pytest.fixture
 def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Return a function that runs one command here and now."""
+    """Return a function that runs one command in this process."""
     return runner(capfd)
 
 
@@ -56,7 +56,7 @@ def simulated(world: World, directory: Path, **said: object) -> tuple[list[Run],
 
 
 def test_every_request_arrives_once_more(tmp_path: Path) -> None:
-    """At its time from the first, with its adapter, tenant and lengths; its answer is as long as it was."""
+    """Each keeps its time since the first, its adapter, tenant and lengths, and the length of its answer."""
     world = busy_world()
     (run,), _ = simulated(world, tmp_path)
     received = [(at_ns, event) for at_ns, event in world.events if isinstance(event, ev.Received)]
@@ -71,7 +71,7 @@ def test_every_request_arrives_once_more(tmp_path: Path) -> None:
 
 
 def test_versions_names_and_the_base_model(tmp_path: Path) -> None:
-    """A version of its own is an adapter of its own; the current one is its name's; what nobody knows is left out."""
+    """A version in use is an adapter; the current one goes by its name; unknown ones are left out."""
     world = World()
     old, new = adapter_of("sql-old"), adapter_of("sql-new")
     world.register_as("sql", new, ordinal=2, others=(ev.OtherVersion(1, old, "origin/old", 0, True),))
@@ -85,7 +85,7 @@ def test_versions_names_and_the_base_model(tmp_path: Path) -> None:
 
 
 def test_an_answer_that_is_not_known_has_the_mean_length(tmp_path: Path) -> None:
-    """Of its adapter's answers, of all where that has none; never more than the client asked for."""
+    """The mean is of its adapter's answers, or of all; it never exceeds the client's limit."""
     world = World()
     world.register("sql", "haiku")
     world.send("sql")
@@ -113,7 +113,7 @@ def test_a_second_life_of_the_process_follows_the_first(tmp_path: Path) -> None:
 
 
 def test_a_closed_loop_and_the_first_requests(tmp_path: Path) -> None:
-    """With so many in flight times don't count; only the first requests are looked at, of what was too."""
+    """In a closed loop, times do not count; a limit of requests applies to the live figures too."""
     (run,), live = simulated(busy_world(), tmp_path, in_flight=3, requests=7)
     assert [one.at_ns for one in run.workload] == [None] * 7
     assert (run.setup.in_flight, live["requests"]["offered"]) == (3, 7)
@@ -156,7 +156,7 @@ def test_sizes_can_be_said_instead() -> None:
 
 
 def test_an_engine_of_no_known_shape_is_stood_in_for() -> None:
-    """So it is for vLLM, which counts adapters; a size that nobody knows must be said."""
+    """vLLM, which counts adapters, is replaced by a known shape; an unknown size must be given."""
     cost, sizes, adapters = CostModel.from_file(), Sizes(), {"sql": adapter_of("sql", rank=32)}
     for facts, flavour in ((EngineFacts(device_pages=5), "trtllm_no_evict"), (facts_of(), "vllm")):
         engine, is_alike = recorded_engine(facts, adapters, cost, flavour, sizes)
@@ -199,7 +199,7 @@ def test_what_was_stands_beside(tmp_path: Path) -> None:
 
 
 def test_the_command_answers_what_it_would_have_been(tmp_path: Path, sidecar: Callable[..., Ended]) -> None:
-    """From an incident as from a journal: each order answers all, what was stands first, and gains are over both."""
+    """From an incident or a journal, each order answers all; the live run comes first, and gains are over both."""
     write_journal(busy_world(), tmp_path / "data")
     incident = tmp_path / "incident.tgz"
     capture(Wanted(timedelta(hours=1), tmp_path / "data"), incident)
@@ -219,7 +219,7 @@ def test_the_command_answers_what_it_would_have_been(tmp_path: Path, sidecar: Ca
 
 
 def test_engines_that_differ_are_told(tmp_path: Path) -> None:
-    """All are simulated as the first; which ones are not like it is said."""
+    """All are simulated as the first one, and the output names those that differ."""
     world = busy_world(requests=2)
     world.feed(ev.BackendMeasured("b1", 7, 999))
     (run,), _ = simulated(world, tmp_path)

@@ -24,7 +24,7 @@ def figures() -> list[Figures]:
 
 
 def shown(figures: list[Figures], width: int) -> list[str]:
-    """Return the lines that a terminal of so many characters shows."""
+    """Return the lines shown in a terminal of this width."""
     screen = Console(file=io.StringIO(), width=width)
     for table in tables(figures, width):
         screen.print(table)
@@ -47,7 +47,7 @@ def test_nothing_is_cut_or_folded(figures: list[Figures], width: int) -> None:
 
 
 def test_bounds_come_first(figures: list[Figures]) -> None:
-    """What is reachable stands above what was reached."""
+    """The reachable bounds are above the results."""
     names = [row.name for row in rows_of(figures)]
     assert names[:3] == ["bound, all resident: tokens/s", "bound, closed form: tokens/s", "throughput: tokens/s"]
 
@@ -80,7 +80,7 @@ def test_a_column_may_lack_what_its_source_cannot_know(figures: list[Figures]) -
 
 
 def test_gains_by_hand(figures: list[Figures]) -> None:
-    """A quotient each; none where there is nothing to divide by."""
+    """Each gain is a quotient; there is none without a divisor."""
     none = {"p99": None, "max": None}
     one: dict[str, Any] = {"throughput_tokens_per_s": 30.0, "wait_s": {"all": {"p99": 3.0, "max": 8.0}}}
     other: dict[str, Any] = {"throughput_tokens_per_s": 20.0, "wait_s": {"all": {"p99": 6.0, "max": 8.0}}}
@@ -90,7 +90,7 @@ def test_gains_by_hand(figures: list[Figures]) -> None:
 
 
 def test_what_must_not_be_is_said(figures: list[Figures]) -> None:
-    """A doubled answer or a request without an end is asked to be reported."""
+    """The table asks to report a doubled answer or a request without an ending."""
     counts = {**figures[0]["requests"], "unfinished": 1}
     assert any("report it" in sentence for sentence in meaning([{**figures[0], "requests": counts}], "none"))
     assert not any("report it" in sentence for sentence in meaning(figures, "none"))

@@ -22,7 +22,7 @@ COSTS = {GUARANTEED_NO_EVICT: "trtllm", VLLM: "vllm"}
 
 
 def serve(engine: Engine, requests: Iterable[Request], in_flight: int) -> int:
-    """Keep so many requests in the engine until all have ended; when the last one did."""
+    """Keep `in_flight` requests in the engine until all have ended; return the time of the last ending."""
     line = iter(requests)
     for request in islice(line, in_flight):
         engine.submit(request, 0)
@@ -36,7 +36,7 @@ def serve(engine: Engine, requests: Iterable[Request], in_flight: int) -> int:
 
 
 def steps_of(task_ids: Iterable[int], in_flight: int) -> int:
-    """Steps that a vLLM with two adapter slots takes for requests of these adapters in this order."""
+    """Return the steps that a vLLM with two adapter slots takes for requests of these adapters in this order."""
     spec = tiny_spec(scheduler=VLLM, max_batch_size=128, kv_blocks=4096, lora_device_pages=2, lora_host_pages=16)
     engine = Engine(spec, FlatCost())
     serve(engine, (Request(number, 16, 32, task, ROWS) for number, task in enumerate(task_ids)), in_flight)
@@ -47,7 +47,7 @@ def steps_of(task_ids: Iterable[int], in_flight: int) -> int:
     ("in_flight", "grouped", "round_robin"), [(16, 265, 2049), (32, 257, 711), (64, 259, 455), (128, 258, 260)]
 )
 def test_steps_of_a_real_vllm(in_flight: int, grouped: int, round_robin: int):
-    """A real vLLM's steps within 5 %: it groups what it can see by itself, and cannot when it sees little."""
+    """The steps are within 5 % of a real vLLM's, which groups the requests that it sees, so not when it sees few."""
     assert steps_of([number // 8 for number in range(128)], in_flight) == pytest.approx(grouped, rel=0.05)
     assert steps_of([number % 16 for number in range(128)], in_flight) == pytest.approx(round_robin, rel=0.05)
 
@@ -68,7 +68,7 @@ def test_steps_of_a_real_vllm(in_flight: int, grouped: int, round_robin: int):
 def test_throughput_of_the_base_model(
     scheduler: str, input_tokens: int, output_tokens: int, in_flight: int, requests: int, tokens_per_s: float
 ):
-    """Output tokens a second of a whole run within 10 %."""
+    """Output tokens per second of a whole run are within 10 %."""
     cost = CostModel.from_file(find_cost("llama-3.1-8b", "a100_sxm", COSTS[scheduler]))
     block = BLOCK_TOKENS[scheduler]
     spec = EngineSpec(

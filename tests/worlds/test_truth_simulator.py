@@ -1,4 +1,4 @@
-"""The whole simulator against what is known of real engines and worked out of ideal ones.
+"""The whole simulator against measurements of real engines and a closed form of ideal ones.
 
 Theory: on the straight line of step times that it was worked out on, the closed form of the grouping ceiling is what
 the product's order reaches, and first come first served reaches one request a slot. Measurements: whole engines without
@@ -41,7 +41,7 @@ POINTS = (*((pool, slots) for pool in (128, 256) for slots in SLOTS), (1024, 2),
 
 @pytest.fixture
 def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
-    """Return a function that runs one command here and now."""
+    """Return a function that runs one command in this process."""
     return runner(capfd)
 
 
@@ -64,7 +64,7 @@ def test_a_run_is_given_the_closed_form_as_its_bound() -> None:
 @pytest.mark.parametrize("engine", ["strict_fifo", "trtllm_max_utilization"])
 @pytest.mark.parametrize("slots", STRICT_TOKENS_PER_S)
 def test_engines_that_let_nobody_pass(engine: str, slots: int) -> None:
-    """One request a slot runs, whatever is queued: strictly in order, and where a missing adapter blocks the line."""
+    """One request per slot runs, whatever is queued: in strict order, and if a missing adapter blocks the queue."""
     ran = simulated(cost=LINEAR_TABLE, engine=engine, order="none", slots=slots, requests=512)
     assert ran.as_json()["mean_batch"] == pytest.approx(slots, rel=0.01)
     assert ran.throughput_tokens_per_s == pytest.approx(STRICT_TOKENS_PER_S[slots], rel=0.01)
@@ -124,7 +124,7 @@ def test_more_adapters_cost_a_tenth(order: str, engine: str) -> None:
 
 
 def test_the_command_line_as_it_is_published(sidecar: Callable[..., Ended]) -> None:
-    """Nothing said but the adapters and their slots: the loss against the base model is in the published range."""
+    """With only adapters and slots given, the loss against the base model is in the published range."""
     said = ("simulate", "--requests", "1024", "--json")
     base = sidecar(*said, "--workload", "base").json()["throughput_tokens_per_s"]
     adapted = sidecar(*said, "--adapters", "16", "--slots", "16").json()["throughput_tokens_per_s"]

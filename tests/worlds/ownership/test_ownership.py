@@ -1,4 +1,4 @@
-"""Ownership by seed: what must hold in every world, and that it would be noticed if it did not."""
+"""Ownership by seed: the invariants hold in every world, and the checks notice a violation."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.worlds.ownership.trial import SeedFailed, Verdict, run_seed
 
 SEEDS = range(120)
 MUTANT_SEEDS = range(300)
-"""Up to the first that fails, each up to its peace."""
+"""The seeds tried until one fails, each without its peace."""
 GoOn = Callable[[Step, Slot, Hold], None]
 
 
 @pytest.mark.parametrize("seed", [*SEEDS[:40], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[40:])])
 def test_one_owner_under_faults_and_an_owner_in_peace(seed: int) -> None:
-    """No two members may dispatch at one time, and once the faults stop each backend goes to whom it belongs."""
+    """No two members may dispatch to a backend at one time, and after the faults each backend goes to its owner."""
     _run(seed)
 
 
@@ -43,7 +43,7 @@ def _run(seed: int) -> Verdict:
 
 
 def test_same_steps_from_the_same_seed() -> None:
-    """A failing seed runs alone to the same failure, whatever the order of a hash."""
+    """A failing seed alone runs to the same failure, whatever the hash seed."""
     told = [f"{seed} {_run(seed).digest}" for seed in range(3)]
     program = (
         "from tests.worlds.ownership.trial import run_seed\nfor seed in range(3): print(seed, run_seed(seed).digest)"
@@ -55,7 +55,7 @@ def test_same_steps_from_the_same_seed() -> None:
 
 
 def test_every_kind_of_fault_is_drawn_and_missing() -> None:
-    """Among the seeds each kind of fault is there in some worlds and absent from others."""
+    """Each kind of fault is present in some worlds and absent from others."""
     drawn = [draw(seed) for seed in SEEDS]
     for kind in KINDS:
         assert 20 < sum(scenario.has(kind) for scenario in drawn) < 100, kind
@@ -63,7 +63,7 @@ def test_every_kind_of_fault_is_drawn_and_missing() -> None:
 
 @pytest.mark.slow
 def test_worlds_have_in_them_what_is_checked() -> None:
-    """Moves, drains, lost leases, dispatches without Redis, writes of a stopped process, and seldom the known hole."""
+    """The worlds contain moves, drains, lost leases, dispatches without Redis, late writes, rarely the known hole."""
     worlds = [_run(seed).counts for seed in SEEDS]
     counts = sum(worlds, Counter[str]())
     for what in (
@@ -151,7 +151,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
 
 
 def _fails() -> str:
-    """Return what the first failing seed says."""
+    """Return the message of the first failing seed."""
     for seed in MUTANT_SEEDS:
         try:
             run_seed(seed, peace=False)
@@ -162,7 +162,7 @@ def _fails() -> str:
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An ownership, or a Redis, that breaks one rule fails within a few seeds: the checks can fail."""
+    """An ownership or a Redis that breaks one rule fails within a few seeds, so the checks can fail."""
     place, attribute, mutate = MUTANTS[name]
     monkeypatch.setattr(place, attribute, mutate(getattr(place, attribute)))
     told = _fails()

@@ -1,4 +1,4 @@
-"""Worlds in which one thing happens, told from its beginning: what each rule is for."""
+"""Worlds in which one thing happens, step by step: the purpose of each rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.worlds.ownership.world import World
 
 
 def _let_one_back(world: World) -> tuple[Process, Process]:
-    """Have an owner go on by the other's pledge when that one reaches Redis again; return both."""
+    """Let an owner go on by another's pledge when that one reaches Redis again; return both."""
     owner = named(world, owners_of(world)["engine-0"])
     (other,) = [each for each in world.living() if each is not owner]
     cut(world, [owner], "redis", seconds=6 * LEASE_S)
@@ -41,7 +41,7 @@ def _let_one_back(world: World) -> tuple[Process, Process]:
 
 
 def test_a_pledge_is_kept_when_redis_is_back() -> None:
-    """Who reaches Redis first takes over what it pledged no sooner than the owner must have stopped."""
+    """A member that reaches Redis first takes over a pledged backend only after the owner must have stopped."""
     world = quiet_world(members=2)
     _, other = _let_one_back(world)
     took_s = until(world, lambda: other.owns("engine-0") is not None, LEASE_S + 2)
@@ -49,7 +49,7 @@ def test_a_pledge_is_kept_when_redis_is_back() -> None:
 
 
 def test_a_pledge_that_is_not_kept_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Agreeing without pledging ends with two owners, and the checks see it."""
+    """Agreement without a pledge ends with two owners, and the checks notice it."""
     monkeypatch.setattr(Step, "pledge", lambda turn, backend, to: None)
     world = quiet_world(members=2)
     _let_one_back(world)
@@ -68,7 +68,7 @@ def test_who_alone_does_not_reach_redis_stops() -> None:
 
 
 def test_a_pause_ends_ownership_without_an_event() -> None:
-    """Who is stopped for longer than its lease may not dispatch when it goes on, before anything is handled."""
+    """A process stopped for longer than its lease may not dispatch when it resumes, before it handles any event."""
     world = quiet_world()
     owner = named(world, owners_of(world)["engine-0"])
     owner.paused = True
@@ -81,7 +81,7 @@ def test_a_pause_ends_ownership_without_an_event() -> None:
 
 
 def _join_apart(seconds: float) -> tuple[World, list[Process], Process]:
-    """Have a newcomer join through a Redis that no old member reaches, and reach none of them either."""
+    """Let a newcomer join through a Redis that no old member reaches, and that reaches none of them."""
     world = quiet_world(members=2)
     old = world.living()
     world.start("replica-9")
@@ -91,7 +91,7 @@ def _join_apart(seconds: float) -> tuple[World, list[Process], Process]:
 
 
 def test_the_known_hole() -> None:
-    """A newcomer that nobody can hear of owns, too, `grace_ns` after the last renewal, until they reach each other."""
+    """A newcomer that no member hears of also owns, `grace_ns` after the last renewal, until they reach each other."""
     world, old, new = _join_apart(10 * LEASE_S)
     run(world, 0.6 * LEASE_S)
     assert not any(new.owns(backend) for backend in BACKENDS)
@@ -106,7 +106,7 @@ def test_the_known_hole() -> None:
 
 
 def test_who_hears_of_a_newer_epoch_from_redis_gives_up() -> None:
-    """Redis restarted: it knows of no holder, but of the newer epoch. The old owner claims nothing."""
+    """Redis restarted: it has no holder, but a newer epoch. The old owner claims nothing."""
     world, old, new = _join_apart(10 * LEASE_S)
     until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 2 * LEASE_S)
     newest = epochs_of(world)
@@ -121,7 +121,7 @@ def test_who_hears_of_a_newer_epoch_from_redis_gives_up() -> None:
 
 
 def test_a_witness_that_has_seen_a_newer_epoch_stops_an_owner() -> None:
-    """One witness reaches Redis again: its refusal names the newer epoch, and the owner does not wait for its end."""
+    """One witness reaches Redis again: its refusal names the newer epoch, and the owner stops before its lease ends."""
     world, old, new = _join_apart(10 * LEASE_S)
     until(world, lambda: all(new.owns(backend) for backend in BACKENDS), 2 * LEASE_S)
     witness, owner = sorted(old, key=lambda each: sum(each.owns(backend) is not None for backend in BACKENDS))
@@ -132,7 +132,7 @@ def test_a_witness_that_has_seen_a_newer_epoch_stops_an_owner() -> None:
 
 
 def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
-    """Redis forgot all: an old member that reaches it knows who goes on, and by its pledge the newcomer waits."""
+    """Redis lost its data: an old member that reaches it knows the owner, and by its pledge the newcomer waits."""
     world = quiet_world(members=2)
     owner = named(world, owners_of(world)["engine-0"])
     (witness,) = [each for each in world.living() if each is not owner]
@@ -150,7 +150,7 @@ def test_a_newcomer_that_hears_of_a_pledge_waits() -> None:
 
 
 def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
-    """One witness's pledge is enough, for the owner would have needed it too."""
+    """One witness's pledge suffices, because the owner would have needed it too."""
     world = quiet_world(members=2)
     dead = named(world, owners_of(world)["engine-0"])
     (witness,) = [each for each in world.living() if each is not dead]
@@ -161,7 +161,7 @@ def test_a_newcomer_that_reaches_a_witness_does_not_wait() -> None:
 
 
 def test_a_drained_member_leaves_nothing_behind() -> None:
-    """Its backends go to the others one after another, and none is without an owner for long."""
+    """A drained member's backends go to the others one after another, and none is without an owner for long."""
     world = quiet_world()
     leaving = named(world, owners_of(world)["engine-0"])
     leaving.draining = True
@@ -172,7 +172,7 @@ def test_a_drained_member_leaves_nothing_behind() -> None:
 
 
 def test_a_newcomer_gets_its_share_by_and_by() -> None:
-    """What is preferred elsewhere moves without a lost lease, and nothing else does."""
+    """Backends that prefer the newcomer move without a lost lease, and no others move."""
     world = quiet_world(members=1)
     for index in (1, 2):
         world.start(f"replica-{index}")

@@ -1,4 +1,4 @@
-"""Worlds in which the fleet or Redis goes away: what stays owned, and how soon all else is owned again."""
+"""Worlds in which members or Redis go away: which backends stay owned, and how soon the others are owned again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.worlds.ownership.redis import Data, Redis
 
 
 def test_a_first_install_waits_for_a_lease() -> None:
-    """Whether a Redis without data is new or has forgotten cannot be told: who knows of no lease waits."""
+    """An empty Redis may be new or may have lost its data, so a member that knows no lease waits."""
     used, new = quiet_world(settled=False), quiet_world(is_new=True, settled=False)
     assert until(used, lambda: all_owned(used), 5) < 2
     assert until(new, lambda: all_owned(new), SERVED_S) > LEASE_S
@@ -32,7 +32,7 @@ def test_a_first_install_waits_for_a_lease() -> None:
 
 @pytest.mark.parametrize("away_s", [2 * LEASE_S, 60 * LEASE_S])
 def test_without_redis_all_go_on(away_s: float) -> None:
-    """While all members agree, a Redis that is away for many leases costs nothing, and coming back neither."""
+    """While all members agree, an outage of Redis for many leases costs nothing, and neither does its return."""
     world = quiet_world()
     owners, epochs = owners_of(world), epochs_of(world)
     world.redis.up = False
@@ -45,7 +45,7 @@ def test_without_redis_all_go_on(away_s: float) -> None:
 
 
 def test_a_witness_that_stood_still_costs_no_more_than_that() -> None:
-    """Without Redis nobody can take over what lapsed: when all witnesses answer again it goes on under its epoch."""
+    """Without Redis no member takes over a lapsed lease: once all witnesses answer, its owner goes on."""
     world = quiet_world()
     owners, epochs = owners_of(world), epochs_of(world)
     world.redis.up = False
@@ -60,7 +60,7 @@ def test_a_witness_that_stood_still_costs_no_more_than_that() -> None:
 
 
 def test_nobody_goes_on_for_ever() -> None:
-    """After `alone_ns` without Redis an owner stops; when Redis is back, each backend is owned again in time."""
+    """After `alone_ns` without Redis, an owner stops; once Redis is back, each backend is owned again in time."""
     bounds = Bounds(alone_ns=6 * BOUNDS.ttl_ns)
     world = quiet_world(bounds=bounds)
     world.redis.up = False
@@ -71,7 +71,7 @@ def test_nobody_goes_on_for_ever() -> None:
 
 @pytest.mark.parametrize("away_s", [0.0, 0.5 * LEASE_S, 2 * LEASE_S, 60 * LEASE_S])
 def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
-    """Owners claim what an empty Redis does not know of, under a newer epoch, before anybody else may acquire."""
+    """Owners claim their backends from an empty Redis under a newer epoch, before another member may acquire them."""
     world = quiet_world()
     owners, epochs = owners_of(world), epochs_of(world)
     world.redis.up = False
@@ -83,7 +83,7 @@ def test_an_emptied_redis_displaces_nobody(away_s: float) -> None:
 
 
 def test_a_crash_costs_a_lease() -> None:
-    """What a dead member owned is taken over by a witness when the lease has ended."""
+    """A witness takes over a dead member's backends when the lease has ended."""
     world = quiet_world()
     named(world, owners_of(world)["engine-0"]).alive = False
     until(world, lambda: all_owned(world), SERVED_S)
@@ -93,7 +93,7 @@ def test_a_crash_costs_a_lease() -> None:
 @pytest.mark.parametrize("prefix", ["replica-", "replica-9"])
 @pytest.mark.parametrize("members", [1, 3])
 def test_all_die(members: int, prefix: str, redis: str) -> None:
-    """Whatever the names under which they come back, and whatever has become of Redis, they wait for a lease."""
+    """Members that return under any names, with Redis in any state, wait for one lease."""
     world = quiet_world(members)
     for each in world.living():
         each.alive = False
@@ -107,7 +107,7 @@ def test_all_die(members: int, prefix: str, redis: str) -> None:
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_who_follows_a_fleet_that_left_does_not_wait(lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last ones leave released leases behind, even if a release gets lost: the leave releases them, too."""
+    """The last members leave only released leases, even if a release gets lost, because leaving releases them too."""
     world = quiet_world()
     if lost:
         monkeypatch.setattr(Redis, "release", lambda scripts, call, now_ns: None)
@@ -121,7 +121,7 @@ def test_who_follows_a_fleet_that_left_does_not_wait(lost: bool, monkeypatch: py
 
 
 def test_a_failover_that_lost_a_grant_does_not_double_it() -> None:
-    """A replica of Redis that never heard of the last grants grants nothing to others before their owners are back."""
+    """A replica of Redis without the last grants grants nothing to others before the owners are back."""
     world = quiet_world()
     stale = world.redis.scripts.data.copy()
     named(world, owners_of(world)["engine-0"]).alive = False
