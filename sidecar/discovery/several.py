@@ -43,9 +43,9 @@ def addresses_of(hosts: Sequence[str], ask: Resolve = resolve, patience_s: float
 
 
 def several(addresses: Iterable[str]) -> list[str]:
-    """Return the addresses of a host that is several machines, or () for one machine.
+    """Return the addresses of a host that is several machines, or [] for one machine.
 
-    One address of each family counts as one machine, and so do this machine's own addresses, as localhost has.
+    One address of each family counts as one machine, and so do loopback addresses.
     """
     known = sorted(map(ipaddress.ip_address, addresses), key=str)
     if all(address.is_loopback for address in known):

@@ -29,15 +29,16 @@ class Cluster:
     said: dict[str, DeclaringObject] = field(default_factory=dict)
 
 
-def desired(all_said: Iterable[DeclaringObject]) -> Desired:
+def desired(objects: Iterable[DeclaringObject]) -> Desired:
     """Choose for each name the declaration of the oldest object that has one."""
     found: dict[str, Declaration] = {}
     losers: list[tuple[Declaration, Declaration]] = []
     unread: dict[str, DeclaringObject] = {}
-    for said in sorted((said for said in all_said if not said.source.leaving), key=lambda said: said.source.age_key):
-        if said.problem:
-            unread[said.source.owner] = said
-        for declaration in said.declarations:
+    present = (each for each in objects if not each.source.leaving)
+    for declaring in sorted(present, key=lambda each: each.source.age_key):
+        if declaring.problem:
+            unread[declaring.source.owner] = declaring
+        for declaration in declaring.declarations:
             first = found.setdefault(declaration.name, declaration)
             if first is not declaration:
                 losers.append((declaration, first))

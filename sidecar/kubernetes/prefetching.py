@@ -50,7 +50,7 @@ class Prefetching:
         for backend in missing:
             self._asked[name.digest, backend.id] = monotonic()
         to = tuple(backend.id for backend in missing)
-        logger.info("%s is loaded ahead on %s", record.name, ", ".join(to))
+        logger.info("%s is prefetched on %s", record.name, ", ".join(to))
         try:
             await self._gateway.prefetch(record.name, to)
         except SidecarError as error:
