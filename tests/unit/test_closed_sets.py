@@ -18,7 +18,7 @@ import pytest
 from policies.views import Decision, Hold
 from sidecar import errors
 from sidecar.cli import findings
-from sidecar.core import core, dispatching, effects, eligibility, enums, events, healing, step
+from sidecar.core import core, dispatching, effects, eligibility, enums, events, healing
 from sidecar.errors import Family, Reason
 from sidecar.fronts.openai import errors as openai_errors
 from sidecar.incident import obstacles
@@ -201,7 +201,7 @@ def test_reasons_are_their_own_names_and_their_codes_are_grpcs() -> None:
 
 def test_an_ending_has_an_outcome_by_its_family() -> None:
     assert {enums.outcome_of(reason).value for reason in Reason if reason not in DROPPED} == {"refused", "failed"}
-    assert all(step.outcome_of(reason).name == reason.name for reason in DROPPED)
+    assert all(enums.outcome_of(reason).name == reason.name for reason in DROPPED)
 
 
 def test_only_what_never_ran_can_be_sent_again() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.config import parse
 from sidecar.core.facts import EngineFacts
 from sidecar.core.pace import Pace
 from sidecar.errors import Misused, Reason
@@ -16,6 +15,7 @@ from sidecar.journal.codec import decode, encode
 from sidecar.pace.cost import A100_TABLE, LINEAR_TABLE, CostModel, StepBatch
 from sidecar.pace.engine_pace import pace_from_cost
 from sidecar.serve.pool import facts_of
+from tests.kit.entries import entries
 
 NAMED = "llama-3.1-8b/a100_sxm/trtllm"
 FACTS = EngineFacts(seats=64, device_pages=16, modules={"attn_q": (64, 64), "attn_v": (64, 64)}, rank_max=16)
@@ -77,17 +77,12 @@ def test_a_file_that_is_no_cost_file(tmp_path: Path) -> None:
 
 def test_the_configuration_names_it() -> None:
     """`backends[].engine.cost` becomes a fact of that backend, and of no other."""
-    record = {
-        "backends": [
-            {"url": "triton://a:1", "engine": {"cost": NAMED, "cost_scale": 0.5, "seats": 64}},
-            {"url": "triton://b:1"},
-        ]
-    }
-    facts = facts_of(parse(record, "the test").backends)
+    engine = {"cost": NAMED, "cost_scale": 0.5, "seats": 64}
+    facts = facts_of(entries({"url": "triton://a:1", "engine": engine}, {"url": "triton://b:1"}))
     assert facts["a:1"].pace == pace_from_cost(NAMED, EngineFacts(seats=64), 0.5)
     assert facts["b:1"].pace is None
     with pytest.raises(Misused, match="cost_scale"):
-        parse({"backends": [{"url": "triton://a:1", "engine": {"cost": NAMED, "cost_scale": 0}}]}, "the test")
+        entries({"url": "triton://a:1", "engine": {"cost": NAMED, "cost_scale": 0}})
 
 
 def test_the_pace_is_journaled() -> None:
