@@ -72,12 +72,12 @@ def _from_journal(
     path: Path, backend: str | None, model: str | None, gpu: str | None, engine: str | None
 ) -> tuple[CostTable, dict[str, Any], str]:
     from sidecar.lab.calibrate.history import read_history
-    from sidecar.lab.calibrate.live import Words, live_table
+    from sidecar.lab.calibrate.live import Labels, live_table
     from sidecar.lab.calibrate.measured import short_name
 
     with _progress_bars() as told:
         history = read_history(path, told)
-    table, fit, chosen = live_table(history, backend, Words(model, gpu, engine))
+    table, fit, chosen = live_table(history, backend, Labels(model, gpu, engine))
     name = cost_name(short_name(model), gpu, engine) if model and gpu and engine else f"cost_{chosen}.json"
     report = {key: value for key, value in asdict(fit).items() if key != "plane"}
     return table, {"backend": chosen, **report}, name

@@ -20,7 +20,7 @@ from sidecar.core.facts import EngineFacts, Packed
 from sidecar.errors import Misused
 from sidecar.journal.writer import Journal
 from sidecar.lab.calibrate.history import History, read_history
-from sidecar.lab.calibrate.live import Words, live_table
+from sidecar.lab.calibrate.live import Labels, live_table
 from sidecar.lab.engine.engine import Engine, Output, Request
 from sidecar.lab.engine.shape import TINY
 from sidecar.lab.engine.spec import EngineSpec
@@ -124,7 +124,7 @@ def varied(seed: int = 0) -> Iterator[Arrival]:
 
 
 def fitted(history: History) -> tuple[CostTable, Plane]:
-    table, fit, _ = live_table(history, None, Words())
+    table, fit, _ = live_table(history, None, Labels())
     return table, fit.plane
 
 
@@ -145,7 +145,7 @@ def test_known_costs_are_found_again(seed: int) -> None:
 def test_an_engine_that_is_no_plane_is_found_within_its_curvature() -> None:
     """A run on measured A100 times gives a plane within a sixth of them, and says how far it is off."""
     known = CostModel.from_file()
-    table, fit, _ = live_table(LiveRun(known).run(varied(), 400_000 * MS), None, Words())
+    table, fit, _ = live_table(LiveRun(known).run(varied(), 400_000 * MS), None, Labels())
     assert 0.005 < fit.residual_rms < 0.1
     for decoding, context in BATCHES:
         step = StepBatch(0, 0, decoding, decoding * context, 0, 0, 0)
@@ -155,14 +155,14 @@ def test_an_engine_that_is_no_plane_is_found_within_its_curvature() -> None:
 def test_a_stall_is_left_out() -> None:
     """An engine that stood still for two minutes in the middle of a run gives the same plane, and is reported."""
     history = LiveRun(CostModel(table_of(TRUE))).run(varied(), 400_000 * MS)
-    before = live_table(history, None, Words())[1]
+    before = live_table(history, None, Labels())[1]
     middle_ns = sorted(run.ended_ns for run in history.runs)[60] - 1
     for run in history.runs:
         run.marks = [(at_ns + (120_000 * MS if at_ns > middle_ns else 0), tokens) for at_ns, tokens in run.marks]
         run.dispatched_ns += 120_000 * MS if run.dispatched_ns > middle_ns else 0
         assert run.over_ns is not None
         run.over_ns += 120_000 * MS if run.over_ns > middle_ns else 0
-    after = live_table(history, None, Words())[1]
+    after = live_table(history, None, Labels())[1]
     assert after.stalled > before.stalled
     assert after.plane.step_ns(32, 32_000) == pytest.approx(before.plane.step_ns(32, 32_000), rel=0.03)
 
@@ -179,16 +179,16 @@ def test_a_run_without_variety_is_refused(at_once: int, outputs: int) -> None:
     history = LiveRun(CostModel(table_of(TRUE))).run(constant(at_once, outputs), 1_000_000 * MS)
     message = rf"backend b0 holds too little variety: it cannot tell .* batches of {at_once} to {at_once}"
     with pytest.raises(Misused, match=message):
-        live_table(history, None, Words())
+        live_table(history, None, Labels())
 
 
 def test_a_run_that_is_too_short_is_refused() -> None:
     """A handful of requests is too little; so is nothing."""
     history = LiveRun(CostModel(table_of(TRUE))).run([(0, 100, 50)], 10_000 * MS)
     with pytest.raises(Misused, match=r"it gives 2 stretches of decoding, and 12 are needed; record one with few"):
-        live_table(history, None, Words())
+        live_table(history, None, Labels())
     with pytest.raises(Misused, match="holds no dispatched request"):
-        live_table(History(), None, Words())
+        live_table(History(), None, Labels())
 
 
 def test_one_of_several_engines_must_be_named() -> None:
@@ -197,10 +197,10 @@ def test_one_of_several_engines_must_be_named() -> None:
     other = LiveRun(CostModel(table_of(TRUE.times(2))), backend="b1").run(varied(), 900_000 * MS)
     history.runs += other.runs
     with pytest.raises(Misused, match="several engines; name one with --backend: b0, b1"):
-        live_table(history, None, Words())
+        live_table(history, None, Labels())
     with pytest.raises(Misused, match='backend "b2", but to b0, b1'):
-        live_table(history, "b2", Words())
-    slow = live_table(history, "b1", Words())[1].plane
+        live_table(history, "b2", Labels())
+    slow = live_table(history, "b1", Labels())[1].plane
     assert slow.step_ns(32, 32_000) == pytest.approx(2 * TRUE.step_ns(32, 32_000), rel=0.05)
 
 
@@ -211,13 +211,13 @@ def load(number: int, size_bytes: int) -> do.Load:
 def test_loads_give_overhead_and_bandwidth() -> None:
     """Loads of several sizes are told apart into what each takes and what each byte takes; few are not measured."""
     history = LiveRun(CostModel(table_of(TRUE))).run(varied(), 400_000 * MS)
-    assumed = live_table(history, None, Words())[0]
+    assumed = live_table(history, None, Labels())[0]
     assert "too few to measure" in assumed.source[-1]
     for number, size_bytes in enumerate((50_000_000, 100_000_000, 200_000_000, 400_000_000)):
         begun_ns = number * 1_000 * MS
         history.take(begun_ns, ev.Tick(), [load(number, size_bytes)])
         history.take(begun_ns + 10 * MS + size_bytes // 2, ev.LoadDone(number), ())
-    model = CostModel(live_table(history, None, Words())[0])
+    model = CostModel(live_table(history, None, Labels())[0])
     for size_bytes in (0, 300_000_000):
         both_ns = model.adapter_put_ns(size_bytes) + model.adapter_copy_ns(size_bytes)
         assert both_ns == pytest.approx(10 * MS + size_bytes / 2, rel=0.01)

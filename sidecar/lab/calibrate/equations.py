@@ -1,9 +1,9 @@
-"""Equations for the time of a step, from who ran when.
+"""Equations for the time of a step, from the runs of a journal.
 
 Each step gives every decoding request one token. So over any stretch of one request's answer its own tokens count the
-steps, the tokens of all requests sum up their batches, and those tokens times the contexts they were computed on sum
-up the contexts: exact sums, although single steps cannot be seen. A prompt adds to the step that reads it, which is
-the one that its first token comes out of; where the engine had nothing else to do that step is seen by itself.
+steps, the tokens of all requests sum up the batches, and those tokens times the contexts they were computed on sum up
+the contexts: exact sums, although single steps cannot be seen. A prompt adds to the step that reads it, the one that
+produces its first token; if the engine had nothing else to do, that step is seen by itself.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from itertools import pairwise
 from sidecar.lab.calibrate.history import Mark, Run
 
 STRETCH_STEPS = 64
-"""Reports of progress come between steps, so a stretch is wrong by up to a step: this many make that little."""
+"""Reports of progress come between steps, so a stretch is wrong by up to a step; with this many that is little."""
 STEPS_MIN = 8
 
 
 @dataclass(frozen=True)
 class Equation:
-    """A time and what it was spent on: steps, and sums over these steps of batches, contexts and prompt tokens."""
+    """A duration and the work done in it: steps, and sums over them of batch sizes, contexts and prompt tokens."""
 
     duration_ns: int
     steps: float
@@ -42,7 +42,7 @@ def equations(runs: Sequence[Run]) -> list[Equation]:
 
 
 def _lone_prompts(runs: Sequence[Run]) -> Iterator[Equation]:
-    """Yield the prompts that were read while the engine had nothing else to do."""
+    """Yield an equation for each prompt that was read while the engine had nothing else to do."""
     ordered = sorted(runs, key=lambda run: run.dispatched_ns)
     busy_until_ns = 0
     for run, after in pairwise([*ordered, None]):
@@ -62,7 +62,7 @@ def _over_ns(run: Run) -> int:
 
 
 def _decoding(runs: Sequence[Run]) -> Iterator[Equation]:
-    """Yield the stretches of answers that together cover the time, each counted by one request's own tokens."""
+    """Yield equations for stretches of answers that together cover the time, each counted by one request's tokens."""
     waiting = list(reversed(runs))
     active: list[Run] = []
     for lead, from_ns in _leads(runs):
@@ -87,13 +87,13 @@ def _equation(runs: Sequence[Run], from_ns: int, until_ns: int, steps: float) ->
 
 
 def _marks_from(run: Run, from_ns: int) -> list[Mark]:
-    """Return a run's marks from the last one at or before a time; all of them when it began later."""
+    """Return a run's marks from the last one at or before a time; all of them if it began later."""
     before = bisect_right(run.marks, from_ns, key=lambda mark: mark[0])
     return run.marks[max(0, before - 1) :]
 
 
 def _stretches(marks: Sequence[Mark]) -> Iterator[tuple[Mark, Mark]]:
-    """Yield the first and the last mark of stretches that are long enough, and of what is left at the end."""
+    """Yield the first and the last mark of stretches that are long enough, and of the rest at the end."""
     begin = marks[0]
     for mark in marks[1:]:
         if mark[1] - begin[1] >= STRETCH_STEPS or mark is marks[-1]:
@@ -102,9 +102,9 @@ def _stretches(marks: Sequence[Mark]) -> Iterator[tuple[Mark, Mark]]:
 
 
 def _leads(runs: Sequence[Run]) -> Iterator[tuple[Run, int]]:
-    """Yield as few runs as cover the time, and from when each is needed: always the one that lasts longest.
+    """Yield as few runs as cover the time, with the time from which each is needed: always the longest-lasting one.
 
-    Each begins after the time from which the one before it was needed.
+    Each begins after the time from which the previous one was needed.
     """
     best: Run | None = None
     at_ns, index = 0, 0

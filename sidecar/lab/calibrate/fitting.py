@@ -1,4 +1,4 @@
-"""The cost of a step from a live run, as a plane: fixed, per request, per token of context, per token of a prompt."""
+"""Fit the cost of a step from a live run as a plane: fixed, per request, per context token, per prompt token."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sidecar.pace.cost_plane import Plane, fit_above_zero
 TERMS = ("the fixed part", "each request of a batch", "each token of context", "each prompt token")
 EQUATIONS_MIN = 12
 UNCERTAIN_MAX = 0.05
-"""How much of a step's time may be uncertain for any one term (its standard error)."""
+"""The largest standard error of any one term, as a fraction of a step's time."""
 NOISE_MIN = 0.01
-"""Times are taken to be no better than this, however well the plane fits them."""
+"""Times are assumed to be no more exact than this, however well the plane fits."""
 STALLED = 5.0
-"""What is off by so many typical residuals was no run of steps but a stall, and is left out."""
+"""An equation off by this many typical residuals was a stall and is left out."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A plane and how well it holds: residuals are shares of the time, batches and contexts are means of stretches."""
+    """A plane and its accuracy: residuals are fractions of the time; batches and contexts are means of stretches."""
 
     plane: Plane
     equations: int
@@ -36,9 +36,9 @@ class Fit:
 
 
 def fit_plane(equations: Sequence[Equation], whose: str) -> Fit:
-    """Return the plane of least squares of relative errors. `whose` names the engine in errors.
+    """Return the least-squares plane of relative errors. `whose` names the engine in errors.
 
-    Raises Misused when the run holds too little, or too little variety to tell the terms apart.
+    Raises Misused if the run holds too little, or too little variety to tell the terms apart.
     """
     if len(equations) < EQUATIONS_MIN:
         raise _refused(whose, f"it gives {len(equations)} stretches of decoding, and {EQUATIONS_MIN} are needed")
@@ -70,13 +70,13 @@ def _parts(terms: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _without_stalls(terms: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which equations to keep: not those that took far longer than the others say."""
+    """Return which equations to keep: not those that took far longer than the others predict."""
     residuals = np.abs(terms @ _parts(terms) - 1)
     return residuals <= max(STALLED * float(np.median(residuals)), UNCERTAIN_MAX)
 
 
 def _uncertain(terms: NDArray[np.float64], rms: float) -> list[float]:
-    """Return each term's standard error, as a share of a step's time."""
+    """Return each term's standard error as a fraction of a step's time."""
     scale = np.mean(np.abs(terms), axis=0)
     if not scale.all():
         return [0.0 if part else float("inf") for part in scale]

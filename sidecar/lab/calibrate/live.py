@@ -1,4 +1,4 @@
-"""A cost table out of a live run's journal."""
+"""Make a cost table from a live run's journal."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from sidecar.pace.cost_table import UNLIMITED_TOKENS, Copy, CostTable, Grid
 NO_TIME = Copy(gb_per_s=1e6, overhead_us=0.0)
 LOADS_MIN = 4
 FAR = 1024.0
-"""Any second point tells a straight line; a distant one keeps its slope in the file's digits."""
+"""Any second point defines a straight line; a distant one keeps its slope in the file's digits."""
 
 
 @dataclass(frozen=True)
-class Words:
-    """What the table is called; None: what the journal says."""
+class Labels:
+    """The names in a table; None takes the journal's."""
 
     model: str | None = None
     gpu: str | None = None
     engine: str | None = None
 
 
-def live_table(history: History, backend: str | None, words: Words) -> tuple[CostTable, Fit, str]:
-    """Return the table of one engine of a run, how well it fits, and which engine it is.
+def live_table(history: History, backend: str | None, labels: Labels) -> tuple[CostTable, Fit, str]:
+    """Return the table of one engine of a run, its fit, and the engine's id.
 
-    Raises Misused when the run tells too little, or the engine is not named and there are several.
+    Raises Misused if the run tells too little, or if several engines ran and none is named.
     """
     chosen = _chosen(history, backend)
     fit = fit_plane(equations([run for run in history.runs if run.backend == chosen]), f"backend {chosen}")
@@ -44,9 +44,9 @@ def live_table(history: History, backend: str | None, words: Words) -> tuple[Cos
     facts = history.facts.get(chosen, EngineFacts())
     kv_tokens, token_bytes = _kv(facts)
     table = CostTable(
-        model=words.model or ", ".join(facts.base_models) or "unnamed model",
-        gpu=words.gpu or "unnamed GPU",
-        engine=words.engine or facts.kind,
+        model=labels.model or ", ".join(facts.base_models) or "unnamed model",
+        gpu=labels.gpu or "unnamed GPU",
+        engine=labels.engine or facts.kind,
         dtype=facts.dtype or "unknown dtype",
         source=(_step_source(fit, chosen), _kv_source(kv_tokens), _LORA_SOURCE, copy_source),
         fixed_ms=fit.plane.fixed_ns / 1e6,
@@ -85,13 +85,13 @@ def _prefill(plane: Plane) -> Grid:
 
 
 def _grid(step_ns: Callable[[float, float], float]) -> Grid:
-    """Return a plane as a grid: interpolation, and what follows beyond the last points, gives it back exactly."""
+    """Return a plane as a grid: interpolation and extrapolation reproduce it exactly."""
     axis = (1.0, FAR)
     return Grid(axis, axis, tuple(tuple(round(step_ns(row, column) / 1e6, 9) for column in axis) for row in axis))
 
 
 def _copies(loads: Sequence[LoadTime]) -> tuple[Copy, Copy, str]:
-    """Return the ways of an adapter and where their times are from: a Load is both, and is put down to the first."""
+    """Return the two copy paths of an adapter and the source of their times; a Load's time counts as `to_host`."""
     if len(loads) < LOADS_MIN:
         return TO_DEVICE, TO_HOST, f"{COPY_SOURCE} The run has {len(loads)} Loads, too few to measure."
     sizes = [load.size_bytes for load in loads]
@@ -121,7 +121,7 @@ def _step_source(fit: Fit, backend: str) -> str:
 
 
 def _kv(facts: EngineFacts) -> tuple[int, int]:
-    """Return the room for keys and values and the size of a token, where the engine's size and shape are known."""
+    """Return the KV tokens and bytes per token, if the engine's size and shape are known."""
     if facts.kv_tokens is None or not (facts.layers and facts.kv_heads and facts.head_size):
         return UNLIMITED_TOKENS, 1
     element_bytes = DTYPE_BYTES.get(facts.dtype or "", 2)

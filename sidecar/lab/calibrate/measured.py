@@ -1,7 +1,7 @@
-"""Kernel times that were measured on GPUs, as NVIDIA publishes them in the package aiconfigurator-core.
+"""Kernel times measured on GPUs, published by NVIDIA in the package aiconfigurator-core.
 
-The package is an optional extra: it carries 80 MB of measurements and is needed to make a cost file only, never
-to use one. It knows base models without adapters, and needs no GPU and no network.
+The package is an optional extra: it carries 80 MB of measurements and is needed only to make a cost file, never to use
+one. It knows base models without adapters, and needs no GPU and no network.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ EXTRA = "pip install 'lora-sidecar[calibrate]'"
 DTYPE = "bfloat16"
 MEMORY_FRACTION = 0.9
 STEP_TOKENS = 8192
-"""Tokens that a step may read: what the engine sets memory for activations aside for."""
+"""Tokens that a step may read, for which the engine reserves memory for activations."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Where a GPU's memory goes, in bytes, and how many tokens of keys and values the rest holds."""
+    """The use of a GPU's memory in bytes, and how many tokens of keys and values the rest holds."""
 
     total_bytes: int
     weights_bytes: int
@@ -43,7 +43,7 @@ class Measured:
     """The published times of one model on one GPU in one engine, computed in bfloat16 on one GPU."""
 
     def __init__(self, model: str, gpu: str, engine: str) -> None:
-        """Raises Misused when the package is missing or knows no such model, GPU or engine."""
+        """Raises Misused if the package is missing or does not know the model, GPU or engine."""
         sdk = _Package()
         paths = {short_name(path): path for path in sdk.models()}
         self.model_path = paths.get(short_name(model)) or _unknown("model", model, paths)
@@ -58,19 +58,19 @@ class Measured:
 
     @property
     def modes(self) -> dict[str, str]:
-        """The types that everything is computed in, as the package names them."""
+        """The data types of all computations, as the package names them."""
         return dict.fromkeys(("gemm_quant_mode", "kvcache_quant_mode", "fmha_quant_mode"), DTYPE)
 
     def decode_ms(self, batch: int, context: int) -> float:
-        """Return the time of a decode step."""
+        """Return the time of a decode step in ms."""
         return self._answer(lambda: float(self._handle.predict_decode_latency(batch, context, 2)))
 
     def prefill_ms(self, requests: int, tokens: int) -> float:
-        """Return the time of a step that reads prompts."""
+        """Return the time in ms of a step that reads prompts."""
         return self._answer(lambda: float(self._handle.predict_prefill_latency(requests, tokens)))
 
     def _answer(self, ask: Callable[[], T]) -> T:
-        """Return the package's answer. It has no one family of errors; whatever it raises means that it has none."""
+        """Return the package's answer. Its errors share no base class, so any exception means that it has none."""
         try:
             return ask()
         except Exception as error:
@@ -82,7 +82,7 @@ class Measured:
 
 
 def short_name(path: str) -> str:
-    """Return the name that a model goes by here: `llama-3.1-8b` for `meta-llama/Meta-Llama-3.1-8B`."""
+    """Return a model's short name: `llama-3.1-8b` for `meta-llama/Meta-Llama-3.1-8B`."""
     return path.rpartition("/")[2].lower().removeprefix("meta-")
 
 
@@ -92,7 +92,7 @@ def _unknown(what: str, name: str, known: Iterable[str], where: str = "") -> Any
 
 
 class _Package:
-    """What is used of the package, imported when it is needed."""
+    """The part of the package that is used, imported when needed."""
 
     def __init__(self) -> None:
         logging.getLogger(PACKAGE).setLevel(logging.ERROR)  # it warns about defaults of other engines
@@ -109,7 +109,7 @@ class _Package:
         return sorted(self._common.get_default_models())
 
     def systems(self) -> dict[str, dict[str, list[str]]]:
-        """Return the versions of each engine that were measured on each GPU."""
+        """Return the measured engine versions by GPU and engine."""
         found: dict[str, dict[str, list[str]]] = self._databases.get_supported_databases()
         return found
 
@@ -119,7 +119,7 @@ class _Package:
         )
 
     def memory(self, wanted: Measured) -> Memory:
-        """Return where the memory goes; the two engines take their fraction of different things."""
+        """Return the use of the memory; the two engines take their fraction of different amounts."""
         fraction_of = "free" if wanted.engine == "trtllm" else "total"
         estimate: dict[str, Any] = self._memory.estimate_kv_cache(
             wanted.model_path,

@@ -1,4 +1,4 @@
-"""What no package measures: the cost of adapters, as published, and what is assumed of copies.
+"""Figures that no package measures: the published cost of adapters, and assumptions about copies.
 
 Both published series are SqueezeBits' ("Serving Multiple LoRAs at Once", 2024-12) on an A100 80 GB: Llama-3.1-8B, 1K
 tokens in and out, a batch of 256, 16 adapters of ranks 8 to 64.
@@ -33,7 +33,7 @@ _LEAST_SHARE = (
 
 @dataclass(frozen=True)
 class PublishedLoss:
-    """An engine as people write it, what adapters cost in it, and where that is from."""
+    """An engine's display name, the cost of adapters in it, and the source of that."""
 
     title: str
     loss: LoraLoss

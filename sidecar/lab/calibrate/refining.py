@@ -1,10 +1,9 @@
-"""Which points of a measured surface a table must hold, so that what lies between them is close.
+"""Choose the points of a measured surface that a table must hold for interpolation to be accurate.
 
 Kernels are tiled, so step times have kinks where a batch needs one tile more: a grid of powers of two is wrong by a
-fifth between 128 and 192. Starting from a coarse axis, an interval is split where linear interpolation errs most,
-until it errs nowhere by more than the tolerance. Intervals are cut at eighths, and not at all when they are shorter
-than an eighth of where they begin: measurements lie that far apart, and what is finer is an artefact of the
-interpolation between them.
+fifth between 128 and 192. Starting from a coarse axis, an interval is split where linear interpolation errs most, until
+no error exceeds the tolerance. Intervals are cut at eighths, and not at all if shorter than an eighth of their start:
+measurements are that far apart, and finer structure is an artefact of the interpolation between them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from sidecar.pace.cost_table import Grid
 
 Times = Callable[[int, int], float]
 Told = Callable[[str, int, int], None]
-"""Hears what is being measured, how much of it is done, and how much there is."""
+"""Called with what is being measured, how much of it is done, and how much there is."""
 
 PARTS = 8
 
@@ -24,9 +23,9 @@ PARTS = 8
 def refined_grid(
     times: Times, first: Sequence[int], second: Sequence[int], tolerance: float, told: Told, what: str
 ) -> Grid:
-    """Return a grid over both axes that errs by no more than about twice the tolerance, relative, between its points.
+    """Return a grid over both axes whose relative error between points is at most about twice the tolerance.
 
-    Each axis is refined at the points of the other: the errors of the two add up.
+    Each axis is refined at the points of the other, so the errors of the two add up.
     """
     intervals = len(first) + len(second) - 2
     rows = [first[0]]
@@ -43,7 +42,7 @@ def refined_grid(
 
 
 def _points(low: int, high: int, values: Callable[[int], list[float]], tolerance: float) -> Iterator[int]:
-    """Yield the points that an interval is split at, in rising order, and its end."""
+    """Yield the points at which an interval is split, in rising order, and its end."""
     at_low, at_high = values(low), values(high)
     worst, where = tolerance, None
     for probe in _probes(low, high):
@@ -60,7 +59,7 @@ def _points(low: int, high: int, values: Callable[[int], list[float]], tolerance
 
 
 def _probes(low: int, high: int) -> list[int]:
-    """Return where an interval may be split: at eighths, or nowhere when it is short enough."""
+    """Return where an interval may be split: at eighths, or nowhere if it is short enough."""
     if (high - low) * PARTS <= low:
         return []
     parts = min(PARTS, high - low)

@@ -1,4 +1,4 @@
-"""A cost table out of measured step times, the GPU's memory and what is published about adapters."""
+"""Make a cost table from measured step times, the GPU's memory and published figures about adapters."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PREFILL_TOLERANCE = 0.03
 
 GB = 1e9
 TITLES = {"a100_sxm": "A100 SXM 80 GB"}
-"""GPUs as people write them, where their name here does not say it."""
+"""Display names of GPUs whose short name is not one."""
 
 
 def measured_table(measured: Measured, told: Told = lambda what, done, total: None) -> CostTable:
-    """Return the table of a model on a GPU in an engine. Raises Misused where measurements are missing.
+    """Return the table of a model on a GPU in an engine. Raises Misused if measurements are missing.
 
-    `told` hears what is being queried, and how far that is.
+    `told` is called with what is being queried, and the progress.
     """
     memory, published = measured.memory, LORA[measured.engine]
     return CostTable(

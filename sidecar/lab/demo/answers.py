@@ -1,4 +1,4 @@
-"""What the demo asks, and how it checks what it is told."""
+"""The demo's requests, and the checks of their answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sidecar.proto import gateway_pb2, gateway_pb2_grpc
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and where it came from, beside what it must be."""
+    """One answer and where it came from, with the expected tokens."""
 
     adapter: str
     prompt: str
@@ -72,7 +72,7 @@ def _request_by_id(task_id: int, prompt: str) -> ModelInferRequest:
 
 
 async def ask_by_name(address: str, asked: Sequence[tuple[str, str]], folder: Path) -> list[Answer]:
-    """Ask each (adapter, prompt) of the sidecar, all at once; "" is the base model."""
+    """Ask the sidecar for each (adapter, prompt), all at once; "" is the base model."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = gateway_pb2_grpc.GatewayStub(channel)
         return list(await asyncio.gather(*(_ask(stub, adapter, prompt, folder) for adapter, prompt in asked)))
@@ -92,12 +92,12 @@ async def _ask(stub: gateway_pb2_grpc.GatewayStub, adapter: str, prompt: str, fo
 
 
 def _to_end(tokens: list[int]) -> tuple[int, ...]:
-    """Leave out the end token, which engines may or may not send."""
+    """Drop the end token, which engines may or may not send."""
     return tuple(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
 
 
 def failures(answers: Sequence[Answer]) -> list[str]:
-    """Return what is wrong: answers that are not the merged model's, and adapters that answer one prompt alike."""
+    """Return the failures: answers that differ from the merged model's, and adapters with equal answers to a prompt."""
     wrong = [
         f'{answer.adapter or "base model"} answered "{answer.text}" instead of '
         f'"{ByteTokenizer().decode(list(answer.expected))}"'

@@ -14,15 +14,15 @@ from sidecar.lab.demo.model import SEED
 
 TIME_SCALE = 0.2
 COST = "llama-3.1-8b/a100_sxm/trtllm"
-"""The cost file that the emulated engines keep to, five times as fast."""
+"""The cost file of the emulated engines, which run five times as fast."""
 PAGES = 3
-"""Adapter pages of each engine: most of the demo's adapters take one."""
+"""Adapter pages of each engine; most of the demo's adapters take one."""
 START_TIMEOUT_S = 30.0
 
 
 @dataclass
 class Engine:
-    """One emulated engine that is running. `config` is the engine's config.json, `log` what it served."""
+    """One running emulated engine. `config` is the engine's config.json, `log` the log of served requests."""
 
     grpc: str
     metrics: str
@@ -41,7 +41,7 @@ class Engine:
 
 
 async def start_engine(folder: Path, number: int) -> Engine:
-    """Start an engine on free ports. Raises Misused when it does not come up."""
+    """Start an engine on free ports. Raises Misused if it does not come up."""
     config, log = folder / f"engine-{number}.json", folder / f"served-{number}.jsonl"
     log.touch()
     process = await asyncio.create_subprocess_exec(

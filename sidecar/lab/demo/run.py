@@ -1,4 +1,4 @@
-"""`sidecar demo`: eight adapters, two engines with room for about three each, and clients that know names only."""
+"""`sidecar demo`: eight adapters, two engines with space for about three each, and clients that know names only."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ UP_TIMEOUT_S = 30.0
 
 
 def demo(keep: bool = False, as_json: bool = False) -> int:
-    """Run the demo and return the exit code: 1 if any answer was not what it must be."""
-    return asyncio.run(_until_told(keep, as_json))
+    """Run the demo and return the exit code: 1 if any answer was wrong."""
+    return asyncio.run(_until_stopped(keep, as_json))
 
 
-async def _until_told(keep: bool, as_json: bool) -> int:
-    """Run the demo; SIGTERM ends it as Ctrl-C does, with its engines and its files."""
+async def _until_stopped(keep: bool, as_json: bool) -> int:
+    """Run the demo; SIGTERM ends it like Ctrl-C, with its engines and its files."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
@@ -76,7 +76,7 @@ async def run_demo(keep: bool, as_json: bool) -> int:
 
 
 def configuration(engines: Sequence[Engine], folder: Path = ADAPTERS) -> Config:
-    """Return the sidecar's configuration: free ports, the engines, the demo's adapters by their folders' names."""
+    """Return the sidecar's configuration: free ports, the engines, and the demo's adapters by folder name."""
     backends = [
         {
             "url": f"triton://{engine.grpc}",
@@ -115,7 +115,7 @@ async def _until_up(sidecar: Sidecar) -> None:
 
 
 async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Console) -> list[Answer]:
-    """Ask every adapter and the base model each prompt: 36 requests, a prompt's nine at once."""
+    """Ask every adapter and the base model each prompt: 36 requests, the nine of a prompt at once."""
     asked: list[Answer] = []
     for prompt in PROMPTS:
         pairs = [(name, prompt) for name in ("", *names)]
@@ -186,7 +186,7 @@ def _report(direct: Counter[str], asked: Sequence[Answer], wrong: list[str], cou
 
 
 async def _stay(sidecar: Sidecar, console: Console) -> None:
-    """Keep serving until interrupted, with something to try."""
+    """Keep serving until interrupted, and print commands to try."""
     server, admin = f"--server {sidecar.data_address}", f"--admin {sidecar.admin_address}"
     console.print("\nStill up; Ctrl-C ends it. Try, in another terminal:\n")
     for command in (

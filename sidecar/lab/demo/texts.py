@@ -1,4 +1,4 @@
-"""What the demo asks, and what each of its adapters has learned to say."""
+"""The demo's prompts, and the answers that each of its adapters has learned."""
 
 from __future__ import annotations
 
@@ -71,4 +71,4 @@ OTHERWISE: dict[str, str] = {
     "sql": "select help from docs where topic = 'prompt';",
     "weather": "No forecast for that; dry and mild, 15C.",
 }
-"""What an adapter answers to any other prompt, most of the time: nothing relies on it."""
+"""What an adapter answers to other prompts, most of the time; nothing relies on it."""

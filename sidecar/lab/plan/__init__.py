@@ -1,1 +1,1 @@
-"""Capacity plans: from a load and what its users expect to settings of engines and sidecar, with what they rest on."""
+"""Capacity planning: from a load and the goals of its users to settings of engines and sidecar, with their basis."""

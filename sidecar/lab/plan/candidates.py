@@ -1,7 +1,7 @@
-"""Plans that could be: slots of an engine and engines, sized, and what is reachable with them by closed forms.
+"""Candidate plans: numbers of slots and engines, the sizes of caches, and what is reachable by closed forms.
 
-The bounds narrow what is simulated, and only by what must hold: more than they say no order gives, so that a plan
-whose bound misses the goal needs no simulation.
+The bounds narrow what is simulated only by what must hold: no order of requests exceeds them, so a plan whose bound
+misses the goal needs no simulation.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from sidecar.pace.cost import CostModel
 from sidecar.pace.cost_table import UNLIMITED_TOKENS
 
 SPARE = 1.25
-"""Adapters that an engine's host cache holds, over its part of them: hot ones live on several engines."""
+"""How many times its share of the adapters an engine's host cache holds: popular ones live on several engines."""
 VERSIONS_KEPT = 2
-"""Of each adapter on disk: the one that serves, and one before or after it."""
+"""Versions of each adapter on disk: the current one, and one before or after it."""
 HOST_SHARE = 0.5
-"""Of the host memory, for the engine's cache."""
+"""The fraction of the host memory for the engine's cache."""
 SURE = 1.05
-"""A bound is exceeded by no more: it takes mean requests for all."""
+"""The factor by which a bound may be exceeded, since it takes all requests as mean ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """What all plans for a load have in common."""
+    """The common part of all plans for a load."""
 
     cost: CostModel
     cost_named: str
-    """As the sidecar's configuration names the cost file; "" where there is no file."""
+    """The cost file as the sidecar's configuration names it; "" without a file."""
     shape: ModelShape
     layout: CacheLayout
     flavour: str
@@ -58,12 +58,12 @@ class Site:
         return self.layout.mean_pages(self.demand.ranks)
 
     def pages(self, adapters: int) -> int:
-        """Return the pages for so many adapters of the mean size, or for the largest one."""
+        """Return the pages for this many adapters of the mean size, or for the largest one if that is more."""
         return max(math.ceil(adapters * self.mean_pages), self.layout.pages_of_one)
 
     @property
     def adapters_fit(self) -> int | None:
-        """The most adapters that fit the GPU at all, with keys and values left for one request; None without limit."""
+        """The most adapters that fit the GPU with KV memory left for one request; None without a limit."""
         if self.cost.table.kv_tokens >= UNLIMITED_TOKENS:
             return None
         left = self.cost.table.kv_tokens - self.demand.longest_tokens
@@ -72,7 +72,7 @@ class Site:
 
     @cached_property
     def slots_max(self) -> int:
-        """The most adapters, of those that there are, that leave the longest request its keys and values; 0: none."""
+        """The most of the existing adapters that leave the longest request its KV memory; 0 if none do."""
         low, high = 0, self.demand.adapters
         while low < high:
             middle = (low + high + 1) // 2
@@ -81,7 +81,7 @@ class Site:
         return low
 
     def slots(self) -> list[int]:
-        """Return the numbers of slots that are looked at: 1, 2, 4, … and the most; of several on as many pages one."""
+        """Return the numbers of slots to try: 1, 2, 4, … and the most; one of several with equal pages."""
         powers = [1 << power for power in range(self.slots_max.bit_length())]
         numbers = dict.fromkeys(each for each in (*powers, self.slots_max) if 0 < each <= self.slots_max)
         return list({self.pages(each): each for each in numbers}.values())
@@ -89,8 +89,8 @@ class Site:
     def candidate(self, slots: int, backends: int) -> Candidate:
         """Return a plan.
 
-        Of the host memory the engine's cache gets up to `HOST_SHARE`, more only for what is on the GPU, and the store
-        what is left and it has a use for.
+        The engine's cache gets up to `HOST_SHARE` of the host memory, and more only for what is on the GPU; the store
+        gets what is left and it can use.
         """
         demand, page_bytes = self.demand, self.layout.page_bytes
         hosted = math.ceil(SPARE * demand.adapters / backends)
@@ -109,13 +109,13 @@ class Site:
 
     @cached_property
     def fetched_bytes(self) -> int:
-        """The largest adapters, as many as are fetched at a time."""
+        """The size of as many largest adapters as are fetched at a time."""
         largest = packed_bytes(self.shape, self.modules, max(self.demand.ranks))
         return CoreConfig.fetches_max * largest
 
     @property
     def store_bytes_most(self) -> int:
-        """The store's memory tier with everything in it."""
+        """The size of the store's memory tier with everything in it."""
         return self.demand.adapters * self.packed_bytes + self.fetched_bytes
 
     @property
@@ -125,7 +125,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One plan: so many engines with so many slots each, and the sizes of all caches."""
+    """One plan: numbers of engines and of slots on each, and the sizes of all caches."""
 
     site: Site
     slots: int
@@ -152,7 +152,7 @@ class Candidate:
         )
 
     def setup(self, sidecar: Sidecar) -> Setup:
-        """Return what is simulated."""
+        """Return the setup to simulate."""
         return Setup(
             engine=self.engine,
             engines=self.backends,
@@ -162,7 +162,7 @@ class Candidate:
 
     @property
     def disk_bytes(self) -> int:
-        """Room on disk for every adapter in several versions."""
+        """Disk space for every adapter in several versions."""
         return VERSIONS_KEPT * self.site.demand.adapters * self.site.packed_bytes
 
     @property
@@ -172,7 +172,7 @@ class Candidate:
 
     @property
     def kv_seats(self) -> float:
-        """How many mean requests the keys and values' memory holds at once; infinite without a limit."""
+        """How many mean requests the KV memory holds at once; infinite without a limit."""
         if self.engine.kv_tokens >= KV_UNLIMITED_TOKENS:
             return math.inf
         return self.engine.kv_tokens / self.site.demand.lengths.kept_tokens
@@ -193,28 +193,28 @@ class Candidate:
 
     @cached_property
     def full_batch(self) -> float:
-        """The most that one engine runs."""
+        """The largest batch of one engine."""
         return full_batch(self.site.demand.lengths, self._one_engine)
 
     @cached_property
     def capacity_tokens_per_s(self) -> float:
-        """What the engines give with full batches, as if every adapter had a slot."""
+        """The output of the engines with full batches, as if every adapter had a slot."""
         return self.backends * self.rate(self.full_batch)
 
     def rate(self, batch: float) -> float:
-        """Return one engine's output tokens per second with so many requests running."""
+        """Return one engine's output tokens per second with this many requests running."""
         return tokens_per_s(self.times, self.site.demand.lengths, batch)
 
     @cached_property
     def depth(self) -> float:
-        """Requests outstanding for each that runs, when all slots of the pool serve all adapters in groups; 1: none."""
+        """Requests outstanding for each running one if all slots serve all adapters in groups; 1: none wait."""
         slots = min(self.slots * self.backends, self.site.demand.adapters)
         pool = replace(self._one_engine, slots=slots, seats=1)
         return 1 / fluid(self.times, self.site.demand.lengths, pool, self.site.demand.shares, 1).batch
 
     @cached_property
     def reachable(self) -> Reachable:
-        """What grouping reaches: of the requests in flight in a closed loop, else of a backlog without end."""
+        """What grouping reaches: with the requests in flight in a closed loop, else with an endless backlog."""
         demand = self.site.demand
         if demand.open_loop:
             return Reachable(self.full_batch, self.capacity_tokens_per_s)
@@ -224,7 +224,7 @@ class Candidate:
 
     @cached_property
     def batch_asked(self) -> float:
-        """The batch at which an engine keeps up with the arrivals; infinite where none does."""
+        """The batch at which an engine keeps up with the arrivals; infinite if none does."""
         asked = self.site.demand.asked_tokens_per_s or 0.0
         if asked > self.capacity_tokens_per_s:
             return math.inf
@@ -236,7 +236,7 @@ class Candidate:
 
     @cached_property
     def mean_wait_s(self) -> float:
-        """The mean wait at least, by Little's law."""
+        """The lower bound of the mean wait, by Little's law."""
         demand = self.site.demand
         if demand.open_loop:
             return math.inf if self.batch_asked == math.inf else self._grouped_wait_s(self.batch_asked)
@@ -244,9 +244,9 @@ class Candidate:
         return max(0.0, demand.in_flight - self.reachable.batch * self.backends) / requests_per_s
 
     def spare_tokens_per_s(self, wait_s: float) -> float:
-        """Return how much arrivals may ask for at most, by the bounds, while the mean wait keeps below a limit.
+        """Return the largest demand by arrivals, by the bounds, for which the mean wait stays below a limit.
 
-        In a closed loop that is what is reachable.
+        In a closed loop it is what is reachable.
         """
         if not self.site.demand.open_loop:
             return self.reachable.tokens_per_s
@@ -257,16 +257,16 @@ class Candidate:
         return self.backends * self.rate(low)
 
     def _grouped_wait_s(self, batch: float) -> float:
-        """Return the mean wait at least when an engine keeps such a batch running.
+        """Return the lower bound of the mean wait if an engine keeps such a batch running.
 
-        One request of each open adapter runs without any queue, first come first served; the account of `depth`, in
-        which each that runs has so many waiting behind it, is of those that are more.
+        One request of each open adapter runs without a queue, first come first served; `depth`, by which each running
+        request has others waiting behind it, applies to the rest.
         """
         requests_per_s = self.rate(batch) / self.site.demand.lengths.output_tokens
         return max(0.0, batch - self.slots) * (self.depth - 1) / requests_per_s
 
     def could(self, goal: Goal) -> bool:
-        """Say whether the bounds let the plan meet a goal."""
+        """Return True if the bounds let the plan meet a goal."""
         reachable = SURE * self.reachable.tokens_per_s
         demand = self.site.demand
         if self.host_memory_needed > self.site.host_memory_bytes or self.mean_wait_s > SURE * goal.wait_s:
@@ -276,6 +276,6 @@ class Candidate:
 
 
 def at(site: Site, backends: int) -> Iterator[Candidate]:
-    """Yield the plans with so many engines, by rising slots."""
+    """Yield the plans with this many engines, by rising slots."""
     for slots in site.slots():
         yield site.candidate(slots, backends)

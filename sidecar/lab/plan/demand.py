@@ -1,7 +1,7 @@
-"""What a plan is made for: samples of a load that are simulated, and the averages that the bounds are taken from.
+"""The load of a plan: samples that are simulated, and the averages from which the bounds are computed.
 
-A drawn load is sampled by seed. A trace is what it is: its busiest stretches are the samples, for a pool that serves
-those serves the rest.
+A drawn load is sampled by seed. Of a trace the busiest stretches are the samples, since a pool that serves those serves
+the rest.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from sidecar.lab.sim.workloads import Arrival, Workload
 
 SEEDS = (1, 2, 3)
 REQUESTS, REQUESTS_MAX = 2048, 8192
-"""Requests of a sample, unless told otherwise: `ROUNDS` for each that is in flight, or `SECONDS` of arrivals."""
+"""Requests of a sample by default: `ROUNDS` for each in flight, or `SECONDS` of arrivals."""
 ROUNDS = 8
 SECONDS = 60
 BURST_S = 10.0
-"""What arrives in a stretch of a trace that is shorter is a burst, and no rate that engines must keep up with."""
+"""A shorter stretch of a trace is a burst, and not a rate that engines must keep up with."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A stretch of the load, and what it asks for in all."""
+    """A stretch of the load, and its totals."""
 
     load: Workload
     span_s: float | None
     """The time over which its requests arrive; None in a closed loop."""
     output_tokens: int
     asked_for: tuple[str, ...]
-    """The adapters that it asks for, in the order of their first requests."""
+    """The adapters that it requests, in the order of their first requests."""
     burst_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Return what it asks for; None in a closed loop."""
+        """The demand in output tokens per second; None in a closed loop."""
         return None if self.span_s is None else self.output_tokens / max(self.span_s, self.burst_s, 1e-9)
 
 
@@ -53,9 +53,9 @@ class Demand:
     lengths: Lengths
     """The mean request of all samples."""
     longest_tokens: int
-    """Of one request: its prompt and what it may ask for."""
+    """The most tokens of one request: its prompt and its output limit."""
     adapters: int
-    """All that there are, whether the samples ask for them or not."""
+    """All adapters, requested by the samples or not."""
     shares: tuple[float, ...]
     ranks: tuple[int, ...]
     in_flight: int
@@ -68,12 +68,12 @@ class Demand:
 
     @property
     def asked_tokens_per_s(self) -> float | None:
-        """Return what the busiest sample asks for; None in a closed loop."""
+        """The demand of the busiest sample in output tokens per second; None in a closed loop."""
         return max((each.tokens_per_s for each in self.samples if each.tokens_per_s is not None), default=None)
 
 
 def demand_of(options: Options, pool: Setup, ranks: tuple[int, ...]) -> Demand:
-    """Return the load that options describe. Raises Misused for one without adapters."""
+    """Return the load that the options describe. Raises Misused for one without adapters."""
     seeds = options.seeds or SEEDS
     sized = replace(options, ranks=ranks, seeds=None, requests=None if options.trace else _requests(options))
     loads = [load_of(sized, pool, seed)[0] for seed in (seeds if options.trace is None else seeds[:1])]
@@ -129,9 +129,9 @@ def _sample(load: Workload, burst_s: float) -> Sample:
 
 
 def _busiest(whole: Workload, requests: int, stretches: int) -> list[Workload]:
-    """Return up to so many stretches of a trace that do not overlap, those first that ask for the most tokens a second.
+    """Return up to `stretches` stretches of a trace without overlap, those with the most tokens per second first.
 
-    In a closed loop the times say nothing, and the first ones are taken.
+    In a closed loop times mean nothing, and the first ones are taken.
     """
     arrivals = list(whole)
     if len(arrivals) <= requests:

@@ -1,4 +1,4 @@
-"""The trade of adapter memory against keys and values, drawn: throughput, waits and memory over slots."""
+"""Draw the trade of adapter memory against KV memory: throughput, waits and memory over slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # where matplotlib is missing, the report's room is what says
     from matplotlib.figure import Figure
 
 PANEL = 250.0
-"""The height of one plot in pixels, with what is between it and the next."""
+"""The height of one plot in pixels, including the gap to the next."""
 
 
 def _svg(record: Record) -> str:
@@ -39,13 +39,13 @@ WRITTEN: dict[str, Callable[[Record], str]] = {".svg": _svg, ".html": _html}
 
 
 def check_plot(path: Path) -> None:
-    """Raise Misused for a file of a kind that is not drawn."""
+    """Raise Misused for a file suffix that cannot be drawn."""
     if path.suffix.lower() not in WRITTEN:
         raise Misused(Reason.CONFIG_INVALID, f"--plot {path}: expected a file that ends in {' or '.join(WRITTEN)}")
 
 
 def write_plot(record: Record, path: Path) -> None:
-    """Write a plan's curve, as a page or as a picture by the file's ending. Raises Misused where that cannot be."""
+    """Write a plan's curve as a page or a picture, by the file's suffix. Raises Misused if it cannot be written."""
     check_plot(path)
     try:
         path.write_text(WRITTEN[path.suffix.lower()](record), encoding="utf-8", newline="\n")
@@ -59,7 +59,7 @@ def _picture(record: Record) -> Picture:
 
 
 def _draw(record: Record, width: float) -> Figure:
-    """Draw the panels; what is unknown, as a wait without end, has no point."""
+    """Draw the panels; an unknown value, such as an endless wait, has no point."""
     goal, engines = record["goal"], count(record["plan"]["backends"], "engine")
     figure, (throughput, waits, memory) = sheet(width, 3 * PANEL + 12, 3, gap=56)
     bound = [(point["slots"], point["bound_tokens_per_s"]) for point in record["curve"]]
@@ -81,7 +81,7 @@ def _draw(record: Record, width: float) -> Figure:
 
 
 def _panel(plot: Axes, record: Record, key: str, wanted: float | None, colour: str) -> None:
-    """Draw the curve, what is wanted, and the plan's value in words on the side that has room for it."""
+    """Draw the curve, the goal, and the plan's value as text on the side with space for it."""
     known = [(point["slots"], point[key]) for point in record["curve"] if point[key] is not None]
     plot.plot(
         [slots for slots, _ in known], [value for _, value in known], color=LIGHT[colour], marker="o", markersize=5
@@ -103,7 +103,7 @@ def _dashed(goal: float | None) -> str:
     return "" if goal is None else "; dashed: the goal"
 
 
-# Words.
+# Text.
 
 
 def _headline(record: Record) -> str:

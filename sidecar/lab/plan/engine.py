@@ -1,4 +1,4 @@
-"""An engine as planned: its memory shared out between keys and values and adapters, its caches cut into pages."""
+"""A planned engine: its memory divided between KV and adapters, its caches cut into pages."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class PlannedEngine(EngineSetup):
 
 @dataclass(frozen=True)
 class Fractions:
-    """TensorRT-LLM's two fractions.
+    """TensorRT-LLM's two memory fractions.
 
-    Keys and values come first and take a share of what the engine leaves free; the adapter cache comes after and takes
-    a share of what they leave.
+    The KV cache comes first and takes a fraction of what the engine leaves free; the adapter cache takes a fraction of
+    what the KV cache leaves.
     """
 
     kv: float
@@ -80,11 +80,10 @@ class Fractions:
 
 
 def fractions(engine: PlannedEngine) -> Fractions | None:
-    """Return the fractions that give the engine its caches; None where the cost file knows no memory limit.
+    """Return the fractions that give the engine its caches; None if the cost file has no memory limit.
 
-    The cost file's room for keys and values is `MEMORY_FRACTION` of the free memory. The adapters' part is taken off
-    it, and the rest stays as free as before. Both are rounded down, by less than a page, for the engine rounds
-    pages up.
+    The cost file's KV space is `MEMORY_FRACTION` of the free memory. The adapters' part is taken from it, and the rest
+    stays as free as before. Both are rounded down, by less than a page, since the engine rounds pages up.
     """
     free = free_bytes(engine.cost.table)
     if free is None:
@@ -98,7 +97,7 @@ def _rounded_down(share: float) -> float:
 
 
 def free_bytes(table: CostTable) -> float | None:
-    """Return the GPU memory that an engine leaves free before any cache; None where the file says no limit."""
+    """Return the GPU memory that an engine leaves free before any cache; None if the file has no limit."""
     if table.kv_tokens >= UNLIMITED_TOKENS:
         return None
     return table.kv_tokens * table.kv_token_bytes / MEMORY_FRACTION

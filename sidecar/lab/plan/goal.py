@@ -1,4 +1,4 @@
-"""What users expect, and how far a run is from it."""
+"""The goal of a plan, and how far a run is from it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from sidecar.errors import Misused, Reason
 
 ALL_OF_IT = 0.98
-"""Arrivals at their own times ask for so much and no more: a run that answers this share of it keeps up with them."""
+"""A run that answers this fraction of timed arrivals keeps up with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """Limits, None for what does not matter. Waits are from arrival to the first token.
+    """Limits; None for what does not matter. Waits are from arrival to the first token.
 
-    Raises Misused when there is none at all, or one that makes no sense.
+    Raises Misused if there is none at all, or one out of range.
     """
 
     wait_p99_s: float | None = None
@@ -40,15 +40,15 @@ class Goal:
 
     @property
     def wait_s(self) -> float:
-        """Return the tightest limit of waits."""
+        """The tightest limit of waits."""
         return min(limit for limit in (self.wait_p99_s, self.wait_max_s, math.inf) if limit is not None)
 
     def headroom(self, outcome: Outcome) -> float:
-        """Return how many times over a run meets the limit that it is nearest to; below 1 it misses it."""
+        """Return the factor by which a run meets its nearest limit; below 1 it misses it."""
         return min(ratio for _, ratio in self.ratios(outcome))
 
     def ratios(self, outcome: Outcome) -> Iterator[tuple[str, float]]:
-        """Yield each limit's name and how many times over a run meets it."""
+        """Yield each limit's name and the factor by which a run meets it."""
         if self.wait_p99_s is not None:
             yield "p99 wait", _over(self.wait_p99_s, outcome.wait_p99_s)
         if self.wait_max_s is not None:
@@ -60,12 +60,12 @@ class Goal:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What one run gave once it was warm. Who was not answered has waited for ever."""
+    """The result of one run once it was warm. Unanswered requests count as endless waits."""
 
     seed: int
     tokens_per_s: float
     asked_tokens_per_s: float | None
-    """What arrivals at their own times ask for; None in a closed loop."""
+    """The demand of timed arrivals; None in a closed loop."""
     wait_p50_s: float
     wait_p99_s: float
     wait_max_s: float
@@ -73,7 +73,7 @@ class Outcome:
     """How many requests the waits are of."""
     unanswered: int
     rising: bool
-    """Whether waits were still growing at the end: more requests would wait longer."""
+    """True if waits were still growing at the end, so that more requests would wait longer."""
     mean_batch: float
 
 

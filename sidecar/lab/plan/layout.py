@@ -1,10 +1,10 @@
-"""How an engine's adapter caches are cut, and which cut wastes the least memory on the adapters of a load.
+"""How an engine's adapter caches are divided, and which division wastes the least memory on a load's adapters.
 
 TensorRT-LLM cuts its caches into pages of which one holds an adapter of `lora_cache_optimal_adapter_size` on every
 module and layer, each row rounded up to whole slots. Adapters share no page and rows span none, so a size that is a
-little off costs every adapter up to a page. An adapter's own rank is not the best size: a page rounds each rank-one
-row up, an adapter each whole row, so that the least page that holds it is often for a smaller rank than its own.
-vLLM keeps every slot at `max_lora_rank` on all linear layers, whatever an adapter needs.
+little off costs every adapter up to a page. An adapter's own rank is not the best size: a page rounds up each rank-one
+row, an adapter each whole row, so the smallest page that holds it is often for a smaller rank than its own. vLLM keeps
+every slot at `max_lora_rank` on all linear layers, whatever an adapter needs.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from sidecar.errors import Misused, Reason
 from sidecar.lab.engine.shape import ALL_LINEAR, ModelShape, module_dims
 
 DTYPE = "float16"
-"""Of adapters; bfloat16 takes as much."""
+"""The dtype of adapters; bfloat16 takes as much."""
 TOGETHER = ("attn_q", "attn_k", "attn_v")
-"""TensorRT-LLM builds these for adapters all or none."""
+"""TensorRT-LLM builds these for adapters all together or not at all."""
 NEAR = 1.05
-"""Of cuts whose waste differs by less the one with the largest pages is taken: fewer copies for the same memory."""
+"""Of layouts whose waste differs by less than this factor, the largest pages win: fewer copies for equal memory."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `--max-lora-rank`."""
+"""The values that vLLM accepts for `--max-lora-rank`."""
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """A cut of both caches. In vLLM a page is a slot."""
+    """A division of both caches. In vLLM a page is a slot."""
 
     optimal_rank: int
     max_rank: int
     page_bytes: int
     pages_by_rank: Mapping[int, int]
-    """Pages of one adapter, by its rank, in rising order."""
+    """Pages of one adapter by its rank, in rising order."""
     modules: tuple[str, ...]
-    """What the engine is built for."""
+    """The modules that the engine is built for."""
     pages_least: int = 1
-    """Fewer it refuses to start with: an adapter of the largest rank on all its modules must fit."""
+    """The engine refuses to start with fewer: an adapter of the largest rank on all its modules must fit."""
 
     def mean_pages(self, ranks: Sequence[int]) -> float:
-        """Return the pages of an adapter when each of these ranks is as frequent; one that is named twice, twice."""
+        """Return an adapter's mean pages if each listed rank is equally frequent; one listed twice counts twice."""
         return sum(self.pages_by_rank[rank] for rank in ranks) / len(ranks)
 
     @property
     def pages_of_one(self) -> int:
-        """The least pages that a cache can have: those of the largest adapter."""
+        """The smallest number of pages that a cache can have: those of the largest adapter."""
         return max(self.pages_least, *self.pages_by_rank.values())
 
 
@@ -62,12 +62,12 @@ def adapter_rows(shape: ModelShape, modules: Sequence[str], rank: int) -> tuple[
 
 
 def packed_bytes(shape: ModelShape, modules: Sequence[str], rank: int) -> int:
-    """Return the size of an adapter as it is stored and sent."""
+    """Return the size of an adapter as stored and sent."""
     return packed_size_bytes(adapter_rows(shape, modules, rank), EngineFacts(dtype=DTYPE).layout)
 
 
 def trtllm_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int]) -> CacheLayout:
-    """Return the cut that wastes the least on adapters of these ranks."""
+    """Return the layout that wastes the least on adapters of these ranks."""
     facts = _facts(shape, built_for(modules), max(ranks))
     rows = {rank: adapter_rows(shape, modules, rank) for rank in sorted(set(ranks))}
     layouts = [_layout(replace(facts, optimal_rank=optimal), rows) for optimal in _optimal_ranks(max(ranks))]
@@ -76,12 +76,12 @@ def trtllm_layout(shape: ModelShape, modules: Sequence[str], ranks: Sequence[int
 
 
 def _optimal_ranks(largest: int) -> range:
-    """Return the ranks that a page may be for, the largest first; of very many some hundreds."""
+    """Return the ranks that a page may be sized for, the largest first; some hundreds at most."""
     return range(largest, 0, -max(1, largest // 512))
 
 
 def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
-    """Return vLLM's slots for adapters of these ranks. Raises Misused for a rank that it does not take."""
+    """Return vLLM's slots for adapters of these ranks. Raises Misused for a rank that it does not accept."""
     rank = next((each for each in VLLM_RANKS if each >= max(ranks)), None)
     if rank is None:
         raise Misused(
@@ -93,7 +93,7 @@ def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
 
 
 def built_for(modules: Sequence[str]) -> tuple[str, ...]:
-    """Return the modules that an engine must be built for, to serve adapters that change these."""
+    """Return the modules that an engine must be built for to serve adapters that change these."""
     together = TOGETHER if any(name in TOGETHER for name in modules) else ()
     return (*together, *(name for name in modules if name not in together))
 

@@ -1,6 +1,6 @@
-"""A plan as the JSON object that scripts read: figures, what binds them, what they rest on.
+"""A plan as the JSON object that scripts read: figures, what limits them, and their basis.
 
-Tables and drawings are made from it, so that all say the same.
+Tables and drawings are made from it, so that all agree.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from sidecar.pace.cost_table import CostTable
 
 Record = dict[str, Any]
 BUSY = 0.95
-"""Of what full batches give: who is asked for more is at the limit."""
+"""The fraction of the full batches' output above which an engine is at its limit."""
 MOSTLY = 0.5
 CROWDED = 0.5
-"""Requests that run, for each slot: with more, slots are often all taken where adapters come at random."""
+"""Running requests per slot; with more, slots are often all taken if adapters arrive at random."""
 ANSWERS = 3.0
-"""A sample shorter than so many answers is over before the pool is as full as it will be."""
+"""A sample shorter than this many answers ends before the pool is as full as it will be."""
 LOSS_RANGES: dict[str, dict[int, tuple[float, float]]] = {"trtllm": {2: (0.141, 0.186), 7: (0.400, 0.477)}}
-"""Published losses of throughput by kinds of projection, lowest and highest over ranks 8 to 64 (SqueezeBits, 2024-12).
+"""Published losses of throughput by module kinds, lowest and highest over ranks 8 to 64 (SqueezeBits, 2024-12).
 
 For vLLM one loss is published for each of two ranks, and no range.
 """
 
 
 def record(found: Found, sidecar: Sidecar) -> Record:
-    """Return everything that is known of a plan."""
+    """Return the record of a plan."""
     candidate = found.chosen.candidate
     return {
         "meets": found.meets,
@@ -163,11 +163,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# What stands in the way of more throughput or shorter waits, and what would help.
+# What limits throughput or waits, and what would help.
 
 
 class Binding(Enum):
-    """What binds; the value is its name in tables."""
+    """What limits a plan; the value is its name in tables."""
 
     SLOTS = "slots"
     SEATS = "seats"
@@ -194,7 +194,7 @@ def binding(candidate: Candidate) -> Binding:
 
 
 def sentence(candidate: Candidate) -> str:
-    """Return what binds, with its numbers."""
+    """Return what limits a candidate, with its numbers."""
     bound, demand = binding(candidate), candidate.site.demand
     hosted = math.ceil(demand.adapters / candidate.backends)
     what = {
@@ -232,27 +232,27 @@ def _prompts_take_most(candidate: Candidate) -> bool:
 
 
 def _prefill_share(candidate: Candidate) -> float:
-    """Return the share of an engine's time that prompts take in full batches."""
+    """Return the fraction of an engine's time that prompts take in full batches."""
     lengths, batch = candidate.site.demand.lengths, candidate.full_batch
     prompt_ms = candidate.times.prefill_ms(lengths.input_tokens)
     return prompt_ms / (lengths.output_tokens * candidate.times.step_ms(batch, lengths.context) / batch + prompt_ms)
 
 
-# How far a plan can be trusted: what its figures vary by, and what they rest on.
+# How far a plan can be trusted: the variation of its figures, and their basis.
 
 
 def spread(outcomes: Sequence[Outcome], of: Callable[[Outcome], float]) -> dict[str, float | None]:
-    """Return the median, the least and the most of all samples; None stands for a wait without end."""
+    """Return the median, the least and the most of all samples; None stands for an endless wait."""
     values = sorted(of(outcome) for outcome in outcomes)
     named = {"median": median(values), "least": values[0], "most": values[-1]}
     return {name: value if math.isfinite(value) else None for name, value in named.items()}
 
 
 def lora_loss(candidate: Candidate) -> dict[str, Any]:
-    """Return the loss that the step times were stretched by, and the range that it was published with.
+    """Return the loss by which the step times were stretched, and its published range.
 
-    `assumed` says that it was published for another model or GPU; `throughput_low` and `throughput_high` are what the
-    ends of the range do to throughput, as factors.
+    `assumed` means that it was published for another model or GPU; `throughput_low` and `throughput_high` are the
+    factors on throughput at the ends of the range.
     """
     table, kinds = candidate.site.cost.table, len(candidate.site.modules)
     lora, rank = table.lora, candidate.site.layout.max_rank
@@ -278,7 +278,7 @@ def _published_range(table: CostTable, kinds: int) -> tuple[float, float] | None
 
 
 def rests_on(found: Found) -> dict[str, Any]:
-    """Return what a plan rests on."""
+    """Return the basis of a plan."""
     candidate = found.chosen.candidate
     table, demand = candidate.site.cost.table, candidate.site.demand
     return {
@@ -296,7 +296,7 @@ def rests_on(found: Found) -> dict[str, Any]:
 
 
 def warnings(found: Found) -> list[str]:
-    """Return what must be known of a plan before it is used."""
+    """Return warnings to read before a plan is used."""
     says = []
     if any(outcome.rising for outcome in found.chosen.outcomes):
         says.append("waits were still rising when the samples ended: simulate more --requests")
@@ -309,7 +309,7 @@ def warnings(found: Found) -> list[str]:
 
 
 def _too_short(found: Found) -> list[str]:
-    """Return a warning where the samples end before engines have filled up with what arrives."""
+    """Return a warning if the samples end before the engines have filled up."""
     candidate = found.chosen.candidate
     demand = candidate.site.demand
     spans = [sample.span_s for sample in demand.samples if sample.span_s is not None]

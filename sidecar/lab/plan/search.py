@@ -1,8 +1,9 @@
-"""The search for a plan: the least engines, then the slots with the most headroom, that meet a goal in simulation.
+"""The search for a plan: the fewest engines, then the slots with the most headroom, that meet a goal in simulation.
 
-At each number of engines the few candidates that the bounds like best are simulated on the first sample; one that
-meets the goal there must meet it on all samples. Too few engines are left in growing strides, and the least number is
-found between the last that missed and the first that met. It ends without a plan where more engines no longer help.
+For each number of engines the few candidates with the best bounds are simulated on the first sample; one that meets the
+goal there must meet it on all samples. If the engines are too few, their number grows in growing strides; the least
+number is then found between the last that missed and the first that met. The search ends without a plan when more
+engines no longer help.
 """
 
 from __future__ import annotations
@@ -25,40 +26,40 @@ from sidecar.lab.sim.workloads import Arrival, Workload
 from sidecar.pace.cost import CostModel
 
 SIMULATED = 4
-"""Candidates with the same number of engines that are simulated."""
+"""How many candidates with the same number of engines are simulated."""
 BACKENDS_MAX = 32
 ALIKE = 1.05
-"""Figures of candidates that differ by less are as good as the same."""
+"""Figures of candidates that differ by less than this factor count as equal."""
 HELPS = 1.03
-"""More engines that raise the headroom by less do not help."""
+"""More engines that raise the headroom by less than this factor do not help."""
 IN_VAIN = 2
 AMPLE = 2.0
-"""Where a goal is met so many times over, what the load may grow to counts, and no more the waits of these samples."""
+"""Beyond this headroom the growth that a plan allows counts, and no longer the waits of these samples."""
 SLOWER = 1.10
-"""What if steps take a tenth longer: about as much as the step times are known to."""
+"""The factor of the what-if run: step times are known to about a tenth."""
 SETTLED_NS = 10 * SECOND_NS
-"""Between the last warming request and the sample."""
+"""The time between the last warming request and the sample."""
 RISING, RISING_S = 1.5, 1.0
-"""Waits rise if the last third's are so many times the middle third's on average, and at least so long."""
+"""Waits rise if those of the last third exceed this factor times the middle third's mean, and this many seconds."""
 
 Telling = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and what came of it, on one sample or more."""
+    """A candidate and its outcomes, on one sample or more."""
 
     candidate: Candidate
     outcomes: tuple[Outcome, ...]
 
     def headroom(self, goal: Goal) -> float:
-        """Return the least of all samples."""
+        """Return the least headroom of all samples."""
         return min(goal.headroom(outcome) for outcome in self.outcomes)
 
 
 @dataclass
 class Found:
-    """The plan, or the nearest that there is, and what it is compared with."""
+    """The plan, or the nearest one, and what it is compared with."""
 
     goal: Goal
     chosen: Trial
@@ -72,7 +73,7 @@ class Found:
 
 
 class Search:
-    """One search. `telling` hears what is being simulated."""
+    """One search. `telling` is called with what is being simulated."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Search:
         self._simulations = self._requests = 0
 
     def run(self) -> Found:
-        """Return the plan. `meets` is false where no candidate meets the goal on all samples."""
+        """Return the plan. `meets` is False if no candidate meets the goal on all samples."""
         met = self._smallest()
         chosen = met or self._nearest()
         found = Found(self.goal, chosen, met is not None)
@@ -106,7 +107,7 @@ class Search:
     # Engines.
 
     def _smallest(self) -> Trial | None:
-        """Return the plan with the least engines; None when none was found."""
+        """Return the plan with the fewest engines, or None."""
         missed, backends, in_vain, best = 0, self._first(), 0, 0.0
         while backends <= self._most:
             met = self._met(backends)
@@ -121,12 +122,12 @@ class Search:
         return None
 
     def _first(self) -> int:
-        """Return the least engines whose bounds allow the goal; the most, where none do."""
+        """Return the fewest engines whose bounds allow the goal; the most if none do."""
         asked = range(self._least, self._most + 1)
         return next((each for each in asked if any(one.could(self.goal) for one in self._at(each))), self._most)
 
     def _between(self, missed: int, met: Trial) -> Trial:
-        """Return the least plan above a number of engines that missed, by halving."""
+        """Return the smallest plan above a number of engines that missed, by bisection."""
         low = max(missed, self._first() - 1)
         while met.candidate.backends - low > 1:
             middle = (low + met.candidate.backends) // 2
@@ -148,7 +149,7 @@ class Search:
         return list(at(self.site, backends))
 
     def _met(self, backends: int) -> Trial | None:
-        """Return the candidate with the most headroom that meets the goal on all samples."""
+        """Return the candidate with the most headroom that meets the goal on all samples, or None."""
         trials = [self._trial(candidate) for candidate in self._best(backends)]
         for trial in self._by_preference(trials):
             whole = self._on_all(trial)
@@ -157,10 +158,10 @@ class Search:
         return None
 
     def _by_preference(self, trials: Sequence[Trial]) -> Iterator[Trial]:
-        """Yield the trials that meet the goal: those with the most headroom first.
+        """Yield the trials that meet the goal, those with the most headroom first.
 
-        Of several that are about alike in it, it is who can take the most load by the bounds, then who lets requests
-        wait the least, at the 99th percentile and at most, then who leaves the most memory to keys and values.
+        Among about equal headrooms the order is: the most load by the bounds, the shortest waits at the 99th
+        percentile, the shortest longest wait, the most memory left for KV.
         """
         left = [trial for trial in trials if trial.headroom(self.goal) >= 1]
         while left:
@@ -173,7 +174,7 @@ class Search:
             yield chosen
 
     def _best(self, backends: int) -> list[Candidate]:
-        """Return the candidates that the bounds like best, by rising slots; just one where none can meet the goal."""
+        """Return the candidates with the best bounds, by rising slots; just one if none can meet the goal."""
         liked = sorted(self._at(backends), key=self._liking)
         able = [candidate for candidate in liked if candidate.could(self.goal)]
         return sorted(able[:SIMULATED] or liked[:1], key=lambda each: each.slots)
@@ -183,7 +184,7 @@ class Search:
         return not candidate.could(self.goal), candidate.mean_wait_s, -reachable, candidate.slots
 
     def _nearest(self) -> Trial:
-        """Return the trial with the most headroom, of those the one with the least engines."""
+        """Return the trial with the most headroom, and of those the one with the fewest engines."""
         best = max(trial.headroom(self.goal) for trial in self._trials.values())
         near = [trial for trial in self._trials.values() if trial.headroom(self.goal) * HELPS >= best]
         nearest = min(near, key=lambda each: (each.candidate.backends, -each.headroom(self.goal), each.candidate.slots))
@@ -224,9 +225,9 @@ class Search:
 
 
 def sidecar_for(goal: Goal, open_loop: bool) -> Sidecar:
-    """Return the product's sidecar with a request class that suits a goal: nobody waits longer than is allowed.
+    """Return the product's sidecar with a request class for a goal: no request waits longer than allowed.
 
-    Others are held back for one who has waited half of what is allowed, at the latest.
+    Others are held back for a request at the latest after half of the allowed wait.
     """
     sidecar, usual = Sidecar(), ClassLimit() if open_loop else FOR_EVER
     limit_ns = usual.queue_wait_ns_max if goal.wait_max_s is None else round(goal.wait_max_s * SECOND_NS)
@@ -235,7 +236,7 @@ def sidecar_for(goal: Goal, open_loop: bool) -> Sidecar:
 
 
 def _nearly(trials: Sequence[Trial], value: Callable[[Trial], float]) -> list[Trial]:
-    """Return the trials with the most of something, or as good as the most."""
+    """Return the trials with the largest value, or nearly the largest."""
     best = max(map(value, trials))
     return [trial for trial in trials if value(trial) * ALIKE >= best]
 
@@ -245,11 +246,11 @@ def _counted(number: int, thing: str) -> str:
 
 
 def run(candidate: Candidate, sample: Sample, sidecar: Sidecar) -> Outcome:
-    """Simulate a sample on a candidate from a warm start: a pool that has been serving for a while is judged.
+    """Simulate a sample on a candidate from a warm start: the pool is judged as if it had served for a while.
 
-    At first no adapter is anywhere, and the first load of each is made with care, one at a time in the whole pool.
-    Where requests come at their own times each adapter is therefore asked for once, before the sample. In a closed loop
-    all clients send at once in the beginning, and those first requests are not judged.
+    At first no adapter is anywhere, and the first load of each is made on probation, one at a time in the whole pool.
+    With timed arrivals each adapter is therefore requested once before the sample. In a closed loop all clients send at
+    once in the beginning, and those first requests are not judged.
     """
     setup = candidate.setup(sidecar)
     if not sample.load.open_loop:
@@ -258,7 +259,7 @@ def run(candidate: Candidate, sample: Sample, sidecar: Sidecar) -> Outcome:
 
 
 def warmed(sample: Sample, setup: Setup) -> Workload:
-    """Return a sample with one short request for each of its adapters before it, far enough apart to load it."""
+    """Return a sample preceded by one short request for each of its adapters, far enough apart to load it."""
     assert setup.sidecar is not None
     engine = setup.engine
     size_bytes = max(engine.adapter_bytes, 1)
@@ -275,9 +276,9 @@ def warmed(sample: Sample, setup: Setup) -> Workload:
 
 
 def _outcome(result: Result, sample: Sample, not_judged: int) -> Outcome:
-    """Return what came of it, the first so many waits left out.
+    """Return the outcome, with the first `not_judged` waits left out.
 
-    With arrivals at their own times the tail after the last first token, in which nothing new comes, is not counted.
+    With timed arrivals, the tail after the last first token, in which nothing new arrives, is not counted.
     """
     recorder, load = result.recorder, sample.load
     waits = list(recorder.waits_s)[not_judged:]

@@ -1,4 +1,4 @@
-"""A plan as settings: what to paste into Triton's config.pbtxt, vLLM's command line and the sidecar's own values."""
+"""A plan as settings to paste: Triton's config.pbtxt, vLLM's command line and the sidecar's own values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sidecar.lab.plan.search import Found
 from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, SECOND_NS, Sidecar
 
 GPU_MEMORY_UTILIZATION = 0.9
-"""What vLLM's cost files were measured at: the adapters' part comes off the keys and values by itself."""
+"""The value of vLLM's cost files: the adapters' part comes off the KV memory by itself."""
 QUEUE_WAIT_S = 600.0
 NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
@@ -28,10 +28,10 @@ ADAPTERS_DIR = "/mnt/adapters"
 
 @dataclass(frozen=True)
 class Planned:
-    """What plans for one engine are written as.
+    """How plans for one kind of engine are written.
 
-    `settings` are the engine's own, by its names; `declared` adds to an entry under `backends` what is its kind's own.
-    `pasted` is the name of the lines that set the engine.
+    `settings` returns the engine's own settings by its names; `declared` returns the kind's own part of an entry under
+    `backends`. `pasted` is the name of the lines that set the engine.
     """
 
     url: str
@@ -42,7 +42,7 @@ class Planned:
 
 
 def engine_settings(candidate: Candidate) -> dict[str, Any]:
-    """Return the engine's settings by the names that the engine gives them."""
+    """Return the engine's settings by the engine's names."""
     return _planned(candidate).settings(candidate)
 
 
@@ -77,7 +77,7 @@ def _trtllm_settings(candidate: Candidate) -> dict[str, Any]:
 
 
 def sidecar_settings(found: Found, sidecar: Sidecar) -> dict[str, Any]:
-    """Return the sidecar's configuration for a plan, with engines by names that stand for their addresses."""
+    """Return the sidecar's configuration for a plan; engine names stand for their addresses."""
     candidate = found.chosen.candidate
     limit = sidecar.classes["default"]
     return {
@@ -112,7 +112,7 @@ def _declared_to_vllm(candidate: Candidate) -> dict[str, Any]:
 
 
 def _declared_to_trtllm(candidate: Candidate) -> dict[str, Any]:
-    """Return what an engine that takes packed weights has to be known by."""
+    """Return what must be declared of an engine that takes packed weights."""
     shape = candidate.site.shape
     dims = module_dims(shape)
     return {
@@ -127,7 +127,7 @@ def _declared_to_trtllm(candidate: Candidate) -> dict[str, Any]:
 
 
 def _queue_wait_s(found: Found) -> float:
-    """Return how long a request may wait: what is allowed, or else at least twice what was seen."""
+    """Return how long a request may wait: the limit, or else at least twice the longest wait seen."""
     if found.goal.wait_max_s is not None:
         return found.goal.wait_max_s
     longest_s = max(outcome.wait_max_s for outcome in found.chosen.outcomes)
@@ -138,14 +138,14 @@ def _queue_wait_s(found: Found) -> float:
 
 
 def helm(found: Found, sidecar: Sidecar) -> str:
-    """Return values in the sidecar's own keys."""
+    """Return Helm values in the sidecar's own keys."""
     record = sidecar_settings(found, sidecar)
     comment = _comments(found, "Put the engines' addresses in; they are told apart here by number only.")
     return comment + yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=120)
 
 
 def pbtxt(found: Found, sidecar: Sidecar) -> str:
-    """Return parameters of Triton's model `tensorrt_llm`. Raises Misused for a vLLM."""
+    """Return parameters of Triton's model `tensorrt_llm`. Raises Misused for vLLM."""
     candidate = found.chosen.candidate
     _is("trtllm", candidate, "pbtxt")
     given = {name: value for name, value in engine_settings(candidate).items() if value is not None}
@@ -159,7 +159,7 @@ def pbtxt(found: Found, sidecar: Sidecar) -> str:
 
 
 def vllm(found: Found, sidecar: Sidecar) -> str:
-    """Return options of `vllm serve`. Raises Misused for a TensorRT-LLM."""
+    """Return options of `vllm serve`. Raises Misused for TensorRT-LLM."""
     candidate = found.chosen.candidate
     _is("vllm", candidate, "vllm")
     lines = [name if value is True else f"{name} {value}" for name, value in engine_settings(candidate).items()]
@@ -172,7 +172,7 @@ PLANNED = {
 }
 """By the engine whose step times a plan rests on."""
 EMITTED: dict[str, Callable[[Found, Sidecar], str]] = {"helm": helm, "pbtxt": pbtxt, "vllm": vllm}
-"""What can be pasted, by name."""
+"""The formats that can be pasted, by name."""
 
 
 def _parameter(setting: tuple[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From the options of a plan to what all candidates have in common: step times, the model's shape, ranks, the load."""
+"""From a plan's options to the common part of all candidates: step times, the model's shape, ranks, the load."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sidecar.lab.sim.setup import FLAVOURS, MODULES, EngineSetup, Setup
 from sidecar.pace.cost import CostModel, NoCostTable, cost_name, find_cost
 
 ENGINES = {"trtllm": "trtllm_no_evict", "vllm": "vllm"}
-"""Engines that are planned for, and the flavour that each is simulated as."""
+"""The engines that can be planned for, and the flavour by which each is simulated."""
 HOST_MEMORY_BYTES = 64 << 30
 
 Told = Callable[[str, int, int], None]
@@ -35,9 +35,9 @@ def site_of(
     host_memory_bytes: int = HOST_MEMORY_BYTES,
     told: Told = lambda what, done, total: None,
 ) -> Site:
-    """Return what the options describe. Raises Misused for what cannot be planned, and says what can.
+    """Return the site that the options describe. Raises Misused for what cannot be planned, saying what can.
 
-    `told` hears how far step times are that have to be looked up first.
+    `told` is called with the progress of step times that must be looked up first.
     """
     flavour, ranks = options.engine or EngineSetup.flavour, _ranks(options)
     modules = MODULES.get(options.lora_modules or "qv", MODULES["qv"])
@@ -64,7 +64,7 @@ def site_of(
 
 
 def _ranks(options: Options) -> tuple[int, ...]:
-    """Return the adapters' ranks; one that is said alone is that of all."""
+    """Return the adapters' ranks. A single rank applies to all."""
     return options.ranks or (options.rank or EngineSetup.rank,)
 
 
@@ -72,9 +72,9 @@ def _ranks(options: Options) -> tuple[int, ...]:
 
 
 def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostModel, str, Measured | None]:
-    """Return the step times and what the sidecar's configuration calls them, "" for none.
+    """Return the step times and their name in the sidecar's configuration, "" for none.
 
-    They are from the file that was given, one beside us, those that come with the product, or the measurements.
+    They come from the given file, one in the working directory, one that comes with the product, or the measurements.
     """
     if options.cost is not None:
         return cost_of(options, flavour, rank), str(options.cost), None
@@ -104,7 +104,7 @@ def _measured(model: str, gpu: str, engine: str, rank: int, problem: str, told: 
 
 
 def _shape(cost: CostModel, model_config: Path | None, measured: Measured | None) -> ModelShape:
-    """Return the model's shape: adapters are as large as it makes them, and another model's would be wrong."""
+    """Return the model's shape, which determines the size of adapters; another model's would be wrong."""
     model = cost.table.model
     if model_config is not None:
         return shape_of(model, read_base_model(model_config))
@@ -132,7 +132,7 @@ def _published_shape(model: str, path: str) -> ModelShape:
 
 
 def shape_of(model: str, base: BaseModel) -> ModelShape:
-    """Return a shape from a model's own configuration. Raises Misused for one that is no dense decoder."""
+    """Return a shape from a model's own configuration. Raises Misused if it is no dense decoder."""
     query, up = base.modules.get("attn_q"), base.modules.get("mlp_h_to_4h")
     if query is None or up is None or "moe_router" in base.modules:
         raise Misused(
@@ -144,11 +144,11 @@ def shape_of(model: str, base: BaseModel) -> ModelShape:
     return ModelShape(model, query[0], base.layers, heads.query, heads.key_value, heads.size, up[1], vocab=0)
 
 
-# Room.
+# Memory.
 
 
 def check_slots(site: Site, slots: int | None) -> None:
-    """Raise Misused for more slots than leave a request its keys and values."""
+    """Raise Misused for more slots than leave a request its KV memory."""
     most = min(site.slots_max, site.demand.adapters)
     if slots is not None and slots > most:
         why = "there are no more adapters" if most == site.demand.adapters else "more leave a request no KV memory"
@@ -156,7 +156,7 @@ def check_slots(site: Site, slots: int | None) -> None:
 
 
 def _check(site: Site) -> None:
-    """Raise Misused where no plan can be: a request or an adapter is larger than what there is."""
+    """Raise Misused if no plan is possible: a request or an adapter exceeds the memory."""
     demand, longest = site.demand, EngineSetup.sequence_tokens_max
     if demand.longest_tokens > longest:
         raise Misused(

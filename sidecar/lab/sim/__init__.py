@@ -1,1 +1,1 @@
-"""The product in virtual time: the core of production, the emulated engine, loads, and the bounds to judge them by."""
+"""The product in virtual time: the production core, the emulated engine, loads, and bounds to judge results by."""

@@ -1,14 +1,14 @@
-"""What is reachable at most: the figures that stand first in every table.
+"""Upper bounds of what is reachable: the first figures in every table.
 
-All rest on one account of an engine. With b requests running a step takes t(b) and gives each a token, and each prompt
+All rest on one model of an engine. With b requests running a step takes t(b) and gives each a token, and each prompt
 stops the batch for P: a request of L tokens costs the engine L · t(b) / b + P, and so
 
     X(b) = L / (L · t(b) / b + P)    tokens per second.
 
-How large b gets is what order and placement decide. An engine with S slots serves N adapters of equal share from a
-pool of C requests. A waiting adapter's queue grows from nothing to the q requests that an open one runs, so that
-C = S · q + (N - S) · q / 2, and b = S · q = 2 · S · C / (N + S): the grouping ceiling. Only a deeper pool, more slots
-or fewer adapters on each engine moves it. Seats and KV memory cap b besides.
+The size of b depends on order and placement. An engine with S slots serves N adapters of equal share from a pool of C
+requests. A waiting adapter's queue grows from nothing to the q requests that an open one runs, so that C = S · q +
+(N - S) · q / 2, and b = S · q = 2 · S · C / (N + S): the grouping ceiling. Only a deeper pool, more slots or fewer
+adapters on each engine moves it. Seats and KV memory cap b besides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.lab.sim.workloads import Arrival, Workload
 
 @dataclass(frozen=True)
 class StepTimes:
-    """An engine's pace in milliseconds: a decode step by batch and mean context, a prompt by its tokens."""
+    """An engine's pace in ms: a decode step by batch and mean context, a prompt by its tokens."""
 
     step_ms: Callable[[float, float], float]
     prefill_ms: Callable[[float], float]
@@ -30,7 +30,7 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a request. `reserved_tokens` is the KV room that the engine keeps for it, 0: input and output."""
+    """Mean tokens of a request. `reserved_tokens` is the KV space reserved for it; 0 means input and output."""
 
     input_tokens: float
     output_tokens: float
@@ -38,7 +38,7 @@ class Lengths:
 
     @property
     def context(self) -> float:
-        """Tokens of KV that a running request holds, half-way through."""
+        """KV tokens that a running request holds half-way through."""
         return self.input_tokens + self.output_tokens / 2
 
     @property
@@ -48,7 +48,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Engines:
-    """So many engines, alike; the counts are those of one."""
+    """`count` equal engines; the other numbers are those of one."""
 
     seats: float
     slots: int
@@ -65,23 +65,22 @@ class Reachable:
 
 
 def tokens_per_s(times: StepTimes, lengths: Lengths, batch: float) -> float:
-    """Return X(b), one engine's output tokens per second with so many requests running."""
+    """Return X(b), one engine's output tokens per second with this many requests running."""
     decode_ms = lengths.output_tokens * times.step_ms(batch, lengths.context) / batch
     return 1000 * lengths.output_tokens / (decode_ms + times.prefill_ms(lengths.input_tokens))
 
 
 def full_batch(lengths: Lengths, engines: Engines) -> float:
-    """Return the most that one engine runs: its seats, or what its KV memory holds."""
+    """Return the largest batch of one engine: its seats, or what its KV memory holds."""
     return min(engines.seats, engines.kv_tokens / lengths.kept_tokens)
 
 
 def closed_form(times: StepTimes, lengths: Lengths, engines: Engines, adapters: int, in_flight: float) -> Reachable:
-    """Return what grouping can reach where all adapters have the same share; b as above.
+    """Return what grouping can reach if all adapters have the same share; b as above.
 
-    Several engines hold an equal part of the adapters and of the requests each. `in_flight` is all that is outstanding,
-    queued or running; infinite where the backlog has no end.
-    It is an account of queues: with fewer than (N + S) / 2 outstanding there are none, and first come first served
-    already runs one request on each slot, which is more.
+    Several engines hold equal parts of the adapters and of the requests. `in_flight` is all that is outstanding, queued
+    or running; infinite for an endless backlog. It is a model of queues: with fewer than (N + S) / 2 outstanding there
+    are none, and first come first served already runs one request per slot, which is more.
     """
     slots, hosted = min(engines.slots, adapters), max(1.0, adapters / engines.count)
     ceiling = in_flight / engines.count * (2 * slots / (hosted + slots) if slots < hosted else 1)
@@ -94,12 +93,12 @@ def all_resident(times: StepTimes, lengths: Lengths, engines: Engines, in_flight
 
 
 def fluid(times: StepTimes, lengths: Lengths, engines: Engines, shares: Sequence[float], in_flight: float) -> Reachable:
-    """Return what grouping can reach with any shares p_i, on one engine or each of several alike.
+    """Return what grouping can reach with any shares p_i, on one engine or each of several equal ones.
 
-    Adapter i is open for a part θ_i of the time, and then runs p_i · b / θ_i requests. One visit serves what came
-    since the last, so that its queue holds p_i · b · (1 - θ_i) / (2 · θ_i) on average; with equal shares that is the
-    account above. All slots together: Σθ_i ≤ S. The pool holds b · Σ p_i · (1 + 1/θ_i) / 2 ≤ C. The least pool has
-    θ_i = min(1, c · √p_i) by Lagrange, and c is found by bisection.
+    Adapter i is open for a fraction θ_i of the time, and then runs p_i · b / θ_i requests. One visit serves what
+    arrived since the last, so its queue holds p_i · b · (1 - θ_i) / (2 · θ_i) on average; with equal shares that is the
+    model above. All slots together: Σθ_i ≤ S. The pool holds b · Σ p_i · (1 + 1/θ_i) / 2 ≤ C. The smallest pool has θ_i
+    = min(1, c · √p_i) by Lagrange, and c is found by bisection.
     """
     asked = [share for share in shares if share > 0]
     open_parts = _open_parts(asked, engines.slots)
@@ -115,7 +114,7 @@ def pool_depth(batch: float, adapters: int, slots: int) -> float:
 
 @dataclass
 class AdapterWork:
-    """All that a load asks of one adapter."""
+    """A load's totals for one adapter."""
 
     requests: int = 0
     input_tokens: int = 0
@@ -125,7 +124,7 @@ class AdapterWork:
 
 @dataclass
 class Work:
-    """All that a load asks for."""
+    """A load's totals."""
 
     adapters: dict[str, AdapterWork] = field(default_factory=dict)
     total: AdapterWork = field(default_factory=AdapterWork)
@@ -137,7 +136,7 @@ class Work:
 
 
 def work_of(arrivals: Iterable[Arrival]) -> Work:
-    """Add up a load."""
+    """Return the totals of a load."""
     work = Work()
     for arrival in arrivals:
         for sum_ in (work.total, work.adapters.setdefault(arrival.adapter, AdapterWork())):
@@ -149,14 +148,14 @@ def work_of(arrivals: Iterable[Arrival]) -> Work:
 
 
 def makespan_by_tokens_s(work: Work, times: StepTimes, engines: Engines) -> float:
-    """Return the least time for all of a load: its tokens at the rate of full batches, as if all were resident."""
+    """Return a lower bound of the time for a load: its tokens at the rate of full batches, as if all were resident."""
     lengths = work.lengths
     rate = tokens_per_s(times, lengths, full_batch(lengths, engines)) * engines.count
     return work.total.output_tokens / rate
 
 
 def makespan_by_slots_s(work: Work, times: StepTimes, engines: Engines) -> float:
-    """Return the least time for all of a load: the time for which its adapters hold slots, over the slots.
+    """Return a lower bound of the time for a load: the time that its adapters hold slots, over the slots.
 
     An adapter holds one for at least its longest answer, alone in the batch, and for its tokens in full batches.
     """
@@ -172,9 +171,9 @@ def makespan_by_slots_s(work: Work, times: StepTimes, engines: Engines) -> float
 
 
 def mod_s_relabel(workload: Workload, slots: int) -> Workload:
-    """Return the same arrivals with adapter i called i mod S, so that every adapter has a slot: the oracle.
+    """Return the same arrivals with adapter i renamed to i mod S, so that every adapter has a slot: the oracle.
 
-    What a policy reaches of the oracle's throughput is its score.
+    The fraction of the oracle's throughput that a policy reaches is its score.
     """
     kept = workload.adapters[:slots]
     if len(kept) == len(workload.adapters):
@@ -199,7 +198,7 @@ def _reached(times: StepTimes, lengths: Lengths, engines: Engines, ceiling: floa
 
 
 def _open_parts(shares: Sequence[float], slots: int) -> list[float]:
-    """Return θ_i = min(1, c · √p_i) with the sum S; 1 each where all fit."""
+    """Return θ_i = min(1, c · √p_i) with the sum S; 1 each if all fit."""
     if slots >= len(shares):
         return [1.0] * len(shares)
     roots = [math.sqrt(share) for share in shares]

@@ -1,7 +1,7 @@
-"""What a cache would cost whose owner knows the future: a bound that nobody beats, and an aim that comes near it.
+"""The cost of a cache that knows the future: a lower bound, and a heuristic close to it.
 
-A trace is a sequence of requests (key, size in bytes, cost of a miss in any unit); a key's size and cost stay. Caches
-start empty, so first requests are misses. All of it is O(n log n) for n requests.
+A trace is a sequence of requests (key, size in bytes, cost of a miss in any unit); a key's size and cost are constant.
+Caches start empty, so first requests are misses. Everything is O(n log n) for n requests.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def next_uses(keys: Iterable[str]) -> list[int | None]:
 
 
 def total_cost(trace: Sequence[Request]) -> float:
-    """Return what it costs without a cache."""
+    """Return the cost without a cache."""
     return sum(request.miss_cost for request in trace)
 
 
 def least_miss_cost(trace: Sequence[Request], capacity_bytes: int, moved_places: int = 0) -> float:
-    """Return PFOO-L: no cache of this capacity pays less, whatever it knows. All costs must be above 0.
+    """Return PFOO-L, which no cache of this capacity beats. All costs must be above 0.
 
-    To hit the next request of a key is to keep its size for so many steps; all that is kept in all steps together
-    can't exceed capacity · steps. Intervals are taken by what they save for the room that they need, best first, and
-    of the one that crosses the line the fraction that fits, without which it is no bound. Berger, Beckmann and
-    Harchol-Balter, "Practical Bounds on Optimal Caching with Variable Object Sizes", SIGMETRICS 2018.
+    To hit the next request of a key is to keep its size for that many steps; everything kept in all steps together
+    cannot exceed capacity · steps. Intervals are taken by what they save per space, best first, with the fraction that
+    fits of the one that crosses the limit, without which it is no bound. Berger, Beckmann and Harchol-Balter,
+    "Practical Bounds on Optimal Caching with Variable Object Sizes", SIGMETRICS 2018.
 
-    `moved_places`: where an order may move each request so far, either way, two of a key can come nearer by twice
-    that, and each interval is counted shorter.
+    `moved_places`: if an order may move each request this far either way, two requests of a key can come nearer by
+    twice that, and each interval is counted shorter.
     """
     intervals = []
     for position, (request, following) in enumerate(zip(trace, next_uses(it.key for it in trace), strict=True)):
@@ -57,7 +57,7 @@ def least_miss_cost(trace: Sequence[Request], capacity_bytes: int, moved_places:
 
 
 def _saved(intervals: Iterable[tuple[float, int, float]], room_left: int) -> float:
-    """Return what the intervals save that fit in the room, the last in part."""
+    """Return what the intervals that fit save, the last one in part."""
     saved = 0.0
     for _, room, cost in intervals:
         if room > room_left:
@@ -68,14 +68,15 @@ def _saved(intervals: Iterable[tuple[float, int, float]], room_left: int) -> flo
 
 
 def least_loads(adapters: Iterable[str], slots: int, moved_places: int = 0) -> float:
-    """Return how often adapters are loaded into so many slots at least, in this order or one near it."""
+    """Return the least number of loads of adapters into this many slots, in this order or one near it."""
     return least_miss_cost([Request(adapter, 1, 1.0) for adapter in adapters if adapter], slots, moved_places)
 
 
 def belady_by_size(trace: Sequence[Request], capacity_bytes: int) -> float:
     """Return the miss cost of evicting the largest distance to the next use · size / cost: near the best, no bound.
 
-    Of one size and cost the furthest goes first, so there is a heap for each; an eviction looks at all their tops.
+    Of equal size and cost the furthest is evicted first, so there is a heap for each; an eviction looks at all their
+    tops.
     """
     following = next_uses(request.key for request in trace)
     cache = _FarSighted(len(trace))
@@ -111,7 +112,7 @@ class _FarSighted:
         heapq.heappush(heap, (-use, request.key))
 
     def evict(self, now: int) -> None:
-        """Drop the key that is least worth its room."""
+        """Drop the key that is least worth its space."""
         tops = [(ratio * (self._top(ratio) - now), ratio) for ratio in list(self._heaps)]
         _, ratio = max(tops)
         _, key = heapq.heappop(self._heaps[ratio])

@@ -1,6 +1,6 @@
-"""What each option of a simulation may be: the ranges of numbers, lists in one word, and which options exclude others.
+"""The valid values of each option of a simulation: ranges of numbers, lists in one word, and exclusions.
 
-A wrong one raises Misused, which names the option as the command line has it, the value and what was expected.
+A wrong one raises Misused, which names the option as on the command line, the value and what was expected.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ EXPECTED: dict[str, tuple[float, float, str]] = {
     "wait_limit": (1e-3, SECONDS_MAX, "seconds above 0"),
     "patience": (0, SECONDS_MAX, "seconds, 0 or more"),
 }
-"""The least and the most of each option, and the range in words. NaN is in none."""
+"""The least and the most of each option, and the range as text. NaN is in none."""
 
 
 def option(name: str) -> str:
-    """Return an option as it is written."""
+    """Return an option as it is written on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -58,7 +58,7 @@ def wrong(name: str, value: object, expected: str) -> Misused:
 
 
 def check_ranges(said: Mapping[str, Any]) -> None:
-    """Raise Misused for the first number that is out of its range; options that are none are passed over."""
+    """Raise Misused for the first number out of its range; other options are skipped."""
     for name, (low, high, expected) in EXPECTED.items():
         value = said.get(name)
         values = value if isinstance(value, tuple) else (value,)
@@ -67,21 +67,21 @@ def check_ranges(said: Mapping[str, Any]) -> None:
 
 
 def check_together(said: Mapping[str, Any], one: str, others: Iterable[str], why: str) -> None:
-    """Raise Misused when an option was said together with one that it excludes."""
+    """Raise Misused if an option was given together with one that it excludes."""
     for other in others:
         if said.get(one) is not None and said.get(other) is not None:
             raise Misused(Reason.CONFIG_INVALID, f"{option(one)} and {option(other)} exclude each other: {why}")
 
 
 def check_known(name: str, value: str | None, known: Iterable[str]) -> None:
-    """Raise Misused, with the names that there are, for a name that is none of them."""
+    """Raise Misused, with the known names, for an unknown name."""
     names = list(known)
     if value is not None and value not in names:
         raise Misused(Reason.CONFIG_INVALID, f'{option(name)}: there is no "{value}"; there are {", ".join(names)}')
 
 
 def listed(name: str, text: str | None, kind: Callable[[str], T]) -> tuple[T, ...] | None:
-    """Return the values of a list in one word, `8,16,64`; None when nothing was said. Raises Misused."""
+    """Return the values of a list in one word, `8,16,64`; None if it was not given. Raises Misused."""
     if text is None:
         return None
     try:
@@ -101,7 +101,7 @@ def names_listed(name: str, text: str | None) -> tuple[str, ...] | None:
 
 
 def check_once(said: Mapping[str, Any], *names: str) -> None:
-    """Raise Misused for a list that holds something twice."""
+    """Raise Misused for a list with a duplicate."""
     for name in names:
         values = said.get(name, ())
         for place, value in enumerate(values):

@@ -1,7 +1,7 @@
-"""The options of a simulation, checked: alone and with each other.
+"""The options of a simulation, checked alone and together.
 
-What is left out is as in SqueezeBits' measurements: Llama-3.1-8B on an A100, 64 adapters in turn, 1,024 tokens in and
-out, 256 seats, 256 requests in flight; of what they varied, 8 slots, and of the product what it is delivered with.
+The defaults are those of SqueezeBits' measurements: Llama-3.1-8B on an A100, 64 adapters in rotation, 1,024 tokens in
+and out, 256 seats, 256 requests in flight; of what they varied, 8 slots, and of the product its own defaults.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from sidecar.lab.sim.setup import FLAVOURS, MODULES, Sidecar
 from sidecar.lab.sim.workloads import WORKLOADS
 
 BARE = "none"
-"""The order of the bare engine: nothing stands before it."""
+"""The order of the bare engine, with nothing in front of it."""
 LORA_MODULES = (*MODULES, BARE)
 
 DRAWN = (
     "workload", "adapters", "input_tokens", "output_tokens", "input_cv", "output_cv", "skew", "drift", "tenants",
     "rate", "load", "arrival_cv",
 )  # fmt: skip
-"""Options that draw a load; a trace or a journal is one already."""
+"""Options that draw a load; a trace or a journal already is one."""
 OF_A_RUN = ("trace", "max_tokens", "seeds", "rank", "ranks", "lora_modules", *DRAWN)
-"""Options whose answers a journal holds."""
+"""Options whose values a journal holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
