@@ -17,7 +17,7 @@ from sidecar.journal.replay import segments_of
 from sidecar.lab.sim.options import BARE, Options
 from sidecar.lab.sim.recorded import Sizes, recorded_engine
 from sidecar.lab.sim.results import hot_of, percentiles
-from sidecar.lab.sim.runs import Run, class_limit, cost_of, policies_said
+from sidecar.lab.sim.runs import Run, class_limit, cost_of, given_policies
 from sidecar.lab.sim.setup import SECOND_NS, EngineSetup, Setup, Sidecar, flavour_of
 from sidecar.lab.sim.tables import Figures
 from sidecar.lab.sim.workloads import Arrival, Workload
@@ -170,7 +170,7 @@ def _sidecar(options: Options, order: str, config: CoreConfig) -> Sidecar | None
         queued_max=config.queued_max,
         tenant_weights=config.tenant_weights,
     )
-    return replace(ran, **policies_said(options))
+    return replace(ran, **given_policies(options))
 
 
 # The live run.

@@ -229,7 +229,7 @@ def test_without_a_memory_limit_no_fraction_is_made_up(tmp_path: Path, sidecar: 
     file = cost_file(tmp_path / "cost.json", kv=None)
     told = sidecar(*GOAL, "--cost", str(file), "--emit", "pbtxt", "--json").json()
     assert not any("fraction" in name for name in parameters(told["lines"]))
-    assert "cannot be told" in told["lines"]
+    assert "cannot be computed" in told["lines"]
     assert (told["plan"]["kv_tokens"], told["plan"]["adapters_fit"]) == (None, None)
     assert "no limit is known" in sidecar(*GOAL, "--cost", str(file)).out
 

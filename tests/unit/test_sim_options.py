@@ -182,7 +182,7 @@ def test_no_number_out_of_its_range(name: str, value: float) -> None:
     [
         ({"slots": 0}, "--slots 0: expected 1 to 1,000,000"),
         ({"tenants": (1.0, -1.0)}, "--tenants 1.0,-1.0: expected weights of 0 or more"),
-        ({"tenants": (0.0,)}, "--tenants wants a weight above 0"),
+        ({"tenants": (0.0,)}, "--tenants needs a weight above 0"),
         ({"ranks": (8, 0)}, "--ranks 8,0: expected ranks of 1 to 65,536"),
         ({"ranks": (8, 64), "rank": 16}, "--ranks has 64 and --rank 16"),
         ({"seeds": (1, 1)}, "--seeds names 1 twice"),
@@ -192,7 +192,7 @@ def test_no_number_out_of_its_range(name: str, value: float) -> None:
         ({"rate": 8, "load": 1.0}, "--rate and --load exclude each other"),
         ({"cost": DATA, "gpu": "a100_sxm"}, "--cost and --gpu exclude each other"),
         ({"order": "skip", "compare": ("none",)}, "--order and --compare exclude each other"),
-        ({"arrival_cv": 2.0}, "--arrival-cv wants --rate or --load"),
+        ({"arrival_cv": 2.0}, "--arrival-cv needs --rate or --load"),
         ({"journal": DATA, "rank": 8}, "--journal and --rank exclude each other"),
         ({"journal": DATA, "trace": DATA}, "--journal and --trace exclude each other"),
         ({"workload": "zopf"}, '--workload: there is no "zopf"; there are base, round_robin, zipf, power, two_hot'),

@@ -20,7 +20,7 @@ from sidecar.lab.sim.runs import runs_of
 from sidecar.lab.sim.setup import FLAVOURS
 from sidecar.lab.sim.simulate import simulate
 from sidecar.lab.sim.workloads import WORKLOADS
-from sidecar.lab.sim.world import TOLD_EVERY
+from sidecar.lab.sim.world import PROGRESS_EVERY
 from tests.kit.cli_runs import Ended, runner
 
 SMALL = ("--requests", "60", "--input-tokens", "64", "--output-tokens", "16", "--adapters", "12", "--slots", "2")
@@ -228,7 +228,7 @@ def test_a_long_run_tells_how_far_it_is() -> None:
     for run in runs_of(Options(compare=("none", "skip"), requests=700, input_tokens=8, output_tokens=4, adapters=4)):
         told: list[int] = []
         simulate(run.setup, run.workload, run.label, told.append)
-        assert told == [TOLD_EVERY, 2 * TOLD_EVERY]
+        assert told == [PROGRESS_EVERY, 2 * PROGRESS_EVERY]
 
 
 def test_json_is_json_to_the_last_digit(sidecar: Callable[..., Ended]) -> None:

@@ -14,14 +14,14 @@ from itertools import pairwise
 from sidecar.pace.cost_table import Grid
 
 Times = Callable[[int, int], float]
-Told = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with what is being measured, how much of it is done, and how much there is."""
 
 PARTS = 8
 
 
 def refined_grid(
-    times: Times, first: Sequence[int], second: Sequence[int], tolerance: float, told: Told, what: str
+    times: Times, first: Sequence[int], second: Sequence[int], tolerance: float, on_progress: OnProgress, what: str
 ) -> Grid:
     """Return a grid over both axes whose relative error between points is at most about twice the tolerance.
 
@@ -30,13 +30,13 @@ def refined_grid(
     intervals = len(first) + len(second) - 2
     rows = [first[0]]
     for done, (low, high) in enumerate(pairwise(first)):
-        told(what, done, intervals)
+        on_progress(what, done, intervals)
         rows += _points(low, high, lambda at: [times(at, column) for column in second], tolerance)
     columns = [second[0]]
     for done, (low, high) in enumerate(pairwise(second), len(first) - 1):
-        told(what, done, intervals)
+        on_progress(what, done, intervals)
         columns += _points(low, high, lambda at: [times(row, at) for row in rows], tolerance)
-    told(what, intervals, intervals)
+    on_progress(what, intervals, intervals)
     step_ms = tuple(tuple(round(times(row, column), 3) for column in columns) for row in rows)
     return Grid(tuple(map(float, rows)), tuple(map(float, columns)), step_ms)
 

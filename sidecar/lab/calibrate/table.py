@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sidecar.lab.calibrate.measured import DTYPE, MEMORY_FRACTION, Measured, Memory, short_name
 from sidecar.lab.calibrate.published import COPY_SOURCE, LORA, PUBLISHED_FOR, TO_DEVICE, TO_HOST
-from sidecar.lab.calibrate.refining import Told, refined_grid
+from sidecar.lab.calibrate.refining import OnProgress, refined_grid
 from sidecar.pace.cost_table import CostTable
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -20,10 +20,10 @@ TITLES = {"a100_sxm": "A100 SXM 80 GB"}
 """Display names of GPUs whose short name is not one."""
 
 
-def measured_table(measured: Measured, told: Told = lambda what, done, total: None) -> CostTable:
+def measured_table(measured: Measured, on_progress: OnProgress = lambda what, done, total: None) -> CostTable:
     """Return the table of a model on a GPU in an engine. Raises Misused if measurements are missing.
 
-    `told` is called with what is being queried, and the progress.
+    `on_progress` is called with what is being queried, and the progress.
     """
     memory, published = measured.memory, LORA[measured.engine]
     return CostTable(
@@ -33,8 +33,8 @@ def measured_table(measured: Measured, told: Told = lambda what, done, total: No
         dtype=DTYPE,
         source=(_step_source(measured), _FIXED_SOURCE, _kv_source(memory), _lora_source(measured), COPY_SOURCE),
         fixed_ms=round(measured.decode_ms(1, 1), 3),
-        decode=refined_grid(measured.decode_ms, BATCHES, CONTEXTS, DECODE_TOLERANCE, told, "decode steps"),
-        prefill=refined_grid(measured.prefill_ms, REQUESTS, PROMPTS, PREFILL_TOLERANCE, told, "prompts"),
+        decode=refined_grid(measured.decode_ms, BATCHES, CONTEXTS, DECODE_TOLERANCE, on_progress, "decode steps"),
+        prefill=refined_grid(measured.prefill_ms, REQUESTS, PROMPTS, PREFILL_TOLERANCE, on_progress, "prompts"),
         kv_tokens=memory.kv_tokens,
         kv_token_bytes=memory.token_bytes,
         to_device=TO_DEVICE,

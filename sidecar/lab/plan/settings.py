@@ -20,7 +20,7 @@ from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, SECOND_NS, Side
 GPU_MEMORY_UTILIZATION = 0.9
 """The value of vLLM's cost files: the adapters' part comes off the KV memory by itself."""
 QUEUE_WAIT_S = 600.0
-NO_SHARES = "The cost file knows no memory limit, so that the two GPU memory fractions cannot be told."
+NO_SHARES = "The cost file knows no memory limit, so the two GPU memory fractions cannot be computed."
 SHARES = "The LoRA fraction is of what the engine and its KV cache leave free, so it goes with the KV fraction below."
 ADAPTERS_DIR = "/mnt/adapters"
 """Stands for a folder that engine and sidecar share."""
@@ -140,7 +140,7 @@ def _queue_wait_s(found: Found) -> float:
 def helm(found: Found, sidecar: Sidecar) -> str:
     """Return Helm values in the sidecar's own keys."""
     record = sidecar_settings(found, sidecar)
-    comment = _comments(found, "Put the engines' addresses in; they are told apart here by number only.")
+    comment = _comments(found, "Put in the engines' addresses; here they are only numbered.")
     return comment + yaml.safe_dump(record, sort_keys=False, default_flow_style=None, width=120)
 
 

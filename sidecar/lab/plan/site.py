@@ -26,22 +26,22 @@ ENGINES = {"trtllm": "trtllm_no_evict", "vllm": "vllm"}
 """The engines that can be planned for, and the flavour by which each is simulated."""
 HOST_MEMORY_BYTES = 64 << 30
 
-Told = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 def site_of(
     options: Options,
     model_config: Path | None = None,
     host_memory_bytes: int = HOST_MEMORY_BYTES,
-    told: Told = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Site:
     """Return the site that the options describe. Raises Misused for what cannot be planned, saying what can.
 
-    `told` is called with the progress of step times that must be looked up first.
+    `on_progress` is called with the progress of step times that must be looked up first.
     """
     flavour, ranks = options.engine or EngineSetup.flavour, _ranks(options)
     modules = MODULES.get(options.lora_modules or "qv", MODULES["qv"])
-    cost, named, measured = _cost(options, flavour, max(ranks), told)
+    cost, named, measured = _cost(options, flavour, max(ranks), on_progress)
     shape = _shape(cost, model_config, measured)
     by_adapters = FLAVOURS[flavour].counts_adapters
     layout = vllm_layout(shape, ranks) if by_adapters else trtllm_layout(shape, modules, ranks)
@@ -71,7 +71,7 @@ def _ranks(options: Options) -> tuple[int, ...]:
 # Step times.
 
 
-def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostModel, str, Measured | None]:
+def _cost(options: Options, flavour: str, rank: int, on_progress: OnProgress) -> tuple[CostModel, str, Measured | None]:
     """Return the step times and their name in the sidecar's configuration, "" for none.
 
     They come from the given file, one in the working directory, one that comes with the product, or the measurements.
@@ -85,19 +85,21 @@ def _cost(options: Options, flavour: str, rank: int, told: Told) -> tuple[CostMo
     try:
         find_cost(model, gpu, engine)
     except NoCostTable as error:
-        cost, measured = _measured(model, gpu, engine, rank, str(error), told)
+        cost, measured = _measured(model, gpu, engine, rank, str(error), on_progress)
         return cost, "", measured
     return cost_of(options, flavour, rank), f"{model}/{gpu}/{engine}", None
 
 
-def _measured(model: str, gpu: str, engine: str, rank: int, problem: str, told: Told) -> tuple[CostModel, Measured]:
+def _measured(
+    model: str, gpu: str, engine: str, rank: int, problem: str, on_progress: OnProgress
+) -> tuple[CostModel, Measured]:
     try:
         measured = Measured(model, gpu, engine)
     except Misused as error:
         if find_spec(PACKAGE) is None:
             raise Misused(Reason.CONFIG_INVALID, f"{problem} with --cost FILE; {error.message}") from error
         raise Misused(Reason.CONFIG_INVALID, f"{error.message}; --cost FILE takes one of your own") from error
-    return CostModel(measured_table(measured, told), lora_rank=rank), measured
+    return CostModel(measured_table(measured, on_progress), lora_rank=rank), measured
 
 
 # Shapes.
@@ -114,8 +116,8 @@ def _shape(cost: CostModel, model_config: Path | None, measured: Measured | None
         return _published_shape(model, measured.model_path)
     raise Misused(
         Reason.CONFIG_INVALID,
-        f"how large an adapter of {model} is cannot be told without its shape, and those of {', '.join(SHAPES)} are "
-        "known; give the model's config.json, or its folder, as --model-config",
+        f"the size of an adapter of {model} is unknown without its shape, and the known shapes are those of "
+        f"{', '.join(SHAPES)}; give the model's config.json, or its folder, as --model-config",
     )
 
 

@@ -57,19 +57,19 @@ def wrong(name: str, value: object, expected: str) -> Misused:
     return Misused(Reason.CONFIG_INVALID, f"{option(name)} {value}: expected {expected}")
 
 
-def check_ranges(said: Mapping[str, Any]) -> None:
+def check_ranges(given: Mapping[str, Any]) -> None:
     """Raise Misused for the first number out of its range; other options are skipped."""
     for name, (low, high, expected) in EXPECTED.items():
-        value = said.get(name)
+        value = given.get(name)
         values = value if isinstance(value, tuple) else (value,)
         if not all(each is None or low <= each <= high for each in values):
             raise wrong(name, ",".join(map(str, values)), expected)
 
 
-def check_together(said: Mapping[str, Any], one: str, others: Iterable[str], why: str) -> None:
+def check_together(given: Mapping[str, Any], one: str, others: Iterable[str], why: str) -> None:
     """Raise Misused if an option was given together with one that it excludes."""
     for other in others:
-        if said.get(one) is not None and said.get(other) is not None:
+        if given.get(one) is not None and given.get(other) is not None:
             raise Misused(Reason.CONFIG_INVALID, f"{option(one)} and {option(other)} exclude each other: {why}")
 
 
@@ -100,10 +100,10 @@ def names_listed(name: str, text: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def check_once(said: Mapping[str, Any], *names: str) -> None:
+def check_once(given: Mapping[str, Any], *names: str) -> None:
     """Raise Misused for a list with a duplicate."""
     for name in names:
-        values = said.get(name, ())
+        values = given.get(name, ())
         for place, value in enumerate(values):
             if value in values[:place]:
                 raise Misused(Reason.CONFIG_INVALID, f"{option(name)} names {value} twice; once is enough")

@@ -1,7 +1,7 @@
-"""The options of a simulation, checked alone and together.
+"""The options of a simulation, and the checks of each one and of their combinations.
 
-The defaults are those of SqueezeBits' measurements: Llama-3.1-8B on an A100, 64 adapters in rotation, 1,024 tokens in
-and out, 256 seats, 256 requests in flight; of what they varied, 8 slots, and of the product its own defaults.
+The defaults follow SqueezeBits' measurements: Llama-3.1-8B on an A100, 64 adapters in rotation, 1,024 tokens in and
+out, 256 seats, 256 requests in flight, and 8 slots (a value that they varied). The product has its own defaults.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from sidecar.lab.sim.setup import FLAVOURS, MODULES, Sidecar
 from sidecar.lab.sim.workloads import WORKLOADS
 
 BARE = "none"
-"""The order of the bare engine, with nothing in front of it."""
+"""The name by which `--order` means the bare engine, with no sidecar in front of it."""
 LORA_MODULES = (*MODULES, BARE)
 
 DRAWN = (
     "workload", "adapters", "input_tokens", "output_tokens", "input_cv", "output_cv", "skew", "drift", "tenants",
     "rate", "load", "arrival_cv",
 )  # fmt: skip
-"""Options that draw a load; a trace or a journal already is one."""
+"""Options that define a generated load; a trace or a journal takes its place."""
 OF_A_RUN = ("trace", "max_tokens", "seeds", "rank", "ranks", "lora_modules", *DRAWN)
-"""Options whose values a journal holds."""
+"""Options whose values come from the journal when one is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options as they are named on the command line. None is "not said".
+    """The options as they are named on the command line; None means "not given".
 
-    Raises Misused for what makes no sense, alone or together with another.
+    Raises Misused for an invalid value or an invalid combination.
     """
 
     workload: str | None = None
     trace: Path | None = None
     journal: Path | None = None
-    """Of a live run; whoever may read those makes the runs of it."""
+    """The journal of a live run; the command that reads it builds the runs."""
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_cv: float | None = None
@@ -78,8 +78,8 @@ class Options:
     patience: float | None = None
 
     def __post_init__(self) -> None:
-        check_ranges(self.said)
-        check_once(self.said, "compare", "seeds")
+        check_ranges(self.given)
+        check_once(self.given, "compare", "seeds")
         self._check_excluded()
         check_known("workload", self.workload, WORKLOADS)
         check_known("engine", self.engine, FLAVOURS)
@@ -88,26 +88,26 @@ class Options:
         self._check_ranks()
 
     @property
-    def said(self) -> dict[str, Any]:
-        """Return what was said."""
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def _check_excluded(self) -> None:
-        said = self.said
-        check_together(said, "trace", DRAWN, "a trace says what arrives when")
-        check_together(said, "journal", OF_A_RUN, "a journal says what arrived, and at what engines")
-        check_together(said, "in_flight", ("rate", "load"), "a closed loop sends when another has ended")
-        check_together(said, "rate", ("load",), "both say how fast requests arrive")
-        check_together(said, "cost", ("model", "gpu"), "the file says what was measured")
-        check_together(said, "order", ("compare",), "--compare takes several orders")
+        given = self.given
+        check_together(given, "trace", DRAWN, "a trace already defines the arrivals")
+        check_together(given, "journal", OF_A_RUN, "a journal already defines the arrivals and the engines")
+        check_together(given, "in_flight", ("rate", "load"), "a closed loop sends a request when another has ended")
+        check_together(given, "rate", ("load",), "both set the arrival rate")
+        check_together(given, "cost", ("model", "gpu"), "the file names its own model and GPU")
+        check_together(given, "order", ("compare",), "--compare takes several orders")
         if self.arrival_cv is not None and self.rate is None and self.load is None:
-            raise Misused(Reason.CONFIG_INVALID, "--arrival-cv wants --rate or --load: a closed loop has no gaps")
+            raise Misused(Reason.CONFIG_INVALID, "--arrival-cv needs --rate or --load: a closed loop has no gaps")
         if self.tenants is not None and not sum(self.tenants):
-            raise Misused(Reason.CONFIG_INVALID, "--tenants wants a weight above 0, or nobody sends anything")
+            raise Misused(Reason.CONFIG_INVALID, "--tenants needs a weight above 0, or no tenant sends requests")
 
     def _check_policies(self) -> None:
-        """Raise Misused for a policy that is not there. One by class is imported here and now."""
+        """Raise Misused for an unknown policy. A policy given as a class is imported here."""
         for name in self.orders:
             if name != BARE and ":" not in name:
                 check_known("order" if self.compare is None else "compare", name, [BARE, *sorted(known("ordering"))])
@@ -126,5 +126,5 @@ class Options:
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """Return the orders to run; "none" is the bare engine."""
+        """The orders to run; "none" is the bare engine."""
         return self.compare or (self.order or Sidecar.ordering,)

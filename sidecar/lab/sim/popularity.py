@@ -1,7 +1,7 @@
-"""How often each adapter is asked for, and in what order.
+"""Distributions of requests over adapters, and the order in which adapters are requested.
 
-Shares come as a list whose place is the adapter's number, with the sum 1. "Alpha" says nothing without its generator:
-1 is the classic law of Zipf here, and the uniform distribution in numpy's power.
+Shares are a list indexed by the adapter's number, with the sum 1. The meaning of an exponent depends on its generator:
+1 is the classic law of Zipf in `zipf`, and the uniform distribution in `power`.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from random import Random
 
 
 def nobody(adapters: int, skew: float | None) -> list[float]:
-    """No adapters at all."""
+    """Return no shares: a load without adapters."""
     return []
 
 
 def uniform(adapters: int, skew: float | None) -> list[float]:
-    """All alike."""
+    """Return equal shares."""
     return [1 / adapters] * adapters
 
 
 def zipf(adapters: int, skew: float | None) -> list[float]:
-    """True Zipf: p_i proportional to 1 / (i + 1)^a; a is 1 unless said otherwise."""
+    """Return the shares of Zipf's law: p_i proportional to 1 / (i + 1)^a, where a is the skew or 1."""
     exponent = 1.0 if skew is None else skew
     return normal([(number + 1) ** -exponent for number in range(adapters)])
 
 
 def power(adapters: int, skew: float | None) -> list[float]:
-    """numpy's power distribution, as in S-LoRA's generator: floor(N · U^(1/a)), so p_i = ((i+1)/N)^a - (i/N)^a.
+    """Return the shares of numpy's power distribution: floor(N · U^(1/a)), so p_i = ((i+1)/N)^a - (i/N)^a.
 
-    a = 1 is uniform, not Zipf's 1, and a smaller a is more skewed: low numbers are hot. 0.3 unless said otherwise.
+    S-LoRA's generator uses it. a is the skew or 0.3. a = 1 is uniform (unlike Zipf's 1), and a smaller a is more
+    skewed: low numbers are hot.
     """
     exponent = 0.3 if skew is None else skew
     edges = [(number / adapters) ** exponent for number in range(adapters + 1)]
@@ -40,13 +41,13 @@ def power(adapters: int, skew: float | None) -> list[float]:
 
 
 def two_hot(adapters: int, skew: float | None) -> list[float]:
-    """Two take 45 % each, the others share a tenth: .45, .45 and six times .0167 of eight."""
+    """Return 45 % for each of two adapters and equal parts of a tenth for the others (.0167 each of six)."""
     hot, others = min(2, adapters), max(0, adapters - 2)
     return normal([0.45] * hot + [0.1 / others for _ in range(others)])
 
 
 def normal(weights: Sequence[float]) -> list[float]:
-    """Return the weights in proportion, with the sum 1."""
+    """Return the weights scaled to the sum 1."""
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
@@ -64,12 +65,12 @@ def in_turn(shares: Sequence[float], random: Random) -> Iterator[int]:
 
 
 def only_one(shares: Sequence[float], random: Random) -> Iterator[int]:
-    """Yield 0 for ever: there is nothing to choose from."""
+    """Yield 0 without end, for a load without a choice of adapters."""
     return repeat(0)
 
 
 def drifting(numbers: Iterator[int], adapters: int, every: int, random: Random) -> Iterator[int]:
-    """Yield the numbers renamed; after each `every` of them a tenth of the names swap in random pairs, at least one."""
+    """Yield the numbers renamed; after each `every` of them, a tenth of the names (at least 1 pair) swap at random."""
     renamed = list(range(adapters))
     for position, number in enumerate(numbers):
         if position and position % every == 0:

@@ -1,4 +1,4 @@
-"""The product before the engines: the core as it runs in production, its effects carried out in virtual time."""
+"""Simulate the product in front of the engines: the production core, with its effects carried out in virtual time."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sidecar.lab.sim.workloads import Arrival
 from sidecar.lab.sim.world import World
 
 LOADS_FROM = 1 << 40
-"""Engine ids from here on are Loads; below are requests. An id at an engine is (request, attempt) in one number."""
+"""Request ids at an engine: from this number on they are Loads; below, request · ATTEMPTS + attempt."""
 ATTEMPTS = 64
 PROGRESS_NS = 1_000_000_000
 PROBE_NS = 100_000_000
 DISK_NS = 20_000_000
-"""How long the disk tier takes to write or to read an adapter."""
+"""Time of the disk tier to write or to read an adapter."""
 
 
 class Product:
-    """A core, its store and its clients' arrivals."""
+    """Drives a core: gives it events from clients and engines, and carries out its effects."""
 
     def __init__(self, world: World, sidecar: Sidecar) -> None:
         self.world = world
@@ -37,24 +37,24 @@ class Product:
         config = sidecar.core_config()
         self.core = Core(config, policies_of(config))
         self.steps_ns = 0
-        """Time spent in the core, by the machine's clock."""
+        """Real time spent in the core."""
         self._arrivals: dict[int, Arrival] = {}
         self._registered: dict[str, None] = {}
         self._engine_rows: dict[str, tuple[Row, ...]] = {}
         self._names: dict[str, str] = {}
         self._rows_of = cache(world.setup.engine.adapter_rows)
         self._engine_rows_of = cache(lambda rank: engine_rows(self._rows_of(rank)))
-        self._told: dict[str, dict[int, int]] = {}
-        """What each engine that is watched had generated, by engine id, when the core was last told."""
+        self._reported: dict[str, dict[int, int]] = {}
+        """Tokens generated when progress was last reported, by backend and request id at the engine."""
         self._wake_ns: int | None = None
         self._events: deque[ev.Event] = deque()
-        """What the core has yet to be given, and first what it is given now."""
+        """Events to be given to the core; the first is being handled."""
         facts = world.setup.engine.facts()
         for backend in world.setup.backends:
             self.feed(ev.BackendAdded(backend, facts))
             self.feed(ev.BackendUp(backend, facts))
 
-    # What happens to it.
+    # Events.
 
     def arrive(self, request_id: int, arrival: Arrival) -> None:
         if arrival.adapter and arrival.adapter not in self._registered:
@@ -88,9 +88,9 @@ class Product:
             self._failed(failure.request_id, classify(failure.text), failure.text, failure.cancelled)
 
     def feed(self, event: ev.Event) -> None:
-        """Give the core an event and carry out what it wants.
+        """Give the core an event and carry out its effects.
 
-        What is fed meanwhile, such as the next request of a client that has just been answered, has its turn after it.
+        Events fed meanwhile, such as the next request of a client that has just been answered, are handled afterwards.
         """
         self._events.append(event)
         if len(self._events) > 1:
@@ -101,7 +101,7 @@ class Product:
             self._events.popleft()
 
     def step(self, event: ev.Event) -> list[do.Effect]:
-        """Give the core an event and return what it wants."""
+        """Give the core an event and return its effects."""
         began_ns = perf_counter_ns()
         effects = self.core.step(event, self.world.now_ns)
         self.steps_ns += perf_counter_ns() - began_ns
@@ -127,10 +127,10 @@ class Product:
         else:
             self.feed(ev.RunFailed(request_id, attempt, fault, text))
 
-    # What it does.
+    # Effects.
 
     def carry_out(self, effect: do.Effect) -> None:
-        """Do what an effect says. Raises AssertionError for one that the simulator does not know."""
+        """Carry out an effect. Raises AssertionError for an unknown one."""
         match effect:
             case do.WakeAt():
                 self._wake(effect)
@@ -149,13 +149,13 @@ class Product:
             case do.Probe():
                 self._probe(effect)
             case do.Drop() | do.DropDisk():
-                pass  # nothing is held here: the core itself counts the bytes of both tiers
+                pass  # no bytes are held here: the core counts those of both tiers
             case do.RegisterRegions():
-                pass  # emulated engines share no memory with anybody
+                pass  # emulated engines share no memory
             case do.Heal() | do.Quarantine():
                 pass  # notes for observers
             case do.Answer():
-                pass  # operators' questions are asked for what they change, and nobody waits for the reply
+                pass  # operators' requests are made for their changes, and nothing waits for the reply
             case _:
                 assert_never(effect)
 
@@ -173,13 +173,13 @@ class Product:
         self.world.after(self.sidecar.hop_ns, lambda: self._submit(effect.backend, request))
 
     def _watch(self, backend: str) -> None:
-        """Tell the core of an engine's progress now and then, while it runs something."""
-        if backend not in self._told:
-            self._told[backend] = {}
+        """Report an engine's progress to the core every `PROGRESS_NS` while it runs something."""
+        if backend not in self._reported:
+            self._reported[backend] = {}
             self.world.after(PROGRESS_NS, lambda: self._progress(backend))
 
     def _progress(self, backend: str) -> None:
-        before, now = self._told.pop(backend), self.world.engines[backend].progress()
+        before, now = self._reported.pop(backend), self.world.engines[backend].progress()
         if not now:
             return
         tokens = {
@@ -187,7 +187,7 @@ class Product:
             for engine_id, count in now.items()
             if engine_id < LOADS_FROM and count > before.get(engine_id, 0)
         }
-        self._told[backend] = now
+        self._reported[backend] = now
         self.world.after(PROGRESS_NS, lambda: self._progress(backend))
         if tokens:
             self.feed(ev.Progress(backend, tokens))
@@ -213,13 +213,13 @@ class Product:
 
     def _cancel(self, effect: do.CancelRun) -> None:
         engine_id = effect.request * ATTEMPTS + effect.attempt
-        self.world.after(self.sidecar.hop_ns, lambda: self._cancel_at(effect.backend, engine_id))
+        self.world.after(self.sidecar.hop_ns, lambda: self._send_cancel(effect.backend, engine_id))
 
-    def _cancel_at(self, backend: str, engine_id: int) -> None:
+    def _send_cancel(self, backend: str, engine_id: int) -> None:
         self.world.engines[backend].cancel(engine_id, self.world.now_ns)
 
     def _probe(self, effect: do.Probe) -> None:
-        """An engine that steps, however slowly, says so."""
+        """Answer that the engine is alive: an emulated engine always steps, however slowly."""
         self.world.after(PROBE_NS, lambda: self.feed(ev.BackendProbed(effect.backend, True)))
 
     def _settle(self, effect: do.Settle) -> None:

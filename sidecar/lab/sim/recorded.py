@@ -1,8 +1,8 @@
-"""Engines as a live run knew them: sizes and geometry from their facts, times from a cost file.
+"""Rebuild the engines of a live run: sizes and geometry from their recorded facts, times from a cost file.
 
-Where the facts say what the engine was built with, the emulated engine has the same pages and the adapters are those
-of the run. Where they don't, or where the engine is to be of another kind, an engine of the cost file's model stands
-in for it, and so many slots.
+If the facts contain the engine's geometry, the emulated engine has the same pages and serves the run's adapters. If
+they don't, or if an engine of another kind is requested, an engine of the cost file's model takes its place, with a
+number of slots.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.sim.setup import FLAVOURS, KV_UNLIMITED_TOKENS, EngineSetup
 from sidecar.pace.cost import CostModel
 
-"""Flavours to which an adapter is one, whatever its rank: facts in pages say nothing of them."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedEngine(EngineSetup):
-    """An engine whose facts are known and complete; `slots` is for how many of the run's adapters they make room."""
+    """An engine whose facts are complete; `slots` is the number of the run's adapters that fit its pages."""
 
     known: EngineFacts
     built_for: ModelShape
@@ -58,7 +56,7 @@ class RecordedEngine(EngineSetup):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is said of an engine's size; None leaves what its facts say."""
+    """Requested sizes of an engine; None keeps the recorded value."""
 
     seats: int | None = None
     slots: int | None = None
@@ -68,7 +66,7 @@ class Sizes:
 def recorded_engine(
     facts: EngineFacts, adapters: Mapping[str, Adapter], cost: CostModel, flavour: str, sizes: Sizes
 ) -> tuple[EngineSetup, bool]:
-    """Return an engine of a live run, and whether it is built as that was. Raises Misused for a size nobody knows."""
+    """Return an engine of a live run, and True if it has the recorded geometry. Raises Misused for an unknown size."""
     shape = shape_of(facts)
     if shape is None or FLAVOURS[flavour].counts_adapters:
         return _stand_in(facts, adapters, cost, flavour, sizes), False
@@ -91,7 +89,7 @@ def recorded_engine(
 
 
 def shape_of(facts: EngineFacts) -> ModelShape | None:
-    """Return the known model whose modules and layers an engine's facts have; None where there is none."""
+    """Return the known model with the modules and layers of an engine's facts, or None."""
     if not facts.modules or not facts.layers:
         return None
     for shape in SHAPES.values():
@@ -125,7 +123,7 @@ def _engine(
 
 
 def _kv_tokens(facts: EngineFacts, cost: CostModel, device_pages: int) -> int:
-    """Return what a cost file leaves beside the pages."""
+    """Return the tokens of keys and values that the cost file's memory holds beside the adapter pages."""
     page = facts.page
     page_bytes = page.width * page.slots * DTYPE_BYTES[facts.layout.dtype] if page else 0
     return max(1, min(KV_UNLIMITED_TOKENS, cost.kv_tokens(device_pages * page_bytes)))

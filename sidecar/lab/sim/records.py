@@ -1,6 +1,6 @@
-"""What happened in a run: every request followed from its arrival to its one ending, and counted.
+"""Record a run: follow every request from its arrival to its ending, and count.
 
-Only what is open is kept as objects; of what has ended two numbers stay, so a million requests take some megabytes.
+Only open requests are objects. Two numbers are kept of each ended one, so a million requests take a few megabytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ INTERVAL_NS = 100_000_000
 
 
 class Series:
-    """Counts of what happened, and the mean of what was the case, by interval since the first thing noted.
+    """Counts of events and means of levels, for each interval since the first entry.
 
-    There are at most so many intervals. When time passes the last one, neighbours are added up in pairs and the
-    interval doubles, so that the series always covers the whole run in bounded memory.
+    The number of intervals is limited. When time passes the last one, neighbours are added up in pairs and the interval
+    doubles, so that the series always covers the whole run in bounded memory.
     """
 
     def __init__(self, interval_ns: int = INTERVAL_NS, buckets_max: int = BUCKETS_MAX) -> None:
@@ -33,17 +33,17 @@ class Series:
         self._buckets_max = buckets_max
         self._counts: dict[str, list[int]] = {}
         self._areas: dict[str, list[int]] = {}
-        """The integral of each level over each interval: one thing for one ns is 1."""
+        """The integral of each level over each interval, in units of ns."""
         self._levels: dict[str, tuple[int, int]] = {}
-        """Each level's value, and until when its integral is up to date."""
+        """Each level's value, and the time up to which it has been integrated."""
 
     def add(self, kind: str, now_ns: int, amount: int = 1) -> None:
-        """Count something that happens now."""
+        """Count an event that happens now."""
         bucket = self._bucket(now_ns)
         self._put(self._counts.setdefault(kind, []), bucket, amount)
 
     def change(self, level: str, now_ns: int, by: int) -> None:
-        """Note that from now on there are so many more, or fewer."""
+        """Change a level from now on."""
         self._bucket(now_ns)
         value, since_ns = self._levels.get(level, (0, now_ns))
         if value:
@@ -51,18 +51,18 @@ class Series:
         self._levels[level] = (value + by, now_ns)
 
     def counts(self, kind: str) -> list[int]:
-        """Return how many there were in each interval; the last one may be cut short by the end of the run."""
+        """Return the count of each interval; the last interval may be cut short by the end of the run."""
         return list(self._counts.get(kind, ()))
 
     def means(self, level: str, ended_ns: int) -> list[float]:
-        """Return the mean level in each interval up to the end of the run."""
+        """Return the mean level of each interval up to the end of the run."""
         areas = self._areas.get(level, [])
         begins_ns = range(self.begin_ns, ended_ns, self.interval_ns)
         spans_ns = [min(self.interval_ns, ended_ns - begin_ns) for begin_ns in begins_ns]
         return [area / span_ns for area, span_ns in zip_longest(areas[: len(spans_ns)], spans_ns, fillvalue=0)]
 
     def _bucket(self, now_ns: int) -> int:
-        """Return the interval of a time, after doubling until there is one."""
+        """Return the index of a time's interval, after doubling the intervals as often as needed."""
         self.begin_ns = self.begin_ns or now_ns
         while (now_ns - self.begin_ns) // self.interval_ns >= self._buckets_max:
             self.interval_ns *= 2
@@ -98,15 +98,15 @@ class Open:
 
 @dataclass
 class Tenants:
-    """What each tenant was given, by who was backlogged: an input token counts 1, an output token 2.
+    """The service of each tenant while several were backlogged: an input token counts 1, an output token 2.
 
-    A tenant is backlogged while `BACKLOGGED` of its requests wait. One that asks for less than its share has some
-    waiting now and then too, for a slot or a seat, and is not kept short of anything.
+    A tenant is backlogged while at least `BACKLOGGED` of its requests wait. A tenant that uses less than its share also
+    has some waiting at times, for a slot or a seat, without getting too little.
     """
 
     waiting: dict[str, int] = field(default_factory=dict)
     served: dict[tuple[str, ...], dict[str, int]] = field(default_factory=dict)
-    """For each group that was backlogged at one time, what each of it was given then."""
+    """For each group of tenants that were backlogged together, the service of each during that time."""
     _backlogged: tuple[str, ...] = ()
 
     def waits(self, tenant: str) -> None:
@@ -126,7 +126,7 @@ class Tenants:
             self._backlogged = tuple(tenant for tenant in self._backlogged if tenant != arrival.tenant)
 
     def shares(self) -> list[int]:
-        """Return what each was given of the group of two or more that was given most; [] where there was none."""
+        """Return the service of each tenant in the most-served group of two or more; [] if there is none."""
         groups = [list(given.values()) for given in self.served.values() if len(given) > 1]
         return max(groups, key=sum, default=[])
 
@@ -148,7 +148,7 @@ class Held:
     running: int
     since_ns: int
     kept: bool
-    """Whether its stay will be among the tenures."""
+    """True if its stay will be kept as a tenure."""
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Recorder:
     """Counts and series of one run. Waits are from arrival to the first token, in seconds."""
 
     tenures_max: int = 20_000
-    """The first so many stays are kept, in the order of their ends."""
+    """The maximum number of stays kept: the first to begin, in the order of their ends."""
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("offered", "answered", "failed", "refused", "expired", "cancelled", "doubled"), 0
@@ -165,30 +165,30 @@ class Recorder:
     loads: int = 0
     """Loads that the sidecar issued."""
     fetches: dict[str, int] = field(default_factory=dict)
-    """How often each adapter was fetched, by name."""
+    """Fetches of each adapter, by name."""
     adapters: dict[str, int] = field(default_factory=dict)
-    """A number for each adapter that was asked for."""
+    """A number for each requested adapter."""
     waits_s: array[float] = field(default_factory=lambda: array("d"))
     waited_for: array[int] = field(default_factory=lambda: array("l"))
-    """The number of the adapter that each of `waits_s` is of."""
+    """The adapter's number for each of `waits_s`."""
     asked_for: array[int] = field(default_factory=lambda: array("l"))
-    """The number of the adapter of each arrival, in order."""
+    """The adapter's number for each arrival, in order."""
     loaded_in_order: array[int] = field(default_factory=lambda: array("l"))
-    """The number of the adapter of each Load: what the store had to hold, one after the other."""
+    """The adapter's number for each Load, in order: the accesses of the store."""
     input_tokens: int = 0
     output_asked: int = 0
-    """Output tokens of all that arrived."""
+    """Output tokens of all arrivals."""
     reserved_tokens: int = 0
     output_tokens: int = 0
-    """Those that were answered."""
+    """Output tokens of answered requests."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Packed bytes of each adapter, by name."""
     retry_after_s: dict[str, float] = field(default_factory=dict)
-    """The least and the most that refused clients were told to wait."""
+    """The least ("least") and the greatest ("most") Retry-After of refused requests."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Why requests ended other than answered, and how many."""
     messages: dict[str, str] = field(default_factory=dict)
-    """What the first of each reason was told."""
+    """The message of the first request that ended for each reason."""
     openings: int = 0
     tenures: list[Tenure] = field(default_factory=list)
     tenants: Tenants = field(default_factory=Tenants)
@@ -203,7 +203,7 @@ class Recorder:
     began_ns: int = 0
     ended_ns: int = 0
     series: Series = field(default_factory=Series)
-    """Arrivals and endings by their names in `counts`, and the levels `waiting` and `running`, over time."""
+    """Over time: arrivals and endings by their names in `counts`, and the levels `waiting` and `running`."""
     _open: dict[int, Open] = field(default_factory=dict)
     _held: dict[tuple[str, str], Held] = field(default_factory=dict)
 
@@ -225,7 +225,7 @@ class Recorder:
             request.backend, request.dispatched_ns = backend, now_ns
 
     def started(self, request_id: int, now_ns: int) -> None:
-        """Note a request's first token; one of a second run is a doubled answer."""
+        """Record a request's first token; a second one counts as a doubled answer."""
         request = self._open.get(request_id)
         if request is None:
             return
@@ -233,29 +233,29 @@ class Recorder:
             self.counts["doubled"] += 1
             return
         request.started_ns = now_ns
-        self._wait_is_over(request, now_ns)
+        self._end_wait(request, now_ns)
         self.waits_s.append((now_ns - request.arrived_ns) / SECOND_NS)
         self.waited_for.append(self.adapters[request.arrival.adapter])
         self.series.change("running", now_ns, 1)
         self._take_slot(request, now_ns)
 
     def answered(self, request_id: int, output_tokens: int, now_ns: int) -> None:
-        """Note an answer that a bare engine gave."""
-        self._ends(request_id, "answered", now_ns)
+        """Record an answer of a bare engine."""
+        self._end(request_id, "answered", now_ns)
         self.output_tokens += output_tokens
 
     def failed(self, request_id: int, now_ns: int) -> None:
-        """Note a failure of a bare engine."""
-        self._ends(request_id, "failed", now_ns)
+        """Record a failure of a bare engine."""
+        self._end(request_id, "failed", now_ns)
 
     def settled(self, effect: Settle, now_ns: int) -> None:
-        """Note the ending that the core gave."""
-        request = self._ends(effect.request, _COUNTED[effect.outcome], now_ns)
+        """Record the core's ending of a request."""
+        request = self._end(effect.request, _COUNTED[effect.outcome], now_ns)
         if effect.reason is not None:
             self.reasons[effect.reason.value] = self.reasons.get(effect.reason.value, 0) + 1
             self.messages.setdefault(effect.reason.value, effect.message)
         if effect.retry_after_ns is not None:
-            self._told_to_wait(effect.retry_after_ns / SECOND_NS)
+            self._note_retry_after(effect.retry_after_ns / SECOND_NS)
         if request is None or effect.outcome is Outcome.REFUSED:
             return
         if effect.outcome is Outcome.OK:
@@ -272,13 +272,13 @@ class Recorder:
 
     @property
     def unfinished(self) -> list[int]:
-        """Requests that have had no ending."""
+        """The ids of the requests without an ending."""
         return list(self._open)
 
-    def _told_to_wait(self, seconds: float) -> None:
-        told = self.retry_after_s
-        told["least"] = min(seconds, told.get("least", seconds))
-        told["most"] = max(seconds, told.get("most", seconds))
+    def _note_retry_after(self, seconds: float) -> None:
+        limits = self.retry_after_s
+        limits["least"] = min(seconds, limits.get("least", seconds))
+        limits["most"] = max(seconds, limits.get("most", seconds))
 
     def _check_bound(self, effect: Settle, request: Open) -> None:
         if effect.voided:
@@ -293,7 +293,7 @@ class Recorder:
         if wait_s > bound_s:
             self.over_bound.append((effect.request, wait_s, bound_s))
 
-    def _ends(self, request_id: int, how: str, now_ns: int) -> Open | None:
+    def _end(self, request_id: int, how: str, now_ns: int) -> Open | None:
         request = self._open.pop(request_id, None)
         if request is None:
             self.counts["doubled"] += 1
@@ -305,10 +305,10 @@ class Recorder:
             self.series.change("running", now_ns, -1)
             self._give_slot_back(request, now_ns)
         else:
-            self._wait_is_over(request, now_ns)
+            self._end_wait(request, now_ns)
         return request
 
-    def _wait_is_over(self, request: Open, now_ns: int) -> None:
+    def _end_wait(self, request: Open, now_ns: int) -> None:
         arrival = request.arrival
         self.series.change("waiting", now_ns, -1)
         if request.started_ns:
@@ -317,24 +317,24 @@ class Recorder:
             self.tenants.leaves(arrival)
 
     def _take_slot(self, request: Open, now_ns: int) -> None:
-        place = (request.backend, request.arrival.adapter)
-        held = self._held.get(place)
+        key = (request.backend, request.arrival.adapter)
+        held = self._held.get(key)
         if held is None:
-            self._held[place] = Held(1, now_ns, self.openings < self.tenures_max)
+            self._held[key] = Held(1, now_ns, self.openings < self.tenures_max)
             self.openings += 1
         else:
             held.running += 1
 
     def _give_slot_back(self, request: Open, now_ns: int) -> None:
-        place = (request.backend, request.arrival.adapter)
-        held = self._held.get(place)
+        key = (request.backend, request.arrival.adapter)
+        held = self._held.get(key)
         if held is None:
             return
         held.running -= 1
         if not held.running:
-            del self._held[place]
-            if held.kept and place[1]:
-                self.tenures.append(Tenure(*place, held.since_ns, now_ns))
+            del self._held[key]
+            if held.kept and key[1]:
+                self.tenures.append(Tenure(*key, held.since_ns, now_ns))
 
 
 _COUNTED = {

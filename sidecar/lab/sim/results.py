@@ -1,4 +1,4 @@
-"""The figures of one run, bounds first, as the JSON that scripts read."""
+"""Compute the figures of one run and its bounds, as a JSON object."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Key = TypeVar("Key", int, str)
 
 PERCENTS = {"p50": 50.0, "p99": 99.0, "max": 100.0}
 HOT = 2.0
-"""An adapter is hot that gets so many times the mean share of the requests."""
+"""An adapter is hot if it gets at least this multiple of the mean share of the requests."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What engines and core say at the end of a run."""
+    """Counters of the engines and the core at the end of a run."""
 
     iterations: int
     device_loads: int
     core_ns: int
     store_bytes: int
     wall_s: float = 0.0
-    """How long the simulation took, by the machine's clock."""
+    """Real time that the simulation took."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run. Throughput is output tokens answered over the time from the first arrival to the last ending."""
+    """The result of one run. Throughput is answered output tokens over the time from first arrival to last ending."""
 
     setup: Setup
     workload: Workload
@@ -53,7 +53,7 @@ class Result:
         return self.recorder.output_tokens / self.seconds
 
     def waits_s(self) -> dict[str, list[float]]:
-        """Return the waits to the first token in rising order: of all, of hot and of cold adapters."""
+        """Return the sorted waits for the first token: of all adapters, of hot ones and of cold ones."""
         hot = hot_of(self.recorder.asked_for)
         waits: dict[str, list[float]] = {"all": sorted(self.recorder.waits_s), "hot": [], "cold": []}
         for wait_s, adapter in zip(self.recorder.waits_s, self.recorder.waited_for, strict=True):
@@ -97,7 +97,7 @@ class Result:
         }
 
     def described(self) -> dict[str, Any]:
-        """Return what was simulated, as it was named; what stands before a bare engine is null."""
+        """Return the options of the simulation; those of the sidecar are None for a bare engine."""
         setup, engine, sidecar = self.setup, self.setup.engine, self.setup.sidecar
         return {
             "model": engine.cost.table.model,
@@ -118,7 +118,7 @@ class Result:
         }
 
     def bounds(self) -> dict[str, float]:
-        """Return what is reachable at most by the closed forms, with the step times that the run had."""
+        """Return the upper bounds of throughput by the closed forms, with the step times of the run."""
         times, lengths = step_times(self.setup, len(self.workload.adapters)), self.lengths()
         engines = engines_of(self.setup)
         in_flight = math.inf if self.workload.open_loop else float(self.setup.in_flight)
@@ -133,9 +133,9 @@ class Result:
         return Lengths(recorder.input_tokens / count, recorder.output_asked / count, recorder.reserved_tokens / count)
 
     def store(self) -> dict[str, float]:
-        """Return what the misses cost, in seconds of fetching, and the least that any cache of the size would pay.
+        """Return the cost of the store's misses in seconds of fetching, and the lower bound for a cache of its size.
 
-        The store is asked for an adapter when one is loaded: requests that ride on a resident one need it no more.
+        Only a Load accesses the store: a request for a resident adapter does not.
         """
         sidecar = self.setup.sidecar
         if sidecar is None or not self.workload.adapters:
@@ -146,7 +146,7 @@ class Result:
         return {"miss_cost": paid, "bound": self._least(sizes, cost_s), "bytes": self.counted.store_bytes}
 
     def _least(self, sizes: dict[str, int], cost_s: dict[str, float]) -> float:
-        """Return the bound; where everything fits it is each adapter's first fetch."""
+        """Return the lower bound; if everything fits, it is one fetch of each adapter."""
         if sum(sizes.values()) <= self.counted.store_bytes:
             return sum(cost_s.values())
         names = {number: name for name, number in self.recorder.adapters.items()}
@@ -156,7 +156,7 @@ class Result:
 
 
 def step_times(setup: Setup, adapters: int) -> StepTimes:
-    """Return an engine's pace with its slots full of adapters, as the bounds take it."""
+    """Return the step times, for the bounds, of an engine whose slots are all in use."""
     engine, slots = setup.engine, min(setup.engine.slots, adapters)
     return StepTimes(
         lambda batch, context: engine.step_ms(batch, context, slots), lambda tokens: engine.prefill_ms(tokens, slots)
@@ -164,13 +164,13 @@ def step_times(setup: Setup, adapters: int) -> StepTimes:
 
 
 def engines_of(setup: Setup) -> Engines:
-    """Return the pool as the bounds take it."""
+    """Return the sizes of the pool for the bounds."""
     engine = setup.engine
     return Engines(engine.seats, engine.slots, engine.kv_tokens, setup.engines)
 
 
 def hot_of(asked_for: Sequence[Key]) -> dict[Key, None]:
-    """Return the adapters that are asked for much more than the usual, from those of all arrivals."""
+    """Return the hot adapters, given the adapter of each arrival."""
     counts: dict[Key, int] = {}
     for adapter in asked_for:
         counts[adapter] = counts.get(adapter, 0) + 1
@@ -179,7 +179,7 @@ def hot_of(asked_for: Sequence[Key]) -> dict[Key, None]:
 
 
 def percentiles(waits_s: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float | None]]:
-    """Return what sums up waits of several classes, each in rising order; None for a class without any."""
+    """Return `PERCENTS` of the sorted waits of several classes; None for a class without waits."""
     return {
         name: {key: percentile(values, percent) if values else None for key, percent in PERCENTS.items()}
         for name, values in waits_s.items()

@@ -1,4 +1,4 @@
-"""From the options of a simulation to what is simulated: a pool, a load, and a run for each order and seed."""
+"""Build the runs of a simulation from its options: a pool, a load, and one run for each order and seed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ IN_FLIGHT = 256
 FOR_EVER = ClassLimit(queue_wait_ns_max=1_000_000_000 * SECOND_NS)
 
 
-def said(**values: Any) -> dict[str, Any]:
-    """Return what is not None."""
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One simulation to be made. `notes` say what its options came to."""
+    """One simulation to run. `notes` are sentences for the user on values derived from the options."""
 
     label: str
     setup: Setup
@@ -41,21 +41,21 @@ class Run:
 
 
 def runs_of(options: Options) -> Iterator[Run]:
-    """Yield a run for each seed and order, all orders of a seed on the same arrivals. Raises Misused."""
+    """Yield a run for each seed and order; all orders of a seed get the same arrivals. Raises Misused."""
     engine, notes = engine_of(options)
     pool = Setup(engine=engine, engines=options.backends or 1, in_flight=options.in_flight or IN_FLIGHT)
     for seed in options.seeds or (LoadParameters.seed,):
-        load, told = load_of(options, pool, seed)
+        load, load_notes = load_of(options, pool, seed)
         for order in options.orders:
             setup = replace(pool, sidecar=sidecar_of(options, order, load.open_loop))
-            yield Run(order, setup, load, notes + told)
+            yield Run(order, setup, load, notes + load_notes)
 
 
 # Engines.
 
 
 def engine_of(options: Options) -> tuple[EngineSetup, tuple[str, ...]]:
-    """Return an engine of the pool, and what is to be told of it. Raises Misused for one that cannot be."""
+    """Return the engine of the pool, and notes on it. Raises Misused for an impossible one."""
     slots = options.slots or EngineSetup.slots
     rank = options.rank or max(options.ranks or (EngineSetup.rank,))
     engine = EngineSetup(
@@ -63,20 +63,20 @@ def engine_of(options: Options) -> tuple[EngineSetup, tuple[str, ...]]:
         slots=slots,
         host_slots=options.host_slots or max(EngineSetup.host_slots, slots),
         rank=rank,
-        **said(flavour=options.engine, seats=options.seats, modules=MODULES.get(options.lora_modules or "")),
+        **given(flavour=options.engine, seats=options.seats, modules=MODULES.get(options.lora_modules or "")),
     )
     if engine.host_slots < slots:
         raise Misused(
             Reason.CONFIG_INVALID,
-            f"--host-slots {engine.host_slots} is less than --slots {slots}: what is on the GPU is in the host cache "
+            f"--host-slots {engine.host_slots} is less than --slots {slots}: adapters on the GPU are in the host cache "
             "too",
         )
     _check_room(engine, options)
-    return engine, shape_told(engine)
+    return engine, shape_notes(engine)
 
 
 def cost_of(options: Options, flavour: str, rank: int) -> CostModel:
-    """Return how long steps take: from a file, or for the model and GPU in the flavour's engine. Raises Misused."""
+    """Return the step times from a file, or those of the model and GPU with the flavour's engine. Raises Misused."""
     try:
         path = options.cost or find_cost(options.model or MODEL, options.gpu or GPU, FLAVOURS[flavour].engine)
         cost = CostModel.from_file(path, lora_rank=rank)
@@ -88,7 +88,7 @@ def cost_of(options: Options, flavour: str, rank: int) -> CostModel:
 
 
 def _without_adapters(cost: CostModel) -> CostModel:
-    """Return the same step times with adapters that cost a step nothing."""
+    """Return the same step times with adapters that add nothing to a step."""
     lora = cost.table.lora
     nothing = tuple((0.0,) * len(row) for row in lora.loss)
     table = replace(cost.table, lora=replace(lora, loss=nothing, loss_from_2_to_64=0.0))
@@ -96,11 +96,11 @@ def _without_adapters(cost: CostModel) -> CostModel:
 
 
 def _check_room(engine: EngineSetup, options: Options) -> None:
-    """Raise Misused where requests as they are drawn fit no engine at all."""
+    """Raise Misused if a mean request of the generated load does not fit an engine."""
     output_tokens = options.max_tokens or options.output_tokens or LoadParameters.output_tokens
     tokens = (options.input_tokens or LoadParameters.input_tokens) + output_tokens
     if options.trace is not None:
-        tokens = 1  # whichever of its requests do not fit fail one by one
+        tokens = 1  # its requests that do not fit fail individually
     if tokens > engine.kv_tokens:
         raise Misused(
             Reason.CONFIG_INVALID,
@@ -115,8 +115,8 @@ def _check_room(engine: EngineSetup, options: Options) -> None:
         )
 
 
-def shape_told(engine: EngineSetup) -> tuple[str, ...]:
-    """Return what is to be told where the sizes of adapters are another model's."""
+def shape_notes(engine: EngineSetup) -> tuple[str, ...]:
+    """Return a note if the sizes of adapters are those of another model."""
     model = engine.cost.table.model
     if model in SHAPES:
         return ()
@@ -127,7 +127,7 @@ def shape_told(engine: EngineSetup) -> tuple[str, ...]:
 
 
 def load_of(options: Options, pool: Setup, seed: int) -> tuple[Workload, tuple[str, ...]]:
-    """Return what arrives, and what is to be told of it. Raises Misused."""
+    """Return the load, and notes on it. Raises Misused."""
     ranks = options.ranks or (pool.engine.rank,)
     if options.trace is None:
         return _drawn(options, pool, seed, ranks)
@@ -146,7 +146,7 @@ def _drawn(options: Options, pool: Setup, seed: int, ranks: tuple[int, ...]) -> 
     parameters = LoadParameters(
         seed=seed,
         ranks=ranks,
-        **said(
+        **given(
             adapters=options.adapters,
             input_tokens=options.input_tokens,
             output_tokens=options.output_tokens,
@@ -167,12 +167,12 @@ def _drawn(options: Options, pool: Setup, seed: int, ranks: tuple[int, ...]) -> 
         return drawn, ()
     rate = options.load * capacity_requests_per_s(pool, drawn, parameters)
     share = f"{options.load:g} of what the engines could answer if every adapter had a slot"
-    told = f"{rate:.4g} requests arrive in a second, {share}"
-    return workload(name, replace(parameters, rate_per_s=rate)), (told,)
+    note = f"{rate:.4g} requests arrive in a second, {share}"
+    return workload(name, replace(parameters, rate_per_s=rate)), (note,)
 
 
 def capacity_requests_per_s(pool: Setup, load: Workload, parameters: LoadParameters) -> float:
-    """Return what the pool could answer if every adapter had a slot and the backlog no end, in mean requests."""
+    """Return the requests per second that the pool could answer with a slot for every adapter and endless backlog."""
     longest = parameters.output_tokens_max or parameters.output_tokens
     answer = min(parameters.output_tokens, longest)
     lengths = Lengths(parameters.input_tokens, answer, parameters.input_tokens + longest)
@@ -181,7 +181,7 @@ def capacity_requests_per_s(pool: Setup, load: Workload, parameters: LoadParamet
 
 
 def first_of(load: Workload, requests: int) -> Workload:
-    """Return the first requests of a load, as many as there are."""
+    """Return the first requests of a load, or all if it has fewer."""
 
     def arrivals() -> Iterator[Arrival]:
         return islice(iter(load), requests)
@@ -201,7 +201,7 @@ def first_of(load: Workload, requests: int) -> Workload:
 
 
 def without_versions(load: Workload) -> Workload:
-    """Return a load whose adapters' names are whole: "sql@v8" would be version 8 of "sql", and there is none."""
+    """Return a load without "@" in adapter names: the core would read "sql@v8" as version 8 of "sql"."""
     names = {name: name.replace("@", "·") for name in load.adapters}
     if all(name == whole for name, whole in names.items()):
         return load
@@ -218,19 +218,19 @@ def without_versions(load: Workload) -> Workload:
 
 
 def sidecar_of(options: Options, order: str, open_loop: bool) -> Sidecar | None:
-    """Return what stands before the engines; None for the bare engine.
+    """Return the sidecar in front of the engines; None for the bare engine.
 
-    Clients of a closed loop wait for ever unless told otherwise, those of an open one as long as the product lets them.
+    By default, clients of a closed loop wait without limit and those of an open loop up to the product's limits.
     """
     if order == BARE:
         return None
     limit = class_limit(options, ClassLimit() if open_loop else FOR_EVER)
-    return Sidecar(ordering=order, classes={"default": limit}, **policies_said(options))
+    return Sidecar(ordering=order, classes={"default": limit}, **given_policies(options))
 
 
-def policies_said(options: Options) -> dict[str, Any]:
-    """Return the fields of a sidecar that options name, its order aside."""
-    return said(
+def given_policies(options: Options) -> dict[str, Any]:
+    """Return the fields of a sidecar that the options set, except its order."""
+    return given(
         routing=options.route,
         eviction=options.store,
         prefetch=options.prefetch,
@@ -239,6 +239,6 @@ def policies_said(options: Options) -> dict[str, Any]:
 
 
 def class_limit(options: Options, usual: ClassLimit) -> ClassLimit:
-    """Return a class's limit with what was said of it."""
-    limits = said(queue_wait_ns_max=options.wait_limit, patience_ns=options.patience)
+    """Return a class's limit changed by the options that were given."""
+    limits = given(queue_wait_ns_max=options.wait_limit, patience_ns=options.patience)
     return replace(usual, **{name: round(seconds * SECOND_NS) for name, seconds in limits.items()})

@@ -1,7 +1,7 @@
-"""What is simulated: engines of one kind on one GPU, what they were given for adapters, and what stands before them.
+"""The simulated setup: engines of one kind on one GPU, their room for adapters, and the sidecar in front of them.
 
-An engine is built from a cost file and a few counts, twice and apart: as the emulator's `EngineSpec`, and as the
-`EngineFacts` that the core would learn from the engine's configuration and gauges.
+An engine is described by a cost file and a few counts, in two independent forms: the emulator's `EngineSpec`, and the
+`EngineFacts` that the core would read from the engine's configuration and gauges.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from sidecar.pace.cost import CostModel, StepBatch
 SECOND_NS = 1_000_000_000
 KV_UNLIMITED_TOKENS = 1 << 40
 MODULES: dict[str, tuple[str, ...]] = {"qv": ("attn_q", "attn_v"), "all": ALL_LINEAR}
-"""What the adapters change, by the short name of the command line."""
+"""The modules that adapters change, by the short name on the command line."""
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """A kind of engine as it is simulated: the emulator's scheduler, and the engine whose step times it runs on."""
+    """A simulated kind of engine: the emulator's scheduler, and the engine whose step times are used."""
 
     scheduler: str
     engine: str = "trtllm"
     tokens_per_block: int = 64
     reserved_modules: tuple[str, ...] | None = None
-    """What each slot keeps room for, whatever the adapters change; None: for what they do change."""
+    """The modules for which each slot reserves memory; None: those that the adapters change."""
     counts_adapters: bool = False
-    """Whether its caches count adapters, of whatever size."""
+    """True if the sizes of its caches are counts of adapters of any rank."""
 
 
 FLAVOURS: dict[str, Flavour] = {
@@ -47,13 +47,13 @@ FLAVOURS: dict[str, Flavour] = {
 
 
 def flavour_of(kind: str) -> str:
-    """Return the flavour that a live engine's kind of model is simulated as: one of that name, or else TensorRT-LLM."""
+    """Return the flavour for simulating a live engine of this kind: the one of that name, or TensorRT-LLM's."""
     return kind if kind in FLAVOURS else EngineSetup.flavour
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSetup:
-    """One engine of the pool. `slots` are adapters of `rank` that fit the GPU, `host_slots` those in its host cache."""
+    """One engine of the pool. `slots` adapters of `rank` fit the GPU and `host_slots` the engine's host cache."""
 
     cost: CostModel
     flavour: str = "trtllm_no_evict"
@@ -71,22 +71,22 @@ class EngineSetup:
 
     @property
     def shape(self) -> ModelShape:
-        """The model's shape; that of the 8B Llama for a cost file of no known model."""
+        """The model's shape; that of the 8B Llama if the cost file's model is unknown."""
         return SHAPES.get(self.cost.table.model, SHAPES["llama-3.1-8b"])
 
     @cached_property
     def adapter_bytes(self) -> int:
-        """GPU memory of one slot: an adapter of `rank`, in half precision."""
+        """The GPU memory of one slot: an adapter of `rank` in half precision."""
         dims, kept = module_dims(self.shape), self.kind.reserved_modules or self.modules
         return 2 * self.shape.layers * self.rank * sum(dims[name].in_dim + dims[name].out_dim for name in kept)
 
     @cached_property
     def kv_tokens(self) -> int:
-        """Tokens of keys and values that fit beside the slots."""
+        """The tokens of keys and values that fit beside the slots."""
         return min(KV_UNLIMITED_TOKENS, self.cost.kv_tokens(self.slots * self.adapter_bytes))
 
     def spec(self) -> EngineSpec:
-        """Return the emulated engine: a page of its caches is one slot."""
+        """Return the emulator's description of the engine; a page of its caches is one slot."""
         block = self.kind.tokens_per_block
         return EngineSpec(
             shape=self.shape,
@@ -106,7 +106,7 @@ class EngineSetup:
         )
 
     def facts(self) -> EngineFacts:
-        """Return what the core would know of the engine."""
+        """Return the facts that the core would have on the engine."""
         dims = module_dims(self.shape)
         return EngineFacts(
             base_models=(self.shape.name,),
@@ -125,19 +125,19 @@ class EngineSetup:
         )
 
     def pace(self) -> Pace:
-        """Return the step time by a plane over the cost file, as a core with a calibrated backend has it."""
+        """Return a linear approximation of the cost file's step times, as the core has it for a calibrated backend."""
         return Pace(*self.cost.adapted_plane(self.slots, len(self.modules)))
 
     def step_ms(self, batch: float, context: float, adapters: int) -> float:
-        """Return the time of a decode step in which so many adapters take part; batches in between are interpolated."""
+        """Return the time of a decode step with a number of adapters; a fractional batch is interpolated."""
         low = max(1, int(batch))
         low_ns, high_ns = (self._step_ns(seats, context, adapters) for seats in (low, low + 1))
         return (low_ns + (batch - low) * (high_ns - low_ns)) / 1e6
 
     def prefill_ms(self, tokens: float, adapters: int) -> float:
-        """Return the time of a step that reads one prompt.
+        """Return the time of a step that processes one prompt.
 
-        A mixed step pays its fixed part once: where prompts are short, a run can be above bounds that count it twice.
+        A mixed step pays the fixed part once, so a run with short prompts can exceed bounds that count it twice.
         """
         modules, adapted = (len(self.modules), 1) if adapters else (0, 0)
         return self.cost.step_ns(StepBatch(round(tokens), 1, 0, 0, adapters, adapted, modules)) / 1e6
@@ -148,7 +148,7 @@ class EngineSetup:
         return self.cost.step_ns(StepBatch(0, 0, seats, round(seats * context), adapters, adapted, modules))
 
     def adapter_rows(self, rank: int) -> tuple[AdapterRow, ...]:
-        """Return the rows of an adapter as registered."""
+        """Return the rows of an adapter of this rank, as it would be registered."""
         dims = module_dims(self.shape)
         return tuple(
             AdapterRow(name, dims[name].module_id, layer, rank, dims[name].in_dim, dims[name].out_dim)
@@ -159,7 +159,7 @@ class EngineSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class Sidecar:
-    """What stands before the engines: the policies and budgets of the product."""
+    """The sidecar in front of the engines: policies and budgets of the product, and the speed of its origin."""
 
     ordering: str = CoreConfig.ordering
     routing: str = CoreConfig.routing
@@ -169,7 +169,7 @@ class Sidecar:
     fetch_overhead_ns: int = 50_000_000
     fetch_bytes_per_s: int = 2_000_000_000
     hop_ns: int = 1_000_000
-    """From the sidecar to an engine."""
+    """The network time from the sidecar to an engine."""
     classes: Mapping[str, ClassLimit] = field(default_factory=lambda: {"default": ClassLimit()})
     queued_max: int = 1 << 30
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
@@ -189,21 +189,21 @@ class Sidecar:
         )
 
     def fetch_ns(self, size_bytes: int) -> int:
-        """How long an origin takes: a fixed part and a bandwidth."""
+        """Return the time of a fetch from the origin: a fixed part, and the size over the bandwidth."""
         return self.fetch_overhead_ns + size_bytes * SECOND_NS // self.fetch_bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A pool and what stands before it; without a sidecar all requests go straight into the engines, spread."""
+    """A pool and its sidecar; without a sidecar, requests are spread over the engines at random."""
 
     engine: EngineSetup
     engines: int = 1
     sidecar: Sidecar | None = field(default_factory=Sidecar)
     in_flight: int = 1024
-    """Requests outstanding at once in a closed loop."""
+    """Outstanding requests in a closed loop."""
     adapters: Mapping[str, Adapter] = field(default_factory=dict)
-    """Those that are known in full, by name; of the others a workload says the rank."""
+    """Adapters with known rows, by name; for the others the workload has the rank."""
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -212,10 +212,10 @@ class Setup:
 
 
 def engine_rows(rows: tuple[AdapterRow, ...]) -> tuple[EngineRow, ...]:
-    """Return registered rows as the emulated engine takes them."""
+    """Return registered rows in the emulated engine's form."""
     return tuple(EngineRow(row.module_id, row.layer, row.rank) for row in rows)
 
 
 def adapter_named(name: str, rank: int, rows: tuple[AdapterRow, ...], shape: ModelShape) -> Adapter:
-    """Return a version whose digest is its name and rank: content is not simulated."""
+    """Return an adapter whose digest is made of its name and rank, as content is not simulated."""
     return Adapter(f"{name}-r{rank}".ljust(16, "-"), shape.name, rows, "float16")

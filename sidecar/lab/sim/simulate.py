@@ -1,4 +1,4 @@
-"""One run: a setup, a workload, the figures; the bare engine or the product before it."""
+"""Run one simulation of a setup and a workload, with the product or with bare engines, and return its result."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sidecar.lab.sim.records import Recorder
 from sidecar.lab.sim.results import Counted, Result
 from sidecar.lab.sim.setup import Setup, engine_rows
 from sidecar.lab.sim.workloads import Arrival, Workload
-from sidecar.lab.sim.world import Told, World
+from sidecar.lab.sim.world import OnProgress, World
 
 
-def simulate(setup: Setup, workload: Workload, label: str = "", told: Told | None = None) -> Result:
-    """Let a workload run to its end and return what came of it.
+def simulate(setup: Setup, workload: Workload, label: str = "", on_progress: OnProgress | None = None) -> Result:
+    """Run a workload to its end and return the result.
 
-    `told` is given the number of requests that have ended, now and then.
+    `on_progress` is called from time to time with the number of ended requests.
     """
     began_s, recorder = perf_counter(), Recorder()
-    world = World(setup, workload, recorder, told)
+    world = World(setup, workload, recorder, on_progress)
     core_ns, store_bytes = 0, 0
     if setup.sidecar is None:
         world.run(Bare(world))
@@ -45,7 +45,7 @@ def _counted(world: World, core_ns: int, store_bytes: int, wall_s: float) -> Cou
 
 
 class Bare:
-    """Clients of stock engines: they hold the weights and send them with each request."""
+    """Clients of engines without a sidecar: they send the weights with each request."""
 
     def __init__(self, world: World) -> None:
         self._world = world

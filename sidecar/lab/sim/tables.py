@@ -1,6 +1,6 @@
-"""The figures of runs as a table for people: what is reachable first, then what was reached, a column for each run.
+"""Show the figures of runs as a table, with the bounds first and one column for each run.
 
-Made from the JSON objects of the runs, so that both always say the same. A column may lack what its source cannot know.
+The table is made from the runs' JSON objects, so that both always agree. Figures that a run lacks are a dash.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ BAD_ENDINGS = ("failed", "doubled", "unfinished")
 
 
 class Row(NamedTuple):
-    """A row's name and its value for each run; a heading has no value."""
+    """A row's name and its value for each run."""
 
     name: str
     cells: list[str]
 
 
 def tables(runs: Sequence[Figures], width: int) -> Iterator[Table]:
-    """Yield the table, in several parts if the columns don't fit a terminal of so many characters side by side."""
+    """Yield the table, in several parts if the columns do not fit the width of the terminal."""
     rows = list(rows_of(runs))
     name_width = max(len(row.name) for row in rows)
     for part in _parts(runs, rows, width - name_width):
@@ -38,7 +38,7 @@ def tables(runs: Sequence[Figures], width: int) -> Iterator[Table]:
 
 
 def rows_of(runs: Sequence[Figures]) -> Iterator[Row]:
-    """Yield the rows; those that say nothing of any run are left out."""
+    """Yield the rows, without those that are a dash for every run."""
     for name, value in _rows(runs):
         cells = [value(run) for run in runs]
         if any(cell != NONE for cell in cells):
@@ -80,7 +80,7 @@ def _waits(classes: dict[str, str]) -> Iterator[tuple[str, Callable[[Figures], s
 
 
 def _of(*path: str, form: Callable[[Any], str], unless: str = "") -> Callable[[Figures], str]:
-    """Return the function that shows the value at a path; what is not there is a dash."""
+    """Return a function that formats the value at a path; a missing one is a dash."""
 
     def cell(run: Figures) -> str:
         value: Any = run
@@ -115,7 +115,7 @@ def _percent(share: float) -> str:
 
 
 def _amount(value: float) -> str:
-    """Return a number with three figures or more."""
+    """Return a number with at least three significant digits."""
     if value >= 99.95 or value == 0:
         return f"{value:,.0f}"
     if value >= 9.995:
@@ -124,7 +124,7 @@ def _amount(value: float) -> str:
 
 
 def _parts(runs: Sequence[Figures], rows: Sequence[Row], width: int) -> Iterator[list[int]]:
-    """Yield the numbers of the columns that fit side by side; at least one each time."""
+    """Yield the indices of the columns that fit side by side, at least one each time."""
     part: list[int] = []
     left = width
     for number, run in enumerate(runs):
@@ -153,11 +153,11 @@ def _is_none(cell: str) -> bool:
     return cell == NONE or cell.split()[0] == "0"
 
 
-# In words.
+# Sentences.
 
 
 def title(run: Figures) -> str:
-    """Return what was simulated, in a sentence or two."""
+    """Return a description of the simulation: model, pool, adapters and load."""
     setup = run["setup"]
     modules = "every linear layer" if len(setup["modules"]) > 2 else " and ".join(setup["modules"])
     adapters = f"{setup['adapters']:,} adapters of rank up to {setup['rank']} on {modules}" if setup["adapters"] else ""
@@ -169,16 +169,16 @@ def title(run: Figures) -> str:
 
 
 def meaning(runs: Sequence[Figures], bare: str, live: Figures | None = None) -> Iterator[str]:
-    """Yield sentences on what the figures say, the gains over the bare engine and over what was first."""
+    """Yield sentences on the runs: gains over the bare engine and the live run, warnings, messages and notes."""
     bare_run = next((run for run in runs if run["label"] == bare), None)
     for run in runs:
         if bare_run is not None and run is not bare_run:
             yield _over(run, bare_run, "the bare engine's")
     if live is not None:
         yield (
-            f"The steps here are those of {runs[0]['setup']['model']} on {runs[0]['setup']['gpu']}, and the live run's "
-            "its own engine's: compare orders with one another. A cost file made with calibrate --from-journal, given "
-            "as --cost, brings the two together."
+            f"The simulation uses the step times of {runs[0]['setup']['model']} on {runs[0]['setup']['gpu']}, not the "
+            "live engine's: compare only simulated orders with one another. To compare with the live run, give --cost "
+            "a file made with calibrate --from-journal."
         )
     for run in runs:
         if live is not None:
@@ -193,7 +193,7 @@ def meaning(runs: Sequence[Figures], bare: str, live: Figures | None = None) -> 
 
 
 def over(run: Figures, other: Figures) -> dict[str, float | None]:
-    """Return what a run has of another's throughput and of its waits, 1 for the same."""
+    """Return a run's throughput and waits as ratios to another's."""
     return {
         "throughput": _ratio(run["throughput_tokens_per_s"], other["throughput_tokens_per_s"]),
         "wait_p99": _ratio(run["wait_s"]["all"]["p99"], other["wait_s"]["all"]["p99"]),
@@ -217,23 +217,23 @@ def _warnings(run: Figures) -> Iterator[str]:
     label, requests, reasons = run["label"], run["requests"], run.get("reasons", {})
     if reasons:
         counts = " and ".join(f"{count:,} {reason}" for reason, count in reasons.items())
-        yield f"{label} had {counts}{_told_to_wait(run)}."
+        yield f"{label} had {counts}{_retry_after(run)}."
     if requests.get("failed"):
-        yield f"{label}: {requests['failed']:,} requests failed; an engine cannot hold them, or not their adapters."
+        yield f"{label}: {requests['failed']:,} requests failed: they or their adapters do not fit an engine."
     if requests.get("doubled") or requests.get("unfinished"):
-        yield f"{label}: a request was answered twice or never, which must not be; please report it with this command."
+        yield f"{label}: a request was answered twice or never. This is a bug; please report it with this command."
 
 
-def _told_to_wait(run: Figures) -> str:
-    told = run.get("retry_after_s")
-    if not told:
+def _retry_after(run: Figures) -> str:
+    limits = run.get("retry_after_s")
+    if not limits:
         return ""
-    least, most = (f"{told[key]:.0f}" for key in ("least", "most"))
+    least, most = (f"{limits[key]:.0f}" for key in ("least", "most"))
     return f"; refused ones were told to come back after {least if least == most else f'{least} to {most}'} s"
 
 
 def _first_messages(runs: Sequence[Figures]) -> Iterator[str]:
-    """Yield what the first request was told that ended for a reason, once for each reason."""
+    """Yield, for each reason, the message of the first request that ended for it."""
     messages: dict[str, str] = {}
     for run in runs:
         messages = {**run.get("messages", {}), **messages}

@@ -1,11 +1,11 @@
-"""Loads from a file: a CSV of requests, plain or gzip, read line by line each time it is iterated.
+"""Read loads from a CSV file of requests, plain or gzip, line by line on each iteration.
 
     arrival_s,adapter,input_tokens,output_tokens[,tenant]
 
-`arrival_s` is seconds from the start of the trace and never falls; an empty adapter is the base model; token counts
-are whole and at least 1. Columns may come in any order; others are left unread and named in the summary. The file is
-read once in full before anything runs, so that a bad line is told at once and not after minutes, with its number.
-Memory grows with the number of distinct adapters and not with the number of requests.
+`arrival_s` is seconds from the start of the trace and never decreases; an empty adapter is the base model; token counts
+are whole numbers of at least 1. Columns may be in any order; unknown ones are ignored and listed in the summary. The
+file is read once in full before a run, so that a bad line is reported at once, with its number. Memory grows with the
+number of distinct adapters, not with the number of requests.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME_LENGTH_MAX = 256
 LINE_BYTES_MAX = 65_536
 GZIP_MAGIC = b"\x1f\x8b"
 SECONDS_MAX = 1_000_000_000
-"""Thirty years. A larger number is a date, not a time from the start of the trace."""
+"""About thirty years. A larger number is a date, not a time from the start of the trace."""
 
 
 class Row(NamedTuple):
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 @dataclass
 class TraceSummary:
-    """What is in a trace."""
+    """Totals of a trace."""
 
     requests: int = 0
     begins_s: float = 0.0
@@ -53,7 +53,7 @@ class TraceSummary:
     input_tokens: int = 0
     output_tokens: int = 0
     asked: dict[str, int] = field(default_factory=dict)
-    """Requests for each adapter, in the order of their first ones; "" is the base model."""
+    """Requests for each adapter, in the order of first appearance; "" is the base model."""
     columns_unread: tuple[str, ...] = ()
 
 
@@ -66,10 +66,10 @@ def trace_workload(
     output_tokens_max: int = 0,
     klass: str = "default",
 ) -> Workload:
-    """Return the load that a trace is, checked in full. Raises Misused, naming the file and the line, for a bad one.
+    """Return the load of a trace, checked in full. Raises Misused, with file and line, for a bad trace.
 
-    In a closed loop the order of the requests counts and their times don't. Each client asks for what it gets, and
-    for `output_tokens_max` if that is more.
+    In a closed loop only the order of the requests is used, not their times. Each client's limit on output tokens is
+    what it gets, or `output_tokens_max` if that is more.
     """
     summary = summary_of(path)
     shares = {name: asked / summary.requests for name, asked in summary.asked.items() if name}
@@ -87,7 +87,7 @@ def trace_workload(
 
 
 def summary_of(path: Path) -> TraceSummary:
-    """Read a trace in full and return what is in it. Raises Misused for the first thing that is wrong."""
+    """Read a trace in full and return its totals. Raises Misused for the first mistake."""
     summary = TraceSummary()
     reading = _Reading(path)
     for row in reading.rows():
@@ -105,7 +105,7 @@ def summary_of(path: Path) -> TraceSummary:
 
 
 def rows_of(path: Path) -> Iterator[Row]:
-    """Yield the requests of a trace. Raises Misused, naming file and line, at the first one that is wrong."""
+    """Yield the requests of a trace. Raises Misused, with file and line, at the first mistake."""
     return _Reading(path).rows()
 
 
@@ -117,7 +117,7 @@ def _arrivals(path: Path, open_loop: bool, output_tokens_max: int, klass: str) -
 
 
 class _Reading:
-    """One pass over a file; knows the line it is at."""
+    """One pass over a file; keeps the current line number for error messages."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -129,12 +129,12 @@ class _Reading:
         header = next(records, None)
         if header is None:
             raise bad_trace(self._path, "it is empty")
-        places = self._places_of(header)
+        columns = self._columns(header)
         width, before_s = len(header), 0.0
         for fields in records:
             if len(fields) != width:
                 self._refuse(f"it has {len(fields)} fields and the header has {width}")
-            row = self._row(*(fields[place] if place is not None else "" for place in places))
+            row = self._row(*(fields[column] if column is not None else "" for column in columns))
             if row.arrival_s < before_s:
                 self._refuse(f"arrival_s {row.arrival_s:.9g} is before {before_s:.9g} of the request above: sort by it")
             before_s = row.arrival_s
@@ -151,8 +151,8 @@ class _Reading:
         except csv.Error as error:
             self._refuse(f"its quotes do not match ({error})")
 
-    def _places_of(self, header: Sequence[str]) -> list[int | None]:
-        """Return where each column stands, None for an optional one that is not there."""
+    def _columns(self, header: Sequence[str]) -> list[int | None]:
+        """Return the index of each known column, None for a missing optional one."""
         names = [name.strip() for name in header]
         known = REQUIRED + OPTIONAL
         missing = [name for name in REQUIRED if name not in names]
@@ -201,9 +201,9 @@ class _Reading:
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number, text) of each line that is not blank, in memory that no file can exceed.
+    """Yield (number, text) of each line that is not blank, in bounded memory.
 
-    Raises Misused for a file that cannot be read or is cut off, and for a line that is too long or not UTF-8.
+    Raises Misused for an unreadable or truncated file, and for a line that is too long or not UTF-8.
     """
     for number, line in enumerate(_lines(path), 1):
         if len(line) > LINE_BYTES_MAX:
@@ -243,7 +243,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _opened(path: Path, stack: ExitStack) -> BufferedIOBase:
-    """Open a file, through gzip if it begins as gzip does, to be closed by the stack."""
+    """Open a file, through gzip if it begins with gzip's magic number; the stack closes it."""
     if path.exists() and not path.is_file():
         raise bad_trace(path, "it must be a file, which can be read more than once")
     file = stack.enter_context(path.open("rb"))

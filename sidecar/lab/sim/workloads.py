@@ -1,7 +1,7 @@
-"""Loads by name: which adapter is asked for, how much, when and by whom. The same arrivals whatever policy serves them.
+"""Generate loads by name: the adapter, lengths, arrival time and tenant of each request, independent of any policy.
 
-Adapters, lengths, gaps and tenants are drawn from generators of their own, each seeded by the load's seed and its
-purpose: changing the rate changes no length, and changing the lengths no adapter.
+Adapters, lengths, gaps and tenants come from separate random generators, each seeded by the load's seed and its
+purpose: changing the rate changes no length, and changing the lengths changes no adapter.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from sidecar.errors import Misused, Reason
 from sidecar.lab.sim import popularity
 
 DRIFT_REQUESTS = 4000
-"""The usual interval of drift, where there is any."""
+"""The default number of requests between two drifts, for a load with drift."""
 LEAST_VARIATION = 1e-6
-"""Less than this shows in no number of tokens, and its shape would leave the range of floating point."""
+"""A smaller variation counts as 0: it changes no number of tokens, and its shape would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of a load. `at_ns` counts from the load's start."""
+    """One request of a load."""
 
     at_ns: int | None
-    """None in a closed loop: it is sent when a place among those in flight is free."""
+    """The time from the load's start; None in a closed loop, in which it is sent when another request has ended."""
     adapter: str
     """Empty for the base model."""
     input_tokens: int
     output_tokens: int
-    """What the engine will generate."""
+    """The tokens that the engine will generate."""
     output_tokens_max: int = 0
-    """What the client asks for at most; left out, exactly what will be generated."""
+    """The client's limit on output tokens; by default `output_tokens`."""
     tenant: str = ""
     klass: str = "default"
 
@@ -44,19 +44,19 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Workload:
-    """A named load; iterating gives the arrivals anew each time, lazily: a million requests take no memory."""
+    """A named load. Each iteration generates the arrivals again, lazily, so a million requests take no memory."""
 
     name: str
     adapters: tuple[str, ...]
-    """Every adapter that may be asked for; none for a load of the base model."""
+    """The adapters that may be requested; none for a load of the base model."""
     ranks: Mapping[str, int]
     requests: int
     open_loop: bool
-    """Arrivals come at their own times; otherwise each takes the place of one that has ended."""
+    """True if requests arrive at their own times; False if each is sent when another has ended."""
     seed: int
     arrivals: Callable[[], Iterator[Arrival]] = field(repr=False)
     shares: Mapping[str, float] = field(default_factory=dict, repr=False)
-    """Each adapter's share of the requests in the long run, before any drift."""
+    """Each adapter's expected share of the requests, before any drift."""
 
     def __iter__(self) -> Iterator[Arrival]:
         return self.arrivals()
@@ -64,33 +64,33 @@ class Workload:
 
 @dataclass(frozen=True)
 class LoadParameters:
-    """What a load by name can be given; raises Misused for what makes no sense.
+    """The parameters of a named load. Raises Misused for a value out of range.
 
-    A workload reads what it has a use for. Variations are coefficients of variation of gamma distributions.
+    Each workload uses only some of them. Variations are coefficients of variation of gamma distributions.
     """
 
     adapters: int = 64
     input_tokens: int = 1024
     output_tokens: int = 1024
     input_variation: float = 0.0
-    """Of the lengths; 0 is fixed."""
+    """Variation of the prompts' lengths; 0 is fixed."""
     output_variation: float = 0.0
     output_tokens_max: int | None = None
-    """What every client asks for at most, and so the longest answer; None: each asks for what it gets."""
+    """Every client's limit on output tokens, and so the longest answer; None: the limit is the answer's length."""
     requests: int = 1024
     seed: int = 1
     rate_per_s: float | None = None
     """Arrivals per second; None is a closed loop."""
     arrival_variation: float = 1.0
-    """Of the gaps; 1 is Poisson."""
+    """Variation of the gaps between arrivals; 1 is a Poisson process."""
     skew: float | None = None
-    """The exponent of `zipf` and `power`; None is the workload's own usual one."""
+    """The exponent of `zipf` and `power`; None is the workload's default."""
     drift_requests: int = 0
-    """After each so many requests a tenth of the adapters swap places in random pairs; 0: never."""
+    """The number of requests after which a tenth of the adapters swap shares in random pairs; 0: never."""
     tenant_shares: tuple[float, ...] = ()
-    """Tenants t0, t1, … and their shares of the arrivals, in any unit: (20, 1, 1) is one that floods."""
+    """The shares of the tenants t0, t1, … in the arrivals, in any unit; in (20, 1, 1) the first one floods."""
     ranks: tuple[int, ...] = (16,)
-    """Adapters take these in equal numbers, dealt at random."""
+    """The adapters' ranks: each in equal numbers, assigned at random."""
     klass: str = "default"
 
     def __post_init__(self) -> None:
@@ -107,7 +107,7 @@ class LoadParameters:
 
 
 TOKENS_MAX = 2**31 - 1
-"""Of one prompt or answer: more is a mistake, not a load."""
+"""The limit for one prompt or answer; more is taken as a mistake."""
 
 _EXPECTED: list[tuple[tuple[str, ...], float, float, str]] = [
     (("adapters",), 1, 10_000_000, "1 to 10,000,000"),
@@ -120,7 +120,7 @@ _EXPECTED: list[tuple[tuple[str, ...], float, float, str]] = [
     (("skew",), 0.001, 100, "0.001 to 100"),
     (("tenant_shares",), 0, 1e12, "shares of 0 or more"),
 ]
-"""The fields, their least and most, and the range in words. NaN is in none."""
+"""Fields, their minimum and maximum, and the text of the range. NaN is in no range."""
 
 
 def _senseless(name: str, value: object, expected: str) -> Misused:
@@ -128,15 +128,15 @@ def _senseless(name: str, value: object, expected: str) -> Misused:
 
 
 Picks = Callable[[Sequence[float], Random], Iterator[int]]
-"""From the shares: adapter numbers without end."""
+"""A function from the shares to an endless iterator of adapter numbers."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One workload: how often each adapter is asked for, and in what order."""
+    """One kind of workload: the adapters' shares, and the order in which they are requested."""
 
     shares: Callable[[int, float | None], list[float]]
-    """From the number of adapters and the skew."""
+    """A function from the number of adapters and the skew to the shares."""
     picks: Picks = popularity.drawn
 
 
@@ -147,7 +147,7 @@ WORKLOADS: dict[str, Kind] = {
     "power": Kind(popularity.power),
     "two_hot": Kind(popularity.two_hot),
 }
-"""Every workload that can be named: a function and a line each."""
+"""The workloads by name."""
 
 
 def workload(name: str, parameters: LoadParameters) -> Workload:
@@ -170,20 +170,20 @@ def workload(name: str, parameters: LoadParameters) -> Workload:
 
 
 def adapter_names(number: int) -> tuple[str, ...]:
-    """Return names that sort as their numbers do: a007, and a0007 where there are more than a thousand."""
+    """Return names that sort by number: a007, or a0007 if there are more than a thousand."""
     width = max(3, len(str(number - 1)))
     return tuple(f"a{index:0{width}d}" for index in range(number))
 
 
 def dealt_ranks(adapters: Sequence[str], ranks: Sequence[int], seed: int) -> dict[str, int]:
-    """Return each adapter's rank: equal numbers of each, dealt at random."""
+    """Return each adapter's rank: each rank in equal numbers, assigned at random."""
     dealt = [ranks[index % len(ranks)] for index in range(len(adapters))]
     source(seed, "ranks").shuffle(dealt)
     return dict(zip(adapters, dealt, strict=True))
 
 
 def source(seed: int, purpose: str) -> Random:
-    """Return the generator of one purpose; the same on every machine."""
+    """Return the random generator for one purpose; it is the same on every machine."""
     return Random(f"{seed} {purpose}")
 
 
@@ -205,7 +205,7 @@ def _arrivals(
 
 
 def tenants_of(shares: Sequence[float], random: Random) -> Iterator[str]:
-    """Yield who sends each request: t0, t1, … by their shares; nobody in particular without any."""
+    """Yield each request's tenant: t0, t1, … by their shares, or "" without shares."""
     if not shares:
         return repeat("")
     names = [f"t{number}" for number in range(len(shares))]
@@ -213,17 +213,17 @@ def tenants_of(shares: Sequence[float], random: Random) -> Iterator[str]:
 
 
 def times_ns(rate_per_s: float | None, variation: float, random: Random) -> Iterator[int | None]:
-    """Yield arrival times from the load's start, rising; None for ever in a closed loop."""
+    """Yield rising arrival times from the load's start; None without end in a closed loop."""
     if rate_per_s is None:
         return repeat(None)
     return accumulate(round(gap_s * 1e9) for gap_s in amounts(1 / rate_per_s, variation, random))
 
 
 def amounts(mean: float, variation: float, random: Random) -> Iterator[float]:
-    """Yield amounts of this mean and coefficient of variation without end: of tokens, of seconds between arrivals.
+    """Yield numbers of this mean and coefficient of variation without end: tokens, or seconds between arrivals.
 
-    The gamma family throughout: a coefficient of variation of 0 is the mean itself, 1 the exponential distribution (so
-    gaps make a Poisson process), more means bursts. Shape 1/CV², scale mean · CV².
+    They have a gamma distribution with shape 1/CV² and scale mean · CV². A CV of 0 is always the mean, 1 the
+    exponential distribution (so that gaps make a Poisson process), and more means bursts.
     """
     if variation < LEAST_VARIATION:
         return repeat(mean)

@@ -1,7 +1,7 @@
-"""Virtual time: engines that step on a cost model, an agenda of everything else, and a front before the engines.
+"""Simulate in virtual time: engines that step on a cost model, an agenda of all other events, and a front.
 
-No engine is ever run past the time at which something else may happen: the engine with the least next event runs up
-to the least of the others' and the agenda's. So what a front decides at a time reaches every engine at that time.
+No engine runs past the time at which something else may happen: the engine with the earliest next event runs up to the
+earliest one of the others and of the agenda. So a front's decision reaches every engine at the time of the decision.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from sidecar.lab.sim.setup import Setup
 from sidecar.lab.sim.workloads import Arrival, Workload
 
 BEGIN_NS = 1_000_000_000
-"""The first instant: 0 is what the core takes for "not yet"."""
-TOLD_EVERY = 256
+"""The first time of a run; not 0, which means "not yet" in the core."""
+PROGRESS_EVERY = 256
 
-Told = Callable[[int], None]
+OnProgress = Callable[[int], None]
 
 
 class Front(Protocol):
-    """What stands between the clients and the engines."""
+    """The part between the clients and the engines: the product, or a pass-through for bare engines."""
 
     def arrive(self, request_id: int, arrival: Arrival) -> None:
-        """A client sends a request now."""
+        """Take a request that a client sends now."""
 
     def observe(self, backend: str, event: Event) -> None:
-        """Something left an engine now."""
+        """Take an event that leaves an engine now: first tokens, endings and failures."""
 
 
 class World:
     """The engines, the agenda and the clients of one run."""
 
-    def __init__(self, setup: Setup, workload: Workload, recorder: Recorder, told: Told | None = None) -> None:
-        """`told` is given the number of requests that have ended, now and then."""
+    def __init__(
+        self, setup: Setup, workload: Workload, recorder: Recorder, on_progress: OnProgress | None = None
+    ) -> None:
+        """`on_progress` is called every `PROGRESS_EVERY` endings with the number of ended requests."""
         self.setup = setup
         self.workload = workload
         self.recorder = recorder
@@ -49,36 +51,36 @@ class World:
         self._arrivals: Iterator[Arrival] = iter(workload)
         self._arrived = 0
         self._outstanding = 0
-        self._told = told
+        self._on_progress = on_progress
         self._filling = False
 
     def build(self, backend: str) -> Engine:
-        """Return an engine that has just been started."""
+        """Return a newly started engine."""
         return Engine(self.setup.engine.spec(), self.setup.engine.cost)
 
-    # What fronts use.
+    # For fronts.
 
     def after(self, delay_ns: int, act: Callable[[], None]) -> None:
-        """Have something happen later, or at this instant once what is under way has been dealt with."""
+        """Call a function later; with a delay of 0, when the current event has been handled."""
         self._sequence += 1
         heapq.heappush(self._agenda, (self.now_ns + delay_ns, self._sequence, act))
 
     def submit(self, backend: str, request: Request) -> None:
-        """Give an engine a request now; it is part of the next step that begins."""
+        """Give an engine a request now; the next step that begins includes it."""
         self.engines[backend].submit(request, self.now_ns)
 
     def over(self, request_id: int) -> None:
-        """A client has its ending: in a closed loop it sends the next request."""
+        """Record that a request has ended; in a closed loop its client then sends the next one."""
         self._outstanding -= 1
-        if self._told is not None and (self._arrived - self._outstanding) % TOLD_EVERY == 0:
-            self._told(self._arrived - self._outstanding)
+        if self._on_progress is not None and (self._arrived - self._outstanding) % PROGRESS_EVERY == 0:
+            self._on_progress(self._arrived - self._outstanding)
         if not self.workload.open_loop and not self._filling:
             self._fill()
 
     # The run.
 
     def run(self, front: Front) -> None:
-        """Let time pass until every arrival has come and nothing is left to happen."""
+        """Run until every request has arrived and no event is left."""
         self.front = front
         if self.workload.open_loop:
             self._next_arrival()
@@ -88,7 +90,7 @@ class World:
             pass
 
     def _step(self) -> bool:
-        """Let the next thing happen; False when there is none."""
+        """Handle the next event; return False if there is none."""
         at_ns = self._agenda[0][0] if self._agenda else None
         first, first_ns, until_ns = _earliest(self.engines, at_ns)
         if first is not None and (at_ns is None or first_ns <= at_ns):
@@ -121,7 +123,7 @@ class World:
         self.send(arrival)
 
     def _fill(self) -> None:
-        """Send until as many are outstanding as may be. A request may end while it is being sent."""
+        """Send requests until `in_flight` are outstanding. A request may end while it is being sent."""
         self._filling = True
         while self._outstanding < self.setup.in_flight:
             arrival = next(self._arrivals, None)
@@ -139,7 +141,7 @@ class World:
 
 
 def _earliest(engines: Mapping[str, Engine], at_ns: int | None) -> tuple[str | None, int, int]:
-    """Return the engine of the least next event, that time, and how far it may run: to the next of all others."""
+    """Return the engine with the earliest event, that time, and the time of the earliest other event."""
     first, first_ns, until_ns = None, 0, at_ns
     for name, engine in engines.items():
         next_ns = engine.next_event_ns()

@@ -1,4 +1,4 @@
-"""The report of a simulation: one HTML page that stands alone. It is drawn with the extra `lab`."""
+"""The report of a simulation: one self-contained HTML page. It needs the extra `lab` (matplotlib)."""
 
 from sidecar.errors import Misused, Reason
 

@@ -1,7 +1,7 @@
-"""Draws with matplotlib, and turns a drawing into an SVG element that follows its page between light and dark.
+"""Draw with matplotlib, and convert a drawing into an SVG element that follows its page's light or dark mode.
 
-Drawings use the light colours. In the SVG each becomes a CSS variable of the same name, and the page sets the
-variables. Text stays text: it can be read by a screen reader, searched and copied.
+Drawings use the light colours. In the SVG each becomes a CSS variable of the same name, which the page sets. Text
+remains text, so that it can be searched, copied and read by a screen reader.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter
 from sidecar.lab.sim.report.formatting import tick
 
 WIDE, NARROW, LANES = 680.0, 340.0, 1380.0
-"""Widths of drawings in pixels: half of a desk's screen, a phone, and a whole screen, which scrolls on a phone."""
+"""Widths of drawings in pixels: half a screen, a phone, and a full screen (it scrolls on a phone)."""
 
 LIGHT = {
     "page": "#f6f7f8", "card": "#ffffff", "ink": "#16191d", "soft": "#59626d", "grid": "#e7eaed", "axis": "#b4bcc5",
@@ -42,7 +42,7 @@ DARK = {
     "t0": "#2d6791", "t1": "#8c5a20", "t2": "#2c704b", "t3": "#7f4272", "t4": "#746712", "t5": "#504e9e",
     "t6": "#235380", "t7": "#944333", "t8": "#20685a", "t9": "#683b6a", "t10": "#625e1c",
 }  # fmt: skip
-"""Text has a contrast of 4.5 or more to what it stands on. Each light colour has one name only."""
+"""Text has a contrast of at least 4.5 to its background. Each light colour has only one name."""
 XLINK = "{http://www.w3.org/1999/xlink}"
 NAMES = {value: name for name, value in LIGHT.items()}
 
@@ -61,23 +61,23 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing for one or more widths of screens, and what a screen reader says of it."""
+    """A drawing for one or more screen widths, and its text for screen readers."""
 
     anchor: str
     """Unique in the page."""
     title: str
-    told: str
+    description: str
     draw: Callable[[float], Figure]
     """Given the width in pixels."""
     widths: Sequence[float] = (WIDE, NARROW)
     points: Sequence[tuple[str, int]] = field(default=())
-    """For each shape of the artist with the gid "stays", in the order they are drawn: its tooltip and its group."""
+    """The tooltip and the group of each shape of the artist with the gid "stays", in drawing order."""
 
 
 def sheet(
     width: float, height: float, rows: int = 1, left: float = 56, top: float = 28, gap: float = 0
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure of a size in pixels and its axes, one below the other on a common time or slot axis."""
+    """Return a figure of a size in pixels and its plots, one below the other with a common x axis."""
     bottom = 44.0
     figure = Figure(figsize=(width / 72, height / 72))
     each = (height - top - bottom - gap * (rows - 1)) / rows
@@ -91,22 +91,22 @@ def sheet(
 
 
 def cut(label: str, width: float) -> str:
-    """Return a label shortened to so many pixels."""
+    """Return a label shortened to about `width` pixels."""
     most = max(4, int(width / 8))
     return label if len(label) <= most else f"{label[: most - 1]}…"
 
 
 def svg(picture: Picture, width: float, *, alone: bool = False) -> Markup:
-    """Return a picture as an SVG element. One that stands alone brings its ground and colours with it."""
+    """Return a picture as an SVG element; with `alone`, it includes its background and colours."""
     anchor = f"{picture.anchor}-{width:.0f}"
     root = _root(lambda: picture.draw(width), anchor)
-    for place, (tag, text) in enumerate((("title", picture.title), ("desc", picture.told))):
-        root.insert(place, _element(tag, text, id=f"{anchor}-{tag}"))
+    for index, (tag, text) in enumerate((("title", picture.title), ("desc", picture.description))):
+        root.insert(index, _element(tag, text, id=f"{anchor}-{tag}"))
     root.attrib |= {"role": "img", "aria-labelledby": f"{anchor}-title {anchor}-desc"}
     for group in root.iterfind(".//g[@class='stays']"):
-        for shape, (told, number) in zip(group, picture.points, strict=True):
+        for shape, (tooltip, number) in zip(group, picture.points, strict=True):
             shape.set("data-a", str(number))
-            shape.append(_element("title", told))
+            shape.append(_element("title", tooltip))
     if alone:
         root.set("xmlns", "http://www.w3.org/2000/svg")
         style = f"svg{{font-family:system-ui,sans-serif;stroke-linejoin:round;{css(LIGHT)}}}"
@@ -116,7 +116,7 @@ def svg(picture: Picture, width: float, *, alone: bool = False) -> Markup:
 
 
 def swatch(artist: Artist, anchor: str) -> Markup:
-    """Return an entry of a key: a line or a patch, placed by shares of a box of 34 × 14 pixels."""
+    """Return a legend entry: a line or a patch, in relative coordinates of a box of 34 × 14 pixels."""
 
     def draw() -> Figure:
         figure = Figure(figsize=(34 / 72, 14 / 72))
@@ -129,12 +129,12 @@ def swatch(artist: Artist, anchor: str) -> Markup:
 
 
 def css(colours: Mapping[str, str]) -> str:
-    """Return colours as the CSS variables that drawings use."""
+    """Return colours as CSS variables for drawings."""
     return "".join(f"--{name}:{value};" for name, value in colours.items())
 
 
 def _root(draw: Callable[[], Figure], anchor: str) -> ElementTree.Element:
-    """Return matplotlib's SVG as it can stand in HTML: no name spaces, no fonts, ids that no other drawing has."""
+    """Return matplotlib's SVG in a form for HTML: no name spaces, no fonts, and ids that are unique on the page."""
     written = StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": anchor}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the reader's fonts draw the text
@@ -144,7 +144,7 @@ def _root(draw: Callable[[], Figure], anchor: str) -> ElementTree.Element:
     root = ElementTree.fromstring(re.sub(r' xmlns="[^"]*"', "", text, count=1))
     root.attrib = {"viewBox": root.attrib["viewBox"]}
     for styled in root.findall("defs[style]"):
-        root.remove(styled)  # it would hold for the whole page
+        root.remove(styled)  # it would apply to the whole page
     for element in root.iter():
         element.attrib = dict(_attributes(element.attrib, used))
         element.tail = None
@@ -153,7 +153,7 @@ def _root(draw: Callable[[], Figure], anchor: str) -> ElementTree.Element:
 
 
 def _attributes(given: Mapping[str, str], used: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield the attributes that a drawing needs, numbers with one decimal; the gid "stays" becomes a class."""
+    """Yield the needed attributes, with one decimal in numbers; the gid "stays" becomes a class."""
     for key, value in given.items():
         if key == "style":
             yield key, _style(value)
@@ -166,7 +166,7 @@ def _attributes(given: Mapping[str, str], used: Collection[str]) -> Iterator[tup
 
 
 def _style(value: str) -> str:
-    """Return a style with its colours as variables, for those who know no variables the light ones before them."""
+    """Return a style with its colours as variables, after the light colours for viewers without variables."""
     plain = re.sub(r"font-family: [^;]*(; )?", "", value)
     return re.sub(r"([a-z]+): (#[0-9a-f]{6})", lambda found: _colour(found[1], found[2]), plain)
 

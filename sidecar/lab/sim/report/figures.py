@@ -1,4 +1,4 @@
-"""What engines and store gave: throughput against slots, and what the store's misses cost, each with its bound."""
+"""Sections of the report on throughput against slots and on the cost of store misses, each with its bound."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from sidecar.lab.sim.results import Result
 
 INK, SOFT = LIGHT["ink"], LIGHT["soft"]
 SAMPLES = 48
-"""Of the bounds' curves, evenly spaced on a logarithmic axis."""
+"""Points of the bounds' curves, evenly spaced on a logarithmic axis."""
 BOUNDS: dict[str, Any] = {"all resident": ":", "closed form": "-"}
-"""How each is drawn, in the order in which results tell them."""
+"""The line style of each bound, in the order of `Result.bounds`."""
 
 
 # Throughput against slots.
 
 
 def throughput(runs: Sequence[Run]) -> Part | None:
-    """Return the part; None for a load without adapters, which no slots can help."""
+    """Return the section on throughput against slots; None for a load without adapters."""
     result = runs[0].result
     if not result.workload.adapters:
         return None
@@ -42,12 +42,14 @@ def throughput(runs: Sequence[Run]) -> Part | None:
     if result.workload.open_loop:
         says.append("Both are for a backlog without end: in an open loop the arrivals may ask for less.")
     title = "Output tokens per second against adapter slots of an engine"
-    told = "; ".join(f"{run.label}: {number(run.tokens_per_s)} tokens/s, {count(run.slots, 'slot')}" for run in runs)
+    description = "; ".join(
+        f"{run.label}: {number(run.tokens_per_s)} tokens/s, {count(run.slots, 'slot')}" for run in runs
+    )
     return Part(
         "throughput",
         "Throughput against slots",
         says,
-        [Picture("throughput", title, told, lambda width: _throughput(runs, bounds, width))],
+        [Picture("throughput", title, description, lambda width: _throughput(runs, bounds, width))],
         _throughput_table(runs, bounds),
         keys_of(runs, "throughput", lambda run: f"{run.label} {number(run.tokens_per_s)}")
         + [(swatch(line, f"key-throughput-{name}"), name) for name, line in lines.items()],
@@ -55,7 +57,7 @@ def throughput(runs: Sequence[Run]) -> Part | None:
 
 
 def bounds_by_slots(result: Result, slots_shown: int) -> dict[int, dict[str, float]]:
-    """Return output tokens/s by the bounds for 1 slot up to one for each adapter, as far as KV memory has room."""
+    """Return the bounds in output tokens/s, from 1 slot up to one for each adapter as far as KV memory allows."""
     last = max(slots_shown, min(len(result.workload.adapters), 4 * max(slots_shown, 64)), 2)
     samples = {round(last ** (step / SAMPLES)) for step in range(SAMPLES + 1)} | {slots_shown, *_powers_of_two(last)}
     setups = [replace(result.setup, engine=replace(result.setup.engine, slots=slots)) for slots in sorted(samples)]
@@ -86,7 +88,7 @@ def _throughput(runs: Sequence[Run], bounds: dict[int, dict[str, float]], width:
 
 
 def _throughput_table(runs: Sequence[Run], bounds: dict[int, dict[str, float]]) -> Table:
-    """Return the drawing's values: by slots, those of the bounds and of each name that ran."""
+    """Return the drawing's values: those of the bounds and of each run, by slots."""
     names = list(dict.fromkeys(run.name for run in runs))
     reached = {(run.name, run.slots): number(run.tokens_per_s) for run in reversed(runs)}
     asked = sorted({*_powers_of_two(max(bounds, default=0)), *(run.slots for run in runs)} & bounds.keys())
@@ -101,7 +103,7 @@ def _throughput_table(runs: Sequence[Run], bounds: dict[int, dict[str, float]]) 
 
 
 def store(runs: Sequence[Run]) -> Part | None:
-    """Return what store misses cost; None where no run had a store that fetched something."""
+    """Return the section on store misses; None if no run's store fetched anything."""
     stored = [run for run in runs if run.figures["store"]["miss_cost"]]
     if not stored:
         return None
@@ -115,7 +117,7 @@ def store(runs: Sequence[Run]) -> Part | None:
         "Fetches": lambda run: f"{sum(run.result.recorder.fetches.values()):,}",
         "Store (MiB)": lambda run: f"{run.figures['store']['bytes'] / 2**20:,.0f}",
     }
-    told = "; ".join(f"{run.label}: {_paid(run)}" for run in stored)
+    description = "; ".join(f"{run.label}: {_paid(run)}" for run in stored)
     title = "Seconds of fetching for store misses, against the bound"
     return Part(
         "store",
@@ -125,13 +127,13 @@ def store(runs: Sequence[Run]) -> Part | None:
             "for later ones. The upright line is the bound, PFOO-L: no cache of the same size, even one that knows the "
             "future, pays less for these arrivals."
         ],
-        [Picture("store", title, told, lambda width: _store(stored, width))],
+        [Picture("store", title, description, lambda width: _store(stored, width))],
         by_run("What store misses cost", stored, columns),
     )
 
 
 def first_fetches_s(run: Run) -> float:
-    """Return what fetching each adapter once costs."""
+    """Return the time of fetching each adapter once."""
     sidecar, recorder = run.result.setup.sidecar, run.result.recorder
     return sum(sidecar.fetch_ns(recorder.sizes[name]) for name in recorder.fetches) / SECOND_NS if sidecar else 0.0
 

@@ -1,4 +1,4 @@
-"""Figures as a person reads them."""
+"""Format numbers, times and names for reading."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 MINUTE_S, HOUR_S = 60.0, 3600.0
 NO_BREAK = "\N{NO-BREAK SPACE}"
-"""Between a figure and its unit."""
+"""Placed between a number and its unit."""
 NAME_CHARACTERS_MAX = 48
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def number(value: float) -> str:
-    """Return three significant digits, all digits of what is larger, with commas: 0.0123, 1.23, 12.3, 1,234."""
+    """Return three significant digits, or all integer digits with commas: 0.0123, 1.23, 12.3, 1,234."""
     size = abs(value)
     if size >= 99.95:
         return f"{value:,.0f}"
@@ -24,7 +24,7 @@ def number(value: float) -> str:
 
 
 def tick(value: float) -> str:
-    """Return a round value with no zeros that say nothing: 0.5, 20, 1,000."""
+    """Return a value without trailing zeros: 0.5, 20, 1,000."""
     return f"{value:,.0f}" if value >= 1 and float(value).is_integer() else f"{value:.6g}"
 
 
@@ -34,7 +34,7 @@ def seconds(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share of a whole; one decimal where rounding would say that something is all or nothing."""
+    """Return a share in percent, with one decimal if it would otherwise round to 0 or 100."""
     value = 100 * share
     if 0 < value < 0.05:
         return f"below 0.1{NO_BREAK}%"
@@ -43,29 +43,29 @@ def percent(share: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """Return a factor: 1.95×."""
+    """Return a ratio: 1.95×."""
     return f"{ratio:.2f}×"
 
 
 def count(value: float, thing: str) -> str:
-    """Return so many things: 1 slot, 8 slots."""
+    """Return a number and a noun: 1 slot, 8 slots."""
     return f"{value:,.0f} {thing}" if value == 1 else f"{value:,.0f} {thing}s"
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names as a sentence lists them: a, b and c."""
+    """Return names joined for a sentence: a, b and c."""
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def time_unit(span_s: float) -> tuple[float, str]:
-    """Return the unit for an axis of so long a time, and how many seconds it has."""
+    """Return the seconds and the symbol of the unit for a time axis of this length."""
     if span_s > 4 * HOUR_S:
         return HOUR_S, "h"
     return (MINUTE_S, "min") if span_s > 20 * MINUTE_S else (1.0, "s")
 
 
 def shown(name: str) -> str:
-    """Return a name as a page can show it: of bounded length, with nothing in it that is invisible."""
+    """Return a name for the page: limited in length, with unprintable characters replaced."""
     visible = "".join(character if character.isprintable() else REPLACEMENT for character in name)
     if len(visible) <= NAME_CHARACTERS_MAX:
         return visible

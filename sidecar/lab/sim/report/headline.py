@@ -1,4 +1,4 @@
-"""What a report says first: the gain over the bare engine, what bounds what, and anything that must not be missed."""
+"""The first sentences of a report: the gain over the bare engine, the limiting factor, and warnings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sidecar.lab.sim.report.runs import Run, first_bare
 from sidecar.lab.sim.results import engines_of, step_times
 
 ALIKE = 0.02
-"""Throughputs that differ by less are told as the same."""
+"""Throughputs that differ by less than this share are reported as equal."""
 SATURATED = 0.98
 
 
 def headline(runs: Sequence[Run]) -> str:
-    """Return the one sentence: the best run's gain where the same arrivals also went into bare engines."""
+    """Return the headline: the best run's gain if the bare engine ran on the same arrivals, else its throughput."""
     best, bare = best_run(runs), first_bare(runs)
     if bare is None or best.is_bare or not best.same_arrivals(bare) or not bare.tokens_per_s:
         return f"{best.name}: {number(best.tokens_per_s)} output tokens a second, {_of_bound(best)}"
@@ -46,7 +46,7 @@ def summary(runs: Sequence[Run]) -> list[str]:
 
 
 def bindings(runs: Sequence[Run]) -> list[str]:
-    """Return what sets the bounds, and how far the runs' batches are from them."""
+    """Return sentences on the factor that limits throughput, and on the runs' batches."""
     first = runs[0]
     says = [what_binds(first)]
     if asked := _load(first):
@@ -58,7 +58,7 @@ def bindings(runs: Sequence[Run]) -> list[str]:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Return what is wrong: bounds exceeded, answers doubled, requests without an ending."""
+    """Return warnings: exceeded wait bounds, doubled answers, requests without an ending."""
     found = []
     for run in runs:
         recorder = run.result.recorder
@@ -72,12 +72,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def best_run(runs: Sequence[Run]) -> Run:
-    """Return the run with the most throughput, of those with a sidecar where there are any."""
+    """Return the run with the highest throughput, of those with a sidecar if there are any."""
     return max([run for run in runs if not run.is_bare] or list(runs), key=lambda run: run.tokens_per_s)
 
 
 def what_binds(run: Run) -> str:
-    """Tell which of seats, KV memory, requests in flight and slots sets the closed form's batch."""
+    """Return a sentence on which of seats, KV memory, requests in flight and slots limits the closed form's batch."""
     setup, engine, adapters = run.result.setup, run.result.setup.engine, len(run.result.workload.adapters)
     in_flight, fitting = _in_flight(run), engine.kv_tokens / run.result.lengths().kept_tokens
     hosted, slots = max(1.0, adapters / setup.engines), min(engine.slots, max(1, adapters))
@@ -98,7 +98,7 @@ def what_binds(run: Run) -> str:
 
 
 def asked_tokens_per_s(run: Run) -> float:
-    """Return what arrivals at their own times ask for; without end in a closed loop."""
+    """Return the output tokens/s that an open loop requests; infinity for a closed loop."""
     result = run.result
     counts = result.recorder.series.counts("offered")
     if not result.workload.open_loop or not counts:
@@ -107,7 +107,7 @@ def asked_tokens_per_s(run: Run) -> float:
 
 
 def _load(run: Run) -> str:
-    """Tell what an open loop asks for."""
+    """Return a sentence on the tokens that an open loop requests; "" for a closed loop."""
     asked = asked_tokens_per_s(run)
     if asked == math.inf:
         return ""
@@ -129,7 +129,7 @@ def _closed_batch(run: Run) -> float:
 
 
 def _of_bound(run: Run) -> str:
-    """Tell what share of the reachable a run reached; of what was asked for, where that is less."""
+    """Return a run's throughput as a share of the bounds, or of the requested tokens if these are less."""
     most, resident, asked = run.bound("closed_form"), run.bound("all_resident"), asked_tokens_per_s(run)
     if asked < SATURATED * most:
         return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"

@@ -1,4 +1,4 @@
-"""One page for a person, which needs no network and no other file."""
+"""Build the report: one HTML page that needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FILE_NAME = "report.html"
 
 
 def write_report(results: Sequence[Result], directory: Path) -> Path:
-    """Write the page into a directory, made where it is missing, and return the file.
+    """Write the page into a directory, which is created if missing, and return the file.
 
-    The first result with the same arrivals and no sidecar is what gains are over. The same results
-    give the same bytes. Raises Misused for a directory that cannot be written.
+    Gains are over the first result without a sidecar, if it has the same arrivals. The same results always give the
+    same bytes. Raises Misused for a directory that cannot be written.
     """
     path = directory / FILE_NAME
     try:
@@ -42,7 +42,7 @@ def write_report(results: Sequence[Result], directory: Path) -> Path:
 
 
 def page(results: Sequence[Result]) -> str:
-    """Return the page of one run or more."""
+    """Return the page of at least one run."""
     assert results, "a report of no run"
     runs = runs_of(results)
     found = [part(runs) for part in (throughput, running, waits, endings, store, timeline)]
@@ -60,7 +60,7 @@ def rendered(
     bindings: Sequence[str] = (),
     facts: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """Return a page of parts. All text is escaped; drawings are markup."""
+    """Return a page of sections. All text is escaped; drawings are markup."""
     return _template().render(
         kind=kind, headline=headline, lead=lead, parts=parts, warnings=warnings, bindings=bindings, facts=facts,
         alone=_alone(parts), svg=svg, WIDE=WIDE, light=css(LIGHT), dark=css(DARK),
@@ -75,16 +75,16 @@ def _template() -> Template:
 
 
 def _alone(parts: Sequence[Part]) -> list[str]:
-    """Return which parts of half the width have nothing beside them: the last of an odd number in succession."""
+    """Return the anchors of half-width sections without a neighbour: the last of each odd number in a row."""
     rows = [[part.anchor for part in row] for full, row in groupby(parts, lambda part: part.full_width) if not full]
     return [row[-1] for row in rows if len(row) % 2]
 
 
-# The table of figures, bounds first, and what was simulated, in short.
+# The table of figures, with the bounds first, and the facts of the simulation.
 
 
 def _figures(runs: Sequence[Run]) -> Part:
-    """Return the table. A column of endings is there only where some run has such."""
+    """Return the section with the table of figures; kinds of ending that no run had are left out."""
     bare = first_bare(runs)
     columns: dict[str, Cell] = {
         "Tokens/s": lambda run: number(run.tokens_per_s),
@@ -110,7 +110,7 @@ def _figures(runs: Sequence[Run]) -> Part:
 
 
 def _bound_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Return rows of the bounds; where runs have several, one for each number of slots."""
+    """Return the rows of the bounds, one for each number of slots among the runs."""
     rows = []
     for key, name in (("all_resident", "All resident"), ("closed_form", "Closed form")):
         values = {(run.slots, number(run.bound(key))): run for run in runs}
@@ -128,7 +128,7 @@ def _of_bare(run: Run, bare: Run | None) -> str:
 
 
 def facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Return what was simulated: what all runs have in common once, what differs for each."""
+    """Return titles and values that describe the simulation; values that differ between runs are listed."""
     cells: dict[str, Cell] = {
         "Load": lambda run: shown(run.result.workload.name),
         "Adapters": lambda run: (

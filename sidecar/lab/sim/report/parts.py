@@ -1,4 +1,4 @@
-"""What a part of a page consists of: a heading, sentences, drawings with their key, and the same as a table."""
+"""The sections of a page: a heading, sentences, drawings with a legend, and a table of the same values."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from sidecar.lab.sim.report.formatting import time_unit
 from sidecar.lab.sim.report.runs import Run
 
 STEPS = (1, 2, 2.5, 5, 10)
-"""Of axes' labels, times a power of ten."""
+"""Distances of axis labels, times a power of ten."""
 Cell = Callable[[Run], str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, the heads of columns, and rows that begin with their own head; the first rows may be bounds."""
+    """A caption, column heads, and rows that begin with their own head; the first `bounds` rows are bounds."""
 
     caption: str
     heads: Sequence[str]
@@ -32,7 +32,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a page: a heading, what is to be said of it, the drawings, and the same as a table."""
+    """One section of a page: a heading, sentences, drawings, and a table of the same values."""
 
     anchor: str
     title: str
@@ -45,20 +45,20 @@ class Part:
 
 
 def by_run(caption: str, runs: Sequence[Run], columns: dict[str, Cell]) -> Table:
-    """Return a table of a row for each run."""
+    """Return a table with one row for each run."""
     return Table(caption, ["Run", *columns], [[run.label, *(cell(run) for cell in columns.values())] for run in runs])
 
 
-def keys_of(runs: Sequence[Run], anchor: str, told: Cell = lambda run: run.label) -> list[tuple[Markup, str]]:
-    """Return how runs are drawn, for text around drawings."""
+def keys_of(runs: Sequence[Run], anchor: str, label: Cell = lambda run: run.label) -> list[tuple[Markup, str]]:
+    """Return the legend entries of the runs: how each is drawn, and its label."""
     box: dict[str, Any] = {"xdata": (0, 0.5, 1), "ydata": (0.5, 0.5, 0.5), "markevery": [1]}
     return [
-        (swatch(Line2D(**box, marker=run.marker, **run.line), f"key-{anchor}-{run.label}"), told(run)) for run in runs
+        (swatch(Line2D(**box, marker=run.marker, **run.line), f"key-{anchor}-{run.label}"), label(run)) for run in runs
     ]
 
 
 def over_slots(plot: Axes, last: float, title: str) -> None:
-    """Lay a plot out over 1 to so many adapter slots."""
+    """Set up a plot's x axis for 1 to `last` adapter slots."""
     plot.set_xscale("log", base=2)
     plot.set_xlim(2**-0.1, last * 2**0.1)
     plot.xaxis.set_major_locator(LogLocator(2, numticks=9))
@@ -69,7 +69,7 @@ def over_slots(plot: Axes, last: float, title: str) -> None:
 
 
 def over_time(plot: Axes, span_s: float, width: float) -> float:
-    """Lay a plot out over a time in a unit that fits it, and return how many seconds that unit has."""
+    """Set up a plot's x axis for a time span in a suitable unit, and return that unit in seconds."""
     divisor, unit = time_unit(span_s)
     plot.set_xlim(0, max(span_s, 1e-9) / divisor)
     plot.xaxis.set_major_locator(MaxNLocator(4 if width < WIDE else 9, steps=STEPS))

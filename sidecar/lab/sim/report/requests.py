@@ -1,4 +1,4 @@
-"""What became of requests: how many ran over time, how they ended, how long they waited."""
+"""Sections of the report on requests: how many ran over time, how they ended, and how long they waited."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from sidecar.lab.sim.statistics import percentile
 
 INK = LIGHT["ink"]
 POINTS, COLUMNS, RANKS = 160, 64, 140
-"""Of a line over time, of bars over time, and of a distribution, which has its ten slowest requests besides."""
+"""Numbers of points of a line over time, of bars over time, and of a distribution (plus its ten slowest requests)."""
 CLASSES = {"all": "All adapters", "hot": "Hot adapters", "cold": "Cold adapters"}
 SHORTEST_S = 0.001
-"""Waits below are drawn here: a logarithmic axis has no 0."""
+"""Shorter waits are drawn at this value, because a logarithmic axis has no 0."""
 ENDINGS = {"answered": "", "refused": "////", "expired": "xxxx", "cancelled": "||||", "failed": ""}
-"""How each is hatched, so that they are told apart without colours."""
+"""The hatching of each ending, so that they can be distinguished without colours."""
 
 
 # Over time.
 
 
 def running(runs: Sequence[Run]) -> Part | None:
-    """Return how many requests ran at once on all engines; None where nothing did."""
+    """Return the section on requests running at once on all engines; None if none ran."""
     if not any(len(run.result.recorder.waits_s) for run in runs):
         return None
     title = "Requests running over time"
-    told = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
+    description = "; ".join(f"{run.label}: mean batch {number(run.figures['mean_batch'])}" for run in runs)
     columns: dict[str, Cell] = {
         "Mean batch of an engine": lambda run: number(run.figures["mean_batch"]),
         "Of its seats": lambda run: percent(run.figures["mean_batch"] / run.result.setup.engine.seats),
@@ -46,13 +46,13 @@ def running(runs: Sequence[Run]) -> Part | None:
         "running",
         title,
         ["How many requests ran at once, on all engines together; the dotted line is all their seats."],
-        [Picture("running", title, told, lambda width: _running(runs, width))],
+        [Picture("running", title, description, lambda width: _running(runs, width))],
         by_run("Requests running", runs, columns),
     )
 
 
 def batches(run: Run) -> list[tuple[float, float]]:
-    """Return seconds since the first arrival, and how many ran on average up to then."""
+    """Return points of (seconds since the first arrival, mean number of running requests around then)."""
     recorder = run.result.recorder
     means = recorder.series.means("running", recorder.ended_ns)
     step = max(1, -(-len(means) // POINTS))
@@ -62,7 +62,7 @@ def batches(run: Run) -> list[tuple[float, float]]:
 
 
 def _running(runs: Sequence[Run], width: float) -> Figure:
-    """Draw one strip for each run, all on the same time."""
+    """Draw one strip for each run, all with the same time axis."""
     span_s = max(run.result.seconds for run in runs)
     strip = min(120, max(48, 240 / len(runs)))
     figure, plots = sheet(width, 72 + (strip + 32) * len(runs) - 32, len(runs), gap=32)
@@ -82,7 +82,7 @@ def _running(runs: Sequence[Run], width: float) -> Figure:
 
 
 def endings(runs: Sequence[Run]) -> Part | None:
-    """Return how requests ended over time; None where all were answered."""
+    """Return the section on endings over time; None if all requests were answered."""
     shown = [run for run in runs if run.figures["requests"]["offered"] > run.figures["requests"]["answered"]]
     if not shown:
         return None
@@ -93,9 +93,9 @@ def endings(runs: Sequence[Run]) -> Part | None:
 
     def picture(index: int, run: Run) -> Picture:
         counts = run.figures["requests"]
-        told = ", ".join(f"{counts[kind]:,} {kind}" for kind in ENDINGS if counts[kind])
+        description = ", ".join(f"{counts[kind]:,} {kind}" for kind in ENDINGS if counts[kind])
         title = f"{run.label}: endings over time"
-        return Picture(f"endings-{index}", title, told, lambda width: _endings(run, span_s, width))
+        return Picture(f"endings-{index}", title, description, lambda width: _endings(run, span_s, width))
 
     return Part(
         "endings",
@@ -108,7 +108,7 @@ def endings(runs: Sequence[Run]) -> Part | None:
 
 
 def by_interval(run: Run, kind: str, columns: int = COLUMNS) -> tuple[float, list[float]]:
-    """Return the seconds of an interval, and how many a second there were in each."""
+    """Return the seconds of an interval, and the rate per second in each interval."""
     series = run.result.recorder.series
     counts = series.counts(kind)
     total = int(run.result.seconds * SECOND_NS // series.interval_ns) + 1
@@ -118,12 +118,12 @@ def by_interval(run: Run, kind: str, columns: int = COLUMNS) -> tuple[float, lis
 
 
 def requests(kind: str) -> Cell:
-    """Return what shows how many requests ended so."""
+    """Return a function that shows a run's number of requests with this ending."""
     return lambda run: f"{run.figures['requests'][kind]:,}"
 
 
 def _ending(kind: str) -> dict[str, Any]:
-    """Return how an ending is filled."""
+    """Return matplotlib's fill style for an ending."""
     if not ENDINGS[kind]:
         return {"facecolor": LIGHT[kind], "linewidth": 0}
     return {"facecolor": "none", "edgecolor": LIGHT[kind], "hatch": ENDINGS[kind], "linewidth": 0}
@@ -153,7 +153,7 @@ def _endings(run: Run, span_s: float, width: float) -> Figure:
 
 
 def waits(runs: Sequence[Run]) -> Part | None:
-    """Return the part; None where nothing ever began to run. Cold adapters are not shown where they are all."""
+    """Return the section on waits; None if no request ran. Cold adapters are shown only if there are hot ones."""
     waited = {run.label: run.result.waits_s() for run in runs}
     hot = any(values["hot"] for values in waited.values())
     kinds = [kind for kind in CLASSES if any(v[kind] for v in waited.values()) and (kind == "all" or hot)]
@@ -190,7 +190,7 @@ def waits(runs: Sequence[Run]) -> Part | None:
 
 
 def wait(kind: str, key: str) -> Cell:
-    """Return what shows a percentile of the waits of a class."""
+    """Return a function that shows a percentile of a class's waits in a run."""
 
     def cell(run: Run) -> str:
         value = run.figures["wait_s"][kind][key]
@@ -200,7 +200,7 @@ def wait(kind: str, key: str) -> Cell:
 
 
 def corners(values: Sequence[float]) -> list[tuple[float, float]]:
-    """Return points of a distribution, each a wait and the share that waited no longer: the ten slowest among them."""
+    """Return points (wait, share that waited no longer) of a distribution, including its ten slowest requests."""
     total = len(values)
     ranks = {max(1, round(total * part / RANKS)) for part in range(1, RANKS + 1)}
     ranks |= set(range(max(1, total - 9), total + 1))
@@ -228,7 +228,7 @@ def _waits(
 
 
 def _nearest(run: Run) -> str:
-    """Tell how near the waits came to the bound that each request was given at admission."""
+    """Return a sentence on how close the waits came to the bounds given at admission."""
     bound = run.figures["wait_bound"]
     exceeded, voided = f"{bound['exceeded']:,}" if bound["exceeded"] else "none", sum(bound["voided"].values())
     return (

@@ -1,4 +1,4 @@
-"""The runs of a report: what each is called, how it is drawn, and its figures, worked out once."""
+"""The runs of a report: each one's name, style and figures, computed once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sidecar.lab.sim.results import Result
 
 BARE = "bare engine"
 COLOURS = 5
-"""Of runs that are not the bare engine's."""
+"""The number of colours for runs with a sidecar."""
 DASHES: tuple[tuple[float, ...], ...] = ((5, 4), (), (9, 3), (2, 3), (9, 3, 2, 3), (14, 4))
 MARKERS = "so^DPv"
-"""The bare engine's, then the others': runs are told apart without colours."""
+"""Markers of the bare engine and of the others, so that runs can be distinguished without colours."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Run:
 
     result: Result
     name: str
-    """What ran: the bare engine, or the label of what stood before it."""
+    """The bare engine, or the label of the sidecar's run."""
     label: str
-    """The name, and what tells it from others of the same name."""
+    """The name, with an addition if several runs have the same name."""
     style: tuple[int, int]
     """The numbers of its colour, 0 for the bare engine, and of its dash and marker."""
     figures: dict[str, Any]
@@ -44,7 +44,7 @@ class Run:
         return self.result.throughput_tokens_per_s
 
     def bound(self, key: str) -> float:
-        """What is reachable at most, by "closed_form" or "all_resident", in output tokens per second."""
+        """Return the bound "closed_form" or "all_resident", in output tokens per second."""
         return float(self.figures["bounds"][f"{key}_tokens_per_s"])
 
     @property
@@ -57,12 +57,12 @@ class Run:
 
     @property
     def line(self) -> dict[str, Any]:
-        """How matplotlib draws a line of this run."""
+        """Matplotlib's line style of this run."""
         dash = DASHES[self.style[1]]
         return {"color": self.colour, "linestyle": (0, dash) if dash else "-"}
 
     def same_arrivals(self, other: Run) -> bool:
-        """Whether both were asked for the same."""
+        """Return True if both runs had the same arrivals."""
         return self._arrivals() == other._arrivals()
 
     def _arrivals(self) -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ class Run:
 
 
 def runs_of(results: Sequence[Result]) -> list[Run]:
-    """Return the runs; those of the same name are told apart by their slots, and failing that by a number."""
+    """Return the runs; labels of the same name differ by their slots, or else by a number."""
     names = [_name(result) for result in results]
     labels = [
         name if names.count(name) == 1 else f"{name}, {count(result.setup.engine.slots, 'slot')}"
@@ -88,7 +88,7 @@ def runs_of(results: Sequence[Result]) -> list[Run]:
 
 
 def _style(is_bare: bool, before: int) -> tuple[int, int]:
-    """Return the style of a run by how many such are before it: no two of the first 30 are alike."""
+    """Return a run's style by the number of such runs before it; the first 30 styles are distinct."""
     if is_bare:
         return 0, before % len(DASHES)
     round_, number = divmod(before, COLOURS)

@@ -1,4 +1,4 @@
-"""Which adapter held which slot, over time: a lane for each slot, a block for each stay."""
+"""The section on adapters in slots over time: a lane for each slot, and a block for each stay of an adapter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sidecar.lab.sim.report.runs import Run, runs_of
 from sidecar.lab.sim.results import Result
 
 BLOCKS_MAX, BLOCKS_OF_ONE_MAX = 4500, 1500
-"""Of all runs together and of one: what keeps a page small and a lane legible."""
+"""The maximum blocks of all runs together and of one run, to keep pages small and lanes legible."""
 LANES_MAX = 64
 COLOURS = 11
-"""A prime, so that adapters that are opened in turn seldom have the same beside each other."""
+"""A prime, so that adapters opened in rotation seldom have the same colour as their neighbour."""
 LEFT, TOP, GAP, SHORTEST = 64.0, 28.0, 8.0, 0.6
-"""Pixels: the margins, what is between two engines' lanes, and the least width of a block."""
+"""In pixels: the margins, the gap between two engines' lanes, and the least width of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class Stay:
 
 @dataclass(frozen=True)
 class View:
-    """What of a run is drawn."""
+    """The part of a run that is drawn."""
 
     run: Run
     stays: Sequence[Stay]
     places: Sequence[tuple[str, int]]
-    """A row for each lane of each backend."""
+    """The (backend, lane) of each row."""
     begin_ns: int
     until_ns: int
 
@@ -59,20 +59,20 @@ class View:
 
     @property
     def tops(self) -> dict[tuple[str, int], float]:
-        """Where each lane begins, in pixels from the first."""
+        """The top of each lane, in pixels below the first."""
         engines = list(dict.fromkeys(backend for backend, _ in self.places))
         return {place: row * self.lane + GAP * engines.index(place[0]) for row, place in enumerate(self.places)}
 
 
 def begun(tenures: Iterable[Tenure]) -> list[Tenure]:
-    """Return tenures in the order of their beginnings."""
+    """Return tenures sorted by their beginnings."""
     return sorted(tenures, key=lambda each: (each.begin_ns, each.end_ns, each.backend, each.adapter))
 
 
 def stays(tenures: Sequence[Tenure]) -> list[Stay]:
-    """Give each tenure, in the order of their beginnings, the lowest lane of its backend that is free.
+    """Assign each tenure, in the order of their beginnings, the lowest free lane of its backend.
 
-    A recorder knows which adapters hold slots, not which slot each holds: the lanes are one way in which they can.
+    A recorder knows which adapters hold slots, but not the slot of each; the lanes are one possible assignment.
     """
     free: dict[str, list[int]] = {}
     taken: dict[str, list[tuple[int, int]]] = {}
@@ -92,12 +92,12 @@ def stays(tenures: Sequence[Tenure]) -> list[Stay]:
 
 
 def window_ns(begun_by_run: Sequence[Sequence[Tenure]], most: int, ended_ns: int) -> int:
-    """Return until when all of the runs can be shown with at most so many tenures each."""
+    """Return the time up to which all runs can be shown with at most `most` tenures each."""
     return min([tenures[most].begin_ns for tenures in begun_by_run if len(tenures) > most] + [ended_ns])
 
 
 def timeline(runs: Sequence[Run]) -> Part | None:
-    """Return the part; None where no adapter ever ran."""
+    """Return the section on adapters in slots; None if no adapter ran."""
     with_slots = [run for run in runs if run.result.recorder.tenures]
     if not with_slots:
         return None
@@ -123,14 +123,14 @@ def timeline(runs: Sequence[Run]) -> Part | None:
 
 
 def slot_lanes(results: Sequence[Result], width: float = LANES) -> list[Markup]:
-    """Return a picture that stands alone, as SVG, for each result in which an adapter held a slot."""
+    """Return a self-contained SVG for each result in which an adapter held a slot."""
     runs = [run for run in runs_of(results) if run.result.recorder.tenures]
     pictures = [_picture(view, f"slots-{index}") for index, view in enumerate(_views(runs))]
     return [svg(picture, width, alone=True) for picture in pictures]
 
 
 def _views(runs: Sequence[Run]) -> list[View]:
-    """Return what is drawn of each: the same time of all."""
+    """Return the view of each run, all over the same time."""
     ordered = [begun(run.result.recorder.tenures) for run in runs]
     ended_ns = max((run.result.recorder.ended_ns for run in runs), default=0)
     until_ns = window_ns(ordered, min(BLOCKS_OF_ONE_MAX, BLOCKS_MAX // max(1, len(runs))), ended_ns)
@@ -160,16 +160,16 @@ def _picture(view: View, anchor: str) -> Picture:
         f"{count(len(view.stays), 'stay')} of adapters in {count(len(view.places), 'slot')}",
         lambda width: _draw(view, width),
         (LANES,),
-        [(_told(view, stay), view.run.result.recorder.adapters[stay.tenure.adapter]) for stay in view.stays],
+        [(_tooltip(view, stay), view.run.result.recorder.adapters[stay.tenure.adapter]) for stay in view.stays],
     )
 
 
 def _between_s(view: View, stay: Stay) -> tuple[float, float]:
-    """Return when a stay begins and ends, since the first arrival."""
+    """Return the beginning and end of a stay in seconds since the first arrival."""
     return (stay.tenure.begin_ns - view.begin_ns) / SECOND_NS, (stay.tenure.end_ns - view.begin_ns) / SECOND_NS
 
 
-def _told(view: View, stay: Stay) -> str:
+def _tooltip(view: View, stay: Stay) -> str:
     begin, end = _between_s(view, stay)
     where = f"{shown(stay.tenure.adapter)} on {shown(stay.tenure.backend)}"
     return f"{where}: {number(begin)} to {number(end)} s, for {seconds(end - begin)}"
@@ -208,7 +208,7 @@ def _draw(view: View, width: float) -> Figure:
 
 
 def _lane_names(view: View) -> tuple[list[float], list[str]]:
-    """Return the engines' names; of the only one the numbers of its slots, where there is room."""
+    """Return the positions and texts of the labels: engines, or the slots of a single engine if there is room."""
     tops, middle = view.tops, view.lane / 2 - 1
     if len({backend for backend, _ in view.places}) > 1:
         firsts = [next(places) for _, places in groupby(view.places, key=lambda place: place[0])]
@@ -223,7 +223,7 @@ def _held_s(run: Run) -> float:
 
 
 def _in_use(run: Run) -> str:
-    """Return the share of the slots' time that was used; a dash where the recorder did not keep all stays."""
+    """Return the used share of the slots' time; a dash if the recorder did not keep all stays."""
     setup, recorder = run.result.setup, run.result.recorder
     busy = _held_s(run) / (run.result.seconds * setup.engine.slots * setup.engines)
     return percent(min(1.0, busy)) if len(recorder.tenures) == recorder.openings else "–"
