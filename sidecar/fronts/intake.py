@@ -333,7 +333,7 @@ class Intake:
         return Refused(
             Reason.QUEUE_FULL,
             f"the message had not come in full {self.limits.arrival_s:g} s after its headers (listeners.arrival_s); "
-            "send it again, by a faster way or in smaller parts",
+            "send it again, over a faster connection or in smaller parts",
             retry_after_s=RETRY_S,
         )
 

@@ -84,7 +84,7 @@ class Catalogue:
                 event = record.event()
                 tried(event)
             except Exception as error:  # any kind: it would come again at each start
-                logger.exception("a core fails on what is written down of %s", shown(record.name))
+                logger.exception("a core fails on the stored record of %s", shown(record.name))
                 self._harmful[record.name] = record
                 self._log_set_aside(record.name, f"{type(error).__name__}: {error}")
             else:

@@ -35,7 +35,7 @@ class Crash:
         if self.raised is not None:
             return
         self.raised = raised
-        logger.critical("the sidecar ends: %s; it must be started anew", raised.sentence, exc_info=raised.error)
+        logger.critical("the sidecar ends: %s; it must be restarted", raised.sentence, exc_info=raised.error)
         for do in self._then:
             try:
                 do(raised)
@@ -96,8 +96,8 @@ def _why(ticket: Ticket, raised: Raised, owners: Sequence[str]) -> tuple[Reason 
 def poisonous(ticket: Ticket, owners: Sequence[str]) -> str:
     """Return the message for a request that is given to no further replica."""
     return (
-        f"this request{_named(ticket)} was with each of the replicas {', '.join(owners)} when that ended, and may be "
-        "why; it is given to no other one. Their logs say what they ended of"
+        f"this request{_named(ticket)} was at each of the replicas {', '.join(owners)} when it crashed, and may be the "
+        "cause; no other replica gets it. Their logs give the cause"
     )
 
 

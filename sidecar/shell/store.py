@@ -216,7 +216,7 @@ class BlobStore:
         try:
             await self._forget(name)
         except Exception:
-            logger.exception("an engine may still refer to %s, which goes", name)
+            logger.exception("an engine may still refer to %s, which is being removed", name)
 
     async def _unstage(self, key: str) -> None:
         await self._forgotten(key)

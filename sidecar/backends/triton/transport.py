@@ -44,7 +44,7 @@ def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedM
     except OSError as error:
         return SharedMemory(why_not=f"{directory} cannot be used: {error.strerror or error}")
     if freed:
-        logger.info("%s: removed %s bytes that processes which live no more had left", directory, freed)
+        logger.info("%s: removed %s bytes that dead processes had left", directory, freed)
     if free >= size_bytes:
         return SharedMemory(mount)
     mount.close()

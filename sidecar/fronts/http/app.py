@@ -123,8 +123,8 @@ class HttpFront:
     def _warn_of_move(self, path: str) -> None:
         if not self._has_warned:
             logger.warning(
-                "%s was asked of the http listener, where clients are; it goes from there in the next release: set "
-                "listeners.probes.address and ask there, then listeners.http.probes: false",
+                "%s was requested from the http listener, which clients reach; the next release removes it there: set "
+                "listeners.probes.address, request it there, and set listeners.http.probes: false",
                 path,
             )
             self._has_warned = True
