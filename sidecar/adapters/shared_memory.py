@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import secrets
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from sidecar.adapters.owner import if_dead
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "lora-sidecar-"
 DIRECTORY = Path("/dev/shm")
@@ -100,3 +104,33 @@ def _remove(directory: Path, instance: str) -> int:
             removed += path.stat().st_size
             path.unlink()
     return removed
+
+
+@dataclass(frozen=True)
+class SharedMemory:
+    """Where the store's blobs lie: in `mount`; if that is None, in private memory, for the reason `why_not`."""
+
+    mount: Mount | None = None
+    why_not: str = "the store is not in shared memory"
+
+
+NOT_SHARED = SharedMemory()
+
+
+def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedMemory:
+    """Open a shared-memory mount and remove what dead processes left, if it then has room for `size_bytes`."""
+    try:
+        mount = Mount(directory)
+        freed = mount.sweep()
+        free = mount.free_bytes
+    except OSError as error:
+        return SharedMemory(why_not=f"{directory} cannot be used: {error.strerror or error}")
+    if freed:
+        logger.info("%s: removed %s bytes that dead processes had left", directory, freed)
+    if free >= size_bytes:
+        return SharedMemory(mount)
+    mount.close()
+    return SharedMemory(
+        why_not=f"{directory} has {free} bytes free and store.memory_bytes is {size_bytes}; give it more (docker "
+        "--shm-size, Kubernetes: sizeLimit of an emptyDir of medium Memory) or lower store.memory_bytes"
+    )

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
+from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory
 from sidecar.backends.api import Backend, Form, Prompt, Reply
 from sidecar.backends.checks.finding import Finding, Target
 from sidecar.backends.triton.loads import LoaderProcess
-from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory
 from sidecar.config.backends import Backend as Entry
 from sidecar.core.facts import EngineFacts
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from sidecar.adapters.base_model import BaseModel, read_base_model, with_base_model
+from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory, claim_shared_memory
 from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.kind import Wiring
 from sidecar.backends.registry import kind_named
-from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory, claim_shared_memory
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.backends import declared_facts
 from sidecar.core.facts import EngineFacts

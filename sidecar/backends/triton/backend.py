@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
+from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends import faults, wire
 from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights
@@ -30,7 +31,7 @@ from sidecar.backends.triton.probe import answer_of, is_late
 from sidecar.backends.triton.regions import Regions
 from sidecar.backends.triton.server import CHANGED, Server, WatchOptions
 from sidecar.backends.triton.streams import Run, StreamPool
-from sidecar.backends.triton.transport import NOT_SHARED, SharedMemory, Transport, Wanted
+from sidecar.backends.triton.transport import Transport, Wanted
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
 from sidecar.core.events import BackendMeasured

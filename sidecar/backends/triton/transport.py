@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Literal
 
 import grpc
 
-from sidecar.adapters.shared_memory import DIRECTORY, Mount
+from sidecar.adapters.shared_memory import SharedMemory
 from sidecar.backends.api import Weights
 from sidecar.backends.triton.sharing import RegionRefused, SharedBlobs
 from sidecar.core.facts import MESSAGE_BYTES_MAX, EngineFacts
@@ -22,36 +21,6 @@ REMEDY = (
     "run the engine and the sidecar on one machine with one /dev/shm (docker: --ipc, Kubernetes: a shared emptyDir of "
     "medium Memory), or set weights_transport: grpc"
 )
-
-
-@dataclass(frozen=True)
-class SharedMemory:
-    """Where the store's blobs lie: in `mount`; if that is None, in private memory, for the reason `why_not`."""
-
-    mount: Mount | None = None
-    why_not: str = "the store is not in shared memory"
-
-
-NOT_SHARED = SharedMemory()
-
-
-def claim_shared_memory(size_bytes: int, directory: Path = DIRECTORY) -> SharedMemory:
-    """Open a shared-memory mount and remove what dead processes left, if it then has room for `size_bytes`."""
-    try:
-        mount = Mount(directory)
-        freed = mount.sweep()
-        free = mount.free_bytes
-    except OSError as error:
-        return SharedMemory(why_not=f"{directory} cannot be used: {error.strerror or error}")
-    if freed:
-        logger.info("%s: removed %s bytes that dead processes had left", directory, freed)
-    if free >= size_bytes:
-        return SharedMemory(mount)
-    mount.close()
-    return SharedMemory(
-        why_not=f"{directory} has {free} bytes free and store.memory_bytes is {size_bytes}; give it more (docker "
-        "--shm-size, Kubernetes: sizeLimit of an emptyDir of medium Memory) or lower store.memory_bytes"
-    )
 
 
 class Transport:
