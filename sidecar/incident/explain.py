@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidecar.core.state import State
 from sidecar.errors import Misused, Reason
-from sidecar.incident.finding import clock_of, place_of
+from sidecar.incident.finding import clock_of, find_request
 from sidecar.incident.story import Story
 from sidecar.incident.timeline import Timeline
 from sidecar.incident.witness import Witness
@@ -30,16 +30,16 @@ def explain(path: Path, request: int | str, progress: Progress | None = None) ->
     Raises Misused if `path` is none of them, or if it does not contain the request.
     """
     with opened(path) as journal:
-        place = place_of(path, segments_of(journal), str(request))
-        explanation = _Explanation(place.request)
-        sizes_bytes = [segment.stat().st_size for segment in place.segments]
-        for number, segment in enumerate(place.segments):
+        found = find_request(path, segments_of(journal), str(request))
+        explanation = _Explanation(found.request)
+        sizes_bytes = [segment.stat().st_size for segment in found.segments]
+        for number, segment in enumerate(found.segments):
             if progress is not None:
                 progress(sum(sizes_bytes[:number]), sum(sizes_bytes))
-            if explanation.read(SegmentFile(segment), place.arrived_before):
+            if explanation.read(SegmentFile(segment), found.arrived_before):
                 break
     timeline = explanation.story.finished()
-    timeline.notes = [note for note in (place.note, *explanation.notes, *timeline.notes) if note]
+    timeline.notes = [note for note in (found.note, *explanation.notes, *timeline.notes) if note]
     if not explanation.story.known:
         raise Misused(Reason.NOT_A_JOURNAL, f"{path}: request {request} cannot be explained: {timeline.notes[-1]}")
     return timeline
@@ -91,13 +91,13 @@ class _Explanation:
         if self._differs or step.same:
             return
         self._differs = True
-        place = f"step {step.step} of {segment.path.name}"
+        where = f"step {step.step} of {segment.path.name}"
         if step.failure:
-            self.notes.append(f"{place} cannot be replayed ({step.failure}), and the rest is not told")
+            self.notes.append(f"{where} cannot be replayed ({step.failure}), so the rest is missing")
         else:
             self.notes.append(
-                f"{place} comes out otherwise than it was recorded by version {segment.version}: from there on this is "
-                "what the version here would have decided"
+                f"{where} replays differently than version {segment.version} recorded: from there on, this is what the "
+                "version here would have decided"
             )
 
     def _set_clock(self, segment: SegmentFile, first_ns: int) -> None:

@@ -54,7 +54,7 @@ def began_of(header: dict[str, Any]) -> datetime | None:
     return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
 
 
-def place_of(path: Path, segments: list[Path], asked: str) -> RequestSegments:
+def find_request(path: Path, segments: list[Path], asked: str) -> RequestSegments:
     """Return the segments of a request, given by its number in the log (17) or an engine's log (17.2), or by its id.
 
     A number refers to the latest life of the process that had it. Clients choose ids, so several requests may share
@@ -64,13 +64,13 @@ def place_of(path: Path, segments: list[Path], asked: str) -> RequestSegments:
     number = _NUMBER.fullmatch(asked)
     if number is not None:
         try:
-            return _with_note(_by_number(path, segments, int(number[1])), _also_called(asked, called))
+            return _with_note(_by_number(path, segments, int(number[1])), _also_an_id_note(asked, called))
         except Misused:
             if not called:
                 raise
     if called:
         last = called[-1]
-        note = _called_alike(asked, called)
+        note = _same_id_note(asked, called)
         return RequestSegments(last.event["request"], segments[segments.index(last.segment) :], False, note)
     for index in reversed(_boundaries(segments)):
         held = SegmentFile(segments[index]).core.state.requests.values()
@@ -78,28 +78,28 @@ def place_of(path: Path, segments: list[Path], asked: str) -> RequestSegments:
             return RequestSegments(request, segments[index:], True)
     raise Misused(
         Reason.NOT_A_JOURNAL,
-        f'{path} tells of no request with the id "{clipped(asked)}": it is older or younger than what is kept, was '
-        "refused before it was queued, or its ids were redacted; the number that the log writes as request=… and that "
-        '"sidecar queue" shows is taken too',
+        f'{path} has no request with the id "{clipped(asked)}": it is outside the kept journal, was refused before it '
+        "was queued, or ids were redacted; give its number instead, which the log writes as request=… and "
+        '"sidecar queue" shows',
     )
 
 
-def _with_note(place: RequestSegments, note: str) -> RequestSegments:
-    return replace(place, note="; ".join(filter(None, (place.note, note))))
+def _with_note(found: RequestSegments, note: str) -> RequestSegments:
+    return replace(found, note="; ".join(filter(None, (found.note, note))))
 
 
-def _called_alike(asked: str, called: list[JournalEntry]) -> str:
+def _same_id_note(asked: str, called: list[JournalEntry]) -> str:
     if len(called) == 1:
         return ""
     return (
-        f'{len(called)} requests have the id "{clipped(asked)}", the last ones {_some(called)}: the last is explained, '
-        "give the number of another"
+        f'{len(called)} requests have the id "{clipped(asked)}", the last ones {_some(called)}: the last is explained; '
+        "give a number for another"
     )
 
 
-def _also_called(asked: str, called: list[JournalEntry]) -> str:
+def _also_an_id_note(asked: str, called: list[JournalEntry]) -> str:
     others = [line for line in called if str(line.event["request"]) != asked]
-    return f"clients have given {asked} as an id, too, the last ones for {_some(others)}" if others else ""
+    return f"{asked} is also an id that clients have given, lastly to {_some(others)}" if others else ""
 
 
 def _some(lines: list[JournalEntry]) -> str:
@@ -110,7 +110,7 @@ def _by_number(path: Path, segments: list[Path], request: int) -> RequestSegment
     own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
     if own:
         last = own[-1]
-        return RequestSegments(request, segments[segments.index(last.segment) :], False, _elsewhere(own))
+        return RequestSegments(request, segments[segments.index(last.segment) :], False, _earlier_lives_note(own))
     for index in reversed(_boundaries(segments)):
         if request in SegmentFile(segments[index]).core.state.requests:
             return RequestSegments(request, segments[index:], True)
@@ -129,13 +129,13 @@ def _boundaries(segments: list[Path]) -> list[int]:
     return found
 
 
-def _elsewhere(own: list[JournalEntry]) -> str:
+def _earlier_lives_note(own: list[JournalEntry]) -> str:
     if len(own) == 1:
         return ""
     names = ", ".join(dict.fromkeys(line.segment.name for line in own[:-1]))
     return (
-        f"the process was started anew, and earlier lives of it had a request of this number too ({names}): replay "
-        "that segment's file to have it explained"
+        f"the process was restarted, and its earlier lives had a request of this number too ({names}): replay that "
+        "segment's file to explain it"
     )
 
 
@@ -146,17 +146,17 @@ def _unknown(path: Path, segments: list[Path], request: int) -> str:
             latest.clear()
         latest.append(line)
     if not latest:
-        return f"{path} tells of no request {request}, nor of the arrival of any other"
+        return f"{path} has no request {request}, and no arrival of any other"
     first, last = latest[0].event["request"], latest[-1].event["request"]
     near = sorted(latest, key=lambda line: (abs(line.event["request"] - request), line.event["request"]))[:NEAR_MAX]
     near.sort(key=lambda line: (line.at_ns, line.event["request"]))
     known = f"it has the arrivals of {first} to {last}, nearest {', '.join(map(_shown, near))}"
-    return f"{path} tells of no request {request}; {known}; {_why_unknown(request, first, last)}"
+    return f"{path} has no request {request}; {known}; {_why_unknown(request, first, last)}"
 
 
 def _why_unknown(request: int, first: int, last: int) -> str:
     if request < first:
-        return "it is older than what is kept, or was refused at the full inbox"
+        return "it is older than the kept journal, or was refused at the full inbox"
     if request > last:
         return "it has not arrived yet, or was refused at the full inbox"
     return "it was refused at the full inbox, or the journal left it out"

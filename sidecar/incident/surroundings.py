@@ -162,13 +162,13 @@ def _count(names: dict[str, int], name: str) -> None:
 
 def may_concern(step: Replayed, state: State, backend: str) -> bool:
     """Return True if a step may have changed a reason to wait at a backend. `state` is the state after it."""
-    if _place_of(step, state) in ("", backend):
+    if _backend_of(step, state) in ("", backend):
         return True
     # A fetch, a drop, a load, a heal, a timer: any of them may reach this backend.
     return not all(isinstance(effect, _LOCAL) and effect.backend not in ("", backend) for effect in step.effects)
 
 
-def _place_of(step: Replayed, state: State) -> str:
+def _backend_of(step: Replayed, state: State) -> str:
     """Return the backend of a step's event, or "" if it is unknown or there is none."""
     event = step.event
     if isinstance(event, _OF_A_BACKEND):

@@ -43,7 +43,7 @@ class Placement:
 NOWHERE = Placement()
 
 
-def places_of(state: State, seen: Mapping[str, Seen], record: Record) -> Placement:
+def placement_of(state: State, seen: Mapping[str, Seen], record: Record) -> Placement:
     """Return the placement of a name's current version.
 
     It is wanted on the backends of its `prefetch`, where it is ready once resident; without one, on all backends that

@@ -17,7 +17,7 @@ from sidecar.errors import Refused
 from sidecar.kubernetes.choosing import Cluster, Desired
 from sidecar.kubernetes.deciding import Do, is_held, next_look, to_do, to_do_without
 from sidecar.kubernetes.declarations import Declaration, wish_of
-from sidecar.kubernetes.placement import NOWHERE, View, places_of
+from sidecar.kubernetes.placement import NOWHERE, View, placement_of
 from sidecar.kubernetes.reporting import Reporter
 from sidecar.kubernetes.standings import INVALID_DECLARATION, Phase, Standing, loser, standing_of
 from sidecar.kubernetes.work import Steps, Work
@@ -178,7 +178,7 @@ class Reconciler:
                 work.rest()
             else:
                 work.begin(lambda: self._steps.towards(do, declaration))
-            here = NOWHERE if record is None else places_of(self._state(), self._view(), record)
+            here = NOWHERE if record is None else placement_of(self._state(), self._view(), record)
             standing = standing_of(declaration, record, work.attempt, here, now, self._loaded_of(declaration))
             if standing.phase is Phase.READY:
                 self._loaded[name] = standing.digest

@@ -11,7 +11,7 @@ from typing import IO, Protocol
 from sidecar.errors import Misused, Reason
 from sidecar.state.records import Record
 from sidecar.state.registry import SCHEMA, Change, lock_data_directory, read_or_forget
-from sidecar.state.sqlite_faults import in_words
+from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 Progress = Callable[[int, int], None]
@@ -96,7 +96,7 @@ class SqliteFile:
             raise unreadable(name, str(self), str(error)) from error
 
     async def write(self, contents: Contents, progress: Progress) -> None:
-        with in_words(self.path):
+        with translated_errors(self.path):
             self._replace(contents)
         progress(contents.size, contents.size)
 

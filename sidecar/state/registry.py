@@ -20,7 +20,7 @@ from typing import IO, Protocol
 
 from sidecar.errors import Misused, Reason, Refused
 from sidecar.state.records import Record
-from sidecar.state.sqlite_faults import in_words
+from sidecar.state.sqlite_faults import translated_errors
 from sidecar.state.written import UnreadableRecord, from_json, to_json
 
 SCHEMA = """
@@ -117,7 +117,7 @@ class SqliteRegistry:
         This and all methods that read or write raise Refused(STATE_UNAVAILABLE) if the file cannot be used.
         """
         self._path = path
-        with in_words(path):
+        with translated_errors(path):
             # Do not wait for locks: that would block the event loop, and no other process should use the file.
             self._database = sqlite3.connect(path or ":memory:", isolation_level=None, timeout=0)
             try:
@@ -176,7 +176,7 @@ class SqliteRegistry:
 
     def _write(self, statement: str, values: tuple[str, ...], name: str, text: str | None) -> int:
         """Write a record and its change in one transaction; return the change's number."""
-        with in_words(self._path), self._database:
+        with translated_errors(self._path), self._database:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(statement, values)
             cursor = self._database.execute("INSERT INTO changes (name, record) VALUES (?, ?)", (name, text))
@@ -189,7 +189,7 @@ class SqliteRegistry:
 
     @property
     def last_change(self) -> int:
-        with in_words(self._path):
+        with translated_errors(self._path):
             (number,) = self._database.execute("SELECT coalesce(max(number), 0) FROM changes").fetchone()
         return int(number)
 
@@ -197,7 +197,7 @@ class SqliteRegistry:
     away_since = None
 
     async def changes_after(self, number: int) -> list[Change]:
-        with in_words(self._path):
+        with translated_errors(self._path):
             (first,) = self._database.execute("SELECT coalesce(min(number), 1) FROM changes").fetchone()
             if number + 1 < first or number > self.last_change:
                 raise token_too_old(number, first, self.last_change)

@@ -15,7 +15,7 @@ FULL_BELOW_BYTES = 1 << 16
 
 _PRIMARY = 0xFF
 _DAMAGED = "is damaged or no registry; put back a copy of it, or move it away and register the adapters again"
-_WORDS = {
+_MESSAGES = {
     sqlite3.SQLITE_BUSY: "is locked by another process; end that one (an sqlite3 shell, a backup) and try again",
     sqlite3.SQLITE_LOCKED: "is locked by another process; end that one (an sqlite3 shell, a backup) and try again",
     sqlite3.SQLITE_READONLY: "may not be written to; mount its disk for writing, or give this user the right to",
@@ -29,15 +29,17 @@ _WORDS = {
 
 
 @contextmanager
-def in_words(path: Path | None) -> Iterator[None]:
+def translated_errors(path: Path | None) -> Iterator[None]:
     """Turn SQLite's errors into Refused(STATE_UNAVAILABLE). `path` is the database's file, None for memory."""
     try:
         yield
     except sqlite3.Error as error:
-        raise Refused(Reason.STATE_UNAVAILABLE, f"the registry {path or 'in memory'} {_words(path, error)}") from error
+        raise Refused(
+            Reason.STATE_UNAVAILABLE, f"the registry {path or 'in memory'} {_describe(path, error)}"
+        ) from error
 
 
-def _words(path: Path | None, error: sqlite3.Error) -> str:
+def _describe(path: Path | None, error: sqlite3.Error) -> str:
     code = getattr(error, "sqlite_errorcode", 0) & _PRIMARY
     if path is not None and code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
         with suppress(OSError):
@@ -47,4 +49,4 @@ def _words(path: Path | None, error: sqlite3.Error) -> str:
                     f"cannot be written because the disk of {path.parent} is full ({free_bytes} bytes free); free "
                     "some, or move the data directory to a larger disk; nothing was changed"
                 )
-    return f"{_WORDS.get(code, 'cannot be used; try again')} ({error})"
+    return f"{_MESSAGES.get(code, 'cannot be used; try again')} ({error})"

@@ -183,17 +183,19 @@ def test_a_step_that_comes_out_otherwise_is_noted(tmp_path: Path) -> None:
     lines[number] = json.dumps({**record, "effects": "0" * 16}, separators=(",", ":")) + "\n"
     path.write_text("".join(lines))
     (note,) = explain(tmp_path, 5).notes
-    assert "comes out otherwise than it was recorded" in note
+    assert "replays differently than version" in note
 
 
-@pytest.mark.parametrize(("request_number", "because"), [(0, "older than what is kept"), (999, "has not arrived yet")])
+@pytest.mark.parametrize(
+    ("request_number", "because"), [(0, "older than the kept journal"), (999, "has not arrived yet")]
+)
 def test_an_unknown_number_names_those_near_it(request_number: int, because: str, tmp_path: Path) -> None:
     """The error says which requests there are and when the nearest arrived."""
     world = busy_world(requests=10)
     write_journal(world, tmp_path)
     with pytest.raises(Misused) as caught:
         explain(tmp_path, request_number)
-    assert f"tells of no request {request_number}; it has the arrivals of 1 to 10, nearest " in caught.value.message
+    assert f"has no request {request_number}; it has the arrivals of 1 to 10, nearest " in caught.value.message
     assert because in caught.value.message
     assert ("1 (a0, 2" if request_number == 0 else "10 (a3, 2") in caught.value.message
 
@@ -201,7 +203,7 @@ def test_an_unknown_number_names_those_near_it(request_number: int, because: str
 def test_a_journal_without_requests(tmp_path: Path) -> None:
     """Without any arrival the error says so."""
     write_journal(World(), tmp_path)
-    with pytest.raises(Misused, match="nor of the arrival of any other"):
+    with pytest.raises(Misused, match="and no arrival of any other"):
         explain(tmp_path, 1)
 
 
@@ -256,7 +258,7 @@ def test_a_number_is_a_number_also_where_clients_count(tmp_path: Path) -> None:
     timeline = explain(tmp_path, "2")
     (note,) = timeline.notes
     assert (timeline.request, timeline.client_id) == (2, "other")
-    assert "clients have given 2 as an id, too, the last ones for 1 (base model" in note
+    assert "2 is also an id that clients have given, lastly to 1 (base model" in note
     assert explain(tmp_path, "40").request == 3
 
 
@@ -282,7 +284,7 @@ def test_an_id_that_is_not_there(tmp_path: Path) -> None:
     world.run()
     write_journal(world, tmp_path)
     for text in ("", "yours"):
-        with pytest.raises(Misused, match=f'tells of no request with the id "{text}"') as caught:
+        with pytest.raises(Misused, match=f'has no request with the id "{text}"') as caught:
             explain(tmp_path, text)
         assert caught.value.reason is Reason.NOT_A_JOURNAL
 

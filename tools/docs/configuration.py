@@ -153,23 +153,23 @@ def _type(field: FieldInfo, sections: Mapping[type[BaseModel], list[str]]) -> st
         bounds += [
             f"{sign} {getattr(constraint, name):,}" for name, sign in _BOUNDS.items() if hasattr(constraint, name)
         ]
-    return ", ".join([_words(field.annotation, sections), *bounds])
+    return ", ".join([_type_text(field.annotation, sections), *bounds])
 
 
-def _words(annotation: Any, sections: Mapping[type[BaseModel], list[str]]) -> str:
+def _type_text(annotation: Any, sections: Mapping[type[BaseModel], list[str]]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _words(arguments[0], sections)
+        return _type_text(arguments[0], sections)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple and arguments[1:] != (Ellipsis,):
-        return f"[{', '.join(_words(argument, sections) for argument in arguments)}]"
+        return f"[{', '.join(_type_text(argument, sections) for argument in arguments)}]"
     if origin in (tuple, list):
-        return f"list of {_words(arguments[0], sections)}"
+        return f"list of {_type_text(arguments[0], sections)}"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"{{{_words(arguments[0], sections)}: {_words(arguments[1], sections)}}}"
+        return f"{{{_type_text(arguments[0], sections)}: {_type_text(arguments[1], sections)}}}"
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(argument, sections) for argument in arguments if argument is not types.NoneType)
+        return " or ".join(_type_text(argument, sections) for argument in arguments if argument is not types.NoneType)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         title = _title(sections[annotation])
         return f"[section](#{''.join(letter for letter in title.lower() if letter.isalnum() or letter in '_-')})"
