@@ -70,6 +70,11 @@ class Fleet:
     async def stop(self) -> None:
         await asyncio.gather(*(backend.stop() for backend in self.backends.values()))
 
+    def of_kind(self, kind: str) -> list[Backend]:
+        """Return the present backends with this kind of engine."""
+        known = self._driver.core.state.backends
+        return [backend for name, backend in self.backends.items() if known[name].facts.kind == kind]
+
     def kind_of(self, backend: str) -> str:
         """Return the kind of engine of a backend that sent an answer and may have been removed meanwhile."""
         return self._kind(backend)[0]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from time import perf_counter
-
-from sidecar.shell.metric_table import OTHER
 
 INTERVAL_S = 0.02
 
@@ -35,32 +32,3 @@ class LoopWatch:
             due_at = perf_counter() + INTERVAL_S
             await asyncio.sleep(INTERVAL_S)
             self._longest_s = max(self._longest_s, perf_counter() - due_at)
-
-
-class LabelValues:
-    """Give the first `count_max` values a label of their own, and the rest `_other`.
-
-    `known` values have a label from the start, in addition, which no early comer can take.
-    """
-
-    def __init__(self, count_max: int, known: Iterable[str] = ()) -> None:
-        self._values: dict[str, None] = dict.fromkeys(known)
-        self._count_max = count_max + len(self._values)
-
-    def __contains__(self, value: str) -> bool:
-        return value in self._values
-
-    def label(self, value: str) -> str:
-        if value in self._values:
-            return value
-        if len(self._values) >= self._count_max:
-            return OTHER
-        self._values[value] = None
-        return value
-
-    def forget(self, value: str) -> bool:
-        """Free a value's label; return False if it had none."""
-        if value not in self._values:
-            return False
-        del self._values[value]
-        return True

@@ -6,6 +6,7 @@ the number of series does not grow with what clients send.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,3 +142,32 @@ METRICS: tuple[Metric, ...] = (
     _gauge("build_info", "Always 1; the label is the running version.", "version"),
 )
 BY_SHORT: dict[str, Metric] = {metric.short: metric for metric in METRICS}
+
+
+class LabelValues:
+    """Give the first `count_max` values a label of their own, and the rest `_other`.
+
+    `known` values have a label from the start, in addition, which no early comer can take.
+    """
+
+    def __init__(self, count_max: int, known: Iterable[str] = ()) -> None:
+        self._values: dict[str, None] = dict.fromkeys(known)
+        self._count_max = count_max + len(self._values)
+
+    def __contains__(self, value: str) -> bool:
+        return value in self._values
+
+    def label(self, value: str) -> str:
+        if value in self._values:
+            return value
+        if len(self._values) >= self._count_max:
+            return OTHER
+        self._values[value] = None
+        return value
+
+    def forget(self, value: str) -> bool:
+        """Free a value's label; return False if it had none."""
+        if value not in self._values:
+            return False
+        del self._values[value]
+        return True

@@ -24,8 +24,8 @@ from sidecar.core.core import Core
 from sidecar.core.enums import Cache, Outcome
 from sidecar.errors import Reason
 from sidecar.journal.writer import Journal, JournalFigures
-from sidecar.shell.loop_watch import LabelValues, LoopWatch
-from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER
+from sidecar.shell.loop_watch import LoopWatch
+from sidecar.shell.metric_table import BASE_MODEL, BY_SHORT, OTHER, LabelValues
 from sidecar.shell.metric_table import METRICS as METRICS
 from sidecar.shell.state_gauges import families_of, family
 

@@ -12,7 +12,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.core.enums import Why
 from sidecar.core.pace import Pace
-from sidecar.shell.loop_watch import LabelValues
+from sidecar.shell.metric_table import LabelValues
 from sidecar.shell.metrics import METRICS, TENANT_LABELS_MAX, Metrics
 from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 

@@ -86,12 +86,7 @@ class GatewayService(gateway_pb2_grpc.GatewayServicer):
 
     def _may_stream(self, kind: str) -> bool:
         """Return the default for `stream`: engines whose models are not decoupled refuse to stream."""
-        state = self._gateway.state
-        return any(
-            backend.streams
-            for name, backend in self._gateway.backends.items()
-            if state.backends[name].facts.kind == kind
-        )
+        return any(backend.streams for backend in self._gateway.fleet.of_kind(kind))
 
     async def _answer(self, request: Any, ticket: Ticket, context: Any) -> Settle | None:
         tokens = 0

@@ -13,13 +13,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
-from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes
+from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes, text_response
 from sidecar.fronts.openai.request import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
@@ -109,13 +109,13 @@ class HttpFront:
         if is_rest(path):
             await self._answer_rest(scope)(scope, receive, send)
         elif await _is_too_long(receive):
-            await _text(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
+            await text_response(413, "not a request: the body is too long", CLOSE)(scope, receive, send)
         elif path not in PATHS:
             await self._nothing_here()(scope, receive, send)
         elif self._probes is None:
-            await _text(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
+            await text_response(404, f"{path} has moved to the address of listeners.probes")(scope, receive, send)
         elif scope["method"] not in ("GET", "HEAD"):
-            await _text(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
+            await text_response(405, f"{path} is to be read with GET", {"allow": "GET, HEAD"})(scope, receive, send)
         else:
             self._warn_of_move(path)
             await self._probes(scope, receive, send)
@@ -132,7 +132,7 @@ class HttpFront:
     def _nothing_here(self) -> Response:
         api = [f"{API}/models, {API}/completions, {API}/chat/completions"] if self._api is not None else []
         present = [*(PATHS if self._probes is not None else ()), *api]
-        return _text(404, f"nothing is here; there are {', '.join(present)}")
+        return text_response(404, f"nothing is here; there are {', '.join(present)}")
 
     def _answer_rest(self, scope: Scope) -> Response:
         rest = rest_answer(scope["method"], scope["path"], self._grpc_address)
@@ -164,10 +164,6 @@ async def _is_too_long(receive: Receive) -> bool:
             return True
         if not message.get("more_body", False):
             return False
-
-
-def _text(status: int, sentence: str, headers: dict[str, str] | None = None) -> Response:
-    return PlainTextResponse(f"{sentence}\n", status, NO_STORE | (headers or {}))
 
 
 def server_tls(certificate: str | None, key: str | None, ca: str | None, address: str) -> ssl.SSLContext:

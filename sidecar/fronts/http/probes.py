@@ -73,18 +73,18 @@ class Probes:
             await self._router({**scope, "app": self}, receive, send)
         except HTTPException as error:
             hint = f"there are {', '.join(PATHS)}, to be read with GET"
-            await _text(error.status_code, hint, error.headers)(scope, receive, send)
+            await text_response(error.status_code, hint, error.headers)(scope, receive, send)
 
     async def _show_metrics(self, request: Request) -> Response:
         content_type, body = await self._metrics.render(request.headers.get("accept", ""))
         return Response(body, headers=NO_STORE | {"content-type": content_type})
 
     async def _show_live(self, request: Request) -> Response:
-        return _text(200, "ok")
+        return text_response(200, "ok")
 
     async def _show_ready(self, request: Request) -> Response:
         why = why_not_ready(self._gateway)
-        return _text(503, why) if why else _text(200, "ok")
+        return text_response(503, why) if why else text_response(200, "ok")
 
 
 class HttpProbes:
@@ -113,5 +113,5 @@ class HttpProbes:
         await self._probes(scope, receive, closing)
 
 
-def _text(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
+def text_response(status: int, sentence: str, headers: Mapping[str, str] | None = None) -> Response:
     return PlainTextResponse(f"{sentence}\n", status, NO_STORE | dict(headers or {}))

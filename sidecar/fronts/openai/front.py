@@ -158,13 +158,8 @@ class OpenAiFront:
 
     def _may_stream(self, kind: str) -> bool:
         """Return True if a kind streams. Then every answer is streamed, since only so can its tokens be counted."""
-        state = self._gateway.state
-        known = [
-            backend.streams
-            for name, backend in self._gateway.backends.items()
-            if state.backends[name].facts.kind == kind
-        ]
-        to_come = (model_kind(facts.kind) for _, facts in empty_pools(state))
+        known = [backend.streams for backend in self._gateway.fleet.of_kind(kind)]
+        to_come = (model_kind(facts.kind) for _, facts in empty_pools(self._gateway.state))
         if known or all(model.native is Native.OPENAI for model in to_come):
             return any(known)
         return self._gateway.fleet.streamed(kind)
