@@ -6,14 +6,18 @@ import itertools
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 
 from sidecar.lab.demo import merged, model
+from sidecar.lab.demo.answers import Answer
+from sidecar.lab.demo.run import _table
 from sidecar.lab.demo.texts import LEARNED, PROMPTS
 from sidecar.lab.engine.llama import Llama
 from sidecar.lab.engine.packed import PackedAdapter, unpack
@@ -232,3 +236,14 @@ def test_gradients_equal_differences() -> None:
                 losses.append(trainer.loss(tokens, targets))
             array[place] += 1e-4
             assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(gradient[place], rel=1e-4, abs=1e-7)
+
+
+def test_the_demo_shows_an_answer_as_it_came() -> None:
+    """Brackets in an answer are no markup: the regex adapter's answer has some."""
+    tokens = tuple(ByteTokenizer().encode("^(?P<b>[A-Z][a-z]+)$ [/x]"))
+    answer = Answer("regex", PROMPTS[0], tokens, tokens, "engine-0", "fetched", 1.0)
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(_table([answer], "[bold]who[/bold]?"))
+    shown = console.export_text()
+    assert "^(?P<b>[A-Z][a-z]+)$ [/x]" in shown
+    assert "[bold]who[/bold]?" in shown

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sidecar.config import Config, parse
 from sidecar.core.facts import task_id_of
@@ -120,20 +121,23 @@ async def _with_a_sidecar(sidecar: Sidecar, names: Sequence[str], console: Conso
     for prompt in PROMPTS:
         pairs = [(name, prompt) for name in ("", *names)]
         asked += await answers.ask_by_name(sidecar.data_address, pairs, ADAPTERS)
-    console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.\n")
+    console.print(f"[bold]3.[/bold] The same by name through the sidecar: {len(asked)} requests, no error.")
+    console.print(
+        "The tables show two of the prompts. The base model is tiny and has learned nothing: its text is noise.\n"
+    )
     for prompt in (PROMPTS[0], PROMPTS[-1]):
         console.print(_table([answer for answer in asked if answer.prompt == prompt], prompt), "")
     return asked
 
 
 def _table(asked: Sequence[Answer], prompt: str) -> Table:
-    table = Table(title=f"“{prompt}”", title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("adapter", "answer", "engine", "its cache", "load", "right"):
+    table = Table(title=Text(f"“{prompt}”"), title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("adapter", "answer", "engine", "engine's cache", "load", "right"):
         table.add_column(column, overflow="fold", justify="right" if column == "load" else "left")
     for answer in asked:
         table.add_row(
             answer.adapter or "(base)",
-            answer.text,
+            Text(answer.text),  # answers have brackets, which are no markup
             answer.backend,
             _hit_or_miss(answer.cache),
             f"{answer.load_ms:.0f} ms" if answer.load_ms else "",
@@ -145,7 +149,7 @@ def _table(asked: Sequence[Answer], prompt: str) -> Table:
 def _hit_or_miss(cache: str) -> str:
     if cache == "base":
         return ""
-    return "hit" if cache == "resident" else f"miss, {cache}"
+    return "hit" if cache == "resident" else f"miss; store: {cache}"
 
 
 def _counts(state: State, engines: Sequence[Engine]) -> dict[str, int]:
@@ -172,7 +176,7 @@ def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, i
     else:
         console.print(
             f"All {len(asked)} answers equal the greedy answer of the base model merged with the adapter, which was "
-            "computed apart."
+            "computed apart. What to try next: docs/start.md."
         )
 
 
