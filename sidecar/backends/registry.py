@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sidecar.backends.kind import Kind, ModelKind
+from sidecar.backends.kind import Kind, ModelKind, Native
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.section import problems
@@ -111,7 +111,7 @@ def siblings(names: Sequence[str]) -> list[ModelKind]:
 
 def written_for(rank: Callable[[str], int | None]) -> ModelKind:
     """Return the kind of model for which a KServe request is written, by the rank of its inputs."""
-    natives = [model for model in models().values() if model.native is not None]
+    natives = [model for model in models().values() if model.native is Native.KSERVE]
     return next((model for model in natives if model.recognises is not None and model.recognises(rank)), natives[0])
 
 
