@@ -130,8 +130,8 @@ def unreadable(name: str, where: str, why: str) -> Misused:
     """Return the error for a record that cannot be read and would be lost by a move."""
     return Misused(
         Reason.STATE_INCOMPATIBLE,
-        f"what {where} has of {name} cannot be read ({why}); register it anew there first, or let the release that "
-        "wrote it move the registry",
+        f"the record of {name} in {where} cannot be read ({why}); register the name again there first, or move the "
+        "registry with the release that wrote it",
     )
 
 

@@ -211,7 +211,7 @@ async def test_an_ending_that_is_not_understood_is_an_ending_all_the_same(adapte
         await server.start()
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         line = ForwardCall(peers_pb2_grpc.PeersStub(channel))
-        other.sidecar.replica.router._line = lambda member, size_bytes: line
+        other.sidecar.replica.router._forward_call = lambda member, size_bytes: line
         for _ in range(2):  # the line lives on
             with pytest.raises(grpc.aio.AioRpcError) as failed:
                 await other.ask("a00")

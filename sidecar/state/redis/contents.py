@@ -38,7 +38,7 @@ class RedisRegistryStore:
         live = await self._asked(self._link.run(LAGGING, NUMBER_MAX, int(MEMBER_TTL_S * 1e6), ""))
         if live:
             await self._link.close()
-            raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} are at work on {self}; stop them first")
+            raise Misused(Reason.STATE_NOT_EMPTY, f"{', '.join(live)} use {self}; stop them first")
         return self
 
     async def __aexit__(self, *error: object) -> None:

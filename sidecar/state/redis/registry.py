@@ -120,7 +120,7 @@ class RedisRegistry:
             if outcome == "written":
                 await self.acknowledged(number)
                 return number
-        raise self._unavailable("it lost data and is being refilled")
+        raise self._unavailable("Redis lost data, which is being restored")
 
     async def _try(self, name: str, text: str, token: str) -> tuple[str, int]:
         """Attempt one write. Return its result once this replica has read all that the result depends on."""
@@ -133,8 +133,8 @@ class RedisRegistry:
             else:
                 await feed.has_read(number, WRITE_S)
         except TimeoutError as error:
-            told = f"change {number} was not seen to come back from it" if number else "what it lost is not back yet"
-            raise self._unavailable(told) from error
+            trouble = f"change {number} did not come back from it" if number else "its lost data is not restored yet"
+            raise self._unavailable(trouble) from error
         if outcome == "written" and newer(Head(number, token, number, 0), feed.copy.head(name)):
             raise self._unavailable(f"it took change {number} and lost it again")
         return outcome, number
@@ -146,8 +146,8 @@ class RedisRegistry:
             if monotonic() > until:
                 raise Refused(
                     Reason.STATE_UNAVAILABLE,
-                    f"it is written down as change {number} and {', '.join(others)} did not read it yet; ask again to "
-                    "wait on",
+                    f"it is stored as change {number}, but {', '.join(others)} did not read it yet; retry to keep "
+                    "waiting",
                 )
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S_MAX)
