@@ -201,7 +201,7 @@ def _first_token(step: Step, event: ev.FirstToken) -> None:
         assert request.backend is not None
         request.first_token = True
         request.tokens = max(1, request.tokens)
-        stalls.heard(step, step.state.backends[request.backend])
+        stalls.note_life_sign(step, step.state.backends[request.backend])
         if request.losses:
             step.dirty[request.backend] = None  # a suspect's Load may have waited for this token
 
@@ -215,7 +215,7 @@ def _run_ended(step: Step, event: ev.RunEnded) -> None:
         _learn(step, request)
     backend = running.end_run(step, request, event.output_tokens)
     if not request.settled:  # a settled one may have been ended by the sidecar, which says nothing of the engine
-        stalls.heard(step, backend)
+        stalls.note_life_sign(step, backend)
         queueing.settle(step, request, None)
     healing.run_completed(backend, backend.facts.seats or step.state.config.seats_default)
     queueing.release(step, request)
@@ -272,7 +272,7 @@ def _backend_up(step: Step, event: ev.BackendUp) -> None:
     backend.shadow = EngineShadow(CacheShadow(event.facts.host_pages_total), CacheShadow(event.facts.device_pages))
     for version in state.versions.values():
         version.refused_by.pop(backend.id, None)
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)
     step.dirty[backend.id] = None
     operators.want_all_pinned(step, backend)
 

@@ -125,7 +125,7 @@ def load_done(step: Step, event: LoadDone) -> None:
     if load is None:
         return
     backend = end_load(step, load)
-    stalls.heard(step, backend)
+    stalls.note_life_sign(step, backend)
     step.state.versions[load.digest].answered = True
     suspects.clear(step.state, load.digest)
     backend.full_until_ns = backend.full_backoff_ns = 0
@@ -147,7 +147,7 @@ def _left_the_engine(step: Step, backend: Backend, digest: str) -> None:
     if slot is not None and not backend.slot_in_use(slot):
         backend.close_slot(digest)
     if digest in step.state.versions:
-        storing.went_missing(step, step.state.packed_for(digest, backend).key)
+        storing.handle_loss(step, step.state.packed_for(digest, backend).key)
 
 
 def end_load(step: Step, load: LoadRun) -> Backend:

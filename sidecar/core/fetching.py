@@ -142,7 +142,7 @@ def fetch_failed(step: Step, event: FetchFailed) -> None:
     step.dirty.update(dict.fromkeys(state.joining))  # a joining backend may have waited for it
     if disk.is_reading(step, event.key):
         disk.end_read(step, event.key, good=False)
-        storing.hunger(step, event.key)  # from its origin this time
+        storing.queue_fetch(step, event.key)  # from its origin this time
         return
     for request_id in list(state.wanted.get(event.key, ())):
         request = state.requests[request_id]

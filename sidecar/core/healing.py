@@ -135,7 +135,7 @@ def _reload(step: Step, backend: Backend, digest: str) -> None:
     elif slot is not None and slot.load is None:
         backend.close_slot(digest)
     if digest != BASE:
-        storing.went_missing(step, step.state.packed_for(digest, backend).key)
+        storing.handle_loss(step, step.state.packed_for(digest, backend).key)
 
 
 def _full(step: Step, request: Request, backend: Backend, text: str) -> None:
@@ -167,7 +167,7 @@ def forget_idle(step: Step, backend: Backend) -> None:
             backend.close_slot(version)
     for version in backend.queued_by_version:
         if version != BASE:
-            storing.went_missing(step, step.state.packed_for(version, backend).key)
+            storing.handle_loss(step, step.state.packed_for(version, backend).key)
 
 
 def _whole_engine(step: Step, request: Request, backend: Backend, text: str) -> None:

@@ -50,7 +50,7 @@ def leaving(step: Step, event: BackendLeaving) -> None:
         end_joining(step.state, backend.id)
         queueing.reroute_queue(step, backend)
     step.dirty[backend.id] = None
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)
 
 
 def removed(step: Step, event: BackendRemoved) -> None:
@@ -69,7 +69,7 @@ def removed(step: Step, event: BackendRemoved) -> None:
     _forget(state, backend)
     step.dirty.pop(backend.id, None)
     step.hungry = True
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)
 
 
 def _forget(state: State, backend: Backend) -> None:
@@ -212,7 +212,7 @@ def taken(step: Step, event: BackendTaken) -> None:
     backend.silence = Silence()
     step.state.forget_servers()
     healing.forget_idle(step, backend)
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)
     step.dirty[backend.id] = None
     if backend.phase is Phase.UP:
         operators.want_all_pinned(step, backend)
@@ -231,4 +231,4 @@ def given_up(step: Step, event: BackendGivenUp) -> None:
     for request in [step.state.requests[number] for number in (*backend.queued, *backend.running)]:
         if not request.first_token and not request.settled:
             running.cancel(step, request, Reason.NOT_OWNER, message)
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)

@@ -199,4 +199,4 @@ def drain_set(step: Step, event: DrainSet) -> None:
     step.state.forget_servers()
     if event.draining:
         queueing.reroute_queue(step, backend)
-    queueing.route_the_unrouted(step)
+    queueing.route_unrouted(step)

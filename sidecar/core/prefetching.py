@@ -158,11 +158,11 @@ class _EngineSpare:
             and version not in backend.slots
             and not eligibility.resident(backend, version)
             and eligibility.why_not_open(self._state, backend, version, self._now_ns, self._pages) is None
-            and takes_from_nobody(backend, self._state.packed_for(version, backend).pages)
+            and fits_unneeded_pages(backend, self._state.packed_for(version, backend).pages)
         )
 
 
-def takes_from_nobody(backend: Backend, pages: int) -> bool:
+def fits_unneeded_pages(backend: Backend, pages: int) -> bool:
     """Return True if a Load fits into free pages and pages of versions without queued requests."""
     cache = backend.shadow.host
     assert cache.pages_total is not None

@@ -31,7 +31,7 @@ def promise(step: Step, request: Request, backend: Backend) -> int:
 def take_back(step: Step, request: Request, backend: Backend) -> None:
     """Undo the accounting of a request that is refused for its predicted wait."""
     backend.outstanding.queued_tokens -= request.expected_tokens
-    no_longer_outstanding(step, request, backend)
+    remove_outstanding(step, request, backend)
 
 
 def route(step: Step, request: Request) -> None:
@@ -97,7 +97,7 @@ def enqueue(step: Step, request: Request, backend: Backend) -> None:
         key = step.state.packed_for(request.version, backend).key
         step.state.wanted.setdefault(key, IdQueue()).add(request.id)
         if not step.state.store.has(key):
-            storing.hunger(step, key)
+            storing.queue_fetch(step, key)
             if not eligibility.resident(backend, request.version):
                 step.state.lateness.misses(key, step.now_ns)
     step.dirty[backend.id] = None
@@ -112,7 +112,7 @@ def _count_outstanding(step: Step, request: Request, backend: Backend) -> None:
     )
 
 
-def no_longer_outstanding(step: Step, request: Request, backend: Backend) -> None:
+def remove_outstanding(step: Step, request: Request, backend: Backend) -> None:
     view = request.view
     request.counted = False
     backend.outstanding.remove(view.tenant, view.input_tokens, request.expected_tokens, view.output_tokens_max)
@@ -152,7 +152,7 @@ def dequeue(step: Step, request: Request, to_run: bool = False) -> None:
     backend.ordering.left(request.id, step.now_ns)
     backend.outstanding.queued_tokens -= request.expected_tokens
     if not to_run:
-        no_longer_outstanding(step, request, backend)
+        remove_outstanding(step, request, backend)
     if request.version != BASE:
         _no_longer_wants(step, request, step.state.packed_for(request.version, backend).key)
     step.dirty[backend.id] = None
@@ -222,7 +222,7 @@ def route_or_refuse(step: Step, request: Request) -> None:
     )
 
 
-def route_the_unrouted(step: Step) -> None:
+def route_unrouted(step: Step) -> None:
     """Try again to route the requests that were set aside, oldest first."""
     for request_id in sorted(step.state.unrouted):
         request = step.state.requests[request_id]

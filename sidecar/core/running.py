@@ -18,7 +18,7 @@ def end_run(step: Step, request: Request, output_tokens: int) -> Backend:
     del backend.running[request.id]
     backend.more_sequences -= request.view.sequences - 1
     backend.kv_reserved -= request.kv_tokens(backend)
-    queueing.no_longer_outstanding(step, request, backend)
+    queueing.remove_outstanding(step, request, backend)
     request.running = False
     backend.ordering.ended(request.view, output_tokens, step.now_ns)
     if request.version != BASE:

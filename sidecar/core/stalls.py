@@ -39,7 +39,7 @@ def began(step: Step, backend: Backend) -> None:
         backend.silence.since_ns = step.now_ns
 
 
-def heard(step: Step, backend: Backend) -> None:
+def note_life_sign(step: Step, backend: Backend) -> None:
     """Note a sign of life of an engine."""
     backend.silence.excused = 0
     _believe(step, backend)
@@ -48,7 +48,7 @@ def heard(step: Step, backend: Backend) -> None:
 def progressed(step: Step, backend: Backend, event: Progress) -> None:
     """Handle Progress: tokens came; or none can come, since clients block reading of everything that runs."""
     if any(event.tokens.values()):
-        heard(step, backend)
+        note_life_sign(step, backend)
     elif all(request in event.tokens for request in backend.running if _speaks(step.state, backend, request)):
         backend.silence.since_ns = step.now_ns
 

@@ -10,7 +10,7 @@ from sidecar.core.facts import is_files
 from sidecar.core.step import Step
 
 
-def hunger(step: Step, key: str) -> None:
+def queue_fetch(step: Step, key: str) -> None:
     """Queue a fetch for a blob that a waiting request needs and the store does not have."""
     position = step.state.next_position(key)
     if position is not None:
@@ -18,9 +18,9 @@ def hunger(step: Step, key: str) -> None:
         step.hungry = True
 
 
-def went_missing(step: Step, key: str) -> None:
+def handle_loss(step: Step, key: str) -> None:
     """Handle the loss of a blob, or of an engine's copy of it, while requests may wait for it."""
-    hunger(step, key)
+    queue_fetch(step, key)
     if key in step.state.wanted and not step.state.store.has(key) and eligibility.is_needed(step.state, key):
         step.state.lateness.misses(key, step.now_ns)
 
@@ -42,7 +42,7 @@ def drop_blob(step: Step, key: str) -> None:
         _forget_readers(step, key, step.state.store.entries[key].digest)
     step.state.store.remove(key)
     step.emit(Drop(key))
-    went_missing(step, key)
+    handle_loss(step, key)
     step.hungry = True
 
 

@@ -61,7 +61,7 @@ def unpack(path: Path, folder: Path, bytes_max: int = UNPACKED_BYTES_MAX) -> lis
             segments = list(_segments(path, compressed, folder, bytes_max))
             # The checksum is behind the padding, which a tar reader need not read.
             if len(compressed.read(tarfile.RECORDSIZE + 1)) > tarfile.RECORDSIZE:
-                raise _bad(path, "something follows its end; have it sent again, or capture it again")
+                raise _bad(path, "there is data after its end; have it sent again, or capture it again")
             return segments
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
         raise _bad(path, f"it is damaged ({error}); have it sent again, or capture it again") from error
@@ -82,7 +82,7 @@ class _Counted:
         piece = self._stream.read(min(size_bytes, PIECE_BYTES) if size_bytes >= 0 else PIECE_BYTES)
         self._left_bytes -= len(piece)
         if self._left_bytes < 0:
-            raise _bad(self._path, "a header of it is larger than any that sidecar debug capture writes")
+            raise _bad(self._path, "one of its headers is larger than any that sidecar debug capture writes")
         return piece
 
 

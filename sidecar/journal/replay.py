@@ -138,7 +138,7 @@ class SegmentFile:
             obstacle = f"the journal lacks {left_out} step{'s' if left_out > 1 else ''} before it" if left_out else ""
             return Ending(*place, event["!"], True, obstacle)
         except (KeyError, TypeError) as error:
-            raise self._bad(f"what it says of the end of its process is incomplete ({error})") from error
+            raise self._bad(f"its record of the end of its process is incomplete ({error})") from error
 
     def _replayed(self, step: int, record: dict[str, Any], event: Event) -> Replayed:
         place = (self.path.name, step, record["at"], event)

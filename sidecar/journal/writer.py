@@ -120,7 +120,7 @@ class Journal:
         try:
             line = _line(record | {part: codec.encode(what)})
         except Exception:  # the event that raised may be one that cannot be encoded
-            logger.exception("what the sidecar ends of cannot be journaled in full")
+            logger.exception("the exception that ends the sidecar cannot be journaled in full")
             line = _line(record | {part: None})
         self._writer.end(line)
 

@@ -49,13 +49,13 @@ def _lapse(step: Step, slot: Slot, hold: Hold) -> None:
     step.emit(Disown(slot.backend, Why.LEASE_ENDED))
 
 
-def look_after(step: Step, slot: Slot, hold: Hold) -> None:
+def review_lapsed(step: Step, slot: Slot, hold: Hold) -> None:
     """Ask the witnesses of a lapsed lease again; drop it when Redis answers, another owner follows or time is up."""
     bounds, know = step.know.bounds, step.know
     too_late = step.now >= hold.granted_ns + bounds.usable_ns(bounds.alone_ns)
     if know.reaches_redis or know.member.draining or too_late or step.is_over(slot.backend, hold.epoch):
         step.give_back(slot)
-        step.look_at(step.now)
+        step.ask_by(step.now)
     elif hold.ask_ns is not None and step.now >= hold.ask_ns:
         _ask(step, slot, hold)
 
@@ -111,7 +111,7 @@ def answered(step: Step, slot: Slot, hold: Hold, event: ev.LeaseAnswered) -> Non
         _renewed(step, hold, call)
         if isinstance(slot.state, HandingOver) and slot.state.is_idle:
             step.give_back(slot)
-            step.look_at(step.now + bounds.retry_ns)
+            step.ask_by(step.now + bounds.retry_ns)
             return
         if event.epoch != hold.epoch:
             hold.epoch = event.epoch

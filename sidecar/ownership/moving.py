@@ -11,14 +11,14 @@ from sidecar.ownership.slots import Free, HandingOver, Move, Owned, Slot
 from sidecar.ownership.step import Step, leases_of
 
 
-def look(step: Step, event: BeatAnswered) -> None:
+def request_one(step: Step, event: BeatAnswered) -> None:
     """Ask for one backend that should be this member's and is another's."""
     know = step.know
     leases = leases_of(event)
     move = know.move
     if move is not None:
         if _is_owned_by(leases.get(move.backend), move.owner):
-            step.look_at(step.now + know.bounds.retry_ns)
+            step.ask_by(step.now + know.bounds.retry_ns)
             return
         know.move = None
     names = sorted(know.slots)
@@ -56,7 +56,7 @@ def _ask(step: Step, backend: str, owner: str) -> None:
 def answered(step: Step, move: Move, event: AskAnswered) -> None:
     if event.agreed:
         move.agreed = True
-        step.look_at(step.now + step.know.bounds.retry_ns)
+        step.ask_by(step.now + step.know.bounds.retry_ns)
     else:
         step.know.move = None
 

@@ -70,9 +70,9 @@ def _run_due(step: Step) -> None:
     know = step.know
     for slot in know.slots.values():
         if isinstance(slot.state, Asking):
-            taking.go_ahead(step, slot)
+            taking.acquire_when_agreed(step, slot)
         elif isinstance(slot.state, Lapsed):
-            keeping.look_after(step, slot, slot.state.hold)
+            keeping.review_lapsed(step, slot, slot.state.hold)
         elif slot.hold is not None:
             keeping.keep(step, slot, slot.hold)
     if know.move is not None and step.now >= know.move.again_ns:
@@ -124,8 +124,8 @@ def _beat_answered(step: Step, event: ev.BeatAnswered) -> None:
     if know.member.draining:
         return
     for slot in know.slots.values():
-        taking.look(step, slot, leases.get(slot.backend), event)
-    moving.look(step, event)
+        taking.consider(step, slot, leases.get(slot.backend), event)
+    moving.request_one(step, event)
 
 
 def _beat_failed(step: Step, event: ev.BeatFailed) -> None:
@@ -133,7 +133,7 @@ def _beat_failed(step: Step, event: ev.BeatFailed) -> None:
     if event.number == know.beat:
         know.beat = None
         know.reaches_redis = False
-        step.look_at(step.now + know.bounds.retry_ns)
+        step.ask_by(step.now + know.bounds.retry_ns)
 
 
 def _lease_answered(step: Step, event: ev.LeaseAnswered) -> None:
@@ -191,7 +191,7 @@ def _backend_found(step: Step, event: ev.BackendFound) -> None:
     know = step.know
     if event.backend not in know.slots:
         know.slots = dict(sorted({**know.slots, event.backend: Slot(event.backend, event.home)}.items()))
-        step.look_at(step.now)
+        step.ask_by(step.now)
 
 
 def _backend_gone(step: Step, event: ev.BackendGone) -> None:
@@ -207,13 +207,13 @@ def _backend_gone(step: Step, event: ev.BackendGone) -> None:
     know.calls = {number: each for number, each in know.calls.items() if each is not slot}
     if know.move is not None and know.move.backend == event.backend:
         know.move = None
-    step.look_at(step.now)
+    step.ask_by(step.now)
 
 
 def _drain_begun(step: Step, _: ev.DrainBegun) -> None:
     step.know.member = replace(step.know.member, draining=True)
     step.know.move = None
-    step.look_at(step.now)
+    step.ask_by(step.now)
 
 
 def _tick(step: Step, _: ev.Tick) -> None:
@@ -241,7 +241,7 @@ def _is_free_for(step: Step, event: AskReceived) -> bool:
 def _go_on(step: Step, event: AskReceived) -> bool:
     """Agree that an owner continues, if Redis is unreachable from here too; if it is not known to be, find out."""
     if step.know.reaches_redis:
-        step.look_at(step.now)
+        step.ask_by(step.now)
         return False
     if not _is_free_for(step, event) or step.is_over(event.backend, event.epoch):
         return False

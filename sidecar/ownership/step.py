@@ -64,7 +64,7 @@ class Step:
         self.know.numbers += 1
         return self.know.numbers
 
-    def look_at(self, at_ns: int) -> None:
+    def ask_by(self, at_ns: int) -> None:
         """Ask Redis for its state at a time, or earlier."""
         self.know.beat_ns = min(self.know.beat_ns, max(at_ns, self.now))
 
@@ -136,7 +136,7 @@ class Step:
         if isinstance(slot.state, Owned):
             self.emit(do.Disown(slot.backend, why))
         self.give_back(slot)
-        self.look_at(self.now)
+        self.ask_by(self.now)
 
     def give_back(self, slot: Slot) -> None:
         """Release what this member has, or may have, been granted."""

@@ -15,7 +15,7 @@ from sidecar.ownership.slots import Acquiring, Asking, Free, Ground, Hold, Owned
 from sidecar.ownership.step import Step
 
 
-def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
+def consider(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) -> None:
     """Take a backend if it is free, not pledged and this member is preferred; otherwise schedule the next look."""
     state, know = slot.state, step.know
     if not isinstance(state, Free):
@@ -23,7 +23,7 @@ def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     left_ns = event.newborn_ns if lease is None else lease.left_ns
     if left_ns > 0:
         state.since_ns = None
-        step.look_at(step.now + (min(left_ns, know.bounds.retry_ns) if _is_coming(step, lease) else left_ns))
+        step.ask_by(step.now + (min(left_ns, know.bounds.retry_ns) if _is_coming(step, lease) else left_ns))
         return
     if state.since_ns is None:
         state.since_ns = step.now
@@ -34,11 +34,11 @@ def look(step: Step, slot: Slot, lease: Lease | None, event: ev.BeatAnswered) ->
     if step.pledged_to(slot.backend):
         at_ns = max(at_ns, know.pledges[slot.backend].until_ns)
     if step.now < at_ns:
-        step.look_at(min(at_ns, step.now + know.bounds.retry_ns))  # a preferred member may be found dead meanwhile
+        step.ask_by(min(at_ns, step.now + know.bounds.retry_ns))  # a preferred member may be found dead meanwhile
         return
     _take(step, slot, state, lease, step.ground(event.generation, event.redis_ns))
     if lease is not None and lease.unattended_ns > 0:
-        step.look_at(step.now + lease.unattended_ns)
+        step.ask_by(step.now + lease.unattended_ns)
 
 
 def _is_coming(step: Step, lease: Lease | None) -> bool:
@@ -74,14 +74,14 @@ def _take(step: Step, slot: Slot, state: Free, lease: Lease | None, ground: Grou
     epoch = know.epochs.get(slot.backend, 0)
     round_ = step.ask(slot.backend, Purpose.TAKE_OVER, [*know.members, *witnesses], epoch)
     slot.become(Asking(state, ground, round_, tuple(vouched), witnesses))
-    go_ahead(step, slot)
+    acquire_when_agreed(step, slot)
 
 
 def _acquire(step: Step, slot: Slot, free: Free, ground: Ground, agreed: tuple[str, ...]) -> None:
     slot.become(Acquiring(free, step.acquire(slot, "", ground, agreed), step.now))
 
 
-def go_ahead(step: Step, slot: Slot) -> None:
+def acquire_when_agreed(step: Step, slot: Slot) -> None:
     """Acquire a backend once all asked members have answered or had the time to.
 
     A member that does not answer prevents nothing, unless its earlier answer still counts. A pledge to the owner
@@ -95,7 +95,7 @@ def go_ahead(step: Step, slot: Slot) -> None:
     is_taken = step.is_believed_taken(slot.backend) and set(state.witnesses).isdisjoint(agreed)
     if state.round.holder or is_taken or step.know.member.draining or step.pledged_to(slot.backend):
         slot.become(state.free)
-        step.look_at(step.now + bounds.retry_ns)
+        step.ask_by(step.now + bounds.retry_ns)
         return
     _acquire(step, slot, state.free, state.ground, agreed)
 
@@ -106,7 +106,7 @@ def answered(step: Step, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) 
     valid_ns = state.sent_ns + bounds.usable_ns(bounds.ttl_ns)
     if not event.granted:
         slot.become(state.free)
-        step.look_at(step.now + bounds.retry_ns)
+        step.ask_by(step.now + bounds.retry_ns)
     elif step.now >= valid_ns or step.know.is_overtaken(slot.backend, event.epoch):
         give_up(step, slot)
     else:
@@ -119,4 +119,4 @@ def answered(step: Step, slot: Slot, state: Acquiring, event: ev.LeaseAnswered) 
 def give_up(step: Step, slot: Slot) -> None:
     """Release what an acquisition may have brought whose answer came too late or never."""
     step.give_back(slot)
-    step.look_at(step.now + step.know.bounds.retry_ns)
+    step.ask_by(step.now + step.know.bounds.retry_ns)

@@ -156,7 +156,7 @@ def test_a_goal_that_nothing_meets(sidecar: Callable[..., Ended]) -> None:
     assert f"{told['plan']['slots']} adapter slots" in error["message"]
     assert told["binds_because"] in error["message"]
     pasted = sidecar(*LOAD, "--p99-wait", "0.002", "--backends", "1", "--slots", "12", "--emit", "helm")
-    assert (pasted.code, "does not meet it" in pasted.out) == (1, True)
+    assert (pasted.code, "does not meet the goal" in pasted.out) == (1, True)
 
 
 def test_more_throughput_needs_more_engines(sidecar: Callable[..., Ended]) -> None:
@@ -244,9 +244,9 @@ def test_a_cost_file_beside_us_is_found(
 
 
 WRONG: list[tuple[tuple[str, ...], str]] = [
-    ((), "a plan needs to know what is enough: --p99-wait, --wait-max, --throughput"),
+    ((), "a plan needs a goal: --p99-wait, --wait-max, --throughput"),
     (("--p99-wait", "nan"), "--p99-wait nan"),
-    (("--p99-wait", "5", "--workload", "base"), "base asks for no adapter"),
+    (("--p99-wait", "5", "--workload", "base"), "base requests no adapter"),
     (("--p99-wait", "5", "--engine", "sglang"), 'there is no "sglang"; there are trtllm, vllm'),
     (("--p99-wait", "5", "--emit", "yaml"), 'there is no "yaml"; there are helm, pbtxt, vllm'),
     (("--p99-wait", "5", "--engine", "vllm", "--emit", "pbtxt"), "--emit pbtxt is nothing that vllm reads"),

@@ -109,7 +109,7 @@ def test_vllm_takes_one_slot_of_the_largest_rank() -> None:
     layout = vllm_layout(LLAMA_31_8B, (8, 12))
     assert (layout.max_rank, layout.page_bytes) == (16, 16 * 81_920 * 32 * 2)
     assert dict(layout.pages_by_rank) == {8: 1, 12: 1}
-    with pytest.raises(Misused, match="rank 513 fits no vLLM: it takes up to 512"):
+    with pytest.raises(Misused, match="rank 513 does not fit vLLM, which takes up to 512"):
         vllm_layout(LLAMA_31_8B, (513,))
 
 

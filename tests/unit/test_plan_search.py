@@ -200,11 +200,11 @@ def test_a_short_trace_is_one_sample(tmp_path: Path) -> None:
 
 def test_a_load_without_adapters_is_refused(tmp_path: Path) -> None:
     """There is nothing to plan for the base model."""
-    with pytest.raises(Misused, match="base asks for no adapter"):
+    with pytest.raises(Misused, match="base requests no adapter"):
         demand(workload="base")
     empty = tmp_path / "t.csv"
     empty.write_text("arrival_s,adapter,input_tokens,output_tokens\n0,,10,10\n")
-    with pytest.raises(Misused, match=r"t\.csv asks for no adapter"):
+    with pytest.raises(Misused, match=r"t\.csv requests no adapter"):
         demand(trace=empty)
 
 

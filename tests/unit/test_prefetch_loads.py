@@ -20,7 +20,7 @@ from sidecar.core import events as ev
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Fault
 from sidecar.core.prefetch_accounting import PrefetchCounts
-from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, takes_from_nobody
+from sidecar.core.prefetching import LOADS_UNUSED_MAX, LOOK_EVERY, fits_unneeded_pages
 from sidecar.core.shadow import CacheShadow, EngineShadow
 from sidecar.core.state import Backend, Slot
 from sidecar.journal import codec
@@ -211,12 +211,12 @@ def test_what_is_on_its_way_takes_its_pages_first() -> None:
     backend = Backend("b0", facts_of(), Skip(), shadow=EngineShadow(CacheShadow(2), CacheShadow(2)))
     backend.shadow.host.put("waits", 1, 0, "load")
     backend.queued_by_version["waits"] = IdQueue([1])
-    assert takes_from_nobody(backend, 1)
+    assert fits_unneeded_pages(backend, 1)
     backend.slots["comes"] = Slot(opened_ns=0, pages=1, load=1)
-    assert not takes_from_nobody(backend, 1)
+    assert not fits_unneeded_pages(backend, 1)
     del backend.queued_by_version["waits"]
-    assert takes_from_nobody(backend, 1)
-    assert not takes_from_nobody(backend, 2)
+    assert fits_unneeded_pages(backend, 1)
+    assert not fits_unneeded_pages(backend, 2)
 
 
 def test_a_version_is_loaded_ahead_as_soon_as_it_is_fetched() -> None:

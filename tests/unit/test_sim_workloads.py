@@ -182,7 +182,7 @@ def test_a_million_requests_are_made_as_they_are_asked_for() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"adapters": 0}, "adapters 0 makes no load"),
+        ({"adapters": 0}, "adapters 0 is out of range"),
         ({"requests": 0}, "requests 0"),
         ({"input_tokens": 0}, "input-tokens 0"),
         ({"output_tokens": -1}, "output-tokens -1"),

@@ -163,7 +163,7 @@ MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
     "requests are lost": (Step, "drop", _forgets_a_request),
     "an engine idles beside a backlog": (stealing, "steal", _never_steals),
     "a stalled engine is believed": (stalls, "_judge", _never_suspects),
-    "what was set aside stays there": (Step, "route_the_unrouted", _never_reroutes),
+    "what was set aside stays there": (Step, "route_unrouted", _never_reroutes),
 }
 
 

@@ -163,7 +163,9 @@ def test_an_engine_of_no_known_shape_is_stood_in_for() -> None:
         assert not is_alike
         assert (engine.slots, engine.rank, engine.shape.name) == (facts.device_pages, 32, "llama-3.1-8b")
     for facts in (facts_of(device_pages=None), EngineFacts()):
-        with pytest.raises(Misused, match="does not say how many adapters fit the GPU; say it with --slots"):
+        with pytest.raises(
+            Misused, match="does not contain the number of adapters that fit the GPU; give it with --slots"
+        ):
             recorded_engine(facts, adapters, cost, "trtllm_no_evict", sizes)
 
 

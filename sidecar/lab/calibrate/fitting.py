@@ -93,7 +93,7 @@ def _check_variety(fit: Fit, uncertain: Sequence[float], whose: str) -> None:
         (fewest, most), (shortest, longest) = fit.batches, fit.contexts_tokens
         raise _refused(
             whose,
-            f"it cannot tell what a step's time is made of: {', '.join(unclear)} of it; there were batches of "
+            f"the parts of a step's time cannot be separated: {', '.join(unclear)}; there were batches of "
             f"{fewest:.0f} to {most:.0f} and mean contexts of {shortest:.0f} to {longest:.0f} tokens",
         )
 

@@ -194,7 +194,7 @@ def _read(segment: SegmentFile, history: History) -> int:
             raise Misused(
                 Reason.NOT_A_JOURNAL,
                 f"{segment.path} cannot be read: step {step.step} does not give the effects that were recorded (by "
-                f"version {segment.version}); `sidecar replay {segment.path}` says more",
+                f"version {segment.version}); `sidecar replay {segment.path}` shows more",
             )
         if step.failure:
             break

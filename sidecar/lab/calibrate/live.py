@@ -102,11 +102,11 @@ def _copies(loads: Sequence[LoadTime]) -> tuple[Copy, Copy, str]:
     else:
         overhead_ns, per_byte_ns = median(load.duration_ns for load in loads), 0.0
     gb_per_s = min(NO_TIME.gb_per_s, 1 / per_byte_ns) if per_byte_ns else NO_TIME.gb_per_s
-    source = f"copies: {len(loads)} Loads of the run, from the sidecar to the engine's answer, all put down to to_host."
+    source = f"copies: {len(loads)} Loads of the run, from the sidecar to the engine's answer, all counted as to_host."
     return NO_TIME, Copy(gb_per_s=gb_per_s, overhead_us=overhead_ns / 1e3), source
 
 
-_LORA_SOURCE = "lora: what the run's adapters cost is in its step times; nothing comes on top."
+_LORA_SOURCE = "lora: the step times include the cost of the run's adapters; nothing is added."
 
 
 def _step_source(fit: Fit, backend: str) -> str:
@@ -130,5 +130,5 @@ def _kv(facts: EngineFacts) -> tuple[int, int]:
 
 def _kv_source(kv_tokens: int) -> str:
     if kv_tokens == UNLIMITED_TOKENS:
-        return "kv: the run does not say how much fits, so no limit is set."
+        return "kv: the journal does not contain the KV capacity, so no limit is set."
     return "kv: as the engine's gauges or the configuration say."

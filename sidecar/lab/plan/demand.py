@@ -79,7 +79,9 @@ def demand_of(options: Options, pool: Setup, ranks: tuple[int, ...]) -> Demand:
     loads = [load_of(sized, pool, seed)[0] for seed in (seeds if options.trace is None else seeds[:1])]
     whole = loads[0]
     if not whole.adapters:
-        raise Misused(Reason.CONFIG_INVALID, f"{whole.name} asks for no adapter, and a plan is about room for adapters")
+        raise Misused(
+            Reason.CONFIG_INVALID, f"{whole.name} requests no adapter, and a plan is about memory for adapters"
+        )
     notes: tuple[str, ...] = ()
     if options.trace is not None:
         loads = _busiest(whole, _requests(options), len(seeds))
@@ -158,7 +160,7 @@ def _stretch(whole: Workload, arrivals: Sequence[Arrival], number: int) -> Workl
 
 def _told(whole: Workload, loads: Sequence[Workload]) -> str:
     if loads[0] is whole:
-        return f"{whole.name} is simulated in full; it is one sample, and says nothing of how much another would differ"
+        return f"{whole.name} is simulated in full; it is one sample, so its variation is unknown"
     which = "busiest stretches" if whole.open_loop else "first stretches"
     return (
         f"of {whole.name}, {whole.requests:,} requests, the {len(loads)} {which} of {loads[0].requests:,} in a row are "

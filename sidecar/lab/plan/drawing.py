@@ -13,7 +13,7 @@ from sidecar.lab.sim.report.formatting import count, number
 from sidecar.lab.sim.report.page import rendered
 from sidecar.lab.sim.report.parts import Part, Table, over_slots
 
-if TYPE_CHECKING:  # where matplotlib is missing, the report's room is what says so
+if TYPE_CHECKING:  # sidecar.lab.sim.report raises if matplotlib is missing
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -26,12 +26,12 @@ def _svg(record: Record) -> str:
 
 
 def _html(record: Record) -> str:
-    says = (
-        "More slots feed the batch, since only requests of adapters on the GPU run; what they take is lost to keys and "
-        f"values, and with too few of those fewer requests run at a time. The plan is bound by {record['binds']}. "
-        "Dotted is the bound; dashed are the goal and an engine's seats."
+    explanation = (
+        "More slots make larger batches, since only requests of adapters on the GPU run. But slots take memory from "
+        f"keys and values, and with less of it fewer requests run at once. The plan is bound by {record['binds']}. "
+        "Dotted: the bound. Dashed: the goal, and an engine's seats."
     )
-    part = Part("curve", "Adapter memory against keys and values", [says], [_picture(record)], _table(record))
+    part = Part("curve", "Adapter memory against keys and values", [explanation], [_picture(record)], _table(record))
     return rendered("Capacity plan", _headline(record), _lead(record), [part], warnings=record["warnings"])
 
 

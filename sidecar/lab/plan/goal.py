@@ -24,18 +24,18 @@ class Goal:
     tokens_per_s: float | None = None
 
     def __post_init__(self) -> None:
-        said = {
+        given = {
             "--p99-wait": self.wait_p99_s,
             "--wait-max": self.wait_max_s,
             "--throughput": self.tokens_per_s,
         }
-        for name, value in said.items():
+        for name, value in given.items():
             if value is not None and not 1e-3 <= value <= 1e9:
-                raise Misused(Reason.CONFIG_INVALID, f"{name} {value}: expected a number of a thousandth or more")
-        if all(value is None for value in said.values()):
+                raise Misused(Reason.CONFIG_INVALID, f"{name} {value}: expected a number of at least 0.001")
+        if all(value is None for value in given.values()):
             raise Misused(
                 Reason.CONFIG_INVALID,
-                f"a plan needs to know what is enough: {', '.join(said)} (seconds, seconds, tokens per second)",
+                f"a plan needs a goal: {', '.join(given)} (seconds, seconds, tokens per second)",
             )
 
     @property

@@ -85,7 +85,8 @@ def vllm_layout(shape: ModelShape, ranks: Sequence[int]) -> CacheLayout:
     rank = next((each for each in VLLM_RANKS if each >= max(ranks)), None)
     if rank is None:
         raise Misused(
-            Reason.CONFIG_INVALID, f"an adapter of rank {max(ranks)} fits no vLLM: it takes up to {VLLM_RANKS[-1]}"
+            Reason.CONFIG_INVALID,
+            f"an adapter of rank {max(ranks)} does not fit vLLM, which takes up to {VLLM_RANKS[-1]}",
         )
     dims = module_dims(shape)
     slot_bytes = sum(rank * (dims[name].in_dim + dims[name].out_dim) for name in ALL_LINEAR) * DTYPE_BYTES[DTYPE]

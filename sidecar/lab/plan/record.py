@@ -182,8 +182,8 @@ HELPS = {
     Binding.SEATS: "more seats (the engine's max_batch_size) or more engines",
     Binding.KV: "fewer slots, shorter requests, a GPU with more memory or more engines",
     Binding.PREFILL: "shorter prompts or more engines",
-    Binding.IN_FLIGHT: "more requests at a time: the engines have room for them",
-    Binding.ARRIVALS: "nothing that a plan decides: a request alone takes that long, or many come at once",
+    Binding.IN_FLIGHT: "more requests in flight: the engines can take them",
+    Binding.ARRIVALS: "nothing in the plan: a single request takes that long, or many arrive at once",
 }
 
 
@@ -297,15 +297,15 @@ def rests_on(found: Found) -> dict[str, Any]:
 
 def warnings(found: Found) -> list[str]:
     """Return warnings to read before a plan is used."""
-    says = []
+    sentences = []
     if any(outcome.rising for outcome in found.chosen.outcomes):
-        says.append("waits were still rising when the samples ended: simulate more --requests")
-    says += _too_short(found)
+        sentences.append("waits were still rising when the samples ended: simulate more --requests")
+    sentences += _too_short(found)
     if found.meets and found.slower is not None and found.goal.headroom(found.slower) < 1:
-        says.append(
+        sentences.append(
             f"if steps take {SLOWER - 1:.0%} longer than in the cost file the goal is missed: the plan is tight"
         )
-    return says
+    return sentences
 
 
 def _too_short(found: Found) -> list[str]:

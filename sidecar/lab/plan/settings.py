@@ -182,14 +182,16 @@ def _parameter(setting: tuple[str, Any]) -> str:
 
 def _comments(found: Found, *more: str) -> str:
     candidate = found.chosen.candidate
-    says = [f"For {candidate.backends} × {candidate.site.cost.table.engine}, {candidate.slots} adapter slots each."]
+    lines = [f"For {candidate.backends} × {candidate.site.cost.table.engine}, {candidate.slots} adapter slots each."]
     if not found.meets:
-        says.append("The nearest to what was asked for, and it does not meet it.")
-    return "".join(f"# {line}\n" for line in (*says, *more))
+        lines.append("This is the nearest plan that was found. It does not meet the goal.")
+    return "".join(f"# {line}\n" for line in (*lines, *more))
 
 
 def _is(engine: str, candidate: Candidate, name: str) -> None:
     actual = _engine(candidate)
     if actual != engine:
         other = f"{PLANNED[actual].pasted} or helm"
-        raise Misused(Reason.CONFIG_INVALID, f"--emit {name} is for {engine}, and the plan is for {actual}: {other}")
+        raise Misused(
+            Reason.CONFIG_INVALID, f"--emit {name} is for {engine}, and the plan is for {actual}: use {other}"
+        )

@@ -139,7 +139,7 @@ def shape_of(model: str, base: BaseModel) -> ModelShape:
     if query is None or up is None or "moe_router" in base.modules:
         raise Misused(
             Reason.CONFIG_INVALID,
-            f"{model} is a mixture of experts, and how adapters on those are laid out is not known here; plan for a "
+            f"{model} is a mixture of experts, and the layout of adapters for those is not supported; plan for a "
             "dense model",
         )
     heads = base.heads
@@ -153,7 +153,7 @@ def check_slots(site: Site, slots: int | None) -> None:
     """Raise Misused for more slots than leave a request its KV memory."""
     most = min(site.slots_max, site.demand.adapters)
     if slots is not None and slots > most:
-        why = "there are no more adapters" if most == site.demand.adapters else "more leave a request no KV memory"
+        why = "there are no more adapters" if most == site.demand.adapters else "more leave no KV memory for a request"
         raise Misused(Reason.CONFIG_INVALID, f"--slots {slots}: expected at most {most:,}, {why}")
 
 
@@ -168,8 +168,9 @@ def _check(site: Site) -> None:
     if site.cost.kv_tokens() < demand.longest_tokens:
         raise Misused(
             Reason.CONFIG_INVALID,
-            f"{site.cost.table.model} on {site.cost.table.gpu} leaves keys and values for {site.cost.kv_tokens():,} "
-            f"tokens and a request takes {demand.longest_tokens:,}; take a GPU with more memory or shorter requests",
+            f"{site.cost.table.model} on {site.cost.table.gpu} has memory for the keys and values of "
+            f"{site.cost.kv_tokens():,} tokens and a request takes {demand.longest_tokens:,}; take a GPU with more "
+            "memory or shorter requests",
         )
     if not site.slots_max:
         adapter_bytes = site.layout.pages_of_one * site.layout.page_bytes

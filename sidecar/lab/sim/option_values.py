@@ -30,7 +30,7 @@ EXPECTED: dict[str, tuple[float, float, str]] = {
     "drift": (0, 1e12, "0 (never) or after how many requests"),
     "tenants": (0, 1e12, "weights of 0 or more, as 20,1,1"),
     "requests": (1, 1e12, COUNT),
-    "rate": (1e-6, 1e9, "arrivals per second, a millionth to a thousand million"),
+    "rate": (1e-6, 1e9, "arrivals per second, 0.000001 to 1,000,000,000"),
     "load": (1e-6, 1e6, "a share of the all-resident capacity above 0, as 0.8"),
     "in_flight": (1, 1e9, COUNT),
     "seeds": (-(2**63), 2**63, "whole numbers, as 1,2,3"),

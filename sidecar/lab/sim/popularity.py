@@ -13,7 +13,7 @@ from itertools import accumulate, count, pairwise, repeat
 from random import Random
 
 
-def nobody(adapters: int, skew: float | None) -> list[float]:
+def no_adapters(adapters: int, skew: float | None) -> list[float]:
     """Return no shares: a load without adapters."""
     return []
 

@@ -74,7 +74,7 @@ def recorded_engine(
     device_pages = facts.device_pages if sizes.slots is None else sizes.slots * max(pages)
     host_pages = facts.host_pages_total if sizes.host_slots is None else sizes.host_slots * max(pages)
     if device_pages is None:
-        raise _unknown("how many adapters fit the GPU", "slots")
+        raise _unknown("the number of adapters that fit the GPU", "slots")
     slots = max(1, device_pages * len(pages) // sum(pages))
     usual = _engine(facts, adapters, cost, flavour, sizes, slots)
     known = replace(
@@ -105,7 +105,7 @@ def _stand_in(
 ) -> EngineSetup:
     slots = sizes.slots or facts.device_pages
     if slots is None:
-        raise _unknown("how many adapters fit the GPU", "slots")
+        raise _unknown("the number of adapters that fit the GPU", "slots")
     return _engine(facts, adapters, cost, flavour, sizes, slots)
 
 
@@ -134,4 +134,4 @@ def _fields(engine: EngineSetup) -> dict[str, Any]:
 
 
 def _unknown(what: str, option: str) -> Misused:
-    return Misused(Reason.CONFIG_INVALID, f"the journal does not say {what}; say it with --{option}")
+    return Misused(Reason.CONFIG_INVALID, f"the journal does not contain {what}; give it with --{option}")

@@ -115,7 +115,7 @@ _EXPECTED: list[tuple[tuple[str, ...], float, float, str]] = [
     (("requests",), 1, 1e12, "1 or more"),
     (("drift_requests",), 0, 1e12, "0 (never) or a number of requests"),
     (("ranks",), 1, 65_536, "1 to 65,536"),
-    (("rate_per_s",), 1e-6, 1e9, "arrivals per second, a millionth to a thousand million"),
+    (("rate_per_s",), 1e-6, 1e9, "arrivals per second, 0.000001 to 1,000,000,000"),
     (("input_variation", "output_variation", "arrival_variation"), 0, 100, "0 (fixed) to 100"),
     (("skew",), 0.001, 100, "0.001 to 100"),
     (("tenant_shares",), 0, 1e12, "shares of 0 or more"),
@@ -124,7 +124,7 @@ _EXPECTED: list[tuple[tuple[str, ...], float, float, str]] = [
 
 
 def _senseless(name: str, value: object, expected: str) -> Misused:
-    return Misused(Reason.CONFIG_INVALID, f"{name.replace('_', '-')} {value} makes no load: expected {expected}")
+    return Misused(Reason.CONFIG_INVALID, f"{name.replace('_', '-')} {value} is out of range: expected {expected}")
 
 
 Picks = Callable[[Sequence[float], Random], Iterator[int]]
@@ -141,7 +141,7 @@ class Kind:
 
 
 WORKLOADS: dict[str, Kind] = {
-    "base": Kind(popularity.nobody, popularity.only_one),
+    "base": Kind(popularity.no_adapters, popularity.only_one),
     "round_robin": Kind(popularity.uniform, popularity.in_turn),
     "zipf": Kind(popularity.zipf),
     "power": Kind(popularity.power),

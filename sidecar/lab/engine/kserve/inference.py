@@ -53,7 +53,7 @@ class Query:
     requested: Sequence[str]
     taken: Callable[[], None] = lambda: None
 
-    def let_go(self) -> None:
+    def drop_tensors(self) -> None:
         """Forget the tensors."""
         self.tensors.clear()
         self.taken()
@@ -90,7 +90,7 @@ class Inference:
         except BackendError as error:
             await emit(Answer(None, _worded(query.model, error.text), final=True))
         finally:
-            query.let_go()
+            query.drop_tensors()
 
     async def _run(self, asked: RunningQuery, emit: Emit) -> None:
         triton_id = asked.query.triton_id
@@ -98,8 +98,8 @@ class Inference:
             for work in asked.works:
                 await self._driver.submit(work)
             for work in asked.works:
-                work.let_go()
-            asked.query.let_go()
+                work.drop_tensors()
+            asked.query.drop_tensors()
             self._live[triton_id] = asked.works
             await self._follow(asked, emit)
         finally:

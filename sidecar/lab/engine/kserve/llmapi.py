@@ -51,7 +51,7 @@ class LlmApiInference(Inference):
         except BackendError as error:
             await emit(Answer(None, f"{_PREFIX}{error.text}", final=True))
         finally:
-            query.let_go()
+            query.drop_tensors()
 
     def _stop(self, query: Query) -> Answer:
         """Cancel earlier requests with this id; unlike the core model this one always answers with an error."""

@@ -50,7 +50,7 @@ class Work:
     def __post_init__(self) -> None:
         self.brings_weights = self.generation.lora is not None and self.generation.lora.weights is not None
 
-    def let_go(self) -> None:
+    def drop_tensors(self) -> None:
         """Forget the adapter's tensors, which the engine has copied or measured: their memory may be the client's."""
         lora = self.generation.lora
         if lora is not None:

@@ -34,7 +34,7 @@ class Copy:
     is_named: bool = False
     users: int = 0
 
-    def let_go(self) -> None:
+    def drop_if_unused(self) -> None:
         """Forget the tensors once no request can use them again: the name is gone and no request has it."""
         if not self.is_named and not self.users:
             self.adapter = None
@@ -78,7 +78,7 @@ class Adapters:
                 await self._put(copy)
             except ApiError:
                 copy.is_named = name in self.copies
-                copy.let_go()
+                copy.drop_if_unused()
                 raise
             self.copies[name] = copy
         return f"Success: LoRA adapter '{name}' added successfully."
@@ -93,7 +93,7 @@ class Adapters:
                 raise not_found(f"The lora adapter '{name}' cannot be found.")
             copy = self.copies.pop(name)
             copy.is_named = False
-            copy.let_go()
+            copy.drop_if_unused()
         return f"Success: LoRA adapter '{name}' removed successfully."
 
     def find(self, model: str | None) -> Copy | None:

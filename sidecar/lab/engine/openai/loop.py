@@ -63,7 +63,7 @@ class VllmDriver(Driver):
             if copy is not None and work.request_id not in self._works and not work.ended:
                 _leave(copy)
 
-    def let_all_go(self) -> None:
+    def end_all(self) -> None:
         """End every request as the end of the process does."""
         self._break(ENGINE_DIED)
 
@@ -163,7 +163,7 @@ def _copy_of(work: Work) -> Copy | None:
 
 def _leave(copy: Copy) -> None:
     copy.users -= 1
-    copy.let_go()
+    copy.drop_if_unused()
 
 
 def _reason(stopped: bool, over: bool) -> str | None:

@@ -86,7 +86,7 @@ class VllmServer:
         self._http.force_exit = True
         self._watching.cancel()
         if not self._driving.done():
-            self._driver.let_all_go()
+            self._driver.end_all()
             self._driving.cancel()
         endings = await asyncio.gather(self._driving, self._serving, self._watching, return_exceptions=True)
         self._log.close()

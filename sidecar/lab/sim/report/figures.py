@@ -34,13 +34,13 @@ def throughput(runs: Sequence[Run]) -> Part | None:
         return None
     bounds = bounds_by_slots(result, max(run.slots for run in runs))
     lines = {name: Line2D((0, 1), (0.5, 0.5), color=INK, linestyle=style) for name, style in BOUNDS.items() if bounds}
-    says = [
-        "The closed form is the most that grouping by adapter reaches with so many slots where all adapters have an "
-        "equal share; all resident is the same load with a slot for every adapter. A run can be above where shares are "
-        "unequal or short prompts share a step."
+    sentences = [
+        "The closed form is the most that grouping by adapter can reach with a number of slots if all adapters have "
+        "equal shares; all resident is the same load with a slot for every adapter. A run can be above them if shares "
+        "are unequal or short prompts share a step."
     ]
     if result.workload.open_loop:
-        says.append("Both are for a backlog without end: in an open loop the arrivals may ask for less.")
+        sentences.append("Both are for an endless backlog; in an open loop the arrivals may request less.")
     title = "Output tokens per second against adapter slots of an engine"
     description = "; ".join(
         f"{run.label}: {number(run.tokens_per_s)} tokens/s, {count(run.slots, 'slot')}" for run in runs
@@ -48,7 +48,7 @@ def throughput(runs: Sequence[Run]) -> Part | None:
     return Part(
         "throughput",
         "Throughput against slots",
-        says,
+        sentences,
         [Picture("throughput", title, description, lambda width: _throughput(runs, bounds, width))],
         _throughput_table(runs, bounds),
         keys_of(runs, "throughput", lambda run: f"{run.label} {number(run.tokens_per_s)}")

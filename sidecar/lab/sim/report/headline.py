@@ -33,28 +33,28 @@ def headline(runs: Sequence[Run]) -> str:
 def summary(runs: Sequence[Run]) -> list[str]:
     """Return the sentences under the headline."""
     best, bare = best_run(runs), first_bare(runs)
-    says = []
+    sentences = []
     if bare is not None and not best.is_bare and best.same_arrivals(bare):
-        says.append(
+        sentences.append(
             f"{number(best.tokens_per_s)} against {number(bare.tokens_per_s)} output tokens/s on the same arrivals"
             f"{_waits(best, bare)}."
         )
-        says.append(f"That is {_of_bound(best)}.")
+        sentences.append(f"That is {_of_bound(best)}.")
     if unanswered := _unanswered(best):
-        says.append(unanswered)
-    return says
+        sentences.append(unanswered)
+    return sentences
 
 
 def bindings(runs: Sequence[Run]) -> list[str]:
     """Return sentences on the factor that limits throughput, and on the runs' batches."""
     first = runs[0]
-    says = [what_binds(first)]
+    sentences = [what_binds(first)]
     if asked := _load(first):
-        says.append(asked)
+        sentences.append(asked)
     reachable = _closed_batch(first)
     batches = [f"{run.label} {number(run.figures['mean_batch'])}" for run in runs]
-    says.append(f"Mean batch of an engine, of {number(reachable)} reachable: {listed(batches)}.")
-    return says
+    sentences.append(f"Mean batch of an engine, of {number(reachable)} reachable: {listed(batches)}.")
+    return sentences
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -112,8 +112,8 @@ def _load(run: Run) -> str:
     if asked == math.inf:
         return ""
     share = asked / run.bound("closed_form")
-    says = f"Arrivals ask for {number(asked)} output tokens/s, {percent(share)} of the closed form"
-    return says + ("." if share > SATURATED else ": no run can give more than they ask for.")
+    sentence = f"Arrivals request {number(asked)} output tokens/s, {percent(share)} of the closed form"
+    return sentence + ("." if share > SATURATED else ": no run can give more.")
 
 
 def _in_flight(run: Run) -> float:
@@ -132,7 +132,7 @@ def _of_bound(run: Run) -> str:
     """Return a run's throughput as a share of the bounds, or of the requested tokens if these are less."""
     most, resident, asked = run.bound("closed_form"), run.bound("all_resident"), asked_tokens_per_s(run)
     if asked < SATURATED * most:
-        return f"{percent(run.tokens_per_s / asked)} of what the arrivals ask for"
+        return f"{percent(run.tokens_per_s / asked)} of what the arrivals request"
     if run.tokens_per_s / most > 1 + ALIKE / 4:
         ratio = times(run.tokens_per_s / most)
         return f"{ratio} the closed form, which takes equal shares and a pass of its own for each prompt"

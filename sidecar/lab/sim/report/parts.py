@@ -36,7 +36,7 @@ class Part:
 
     anchor: str
     title: str
-    says: Sequence[str]
+    sentences: Sequence[str]
     pictures: Sequence[Picture]
     table: Table
     keys: Sequence[tuple[Markup, str]] = field(default=())

@@ -176,11 +176,11 @@ def waits(runs: Sequence[Run]) -> Part | None:
         )
 
     columns = {f"{kind} {key} (s)": wait(kind, key) for kind in kinds for key in ("p50", "p99", "max")}
-    says = f"The share of requests that waited at most so long, from arrival to first token. {who}"
+    meaning = f"The share of requests whose wait from arrival to first token was at most this long. {who}"
     return Part(
         "waits",
         "Waits by adapter class",
-        [says, "● median, ▲ 99th percentile, ┃ longest."],
+        [meaning, "● median, ▲ 99th percentile, ┃ longest."],
         [picture(kind) for kind in kinds],
         by_run("Waits for the first token in seconds", runs, columns),
         keys_of(runs, "waits"),
@@ -223,7 +223,7 @@ def _waits(
     plot.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     plot.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
     plot.set_xlabel("wait for the first token (s)")
-    plot.set_title(f"{CLASSES[kind]}: waited at most so long")
+    plot.set_title(f"{CLASSES[kind]}: waited at most this long")
     return figure
 
 
