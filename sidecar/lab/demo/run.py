@@ -176,7 +176,7 @@ def _conclude(wrong: Sequence[str], asked: Sequence[Answer], counts: dict[str, i
     else:
         console.print(
             f"All {len(asked)} answers equal the greedy answer of the base model merged with the adapter, which was "
-            "computed apart. What to try next: docs/start.md."
+            "computed separately. What to try next: docs/start.md."
         )
 
 
