@@ -15,7 +15,7 @@ from policies.ordering.soft_gated import SoftGated
 from policies.views import Backlog, Promise, Waiting
 from sidecar.core import effects as do
 from sidecar.core import events as ev
-from sidecar.core import stalls, stealing
+from sidecar.core import queueing, stalls, stealing, storing
 from sidecar.core.core import Core
 from sidecar.core.state import Backend
 from sidecar.core.step import Step
@@ -71,16 +71,16 @@ def _fails() -> str:
 
 def test_a_failure_tells_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report has the seed, the time, the drawn parameters, the injected faults and the last steps."""
-    monkeypatch.setattr(Step, "settle", _settled_twice(Step.settle))
+    monkeypatch.setattr(queueing, "settle", _settled_twice(queueing.settle))
     told = _fails()
     for part in ("seed 1 failed at", "ordering", "faults", "what went wrong, on purpose", "the last steps of the core"):
         assert part in told
 
 
 def _settled_twice(settle: Callable[..., None]) -> Callable[..., None]:
-    def twice(turn: Step, request: Any, reason: Any, *rest: Any, **more: Any) -> None:
-        settle(turn, request, reason, *rest, **more)
-        turn.emit(next(effect for effect in reversed(turn.effects) if isinstance(effect, do.Settle)))
+    def twice(step: Step, request: Any, reason: Any, *rest: Any, **more: Any) -> None:
+        settle(step, request, reason, *rest, **more)
+        step.emit(next(effect for effect in reversed(step.effects) if isinstance(effect, do.Settle)))
 
     return twice
 
@@ -94,15 +94,15 @@ def _half_a_bound(promise: Callable[..., Promise | None]) -> Callable[..., Promi
 
 
 def _leaks_pins(unpin: Callable[[Step, str], None]) -> Callable[[Step, str], None]:
-    def forgetful(turn: Step, key: str) -> None:
-        if turn.now_ns % 7:
-            unpin(turn, key)
+    def forgetful(step: Step, key: str) -> None:
+        if step.now_ns % 7:
+            unpin(step, key)
 
     return forgetful
 
 
 def _forgets_the_void(_: Any) -> Callable[..., None]:
-    return lambda turn, request, reason: None
+    return lambda step, request, reason: None
 
 
 def _sends_twice(observe: Callable[[Any, str, Any], None]) -> Callable[[Any, str, Any], None]:
@@ -130,40 +130,40 @@ def _twice_the_seats(seats: Callable[..., int]) -> Callable[..., int]:
 def _forgets_a_request(drop: Callable[..., None]) -> Callable[..., None]:
     """A core that drops expired requests from its queue without an ending."""
 
-    def silent(turn: Step, request: Any, *rest: Any, **more: Any) -> None:
-        drop(turn, request, *rest, **more)
-        turn.effects[:] = [effect for effect in turn.effects if not isinstance(effect, do.Settle)]
+    def silent(step: Step, request: Any, *rest: Any, **more: Any) -> None:
+        drop(step, request, *rest, **more)
+        step.effects[:] = [effect for effect in step.effects if not isinstance(effect, do.Settle)]
 
     return silent
 
 
 def _never_reroutes(_: Any) -> Callable[..., None]:
     """A core that never reroutes requests that no backend could take."""
-    return lambda turn: None
+    return lambda step: None
 
 
 def _never_steals(_: Any) -> Callable[..., bool]:
     """A core that never moves queued requests to an idle backend."""
-    return lambda turn: False
+    return lambda step: False
 
 
 def _never_suspects(_: Any) -> Callable[..., None]:
     """A core that never suspects an engine of a stall."""
-    return lambda turn, backend: None
+    return lambda step, backend: None
 
 
 MUTANTS: dict[str, tuple[object, str, Callable[[Any], Any]]] = {
-    "settled twice": (Step, "settle", _settled_twice),
+    "settled twice": (queueing, "settle", _settled_twice),
     "a quarter of the bound": (SoftGated, "promise", _half_a_bound),
-    "pins leak": (Step, "unpin", _leaks_pins),
-    "promises are never void": (Step, "void_promise", _forgets_the_void),
+    "pins leak": (storing, "unpin", _leaks_pins),
+    "promises are never void": (queueing, "void_promise", _forgets_the_void),
     "first tokens come twice": (Product, "observe", _sends_twice),
     "no timers": (Core, "step", _drops_waking),
     "twice the seats": (Backend, "seats", _twice_the_seats),
-    "requests are lost": (Step, "drop", _forgets_a_request),
+    "requests are lost": (queueing, "drop", _forgets_a_request),
     "an engine idles beside a backlog": (stealing, "steal", _never_steals),
     "a stalled engine is believed": (stalls, "_judge", _never_suspects),
-    "what was set aside stays there": (Step, "route_unrouted", _never_reroutes),
+    "what was set aside stays there": (queueing, "route_unrouted", _never_reroutes),
 }
 
 
