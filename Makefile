@@ -36,6 +36,8 @@
 
 PYTHON ?= python3
 WORKERS ?= auto
+# Tests start some hundred interpreters, and each of them would compile the product anew.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 MINUTES ?= 10
 BIN := .venv/bin
@@ -77,16 +79,16 @@ lint: $(DEVELOPING)
 	$(BIN)/lint-imports --no-cache
 
 test: lint
-	$(BIN)/pytest -m "not slow" $(SPREAD)
+	$(PYTEST) -m "not slow" $(SPREAD)
 
 test-slow: $(DEVELOPING)
-	$(BIN)/pytest -m slow $(SPREAD)
+	$(PYTEST) -m slow $(SPREAD)
 
 check: $(DEVELOPING)
-	$(BIN)/python -m tools.check $(if $(SINCE),--since $(SINCE))
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m tools.check $(if $(SINCE),--since $(SINCE))
 
 bench-tests: $(DEVELOPING)
-	$(BIN)/python -m pytest -p tools.test_times $(SPREAD) $(or $(CHOSEN),-m "not slow") $(TESTS)
+	$(PYTEST) -p tools.test_times $(SPREAD) $(or $(CHOSEN),-m "not slow") $(TESTS)
 
 e2e-triton: $(DEVELOPING) .venv-triton
 	$(BIN)/pytest tests/e2e/triton $(CHOSEN)
@@ -154,10 +156,10 @@ sim-faults: $(DEVELOPING)
 	$(BIN)/python -m tests.worlds $(if $(SEED),--seed $(SEED))
 
 e2e-attack: $(DEVELOPING)
-	$(BIN)/pytest tests/e2e/attack $(SPREAD)
+	$(PYTEST) tests/e2e/attack $(SPREAD)
 
 e2e-replicas: $(DEVELOPING)
-	$(BIN)/pytest tests/e2e/replicas $(CHOSEN)
+	$(PYTEST) tests/e2e/replicas $(CHOSEN)
 
 e2e-release: $(RELEASING) $(if $(HELM_VENV),,.venv-helm)
 	$(BIN)/pytest tests/e2e/release

@@ -79,6 +79,7 @@ async def test_1000_requests_while_a_name_switches_20_times(tmp_path: Path) -> N
             assert digests.index(of_one_version(answer)) >= begun
 
 
+@pytest.mark.slow
 async def test_1000_requests_while_a_name_rolls_back_20_times(tmp_path: Path) -> None:
     """To and fro between two versions: every answer is wholly of one of them."""
     one, two = write_adapter(tmp_path / "one", seed=1), write_adapter(tmp_path / "two", seed=2)
