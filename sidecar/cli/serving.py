@@ -168,8 +168,7 @@ async def _serve(config: Config, as_json: bool) -> None:
     try:
         sidecar = await Sidecar.start(config, crash=crash)
         _spare_collections()
-        print(_ready(sidecar, config, as_json), flush=True)
-        await sidecar.run_until_signalled()
+        await sidecar.run_until_signalled(lambda: print(_ready(sidecar, config, as_json), flush=True))
     finally:
         logs.stop()
 

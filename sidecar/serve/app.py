@@ -233,9 +233,10 @@ class Sidecar:
         standings = self.replica.board.standings
         return {backend: Seen(known.state == SERVING, known.resident) for backend, known in standings.items()}
 
-    async def run_until_signalled(self) -> None:
+    async def run_until_signalled(self, ready: Callable[[], None] = lambda: None) -> None:
         """Serve until SIGTERM or SIGINT, then let everything in flight finish; a second signal stops at once.
 
+        `ready` is called once signals are handled: whoever is told may send one at once.
         Also returns after a drain by the drain listener. Raises Failed(SIDECAR_FAILED) if the process crashed; it does
         not wait for a signal then.
         """
@@ -243,6 +244,7 @@ class Sidecar:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, signals.put_nowait, None)
+        ready()
         stopped, crashed = asyncio.create_task(self._until_stopped(signals)), asyncio.create_task(self._crashed.wait())
         await asyncio.wait((stopped, crashed), return_when=asyncio.FIRST_COMPLETED)
         for task in (stopped, crashed):
