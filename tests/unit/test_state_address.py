@@ -66,7 +66,7 @@ def test_keys_of_state() -> None:
     """TLS goes with rediss, files are a pair, and without a url nothing may be set."""
     place = parse(
         {"state": {"url": "rediss://h", "tls": {"ca": "/ca.pem"}, "key_prefix": "a:b"}}, "the test"
-    ).state.place
+    ).state.location
     assert (place.address.tls, place.ca, place.key_prefix) == (True, Path("/ca.pem"), "a:b")
     for record, problem in (
         ({"key_prefix": "mine"}, "without a url"),
