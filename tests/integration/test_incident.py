@@ -11,7 +11,7 @@ from tests.integration.test_process import ask, sidecar
 from tests.kit.emulated import running_engine
 from tests.kit.forked import python
 from tests.kit.peft_files import write_adapter
-from tests.kit.serving import serving, write_adapters
+from tests.kit.serving import serving, until, write_adapters
 from tests.unit.test_capture import members_of
 
 
@@ -37,6 +37,9 @@ async def test_an_incident_of_a_running_sidecar(tmp_path: Path) -> None:
         serving([engine], tmp_path / "adapters", data_directory=str(tmp_path / "data")) as served,
     ):
         answers = await asyncio.gather(*(served.ask(names[number % 6], 4) for number in range(60)))
+        await until(lambda: not served.state.requests)  # a client has its answer before the core has its ending
+        assert served.sidecar._journal is not None
+        await asyncio.to_thread(served.sidecar._journal.flush)
         running = asyncio.create_task(served.ask(names[0], 4))
         http = served.sidecar.http_address
         manifest = await command(
