@@ -1,5 +1,5 @@
 # make demo    eight adapters, two emulated engines, clients that know names only
-# make test    format, lint, types, import contract, tests, by as many processes as there are cores (WORKERS=n)
+# make test    format, lint, types, import contract, tests, by two processes a core (WORKERS=n)
 # make check   what was edited, in half a minute: lint, types and the nearest tests; SINCE=main for a branch
 # make test-slow  the tests that it leaves out: more worlds, whole pools of processes, large bodies; 10 minutes
 # make bench-tests  the tests of make test, and what each file costs in CPU seconds; TESTS=tests/unit CHOSEN='-m slow'
@@ -35,7 +35,8 @@
 # make .venv   just the environment; the command line is then .venv/bin/sidecar
 
 PYTHON ?= python3
-WORKERS ?= auto
+# Tests wait more than they compute: two processes a core, on small machines.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 4); echo $$((n < 8 ? 2 * n : n)))
 # Tests start some hundred interpreters, and each of them would compile the product anew.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
