@@ -17,9 +17,6 @@ Waits = dict[int, dict[str, int]]
 """The time that each request waited for each reason."""
 
 
-FLUSHED_EVERY = 50
-
-
 def write_journal(
     world: World, directory: Path, segment_bytes: int = 1 << 20, leave_out: Callable[[int], bool] | None = None
 ) -> None:
@@ -28,9 +25,8 @@ def write_journal(
     journal = Journal(core, directory, segment_bytes, segments_max=10_000)
     journal.start()
     for number, (now_ns, event) in enumerate(world.events):
-        if leave_out is not None or number % FLUSHED_EVERY == 0:
-            journal.flush()  # the thread that writes must not fall behind: what it drops is not in the journal
         if leave_out is not None:
+            journal.flush()
             journal._resume_ns = NEVER_NS if leave_out(number) else 0
             if leave_out(number) and journal._recording:
                 journal._interrupt(NEVER_NS)

@@ -37,7 +37,7 @@ def sidecar(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A data directory with a journal of some segments."""
-    write_journal(busy_world(), tmp_path / "data" / "journal", segment_bytes=16_384)
+    write_journal(busy_world(requests=160), tmp_path / "data" / "journal", segment_bytes=16_384)
     return tmp_path / "data"
 
 

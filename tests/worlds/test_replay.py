@@ -41,5 +41,5 @@ def test_each_segment_of_a_world_replays(seed: int, tmp_path: Path, monkeypatch:
     summary = Summary()
     for replayed in replay(tmp_path, summary):
         assert replayed.same, f"step {replayed.step} of {replayed.segment}"
-    assert summary.segments > 2
+    assert summary.segments > 1
     assert summary.steps == len(taken)
