@@ -7,7 +7,7 @@ A kind is a folder and a line in `KINDS`. A kind of another package is named in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pydantic import ValidationError
@@ -85,6 +85,12 @@ def _models(kinds: tuple[Kind, ...]) -> Mapping[str, ModelKind]:
 
 def model_kind(name: str) -> ModelKind:
     """Return the kind of model by the name in `EngineFacts.kind`; for an unknown name, one that has only its name."""
+    return _model_kind(name, len(KINDS), len(_from_elsewhere))
+
+
+@lru_cache(maxsize=256)
+def _model_kind(name: str, ours: int, elsewhere: int) -> ModelKind:
+    """Cached, because fronts ask for each engine of a pool with every request; the counts change with the kinds."""
     return models().get(name) or ModelKind(name, name)
 
 

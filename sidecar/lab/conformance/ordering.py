@@ -53,7 +53,7 @@ class _Slot:
 
 @dataclass
 class _Room:
-    """The bench as a policy sees it (`policies.views.Room`)."""
+    """The bench as a policy sees it (`policies.views.OrderingView`)."""
 
     bench: _Bench
     backend: str = "b0"
