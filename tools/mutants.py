@@ -124,7 +124,7 @@ SUITES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "ownership": (
             "tests/unit/test_ownership.py",
-            "tests/worlds/ownership/test_ownership.py",
+            "tests/sim/ownership/test_ownership.py",
             "tests/worlds/ownership/test_ownership.py",
         ),
     },

@@ -5,8 +5,9 @@ Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for exam
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from policies.registry import POLICIES
@@ -17,10 +18,16 @@ from sidecar.errors import Misused, Reason
 GROUP = "lora_sidecar.plugins"
 
 
+@cache
+def _plugged_in() -> tuple[EntryPoint, ...]:
+    """Return our entry points. To find them takes milliseconds, and a process does not install anything meanwhile."""
+    return tuple(entry_points(group=GROUP))
+
+
 def known(kind: str) -> dict[str, str]:
     """Return all names of a kind with their targets (`package.module:Class`), plug-ins included."""
     named = dict(POLICIES.get(kind, {}))
-    for point in entry_points(group=GROUP):
+    for point in _plugged_in():
         point_kind, _, name = point.name.partition(".")
         if point_kind == kind and name:
             named.setdefault(name, point.value)

@@ -37,7 +37,7 @@ def test_is_pure(kind: str, name: str) -> None:
     is_pure(resolve(kind, name))
 
 
-@pytest.mark.parametrize(("kind", "name"), EVERY)
+@pytest.mark.parametrize(("kind", "name"), [(kind, next(iter(names))) for kind, names in POLICIES.items()])
 def test_check_lists_what_it_checked(kind: str, name: str) -> None:
     """What the command line prints: every check by name, purity last."""
     done = check(kind, resolve(kind, name))

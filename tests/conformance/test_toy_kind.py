@@ -53,7 +53,7 @@ def by_its_module(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def by_entry_point(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Install a package that offers it."""
     point = EntryPoint("backend.toy", TOY, plugins.GROUP)
-    monkeypatch.setattr(plugins, "entry_points", lambda group: [point])
+    monkeypatch.setattr(plugins, "_plugged_in", lambda: (point,))
     return {}
 
 

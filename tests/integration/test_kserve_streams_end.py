@@ -242,7 +242,7 @@ async def test_the_threaded_client_is_told_by_its_callback(tmp_path: Path) -> No
         assert tokens_in(first) == served.expected("a00", 1)
 
 
-@pytest.mark.parametrize("round_number", range(3))
+@pytest.mark.parametrize("round_number", [0, *(pytest.param(more, marks=pytest.mark.slow) for more in (1, 2))])
 async def test_requests_that_meet_a_drain_are_answered_or_told(tmp_path: Path, round_number: int) -> None:
     """Twenty streams send while the drain begins: what has no answer has an error, or its stream ended as draining."""
     write_adapters(tmp_path, 1)

@@ -45,12 +45,12 @@ async def test_what_a_former_member_has_begun_goes_on_and_the_rest_is_sent_again
     ):
         (owner,) = [served for served in pool if owned(served)]
         (other,) = [served for served in pool if served is not owner]
-        begun = asyncio.create_task(other.ask("a00", tokens=100))
+        begun = asyncio.create_task(other.ask("a00", tokens=30))
         await until(lambda: any(request.first_token for request in owner.state.requests.values()))
         waits = asyncio.create_task(other.ask("a01", tokens=4))
         await until(lambda: len(owner.state.requests) == 2)
         other.sidecar.replica.peers.are({})  # as the next beat would tell; the one after that has it back
-        assert (await begun).tokens == other.expected("a00", 100)
+        assert (await begun).tokens == other.expected("a00", 30)
         assert (await waits).tokens == other.expected("a01", 4)
         assert other.sidecar.replica.router.reroutes > 0
 

@@ -32,6 +32,9 @@ BASE_MODEL = "tiny-llama"
 ATTN_Q = (64, 64)
 BLOB_BYTES = 2048
 """The packed size of `adapter_of(...)` at rank 8: one row of 8 x (64 + 64) float16."""
+BOOKS_A_STEP = 16
+"""The books are counted again after every step with up to so many requests, and more rarely with more, for that costs
+time for each request."""
 
 
 def adapter_of(name: str, rank: int = 8, base_model: str = BASE_MODEL, rows: int = 1) -> Adapter:
@@ -179,6 +182,7 @@ class World:
         self._known_down: set[str] = set()
         self._leaving: set[str] = set()
         self._lives = 0
+        self._unchecked = 0
         for number in range(engines):
             self.add_engine(f"b{number}", facts_of(**facts))
 
@@ -289,7 +293,10 @@ class World:
         for effect in made:
             self._check_effect(effect)
             self._act(effect)
-        check_books(self.core)
+        self._unchecked += BOOKS_A_STEP
+        if self._unchecked >= len(self.core.state.requests):
+            self._unchecked = 0
+            check_books(self.core)
         self._check_limits(made)
         if isinstance(event, ev.Received):
             self._check_spared(event.request)

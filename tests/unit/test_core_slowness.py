@@ -281,7 +281,7 @@ def _as_often_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.lab.sim.product.PROGRESS_NS", REPORT_NS)
 
 
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("load", LOADS)
 def test_no_steady_load_looks_like_a_slow_engine(load: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long prompts, bursts of them and a full batch take their time, and promises have allowed for it."""

@@ -80,14 +80,13 @@ def test_a_replay_gives_the_recorded_effects(tmp_path: Path) -> None:
     assert (summary.segments, summary.difference, summary.notes) == (1, None, [])
 
 
-def test_three_hash_seeds_give_the_same_bytes(tmp_path: Path) -> None:
-    """A segment from the middle of a journal, replayed alone under three hash seeds, prints the same bytes."""
+def test_two_hash_seeds_give_the_same_bytes(tmp_path: Path) -> None:
+    """A segment from the middle of a journal, replayed alone under two hash seeds, prints the same bytes."""
     record(tmp_path, busy_script(), segment_bytes=4096)
     middle = segment_paths(tmp_path)[2]
-    outputs = [replayed_in_a_process(middle, seed) for seed in ("0", "1", "2")]
+    outputs = [replayed_in_a_process(middle, seed) for seed in ("0", "1")]
     assert outputs[0].count(b"\n") > 10
     assert outputs[1] == outputs[0]
-    assert outputs[2] == outputs[0]
 
 
 def test_any_retained_segment_replays_alone(tmp_path: Path) -> None:

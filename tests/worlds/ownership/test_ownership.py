@@ -26,12 +26,12 @@ from tests.worlds.ownership.scenario import KINDS, draw
 from tests.worlds.ownership.trial import SeedFailed, Verdict, run_seed
 
 SEEDS = range(120)
-MUTANT_SEEDS = range(300)
-"""The seeds tried until one fails, each without its peace."""
+MUTANT_SEEDS = (5, 22, 8, 20, 83, 4, *range(300))
+"""The seeds tried until one fails, each without its peace; those that notice most come first."""
 GoOn = Callable[[Step, Slot, Hold], None]
 
 
-@pytest.mark.parametrize("seed", [*SEEDS[:40], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[40:])])
+@pytest.mark.parametrize("seed", [*SEEDS[:25], *(pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[25:])])
 def test_one_owner_under_faults_and_an_owner_in_peace(seed: int) -> None:
     """No two members may dispatch to a backend at one time, and after the faults each backend goes to its owner."""
     _run(seed)
