@@ -78,11 +78,11 @@ async def test_a_vllm_that_is_frozen_and_thawed(tmp_path: Path) -> None:
         state = served.state.backends["vllm-0"]
         begun = asyncio.create_task(served.ask(name, TOKENS))
         await until(lambda: any(request.first_token for request in served.state.requests.values()))
-        engine.send_signal(signal.SIGSTOP)
+        engine.signal(signal.SIGSTOP)
         await until(lambda: bool(state.silence.found))
         later = asyncio.create_task(served.ask(name))
         await until(lambda: len(state.queued) == 1)
-        engine.send_signal(signal.SIGCONT)
+        engine.signal(signal.SIGCONT)
         assert (await begun).tokens == answer_of(served, tmp_path, name, TOKENS)
         assert (await later).tokens == answer_of(served, tmp_path, name)
         assert not events(served, BackendLost)

@@ -6,10 +6,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,7 +21,7 @@ from sidecar.lab.engine.kserve.server import MESSAGE_BYTES_MAX
 from sidecar.lab.engine.rounding import narrow
 from sidecar.lab.engine.shape import SHAPES, module_dims
 from sidecar.lab.engine.tokens import ByteTokenizer
-from tests.kit.forked import Forked, python
+from tests.kit.engine_process import EmulatorProcess
 from tests.kit.ports import free_port
 
 CORE, ENSEMBLE = "tensorrt_llm", "ensemble"
@@ -63,88 +60,26 @@ async def regions_of(engine: Any) -> set[str]:
         return set(reply.regions)
 
 
-class EngineProcess:
-    """`python -m sidecar.lab.engine` as a separate process.
-
-    `arguments` are options of `sidecar emulate`, as on a command line. A `start` after `kill` (SIGKILL) uses the same
-    ports, with empty caches.
-    """
+class EngineProcess(EmulatorProcess):
+    """An emulated Triton in a process of its own."""
 
     def __init__(self, *arguments: str, time_scale: float = 0.0, grpc_port: int = 0) -> None:
-        self._arguments = (*arguments, "--time-scale", str(time_scale))
-        self._process: Forked | None = None
-        self._ports: tuple[int, int] = (grpc_port or free_port(), free_port())
+        super().__init__(*arguments, "--time-scale", str(time_scale), grpc=grpc_port, metrics=0)
 
     @property
     def grpc_address(self) -> str:
-        """Host and port of the gRPC service, known after the first `start`."""
-        return f"127.0.0.1:{self._ports[0]}"
+        """Host and port of the gRPC service."""
+        return self.address("grpc")
 
     @property
     def metrics_address(self) -> str:
-        """Host and port of the metrics, known after the first `start`."""
-        return f"127.0.0.1:{self._ports[1]}"
-
-    async def start(self) -> None:
-        """Start the process and return when it takes requests. Raises RuntimeError if it ends instead."""
-        ports = ("--grpc-port", str(self._ports[0]), "--metrics-port", str(self._ports[1]))
-        self._process = await python(
-            "-m", "sidecar.lab.engine", *self._arguments, *ports, "--json", stdout=asyncio.subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the emulated engine ended with {await self.wait()} before it was ready")
-        ready = json.loads(line)
-        self._ports = (_port(ready["grpc"]), _port(ready["metrics"]))
-
-    async def kill(self) -> None:
-        """End the process as `kill -9` does."""
-        await self._end(signal.SIGKILL)
-
-    async def stop(self) -> int:
-        """Ask the process to end and return its exit status."""
-        return await self._end(signal.SIGTERM)
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal, such as SIGSTOP, which freezes it."""
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    async def wait(self) -> int:
-        """Wait until the process ends by itself and return its exit status."""
-        assert self._process is not None
-        status = await self._process.wait()
-        self._close()
-        return status
-
-    async def __aenter__(self) -> EngineProcess:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._process is not None and self._process.returncode is None:
-            await self.kill()
-
-    async def _end(self, number: signal.Signals) -> int:
-        assert self._process is not None
-        if self._process.returncode is None:
-            os.kill(self._process.pid, number)
-        return await self.wait()
-
-    def _close(self) -> None:
-        # Closing the pipes now keeps their transports from being finalized after the loop is gone.
-        assert self._process is not None
-        self._process.close()
+        """Host and port of the metrics."""
+        return self.address("metrics")
 
 
 def read_served(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a served log: one for each ended executor request, in that order."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _port(address: str) -> int:
-    return int(address.rsplit(":", 1)[1])
 
 
 def random_adapter(

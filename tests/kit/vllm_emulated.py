@@ -10,10 +10,7 @@ returns the base model's tokens. An answer that used another adapter's prefix bl
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
 from sidecar.lab.engine.openai.folder import content_id
-from tests.kit.forked import Forked, python
+from tests.kit.engine_process import EmulatorProcess
 
 BASE = "base"
 DONE = "[DONE]"
@@ -122,75 +119,19 @@ class Client:
         await self.http.aclose()
 
 
-class VllmProcess:
-    """`python -m sidecar.lab.engine --protocol vllm` as a separate process.
-
-    `arguments` are options of `sidecar emulate`, as on a command line. A `start` after `kill` (SIGKILL) or after its
-    own end uses the same port, without adapters.
-    """
+class VllmProcess(EmulatorProcess):
+    """An emulated vLLM in a process of its own."""
 
     def __init__(self, *arguments: str, time_scale: float = 0.0, http_port: int = 0) -> None:
-        self._arguments = ("--protocol", "vllm", "--served-model-name", BASE, *arguments)
-        self._time_scale = time_scale
-        self._process: Forked | None = None
-        self._port = http_port
+        scale = ("--time-scale", str(time_scale))
+        super().__init__("--protocol", "vllm", "--served-model-name", BASE, *arguments, *scale, http=http_port)
 
     @property
     def http_address(self) -> str:
-        """Host and port of the API, known after the first `start`."""
-        return f"127.0.0.1:{self._port}"
+        """Host and port of the API and of the metrics."""
+        return self.address("http")
 
-    @property
-    def metrics_address(self) -> str:
-        """Host and port of the metrics: the API's."""
-        return self.http_address
-
-    async def start(self) -> None:
-        """Start the process and return when it takes requests. Raises RuntimeError if it ends instead."""
-        settings = ("--time-scale", str(self._time_scale), "--http-port", str(self._port), "--json")
-        self._process = await python(
-            "-m", "sidecar.lab.engine", *self._arguments, *settings, stdout=asyncio.subprocess.PIPE
-        )
-        assert self._process.stdout is not None
-        line = await self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the emulated vLLM ended with {await self.wait()} before it was ready")
-        self._port = int(json.loads(line)["http"].rsplit(":", 1)[1])
-
-    def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal, such as SIGSTOP, which freezes it."""
-        assert self._process is not None
-        os.kill(self._process.pid, number)
-
-    async def kill(self) -> None:
-        """End the process as `kill -9` does."""
-        await self._end(signal.SIGKILL)
-
-    async def stop(self) -> int:
-        """Ask the process to end and return its exit status."""
-        return await self._end(signal.SIGTERM)
-
-    async def wait(self) -> int:
-        """Wait until the process ends by itself and return its exit status."""
-        assert self._process is not None
-        status = await self._process.wait()
-        # Closing the pipes now keeps their transports from being finalized after the loop is gone.
-        self._process.close()
-        return status
-
-    async def __aenter__(self) -> VllmProcess:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._process is not None and self._process.returncode is None:
-            await self.kill()
-
-    async def _end(self, number: signal.Signals) -> int:
-        assert self._process is not None
-        if self._process.returncode is None:
-            self.send_signal(number)
-        return await self.wait()
+    metrics_address = http_address
 
 
 def texts_of(events: Sequence[Any], index: int = 0) -> str:
