@@ -44,6 +44,7 @@ from sidecar.errors import Misused, SidecarError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+LOOK_S = 1.0
 PROGRESS_S = 0.1
 REACH_S = 0.2
 STEPS_AGAIN_S = 0.1
@@ -63,16 +64,16 @@ class Running(Protocol):
 
 
 class Endpoint(ABC):
-    """One engine endpoint, looked at every `look_s` seconds; it may leave looks unanswered for `patience_s`."""
+    """One engine endpoint. It may leave looks unanswered for `patience_s`, within which it gets several."""
 
     WIRE_ERRORS: ClassVar[tuple[type[Exception], ...]]
     """The exceptions of the kind's client library for an engine that does not answer."""
 
-    def __init__(self, identity: str, address: str, look_s: float, patience_s: float, pulse: Pulse) -> None:
+    def __init__(self, identity: str, address: str, patience_s: float, pulse: Pulse) -> None:
         self.id = identity
         self.address = address
         self.pulse = pulse
-        self._look_s = look_s
+        self._look_s = min(LOOK_S, patience_s / 4)
         self._patience_s = patience_s
         self._post: Callable[[Event], None] = lambda event: None
         self._up = False

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,19 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2_grpc
 
-from sidecar.adapters.shared_memory import NOT_SHARED, SharedMemory
-from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends import faults, wire
 from sidecar.backends.api import LoadResult, Prompt, Ticket, Weights
 from sidecar.backends.credentials import open_channel
 from sidecar.backends.endpoint import Endpoint
+from sidecar.backends.kind import Wiring
 from sidecar.backends.triton.dialects import LlmApi
-from sidecar.backends.triton.loads import LoaderProcess, Target
+from sidecar.backends.triton.kind import TritonEntry
+from sidecar.backends.triton.loads import Target
 from sidecar.backends.triton.probe import answer_of, is_late
 from sidecar.backends.triton.regions import Regions
-from sidecar.backends.triton.server import CHANGED, Server, WatchOptions
+from sidecar.backends.triton.server import CHANGED, Server
 from sidecar.backends.triton.streams import Run, StreamPool
-from sidecar.backends.triton.transport import Transport, Wanted
+from sidecar.backends.triton.transport import Transport
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.enums import Fault
 from sidecar.core.events import BackendMeasured
@@ -45,60 +44,21 @@ FORGET_AGAIN_S = 0.05
 CLOSE_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True)
-class TritonOptions:
-    """How to reach and watch one server."""
-
-    id: str
-    address: str
-    facts: EngineFacts = field(default_factory=EngineFacts)
-    metrics_url: str | None = None
-    model: str = "tensorrt_llm"
-    text_model: str = "ensemble"
-    tls: dict[str, str] | None = None
-    transport: Wanted = "auto"
-    memory: SharedMemory = NOT_SHARED
-    adapters_dir: AdaptersDir | None = None
-    watch_interval_s: float = 1.0
-    progress_timeout_s: float = 30.0
-    load_timeout_s: float = 120.0
-    owner: str = ""
-    """This replica's id; "" if there is only one."""
-
-    @property
-    def watched(self) -> WatchOptions:
-        """The part that watching needs."""
-        return WatchOptions(
-            self.id,
-            self.address,
-            self.model,
-            self.facts,
-            self.metrics_url,
-            self.adapters_dir,
-            self.progress_timeout_s,
-        )
-
-    @property
-    def look_s(self) -> float:
-        """Seconds between two looks: several within the time after which silence is a fault."""
-        return min(self.watch_interval_s, self.progress_timeout_s / 4)
-
-
 class TritonBackend(Endpoint):
     """One Triton server."""
 
     WIRE_ERRORS = (grpc.RpcError,)
 
-    def __init__(self, options: TritonOptions, loader: LoaderProcess) -> None:
-        self.options = options
-        self._loader = loader
-        self._channel: grpc.aio.Channel = open_channel(options.address, options.tls)
+    def __init__(self, entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> None:
+        self._entry = entry
+        self._wiring = wiring
+        self._channel: grpc.aio.Channel = open_channel(entry.address, entry.tls_files)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._pool = StreamPool(self._channel)
-        self._regions = Regions(options.id, self._stub)
-        self._transport = Transport(options.id, options.transport, options.memory, self._stub)
-        self._server = Server(options.watched, self._stub, self._transport)
-        super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, self._server.pulse)
+        self._regions = Regions(entry.identity, self._stub)
+        self._transport = Transport(entry.identity, entry.weights_transport, wiring.memory, self._stub)
+        self._server = Server(entry, declared, self._stub, self._transport)
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, self._server.pulse)
 
     @property
     def streams(self) -> bool:
@@ -127,7 +87,7 @@ class TritonBackend(Endpoint):
     def _begin(self, effect: Dispatch, ticket: Ticket) -> Run:
         dialect, model = self._server.dialect, self._model_of(ticket)
         run = Run(effect, ticket, self._post, self._heard, self._wire_broke, dialect, model)
-        run.owner = wire.owner_fragment(self.options.owner, effect.epoch)
+        run.owner = wire.owner_fragment(self._wiring.owner, effect.epoch)
         return run
 
     async def _go(self, run: Run, weights: Weights | None) -> None:
@@ -147,7 +107,7 @@ class TritonBackend(Endpoint):
         """Return the model for a request of ours; "" for a client's own, which names its model."""
         prompt = ticket.payload.prompt
         takes_text = prompt is Prompt.TEXT and not isinstance(self._server.dialect, LlmApi)
-        return "" if prompt is None else self.options.text_model if takes_text else self.options.model
+        return "" if prompt is None else self._entry.text_model if takes_text else self._entry.model
 
     async def _attached(self, run: Run, weights: Weights) -> bytes:
         """Return a fragment that names or holds a run's weights; b"" if a client's typed contents allow neither."""
@@ -180,29 +140,31 @@ class TritonBackend(Endpoint):
 
     async def _load_packed(self, effect: Load, weights: Weights) -> LoadResult:
         """Send a blob or name its region; try once more if the server has forgotten the region."""
-        target = Target(self.address, self.options.model, self._server.decoupled, self.options.tls, self.options.owner)
+        target = Target(
+            self.address, self._entry.model, self._server.decoupled, self._entry.tls_files, self._wiring.owner
+        )
         sent = partial(self._load_sent, effect.load)
         region = await self._transport.refer(weights)
-        result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+        result = await self._wiring.loader.load(effect, weights, target, self._entry.load_timeout_s, sent, region)
         if region is not None and result.fault is Fault.UNKNOWN_REGION:
             self._transport.doubt()
             region = await self._transport.refer(weights)
-            result = await self._loader.load(effect, weights, target, self.options.load_timeout_s, sent, region)
+            result = await self._wiring.loader.load(effect, weights, target, self._entry.load_timeout_s, sent, region)
         return result
 
     async def _load_files(self, dialect: LlmApi, effect: Load, weights: Weights) -> LoadResult:
         """Make the engine answer a token with an adapter whose files it can read."""
         await weights.ready()
         self._load_sent(effect.load)
-        request = dialect.load(self.options.model, effect)
-        wire.set_parameters(request, wire.owner_parameters(self.options.owner, effect.epoch))
+        request = dialect.load(self._entry.model, effect)
+        wire.set_parameters(request, wire.owner_parameters(self._wiring.owner, effect.epoch))
         try:
-            error = await answer_of(self._stub, request, self._server.decoupled, self.options.load_timeout_s)
+            error = await answer_of(self._stub, request, self._server.decoupled, self._entry.load_timeout_s)
         except grpc.aio.AioRpcError as failed:
             text = failed.details() or failed.code().name
             if is_late(failed):
                 return LoadResult(
-                    f"the engine did not take the adapter within {self.options.load_timeout_s:g} s", unanswered=True
+                    f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s", unanswered=True
                 )
             return LoadResult(text, lost=wire.is_lost(failed.code(), text))
         return LoadResult(error)
@@ -259,7 +221,7 @@ class TritonBackend(Endpoint):
             if await self._server.changed():
                 self._close(CHANGED)
                 return
-            is_there = faults.classify(text) is not Fault.LOST or await self._answers(self.options.progress_timeout_s)
+            is_there = faults.classify(text) is not Fault.LOST or await self._answers(self._entry.progress_timeout_s)
         except Misused as unready:
             self._close(unready.message)
             return

@@ -64,6 +64,11 @@ class TritonEntry(Entry):
         wanted: dict[str, Literal["never", "auto", "must"]] = {"grpc": "never", "shared_memory": "must"}
         return wanted.get(self.weights_transport, "auto")
 
+    @property
+    def metrics_url(self) -> str | None:
+        """Where its metrics are: as given, or on the usual port of a server on the usual port; None if unknown."""
+        return self.metrics or usual_metrics_url(self.address)
+
     def _at_host(self, host: str) -> dict[str, Any]:
         return {"metrics": None if self.metrics is None else self.metrics.replace(HOST, host)}
 
@@ -82,26 +87,11 @@ def _declare(entry: TritonEntry, declared: EngineFacts, all_of_kind: Sequence[Tr
 
 
 def _connect(entry: TritonEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
-    from sidecar.backends.triton.backend import TritonBackend, TritonOptions
+    from sidecar.backends.triton.backend import TritonBackend
 
     if entry.weights_transport == "grpc" or wiring.memory.mount is None:
         declared = replace(declared, message_bytes_max=MESSAGE_BYTES_MAX)  # certain before it is reached
-    options = TritonOptions(
-        id=entry.identity,
-        address=entry.address,
-        facts=declared,
-        metrics_url=entry.metrics or usual_metrics_url(entry.address),
-        model=entry.model,
-        text_model=entry.text_model,
-        tls=entry.tls_files,
-        transport=entry.weights_transport,
-        memory=wiring.memory,
-        adapters_dir=entry.shared_dir,
-        progress_timeout_s=entry.progress_timeout_s,
-        load_timeout_s=entry.load_timeout_s,
-        owner=wiring.owner,
-    )
-    return TritonBackend(options, wiring.loader), declared
+    return TritonBackend(entry, declared, wiring), declared
 
 
 def _checks() -> Checks:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 import grpc
 
-from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.engine_facts import from_llmapi_config, from_model_config, merge, unknown_phrase
 from sidecar.backends.faults import classify
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.triton.dialects import Dialect, TensorRtLlm, dialect_of
 from sidecar.backends.triton.gauges import Gauges, Scraper
+from sidecar.backends.triton.kind import TritonEntry
 from sidecar.backends.triton.probe import Probe
 from sidecar.backends.triton.transport import Transport
 from sidecar.core.enums import Fault
@@ -24,27 +24,15 @@ from sidecar.errors import Misused
 CHANGED = "its model's configuration has changed"
 
 
-@dataclass(frozen=True)
-class WatchOptions:
-    """The server and model to watch, and what is declared of it. `adapters_dir` is for models that read files."""
-
-    id: str
-    address: str
-    model: str
-    facts: EngineFacts
-    metrics_url: str | None
-    adapters_dir: AdaptersDir | None
-    progress_timeout_s: float
-
-
 class Server:
     """The server of one backend. `stub` is its KServe stub."""
 
-    def __init__(self, options: WatchOptions, stub: Any, transport: Transport) -> None:
-        self._options = options
+    def __init__(self, entry: TritonEntry, declared: EngineFacts, stub: Any, transport: Transport) -> None:
+        self._entry = entry
+        self._declared = declared
         self._transport = transport
-        self._probe = Probe(options.id, options.address, options.model, stub)
-        self._scraper = Scraper(options.metrics_url, options.model) if options.metrics_url else None
+        self._probe = Probe(entry.identity, entry.address, entry.model, stub)
+        self._scraper = Scraper(entry.metrics_url, entry.model) if entry.metrics_url else None
         self._config = b""
         self._unknown = ""
         self._caches = 1
@@ -52,7 +40,7 @@ class Server:
         self.decoupled = True
         self.dialect: Dialect = TensorRtLlm()
         self.gauges: Gauges | None = None
-        self.pulse = Pulse(options.progress_timeout_s, monotonic())
+        self.pulse = Pulse(entry.progress_timeout_s, monotonic())
 
     async def close(self) -> None:
         if self._scraper is not None:
@@ -60,7 +48,7 @@ class Server:
 
     def detail(self) -> str:
         """Return a phrase for operators about a server that is up."""
-        url = self._options.metrics_url
+        url = self._entry.metrics_url
         metrics = "; no metrics are configured" if url is None else f"; {url} has no metrics"
         caches = "" if self._caches == 1 else f"; CACHES {self._caches}, not addressable: {self._remedy}"
         known = "" if self.gauges is not None else metrics
@@ -80,19 +68,19 @@ class Server:
         """Return the facts of the server. Raises Misused if it cannot be used, grpc.RpcError if it is unreachable."""
         await self._probe.ready()
         config = await self._probe.config()
-        self.dialect = dialect_of(config, self._options.adapters_dir)
+        self.dialect = dialect_of(config, self._entry.shared_dir)
         self.decoupled = config.model_transaction_policy.decoupled
         if self._distrusted:
             await self._probe.answer_once(self.dialect, self.decoupled)
         found = await self._facts_of(config)
         reads_files = not isinstance(self.dialect, TensorRtLlm)
         declared = replace(
-            self._options.facts,
+            self._declared,
             kind=self.dialect.kind,
             reads_files=reads_files,
             base_only=reads_files and not self.dialect.serves_adapters,
         )
-        facts = merge(self._options.id, declared, found)
+        facts = merge(self._entry.identity, declared, found)
         self.pulse.begin(monotonic())
         self.gauges = None
         await self.measure()
@@ -122,9 +110,9 @@ class Server:
         """Return the engine's capacity and load; None if they are unknown."""
         if self.gauges is None:
             return None
-        gauges, facts = self._gauges_of_all(self._caches), self._options.facts
+        gauges, facts = self._gauges_of_all(self._caches), self._declared
         return BackendMeasured(
-            self._options.id, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
+            self._entry.identity, facts.seats or gauges.seats, facts.kv_tokens or gauges.kv_tokens, gauges.kv_used
         )
 
     async def measure(self) -> bool:
@@ -162,7 +150,7 @@ class Server:
         """
         if not self.pulse.is_still(monotonic()):
             return False
-        if not self.pulse.is_counted and await self.answers(self._options.progress_timeout_s):
+        if not self.pulse.is_counted and await self.answers(self._entry.progress_timeout_s):
             self.pulse.heard(monotonic())
             return False
         return True

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import httpx
 
-from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.pulse import Pulse
 from sidecar.backends.vllm.api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
-from sidecar.backends.vllm.kind import MODEL
+from sidecar.backends.vllm.kind import MODEL, VllmEntry
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load
 from sidecar.core.events import BackendMeasured
@@ -40,40 +39,20 @@ FORGET_AGAIN_S = 0.05
 DIGEST_CHARACTERS = 12
 
 
-@dataclass(frozen=True)
-class VllmOptions:
-    """How to reach and watch one server."""
-
-    id: str
-    address: str
-    adapters_dir: AdaptersDir | None
-    facts: EngineFacts = field(default_factory=EngineFacts)
-    tls: dict[str, str] | None = None
-    api_key_file: str | None = None
-    old_versions: bool = False
-    watch_interval_s: float = 1.0
-    progress_timeout_s: float = 30.0
-    load_timeout_s: float = 120.0
-
-    @property
-    def look_s(self) -> float:
-        """Seconds between two looks: several within the time after which silence is a fault."""
-        return min(self.watch_interval_s, self.progress_timeout_s / 4)
-
-
 class VllmBackend(Endpoint):
     """One vLLM server."""
 
     WIRE_ERRORS = (httpx.HTTPError,)
     streams = True
 
-    def __init__(self, options: VllmOptions) -> None:
-        pulse = Pulse(options.progress_timeout_s, monotonic())
-        super().__init__(options.id, options.address, options.look_s, options.progress_timeout_s, pulse)
-        self.options = options
+    def __init__(self, entry: VllmEntry, declared: EngineFacts) -> None:
+        pulse = Pulse(entry.progress_timeout_s, monotonic())
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
+        self._entry = entry
+        self._declared = declared
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-        self._client = open_http_client(options.address, options.tls, options.api_key_file, timeout, KEEP_S)
-        self._api = VllmApi(options.id, self._client)
+        self._client = open_http_client(entry.address, entry.tls_files, entry.api_key_file, timeout, KEEP_S)
+        self._api = VllmApi(entry.identity, self._client)
         self._base = ""
         self._version = ""
         self._unknown = ""
@@ -88,7 +67,7 @@ class VllmBackend(Endpoint):
     async def _reach(self) -> EngineFacts:
         await self._api.healthy()
         self._version = await self._api.version()
-        if is_too_old(self._version) and not self.options.old_versions:
+        if is_too_old(self._version) and not self._entry.old_versions:
             raise Misused(
                 Reason.CONFIG_INVALID,
                 f"{self.id}: vLLM {self._version} can answer with another adapter's weights while one is loaded "
@@ -98,7 +77,7 @@ class VllmBackend(Endpoint):
         self._base = served.base
         await self._clear_away(served.adapters)
         self._seen = await self._api.measures()
-        if self._distrusted or not (self.options.facts.device_pages or self._seen.slots):
+        if self._distrusted or not (self._declared.device_pages or self._seen.slots):
             await self._api.answer_once(self._base, self._patience_s)
             self._seen = await self._api.measures()  # the slots are published from the first answer on
         self.pulse.begin(monotonic())
@@ -110,7 +89,7 @@ class VllmBackend(Endpoint):
 
     def _facts(self, served: Served) -> EngineFacts:
         """Return the declared facts, filled with what the server says. A page is one adapter here."""
-        declared, seen = self.options.facts, self._seen
+        declared, seen = self._declared, self._seen
         slots = declared.device_pages or seen.slots
         return replace(
             declared,
@@ -139,7 +118,7 @@ class VllmBackend(Endpoint):
 
     def _is_gone(self, engine_path: str) -> bool:
         """Return True if the engine knows a folder in the shared place that no longer exists."""
-        shared_dir = self.options.adapters_dir
+        shared_dir = self._entry.shared_dir
         if shared_dir is None or not engine_path.startswith(shared_dir.engine.rstrip("/") + "/"):
             return False
         return not (shared_dir.ours / Path(engine_path).name).is_dir()
@@ -179,7 +158,7 @@ class VllmBackend(Endpoint):
                 self._lose(text)
 
     def _measures(self) -> BackendMeasured | None:
-        facts, seen = self.options.facts, self._seen
+        facts, seen = self._declared, self._seen
         if seen.kv_tokens is None:
             return None
         return BackendMeasured(self.id, facts.seats, facts.kv_tokens or seen.kv_tokens, seen.kv_used)
@@ -203,15 +182,15 @@ class VllmBackend(Endpoint):
 
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
         await weights.ready()
-        shared_dir = self.options.adapters_dir
+        shared_dir = self._entry.shared_dir
         assert shared_dir is not None, "an adapter for a server without a shared folder"
         name = self._registered.setdefault(effect.packed.key, _name(effect))
         self._load_sent(effect.load)
         try:
             path = shared_dir.engine_path(effect.packed.key)
-            reply = await self._api.load(name, path, self.options.load_timeout_s, effect.epoch)
+            reply = await self._api.load(name, path, self._entry.load_timeout_s, effect.epoch)
         except httpx.TimeoutException:
-            text = f"the engine did not take the adapter within {self.options.load_timeout_s:g} s"
+            text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
             return LoadResult(text, unanswered=True)
         except httpx.HTTPError as error:
             return LoadResult(self._error_text(error), lost=True)

@@ -61,20 +61,9 @@ def _declare(entry: VllmEntry, declared: EngineFacts, all_of_kind: Sequence[Vllm
 
 
 def _connect(entry: VllmEntry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
-    from sidecar.backends.vllm.backend import VllmBackend, VllmOptions
+    from sidecar.backends.vllm.backend import VllmBackend
 
-    options = VllmOptions(
-        id=entry.identity,
-        address=entry.address,
-        adapters_dir=entry.shared_dir,
-        facts=declared,
-        tls=entry.tls_files,
-        api_key_file=entry.api_key_file,
-        old_versions=entry.old_versions,
-        progress_timeout_s=entry.progress_timeout_s,
-        load_timeout_s=entry.load_timeout_s,
-    )
-    return VllmBackend(options), declared
+    return VllmBackend(entry, declared), declared
 
 
 def _checks() -> Checks:

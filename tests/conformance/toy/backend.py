@@ -149,8 +149,7 @@ class ToyBackend(Endpoint):
 
     def __init__(self, entry: ToyEntry, declared: EngineFacts) -> None:
         pulse = Pulse(entry.progress_timeout_s, monotonic())
-        look_s = min(1.0, entry.progress_timeout_s / 4)
-        super().__init__(entry.identity, entry.address, look_s, entry.progress_timeout_s, pulse)
+        super().__init__(entry.identity, entry.address, entry.progress_timeout_s, pulse)
         self.entry = entry
         self._declared = declared
         self._hello: dict[str, Any] = {}
