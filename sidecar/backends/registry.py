@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
 from sidecar.backends.kind import Kind, ModelKind, Native
 from sidecar.config import Config, plugins
 from sidecar.config.backends import Backend as Entry
+from sidecar.config.redis_address import without_users
 from sidecar.config.section import problems
 from sidecar.errors import Misused, Reason
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 KINDS = {
     "triton": "sidecar.backends.triton.kind:TRITON",
@@ -50,10 +54,9 @@ def kind_named(name: str) -> Kind:
 
 
 def _target(name: str) -> str:
-    known = plugins.known("backend")
-    target = name if ":" in name else known.get(name)
+    target = plugins.target_of("backend", name)
     if target is None:
-        names = ", ".join((*KINDS, *known))
+        names = ", ".join(dict.fromkeys((*KINDS, *plugins.known("backend"))))
         raise Misused(
             Reason.CONFIG_INVALID,
             f'there is no kind of backend "{name}"; there are {names}, or name one as package.module:KIND',
@@ -62,15 +65,60 @@ def _target(name: str) -> str:
 
 
 def _loaded(name: str, target: str) -> Kind:
-    found = plugins.imported(f'the backend kind "{name}"', target)
-    if not isinstance(found, Kind):
-        raise Misused(Reason.CONFIG_INVALID, f'the backend kind "{name}": "{target}" is not a backends.kind.Kind')
+    found: Kind = plugins.imported(f'the backend kind "{name}"', target)
+    if found in _from_elsewhere.values():
+        return found  # by another of its names
+    wrong = _unusable(found) or _taken(found, name)
+    if wrong:
+        origin = "" if name == target else f" ({target})"
+        raise Misused(Reason.CONFIG_INVALID, f'the backend kind "{name}"{origin}: {wrong}')
     return found
+
+
+def _unusable(kind: Any) -> str:
+    """Return why a record cannot be a kind; "" if it can. What is deeper is left to `lab.conformance`."""
+    if not isinstance(kind, Kind):
+        return "it is not a backends.kind.Kind"
+    section = kind.section
+    if not (isinstance(section, type) and issubclass(section, Entry)):
+        return "its section is not a subclass of config.backends.Backend"
+    if not (isinstance(section.SCHEMES, Mapping) and section.SCHEMES and next(iter(section.SCHEMES)) == kind.name):
+        return f"the first of {section.__name__}.SCHEMES must be its name ({kind.name!r})"
+    models = kind.models
+    if not (isinstance(models, tuple) and models and all(isinstance(model, ModelKind) for model in models)):
+        return "its models are not a tuple of ModelKinds, at least one"
+    wrong = [name for name in ("connect", "declare", "notes") if not callable(getattr(kind, name))]
+    return f"its {' and '.join(wrong)} cannot be called" if wrong else ""
+
+
+def _taken(kind: Kind, name: str) -> str:
+    """Return what of a kind another one has already; "" if nothing. Requests would go to the wrong engines."""
+    if ":" not in name and kind.name != name:
+        return f'its name is "{kind.name}", and its package offers it as "{name}"'
+    for other in kinds():
+        schemes = kind.section.SCHEMES.keys() & other.section.SCHEMES.keys()
+        models = {model.name for model in kind.models} & {model.name for model in other.models}
+        if schemes or models:
+            what = f"the scheme {min(schemes)}://" if schemes else f'the name "{min(models)}" of a kind of model'
+            return f'it has {what} in common with the kind "{other.name}"; one of them needs another'
+    return ""
 
 
 @cache
 def _ours(name: str, target: str) -> Kind:
-    return _loaded(name, target)
+    found: Kind = plugins.imported(f'the backend kind "{name}"', target)
+    return found
+
+
+def called(kind: Kind | None, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a kind's function. Raises Misused where one of another package fails, naming the kind and the place."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        if kind is None or kind.name in KINDS or isinstance(error, Misused | ValidationError):
+            raise
+        what = f'the backend kind "{kind.name}" has failed in {function.__name__}'
+        raise Misused(Reason.CONFIG_INVALID, f"{what}: {plugins.told(error)}") from error
 
 
 def models() -> Mapping[str, ModelKind]:
@@ -137,10 +185,13 @@ def entries_of(config: Config, source: str = "") -> tuple[Entry, ...]:
     for number, record in enumerate(config.backends):
         within = ("backends", str(number))
         try:
-            section = _section_of(record)
-            found.append(section.model_validate(_own(section, record)))
+            kind = _kind_of_entry(record)
+            section = Entry if kind is None else kind.section
+            found.append(called(kind, section.model_validate, _own(section, record)))
         except ValidationError as error:
             wrong += problems(error, section, within)
+        except Misused as error:
+            wrong.append(f"{'.'.join(within)}: {error.message}")
         except ValueError as error:
             wrong.append(f"{'.'.join(within)}{error}")
     if not wrong:
@@ -155,25 +206,27 @@ def full_record(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json") | {"backends": [each.model_dump(mode="json") for each in entries_of(config)]}
 
 
-def _section_of(record: Mapping[str, Any]) -> type[Entry]:
-    """Return the section of the kind that an entry names. Raises ValueError with the rest of a problem's line."""
+def _kind_of_entry(record: Mapping[str, Any]) -> Kind | None:
+    """Return the kind that an entry names; None if it names none. Raises ValueError with the rest of a problem's line,
+    or Misused.
+    """
     named, url = record.get("kind"), str(record.get("url") or "")
     if named is not None:
         try:
-            return kind_named(str(named)).section
+            return kind_named(str(named))
         except Misused as unknown:
             raise ValueError(f".kind: {unknown.message}") from unknown
     scheme, separator, _ = url.partition("://")
     for kind in kinds() if separator else ():
         if scheme in kind.section.SCHEMES:
-            return kind.section
+            return kind
     if separator and scheme in plugins.known("backend"):
-        return kind_named(scheme).section
+        return kind_named(scheme)
     if url:
-        raise ValueError(f".url: it must be of the form {urls()} (it is {url!r:.80})")
+        raise ValueError(f".url: it must be of the form {urls()} (it is {without_users(url)!r:.80})")
     if record.get("discover") is not None:
-        raise ValueError(f": discover needs a kind: {' or '.join(KINDS)} (it is {dict(record)!r:.80})")
-    return Entry
+        raise ValueError(f": discover needs a kind: {' or '.join(KINDS)}")
+    return None
 
 
 def _own(section: type[Entry], record: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.config.discover import Discover, label_of
+from sidecar.config.discover import Discover, is_address, label_of
 from sidecar.config.section import Section, Tls
 from sidecar.core.facts import EngineFacts
 
@@ -197,11 +197,19 @@ class Backend(Section):
     def _is_a_url(cls, url: str) -> str:
         if not url:
             return url  # a full record of a pool has an empty one
-        scheme, separator, address = url.partition("://")
-        host, _, port = address.rpartition(":")
-        if not (scheme and separator and host and port.isdigit()):
-            raise ValueError(f"it must be of the form {scheme if separator else 'triton'}://HOST:PORT")
+        scheme, _, address = url.partition("://")
+        if "@" in address:
+            raise ValueError("it has a user, and engines take none: what an engine asks for is a key of its kind")
+        if scheme not in cls.SCHEMES or not is_address(address):
+            raise ValueError(f"it must be of the form {' or '.join(f'{each}://HOST:PORT' for each in cls.SCHEMES)}")
         return url
+
+    @field_validator("id")
+    @classmethod
+    def _is_printable(cls, identity: str | None) -> str | None:
+        if identity is not None and not (identity.isprintable() and 0 < len(identity.strip()) == len(identity) < 254):
+            raise ValueError("it must have 1 to 253 characters that can be printed, and no space around them")
+        return identity
 
 
 def declared_facts(backend: Backend, from_engine_config: EngineFacts | None) -> EngineFacts:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._-]")
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
+
+
+def is_address(text: str) -> bool:
+    """Return True for HOST:PORT, where an IPv6 address is in brackets."""
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and 0 < int(found[1]) < 1 << 16
 
 
 class EndpointSlices(BaseModel):
@@ -17,8 +25,8 @@ class EndpointSlices(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    service: str
-    port: str | int
+    service: str = Field(min_length=1)
+    port: Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=1, lt=1 << 16)]
     namespace: str | None = None
 
 
@@ -42,8 +50,7 @@ class Discover(BaseModel):
     @field_validator("dns")
     @classmethod
     def _is_a_place(cls, dns: str | None) -> str | None:
-        host, _, port = (dns or "").rpartition(":")
-        if dns is not None and not (host and port.isdigit()):
+        if dns is not None and not is_address(dns):
             raise ValueError("it must be HOST:PORT, as in triton.my-namespace.svc:8001")
         return dns
 

@@ -5,6 +5,7 @@ Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for exam
 
 from __future__ import annotations
 
+import traceback
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -25,18 +26,34 @@ def _plugged_in() -> tuple[EntryPoint, ...]:
 
 
 def known(kind: str) -> dict[str, str]:
-    """Return all names of a kind with their targets (`package.module:Class`), plug-ins included."""
-    named = dict(POLICIES.get(kind, {}))
-    for point in _plugged_in():
-        point_kind, _, name = point.name.partition(".")
-        if point_kind == kind and name:
-            named.setdefault(name, point.value)
-    return named
+    """Return all names of a kind with their targets (`package.module:Class`), plug-ins included; ours come first."""
+    plugged_in = {point.name.removeprefix(f"{kind}."): point.value for point in _offered(kind)}
+    return plugged_in | POLICIES.get(kind, {})
+
+
+def target_of(kind: str, name: str) -> str | None:
+    """Return the target of a name, itself if it is one; None if it is unknown. Raises Misused if several packages
+    offer the name: the order in which they were installed must not decide.
+    """
+    if ":" in name:
+        return name
+    offered = [point for point in _offered(kind) if point.name == f"{kind}.{name}"]
+    if name not in POLICIES.get(kind, {}) and len({point.value for point in offered}) > 1:
+        packages = " and ".join(sorted(f"{point.dist and point.dist.name} ({point.value})" for point in offered))
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f'the {kind} "{name}" is offered by {packages}; uninstall one, or name it as package.module:Class',
+        )
+    return known(kind).get(name)
+
+
+def _offered(kind: str) -> list[EntryPoint]:
+    return [point for point in _plugged_in() if point.name.startswith(f"{kind}.") and point.name != f"{kind}."]
 
 
 def resolve(kind: str, name: str) -> type[Any]:
     """Return the class of that name. Raises Misused naming the known names, or what failed to import."""
-    target = name if ":" in name else known(kind).get(name)
+    target = target_of(kind, name)
     if target is None:
         raise Misused(
             Reason.CONFIG_INVALID,
@@ -56,6 +73,15 @@ def imported(what: str, target: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {error}') from error
+    except (Exception, SystemExit) as error:
+        raise Misused(Reason.CONFIG_INVALID, f'{what} cannot be loaded from "{target}": {told(error)}') from error
+
+
+def told(error: BaseException) -> str:
+    """Return an exception of another package's code in a line: its type, its words, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
 
 
 def policies_of(config: CoreConfig) -> Policies:

@@ -13,7 +13,7 @@ from sidecar.adapters.staging import Staging
 from sidecar.backends.api import Backend
 from sidecar.backends.engine_facts import from_engine_config
 from sidecar.backends.kind import Wiring
-from sidecar.backends.registry import kind_named
+from sidecar.backends.registry import called, kind_named
 from sidecar.config.backends import Backend as Entry
 from sidecar.config.backends import declared_facts
 from sidecar.core.facts import EngineFacts
@@ -47,7 +47,8 @@ def make_backends(entries: Sequence[Entry], wiring: Wiring) -> list[tuple[Backen
 
 def make_backend(entry: Entry, declared: EngineFacts, wiring: Wiring) -> tuple[Backend, EngineFacts]:
     """Return the backend of an entry that has an address, with the known facts of its engine."""
-    return kind_named(entry.kind_name).connect(entry, declared, wiring)
+    kind = kind_named(entry.kind_name)
+    return called(kind, kind.connect, entry, declared, wiring)
 
 
 def pools_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
@@ -66,15 +67,22 @@ def facts_of(entries: Sequence[Entry]) -> dict[str, EngineFacts]:
     """Return the declared facts of each backend's engine, by the backend's id. Asks no engine."""
     found = {}
     for entry in entries:
-        engine = entry.engine
-        declared = declared_facts(entry, from_engine_config(Path(engine.config)) if engine.config else None)
-        if engine.cost is not None:
-            declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
-        kind = kind_named(entry.kind_name)
-        alike = [other for other in entries if kind_named(other.kind_name) is kind]
-        declared = kind.declare(entry, declared, alike)
-        found[entry.identity] = with_base_model(declared, base_model_of(entry))
+        try:
+            found[entry.identity] = _facts_of(entry, entries)
+        except Misused as error:
+            raise Misused(error.reason, f"{entry.identity}: {error.message}") from error
     return found
+
+
+def _facts_of(entry: Entry, entries: Sequence[Entry]) -> EngineFacts:
+    engine = entry.engine
+    declared = declared_facts(entry, from_engine_config(Path(engine.config).expanduser()) if engine.config else None)
+    if engine.cost is not None:
+        declared = replace(declared, pace=pace_from_cost(engine.cost, declared, engine.cost_scale))
+    kind = kind_named(entry.kind_name)
+    alike = [other for other in entries if kind_named(other.kind_name) is kind]
+    declared = called(kind, kind.declare, entry, declared, alike)
+    return with_base_model(declared, base_model_of(entry))
 
 
 def base_models(entries: Sequence[Entry]) -> dict[str, BaseModel]:
