@@ -43,7 +43,7 @@ def check_config(
 
     config = resolve(file)
     plugins.policies_of(config.core())
-    entries = entries_of(config, str(file))
+    entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)
     notes = [*_paces(entries), *_undeclared(entries)]

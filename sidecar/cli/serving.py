@@ -10,11 +10,11 @@ import os
 import resource
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from sidecar.cli.endpoint import CLIENT_VARIABLES
 from sidecar.cli.exits import Exit
@@ -82,18 +82,19 @@ def serve(
 
     Options override the environment (LORA_SIDECAR_STORE__MEMORY_BYTES), which overrides the file.
     """
+    engines = "--backend" if adapters_dir is None else "--backend with --adapters-dir"
     options = {
-        "backends": _backends(backend or [], adapters_dir),
-        "adapters.serve": adapters,
-        "data_directory": data,
-        "listeners.data.address": listen,
-        "listeners.admin.address": admin,
-        "listeners.http.address": http,
-        "listeners.probes.address": probes,
-        "listeners.admin.token_file": admin_token_file,
+        engines: ("backends", _backends(backend or [], adapters_dir)),
+        "--adapters": ("adapters.serve", adapters),
+        "--data": ("data_directory", data),
+        "--listen": ("listeners.data.address", listen),
+        "--admin": ("listeners.admin.address", admin),
+        "--http": ("listeners.http.address", http),
+        "--probes": ("listeners.probes.address", probes),
+        "--admin-token-file": ("listeners.admin.token_file", admin_token_file),
     }
-    given = {key: value for key, value in options.items() if value is not None}
-    _run(_serve(resolve(config, {**given, **_settings(setting or [])}), as_json))
+    given = [(option, key, value) for option, (key, value) in options.items() if value is not None]
+    _run(_serve(resolve(config, [*given, *_settings(setting or [])]), as_json))
 
 
 def _backends(urls: list[str], adapters_dir: str | None) -> list[dict[str, Any]] | None:
@@ -114,44 +115,32 @@ def shared_folder(text: str) -> dict[str, str]:
     return {"ours": ours, "engine": engine or ours}
 
 
-def resolve(path: Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """Return the configuration of a file, the environment and overrides by dotted key. Raises Misused."""
-    from sidecar.backends.registry import entries_of
-    from sidecar.config import load, parse
+def resolve(path: Path | None, options: Iterable[tuple[str, str, Any]] = ()) -> Config:
+    """Return the configuration of a file, the environment and options: each its name, the dotted key and the value.
 
-    environment = {name: text for name, text in os.environ.items() if name not in CLIENT_VARIABLES}
-    config = load(path, environment)
-    if not overrides:
-        entries_of(config, str(path or "the environment"))
-        return config
-    record = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in overrides.items():
-        _set(record, key, value)
-    config = parse(record, "the command line")
-    entries_of(config, "the command line")
+    Raises Misused naming where a wrong value is written.
+    """
+    from sidecar.backends.registry import entries_of
+    from sidecar.config import validated, written_in
+    from sidecar.config.sources import Setting, source_of
+
+    settings = written_in(path, {name: text for name, text in os.environ.items() if name not in CLIENT_VARIABLES})
+    settings += [Setting(tuple(key.split(".")), value, option) for option, key, value in options]
+    config = validated(settings)
+    entries_of(config, source_of(settings, ["backends"]))
     return config
 
 
-def _set(record: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        record = record.setdefault(section, {})
-        if not isinstance(record, dict):
-            raise Misused(Reason.CONFIG_INVALID, f"--set {key}: {section} has no keys of its own")
-    record[last] = value
+def _settings(settings: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield what each --set says, for `resolve`. Raises Misused."""
+    from sidecar.config.sources import data_of
 
-
-def _settings(settings: list[str]) -> dict[str, Any]:
-    found = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise Misused(Reason.CONFIG_INVALID, f'--set wants key=value, and "{setting}" is not')
-        try:
-            found[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise Misused(Reason.CONFIG_INVALID, f"--set {key}: {text} is not YAML") from error
-    return found
+        option = f"--set {key}"
+        yield option, key, data_of(text, option)
 
 
 async def _serve(config: Config, as_json: bool) -> None:

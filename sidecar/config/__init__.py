@@ -1,27 +1,26 @@
 """The configuration file: YAML, with unknown keys refused and every key overridable from the environment.
 
 `LORA_SIDECAR_STORE__MEMORY_BYTES=1073741824` sets `store.memory_bytes`; two underscores step into a section.
-Command-line options override the environment, which overrides the file. Variables that Kubernetes sets for a Service
+Command-line options override the environment, which overrides the file. All are merged as plain data (`sources`) and
+validated once, so that a message names where the wrong value is written. Variables that Kubernetes sets for a Service
 named lora-sidecar are ignored.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from sidecar.config.adapters import Adapters, Origins, Store
-from sidecar.config.environment import set_in
 from sidecar.config.listeners import Listeners
 from sidecar.config.queue import Queue
-from sidecar.config.section import Section, problems
+from sidecar.config.section import Section, told
 from sidecar.config.shared import Journal, Kubernetes, Replicas, State
+from sidecar.config.sources import Setting, in_environment, in_file, merged, source_of
 from sidecar.core.config import ClassLimit, CoreConfig
 from sidecar.errors import Misused, Reason
 
@@ -53,18 +52,21 @@ class Config(Section):
     raise_on: str = ""
     """A deliberate fault, to test or to see a crash; see `core.injected`."""
 
-    @model_validator(mode="after")
-    def _certificates_are_asked_for(self) -> Config:
-        tls = self.listeners.data.tls
-        if self.tenant_from == "certificate" and (tls is None or tls.ca is None):
-            raise ValueError("tenant_from: certificate needs listeners.data.tls with a client ca")
-        return self
+    @field_validator("tenant_from")
+    @classmethod
+    def _certificates_are_asked_for(cls, tenant_from: str, others: ValidationInfo) -> str:
+        if tenant_from == "certificate" and "listeners" in others.data:
+            tls = others.data["listeners"].data.tls
+            if tls is None or tls.ca is None:
+                raise ValueError("certificate needs listeners.data.tls with a client ca")
+        return tenant_from
 
-    @model_validator(mode="after")
-    def _replicas_share_their_state(self) -> Config:
-        if self.replicas.address is not None and self.state.url is None:
-            raise ValueError("replicas.address without state.url: replicas know of each other by a Redis")
-        return self
+    @field_validator("replicas")
+    @classmethod
+    def _replicas_share_their_state(cls, replicas: Replicas, others: ValidationInfo) -> Replicas:
+        if replicas.address is not None and "state" in others.data and others.data["state"].url is None:
+            raise ValueError("address without state.url: replicas know of each other by a Redis")
+        return replicas
 
     def core(self) -> CoreConfig:
         """Return the core's part: the keys of `store` and `queue` that it has under the same names, and some more."""
@@ -90,37 +92,25 @@ class Config(Section):
         )
 
 
-def load(path: Path | None, environment: Mapping[str, str] | None = None) -> Config:
-    """Read the file and the environment. Raises Misused naming the key, the value and what is expected."""
-    record = _read(path) if path is not None else {}
-    for key, value in set_in(os.environ if environment is None else environment):
-        _set(record, key, value)
-    return parse(record, str(path or "the environment"))
-
-
 def parse(record: Any, source: str) -> Config:
+    """Return the configuration of a record, which is written at `source`. Raises Misused."""
+    return validated([Setting((), record, source)])
+
+
+def written_in(path: Path | None, environment: Mapping[str, str]) -> list[Setting]:
+    """Return what the file and the environment say. Raises Misused for what cannot be read as data."""
+    file = Setting((), {}, "the environment") if path is None else in_file(path)
+    return [file, *in_environment(environment)]
+
+
+def validated(settings: Sequence[Setting]) -> Config:
+    """Return the configuration of all settings, of which later ones override. Raises Misused with every problem."""
     try:
-        return Config.model_validate(record)
+        return Config.model_validate(merged(settings))
     except ValidationError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"{source}: {'; '.join(problems(error, Config))}") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        record = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise Misused(Reason.CONFIG_INVALID, f"configuration {path} is not YAML: {error}") from error
-    if record is None:
-        return {}
-    if not isinstance(record, dict):
-        raise Misused(Reason.CONFIG_INVALID, f"configuration {path}: the top level must be keys, as in store: …")
-    return record
-
-
-def _set(record: dict[str, Any], path: list[str], value: Any) -> None:
-    *sections, key = path
-    for section in sections:
-        record = record.setdefault(section, {})
-    record[key] = value
+        found: dict[str, list[str]] = {}
+        for problem in error.errors():
+            source = source_of(settings, [str(part) for part in problem["loc"]])
+            found.setdefault(source, []).append(told(problem, Config))
+        message = "; ".join(f"{source}: {'; '.join(problems)}" for source, problems in found.items())
+        raise Misused(Reason.CONFIG_INVALID, message) from error

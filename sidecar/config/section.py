@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from sidecar.config.redis_address import without_users
 
+OF_A_KEY = "[key]"
+"""The last part of a problem's location if it is about the key and not about its value."""
+SHOWN_CHARACTERS_MAX = 80
+_SECRET = re.compile(r"(^|_)(key|password|secret|token)(_file)?$")
+"""Keys that hold secrets, or files of secrets, in whose place a secret may be written by mistake."""
+_SHOULD = re.compile(r"^\w+ should ")
+_KEYS, _WHOLE, _NUMBER, _BOOL = "keys with their values", "a whole number", "a number", "true or false"
+_WANTED = {
+    "model_type": _KEYS,
+    "dict_type": _KEYS,
+    "tuple_type": "a list",
+    "string_type": "text",
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "finite_number": "a finite number",
+    "bool_type": _BOOL,
+    "bool_parsing": _BOOL,
+}
+"""What is expected, by pydantic's type of error."""
+
 
 class Section(BaseModel):
-    """A part of the configuration: immutable, unknown keys refused."""
+    """A part of the configuration: immutable; unknown keys, infinity and NaN refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tls(Section):
@@ -36,23 +62,66 @@ def problems(error: ValidationError, model: type[BaseModel], within: Sequence[st
     `within` is the section's path in the configuration.
     """
     for problem in error.errors():
-        key = ".".join(str(part) for part in (*within, *problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), sorted(_keys(model)), n=1)
-            yield f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "")
-        else:
-            given = without_users(repr(problem["input"]))
-            yield f"{key}: {problem['msg'].removeprefix('Value error, ')} (it is {given:.80})"
+        yield told(problem, model, within)
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    """Return the keys of a section and of all sections in it."""
-    found: set[str] = set()
+def told(problem: ErrorDetails, model: type[BaseModel], within: Sequence[str] = ()) -> str:
+    """Return a problem in a section as "key: what is wrong". Of values, which may be secrets, only short ones are
+    shown; of sections the keys.
+    """
+    loc = [str(part) for part in problem["loc"] if part != OF_A_KEY]
+    key = ".".join((*within, *loc))
+    if problem["type"] in ("extra_forbidden", "invalid_key"):
+        own = {name: name for name in _section_at(model, loc[:-1]).model_fields}
+        near = (_near(loc[-1], known) for known in (own, dict(_paths(model))))
+        return f"unknown key {key}" + next((f"; did you mean {path}?" for path in near if path), "")
+    what = f"{key} as a key" if OF_A_KEY in problem["loc"] else key
+    return f"{what}: {_wrong(problem)}{_shown(loc, problem)}".removeprefix(": ")
+
+
+def _wrong(problem: ErrorDetails) -> str:
+    """Return what is wrong, without pydantic's words for Python's types."""
+    wanted = _WANTED.get(problem["type"])
+    if wanted is None:
+        return _SHOULD.sub("it must ", problem["msg"].removeprefix("Value error, "))
+    in_quotes = problem["type"] == "string_type" and isinstance(problem["input"], int | float)
+    return f"it must be {wanted}" + ("; put it into quotes" if in_quotes else "")
+
+
+def _shown(loc: Sequence[str], problem: ErrorDetails) -> str:
+    """Return the value in brackets: of a section its keys, and nothing of a list, of what is long or of a secret."""
+    value = problem["input"]
+    if problem["type"] == "missing" or (loc and _SECRET.search(loc[-1])):
+        return ""
+    if isinstance(value, dict):
+        text = f"its keys are {', '.join(map(str, value))}" if value else "it has no keys"
+    elif value is None or isinstance(value, str | int | float):
+        text = f"it is {without_users(json.dumps(value, ensure_ascii=False))}"
+    else:
+        return ""
+    return f" ({text})" if len(text) <= SHOWN_CHARACTERS_MAX else ""
+
+
+def _section_at(model: type[BaseModel], path: Sequence[str]) -> type[BaseModel]:
+    for part in path:
+        if part in model.model_fields:  # not an index, or a name that the user chose
+            model = next(_sections_in(model.model_fields[part].annotation), model)
+    return model
+
+
+def _near(key: str, known: Mapping[str, str]) -> str:
+    """Return the path of the known key that is most like a key; "" if none is."""
+    near = difflib.get_close_matches(key, known, n=1)
+    return known[near[0]] if near else ""
+
+
+def _paths(model: type[BaseModel], within: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each key of a section and of all sections in it, with its path; those of the section itself come last."""
     for name, field in model.model_fields.items():
-        found.add(name)
         for section in _sections_in(field.annotation):
-            found |= _keys(section)
-    return found
+            yield from _paths(section, f"{within}{name}.")
+    for name in model.model_fields:
+        yield name, f"{within}{name}"
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

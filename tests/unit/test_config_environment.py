@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.config import Config, load
+from sidecar.config import Config, validated, written_in
 from sidecar.errors import Misused
 
 SERVICE_LINKS = {
@@ -24,13 +24,13 @@ SERVICE_LINKS = {
 def test_keys_are_set() -> None:
     """Two underscores step into a section, and values are YAML."""
     environment = {"LORA_SIDECAR_STORE__FETCHES_MAX": "7", "LORA_SIDECAR_HIDE_BACKEND": "true", "PATH": "/bin"}
-    config = load(None, environment)
+    config = validated(written_in(None, environment))
     assert (config.store.fetches_max, config.hide_backend) == (7, True)
 
 
 def test_a_service_of_our_name_sets_nothing() -> None:
-    assert load(None, SERVICE_LINKS) == Config()
-    assert load(None, SERVICE_LINKS | {"LORA_SIDECAR_STORE__FETCHES_MAX": "7"}).store.fetches_max == 7
+    assert validated(written_in(None, SERVICE_LINKS)) == Config()
+    assert validated(written_in(None, SERVICE_LINKS | {"LORA_SIDECAR_STORE__FETCHES_MAX": "7"})).store.fetches_max == 7
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_a_service_of_our_name_sets_nothing() -> None:
 def test_what_only_looks_like_it_is_refused(name: str) -> None:
     """A key that is misspelt is told, whatever it looks like."""
     with pytest.raises(Misused, match=r"unknown key|valid dictionary"):
-        load(None, {f"LORA_SIDECAR_{name}": "1"})
+        validated(written_in(None, {f"LORA_SIDECAR_{name}": "1"}))

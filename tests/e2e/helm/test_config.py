@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sidecar.config import load
+from sidecar.config import validated, written_in
 from tests.e2e.helm.rendering import EXAMPLES, Object, Renderer, configuration, containers, pods
 from tests.kit.cli_runs import Ended, runner
 
@@ -78,7 +78,7 @@ def test_matrix_is_accepted(rendered: dict[str, list[Object]], tmp_path: Path) -
             continue
         (tmp_path / name).mkdir()
         file, variables = lay(objects, tmp_path / name)
-        config = load(file, {key: value for key, value in variables.items() if "__" in key})
+        config = validated(written_in(file, {key: value for key, value in variables.items() if "__" in key}))
         read += 1
         clustered = config.replicas.address is not None
         assert clustered == ("LORA_SIDECAR_REPLICAS__ADVERTISE" in variables), name
@@ -101,7 +101,7 @@ def test_a_plan_is_a_values_file(newest: Renderer, tmp_path: Path, sidecar: Call
     values.write_text(plan.out)
     (tmp_path / "pod").mkdir()
     file, _ = lay(newest.objects(values), tmp_path / "pod")
-    served = load(file, {})
+    served = validated(written_in(file, {}))
     assert served.store.memory_bytes == yaml.safe_load(plan.out)["store"]["memory_bytes"]
     assert len(served.backends) == len(yaml.safe_load(plan.out)["backends"])
 

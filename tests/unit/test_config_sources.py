@@ -1,0 +1,150 @@
+"""A file, the environment and options are read as data, merged and checked once; messages name where a fault is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sidecar.cli.serving import resolve
+from sidecar.config import parse
+from sidecar.errors import Misused
+
+Option = tuple[str, str, Any]
+BASE: Option = ("--set base_requests", "base_requests", "allow")
+FETCHES: Option = ("--set store.fetches_max", "store.fetches_max", 7)
+ANYWHERE = "0.0.0.0:1"
+BACKEND = "backends: [{url: 'triton://a:1'}]"
+
+
+def refusal(file: Path, text: str | bytes, *options: Option) -> str:
+    """Return why a configuration is not taken, with FILE for its path."""
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(Misused) as refused:
+        resolve(file, options)
+    return refused.value.message.replace(str(file), "FILE")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"id: \xff", r"FILE: it cannot be read as YAML: .* invalid start byte"),
+        ("[" * 2000, "FILE: it is nested too deeply"),
+        ("store: {\n", "FILE: it cannot be read as YAML: line 2, column 1: .*"),
+        (f"{BACKEND}\n{BACKEND}", "FILE: .* line 2, column 1: the key backends is written twice, first in line 1"),
+        ("backends:\n- url: triton://a:1\n  url: triton://b:1", "FILE: .* line 3, .* the key url is written twice.*"),
+        ("legacy_task_ids: {1: a, 0x1: b}", "FILE: .* the key 1 is written twice, first in line 1"),
+        ("drain_timeout_s: !!int x", "FILE: it cannot be read as YAML: line 1, column 18: this is no int"),
+        ("data_directory: !!binary //8=", "FILE: .* could not determine a constructor for the tag .*binary'"),
+        ("store:\n", "FILE: store: it must be keys with their values .it is null."),
+        ("store: {memory_bytes: much}", r'FILE: store.memory_bytes: it must be a whole number \(it is "much"\)'),
+        ("data_directory: 5", r"FILE: data_directory: it must be text; put it into quotes \(it is 5\)"),
+        ("adapters: {roots: ./loras}", r'FILE: adapters.roots: it must be a list \(it is "./loras"\)'),
+        ("legacy_task_ids: {x: a}", r'FILE: legacy_task_ids.x as a key: it must be a whole number \(it is "x"\)'),
+        ("drain_timeout_s: 0", r"FILE: drain_timeout_s: it must be greater than 0 \(it is 0\)"),
+        ("drain_timeout_s: .inf", r"FILE: drain_timeout_s: it must be a finite number.*"),
+        ("queue: {tenant_weights: {a: .nan}}", r"FILE: queue.tenant_weights.a: it must be a finite number.*"),
+        ("backends: [{url: 'triton://a:1', progress_timeout_s: .inf}]", "FILE: backends.0.progress_timeout_s: .*"),
+        ("backends: [{url: 'triton://a:1', modle: x}]", r"FILE: unknown key backends.0.modle; did you mean model\?"),
+        ("backends: [{url: 'triton://a:1', kv_heds: 8}]", r"FILE: unknown key .*; did you mean engine.kv_heads\?"),
+        ("memory_byte: 1", r"FILE: unknown key memory_byte; did you mean store.memory_bytes\?"),
+        ("backends: [{url: 'triton://a:1', base_model: {}}]", "FILE: backends.0.base_model.name: Field required"),
+        ("1: x", "FILE: unknown key 1"),
+        ("tenant_from: certificate", 'FILE: tenant_from: certificate needs listeners.data.tls .* "certificate".'),
+    ],
+)
+@pytest.mark.parametrize("options", [(), (BASE,)])
+def test_a_fault_in_the_file_is_blamed_on_the_file(
+    text: str | bytes, message: str, options: tuple[Option, ...], tmp_path: Path
+) -> None:
+    """With options or without: `serve` refuses what `config check` refuses, in the same words."""
+    assert re.fullmatch(message, refusal(tmp_path / "f", text, *options))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"BACKENDS__0__URL": "x"}, "LORA_SIDECAR_BACKENDS__0__URL: backends has no keys .* set as a whole"),
+        ({"BACKENDS": "triton://a:1"}, 'LORA_SIDECAR_BACKENDS: backends: it must be a list .it is "triton://a:1".'),
+        ({"BACKENDS": "[{url: 'x://a:1'}]"}, r"LORA_SIDECAR_BACKENDS: backends.0.url: it must be of the form .*"),
+        ({"STORE": "5", "STORE__MEMORY_BYTES": "5"}, "LORA_SIDECAR_STORE__MEMORY_BYTES: store has no keys of its own"),
+        ({"LOG_FORMAT": "{"}, "LORA_SIDECAR_LOG_FORMAT: it cannot be read as YAML: line 1, .*"),
+        ({"LOG_FORMAT": "@x"}, "LORA_SIDECAR_LOG_FORMAT: it cannot be read as YAML: line 1, .*"),
+        ({"LOG_FORMAT": "x"}, "LORA_SIDECAR_LOG_FORMAT: log_format: it must be 'text' or 'json' .*"),
+        ({"": "4"}, "LORA_SIDECAR_: it names no key"),
+        ({"STORE__": "4"}, "LORA_SIDECAR_STORE__: it names no key"),
+    ],
+)
+def test_a_fault_in_a_variable_is_blamed_on_the_variable(
+    variables: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in variables.items():
+        monkeypatch.setenv(f"LORA_SIDECAR_{name}", text)
+    assert re.fullmatch(message, refusal(tmp_path / "f", BACKEND))
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "message"),
+    [
+        ("", ("--set .", ".", 4), "--set .: it names no key"),
+        ("", ("--set a", "log_format.a", 4), "--set a: log_format: it must be 'text' or 'json' .its keys are a."),
+        ("log_format: text", ("--set a", "log_format.a", 4), "--set a: log_format has no keys of its own"),
+        ("backends: [{url: 'triton://a:1', id: 5}]", FETCHES, "FILE: backends.0.id: it must be text; .*"),
+        ("backends: [{modle: 5}]", ("--backend", "backends", [{"url": "x"}]), "--backend: backends.0.url: .*"),
+        ("listeners: {admin: {idle_s: 5}}", ("--admin", "listeners.admin.address", ANYWHERE), "FILE and --admin: .*"),
+        ("listeners: {data: {idle_s: 5}}", ("--admin", "listeners.admin.address", ANYWHERE), "--admin: listeners.*"),
+        ("stor: {}", ("--set x", "store.x", 1), r"--set x: unknown key store.x; FILE: unknown key stor; .*"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_blamed_on_who_wrote_it(text: str, option: Option, message: str, tmp_path: Path) -> None:
+    """One in a section as a whole on all who wrote in it."""
+    assert re.fullmatch(message, refusal(tmp_path / "f", text, option))
+
+
+def test_the_last_that_sets_a_key_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a section that the file leaves empty. A section that two keys share by an alias is set for one."""
+    file = tmp_path / "f"
+    file.write_text("store:\nlisteners: {data: {tls: &tls {certificate: c, key: k}}, http: {tls: *tls}}\n")
+    monkeypatch.setenv("LORA_SIDECAR_STORE__FETCHES_MAX", "5")
+    monkeypatch.setenv("LORA_SIDECAR_STORE__MEMORY_BYTES", "5")
+    config = resolve(file, [FETCHES, ("--set", "listeners.http.tls.key", "other")])
+    assert (config.store.fetches_max, config.store.memory_bytes) == (7, 5)
+    assert (config.listeners.data.tls, config.listeners.http.tls) == (
+        parse({"state": {"url": "rediss://h", "tls": {"certificate": "c", "key": "k"}}}, "").state.tls,
+        parse({"state": {"url": "rediss://h", "tls": {"certificate": "c", "key": "other"}}}, "").state.tls,
+    )
+
+
+@pytest.mark.parametrize("options", [(), (FETCHES,)])
+def test_dates_are_text_and_merged_keys_are_no_duplicates(options: tuple[Option, ...], tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_text(
+        "backends:\n- &a {url: 'triton://a:1', id: 2020-01-01, load_timeout_s: 5}\n"
+        "- &b {<<: *a, url: 'triton://b:1', id: b}\n- {<<: *b, id: c}\n"
+    )
+    ids = [(entry["id"], entry["load_timeout_s"]) for entry in resolve(file, options).backends]
+    assert ids == [("2020-01-01", 5), ("b", 5), ("c", 5)]
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        ({"listeners": {"data": {"tls": ["hunter2"]}}}, ""),
+        ({"listeners": {"data": {"tls": "-----BEGIN PRIVATE KEY-----hunter2" * 5}}}, ""),
+        ({"listeners": {"data": {"tls": {"key": 2222, "ca": "hunter2"}}}}, ""),
+        ({"listeners": {"admin": {"token_file": 2222}}}, ""),
+        ({"state": {"tls": {"key": "hunter2"}}}, "(its keys are tls)"),
+        ({"state": {"url": "redis://hunter2@", "password": "hunter2"}}, 'it is "redis://(hidden)@"'),
+        ({"log_format": {"hidden": "hunter2"}}, "(its keys are hidden)"),
+        ({"log_format": "jsn"}, '(it is "jsn")'),
+    ],
+)
+def test_messages_show_no_secrets(record: dict[str, Any], shown: str) -> None:
+    """Of sections the keys only, and no value of a key that holds a secret."""
+    with pytest.raises(Misused) as refused:
+        parse(record, "the test")
+    assert shown in refused.value.message
+    assert "hunter2" not in refused.value.message
+    assert "2222" not in refused.value.message
