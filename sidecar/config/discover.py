@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from sidecar.config.section import Section
 
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._-]")
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
@@ -17,20 +19,18 @@ def is_address(text: str) -> bool:
     return found is not None and 0 < int(found[1]) < 1 << 16
 
 
-class EndpointSlices(BaseModel):
+class EndpointSlices(Section):
     """The endpoints of a Kubernetes Service, read from its EndpointSlices. `port` is a port's name or number.
 
     `namespace` defaults to that of this process.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     service: str = Field(min_length=1)
     port: Annotated[str, Field(min_length=1)] | Annotated[int, Field(ge=1, lt=1 << 16)]
     namespace: str | None = None
 
 
-class Discover(BaseModel):
+class Discover(Section):
     """One way to find engines that come and go.
 
     `dns` is HOST:PORT; the host has an address for each engine, as a headless Service does, and is resolved every
@@ -38,8 +38,6 @@ class Discover(BaseModel):
 
     An engine that is no longer found gets nothing new. After `grace_s` it is forgotten once nothing runs there.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     dns: str | None = None
     endpoint_slices: EndpointSlices | None = None

