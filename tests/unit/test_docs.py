@@ -139,3 +139,70 @@ def test_commands_of_a_page_are_run(tmp_path: Path, capfd: pytest.CaptureFixture
     assert [line.partition(" (")[0] for line in lines[1:3]] == [f"ran      {page}:7", f"ran      {page}:12"]
     assert lines[-1] == "2 blocks ran, 1 were skipped, 1 pages failed"
     assert error == f"FAILED   {page}:21: exit 1\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "fence", "told"),
+    [
+        ("<!-- not run: -->", "sh", "unknown comment before a block"),
+        ("<!-- not run -->", "sh", "unknown comment before a block"),
+        ("<!-- Not run: a reason -->", "sh", "unknown comment before a block"),
+        ("<!-- not run\nin two lines -->", "sh", "unknown comment before a block"),
+        ("<!-- Not run: a reason -->\n", "sh", "unknown comment before a block"),
+        ("<!-- file: ../said -->", "text", "the name of a file is relative to the sandbox"),
+        ("<!-- file: /said -->", "text", "the name of a file is relative to the sandbox"),
+        ("", "bash", "commands are sh or console"),
+        ("", "Shell", "commands are sh or console"),
+    ],
+)
+def test_a_block_that_is_not_understood(
+    before: str, fence: str, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is an error of the check, and its page is not run."""
+    page = tmp_path / "page.md"
+    page.write_text(f"{before}\n```{fence}\nexit 9\n```\n\n```sh\ntrue\n```\n")
+    (problem,) = checks.problems([page])
+    assert told in problem
+    assert run([page]) == 1
+    out, error = capfd.readouterr()
+    assert error == f"FAILED   {problem}\n"
+    assert out == "0 blocks ran, 0 were skipped, 1 pages failed\n"
+
+
+def test_a_reason_may_have_a_blank_line_after_it(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- not run: a reason -->\n\n```sh\nexit 9\n```\n")
+    assert run([page]) == 0
+
+
+def test_each_command_of_a_pipe_must_succeed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```sh\nfalse | cat\n```\n")
+    assert run([page]) == 1
+
+
+def test_pages_do_not_change_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a page writes, by a marker or by a command, is written into a copy."""
+    root = tmp_path / "repository"
+    (root / "docs").mkdir(parents=True)
+    for name in ("README.md", "Makefile", "docs/start.md"):
+        (root / name).write_text("ours\n")
+    monkeypatch.setattr("tools.docs.run.ROOT", root)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- file: README.md -->\n```text\nwritten\n```\n\n```sh\ngrep written README.md\necho >> Makefile\n"
+        "echo > docs/start.md\ntouch docs/new.md\n```\n"
+    )
+    assert run([page]) == 0
+    assert {path.name for path in root.rglob("*.md")} == {"README.md", "start.md"}
+    assert {path.read_text() for path in root.rglob("*") if path.is_file()} == {"ours\n"}
+
+
+def test_a_page_that_is_missing_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([tmp_path / "gone.md"]) == 2
+    assert run([tmp_path]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.splitlines()) == (
+        "",
+        [f"{tmp_path}/gone.md: there is no such page", f"{tmp_path}: there is no such page"],
+    )

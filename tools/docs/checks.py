@@ -1,4 +1,4 @@
-"""Find faults in pages: unknown commands, dead links, missing files, code blocks without a language."""
+"""Find faults in pages: unknown commands, dead links, missing files, code blocks that are not understood."""
 
 from __future__ import annotations
 
@@ -26,10 +26,8 @@ def problems(among: Iterable[Path] | None = None) -> Iterator[str]:
 
 def _of_blocks(page: Path) -> Iterator[str]:
     for block in blocks(page):
-        if not block.language:
-            yield f"{block.at}: a block without a language; commands are sh or console, what is shown is text"
-        if block.marker not in ("", "not run", "file"):
-            yield f"{block.at}: unknown marker {block.marker}; there are: not run, file"
+        if block.fault:
+            yield f"{block.at}: {block.fault}"
         if block.language in COMMANDS and named(page) not in _OLD:
             for problem in problems_of_block(block):
                 yield f"{block.at}: {problem}"

@@ -10,9 +10,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("sh", "console")
 """The languages of blocks with commands. In `console`, a line with a command begins with "$ "."""
+OTHER_SHELLS = ("bash", "shell", "zsh", "shell-session", "bash-session")
+"""Other names of shells, which are refused: their commands would be neither checked nor run."""
+MARKERS = "<!-- not run: REASON --> and <!-- file: NAME -->"
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,})(?P<language>[^\s`]*).*$")
-_MARKER = re.compile(r"^\s*<!-- (?P<name>[\w ]+): (?P<value>.*?) -->\s*$")
+_MARKER = re.compile(r"^\s*<!-- (?P<name>not run|file): (?P<value>\S.*?) -->\s*$")
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$")
 _LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
 _CODE = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
@@ -20,11 +23,11 @@ _CODE = re.compile(r"(?<!`)(`+)(?!`)((?:(?!\n\n).)+?)(?<!`)\1(?!`)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced code block and the marker comment on the line before it.
+    """A fenced code block and the marker comment on the last line with text before it.
 
     `line` is that of its first line of text, counted from 1. `marker` and `value` are those of
     `<!-- marker: value -->`; "not run" gives the reason why the block is not run, "file" the name under which its text
-    is written into the sandbox.
+    is written into the sandbox. `fault` says why the block is not understood; it is empty if it is.
     """
 
     page: Path
@@ -33,6 +36,12 @@ class Block:
     text: str
     marker: str = ""
     value: str = ""
+    fault: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """True if the block's commands are to be run."""
+        return self.language in COMMANDS and not self.marker
 
     @property
     def at(self) -> str:
@@ -77,10 +86,25 @@ def blocks(page: Path) -> Iterator[Block]:
         while at < len(lines) and lines[at].strip() != opening["ticks"]:
             at += 1
         text = "".join(f"{line[indent:]}\n" for line in lines[start:at])
-        marker = _MARKER.match(lines[start - 2]) if start > 1 else None
+        before = next((line for line in reversed(lines[: start - 1]) if line.strip()), "")
+        marker = _MARKER.match(before)
         name, value = (marker["name"], marker["value"]) if marker else ("", "")
-        yield Block(page, start + 1, opening["language"], text, name, value)
+        fault = _fault(opening["language"], name, value, before)
+        yield Block(page, start + 1, opening["language"], text, name, value, fault)
         at += 1
+
+
+def _fault(language: str, marker: str, value: str, before: str) -> str:
+    """Return why a block with this line before it is not understood, or an empty text."""
+    if not language:
+        return "a block without a language; commands are sh or console, what is shown is text"
+    if language.lower() in OTHER_SHELLS:
+        return f"a block of {language}; commands are sh or console"
+    if not marker and before.rstrip().endswith("-->"):
+        return f"unknown comment before a block: {before.strip()}; there are: {MARKERS}"
+    if marker == "file" and (Path(value).is_absolute() or ".." in Path(value).parts):
+        return f"{value}: the name of a file is relative to the sandbox and stays in it"
+    return ""
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,16 @@
 """Run the commands of the documentation, page by page, as a reader would.
 
-A page's blocks run in order in one shell, in a folder with the repository's files. Where the system allows it, they run
-in their own network namespace, so that ports are free and nothing is fetched. A block that cannot run gives the reason
-in a comment before it: `<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file.
+A page's blocks run in order in one shell, in a copy of the repository; only the environments (`.venv*`) are links. Each
+command of a pipe must succeed. Where the system allows it, the blocks run in their own network namespace, so that ports
+are free and nothing is fetched. A block that cannot run gives the reason in a comment before it:
+`<!-- not run: needs a GPU -->`. A block after `<!-- file: NAME -->` is written to that file. A page with a block that
+is not understood does not run.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,26 +20,38 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.docs.pages import COMMANDS, ROOT, Block, blocks, pages
+from tools.docs.pages import COMMANDS, ROOT, Block, blocks, named, pages
 
 PAGE_TIMEOUT_S = 900
 OUTPUT_LINES = 40
 NOT_READ = ("CHANGELOG.md", "docs/upgrading.md")
 """Pages about earlier releases."""
+NOT_COPIED = (".git", ".hypothesis", ".mypy_cache", ".ruff_cache", ".pytest_cache", "build", "dist")
 
 
 def run(chosen: Sequence[Path] = ()) -> int:
-    """Run the chosen pages, or all of them. Return 1 if a command failed."""
+    """Run the chosen pages, or all of them. Return 1 if a command failed, 2 if there is no such page."""
+    missing = [page for page in chosen if not page.is_file()]
+    for page in missing:
+        print(f"{named(page)}: there is no such page", file=sys.stderr)
+    if missing:
+        return 2
     failed = ran = skipped = 0
     for page in chosen or [page for page in pages() if page not in [ROOT / name for name in NOT_READ]]:
         among = list(blocks(page))
-        to_run = [block for block in among if block.language in COMMANDS and block.marker != "not run"]
+        to_run = [block for block in among if block.runs]
+        faults = [f"{block.at}: {block.fault}" for block in among if block.fault]
+        for fault in faults:
+            print(f"FAILED   {fault}", file=sys.stderr, flush=True)
+        if faults:
+            failed += 1
+            continue
         for block in among:
             if block.language in COMMANDS and block.marker == "not run":
                 print(f"skipped  {block.at}: {block.value}", flush=True)
                 skipped += 1
         if to_run:
-            done = _run_page([block for block in among if block in to_run or block.marker == "file"], len(to_run))
+            done = _run_page([block for block in among if block.runs or block.marker == "file"], len(to_run))
             ran += done
             failed += done < len(to_run)
     print(f"{ran} blocks ran, {skipped} were skipped, {failed} pages failed")
@@ -47,25 +62,36 @@ def _run_page(among: Sequence[Block], count: int) -> int:
     """Run the blocks of one page; return how many succeeded."""
     with tempfile.TemporaryDirectory(prefix="docs-") as folder:
         sandbox = Path(folder)
-        for entry in ROOT.iterdir():
-            if entry.name not in (".git", ".hypothesis", ".mypy_cache", ".ruff_cache"):
-                (sandbox / entry.name).symlink_to(entry)
+        _copy_repository(sandbox)
         script = _script(among, sandbox)
         output = sandbox / ".output"
-        done = _watch(script, output, sandbox, [block for block in among if block.marker != "file"])
+        done = _watch(script, output, sandbox, [block for block in among if block.runs])
         if done < count:
             print("".join(output.read_text(errors="replace").splitlines(keepends=True)[-OUTPUT_LINES:]))
     return done
 
 
+def _copy_repository(sandbox: Path) -> None:
+    """Copy the repository's files, so that no page changes them; environments are too large for that."""
+    for entry in ROOT.iterdir():
+        if entry.name.startswith(".venv"):
+            (sandbox / entry.name).symlink_to(entry)
+        elif entry.name in NOT_COPIED:
+            continue
+        elif entry.is_dir():
+            shutil.copytree(entry, sandbox / entry.name, symlinks=True)
+        else:
+            shutil.copy2(entry, sandbox)
+
+
 def _script(among: Sequence[Block], sandbox: Path) -> Path:
-    lines = ["set -e", *(["ip link set lo up"] if _isolates() else [])]
+    lines = ["set -e -o pipefail", *(["ip link set lo up"] if _isolates() else [])]
     texts = sandbox / ".blocks"
     texts.mkdir()
     for number, block in enumerate(among):
         text = texts / str(number)
         text.write_text(block.text if block.marker == "file" else block.commands)
-        lines.append(f"cp {text} {block.value}" if block.marker == "file" else f". {text}; echo >&3")
+        lines.append(f"cp {text} {shlex.quote(block.value)}" if block.marker == "file" else f". {text}; echo >&3")
     script = texts / "script"
     script.write_text("\n".join(lines) + "\n")
     return script
