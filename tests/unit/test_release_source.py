@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tools.release import images, source
 from tools.release.commands import Refused
@@ -52,6 +53,39 @@ def test_a_tag_or_a_version(repository: Path) -> None:
     assert notes == "- More.\n"
     git(repository, "tag", "v1.2.0")
     assert check(repository) == (found, notes)
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [
+        ("1.2.0-rc.1", True),
+        ("1.2.0-rc10", True),
+        ("1.2.0-alpha.0", True),
+        ("1.2.0-beta2", True),
+        ("1.2.0-..", False),
+        ("1.2.0-01", False),
+        ("1.2.0-foo", False),
+        ("1.2.0-rc", False),
+        ("1.2.0-rc.01", False),
+        ("1.2.0+local", False),
+        ("1.2", False),
+    ],
+)
+def test_versions_that_packages_and_charts_can_have(repository: Path, version: str, accepted: bool) -> None:
+    """What both Semantic Versioning and PEP 440 know, and nothing else."""
+    if accepted:
+        assert source.find(repository, version).version == version
+        Version(version)
+    else:
+        with pytest.raises(Refused, match=r"is not a version like 0\.2\.0 or 0\.2\.0-rc\.1"):
+            source.find(repository, version)
+
+
+def test_notes_begin_at_a_heading(tmp_path: Path) -> None:
+    """A heading in a code block begins no section, and neither does one without text."""
+    shown = "```text\n## 1.2.0\nin a block\n```\n"
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n{shown}\n## \n\n## 1.2.0\n\n{shown}- More.\n\n## 1.1.0\n")
+    assert source.notes(tmp_path, "1.2.0") == f"{shown}- More.\n"
 
 
 def dirty(folder: Path) -> None:
@@ -111,6 +145,8 @@ def test_images_by_digest() -> None:
         images.pinned(ROOT, given[1:])
     with pytest.raises(Refused, match="is none of the images"):
         images.pinned(ROOT, [*given, f"nginx:1@{digest}"])
+    with pytest.raises(Refused, match="has two digests"):
+        images.pinned(ROOT, [*given, given[0].replace(digest, f"sha256:{8:064}")])
     with pytest.raises(Refused, match="is not NAME:TAG@sha256:DIGEST"):
         images.pinned(ROOT, ["nginx:1"])
 

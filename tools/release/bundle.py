@@ -22,10 +22,16 @@ INSTALL = """\
 # Install lora-sidecar {version} from the wheels beside this script: install.sh FOLDER. No package index is asked.
 # PYTHON names the interpreter, which must be {python}.
 set -eu
-test $# = 1 || {{ echo "usage: install.sh FOLDER" >&2; exit 2; }}
+usage="usage: install.sh FOLDER   (PYTHON names the interpreter, a Python {python})"
+case "${{1:-}}" in --help | -h) echo "$usage"; exit 0 ;; "" | -*) echo "$usage" >&2; exit 2 ;; esac
+test $# = 1 || {{ echo "$usage" >&2; exit 2; }}
+python="${{PYTHON:-python{python}}}"
+refuse() {{ echo "install.sh: $python $1: set PYTHON to a Python {python}" >&2; exit 2; }}
+found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || refuse "does not run"
+test "$found" = {python} || refuse "is Python $found, the wheels are for {python}"
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 (cd "$here" && sha256sum --check --quiet SHA256SUMS)
-"${{PYTHON:-python{python}}}" -m venv "$1"
+"$python" -m venv "$1"
 "$1/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links "$here/wheels" \\
   --require-hashes -r "$here/requirements.txt"
 "$1/bin/sidecar" --version

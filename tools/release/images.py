@@ -34,7 +34,10 @@ def pinned(tree: Path, given: list[str]) -> dict[str, str]:
     for image in given:
         if not PINNED.fullmatch(image):
             raise Refused(f"{image} is not NAME:TAG@sha256:DIGEST")
-    digests = dict(image.split("@") for image in given)
+    digests: dict[str, str] = {}
+    for name, digest_given in (image.split("@") for image in given):
+        if digests.setdefault(name, digest_given) != digest_given:
+            raise Refused(f"{name} has two digests, {digests[name]} and {digest_given}: leave one of them in IMAGES")
     wanted = needed(tree)
     for image in digests.keys() - wanted.keys():
         raise Refused(f"{image} is none of the images that are needed: {', '.join(wanted)}")

@@ -6,13 +6,17 @@ import re
 import tarfile
 import tomllib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
+from tools.docs.pages import prose
 from tools.release.commands import Refused, run
 
-SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?")
+_NUMBER = r"(0|[1-9][0-9]*)"
+VERSION = re.compile(rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-(alpha|beta|rc)\.?{_NUMBER})?")
+"""Versions of Semantic Versioning that PEP 440 reads as the same ones: the chart needs the one, the wheel the other."""
 CHART = "deploy/helm/lora-sidecar"
 
 
@@ -43,19 +47,24 @@ def find(root: Path, version: str | None) -> Source:
         raise Refused(f"the working tree has changes ({changed[0].strip()}{more}), which no release has: commit them")
     commit = run("git", "rev-parse", "HEAD", cwd=root).strip()
     version = version or _tagged(root, commit)
-    if not SEMVER.fullmatch(version):
-        raise Refused(f"{version} is not a version like 0.2.0 or 0.2.0-rc.1 (https://semver.org)")
+    if not VERSION.fullmatch(version):
+        raise Refused(
+            f"{version} is not a version like 0.2.0 or 0.2.0-rc.1; what precedes a release is alpha, beta or rc"
+        )
     epoch = int(run("git", "show", "--no-patch", "--format=%ct", commit, cwd=root))
     return Source(root, version, commit, epoch)
 
 
 def notes(tree: Path, version: str) -> str:
     """Return the changelog's section of a version, without its heading. Raises Refused if there is none."""
-    sections = re.split(r"^## ", (tree / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
-    for section in sections[1:]:
-        heading, _, text = section.partition("\n")
-        if heading.split()[0].strip("[]") == version and text.strip():
-            return text.strip() + "\n"
+    changelog = tree / "CHANGELOG.md"
+    lines = changelog.read_text().splitlines()
+    starts = [number for number, line in prose(changelog) if line.startswith("## ")]
+    for start, end in pairwise([*starts, len(lines) + 1]):
+        heading = lines[start - 1].removeprefix("## ").split()
+        text = "\n".join(lines[start : end - 1]).strip()
+        if text and heading and heading[0].strip("[]") == version:
+            return f"{text}\n"
     raise Refused(f"CHANGELOG.md has no section '## {version}' with text; rename 'Unreleased' to it")
 
 
