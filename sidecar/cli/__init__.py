@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -44,13 +45,16 @@ def options(
 
 
 HOLD, HOLD_DEFAULT = "--hold", "1h"
+COMPLETION_VARIABLE = "_SIDECAR_COMPLETE"
+"""Names the shell that asks for completions: complete_bash, complete_zsh and so on."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; an expected failure prints one line."""
     as_json = "--json" in arguments
     try:
-        code = get_command(app).main(with_times(arguments), prog_name="sidecar", standalone_mode=False)
+        with _whole_words():
+            code = get_command(app).main(with_times(arguments), prog_name="sidecar", standalone_mode=False)
         sys.stdout.flush()
         return int(code or Exit.OK)
     except CommandError as error:
@@ -74,6 +78,14 @@ def with_times(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def _whole_words() -> AbstractContextManager[None]:
+    if os.environ.get(COMPLETION_VARIABLE) != "complete_bash":
+        return nullcontext()
+    from sidecar.cli.bash_words import whole_words
+
+    return whole_words()
+
+
 def _misused(error: Any, as_json: bool) -> int:
     """Print a usage error; a group that was called without a command prints its help."""
     if type(error).__name__ == "NoArgsIsHelpError":
@@ -95,4 +107,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if os.environ.get(COMPLETION_VARIABLE, "").startswith("complete_"):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # whatever gRPC logs would be written into the prompt
     sys.exit(run(sys.argv[1:]))

@@ -1,11 +1,11 @@
 """Shell completion of adapters' and backends' names, from the sidecar that the command line names.
 
-A completer gets the options typed so far. Without an answer in time, it offers nothing and prints nothing.
+A completer gets the options typed so far. Without an answer in time, it offers nothing. Nothing is
+printed beside the offers: `main` closes stderr, where gRPC writes its log.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
@@ -59,7 +59,6 @@ def _adapters(ctx: typer.Context) -> Iterable[Any]:
 
 def _asked(ctx: typer.Context, ask: Callable[[Client], Any]) -> Any:
     """Return the admin listener's answer, or None."""
-    os.environ["GRPC_VERBOSITY"] = "NONE"  # gRPC would log an unreachable listener into the prompt
     try:
         with connected(_endpoint(ctx)) as client:
             return ask(client)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sidecar.cli.exits import CommandError, Exit
+
 SERVER_DEFAULT, SERVER_VARIABLE = "127.0.0.1:9000", "LORA_SIDECAR_SERVER"
 ADMIN_DEFAULT, ADMIN_VARIABLE = "127.0.0.1:9001", "LORA_SIDECAR_ADMIN"
 TOKEN_FILE_VARIABLE = "LORA_SIDECAR_TOKEN_FILE"
@@ -24,7 +26,7 @@ Command = Callable[..., "int | None"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One listener of a sidecar, and how to reach it."""
+    """One listener of a sidecar, and how to reach it. Raises CommandError for an empty address."""
 
     address: str
     listener: str
@@ -34,6 +36,10 @@ class Endpoint:
     certificate: Path | None = None
     key: Path | None = None
     allow_cleartext: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.address.strip():
+            raise CommandError(f"{self.option} names no address: give HOST:PORT or unix:PATH", Exit.MISUSED)
 
     @property
     def speaks_tls(self) -> bool:

@@ -97,6 +97,21 @@ def test_nobody_there(sidecar: Callable[..., Ended]) -> None:
     assert sidecar("generate", "sql", "hi", "--server", "127.0.0.1:1", "--json").error()["reason"] == "UNREACHABLE"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("adapters", "list", "--admin", ""),
+        ("generate", "sql", "hi", "--server", " "),
+        ("backends", "check", "--admin", ""),
+    ],
+)
+def test_an_empty_address(arguments: tuple[str, ...], sidecar: Callable[..., Ended]) -> None:
+    """It is wrong usage, as a variable of a script that is not set would give it."""
+    ended = sidecar(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == f"error: {arguments[-2]} names no address: give HOST:PORT or unix:PATH\n"
+
+
 # Without a sidecar: folders, configurations, policies.
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pty
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from sidecar.cli.endpoint import ADMIN_VARIABLE, TOKEN_FILE_VARIABLE
 from sidecar.fronts.admin.auth import TokenInterceptor
 from tests.kit.cli_runs import runner
 from tests.kit.cli_served import serve_here
-from tests.kit.forked import python
+from tests.kit.forked import ROOT, python
 
 TOKEN = "s3cret"
 
@@ -45,7 +48,7 @@ def line(words: tuple[str, ...]) -> dict[str, str]:
     """Return what bash says of a line."""
     return {
         "_SIDECAR_COMPLETE": "complete_bash",
-        "COMP_WORDS": " ".join(("sidecar", *words)),
+        "COMP_WORDS": "\n".join(("sidecar", *words)),
         "COMP_CWORD": str(len(words)),
     }
 
@@ -61,7 +64,6 @@ async def shell(
         await served.register("support", tmp_path)
         monkeypatch.setenv(ADMIN_VARIABLE, served.address)
         monkeypatch.setenv(TOKEN_FILE_VARIABLE, str(tmp_path / "token"))
-        monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")
         yield Shell(served.address, monkeypatch, capfd)
 
 
@@ -81,6 +83,15 @@ async def shell(
         (("generate", ""), ["sql", "support", "base"]),
         (("adapters", "show", "--admin", "127.0.0.1:1", ""), []),
         (("adapters", "show", "--token-file", "/nowhere", ""), []),
+        (("adapters", "show", "--admin", "", ""), []),
+        (("adapters", "show", "--admin", "127.0.0.1", ":", "1", ""), []),
+        (("queue", "--adapter", "="), ["sql", "support"]),
+        (("queue", "--adapter", "=", "s"), ["sql", "support"]),
+        (("adapters", "promote", "sql", "@"), ["@v1"]),
+        (("adapters", "promote", "sql", "@", "v"), ["@v1"]),
+        (("adapters", "promote", "sql", "@", ""), []),
+        (("adapters", "prefetch", "sql", "@", "v1", "--backend", ""), ["trt-0", "trt-1"]),
+        (("adapters", "prefetch", "sql", "@", "v1", "--backend", "=", "trt-1"), ["trt-1"]),
     ],
     ids=" ".join,
 )
@@ -98,14 +109,84 @@ async def test_tab_by_options_alone(shell: Shell, tmp_path: Path) -> None:
     assert await shell.tab("backends", "show", *connection[:2], "") == []
 
 
-@pytest.mark.parametrize(("port", "offered"), [(None, b"sql\nsupport\n"), (1, b"\n")], ids=["there", "nobody"])
-async def test_a_process_prints_the_offers_alone(port: int | None, offered: bytes, shell: Shell) -> None:
+SIDECAR = """\
+#!/bin/sh
+test -n "$_SIDECAR_COMPLETE$SAY" && exec {python} -m sidecar "$@"
+printf '%s\\n' "$@" > ran
+"""
+"""A `sidecar` that completes, and that writes its arguments down when the line is run."""
+
+
+@pytest.mark.parametrize(
+    ("typed", "ran"),
+    [
+        ("backends show 127.0.0.1:19", "backends show 127.0.0.1:19000"),
+        ("backends show 127.0.0.1:", "backends show 127.0.0.1:19000"),
+        ("backends show 12", "backends show 127.0.0.1:19000"),
+        ("backends show '127.0.0.1:1", "backends show 127.0.0.1:19000"),
+        ("queue --backend=127.0.0.1:19", "queue --backend=127.0.0.1:19000"),
+        ("queue --backend 127.0.0.1:19", "queue --backend 127.0.0.1:19000"),
+        ("generate sql@", "generate sql@v1"),
+        ("generate sql@v", "generate sql@v1"),
+        ("generate sq", "generate sql"),
+        ("adapters prefetch sql@v1 --backend 127.0.0.1:19", "adapters prefetch sql@v1 --backend 127.0.0.1:19000"),
+    ],
+)
+async def test_tab_in_a_real_bash(
+    typed: str, ran: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What bash runs after Tab and Enter, although it breaks words at ":", "@" and "="."""
+    program = tmp_path / "sidecar"
+    program.write_text(SIDECAR.format(python=sys.executable))
+    program.chmod(0o755)
+    (tmp_path / "rc").write_text('PS1="ready> "\neval "$(SAY=1 sidecar --show-completion bash)"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    async for served in serve_here(tmp_path, runner(capfd), ids=("127.0.0.1:19000", "10.0.0.1:19000")):
+        await served.register("sql", tmp_path)
+        monkeypatch.setenv(ADMIN_VARIABLE, served.address)
+        await asyncio.to_thread(in_bash, f"sidecar {typed}\t\nexit\n", tmp_path)
+    assert (tmp_path / "ran").read_text().split() == ran.split()
+
+
+def in_bash(keys: str, folder: Path) -> None:
+    """Press keys in an interactive bash that has read `folder`'s rc, and wait for its end."""
+    ours, its = pty.openpty()
+    environment = os.environ | {"TERM": "dumb", "INPUTRC": os.devnull, "HISTFILE": "", "PYTHONPATH": str(ROOT)}
+    streams = {"stdin": its, "stdout": its, "stderr": its}
+    with subprocess.Popen(
+        ["bash", "--rcfile", "rc", "-i"], cwd=folder, env=environment, start_new_session=True, **streams
+    ) as bash:
+        os.close(its)
+        shown = b""
+        while b"ready> " not in shown:
+            shown += os.read(ours, 4096)
+        os.write(ours, keys.encode())
+        with suppress(OSError):  # the end of bash
+            while os.read(ours, 4096):
+                pass
+        os.close(ours)
+        bash.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("port", "options", "offered"),
+    [
+        (None, (), b"sql\nsupport\n"),
+        (1, (), b"\n"),
+        (1, ("--ca", "/etc/hostname"), b"\n"),
+        (None, ("--ca", "/etc/hostname"), b"\n"),
+    ],
+    ids=["there", "nobody", "nobody, no CA", "no CA"],
+)
+async def test_a_process_prints_the_offers_alone(
+    port: int | None, options: tuple[str, ...], offered: bytes, shell: Shell
+) -> None:
     """What a real shell gets: neither gRPC nor Python says anything beside the offers."""
     address = shell.address if port is None else f"127.0.0.1:{port}"
     process = await python(
         "-m",
         "sidecar",
-        env={**os.environ, **line(("adapters", "show", "--admin", address, ""))},
+        env={**os.environ, **line(("adapters", "show", "--admin", address, *options, ""))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

@@ -69,12 +69,15 @@ class Served:
 
 
 async def serve_here(
-    tmp_path: Path, command: Callable[..., Ended], interceptors: tuple[Any, ...] = ()
+    tmp_path: Path,
+    command: Callable[..., Ended],
+    interceptors: tuple[Any, ...] = (),
+    ids: tuple[str, str] = ("trt-0", "trt-1"),
 ) -> AsyncIterator[Served]:
     """Serve both APIs on one free port until the test ends."""
     config, registry = CoreConfig(), SqliteRegistry(None)
     gateway = Gateway(config, policies_of(config), registry, [tmp_path])
-    backends = (EchoingBackend("trt-0"), EchoingBackend("trt-1", up=False))
+    backends = (EchoingBackend(ids[0]), EchoingBackend(ids[1], up=False))
     await gateway.start([(backend, EngineFacts(base_models=(BASE_MODEL,), seats=2)) for backend in backends])
     server = grpc.aio.server(interceptors=interceptors)
     add_admin(server, gateway)
