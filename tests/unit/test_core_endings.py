@@ -69,6 +69,7 @@ def test_a_request_healed_after_its_first_bound_waits_a_bounded_time_again() -> 
     assert request not in world.settled
     world.run(600 * MS)
     assert world.settled[request].outcome is Outcome.EXPIRED
+    assert world.settled[request].queue_ns > 30 * SECOND, "the run that came to nothing is part of its wait"
 
 
 def test_deadline_while_running_cancels_at_the_engine() -> None:

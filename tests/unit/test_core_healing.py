@@ -424,6 +424,20 @@ def test_a_late_miss_of_a_cancelled_request_corrects_the_belief() -> None:
     assert len(world.of(fx.Load)) == 2
 
 
+def test_a_late_miss_of_a_cancelled_request_fetches_what_others_wait_for() -> None:
+    """They waited for a seat, and needed no blob while the engine had the adapter."""
+    world = world_of(seats=1)
+    warm(world, "sql")
+    world.ask(lambda ask: ev.EvictAsked(ask, "sql"))
+    request = running(world, "sql")
+    world.send("sql")
+    world.feed(ev.ClientLeft(request))
+    world.fail_run(request, Fault.MISS)
+    world.engines["b0"].lie()
+    world.run()
+    assert world.outcomes() == {"ok": 2, "cancelled": 1}
+
+
 def test_heals_are_kept_per_backend() -> None:
     """`backends show` reads the last heals with their time and version."""
     world = world_of()

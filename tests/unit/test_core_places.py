@@ -21,7 +21,7 @@ from sidecar.core.facts import (
 )
 from sidecar.errors import Reason
 from sidecar.journal import codec
-from tests.kit.corekit import BLOB_BYTES, MS, World, adapter_of, facts_of, with_facts
+from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, adapter_of, facts_of, with_facts
 
 
 def attaching(caches: int = 4, **facts: int | None) -> EngineFacts:
@@ -99,6 +99,54 @@ def test_an_engine_that_rejects_an_adapter_ends_those_that_may_go_nowhere_else()
     world.run()
     assert world.settled[bound].reason is Reason.ADAPTER_UNAVAILABLE
     assert world.settled[free].reason is None
+
+
+# Engines that have nothing to do.
+
+
+def busy_and_idle(world: World, seats: int) -> None:
+    """Keep b0 busy for a minute, and add an idle b1 with so many seats."""
+    world.engines["b0"].run_ns = 60 * SECOND
+    world.run(50 * MS)
+    world.add_engine("b1", facts_of(seats=seats))
+
+
+def test_an_idle_engine_takes_over_the_oldest_request_that_it_has_seats_for() -> None:
+    """A request with more sequences than it has seats stays where it waits; the one behind it moves."""
+    world = World(CoreConfig(seat_slack=0.0), seats=4)
+    world.send(sequences=4)
+    wide, narrow = world.send(sequences=4), world.send()
+    busy_and_idle(world, seats=2)
+    world.run(50 * MS)
+    assert [dispatch.backend for dispatch in world.dispatches[narrow]] == ["b1"]
+    assert wide not in world.dispatches
+
+
+def test_a_request_is_not_taken_over_by_the_engine_that_lost_it() -> None:
+    """It waits for another engine, although the one it broke on is idle again."""
+    world = World(engines=2, seats=1)
+    world.engines["b0"].run_ns = 20 * SECOND
+    world.send(only=("b0",))
+    lost = world.send(only=("b0", "b1"))
+    world.run(1 * MS)
+    assert [dispatch.backend for dispatch in world.dispatches[lost]] == ["b1"]
+    world.fail_run(lost, Fault.LOST)
+    world.run()
+    assert [dispatch.backend for dispatch in world.dispatches[lost]] == ["b1", "b0"]
+    world.assert_all_ok()
+
+
+def test_an_idle_engine_loads_what_has_waited_elsewhere_for_a_second() -> None:
+    """It looks again by itself when the second has passed, while nothing else happens."""
+    world = World(seats=1)
+    world.register("a")
+    world.send()
+    waiting = world.send("a")
+    busy_and_idle(world, seats=1)
+    world.run(900 * MS)
+    assert not world.of(fx.Load)
+    world.run(300 * MS)
+    assert [dispatch.backend for dispatch in world.dispatches[waiting]] == ["b1"]
 
 
 # Weights that go along.
@@ -228,6 +276,22 @@ def test_what_is_dropped_is_unloaded() -> None:
     world.assert_all_ok()
     assert len(world.of(fx.Load)) == 2
     assert world.engines["b0"].misses == 0
+
+
+def test_what_is_dropped_after_its_slot_was_closed_is_unloaded_too() -> None:
+    """The engine's host cache still holds it, while the one slot belongs to another version."""
+    world = World(engines=0)
+    world.add_engine("b0", EngineFacts(kind="vllm", reads_files=True, seats=4, device_pages=1, host_pages=2))
+    world.register("a", "b")
+    for name in ("a", "b"):
+        world.send(name)
+        world.run()
+    backend = world.core.state.backends["b0"]
+    assert world.digest("a") not in backend.slots
+    assert eligibility.resident(backend, world.digest("a"))
+    world.ask(lambda ask: ev.EvictAsked(ask, "a"))
+    assert not eligibility.resident(backend, world.digest("a"))
+    assert eligibility.resident(backend, world.digest("b"))
 
 
 def test_engines_that_read_files_have_no_packing_to_go_wrong() -> None:

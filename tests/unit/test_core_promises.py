@@ -94,6 +94,23 @@ def test_the_way_into_the_store_is_allowed_for() -> None:
     assert cold - warm == pytest.approx(FETCH_ALLOWANCE_NS, abs=SECOND)
 
 
+@pytest.mark.parametrize(("slots", "rounds"), [(1, 2), (2, 1)])
+def test_each_round_of_versions_without_a_slot_is_allowed_for(slots: int, rounds: int) -> None:
+    """All slots are taken by versions that run, and two more versions wait: the bound has a turn for each round."""
+    world = World(device_pages=slots)
+    names = [f"a{number}" for number in range(slots + 2)]
+    world.register(*names)
+    world.engines["b0"].run_ns = SECOND
+    for name in names[:slots]:
+        world.send(name)
+    world.run(for_ns=100 * MS)
+    requests = [world.send(name) for name in names[slots:]]
+    promise = world.core.state.requests[requests[-1]].promise
+    assert promise is not None
+    turn_ns = (promise.bound_ns - promise.urgent_ns) / 2
+    assert (promise.urgent_ns - promise.overdue_ns) / turn_ns == pytest.approx(rounds)
+
+
 @pytest.mark.parametrize("order", ["fifo", "skip", "credit"])
 def test_other_orders_promise_nothing(order: str) -> None:
     """Only an order that can keep a promise makes one."""

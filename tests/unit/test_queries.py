@@ -10,8 +10,9 @@ from sidecar.core import events as ev
 from sidecar.core import queries, waiting
 from sidecar.core.config import CoreConfig
 from sidecar.core.enums import Why
+from sidecar.core.facts import Adapter, Row
 from sidecar.journal.codec import encode
-from tests.kit.corekit import BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
+from tests.kit.corekit import BASE_MODEL, BLOB_BYTES, MS, SECOND, World, facts_of, with_facts
 
 
 def view(world: World, **options: object) -> waiting.QueueView:
@@ -275,6 +276,27 @@ def test_how_backends_stand() -> None:
     shown = queries.backend_views(world.core.state, world.now_ns)
     assert [(backend.id, backend.state) for backend in shown] == [("b0", "draining"), ("b1", "down"), ("b2", "up")]
     assert shown[0].notes == ("draining: 1 still running",)
+
+
+def test_the_wait_at_an_engine_whose_pace_is_not_known() -> None:
+    """None while a seat is free; with all seats taken nothing is predicted."""
+    world = World(seats=1)
+    assert queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns == 0
+    world.send()
+    world.send()
+    assert queries.backend_view(world.core.state, "b0", world.now_ns).predicted_wait_ns is None
+
+
+def test_engines_that_may_pass_over_a_fused_mlp_are_named() -> None:
+    """Only for an adapter with gate_up_proj, and only those that have mlp_h_to_4h without mlp_gate."""
+    world = World(engines=0)
+    for backend, modules in (("b0", ("mlp_h_to_4h",)), ("b1", ("mlp_h_to_4h", "mlp_gate"))):
+        world.add_engine(backend, with_facts(facts_of(), modules=dict.fromkeys((*modules, "attn_q"), (64, 64))))
+    world.register("plain")
+    world.register_as("fused", Adapter("fused-digest", BASE_MODEL, (Row("mlp_gate_up", 18, 0, 8, 64, 128),), "float16"))
+    assert queries.caveats(world.core.state, world.digest("plain")) == ()
+    (caveat,) = queries.caveats(world.core.state, world.digest("fused"))
+    assert caveat.startswith("b0 was built with mlp_h_to_4h and without mlp_gate")
 
 
 def test_a_forgotten_name_is_called_by_its_digest() -> None:
