@@ -137,6 +137,14 @@ def test_a_failed_conversion_replaces_nothing(tmp_path: Path) -> None:
     assert len(list(out.iterdir())) == 2
 
 
+def test_convert_refuses_a_file_that_is_written_to_meanwhile(tmp_path: Path) -> None:
+    """As build does; nothing is left in the folder."""
+    path, out = write_adapter(tmp_path / "sql"), tmp_path / "out"
+    with pytest.raises(Invalid, match="was changed while it was read"):
+        convert(path, out, progress=lambda *_: os.utime(path / "adapter_model.safetensors", ns=(1, 1)))
+    assert not list(out.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """--out over a file."""
     (tmp_path / "file").write_text("x")

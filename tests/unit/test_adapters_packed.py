@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 
 from sidecar.adapters import writing
+from sidecar.adapters.cast import table_for
 from sidecar.adapters.layout import numpy_dtype
 from sidecar.adapters.packed import Layout, PackReport, Rebalanced, measure, pack, plan
 from sidecar.adapters.peft import read_adapter
+from sidecar.adapters.rows import PackedRow
 from sidecar.adapters.values import check_values
 from sidecar.errors import Invalid, Reason
 from tests.kit.peft_files import ALL_LINEAR, BFLOAT16, Dims, read_tensors, write_adapter
@@ -108,6 +112,28 @@ def test_the_largest_fp16_needs_no_rebalancing(tmp_path: Path) -> None:
     assert report.rebalanced == ()
 
 
+def test_the_largest_bf16_needs_no_rebalancing(tmp_path: Path) -> None:
+    """So does what rounds to it, less than half a step above; from half a step on it is rebalanced."""
+    largest, end = (2 - 2.0**-7) * 2.0**127, (2 - 2.0**-8) * 2.0**127
+    a = np.array([largest, np.nextafter(np.float32(end), np.float32(0))], np.float32)
+    out, report = packed(one_row(tmp_path / "sql", a, bf16(1, 1)), Layout("bfloat16"))
+    assert out[0].tolist() == [largest, largest, 1, 1]
+    assert report.rebalanced == ()
+    a = np.array([end, 1], np.float32)
+    out, report = packed(one_row(tmp_path / "more", a, bf16(1, 1)), Layout("bfloat16"))
+    assert out[0].tolist() == [2.0**127, 0.5, 2, 2]
+    assert report.rebalanced == (Rebalanced("attn_q", 0, -1),)
+
+
+def test_a_rank_that_is_zero_on_one_side_may_have_any_size_on_the_other(tmp_path: Path) -> None:
+    """Its product is zero: B of zeros is divided, and A of zeros multiplied, by whatever brings the other in range."""
+    for a, b in ((bf16(1e38, 1), bf16(0, 0)), (bf16(0, 0), bf16(1e38, 1))):
+        out, report = packed(one_row(tmp_path / "sql", a, b), Layout("float16"))
+        assert np.isfinite(out).all()
+        assert not np.outer(out[0][2:], out[0][:2]).any()
+        assert len(report.rebalanced) == 1
+
+
 def test_the_first_value_that_rounds_to_infinity_is_rebalanced(tmp_path: Path) -> None:
     """65520 is half a step above the largest fp16 and would become Inf."""
     a = np.array([65520, 1], np.float32)
@@ -202,6 +228,26 @@ def test_threads_change_no_bit_and_no_digit(tmp_path: Path) -> None:
     assert reports[0] == reports[1]
 
 
+def test_no_thread_writes_after_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer may be freed then: pack returns when the other threads have ended their rows."""
+    began, ended = threading.Event(), threading.Event()
+
+    def write(_: object, row: PackedRow, out: np.ndarray) -> None:
+        if row is packing.made_of[0]:
+            began.wait()
+            raise ValueError("refused")
+        began.set()
+        time.sleep(0.02)
+        ended.set()
+
+    monkeypatch.setattr("sidecar.adapters.packed._Packer.write", write)
+    with read_adapter(write_adapter(tmp_path / "sql")) as source:
+        packing = plan(source, Layout("float16"))
+        with pytest.raises(ValueError, match="refused"):
+            pack(source, packing, np.ones(packing.shape, np.float16), threads=2)
+    assert ended.is_set()
+
+
 @pytest.mark.parametrize("target", ["float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("scale", [1, 2, 0.125, -4, 2.5, 0.3])
@@ -220,6 +266,16 @@ def test_large_tensors_get_the_same_bits_as_small_ones(tmp_path: Path, dtype: st
     zeros, wide = expected[a.size :].astype(np.float64) == 0, scaled.ravel().astype(np.float64)
     lost = np.sqrt(np.sum(wide[zeros] ** 2) / np.sum(wide**2))
     assert report.flushed_share >= lost * (1 - 1e-6)
+
+
+def test_a_table_counts_as_lost_what_becomes_zero() -> None:
+    """The sum of squares is that of the values whose rounded products are 0, here over all positive bfloat16."""
+    bits = np.arange(0x7F80, dtype=np.uint16)
+    values, out = bits.view(BFLOAT16), np.empty(bits.size, np.uint16)
+    lost = table_for("BF16", 0.75, np.dtype(np.float16)).convert(values, bits.copy(), out)
+    wide = values[out == 0].astype(np.float64)
+    assert lost == pytest.approx(np.sum(wide**2), rel=1e-9, abs=0)
+    assert lost > 0
 
 
 def test_an_untrained_adapter_has_no_loss(tmp_path: Path) -> None:

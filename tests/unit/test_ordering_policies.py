@@ -9,6 +9,7 @@ import pytest
 from policies.ordering.credit import CREDIT_MAX, Credit
 from policies.ordering.fairness import TokenCounters
 from policies.ordering.fifo import Fifo
+from policies.ordering.least_served import LeastServed
 from policies.ordering.open_times import OpenTimes
 from policies.ordering.overdue import NOBODY, Overdue
 from policies.ordering.queues import Queues
@@ -179,6 +180,15 @@ def test_what_cannot_be_opened_holds_nobody_back() -> None:
     assert room.obey(policy, 2 * HOUR_NS) == [Send(3)]
 
 
+def test_nothing_is_opened_while_no_seat_is_free() -> None:
+    """A Load takes a seat as well."""
+    policy, room = SoftGated(), Room(seats_free=0)
+    queue(policy, 1, "a")
+    assert room.obey(policy, 0) == []
+    room.seats_free = 1
+    assert room.obey(policy, 0) == [Open("a"), Send(1)]
+
+
 def test_first_come_first_served_lets_nobody_pass() -> None:
     """With one slot a request of another version waits for the first to end, and everybody behind it too."""
     policy, room = Fifo(), Room()
@@ -275,6 +285,20 @@ def test_weights_output_that_did_not_come_and_idling() -> None:
     assert counters.served("late") == counters.served("heavy")
 
 
+def test_counters_that_change_leave_no_more_entries_than_tenants_wait() -> None:
+    """The heap of a version is rebuilt when most of its entries are stale, and finds the least served tenant still."""
+    queues, counters = Queues(), TokenCounters()
+    least_served = LeastServed(queues, counters)
+    for number, tenant in enumerate(("flood", "light")):
+        queues.add(of_tenant(number, tenant))
+        counters.queued(of_tenant(number, tenant))
+    counters.sent(of_tenant(0, "flood"))
+    for _ in range(1000):
+        assert least_served.first("v", NOBODY) == (0.0, 1)
+        least_served.note("flood")
+    assert len(least_served._heaps["v"]) <= 2 * 2 + 17
+
+
 # Times and turns.
 
 
@@ -302,10 +326,22 @@ def test_the_most_urgent_is_the_one_whose_time_came_first() -> None:
         queues.add(request)
         overdue.queued(request, Promise(0, 100 * SECOND_NS, 10 * SECOND_NS, urgent_s * SECOND_NS))
     assert overdue.most_urgent(19 * SECOND_NS, lambda _: True) == NOBODY
-    assert overdue.most_urgent(40 * SECOND_NS, lambda _: True) == 2
+    assert overdue.most_urgent(20 * SECOND_NS, lambda _: True) == 2
     assert overdue.most_urgent(40 * SECOND_NS, lambda version: version != "v2") == 1
+    assert overdue.most_urgent(40 * SECOND_NS, lambda _: True) == 2, "it was passed over while it could not be opened"
     overdue.left(queues.remove(2), was_head=True)
     assert overdue.most_urgent(40 * SECOND_NS, lambda _: True) == 1
+
+
+def test_a_request_is_ripe_half_way_to_being_overdue() -> None:
+    """Its time to be overdue is ten seconds after its arrival."""
+    queues = Queues()
+    overdue = Overdue(queues)
+    request = waiting(1, "v", 2 * SECOND_NS)
+    queues.add(request)
+    overdue.queued(request, Promise(0, 100 * SECOND_NS, 10 * SECOND_NS, 20 * SECOND_NS))
+    assert not overdue.is_ripe(request, 7 * SECOND_NS)
+    assert overdue.is_ripe(request, 7 * SECOND_NS + 1)
 
 
 def test_newcomers_and_the_time_that_a_slot_stays_taken() -> None:
