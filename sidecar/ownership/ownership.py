@@ -57,7 +57,6 @@ class Ownership:
 
 def _end_leases(step: Step) -> None:
     """End what is over, before anything else: no late answer may prolong a lease that ended during a pause."""
-    """Before anything else: a lease that ended during a pause must not be prolonged by what came in meanwhile."""
     know = step.know
     for slot in know.slots.values():
         if slot.hold is not None and step.now >= slot.hold.valid_ns:

@@ -134,12 +134,16 @@ async def test_malformed_admin_messages_are_refused_without_a_traceback(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+@pytest.mark.parametrize(
+    "method", ["/lorasidecar.v1.Adapters/Push", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+)
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_malformed_push_is_refused_without_a_traceback(
-    served: Serving, caplog: pytest.LogCaptureFixture
+async def test_a_malformed_stream_is_refused_without_a_traceback(
+    served: Serving, caplog: pytest.LogCaptureFixture, method: str
 ) -> None:
-    push: Any = served.admin_channel.stream_unary("/lorasidecar.v1.Adapters/Push")
-    error = await status_of(push(iter([b"\xff\xff\xff"])))
+    """Of a method that returns a message, and of one that generates several."""
+    call: Any = served.admin_channel.stream_unary(method)
+    error = await status_of(call(iter([b"\xff\xff\xff"])))
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 

@@ -212,6 +212,15 @@ def test_a_pledge_binds() -> None:
     house.step(end_ns, house.looked(leases=ended), do.SendAcquire)
 
 
+def test_an_owner_whose_lease_has_ended_is_asked_for_no_move() -> None:
+    """The backend is pledged to it, so it is not acquired either."""
+    house = House()
+    assert _asked(house, OTHER, Purpose.GO_ON).agreed
+    effects = house.all(0, house.looked((ME, OTHER), (_lease(OTHER, 0, (ME, OTHER)),)))
+    assert not _of(do.SendAsk, effects)
+    assert not _of(do.SendAcquire, effects)
+
+
 def test_who_agreed_to_a_follower_pledges_to_its_owner_no_more() -> None:
     """The follower may own it without this member hearing of it; until Redis says that the old lease goes on."""
     house = House()
@@ -256,6 +265,15 @@ def test_who_reaches_redis_lets_nobody_go_on() -> None:
     (beat,) = _of(do.SendBeat, effects)
     house.all(2, ev.BeatFailed(beat.number))
     assert _asked(house, OTHER, Purpose.GO_ON).agreed
+
+
+def test_who_could_not_renew_lets_others_go_on() -> None:
+    """A renewal that fails says that Redis is unreachable as well as a beat does."""
+    house = _owner((ME, OTHER))
+    renewal = house.step(BOUNDS.every_ns, ev.Tick(), do.SendRenew)
+    house.all(house.now_ns, ev.LeaseFailed(renewal.number))
+    answer = house.step(house.now_ns, ev.AskReceived(1, OTHER.id, "another", Purpose.GO_ON, 3), do.Answer)
+    assert answer.agreed
 
 
 def test_an_older_epoch_does_not_go_on() -> None:
@@ -315,6 +333,28 @@ def test_a_word_to_be_free_is_believed_at_once() -> None:
     house.step(house.now_ns, ev.AskAnswered(again.number, OTHER.id, True, False, False, 7), do.SendAcquire)
 
 
+def test_a_word_is_about_one_backend() -> None:
+    """Who holds one backend keeps nobody from another."""
+    house = House()
+    house.all(0, ev.BackendFound("held"))
+    held = Lease("held", OTHER.id, OTHER.name, 3, 0, BOUNDS.grace_ns, (OTHER.id,))
+    asks = _of(do.SendAsk, house.all(0, house.looked((ME,), (_lease(OTHER, 0, (OTHER,)), held))))
+    number = {ask.backend: ask.number for ask in asks}
+    house.all(1, ev.AskAnswered(number["held"], OTHER.id, False, True, False, 3))
+    assert house.step(BOUNDS.ask_ns, ev.Tick(), do.SendAcquire).backend == "engine"
+
+
+@pytest.mark.parametrize(("released", "acquires"), [(False, 1), (True, 0)])
+def test_who_let_a_lease_end_is_not_waited_for(released: bool, acquires: int) -> None:
+    """The preferred member comes first, unless it is the one whose lease ended without being given back."""
+    house, preferred = House(), Member("best#1", "best", weight=1e18)
+    ended = _lease(preferred, 0, (ME,), released=released)
+    assert len(_of(do.SendAcquire, house.all(0, house.looked((ME, preferred), (ended,))))) == acquires
+    if not acquires:
+        house.step(BOUNDS.retry_ns, ev.Tick(), do.SendBeat)
+        house.step(BOUNDS.retry_ns, house.looked((ME, preferred), (ended,)), do.SendAcquire)
+
+
 def test_a_pledge_to_the_owner_is_heard_unless_a_witness_gave_none() -> None:
     """Who hears that a backend is pledged acquires nothing, until a witness agrees, without whom no owner goes on."""
     for witnesses, acquires in (((OTHER,), 0), ((OTHER, THIRD), 1)):
@@ -343,6 +383,20 @@ def test_a_move_waits_for_what_is_in_flight() -> None:
     effects = house.all(house.now_ns + 1, ev.InFlightEnded("engine"))
     assert not _of(do.SendRelease, effects)
     house.step(house.now_ns + 1, house.granted(house.renewal, 8), do.SendRelease)
+
+
+def test_a_move_that_was_agreed_to_is_looked_after() -> None:
+    """Redis is looked at again soon while the owner still has the lease; the backend is taken once it is released."""
+    house, owned = House(), _lease(OTHER, TTL_NS, (ME, OTHER))
+    ask = house.step(0, house.looked((ME, OTHER), (owned,)), do.SendAsk)
+    assert (ask.purpose, ask.to) == (Purpose.MOVE, OTHER.id)
+    house.all(0, ev.AskAnswered(ask.number, OTHER.id, True, True, True, 7))
+    for look in (1, 2):
+        house.step(look * BOUNDS.retry_ns, ev.Tick(), do.SendBeat)
+        house.all(house.now_ns, house.looked((ME, OTHER), (owned,)))
+    house.step(3 * BOUNDS.retry_ns, ev.Tick(), do.SendBeat)
+    released = _lease(OTHER, 0, (ME, OTHER), released=True)
+    house.step(house.now_ns, house.looked((ME, OTHER), (released,)), do.SendAcquire)
 
 
 def test_a_drain_ends_with_leaving() -> None:

@@ -103,6 +103,6 @@ def seconds_until(text: str | None) -> float | None:
     if not 0 < value < 1e9:
         raise Refused(
             Reason.INVALID_REQUEST,
-            f'lora_deadline_ms is "{clipped(text)}"; it must be milliseconds from now, above 0',
+            f'lora_deadline_ms is "{clipped(text)}"; it must be milliseconds from now, above 0 and below 1e12',
         )
     return value

@@ -74,9 +74,7 @@ def read(
         tenant=own.get("lora_tenant", ""),
         klass=own.get("lora_class") or "default",
         input_tokens=tensors.input_tokens(),
-        output_tokens_max=max(0, *(length for name in OUTPUT_LENGTHS for length in tensors.integers(name)), 0)
-        * sequences
-        * beams,
+        output_tokens_max=_largest(tensors, OUTPUT_LENGTHS, 0) * sequences * beams,
         sequences=sequences,
         deadline_s=seconds_until(own.get("lora_deadline_ms")),
         session=session_of(own.get("lora_session", "")),
@@ -111,7 +109,12 @@ def _most(tensors: Tensors, names: tuple[str, ...]) -> int:
                 Reason.INVALID_REQUEST,
                 f"{name} says how many seats the request takes: send it in the message, not in a shared-memory region",
             )
-    return max(1, *(count for name in names for count in tensors.integers(name)), 1)
+    return _largest(tensors, names, 1)
+
+
+def _largest(tensors: Tensors, names: tuple[str, ...], least: int) -> int:
+    """Return the largest element of any of these tensors, `least` if none is larger."""
+    return max([least, *(element for name in names for element in tensors.integers(name))])
 
 
 def _adapter(message: Any, tensors: Tensors, name: str | None, rules: Rules) -> str:
