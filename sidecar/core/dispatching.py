@@ -130,8 +130,8 @@ def load_done(step: Step, event: LoadDone) -> None:
     suspects.clear(step.state, load.digest)
     backend.full_until_ns = backend.full_backoff_ns = 0
     packed = step.state.packed_for(load.digest, backend)
-    running = backend.slots[load.digest].running
-    for evicted in backend.shadow.loaded(load.digest, packed.pages, step.now_ns, running):
+    slot = backend.slots.get(load.digest)
+    for evicted in backend.shadow.loaded(load.digest, packed.pages, step.now_ns, slot.running if slot else 0):
         _left_the_engine(step, backend, evicted)
     open_pages = sum(slot.pages for slot in backend.slots.values())
     backend.estimate.learn(step.now_ns - load.begun_ns, open_pages, packed.pages, step.now_ns)
@@ -195,6 +195,7 @@ def _send(step: Step, backend: Backend, request: Request) -> None:
     queueing.dequeue(step, request, to_run=True)
     if not backend.running:
         backend.yielded.resume(step.now_ns)
+        backend.steps.resume(step.now_ns)
     stalls.began(step, backend)
     backend.running[request.id] = None
     backend.more_sequences += request.view.sequences - 1
