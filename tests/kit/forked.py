@@ -151,7 +151,8 @@ def begin() -> tuple[str, subprocess.Popen[bytes]]:
     path = str(Path(tempfile.mkdtemp(prefix="forked-")) / "socket")
     # It ends when its standard input does: with this process.
     command = (sys.executable, "-m", "tests.kit.forked", path)
-    return path, subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # a thread of it would not be there after a fork
+    return path, subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 @cache

@@ -49,3 +49,11 @@ async def test_an_error_is_told_and_is_one() -> None:
 async def test_a_module_runs_as_main() -> None:
     out, _ = await (await python("-m", "sidecar", "--version", stdout=PIPE)).communicate()
     assert out.startswith(b"lora-sidecar ")
+
+
+def test_it_starts_whatever_started_this_process() -> None:
+    """Benches and soaks have no conftest, which keeps numpy from starting threads."""
+    program = "from tests.kit.forked import _address; print(_address())"
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
