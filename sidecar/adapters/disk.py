@@ -60,6 +60,8 @@ class DiskTier:
         self._directory.mkdir(parents=True, exist_ok=True)
         found: list[tuple[int, Found]] = []
         for path in sorted(self._directory.iterdir()):
+            if path.is_dir():
+                continue  # not ours, whatever its name
             if path.name.endswith(UNFINISHED):
                 self._files.unlink(path)
             elif path.name.endswith(SUFFIX):

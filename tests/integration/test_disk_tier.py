@@ -119,6 +119,14 @@ async def test_a_disk_that_cannot_be_written_is_left_alone(
     assert blobs(tmp_path / "data") == []
 
 
+def test_a_folder_that_is_called_like_a_blob_is_let_be(tmp_path: Path) -> None:
+    """It is not the tier's: the scan neither fails on it nor removes it."""
+    for name in ("d.blob", "d.part"):
+        (tmp_path / name).mkdir()
+    assert DiskTier(tmp_path).scan() == []
+    assert {path.name for path in tmp_path.iterdir()} == {"d.blob", "d.part"}
+
+
 async def test_500_blobs_are_found_without_reading_them(tmp_path: Path) -> None:
     """20 GB of them, sparse: the scan reads tails only, and first use verifies."""
     folder = tmp_path / "blobs"
