@@ -104,13 +104,14 @@ def _wanted(last: timedelta, path: Path | None, data: Path | None, http: str | N
 
 def _configuration(path: Path | None, data: Path | None) -> tuple[Config | None, tuple[tuple[str, str], ...]]:
     from sidecar.config import Config
+    from sidecar.incident.parts import why_broken
 
     try:
         config = resolve(path)
     except Misused as error:
         if path is not None and not path.exists():
             raise
-        return None, (("config", error.message),)  # a broken configuration may be the incident
+        return None, (("config", why_broken(error)),)  # a broken configuration may be the incident
     if path is None and config == Config():
         if data is None:
             raise CommandError("name the sidecar's configuration with --config, or its --data-dir", Exit.MISUSED)

@@ -27,6 +27,7 @@ from sidecar.backends.credentials import tls_context
 from sidecar.backends.registry import entries_of, full_record
 from sidecar.config import Config
 from sidecar.config.backends import Backend
+from sidecar.errors import Misused
 from sidecar.incident.arrivals import header_in
 from sidecar.incident.finding import began_of
 from sidecar.incident.redaction import ids_redactor, redacted, redacted_text
@@ -37,6 +38,8 @@ ANSWER_BYTES_MAX = 64 << 20
 ENGINE_CONFIG_BYTES_MAX = 4 << 20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 _REQUIREMENT = re.compile(r"[A-Za-z0-9._-]+")
+_KEY = re.compile(rf"(?:[:;] |unknown key )((?:{'|'.join(Config.model_fields)})(?:\.\w+)*)")
+"""A key of the configuration, as the errors about it begin."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,13 @@ def _lines_of(file: IO[bytes], size_bytes: int) -> Iterator[bytes]:
 
 
 # The configuration and the engines.
+
+
+def why_broken(error: Misused) -> str:
+    """Return why there is no configuration, without any of its values: the error shows those that are wrong."""
+    keys = ", ".join(dict.fromkeys(_KEY.findall(error.message)))
+    wrong = f"it is wrong at {keys}" if keys else "it is refused"
+    return f"{wrong} [{error.reason.value}]; `sidecar config check FILE` says why, with the values"
 
 
 def configuration_of(config: Config) -> tuple[Part, list[str]]:
