@@ -15,6 +15,7 @@ BASE = ""
 """The version id of the base model, which needs no adapter, page or load."""
 
 
+@runtime_checkable
 class Eviction(Protocol):
     """Ranks the keys of a store by how little they would be missed. The store itself handles pins and bytes."""
 
@@ -185,6 +186,7 @@ class Close:
 Decision = Send | Open | Close
 
 
+@runtime_checkable
 class Ordering(Protocol):
     """Decides, for one backend, which versions are open and which request goes next."""
 
@@ -287,6 +289,7 @@ class Choice:
     reason: str
 
 
+@runtime_checkable
 class Routing(Protocol):
     """Picks one of the backends that can serve a request.
 
@@ -345,6 +348,7 @@ class Spare(Protocol):
         """Return True if the version could be brought here now, if it were the only one."""
 
 
+@runtime_checkable
 class Prefetch(Protocol):
     """Advises what to bring in before a request has to wait for it. The core may follow any part of the advice."""
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from sidecar.cli.exits import CommandError, Exit
-from sidecar.cli.show import AsJson, console, facts, print_json
+from sidecar.cli.show import AsJson, JournalPolicies, console, facts, print_json
 from sidecar.pace.cost import CostModel, cost_name
 from sidecar.pace.cost_table import UNLIMITED_TOKENS, CostTable, cost_table_text
 
@@ -35,11 +35,12 @@ def calibrate(
     out: Annotated[
         Path | None, typer.Option(help="File to write; cost_MODEL_GPU_ENGINE.json unless given.", show_default=False)
     ] = None,
+    policy: JournalPolicies = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a cost file: the step times for emulated and simulated engines, and for schedulers' estimates."""
     if from_journal is not None:
-        table, report, name = _from_journal(from_journal, backend, model, gpu, engine)
+        table, report, name = _from_journal(from_journal, policy or [], backend, model, gpu, engine)
     else:
         table, report, name = _from_measurements(model, gpu, engine)
         if backend is not None:
@@ -69,14 +70,14 @@ def _from_measurements(model: str | None, gpu: str | None, engine: str | None) -
 
 
 def _from_journal(
-    path: Path, backend: str | None, model: str | None, gpu: str | None, engine: str | None
+    path: Path, policies: list[str], backend: str | None, model: str | None, gpu: str | None, engine: str | None
 ) -> tuple[CostTable, dict[str, Any], str]:
     from sidecar.lab.calibrate.history import read_history
     from sidecar.lab.calibrate.live import Labels, live_table
     from sidecar.lab.calibrate.measured import short_name
 
     with _progress_bars() as told:
-        history = read_history(path, told)
+        history = read_history(path, told, policies)
     table, fit, chosen = live_table(history, backend, Labels(model, gpu, engine))
     name = cost_name(short_name(model), gpu, engine) if model and gpu and engine else f"cost_{chosen}.json"
     report = {key: value for key, value in asdict(fit).items() if key != "plane"}

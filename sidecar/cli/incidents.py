@@ -14,7 +14,7 @@ import typer
 from sidecar.cli.endpoint import CA_VARIABLE, PANEL
 from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.serving import resolve
-from sidecar.cli.show import AsJson, bar, count, print_json, size
+from sidecar.cli.show import AsJson, JournalPolicies, bar, count, print_json, size
 from sidecar.errors import Misused, Reason
 
 if TYPE_CHECKING:
@@ -140,24 +140,25 @@ def replay(
             show_default=False,
         ),
     ] = None,
+    policy: JournalPolicies = None,
     as_json: AsJson = False,
 ) -> int:
     """Replay a journal; exit 1 if any step gives other effects than the recorded ones."""
     from sidecar.journal import replay as replaying
 
     if explain is None:
-        return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr))
+        return replaying.run(path, effects, as_json, print, lambda line: print(line, file=sys.stderr), policy or ())
     if effects:
         raise CommandError("--effects and --explain are two questions; ask one of them", Exit.MISUSED)
-    return _explain(path, explain, as_json)
+    return _explain(path, explain, policy or [], as_json)
 
 
-def _explain(path: Path, request: str, as_json: bool) -> int:
+def _explain(path: Path, request: str, policies: list[str], as_json: bool) -> int:
     from sidecar.incident.explain import explain
     from sidecar.incident.wording import lines_of, record_of
 
     with bar(f"replaying {path}") as progress:
-        timeline = explain(path, request, progress)
+        timeline = explain(path, request, progress, policies)
     if as_json:
         print_json(record_of(timeline))
     else:

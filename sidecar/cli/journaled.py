@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,9 +26,12 @@ LIVE = "live"
 BASE_NAMES = ("", "base")
 
 
-def journaled(options: Options, path: Path) -> tuple[list[Run], Figures]:
-    """Return the runs that a journal and the options describe, and the live run's figures. Raises Misused."""
-    setting, recorded = setting_of(path), list(arrivals_of(path))
+def journaled(options: Options, path: Path, allowed: Container[str] = ()) -> tuple[list[Run], Figures]:
+    """Return the runs that a journal and the options describe, and the live run's figures. Raises Misused.
+
+    `allowed` is what SegmentFile takes.
+    """
+    setting, recorded = setting_of(path, allowed), list(arrivals_of(path))
     if not recorded or not setting.backends:
         raise Misused(Reason.CONFIG_INVALID, f"{path} has no {'backend' if recorded else 'request'} in it")
     load = _Load(setting, recorded[: options.requests])

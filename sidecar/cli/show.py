@@ -18,6 +18,17 @@ from rich.text import Text
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")]
 
+JournalPolicies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        metavar="MODULE:CLASS",
+        help="Load this policy if the journal names it; ours and installed plug-ins need none. Repeatable.",
+        show_default=False,
+    ),
+]
+"""The classes that a command may import because a journal names them."""
+
 WIDTH_UNBOUNDED = 10_000
 """The width of a pipe or a file: nothing is wrapped, so that tools can cut columns."""
 

@@ -35,7 +35,7 @@ from sidecar.cli.load_options import (
     of_load,
     panel,
 )
-from sidecar.cli.show import AsJson, console, print_json
+from sidecar.cli.show import AsJson, JournalPolicies, console, print_json
 from sidecar.errors import Misused, Reason
 from sidecar.lab.sim.option_values import listed, names_listed
 from sidecar.lab.sim.options import BARE, LORA_MODULES, Options
@@ -120,6 +120,7 @@ def simulate(
     patience: Annotated[
         float | None, _sidecar("Seconds that a request waits before others are held back for it.", "20")
     ] = None,
+    policy: JournalPolicies = None,
     report: Annotated[Path | None, _output("Write a page with plots into this directory; needs the extra lab.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -139,7 +140,7 @@ def simulate(
         prefetch=prefetch, wait_limit=wait_limit, patience=patience,
     )  # fmt: skip
     write = None if report is None else _writing(report)
-    runs, live = _runs(options, journal)
+    runs, live = _runs(options, journal, policy or [])
     results = _results(runs)
     _show(_figures(results, live), live, as_json)
     if report is not None and write is not None:
@@ -157,13 +158,13 @@ def _writing(directory: Path) -> Callable[[Sequence[Result], Path], Path]:
     return write_report
 
 
-def _runs(options: Options, journal: Path | None) -> tuple[Sequence[Run], Figures | None]:
+def _runs(options: Options, journal: Path | None, policies: list[str]) -> tuple[Sequence[Run], Figures | None]:
     """Return the runs to simulate, and the figures of the live run, if a journal is given."""
     if journal is None:
         return list(runs_of(options)), None
     from sidecar.cli.journaled import journaled
 
-    return journaled(options, journal)
+    return journaled(options, journal, policies)
 
 
 def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...] | None:

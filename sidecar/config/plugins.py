@@ -6,6 +6,7 @@ Entry points of the group `lora_sidecar.plugins` are named `kind.name`, for exam
 from __future__ import annotations
 
 import traceback
+from collections.abc import Container
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -51,8 +52,17 @@ def _offered(kind: str) -> list[EntryPoint]:
     return [point for point in _plugged_in() if point.name.startswith(f"{kind}.") and point.name != f"{kind}."]
 
 
-def resolve(kind: str, name: str) -> type[Any]:
-    """Return the class of that name. Raises Misused naming the known names, or what failed to import."""
+def resolve(kind: str, name: str, allowed: Container[str] | None = None) -> type[Any]:
+    """Return the class of that name. Raises Misused naming the known names, or what failed to import.
+
+    If `allowed` is given, of the names `package.module:Class` only those in it and those of `known` are imported.
+    """
+    if allowed is not None and ":" in name and name not in allowed and name not in known(kind).values():
+        raise Misused(
+            Reason.CONFIG_INVALID,
+            f'it names the {kind} policy "{name}", which no installed package offers as a plug-in, and code is not '
+            f"loaded because a journal names it; if you trust that class: --policy {name}",
+        )
     target = target_of(kind, name)
     if target is None:
         raise Misused(
@@ -84,12 +94,12 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{place}"
 
 
-def policies_of(config: CoreConfig) -> Policies:
-    """Return the classes of the policies that a configuration names."""
+def policies_of(config: CoreConfig, allowed: Container[str] | None = None) -> Policies:
+    """Return the classes of the policies that a configuration names; `allowed` as for `resolve`."""
     return Policies(
-        eviction=resolve("eviction", config.eviction),
-        disk_eviction=resolve("eviction", config.disk_eviction),
-        ordering=resolve("ordering", config.ordering),
-        routing=resolve("routing", config.routing),
-        prefetch=resolve("prefetch", config.prefetch),
+        eviction=resolve("eviction", config.eviction, allowed),
+        disk_eviction=resolve("eviction", config.disk_eviction, allowed),
+        ordering=resolve("ordering", config.ordering, allowed),
+        routing=resolve("routing", config.routing, allowed),
+        prefetch=resolve("prefetch", config.prefetch, allowed),
     )

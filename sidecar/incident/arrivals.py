@@ -6,7 +6,7 @@ Nothing is replayed here. Lines are filtered as bytes first, so a hundred megaby
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from sidecar.core.events import (
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import Name, State
-from sidecar.journal import codec
+from sidecar.errors import Misused, Reason
+from sidecar.journal import checked
 from sidecar.journal.archive import opened
 from sidecar.journal.replay import SegmentFile, segments_of
 
@@ -80,7 +81,7 @@ def arrivals_of(path: Path) -> Iterator[Arrival]:
         segments = segments_of(place)
         answered: dict[tuple[int, int], int] = {}
         for line in lines_of(segments, ("RunEnded", "RunFailed")):
-            tokens = line.event["output_tokens"]
+            tokens = line.event.get("output_tokens", 0)
             if tokens or line.event["!"] == "RunEnded":
                 answered[line.life, line.event["request"]] = tokens
         for line in lines_of(segments, ("Received",)):
@@ -100,20 +101,23 @@ def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
         input_tokens=event["input_tokens"],
         output_tokens_max=event["output_tokens_max"],
         output_tokens=output_tokens,
-        deadline_ns=event["deadline_ns"],
+        deadline_ns=event.get("deadline_ns"),
     )
 
 
-def setting_of(path: Path) -> Setting:
-    """Return the setting that a journal's requests met. Raises Misused as `arrivals_of` does."""
+def setting_of(path: Path, allowed: Container[str] = ()) -> Setting:
+    """Return the setting that a journal's requests met. Raises Misused as `arrivals_of` does.
+
+    `allowed` is what SegmentFile takes.
+    """
     with opened(path) as place:
         segments = segments_of(place)
-        state = SegmentFile(segments[0]).core.state
+        state = SegmentFile(segments[0], allowed).core.state
         setting = Setting(state.config)
         setting.backends = {backend.id: backend.facts for backend in state.backends.values()}
         setting.adapters = {name.name: _registration(state, name) for name in state.names.values()}
         for line in lines_of(segments, SETTING_EVENTS):
-            _take_in(setting, codec.decode(line.event))
+            _take_in(setting, checked.event_of(line.event))
     return setting
 
 
@@ -154,7 +158,7 @@ def _registration(state: State, name: Name) -> AdapterRegistered:
 def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalEntry]:
     """Yield the steps with one of these events, over several lives of the process, oldest first.
 
-    A line that is cut off or no JSON is skipped: checking the journal is the replay's task.
+    A line that is cut off or damaged is skipped: checking the journal is the replay's task.
     """
     marks = [f'"event":{{"!":"{name}"'.encode() for name in events]
     life, steps = 0, 0
@@ -174,9 +178,10 @@ def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalE
 def _record(text: bytes) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(text)
-    except ValueError:
+        checked.event_of(record.get("event"))
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record.get("event"), dict) and "at" in record else None
+    return record if checked.is_time(record.get("at")) else None
 
 
 def header_of(segment: Path) -> dict[str, Any]:
@@ -189,10 +194,14 @@ def header_in(line: bytes) -> dict[str, Any]:
     """Return the header in a segment's first line, or {} if it is none."""
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 
 
 def first_step_of(segment: Path) -> int:
-    return int(header_of(segment).get("first_step", 1))
+    """Return the number of a segment's first step. Raises Misused if it has none."""
+    first = header_of(segment).get("first_step", 1)
+    if not isinstance(first, int):
+        raise Misused(Reason.NOT_A_JOURNAL, f"{segment} cannot be read: its first_step is no number")
+    return first

@@ -6,7 +6,7 @@ agrees with the decision. Only steps that may have changed something for the req
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 from sidecar.core.state import State
@@ -22,21 +22,21 @@ Progress = Callable[[int, int], None]
 """Takes the number of replayed bytes of the segments, and their total."""
 
 
-def explain(path: Path, request: int | str, progress: Progress | None = None) -> Timeline:
+def explain(path: Path, request: int | str, progress: Progress | None = None, allowed: Container[str] = ()) -> Timeline:
     """Return the timeline of a request from a segment, a journal, a data directory or an incident.
 
-    `request` is its number or its client's id.
+    `request` is its number or its client's id; `allowed` is what SegmentFile takes.
 
     Raises Misused if `path` is none of them, or if it does not contain the request.
     """
     with opened(path) as journal:
-        found = find_request(path, segments_of(journal), str(request))
+        found = find_request(path, segments_of(journal), str(request), allowed)
         explanation = _Explanation(found.request)
         sizes_bytes = [segment.stat().st_size for segment in found.segments]
         for number, segment in enumerate(found.segments):
             if progress is not None:
                 progress(sum(sizes_bytes[:number]), sum(sizes_bytes))
-            if explanation.read(SegmentFile(segment), found.arrived_before):
+            if explanation.read(SegmentFile(segment, allowed), found.arrived_before):
                 break
     timeline = explanation.story.finished()
     timeline.notes = [note for note in (found.note, *explanation.notes, *timeline.notes) if note]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -54,17 +55,18 @@ def began_of(header: dict[str, Any]) -> datetime | None:
     return began if began.tzinfo is not None else began.replace(tzinfo=UTC)
 
 
-def find_request(path: Path, segments: list[Path], asked: str) -> RequestSegments:
+def find_request(path: Path, segments: list[Path], asked: str, allowed: Container[str] = ()) -> RequestSegments:
     """Return the segments of a request, given by its number in the log (17) or an engine's log (17.2), or by its id.
 
     A number refers to the latest life of the process that had it. Clients choose ids, so several requests may share
     one: the last of them is returned, and the note names the others. Raises Misused if the journal has no such request.
+    `allowed` is what SegmentFile takes.
     """
     called = [line for line in lines_of(segments, ("Received",)) if line.event.get("client_id") == asked]
     number = _NUMBER.fullmatch(asked)
     if number is not None:
         try:
-            return _with_note(_by_number(path, segments, int(number[1])), _also_an_id_note(asked, called))
+            return _with_note(_by_number(path, segments, int(number[1]), allowed), _also_an_id_note(asked, called))
         except Misused:
             if not called:
                 raise
@@ -73,7 +75,7 @@ def find_request(path: Path, segments: list[Path], asked: str) -> RequestSegment
         note = _same_id_note(asked, called)
         return RequestSegments(last.event["request"], segments[segments.index(last.segment) :], False, note)
     for index in reversed(_boundaries(segments)):
-        held = SegmentFile(segments[index]).core.state.requests.values()
+        held = SegmentFile(segments[index], allowed).core.state.requests.values()
         if request := max((request.id for request in held if request.client_id == asked), default=0):
             return RequestSegments(request, segments[index:], True)
     raise Misused(
@@ -106,13 +108,13 @@ def _some(lines: list[JournalEntry]) -> str:
     return ", ".join(map(_shown, lines[-NEAR_MAX:]))
 
 
-def _by_number(path: Path, segments: list[Path], request: int) -> RequestSegments:
+def _by_number(path: Path, segments: list[Path], request: int, allowed: Container[str]) -> RequestSegments:
     own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
     if own:
         last = own[-1]
         return RequestSegments(request, segments[segments.index(last.segment) :], False, _earlier_lives_note(own))
     for index in reversed(_boundaries(segments)):
-        if request in SegmentFile(segments[index]).core.state.requests:
+        if request in SegmentFile(segments[index], allowed).core.state.requests:
             return RequestSegments(request, segments[index:], True)
     raise Misused(Reason.NOT_A_JOURNAL, _unknown(path, segments, request))
 

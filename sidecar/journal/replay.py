@@ -8,18 +8,17 @@ event. Where the core raised, the replay must raise the same exception.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sidecar.config.plugins import policies_of
 from sidecar.core.core import Core
 from sidecar.core.effects import Effect
 from sidecar.core.events import Event
 from sidecar.errors import CRASHED_EXIT, Misused, Reason
-from sidecar.journal import codec
+from sidecar.journal import checked, codec
 from sidecar.journal.archive import opened
 from sidecar.journal.raised import describe
 from sidecar.journal.segments import FORMAT, effects_digest, product_version, segment_paths
@@ -95,17 +94,23 @@ class Summary:
 
 
 class SegmentFile:
-    """One segment, opened for a replay. Raises Misused if the file is no valid segment."""
+    """One segment, opened for a replay. Raises Misused if the file is no valid segment.
 
-    def __init__(self, path: Path) -> None:
+    A segment may come from a stranger: of the policies that it names as `package.module:Class`, only the `allowed` ones
+    and those of installed plug-ins are imported.
+    """
+
+    def __init__(self, path: Path, allowed: Container[str] = ()) -> None:
         self.path = path
         self.cut_off = False
         """The last line is incomplete. Known once all steps were replayed."""
         self.ending: Ending | None = None
         """Why the process ended, if the journal says so. Known once all steps were replayed."""
         self._lines = enumerate(_lines_of(path), 1)
+        self._number = 0
+        """The number of the line that was read last."""
         self.header = self._read_header()
-        self.core = self._restored()
+        self.core = self._restored(allowed)
 
     @property
     def version(self) -> str:
@@ -117,9 +122,9 @@ class SegmentFile:
             if "raised" in record:
                 self.ending = self._ending(step, record)
                 if self.ending.is_reproducible:
-                    yield self._replayed(step, record, self._decoded(record))
+                    yield self._replayed(step, record, self._decoded(step, record, "raised"))
                 return
-            replayed = self._replayed(step, record, self._decoded(record))
+            replayed = self._replayed(step, record, self._decoded(step, record, "effects"))
             yield replayed
             if replayed.failure:
                 return
@@ -138,7 +143,7 @@ class SegmentFile:
             obstacle = f"the journal lacks {left_out} step{'s' if left_out > 1 else ''} before it" if left_out else ""
             return Ending(*place, event["!"], True, obstacle)
         except (KeyError, TypeError) as error:
-            raise self._bad(f"its record of the end of its process is incomplete ({error})") from error
+            raise self._bad(f"line {self._number}, its record of the end of its process, is incomplete") from error
 
     def _replayed(self, step: int, record: dict[str, Any], event: Event) -> Replayed:
         place = (self.path.name, step, record["at"], event)
@@ -150,13 +155,15 @@ class SegmentFile:
             return Replayed(*place, (), recorded, raised, describe(error))
         return Replayed(*place, effects, recorded, raised)
 
-    def _decoded(self, record: dict[str, Any]) -> Event:
+    def _decoded(self, step: int, record: dict[str, Any], outcome: str) -> Event:
+        """Return a record's event. Raises Misused unless its time and its outcome are such, too."""
+        where = f"line {self._number}, step {step},"
+        if not checked.is_time(record.get("at")) or not isinstance(record.get(outcome), str):
+            raise self._bad(f'{where} lacks "at" or "{outcome}"')
         try:
-            event: Event = codec.decode(record["event"])
-            _ = record["at"], record["raised" if "raised" in record else "effects"]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise self._bad(f"it holds an event that this version does not know ({error})") from error
-        return event
+            return checked.event_of(record.get("event"))
+        except ValueError as error:
+            raise self._bad(f"{where} holds an event that this version does not know ({error})") from error
 
     def _read_header(self) -> dict[str, Any]:
         header = next(self._records(), None)
@@ -170,15 +177,19 @@ class SegmentFile:
         missing = [name for name in ("first_step", "config", "state") if name not in header]
         if missing:
             raise self._bad(f"its first line lacks {', '.join(missing)}")
+        if not isinstance(header["first_step"], int) or not isinstance(header["state"], dict):
+            raise self._bad("its first line has a first_step that is no number, or a state that is no record")
         return header
 
-    def _restored(self) -> Core:
+    def _restored(self, allowed: Container[str]) -> Core:
         state = {**self.header["state"]}
         for name, items in self._large_fields().items():
             state[name] = {"!": "dict", "=": items}
         try:
-            return codec.restore(state, policies_of(codec.decode(self.header["config"])))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            return checked.core_of(state, allowed)
+        except Misused as error:
+            raise Misused(error.reason, _cannot(self.path, error.message)) from error
+        except ValueError as error:
             raise self._bad(f"its state is one that this version does not know ({error})") from error
 
     def _large_fields(self) -> dict[str, list[Any]]:
@@ -186,22 +197,23 @@ class SegmentFile:
         for record in self._records():
             if "complete" in record:
                 return fields
-            if "field" not in record or "items" not in record:
+            if not isinstance(record.get("field"), str) or not isinstance(record.get("items"), list):
                 break
             fields.setdefault(record["field"], []).extend(record["items"])
-        raise self._bad("its state is cut off")
+        raise self._bad(f"its state is cut off at line {self._number}")
 
     def _records(self) -> Iterator[dict[str, Any]]:
         for number, line in self._lines:
+            self._number = number
             if not line.endswith(b"\n"):
                 self.cut_off = True
                 return
             try:
                 record = json.loads(line)
-            except ValueError as error:
-                raise self._bad(f"line {number} is not JSON") from error
+            except (ValueError, RecursionError) as error:
+                raise self._bad(f"line {self._number} is not JSON") from error
             if not isinstance(record, dict):
-                raise self._bad(f"line {number} is not a record")
+                raise self._bad(f"line {self._number} is not a record")
             yield record
 
     def _bad(self, problem: str) -> Misused:
@@ -217,7 +229,11 @@ def _lines_of(path: Path) -> Iterator[bytes]:
 
 
 def _not_a_segment(path: Path, problem: str) -> Misused:
-    return Misused(Reason.NOT_A_JOURNAL, f"{path} cannot be replayed: {problem}")
+    return Misused(Reason.NOT_A_JOURNAL, _cannot(path, problem))
+
+
+def _cannot(path: Path, problem: str) -> str:
+    return f"{path} cannot be replayed: {problem}"
 
 
 def segments_of(path: Path) -> list[Path]:
@@ -230,20 +246,20 @@ def segments_of(path: Path) -> list[Path]:
     return found
 
 
-def replay(path: Path, summary: Summary | None = None) -> Generator[Replayed, None, None]:
+def replay(path: Path, summary: Summary | None = None, allowed: Container[str] = ()) -> Generator[Replayed, None, None]:
     """Yield every replayed step of a segment file, a journal's directory, a data directory or an incident archive.
 
     A difference does not end the replay: the caller decides. `summary` is kept up to date and records the first
-    difference. Raises Misused for a file that is no segment, or that this version cannot read. An archive is unpacked
-    while the iterator is open.
+    difference; `allowed` is what SegmentFile takes. Raises Misused for a file that is no segment, or that this version
+    cannot read. An archive is unpacked while the iterator is open.
     """
     with opened(path) as journal:
-        yield from _replay(segments_of(journal), summary if summary is not None else Summary())
+        yield from _replay(segments_of(journal), summary if summary is not None else Summary(), allowed)
 
 
-def _replay(paths: Sequence[Path], summary: Summary) -> Iterator[Replayed]:
+def _replay(paths: Sequence[Path], summary: Summary, allowed: Container[str]) -> Iterator[Replayed]:
     for segment_path in paths:
-        segment = SegmentFile(segment_path)
+        segment = SegmentFile(segment_path, allowed)
         summary.segments += 1
         if segment.version != product_version():
             summary.notes.append(
@@ -272,7 +288,12 @@ def _note_left_out(summary: Summary, segment: SegmentFile) -> None:
 
 
 def run(
-    path: Path, show_effects: bool, as_json: bool, write: Callable[[str], None], tell: Callable[[str], None]
+    path: Path,
+    show_effects: bool,
+    as_json: bool,
+    write: Callable[[str], None],
+    tell: Callable[[str], None],
+    allowed: Container[str] = (),
 ) -> int:
     """Replay and report, as `sidecar replay` does; return the exit code.
 
@@ -280,10 +301,10 @@ def run(
     exception that could not be reproduced.
 
     `write` takes result lines; with `show_effects` one line of JSON per step. `tell` takes notes for people. The
-    verdict goes to `write` unless effects go there.
+    verdict goes to `write` unless effects go there. `allowed` is what SegmentFile takes.
     """
     summary = Summary()
-    with closing(replay(path, summary)) as steps:
+    with closing(replay(path, summary, allowed)) as steps:
         for step in steps:
             if show_effects:
                 write(step.line())

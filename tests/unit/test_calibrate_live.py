@@ -309,7 +309,7 @@ def test_the_command_writes_what_was_fitted(
 ) -> None:
     """`calibrate --from-journal` writes a file that can be used, and reports residuals and ranges."""
     history = LiveRun(CostModel(table_of(TRUE))).run(varied(), 400_000 * MS)
-    monkeypatch.setattr("sidecar.lab.calibrate.history.read_history", lambda path, told: history)
+    monkeypatch.setattr("sidecar.lab.calibrate.history.read_history", lambda path, told, allowed: history)
     out = tmp_path / "cost.json"
     ended = runner(capfd)("calibrate", "--from-journal", str(tmp_path), "--gpu", "l4", "--out", str(out), "--json")
     record = ended.json()

@@ -43,7 +43,7 @@ def busy_world(seed: int = 0, fault_rate: float = 0.0, requests: int = 60) -> Wo
 
 def explained(world: World, request: int, tmp_path: Path) -> Timeline:
     write_journal(world, tmp_path / "journal")
-    return explain(tmp_path, request)
+    return explain(tmp_path, request, allowed=[world.config.ordering])
 
 
 def told(timeline: Timeline) -> list[str]:

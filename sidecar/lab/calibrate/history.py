@@ -7,7 +7,7 @@ other effects than recorded ends the reading, because the times of dispatches ar
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -167,16 +167,16 @@ class History:
         self._progressing = {key: run for key, run in self._progressing.items() if run.backend != backend}
 
 
-def read_history(path: Path, on_progress: OnProgress) -> History:
+def read_history(path: Path, on_progress: OnProgress, allowed: Container[str] = ()) -> History:
     """Return the history in a journal's directory, a data directory or one segment. Raises Misused for other files.
 
-    `on_progress` is called with the number of segments read so far.
+    `on_progress` is called with the number of segments read so far; `allowed` is what SegmentFile takes.
     """
     history, next_step = History(), -1
     paths = segments_of(path)
     for done, segment_path in enumerate(paths):
         on_progress("journal", done, len(paths))
-        segment = SegmentFile(segment_path)
+        segment = SegmentFile(segment_path, allowed)
         if segment.header["first_step"] != next_step:
             history.begin(segment.core.state)
         next_step = _read(segment, history)
