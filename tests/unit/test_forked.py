@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
 
