@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from policies.registry import POLICIES
+from sidecar.cli.exits import CommandError, Exit
 from sidecar.cli.load_options import (
     Adapters,
     ArrivalVariation,
@@ -161,6 +162,8 @@ def _writing(directory: Path) -> Callable[[Sequence[Result], Path], Path]:
 def _runs(options: Options, journal: Path | None, policies: list[str]) -> tuple[Sequence[Run], Figures | None]:
     """Return the runs to simulate, and the figures of the live run, if a journal is given."""
     if journal is None:
+        if policies:
+            raise CommandError("--policy allows what a journal names; give it with --journal", Exit.MISUSED)
         return list(runs_of(options)), None
     from sidecar.cli.journaled import journaled
 

@@ -235,3 +235,9 @@ def test_what_is_no_journal_of_requests(tmp_path: Path, sidecar: Callable[..., E
     assert ended.code == 2
     assert "has no request in it" in ended.err
     assert sidecar("simulate", "--journal", str(tmp_path / "nowhere"), "--json").error()["reason"] == "NOT_A_JOURNAL"
+
+
+def test_a_policy_is_allowed_for_a_journal_only(sidecar: Callable[..., Ended]) -> None:
+    ended = sidecar("simulate", "--policy", "package.module:Class")
+    assert ended.code == 2
+    assert "give it with --journal" in ended.err
