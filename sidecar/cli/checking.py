@@ -40,10 +40,8 @@ def check_config(
     With --connect, check each engine, as `backends check URL` does; exit 1 if a check fails.
     """
     from sidecar.backends.registry import entries_of, full_record
-    from sidecar.config import plugins
 
     config = resolve(file)
-    plugins.policies_of(config.core())
     entries = entries_of(config)
     _check_files(config, entries)
     _check_addresses(entries)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
 from sidecar.adapters.origins.allowing import AllowList
+from sidecar.config.plugins import is_a
 from sidecar.config.section import Section
 from sidecar.errors import Misused
 
@@ -46,8 +49,8 @@ class Store(Section):
 
     memory_bytes: int = Field(4 << 30, ge=1)
     disk_bytes: int = Field(32 << 30, ge=0)
-    eviction: str = "rate_per_byte"
-    disk_eviction: str = "lru"
-    prefetch: str = "planned"
+    eviction: Annotated[str, is_a("eviction")] = "rate_per_byte"
+    disk_eviction: Annotated[str, is_a("eviction")] = "lru"
+    prefetch: Annotated[str, is_a("prefetch")] = "planned"
     prefetch_bytes_per_s: int = Field(128 << 20, ge=0)
     fetches_max: int = Field(4, ge=1)

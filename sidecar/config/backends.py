@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from sidecar.adapters.staging import AdaptersDir
-from sidecar.config.discover import Discover, is_address, label_of
-from sidecar.config.section import Section, Tls
+from sidecar.config.discover import Discover, label_of
+from sidecar.config.section import Section, Tls, is_address
 from sidecar.core.facts import EngineFacts
 
 HOST = "{host}"

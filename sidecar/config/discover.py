@@ -7,16 +7,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from sidecar.config.section import Section
+from sidecar.config.section import Section, is_address
 
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9._-]")
-_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
-
-
-def is_address(text: str) -> bool:
-    """Return True for HOST:PORT, where an IPv6 address is in brackets."""
-    found = _ADDRESS.fullmatch(text)
-    return found is not None and 0 < int(found[1]) < 1 << 16
 
 
 class EndpointSlices(Section):

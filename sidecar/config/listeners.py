@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator, model_validator
+from typing import Annotated
 
-from sidecar.config.section import Section, Tls
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from sidecar.config.section import Section, Tls, is_address
+
+
+def _of_tcp(address: str) -> str:
+    if not is_address(address, port_min=0):
+        raise ValueError("it must be HOST:PORT, as 0.0.0.0:9000 or [::]:9000; port 0 takes a free one")
+    return address
+
+
+def _of_grpc(address: str) -> str:
+    return address if address.startswith("unix:") else _of_tcp(address)
+
+
+Address = Annotated[str, AfterValidator(_of_tcp)]
+GrpcAddress = Annotated[str, AfterValidator(_of_grpc)]
 
 
 class Listener(Section):
-    address: str
+    address: GrpcAddress
     tls: Tls | None = None
 
 
@@ -34,7 +50,7 @@ class AdminListener(GrpcListener):
     one message; an adapter is pushed in messages of at most 1 MiB.
     """
 
-    address: str = "127.0.0.1:9001"
+    address: GrpcAddress = "127.0.0.1:9001"
     message_bytes_max: int = Field(4 << 20, ge=2 << 20, lt=1 << 31)
     token_file: str | None = None
     allow_cleartext: bool = False
@@ -62,7 +78,7 @@ class DataListener(GrpcListener):
     `message_bytes_max` bounds one message, weights that a client sends included.
     """
 
-    address: str = "0.0.0.0:9000"
+    address: GrpcAddress = "0.0.0.0:9000"
     message_bytes_max: int = Field(64 << 20, ge=4096, lt=1 << 31)
     max_connection_age_s: float | None = Field(None, gt=0, le=2_000_000)
 
@@ -72,7 +88,7 @@ class HttpListener(Listener):
     With `probes` it also has health and metrics, for one more release.
     """
 
-    address: str = "0.0.0.0:9002"
+    address: Address = "0.0.0.0:9002"
     connections_max: int = Field(4096, ge=1)
     body_bytes_max: int = Field(16 << 20, ge=1024)
     prompts_max: int = Field(1024, ge=1)
@@ -86,7 +102,7 @@ class ProbesListener(Section):
     It takes few connections, each for one answer.
     """
 
-    address: str | None = None
+    address: Address | None = None
     tls: Tls | None = None
     connections_max: int = Field(32, ge=1)
 
@@ -96,7 +112,7 @@ class DrainListener(Section):
     address, and on loopback only.
     """
 
-    address: str | None = None
+    address: Address | None = None
 
     @field_validator("address")
     @classmethod

@@ -12,6 +12,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from pydantic import AfterValidator
+
 from policies.registry import POLICIES
 from sidecar.core.config import CoreConfig
 from sidecar.core.core import Policies
@@ -74,6 +76,19 @@ def resolve(kind: str, name: str, allowed: Container[str] | None = None) -> type
     if not isinstance(found, type):
         raise Misused(Reason.CONFIG_INVALID, f'the {kind} "{name}": "{target}" is not a class')
     return found
+
+
+def is_a(kind: str) -> AfterValidator:
+    """Return the validator of a key that names a policy of a kind."""
+
+    def check(name: str) -> str:
+        try:
+            resolve(kind, name)
+        except Misused as error:
+            raise ValueError(error.message) from error
+        return name
+
+    return AfterValidator(check)
 
 
 def imported(what: str, target: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from sidecar.config.identities import CLASS, TENANT, check_words
+from sidecar.config.plugins import is_a
 from sidecar.config.section import Section
 
 ANSWER_BYTES_MAX, ANSWERS_BYTES_MAX = 4 << 20, 256 << 20
@@ -25,8 +26,8 @@ class Queue(Section):
     clients may take `answer_bytes_max` each and `answers_bytes_max` in all; the rest waits in its seat at the engine.
     """
 
-    ordering: str = "soft_gated"
-    routing: str = "partitioned"
+    ordering: Annotated[str, is_a("ordering")] = "soft_gated"
+    routing: Annotated[str, is_a("routing")] = "partitioned"
     output_tokens_assumed: int = Field(1024, ge=1)
     sequence_tokens_assumed: int = Field(131_072, ge=1)
     queued_max: int = Field(50_000, ge=1)

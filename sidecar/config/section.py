@@ -37,6 +37,15 @@ _WANTED = {
 """What is expected, by pydantic's type of error."""
 
 
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/@?#\[\]]+):([0-9]{1,5})")
+
+
+def is_address(text: str, port_min: int = 1) -> bool:
+    """Return True for HOST:PORT, where an IPv6 address is in brackets."""
+    found = _ADDRESS.fullmatch(text)
+    return found is not None and port_min <= int(found[1]) < 1 << 16
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable; unknown keys, infinity and NaN refused."""
 

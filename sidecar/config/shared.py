@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from sidecar.config.listeners import Listener
+from sidecar.config.listeners import GrpcAddress, Listener
 from sidecar.config.redis_address import KEY_PREFIX, RedisLocation, parse_address
 from sidecar.config.section import Section, Tls, changed
 
@@ -72,7 +72,7 @@ class Replicas(Section):
     another takes its backends.
     """
 
-    address: str | None = None
+    address: GrpcAddress | None = None
     advertise: str | None = None
     name: str | None = None
     tls: Tls | None = None

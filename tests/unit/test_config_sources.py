@@ -148,3 +148,23 @@ def test_messages_show_no_secrets(record: dict[str, Any], shown: str) -> None:
     assert shown in refused.value.message
     assert "hunter2" not in refused.value.message
     assert "2222" not in refused.value.message
+
+
+@pytest.mark.parametrize("listener", ["data", "admin", "http", "probes", "drain"])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "9000", ":9000", "127.0.0.1:99999", "127.0.0.1:-1", "http://a:1", "::1:9000"]
+)
+def test_addresses_of_listeners_that_are_none(listener: str, address: str) -> None:
+    """gRPC would take them and listen elsewhere: at 443, at a port of 65,536 less, at all addresses."""
+    with pytest.raises(Misused, match=rf"listeners\.{listener}\.address: it must be HOST:PORT"):
+        parse({"listeners": {listener: {"address": address}}}, "the test")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "[::1]:9000", "localhost:9000"])
+def test_addresses_of_listeners(address: str) -> None:
+    assert parse({"listeners": {"admin": {"address": address}}}, "the test").listeners.admin.address == address
+
+
+def test_a_policy_that_is_unknown_is_told_with_its_key() -> None:
+    with pytest.raises(Misused, match=r'the test: queue\.ordering: no ordering policy is called "fifoo"; there are '):
+        parse({"queue": {"ordering": "fifoo"}}, "the test")
