@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sidecar.cli.show import count
 from sidecar.core.config import CoreConfig
+from sidecar.core.events import RunEnded
 from sidecar.core.facts import Adapter, EngineFacts
 from sidecar.errors import Misused, Reason
 from sidecar.incident.arrivals import Arrival as Recorded
@@ -187,11 +188,11 @@ def _live(path: Path, recorded: Sequence[Recorded], load: _Load) -> Figures:
     ended_ns = answered = tokens = 0
     with opened(path) as place:
         for line in lines_of(segments_of(place), ("FirstToken", "RunEnded")):
-            key = (line.life, line.event["request"])
+            key = (line.life, line.event.request)
             if key not in arrived_ns:
                 continue
-            if line.event["!"] == "RunEnded":
-                answered, tokens = answered + 1, tokens + line.event["output_tokens"]
+            if isinstance(line.event, RunEnded):
+                answered, tokens = answered + 1, tokens + line.event.output_tokens
                 ended_ns = max(ended_ns, line.at_ns)
                 continue
             wait_s = (line.at_ns - arrived_ns[key]) / SECOND_NS

@@ -18,7 +18,9 @@ from sidecar.core.events import (
     BackendMeasured,
     BackendRemoved,
     BackendUp,
+    Event,
     OtherVersion,
+    RunEnded,
 )
 from sidecar.core.facts import EngineFacts
 from sidecar.core.state import Name, State
@@ -63,12 +65,13 @@ class Setting:
 
 
 class JournalEntry(NamedTuple):
-    """A line of a journal, selected by the name of its event. `event` is the written form."""
+    """A line of a journal, selected by the name of its event."""
 
     segment: Path
     life: int
     at_ns: int
-    event: dict[str, Any]
+    event: Any
+    """The event, of one of the classes that were asked for."""
 
 
 def arrivals_of(path: Path) -> Iterator[Arrival]:
@@ -81,11 +84,10 @@ def arrivals_of(path: Path) -> Iterator[Arrival]:
         segments = segments_of(place)
         answered: dict[tuple[int, int], int] = {}
         for line in lines_of(segments, ("RunEnded", "RunFailed")):
-            tokens = line.event.get("output_tokens", 0)
-            if tokens or line.event["!"] == "RunEnded":
-                answered[line.life, line.event["request"]] = tokens
+            if line.event.output_tokens or isinstance(line.event, RunEnded):
+                answered[line.life, line.event.request] = line.event.output_tokens
         for line in lines_of(segments, ("Received",)):
-            yield _arrival(line, answered.get((line.life, line.event["request"])))
+            yield _arrival(line, answered.get((line.life, line.event.request)))
 
 
 def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
@@ -93,15 +95,15 @@ def _arrival(line: JournalEntry, output_tokens: int | None) -> Arrival:
     return Arrival(
         life=line.life,
         at_ns=line.at_ns,
-        request=event["request"],
-        adapter=event["adapter"],
-        tenant=event["tenant"],
-        klass=event["klass"],
-        session=event.get("session", ""),
-        input_tokens=event["input_tokens"],
-        output_tokens_max=event["output_tokens_max"],
+        request=event.request,
+        adapter=event.adapter,
+        tenant=event.tenant,
+        klass=event.klass,
+        session=event.session,
+        input_tokens=event.input_tokens,
+        output_tokens_max=event.output_tokens_max,
         output_tokens=output_tokens,
-        deadline_ns=event.get("deadline_ns"),
+        deadline_ns=event.deadline_ns,
     )
 
 
@@ -117,7 +119,7 @@ def setting_of(path: Path, allowed: Container[str] = ()) -> Setting:
         setting.backends = {backend.id: backend.facts for backend in state.backends.values()}
         setting.adapters = {name.name: _registration(state, name) for name in state.names.values()}
         for line in lines_of(segments, SETTING_EVENTS):
-            _take_in(setting, checked.event_of(line.event))
+            _take_in(setting, line.event)
     return setting
 
 
@@ -170,18 +172,19 @@ def lines_of(segments: list[Path], events: tuple[str, ...]) -> Iterator[JournalE
             for text in file:
                 steps += text.startswith(b'{"at":')
                 if any(mark in text for mark in marks) and text.endswith(b"\n"):
-                    record = _record(text)
-                    if record is not None:
-                        yield JournalEntry(segment, life, record["at"], record["event"])
+                    read = _read(text)
+                    if read is not None:
+                        yield JournalEntry(segment, life, *read)
 
 
-def _record(text: bytes) -> dict[str, Any] | None:
+def _read(text: bytes) -> tuple[int, Event] | None:
+    """Return a line's time in ns and its event; None if it is damaged."""
     try:
-        record: dict[str, Any] = json.loads(text)
-        checked.event_of(record.get("event"))
+        record = json.loads(text)
+        event = checked.event_of(record.get("event"))
     except (ValueError, RecursionError):
         return None
-    return record if checked.is_time(record.get("at")) else None
+    return (record["at"], event) if checked.is_time(record.get("at")) else None
 
 
 def header_of(segment: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def find_request(path: Path, segments: list[Path], asked: str, allowed: Containe
     one: the last of them is returned, and the note names the others. Raises Misused if the journal has no such request.
     `allowed` is what SegmentFile takes.
     """
-    called = [line for line in lines_of(segments, ("Received",)) if line.event.get("client_id") == asked]
+    called = [line for line in lines_of(segments, ("Received",)) if line.event.client_id == asked]
     number = _NUMBER.fullmatch(asked)
     if number is not None:
         try:
@@ -73,7 +73,7 @@ def find_request(path: Path, segments: list[Path], asked: str, allowed: Containe
     if called:
         last = called[-1]
         note = _same_id_note(asked, called)
-        return RequestSegments(last.event["request"], segments[segments.index(last.segment) :], False, note)
+        return RequestSegments(last.event.request, segments[segments.index(last.segment) :], False, note)
     for index in reversed(_boundaries(segments)):
         held = SegmentFile(segments[index], allowed).core.state.requests.values()
         if request := max((request.id for request in held if request.client_id == asked), default=0):
@@ -100,7 +100,7 @@ def _same_id_note(asked: str, called: list[JournalEntry]) -> str:
 
 
 def _also_an_id_note(asked: str, called: list[JournalEntry]) -> str:
-    others = [line for line in called if str(line.event["request"]) != asked]
+    others = [line for line in called if str(line.event.request) != asked]
     return f"{asked} is also an id that clients have given, lastly to {_some(others)}" if others else ""
 
 
@@ -109,7 +109,7 @@ def _some(lines: list[JournalEntry]) -> str:
 
 
 def _by_number(path: Path, segments: list[Path], request: int, allowed: Container[str]) -> RequestSegments:
-    own = [line for line in lines_of(segments, ("Received",)) if line.event["request"] == request]
+    own = [line for line in lines_of(segments, ("Received",)) if line.event.request == request]
     if own:
         last = own[-1]
         return RequestSegments(request, segments[segments.index(last.segment) :], False, _earlier_lives_note(own))
@@ -149,9 +149,9 @@ def _unknown(path: Path, segments: list[Path], request: int) -> str:
         latest.append(line)
     if not latest:
         return f"{path} has no request {request}, and no arrival of any other"
-    first, last = latest[0].event["request"], latest[-1].event["request"]
-    near = sorted(latest, key=lambda line: (abs(line.event["request"] - request), line.event["request"]))[:NEAR_MAX]
-    near.sort(key=lambda line: (line.at_ns, line.event["request"]))
+    first, last = latest[0].event.request, latest[-1].event.request
+    near = sorted(latest, key=lambda line: (abs(line.event.request - request), line.event.request))[:NEAR_MAX]
+    near.sort(key=lambda line: (line.at_ns, line.event.request))
     known = f"it has the arrivals of {first} to {last}, nearest {', '.join(map(_shown, near))}"
     return f"{path} has no request {request}; {known}; {_why_unknown(request, first, last)}"
 
@@ -166,8 +166,8 @@ def _why_unknown(request: int, first: int, last: int) -> str:
 
 def _shown(line: JournalEntry) -> str:
     clock = clock_of(header_of(line.segment), _first_ns(line.segment))
-    adapter = str(line.event["adapter"])[:40] or "base model"
-    return f"{line.event['request']} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"
+    adapter = str(line.event.adapter)[:40] or "base model"
+    return f"{line.event.request} ({adapter}{', ' + clock.utc(line.at_ns) if clock else ''})"
 
 
 def _first_ns(segment: Path) -> int:
