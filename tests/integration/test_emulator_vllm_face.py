@@ -11,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from sidecar.lab.engine.openai.text import GeneratedText, Stops
+from sidecar.lab.engine.http.text import GeneratedText, Stops
 from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 from tests.kit.serving import until
 from tests.kit.vllm_emulated import BASE, DONE, Client, expected, running_vllm, texts_of

@@ -11,9 +11,11 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from sidecar.lab.engine.http.prefix import Owner
 from sidecar.lab.engine.openai.errors import ApiError, input_error, internal, not_found
 from sidecar.lab.engine.openai.fields import LoadFields, UnloadFields
 from sidecar.lab.engine.openai.folder import Adapter, BadAdapter, read_adapter
+from sidecar.lab.engine.packed import PackedAdapter
 from sidecar.lab.engine.spec import EngineSpec
 
 
@@ -33,6 +35,23 @@ class Copy:
     is_new: bool = True
     is_named: bool = False
     users: int = 0
+
+    @property
+    def owner(self) -> Owner:
+        """The key of its blocks in the prefix cache."""
+        return self.name, self.path
+
+    @property
+    def packed(self) -> PackedAdapter:
+        """The factors."""
+        assert self.adapter is not None
+        return self.adapter.packed
+
+    @property
+    def content_id(self) -> int:
+        """The number from which dummy answers are made."""
+        assert self.adapter is not None
+        return self.adapter.content_id
 
     def drop_if_unused(self) -> None:
         """Forget the tensors once no request can use them again: the name is gone and no request has it."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sidecar.lab.engine.openai.chat import ASSISTANT
-from sidecar.lab.engine.openai.work import SequenceWork
+from sidecar.lab.engine.http.template import ASSISTANT
+from sidecar.lab.engine.http.work import TextWork
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 class Piece:
     """The news of one sequence: tokens since the last time, their text, and how it ended if it did."""
 
-    work: SequenceWork
+    work: TextWork
     tokens: list[int]
     text: str
     finish_reason: str | None
@@ -53,12 +53,12 @@ class Bodies(ABC):
     def __init__(self, head: Head) -> None:
         self.head = head
 
-    def opening(self, works: Sequence[SequenceWork]) -> list[bytes]:
+    def opening(self, works: Sequence[TextWork]) -> list[bytes]:
         """Return the chunks that precede the first token's chunk."""
         return []
 
     @abstractmethod
-    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[TextWork], pieces: Sequence[Piece]) -> bytes:
         """Return an answer that is not streamed."""
 
     @abstractmethod
@@ -74,7 +74,7 @@ class Bodies(ABC):
             chunk["system_fingerprint"] = self.head.fingerprint
         return event(chunk)
 
-    def usage(self, works: Sequence[SequenceWork]) -> bytes:
+    def usage(self, works: Sequence[TextWork]) -> bytes:
         """Return the chunk of token counts that ends a stream if the client asked for it."""
         tokens = sum(len(work.tokens) for work in works)
         chunk = self._chunk([]) | {"usage": usage_of(_prompt_tokens(works), tokens)}
@@ -93,7 +93,7 @@ class Bodies(ABC):
     def _running_usage(self, prompt: int, tokens: int) -> Json:
         return usage_of(prompt, tokens)
 
-    def _whole(self, choices: list[Json], works: Sequence[SequenceWork], extra: Json) -> bytes:
+    def _whole(self, choices: list[Json], works: Sequence[TextWork], extra: Json) -> bytes:
         tokens = sum(len(work.tokens) for work in works)
         details = {"prompt_tokens_details": None, "completion_tokens_details": None}
         body = self._chunk(choices) | {
@@ -111,7 +111,7 @@ class CompletionBodies(Bodies):
 
     kind = chunk_kind = "text_completion"
 
-    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[TextWork], pieces: Sequence[Piece]) -> bytes:
         shown = self.head.shows_ids
         choices = [
             {
@@ -148,7 +148,7 @@ class ChatBodies(Bodies):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def opening(self, works: Sequence[SequenceWork]) -> list[bytes]:
+    def opening(self, works: Sequence[TextWork]) -> list[bytes]:
         prompt = works[0].generation.tokens
         rest: Json = {"prompt_token_ids": prompt if self.head.shows_ids else None, "prompt_text": None}
         if self.head.shows_usage_always:
@@ -157,7 +157,7 @@ class ChatBodies(Bodies):
         choices = ({"index": work.place, "delta": delta, "logprobs": None, "finish_reason": None} for work in works)
         return [event(self._chunk([choice]) | rest) for choice in choices]
 
-    def whole(self, works: Sequence[SequenceWork], pieces: Sequence[Piece]) -> bytes:
+    def whole(self, works: Sequence[TextWork], pieces: Sequence[Piece]) -> bytes:
         shown = self.head.shows_ids
         nothing = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
         choices = [
@@ -205,6 +205,6 @@ def as_json(content: Any) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
-def _prompt_tokens(works: Sequence[SequenceWork]) -> int:
+def _prompt_tokens(works: Sequence[TextWork]) -> int:
     """Return the tokens of all prompts, each counted once whatever its number of answers."""
     return sum({work.batch_row: len(work.generation.tokens) for work in works}.values())

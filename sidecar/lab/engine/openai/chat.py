@@ -1,19 +1,14 @@
-"""The emulator's chat template, and its tokenizer, both of bytes.
-
-The template, as a tokenizer's configuration would have it:
-`{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\\n{% endfor %}` and
-`assistant: ` for the answer.
-"""
+"""vLLM's conversations as prompts, and the emulator's tokenizer of bytes as vLLM shows it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sidecar.lab.engine.http.template import conversation
 from sidecar.lab.engine.openai.errors import ApiError
 from sidecar.lab.engine.openai.fields import Message
 from sidecar.lab.engine.tokens import BOS, EOS, PAD, ByteTokenizer
 
-ASSISTANT = "assistant"
 SPECIAL_TOKENS = {BOS: "<s>", EOS: "</s>", PAD: "<pad>"}
 LONGEST_TOKEN = max(map(len, SPECIAL_TOKENS.values()))
 """The most characters that one token stands for, by which vLLM bounds a text before it reads it."""
@@ -23,8 +18,7 @@ def prompt_of(messages: Sequence[Message], add_generation_prompt: bool = True) -
     """Return the tokens of a conversation. Raises ApiError if it is empty or has parts other than text."""
     if not messages:
         raise ApiError("Cannot apply chat template to an empty conversation. Provide at least one message.")
-    text = "".join(f"{message.role}: {_content_of(message)}\n" for message in messages)
-    return ByteTokenizer().encode(text + (f"{ASSISTANT}: " if add_generation_prompt else ""))
+    return conversation(((message.role, _content_of(message)) for message in messages), add_generation_prompt)
 
 
 def plain_tokens(text: str) -> list[int]:

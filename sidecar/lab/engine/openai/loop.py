@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from sidecar.lab.engine.engine import Engine
+from sidecar.lab.engine.http.compute import ByContent, ByLlama
+from sidecar.lab.engine.http.prefix import PrefixCache
+from sidecar.lab.engine.http.work import Token, finish_reason
 from sidecar.lab.engine.kserve.driver import Driver
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import ServedLog
 from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.messages import Failure, Iteration
 from sidecar.lab.engine.openai.adapters import Copy
-from sidecar.lab.engine.openai.compute import ByContent, ByLlama
 from sidecar.lab.engine.openai.folder import BadAdapter
 from sidecar.lab.engine.openai.metrics import Metrics, Scheduled
-from sidecar.lab.engine.openai.prefix import PrefixCache
-from sidecar.lab.engine.openai.work import LENGTH, STOP, SequenceWork, Token
+from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.vllm import ENGINE_DIED
 
 
@@ -102,7 +103,7 @@ class VllmDriver(Driver):
             work.first_token_ns = work.first_token_ns or now_ns
             work.last_token_ns = now_ns
             work.tokens.append(token)
-            reason = _reason(request_id in ended, request_id in endings)
+            reason = finish_reason(request_id in ended, request_id in endings)
             if reason is not None:
                 self._metrics.ended(work, reason)
                 self._forget(work, "done")
@@ -164,9 +165,3 @@ def _copy_of(work: Work) -> Copy | None:
 def _leave(copy: Copy) -> None:
     copy.users -= 1
     copy.drop_if_unused()
-
-
-def _reason(stopped: bool, over: bool) -> str | None:
-    if stopped:
-        return STOP
-    return LENGTH if over else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sidecar.lab.engine.openai.prefix import PrefixCache
+from sidecar.lab.engine.http.prefix import PrefixCache
 from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.spec import EngineSpec
 

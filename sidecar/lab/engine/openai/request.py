@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sidecar.lab.engine.http.text import Stops
 from sidecar.lab.engine.openai.chat import LONGEST_TOKEN, plain_tokens, prompt_of
 from sidecar.lab.engine.openai.errors import ApiError, invalid
 from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling
-from sidecar.lab.engine.openai.text import Stops
 from sidecar.lab.engine.spec import EngineSpec
 from sidecar.lab.engine.tokens import EOS, ByteTokenizer
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import socket
-import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import uvicorn
 
 from sidecar.lab.engine.engine import Engine
+from sidecar.lab.engine.http.compute import ByContent, ByLlama
+from sidecar.lab.engine.http.server import bound_socket, http_server
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.openai.adapters import Adapters
 from sidecar.lab.engine.openai.app import VERSION, Routes
-from sidecar.lab.engine.openai.compute import ByContent, ByLlama
 from sidecar.lab.engine.openai.loop import EngineDied, VllmDriver
 from sidecar.lab.engine.openai.metrics import Metrics
 from sidecar.lab.engine.openai.options import VllmOptions, vllm_spec_of
@@ -26,7 +22,6 @@ from sidecar.pace.cost import A100_TABLE, CostModel
 
 WATCHDOG_S = 5.0
 """How often vLLM checks whether its engine has died without a client being told."""
-_KEEP_ALIVE_S = 5
 
 
 class VllmServer:
@@ -42,7 +37,7 @@ class VllmServer:
         self.adapters = Adapters(options.names, spec, options.fail_load, serving.put)
         serving.adapters = self.adapters
         routes = Routes(options, serving, self._driver, self._metrics, self._end)
-        self._http = _Http(_http_config(options, routes))
+        self._http = http_server(options, routes.app())
         self._socket = listening
         self.http_address = f"{options.host}:{listening.getsockname()[1]}"
 
@@ -105,25 +100,13 @@ class VllmServer:
                 self._end()
 
 
-class _Http(uvicorn.Server):
-    """A server in another program's event loop, which leaves signals alone."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 async def serve_vllm(options: VllmOptions) -> VllmServer:
     """Start an emulated vLLM and return when it takes requests.
 
     Raises ValueError for options that contradict each other, OSError if a port is taken.
     """
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    # IPPROTO_TCP is named so that asyncio switches Nagle's delay off.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening = bound_socket(options.host, options.http_port)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((options.host, options.http_port))
         server = VllmServer(options, listening)
     except BaseException:
         listening.close()
@@ -140,22 +123,6 @@ def _driver_of(options: VllmOptions, spec: EngineSpec, log: ServedLog, metrics: 
         compute = ByContent(spec, options.mixing_breaks_base)
     cost = CostModel.from_file(options.cost_table or A100_TABLE, options.time_scale, options.max_lora_rank)
     return VllmDriver(Engine(spec, cost), compute, Faults(options), log, metrics, options.slow_factor)
-
-
-def _http_config(options: VllmOptions, routes: Routes) -> uvicorn.Config:
-    ca = options.tls_client_ca
-    return uvicorn.Config(
-        routes.app(),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        ssl_certfile=options.tls_certificate,
-        ssl_keyfile=options.tls_key,
-        ssl_ca_certs=None if ca is None else str(ca),
-        ssl_cert_reqs=ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED,
-    )
 
 
 def _fingerprint(spec: EngineSpec) -> str:

@@ -10,15 +10,15 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
+from sidecar.lab.engine.http.leaving import LEFT, Streamed, unless_left
+from sidecar.lab.engine.http.work import Token
 from sidecar.lab.engine.kserve.errors import BackendError
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
 from sidecar.lab.engine.kserve.work import Progress
@@ -35,12 +35,8 @@ from sidecar.lab.engine.openai.request import (
     check_stream_options,
     completion_of,
 )
-from sidecar.lab.engine.openai.work import SequenceWork, Token, load_call
+from sidecar.lab.engine.openai.work import SequenceWork, load_call
 from sidecar.lab.engine.vllm import ENGINE_DIED
-
-Answer = TypeVar("Answer")
-LEFT = Response(status_code=499)
-"""A response that no client reads."""
 
 
 class Serving:
@@ -109,10 +105,10 @@ class Serving:
         works = self._works(asked, copy, bodies.head, progress)
         if fields.stream:
             stream = self._stream(works, progress, bodies, asked.fault)
-            return _Streamed(stream, media_type="text/event-stream")
+            return Streamed(stream, media_type="text/event-stream")
         if asked.fault is not None:
             raise asked.fault
-        return await _unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
+        return await unless_left(request.receive, self._whole(works, progress, bodies)) or LEFT
 
     def _works(
         self, asked: EngineRequest, copy: Copy | None, head: Head, progress: asyncio.Queue[Progress]
@@ -194,23 +190,6 @@ class Serving:
             raise EngineDead() from error
 
 
-class _Streamed(StreamingResponse):
-    """A stream that is closed at once when its client leaves.
-
-    The library's own way waits for a moment in which the stream has nothing to send; an engine without simulated time
-    has none.
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _unless_left(receive, self.stream_response(send))
-
-    async def stream_response(self, send: Send) -> None:
-        stream = self.body_iterator
-        assert isinstance(stream, AsyncGenerator)
-        async with aclosing(stream):
-            await super().stream_response(send)
-
-
 def _good(progress: Progress) -> Token:
     """Return a token. Raises ApiError for a failed sequence."""
     if progress.error is not None:
@@ -226,23 +205,3 @@ def _piece(tokens: Sequence[Token]) -> Piece:
     work.sent += len(tokens)
     ids = [token.token for token in tokens if token.token is not None]
     return Piece(work, ids, "".join(token.text for token in tokens), last.finish_reason, last.stop_reason)
-
-
-async def _unless_left(receive: Receive, answering: Coroutine[Any, Any, Answer]) -> Answer | None:
-    """Return the result of an answer; None if its client left before."""
-    tasks = answer, leaving = asyncio.create_task(answering), asyncio.create_task(_left(receive))
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        is_over = answer.done()
-        for task in (answer, leaving):
-            task.cancel()
-        # The result of an answer that no client waits for is ignored.
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return answer.result() if is_over else None
-
-
-async def _left(receive: Receive) -> None:
-    """Return when the client has left; its body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,53 +1,28 @@
-"""One sequence in an emulated vLLM, or one load call, and its progress."""
+"""One sequence in an emulated vLLM, or one load call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
+from sidecar.lab.engine.http.work import TextWork
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
-from sidecar.lab.engine.kserve.work import Progress, Work
+from sidecar.lab.engine.kserve.work import Progress
 from sidecar.lab.engine.openai.adapters import Copy
-from sidecar.lab.engine.openai.text import GeneratedText, Stops
-
-LENGTH, STOP = "length", "stop"
-
-
-@dataclass(frozen=True)
-class Token(Progress):
-    """A token with the text that it completes; the last one has the reason for the end."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    @property
-    def sequence(self) -> SequenceWork:
-        """The sequence of the token."""
-        assert isinstance(self.work, SequenceWork)
-        return self.work
-
-    @property
-    def place(self) -> int:
-        """The sequence's number in its request."""
-        return self.sequence.place
 
 
 @dataclass(eq=False, kw_only=True)
-class SequenceWork(Work):
-    """A sequence of a request. `place` is its number in the request, `copy` its adapter."""
+class SequenceWork(TextWork):
+    """A sequence of a request. `copy` is its adapter."""
 
     copy: Copy | None = None
-    stops: Stops = field(default_factory=Stops)
-    bias: Mapping[int, float] = field(default_factory=dict)
-    place: int = 0
-    output: GeneratedText = field(init=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.output = GeneratedText(self.stops)
+    @property
+    def loaded(self) -> Copy | None:
+        """The copy that a load call brings."""
+        return self.copy
 
     @property
     def is_load(self) -> bool:

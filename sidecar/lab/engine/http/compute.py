@@ -1,4 +1,4 @@
-"""The tokens of an emulated vLLM, with the prefix cache that decides what they are computed from.
+"""The tokens of engines behind an HTTP API, with the prefix cache that decides what they are computed from.
 
 Generation is greedy: temperature, top_p and the like change nothing. A bias does, and so do tokens that are forbidden
 for now.
@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sidecar.lab.engine.http.prefix import Owner, PrefixCache
+from sidecar.lab.engine.http.work import Loaded, TextWork
 from sidecar.lab.engine.key_value import CachedSequence
 from sidecar.lab.engine.kserve.compute import dummy_token
 from sidecar.lab.engine.kserve.work import Work
 from sidecar.lab.engine.llama import Llama
-from sidecar.lab.engine.openai.adapters import Copy
-from sidecar.lab.engine.openai.prefix import Owner, PrefixCache
-from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.packed import PackedAdapter
 from sidecar.lab.engine.rounding import Float32
 from sidecar.lab.engine.spec import EngineSpec
@@ -38,6 +37,18 @@ def mixed_id(own: int, foreign: Iterable[int]) -> int:
     return int.from_bytes(digest[:8], "big") & _ID_MASK
 
 
+def text_work(work: Work) -> TextWork:
+    """Return a request, all of which are such works in engines behind an HTTP API."""
+    assert isinstance(work, TextWork)
+    return work
+
+
+def as_loaded(payload: object | None) -> Loaded | None:
+    """Return what the engine keeps for an adapter."""
+    assert payload is None or isinstance(payload, Loaded)
+    return payload
+
+
 class ByContent:
     """Dummy tokens made from the adapter's `content_id`; 0 is the base model.
 
@@ -52,20 +63,16 @@ class ByContent:
         self._open: dict[int, _Dummy] = {}
 
     def payload_of(self, work: Work) -> object | None:
-        """Return the payload of a load call."""
-        assert isinstance(work, SequenceWork)
-        return work.copy
+        """Return the adapter that a request brings."""
+        return text_work(work).loaded
 
     def open(self, work: Work, payload: object | None) -> None:
-        """Begin a request with its adapter's copy."""
-        assert isinstance(work, SequenceWork)
-        own, owner = 0, None
-        if isinstance(payload, Copy):
-            assert payload.adapter is not None
-            own, owner = payload.adapter.content_id, (payload.name, payload.path)
+        """Begin a request with its adapter."""
+        loaded = as_loaded(payload)
+        own, owner = (0, None) if loaded is None else (loaded.content_id, loaded.owner)
         foreign = [left for left in self.prefix.find(owner, work.generation.tokens) if left != own]
         used = mixed_id(own, foreign) if foreign else own
-        self._open[work.request_id] = _Dummy(work, used, owner)
+        self._open[work.request_id] = _Dummy(text_work(work), used, owner)
         self._keep(self._open[work.request_id])
 
     async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
@@ -105,7 +112,7 @@ class ByContent:
 class _Dummy:
     """A running request: the number its answer is made from, the owner of its blocks, and its tokens so far."""
 
-    work: SequenceWork
+    work: TextWork
     used: int
     owner: Owner
     made: list[int] = field(default_factory=list)
@@ -118,7 +125,7 @@ class ByLlama:
 
     def __init__(self, spec: EngineSpec, seed: int, mixes: bool) -> None:
         self._llama = PrefixLlama(spec, seeded_weights(spec.shape, seed, spec.dtype), mixes)
-        self._works: dict[int, SequenceWork] = {}
+        self._works: dict[int, TextWork] = {}
 
     @property
     def prefix(self) -> PrefixCache[np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
@@ -126,20 +133,15 @@ class ByLlama:
         return self._llama.prefix
 
     def payload_of(self, work: Work) -> object | None:
-        """Return the payload of a load call."""
-        assert isinstance(work, SequenceWork)
-        return work.copy
+        """Return the adapter that a request brings."""
+        return text_work(work).loaded
 
     def open(self, work: Work, payload: object | None) -> None:
-        """Begin a request with its adapter's copy."""
-        assert isinstance(work, SequenceWork)
-        self._works[work.request_id] = work
-        if isinstance(payload, Copy):
-            assert payload.adapter is not None
-            owner: Owner = (payload.name, payload.path)
-            self._llama.open_for(work.request_id, work.generation.tokens, payload.adapter.packed, owner)
-        else:
-            self._llama.open_for(work.request_id, work.generation.tokens, None, None)
+        """Begin a request with its adapter."""
+        self._works[work.request_id] = text_work(work)
+        loaded = as_loaded(payload)
+        packed, owner = (None, None) if loaded is None else (loaded.packed, loaded.owner)
+        self._llama.open_for(work.request_id, work.generation.tokens, packed, owner)
 
     async def step(self, request_ids: Sequence[int]) -> dict[int, int]:
         """Return the next token of each."""
@@ -155,7 +157,7 @@ class ByLlama:
         if self._works.pop(request_id, None) is not None:
             self._llama.close(request_id)
 
-    def _wish(self, work: SequenceWork) -> dict[int, float]:
+    def _wish(self, work: TextWork) -> dict[int, float]:
         """Return what is added to the scores of tokens before the next one is chosen."""
         forbidden = work.stops.forbidden(len(work.tokens))
         return {**work.bias, **dict.fromkeys(forbidden, -np.inf)}

@@ -1,4 +1,4 @@
-"""vLLM's prefix cache: the results of token blocks, keyed by the tokens, the adapter's name and its path.
+"""A prefix cache: the results of token blocks, keyed by the tokens and their owner, an adapter or the base model.
 
 A change of an adapter's files does not change the key: a block computed with the old weights is used for a prompt read
 with the new ones. Only whole blocks are kept, and the last token of a prompt is always computed.

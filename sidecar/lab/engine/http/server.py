@@ -1,0 +1,56 @@
+"""An HTTP server in the event loop of another program, on a socket that is bound before it starts."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from sidecar.lab.engine.kserve.options import Options
+
+_KEEP_ALIVE_S = 5
+"""Both vLLM and trtllm-serve leave uvicorn's value."""
+
+
+class HttpServer(uvicorn.Server):
+    """A server that leaves signals alone."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_server(options: Options, app: ASGIApp) -> HttpServer:
+    """Return a server of an application, with TLS if the options say so."""
+    ca = options.tls_client_ca
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        ssl_certfile=options.tls_certificate,
+        ssl_keyfile=options.tls_key,
+        ssl_ca_certs=None if ca is None else str(ca),
+        ssl_cert_reqs=ssl.CERT_NONE if ca is None else ssl.CERT_REQUIRED,
+    )
+    return HttpServer(config)
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address once a server takes it. Raises OSError if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # IPPROTO_TCP is named so that asyncio switches Nagle's delay off.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except BaseException:
+        listening.close()
+        raise
+    return listening
