@@ -16,7 +16,7 @@ import pytest_asyncio
 from sidecar.backends.api import HttpForm
 from sidecar.backends.faults import classify
 from sidecar.backends.quoting import wrote_in
-from sidecar.backends.vllm.api import DEAD, fault_of
+from sidecar.backends.vllm.api import DEATHS, fault_of
 from sidecar.backends.wire import is_lost
 from sidecar.core.effects import Dispatch, Heal
 from sidecar.core.enums import Fault
@@ -81,7 +81,8 @@ def test_words_of_grpc() -> None:
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-async def test_a_value_in_a_body(tmp_path: Path, escaped: bool) -> None:
+@pytest.mark.parametrize("death", DEATHS)
+async def test_a_value_in_a_body(tmp_path: Path, death: str, escaped: bool) -> None:
     """vLLM's validation quotes it, and nobody's engine is gone for it."""
     write_adapters(tmp_path / "adapters", 1)
     (tmp_path / "shared").mkdir()
@@ -90,23 +91,23 @@ async def test_a_value_in_a_body(tmp_path: Path, escaped: bool) -> None:
         fronted([engine], tmp_path) as served,
         Client(served.sidecar.http_address) as client,
     ):
-        words = "".join(f"\\u{ord(letter):04x}" for letter in DEAD) if escaped else DEAD
+        words = "".join(f"\\u{ord(letter):04x}" for letter in death) if escaped else death
         body = f'{{"model": "base", "prompt": "a", "max_tokens": 2, "temperature": "{words}"}}'
         answer = await client.http.post(
             "/v1/completions", content=body.encode(), headers={"content-type": "application/json"}
         )
         assert answer.status_code == 400
-        assert DEAD in answer.text
+        assert death in answer.text
         assert served.recorder.count(Dispatch) == 1
         assert not any(isinstance(event, BackendLost) for event in served.recorder.events)
 
 
-def test_a_dead_vllm_is_told_by_its_own_words() -> None:
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_dead_vllm_is_told_by_its_own_words(death: str) -> None:
     """With a server's status, and where the body does not have them however they are written there."""
-    escaped = HttpForm(
-        "/v1/completions", b'{"model": ', rb', "user": "\u0045ngineCore encountered an issue"}', "a", False
-    )
-    assert fault_of(500, DEAD) is Fault.LOST
-    assert fault_of(400, DEAD) is Fault.REJECTED
-    assert fault_of(500, DEAD, wrote_in(escaped)) is Fault.REJECTED
+    after = f', "user": "\\u{ord(death[0]):04x}{death[1:]}"}}'
+    escaped = HttpForm("/v1/completions", b'{"model": ', after.encode(), "a", False)
+    assert fault_of(500, death) is Fault.LOST
+    assert fault_of(400, death) is Fault.REJECTED
+    assert fault_of(500, death, wrote_in(escaped)) is Fault.REJECTED
     assert fault_of(503, "anything", wrote_in(escaped)) is Fault.LOST

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from sidecar.backends.vllm.api import Measures, fault_of, is_too_old, message_of, parse
+from sidecar.backends.vllm.api import ALREADY, Measures, fault_of, is_too_old, message_of, parse
 from sidecar.backends.vllm.run import _split
 from sidecar.core.enums import Fault
 
@@ -47,12 +47,31 @@ def test_a_scrape_that_says_nothing_of_it() -> None:
         (404, "Not Found", Fault.REJECTED),
         (400, "This model's maximum context length is 1024 tokens.", Fault.REJECTED),
         (500, "EngineCore encountered an issue. See stack trace (above) for the root cause.", Fault.LOST),
+        (500, "The server had an error while processing your request.", Fault.LOST),
+        (500, "engine-core error: engine core reported fatal failure", Fault.LOST),
+        (500, "completion stream failed: engine-core error: engine core reported fatal failure", Fault.LOST),
+        (400, "engine-core error: engine core reported fatal failure", Fault.REJECTED),
+        (404, "The model `sql@0123456789ab` does not exist.", Fault.MISS),
         (500, "anything else", Fault.REJECTED),
         (503, "", Fault.LOST),
     ],
 )
 def test_what_an_error_means(status: int, text: str, fault: Fault) -> None:
     assert fault_of(status, text) is fault
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The lora adapter 'n' has already been loaded. If you want to load the adapter in place, set 'load_inplace' to "
+        "True.",
+        "LoRA adapter `n` is already loaded. If you want to load the adapter in place, set 'load_inplace' to true.",
+    ],
+)
+def test_a_name_that_is_there_already(text: str) -> None:
+    """Each front end has its own words for it."""
+    assert ALREADY.search(text)
+    assert not ALREADY.search("LoRA adapter `n` conflicts with a served base model")
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,52 @@ def test_events(events: list[bytes], counts: list[int]) -> None:
     assert [tokens.added(each, each.find(CHOICES)) for each in events] == counts
 
 
+RUST_COMPLETION = """\
+{"id":"cmpl-1","object":"text_completion","created":1,"model":"a","choices":[{"index":0,"text":""}]}
+{"id":"cmpl-1","object":"text_completion","created":1,"model":"a","choices":[{"index":0,"text":"\ufffd remainder"}]}
+{"id":"cmpl-1","object":"text_completion","created":1,"model":"a","choices":[{"index":0,"text":"########"}]}
+{"id":"cmpl-1","object":"text_completion","created":1,"model":"a","choices":[{"index":0,"text":"","finish_reason":"length"}]}
+"""
+RUST_CHAT = """\
+{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"a","choices":[{"index":0,"delta":{"role":"assistant"}}]}
+{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"a","choices":[{"index":0,"delta":{"content":"report"}}]}
+{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"a","choices":[{"index":0,"delta":{"content":"MM"}}]}
+{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"a","choices":[{"index":0,"delta":{},"finish_reason":"length"}]}
+"""
+RUST_IDS = """\
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"","token_ids":[],"prompt_token_ids":[3,4,5]}]}
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"","token_ids":[100]}]}
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"\ufffd remainder","token_ids":[2714]}]}
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"","finish_reason":"length","token_ids":[]}]}
+"""
+RUST_CHAT_IDS = """\
+{"id":"c","model":"a","choices":[{"index":0,"delta":{"role":"assistant"}}],"prompt_token_ids":[3557,27,2830]}
+{"id":"c","model":"a","choices":[{"index":0,"delta":{"content":"report"},"token_ids":[2643]}]}
+{"id":"c","model":"a","choices":[{"index":0,"delta":{},"finish_reason":"length"}]}
+"""
+PYTHON_END = """\
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"x","logprobs":null,"finish_reason":null,"stop_reason":null}]}
+{"id":"cmpl-1","model":"a","choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"stop","stop_reason":null}]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stream", "counts"),
+    [
+        (RUST_COMPLETION, [1, 1, 1, 0]),
+        (RUST_CHAT, [0, 1, 1, 0]),
+        (RUST_IDS, [0, 1, 1, 0]),
+        (RUST_CHAT_IDS, [0, 1, 0]),
+        (PYTHON_END, [1, 1]),
+    ],
+)
+def test_streams_of_both_front_ends(stream: str, counts: list[int]) -> None:
+    """As vLLM 0.33 wrote them: a token of half a letter has no text, and an end by the Rust front end no token."""
+    events = [f"data: {line}".encode() for line in stream.splitlines()]
+    tokens = StreamedTokens()
+    assert [tokens.added(each, each.find(CHOICES)) for each in events] == counts
+
+
 @pytest.mark.parametrize(
     ("body", "tokens"),
     [

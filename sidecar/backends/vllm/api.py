@@ -18,8 +18,13 @@ PROBE_TIMEOUT_S = 5.0
 OLDEST = (0, 32)
 """In older versions a load under traffic could serve another adapter's weights (vllm#47724)."""
 NO_SUCH_MODEL = re.compile(r"The model `.*` does not exist")
-ALREADY = "has already been loaded"
-DEAD = "EngineCore encountered an issue"
+ALREADY = re.compile(r"is already loaded|has already been loaded")
+DEATHS = (
+    "EngineCore encountered an issue",
+    "The server had an error while processing your request",
+    "engine core reported fatal failure",
+)
+"""The texts that tell of a dead engine: of 0.32, of 0.33, and of the Rust front end of either."""
 
 
 @dataclass(frozen=True)
@@ -159,11 +164,17 @@ def message_of(body: bytes) -> str:
         return body[:500].decode(errors="replace")
 
 
+def tells_of_death(text: str, wrote: Wrote = nobody_wrote) -> bool:
+    """Return True if a server's error tells that its engine is dead."""
+    return any(death in text and not wrote(death) for death in DEATHS)
+
+
 def fault_of(status: int, text: str, wrote: Wrote = nobody_wrote) -> Fault:
-    """Return the fault of a generating request's error. A 5xx by itself says nothing about the engine's health, and a
-    4xx never does.
+    """Return the fault of a generating request's error.
+
+    An unknown 5xx is REJECTED, which says nothing about the engine's health: ask `/health`. A 4xx never does.
     """
-    is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and DEAD in text and not wrote(DEAD)
+    is_dead = status >= httpx.codes.INTERNAL_SERVER_ERROR and tells_of_death(text, wrote)
     if is_dead or status == httpx.codes.SERVICE_UNAVAILABLE:
         return Fault.LOST
     if status == httpx.codes.NOT_FOUND and NO_SUCH_MODEL.search(text):

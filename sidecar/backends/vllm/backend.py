@@ -21,10 +21,11 @@ from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.vllm.api import ALREADY, DEAD, Measures, Served, VllmApi, is_too_old, message_of
+from sidecar.backends.vllm.api import ALREADY, Measures, Served, VllmApi, fault_of, is_too_old, message_of
 from sidecar.backends.vllm.kind import MODEL, VllmEntry
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load
+from sidecar.core.enums import Fault
 from sidecar.core.events import BackendMeasured
 from sidecar.core.facts import EngineFacts
 from sidecar.errors import Misused, Reason
@@ -195,10 +196,13 @@ class VllmBackend(Endpoint):
         except httpx.HTTPError as error:
             return LoadResult(self._error_text(error), lost=True)
         text = message_of(reply.content)
-        if reply.status_code == httpx.codes.OK or ALREADY in text:
+        status = reply.status_code
+        if status == httpx.codes.OK or (status == httpx.codes.BAD_REQUEST and ALREADY.search(text)):
             return LoadResult(None)
+        # A bad adapter is a 500 of a healthy engine; so is an engine's end.
+        lost = fault_of(status, text) is Fault.LOST or (status >= 500 and await self._wire_broke(text))
         self._registered.pop(effect.packed.key, None)
-        return LoadResult(text, lost=DEAD in text or reply.status_code == httpx.codes.SERVICE_UNAVAILABLE)
+        return LoadResult(text, lost=lost)
 
     async def forget(self, key: str) -> None:
         while self._up and key in self._registered:
@@ -216,7 +220,6 @@ class VllmBackend(Endpoint):
             return  # a process that crashes stops its backends whatever was stopped already
         await self._unload_all()
         await self._client.aclose()
-        """Unload all adapters: their files are removed with this process."""
 
     async def _unload_all(self) -> None:
         """Have the server forget what it would look for in vain: the files go with this process."""
@@ -233,8 +236,6 @@ class VllmBackend(Endpoint):
     @staticmethod
     def _is_late(error: Exception) -> bool:
         return isinstance(error, httpx.TimeoutException)
-
-    """Return the engine's name for a version: the digest identifies it, the adapter's name is for people."""
 
 
 def _name(effect: Load | Dispatch) -> str:

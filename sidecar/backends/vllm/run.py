@@ -21,7 +21,11 @@ END_OF_EVENT = b"\n\n"
 DONE = b"data: [DONE]"
 ERROR = b'data: {"error"'
 CHOICES = b'"choices":[{'
-ROLE, NO_CONTENT = b'"delta":{"role":', b'"content":""'
+ROLE, NO_CONTENT, ROLE_ONLY = b'"delta":{"role":', b'"content":""', b'"delta":{"role":"assistant"}'
+ENDS_ONLY = b'"text":"","finish_reason":"', b'"delta":{},"finish_reason":"'
+"""How the Rust front end begins a chat and ends a choice, without a token. The Python server ends it with the last one,
+and puts "logprobs" in between.
+"""
 IDS = b'"token_ids":['
 USAGE = b'"usage":{'
 # None of these can occur in the text of an answer: there a backslash precedes every quote.
@@ -89,8 +93,7 @@ class VllmRun:
     async def _events(self, reply: httpx.Response) -> None:
         async for event in _split(reply.aiter_raw()):
             if event.startswith(ERROR):
-                text = message_of(event.removeprefix(b"data: "))
-                await self._failed(self._fault(httpx.codes.INTERNAL_SERVER_ERROR, text), text)
+                await self._refused(httpx.codes.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
                 return
             final = event.startswith(DONE)
             self._take(event, final)
@@ -143,16 +146,18 @@ class VllmRun:
         self._heard(self.effect.request, 0)
         text = message_of(body)
         self.ticket.rejected_with = HttpRejection(status, body.replace(self._name.encode(), self._form.model.encode()))
-        await self._failed(self._fault(status, text), text)
+        await self._refused(status, text)
 
-    def _fault(self, status: int, text: str) -> Fault:
-        return fault_of(status, text, wrote_in(self._form))
+    async def _refused(self, status: int, text: str) -> None:
+        """End by an error of the server's. One of its own making that is not known may be the engine's end."""
+        fault = fault_of(status, text, wrote_in(self._form))
+        await self._failed(fault, text, in_doubt=status >= httpx.codes.INTERNAL_SERVER_ERROR)
 
     async def _wire_broke(self, text: str) -> None:
-        await self._failed(Fault.LOST, text)
+        await self._failed(Fault.LOST, text, in_doubt=True)
 
-    async def _failed(self, fault: Fault, text: str) -> None:
-        if fault is Fault.LOST and await self._broken(text, self._has_begun):
+    async def _failed(self, fault: Fault, text: str, in_doubt: bool) -> None:
+        if in_doubt and await self._broken(text, self._has_begun):
             return  # the backend's loss ends this run, too
         self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
 
@@ -182,7 +187,8 @@ class StreamedTokens:
     """Counts the tokens in events. vLLM puts several into one when it lags, by its stream_interval, or when it guesses.
 
     It counts token ids if the request asked for them, else reads the usage if every event has one, else counts one for
-    each event except those that begin a chat.
+    each event except those that only begin a chat or only end a choice. An event without text may well be a token: one
+    that is half a letter.
     """
 
     def __init__(self) -> None:
@@ -197,6 +203,8 @@ class StreamedTokens:
         if event.find(USAGE, choice) >= 0:
             return self._used(event)
         if not self._has_some and ROLE in event and NO_CONTENT in event:
+            return 0
+        if event.find(ROLE_ONLY, choice) >= 0 or any(event.find(end, choice) >= 0 for end in ENDS_ONLY):
             return 0
         self._has_some = True
         return 1

@@ -13,7 +13,7 @@ import httpx
 
 from sidecar.backends.checks.finding import BUSY_FIX, LOAD_S, RUN_S, Finding, failed, milliseconds, ok, skipped, warning
 from sidecar.backends.checks.staged import FOLDER_FIX, RANK, Staged, can_be_made, folder_at, not_made, staged
-from sidecar.backends.vllm.api import DEAD
+from sidecar.backends.vllm.api import tells_of_death
 from sidecar.backends.vllm.checks.declared import SIZES_FIX, SIZES_UNKNOWN
 from sidecar.backends.vllm.checks.look import Reply, VllmLook
 from sidecar.backends.vllm.checks.registered import (
@@ -53,7 +53,7 @@ async def base(look: VllmLook) -> Finding:
         )
     if reply.is_ok:
         return ok(f"one token in {milliseconds(reply.took_s)}")
-    if DEAD in reply.text:
+    if tells_of_death(reply.text):
         return failed(f"the engine is dead: {reply.line}", "start vLLM again, and read the end of its log")
     return failed(f"the engine refuses a request of one token: {reply.line}", LOG_FIX)
 
