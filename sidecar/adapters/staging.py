@@ -1,8 +1,9 @@
 """Stage adapters as files in a folder that engines read, for engines that load from a path.
 
-A version lies in `<folder>/<key>/` as PEFT saved it: `adapter_config.json` and the safetensors, nothing else. It gets
-that name by a rename after all files are on the disk, so it is complete or absent, however the process ends. Several
-sidecars may share a folder; `claims.py` explains how they avoid removing each other's versions.
+A version lies in `<folder>/<key>/`: `adapter_config.json` and the safetensors, nothing else, as PEFT saved them or, for
+engines that need it, rewritten (`canonical.py`). It gets that name by a rename after all files are on the disk, so it
+is complete or absent, however the process ends. Several sidecars may share a folder; `claims.py` explains how they
+avoid removing each other's versions.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from pathlib import Path
 
 from sidecar.adapters import peft_config
 from sidecar.adapters.builder import check_digest
+from sidecar.adapters.canonical import rewrite
 from sidecar.adapters.claims import Claims
 from sidecar.adapters.durable import DurableFiles
 from sidecar.adapters.peft import INDEX_FILE_NAME, WEIGHTS_FILE_NAME, AdapterSource, read_adapter
 from sidecar.adapters.spool import digest_of_folder
 from sidecar.adapters.strict_json import parse_object
+from sidecar.core.layout import Layout
 from sidecar.errors import Reason, Refused
 
+AS_SAVED = Layout("float16", files=True)
 CHUNK_BYTES = 1 << 20
 FOLDER_MODE, FILE_MODE, OTHERS_READ = 0o755, 0o644, 0o004
 """The engine may run as another user."""
@@ -100,19 +104,20 @@ class Staging:
         except OSError:
             return False
 
-    def stage(self, source: Path, key: str, digest: str, *, link: bool = False) -> Path:
+    def stage(self, source: Path, key: str, digest: str, layout: Layout = AS_SAVED, *, link: bool = False) -> Path:
         """Stage the version in the folder `source`, unless it is staged already, and return its path.
 
         `link` allows hard links where the file system does: set it for sources whose files are never rewritten. Raises
-        Invalid if the folder holds other content, Refused if there is no room; neither leaves anything behind.
+        Invalid if the folder holds other content or cannot be written in the layout, Refused if there is no room;
+        neither leaves anything behind.
         """
         if self.is_whole(key):
             return self.path(key)
         try:
             with self._claimed(key):
                 before = _inode(self.path(key))
-                if before is None or digest_of_folder(self.path(key)) != digest:
-                    self._put(source, key, digest, link, before)
+                if before is None or layout.canonical or digest_of_folder(self.path(key)) != digest:
+                    self._put(source, key, digest, layout, link, before)
                 marks = _marks_of(self.path(key), _file_names(self.path(key)))
         except OSError as error:
             raise _no_room(self.directory, digest, error) from error
@@ -136,22 +141,25 @@ class Staging:
             self.remove(key)
             raise
 
-    def _put(self, source: Path, key: str, digest: str, link: bool, before: int | None) -> None:
+    def _put(self, source: Path, key: str, digest: str, layout: Layout, link: bool, before: int | None) -> None:
         work = Path(tempfile.mkdtemp(dir=self._claims.work))
         try:
             with read_adapter(source, name=digest[:12]) as adapter:
                 check_digest(adapter, digest)
-                self._fill(work / key, source, link, adapter)
-            self._move_in(work, key, before)
+                self._fill(work / key, source, layout, link, adapter)
+            # An engine may be about to read what is there, so equal files stay.
+            if before is None or digest_of_folder(work / key) != digest_of_folder(self.path(key)):
+                self._move_in(work, key, before)
         finally:
             self._claims.discard(work)
 
-    def _fill(self, made: Path, source: Path, link: bool, adapter: AdapterSource) -> None:
+    def _fill(self, made: Path, source: Path, layout: Layout, link: bool, adapter: AdapterSource) -> None:
         self._files.make_directory(made)
-        for name in _file_names(source):
-            file = (source / name).resolve()
-            if not (link and self._linked(file, made / name)):
-                self._copy(file, made / name)
+        if not (layout.canonical and rewrite(adapter, source, layout, made, self._files)):
+            for name in _file_names(source):
+                file = (source / name).resolve()
+                if not (link and self._linked(file, made / name)):
+                    self._copy(file, made / name)
         adapter.file.check_unchanged()
         self._files.sync_directory(made)
 

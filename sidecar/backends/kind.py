@@ -102,6 +102,8 @@ class ModelKind:
     """The model beside it that takes text for it and may be absent."""
     reads_files: bool = False
     """True if it reads adapters from a folder instead of taking packed weights."""
+    canonical_files: bool = False
+    """True if its loader skips tensors by unknown names and ignores `alpha_pattern`, so files are rewritten for it."""
     page_is_adapter: bool = False
     """True if a page of its cache holds one adapter of any size."""
     pages: str = "the engine has {host} in its host cache and {device} on the device"
@@ -195,4 +197,4 @@ def write_for(ask: Ask, streams: Mapping[ModelKind, bool]) -> tuple[dict[str, Fo
 
 def with_kind(facts: EngineFacts, kind: ModelKind) -> EngineFacts:
     """Return the facts of an engine with a model of this kind."""
-    return replace(facts, kind=kind.name, reads_files=kind.reads_files)
+    return replace(facts, kind=kind.name, reads_files=kind.reads_files, canonical_files=kind.canonical_files)

@@ -65,16 +65,21 @@ class EngineFacts:
     """It answers wrongly when base and adapter requests share a batch, so they run alternately."""
     reads_files: bool = False
     """It reads adapters from a folder shared with the sidecar; other engines are sent packed weights."""
+    canonical_files: bool = False
+    """The files it reads must have the names that its loader knows, and each module's factor in B."""
     base_only: bool = False
     """It serves its base model and takes no adapter: it reads them from files, and no folder is shared with it."""
 
     @property
     def layout(self) -> Layout:
-        if self.reads_files:
+        if self.reads_files and not self.canonical_files:
             return Layout(self.dtype or "float16", files=True)
         fused = None if self.modules is None else fused_of(self.modules)
         known = self.heads and self.kv_heads and self.head_size
         heads = Heads(self.heads or 0, self.kv_heads or 0, self.head_size or 0) if known else None
+        if self.canonical_files:  # the engine cuts it for its ranks and calls the fused MLP mlp_gate_up only
+            whole = tuple(name for name in fused or () if name in FUSED)
+            return Layout(self.dtype or "float16", fused=whole, heads=heads, files=True)
         return Layout(self.dtype or "float16", self.rank_multiple, self.tp, fused, heads)
 
     @property
@@ -84,8 +89,8 @@ class EngineFacts:
 
     @property
     def page(self) -> PageShape | None:
-        """The geometry of a cache page; None while modules or layers are unknown."""
-        if not self.modules or not self.layers:
+        """The geometry of a cache page; None while modules or layers are unknown, or where a page is an adapter."""
+        if not self.modules or not self.layers or self.reads_files:
             return None
         return page_shape(self)
 
@@ -234,12 +239,12 @@ def misfit(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
         or _wrong_base(adapter, facts)
         or _wrong_rank(adapter, facts)
         or _wrong_layers(adapter, facts)
-        or (None if facts.layout.files else _unpackable(adapter, facts))
+        or (None if facts.layout.files and not facts.canonical_files else _unpackable(adapter, facts))
     )
 
 
 def _unpackable(adapter: Adapter, facts: EngineFacts) -> Misfit | None:
-    """Return why an adapter's rows cannot be packed for an engine; one that reads files needs no packing."""
+    """Return why an adapter cannot be packed or rewritten for an engine; one that reads any file needs neither."""
     return (
         _unknown_parts(adapter, facts)
         or _wrong_heads(adapter, facts)

@@ -72,7 +72,8 @@ class Layout:
     The engine itself cuts what it is sent for its ranks, so separate projections are sent whole whatever `tp` is. It
     cuts fused ones blindly too: their parts are interleaved per rank, or sent apart if the engine has them apart.
     `fused` has the engine's names of those it has whole (`fused_of`; None: unknown), `heads` the boundaries of q, k
-    and v. With `files` nothing is packed: the engine reads the adapter's PEFT files. Raises ValueError for impossible
+    and v. With `files` nothing is packed: the engine reads the adapter's PEFT files, as they are or, where `fused` is
+    given, rewritten for a loader that knows one set of names (`adapters.canonical`). Raises ValueError for impossible
     values.
     """
 
@@ -90,19 +91,26 @@ class Layout:
             raise ValueError(f"rank_multiple ({self.rank_multiple}) and tp ({self.tp}) are whole numbers from 1")
 
     @property
+    def canonical(self) -> bool:
+        """True if the engine reads files that are rewritten for it."""
+        return self.files and self.fused is not None
+
+    @property
     def label(self) -> str:
-        if self.files:
+        if self.files and not self.canonical:
             return FILES_LABEL
         whole = "" if self.fused is None else f".{'+'.join(self.fused) or 'split'}"
         heads = "" if self.heads is None else f".h{self.heads.query}k{self.heads.key_value}s{self.heads.size}"
+        if self.canonical:
+            return f"canonical{whole}{heads}.{FILES_LABEL}"
         return f"{self.dtype}.r{self.rank_multiple}.tp{self.tp}{whole}{heads}"
 
     def for_modules(self, modules: Iterable[str]) -> Layout:
         """Return the part of the layout that decides these modules' bytes; without fused ones all share one form."""
         adapted = frozenset(modules)
         fused = [name for name in FUSED if name in adapted]
-        if self.files or not fused:
-            return replace(self, fused=None, heads=None)
+        if not fused or (self.files and not self.canonical):
+            return replace(self, fused=() if self.canonical else None, heads=None)
         whole = None if self.fused is None else tuple(found[0] for name in fused if (found := self.whole(name)))
         return replace(self, fused=whole, heads=self.heads if "attn_qkv" in fused else None)
 

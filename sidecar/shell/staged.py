@@ -105,7 +105,7 @@ class StagedFolders:
         # Files in the spool never change, so a link will do; an operator's own folder may change at any time.
         link = self._sources.spool.holds(effect.digest)
         for staging in self._stagings:
-            staging.stage(source, effect.key, effect.digest, link=link)
+            staging.stage(source, effect.key, effect.digest, effect.layout, link=link)
 
     def _remove(self, key: str) -> None:
         for staging in self._stagings:

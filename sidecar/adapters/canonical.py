@@ -1,0 +1,200 @@
+"""Rewrite an adapter's files for TensorRT-LLM's PyTorch loader, so that it takes all of them and scales them right.
+
+That loader (`loaders.py` and `manager.py` in `tensorrt_llm/_torch/peft/lora`) reads one `adapter_model.safetensors`. It
+knows modules by Llama's and Mixtral's names only, and skips all others with a line in its log. It takes a fused
+projection as q, k, v one after the other. It scales each B by `lora_alpha` over its own rank (the rank's root with
+`use_rslora`): `alpha_pattern` has no effect.
+
+The result is a PEFT adapter again, with the same effect on a model that has those names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sidecar.adapters import peft_config
+from sidecar.adapters.names import shown
+from sidecar.adapters.peft import WEIGHTS_FILE_NAME, AdapterSource
+from sidecar.adapters.peft_config import PeftConfig, parse_config
+from sidecar.adapters.refusal import unsupported
+from sidecar.adapters.rows import PackedRow, Range, rows_of
+from sidecar.adapters.targets import Pair
+from sidecar.adapters.tensors import NUMPY_DTYPES, TensorInfo
+from sidecar.core.layout import Layout
+
+NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj", "attn_dense": "self_attn.o_proj", "mlp_h_to_4h": "mlp.gate_proj",
+    "mlp_4h_to_h": "mlp.down_proj", "mlp_gate": "mlp.up_proj", "mlp_gate_up": "mlp.gate_up_proj",
+    "moe_h_to_4h": "mlp.experts.{}.w1", "moe_4h_to_h": "mlp.experts.{}.w2", "moe_gate": "mlp.experts.{}.w3",
+    "moe_router": "mlp.gate", "shared_expert_h_to_4h": "mlp.shared_expert.gate_proj",
+    "shared_expert_4h_to_h": "mlp.shared_expert.down_proj", "shared_expert_gate": "mlp.shared_expert.up_proj",
+}  # fmt: skip
+"""The names by which the loader knows modules (`get_default_trtllm_modules_to_hf_modules`), within a layer."""
+EXACT = 1e-9
+"""A relative difference of two scales that comes from dividing and multiplying by a rank."""
+PIECE_ELEMENTS = 256 << 10
+
+
+class Files(Protocol):
+    """The file operations that the rewriting needs."""
+
+    def create(self, path: Path) -> int: ...
+
+    def write(self, descriptor: int, data: memoryview) -> None: ...
+
+    def sync(self, descriptor: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One tensor to write: the rows `ranges` of a tensor times `factor`, then zeros up to `shape`."""
+
+    name: str
+    tensor: TensorInfo
+    ranges: Sequence[Range]
+    shape: tuple[int, int]
+    factor: float = 1.0
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype if self.factor == 1 else "F32"
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * NUMPY_DTYPES[self.dtype].itemsize
+
+    @property
+    def is_unchanged(self) -> bool:
+        whole = ((0, self.tensor.shape[0]),)
+        return (
+            self.name == self.tensor.name
+            and self.shape == self.tensor.shape
+            and tuple(self.ranges) == whole
+            and self.factor == 1
+        )
+
+    def pieces(self, source: AdapterSource) -> Iterator[npt.NDArray[Any]]:
+        """Yield the values, row by row, in arrays that take little time each."""
+        dtype, (rows, width), own = NUMPY_DTYPES[self.dtype], self.shape, self.tensor.shape[1]
+        step = max(1, PIECE_ELEMENTS // width)
+        for first, count in self.ranges:
+            for row in range(first, first + count, step):
+                taken = min(step, first + count - row)
+                values = np.empty(taken * own, NUMPY_DTYPES[self.tensor.dtype])
+                source.file.read_into(self.tensor, row * own, values)
+                out = np.zeros((taken, width), dtype)
+                out[:, :own] = (
+                    values.reshape(taken, own)
+                    if self.factor == 1
+                    else values.reshape(taken, own).astype(np.float32) * np.float32(self.factor)
+                )
+                yield out
+        missing = rows - sum(count for _, count in self.ranges)
+        if missing:
+            yield np.zeros((missing, width), dtype)
+
+
+def rewrite(source: AdapterSource, directory: Path, layout: Layout, folder: Path, files: Files) -> bool:
+    """Write the adapter in `directory` into an empty folder as an engine takes it; return False if its own files do.
+
+    The layout says which fused projections the engine has whole. Raises Invalid if the parts of one cannot be placed,
+    OSError.
+    """
+    config = parse_config((directory / peft_config.FILE_NAME).read_bytes(), source.name)
+    alpha = config.alpha or 1.0
+    rows = [row for target in source.targets for row in rows_of(target, layout, source.name)]
+    for row in rows:
+        if row.module not in NAMES:
+            raise unsupported(
+                source.name,
+                f"tensor {shown(row.target.a.name, 160)} adapts {row.module}, for which TensorRT-LLM's PyTorch loader "
+                "has no name, so it would be left out; train without it",
+            )
+    matrices = [
+        matrix for row in rows for number, pair in enumerate(row.target.pairs) for matrix in
+        _matrices(row, number, pair, _factor(pair, row, alpha, config.use_rslora))
+    ]  # fmt: skip
+    is_one_file = (directory / WEIGHTS_FILE_NAME).exists()
+    if is_one_file and config.alpha and all(matrix.is_unchanged for matrix in matrices):
+        return False
+    _write_config(folder, source, config, alpha, rows, files)
+    _write_weights(folder / WEIGHTS_FILE_NAME, source, matrices, files)
+    return True
+
+
+def _factor(pair: Pair, row: PackedRow, alpha: float, use_rslora: bool) -> float:
+    """Return what is left of a pair's scale to be put into B, the engine's own taken off."""
+    rank = row.target.rank
+    left = pair.scale / (alpha / (math.sqrt(rank) if use_rslora else rank))
+    return 1.0 if abs(left - 1) < EXACT else left
+
+
+def _matrices(row: PackedRow, expert: int, pair: Pair, factor: float) -> tuple[_Matrix, _Matrix]:
+    rank = row.target.rank  # experts of one module are stacked, so all have the largest rank
+    path = f"base_model.model.{_path(row, expert)}"
+    # The loader swaps the halves of gate_up_proj itself, so they stay in the order of the file.
+    ranges = ((0, pair.b.shape[0]),) if row.module == "mlp_gate_up" else row.ranges
+    a = _Matrix(f"{path}.lora_A.weight", pair.a, ((0, pair.rank),), (rank, pair.a.shape[1]))
+    return a, _Matrix(f"{path}.lora_B.weight", pair.b, ranges, (row.out_rows, rank), factor)
+
+
+def _path(row: PackedRow, expert: int) -> str:
+    return f"model.layers.{row.target.layer}.{NAMES[row.module].format(expert)}"
+
+
+def _write_config(
+    folder: Path, source: AdapterSource, config: PeftConfig, alpha: float, rows: Sequence[PackedRow], files: Files
+) -> None:
+    ranks = {
+        _path(row, number).replace(".", r"\."): row.target.rank
+        for row in rows
+        for number in range(len(row.target.pairs))
+        if row.target.rank != config.rank
+    }
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source.base_model,
+        "r": config.rank,
+        "lora_alpha": alpha,
+        "use_rslora": config.use_rslora,
+        "rank_pattern": ranks,
+        "target_modules": sorted({NAMES[row.module].rpartition(".")[2] for row in rows}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    _put(folder / peft_config.FILE_NAME, [json.dumps(content, indent=2).encode()], files)
+
+
+def _write_weights(path: Path, source: AdapterSource, matrices: Sequence[_Matrix], files: Files) -> None:
+    header, offset = {}, 0
+    for matrix in matrices:
+        end = offset + matrix.size_bytes
+        header[matrix.name] = {"dtype": matrix.dtype, "shape": list(matrix.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # tensors begin at a multiple of eight bytes, as safetensors writes them
+    data = (piece.reshape(-1).view(np.uint8).data for matrix in matrices for piece in matrix.pieces(source))
+    _put(path, [len(head).to_bytes(8, "little"), head], files, data)
+
+
+def _put(path: Path, head: Sequence[bytes], files: Files, rest: Iterable[memoryview] = ()) -> None:
+    descriptor = files.create(path)
+    try:
+        for part in head:
+            files.write(descriptor, memoryview(part))
+        for piece in rest:
+            files.write(descriptor, piece)
+        files.sync(descriptor)
+    finally:
+        os.close(descriptor)
