@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 
-from sidecar.backends.vllm.api import ALREADY, Measures, fault_of, is_too_old, message_of, parse
-from sidecar.backends.vllm.run import _split
+from sidecar.backends.openai.events import split
+from sidecar.backends.openai.run import message_of
+from sidecar.backends.vllm.api import ALREADY, Measures, fault_of, is_too_old, parse
 from sidecar.core.enums import Fault
 
 SCRAPE = """\
@@ -97,5 +98,5 @@ async def test_events_come_whole_however_they_are_cut(cuts: Sequence[int]) -> No
         for begin, end in pairwise(edges):
             yield stream[begin:end]
 
-    events = [event async for event in _split(pieces())]
+    events = [event async for event in split(pieces())]
     assert events == [b'data: {"a":1}', b'data: {"b":2}', b"data: [DONE]"]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.faults import Wrote, nobody_wrote
+from sidecar.backends.openai.run import epoch_header
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused, Reason
 
@@ -148,20 +147,6 @@ def is_too_old(version: str) -> bool:
     """Return True if a version is too old to load under traffic; False if it cannot be parsed."""
     numbers = re.match(r"(\d+)\.(\d+)", version)
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < OLDEST
-
-
-def epoch_header(epoch: int) -> dict[str, str]:
-    """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
-    return {"x-lora-epoch": str(epoch)} if epoch else {}
-
-
-def message_of(body: bytes) -> str:
-    """Return the message in an error's body."""
-    try:
-        record: Any = json.loads(body)
-        return str(record["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return body[:500].decode(errors="replace")
 
 
 def tells_of_death(text: str, wrote: Wrote = nobody_wrote) -> bool:

@@ -20,8 +20,9 @@ from sidecar.backends.api import HttpForm, LoadResult, Ticket, Weights
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
+from sidecar.backends.openai.run import message_of
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.vllm.api import ALREADY, Measures, Served, VllmApi, fault_of, is_too_old, message_of
+from sidecar.backends.vllm.api import ALREADY, Measures, Served, VllmApi, fault_of, is_too_old
 from sidecar.backends.vllm.kind import MODEL, VllmEntry
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load

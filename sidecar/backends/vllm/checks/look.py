@@ -16,7 +16,8 @@ from sidecar.backends.checks.finding import Target
 from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.kind import with_kind
-from sidecar.backends.vllm.api import VllmApi, message_of
+from sidecar.backends.openai.run import message_of
+from sidecar.backends.vllm.api import VllmApi
 from sidecar.backends.vllm.kind import MODEL
 from sidecar.core.facts import EngineFacts
 

@@ -1,0 +1,1 @@
+"""What the backends of engines with an OpenAI API share."""

@@ -1,0 +1,79 @@
+"""Read the events of an OpenAI stream, and count tokens in them, without parsing each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+END_OF_EVENT = b"\n\n"
+DONE = b"data: [DONE]"
+ERROR = b'data: {"error"'
+CHOICES = b'"choices":[{'
+ROLE, NO_CONTENT, ROLE_ONLY = b'"delta":{"role":', b'"content":""', b'"delta":{"role":"assistant"}'
+ENDS_ONLY = b'"text":"","finish_reason":"', b'"delta":{},"finish_reason":"'
+"""How the Rust front end begins a chat and ends a choice, without a token. The Python server ends it with the last one,
+and puts "logprobs" in between.
+"""
+IDS = b'"token_ids":['
+USAGE = b'"usage":{'
+# None of these can occur in the text of an answer: there a backslash precedes every quote.
+_index = re.compile(rb'"choices":\[\{"index":(\d+)').search
+_completion = re.compile(rb'"completion_tokens"\s*:\s*(\d+)').search
+
+
+async def split(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, without the empty line after each."""
+    rest = b""
+    async for piece in pieces:
+        *events, rest = (rest + piece).split(END_OF_EVENT)
+        for event in events:
+            if event:
+                yield event
+
+
+class StreamedTokens:
+    """Counts the tokens in events. vLLM puts several into one when it lags, by its stream_interval, or when it guesses.
+
+    It counts token ids if the request asked for them, else reads the usage if every event has one, else counts one for
+    each event except those that only begin a chat or only end a choice. An event without text may well be a token: one
+    that is half a letter.
+    """
+
+    def __init__(self) -> None:
+        self._has_some = False
+        self._by_choice: dict[bytes, int] = {}
+
+    def added(self, event: bytes, choice: int) -> int:
+        """Return the number of tokens in an event whose choice begins at this index."""
+        begin = event.find(IDS, choice)
+        if begin >= 0:
+            return _ids_in(event, begin + len(IDS))
+        if event.find(USAGE, choice) >= 0:
+            return self._used(event)
+        if not self._has_some and ROLE in event and NO_CONTENT in event:
+            return 0
+        if event.find(ROLE_ONLY, choice) >= 0 or any(event.find(end, choice) >= 0 for end in ENDS_ONLY):
+            return 0
+        self._has_some = True
+        return 1
+
+    def _used(self, event: bytes) -> int:
+        """Return by how much the usage of the event's choice has grown: each choice has its own."""
+        total, choice = completion_tokens(event), _index(event)
+        if total is None or choice is None:
+            return 1
+        before = self._by_choice.get(choice[1], 0)
+        self._by_choice[choice[1]] = total
+        return max(0, total - before)
+
+
+def _ids_in(event: bytes, begin: int) -> int:
+    end = event.find(b"]", begin)
+    return event.count(b",", begin, end) + 1 if end > begin else 0
+
+
+def completion_tokens(body: bytes) -> int | None:
+    """Return the number of tokens in an answer's usage; None if it has none."""
+    begin = body.rfind(b'"usage"')
+    found = _completion(body, begin) if begin >= 0 else None
+    return None if found is None else int(found[1])

@@ -1,0 +1,185 @@
+"""Run a request on an engine with an OpenAI API: send an HTTP body, pass on events or one body as bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any
+
+import httpx
+
+from sidecar.backends.api import HttpForm, HttpRejection, Reply, Ticket
+from sidecar.backends.openai.events import CHOICES, DONE, END_OF_EVENT, ERROR, StreamedTokens, completion_tokens, split
+from sidecar.core.effects import Dispatch
+from sidecar.core.enums import Fault
+from sidecar.core.events import Event, FirstToken, RunEnded, RunFailed
+
+HEADERS = {"content-type": "application/json"}
+PIECE_BYTES = 1 << 18
+"""Bytes that are copied and sent at once. A larger body is sent in pieces, between which other tasks run."""
+
+
+class OpenAiRun(ABC):
+    """A run. It calls `heard(request, tokens)` for each reply.
+
+    `broken(text, begun)` returns True if the engine is gone.
+
+    A subclass says how a body names the adapter, and what an engine's errors mean.
+    """
+
+    def __init__(
+        self,
+        effect: Dispatch,
+        ticket: Ticket,
+        form: HttpForm,
+        post: Callable[[Event], None],
+        heard: Callable[[int, int], None],
+        broken: Callable[[str, bool], Awaitable[bool]],
+    ) -> None:
+        self.effect = effect
+        self.ticket = ticket
+        self.tokens = 0
+        self.cancelled = False
+        self.waits_for_client = False
+        self._form = form
+        self._post = post
+        self._heard = heard
+        self._broken = broken
+        self._work: asyncio.Task[Any] | None = None
+        self._has_begun = False
+        self._count = StreamedTokens()
+
+    @abstractmethod
+    def _body(self) -> tuple[bytes, ...]:
+        """Return the parts of the body to send."""
+
+    @abstractmethod
+    def _fault(self, status: int, text: str) -> Fault:
+        """Return the fault of an error of the engine's."""
+
+    def _shown(self, answer: bytes) -> bytes:
+        """Return an event or a whole answer as the client gets it."""
+        return answer
+
+    def _rejection(self, status: int, body: bytes) -> HttpRejection:
+        """Return an error of the engine's as the client gets it."""
+        return HttpRejection(status, body)
+
+    def cancel(self) -> None:
+        """Cancel the run: the engine frees its seat when the connection is closed."""
+        self.cancelled = True
+        if self._work is not None:
+            self._work.cancel()
+
+    async def go(self, client: httpx.AsyncClient) -> None:
+        """Send the request and deliver the answer. Raises CancelledError if it is cancelled."""
+        self._work = asyncio.current_task()
+        if self.cancelled:
+            raise asyncio.CancelledError
+        body = self._body()
+        size_bytes = sum(map(len, body))
+        content = b"".join(body) if size_bytes <= PIECE_BYTES else _in_pieces(body)
+        headers = HEADERS | {"content-length": str(size_bytes)} | epoch_header(self.effect.epoch)
+        try:
+            async with client.stream("POST", self._form.path, content=content, headers=headers) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    await self._rejected(reply.status_code, await reply.aread())
+                elif self._form.streams:
+                    await self._events(reply)
+                else:
+                    self._whole(await reply.aread())
+        except httpx.HTTPError as error:
+            await self._wire_broke(str(error) or type(error).__name__)
+
+    async def _events(self, reply: httpx.Response) -> None:
+        async for event in split(reply.aiter_raw()):
+            if event.startswith(ERROR):
+                await self._refused(httpx.codes.INTERNAL_SERVER_ERROR, message_of(event.removeprefix(b"data: ")))
+                return
+            final = event.startswith(DONE)
+            self._take(event, final)
+            if final:
+                self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+                return
+            if not self.ticket.has_room:
+                await self._room()
+        await self._wire_broke("the stream ended before the answer was complete")
+
+    def _take(self, event: bytes, final: bool) -> None:
+        """Deliver an event."""
+        choice = event.find(CHOICES)
+        is_first = choice >= 0 and not self._has_begun
+        if choice >= 0:
+            tokens = self._count.added(event, choice)
+            self._has_begun = True
+            self.tokens += tokens
+        else:
+            tokens = self._corrected(event)
+        self._heard(self.effect.request, tokens)
+        self.ticket.deliver(Reply(self._shown(event) + END_OF_EVENT, None, final))
+        if is_first:
+            self._post(FirstToken(self.effect.request, self.effect.attempt))
+
+    def _corrected(self, event: bytes) -> int:
+        """Correct the count by the engine's total, if the event has it; return how many tokens were missing."""
+        total = completion_tokens(event)
+        if total is None:
+            return 0
+        missed = max(0, total - self.tokens)
+        self.tokens = total
+        return missed
+
+    def _whole(self, body: bytes) -> None:
+        found = completion_tokens(body)
+        self.tokens = 1 if found is None else found
+        self._heard(self.effect.request, self.tokens)
+        self.ticket.deliver(Reply(self._shown(body), None, True))
+        self._post(RunEnded(self.effect.request, self.effect.attempt, self.tokens))
+
+    async def _room(self) -> None:
+        """Wait for the client. Nothing is read meanwhile, so the engine cannot be blamed for silence."""
+        self.waits_for_client = True
+        await self.ticket.room()
+        self.waits_for_client = False
+        self._heard(self.effect.request, 0)
+
+    async def _rejected(self, status: int, body: bytes) -> None:
+        self._heard(self.effect.request, 0)
+        text = message_of(body)
+        self.ticket.rejected_with = self._rejection(status, body)
+        await self._refused(status, text)
+
+    async def _refused(self, status: int, text: str) -> None:
+        """End by an error of the server's. One of its own making that is not known may be the engine's end."""
+        await self._failed(self._fault(status, text), text, in_doubt=status >= httpx.codes.INTERNAL_SERVER_ERROR)
+
+    async def _wire_broke(self, text: str) -> None:
+        await self._failed(Fault.LOST, text, in_doubt=True)
+
+    async def _failed(self, fault: Fault, text: str, in_doubt: bool) -> None:
+        if in_doubt and await self._broken(text, self._has_begun):
+            return  # the backend's loss ends this run, too
+        self._post(RunFailed(self.effect.request, self.effect.attempt, fault, text, self.tokens))
+
+
+async def _in_pieces(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        for begin in range(0, len(part), PIECE_BYTES):
+            yield part[begin : begin + PIECE_BYTES]
+
+
+def epoch_header(epoch: int) -> dict[str, str]:
+    """Return a header for an engine's log with the epoch of the replica that sends; empty if there is only one."""
+    return {"x-lora-epoch": str(epoch)} if epoch else {}
+
+
+def message_of(body: bytes) -> str:
+    """Return the message in an error's body: vLLM's, nested, or TensorRT-LLM's, flat or for a validation one string."""
+    try:
+        record: Any = json.loads(body)
+        error = record.get("error", record)
+        return error if isinstance(error, str) else str(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body[:500].decode(errors="replace")
