@@ -44,6 +44,18 @@ class AdaptersDir:
         """Return the engine's path of a staged version."""
         return f"{self.engine.rstrip('/')}/{key}"
 
+    def ours_of(self, engine_path: str) -> Path | None:
+        """Return our path of a folder by the engine's; None if it is not in this one. Blocks.
+
+        An engine may tell paths with all links resolved, so this folder is looked for by its resolved path, too, as far
+        as this process sees the same links.
+        """
+        for known in (self.engine, os.path.realpath(self.engine), os.path.realpath(self.ours)):
+            within = f"{known.rstrip('/')}/"
+            if engine_path.startswith(within):
+                return self.ours / engine_path.removeprefix(within)
+        return None
+
 
 class Files(DurableFiles):
     """The file operations of staging; a test puts a crash before, or a failure in place of, any of them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.backends.vllm.run import CHOICES, StreamedTokens, completion_tokens
+from sidecar.backends.openai.events import CHOICES, StreamedTokens, completion_tokens
 
 
 def event(usage: int | None = None, index: int = 0, **choice: Any) -> bytes:

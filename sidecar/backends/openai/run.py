@@ -26,8 +26,11 @@ class OpenAiRun(ABC):
 
     `broken(text, begun)` returns True if the engine is gone.
 
-    A subclass says how a body names the adapter, and what an engine's errors mean.
+    A subclass says how a body names the adapter, and what an engine's errors mean. A server that takes no body larger
+    than `body_bytes_max` may hang up under one: its refusal is lost then, and no other server is asked.
     """
+
+    body_bytes_max: int | None = None
 
     def __init__(
         self,
@@ -91,7 +94,12 @@ class OpenAiRun(ABC):
                 else:
                     self._whole(await reply.aread())
         except httpx.HTTPError as error:
-            await self._wire_broke(str(error) or type(error).__name__)
+            text = str(error) or type(error).__name__
+            if self.body_bytes_max is not None and size_bytes > self.body_bytes_max and not self._has_begun:
+                text = f"it takes no body of {size_bytes} bytes, usually {self.body_bytes_max} at most: {text}"
+                await self._failed(Fault.REJECTED, text, in_doubt=True)
+            else:
+                await self._wire_broke(text)
 
     async def _events(self, reply: httpx.Response) -> None:
         async for event in split(reply.aiter_raw()):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.backends.faults import Wrote, nobody_wrote
-from sidecar.backends.openai.run import epoch_header
+from sidecar.backends.openai.run import epoch_header, message_of
 from sidecar.core.enums import Fault
 from sidecar.errors import Misused, Reason
 
@@ -24,13 +26,17 @@ DEATHS = (
     "engine core reported fatal failure",
 )
 """The texts that tell of a dead engine: of 0.32, of 0.33, and of the Rust front end of either."""
+INSIDE = "vllm:num_requests_running", "vllm:num_requests_waiting"
+REMOVAL_REFUSED = "engine rejected removal of LoRA adapter"
+"""The Rust front end's, when the engine has dropped the adapter from its memory: the name stays."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Values of the metrics: steps so far, KV tokens in total and in use, adapter slots, the process's start time.
+    """Values of the metrics: steps so far, KV tokens in total and in use, adapter slots, the process's start time, and
+    the requests that run or wait in the engine.
 
-    None for a value that is not published.
+    None for a value that is not published. The Rust front end publishes no KV tokens, no slots and no start time.
     """
 
     steps: int | None = None
@@ -38,6 +44,18 @@ class Measures:
     kv_used: int | None = None
     slots: int | None = None
     started_at: float | None = None
+    inside: int | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """What a server says of itself: vLLM's version, and whether its Rust front end answers."""
+
+    number: str
+    is_rust: bool = False
+
+    def __str__(self) -> str:
+        return f"vLLM {self.number}{', Rust front end' if self.is_rust else ''}"
 
 
 @dataclass(frozen=True)
@@ -62,15 +80,15 @@ class VllmApi:
         if reply.status_code != httpx.codes.OK:
             raise Misused(Reason.BACKEND_UNREACHABLE, f"{self._backend}: /health answers {reply.status_code}")
 
-    async def version(self) -> str:
+    async def version(self) -> Version:
         """Return the server's version. Raises Misused if it is no vLLM."""
         reply = await self._client.get("/version", timeout=PROBE_TIMEOUT_S)
-        try:
-            return str(reply.json()["version"])
-        except (ValueError, KeyError, TypeError) as error:
+        found = version_of(reply.content)
+        if found is None:
             raise Misused(
                 Reason.BACKEND_UNREACHABLE, f"{self._backend}: /version answers {reply.status_code}: this is no vLLM"
-            ) from error
+            )
+        return found
 
     async def models(self) -> Served:
         """Return what is served. Raises Misused if the answer is not vLLM's."""
@@ -95,18 +113,43 @@ class VllmApi:
         except (httpx.HTTPError, ValueError):
             return Measures()
 
-    async def load(self, name: str, path: str, timeout_s: float, epoch: int = 0) -> httpx.Response:
-        body = {"lora_name": name, "lora_path": path}
+    async def load(
+        self, name: str, path: str, timeout_s: float, epoch: int = 0, *, in_place: bool = False
+    ) -> httpx.Response:
+        body: dict[str, Any] = {"lora_name": name, "lora_path": path}
+        if in_place:
+            body["load_inplace"] = True
         headers = epoch_header(epoch)
         return await self._client.post("/v1/load_lora_adapter", json=body, headers=headers, timeout=timeout_s)
 
     async def unload(self, name: str, timeout_s: float) -> httpx.Response:
         return await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=timeout_s)
 
+    async def forget(self, name: str, path: str, timeout_s: float) -> bool:
+        """Make the server forget an adapter that it has from `path`; return False if it keeps the name.
+
+        The Rust front end keeps a name whose adapter the engine has dropped from its memory. Loaded again from where it
+        is, it can be removed.
+        """
+        reply = await self.unload(name, timeout_s)
+        if REMOVAL_REFUSED in message_of(reply.content):
+            await self.load(name, path, timeout_s, in_place=True)
+            reply = await self.unload(name, timeout_s)
+        return reply.status_code in (httpx.codes.OK, httpx.codes.NOT_FOUND)  # not found: it is gone already
+
     async def answer_once(self, model: str, timeout_s: float) -> None:
         """Make the engine answer one token; an error of its own is an answer, too. Raises httpx.HTTPError."""
         body = {"model": model, "prompt": "a", "max_tokens": 1}
         await self._client.post("/v1/completions", json=body, timeout=timeout_s)
+
+
+def version_of(body: bytes) -> Version | None:
+    """Return what the body of `/version` says; None if it is not vLLM's."""
+    try:
+        record = json.loads(body)
+        return Version(str(record["version"]), "rust_frontend_version" in record) if record["version"] else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def parse(text: str) -> Measures:
@@ -115,10 +158,12 @@ def parse(text: str) -> Measures:
     lines = "\n".join(line for line in text.splitlines() if line.startswith(wanted)) + "\n"
     samples = [sample for family in text_string_to_metric_families(lines) for sample in family.samples]
     found: dict[str, float] = {}
-    kv_tokens = None
+    kv_tokens = inside = None
     newest, slots = 0.0, None
     for sample in samples:
         found[sample.name] = sample.value
+        if sample.name in INSIDE:
+            inside = (inside or 0) + int(sample.value)
         if sample.name.startswith("vllm:cache_config_info"):
             kv_tokens = _kv_tokens(sample.labels)
         if sample.name.startswith("vllm:lora_requests_info") and sample.value >= newest:
@@ -131,6 +176,7 @@ def parse(text: str) -> Measures:
         kv_used=None if usage is None or kv_tokens is None else int(usage * kv_tokens),
         slots=slots or None,
         started_at=found.get("process_start_time_seconds"),
+        inside=inside,
     )
 
 

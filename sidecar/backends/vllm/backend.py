@@ -3,7 +3,7 @@
 Each version of an adapter has a folder of its own on a file system that the engine sees, and a name of its own there:
 `sql@3f0c2e9a1b7d`. A name is loaded before requests use it, and unloaded before its files are removed: an engine that
 misses the files of a registered name dies of it. Changed files at a path that the engine has seen give wrong answers
-out of its prefix cache, so nothing is ever loaded in place, and no path ever holds two contents.
+out of its prefix cache, so no path ever holds two contents; what is loaded in place is what was there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from pathlib import Path
 from time import monotonic
 
 import httpx
@@ -22,7 +21,7 @@ from sidecar.backends.endpoint import Endpoint
 from sidecar.backends.engine_facts import unknown_phrase
 from sidecar.backends.openai.run import message_of
 from sidecar.backends.pulse import Pulse
-from sidecar.backends.vllm.api import ALREADY, Measures, Served, VllmApi, fault_of, is_too_old
+from sidecar.backends.vllm.api import ALREADY, Measures, Served, Version, VllmApi, fault_of, is_too_old
 from sidecar.backends.vllm.kind import MODEL, VllmEntry
 from sidecar.backends.vllm.run import VllmRun
 from sidecar.core.effects import Dispatch, Load
@@ -37,8 +36,10 @@ CONNECT_TIMEOUT_S = CLOSE_TIMEOUT_S = 5.0
 KEEP_S = 2.0
 """vLLM's server closes a connection after 5 idle seconds: ours must be given up before."""
 UNLOAD_TIMEOUT_S = 30.0
-FORGET_AGAIN_S = 0.05
+FORGET_AGAIN_S, FORGET_AGAIN_MAX_S = 0.05, 5.0
 DIGEST_CHARACTERS = 12
+RUST_BODY_BYTES_MAX = 32 << 20
+"""What its Rust front end takes, unless VLLM_HTTP_MAX_REQUEST_BODY_SIZE says otherwise."""
 
 
 class VllmBackend(Endpoint):
@@ -56,7 +57,7 @@ class VllmBackend(Endpoint):
         self._client = open_http_client(entry.address, entry.tls_files, entry.api_key_file, timeout, KEEP_S)
         self._api = VllmApi(entry.identity, self._client)
         self._base = ""
-        self._version = ""
+        self._version = Version("")
         self._unknown = ""
         self._distrusted = False
         self._registered: dict[str, str] = {}
@@ -69,10 +70,10 @@ class VllmBackend(Endpoint):
     async def _reach(self) -> EngineFacts:
         await self._api.healthy()
         self._version = await self._api.version()
-        if is_too_old(self._version) and not self._entry.old_versions:
+        if is_too_old(self._version.number) and not self._entry.old_versions:
             raise Misused(
                 Reason.CONFIG_INVALID,
-                f"{self.id}: vLLM {self._version} can answer with another adapter's weights while one is loaded "
+                f"{self.id}: {self._version} can answer with another adapter's weights while one is loaded "
                 "(vllm#47724); upgrade to 0.32 or newer, or set old_versions: true to use it all the same",
             )
         served = await self._api.models()
@@ -114,16 +115,16 @@ class VllmBackend(Endpoint):
                 continue
             if await asyncio.to_thread(self._is_gone, path):
                 logger.info("%s: unloading %s, whose files have gone", self.id, name)
-                await self._api.unload(name, UNLOAD_TIMEOUT_S)
+                if not await self._api.forget(name, path, UNLOAD_TIMEOUT_S):
+                    logger.warning("%s keeps the name %s until it is restarted: its files have gone", self.id, name)
             else:
                 self._others += 1
 
     def _is_gone(self, engine_path: str) -> bool:
         """Return True if the engine knows a folder in the shared place that no longer exists."""
         shared_dir = self._entry.shared_dir
-        if shared_dir is None or not engine_path.startswith(shared_dir.engine.rstrip("/") + "/"):
-            return False
-        return not (shared_dir.ours / Path(engine_path).name).is_dir()
+        ours = None if shared_dir is None else shared_dir.ours_of(engine_path)
+        return ours is not None and not ours.is_dir()
 
     async def _look(self) -> str | None:
         await self._api.healthy()
@@ -167,7 +168,7 @@ class VllmBackend(Endpoint):
 
     def _describe(self) -> str:
         others = f"; {self._others} adapters that others loaded are left alone" if self._others else ""
-        return f"reached, vLLM {self._version}, {len(self._registered)} adapters registered{others}{self._unknown}"
+        return f"reached, {self._version}, {len(self._registered)} adapters registered{others}{self._unknown}"
 
     # Runs.
 
@@ -175,7 +176,9 @@ class VllmBackend(Endpoint):
         form = ticket.payload.head_for(MODEL.name)
         assert isinstance(form, HttpForm), "a request in gRPC's form for an HTTP server"
         name = self._registered.get(effect.packed_key, _name(effect)) if effect.packed_key else self._base
-        return VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke)
+        run = VllmRun(effect, ticket, form, name, self._post, self._heard, self._wire_broke)
+        run.body_bytes_max = RUST_BODY_BYTES_MAX if self._version.is_rust else None
+        return run
 
     async def _go(self, run: VllmRun, weights: Weights | None) -> None:
         await run.go(self._client)
@@ -184,12 +187,10 @@ class VllmBackend(Endpoint):
 
     async def _perform(self, effect: Load, weights: Weights) -> LoadResult:
         await weights.ready()
-        shared_dir = self._entry.shared_dir
-        assert shared_dir is not None, "an adapter for a server without a shared folder"
         name = self._registered.setdefault(effect.packed.key, _name(effect))
         self._load_sent(effect.load)
         try:
-            path = shared_dir.engine_path(effect.packed.key)
+            path = self._path(effect.packed.key)
             reply = await self._api.load(name, path, self._entry.load_timeout_s, effect.epoch)
         except httpx.TimeoutException:
             text = f"the engine did not take the adapter within {self._entry.load_timeout_s:g} s"
@@ -206,15 +207,37 @@ class VllmBackend(Endpoint):
         return LoadResult(text, lost=lost)
 
     async def forget(self, key: str) -> None:
+        pause_s = FORGET_AGAIN_S
         while self._up and key in self._registered:
             try:
-                await self._api.unload(self._registered[key], UNLOAD_TIMEOUT_S)  # 404: it is gone already
+                if await self._api.forget(self._registered[key], self._path(key), UNLOAD_TIMEOUT_S):
+                    await self._read_no_more()
+                    break
+                trouble = "it keeps the name"
             except httpx.HTTPError as error:
-                logger.info("%s does not forget %s yet: %s", self.id, key, self._error_text(error))
-                await asyncio.sleep(FORGET_AGAIN_S)
-            else:
-                break
+                trouble = self._error_text(error)
+            logger.info("%s does not forget %s yet: %s", self.id, key, trouble)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, FORGET_AGAIN_MAX_S)
         self._registered.pop(key, None)
+
+    async def _read_no_more(self) -> None:
+        """Return when no step can read the files of a name that has just been unloaded.
+
+        The Rust front end takes the engine's copy away at once. If a request that was cancelled is not withdrawn yet,
+        the next step reads the files again; had they gone, the engine would die.
+        """
+        before = (await self._api.measures()).steps if self._version.is_rust else None
+        while self._up and before is not None:
+            now = await self._api.measures()
+            if not now.inside or now.steps is None or now.steps > before + 1:
+                return
+            await asyncio.sleep(FORGET_AGAIN_S)
+
+    def _path(self, key: str) -> str:
+        shared_dir = self._entry.shared_dir
+        assert shared_dir is not None, "an adapter for a server without a shared folder"
+        return shared_dir.engine_path(key)
 
     async def _leave(self) -> None:
         if self._client.is_closed:
@@ -226,8 +249,8 @@ class VllmBackend(Endpoint):
         """Have the server forget what it would look for in vain: the files go with this process."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                for name in self._registered.values():
-                    await self._api.unload(name, CLOSE_TIMEOUT_S)
+                for key, name in self._registered.items():
+                    await self._api.forget(name, self._path(key), CLOSE_TIMEOUT_S)
         except (httpx.HTTPError, TimeoutError) as error:
             logger.info("%s was not told to forget its adapters: %s", self.id, self._error_text(error))
 

@@ -17,6 +17,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as max_lora_rank."""
 ADAPTERS_FIX = "config.yaml: adapters_dir: PATH   (or {ours: PATH here, engine: PATH in the engine's container})"
 SLOTS_FIX = "config.yaml: engine: {device_pages: the engine's --max-loras}"
+KV_FIX = "config.yaml: engine: {kv_tokens: the engine's KV blocks × tokens a block}"
+RUST_KV = "; its Rust front end publishes neither this nor the KV size, ever: declare kv_tokens, too"
 MEMORY_FIX = "config.yaml: engine: {host_pages: the engine's --max-cpu-loras}"
 SEATS_FIX = "config.yaml: engine: {seats: the engine's --max-num-seqs}"
 RANK_FIX = "config.yaml: engine: {rank_max: the engine's --max-lora-rank}"
@@ -45,7 +47,7 @@ def undeclared(facts: EngineFacts, has_folder: bool) -> Iterator[str]:
     if not has_folder:
         yield f"no folder is shared with the engine, so it serves its base model only; {_key(ADAPTERS_FIX)}"
     if facts.device_pages is None:
-        yield f"{SLOTS_UNKNOWN}; {_key(SLOTS_FIX)}"
+        yield f"{SLOTS_UNKNOWN}{'' if facts.kv_tokens else RUST_KV}; {_key(SLOTS_FIX)}"
     if facts.host_pages is None:
         yield f"{_memory_unknown(facts.device_pages)}; {_key(MEMORY_FIX)}"
     if facts.seats is None:
@@ -87,16 +89,29 @@ async def metrics(look: VllmLook) -> Finding:
         )
     if kv_tokens is None:
         return warning(
-            f"{found.steps} steps so far; KV size is not published (vllm:cache_config_info), so it is not bounded what "
-            "is sent",
-            "config.yaml: engine: {kv_tokens: the engine's KV blocks × tokens a block}",
+            f"{found.steps} steps so far; KV size is not published{_by(look)} (vllm:cache_config_info), so it is not "
+            "bounded what is sent",
+            KV_FIX,
         )
     return ok(text)
 
 
+def _by(look: VllmLook) -> str:
+    return " by its Rust front end" if look.version.is_rust else ""
+
+
 async def slots(look: VllmLook) -> Finding:
     """Check that the declared slots are right; the metrics have them after the first request."""
-    return judged_slots(look.facts.device_pages, (await look.api.measures()).slots)
+    declared = look.facts.device_pages
+    if look.version.is_rust:
+        if declared is None:
+            return warning(
+                "max_loras is not declared, and its Rust front end does not publish it: it is learned, from one "
+                "adapter at a time",
+                SLOTS_FIX,
+            )
+        return ok(f"{declared} declared (max_loras); its Rust front end does not say it")
+    return judged_slots(declared, (await look.api.measures()).slots)
 
 
 def judged_slots(declared: int | None, found: int | None) -> Finding:

@@ -17,7 +17,7 @@ from sidecar.backends.checks.port import CONNECT_S
 from sidecar.backends.credentials import open_http_client
 from sidecar.backends.kind import with_kind
 from sidecar.backends.openai.run import message_of
-from sidecar.backends.vllm.api import VllmApi
+from sidecar.backends.vllm.api import Version, VllmApi
 from sidecar.backends.vllm.kind import MODEL
 from sidecar.core.facts import EngineFacts
 
@@ -60,7 +60,7 @@ class VllmLook:
     """The declared facts."""
     name: str = field(default_factory=lambda: f"{CHECK_NAME}-{secrets.token_hex(6)}")
     """The name of this look's adapter, which no other look uses."""
-    version: str = ""
+    version: Version = field(default_factory=lambda: Version(""))
     base: str = ""
     """The server's name for its base model."""
     adapters: dict[str, str] = field(default_factory=dict)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import re
-from pathlib import Path
 
 import httpx
 
 from sidecar.adapters.staging import AdaptersDir
 from sidecar.backends.checks.finding import Finding, Target, failed, ok
 from sidecar.backends.checks.staged import can_be_made, is_forgotten
-from sidecar.backends.vllm.checks.look import CHECK_NAME, VllmLook
+from sidecar.backends.vllm.checks.look import CHECK_NAME, Reply, VllmLook
 
 LOAD_NOTHING_S = 10.0
 LISTED = 4
 LOG_FIX = "read the end of vLLM's log"
 ROUTES_FIX = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve …   (forbids --api-server-count above 1)"
 LORA_FIX = "vllm serve … --enable-lora --max-loras N --max-cpu-loras M --max-lora-rank R"
-NOT_ENABLED = "LoRA is not enabled"
-NOT_FOUND = "No adapter found"
+NOT_ENABLED = re.compile(r"LoRA is not enabled|not started with LoRA")
+NOT_FOUND = re.compile(r"No adapter found|path must exist and be accessible")
+PREFIXES = "VLLM_RUNTIME_LORA_ALLOWED_PATH_PREFIXES"
+OUTSIDE = re.compile(rf"{PREFIXES}|outside the configured allowed prefixes")
+"""The Rust front end's refusals of a folder, whatever is in it."""
 _OF_A_SIDECAR = re.compile(r".+@[0-9a-f]{12}(\.g\d+)?\Z")
 
 
@@ -32,21 +34,38 @@ async def updating(look: VllmLook) -> Finding:
     reply = await look.post("/v1/load_lora_adapter", {"lora_name": "", "lora_path": ""}, LOAD_NOTHING_S)
     if not reply.is_vllms and reply.status in (httpx.codes.NOT_FOUND, httpx.codes.METHOD_NOT_ALLOWED):
         return failed("adapters cannot be loaded while it serves: it has no /v1/load_lora_adapter", ROUTES_FIX)
+    if NOT_ENABLED.search(reply.text):
+        return failed("the engine was started without LoRA", LORA_FIX)
     if reply.status != httpx.codes.BAD_REQUEST:
         return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
     target = look.target
     if target.adapters_dir is None or not can_be_made(target.base):
         reply = await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
-        if NOT_ENABLED in reply.text:
+        if NOT_ENABLED.search(reply.text):
             return failed("the engine was started without LoRA", LORA_FIX)
-        if NOT_FOUND not in reply.text:
+        if target.adapters_dir is not None and OUTSIDE.search(reply.text):
+            return outside(target.adapters_dir, reply)
+        if not (NOT_FOUND.search(reply.text) or OUTSIDE.search(reply.text)):
             return failed(f"it does not load adapters: {reply.line}", LOG_FIX)
     return ok("adapters are loaded and unloaded while it serves")
 
 
 def nowhere(look: VllmLook) -> dict[str, str]:
-    """Return a load that reaches the engine and changes nothing: there is no adapter at its path."""
-    return {"lora_name": look.name, "lora_path": f"/nowhere/{look.name}"}
+    """Return a load that reaches the engine and changes nothing: there is no adapter at its path.
+
+    The Rust front end lets no path through that does not exist.
+    """
+    shared_dir = look.target.adapters_dir
+    path = shared_dir.engine if look.version.is_rust and shared_dir is not None else f"/nowhere/{look.name}"
+    return {"lora_name": look.name, "lora_path": path}
+
+
+def outside(shared_dir: AdaptersDir, reply: Reply) -> Finding:
+    """Return what is wrong if the Rust front end does not load from the shared folder."""
+    return failed(
+        f"its Rust front end loads nothing from {shared_dir.engine}: {reply.line}",
+        f"{PREFIXES}={shared_dir.engine} vllm serve …   (folders with : between them, each of which has to exist)",
+    )
 
 
 async def registered(look: VllmLook) -> Finding:
@@ -63,7 +82,9 @@ async def registered(look: VllmLook) -> Finding:
             f"{_count(look.adapters)}; the files of {len(look.without_files)} have gone ({names}): an engine that "
             "looks for them again, for a request that names one, dies of it",
             *(unload_line(look, name) for name in look.without_files[:LISTED]),
-            "or start the sidecar of this engine, which does that",
+            "restart the engine: its Rust front end keeps a name whose adapter has left its memory"
+            if look.version.is_rust
+            else "or start the sidecar of this engine, which does that",
         )
     return ok(f"{_count(look.adapters)}, left alone" if look.adapters else "none")
 
@@ -72,12 +93,12 @@ async def _forget_checks(look: VllmLook) -> None:
     """Unload what killed checks have left, before their files go."""
     for name, path in list(look.adapters.items()):
         if name.startswith(CHECK_NAME) and await asyncio.to_thread(_is_forgotten, look.target, path):
-            await look.api.unload(name, LOAD_NOTHING_S)
+            await look.api.forget(name, path, LOAD_NOTHING_S)
             del look.adapters[name]
 
 
 def _is_forgotten(target: Target, engine_path: str) -> bool:
-    ours = _ours(target.adapters_dir, engine_path)
+    ours = None if target.adapters_dir is None else target.adapters_dir.ours_of(engine_path)
     return ours is not None and is_forgotten(ours.parent)
 
 
@@ -92,16 +113,8 @@ def _without_files(target: Target, adapters: dict[str, str]) -> tuple[str, ...]:
     shared_dir = target.adapters_dir
     if shared_dir is None or not shared_dir.ours.is_dir():
         return ()
-    found = {name: _ours(shared_dir, path) for name, path in adapters.items()}
+    found = {name: shared_dir.ours_of(path) for name, path in adapters.items()}
     return tuple(name for name, path in found.items() if path is not None and not path.is_dir())
-
-
-def _ours(shared_dir: AdaptersDir | None, engine_path: str) -> Path | None:
-    """Return our path of a folder by the engine's path; None if it is not in the shared place."""
-    if shared_dir is None:
-        return None
-    within = f"{shared_dir.engine.rstrip('/')}/"
-    return shared_dir.ours / engine_path.removeprefix(within) if engine_path.startswith(within) else None
 
 
 def unload_line(look: VllmLook, name: str) -> str:

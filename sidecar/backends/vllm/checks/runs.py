@@ -22,7 +22,9 @@ from sidecar.backends.vllm.checks.registered import (
     LORA_FIX,
     NOT_ENABLED,
     NOT_FOUND,
+    OUTSIDE,
     nowhere,
+    outside,
     unload_line,
 )
 
@@ -113,10 +115,12 @@ def _not_loaded(look: VllmLook, reply: Reply) -> Finding:
     text = f"the engine does not take it: {reply.line}"
     shared_dir = look.target.adapters_dir
     assert shared_dir is not None
-    if NOT_FOUND in reply.text:
+    if OUTSIDE.search(reply.text):
+        return outside(shared_dir, reply)
+    if NOT_FOUND.search(reply.text):
         seen = "" if str(shared_dir.ours) == shared_dir.engine.rstrip("/") else f" as {shared_dir.engine}"
         return failed(f"the engine does not see what is staged in {shared_dir.ours}{seen}", *FOLDER_FIX)
-    if NOT_ENABLED in reply.text:
+    if NOT_ENABLED.search(reply.text):
         return failed("the engine was started without LoRA", LORA_FIX)
     if "max_lora_rank" in reply.text:
         return failed(text, "vllm serve --max-lora-rank R, or config.yaml: engine: {rank_max: the engine's}")
@@ -145,11 +149,11 @@ async def _forgotten(look: VllmLook, tiny: Staged) -> AsyncIterator[None]:
 
 async def _forget(look: VllmLook, tiny: Staged) -> None:
     try:
-        reply = await look.post("/v1/unload_lora_adapter", {"lora_name": look.name}, UNLOAD_S)
+        is_forgotten = await look.api.forget(look.name, tiny.shared_dir.engine_path(tiny.key), UNLOAD_S)
         if look.is_asking:
             # The engine withdraws our unanswered request before it looks at anything that comes later.
             await look.post("/v1/load_lora_adapter", nowhere(look), LOAD_NOTHING_S)
-        tiny.stays = not (reply.is_ok or reply.status == httpx.codes.NOT_FOUND)
+        tiny.stays = not is_forgotten
     except httpx.TimeoutException:
         tiny.stays = True
     except httpx.HTTPError:

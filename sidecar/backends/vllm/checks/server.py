@@ -12,7 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from sidecar.backends.checks.finding import Finding, failed, milliseconds, ok, warning
 from sidecar.backends.checks.port import GRPC_PORT, HTTP, certificate_of, no_connection, not_vllm, unasked_tls, with_tls
 from sidecar.backends.credentials import open_channel
-from sidecar.backends.vllm.api import OLDEST, is_too_old
+from sidecar.backends.vllm.api import OLDEST, is_too_old, version_of
 from sidecar.backends.vllm.checks.look import VllmLook
 
 GRPC_S = 2.0
@@ -26,20 +26,13 @@ async def reachable(look: VllmLook) -> Finding:
     try:
         reply = await look.client.get("/version")
         took_s = monotonic() - began
-        look.version = _version_of(reply)
-        if not look.version:
+        version = version_of(reply.content)
+        if version is None:
             return failed(*await not_vllm(look.client, address))
+        look.version = version
     except httpx.HTTPError as error:
         return failed(*(await _obstacle(look) or _mute(address, error)))
-    return ok(f"vLLM {look.version} at {address}, {milliseconds(took_s)}")
-
-
-def _version_of(reply: httpx.Response) -> str:
-    try:
-        record = reply.json()
-    except ValueError:
-        return ""
-    return str(record.get("version") or "") if isinstance(record, dict) else ""
+    return ok(f"{look.version} at {address}, {milliseconds(took_s)}")
 
 
 async def _obstacle(look: VllmLook) -> tuple[str, str] | None:
@@ -78,10 +71,11 @@ async def _is_triton(look: VllmLook) -> bool:
 
 async def version(look: VllmLook) -> Finding:
     """Check that a load under traffic leaves other adapters' answers alone."""
-    if not is_too_old(look.version):
-        return ok(f"{look.version}, and {OLDEST_WORDS} is needed")
+    number = look.version.number
+    if not is_too_old(number):
+        return ok(f"{number}, and {OLDEST_WORDS} is needed")
     text = (
-        f"{look.version} can answer with another adapter's weights while one is loaded (vllm#47724), and is "
+        f"{number} can answer with another adapter's weights while one is loaded (vllm#47724), and is "
         f"{'used all the same' if look.target.old_versions else 'refused'}"
     )
     upgrade = f"pip install -U 'vllm>={OLDEST_WORDS}', or an image of vllm/vllm-openai:v{OLDEST_WORDS}.0 or newer"
