@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "emulate": (
         "sidecar.lab.engine.command:emulate",
-        "Run an emulated engine: TensorRT-LLM behind Triton's gRPC protocol, or vLLM behind its OpenAI API.",
+        "Run an emulated engine: TensorRT-LLM behind Triton, or vLLM or trtllm-serve behind their OpenAI APIs.",
     ),
     "calibrate": (
         "sidecar.cli.calibrating:calibrate",

@@ -58,7 +58,20 @@ specs_of_slots = st.builds(
     lora_host_pages=st.integers(3, 6),
     lora_device_pages=st.integers(1, 3),
 )
-specs = st.one_of(specs_of_pages, specs_of_slots)
+specs_of_torch = st.builds(
+    tiny_spec,
+    scheduler=st.just("trtllm_pytorch"),
+    kv_blocks=st.sampled_from([6, 9, 12, 30]),
+    max_batch_size=st.integers(1, 5),
+    max_tokens_per_step=st.sampled_from([64, 128, 128, 8192]),
+    lora_host_pages=st.integers(2, 8),
+    lora_device_pages=st.integers(1, 4),
+    lora_slots=st.sampled_from([None, 1, 2]),
+    lora_load_ns=st.sampled_from([0, 3_000]),
+    step_errors_max=st.sampled_from([None, 1, 3]),
+    max_lora_rank=st.sampled_from([16, 64, 64]),
+)
+specs = st.one_of(specs_of_pages, specs_of_slots, specs_of_torch)
 scripts = st.lists(arrivals, max_size=30)
 # Under load a slow example says nothing about the engine.
 thorough = settings(deadline=None, max_examples=200)
@@ -219,4 +232,4 @@ def test_every_request_ends_once(spec: EngineSpec, script: list[Arrival]):
     assert len(ended) + counters.active + counters.waiting == len(requests)
     if not counters.active:
         assert counters.kv_used_blocks == 0
-        assert counters.waiting == 0
+        assert counters.waiting == 0 or engine.died is not None

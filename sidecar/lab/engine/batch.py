@@ -32,7 +32,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Use:
-    """What the active requests and the adapter caches occupy now, for reports."""
+    """What the active requests and the adapter caches occupy now, for reports.
+
+    `known` adapters are kept in host memory outside the caches, in `known_bytes`.
+    """
 
     active: int
     waiting: int = 0
@@ -42,14 +45,20 @@ class Use:
     device_pages: int = 0
     host_evictions: int = 0
     device_evictions: int = 0
+    known: int = 0
+    known_bytes: int = 0
 
 
 class Planning(Protocol):
-    """Decides which requests run next. An engine asks for a batch, and reports when a step of it is over."""
+    """Decides which requests run next. An engine asks for a batch, and reports when a step of it is over.
+
+    `died` is why the engine's loop has ended; nothing is planned then, and nobody is told.
+    """
 
     queue: WaitingQueue
     failures: list[Failure]
     fault: str | None
+    died: str | None
 
     def plan(self, now_ns: int) -> Batch | None:
         """Return the next batch with its adapters on the device; None if nothing can run until something changes."""

@@ -1,6 +1,6 @@
-"""`sidecar emulate`: run an emulated engine, TensorRT-LLM behind Triton or vLLM, until a signal stops it.
+"""`sidecar emulate`: run an emulated engine until a signal stops it: TensorRT-LLM behind Triton, vLLM, trtllm-serve.
 
-The options come from the fields of `Options` and `VllmOptions`.
+The options come from the fields of `Options`, `VllmOptions` and `TrtllmOptions`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from rich.console import Console
 
+from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.kserve import Options, Server, serve
-from sidecar.lab.engine.kserve.options import PANELS, SERVER
+from sidecar.lab.engine.kserve.options import PANELS, SERVER, TRTLLM
 from sidecar.lab.engine.openai import VllmOptions, VllmServer, serve_vllm
-from sidecar.lab.engine.openai.loop import EngineDied
 from sidecar.lab.engine.spec import VLLM
+from sidecar.lab.engine.trtllm import TrtllmOptions, TrtllmServer, serve_trtllm
 
+AnyServer = Server | VllmServer | TrtllmServer
 GRACE_S = 1.0
 """How long requests in flight may run on after SIGTERM."""
 
@@ -39,12 +41,15 @@ def _parameter(declared: Field[Any], hint: Any) -> Parameter:
 
 
 def _signature() -> Signature:
-    """Return the options of both kinds of engines as the command's parameters, in the order of their panels."""
-    hints = get_type_hints(VllmOptions)
-    declared = {each.name: each for each in (*fields(Options), *fields(VllmOptions)) if each.metadata}
+    """Return the options of all kinds of engines as the command's parameters, in the order of their panels."""
+    declared: dict[str, Parameter] = {}
     panels: dict[str, list[Parameter]] = {panel: [] for panel in PANELS}
-    for each in declared.values():
-        panels[each.metadata["panel"]].append(_parameter(each, hints[each.name]))
+    for kind in (Options, VllmOptions, TrtllmOptions):
+        hints = get_type_hints(kind)
+        for each in fields(kind):
+            if each.metadata and each.name not in declared:
+                declared[each.name] = _parameter(each, hints[each.name])
+                panels[each.metadata["panel"]].append(declared[each.name])
     as_json = typer.Option("--json", help="Print the ready line as JSON.", rich_help_panel=SERVER)
     panels[SERVER].append(
         Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, as_json])
@@ -53,7 +58,7 @@ def _signature() -> Signature:
 
 
 def emulate(*, as_json: bool, **given: Any) -> None:
-    """Run an emulated engine: TensorRT-LLM behind Triton's gRPC protocol, or vLLM behind its OpenAI API.
+    """Run an emulated engine: TensorRT-LLM behind Triton, or vLLM or trtllm-serve behind their OpenAI APIs.
 
     It keeps the engine's LoRA caches, scheduler and timing, computes with a tiny real model, and fails as the
     real one fails. SIGTERM stops it.
@@ -71,9 +76,9 @@ emulate.__signature__ = _signature()  # type: ignore[attr-defined]
 def _options(given: dict[str, Any]) -> Options:
     """Return the options of the engine that `given` asks for; raises ValueError if they contradict each other."""
     given["lora_modules"] = [name for name in given["lora_modules"].split(",") if name]
-    kind = Options
-    if given["protocol"] == VLLM:
-        kind = VllmOptions
+    kinds: dict[str, type[Options]] = {VLLM: VllmOptions, TRTLLM: TrtllmOptions}
+    kind = kinds.get(given["protocol"], Options)
+    if kind is not Options:
         del given["scheduler"]
     known = {each.name for each in fields(kind)}
     chosen: dict[str, Any] = {}
@@ -88,8 +93,7 @@ async def _run(options: Options, as_json: bool) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    server: Server | VllmServer
-    server = await (serve_vllm(options) if isinstance(options, VllmOptions) else serve(options))
+    server = await _serve(options)
     _announce(server, as_json)
     waits = [asyncio.create_task(stopped.wait()), asyncio.create_task(server.failed())]
     await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -102,13 +106,20 @@ async def _run(options: Options, as_json: bool) -> None:
     await server.stop(GRACE_S)
 
 
-def _announce(server: Server | VllmServer, as_json: bool) -> None:
+async def _serve(options: Options) -> AnyServer:
+    if isinstance(options, VllmOptions):
+        return await serve_vllm(options)
+    return await (serve_trtllm(options) if isinstance(options, TrtllmOptions) else serve(options))
+
+
+def _announce(server: AnyServer, as_json: bool) -> None:
     """Print one line, flushed even into a pipe, since the parent process waits for it."""
-    if isinstance(server, VllmServer):
-        addresses = {"http": server.http_address, "metrics": server.metrics_address}
-        text = f"ready: vLLM's API on {server.http_address}"
-    else:
+    if isinstance(server, Server):
         addresses = {"grpc": server.grpc_address, "metrics": server.metrics_address or ""}
         text = f"ready: gRPC on {server.grpc_address}"
+    else:
+        addresses = {"http": server.http_address, "metrics": server.metrics_address}
+        name = "vLLM" if isinstance(server, VllmServer) else "trtllm-serve"
+        text = f"ready: {name}'s API on {server.http_address}"
     line = f"{text}, metrics on http://{server.metrics_address}/metrics"
     print(json.dumps(addresses) if as_json else line, flush=True)

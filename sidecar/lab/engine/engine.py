@@ -116,6 +116,11 @@ class Engine:
         else:
             self._clock_ns = max(self._clock_ns, now_ns) + for_ns
 
+    def end_loop(self, text: str) -> None:
+        """End the loop for good as an exception does that it does not handle. Nobody is told."""
+        self._planner.died = text
+        self._is_settled = False
+
     def lose_idle_adapters(self) -> None:
         """Inject a fault: evict every adapter from the host cache that no request holds."""
         self._planner.lose_idle_adapters()
@@ -126,7 +131,7 @@ class Engine:
         return failures
 
     def drain_reads(self) -> list[int]:
-        """Return the adapters that the iteration just begun read from files; only a vLLM engine does that."""
+        """Return the adapters that the iteration just begun reads from files; only vLLM and PyTorch engines do that."""
         return self._planner.drain_reads()
 
     def begin(self, now_ns: int) -> Iteration | None:
@@ -211,6 +216,11 @@ class Engine:
         return self._planner.payload(task_id)
 
     @property
+    def died(self) -> str | None:
+        """Why the engine's loop has ended without a word to anyone; None while it runs."""
+        return self._planner.died
+
+    @property
     def counters(self) -> Counters:
         """The values that the engine's gauges show now."""
         batch, use = self._batch, self._planner.use()
@@ -231,6 +241,8 @@ class Engine:
             device_pages_used=use.device_pages,
             host_evictions=use.host_evictions,
             device_evictions=use.device_evictions,
+            known_adapters=use.known,
+            known_bytes=use.known_bytes,
         )
 
     def _begin(self, now_ns: int) -> Batch | None:

@@ -15,9 +15,11 @@ from sidecar.lab.engine.spec import (
     MAX_UTILIZATION,
     STATIC_BATCH,
     STRICT_FIFO,
+    TRTLLM_PYTORCH,
     VLLM,
     EngineSpec,
 )
+from sidecar.lab.engine.torch_backend import TorchPlanner, TorchRoster
 from sidecar.lab.engine.vllm_planner import VllmPlanner
 from sidecar.lab.engine.vllm_roster import VllmRoster
 from sidecar.pace.cost import StepCost
@@ -43,6 +45,7 @@ FLAVOURS: dict[str, Flavour] = {
     STATIC_BATCH: Flavour(_plain, _jumping),
     MAX_REQUESTS: Flavour(_plain, _jumping),
     VLLM: Flavour(VllmPlanner, VllmRoster),
+    TRTLLM_PYTORCH: Flavour(partial(TorchPlanner, jump=False), TorchRoster),
 }
 
 

@@ -42,6 +42,7 @@ class Intake(ABC):
         self.by_id: dict[int, Active] = {}
         self.failures: list[Failure] = []
         self.fault: str | None = None
+        self.died: str | None = None
         self._cost = cost
         self._cache_dtype: str | None = None
         self._size_caches(spec)

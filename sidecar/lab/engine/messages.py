@@ -19,7 +19,8 @@ class Request:
     `rows` is its lora_config; None means that only the id was sent. `weights` is an opaque payload kept with the cached
     adapter; None with rows is an adapter that is sized but not computed. Higher priorities are fetched first.
     `stop_after` is the true number of output tokens, where a simulation knows it: the engine reserves for
-    `max_new_tokens` and ends the request after that many.
+    `max_new_tokens` and ends the request after that many. `flaw` is what the executor will say of the weights when it
+    stores them, where only who has the bytes can know.
     """
 
     request_id: int
@@ -31,6 +32,7 @@ class Request:
     priority: float = 0.5
     dtype: str | None = None
     stop_after: int | None = None
+    flaw: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Counters:
-    """The values of the engine's metrics, plus the pages and evictions of the adapter caches, which no metric shows."""
+    """The values of the engine's metrics, plus what no metric shows: pages and evictions of the adapter caches, and the
+    adapters that are kept in host memory outside them.
+    """
 
     active: int
     waiting: int
@@ -97,6 +101,8 @@ class Counters:
     device_pages_used: int
     host_evictions: int
     device_evictions: int
+    known_adapters: int = 0
+    known_bytes: int = 0
 
     @property
     def kv_free_blocks(self) -> int:

@@ -178,6 +178,7 @@ SCHEDULERS: dict[str, Scheduler] = {
     "static_batch": static_batch,
     "max_requests": max_requests,
     "strict_fifo": strict_fifo,
+    "trtllm_pytorch": guaranteed_no_evict,
 }
 
 

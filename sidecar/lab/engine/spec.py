@@ -16,8 +16,10 @@ STATIC_BATCH = "static_batch"
 MAX_REQUESTS = "max_requests"
 STRICT_FIFO = "strict_fifo"
 VLLM = "vllm"
+TRTLLM_PYTORCH = "trtllm_pytorch"
 SCHEDULERS = (GUARANTEED_NO_EVICT, MAX_UTILIZATION, STATIC_BATCH, MAX_REQUESTS, STRICT_FIFO)
 """TensorRT-LLM's capacity schedulers, and a strict one to compare with."""
+_OTHERS = (VLLM, TRTLLM_PYTORCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,11 @@ class EngineSpec:
     The scheduler `vllm` makes it a vLLM engine. There an adapter takes one page whatever its rank: `lora_device_pages`
     is `max_loras` and `lora_host_pages` is `max_cpu_loras`, and both must be given; `max_tokens_per_step` is
     `max_num_batched_tokens`.
+
+    The scheduler `trtllm_pytorch` makes it TensorRT-LLM's PyTorch backend. Its caches are sized as above or, with
+    `module_layer_pages`, as `max_loras` and `max_cpu_loras` size them. `lora_slots` limits the adapters of a batch that
+    only decodes, as CUDA graphs do; None is no limit. `lora_load_ns` is how long the loop stands still when it reads an
+    adapter from its files. After `step_errors_max` failed steps the loop ends; None is no limit.
 
     Raises ValueError if the numbers contradict each other.
     """
@@ -56,14 +63,17 @@ class EngineSpec:
     lora_device_pages: int | None = None
     lora_put_workers: int = 4
     max_queue: int = 0
+    lora_slots: int | None = None
+    lora_load_ns: int = 0
+    step_errors_max: int | None = None
 
     def __post_init__(self) -> None:
         known = module_dims(self.shape)
         unknown = [name for name in self.lora_modules if name not in known]
         if unknown:
             raise ValueError(f"unknown LoRA module {unknown[0]!r}; the shape has {', '.join(known)}")
-        if self.scheduler not in (*SCHEDULERS, VLLM):
-            raise ValueError(f"unknown scheduler {self.scheduler!r}; there are {', '.join((*SCHEDULERS, VLLM))}")
+        if self.scheduler not in (*SCHEDULERS, *_OTHERS):
+            raise ValueError(f"unknown scheduler {self.scheduler!r}; there are {', '.join((*SCHEDULERS, *_OTHERS))}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown dtype {self.dtype!r}; there are {', '.join(DTYPE_BYTES)}")
         if self.scheduler == VLLM:
@@ -157,6 +167,17 @@ class EngineSpec:
             return pages_given
         slots = pages.slots_of_bytes(size_bytes, self.page_width, self.dtype)
         return pages.pages_of_slots(slots, self.slots_per_page)
+
+
+def module_layer_pages(spec: EngineSpec, adapters: int) -> int:
+    """Return the pages of a cache for so many adapters of the largest rank on all modules and layers.
+
+    TensorRT-LLM's PyTorch backend sizes its caches by this from max_loras and max_cpu_loras. An adapter of a lower rank
+    takes fewer pages, so more adapters than that fit.
+    """
+    rows = spec.max_lora_rank * spec.shape.layers * len(spec.lora_modules) * adapters
+    widest = max(sum(dims) for dims in spec.geometry.dims.values())
+    return pages.pages_of_slots(pages.slots_of_module_layers(rows, widest, spec.page_width), spec.slots_per_page)
 
 
 def engine_config_json(spec: EngineSpec) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def check_adapter(request: Request, spec: EngineSpec) -> None:
         raise Rejected("lora_task_id must be set for LoRA inference")
     if request.rows is None:
         raise Rejected("Request for LoRA inference must have both lora_weights and lora_keys")
-    for row in request.rows:
-        _check_row(row, spec)
+    check_rows(request.rows, spec)
 
 
 def _check_row(row: Row, spec: EngineSpec) -> None:
@@ -82,6 +81,23 @@ def check_model_length(request: Request, spec: EngineSpec) -> None:
             f"This model's maximum context length is {spec.longest_sequence_tokens} tokens. However, your prompt "
             f"contains at least {request.input_tokens} input tokens."
         )
+
+
+def check_room(request: Request, spec: EngineSpec) -> None:
+    """Raise Rejected for a prompt that leaves TensorRT-LLM's PyTorch backend no space for an output token."""
+    longest = spec.longest_sequence_tokens
+    room = longest - request.input_tokens
+    if room <= 0:
+        raise Rejected(
+            f"`default_max_tokens` ({room}) must be greater than 0, `default_max_tokens` ({room}) = max_seq_len "
+            f"({longest}) - `splited_prompt_len` ({request.input_tokens})"
+        )
+
+
+def check_rows(rows: tuple[Row, ...], spec: EngineSpec) -> None:
+    """Raise Rejected for the first row that the engine cannot use."""
+    for row in rows:
+        _check_row(row, spec)
 
 
 def check_ranks(rows: tuple[Row, ...], spec: EngineSpec) -> None:

@@ -67,6 +67,7 @@ class VllmIntake(ABC):
         self.queue = WaitingQueue()
         self.failures: list[Failure] = []
         self.fault: str | None = None
+        self.died: str | None = None
         self._cost = cost
         self._by_id: dict[int, Sequence] = {}
         self._slots = AdapterSlots(spec.device_pages, spec.host_pages)

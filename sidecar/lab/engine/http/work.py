@@ -65,10 +65,3 @@ class TextWork(Work):
     def loaded(self) -> Loaded | None:
         """The adapter that the request brings; None if it only names one."""
         return None
-
-
-def finish_reason(stopped: bool, over: bool) -> str | None:
-    """Return why a sequence ended after its last token, None if it goes on."""
-    if stopped:
-        return STOP
-    return LENGTH if over else None

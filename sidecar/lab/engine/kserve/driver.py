@@ -185,7 +185,7 @@ class Driver:
         except ValueError as error:
             return f"{FETCH_ERROR}{error}"
         try:
-            self.engine.submit(_request(work, payload), work.arrival_ns)
+            self.engine.submit(self._request(work, payload), work.arrival_ns)
         except QueueFull as full:
             self._forget(work, "error", str(full))
             taken.set_exception(BackendError(str(full)))
@@ -195,15 +195,29 @@ class Driver:
             self.engine.break_next_step(broken)
         return None
 
+    def _request(self, work: Work, payload: object | None) -> Request:
+        """Return a request as the engine receives it."""
+        return Request(
+            request_id=work.request_id,
+            input_tokens=len(work.generation.tokens),
+            max_new_tokens=work.generation.max_new_tokens,
+            task_id=work.task_id,
+            rows=work.rows if work.brings_weights else None,
+            weights=payload,
+        )
+
     def _open_new(self, ids: Sequence[int], now_ns: int) -> None:
         for request_id in ids:
             if request_id in self._opened:
                 continue
             work = self._works[request_id]
             work.scheduled_ns = max(work.arrival_ns, now_ns)
-            payload = None if work.task_id is None else self.engine.payload(work.task_id)
-            self._compute.open(work, payload)
+            self._compute.open(work, self._payload(work))
             self._opened[request_id] = work
+
+    def _payload(self, work: Work) -> object | None:
+        """Return what a request's adapter is computed with."""
+        return None if work.task_id is None else self.engine.payload(work.task_id)
 
     def _break(self, error: str) -> None:
         self._broken = error
@@ -258,17 +272,6 @@ class Driver:
     def _start_ns(self) -> int:
         now_ns = _now_ns()
         return self._planned_end_ns if 0 <= now_ns - self._planned_end_ns < _LATE_NS else now_ns
-
-
-def _request(work: Work, payload: object | None) -> Request:
-    return Request(
-        request_id=work.request_id,
-        input_tokens=len(work.generation.tokens),
-        max_new_tokens=work.generation.max_new_tokens,
-        task_id=work.task_id,
-        rows=work.rows if work.brings_weights else None,
-        weights=payload,
-    )
 
 
 def _stamp(work: Work, now_ns: int) -> None:

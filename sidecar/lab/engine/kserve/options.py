@@ -13,8 +13,11 @@ WEIGHTS_DATATYPES = {"fp16": "FP16", "bf16": "BF16"}
 DATATYPE_OF_DTYPE = {"float16": "FP16", "bfloat16": "BF16", "float32": "FP32"}
 COMPUTES = ("llama", "none")
 TRITON, LLMAPI = "triton", "llmapi"
-PROTOCOLS = (TRITON, LLMAPI, VLLM)
-PANELS = SERVER, ENGINE, LORA, VLLM_ONLY, FAULTS = "Server", "Engine", "LoRA caches", "vLLM", "Faults"
+TRTLLM = "trtllm"
+PROTOCOLS = (TRITON, LLMAPI, VLLM, TRTLLM)
+SERVER, ENGINE, LORA, FAULTS = "Server", "Engine", "LoRA caches", "Faults"
+HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY = "Engines with an OpenAI API", "vLLM", "trtllm-serve"
+PANELS = SERVER, ENGINE, LORA, HTTP_ONLY, VLLM_ONLY, TRTLLM_ONLY, FAULTS
 """The panels of `sidecar emulate --help`."""
 
 
@@ -64,7 +67,10 @@ class Options:
     text_model: bool = field(default=True, metadata=cli(SERVER, "Serve the text model (ensemble) as well."))
     protocol: str = field(
         default=TRITON,
-        metadata=cli(SERVER, "triton: the core model; llmapi: the one that loads from paths; vllm: an OpenAI API."),
+        metadata=cli(
+            SERVER,
+            "triton: the core model; llmapi: the one that loads from paths; vllm, trtllm: an OpenAI API.",
+        ),
     )
     write_engine_config: Path | None = field(
         default=None, metadata=cli(SERVER, "Write the engine's config.json there, for backends to read.")
@@ -98,11 +104,11 @@ class Options:
     )
     kv_blocks: int = field(default=4096, metadata=cli(ENGINE, "Blocks of the KV cache."))
     tokens_per_block: int = field(
-        default=64, metadata=cli(ENGINE, "Tokens in a KV block; default: 64, vllm: 128.", default=None)
+        default=64, metadata=cli(ENGINE, "Tokens in a KV block; default: 64, vllm: 128, trtllm: 32.", default=None)
     )
     scheduler: str = field(
         default=GUARANTEED_NO_EVICT,
-        metadata=cli(ENGINE, f"TensorRT-LLM's capacity scheduler: {', '.join(SCHEDULERS)}; vllm has its own."),
+        metadata=cli(ENGINE, f"Triton's capacity scheduler: {', '.join(SCHEDULERS)}; the others have their own."),
     )
     time_scale: float = field(
         default=1.0, metadata=cli(ENGINE, "1: as slow as the modelled GPU; 0: as fast as possible.")

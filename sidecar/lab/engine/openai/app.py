@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sidecar.lab.engine.openai.bodies import as_json
+from sidecar.lab.engine.http.json_text import as_json
 from sidecar.lab.engine.openai.chat import full_text, plain_tokens, prompt_of, token_strings
 from sidecar.lab.engine.openai.errors import ApiError, EngineDead
 from sidecar.lab.engine.openai.fields import (

@@ -6,17 +6,16 @@ client's parser meets depends on the position in the stream.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sidecar.lab.engine.http.json_text import as_json, event
 from sidecar.lab.engine.http.template import ASSISTANT
 from sidecar.lab.engine.http.work import TextWork
 
 Json = dict[str, Any]
-DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True)
@@ -193,16 +192,6 @@ class ChatBodies(Bodies):
 def usage_of(prompt: int, tokens: int) -> Json:
     """Return the token counts of an answer."""
     return {"prompt_tokens": prompt, "total_tokens": prompt + tokens, "completion_tokens": tokens}
-
-
-def event(content: Json) -> bytes:
-    """Return one event of a stream."""
-    return b"data: " + as_json(content) + b"\n\n"
-
-
-def as_json(content: Any) -> bytes:
-    """Return JSON without spaces and without escaped letters."""
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _prompt_tokens(works: Sequence[TextWork]) -> int:

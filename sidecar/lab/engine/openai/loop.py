@@ -7,15 +7,14 @@ has lost them. If the files are missing or broken by then, the engine and everyt
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.http.compute import ByContent, ByLlama
+from sidecar.lab.engine.http.driver import EngineDied, TextDriver
 from sidecar.lab.engine.http.prefix import PrefixCache
-from sidecar.lab.engine.http.work import Token, finish_reason
-from sidecar.lab.engine.kserve.driver import Driver
+from sidecar.lab.engine.http.work import TextWork, Token
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import ServedLog
 from sidecar.lab.engine.kserve.work import Work
@@ -27,11 +26,7 @@ from sidecar.lab.engine.openai.work import SequenceWork
 from sidecar.lab.engine.vllm import ENGINE_DIED
 
 
-class EngineDied(RuntimeError):
-    """The engine's process has ended; the text says why."""
-
-
-class VllmDriver(Driver):
+class VllmDriver(TextDriver):
     """Runs one vLLM engine in real time. Its works are `SequenceWork`s, its progress is `Token`s."""
 
     def __init__(
@@ -93,27 +88,12 @@ class VllmDriver(Driver):
         except (FileNotFoundError, BadAdapter) as error:
             raise EngineDied(f"adapter {copy.name} was to be read again from {copy.path}: {error}") from error
 
-    def _deliver(self, iteration: Iteration, tokens: dict[int, int]) -> None:
-        now_ns = time.monotonic_ns()
-        works = {request_id: self._sequence_of(request_id) for request_id in tokens}
-        ended = [request_id for request_id, token in tokens.items() if works[request_id].output.add(token)]
-        endings = {ending.request_id: ending.reason for ending in self.engine.finish(iteration, now_ns, ended)}
-        for request_id, token in tokens.items():
-            work = works[request_id]
-            work.first_token_ns = work.first_token_ns or now_ns
-            work.last_token_ns = now_ns
-            work.tokens.append(token)
-            reason = finish_reason(request_id in ended, request_id in endings)
-            if reason is not None:
-                self._metrics.ended(work, reason)
-                self._forget(work, "done")
-            text = work.output.delta(reason is not None)
-            work.sink(Token(work, token, reason is not None, None, text, reason, work.output.stop_reason))
-        for request_id in endings.keys() - tokens.keys():
-            self._loaded(self._sequence_of(request_id))
-        self._fail(self.engine.drain_failures())
+    def _answered(self, work: TextWork, reason: str) -> None:
+        assert isinstance(work, SequenceWork)
+        self._metrics.ended(work, reason)
 
-    def _loaded(self, work: SequenceWork) -> None:
+    def _ended_without_token(self, request_id: int) -> None:
+        work = self._sequence_of(request_id)
         assert work.copy is not None
         work.copy.is_new = False
         self._forget(work, "done")

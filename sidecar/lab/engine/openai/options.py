@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
-from sidecar.lab.engine.kserve.options import FAULTS, SERVER, VLLM_ONLY, Options, cli, spec_of
+from sidecar.lab.engine.http.options import HttpOptions
+from sidecar.lab.engine.kserve.options import FAULTS, VLLM_ONLY, cli, spec_of
 from sidecar.lab.engine.spec import VLLM, EngineSpec
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for --max-lora-rank."""
-_OTHERS = (
-    "instances",
-    "write_engine_config",
-    "max_queue",
-    "crash_on_weights",
-    "full_errors",
-    "claim_errors",
-    "ignore_lora",
-)
-"""Options that an emulated vLLM refuses: a user would miss their effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VllmOptions(Options):
+class VllmOptions(HttpOptions):
     """All options of one emulated vLLM. Those of `Options` about Triton or the bytes of caches have no effect.
 
     The help texts below define them; beyond those:
 
     * `seats` is vLLM's --max-num-seqs, `max_seq_tokens` --max-model-len, `max_tokens_per_step`
       --max-num-batched-tokens.
-    * Answers carry the first `served_model_name`.
     * Without `runtime_lora` there are no routes to load and unload.
     * The real vLLM joins more than `stream_interval` tokens in a chunk under load.
     * With `mixing_breaks_base` base requests are wrong in a step with adapter requests, as in vLLM's CPU build.
@@ -41,16 +31,7 @@ class VllmOptions(Options):
     scheduler: str = VLLM
     max_lora_rank: int = 16
     tokens_per_block: int = 128
-    http_port: int = field(
-        default=0, metadata=cli(SERVER, "Port of vLLM's API and metrics; 0 takes a free one.", default=8000)
-    )
-    served_model_name: tuple[str, ...] = field(
-        default=(), metadata=cli(VLLM_ONLY, "Name of the base model, may be given again; default: the shape.")
-    )
-    max_loras: int = field(default=1, metadata=cli(VLLM_ONLY, "Adapters in one batch."))
-    max_cpu_loras: int | None = field(
-        default=None, metadata=cli(VLLM_ONLY, "Adapters in the CPU cache; default: max_loras.")
-    )
+    max_loras: int = 1
     runtime_lora: bool = field(
         default=True, metadata=cli(VLLM_ONLY, "VLLM_ALLOW_RUNTIME_LORA_UPDATING: load and unload calls.")
     )
@@ -70,15 +51,6 @@ class VllmOptions(Options):
         super().__post_init__()
         if self.max_lora_rank not in RANKS:
             raise ValueError(f"max_lora_rank {self.max_lora_rank}: vLLM takes {', '.join(map(str, RANKS))}")
-        defaults = {each.name: each.default for each in fields(Options)}
-        for name in _OTHERS:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is an option of the engine behind Triton; an emulated vLLM has none of it")
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The base model's names."""
-        return self.served_model_name or (self.shape,)
 
     @property
     def cpu_loras(self) -> int:

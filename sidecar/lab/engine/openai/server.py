@@ -8,12 +8,13 @@ import socket
 
 from sidecar.lab.engine.engine import Engine
 from sidecar.lab.engine.http.compute import ByContent, ByLlama
+from sidecar.lab.engine.http.driver import EngineDied
 from sidecar.lab.engine.http.server import bound_socket, http_server
 from sidecar.lab.engine.kserve.faults import Faults
 from sidecar.lab.engine.kserve.served import Served, ServedLog
 from sidecar.lab.engine.openai.adapters import Adapters
 from sidecar.lab.engine.openai.app import VERSION, Routes
-from sidecar.lab.engine.openai.loop import EngineDied, VllmDriver
+from sidecar.lab.engine.openai.loop import VllmDriver
 from sidecar.lab.engine.openai.metrics import Metrics
 from sidecar.lab.engine.openai.options import VllmOptions, vllm_spec_of
 from sidecar.lab.engine.openai.serving import Serving

@@ -17,13 +17,14 @@ from dataclasses import replace
 from starlette.requests import Request
 from starlette.responses import Response
 
+from sidecar.lab.engine.http.json_text import DONE
 from sidecar.lab.engine.http.leaving import LEFT, Streamed, unless_left
 from sidecar.lab.engine.http.work import Token
 from sidecar.lab.engine.kserve.errors import BackendError
 from sidecar.lab.engine.kserve.generation import Generation, LoraTensors
 from sidecar.lab.engine.kserve.work import Progress
 from sidecar.lab.engine.openai.adapters import Adapters, Copy
-from sidecar.lab.engine.openai.bodies import DONE, Bodies, ChatBodies, CompletionBodies, Head, Piece
+from sidecar.lab.engine.openai.bodies import Bodies, ChatBodies, CompletionBodies, Head, Piece
 from sidecar.lab.engine.openai.errors import ApiError, EngineDead, internal
 from sidecar.lab.engine.openai.fields import ChatFields, CompletionFields, Sampling, read_fields, read_json
 from sidecar.lab.engine.openai.loop import VllmDriver
