@@ -16,8 +16,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 
 from sidecar.config.adapters import Adapters, Origins, Store
-from sidecar.config.listeners import Listeners
-from sidecar.config.queue import Queue
+from sidecar.config.listeners import Listeners, is_local
+from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS, OpenAi
+from sidecar.config.queue import Queue, RequestClass
 from sidecar.config.section import Section, told
 from sidecar.config.shared import Journal, Kubernetes, Replicas, State
 from sidecar.config.sources import Setting, in_environment, in_file, merged, source_of
@@ -31,6 +32,7 @@ class Config(Section):
     listeners: Listeners = Listeners()
     backends: tuple[dict[str, Any], ...] = ()
     """As written: `backends.registry.entries_of` validates each by its kind."""
+    openai: OpenAi = OpenAi()
     adapters: Adapters = Adapters()
     origins: Origins = Origins()
     store: Store = Store()
@@ -61,6 +63,18 @@ class Config(Section):
                 raise ValueError("certificate needs listeners.data.tls with a client ca")
         return tenant_from
 
+    @field_validator("openai")
+    @classmethod
+    def _loads_are_protected(cls, openai: OpenAi, others: ValidationInfo) -> OpenAi:
+        if openai.load_calls and "listeners" in others.data:
+            http = others.data["listeners"].http
+            if not is_local(http.address) and (http.tls is None or http.tls.ca is None):
+                raise ValueError(
+                    f"load_calls lets whoever reaches listeners.http ({http.address}) replace adapters; let it listen on "
+                    "127.0.0.1, or set listeners.http.tls with a client ca"
+                )
+        return openai
+
     @field_validator("replicas")
     @classmethod
     def _replicas_share_their_state(cls, replicas: Replicas, others: ValidationInfo) -> Replicas:
@@ -85,11 +99,15 @@ class Config(Section):
             base_requests=self.base_requests == "allow",
             classes={
                 name: ClassLimit(int(limit.queue_wait_s_max * 1e9), int(limit.patience_s * 1e9))
-                for name, limit in sorted(self.queue.classes.items())
+                for name, limit in sorted(self._classes().items())
             },
             joining_ns_max=int(self.queue.joining_s_max * 1e9),
             raise_on=self.raise_on,
         )
+
+    def _classes(self) -> dict[str, RequestClass]:
+        own = {LOADS: RequestClass(queue_wait_s_max=LOAD_WAIT_S_MAX, patience_s=0)} if self.openai.load_calls else {}
+        return own | self.queue.classes
 
 
 def parse(record: Any, source: str) -> Config:

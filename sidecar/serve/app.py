@@ -291,6 +291,8 @@ class Sidecar:
             async with asyncio.timeout(self.config.drain_timeout_s):
                 giving_up = None if self.replica is None else asyncio.create_task(self.replica.drain())
                 await self.gateway.drain()
+                if self.listening.loads is not None:
+                    await self.listening.loads.all_over()
                 if giving_up is not None:
                     await giving_up
                 if self.listening.streams is not None:

@@ -33,6 +33,7 @@ from sidecar.fronts.kserve.front import add_kserve, add_kserve_admin
 from sidecar.fronts.kserve.lifetime import Lifetimes, connection_age_options
 from sidecar.fronts.openai.chat_templates import ChatTemplate, read_chat_template
 from sidecar.fronts.openai.front import OpenAiFront
+from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.proto import admin_pb2, gateway_pb2, gateway_pb2_grpc
 from sidecar.replicas.replica import Replica
 from sidecar.shell.gateway import Gateway
@@ -66,6 +67,7 @@ class Listening:
         """Lifetimes of clients' KServe streams."""
         self.drained = asyncio.Event()
         """Set once a caller of the drain listener has been told that nothing runs any more."""
+        self.loads = LoadCalls(gateway, config) if config.openai.load_calls else None
         self._config = config
         self._entries = entries
         self._gateway = gateway
@@ -138,7 +140,7 @@ class Listening:
             self._metrics,
             http.address,
             self.data,
-            OpenAiFront(self._gateway, self._config, chat_templates(self._entries), self.intake),
+            OpenAiFront(self._gateway, self._config, chat_templates(self._entries), self.intake, self.loads),
             HttpLimits(http.connections_max),
             _http_tls(http.tls, http.address),
             http.probes,

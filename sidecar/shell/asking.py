@@ -48,6 +48,7 @@ class Question:
     tokens_max: int
     tenant: str
     timeout_s: float
+    klass: str = "default"
 
 
 def check_order(order: Order) -> None:

@@ -1,4 +1,4 @@
-"""Run work in threads that the process need not wait for: a download may hang in a read until its timeout.
+"""Locks by key, and work in threads that the process need not wait for: a download may hang in a read.
 
 The threads are daemons, and their futures are settled from outside when the process leaves. So a silent server delays
 neither the exit nor the callers that wait.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +29,26 @@ async def undisturbed(work: Awaitable[T]) -> T:
         if not task.cancelled():
             task.exception()  # retrieved, so that asyncio does not report it: no caller is left
         raise
+
+
+class Locks:
+    """A lock for each key, while somebody uses or awaits it."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, tuple[asyncio.Lock, list[None]]] = {}
+
+    @asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[None]:
+        """Enter the work on a key: one task at a time, in order of arrival."""
+        lock, users = self._locks.setdefault(key, (asyncio.Lock(), []))
+        users.append(None)
+        try:
+            async with lock:
+                yield
+        finally:
+            users.pop()
+            if not users:
+                del self._locks[key]
 
 
 class BackgroundThreads:

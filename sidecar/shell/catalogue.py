@@ -173,7 +173,7 @@ class Catalogue:
                 return records.as_declared(record, declared, wanted.managed_by, wanted.allow, wanted.pin)
             return replace(
                 record,
-                allow=wanted.allow or record.allow,
+                allow=wanted.allow or (records.UNSEEN if mine is None and wanted.unseen else record.allow),
                 pinned=wanted.pin or record.pinned,
                 managed_by=wanted.managed_by if mine is None else record.managed_by,
             )
@@ -235,7 +235,14 @@ class Catalogue:
 
     async def unregister(self, name: str, hold_s: float = 0.0, managed_by: str = "cli") -> None:
         """Remove a name, and wait until the requests for it that are here have ended."""
-        wanted = Wanted(hold_s=hold_s, managed_by=managed_by)
+        await self.remove(name, Wanted(hold_s=hold_s, managed_by=managed_by))
+        here = [request.id for request in self._state().requests.values() if request.view.name == name]
+        while any(request in self._state().requests for request in here):
+            await asyncio.sleep(DRAIN_POLL_S)
+        self.forget_unneeded()
+
+    async def remove(self, name: str, wanted: Wanted) -> None:
+        """Remove a name. Requests for it that are here are still served. Raises Invalid if it is another owner's."""
 
         async def forget() -> Record:
             record = self.known(name)
@@ -244,11 +251,7 @@ class Catalogue:
             await self.registry.delete(name, record)
             return held
 
-        self._forgotten_until[name] = (await _tried(forget, ATTEMPTS_MAX)).held_until
-        here = [request.id for request in self._state().requests.values() if request.view.name == name]
-        while any(request in self._state().requests for request in here):
-            await asyncio.sleep(DRAIN_POLL_S)
-        self.forget_unneeded()
+        self._forgotten_until[name] = (await tried(forget, ATTEMPTS_MAX)).held_until
 
     async def hold_ended(self, name: str) -> bool:
         """Return True once when an override of a declared name has run out, so that its owner decides again."""
@@ -292,7 +295,7 @@ class Catalogue:
             await self.registry.put(record, before)
             return record, False
 
-        return await _tried(write, attempts_max)
+        return await tried(write, attempts_max)
 
     def _ordinal(self, record: Record, selector: str) -> int:
         """Return the ordinal that "v8" or the start of a digest selects. Raises Invalid(INVALID_NAME)."""
@@ -338,7 +341,7 @@ def _check_content(name: str, digest: str, wanted: str) -> None:
         )
 
 
-async def _tried(attempt: Callable[[], Awaitable[T]], attempts_max: int) -> T:
+async def tried(attempt: Callable[[], Awaitable[T]], attempts_max: int) -> T:
     """Return the result of an attempt, repeated while another writer comes first; raise the last error."""
     for _ in range(attempts_max - 1):
         try:

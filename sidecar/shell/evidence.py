@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sidecar.core.facts import EngineFacts
+from sidecar.errors import Reason
 
 SHOWN_CHARACTERS = 60
 
@@ -24,11 +25,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; `error` is the reason if there is none."""
+    """An answer; if there is none, `error` says why and `reason` is the cause."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     error: str = ""
+    reason: Reason | None = None
 
     def __str__(self) -> str:
         return quoted(self.text) if self.text else str(list(self.token_ids))

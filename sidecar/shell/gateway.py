@@ -113,6 +113,13 @@ class Gateway:
             return True
         return any(backend.takes_requests for backend in self.state.backends.values())
 
+    def serves(self, backend: str) -> bool:
+        """Return True if requests are sent to a backend now, by this replica or another one."""
+        if self.elsewhere is not None:
+            return self.elsewhere.serves(backend)
+        known = self.state.backends.get(backend)
+        return known is not None and known.takes_requests
+
     def observe(self, observer: Observer, of_refused: bool = False) -> None:
         """Show an observer every step; with `of_refused` also the requests that are refused before the core."""
         self.driver.observe(observer, of_refused)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from sidecar.config.identities import TENANT, problem_of
+from sidecar.config.openai import LOADS
 from sidecar.errors import Invalid, Reason
 from sidecar.state.records import Declared, Record
 
@@ -27,6 +28,8 @@ class Wanted:
     pin: bool = False
     labels: tuple[tuple[str, str], ...] = ()
     stage: bool = False
+    unseen: bool = False
+    """Whether a new name stays hidden from all tenants until it is published."""
     managed_by: str = "cli"
     hold_s: float = 0.0
     base: str = ""
@@ -67,6 +70,8 @@ def cluster_owner(namespace: str, kind: str, name: str) -> str:
 
 def owner_phrase(owner: str) -> str:
     """Return an owner as a phrase for people."""
+    if owner == LOADS:
+        return "a trainer's load calls"
     if not owner.startswith(CLUSTER):
         return owner
     namespace, kind, name = owner.removeprefix(CLUSTER).split("/", 2)
@@ -84,6 +89,15 @@ def taken_over(record: Record, wanted: Wanted, now: float) -> Record:
         return record
     if wanted.hold_s > 0:
         return replace(record, held_until=now + wanted.hold_s)
+    if wanted.managed_by == LOADS:
+        owner = "hand" if record.managed_by in BY_HAND else owner_phrase(record.managed_by)
+        raise _elsewhere(
+            record,
+            f"is registered by {owner}, and load calls change no name that they did not make; choose another name, or "
+            f"unregister it with sidecar adapters unregister {record.name}",
+        )
+    if record.managed_by == LOADS and wanted.managed_by in BY_HAND:
+        return replace(record, managed_by=wanted.managed_by, allow=None if record.is_unseen else record.allow)
     if record.managed_by in BY_HAND:
         if not wanted.managed_by.startswith(CLUSTER) or wanted.take_over:
             return replace(record, managed_by=wanted.managed_by)

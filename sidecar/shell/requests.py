@@ -70,6 +70,9 @@ class Elsewhere(Protocol):
     def takes_requests(self) -> bool:
         """True if another replica would take a request now."""
 
+    def serves(self, backend: str) -> bool:
+        """Return True if the replica that owns a backend sends requests there now."""
+
     def given_back(self, ticket: Ticket) -> bool:
         """Return True if it takes care of a request that this replica's core has given back without a token."""
 

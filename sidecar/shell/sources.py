@@ -17,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol, TypeVar
 
+from sidecar.adapters.copying import copy_adapter
 from sidecar.adapters.origins.allowing import AllowList
 from sidecar.adapters.origins.failures import Stopped
 from sidecar.adapters.origins.fetching import fetch
@@ -129,6 +130,19 @@ class Sources:
             yield folder
         finally:
             self._remove(folder)
+
+    @asynccontextmanager
+    async def copied(self, name: str, path: str) -> AsyncIterator[Path]:
+        """Yield an incoming folder with a copy of the files in a local folder, which may change from then on.
+
+        Raises Invalid if it is outside the roots or holds no adapter, Refused for a failure that may pass.
+        """
+        directory = self.allow.check_path(name, path)
+        with self.incoming() as folder:
+            await undisturbed(asyncio.to_thread(copy_adapter, name, directory, folder, self.limits))
+            if self.allow.check_path(name, path) != directory:
+                raise unreadable(name, f"{path} was replaced while it was read; load it again")
+            yield folder
 
     @asynccontextmanager
     async def pushed(self, name: str, folder: Path) -> AsyncIterator[Arrival]:

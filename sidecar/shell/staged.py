@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from sidecar.adapters.staging import Staging
 from sidecar.core.effects import Fetch
+from sidecar.shell.background import Locks
 from sidecar.shell.sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class StagedFolders:
         self._stagings = tuple(stagings)
         self._threads = threads
         self._held: dict[str, Fetch] = {}
-        self._locks: dict[str, tuple[asyncio.Lock, list[None]]] = {}
+        self._locks = Locks()
 
     async def open(self) -> None:
         """Prepare the folders. Raises Misused naming one that cannot be used."""
@@ -60,14 +60,14 @@ class StagedFolders:
 
     async def bring(self, effect: Fetch) -> None:
         """Stage a version in every folder. Raises SidecarError; then it is in none."""
-        async with self._lock(effect.key):
+        async with self._locks.of(effect.key):
             await self._stage(effect)
             self._held[effect.key] = effect
 
     async def leave(self, key: str) -> int:
         """Remove a version from every folder unless others need it there; return its size in bytes."""
         effect = self._held.pop(key)
-        async with self._lock(key):
+        async with self._locks.of(key):
             try:
                 await self._in_thread(self._remove, key)
             except OSError as error:
@@ -81,7 +81,7 @@ class StagedFolders:
         return StagedWeights(path, effect.layout.dtype, effect.size_bytes, lambda: self._renew(effect))
 
     async def _renew(self, effect: Fetch) -> None:
-        async with self._lock(effect.key):
+        async with self._locks.of(effect.key):
             if effect.key in self._held:
                 await self._stage(effect)
 
@@ -113,16 +113,3 @@ class StagedFolders:
 
     def _in_thread(self, run: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._threads, run, *arguments)
-
-    @asynccontextmanager
-    async def _lock(self, key: str) -> AsyncIterator[None]:
-        """Enter the work on a version: one task at a time, in order of arrival."""
-        lock, users = self._locks.setdefault(key, (asyncio.Lock(), []))
-        users.append(None)
-        try:
-            async with lock:
-                yield
-        finally:
-            users.pop()
-            if not users:
-                del self._locks[key]

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from sidecar.config.openai import LOADS
 from sidecar.core.events import AdapterRegistered, OtherVersion
 from sidecar.core.facts import Adapter
 from sidecar.errors import Invalid, Reason, Refused
 
 VERSIONS_MAX = 10
 """The most versions of a name. Beyond it, the oldest one that is neither current, previous nor canary is dropped."""
+
+UNSEEN = (LOADS,)
+"""The allow list of a new name that is not to be seen yet: no client is this tenant."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class Record:
     managed_by: str = "cli"
     held_until: float = 0.0
     declared: Declared | None = None
+
+    @property
+    def is_unseen(self) -> bool:
+        """True for a new name that has not been published yet."""
+        return self.allow == UNSEEN
 
     @property
     def version(self) -> Version:
@@ -195,6 +204,28 @@ def as_declared(record: Record, declared: Declared, owner: str, allow: tuple[str
     )
 
 
+def published(record: Record, ordinal: int, versions_max: int) -> Record:
+    """Make a version current, show a new name to everybody, and drop the oldest versions beyond `versions_max`.
+
+    Raises Refused(UNKNOWN_ADAPTER) if the version was dropped.
+    """
+    if record.is_unseen:  # what else it holds has never been published
+        return replace(record, versions=(record.of(ordinal),), current=ordinal, previous=None, allow=None)
+    return _trimmed(promoted(record, ordinal), versions_max)
+
+
+def without(record: Record, ordinal: int) -> Record | None:
+    """Drop a version that was never published, or return None: the name has not been seen, and has no other version.
+
+    A version that requests without a version may get, or that a rollback would bring back, stays.
+    """
+    if record.is_unseen and len(record.versions) == 1:
+        return None
+    if ordinal in (record.current, record.previous, *(record.canary or ())[:1]):
+        return record
+    return replace(record, versions=tuple(version for version in record.versions if version.ordinal != ordinal))
+
+
 def refreshed(record: Record, ordinal: int) -> Record:
     """Raise a version's generation, so that every engine loads a fresh copy under a new task id."""
     version = record.of(ordinal)
@@ -206,12 +237,12 @@ def _replaced(record: Record, version: Version) -> Record:
     return replace(record, versions=versions)
 
 
-def _trimmed(record: Record) -> Record:
-    """Drop the oldest versions beyond `VERSIONS_MAX` that are neither current, previous nor canary."""
+def _trimmed(record: Record, versions_max: int = VERSIONS_MAX) -> Record:
+    """Drop the oldest versions beyond `versions_max` that are neither current, previous nor canary."""
     tried = record.canary[0] if record.canary else None
     newest = record.versions[-1].ordinal
     in_use = (record.current, record.previous, tried, newest)
-    excess = len(record.versions) - VERSIONS_MAX
+    excess = len(record.versions) - versions_max
     kept = []
     for version in record.versions:
         if excess > 0 and version.ordinal not in in_use:

@@ -9,20 +9,13 @@ import grpc
 from tritonclient.grpc import service_pb2
 
 from sidecar.backends.api import Prompt as PromptKind
-from sidecar.backends.api import Reply as EngineReply
-from sidecar.backends.api import Ticket
-from sidecar.backends.kind import Reader
 from sidecar.backends.registry import model_kind
-from sidecar.errors import Refused
-from sidecar.fronts import relay
-from sidecar.fronts.generate.forms import payload_of
-from sidecar.fronts.lengths import text_tokens_max
-from sidecar.proto import admin_pb2, gateway_pb2
+from sidecar.fronts.questions import ask
+from sidecar.proto import admin_pb2
 from sidecar.shell import asking
 from sidecar.shell.asking import Order, Question
 from sidecar.shell.evidence import Answers, Prompt, Reply
 from sidecar.shell.gateway import Gateway
-from sidecar.shell.requests import RequestFacts
 from sidecar.shell.verdicts import Check
 from sidecar.shell.verifying import Finding, Plan, Verification
 
@@ -63,56 +56,7 @@ class Verifier:
             return True
 
     async def _ask(self, question: Question) -> Reply:
-        """Return the answer to one request, or the reason for none."""
-        request = _generate_request(question)
-        payload, input_tokens = payload_of(request, lambda kind: False)
-        if question.prompt.text:
-            input_tokens = text_tokens_max(self._gateway.state, input_tokens)
-        facts = RequestFacts(
-            adapter=question.adapter,
-            tenant=question.tenant,
-            input_tokens=input_tokens,
-            output_tokens_max=question.tokens_max,
-            deadline_s=question.timeout_s,
-            size_bytes=request.ByteSize(),
-            only=(question.backend,),
-        )
-        try:
-            ticket = self._gateway.submit(facts, payload, CLIENT_ID)
-        except Refused as refused:
-            return Reply(error=refused.message)
-        try:
-            return await _answer(self._gateway, ticket, bool(question.prompt.text))
-        finally:
-            self._gateway.close(ticket)
-
-
-def _generate_request(question: Question) -> Any:
-    """Return the question as a GenerateRequest. It does not stream: only a whole answer is cut in no character."""
-    prompt = question.prompt
-    asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
-    # top_k 1 is the form of "greedy" that every engine takes; some refuse a temperature of 0.
-    return gateway_pb2.GenerateRequest(
-        adapter=question.adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked
-    )
-
-
-async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
-    texts: list[str] = []
-    token_ids: list[int] = []
-    reader: Reader | None = None
-
-    async def take(reply: EngineReply) -> None:
-        nonlocal reader
-        reader = reader or relay.reader_of(gateway, ticket, is_text)
-        piece = reader.read(reply)
-        texts.append(piece.text)
-        token_ids.extend(piece.token_ids)
-
-    ending = await relay.relay(ticket, take)
-    if ending is not None and ending.reason is not None:
-        return Reply(error=f"{ending.message} [{ending.reason.value}]")
-    return Reply("".join(texts), tuple(token_ids))
+        return await ask(self._gateway, question, CLIENT_ID)
 
 
 def order_of(request: Any) -> Order:

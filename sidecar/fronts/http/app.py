@@ -20,6 +20,7 @@ from sidecar.errors import Misused, Reason
 from sidecar.fronts.http.connection import HttpLimits
 from sidecar.fronts.http.listener import HttpListener
 from sidecar.fronts.http.probes import NO_STORE, PATHS, Probes, text_response
+from sidecar.fronts.openai.load_calls import LOAD_IN_PLACE
 from sidecar.fronts.openai.request import REQUEST_ID_HEADER, request_id_of
 from sidecar.shell.gateway import Gateway
 from sidecar.shell.metrics import Metrics
@@ -102,7 +103,7 @@ class HttpFront:
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if self._api is not None and path.startswith(f"{API}/"):
+        if self._api is not None and (path.startswith(f"{API}/") or path == LOAD_IN_PLACE):
             await self._api(scope, receive, send)
             return
         send = _with_id(scope, send)

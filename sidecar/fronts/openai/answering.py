@@ -98,9 +98,9 @@ def _check_size(size_bytes: int, size_bytes_max: int) -> None:
 
 
 async def send_failure(send: Send, failed: Failure, request_id: str = "", origin: Headers = ()) -> None:
-    """Send an error as a response."""
+    """Send a response that is complete, as errors are."""
     length = (b"content-length", str(len(failed.body)).encode())
-    headers = [JSON, length, *failed.headers, *request_id_header(request_id), *origin]
+    headers = [(b"content-type", failed.media_type), length, *failed.headers, *request_id_header(request_id), *origin]
     await send({"type": "http.response.start", "status": failed.status, "headers": headers})
     await send({"type": "http.response.body", "body": failed.body, "more_body": False})
 

@@ -40,11 +40,12 @@ TOO_LONG = ("exceeds maximum input length", "exceeds the maximum input length")
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that reports an error; `body` is JSON."""
+    """A response that reports an error, or all of another answer that is not relayed."""
 
     status: int
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    media_type: bytes = b"application/json"
 
 
 def failure(

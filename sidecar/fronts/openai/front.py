@@ -26,12 +26,14 @@ from sidecar.fronts.http.connection import CROWDED, PEER
 from sidecar.fronts.http.content_type import why_not_json
 from sidecar.fronts.intake import Intake
 from sidecar.fronts.lengths import text_tokens_max
+from sidecar.fronts.openai import load_calls
 from sidecar.fronts.openai.answering import Answering, ClientLeft, TooLong, body_of, declared_size, send_failure
 from sidecar.fronts.openai.body import read_body
 from sidecar.fronts.openai.candidates import Destination, Destinations
 from sidecar.fronts.openai.chat_templates import ChatTemplate
 from sidecar.fronts.openai.errors import Failure, failure, failure_of_error
 from sidecar.fronts.openai.large import LARGE_BYTES, LargeBodies
+from sidecar.fronts.openai.load_calls import LoadCalls
 from sidecar.fronts.openai.models import Models
 from sidecar.fronts.openai.request import (
     CHAT,
@@ -57,7 +59,16 @@ METHODS = {COMPLETIONS: ("POST",), CHAT: ("POST",), MODELS: ("GET", "HEAD")}
 class OpenAiFront:
     """An ASGI application over the process's gateway. `templates` are chat templates by backend."""
 
-    def __init__(self, gateway: Gateway, config: Config, templates: Mapping[str, ChatTemplate], intake: Intake) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        config: Config,
+        templates: Mapping[str, ChatTemplate],
+        intake: Intake,
+        loads: LoadCalls | None = None,
+    ) -> None:
+        self._loads = loads
+        self._methods = METHODS if loads is None else METHODS | dict.fromkeys(load_calls.PATHS, ("POST",))
         self._gateway = gateway
         self._intake = intake
         self._tenant_from = config.tenant_from
@@ -72,11 +83,12 @@ class OpenAiFront:
         request_id = request_id_of(scope["headers"])
         path = scope["path"].rstrip("/")
         known = MODELS if path.startswith(f"{MODELS}/") else path
-        if known not in METHODS:
-            message = f"{scope['method']} {path[:80]} is not served; there are {', '.join(METHODS)}"
+        if known not in self._methods:
+            off = "; for load calls set openai.load_calls: true" if path in load_calls.PATHS else ""
+            message = f"{scope['method']} {path[:80]} is not served{off}; there are {', '.join(self._methods)}"
             await send_failure(send, failure(404, message, "not_found"), request_id)
-        elif scope["method"] not in METHODS[known]:
-            allow = ", ".join(METHODS[known])
+        elif scope["method"] not in self._methods[known]:
+            allow = ", ".join(self._methods[known])
             failed = failure(405, f"{known} takes {allow}", "method_not_allowed")
             failed = replace(failed, headers=(*failed.headers, (b"allow", allow.encode())))
             await send_failure(send, failed, request_id)
@@ -89,8 +101,29 @@ class OpenAiFront:
         elif why := why_not_json(scope["headers"]):
             failed = failure(415, why, "unsupported_media_type")
             await send_failure(send, replace(failed, headers=(*failed.headers, CLOSE)), request_id)
+        elif self._loads is not None and path in load_calls.PATHS:
+            await self._carry_out(self._loads, scope, path, receive, send, request_id)
         else:
             await self._answer(scope, path, receive, send, request_id)
+
+    async def _carry_out(
+        self, loads: LoadCalls, scope: Scope, path: str, receive: Receive, send: Send, request_id: str
+    ) -> None:
+        """Carry out a load call."""
+        try:
+            declared_bytes = declared_size(scope["headers"], load_calls.BODY_BYTES_MAX)
+            async with self._intake.body(declared_bytes) as arrival:
+                pieces, _ = await body_of(receive, load_calls.BODY_BYTES_MAX, arrival)
+        except ClientLeft:
+            return
+        except TooLong as error:
+            text = f"a load call has at most {load_calls.BODY_BYTES_MAX} bytes"
+            await send_failure(send, _failure_of(TooLong(error.reason, text)), request_id)
+            return
+        except SidecarError as error:
+            await send_failure(send, _failure_of(error), request_id)
+            return
+        await send_failure(send, await loads.answer(path, b"".join(pieces)), request_id)
 
     async def _answer(self, scope: Scope, path: str, receive: Receive, send: Send, request_id: str) -> None:
         tickets: list[Ticket] = []

@@ -10,6 +10,7 @@ from sidecar.core.admission import BASE_NAMES
 from sidecar.errors import Refused
 from sidecar.fronts.eligible import base_names
 from sidecar.shell.gateway import Gateway
+from sidecar.shell.loading import PATH
 from sidecar.state.records import Record, Version
 
 OWNER = "lora-sidecar"
@@ -71,9 +72,8 @@ class Models:
                     yield self._entry(_label(record, version), record, version)
 
     def _entry(self, model: str, record: Record, version: Version) -> dict[str, Any]:
-        return self._record(
-            model, int(version.registered_at) or self._since, _label(record, version), self._parent(version)
-        )
+        root = dict(version.labels).get(PATH) or _label(record, version)
+        return self._record(model, int(version.registered_at) or self._since, root, self._parent(version))
 
     def _parent(self, version: Version) -> str:
         """Return the base model by its listed name: an adapter may have been trained under an alias of it."""

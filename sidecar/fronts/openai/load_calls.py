@@ -1,0 +1,194 @@
+"""vLLM's load calls, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, with vLLM's statuses and texts.
+
+Trainers post them to one URL after each step. `/load_lora_adapter` is prime-rl's own: it always loads in place. A call
+is carried out even if its client leaves: a trainer that has lost its patience tries again, and finds it done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from sidecar.adapters.copying import NoAdapter, config_in
+from sidecar.config import Config
+from sidecar.core.admission import BASE_NAMES
+from sidecar.errors import Family, Reason, SidecarError
+from sidecar.fronts.eligible import base_names, empty_pools
+from sidecar.fronts.openai import load_texts as texts
+from sidecar.fronts.openai.errors import Failure
+from sidecar.fronts.questions import ask
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.loading import AlreadyLoaded, Loaded, Loading, RefusedByEngines
+
+logger = logging.getLogger(__name__)
+
+LOAD, UNLOAD, LOAD_IN_PLACE = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter"
+PATHS = (LOAD, UNLOAD, LOAD_IN_PLACE)
+BODY_BYTES_MAX = 64 << 10
+CALLS_MAX = 64
+"""Calls that may be under way or wait."""
+CLIENT_ID = "load call"
+PATH_CHARACTERS_MAX = 4096
+TEXT = b"text/plain; charset=utf-8"
+_VALUE_CHARACTERS_MAX = 200
+
+
+class LoadBody(BaseModel):
+    """The fields of a load. vLLM ignores others, and so are they here."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadBody(BaseModel):
+    lora_name: str
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+class _Unreadable(Exception):
+    """A body that is not JSON, or has wrong fields."""
+
+    def __init__(self, problems: Sequence[Mapping[str, Any]]) -> None:
+        label = "error" if len(problems) == 1 else "errors"
+        lines = [f"{len(problems)} validation {label}:", *(f"  {dict(problem)}" for problem in problems)]
+        super().__init__("\n".join(lines))
+
+
+class LoadCalls:
+    """Answers load calls over a gateway."""
+
+    def __init__(self, gateway: Gateway, config: Config) -> None:
+        self._gateway = gateway
+        self._hide_backend = config.hide_backend
+        self._loading = Loading(
+            gateway, lambda question: ask(gateway, question, CLIENT_ID), config.openai.versions_kept
+        )
+        self._under_way = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+
+    async def all_over(self) -> None:
+        """Return when no call is under way."""
+        await self._is_idle.wait()
+
+    async def answer(self, path: str, body: bytes) -> Failure:
+        """Carry out a call and return its response."""
+        if self._under_way >= CALLS_MAX:
+            return texts.failed(texts.INTERNAL, f"{CALLS_MAX} load calls are under way; try again later", retry_s=1)
+        self._under_way += 1
+        self._is_idle.clear()
+        try:
+            if path == UNLOAD:
+                return await self._unload(_read(UnloadBody, body))
+            fields = _read(LoadBody, body)
+            return await self._load(fields, fields.load_inplace or path == LOAD_IN_PLACE)
+        except _Unreadable as error:
+            return texts.failed(texts.BAD_REQUEST, str(error))
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._is_idle.set()
+
+    async def _load(self, fields: LoadBody, in_place: bool) -> Failure:
+        name, path = fields.lora_name, fields.lora_path
+        if not name or not path:
+            return texts.nothing_given()
+        if name in self._base_names():
+            return texts.base_conflict(name)
+        if len(path) > PATH_CHARACTERS_MAX:
+            return texts.failed(texts.INVALID_INPUT, f"the path has {len(path)} characters", "lora_path")
+        try:
+            loaded = await self._loading.load(name, path, in_place)
+        except SidecarError as error:
+            logger.info("%s was not loaded from %s: %s", name[:128], path[:200], error.message)
+            return await self._failure_of(error, name, path)
+        return Failure(200, texts.added(name).encode(), tuple(self._origin(loaded)), TEXT)
+
+    async def _unload(self, fields: UnloadBody) -> Failure:
+        name = fields.lora_name
+        if not name:
+            return texts.no_name_given()
+        try:
+            await self._loading.unload(name)
+        except SidecarError as error:
+            return await self._failure_of(error, name, "")
+        return Failure(200, texts.removed(name).encode(), media_type=TEXT)
+
+    async def _failure_of(self, error: SidecarError, name: str, path: str) -> Failure:
+        """Return vLLM's form of an error. What may pass is a 500, which clients of vLLM try again."""
+        if isinstance(error, AlreadyLoaded):
+            return texts.already_loaded(name)
+        if isinstance(error, NoAdapter):
+            return texts.not_found(name, path)
+        if isinstance(error, RefusedByEngines):
+            return texts.not_added(error.message)
+        if error.reason is Reason.UNKNOWN_ADAPTER and not path:
+            return texts.unknown(name)
+        if error.reason is Reason.ORIGIN_NOT_ALLOWED:
+            return texts.failed(texts.INVALID_INPUT, error.message, "lora_path")
+        if error.reason in (Reason.INVALID_NAME, Reason.MANAGED_ELSEWHERE):
+            return texts.failed(texts.INVALID_INPUT, error.message, "lora_name")
+        if error.family is Family.INVALID:
+            config = await asyncio.to_thread(config_in, Path(path))
+            causes = texts.vllm_causes(config, self._rank_max())
+            return texts.not_added(f"{causes} {error.message}".strip())
+        return texts.failed(texts.INTERNAL, error.message, retry_s=error.retry_after_s or 1.0)
+
+    def _base_names(self) -> Iterator[str]:
+        engines = [backend.facts for backend in self._gateway.state.backends.values()]
+        yield from BASE_NAMES
+        for facts in (*engines, *(facts for _, facts in empty_pools(self._gateway.state))):
+            yield from base_names(facts)
+
+    def _rank_max(self) -> int | None:
+        """Return the highest rank that an engine takes; None if one may take any."""
+        ranks = [backend.facts.rank_max for backend in self._gateway.state.backends.values()]
+        return None if not ranks or None in ranks else max(rank for rank in ranks if rank is not None)
+
+    def _origin(self, loaded: Loaded) -> Iterator[tuple[bytes, bytes]]:
+        """Yield headers that say which version it is, and which engines have it and which do not."""
+        yield b"x-lora-version", loaded.version.encode()
+        for name, backends in (
+            (b"x-lora-backends", sorted(loaded.backends)),
+            (b"x-lora-without", sorted(loaded.without)),
+        ):
+            if backends:
+                value = str(len(backends)) if self._hide_backend else ", ".join(backends)[:_VALUE_CHARACTERS_MAX]
+                yield name, value.encode("latin-1", "replace")
+
+
+def _read(kind: type[Fields], body: bytes) -> Fields:
+    """Return the fields of a body. Raises _Unreadable."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        at = getattr(error, "pos", 0)
+        why = {"error": getattr(error, "msg", "it is not UTF-8")}
+        raise _Unreadable([_problem("json_invalid", f"body.{at}", "JSON decode error", {}) | {"ctx": why}]) from error
+    if not isinstance(content, dict):
+        text = "Input should be a valid dictionary or object to extract fields from"
+        raise _Unreadable([_problem("model_attributes_type", "body", text, content)])
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        raise _Unreadable(
+            [
+                _problem(each["type"], ".".join(map(str, ("body", *each["loc"]))), each["msg"], each["input"])
+                for each in found
+            ]
+        ) from error
+
+
+def _problem(kind: str, place: str, text: str, value: object) -> dict[str, Any]:
+    shown = f"<{type(value).__name__} of {len(value)} items>" if isinstance(value, (list, dict)) else str(value)
+    return {"type": kind, "loc": place, "msg": text, "input": shown[:_VALUE_CHARACTERS_MAX]}

@@ -1,0 +1,72 @@
+"""Ask an engine a question of our own, like a client's request: it queues, causes a load and is healed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidecar.backends.api import Reply as EngineReply
+from sidecar.backends.api import Ticket
+from sidecar.backends.kind import Reader
+from sidecar.errors import Refused
+from sidecar.fronts import relay
+from sidecar.fronts.generate.forms import payload_of
+from sidecar.fronts.lengths import text_tokens_max
+from sidecar.proto import gateway_pb2
+from sidecar.shell.asking import Question
+from sidecar.shell.evidence import Reply
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.requests import RequestFacts
+
+
+async def ask(gateway: Gateway, question: Question, client_id: str) -> Reply:
+    """Return the answer to one request, or the reason for none."""
+    request = _generate_request(question)
+    payload, input_tokens = payload_of(request, lambda kind: False)
+    if question.prompt.text:
+        input_tokens = text_tokens_max(gateway.state, input_tokens)
+    facts = RequestFacts(
+        adapter=question.adapter,
+        tenant=question.tenant,
+        klass=question.klass,
+        input_tokens=input_tokens,
+        output_tokens_max=question.tokens_max,
+        deadline_s=question.timeout_s,
+        size_bytes=request.ByteSize(),
+        only=(question.backend,),
+    )
+    try:
+        ticket = gateway.submit(facts, payload, client_id)
+    except Refused as refused:
+        return Reply(error=refused.message, reason=refused.reason)
+    try:
+        return await _answer(gateway, ticket, bool(question.prompt.text))
+    finally:
+        gateway.close(ticket)
+
+
+def _generate_request(question: Question) -> Any:
+    """Return the question as a GenerateRequest. It does not stream: only a whole answer is cut in no character."""
+    prompt = question.prompt
+    asked = {"text": prompt.text} if prompt.text else {"tokens": gateway_pb2.TokenIds(ids=prompt.token_ids)}
+    # top_k 1 is the form of "greedy" that every engine takes; some refuse a temperature of 0.
+    return gateway_pb2.GenerateRequest(
+        adapter=question.adapter, max_tokens=question.tokens_max, stream=False, top_k=1, **asked
+    )
+
+
+async def _answer(gateway: Gateway, ticket: Ticket, is_text: bool) -> Reply:
+    texts: list[str] = []
+    token_ids: list[int] = []
+    reader: Reader | None = None
+
+    async def take(reply: EngineReply) -> None:
+        nonlocal reader
+        reader = reader or relay.reader_of(gateway, ticket, is_text)
+        piece = reader.read(reply)
+        texts.append(piece.text)
+        token_ids.extend(piece.token_ids)
+
+    ending = await relay.relay(ticket, take)
+    if ending is not None and ending.reason is not None:
+        return Reply(error=f"{ending.message} [{ending.reason.value}]", reason=ending.reason)
+    return Reply("".join(texts), tuple(token_ids))

@@ -1,0 +1,248 @@
+"""Load calls: a new version of a name on every engine that can serve it, and only then the name's own.
+
+1. The files are copied, and their content becomes a version of the name. The name does not move yet; a new name is
+   hidden from all tenants.
+2. The version is brought to one engine by a request for one token. It may be what engines die of, or refuse, so the
+   others wait until it has answered there.
+3. The others get it side by side, each by a request of its own. These requests queue like a client's, so that what is
+   open on an engine gives way to them in time, and they to it. An engine that is down, or goes down meanwhile, does not
+   hold up the name: it gets the version with the first request for it once it is back.
+4. The name moves to the version, on all replicas, and the oldest versions are dropped. What was received before is
+   answered by the version that it found, and that is kept until then.
+
+If that fails the version is dropped again, and the name is what it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from time import monotonic, time
+
+from sidecar.adapters.copying import config_in
+from sidecar.adapters.names import check_name
+from sidecar.backends.api import Prompt as PromptKind
+from sidecar.backends.registry import model_kind
+from sidecar.config.openai import LOAD_WAIT_S_MAX, LOADS
+from sidecar.core import eligibility
+from sidecar.core.state import State
+from sidecar.errors import Reason, Refused
+from sidecar.shell.asking import Question
+from sidecar.shell.background import Locks, undisturbed
+from sidecar.shell.catalogue import ATTEMPTS_MAX, Catalogue, tried
+from sidecar.shell.evidence import Prompt, Reply
+from sidecar.shell.gateway import Gateway
+from sidecar.shell.managing import Wanted, taken_over
+from sidecar.state import records
+from sidecar.state.records import Record
+
+logger = logging.getLogger(__name__)
+
+LOADS_MAX = 8
+"""Load calls at work at a time; further ones wait."""
+REFUSALS = 2
+"""Engines that must refuse a version before it counts as bad: one alone may be short of memory."""
+LOOK_S = 0.25
+PROMPTS = {PromptKind.TOKENS: Prompt(token_ids=(1,)), PromptKind.TEXT: Prompt(text="1")}
+PATH = "lora_path"
+"""The label of a version that says from where it was loaded."""
+_OF_THE_ADAPTER = (Reason.ADAPTER_UNAVAILABLE, Reason.BACKEND_REJECTED, Reason.QUARANTINED)
+_OF_THIS_PROCESS = (Reason.DRAINING, Reason.SIDECAR_FAILED, Reason.CRASHED)
+
+Ask = Callable[[Question], Awaitable[Reply]]
+
+
+class AlreadyLoaded(Refused):
+    """The name exists, and is not to be replaced."""
+
+
+class RefusedByEngines(Refused):
+    """Engines do not take the adapter."""
+
+
+@dataclass
+class Loaded:
+    """The version that a name stands for now, the engines that have it, and those without it, each with the reason."""
+
+    version: str
+    backends: list[str] = field(default_factory=list)
+    without: dict[str, str] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+    """Those of `without` that refused it themselves."""
+
+
+class Loading:
+    """Carries out load calls. `ask` makes a request and returns its ending instead of raising."""
+
+    def __init__(self, gateway: Gateway, ask: Ask, versions_kept: int) -> None:
+        self._gateway = gateway
+        self._ask = ask
+        self._versions_kept = versions_kept
+        self._of_a_name = Locks()
+        self._at_work = asyncio.Semaphore(LOADS_MAX)
+
+    @property
+    def _catalogue(self) -> Catalogue:
+        return self._gateway.catalogue
+
+    @property
+    def _state(self) -> State:
+        return self._gateway.state
+
+    async def load(self, name: str, path: str, in_place: bool) -> Loaded:
+        """Load what a local folder holds under a name; return once the name answers by it.
+
+        Raises AlreadyLoaded; Invalid for a bad name, path or adapter, or a name of another owner; RefusedByEngines; and
+        Refused for a failure that may pass.
+        """
+        check_name(name)
+        async with self._of_a_name.of(name), self._at_work:
+            begun_s = monotonic()
+            before = self._catalogue.registry.get(name)
+            _check_free(name, before, in_place)
+            record, ordinal = await self._stage(name, path)
+            is_new = before is None or before.with_content(record.of(ordinal).adapter.digest) is None
+            try:
+                loaded = await self._bring(name, ordinal)
+                await self._catalogue.change_declared(
+                    name, LOADS, lambda now: records.published(now, ordinal, self._versions_kept)
+                )
+            except BaseException:
+                if is_new or record.is_unseen:
+                    await undisturbed(self._withdraw(name, ordinal))
+                raise
+            _log(loaded, monotonic() - begun_s)
+            return loaded
+
+    async def unload(self, name: str) -> None:
+        """Forget a name. Requests for it that are here are still served; then the engines forget it.
+
+        Raises Refused(UNKNOWN_ADAPTER), and Invalid for another owner's name.
+        """
+        async with self._of_a_name.of(name):
+            record = self._catalogue.known(name)
+            if record.is_unseen:
+                raise Refused(Reason.UNKNOWN_ADAPTER, f"{name} has not been loaded yet", adapter=name)
+            await self._catalogue.remove(name, Wanted(managed_by=LOADS))
+            logger.info("%s was unloaded", name)
+
+    async def _stage(self, name: str, path: str) -> tuple[Record, int]:
+        """Make the files in a folder a version of a name, without moving the name."""
+        async with self._gateway.sources.copied(name, path) as folder:
+            config = await asyncio.to_thread(config_in, folder)
+            base = "" if config.get("base_model_name_or_path") else self._only_base
+            wanted = Wanted(managed_by=LOADS, stage=True, unseen=True, labels=((PATH, path),), base=base)
+            entered = await self._catalogue.push(name, folder, wanted)
+            return entered.record, entered.ordinal
+
+    @property
+    def _only_base(self) -> str:
+        """The base model of the whole pool, for adapters that name none; "" if there are several."""
+        bases = {backend.facts.base_models[:1] for backend in self._state.backends.values()}
+        return next(iter(bases))[0] if len(bases) == 1 and bases != {()} else ""
+
+    async def _withdraw(self, name: str, ordinal: int) -> None:
+        registry = self._catalogue.registry
+
+        async def withdraw() -> None:
+            record = registry.get(name)
+            if record is None or record.managed_by != LOADS:
+                return
+            left = records.without(record, ordinal)
+            if left is None:
+                await registry.delete(name, record)
+            elif left != record:
+                await registry.put(left, record)
+
+        try:
+            await tried(withdraw, ATTEMPTS_MAX)
+        except Refused as refused:  # hidden, or superseded by the next load
+            logger.warning("%s@v%s, which was not loaded, is still registered: %s", name, ordinal, refused.message)
+
+    # Engines.
+
+    async def _bring(self, name: str, ordinal: int) -> Loaded:
+        """Bring a version to every engine that serves it and is up. Raises Refused if none takes it."""
+        loaded = Loaded(f"{name}@v{ordinal}")
+        engines = self._engines(name, ordinal)
+        loaded.without = {backend: "it is down" for backend in engines if not self._gateway.serves(backend)}
+        left = sorted((each for each in engines if each not in loaded.without), key=self._in_line)
+        while left and not loaded.backends and len(loaded.refusals) < REFUSALS:
+            await self._bring_to(left.pop(0), loaded)
+        if not loaded.backends:
+            raise _not_taken(name, loaded)
+        await asyncio.gather(*(self._bring_to(backend, loaded) for backend in left))
+        return loaded
+
+    def _engines(self, name: str, ordinal: int) -> Sequence[str]:
+        known = self._state.names.get(name)
+        version = None if known is None else known.versions.get(ordinal)
+        if version is None:
+            raise Refused(Reason.CHANGED_MEANWHILE, f"{name} was unloaded meanwhile", adapter=name)
+        return [backend.id for backend in eligibility.servers_of(self._state, version)]
+
+    def _in_line(self, backend: str) -> int:
+        """Return how much is ahead of a request at a backend; 0 for another replica's."""
+        known = self._state.backends[backend]
+        return len(known.queued) + known.in_flight
+
+    async def _bring_to(self, backend: str, loaded: Loaded) -> None:
+        """Bring a version to one engine, and note the result. Raises Refused if this process is going down."""
+        reply = await self._answer_of(backend, loaded.version)
+        if reply.reason is None:
+            loaded.backends.append(backend)
+            return
+        why = reply.error.removesuffix(f" [{reply.reason.value}]")
+        if reply.reason in _OF_THIS_PROCESS:
+            raise Refused(Reason.DRAINING, f"{loaded.version} was not loaded: {why}")
+        loaded.without[backend] = why
+        if reply.reason in _OF_THE_ADAPTER:
+            loaded.refusals[backend] = why
+
+    async def _answer_of(self, backend: str, version: str) -> Reply:
+        """Return the answer of one engine by a version, or why there is none; an engine that is down is left alone."""
+        kind = model_kind(self._state.backends[backend].facts.kind)
+        takes_tokens = kind.asking is None or PromptKind.TOKENS in kind.asking.prompts
+        prompt = PROMPTS[PromptKind.TOKENS if takes_tokens else PromptKind.TEXT]
+        known = self._catalogue.registry.get(version.partition("@")[0])
+        tenant = known.allow[0] if known is not None and known.allow else LOADS
+        question = Question(backend, version, prompt, 1, tenant, LOAD_WAIT_S_MAX, LOADS)
+        asking = asyncio.ensure_future(self._ask(question))
+        try:
+            while not asking.done():
+                await asyncio.wait([asking], timeout=LOOK_S)
+                if not asking.done() and not self._gateway.serves(backend):
+                    return Reply(error="it went down meanwhile", reason=Reason.NO_BACKEND)
+            return asking.result()
+        finally:
+            if not asking.done():
+                asking.cancel()
+                await asyncio.wait([asking])
+
+
+def _check_free(name: str, record: Record | None, in_place: bool) -> None:
+    """Raise AlreadyLoaded or Invalid if a load call may not have a name."""
+    if record is None:
+        return
+    if not in_place and not record.is_unseen:
+        raise AlreadyLoaded(Reason.INVALID_REQUEST, f"{name} stands for v{record.current} already", adapter=name)
+    taken_over(record, Wanted(managed_by=LOADS), time())
+
+
+def _not_taken(name: str, loaded: Loaded) -> Refused:
+    """Return the error for a version that no engine has taken."""
+    if loaded.refusals:
+        backend, why = next(iter(loaded.refusals.items()))
+        return RefusedByEngines(Reason.ADAPTER_UNAVAILABLE, why, adapter=name, backend=backend)
+    reasons = "; ".join(f"{backend}: {why}" for backend, why in loaded.without.items()) or "no engine serves its model"
+    return Refused(
+        Reason.NO_BACKEND, f"{name}: no engine can take it now ({reasons}); try again", retry_after_s=1.0, adapter=name
+    )
+
+
+def _log(loaded: Loaded, took_s: float) -> None:
+    for backend, why in loaded.without.items():
+        logger.warning("%s was not loaded on %s: %s", loaded.version, backend, why)
+    logger.info("%s was loaded on %s in %.3f s", loaded.version, ", ".join(loaded.backends), took_s)
