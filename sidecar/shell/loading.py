@@ -2,12 +2,11 @@
 
 1. The files are copied, and their content becomes a version of the name. The name does not move yet; a new name is
    hidden from all tenants.
-2. The version is brought to one engine by a request for one token. It may be what engines die of, or refuse, so the
-   others wait until it has answered there.
-3. The others get it side by side, each by a request of its own. These requests queue like a client's, so that what is
-   open on an engine gives way to them in time, and they to it. An engine that is down, or goes down meanwhile, does not
-   hold up the name: it gets the version with the first request for it once it is back.
-4. The name moves to the version, on all replicas, and the oldest versions are dropped. What was received before is
+2. Every engine gets a request for one token by the version. It queues like a client's, so that what is open there
+   gives way to it in time, and it to that. The core loads a version that has not answered yet on one engine first, then
+   on the others side by side. An engine that is down, or goes down meanwhile, does not hold up the name: it gets the
+   version with the first request for it once it is back.
+3. The name moves to the version, on all replicas, and the oldest versions are dropped. What was received before is
    answered by the version that it found, and that is kept until then.
 
 If that fails the version is dropped again, and the name is what it was.
@@ -46,6 +45,8 @@ REFUSALS = 2
 """Engines that must refuse a version before it counts as bad: one alone may be short of memory."""
 LOOK_S = 0.25
 PROMPTS = {PromptKind.TOKENS: Prompt(token_ids=(1,)), PromptKind.TEXT: Prompt(text="1")}
+UNNAMED = "base"
+"""The base model of a pool none of whose engines says what it serves."""
 PATH = "lora_path"
 """The label of a version that says from where it was loaded."""
 _OF_THE_ADAPTER = (Reason.ADAPTER_UNAVAILABLE, Reason.BACKEND_REJECTED, Reason.QUARANTINED)
@@ -140,8 +141,9 @@ class Loading:
     @property
     def _only_base(self) -> str:
         """The base model of the whole pool, for adapters that name none; "" if there are several."""
-        bases = {backend.facts.base_models[:1] for backend in self._state.backends.values()}
-        return next(iter(bases))[0] if len(bases) == 1 and bases != {()} else ""
+        facts = (backend.facts for backend in self._state.backends.values())
+        bases = {each.base_models[0] for each in facts if each.base_models} or {UNNAMED}
+        return bases.pop() if len(bases) == 1 else ""
 
     async def _withdraw(self, name: str, ordinal: int) -> None:
         registry = self._catalogue.registry
@@ -168,12 +170,21 @@ class Loading:
         loaded = Loaded(f"{name}@v{ordinal}")
         engines = self._engines(name, ordinal)
         loaded.without = {backend: "it is down" for backend in engines if not self._gateway.serves(backend)}
-        left = sorted((each for each in engines if each not in loaded.without), key=self._in_line)
-        while left and not loaded.backends and len(loaded.refusals) < REFUSALS:
-            await self._bring_to(left.pop(0), loaded)
+        # The first to be asked is the first to load it.
+        asked = sorted((each for each in engines if each not in loaded.without), key=self._in_line)
+        left = {asyncio.create_task(self._bring_to(backend, loaded)) for backend in asked}
+        try:
+            while left and (loaded.backends or len(loaded.refusals) < REFUSALS):
+                done, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left)
         if not loaded.backends:
             raise _not_taken(name, loaded)
-        await asyncio.gather(*(self._bring_to(backend, loaded) for backend in left))
         return loaded
 
     def _engines(self, name: str, ordinal: int) -> Sequence[str]:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+import httpx
+import pytest
+
+from sidecar.adapters.spool import digest_of_folder
+from sidecar.core.effects import Load
 from sidecar.core.events import AdapterRegistered, LoadDone
+from sidecar.core.facts import Layout, packed_key, task_id_of
+from sidecar.lab.engine.kserve.compute import dummy_token
+from sidecar.proto import admin_pb2
 from tests.kit.emulated import running_engine
-from tests.kit.peft_files import write_adapter
-from tests.kit.serving import Answer, Serving, serving
-from tests.kit.vllm_emulated import Client, running_vllm
+from tests.kit.peft_files import BASE_MODEL, write_adapter
+from tests.kit.serving import Answer, Serving, serving, until
+from tests.kit.vllm_emulated import BASE, Client, VllmProcess, expected, running_vllm
 
 VLLM: dict[str, Any] = {"compute": "none", "max_loras": 4, "max_cpu_loras": 8}
 ADDED = "Success: LoRA adapter 'grpo' added successfully."
@@ -65,6 +76,19 @@ async def trained(engines: list[Any], folder: Path, **record: Any) -> AsyncItera
         yield Trainer(served, client, folder / "steps", engines)
 
 
+def dying(*options: str) -> VllmProcess:
+    """Return an engine that can be killed."""
+    return VllmProcess("--compute", "none", *options)
+
+
+@asynccontextmanager
+async def both(
+    first: VllmProcess, second: VllmProcess, folder: Path, **record: Any
+) -> AsyncIterator[tuple[Trainer, VllmProcess, VllmProcess]]:
+    async with first, second, trained([first, second], folder, **record) as trainer:
+        yield trainer, first, second
+
+
 async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path: Path) -> None:
     async with pool(tmp_path) as trainer:
         assert await trainer.step(1) == "grpo@v1"
@@ -75,3 +99,378 @@ async def test_a_step_is_on_every_engine_before_the_name_answers_by_it(tmp_path:
         assert max(loads) < min(seen)
         answers = await trainer.answers()
         assert {origin.version for answer in answers for origin in answer.origins} == {"grpo@v1"}
+
+
+async def test_requests_before_a_step_are_answered_by_the_version_that_they_found(tmp_path: Path) -> None:
+    """Requests run on all engines while five steps are loaded: each answer is of one version, the one at its start."""
+    async with pool(tmp_path) as trainer:
+        await trainer.step(0)
+        wrong: list[str] = []
+        done = asyncio.Event()
+
+        async def ask() -> None:
+            while not done.is_set():
+                before = trainer.served.state.names["grpo"].ordinal
+                answer = await trainer.served.ask("grpo", tokens=6)
+                (origin,) = answer.origins
+                after = trainer.served.state.names["grpo"].ordinal
+                if not before <= int(origin.version.removeprefix("grpo@v")) <= after:
+                    wrong.append(f"{origin.version} between v{before} and v{after}")
+                if answer.tokens != tokens_of(trainer, origin):
+                    wrong.append(f"{origin.version} on {origin.backend}: {answer.tokens}")
+
+        asking = [asyncio.create_task(ask()) for _ in range(8)]
+        for step in range(1, 6):
+            version = await trainer.step(step)
+            assert {answer.origins[0].version for answer in await trainer.answers()} == {version}
+        done.set()
+        await asyncio.gather(*asking)
+        assert wrong == []
+
+
+def tokens_of(trainer: Trainer, origin: Any, count: int = 6) -> list[int]:
+    """Return what an engine answers by the step that became a version; step n is version n + 1."""
+    step = int(origin.version.removeprefix("grpo@v")) - 1
+    folder = trainer.folder / f"step-{step}"
+    digest = digest_of_folder(folder)
+    if origin.backend.startswith("vllm"):
+        return expected(f"grpo@{digest[:12]}", folder, count)
+    return [dummy_token(task_id_of(packed_key(digest, Layout("float16"))), position) for position in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "text"),
+    [
+        ({"lora_path": "x"}, 400, "Bad Request", "1 validation error:\n  {'type': 'missing', 'loc': 'body.lora_name'"),
+        ({"lora_name": "x"}, 400, "Bad Request", "1 validation error:\n  {'type': 'missing', 'loc': 'body.lora_path'"),
+        ([], 400, "Bad Request", "1 validation error:\n  {'type': 'model_attributes_type', 'loc': 'body'"),
+        (b"{", 400, "Bad Request", "1 validation error:\n  {'type': 'json_invalid', 'loc': 'body.1'"),
+        (
+            {"lora_name": "", "lora_path": "x"},
+            400,
+            "InvalidUserInput",
+            "Both 'lora_name' and 'lora_path' must be provided.",
+        ),
+        (
+            {"lora_name": "x", "lora_path": ""},
+            400,
+            "InvalidUserInput",
+            "Both 'lora_name' and 'lora_path' must be provided.",
+        ),
+        (
+            {"lora_name": BASE, "lora_path": "x"},
+            400,
+            "InvalidUserInput",
+            "The lora adapter 'base' conflicts with a served base model.",
+        ),
+        (
+            {"lora_name": "grpo", "lora_path": "{steps}/step-1"},
+            400,
+            "InvalidUserInput",
+            "The lora adapter 'grpo' has already been loaded. If you want to load the adapter in place, set "
+            "'load_inplace' to True.",
+        ),
+        (
+            {"lora_name": "x", "lora_path": "{steps}/none"},
+            404,
+            "NotFoundError",
+            "Loading lora x failed: No adapter found for {steps}/none",
+        ),
+        (
+            {"lora_name": "x", "lora_path": "{steps}/rank"},
+            500,
+            "InternalServerError",
+            "Call to add_lora method failed: Worker failed with error 'LoRA rank 64 is greater than max_lora_rank 16.",
+        ),
+        (
+            {"lora_name": "x", "lora_path": "{steps}/dora"},
+            500,
+            "InternalServerError",
+            "Call to add_lora method failed: Worker failed with error 'vLLM does not yet support DoRA.",
+        ),
+        (
+            {"lora_name": "x", "lora_path": "{steps}/corrupt"},
+            500,
+            "InternalServerError",
+            "Call to add_lora method failed: Worker failed with error '",
+        ),
+        (
+            {"lora_name": "x y", "lora_path": "{steps}/step-1"},
+            400,
+            "InvalidUserInput",
+            "adapter name 'x y' is not valid",
+        ),
+        ({"lora_name": "x", "lora_path": "/etc"}, 400, "InvalidUserInput", "x: '/etc' is outside the allowed roots ("),
+        (
+            {"lora_name": "x", "lora_path": "{steps}/../shared"},
+            400,
+            "InvalidUserInput",
+            "x: '{steps}/../shared' is out",
+        ),
+        ({"lora_name": "x", "lora_path": "hf://a/b"}, 400, "InvalidUserInput", "x: 'hf://a/b' is outside"),
+    ],
+)
+async def test_what_cannot_be_loaded_is_refused_as_vllm_does_and_leaves_nothing_behind(
+    tmp_path: Path, body: Any, status: int, kind: str, text: str
+) -> None:
+    async with pool(tmp_path, 1, 0, backend={"engine": {"rank_max": 16}}) as trainer:
+        await trainer.step(1)
+        trainer.write(0, "rank", rank=64).rename(trainer.folder / "rank")
+        trainer.write(0, "dora", use_dora=True).rename(trainer.folder / "dora")
+        corrupt = trainer.write(0, "corrupt").rename(trainer.folder / "corrupt")
+        (corrupt / "adapter_model.safetensors").write_bytes(b"\xff" * 64)
+        before = left_behind(trainer)
+        steps = str(trainer.folder)
+        content = body if isinstance(body, bytes) else json.dumps(body).replace("{steps}", steps).encode()
+        reply = await trainer.client.http.post(
+            "/v1/load_lora_adapter", content=content, headers={"content-type": "application/json"}
+        )
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"], error["type"]) == (status, status, kind)
+        assert error["message"].startswith(text.replace("{steps}", steps)), error["message"]
+        await until(lambda: left_behind(trainer) == before)
+
+
+def left_behind(trainer: Trainer) -> dict[str, Any]:
+    """Return the names, versions and files of a sidecar and its engines."""
+    gateway = trainer.served.sidecar.gateway
+    spool = gateway.sources.spool.directory
+    return {
+        "names": {record.name: record.versions for record in gateway.catalogue.registry.all()},
+        "versions": set(gateway.state.versions),
+        "sources": sorted(path.name for path in (spool / "sources").iterdir()),
+        "incoming": sorted(path.name for path in (spool / "incoming").iterdir()),
+        "staged": sorted(path.name for path in (trainer.folder.parent / "shared").iterdir() if path.name[0] != "."),
+        "engines": [sorted(engine.adapters.copies) for engine in trainer.engines if hasattr(engine, "adapters")],
+    }
+
+
+async def test_an_adapter_that_engines_refuse_changes_nothing(tmp_path: Path) -> None:
+    """One engine alone may be short of memory. When the second has refused it, a third may have been asked already."""
+    async with pool(tmp_path, 5, 0) as trainer:
+        await trainer.step(1)
+        before = left_behind(trainer)
+        reply = await trainer.load(trainer.write(2, rank=32))
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"]) == (500, "InternalServerError")
+        assert error["message"] == (
+            "Call to add_lora method failed: Worker failed with error 'LoRA rank 32 is greater than max_lora_rank "
+            "16.', please check the stack trace above for the root cause"
+        )
+        loads = [effect for effect in trainer.served.recorder.of(Load) if effect.digest not in before["versions"]]
+        assert 2 <= len(loads) <= 3
+        await until(lambda: left_behind(trainer) == before)
+        assert {answer.origins[0].version for answer in await trainer.answers()} == {"grpo@v1"}
+        assert await trainer.step(3) == "grpo@v2"
+
+
+async def test_one_engine_that_refuses_it_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    small = running_vllm(**VLLM | {"max_lora_rank": 8})
+    async with small as (engine, _), running_vllm(**VLLM) as (other, _), trained([engine, other], tmp_path) as trainer:
+        reply = await trainer.load(trainer.write(1, rank=16))
+        assert (reply.status_code, reply.text) == (200, ADDED)
+        assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-1", "vllm-0")
+        assert {answer.origins[0].backend for answer in await trainer.answers()} == {"vllm-1"}
+
+
+async def test_an_engine_that_is_down_does_not_hold_up_the_name_and_gets_the_version_later(tmp_path: Path) -> None:
+    async with both(dying(), dying(), tmp_path) as (trainer, engine, other):
+        backends = trainer.served.state.backends
+        await trainer.step(0)
+        await engine.kill()
+        await until(lambda: not backends["vllm-0"].takes_requests)
+        reply = await trainer.load(trainer.write(1))
+        assert reply.status_code == 200
+        assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-1", "vllm-0")
+        assert {answer.origins[0].version for answer in await trainer.answers()} == {"grpo@v2"}
+        await engine.start()
+        await until(lambda: backends["vllm-0"].takes_requests)
+        await other.kill()
+        await until(lambda: not backends["vllm-1"].takes_requests)
+        for answer in await trainer.answers():
+            assert (answer.origins[0].version, answer.origins[0].backend) == ("grpo@v2", "vllm-0")
+
+
+async def test_an_engine_that_goes_down_during_its_load_does_not_hold_up_the_name(tmp_path: Path) -> None:
+    async with both(dying(), dying("--load-s", "600"), tmp_path) as (trainer, _, engine):
+        loading = asyncio.create_task(trainer.load(trainer.write(0)))
+        await until(lambda: any(effect.backend == "vllm-1" for effect in trainer.served.recorder.of(Load)))
+        await engine.kill()
+        reply = await loading
+        assert (reply.status_code, reply.text) == (200, ADDED)
+        assert (reply.headers["x-lora-backends"], reply.headers["x-lora-without"]) == ("vllm-0", "vllm-1")
+
+
+async def test_without_an_engine_nothing_is_loaded(tmp_path: Path) -> None:
+    async with dying() as engine, trained([engine], tmp_path) as trainer:
+        await engine.kill()
+        await until(lambda: not trainer.served.state.backends["vllm-0"].takes_requests)
+        reply = await trainer.load(trainer.write(0))
+        assert reply.status_code == 500
+        assert reply.json()["error"]["message"] == ("grpo: no engine can take it now (vllm-0: it is down); try again")
+        assert reply.headers["retry-after"] == "1"
+        assert trainer.served.state.names == {}
+        with pytest.raises(grpc.aio.AioRpcError, match="unknown adapter"):
+            await trainer.served.ask("grpo")
+        await engine.start()
+        await until(lambda: trainer.served.state.backends["vllm-0"].takes_requests)
+        assert await trainer.step(0) == "grpo@v1"
+
+
+async def test_a_new_name_is_unknown_until_it_is_loaded(tmp_path: Path) -> None:
+    async with dying("--load-s", "600") as engine, trained([engine], tmp_path) as trainer:
+        loading = asyncio.create_task(trainer.load(trainer.write(0)))
+        await until(lambda: bool(trainer.served.recorder.of(Load)))
+        with pytest.raises(grpc.aio.AioRpcError, match='unknown adapter "grpo"'):
+            await trainer.served.ask("grpo")
+        assert set(await trainer.client.models()) == {BASE}
+        assert (await trainer.client.unload("grpo")).status_code == 404 if loading.done() else True
+        await engine.kill()
+        assert (await loading).status_code == 500
+        assert trainer.served.state.names == {}
+
+
+async def test_two_loads_of_one_name_take_turns(tmp_path: Path) -> None:
+    async with pool(tmp_path, 2, 0) as trainer:
+        paths = [trainer.write(step) for step in range(3)]
+        first, second = await asyncio.gather(*(trainer.load(path, in_place=False) for path in paths[:2]))
+        assert sorted((first.status_code, second.status_code)) == [200, 400]
+        replies = await asyncio.gather(*(trainer.load(path) for path in paths[1:]))
+        assert [reply.status_code for reply in replies] == [200, 200]
+        current = trainer.served.sidecar.gateway.catalogue.known("grpo")
+        assert f"grpo@v{current.current}" in [reply.headers["x-lora-version"] for reply in replies]
+        assert {answer.origins[0].version for answer in await trainer.answers()} == {f"grpo@v{current.current}"}
+
+
+async def test_a_load_is_carried_out_although_its_client_has_left(tmp_path: Path) -> None:
+    async with running_vllm(**VLLM, load_s=0.5) as (engine, _), trained([engine], tmp_path) as trainer:
+        async with Client(trainer.served.sidecar.http_address, patience_s=0.1) as impatient:
+            with pytest.raises(httpx.ReadTimeout):
+                await impatient.load("grpo", trainer.write(0))
+        await until(lambda: "grpo" in trainer.served.state.names and trainer.served.state.names["grpo"].allow is None)
+        reply = await trainer.load(trainer.folder / "step-0")
+        assert (reply.status_code, reply.headers["x-lora-version"]) == (200, "grpo@v1")
+
+
+async def test_a_load_that_is_under_way_is_carried_out_before_the_process_ends(tmp_path: Path) -> None:
+    async with both(dying(), dying("--load-s", "600"), tmp_path, drain_timeout_s=60) as (trainer, _, slow):
+        loading = asyncio.create_task(trainer.load(trainer.write(0)))
+        await until(lambda: any(effect.backend == "vllm-1" for effect in trainer.served.recorder.of(Load)))
+        draining = asyncio.create_task(trainer.served.sidecar.drain())
+        await until(lambda: trainer.served.state.draining)
+        late = await trainer.load(trainer.write(1), "late")
+        assert late.status_code == 500
+        assert "the sidecar is shutting down" in late.json()["error"]["message"]
+        await slow.kill()
+        assert (await loading).status_code == 200  # it was under way, and the other engine has it
+        await draining
+
+
+async def test_old_versions_and_their_files_go_as_steps_go_by_but_not_while_a_request_uses_them(tmp_path: Path) -> None:
+    async with pool(tmp_path, 1, 1, openai={"versions_kept": 3}) as trainer:
+        await trainer.step(0)
+        gateway = trainer.served.sidecar.gateway
+        oldest = gateway.state.names["grpo"].digest
+        slow = [asyncio.create_task(trainer.served.ask("grpo@v1", tokens=4000)) for _ in range(4)]
+        await until(lambda: len(gateway.state.requests) == 4)
+        for step in range(1, 8):
+            await trainer.step(step)
+        kept = gateway.catalogue.known("grpo")
+        assert [version.ordinal for version in kept.versions] == [6, 7, 8]
+        if not any(task.done() for task in slow):
+            assert oldest in left_behind(trainer)["sources"]
+        for answer in await asyncio.gather(*slow):
+            (origin,) = answer.origins
+            assert answer.tokens == tokens_of(trainer, origin, 4000)
+        digests = sorted(version.adapter.digest for version in kept.versions)
+        await until(lambda: left_behind(trainer)["sources"] == digests)
+        await until(lambda: {name.partition(".")[0] for name in left_behind(trainer)["staged"]} <= set(digests))
+        names = {f"grpo@{digest[:12]}" for digest in digests}
+        await until(lambda: set(left_behind(trainer)["engines"][0]) <= names)
+
+
+async def test_a_trainer_may_rewrite_its_folder_as_soon_as_it_has_its_answer(tmp_path: Path) -> None:
+    """The same folder for each step, garbage after that: all versions that are kept still come from our copy."""
+    async with pool(tmp_path, 1, 1) as trainer:
+        path = trainer.folder / "latest"
+        for step in range(3):
+            shutil.copytree(trainer.write(step), path, dirs_exist_ok=True)
+            assert (await trainer.load(path)).headers["x-lora-version"] == f"grpo@v{step + 1}"
+        (path / "adapter_model.safetensors").write_bytes(b"not yet")
+        await trainer.served.adapters.Evict(admin_pb2.AdapterRequest(name="grpo"))
+        for version in (1, 2, 3):
+            answer = await trainer.served.ask(f"grpo@v{version}", tokens=6)
+            assert answer.tokens == tokens_of(trainer, answer.origins[0])
+
+
+async def test_an_unloaded_name_is_unknown_and_what_runs_ends(tmp_path: Path) -> None:
+    async with pool(tmp_path, 1, 1) as trainer:
+        before = left_behind(trainer)
+        await trainer.step(0)
+        slow = [asyncio.create_task(trainer.served.ask("grpo", tokens=4000)) for _ in range(4)]
+        await until(lambda: len(trainer.served.state.requests) == 4)
+        reply = await trainer.client.unload("grpo")
+        assert (reply.status_code, reply.text) == (200, "Success: LoRA adapter 'grpo' removed successfully.")
+        with pytest.raises(grpc.aio.AioRpcError, match='unknown adapter "grpo"'):
+            await trainer.served.ask("grpo")
+        for answer in await asyncio.gather(*slow):
+            assert answer.tokens == tokens_of(trainer, answer.origins[0], 4000)
+        await until(lambda: left_behind(trainer) == before)
+        again = await trainer.client.unload("grpo")
+        assert again.status_code == 404
+        assert again.json()["error"] == {
+            "message": "The lora adapter 'grpo' cannot be found.",
+            "type": "NotFoundError",
+            "param": None,
+            "code": 404,
+        }
+        nameless = await trainer.client.unload("")
+        assert nameless.status_code == 400
+        assert nameless.json()["error"]["message"] == "'lora_name' needs to be provided to unload a LoRA adapter."
+        assert await trainer.step(1) == "grpo@v1"
+
+
+async def test_names_of_operators_are_left_alone_and_operators_may_take_a_trainers_name(tmp_path: Path) -> None:
+    async with pool(tmp_path, 1, 0) as trainer:
+        adapters, path = trainer.served.adapters, str(trainer.write(0))
+        await adapters.Register(admin_pb2.RegisterRequest(name="sql", path=path))
+        for reply in (await trainer.load(trainer.write(1), "sql"), await trainer.client.unload("sql")):
+            assert reply.status_code == 400
+            assert "sql is registered by hand, and load calls change no name that they did not make" in reply.text
+        assert "already been loaded" in (await trainer.load(trainer.write(1), "sql", in_place=False)).text
+        assert await trainer.step(1) == "grpo@v1"
+        assert await trainer.step(2) == "grpo@v2"
+        await adapters.Rollback(admin_pb2.RollbackRequest(name="grpo", hold_s=3600))
+        held = await trainer.load(trainer.write(3))
+        assert held.status_code == 400
+        assert "grpo is held by an operator" in held.json()["error"]["message"]
+        await adapters.Register(admin_pb2.RegisterRequest(name="grpo", path=path))
+        assert "by hand" in (await trainer.load(trainer.write(3))).text
+        await adapters.Unregister(admin_pb2.UnregisterRequest(name="grpo"))
+        assert await trainer.step(3) == "grpo@v1"
+
+
+async def test_an_adapter_that_names_no_base_model_is_for_the_only_one_that_is_served(tmp_path: Path) -> None:
+    async with pool(tmp_path, 2, 0, backend={"base_model": {"name": BASE_MODEL}}) as trainer:
+        reply = await trainer.load(trainer.write(0, base_model_name_or_path=None))
+        assert reply.status_code == 200, reply.text
+        other = await trainer.load(trainer.write(1, base_model_name_or_path="/models/another"))
+        assert other.status_code == 500
+        assert "/models/another" in other.json()["error"]["message"]
+
+
+async def test_models_say_from_where_a_name_was_loaded(tmp_path: Path) -> None:
+    async with pool(tmp_path, 1, 0) as trainer:
+        await trainer.step(0)
+        card = (await trainer.client.models())["grpo"]
+        assert card["root"] == str(trainer.folder / "step-0")
+
+
+async def test_load_calls_are_off_unless_they_are_asked_for(tmp_path: Path) -> None:
+    async with (
+        running_vllm(**VLLM) as (engine, _),
+        trained([engine], tmp_path, openai={"load_calls": False}) as trainer,
+    ):
+        reply = await trainer.load(trainer.write(0))
+        assert reply.status_code == 404
+        assert "set openai.load_calls: true" in reply.text

@@ -249,7 +249,7 @@ class VllmBackend(Endpoint):
         """Have the server forget what it would look for in vain: the files go with this process."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                for key, name in self._registered.items():
+                for key, name in list(self._registered.items()):  # a load may end meanwhile
                     await self._api.forget(name, self._path(key), CLOSE_TIMEOUT_S)
         except (httpx.HTTPError, TimeoutError) as error:
             logger.info("%s was not told to forget its adapters: %s", self.id, self._error_text(error))

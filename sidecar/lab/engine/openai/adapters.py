@@ -66,7 +66,8 @@ class Copy:
 class Adapters:
     """The adapters that have names, and the calls that load and unload them.
 
-    `put` hands a copy to the engine and returns once it has it; it raises ApiError if the engine refuses it.
+    `put` hands a copy to the engine and returns once it has it; it raises ApiError if the engine refuses it. Each load
+    takes `load_s` seconds in addition.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Adapters:
         spec: EngineSpec,
         fail_load: Sequence[str],
         put: Callable[[Copy], Awaitable[None]],
+        load_s: float = 0.0,
     ) -> None:
         self.copies: dict[str, Copy] = {}
         self._base_names = base_names
         self._spec = spec
         self._fail_load = fail_load
         self._put = put
+        self._load_s = load_s
         self._numbers = 0
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -90,6 +93,8 @@ class Adapters:
         async with self._locks[name]:
             self._check_load(fields)
             adapter = await asyncio.to_thread(self._read, name, path)
+            if self._load_s:
+                await asyncio.sleep(self._load_s)
             copy = self._copy_of(name, path, adapter)
             copy.in_place = fields.load_inplace
             copy.is_named = True

@@ -35,7 +35,7 @@ class VllmServer:
         self._metrics = Metrics(options.names[0], spec)
         self._driver = _driver_of(options, spec, self._log, self._metrics)
         serving = Serving(self._driver, options, _fingerprint(spec))
-        self.adapters = Adapters(options.names, spec, options.fail_load, serving.put)
+        self.adapters = Adapters(options.names, spec, options.fail_load, serving.put, options.load_s)
         serving.adapters = self.adapters
         routes = Routes(options, serving, self._driver, self._metrics, self._end)
         self._http = http_server(options, routes.app())
